@@ -1,0 +1,46 @@
+"""What can go wrong, in one shape: what (with the value), what was expected, what to do."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class BackgroundError(Exception):
+    """The base of every error that the engine raises; its text is one sentence for a person."""
+
+
+class UnknownWorker(BackgroundError):
+    """A name that no registered worker has."""
+
+    def __init__(self, name: str, known: Iterable[str]) -> None:
+        known = sorted(known)
+        close = get_close_matches(name, known, n=1)
+        hint = f"Did you mean {close[0]!r}?" if close else f"The registered workers are: {', '.join(known) or 'none'}."
+        super().__init__(f"There is no worker named {name!r}. {hint}")
+
+
+class DuplicateWorker(BackgroundError):
+    """A second worker of the same name."""
+
+
+class InvalidWorker(BackgroundError):
+    """A worker that cannot be registered: abstract, or with an attribute that is out of range."""
+
+
+class InvalidSchedule(BackgroundError):
+    """A period, a cron expression or a time zone that no tick can be computed from."""
+
+
+class InvalidConfig(BackgroundError):
+    """A setting whose value the engine cannot use."""
+
+
+class DatabaseNotReady(BackgroundError):
+    """The database is missing, unreachable, or behind the migrations."""
+
+
+class ClaimLost(BackgroundError):
+    """The run no longer holds its claim; what its session had not committed is rolled back."""
+
+
+class RunStopped(BackgroundError):
+    """Raised by `context.raise_if_stopping()`: the run ends here and is handed back."""
