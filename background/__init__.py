@@ -1,0 +1,1 @@
+"""Background workers that run once per tick, however many processes, machines and releases run them."""

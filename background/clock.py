@@ -1,0 +1,68 @@
+"""The clock that decides: the database's, read by the statement that uses it."""
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from sqlalchemy import ColumnElement, DateTime, Float, String, TypeDecorator, literal
+from sqlalchemy.engine import Dialect
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.expression import FunctionElement
+
+_SQLITE_FORMAT = "%Y-%m-%d %H:%M:%S.%f"
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """An aware UTC `datetime`: timestamptz on PostgreSQL, sortable text with microseconds on SQLite."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> Any:
+        return dialect.type_descriptor(String(26) if dialect.name == "sqlite" else DateTime(timezone=True))
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> Any:
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise ValueError(
+                f"{value!r} has no time zone; expected an aware datetime: write datetime.now(UTC) or add tzinfo=UTC."
+            )
+        value = value.astimezone(UTC)
+        return value.strftime(_SQLITE_FORMAT) if dialect.name == "sqlite" else value
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        if dialect.name == "sqlite":
+            return datetime.strptime(value, _SQLITE_FORMAT).replace(tzinfo=UTC)
+        return value.astimezone(UTC)  # type: ignore[no-any-return]
+
+
+class _Now(FunctionElement[datetime]):
+    name = "now"
+    type = UtcDateTime()
+    inherit_cache = True
+
+
+def now(ahead: timedelta | None = None) -> ColumnElement[datetime]:
+    """The database's clock when the statement runs, plus `ahead`; never the transaction's frozen time.
+
+    SQLite reads the host's clock, cut to the millisecond: never ahead of it.
+    """
+    return _Now(literal(ahead.total_seconds(), Float)) if ahead else _Now()
+
+
+@compiles(_Now, "postgresql")
+def _postgresql(element: _Now, compiler: SQLCompiler, **kwargs: Any) -> str:
+    if not len(element.clauses):
+        return "clock_timestamp()"
+    return f"(clock_timestamp() + make_interval(secs => {compiler.process(element.clauses, **kwargs)}))"
+
+
+@compiles(_Now, "sqlite")
+def _sqlite(element: _Now, compiler: SQLCompiler, **kwargs: Any) -> str:
+    if not len(element.clauses):
+        return "strftime('%Y-%m-%d %H:%M:%f000', 'now')"
+    seconds = compiler.process(element.clauses, **kwargs)
+    return f"strftime('%Y-%m-%d %H:%M:%f000', 'now', printf('%+.3f seconds', {seconds}))"

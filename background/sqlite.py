@@ -1,0 +1,39 @@
+"""SQLite has one writer: what every connection needs so that "database is locked" reaches nobody."""
+
+from typing import Any
+
+from sqlalchemy import Connection, Engine, event
+
+BUSY_SECONDS = 30
+
+
+def prepare(engine: Engine) -> None:
+    """Set every later connection of a SQLite `engine` up; any other engine is left alone.
+
+    The driver's legacy transactions with BEGIN IMMEDIATE: a read keeps no snapshot, and the first write
+    waits for the lock. (A read and then a write in one deferred transaction fails at once, whatever the
+    time-out, if anybody committed in between.)
+    """
+    if engine.dialect.name == "sqlite" and not event.contains(engine, "connect", _connected):
+        event.listen(engine, "connect", _connected)
+        event.listen(engine, "savepoint", _begin_before_savepoint)
+
+
+def is_in_memory(engine: Engine) -> bool:
+    """Whether the database lives and dies with this process."""
+    return engine.dialect.name == "sqlite" and engine.url.database in (None, "", ":memory:")
+
+
+def _connected(connection: Any, _record: Any) -> None:
+    connection.isolation_level = None
+    connection.execute(f"PRAGMA busy_timeout = {BUSY_SECONDS * 1000}")
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA synchronous = NORMAL")
+    connection.execute("PRAGMA foreign_keys = ON")
+    connection.isolation_level = "IMMEDIATE"
+
+
+def _begin_before_savepoint(connection: Connection, _name: str) -> None:
+    """The driver opens no transaction for a SAVEPOINT, so releasing it would commit on its own."""
+    if not connection.connection.dbapi_connection.in_transaction:  # type: ignore[union-attr]
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
