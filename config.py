@@ -29,9 +29,7 @@ class Key(NamedTuple):
     meaning: str
 
 
-_BOOLEANS = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(
-    ("0", "false", "no", "off"), False
-)
+_BOOLEANS = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "false", "no", "off"), False)
 
 
 def boolean(value: Any) -> bool:
@@ -91,17 +89,13 @@ _DATABASE = "postgresql://user:password@host/name, or sqlite:/// and the path of
 
 KEYS = {
     "DATABASE_URL": Key(None, make_url, _DATABASE, "where the data is; unset: a SQLite file in instance/"),
-    "SECRET_KEY": Key(
-        None, secret, "a text that is not empty", "signs the sessions; unset: made once, in instance/"
-    ),
+    "SECRET_KEY": Key(None, secret, "a text that is not empty", "signs the sessions; unset: made once, in instance/"),
     "WORKERS_ENABLED": Key(True, boolean, _BOOLEAN, "whether a serving process runs the background workers"),
     "WORKERS_HEARTBEAT_SECONDS": Key(2, number(86_400), _SECONDS, "how often an instance says it is alive"),
     "WORKERS_LEASE_SECONDS": Key(10, number(86_400), _SECONDS, "how long it counts as alive without that"),
     "WORKERS_SHUTDOWN_SECONDS": Key(20, number(86_400), _SECONDS, "how long a stop waits for running work"),
     "WORKERS_HISTORY_DAYS": Key(14, number(36_500), _DAYS, "how long the executions of a worker are kept"),
-    "WORKERS_THREADS": Key(
-        10, whole(1_000), "a whole number from 1 to 1000", "how many runs a process has at once"
-    ),
+    "WORKERS_THREADS": Key(10, whole(1_000), "a whole number from 1 to 1000", "how many runs a process has at once"),
     "PASSIVE_AFTER_DAYS": Key(30, number(36_500), _DAYS, "users not seen for longer become passive"),
     "LOG_LEVEL": Key("INFO", level, "DEBUG, INFO, WARNING, ERROR or CRITICAL", "how much the log says"),
 }
@@ -125,9 +119,7 @@ def load_config(app: Flask, given: Mapping[str, Any] | object | None = None) -> 
 def configure_logging(app: Flask) -> None:
     """Give the log a handler, unless the process that loads the app has set one up already."""
     if not logging.getLogger().handlers:
-        logging.basicConfig(
-            level=app.config["LOG_LEVEL"], format="%(asctime)s %(levelname)-7s %(name)s: %(message)s"
-        )
+        logging.basicConfig(level=app.config["LOG_LEVEL"], format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
     for name in ("apscheduler", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
 

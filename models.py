@@ -187,28 +187,18 @@ class UserRepository:
         A slice's ids stay the database's own text for a list; they only pass through here.
         """
         numbered = (
-            select(
-                User.id, ((func.row_number().over(order_by=User.id) - 1) // self.slice_size).label("slice")
-            )
+            select(User.id, ((func.row_number().over(order_by=User.id) - 1) // self.slice_size).label("slice"))
             .where(_stale(cutoff))
             .subquery()
         )
-        ids = (
-            cast(func.array_agg(numbered.c.id), Text)
-            if self._postgresql
-            else func.json_group_array(numbered.c.id)
-        )
-        rows = self.session.execute(
-            select(ids, func.count()).group_by(numbered.c.slice).order_by(numbered.c.slice)
-        )
+        ids = cast(func.array_agg(numbered.c.id), Text) if self._postgresql else func.json_group_array(numbered.c.id)
+        rows = self.session.execute(select(ids, func.count()).group_by(numbered.c.slice).order_by(numbered.c.slice))
         return [(ids, size) for ids, size in rows]
 
     def _set_passive(self, ids: str, cutoff: datetime) -> int:
         """Others may be here: a user of the slice may log in between the look and this statement, or hold the
         row now. So it asks again whether the user is stale, and whoever logged in meanwhile stays active."""
-        among = (
-            "= ANY(CAST(:ids AS integer[]))" if self._postgresql else "IN (SELECT value FROM json_each(:ids))"
-        )
+        among = "= ANY(CAST(:ids AS integer[]))" if self._postgresql else "IN (SELECT value FROM json_each(:ids))"
         statement = (
             update(User)
             .where(text(f"users.id {among}").bindparams(ids=ids), _stale(cutoff))
@@ -235,9 +225,7 @@ class UserRepository:
         if part == "email":
             found = self._by_email(status, prefix, last, limit + 1)
         if prefix and len(found) <= limit:
-            found += self._by_name(
-                status, prefix, last_id, last if part == "name" else "", limit + 1 - len(found)
-            )
+            found += self._by_name(status, prefix, last_id, last if part == "name" else "", limit + 1 - len(found))
         page = found[:limit]
         return UserPage(page, _position(page[-1], prefix) if len(found) > limit else None)
 
@@ -246,11 +234,7 @@ class UserRepository:
         return self._take(query, status, limit)
 
     def _by_name(self, status: str | None, prefix: str, last_id: int, last: str, limit: int) -> list[User]:
-        query = (
-            select(User)
-            .where(_begins(_name, prefix), not_(_begins(User.email, prefix)))
-            .order_by(_name, User.id)
-        )
+        query = select(User).where(_begins(_name, prefix), not_(_begins(User.email, prefix))).order_by(_name, User.id)
         if last:
             query = query.where(tuple_(_name, User.id) > tuple_(last, last_id))
         return self._take(query, status, limit)
