@@ -1,0 +1,293 @@
+"""When a worker is due: periods aligned to the Unix epoch, and cron in a time zone.
+
+A cron's wall-clock times become instants by the rule of Debian's cron(8), "Notes":
+
+- A cron whose minute and hour are both fixed (neither starts with `*`) runs once for each of its times.
+  A time that the clock skips in spring runs at the end of the gap; one that the clock repeats in autumn
+  runs the first time. Several skipped times make one tick.
+- Any other cron (a `*` in front of the minute or the hour) follows the clock as it shows: nothing in a
+  gap, and in a repeated hour both times.
+
+Unlike cron(8), which treats jumps of over three hours as corrections, jumps of any length count.
+`cronsim` enumerates the wall-clock times only. Its own zone handling is not used: asked from within the
+repeated hour it answers with the past, its reverse skips that hour's tick, and it loses ticks in zones
+that jump by half an hour or at midnight.
+"""
+
+import re
+from abc import ABC, abstractmethod
+from bisect import bisect_left
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta, tzinfo
+from difflib import get_close_matches
+from zoneinfo import ZoneInfo, available_timezones
+
+from background.errors import InvalidSchedule
+
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+MICROSECOND = timedelta(microseconds=1)
+SECOND = timedelta(seconds=1)
+SHORTEST = timedelta(milliseconds=1)  # what SQLite's clock can tell apart
+LONGEST = timedelta(days=366)  # beyond it people mean the calendar, which is cron's
+HORIZON = timedelta(days=50 * 366)  # the rarest cron there is fires every 40 years
+UNITS = {
+    "day": timedelta(days=1),
+    "hour": timedelta(hours=1),
+    "minute": timedelta(minutes=1),
+    "second": SECOND,
+}
+
+FIELDS = {
+    "minute": "0-59",
+    "hour": "0-23",
+    "day-of-month": "1-31 (or L, the last) and a day that one of its months has",
+    "month": "1-12 or JAN-DEC",
+    "day-of-week": "0-7 or SUN-SAT (0 and 7 are Sunday), ranges upwards",
+}
+
+
+class Schedule(ABC):
+    """An endless row of ticks. Immutable, and equal to every schedule of the same text."""
+
+    @abstractmethod
+    def next(self, at: datetime) -> datetime:
+        """The first tick after `at`; both aware, the answer in UTC."""
+
+    @abstractmethod
+    def previous(self, at: datetime) -> datetime:
+        """The last tick at or before `at`; both aware, the answer in UTC."""
+
+    @abstractmethod
+    def __str__(self) -> str:
+        """The canonical text, which the database keeps and `parse_schedule` reads."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """The schedule in words for people."""
+
+    def __eq__(self, other: object) -> bool:
+        return str(self) == str(other) if isinstance(other, Schedule) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(str(self))
+
+
+@dataclass(frozen=True, eq=False)
+class Every(Schedule):
+    """Ticks at whole multiples of `period` since 1970-01-01T00:00Z, which was a Thursday."""
+
+    period: timedelta
+
+    def __post_init__(self) -> None:
+        _check_period(self.period)
+
+    def next(self, at: datetime) -> datetime:
+        return self.previous(at) + self.period
+
+    def previous(self, at: datetime) -> datetime:
+        return EPOCH + (at - EPOCH) // self.period * self.period  # timedelta // timedelta is an exact int
+
+    def __str__(self) -> str:
+        return f"every {_decimal_seconds(self.period)}s"
+
+    def describe(self) -> str:
+        fitting = ((name, unit) for name, unit in UNITS.items() if not self.period % unit)
+        name, unit = next(fitting, ("second", SECOND))
+        if self.period == unit:
+            return f"every {name}"
+        count = self.period // unit if unit > SECOND else _decimal_seconds(self.period)
+        return f"every {count} {name}s"
+
+
+@dataclass(frozen=True, eq=False)
+class Cron(Schedule):
+    """Ticks where the wall clock of `timezone` matches the five fields of `expression`."""
+
+    expression: str
+    timezone: str = "UTC"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "expression", _canonical(self.expression))
+        _check_timezone(self.timezone)
+        self.next(datetime(2000, 1, 1, tzinfo=UTC))  # raises if it never fires
+
+    def next(self, at: datetime) -> datetime:
+        local, overlap = self._locate(at)
+        found: list[datetime] = []
+        for wall in self._walls(local - overlap):
+            found += [tick for tick in self._instants(wall) if tick > at]
+            if found and wall > local:
+                return min(found)
+        raise self._never_fires()
+
+    def previous(self, at: datetime) -> datetime:
+        local, overlap = self._locate(at)
+        found: list[datetime] = []
+        for wall in self._walls(local + overlap + MICROSECOND, reverse=True):
+            found += [tick for tick in self._instants(wall) if tick <= at]
+            if found and wall <= local:
+                return max(found)
+        raise self._never_fires()
+
+    def __str__(self) -> str:
+        return f"cron {self.expression} {self.timezone}"
+
+    def describe(self) -> str:
+        return f"at {self.expression} ({self.timezone})"
+
+    def _locate(self, at: datetime) -> tuple[datetime, timedelta]:
+        """What the wall clock shows at `at`, and by how much it will repeat, or repeats, that time."""
+        local = at.astimezone(ZoneInfo(self.timezone)).replace(tzinfo=None)
+        first, second = self._readings(local)
+        return local, max(second - first, timedelta())
+
+    def _walls(self, start: datetime, reverse: bool = False) -> Iterator[datetime]:
+        """The matching wall-clock times after (or before) `start`, as if clocks never jumped."""
+        from cronsim import CronSim  # late: an application without a cron needs no cron parser
+
+        for wall in CronSim(self.expression, start, reverse=reverse):
+            if abs(wall - start) > HORIZON:
+                return
+            yield wall
+
+    def _instants(self, wall: datetime) -> list[datetime]:
+        """When the wall clock's `wall` happens, by the module's rule: never, once or twice."""
+        first, second = self._readings(wall)
+        if first == second:
+            return [first]
+        fixed = not any(field.startswith("*") for field in self.expression.split()[:2])
+        if first < second:
+            return [first] if fixed else [first, second]
+        return [self._end_of_gap(wall, second, first)] if fixed else []
+
+    def _readings(self, wall: datetime) -> tuple[datetime, datetime]:
+        """`wall` by the offsets before and after a jump: equal elsewhere, in reverse order in a gap."""
+        zone = ZoneInfo(self.timezone)
+        first, second = (wall.replace(tzinfo=zone, fold=fold).astimezone(UTC) for fold in (0, 1))
+        return first, second
+
+    def _end_of_gap(self, wall: datetime, before: datetime, after: datetime) -> datetime:
+        """The second, between the two, in which the clock jumps over `wall`."""
+
+        def has_jumped(seconds: int) -> bool:
+            return self._locate(before + seconds * SECOND)[0] > wall
+
+        return before + SECOND * bisect_left(range((after - before) // SECOND), True, key=has_jumped)
+
+    def _never_fires(self) -> InvalidSchedule:
+        return InvalidSchedule(
+            f"cron {self.expression!r} never fires in {self.timezone}: expected a date that exists, "
+            "at a time that the zone's clock shows; change its day, month or hour."
+        )
+
+
+def _decimal_seconds(period: timedelta) -> str:
+    whole, rest = divmod(period // MICROSECOND, 1_000_000)
+    return f"{whole}.{rest:06}".rstrip("0").rstrip(".")
+
+
+def make_schedule(
+    owner: str, period: timedelta | None, cron: str | None, timezone: str | tzinfo | None
+) -> Schedule:
+    """The schedule that the worker `owner` declares, or `InvalidSchedule` with one sentence about it."""
+    try:
+        return _make(period, cron, timezone)
+    except InvalidSchedule as error:
+        raise InvalidSchedule(f"Worker {owner!r}: {error}") from None
+
+
+def _make(period: timedelta | None, cron: str | None, timezone: str | tzinfo | None) -> Schedule:
+    if period is not None and cron is not None:
+        raise InvalidSchedule(f"it has both a period ({period}) and a cron ({cron!r}): keep one of them.")
+    if cron is not None:
+        return Cron(cron, "UTC" if timezone is None else str(timezone))
+    if period is None:
+        raise InvalidSchedule(
+            "it has neither a period nor a cron: write period = timedelta(minutes=10), say."
+        )
+    if timezone is not None:
+        raise InvalidSchedule(
+            f"timezone {str(timezone)!r} has no use without a cron: remove it, or write a cron."
+        )
+    return Every(period)
+
+
+def parse_schedule(text: str) -> Schedule:
+    """The schedule whose `str()` is `text`."""
+    try:
+        return _parse(text)
+    except InvalidSchedule as error:
+        raise InvalidSchedule(f"The stored schedule {text!r} cannot be used: {error}") from None
+
+
+def _parse(text: str) -> Schedule:
+    if match := re.fullmatch(r"every ([0-9]{1,10})(?:\.([0-9]{1,6}))?s", text):
+        return Every(timedelta(seconds=int(match[1]), microseconds=int((match[2] or "").ljust(6, "0"))))
+    if match := re.fullmatch(r"cron (.+) (\S+)", text):
+        return Cron(match[1], match[2])
+    raise InvalidSchedule("expected 'every <seconds>s' or 'cron <five fields> <timezone>'.")
+
+
+def _check_period(period: object) -> None:
+    if isinstance(period, int | float):
+        raise InvalidSchedule(f"period {period!r} is a number: write timedelta(seconds={period!r}).")
+    if not isinstance(period, timedelta):
+        raise InvalidSchedule(f"period {period!r} is not a timedelta: write timedelta(minutes=10), say.")
+    if not SHORTEST <= period <= LONGEST:
+        raise InvalidSchedule(
+            f"period {period} is out of range: expected a millisecond to 366 days; "
+            "write timedelta(minutes=10), say, or a cron for rarer dates."
+        )
+
+
+def _check_timezone(timezone: str) -> None:
+    try:
+        ZoneInfo(timezone)
+    except (KeyError, ValueError, OSError):  # unknown, a path, a folder such as "Europe"
+        names = {name.lower(): name for name in available_timezones()}
+        close = get_close_matches(timezone.lower(), names, n=1)
+        hint = f"Did you mean {names[close[0]]!r}?" if close else "Write 'Europe/Berlin', say."
+        raise InvalidSchedule(f"timezone {timezone!r} is not in the time zone database. {hint}") from None
+
+
+def _canonical(expression: object) -> str:
+    """The expression as it is stored, if its five fields can be read."""
+    if not isinstance(expression, str):
+        raise InvalidSchedule(f"cron {expression!r} is not a string: write '30 2 * * *', say.")
+    fields = expression.upper().split()
+    if len(fields) in (6, 7):
+        raise InvalidSchedule(
+            f"cron {expression!r} has {len(fields)} fields, the first for seconds: {_mend(fields)}"
+        )
+    if len(fields) != 5:
+        expected = f"expected five ({', '.join(FIELDS)})"
+        raise InvalidSchedule(
+            f"cron {expression!r} has {len(fields)} field(s): {expected}; '0 0 * * *' is daily."
+        )
+    if bad := _bad_field(" ".join(fields)):
+        value = fields[list(FIELDS).index(bad)]
+        raise InvalidSchedule(f"cron {expression!r} has the {bad} {value!r}: expected {FIELDS[bad]}.")
+    return " ".join(fields)
+
+
+def _bad_field(expression: str) -> str | None:
+    """The name of the first field that cannot be read, or None."""
+    from cronsim import CronSim, CronSimError
+
+    try:
+        CronSim(expression, datetime(2000, 1, 1))  # noqa: DTZ001 - a wall-clock time
+    except CronSimError as error:
+        return str(error).removeprefix("Bad ")
+    return None
+
+
+def _mend(quartz: list[str]) -> str:
+    """What to write instead of Quartz's six or seven fields (seconds first, a year last, 1 = Sunday)."""
+    seconds, *fields = quartz
+    if not seconds.isdecimal():
+        return "expected five; for less than a minute write a period, such as timedelta(seconds=10)."
+    if "?" in fields:  # only Quartz has it
+        fields[4] = re.sub(r"(?<![#/0-9])[1-7]", lambda day: str(int(day[0]) - 1), fields[4])
+    five = " ".join(fields[:5]).replace("?", "*")
+    return f"expected five ({', '.join(FIELDS)})." if _bad_field(five) else f"expected five; write {five!r}."
