@@ -1,0 +1,225 @@
+"""Every setting: its default, its cast, and what it means.
+
+Later sources win: the default, the environment, then what `create_app` is given (a mapping or an object) or,
+when it is given nothing, `instance/config.py`.
+"""
+
+import logging
+import math
+import os
+import secrets
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flask import Flask
+from sqlalchemy import URL, make_url
+from sqlalchemy.exc import ArgumentError
+
+from background.errors import InvalidConfig
+
+
+class Key(NamedTuple):
+    default: Any
+    cast: Callable[[Any], Any]
+    expected: str
+    meaning: str
+
+
+_BOOLEANS = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(
+    ("0", "false", "no", "off"), False
+)
+
+
+def boolean(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    return {
+        "1": True,
+        "true": True,
+        "yes": True,
+        "on": True,
+        "0": False,
+        "false": False,
+        "no": False,
+        "off": False,
+    }[str(value).strip().lower()]
+
+
+def number(most: float) -> Callable[[Any], float]:
+    def cast(value: Any) -> float:
+        if isinstance(value, bool):
+            raise ValueError(value)
+        amount = float(value)
+        if not (math.isfinite(amount) and 0 < amount <= most):
+            raise ValueError(value)
+        return int(amount) if amount.is_integer() else amount
+
+    return cast
+
+
+def whole(most: int) -> Callable[[Any], int]:
+    def cast(value: Any) -> int:
+        amount = number(most)(value)
+        if not isinstance(amount, int):
+            raise ValueError(value)
+        return amount
+
+    return cast
+
+
+def level(value: Any) -> str:
+    name = logging.getLevelName(value) if isinstance(value, int) else str(value).strip().upper()
+    if name not in ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"):
+        raise ValueError(value)
+    return name
+
+
+def secret(value: Any) -> Any:
+    if not isinstance(value, str | bytes) or not value.strip():
+        raise ValueError(value)
+    return value
+
+
+_BOOLEAN = "true or false (also 1/0, yes/no, on/off)"
+_SECONDS = "a number of seconds above 0 and at most 86400"
+_DAYS = "a number of days above 0 and at most 36500"
+_DATABASE = "postgresql://user:password@host/name, or sqlite:/// and the path of a file"
+
+KEYS = {
+    "DATABASE_URL": Key(None, make_url, _DATABASE, "where the data is; unset: a SQLite file in instance/"),
+    "SECRET_KEY": Key(
+        None, secret, "a text that is not empty", "signs the sessions; unset: made once, in instance/"
+    ),
+    "WORKERS_ENABLED": Key(True, boolean, _BOOLEAN, "whether a serving process runs the background workers"),
+    "WORKERS_HEARTBEAT_SECONDS": Key(2, number(86_400), _SECONDS, "how often an instance says it is alive"),
+    "WORKERS_LEASE_SECONDS": Key(10, number(86_400), _SECONDS, "how long it counts as alive without that"),
+    "WORKERS_SHUTDOWN_SECONDS": Key(20, number(86_400), _SECONDS, "how long a stop waits for running work"),
+    "WORKERS_HISTORY_DAYS": Key(14, number(36_500), _DAYS, "how long the executions of a worker are kept"),
+    "WORKERS_THREADS": Key(
+        10, whole(1_000), "a whole number from 1 to 1000", "how many runs a process has at once"
+    ),
+    "PASSIVE_AFTER_DAYS": Key(30, number(36_500), _DAYS, "users not seen for longer become passive"),
+    "LOG_LEVEL": Key("INFO", level, "DEBUG, INFO, WARNING, ERROR or CRITICAL", "how much the log says"),
+}
+
+
+def load_config(app: Flask, given: Mapping[str, Any] | object | None = None) -> None:
+    """Fill `app.config` from every source and check it; raise `InvalidConfig` for the first wrong value."""
+    app.config.from_mapping({name: key.default for name, key in KEYS.items()})
+    app.config.from_mapping(_environment())
+    _load_own(app, given)
+    _refuse_misspelled(app.config)
+    for name in KEYS:
+        if app.config[name] is not None or KEYS[name].default is not None:
+            app.config[name] = _cast(name, app.config[name])
+    _check_lease(app.config)
+    _set_database(app)
+    if app.config["SECRET_KEY"] is None:
+        app.config["SECRET_KEY"] = _kept_secret_key(Path(app.instance_path))
+
+
+def configure_logging(app: Flask) -> None:
+    """Give the log a handler, unless the process that loads the app has set one up already."""
+    if not logging.getLogger().handlers:
+        logging.basicConfig(
+            level=app.config["LOG_LEVEL"], format="%(asctime)s %(levelname)-7s %(name)s: %(message)s"
+        )
+    for name in ("apscheduler", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _environment() -> dict[str, str]:
+    _refuse_misspelled(os.environ)
+    return {name: os.environ[name] for name in KEYS if os.environ.get(name)}
+
+
+def _load_own(app: Flask, given: Mapping[str, Any] | object | None) -> None:
+    if given is None:
+        app.config.from_pyfile(str(Path(app.instance_path) / "config.py"), silent=True)
+    elif isinstance(given, Mapping):
+        app.config.from_mapping(given)
+    else:
+        app.config.from_object(given)
+
+
+def _refuse_misspelled(names: Mapping[str, Any]) -> None:
+    for name in names:
+        if name.startswith("WORKERS_") and name not in KEYS and (close := get_close_matches(name, KEYS, n=1)):
+            raise InvalidConfig(f"There is no setting {name}. Did you mean {close[0]}?")
+
+
+def _cast(name: str, value: Any) -> Any:
+    try:
+        return KEYS[name].cast(value)
+    except (ValueError, TypeError, KeyError, OverflowError, ArgumentError):
+        shown = "a value that is not shown" if name in ("DATABASE_URL", "SECRET_KEY") else repr(value)
+        raise InvalidConfig(
+            f"{name} is {shown}; expected {KEYS[name].expected}. "
+            f"Correct it in the environment or in instance/config.py, or leave it out."
+        ) from None
+
+
+def _check_lease(config: Mapping[str, Any]) -> None:
+    lease, heartbeat = config["WORKERS_LEASE_SECONDS"], config["WORKERS_HEARTBEAT_SECONDS"]
+    if lease <= 2 * heartbeat:
+        raise InvalidConfig(
+            f"WORKERS_LEASE_SECONDS is {lease}; expected more than twice "
+            f"WORKERS_HEARTBEAT_SECONDS ({heartbeat}), so that one late heartbeat does not cost an instance "
+            f"its claims. Raise the one or lower the other."
+        )
+
+
+def _set_database(app: Flask) -> None:
+    """Settle SQLALCHEMY_DATABASE_URI (one that was given itself wins) and DATABASE_IS_EMBEDDED."""
+    chosen = app.config.get("SQLALCHEMY_DATABASE_URI") or app.config["DATABASE_URL"]
+    app.config["DATABASE_IS_EMBEDDED"] = chosen is None
+    if chosen is None:
+        chosen = URL.create("sqlite", database="bookstore.sqlite")
+    url = _usable_url(_cast("DATABASE_URL", chosen), Path(app.instance_path))
+    app.config["SQLALCHEMY_DATABASE_URI"] = url.render_as_string(hide_password=False)
+
+
+def _usable_url(url: URL, folder: Path) -> URL:
+    if url.drivername in ("postgres", "postgresql", "postgresql+psycopg"):
+        return url.set(drivername="postgresql+psycopg")
+    if url.get_backend_name() != "sqlite":
+        raise InvalidConfig(f"DATABASE_URL begins with {url.drivername}://; expected {_DATABASE}.")
+    if not url.database or ":memory:" in url.database or url.database.startswith("file:"):
+        raise InvalidConfig(
+            f"DATABASE_URL is {url}; expected the path of a plain file, which several connections can share: "
+            f"sqlite:///bookstore.sqlite is one in the instance folder."
+        )
+    return url.set(database=str(folder / url.database))
+
+
+def _kept_secret_key(folder: Path) -> str:
+    """The key in the instance folder; the first of several processes that need one makes it."""
+    path = folder / "secret_key"
+    try:
+        if not path.exists():
+            _write_secret_key(path)
+        return str(secret(path.read_text(encoding="ascii").strip()))
+    except (OSError, ValueError) as error:
+        raise InvalidConfig(
+            f"SECRET_KEY is not set and {path} cannot hold one ({error or 'it is empty'}); expected either. "
+            f"Set SECRET_KEY, or make that file writable, or remove it if it is empty."
+        ) from error
+
+
+def _write_secret_key(path: Path) -> None:
+    """Appear whole or not at all: `link` fails when another process was first; its key is the key."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, draft = tempfile.mkstemp(prefix=".secret_key", dir=path.parent)  # mode 0600
+    try:
+        with os.fdopen(handle, "w", encoding="ascii") as file:
+            file.write(secrets.token_urlsafe(32))
+            file.flush()
+            os.fsync(file.fileno())
+        with suppress(FileExistsError):
+            os.link(draft, path)
+    finally:
+        os.unlink(draft)

@@ -1,0 +1,289 @@
+"""The shop's tables, and the statements on its users."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from string import ascii_lowercase, ascii_uppercase
+
+from flask_login import UserMixin
+from flask_sqlalchemy import SQLAlchemy
+from sqlalchemy import (
+    CheckConstraint,
+    ColumnElement,
+    ForeignKey,
+    Index,
+    MetaData,
+    Select,
+    String,
+    Text,
+    and_,
+    cast,
+    false,
+    func,
+    literal_column,
+    not_,
+    select,
+    text,
+    true,
+    tuple_,
+    update,
+)
+from sqlalchemy.dialects.postgresql import VARCHAR
+from sqlalchemy.orm import (
+    DeclarativeBase,
+    InstrumentedAttribute,
+    Mapped,
+    Session,
+    mapped_column,
+    relationship,
+    scoped_session,
+)
+from werkzeug.security import check_password_hash, generate_password_hash
+
+from background.clock import UtcDateTime, now
+
+
+class Base(DeclarativeBase):
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+
+
+db = SQLAlchemy(model_class=Base)
+
+
+def ordered_text(length: int) -> String:
+    """Text compared by its code points on both engines, so that one index serves order and prefix search."""
+    return String(length).with_variant(VARCHAR(length, collation="C"), "postgresql")
+
+
+class User(UserMixin, db.Model):  # type: ignore[name-defined, misc]
+    __tablename__ = "users"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    email: Mapped[str] = mapped_column(ordered_text(254), unique=True)
+    name: Mapped[str] = mapped_column(ordered_text(120))
+    password_hash: Mapped[str] = mapped_column(String(255))
+    status: Mapped[str] = mapped_column(String(10), default="active", server_default="active")
+    is_admin: Mapped[bool] = mapped_column(default=False, server_default=false())
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now())
+    last_login_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+
+    orders: Mapped[list["Order"]] = relationship(back_populates="user")
+
+    def set_password(self, password: str) -> None:
+        self.password_hash = generate_password_hash(password)
+
+    def check_password(self, password: str) -> bool:
+        return check_password_hash(self.password_hash, password)
+
+
+_name = func.lower(User.name)
+_last_seen_at = func.coalesce(User.last_login_at, User.created_at)
+# A literal, not a parameter: PostgreSQL must see it to know that the partial index applies.
+_is_active = User.status == literal_column("'active'")
+
+User.__table__.append_constraint(CheckConstraint(User.status.in_(["active", "passive"]), name="status"))
+Index("ix_users_last_seen_at_of_active", _last_seen_at, postgresql_where=_is_active, sqlite_where=_is_active)
+Index("ix_users_status_email", User.status, User.email)
+Index("ix_users_lower_name", _name, User.id)
+
+
+class Book(db.Model):  # type: ignore[name-defined, misc]
+    __tablename__ = "books"
+    __table_args__ = (
+        CheckConstraint("price_cents >= 0", name="price_cents"),
+        CheckConstraint("stock >= 0", name="stock"),
+    )
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    title: Mapped[str] = mapped_column(String(200), index=True)
+    author: Mapped[str] = mapped_column(String(200))
+    isbn: Mapped[str | None] = mapped_column(String(17), unique=True)
+    description: Mapped[str] = mapped_column(Text, default="", server_default="")
+    price_cents: Mapped[int]
+    stock: Mapped[int] = mapped_column(default=0, server_default="0")
+
+
+class Order(db.Model):  # type: ignore[name-defined, misc]
+    __tablename__ = "orders"
+    __table_args__ = (
+        CheckConstraint("quantity > 0", name="quantity"),
+        CheckConstraint("price_cents >= 0", name="price_cents"),
+    )
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    user_id: Mapped[int] = mapped_column(ForeignKey("users.id"), index=True)
+    book_id: Mapped[int] = mapped_column(ForeignKey("books.id"), index=True)
+    quantity: Mapped[int]
+    price_cents: Mapped[int]  # of one copy, when the order was placed
+    status: Mapped[str] = mapped_column(String(10), default="placed", server_default="placed")
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now())
+
+    user: Mapped[User] = relationship(back_populates="orders")
+    book: Mapped[Book] = relationship()
+
+
+@dataclass(frozen=True)
+class UserPage:
+    """Some users, and the `after` that gets those behind them (None: there are no more)."""
+
+    users: list[User]
+    after: str | None
+
+
+class UserRepository:
+    """The statements on users. It commits nothing but the slices of a sweep."""
+
+    slice_size = 5_000
+
+    def __init__(self, session: Session | scoped_session[Session]) -> None:
+        self.session = session
+
+    def get(self, user_id: int) -> User | None:
+        return self.session.get(User, user_id)
+
+    def by_email(self, email: str) -> User | None:
+        return self.session.scalar(select(User).where(User.email == email.strip().lower()))
+
+    def record_login(self, user_id: int, at: datetime) -> None:
+        """Whoever logs in is active: nobody is locked out."""
+        self.session.execute(update(User).where(User.id == user_id).values(last_login_at=at, status="active"))
+
+    def update_inactive_user_statuses(
+        self, cutoff: datetime, after_slice: Callable[[int, int], None] | None = None
+    ) -> int:
+        """Set active users last seen before `cutoff` to passive; return how many.
+
+        After each slice `after_slice(done, total)` is to commit; without one the repository does.
+        """
+        if not self._any_stale(cutoff):
+            return 0
+        slices = self._slices_of_stale(cutoff)
+        total = sum(size for _, size in slices)
+        done = changed = 0
+        for ids, size in slices:
+            changed += self._set_passive(ids, cutoff)
+            done += size
+            if after_slice is None:
+                self.session.commit()
+            else:
+                after_slice(done, total)
+        return changed
+
+    def _any_stale(self, cutoff: datetime) -> bool:
+        """One probe of the partial index, so that a run with nothing to do costs nothing at any size."""
+        return self.session.scalar(select(literal_column("1")).where(_stale(cutoff)).limit(1)) is not None
+
+    def _slices_of_stale(self, cutoff: datetime) -> list[tuple[str, int]]:
+        """The ids in ascending order, which is about how the rows lie on disk: each page is written once.
+
+        A slice's ids stay the database's own text for a list; they only pass through here.
+        """
+        numbered = (
+            select(
+                User.id, ((func.row_number().over(order_by=User.id) - 1) // self.slice_size).label("slice")
+            )
+            .where(_stale(cutoff))
+            .subquery()
+        )
+        ids = (
+            cast(func.array_agg(numbered.c.id), Text)
+            if self._postgresql
+            else func.json_group_array(numbered.c.id)
+        )
+        rows = self.session.execute(
+            select(ids, func.count()).group_by(numbered.c.slice).order_by(numbered.c.slice)
+        )
+        return [(ids, size) for ids, size in rows]
+
+    def _set_passive(self, ids: str, cutoff: datetime) -> int:
+        """Others may be here: a user of the slice may log in between the look and this statement, or hold the
+        row now. So it asks again whether the user is stale, and whoever logged in meanwhile stays active."""
+        among = (
+            "= ANY(CAST(:ids AS integer[]))" if self._postgresql else "IN (SELECT value FROM json_each(:ids))"
+        )
+        statement = (
+            update(User)
+            .where(text(f"users.id {among}").bindparams(ids=ids), _stale(cutoff))
+            .values(status="passive")
+            .execution_options(synchronize_session=False)
+        )
+        return self.session.execute(statement).rowcount  # type: ignore[attr-defined, no-any-return]
+
+    @property
+    def _postgresql(self) -> bool:
+        return self.session.get_bind(User).dialect.name == "postgresql"
+
+    def search(
+        self, status: str | None = None, prefix: str = "", after: str | None = None, limit: int = 50
+    ) -> UserPage:
+        """A page of users of that status: whose e-mail begins with the prefix, then whose name does.
+
+        Every page is a range of one index or two: the last is as fast as the first. `after` is the `after`
+        of the page before.
+        """
+        prefix = prefix.strip().translate(_FOLD)
+        part, last_id, last = _parse_position(after)
+        found: list[User] = []
+        if part == "email":
+            found = self._by_email(status, prefix, last, limit + 1)
+        if prefix and len(found) <= limit:
+            found += self._by_name(
+                status, prefix, last_id, last if part == "name" else "", limit + 1 - len(found)
+            )
+        page = found[:limit]
+        return UserPage(page, _position(page[-1], prefix) if len(found) > limit else None)
+
+    def _by_email(self, status: str | None, prefix: str, last: str, limit: int) -> list[User]:
+        query = select(User).where(_begins(User.email, prefix), User.email > last).order_by(User.email)
+        return self._take(query, status, limit)
+
+    def _by_name(self, status: str | None, prefix: str, last_id: int, last: str, limit: int) -> list[User]:
+        query = (
+            select(User)
+            .where(_begins(_name, prefix), not_(_begins(User.email, prefix)))
+            .order_by(_name, User.id)
+        )
+        if last:
+            query = query.where(tuple_(_name, User.id) > tuple_(last, last_id))
+        return self._take(query, status, limit)
+
+    def _take(self, query: Select[User], status: str | None, limit: int) -> list[User]:
+        if status is not None:
+            query = query.where(User.status == status)
+        return list(self.session.scalars(query.limit(limit)))
+
+
+def _stale(cutoff: datetime) -> ColumnElement[bool]:
+    return and_(_is_active, _last_seen_at < cutoff)
+
+
+# As the databases fold a name under the C collation: ASCII alone. No NUL, which PostgreSQL refuses.
+_FOLD = str.maketrans(ascii_uppercase, ascii_lowercase, "\0")
+
+
+def _begins(column: ColumnElement[str] | InstrumentedAttribute[str], prefix: str) -> ColumnElement[bool]:
+    """A prefix as a range of the column's order (LIKE uses an index only sometimes, and has wildcards)."""
+    return and_(column >= prefix, column < prefix + "\U0010ffff") if prefix else true()
+
+
+def _position(user: User, prefix: str) -> str:
+    if user.email.startswith(prefix):
+        return f"email:0:{user.email}"
+    return f"name:{user.id}:{user.name.translate(_FOLD)}"
+
+
+def _parse_position(after: str | None) -> tuple[str, int, str]:
+    """The part, the id and the text of a position; the beginning for one that is none."""
+    part, _, rest = (after or "").replace("\0", "").partition(":")
+    last_id, _, last = rest.partition(":")
+    if part in ("email", "name") and last_id.isascii() and last_id.isdigit() and len(last_id) < 10:
+        return part, int(last_id), last
+    return "email", 0, ""
