@@ -1,1 +1,32 @@
 """Background workers that run once per tick, however many processes, machines and releases run them."""
+
+from .context import WorkerContext
+from .errors import (
+    BackgroundError,
+    ClaimLost,
+    DatabaseNotReady,
+    DuplicateWorker,
+    InvalidConfig,
+    InvalidSchedule,
+    InvalidWorker,
+    RunStopped,
+    UnknownWorker,
+)
+from .manager import BackgroundWorkerManager, current_workers
+from .worker import PeriodicWorker
+
+__all__ = [
+    "BackgroundError",
+    "BackgroundWorkerManager",
+    "ClaimLost",
+    "DatabaseNotReady",
+    "DuplicateWorker",
+    "InvalidConfig",
+    "InvalidSchedule",
+    "InvalidWorker",
+    "PeriodicWorker",
+    "RunStopped",
+    "UnknownWorker",
+    "WorkerContext",
+    "current_workers",
+]

@@ -3,7 +3,7 @@
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, DateTime, Float, String, TypeDecorator, literal
+from sqlalchemy import ColumnElement, DateTime, Engine, Float, String, TypeDecorator, literal
 from sqlalchemy.engine import Dialect
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
@@ -66,3 +66,11 @@ def _sqlite(element: _Now, compiler: SQLCompiler, **kwargs: Any) -> str:
         return "strftime('%Y-%m-%d %H:%M:%f000', 'now')"
     seconds = compiler.process(element.clauses, **kwargs)
     return f"strftime('%Y-%m-%d %H:%M:%f000', 'now', printf('%+.3f seconds', {seconds}))"
+
+
+def single_statements(engine: Engine) -> Engine:
+    """`engine` for transactions of one statement: PostgreSQL spares the BEGIN and the ROLLBACK around it.
+
+    (SQLite's driver needs none around a read.)
+    """
+    return engine if engine.dialect.name == "sqlite" else engine.execution_options(isolation_level="AUTOCOMMIT")

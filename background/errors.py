@@ -44,3 +44,8 @@ class ClaimLost(BackgroundError):
 
 class RunStopped(BackgroundError):
     """Raised by `context.raise_if_stopping()`: the run ends here and is handed back."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text: drivers add the statement and a link, which belong in a traceback."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

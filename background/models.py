@@ -14,6 +14,8 @@ workers = Table(
     Column("name", String(200), primary_key=True),
     # The high-water mark: no tick at or below it is ever claimed (again). Never pruned.
     Column("mark", UtcDateTime),
+    # What the mark was before the last claim: the ticks between the two were missed.
+    Column("previous_mark", UtcDateTime),
     # Grows by one at every claim. `running` is the token of the claim in force, or NULL.
     Column("token", BigInteger, nullable=False, server_default="0"),
     Column("running", BigInteger),
@@ -24,6 +26,7 @@ workers = Table(
     # The schedule in force, as text; `declared` is what the newest start brought, before any `reschedule`.
     Column("schedule", String(200), nullable=False),
     Column("declared", String(200), nullable=False),
+    Column("scheduled_at", UtcDateTime, nullable=False),
     Column("paused_at", UtcDateTime),
 )
 

@@ -1,0 +1,38 @@
+"""The application factory: a table of contents."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import svcs
+from flask import Flask
+from flask_migrate import Migrate
+
+import routes
+from background import BackgroundWorkerManager
+from config import configure_logging, load_config
+from migrations import demo, schema
+from models import UserRepository, db
+from workers import PassiveUserCheckerWorker
+
+
+def create_app(config: Mapping[str, Any] | object | None = None) -> Flask:
+    """Make the application; `config` is a mapping, an object, or None (environment and instance/config.py)."""
+    app = Flask(__name__, instance_relative_config=True)
+    load_config(app, config)
+    configure_logging(app)
+
+    db.init_app(app)
+    Migrate(app, db)
+
+    svcs.flask.init_app(app)
+    svcs.flask.register_factory(app, UserRepository, lambda: UserRepository(db.session))
+
+    workers = BackgroundWorkerManager(app, db)
+    workers.before_start(schema.ensure_ready)
+    workers.add(PassiveUserCheckerWorker)
+
+    routes.register(app)
+    demo.register_commands(app)
+
+    workers.start_under_flask_run()
+    return app

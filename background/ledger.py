@@ -1,0 +1,366 @@
+"""Who runs what: every statement that decides it. Each race is one conditional UPDATE."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import Connection, CursorResult, Engine, Row, and_, func, insert, null, or_, select, update
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.orm import Session
+
+from .clock import now, single_statements
+from .errors import ClaimLost
+from .models import executions, workers
+from .schedule import Schedule, parse_schedule
+
+_TICK = timedelta(microseconds=1)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """The right to run one tick of one worker, as long as `token` is the worker's `running` one."""
+
+    worker: str
+    tick: datetime
+    attempt: int
+    token: int
+    trigger: str
+    execution: int
+
+    @property
+    def idempotency_key(self) -> str:
+        """The same for every attempt at this tick, and for no other tick."""
+        kind = "" if self.trigger == "schedule" else f"{self.trigger}:"
+        return f"{self.worker}:{kind}{self.tick.isoformat()}"
+
+
+@dataclass(frozen=True)
+class WorkerState:
+    """One worker's row, the claim in force (if any) and the database's clock, all of one read."""
+
+    name: str
+    clock: datetime
+    mark: datetime | None
+    schedule: Schedule
+    scheduled_at: datetime
+    overridden: bool
+    paused_at: datetime | None
+    pending_tick: datetime | None
+    running: Claim | None
+    instance: str | None
+    instance_name: str | None
+
+
+class Ledger:
+    """The worker and execution rows of one database, written on the engine's own connections."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._reading = single_statements(engine)
+        self._insert = sqlite.insert if engine.dialect.name == "sqlite" else postgresql.insert
+
+    # -- what is known -------------------------------------------------------------------------
+
+    def look(self, name: str) -> WorkerState | None:
+        """One read: a loser learns here that it has lost, without taking a lock."""
+        with self._reading.connect() as connection:
+            row = connection.execute(_states.where(workers.c.name == name)).one_or_none()
+        return _state(row) if row else None
+
+    def states(self) -> dict[str, WorkerState]:
+        """Every worker's state, of this release or not, in one read."""
+        with self._reading.connect() as connection:
+            return {row.name: _state(row) for row in connection.execute(_states)}
+
+    # -- claiming ------------------------------------------------------------------------------
+
+    def claim(self, name: str, tick: datetime, schedule: Schedule, instance: tuple[str, str]) -> Claim | None:
+        """Claim `tick`, or None.
+
+        Others may be here: every instance that knows this worker, at the same instant, and late ones.
+        The row's lock puts them in a line; the first raises the mark, and the rest find it raised.
+        """
+        with self.engine.begin() as connection:
+            row = connection.execute(
+                update(workers)
+                .where(
+                    workers.c.name == name,
+                    or_(workers.c.mark.is_(None), workers.c.mark < tick),
+                    tick <= now(),
+                    workers.c.schedule == str(schedule),
+                    workers.c.paused_at.is_(None),
+                    workers.c.pending_tick.is_(None),
+                    workers.c.running.is_(None),
+                )
+                .values(previous_mark=workers.c.mark, mark=tick, **_NEW_TOKEN)
+                .returning(workers.c.token, workers.c.previous_mark, workers.c.scheduled_at)
+            ).one_or_none()
+            if row is None:
+                return None
+            if row.previous_mark is not None:
+                self._record_missed(connection, name, max(row.previous_mark, row.scheduled_at), tick, schedule)
+            return self._begin(connection, Claim(name, tick, 1, row.token, "schedule", 0), instance)
+
+    def claim_pending(self, name: str, tick: datetime, instance: tuple[str, str]) -> Claim | None:
+        """Claim a tick that was lost or handed back. Others may be here: every instance that saw it pending."""
+        pending = (workers.c.pending_attempt, workers.c.pending_trigger)
+        with self.engine.begin() as connection:
+            row = connection.execute(
+                update(workers)
+                .where(
+                    workers.c.name == name,
+                    workers.c.pending_tick == tick,
+                    workers.c.paused_at.is_(None),
+                    workers.c.running.is_(None),
+                )
+                .values(pending_tick=null(), **_NEW_TOKEN)
+                .returning(workers.c.token, *pending)
+            ).one_or_none()
+            if row is None:
+                return None
+            claim = Claim(name, tick, row.pending_attempt, row.token, row.pending_trigger, 0)
+            return self._begin(connection, claim, instance)
+
+    def claim_manual(self, name: str, tick: datetime, instance: tuple[str, str]) -> Claim | None:
+        """Claim a run that no schedule asked for; `tick` is the moment of asking. The mark stays where it is.
+
+        Others may be here: a second click, or the scheduled tick of the same moment; one of them waits its turn.
+        """
+        with self.engine.begin() as connection:
+            token = connection.execute(
+                update(workers)
+                .where(workers.c.name == name, workers.c.pending_tick.is_(None), workers.c.running.is_(None))
+                .values(**_NEW_TOKEN)
+                .returning(workers.c.token)
+            ).scalar_one_or_none()
+            if token is None:
+                return None
+            return self._begin(connection, Claim(name, tick, 1, token, "manual", 0), instance)
+
+    def skip(self, name: str, tick: datetime, reason: str) -> bool:
+        """Record that `tick` is not run because the worker is paused or still running; True for the one who did.
+
+        Others may be here: every instance finds the same obstacle. Whoever raises the mark writes the row;
+        a row that says the same is extended, so that a pause of a month is one row.
+        """
+        with self.engine.begin() as connection:
+            raised = connection.execute(
+                update(workers)
+                .where(
+                    workers.c.name == name,
+                    or_(workers.c.mark.is_(None), workers.c.mark < tick),
+                    tick <= now(),
+                    or_(workers.c.paused_at.is_not(None), workers.c.running.is_not(None)),
+                )
+                .values(mark=tick)
+            )
+            if _count(raised) == 0:
+                return False
+            newest = select(func.max(executions.c.id)).where(executions.c.worker == name).scalar_subquery()
+            extended = connection.execute(
+                update(executions)
+                .where(executions.c.id == newest, executions.c.state == "skipped", executions.c.reason == reason)
+                .values(through=tick, finished_at=now())
+            )
+            if _count(extended) == 0:
+                self._record_not_run(connection, "skipped", name, tick, tick, reason)
+            return True
+
+    # -- ending --------------------------------------------------------------------------------
+
+    def check(self, claim: Claim, session: Session, progress: tuple[float, float | None] | None = None) -> None:
+        """Hold the worker's row in the session's transaction while its token is `claim`'s; else raise ClaimLost.
+
+        Others may be here: whoever takes the claim over. They wait for this commit, or this finds them first.
+        """
+        held = and_(workers.c.name == claim.worker, workers.c.running == claim.token)
+        if session.get_bind().dialect.name == "sqlite":  # has no row locks; a write takes the only lock there is
+            result = session.execute(update(workers).where(held).values(running=workers.c.running))
+            ours = _count(result) == 1
+        else:
+            ours = session.execute(select(workers.c.token).where(held).with_for_update(read=True)).first() is not None
+        if not ours:
+            raise _lost(claim)
+        if progress is not None:
+            done, total = progress
+            session.execute(
+                update(executions)
+                .where(executions.c.id == claim.execution)
+                .values(progress_done=done, progress_total=total)
+            )
+
+    def finish(self, claim: Claim, session: Session) -> None:
+        """Write "succeeded" into the run's own transaction; its commit makes the effects and the mark one."""
+        if not self._end(session, claim, "succeeded"):
+            raise _lost(claim)
+
+    def end(self, claim: Claim, state: str, reason: str | None = None, next_attempt: int | None = None) -> bool:
+        """End a claim that did not succeed; with `next_attempt` its tick is claimed again.
+
+        Others may be here: the run itself, its time-out, and the instances that believe it lost. The first wins.
+        """
+        with self.engine.begin() as connection:
+            return self._end(connection, claim, state, reason, next_attempt)
+
+    def outcome(self, claim: Claim) -> str:
+        """The state of the claim's execution."""
+        with self._reading.connect() as connection:
+            state = connection.execute(select(executions.c.state).where(executions.c.id == claim.execution))
+            return state.scalar_one()
+
+    # -- the fleet's settings ------------------------------------------------------------------
+
+    def register(self, schedules: dict[str, Schedule]) -> None:
+        """Make the rows of this release's workers; a changed declaration replaces the schedule in force."""
+        with self.engine.begin() as connection:
+            known = dict(connection.execute(select(workers.c.name, workers.c.declared)).tuples().all())
+            for name, schedule in sorted(schedules.items()):
+                text = str(schedule)
+                if name not in known:
+                    row = {"name": name, "schedule": text, "declared": text, "scheduled_at": now()}
+                    connection.execute(self._insert(workers).values(row).on_conflict_do_nothing())
+                elif known[name] != text:
+                    connection.execute(
+                        update(workers)
+                        .where(workers.c.name == name, workers.c.declared != text)
+                        .values(schedule=text, declared=text, scheduled_at=now())
+                    )
+
+    def pause(self, name: str) -> bool:
+        """Stop claiming; True where it was not paused already."""
+        paused = update(workers).where(workers.c.name == name, workers.c.paused_at.is_(None))
+        return self._write(paused.values(paused_at=now()))
+
+    def resume(self, name: str) -> bool:
+        """Claim again; True where it was paused."""
+        paused = update(workers).where(workers.c.name == name, workers.c.paused_at.is_not(None))
+        return self._write(paused.values(paused_at=null()))
+
+    def reschedule(self, name: str, schedule: Schedule | None) -> bool:
+        """Replace the schedule in force, for the whole fleet; None goes back to the declared one."""
+        text = workers.c.declared if schedule is None else str(schedule)
+        changed = update(workers).where(workers.c.name == name, workers.c.schedule != text)
+        return self._write(changed.values(schedule=text, scheduled_at=now()))
+
+    # -- helpers -------------------------------------------------------------------------------
+
+    def _write(self, statement: Any) -> bool:
+        with self.engine.begin() as connection:
+            return _count(connection.execute(statement)) == 1
+
+    def _begin(self, connection: Connection, claim: Claim, instance: tuple[str, str]) -> Claim:
+        execution = connection.execute(
+            insert(executions)
+            .values(
+                worker=claim.worker,
+                tick=claim.tick,
+                trigger=claim.trigger,
+                state="running",
+                attempt=claim.attempt,
+                token=claim.token,
+                instance=instance[0],
+                instance_name=instance[1],
+                started_at=now(),
+            )
+            .returning(executions.c.id)
+        ).scalar_one()
+        return replace(claim, execution=execution)
+
+    def _end(
+        self,
+        connection: Connection | Session,
+        claim: Claim,
+        state: str,
+        reason: str | None = None,
+        next_attempt: int | None = None,
+    ) -> bool:
+        pending: dict[str, Any] = {}
+        if next_attempt is not None:
+            pending = {
+                "pending_tick": claim.tick,
+                "pending_attempt": next_attempt,
+                "pending_trigger": claim.trigger,
+            }
+        released = connection.execute(
+            update(workers)
+            .where(workers.c.name == claim.worker, workers.c.running == claim.token)
+            .values(running=null(), **pending)
+        )
+        if _count(released) == 0:
+            return False
+        connection.execute(
+            update(executions)
+            .where(executions.c.id == claim.execution)
+            .values(state=state, finished_at=now(), reason=reason)
+        )
+        return True
+
+    def _record_missed(
+        self, connection: Connection, name: str, after: datetime, before: datetime, schedule: Schedule
+    ) -> None:
+        first = schedule.next(after)
+        if first < before:
+            last = schedule.previous(before - _TICK)
+            self._record_not_run(connection, "missed", name, first, last, "no instance was up to run it")
+
+    def _record_not_run(
+        self, connection: Connection, state: str, name: str, first: datetime, last: datetime, reason: str
+    ) -> None:
+        connection.execute(
+            insert(executions).values(
+                worker=name,
+                tick=first,
+                through=last,
+                trigger="schedule",
+                state=state,
+                reason=reason,
+                finished_at=now(),
+            )
+        )
+
+
+_NEW_TOKEN = {"token": workers.c.token + 1, "running": workers.c.token + 1}
+
+_states = select(
+    workers,
+    now().label("clock"),
+    executions.c.id.label("execution"),
+    executions.c.tick,
+    executions.c.attempt,
+    executions.c.trigger,
+    executions.c.instance,
+    executions.c.instance_name,
+).outerjoin(executions, and_(executions.c.worker == workers.c.name, executions.c.token == workers.c.running))
+
+
+def _state(row: Row[Any]) -> WorkerState:
+    running = None
+    if row.running is not None:
+        running = Claim(row.name, row.tick, row.attempt, row.running, row.trigger, row.execution)
+    return WorkerState(
+        name=row.name,
+        clock=row.clock,
+        mark=row.mark,
+        schedule=parse_schedule(row.schedule),
+        scheduled_at=row.scheduled_at,
+        overridden=row.schedule != row.declared,
+        paused_at=row.paused_at,
+        pending_tick=row.pending_tick,
+        running=running,
+        instance=row.instance,
+        instance_name=row.instance_name,
+    )
+
+
+def _count(result: Any) -> int:
+    assert isinstance(result, CursorResult)  # noqa: S101 - for the type checker: an UPDATE gives no other
+    return result.rowcount
+
+
+def _lost(claim: Claim) -> ClaimLost:
+    return ClaimLost(
+        f"Worker {claim.worker!r} no longer holds its claim of the tick {claim.tick.isoformat()} (token {claim.token}): "
+        "it was taken over, timed out or handed back. Nothing that this run had not committed is kept; "
+        "let the exception pass."
+    )

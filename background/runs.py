@@ -1,0 +1,164 @@
+"""Running one claim: a fresh app context, the worker's method, and one outcome, written once."""
+
+import asyncio
+import inspect
+import logging
+import threading
+import time
+import traceback
+from collections.abc import Awaitable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import chain, repeat
+
+from flask import Flask
+from flask_sqlalchemy import SQLAlchemy
+from sqlalchemy.exc import SQLAlchemyError
+
+from .context import WorkerContext, current_run
+from .errors import ClaimLost, RunStopped, first_line
+from .instances import Instance
+from .ledger import Claim, Ledger
+from .worker import PeriodicWorker
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Execution:
+    """What this instance did about one tick; `state` is how it ended."""
+
+    claim: Claim
+    state: str
+
+
+class Runs:
+    """The runs of this process: who is told to stop, and who is waited for."""
+
+    def __init__(self, app: Flask, db: SQLAlchemy) -> None:
+        self._app, self._db = app, db
+        self._contexts: set[WorkerContext] = set()
+        self._changed = threading.Condition()
+        self._stopping = False
+
+    def open(self) -> None:
+        """Let runs begin (again)."""
+        self._stopping = False
+
+    @property
+    def is_stopping(self) -> bool:
+        return self._stopping
+
+    def tell(self) -> None:
+        """Set `stopping` in every run, at once, and in those that begin later."""
+        with self._changed:
+            self._stopping = True
+            for context in self._contexts:
+                context.stopping.set()
+
+    def lose(self, instance: Instance | None = None) -> None:
+        """Refuse every later commit of the runs (of `instance`): others may be running their ticks by now."""
+        with self._changed:
+            for context in self._contexts:
+                if instance is None or context.instance.id == instance.id:
+                    context.lose()
+
+    def wait(self, seconds: float) -> bool:
+        """Wait until nothing runs; False when `seconds` went by first."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._contexts, seconds)
+
+    def run(self, worker: type[PeriodicWorker], claim: Claim, ledger: Ledger, instance: Instance) -> Execution:
+        """Run `claim` to its end, whatever that is, and write it down; no error of the worker's comes out."""
+        with self._app.app_context():
+            context = WorkerContext(claim, ledger, instance, self._db)
+            with self._entered(context), _timed_out_after(worker.timeout, context, ledger):
+                return Execution(claim, self._outcome(worker, context, ledger))
+
+    @contextmanager
+    def _entered(self, context: WorkerContext) -> Iterator[None]:
+        with self._changed:
+            self._contexts.add(context)
+            if self._stopping:
+                context.stopping.set()
+        token = current_run.set(context)
+        try:
+            yield
+        finally:
+            current_run.reset(token)
+            with self._changed:
+                self._contexts.discard(context)
+                self._changed.notify_all()
+
+    def _outcome(self, worker: type[PeriodicWorker], context: WorkerContext, ledger: Ledger) -> str:
+        claim, began = context.claim, time.monotonic()
+        try:
+            _invoke(worker, context)
+            context.finish()
+        except RunStopped:
+            self._db.session.rollback()
+            context.logger.info("Handed the tick %s back", claim.tick.isoformat())
+            return _end(context, ledger, "handed back", next_attempt=claim.attempt)
+        except ClaimLost as lost:  # whoever finds this instance's lease run out writes it down
+            self._db.session.rollback()
+            context.logger.warning("%s", lost)
+            return "lost"
+        except (Exception, SystemExit) as error:
+            self._db.session.rollback()
+            state = _end(context, ledger, "failed", "".join(traceback.format_exception(error)))
+            if state != "succeeded":  # it can have: the reply to a commit got lost
+                context.logger.exception("Failed at the tick %s", claim.tick.isoformat())
+            return state
+        except BaseException:
+            self._db.session.rollback()
+            _end(context, ledger, "handed back", next_attempt=claim.attempt)
+            raise
+        context.logger.info("Ran the tick %s in %.3f s", claim.tick.isoformat(), time.monotonic() - began)
+        return "succeeded"
+
+
+def _invoke(worker: type[PeriodicWorker], context: WorkerContext) -> None:
+    result = worker().do_work(context)
+    if inspect.isawaitable(result):
+        asyncio.run(_awaited(result))
+
+
+async def _awaited(result: Awaitable[None]) -> None:
+    await result
+
+
+def _end(context: WorkerContext, ledger: Ledger, state: str, reason: str | None = None, next_attempt: int | None = None) -> str:
+    """Write how the run ended and return that, or what was written before; tries as long as the lease lasts."""
+    for delay in chain((0.1, 0.2, 0.5, 1.0), repeat(2.0)):
+        try:
+            if ledger.end(context.claim, state, reason, next_attempt):
+                return state
+            return ledger.outcome(context.claim)
+        except SQLAlchemyError as error:
+            if not context.instance.is_alive:
+                break
+            log.warning("Cannot write that %s %s, trying again: %s", context.worker, state, first_line(error))
+            time.sleep(delay)
+    return "lost"
+
+
+@contextmanager
+def _timed_out_after(timeout: timedelta | None, context: WorkerContext, ledger: Ledger) -> Iterator[None]:
+    """After `timeout`, end the run in the ledger, so that the next ticks go on; the hung one can commit no more."""
+    if timeout is None:
+        yield
+        return
+
+    def time_out() -> None:
+        context.lose()
+        if _end(context, ledger, "timed out", f"ran longer than its timeout of {timeout}") == "timed out":
+            context.logger.warning("Timed out: the tick %s ran longer than %s", context.tick.isoformat(), timeout)
+
+    timer = threading.Timer(timeout.total_seconds(), time_out)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

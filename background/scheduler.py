@@ -1,0 +1,77 @@
+"""APScheduler, and the only importer of it: it wakes the manager up; the ledger decides."""
+
+import threading
+from collections.abc import Callable
+from datetime import UTC, datetime
+from queue import SimpleQueue
+from typing import Any
+
+from apscheduler.executors.base import BaseExecutor, run_job
+from apscheduler.job import Job
+from apscheduler.schedulers.background import BackgroundScheduler
+
+
+class Scheduler:
+    """Calls functions at given times, each on one of `threads` daemon threads; late rather than never."""
+
+    def __init__(self, threads: int) -> None:
+        self._scheduler = BackgroundScheduler(
+            executors={"default": _DaemonThreads(threads)},
+            # Nothing is dropped for being late or for overlapping itself: that is for the ledger to decide.
+            job_defaults={"misfire_grace_time": None, "coalesce": True, "max_instances": 1_000_000},
+            timezone=UTC,
+            daemon=True,
+        )
+
+    def start(self) -> None:
+        self._scheduler.start()
+
+    def stop(self) -> None:
+        """Call nothing any more. Does not wait for what is being called."""
+        self._scheduler.shutdown(wait=False)
+
+    def at(self, when: datetime, key: str, function: Callable[..., None], *args: Any) -> None:
+        """Call `function(*args)` at `when` (this host's clock); replaces what was set under `key`."""
+        self._scheduler.add_job(function, "date", run_date=when, args=args, id=key, replace_existing=True)
+
+    def soon(self, function: Callable[..., None], *args: Any) -> None:
+        """Call `function(*args)` as soon as a thread is free."""
+        self._scheduler.add_job(function, args=args)
+
+    def forget(self, key: str) -> None:
+        """Unset `key`, where it is set."""
+        if self._scheduler.get_job(key):
+            self._scheduler.remove_job(key)
+
+
+class _DaemonThreads(BaseExecutor):  # type: ignore[misc]
+    """A pool whose threads do not hold the interpreter's exit up.
+
+    Python joins the threads of `concurrent.futures` before it calls `atexit` handlers, so with APScheduler's
+    own pool a Ctrl-C would wait for the longest run before anybody could tell it to stop.
+    """
+
+    def __init__(self, threads: int) -> None:
+        super().__init__()
+        self._threads_left = threads
+        self._idle = threading.Semaphore(0)
+        self._queue: SimpleQueue[tuple[Job, list[datetime]] | None] = SimpleQueue()
+        self._started = 0
+
+    def _do_submit_job(self, job: Job, run_times: list[datetime]) -> None:
+        self._queue.put((job, run_times))
+        if not self._idle.acquire(blocking=False) and self._threads_left:
+            self._threads_left -= 1
+            self._started += 1
+            threading.Thread(target=self._serve, name=f"workers-{self._started}", daemon=True).start()
+
+    def _serve(self) -> None:
+        while item := self._queue.get():
+            job, run_times = item
+            events = run_job(job, job._jobstore_alias, run_times, self._logger.name)
+            self._run_job_success(job.id, events)
+            self._idle.release()
+
+    def shutdown(self, wait: bool = True) -> None:
+        for _ in range(self._started):
+            self._queue.put(None)
