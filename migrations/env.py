@@ -1,4 +1,4 @@
-"""Run by Alembic (`flask db ...`, `schema.py`): what is pending is one transaction, with one runner at a time."""
+"""Run by Alembic (`flask db ...`, `schema.py`): one transaction of what is pending, one runner at a time."""
 
 from collections.abc import Callable
 from typing import Any, Literal

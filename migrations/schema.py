@@ -32,6 +32,15 @@ def ensure_ready() -> None:
         _check(engine)
 
 
+def upgrade(finish: Callable[[Connection], None] | None = None) -> None:
+    """Run the pending migrations, then `finish` in the same transaction. Needs an application context."""
+    from alembic import command
+
+    config = _config()
+    config.attributes["finish"] = finish
+    command.upgrade(config, "head")
+
+
 def _check(engine: Engine) -> None:
     found = _found_revision(engine)
     if found is None:
@@ -54,10 +63,10 @@ def _prepare(engine: Engine) -> None:
         if found is None:
             from migrations.demo import open_shop
 
-            _upgrade(open_shop)
+            upgrade(open_shop)
         elif _is_behind(found):
             logger.info("Bringing %s from revision %s to %s.", engine.url.database, found, _head())
-            _upgrade()
+            upgrade()
         else:
             _compare(engine, found)
 
@@ -135,14 +144,6 @@ def _lock(path: Path) -> Iterator[None]:
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _upgrade(finish: Callable[[Connection], None] | None = None) -> None:
-    from alembic import command
-
-    config = _config()
-    config.attributes["finish"] = finish
-    command.upgrade(config, "head")
 
 
 def _head() -> str | None:
