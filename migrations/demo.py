@@ -1,0 +1,271 @@
+"""The demo shop, and the commands that fill a database: `flask init-db`, `flask demo --users 1000000`."""
+
+import secrets
+import sys
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime, timedelta
+from itertools import islice
+from random import Random
+from typing import Any
+
+import click
+from flask import Flask, current_app
+from sqlalchemy import Connection, Engine, func, insert, select
+from sqlalchemy.exc import IntegrityError
+from werkzeug.security import generate_password_hash
+
+from background.errors import DatabaseNotReady
+from migrations.schema import ensure_ready
+from models import Book, User
+
+ADMIN = "admin@example.com"
+NO_PASSWORD = "!"  # noqa: S105 - no hash is like this, so nobody logs in as a demo user
+MOST_USERS = 100_000_000
+
+BOOKS = [
+    (
+        "Pride and Prejudice",
+        "Jane Austen",
+        1290,
+        "Elizabeth Bennet, Mr Darcy, and what first impressions are worth.",
+    ),
+    ("Frankenstein", "Mary Shelley", 1150, "A student makes a creature, and leaves it to make itself."),
+    (
+        "Moby-Dick",
+        "Herman Melville",
+        1690,
+        "One captain, one whale, and everything there is to know about whaling.",
+    ),
+    (
+        "Jane Eyre",
+        "Charlotte Brontë",
+        1390,
+        "A governess, a house with a locked attic, and an unbending will.",
+    ),
+    ("Great Expectations", "Charles Dickens", 1450, "Pip comes into money, and finds out from whom."),
+    (
+        "The Moonstone",
+        "Wilkie Collins",
+        1250,
+        "A diamond vanishes from a country house; the first detective novel.",
+    ),
+    ("Middlemarch", "George Eliot", 1790, "A provincial town, and the people who wanted more of it."),
+    (
+        "Treasure Island",
+        "Robert Louis Stevenson",
+        990,
+        "A map, a sea cook with one leg, and pieces of eight.",
+    ),
+    (
+        "Around the World in Eighty Days",
+        "Jules Verne",
+        1090,
+        "A wager, a timetable, and a forgotten time zone.",
+    ),
+    ("The Time Machine", "H. G. Wells", 890, "A traveller comes late to dinner, from the year 802,701."),
+    ("Dracula", "Bram Stoker", 1190, "Diaries, letters and telegrams about a guest from Transylvania."),
+    ("The Adventures of Sherlock Holmes", "Arthur Conan Doyle", 1350, "Twelve cases from 221B Baker Street."),
+]
+
+# Name, days since the account was made, days since the last login (None: never).
+USERS = [
+    ("Ada Lovelace", 400, 1),
+    ("Grace Hopper", 380, 3),
+    ("Mary Somerville", 350, 12),
+    ("Emmy Noether", 300, 29),
+    ("Hedy Lamarr", 280, 31),
+    ("Katherine Johnson", 260, 45),
+    ("Alan Turing", 200, 90),
+    ("Sofia Kovalevskaya", 120, None),
+    ("Évariste Galois", 60, None),
+    ("Srinivasa Ramanujan", 5, None),
+]
+
+# The columns as text that both databases read; "None" is a user who never logged in.
+DemoUser = tuple[str, str, str, str, str]
+COLUMNS = "email, name, password_hash, created_at, last_login_at"
+FIRST_NAMES = [
+    "Alice",
+    "Bruno",
+    "Chiara",
+    "Dmitri",
+    "Elif",
+    "Farah",
+    "Goran",
+    "Hanna",
+    "Igor",
+    "Jonas",
+    "Kenji",
+    "Lucia",
+    "Mina",
+    "Noor",
+    "Olga",
+    "Pablo",
+]
+LAST_NAMES = [
+    "Abbott",
+    "Bauer",
+    "Costa",
+    "Dumont",
+    "Eriksen",
+    "Fischer",
+    "Garcia",
+    "Haddad",
+    "Ivanova",
+    "Jansen",
+    "Kaya",
+    "Lindgren",
+]
+
+
+def register_commands(app: Flask) -> None:
+    app.cli.add_command(init_db)
+    app.cli.add_command(demo)
+
+
+@click.command("init-db")
+def init_db() -> None:
+    """Create the admin of a database that has its schema."""
+    engine = _ready_engine()
+    try:
+        with engine.begin() as connection:
+            _create_admin(connection)
+    except IntegrityError:
+        click.echo(f"The admin {ADMIN} exists already; nothing was changed.")
+
+
+@click.command("demo")
+@click.option("--users", "number", default="10000", show_default=True, help="How many users to add.")
+def demo(number: str) -> None:
+    """Add users, a tenth of them stale, for trying the shop at size."""
+    number_of_users = _number_of_users(number)
+    engine = _ready_engine()
+    with engine.begin() as connection:
+        if connection.scalar(select(func.count()).select_from(Book)) == 0:
+            _stock_books(connection)
+    add_users(engine, number_of_users, datetime.now(UTC))
+
+
+def open_shop(connection: Connection) -> None:
+    """The embedded database's first content, in the transaction that makes its tables."""
+    at = datetime.now(UTC)
+    _stock_books(connection)
+    _welcome_users(connection, at)
+    _create_admin(connection)
+
+
+def _ready_engine() -> Engine:
+    try:
+        ensure_ready()
+    except DatabaseNotReady as error:
+        raise click.ClickException(str(error)) from None
+    engine: Engine = current_app.extensions["sqlalchemy"].engine
+    return engine
+
+
+def _number_of_users(given: str) -> int:
+    if not (given.isascii() and given.isdigit() and 1 <= int(given) <= MOST_USERS):
+        raise click.ClickException(f"--users is {given!r}; expected a whole number from 1 to {MOST_USERS}.")
+    return int(given)
+
+
+def _stock_books(connection: Connection) -> None:
+    connection.execute(
+        insert(Book),
+        [
+            {
+                "title": title,
+                "author": author,
+                "price_cents": price,
+                "stock": 5 + 3 * i,
+                "description": description,
+            }
+            for i, (title, author, price, description) in enumerate(BOOKS)
+        ],
+    )
+
+
+def _welcome_users(connection: Connection, at: datetime) -> None:
+    connection.execute(
+        insert(User),
+        [
+            {
+                "email": f"user{i}@example.com",
+                "name": name,
+                "password_hash": NO_PASSWORD,
+                "created_at": at - timedelta(days=created),
+                "last_login_at": None if last is None else at - timedelta(days=last),
+            }
+            for i, (name, created, last) in enumerate(USERS, start=1)
+        ],
+    )
+
+
+def _create_admin(connection: Connection) -> None:
+    """Shown before the transaction ends: better a password that never counted than one never seen."""
+    password = secrets.token_urlsafe(12)
+    connection.execute(
+        insert(User).values(
+            email=ADMIN, name="Admin", is_admin=True, password_hash=generate_password_hash(password)
+        )
+    )
+    click.echo(f"\n  The admin is {ADMIN}, the password {password} (shown this once)\n")
+    sys.stdout.flush()
+
+
+def add_users(engine: Engine, count: int, at: datetime) -> None:
+    """Append `count` users in the engine's fastest way, every tenth of them stale, in no order of age."""
+    with engine.connect() as connection:
+        highest = connection.scalar(select(func.max(User.id))) or 0
+    add = {"postgresql": _copy, "sqlite": _insert_many}[engine.dialect.name]
+    with (
+        click.progressbar(length=count, label=f"Adding {count} users") as bar,
+        engine.connect() as connection,
+    ):
+        for added in add(connection, _demo_users(highest + 1, count, at)):
+            bar.update(added)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("ANALYZE users")
+
+
+def _copy(connection: Connection, users: Iterable[DemoUser]) -> Iterator[int]:
+    driver: Any = connection.connection.driver_connection
+    with driver.cursor() as cursor, cursor.copy(f"COPY users ({COLUMNS}) FROM STDIN") as copy:
+        for some in _in_batches(users):
+            copy.write("".join(["\t".join(user).replace("\tNone", "\t\\N") + "\n" for user in some]))
+            yield len(some)
+    driver.commit()
+
+
+def _insert_many(connection: Connection, users: Iterable[DemoUser]) -> Iterator[int]:
+    """A batch, a transaction: SQLite has one writer, and others may be here."""
+    driver: Any = connection.connection.driver_connection
+    driver.execute("PRAGMA cache_size = -262144")  # KiB: the indexes are not written in order
+    for some in _in_batches(users):
+        driver.executemany(
+            f"INSERT INTO users ({COLUMNS}) VALUES (?, ?, ?, ?, nullif(?, 'None'))",  # noqa: S608
+            some,
+        )
+        driver.commit()
+        yield len(some)
+    driver.execute("PRAGMA cache_size = -2000")
+
+
+def _in_batches(users: Iterable[DemoUser], size: int = 10_000) -> Iterator[list[DemoUser]]:
+    users = iter(users)
+    while some := list(islice(users, size)):
+        yield some
+
+
+def _demo_users(first: int, count: int, at: datetime) -> Iterator[DemoUser]:
+    """The number in the e-mail is above every id, hence above the number of every demo user that there is."""
+    random = Random(first)  # noqa: S311 - the same numbers give the same users
+    days = [f"{at - timedelta(days=ago):%Y-%m-%d}" for ago in range(1_000)]
+    names = [(f"{one}.{other}".lower(), f"{one} {other}") for one in FIRST_NAMES for other in LAST_NAMES]
+    for number in range(first, first + count):
+        login, name = names[int(random.random() * len(names))]
+        days_ago = int(random.random() * 400) + 32 if number % 10 == 0 else int(random.random() * 26) + 1
+        time = f"{number % 24:02}:{number % 59:02}:{number % 60:02}.{int(random.random() * 1e6):06}"
+        last_login_at = f"{days[days_ago]} {time}" if number % 7 else "None"
+        created_at = f"{days[days_ago + number % 500]} {time}" if number % 7 else f"{days[days_ago]} {time}"
+        yield f"{login}.{number}@example.com", name, NO_PASSWORD, created_at, last_login_at

@@ -1,0 +1,63 @@
+"""Run by Alembic (`flask db ...`, `schema.py`): one transaction of what is pending, one runner at a time."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+from alembic import context
+from flask import current_app
+from sqlalchemy import Connection
+
+from background.clock import UtcDateTime
+
+database = current_app.extensions["sqlalchemy"]
+# What `schema.py` does in the same transaction, once the schema is there.
+finish: Callable[[Connection], None] | None = context.config.attributes.get("finish")
+
+
+def render_item(kind: str, item: Any, autogenerate: Any) -> str | Literal[False]:
+    if kind == "type" and isinstance(item, UtcDateTime):
+        autogenerate.imports.add("from background.clock import UtcDateTime")
+        return "UtcDateTime()"
+    return False
+
+
+def configure(**arguments: Any) -> None:
+    context.configure(
+        target_metadata=database.metadata, render_item=render_item, render_as_batch=True, **arguments
+    )
+
+
+def migrate(connection: Connection) -> None:
+    """The caller's transaction holds a lock: a second runner waits, and then finds nothing to do."""
+    configure(connection=connection)
+    context.run_migrations()
+    if finish:
+        finish(connection)
+
+
+def run_on_postgresql(connection: Connection) -> None:
+    with connection.begin():
+        connection.exec_driver_sql("SELECT pg_advisory_xact_lock(hashtext('alembic_version'))")
+        migrate(connection)
+
+
+def run_on_sqlite(connection: Connection) -> None:
+    """The driver begins no transaction for DDL; and to rebuild a table must not take its children along."""
+    connection.exec_driver_sql("PRAGMA foreign_keys = OFF")
+    connection.commit()
+    with connection.begin():
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+        migrate(connection)
+        if broken := connection.exec_driver_sql("PRAGMA foreign_key_check").fetchmany(5):
+            raise RuntimeError(f"The migrations broke foreign keys, so nothing was changed: {broken}")
+    connection.exec_driver_sql("PRAGMA foreign_keys = ON")
+    connection.commit()
+
+
+if context.is_offline_mode():
+    configure(url=database.engine.url, literal_binds=True)
+    with context.begin_transaction():
+        context.run_migrations()
+else:
+    with database.engine.connect() as connection:
+        {"postgresql": run_on_postgresql, "sqlite": run_on_sqlite}[connection.dialect.name](connection)

@@ -1,0 +1,169 @@
+"""Is the database what this release needs? A serving process asks before its workers start.
+
+With no DATABASE_URL the embedded file is made or brought up to date. With one, nothing is done behind the
+operator's back: `DatabaseNotReady` says what is wrong, and the command that mends it.
+"""
+
+import fcntl
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flask import current_app
+from sqlalchemy import URL, Connection, Engine, inspect, text
+from sqlalchemy.exc import DBAPIError
+
+from background.errors import DatabaseNotReady
+
+if TYPE_CHECKING:
+    from alembic.config import Config
+
+logger = logging.getLogger(__name__)
+
+
+def ensure_ready() -> None:
+    """Prepare the embedded database, or check the one of DATABASE_URL. Needs an application context."""
+    engine = current_app.extensions["sqlalchemy"].engine
+    if current_app.config["DATABASE_IS_EMBEDDED"]:
+        _prepare(engine)
+    else:
+        _check(engine)
+
+
+def upgrade(finish: Callable[[Connection], None] | None = None) -> None:
+    """Run the pending migrations, then `finish` in the same transaction. Needs an application context."""
+    from alembic import command
+
+    config = _config()
+    config.attributes["finish"] = finish
+    command.upgrade(config, "head")
+
+
+def _check(engine: Engine) -> None:
+    found = _found_revision(engine)
+    if found is None:
+        raise DatabaseNotReady(
+            f"The database {engine.url} has no schema; expected the tables of this release. "
+            f"Make them with `flask db upgrade`."
+        )
+    _compare(engine, found)
+
+
+def _prepare(engine: Engine) -> None:
+    """Several processes may start at once: the first one prepares, the others wait and find it done.
+
+    Schema and demo shop are one transaction, so a process that is killed here leaves nothing behind.
+    """
+    folder = Path(str(engine.url.database)).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    with _lock(folder / ".prepare.lock"):
+        found = _found_revision(engine) if Path(str(engine.url.database)).exists() else None
+        if found is None:
+            from migrations.demo import open_shop
+
+            upgrade(open_shop)
+        elif _is_behind(found):
+            logger.info("Bringing %s from revision %s to %s.", engine.url.database, found, _head())
+            upgrade()
+        else:
+            _compare(engine, found)
+
+
+def _compare(engine: Engine, found: str) -> None:
+    if _is_behind(found):
+        raise DatabaseNotReady(
+            f"The database {engine.url} is at revision {found}, behind this release's {_head()}. "
+            f"Bring it up to date with `flask db upgrade`."
+        )
+    if found != _head():
+        logger.warning(
+            "The database is at revision %s, which this release (%s) does not know: it is of a newer one.",
+            found,
+            _head(),
+        )
+
+
+def _found_revision(engine: Engine) -> str | None:
+    """The revision that the database is at; None when there is nothing in it yet."""
+    if engine.dialect.name == "sqlite" and not Path(str(engine.url.database)).is_file():
+        raise DatabaseNotReady(
+            f"The database file {engine.url.database} does not exist. Make it with `flask db upgrade`."
+        )
+    try:
+        with engine.connect() as connection:
+            return _read_revision(connection)
+    except DBAPIError as error:
+        raise DatabaseNotReady(_why_not(engine.url, error)) from None
+
+
+def _read_revision(connection: Connection) -> str | None:
+    tables = set(inspect(connection).get_table_names())
+    if "alembic_version" in tables:
+        found: str | None = connection.scalar(text("SELECT version_num FROM alembic_version"))
+        if found is not None:
+            return found
+    if "users" in tables:
+        raise DatabaseNotReady(
+            f"The database {connection.engine.url} has tables but no record of its migrations. "
+            f"If `db.create_all()` of this release made them, say so with `flask db stamp head`."
+        )
+    return None
+
+
+def _why_not(url: URL, error: DBAPIError) -> str:
+    reason = (str(error.orig).strip() or "no reason given").splitlines()[0]
+    if url.password:
+        reason = reason.replace(str(url.password), "***")
+    if url.get_backend_name() == "sqlite":
+        return f"The database file {url.database} cannot be used ({reason}); expected a SQLite database."
+    if (
+        getattr(error.orig, "sqlstate", None) == "3D000"
+        or f'database "{url.database}" does not exist' in reason
+    ):
+        return (
+            f"The database {url} does not exist on its server. "
+            f"Create it with `{_createdb(url)}`, then its tables with `flask db upgrade`."
+        )
+    return (
+        f"The database {url} cannot be reached ({reason}). "
+        f"Start its server or correct DATABASE_URL; `flask db current` tries again."
+    )
+
+
+def _createdb(url: URL) -> str:
+    options = {"-h": url.host or url.query.get("host"), "-p": url.port, "-U": url.username}
+    return " ".join(
+        ["createdb", *(f"{name} {value}" for name, value in options.items() if value), str(url.database)]
+    )
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _head() -> str | None:
+    from alembic.script import ScriptDirectory
+
+    return ScriptDirectory.from_config(_config()).get_current_head()
+
+
+def _is_behind(found: str) -> bool:
+    """Known to this release, and not its newest. (Unknown ones are of a newer release: a rolling deploy.)"""
+    from alembic.script import ScriptDirectory
+
+    known = {script.revision for script in ScriptDirectory.from_config(_config()).walk_revisions()}
+    return found in known and found != _head()
+
+
+def _config() -> "Config":
+    from alembic.config import Config
+
+    folder = Path(__file__).parent
+    config = Config(folder / "alembic.ini")
+    config.set_main_option("script_location", str(folder).replace("%", "%%"))
+    return config

