@@ -177,7 +177,9 @@ def _set_database(app: Flask) -> None:
 
 def _usable_url(url: URL, folder: Path) -> URL:
     if url.drivername in ("postgres", "postgresql", "postgresql+psycopg"):
-        return url.set(drivername="postgresql+psycopg")
+        # Without one, a server that does not answer holds its caller for minutes.
+        timeout = {} if "connect_timeout" in url.query else {"connect_timeout": "10"}
+        return url.set(drivername="postgresql+psycopg").update_query_dict(timeout)
     if url.get_backend_name() != "sqlite":
         raise InvalidConfig(f"DATABASE_URL begins with {url.drivername}://; expected {_DATABASE}.")
     if not url.database or ":memory:" in url.database or url.database.startswith("file:"):

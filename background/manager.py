@@ -63,7 +63,8 @@ class BackgroundWorkerManager:
         self.runs = Runs(app, db)
         app.extensions["background_workers"] = self
         for table in models.metadata.tables.values():
-            table.to_metadata(db.metadata)
+            if table.name not in db.metadata.tables:  # an earlier app of this process, with the same `db`
+                table.to_metadata(db.metadata)
         with app.app_context():
             for engine in db.engines.values():
                 sqlite.prepare(engine)

@@ -89,6 +89,7 @@ def create_engine() -> None:
         "background_workers",
         sa.Column("name", sa.String(200), nullable=False),
         sa.Column("mark", UtcDateTime()),
+        sa.Column("previous_mark", UtcDateTime()),
         sa.Column("token", sa.BigInteger(), server_default="0", nullable=False),
         sa.Column("running", sa.BigInteger()),
         sa.Column("pending_tick", UtcDateTime()),
@@ -96,6 +97,7 @@ def create_engine() -> None:
         sa.Column("pending_trigger", sa.String(10)),
         sa.Column("schedule", sa.String(200), nullable=False),
         sa.Column("declared", sa.String(200), nullable=False),
+        sa.Column("scheduled_at", UtcDateTime(), nullable=False),
         sa.Column("paused_at", UtcDateTime()),
         sa.PrimaryKeyConstraint("name", name="pk_background_workers"),
     )
