@@ -145,9 +145,10 @@ class BackgroundWorkerManager:
         """Leave the fleet: tell the runs, wait at most `timeout` seconds for them, and hand back the rest."""
         with self._lock:
             if self.is_started and self._membership is not None:
-                self._started_in = 0
-                self._membership.leave(self.app.config["WORKERS_SHUTDOWN_SECONDS"] if timeout is None else timeout)
-                self._membership = None
+                try:
+                    self._membership.leave(self.app.config["WORKERS_SHUTDOWN_SECONDS"] if timeout is None else timeout)
+                finally:
+                    self._started_in, self._membership = 0, None
             self.ticks.close()
 
     # -- ticking and steering ------------------------------------------------------------------
