@@ -184,12 +184,12 @@ class UserRepository:
 
         A slice's ids stay the database's own text for a list; they only pass through here.
         """
-        # The cutoff is written out: with a plan for any cutoff, PostgreSQL would read the whole table. And SQLite
-        # would read it in the order of the ids, to spare itself the sort.
+        # The cutoff is written out: for an unknown one, PostgreSQL plans to read the whole table. The order is not
+        # quite that of the primary key: SQLite would read the whole table in it, to spare itself a sort.
+        place = func.row_number().over(order_by=User.id + 0) - 1
         numbered = (
-            select(User.id, ((func.row_number().over(order_by=User.id) - 1) // self.slice_size).label("slice"))
+            select(User.id, place.op("/", precedence=8)(self.slice_size).label("slice"))
             .where(_stale(bindparam("cutoff", cutoff, type_=UtcDateTime, literal_execute=True)))
-            .with_hint(User, "INDEXED BY ix_users_last_seen_at_of_active", "sqlite")
             .subquery()
         )
         ids = cast(func.array_agg(numbered.c.id), Text) if self._postgresql else func.json_group_array(numbered.c.id)
