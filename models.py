@@ -89,6 +89,7 @@ class User(UserMixin, db.Model):  # type: ignore[name-defined, misc]
 _name = func.lower(User.name)
 _last_seen_at = func.coalesce(User.last_login_at, User.created_at)
 # Literals, not parameters: a database must see them to know that a partial index applies.
+# (A migration that rebuilds `users` on SQLite, in a batch, must make the indexes on expressions again.)
 _is_active = User.status == literal_column("'active'")
 _is_passive = User.status == literal_column("'passive'")
 

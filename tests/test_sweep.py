@@ -1,7 +1,10 @@
 """The sweep of stale users: the boundary, the logins that it meets, and what it costs."""
 
+import sys
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from subprocess import PIPE, Popen
 from threading import Event, Thread
 from typing import Any
 
@@ -13,6 +16,7 @@ from sqlalchemy.orm import Session
 from migrations.demo import add_users
 from models import User, UserRepository, db
 
+ROOT = Path(__file__).parent.parent
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 CUTOFF = NOW - timedelta(days=30)
 STALE = NOW - timedelta(days=31)
@@ -195,3 +199,54 @@ def plan(engine: Engine, sql: str, values: Any) -> str:
         rows = connection.exec_driver_sql(explain + sql, values).fetchall()
         connection.invalidate()  # the settings go with it
     return "\n".join(str(row[-1]) for row in rows)
+
+
+LOG_IN_UNTIL_TOLD = """
+import sys, threading
+from datetime import UTC, datetime
+from random import Random
+from app import create_app
+from models import UserRepository, db
+
+url, number = sys.argv[1:]
+told = threading.Event()
+with create_app({"DATABASE_URL": url, "SECRET_KEY": "test"}).app_context():
+    users, random, logins = UserRepository(db.session), Random(number), 0
+    print("ready", flush=True)
+    sys.stdin.readline()
+    threading.Thread(target=lambda: (sys.stdin.readline(), told.set())).start()
+    while not (logins and told.is_set()):
+        users.record_login(random.randint(1, 20_000), datetime.now(UTC))
+        db.session.commit()
+        logins += 1
+    print(logins)
+"""
+
+
+def test_eight_processes_that_log_users_in_meet_no_locked_database(
+    users: UserRepository, database_url: str, engine: Engine
+) -> None:
+    add_users(engine, 20_000, datetime.now(UTC))
+    cutoff = datetime.now(UTC) - timedelta(days=30)
+    command = [sys.executable, "-c", LOG_IN_UNTIL_TOLD, database_url]
+    pipes: dict[str, Any] = {"stdin": PIPE, "stdout": PIPE, "stderr": PIPE, "text": True}
+    processes = [Popen([*command, str(number)], cwd=ROOT, **pipes) for number in range(8)]
+    for process in processes:
+        assert process.stdout.readline() == "ready\n", process.stderr.read()  # type: ignore[union-attr]
+    users.slice_size = 200
+    tell(processes)
+    changed = users.update_inactive_user_statuses(cutoff)
+    tell(processes)
+    answers = [process.communicate(timeout=60) for process in processes]
+    assert [process.returncode for process in processes] == [0] * 8, answers
+    assert all(int(out) > 0 for out, _ in answers)
+    assert 0 < changed <= 2_000
+    with Session(engine) as session:
+        assert UserRepository(session).update_inactive_user_statuses(cutoff) == 0
+
+
+def tell(processes: list[Popen[str]]) -> None:
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
