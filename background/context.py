@@ -114,7 +114,7 @@ class WorkerContext:
             self.lose()
             raise ClaimLost(
                 f"Worker {self.worker!r} lost its claim of the tick {self.tick.isoformat()}: its instance could not "
-                "renew the lease in time, or was stopping. Nothing that was not committed is kept; let the exception pass."
+                "renew the lease in time, or was stopping. What was not committed is not kept; let the exception pass."
             )
 
 

@@ -360,6 +360,6 @@ def _count(result: Any) -> int:
 def _lost(claim: Claim) -> ClaimLost:
     return ClaimLost(
         f"Worker {claim.worker!r} no longer holds its claim of the tick {claim.tick.isoformat()} "
-        f"(token {claim.token}): it was taken over, timed out or handed back. Nothing that this run had not committed is kept; "
-        "let the exception pass."
+        f"(token {claim.token}): it was taken over, timed out or handed back. "
+        "What this run had not committed is not kept; let the exception pass."
     )

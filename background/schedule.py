@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta, tzinfo
 from difflib import get_close_matches
+from functools import lru_cache
 from zoneinfo import ZoneInfo, available_timezones
 
 from background.errors import InvalidSchedule
@@ -187,9 +188,7 @@ def _decimal_seconds(period: timedelta) -> str:
     return f"{whole}.{rest:06}".rstrip("0").rstrip(".")
 
 
-def make_schedule(
-    owner: str, period: timedelta | None, cron: str | None, timezone: str | tzinfo | None
-) -> Schedule:
+def make_schedule(owner: str, period: timedelta | None, cron: str | None, timezone: str | tzinfo | None) -> Schedule:
     """The schedule that the worker `owner` declares, or `InvalidSchedule` with one sentence about it."""
     try:
         return _make(period, cron, timezone)
@@ -203,16 +202,13 @@ def _make(period: timedelta | None, cron: str | None, timezone: str | tzinfo | N
     if cron is not None:
         return Cron(cron, "UTC" if timezone is None else str(timezone))
     if period is None:
-        raise InvalidSchedule(
-            "it has neither a period nor a cron: write period = timedelta(minutes=10), say."
-        )
+        raise InvalidSchedule("it has neither a period nor a cron: write period = timedelta(minutes=10), say.")
     if timezone is not None:
-        raise InvalidSchedule(
-            f"timezone {str(timezone)!r} has no use without a cron: remove it, or write a cron."
-        )
+        raise InvalidSchedule(f"timezone {str(timezone)!r} has no use without a cron: remove it, or write a cron.")
     return Every(period)
 
 
+@lru_cache(maxsize=1024)
 def parse_schedule(text: str) -> Schedule:
     """The schedule whose `str()` is `text`."""
     try:
@@ -257,14 +253,10 @@ def _canonical(expression: object) -> str:
         raise InvalidSchedule(f"cron {expression!r} is not a string: write '30 2 * * *', say.")
     fields = expression.upper().split()
     if len(fields) in (6, 7):
-        raise InvalidSchedule(
-            f"cron {expression!r} has {len(fields)} fields, the first for seconds: {_mend(fields)}"
-        )
+        raise InvalidSchedule(f"cron {expression!r} has {len(fields)} fields, the first for seconds: {_mend(fields)}")
     if len(fields) != 5:
         expected = f"expected five ({', '.join(FIELDS)})"
-        raise InvalidSchedule(
-            f"cron {expression!r} has {len(fields)} field(s): {expected}; '0 0 * * *' is daily."
-        )
+        raise InvalidSchedule(f"cron {expression!r} has {len(fields)} field(s): {expected}; '0 0 * * *' is daily.")
     if bad := _bad_field(" ".join(fields)):
         value = fields[list(FIELDS).index(bad)]
         raise InvalidSchedule(f"cron {expression!r} has the {bad} {value!r}: expected {FIELDS[bad]}.")

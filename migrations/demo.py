@@ -205,9 +205,7 @@ def _create_admin(connection: Connection) -> None:
     """Shown before the transaction ends: better a password that never counted than one never seen."""
     password = secrets.token_urlsafe(12)
     connection.execute(
-        insert(User).values(
-            email=ADMIN, name="Admin", is_admin=True, password_hash=generate_password_hash(password)
-        )
+        insert(User).values(email=ADMIN, name="Admin", is_admin=True, password_hash=generate_password_hash(password))
     )
     click.echo(f"\n  The admin is {ADMIN}, the password {password} (shown this once)\n")
     sys.stdout.flush()

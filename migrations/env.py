@@ -22,9 +22,7 @@ def render_item(kind: str, item: Any, autogenerate: Any) -> str | Literal[False]
 
 
 def configure(**arguments: Any) -> None:
-    context.configure(
-        target_metadata=database.metadata, render_item=render_item, render_as_batch=True, **arguments
-    )
+    context.configure(target_metadata=database.metadata, render_item=render_item, render_as_batch=True, **arguments)
 
 
 def migrate(connection: Connection) -> None:

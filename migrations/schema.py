@@ -118,10 +118,7 @@ def _why_not(url: URL, error: DBAPIError) -> str:
         reason = reason.replace(str(url.password), "***")
     if url.get_backend_name() == "sqlite":
         return f"The database file {url.database} cannot be used ({reason}); expected a SQLite database."
-    if (
-        getattr(error.orig, "sqlstate", None) == "3D000"
-        or f'database "{url.database}" does not exist' in reason
-    ):
+    if getattr(error.orig, "sqlstate", None) == "3D000" or f'database "{url.database}" does not exist' in reason:
         return (
             f"The database {url} does not exist on its server. "
             f"Create it with `{_createdb(url)}`, then its tables with `flask db upgrade`."
@@ -134,9 +131,7 @@ def _why_not(url: URL, error: DBAPIError) -> str:
 
 def _createdb(url: URL) -> str:
     options = {"-h": url.host or url.query.get("host"), "-p": url.port, "-U": url.username}
-    return " ".join(
-        ["createdb", *(f"{name} {value}" for name, value in options.items() if value), str(url.database)]
-    )
+    return " ".join(["createdb", *(f"{name} {value}" for name, value in options.items() if value), str(url.database)])
 
 
 @contextmanager

@@ -24,9 +24,7 @@ NAIVE = datetime(2025, 1, 1)  # noqa: DTZ001 - it is to be refused
 def repeatable(examples: int) -> settings:
     """The same examples in every run, however slow the machine."""
     slow = [HealthCheck.too_slow]
-    return settings(
-        max_examples=examples, derandomize=True, database=None, deadline=None, suppress_health_check=slow
-    )
+    return settings(max_examples=examples, derandomize=True, database=None, deadline=None, suppress_health_check=slow)
 
 
 JUMPS = {  # when the clocks of a zone jump, in UTC
@@ -76,9 +74,7 @@ def values(field: str, low: int, high: int) -> set[int]:
 
 
 def matches_day(expression: str, day: date) -> bool:
-    *_, days, months, weekdays = (
-        expression.replace("SUN", "0").replace("MON", "1").replace("FRI", "5").split()
-    )
+    *_, days, months, weekdays = expression.replace("SUN", "0").replace("MON", "1").replace("FRI", "5").split()
     if day.month not in values(months, 1, 12):
         return False
     by_day = day.day in values(days, 1, 31)
@@ -98,9 +94,7 @@ def walk(expression: str, jump: str) -> list[datetime]:
     ticks, shown = [], clock(jump)
     reached = shown[0][1]
     for instant, wall in shown[1:]:
-        passed = [
-            reached + n * MINUTE for n in range(1, (wall - reached) // MINUTE + 1)
-        ]  # none when it went back
+        passed = [reached + n * MINUTE for n in range(1, (wall - reached) // MINUTE + 1)]  # none when it went back
         if any(map(matches, passed)) if fixed else matches(wall):
             ticks.append(instant)
         reached = max(reached, wall)
@@ -216,16 +210,12 @@ periods = st.one_of(
     st.timedeltas(timedelta(milliseconds=1), 366 * DAY),
     st.sampled_from([timedelta(seconds=0.1), timedelta(seconds=1), 10 * MINUTE, DAY, 7 * DAY, 366 * DAY]),
 )
-rare = st.sampled_from(
-    ["0 0 29 2 *", "0 0 1 1 *", "0 0 * 2 MON#5", "30 2 L * *", "* 2 29 2 *", "0 0 29 2 */7"]
-)
+rare = st.sampled_from(["0 0 29 2 *", "0 0 1 1 *", "0 0 * 2 MON#5", "30 2 L * *", "* 2 29 2 *", "0 0 29 2 */7"])
 zones = st.sampled_from(sorted({zone for zone, _ in JUMPS.values()} | {"UTC"}))
 schedules = st.one_of(st.builds(Every, periods), st.builds(Cron, st.one_of(crons, rare), zones))
 instants = st.one_of(
     st.builds(EPOCH.__add__, st.timedeltas(timedelta(), 180 * 365 * DAY)),
-    st.builds(
-        lambda jump, offset: jump[1] + offset, st.sampled_from(list(JUMPS.values())), st.timedeltas(-DAY, DAY)
-    ),
+    st.builds(lambda jump, offset: jump[1] + offset, st.sampled_from(list(JUMPS.values())), st.timedeltas(-DAY, DAY)),
 )
 
 
@@ -257,11 +247,7 @@ def test_a_period_ticks_at_whole_multiples_since_the_epoch(period: timedelta, at
 def test_instants_of_other_zones_are_understood_and_answered_in_utc() -> None:
     at = datetime(2025, 7, 1, 12, 5, tzinfo=ZoneInfo("Asia/Kathmandu"))
     for schedule in (Every(5 * MINUTE), Cron("*/10 * * * *", "Asia/Kathmandu")):
-        assert (
-            schedule.next(at)
-            == datetime(2025, 7, 1, 12, 10, tzinfo=at.tzinfo)
-            == schedule.next(at.astimezone(UTC))
-        )
+        assert schedule.next(at) == datetime(2025, 7, 1, 12, 10, tzinfo=at.tzinfo) == schedule.next(at.astimezone(UTC))
         assert schedule.previous(at).tzinfo is UTC
 
 
@@ -273,9 +259,7 @@ def test_a_naive_instant_is_refused(schedule: Schedule) -> None:
         schedule.previous(NAIVE)
 
 
-@pytest.mark.parametrize(
-    "expression", ["0 0 1 1 *", "0 0 29 2 *", "0 0 * 2 MON#5", "* 2 29 2 *", "* * * * *"]
-)
+@pytest.mark.parametrize("expression", ["0 0 1 1 *", "0 0 29 2 *", "0 0 * 2 MON#5", "* 2 29 2 *", "* * * * *"])
 def test_the_rarest_and_the_densest_cron_answer_in_milliseconds(expression: str) -> None:
     schedule = Cron(expression, "Europe/Berlin")
     for at in (datetime(2026, 3, 1, tzinfo=UTC), datetime(2025, 10, 26, 0, 30, tzinfo=UTC)):
@@ -320,17 +304,12 @@ def test_a_schedule_is_equal_to_the_one_read_from_its_text(schedule: Schedule) -
         (Cron("  0  9 * *\tmon-fri "), "cron 0 9 * * MON-FRI UTC", "at 0 9 * * MON-FRI (UTC)"),
     ],
 )
-def test_a_schedule_has_a_text_for_the_database_and_words_for_people(
-    schedule: Schedule, text: str, words: str
-) -> None:
+def test_a_schedule_has_a_text_for_the_database_and_words_for_people(schedule: Schedule, text: str, words: str) -> None:
     assert (str(schedule), schedule.describe()) == (text, words)
 
 
 def test_schedules_of_one_text_are_one() -> None:
-    assert (
-        len({Every(MINUTE), Every(timedelta(seconds=60)), Cron("0 0 * * mon"), Cron("0 0 * * MON", "UTC")})
-        == 2
-    )
+    assert len({Every(MINUTE), Every(timedelta(seconds=60)), Cron("0 0 * * mon"), Cron("0 0 * * MON", "UTC")}) == 2
     assert Every(MINUTE) != "every 60s"
 
 
@@ -417,9 +396,7 @@ def test_a_worker_declares_a_cron_with_or_without_a_zone(zone) -> None:
         (None, "0 0 * * *", "../etc/passwd", "timezone '../etc/passwd' is not"),
     ],
 )
-def test_a_wrong_schedule_is_refused_with_the_worker_the_value_and_the_remedy(
-    period, cron, zone, says: str
-) -> None:
+def test_a_wrong_schedule_is_refused_with_the_worker_the_value_and_the_remedy(period, cron, zone, says: str) -> None:
     with pytest.raises(InvalidSchedule) as refused:
         make_schedule("sweep", period, cron, zone)
     assert str(refused.value).startswith("Worker 'sweep': ")
