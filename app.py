@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-import routes
 import svcs
 from flask import Flask
 from flask_migrate import Migrate
 
+import routes
 from background import BackgroundWorkerManager
 from config import configure_logging, load_config
 from migrations import demo, schema

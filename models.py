@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from string import ascii_lowercase, ascii_uppercase
+from typing import Any
 
 from flask_login import UserMixin
 from flask_sqlalchemy import SQLAlchemy
@@ -143,7 +144,7 @@ class UserRepository:
 
     slice_size = 5_000
 
-    def __init__(self, session: Session | scoped_session[Session]) -> None:
+    def __init__(self, session: Session | scoped_session[Any]) -> None:
         self.session = session
 
     def get(self, user_id: int) -> User | None:

@@ -40,20 +40,16 @@ class Runs:
         self._app, self._db = app, db
         self._contexts: set[WorkerContext] = set()
         self._changed = threading.Condition()
-        self._stopping = False
+        self.stopping = threading.Event()
 
     def open(self) -> None:
         """Let runs begin (again)."""
-        self._stopping = False
-
-    @property
-    def is_stopping(self) -> bool:
-        return self._stopping
+        self.stopping.clear()
 
     def tell(self) -> None:
         """Set `stopping` in every run, at once, and in those that begin later."""
         with self._changed:
-            self._stopping = True
+            self.stopping.set()
             for context in self._contexts:
                 context.stopping.set()
 
@@ -80,7 +76,7 @@ class Runs:
     def _entered(self, context: WorkerContext) -> Iterator[None]:
         with self._changed:
             self._contexts.add(context)
-            if self._stopping:
+            if self.stopping.is_set():
                 context.stopping.set()
         token = current_run.set(context)
         try:

@@ -10,8 +10,8 @@ A cron's wall-clock times become instants by the rule of Debian's cron(8), "Note
 
 Unlike cron(8), which treats jumps of over three hours as corrections, jumps of any length count.
 `cronsim` enumerates the wall-clock times only. Its own zone handling is not used: asked from within the
-repeated hour it answers with the past, its reverse skips that hour's tick, and it loses ticks in zones
-that jump by half an hour or at midnight.
+repeated hour it answers with the past, it errs in zones that jump by half an hour or at midnight, and in
+reverse it skips the repeated hour's tick and loops for ever over a skipped day (Apia, 2011).
 """
 
 import re

@@ -31,7 +31,7 @@ def attach(manager: "BackgroundWorkerManager", app: Flask) -> None:
 
     @app.before_request
     def start_with_the_first_request() -> None:
-        if not manager.has_begun and not app.testing and not _is_test_client():
+        if not manager.has_served and not app.testing and not _is_test_client():
             log.warning(
                 "Background workers start with the first request, as this WSGI server has no hook for them. Better: "
                 "gunicorn with gunicorn.conf.py, or `flask workers run` beside the server with WORKERS_ENABLED=false."
@@ -63,7 +63,7 @@ def stop_when_told(manager: "BackgroundWorkerManager") -> None:
     before = signal.getsignal(signal.SIGTERM)
 
     def told(signum: int, frame: FrameType | None) -> None:
-        manager.runs.tell()
+        manager.tell()
         if callable(before):
             before(signum, frame)
         elif before == signal.SIG_DFL:
