@@ -1,6 +1,7 @@
 """The application factory: a table of contents."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import svcs
@@ -22,7 +23,7 @@ def create_app(config: Mapping[str, Any] | object | None = None) -> Flask:
     configure_logging(app)
 
     db.init_app(app)
-    Migrate(app, db)
+    Migrate(app, db, directory=str(Path(app.root_path) / "migrations"))
 
     svcs.flask.init_app(app)
     svcs.flask.register_factory(app, UserRepository, lambda: UserRepository(db.session))

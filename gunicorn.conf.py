@@ -1,6 +1,7 @@
 """`gunicorn` reads this file by itself; every line can be overruled on its command line."""
 
 import os
+import signal
 
 wsgi_app = "app:create_app()"
 workers = int(os.environ.get("WEB_CONCURRENCY", "2"))
@@ -10,10 +11,23 @@ graceful_timeout = 30
 
 def post_worker_init(worker):
     """Start the background workers after the fork, in each serving process."""
-    worker.wsgi.extensions["background_workers"].serve()
+    if manager := background_workers(worker):
+        ignore_one_interrupt()
+        manager.serve()
 
 
 def worker_exit(server, worker):
     """Stop them, and hand back what does not end in time."""
-    if worker.booted or getattr(worker, "wsgi", None):
-        worker.wsgi.extensions["background_workers"].stop()
+    if manager := background_workers(worker):
+        manager.stop()
+
+
+def background_workers(worker):
+    """None in the master, and behind a middleware that hides the app: there they start with the first request."""
+    return getattr(getattr(worker, "wsgi", None), "extensions", {}).get("background_workers")
+
+
+def ignore_one_interrupt():
+    """A Ctrl-C comes from the terminal and again, as QUIT, from the master; the second would cut the stop short."""
+    quit = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, lambda number, frame: signal.signal(signal.SIGINT, quit))

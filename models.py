@@ -9,6 +9,7 @@ from typing import Any
 from flask_login import UserMixin
 from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy import (
+    BindParameter,
     CheckConstraint,
     ColumnElement,
     ForeignKey,
@@ -18,6 +19,7 @@ from sqlalchemy import (
     String,
     Text,
     and_,
+    bindparam,
     cast,
     false,
     func,
@@ -25,7 +27,6 @@ from sqlalchemy import (
     not_,
     select,
     text,
-    true,
     tuple_,
     update,
 )
@@ -87,12 +88,14 @@ class User(UserMixin, db.Model):  # type: ignore[name-defined, misc]
 
 _name = func.lower(User.name)
 _last_seen_at = func.coalesce(User.last_login_at, User.created_at)
-# A literal, not a parameter: PostgreSQL must see it to know that the partial index applies.
+# Literals, not parameters: a database must see them to know that a partial index applies.
+# (A migration that rebuilds `users` on SQLite, in a batch, must make the indexes on expressions again.)
 _is_active = User.status == literal_column("'active'")
+_is_passive = User.status == literal_column("'passive'")
 
 User.__table__.append_constraint(CheckConstraint(User.status.in_(["active", "passive"]), name="status"))
 Index("ix_users_last_seen_at_of_active", _last_seen_at, postgresql_where=_is_active, sqlite_where=_is_active)
-Index("ix_users_status_email", User.status, User.email)
+Index("ix_users_id_of_passive", User.id, postgresql_where=_is_passive, sqlite_where=_is_passive)
 Index("ix_users_lower_name", _name, User.id)
 
 
@@ -164,7 +167,7 @@ class UserRepository:
 
         After each slice `after_slice(done, total)` is to commit; without one the repository does.
         """
-        if not self._any_stale(cutoff):
+        if self.session.scalar(_oldest_stale, {"cutoff": cutoff}) is None:
             return 0
         slices = self._slices_of_stale(cutoff)
         total = sum(size for _, size in slices)
@@ -178,18 +181,17 @@ class UserRepository:
                 after_slice(done, total)
         return changed
 
-    def _any_stale(self, cutoff: datetime) -> bool:
-        """One probe of the partial index, so that a run with nothing to do costs nothing at any size."""
-        return self.session.scalar(select(literal_column("1")).where(_stale(cutoff)).limit(1)) is not None
-
     def _slices_of_stale(self, cutoff: datetime) -> list[tuple[str, int]]:
         """The ids in ascending order, which is about how the rows lie on disk: each page is written once.
 
         A slice's ids stay the database's own text for a list; they only pass through here.
         """
+        # The cutoff is written out: for an unknown one, PostgreSQL plans to read the whole table. The order is not
+        # quite that of the primary key: SQLite would read the whole table in it, to spare itself a sort.
+        place = func.row_number().over(order_by=User.id + 0) - 1
         numbered = (
-            select(User.id, ((func.row_number().over(order_by=User.id) - 1) // self.slice_size).label("slice"))
-            .where(_stale(cutoff))
+            select(User.id, place.op("/", precedence=8)(self.slice_size).label("slice"))
+            .where(_stale(bindparam("cutoff", cutoff, type_=UtcDateTime, literal_execute=True)))
             .subquery()
         )
         ids = cast(func.array_agg(numbered.c.id), Text) if self._postgresql else func.json_group_array(numbered.c.id)
@@ -215,7 +217,7 @@ class UserRepository:
     def search(
         self, status: str | None = None, prefix: str = "", after: str | None = None, limit: int = 50
     ) -> UserPage:
-        """A page of users of that status: whose e-mail begins with the prefix, then whose name does.
+        """A page of users of that status, by id; with a prefix: whose e-mail begins so, then whose name does.
 
         Every page is a range of one index or two: the last is as fast as the first. `after` is the `after`
         of the page before.
@@ -223,31 +225,42 @@ class UserRepository:
         prefix = prefix.strip().translate(_FOLD)
         part, last_id, last = _parse_position(after)
         found: list[User] = []
-        if part == "email":
+        if not prefix:
+            found = self._by_id(status, last_id, limit + 1)
+        elif part != "name":
             found = self._by_email(status, prefix, last, limit + 1)
         if prefix and len(found) <= limit:
-            found += self._by_name(status, prefix, last_id, last if part == "name" else "", limit + 1 - len(found))
+            start = (last, last_id) if part == "name" else None
+            found += self._by_name(status, prefix, start, limit + 1 - len(found))
         page = found[:limit]
         return UserPage(page, _position(page[-1], prefix) if len(found) > limit else None)
+
+    def _by_id(self, status: str | None, last_id: int, limit: int) -> list[User]:
+        return self._take(select(User).where(User.id > last_id).order_by(User.id), status, limit)
 
     def _by_email(self, status: str | None, prefix: str, last: str, limit: int) -> list[User]:
         query = select(User).where(_begins(User.email, prefix), User.email > last).order_by(User.email)
         return self._take(query, status, limit)
 
-    def _by_name(self, status: str | None, prefix: str, last_id: int, last: str, limit: int) -> list[User]:
+    def _by_name(self, status: str | None, prefix: str, start: tuple[str, int] | None, limit: int) -> list[User]:
         query = select(User).where(_begins(_name, prefix), not_(_begins(User.email, prefix))).order_by(_name, User.id)
-        if last:
-            query = query.where(tuple_(_name, User.id) > tuple_(last, last_id))
+        if start:
+            query = query.where(tuple_(_name, User.id) > tuple_(*start))
         return self._take(query, status, limit)
 
     def _take(self, query: Select[User], status: str | None, limit: int) -> list[User]:
         if status is not None:
-            query = query.where(User.status == status)
+            query = query.where({"active": _is_active, "passive": _is_passive}.get(status, false()))
         return list(self.session.scalars(query.limit(limit)))
 
 
-def _stale(cutoff: datetime) -> ColumnElement[bool]:
+def _stale(cutoff: datetime | BindParameter[datetime]) -> ColumnElement[bool]:
     return and_(_is_active, _last_seen_at < cutoff)
+
+
+# One probe of the partial index, so that a run with nothing to do costs nothing at any size. The order makes it
+# that: without it, a plan that does not know the cutoff expects to meet a stale user soon by reading the table.
+_oldest_stale = select(User.id).where(_stale(bindparam("cutoff", type_=UtcDateTime))).order_by(_last_seen_at).limit(1)
 
 
 # As the databases fold a name under the C collation: ASCII alone. No NUL, which PostgreSQL refuses.
@@ -256,12 +269,14 @@ _FOLD = str.maketrans(ascii_uppercase, ascii_lowercase, "\0")
 
 def _begins(column: ColumnElement[str] | InstrumentedAttribute[str], prefix: str) -> ColumnElement[bool]:
     """A prefix as a range of the column's order (LIKE uses an index only sometimes, and has wildcards)."""
-    return and_(column >= prefix, column < prefix + "\U0010ffff") if prefix else true()
+    return and_(column >= prefix, column < prefix + "\U0010ffff")
 
 
 def _position(user: User, prefix: str) -> str:
+    if not prefix:
+        return f"id:{user.id}:"
     if user.email.startswith(prefix):
-        return f"email:0:{user.email}"
+        return f"email:{user.id}:{user.email}"
     return f"name:{user.id}:{user.name.translate(_FOLD)}"
 
 
@@ -269,6 +284,6 @@ def _parse_position(after: str | None) -> tuple[str, int, str]:
     """The part, the id and the text of a position; the beginning for one that is none."""
     part, _, rest = (after or "").replace("\0", "").partition(":")
     last_id, _, last = rest.partition(":")
-    if part in ("email", "name") and last_id.isascii() and last_id.isdigit() and len(last_id) < 10:
+    if last_id.isascii() and last_id.isdigit() and len(last_id) < 10:
         return part, int(last_id), last
-    return "email", 0, ""
+    return "", 0, ""

@@ -104,19 +104,24 @@ class BackgroundWorkerManager:
         """The last line of the factory: `serve` in the process that `flask run` serves with, and nowhere else."""
         serving.start_under_flask_run(self)
 
-    def serve(self) -> None:
+    def serve(self) -> bool:
         """What a serving process calls when it begins: prepare, and start unless WORKERS_ENABLED is false.
 
-        A database that is not ready is logged and waited for; the web goes on meanwhile.
+        A database that is not ready is logged and waited for; the web goes on meanwhile. False if it was called
+        (or `start` was) before: of several first requests at once, the others wait here for the one.
         """
-        self._served_in = os.getpid()
-        try:
-            self.prepare()
-        except (BackgroundError, SQLAlchemyError, OSError) as error:
-            log.error("%s", first_line(error))
-        if self.app.config["WORKERS_ENABLED"]:
-            serving.stop_when_told(self)
-            self.start()
+        with self._lock:
+            if self.has_served:
+                return False
+            try:
+                self.prepare()
+            except (BackgroundError, SQLAlchemyError, OSError) as error:
+                log.error("%s", first_line(error))
+            if self.app.config["WORKERS_ENABLED"]:
+                serving.stop_when_told(self)
+                self.start()
+            self._served_in = os.getpid()
+            return True
 
     def prepare(self) -> None:
         """Call the `before_start` callbacks, once; raises what they raise."""
@@ -141,8 +146,12 @@ class BackgroundWorkerManager:
         """Set `stopping` in every run, and begin no other: `stop` follows."""
         self.ticks.runs.tell()
 
+    def hurry(self) -> None:
+        """`tell`; and if they were told before, `stop` waits for them no longer."""
+        self.ticks.runs.hurry()
+
     def stop(self, timeout: float | None = None) -> None:
-        """Leave the fleet: tell the runs, wait at most `timeout` seconds for them, and hand back the rest."""
+        """Leave the fleet: tell the runs, wait until `timeout` seconds after that, and hand back the rest."""
         with self._lock:
             if self.is_started and self._membership is not None:
                 try:

@@ -41,13 +41,13 @@ class Membership:
         self._scheduler.soon(self._join)
 
     def leave(self, seconds: float) -> None:
-        """Tell the runs, wait at most `seconds` for them, and sign off; what still runs is handed back by that."""
+        """Tell the runs, wait until `seconds` after that, and sign off; what still runs is handed back by that."""
         runs = self._ticks.runs
         runs.tell()
         self._scheduler.stop()
         try:
             if not runs.wait(seconds):
-                log.warning("Not everything ended in %g s; what still runs is handed back", seconds)
+                log.warning("Not everything ended in time; what still runs is handed back")
         finally:
             runs.lose()
             self._sign_off()

@@ -41,17 +41,29 @@ class Runs:
         self._contexts: set[WorkerContext] = set()
         self._changed = threading.Condition()
         self.stopping = threading.Event()
+        self._told_at = 0.0
+        self._hurried = False
 
     def open(self) -> None:
         """Let runs begin (again)."""
         self.stopping.clear()
+        self._hurried = False
 
     def tell(self) -> None:
         """Set `stopping` in every run, at once, and in those that begin later."""
         with self._changed:
-            self.stopping.set()
+            if not self.stopping.is_set():
+                self._told_at = time.monotonic()
+                self.stopping.set()
             for context in self._contexts:
                 context.stopping.set()
+
+    def hurry(self) -> None:
+        """Tell them; told again, wait no longer."""
+        with self._changed:
+            self._hurried = self.stopping.is_set()
+            self._changed.notify_all()
+            self.tell()
 
     def lose(self, instance: Instance | None = None) -> None:
         """Refuse every later commit of the runs (of `instance`): others may be running their ticks by now."""
@@ -61,9 +73,11 @@ class Runs:
                     context.lose()
 
     def wait(self, seconds: float) -> bool:
-        """Wait until nothing runs; False when `seconds` went by first."""
+        """Wait until nothing runs; False when `seconds` went by since `tell`, or somebody is in a hurry."""
         with self._changed:
-            return self._changed.wait_for(lambda: not self._contexts, seconds)
+            left = self._told_at + seconds - time.monotonic()
+            self._changed.wait_for(lambda: not self._contexts or self._hurried, max(left, 0.0))
+            return not self._contexts
 
     def run(self, worker: type[PeriodicWorker], claim: Claim, ledger: Ledger, instance: Instance) -> Execution:
         """Run `claim` to its end, whatever that is, and write it down; no error of the worker's comes out."""
@@ -90,6 +104,7 @@ class Runs:
     def _outcome(self, worker: type[PeriodicWorker], context: WorkerContext, ledger: Ledger) -> str:
         claim, began = context.claim, time.monotonic()
         try:
+            context.raise_if_stopping()
             _invoke(worker, context)
             context.finish()
         except RunStopped:

@@ -8,14 +8,16 @@ from typing import Any
 
 from apscheduler.executors.base import BaseExecutor, run_job
 from apscheduler.job import Job
+from apscheduler.jobstores.base import JobLookupError
 from apscheduler.schedulers.background import BackgroundScheduler
+from apscheduler.schedulers.base import STATE_STOPPED
 
 
 class Scheduler:
     """Calls functions at given times, each on one of `threads` daemon threads; late rather than never."""
 
     def __init__(self, threads: int) -> None:
-        self._scheduler = BackgroundScheduler(
+        self._scheduler = _Scheduler(
             executors={"default": _DaemonThreads(threads)},
             # Nothing is dropped for being late or for overlapping itself: that is for the ledger to decide.
             job_defaults={"misfire_grace_time": None, "coalesce": True, "max_instances": 1_000_000},
@@ -42,6 +44,17 @@ class Scheduler:
         """Unset `key`, where it is set."""
         if self._scheduler.get_job(key):
             self._scheduler.remove_job(key)
+
+
+class _Scheduler(BackgroundScheduler):  # type: ignore[misc]
+    def _process_jobs(self) -> float | None:
+        """A shutdown in the middle of it takes away the job that it is about to remove: that is no error then."""
+        try:
+            return super()._process_jobs()  # type: ignore[no-any-return]
+        except JobLookupError:
+            if self.state != STATE_STOPPED:
+                raise
+            return None
 
 
 class _DaemonThreads(BaseExecutor):  # type: ignore[misc]

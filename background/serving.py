@@ -6,6 +6,8 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
+from queue import SimpleQueue
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -31,12 +33,13 @@ def attach(manager: "BackgroundWorkerManager", app: Flask) -> None:
 
     @app.before_request
     def start_with_the_first_request() -> None:
-        if not manager.has_served and not app.testing and not _is_test_client():
+        if manager.has_served or app.testing or _is_test_client():
+            return
+        if manager.serve() and manager.is_started:
             log.warning(
                 "Background workers start with the first request, as this WSGI server has no hook for them. Better: "
                 "gunicorn with gunicorn.conf.py, or `flask workers run` beside the server with WORKERS_ENABLED=false."
             )
-            manager.serve()
 
 
 def start_under_flask_run(manager: "BackgroundWorkerManager") -> None:
@@ -56,21 +59,53 @@ def start_under_flask_run(manager: "BackgroundWorkerManager") -> None:
 
 
 def stop_when_told(manager: "BackgroundWorkerManager") -> None:
-    """Stop before the process exits; on SIGTERM tell the runs first, whatever else the server does then."""
-    atexit.register(manager.stop)
-    if threading.current_thread() is not threading.main_thread():
-        return
-    before = signal.getsignal(signal.SIGTERM)
+    """Stop before the process exits; on a signal tell the runs first, whatever else the server does then."""
+    told = _Told(manager)
+    atexit.register(told.stop)
+    if threading.current_thread() is threading.main_thread():
+        told.take(signal.SIGTERM)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            told.take(signal.SIGINT)
 
-    def told(signum: int, frame: FrameType | None) -> None:
-        manager.tell()
-        if callable(before):
-            before(signum, frame)
-        elif before == signal.SIG_DFL:
-            sys.exit(0)
 
-    signal.signal(signal.SIGTERM, told)
-    signal.siginterrupt(signal.SIGTERM, False)
+class _Told:
+    """Carries signals to the runs.
+
+    A handler interrupts its thread anywhere, with any lock in its hands, so it takes none: another thread tells.
+    """
+
+    def __init__(self, manager: "BackgroundWorkerManager") -> None:
+        self._manager = manager
+        self._stopping = False
+        self._calls: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        threading.Thread(target=self._call, name="workers-signals", daemon=True).start()
+
+    def take(self, number: signal.Signals) -> None:
+        """Hear of signal `number` before its present handler; without one, a second signal ends the wait."""
+        before = signal.getsignal(number)
+        is_ours = before in (signal.SIG_DFL, signal.default_int_handler)
+        if not (is_ours or callable(before)):  # somebody wants it ignored
+            return
+
+        def handle(signum: int, frame: FrameType | None) -> None:
+            self._calls.put(self._manager.hurry if is_ours else self._manager.tell)
+            if is_ours and self._stopping:
+                return
+            if callable(before):
+                before(signum, frame)
+            else:
+                sys.exit(0)
+
+        signal.signal(number, handle)
+        signal.siginterrupt(number, is_ours)  # a server that has a handler expects its system calls to go on
+
+    def stop(self) -> None:
+        self._stopping = True
+        self._manager.stop()
+
+    def _call(self) -> None:
+        while True:
+            self._calls.get()()
 
 
 def _is_test_client() -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 from flask import Flask, current_app
+from flask.cli import with_appcontext
 from sqlalchemy import Connection, Engine, func, insert, select
 from sqlalchemy.exc import IntegrityError
 from werkzeug.security import generate_password_hash
@@ -124,6 +125,7 @@ def register_commands(app: Flask) -> None:
 
 
 @click.command("init-db")
+@with_appcontext
 def init_db() -> None:
     """Create the admin of a database that has its schema."""
     engine = _ready_engine()
@@ -136,6 +138,7 @@ def init_db() -> None:
 
 @click.command("demo")
 @click.option("--users", "number", default="10000", show_default=True, help="How many users to add.")
+@with_appcontext
 def demo(number: str) -> None:
     """Add users, a tenth of them stale, for trying the shop at size."""
     number_of_users = _number_of_users(number)

@@ -45,7 +45,7 @@ def _check(engine: Engine) -> None:
     found = _found_revision(engine)
     if found is None:
         raise DatabaseNotReady(
-            f"The database {engine.url} has no schema; expected the tables of this release. "
+            f"The database {_shown(engine.url)} has no schema; expected the tables of this release. "
             f"Make them with `flask db upgrade`."
         )
     _compare(engine, found)
@@ -74,7 +74,7 @@ def _prepare(engine: Engine) -> None:
 def _compare(engine: Engine, found: str) -> None:
     if _is_behind(found):
         raise DatabaseNotReady(
-            f"The database {engine.url} is at revision {found}, behind this release's {_head()}. "
+            f"The database {_shown(engine.url)} is at revision {found}, behind this release's {_head()}. "
             f"Bring it up to date with `flask db upgrade`."
         )
     if found != _head():
@@ -106,7 +106,7 @@ def _read_revision(connection: Connection) -> str | None:
             return found
     if "users" in tables:
         raise DatabaseNotReady(
-            f"The database {connection.engine.url} has tables but no record of its migrations. "
+            f"The database {_shown(connection.engine.url)} has tables but no record of its migrations. "
             f"If `db.create_all()` of this release made them, say so with `flask db stamp head`."
         )
     return None
@@ -120,13 +120,18 @@ def _why_not(url: URL, error: DBAPIError) -> str:
         return f"The database file {url.database} cannot be used ({reason}); expected a SQLite database."
     if getattr(error.orig, "sqlstate", None) == "3D000" or f'database "{url.database}" does not exist' in reason:
         return (
-            f"The database {url} does not exist on its server. "
+            f"The database {_shown(url)} does not exist on its server. "
             f"Create it with `{_createdb(url)}`, then its tables with `flask db upgrade`."
         )
     return (
-        f"The database {url} cannot be reached ({reason}). "
+        f"The database {_shown(url)} cannot be reached ({reason}). "
         f"Start its server or correct DATABASE_URL; `flask db current` tries again."
     )
+
+
+def _shown(url: URL) -> str:
+    """As an operator would write it, without the password and what `config.py` added."""
+    return str(url.set(drivername=url.get_backend_name()).difference_update_query(["connect_timeout"]))
 
 
 def _createdb(url: URL) -> str:

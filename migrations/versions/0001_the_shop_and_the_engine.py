@@ -15,6 +15,7 @@ branch_labels = None
 depends_on = None
 
 is_active = sa.text("status = 'active'")
+is_passive = sa.text("status = 'passive'")
 
 
 def ordered_text(length: int) -> sa.String:
@@ -63,7 +64,7 @@ def create_shop() -> None:
         postgresql_where=is_active,
         sqlite_where=is_active,
     )
-    op.create_index("ix_users_status_email", "users", ["status", "email"])
+    op.create_index("ix_users_id_of_passive", "users", ["id"], postgresql_where=is_passive, sqlite_where=is_passive)
     op.create_index("ix_users_lower_name", "users", [sa.text("lower(name)"), "id"])
     op.create_table(
         "orders",
@@ -121,9 +122,7 @@ def create_engine() -> None:
         sa.PrimaryKeyConstraint("id", name="pk_background_executions"),
     )
     op.create_index("ix_background_executions_worker_tick", "background_executions", ["worker", "tick"])
-    op.create_index(
-        "ix_background_executions_token", "background_executions", ["worker", "token"], unique=True
-    )
+    op.create_index("ix_background_executions_token", "background_executions", ["worker", "token"], unique=True)
     op.create_table(
         "background_instances",
         sa.Column("id", sa.String(32), nullable=False),

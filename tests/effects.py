@@ -1,0 +1,112 @@
+"""What the probes' workers write, and what must be true of it however they were started and stopped."""
+
+from datetime import datetime, timedelta
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+from sqlalchemy import Column, Integer, MetaData, String, Table, create_engine, insert, select
+from sqlalchemy.pool import NullPool
+
+from background import WorkerContext
+from background.clock import UtcDateTime, now
+from background.models import executions, instances
+from background.sqlite import prepare
+
+table = Table(
+    "effects",
+    MetaData(),
+    Column("id", Integer, primary_key=True),
+    Column("worker", String(100), nullable=False),
+    Column("tick", UtcDateTime, nullable=False),
+    Column("note", String(100), nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("pid", Integer, nullable=False),
+    Column("key", String(200), nullable=False),
+    Column("at", UtcDateTime, nullable=False),
+)
+
+
+class Effect(NamedTuple):
+    worker: str
+    tick: datetime
+    note: str
+    attempt: int
+    pid: int
+    key: str
+    at: datetime
+
+
+def leave(context: WorkerContext, pid: int, note: str = "done") -> None:
+    """Write one effect of this run, in the run's own transaction, at the database's time."""
+    context.session.execute(
+        insert(table).values(
+            worker=context.worker,
+            tick=context.tick,
+            note=note,
+            attempt=context.attempt,
+            pid=pid,
+            key=context.idempotency_key,
+            at=now(),
+        )
+    )
+
+
+class Effects:
+    """The effects in one database, read anew with every question."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._engine = create_engine(url, poolclass=NullPool)
+        prepare(self._engine)
+        table.create(self._engine)
+
+    def all(self, worker: str = "ticker", note: str = "done") -> list[Effect]:
+        """In the order in which they were written."""
+        columns = [column for column in table.columns if column.name != "id"]
+        query = select(*columns).where(table.c.worker == worker, table.c.note == note).order_by(table.c.id)
+        with self._engine.connect() as connection:
+            return [Effect(*row) for row in connection.execute(query)]
+
+    def ticks(self, worker: str = "ticker") -> list[datetime]:
+        return [effect.tick for effect in self.all(worker)]
+
+    def pids(self, worker: str = "ticker") -> set[int]:
+        return {effect.pid for effect in self.all(worker)}
+
+    def check_once(self, worker: str = "ticker") -> list[Effect]:
+        """The oracle: each tick at most once, in order, never early, and under its own key. Returns them."""
+        found = self.all(worker)
+        ticks = [effect.tick for effect in found]
+        assert ticks == sorted(set(ticks)), f"twice, or out of order: {ticks}"
+        early = [effect for effect in found if effect.at < effect.tick]
+        assert not early, f"early: {early}"
+        assert [effect.key for effect in found] == [f"{worker}:{tick.isoformat()}" for tick in ticks]
+        return found
+
+    def check_consecutive(self, period: timedelta, worker: str = "ticker") -> list[Effect]:
+        """The oracle, and no tick was left out between the first and the last."""
+        found = self.check_once(worker)
+        gaps = [(a.tick, b.tick) for a, b in pairwise(found) if b.tick - a.tick != period]
+        assert not gaps, f"left out: {gaps}"
+        return found
+
+    def states(self, worker: str) -> list[tuple[str, int]]:
+        """The state and the attempt of its executions, in order."""
+        columns = (executions.c.state, executions.c.attempt)
+        query = select(*columns).where(executions.c.worker == worker).order_by(executions.c.id)
+        with self._engine.connect() as connection:
+            return [(state, attempt) for state, attempt in connection.execute(query)]
+
+    def instances(self, alive: bool = False) -> set[int]:
+        """The pids of the processes that joined the fleet; with `alive`, of those that have not left it."""
+        url = self._engine.url
+        if url.get_backend_name() == "sqlite":
+            url = url.set(database=f"{url.database}-instances")
+            if not Path(str(url.database)).exists():
+                return set()
+        query = select(instances.c.pid)
+        if alive:
+            query = query.where(instances.c.signed_off_at.is_(None), instances.c.expires_at > now())
+        with create_engine(url, poolclass=NullPool).connect() as connection:
+            return set(connection.scalars(query))

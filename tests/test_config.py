@@ -1,0 +1,201 @@
+"""Settings: where they come from, and the sentences that refuse a wrong one."""
+
+import logging
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flask import Flask
+
+from background.errors import InvalidConfig
+from config import KEYS, configure_logging, load_config
+
+
+@pytest.fixture(autouse=True)
+def no_settings_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in KEYS:
+        monkeypatch.delenv(name, raising=False)
+
+
+def load(folder: Path, given: Any = None) -> dict[str, Any]:
+    app = Flask("config", instance_path=str(folder))
+    load_config(app, given)
+    return app.config
+
+
+def test_nothing_given_is_the_embedded_file_and_the_defaults(tmp_path: Path) -> None:
+    config = load(tmp_path)
+    assert config["SQLALCHEMY_DATABASE_URI"] == f"sqlite:///{tmp_path / 'bookstore.sqlite'}"
+    assert config["DATABASE_IS_EMBEDDED"] is True
+    assert config["WORKERS_ENABLED"] is True
+    assert (config["WORKERS_HEARTBEAT_SECONDS"], config["WORKERS_LEASE_SECONDS"]) == (2, 10)
+    assert (config["WORKERS_THREADS"], config["PASSIVE_AFTER_DAYS"], config["LOG_LEVEL"]) == (10, 30, "INFO")
+
+
+def test_the_environment_wins_over_the_default_and_ones_own_over_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PASSIVE_AFTER_DAYS", "60")
+    monkeypatch.setenv("WORKERS_THREADS", "4")
+    (tmp_path / "config.py").write_text("WORKERS_THREADS = 8\nTITLE = 'Mine'\n")
+    config = load(tmp_path)
+    assert (config["PASSIVE_AFTER_DAYS"], config["WORKERS_THREADS"], config["TITLE"]) == (60, 8, "Mine")
+
+
+def test_a_given_mapping_or_object_takes_the_place_of_the_instance_file(tmp_path: Path) -> None:
+    class Given:
+        WORKERS_THREADS = 3
+
+    (tmp_path / "config.py").write_text("WORKERS_THREADS = 8\nPASSIVE_AFTER_DAYS = 9\n")
+    for given in ({"WORKERS_THREADS": 3}, Given, Given()):
+        config = load(tmp_path, given)
+        assert (config["WORKERS_THREADS"], config["PASSIVE_AFTER_DAYS"]) == (3, 30)
+
+
+def test_an_empty_variable_is_an_unset_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATABASE_URL", "")
+    assert load(tmp_path)["DATABASE_IS_EMBEDDED"] is True
+
+
+@pytest.mark.parametrize("scheme", ["postgres", "postgresql", "postgresql+psycopg"])
+def test_every_spelling_of_postgresql_gets_its_driver(tmp_path: Path, scheme: str) -> None:
+    config = load(tmp_path, {"DATABASE_URL": f"{scheme}://shop:secret@db/shop"})
+    assert config["SQLALCHEMY_DATABASE_URI"].startswith("postgresql+psycopg://shop:secret@db/shop")
+    assert config["DATABASE_IS_EMBEDDED"] is False
+
+
+def test_a_database_url_does_not_wait_for_a_server_without_end(tmp_path: Path) -> None:
+    assert load(tmp_path, {"DATABASE_URL": "postgresql://db/shop"})["SQLALCHEMY_DATABASE_URI"].endswith("=10")
+    own = load(tmp_path, {"DATABASE_URL": "postgresql://db/shop?connect_timeout=3"})
+    assert own["SQLALCHEMY_DATABASE_URI"].endswith("?connect_timeout=3")
+
+
+def test_an_explicit_sqlalchemy_uri_is_honoured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATABASE_URL", "postgresql://db/production")
+    config = load(tmp_path, {"SQLALCHEMY_DATABASE_URI": "sqlite:///mine.sqlite"})
+    assert config["SQLALCHEMY_DATABASE_URI"] == f"sqlite:///{tmp_path / 'mine.sqlite'}"
+    assert config["DATABASE_IS_EMBEDDED"] is False
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1", True), ("TRUE", True), ("yes", True), ("on", True), ("0", False), ("False", False), ("no", False)],
+)
+def test_a_boolean_is_written_in_many_ways(tmp_path: Path, text: str, value: bool) -> None:
+    assert load(tmp_path, {"WORKERS_ENABLED": text})["WORKERS_ENABLED"] is value
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("WORKERS_ENABLED", "maybe", "true or false"),
+        ("WORKERS_HEARTBEAT_SECONDS", "nan", "a number of seconds above 0"),
+        ("WORKERS_LEASE_SECONDS", "inf", "a number of seconds above 0"),
+        ("WORKERS_SHUTDOWN_SECONDS", -1, "a number of seconds above 0"),
+        ("WORKERS_HISTORY_DAYS", 0, "a number of days above 0"),
+        ("PASSIVE_AFTER_DAYS", "a month", "a number of days above 0"),
+        ("PASSIVE_AFTER_DAYS", 1e12, "at most 36500"),
+        ("PASSIVE_AFTER_DAYS", True, "a number of days above 0"),
+        ("PASSIVE_AFTER_DAYS", None, "a number of days above 0"),
+        ("WORKERS_THREADS", 2.5, "a whole number from 1 to 1000"),
+        ("LOG_LEVEL", "loud", "DEBUG, INFO"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_key_value_expectation_and_remedy(
+    tmp_path: Path, name: str, value: Any, expected: str
+) -> None:
+    with pytest.raises(InvalidConfig) as raised:
+        load(tmp_path, {name: value})
+    message = str(raised.value)
+    assert message.startswith(f"{name} is {value!r}; expected ")
+    assert expected in message
+    assert "instance/config.py" in message
+
+
+@pytest.mark.parametrize(
+    "url", ["mysql://shop:hunter2@db/shop", "hunter2 is no URL", "postgresql+other://shop:hunter2@db/shop"]
+)
+def test_a_database_url_is_refused_without_showing_its_password(tmp_path: Path, url: str) -> None:
+    with pytest.raises(InvalidConfig, match=r"DATABASE_URL .*expected postgresql://") as raised:
+        load(tmp_path, {"DATABASE_URL": url})
+    assert "hunter2" not in str(raised.value)
+
+
+@pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:", "sqlite:///file:x?uri=true"])
+def test_a_sqlite_database_that_connections_cannot_share_is_refused(tmp_path: Path, url: str) -> None:
+    with pytest.raises(InvalidConfig, match="expected the path of a plain file"):
+        load(tmp_path, {"DATABASE_URL": url})
+
+
+def test_an_empty_secret_key_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidConfig, match="SECRET_KEY is a value that is not shown; expected a text"):
+        load(tmp_path, {"SECRET_KEY": " "})
+
+
+@pytest.mark.parametrize("lease", [4, 3.9])
+def test_a_lease_must_outlast_a_late_heartbeat(tmp_path: Path, lease: float) -> None:
+    with pytest.raises(InvalidConfig, match=r"more than twice WORKERS_HEARTBEAT_SECONDS \(2\)"):
+        load(tmp_path, {"WORKERS_LEASE_SECONDS": lease})
+
+
+def test_a_misspelled_setting_is_pointed_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InvalidConfig, match="Did you mean WORKERS_THREADS"):
+        load(tmp_path, {"WORKERS_THREAD": 3})
+    monkeypatch.setenv("WORKERS_ENABLE", "0")
+    with pytest.raises(InvalidConfig, match="Did you mean WORKERS_ENABLED"):
+        load(tmp_path)
+
+
+def test_the_secret_key_is_made_once_and_kept_private(tmp_path: Path) -> None:
+    first = load(tmp_path)["SECRET_KEY"]
+    assert len(first) >= 32
+    assert load(tmp_path)["SECRET_KEY"] == first
+    assert stat.S_IMODE(os.stat(tmp_path / "secret_key").st_mode) == 0o600
+    assert os.listdir(tmp_path) == ["secret_key"]
+
+
+def test_processes_that_start_at_once_agree_on_the_secret_key(tmp_path: Path) -> None:
+    program = (
+        "import sys; from flask import Flask; from config import load_config\n"
+        f"app = Flask('config', instance_path={str(tmp_path)!r})\n"
+        "print('ready', flush=True); sys.stdin.readline(); load_config(app, {})\n"
+        "print(app.config['SECRET_KEY'])"
+    )
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", program],
+            cwd=Path(__file__).parent.parent,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(4)
+    ]
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+    assert len({process.communicate(timeout=30)[0] for process in processes}) == 1
+
+
+def test_an_empty_secret_key_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "secret_key").touch()
+    with pytest.raises(InvalidConfig, match=r"SECRET_KEY is not set and .*secret_key cannot hold one"):
+        load(tmp_path)
+
+
+def test_a_log_that_the_process_has_set_up_is_left_alone(tmp_path: Path) -> None:
+    root = logging.getLogger()
+    before = (root.level, list(root.handlers))
+    app = Flask("config", instance_path=str(tmp_path))
+    load_config(app, {"LOG_LEVEL": "debug"})
+    configure_logging(app)  # pytest has a handler there
+    assert (root.level, root.handlers) == before
+    assert logging.getLogger("apscheduler").level == logging.WARNING

@@ -1,0 +1,141 @@
+"""The shop's tables keep their rules, and the search pages through users by its indexes."""
+
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from flask import Flask
+from sqlalchemy.exc import IntegrityError
+
+from models import Book, Order, User, UserRepository, db
+
+
+@pytest.fixture
+def users(app: Flask) -> Iterator[UserRepository]:
+    with app.app_context():
+        yield UserRepository(db.session)
+        db.session.remove()
+
+
+def pages(users: UserRepository, limit: int = 2, **search: Any) -> list[list[str]]:
+    found, after = [], None
+    while True:
+        page = users.search(after=after, limit=limit, **search)
+        found.append([user.name for user in page.users])
+        after = page.after
+        if after is None:
+            return found
+
+
+@pytest.fixture
+def readers(make_user: Callable[..., User]) -> None:
+    for email, name, status in [
+        ("zoe@example.com", "Ada", "active"),
+        ("ada@example.com", "Zoe", "passive"),
+        ("bob@example.com", "Adam", "active"),
+        ("adrian@example.com", "Émile", "active"),
+        ("100%@example.com", "Adam", "passive"),
+    ]:
+        make_user(email=email, name=name, status=status)
+
+
+def test_a_user_is_active_until_something_says_otherwise(make_user: Callable[..., User]) -> None:
+    user = make_user()
+    assert (user.status, user.is_admin, user.last_login_at) == ("active", False, None)
+    assert user.created_at.tzinfo is UTC
+
+
+def test_created_at_is_the_databases_clock(app: Flask) -> None:
+    with app.app_context():
+        user = User(email="new@example.com", name="New", password_hash="!")
+        db.session.add(user)
+        db.session.commit()
+        assert abs((datetime.now(UTC) - user.created_at).total_seconds()) < 60
+
+
+def test_two_users_cannot_have_one_email(make_user: Callable[..., User]) -> None:
+    make_user(email="ada@example.com")
+    with pytest.raises(IntegrityError):
+        make_user(email="ada@example.com")
+
+
+def test_a_password_is_kept_as_a_hash() -> None:
+    user = User()
+    user.set_password("tulip")
+    assert "tulip" not in user.password_hash
+    assert user.check_password("tulip")
+    assert not user.check_password("rose")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"stock": -1}, {"price_cents": -1}],
+)
+def test_a_book_has_no_negative_stock_or_price(app: Flask, wrong: dict[str, int]) -> None:
+    with app.app_context():
+        db.session.add(Book(**{"title": "Emma", "author": "Jane Austen", "price_cents": 1, "stock": 1, **wrong}))
+        with pytest.raises(IntegrityError):
+            db.session.commit()
+        db.session.rollback()
+
+
+def test_an_order_is_of_something(app: Flask, make_user: Callable[..., User]) -> None:
+    user = make_user()
+    with app.app_context():
+        book = Book(title="Emma", author="Jane Austen", price_cents=1290)
+        db.session.add(Order(user_id=user.id, book=book, quantity=1, price_cents=1290))
+        db.session.commit()
+        db.session.add(Order(user_id=user.id, book=book, quantity=0, price_cents=1290))
+        with pytest.raises(IntegrityError):
+            db.session.commit()
+        db.session.rollback()
+
+
+def test_an_order_belongs_to_a_user_that_exists(app: Flask) -> None:
+    with app.app_context():
+        db.session.add(Order(user_id=99, book_id=99, quantity=1, price_cents=1))
+        with pytest.raises(IntegrityError):
+            db.session.commit()
+        db.session.rollback()
+
+
+def test_a_user_is_found_by_an_email_however_it_is_written(users: UserRepository, readers: None) -> None:
+    found = users.by_email(" Ada@Example.com ")
+    assert found is not None
+    assert found.name == "Zoe"
+    assert users.by_email("nobody@example.com") is None
+
+
+@pytest.mark.usefixtures("readers")
+@pytest.mark.parametrize("limit", [1, 2, 3, 50])
+@pytest.mark.parametrize(
+    ("search", "expected"),
+    [
+        ({}, ["Ada", "Zoe", "Adam", "Émile", "Adam"]),
+        ({"status": "passive"}, ["Zoe", "Adam"]),
+        ({"status": "active"}, ["Ada", "Adam", "Émile"]),
+        ({"status": "unheard of"}, []),
+        ({"prefix": "ad"}, ["Zoe", "Émile", "Ada", "Adam", "Adam"]),
+        ({"prefix": " AD "}, ["Zoe", "Émile", "Ada", "Adam", "Adam"]),
+        ({"prefix": "ad", "status": "active"}, ["Émile", "Ada", "Adam"]),
+        ({"prefix": "adam"}, ["Adam", "Adam"]),
+        ({"prefix": "Ém"}, ["Émile"]),
+        ({"prefix": "100%"}, ["Adam"]),
+        ({"prefix": "%"}, []),
+        ({"prefix": "nobody"}, []),
+        ({"prefix": "a\0d"}, ["Zoe", "Émile", "Ada", "Adam", "Adam"]),
+    ],
+)
+def test_pages_of_a_search_are_its_users_once_and_in_order(
+    users: UserRepository, search: dict[str, Any], expected: list[str], limit: int
+) -> None:
+    found = pages(users, limit, **search)
+    assert [name for page in found for name in page] == expected
+    assert all(len(page) == limit for page in found[:-1])
+
+
+@pytest.mark.usefixtures("readers")
+@pytest.mark.parametrize("after", ["", "nonsense", "id:x:", "name", "::", "id:99999999999999999999:", "\0"])
+def test_a_page_after_nonsense_is_the_first(users: UserRepository, after: str) -> None:
+    assert [user.name for user in users.search(after=after, limit=1).users] == ["Ada"]

@@ -1,0 +1,187 @@
+"""Ctrl-C and SIGTERM in mid-run: the run is told first, the process ends in time, and another instance takes over."""
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import pytest
+from effects import Effects
+from flask import Flask
+from processes import Process, environment, eventually, flask, gunicorn, started
+
+from background import PeriodicWorker, WorkerContext
+
+MARGIN = 3.0  # seconds; the time to exit of a busy machine
+FLASK_RUN = flask("run", "--port", "0")
+GUNICORN = gunicorn("-w", "1", "probe:create_app()")
+GTHREAD = gunicorn("-w", "1", "-k", "gthread", "--threads", "2", "probe:create_app()")
+
+
+@contextmanager
+def another_instance(url: str, **more: object) -> Iterator[Process]:
+    """A second process of the fleet, which has joined."""
+    with started(FLASK_RUN, environment(url, **more)) as process:
+        process.wait_for("joined")
+        yield process
+
+
+def ends_within(process: Process, seconds: float, stop: Callable[[], None]) -> str:
+    """Call `stop`; what the process said until it ended, in time."""
+    began = time.monotonic()
+    stop()
+    process.wait()
+    assert time.monotonic() - began < seconds + MARGIN
+    return process.output
+
+
+@pytest.mark.parametrize(
+    ("engine", "command", "number", "group"),
+    [
+        ("sqlite", FLASK_RUN, signal.SIGINT, True),
+        ("postgresql", FLASK_RUN, signal.SIGTERM, False),
+        ("postgresql", GUNICORN, signal.SIGTERM, False),
+        ("sqlite", GTHREAD, signal.SIGTERM, True),
+        ("sqlite", GUNICORN, signal.SIGINT, True),
+    ],
+    ids=["flask-run-ctrl-c", "flask-run-term", "gunicorn-term", "gthread-term-to-all", "gunicorn-ctrl-c"],
+)
+def test_a_run_that_is_told_to_stop_is_handed_back_and_another_instance_takes_it_up_as_the_same_attempt(
+    engine: str, command: list[str], number: int, group: bool, request: pytest.FixtureRequest
+) -> None:
+    effects = Effects(request.getfixturevalue(f"{engine}_url"))
+    with started(command, environment(effects.url, PROBE_WORKERS="listener", WORKERS_SHUTDOWN_SECONDS=20)) as first:
+        first.wait_for("The listener began")
+        with another_instance(effects.url, PROBE_WORKERS="listener", PROBE_SECONDS="0.1"):
+            said = ends_within(first, 1, lambda: (first.signal_group if group else first.signal)(number))
+            assert eventually(lambda: effects.ticks("listener"))
+    assert "The listener was told" in said
+    assert "Handed the tick" in said
+    assert "Traceback" not in said
+    mine, theirs = effects.all("listener", "began")
+    assert (mine.tick, mine.attempt, mine.key) == (theirs.tick, theirs.attempt, theirs.key)
+    assert mine.pid != theirs.pid
+    assert effects.states("listener") == [("handed back", 1), ("succeeded", 1)]
+    effects.check_once("listener")
+
+
+@pytest.mark.parametrize(
+    ("engine", "command"),
+    [("postgresql", FLASK_RUN), ("sqlite", GUNICORN), ("postgresql", GTHREAD)],
+    ids=["flask-run", "gunicorn", "gthread"],
+)
+def test_a_run_that_does_not_listen_is_handed_back_in_time_and_its_late_commit_is_refused(
+    engine: str, command: list[str], request: pytest.FixtureRequest
+) -> None:
+    effects = Effects(request.getfixturevalue(f"{engine}_url"))
+    slow = environment(
+        effects.url, PROBE_WORKERS="deaf", PROBE_SECONDS=3, PROBE_LINGERS="yes", WORKERS_SHUTDOWN_SECONDS=1
+    )
+    with started(command, slow) as first:
+        first.wait_for("The deaf one began")
+        with another_instance(effects.url, PROBE_WORKERS="deaf", PROBE_SECONDS=0):
+            stopped = time.monotonic()
+            first.signal(signal.SIGTERM)
+            first.wait_for("Not everything ended in time; what still runs is handed back")
+            assert time.monotonic() - stopped < 1 + MARGIN
+            first.wait_for("The deaf one was refused")
+            first.wait()
+            assert eventually(lambda: effects.ticks("deaf"))
+    assert effects.states("deaf") == [("handed back", 1), ("succeeded", 1)]
+    assert len(effects.check_once("deaf")) == 1
+
+
+@pytest.mark.parametrize("command", [FLASK_RUN, GUNICORN], ids=["flask-run", "gunicorn"])
+def test_a_run_that_holds_the_write_lock_of_sqlite_does_not_hold_the_exit_up(
+    command: list[str], sqlite_url: str
+) -> None:
+    effects = Effects(sqlite_url)
+    with started(command, environment(sqlite_url, PROBE_WORKERS="holder,ticker", WORKERS_SHUTDOWN_SECONDS=1)) as first:
+        first.wait_for("The holder holds")
+        ends_within(first, 1, lambda: first.signal(signal.SIGTERM))
+        assert effects.instances(alive=True) == set()
+    assert effects.all("holder") == []
+    with another_instance(sqlite_url, PROBE_WORKERS="holder", PROBE_SECONDS=0):
+        assert eventually(lambda: effects.ticks("holder"))
+    assert effects.states("holder") == [("handed back", 1), ("succeeded", 1)]
+
+
+@pytest.mark.parametrize(
+    ("command", "hurry"),
+    [(FLASK_RUN, signal.SIGTERM), (FLASK_RUN, signal.SIGINT), (GUNICORN, signal.SIGQUIT)],
+    ids=["flask-run-term", "flask-run-ctrl-c", "gunicorn-quit"],
+)
+def test_who_insists_is_not_kept_waiting(command: list[str], hurry: int, sqlite_url: str) -> None:
+    effects = Effects(sqlite_url)
+    with started(command, environment(sqlite_url, PROBE_WORKERS="listener,deaf", WORKERS_SHUTDOWN_SECONDS=25)) as first:
+        first.wait_for("The deaf one began")
+        first.wait_for("The listener began")
+        first.signal(signal.SIGTERM)
+        first.wait_for("The listener was told")
+        said = ends_within(first, 0, lambda: first.signal(hurry))
+        assert effects.instances(alive=True) == set()
+    assert "Traceback" not in said
+
+
+def test_gunicorn_does_not_take_its_repeated_term_for_haste(sqlite_url: str) -> None:
+    """A service manager signals every process of the group, and then the master its workers."""
+    effects = Effects(sqlite_url)
+    with started(
+        GUNICORN, environment(sqlite_url, PROBE_WORKERS="deaf", PROBE_SECONDS=2, WORKERS_SHUTDOWN_SECONDS=20)
+    ) as server:
+        server.wait_for("The deaf one began")
+        server.signal_group(signal.SIGTERM)
+        assert server.wait() == 0
+    assert effects.states("deaf") == [("succeeded", 1)]
+
+
+def test_ctrl_c_in_a_terminal_lets_the_reloaders_child_end_its_run(sqlite_url: str) -> None:
+    effects = Effects(sqlite_url)
+    env = environment(sqlite_url, PROBE_WORKERS="deaf", PROBE_SECONDS=2, WORKERS_SHUTDOWN_SECONDS=20)
+    with started(flask("run", "--debug", "--port", "0"), env, terminal=True) as server:
+        server.wait_for("The deaf one began")
+        server.type("\x03")
+        assert server.wait() == 0
+    assert effects.states("deaf") == [("succeeded", 1)]
+
+
+def test_ctrl_c_without_a_terminal_tells_the_reloaders_child_first(postgresql_url: str) -> None:
+    effects = Effects(postgresql_url)
+    env = environment(postgresql_url, PROBE_WORKERS="listener")
+    with started(flask("run", "--debug", "--port", "0"), env) as server:
+        server.wait_for("The listener began")
+        server.signal_group(signal.SIGINT)
+        server.wait()
+        assert "The listener was told" in server.output
+    assert effects.states("listener") == [("handed back", 1)]
+
+
+def test_a_stop_before_the_workers_have_joined_is_quick_and_quiet(sqlite_url: str) -> None:
+    with started(GUNICORN, environment(sqlite_url, WORKERS_SHUTDOWN_SECONDS=20)) as server:
+        server.wait_for("Booting worker")
+        said = ends_within(server, 1, lambda: server.signal(signal.SIGTERM))
+    assert "Traceback" not in said, said
+
+
+def test_a_run_that_is_claimed_while_its_process_stops_does_not_begin(app: Flask) -> None:
+    ran: list[str] = []
+
+    class Eager(PeriodicWorker):
+        period = timedelta(days=1)
+
+        def do_work(self, context: WorkerContext) -> None:
+            ran.append(context.worker)
+
+    workers = app.extensions["background_workers"]
+    workers.add(Eager)
+    ticks = workers.ticks
+    state = ticks.look(Eager)
+    instance = ticks.sign_on()
+    claim = ticks.ledger.claim_manual("eager", state.clock, (instance.id, instance.name))
+    workers.tell()
+    assert ticks.runs.run(Eager, claim, ticks.ledger, instance).state == "handed back"
+    assert ran == []
+    state = ticks.look(Eager)
+    assert (state.running, state.pending_tick) == (None, claim.tick)
+    workers.stop()
