@@ -20,6 +20,7 @@ from .errors import BackgroundError
 from .models import instances
 from .sqlite import is_in_memory, prepare
 
+_LAST_BEAT_SECONDS = 1.0
 _FORGOTTEN_AFTER = timedelta(days=1)
 
 
@@ -134,4 +135,4 @@ class Heartbeat(threading.Thread):
     def stop(self) -> None:
         self._stopped.set()
         if threading.current_thread() is not self and self.is_alive():
-            self.join(self._interval)
+            self.join(_LAST_BEAT_SECONDS)
