@@ -3,13 +3,20 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+from click import ClickException
 
-class BackgroundError(Exception):
-    """The base of every error that the engine raises; its text is one sentence for a person."""
+
+class BackgroundError(ClickException):
+    """The base of every error that the engine raises; its text is one sentence for a person.
+
+    Where it ends a `flask` command, that sentence is printed instead of a traceback.
+    """
 
 
 class UnknownWorker(BackgroundError):
     """A name that no registered worker has."""
+
+    exit_code = 2
 
     def __init__(self, name: str, known: Iterable[str]) -> None:
         known = sorted(known)

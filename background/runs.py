@@ -59,9 +59,9 @@ class Runs:
                 context.stopping.set()
 
     def hurry(self) -> None:
-        """Tell them; told again, wait no longer."""
+        """Tell them, and let `wait` wait no longer."""
         with self._changed:
-            self._hurried = self.stopping.is_set()
+            self._hurried = True
             self._changed.notify_all()
             self.tell()
 
