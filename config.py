@@ -8,7 +8,9 @@ import logging
 import math
 import os
 import secrets
+import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from difflib import get_close_matches
@@ -166,12 +168,16 @@ def _check_lease(config: Mapping[str, Any]) -> None:
 
 
 def _set_database(app: Flask) -> None:
-    """Settle SQLALCHEMY_DATABASE_URI (one that was given itself wins) and DATABASE_IS_EMBEDDED."""
+    """Settle SQLALCHEMY_DATABASE_URI (one that was given itself wins), DATABASE_IS_EMBEDDED and .._TEMPORARY."""
     chosen = app.config.get("SQLALCHEMY_DATABASE_URI") or app.config["DATABASE_URL"]
-    app.config["DATABASE_IS_EMBEDDED"] = chosen is None
-    if chosen is None:
-        chosen = URL.create("sqlite", database="bookstore.sqlite")
-    url = _usable_url(_cast("DATABASE_URL", chosen), Path(app.instance_path))
+    asked = URL.create("sqlite", database="bookstore.sqlite") if chosen is None else _cast("DATABASE_URL", chosen)
+    # A test or a prototype; see `_temporary_file`.
+    is_temporary = asked.get_backend_name() == "sqlite" and asked.database in (None, "", ":memory:")
+    app.config["DATABASE_IS_TEMPORARY"] = is_temporary
+    app.config["DATABASE_IS_EMBEDDED"] = chosen is None or is_temporary
+    if is_temporary:
+        asked = asked.set(database=_temporary_file(app))
+    url = _usable_url(asked, Path(app.instance_path))
     app.config["SQLALCHEMY_DATABASE_URI"] = url.render_as_string(hide_password=False)
 
 
@@ -188,6 +194,21 @@ def _usable_url(url: URL, folder: Path) -> URL:
             f"sqlite:///bookstore.sqlite is one in the instance folder."
         )
     return url.set(database=str(folder / url.database))
+
+
+def _temporary_file(app: Flask) -> str:
+    """What `sqlite://` and `sqlite:///:memory:` become: a file that goes when the app does.
+
+    A database in memory is a single connection, on which a heartbeat's read would roll a run back.
+    """
+    folder = tempfile.mkdtemp(prefix="bookstore-")
+    weakref.finalize(app, _remove, folder, os.getpid())
+    return str(Path(folder) / "bookstore.sqlite")
+
+
+def _remove(folder: str, owner: int) -> None:
+    if os.getpid() == owner:  # and not a fork of it
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _kept_secret_key(folder: Path) -> str:

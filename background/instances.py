@@ -12,14 +12,14 @@ from uuid import uuid4
 from sqlalchemy import Engine, create_engine, delete, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.pool import StaticPool
 from sqlalchemy.schema import CreateTable
 
 from .clock import now, single_statements
 from .errors import BackgroundError
 from .models import instances
-from .sqlite import is_in_memory, prepare
+from .sqlite import prepare
 
+_LAST_BEAT_SECONDS = 1.0
 _FORGOTTEN_AFTER = timedelta(days=1)
 
 
@@ -109,8 +109,6 @@ def instances_engine(engine: Engine) -> Engine:
     """
     if engine.dialect.name != "sqlite":
         return create_engine(engine.url, pool_size=1, max_overflow=0, isolation_level="READ COMMITTED")
-    if is_in_memory(engine):
-        return create_engine("sqlite://", poolclass=StaticPool, connect_args={"check_same_thread": False})
     beside = create_engine(engine.url.set(database=f"{engine.url.database}-instances"))
     prepare(beside)
     return beside
@@ -134,4 +132,4 @@ class Heartbeat(threading.Thread):
     def stop(self) -> None:
         self._stopped.set()
         if threading.current_thread() is not self and self.is_alive():
-            self.join(self._interval)
+            self.join(_LAST_BEAT_SECONDS)

@@ -50,6 +50,7 @@ class BackgroundWorkerManager:
             if name not in db.metadata.tables:
                 table.to_metadata(db.metadata)
         with app.app_context():
+            sqlite.refuse_memory(db.engine)
             for engine in db.engines.values():
                 sqlite.prepare(engine)
         fence(db)

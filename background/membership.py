@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 _OFFSET_WARNED = timedelta(seconds=1)
 _OFFSET_REARMED = timedelta(milliseconds=20)
+_LAST_CALLS_SECONDS = 1.0
 _RETRY_SECONDS = (1, 2, 5, 10, 30)
 
 
@@ -50,7 +51,9 @@ class Membership:
         runs.tell()
         self._scheduler.stop()
         try:
-            if not runs.wait(seconds):
+            if runs.wait(seconds):
+                self._scheduler.wait(_LAST_CALLS_SECONDS)
+            else:
                 log.warning("Not everything ended in time; what still runs is handed back")
         finally:
             runs.lose("its instance stopped")
@@ -78,7 +81,8 @@ class Membership:
             log.error("The workers cannot start yet: %s", first_line(error))
             self._later("join", failures, self._join)
             return
-        log.info("Joined the fleet with %d workers", len(self._workers))
+        if (instance := self._ticks.instance) is not None:
+            log.info("Instance %s joined with %d workers", instance.name, len(self._workers))
 
     def _enter(self) -> bool:
         """Sign on, and keep the lease; False where `leave` came first."""

@@ -18,8 +18,9 @@ class Scheduler:
     """Calls functions at given times, each on one of `threads` daemon threads; late rather than never."""
 
     def __init__(self, threads: int) -> None:
+        self._threads = _DaemonThreads(threads)
         self._scheduler = _Scheduler(
-            executors={"default": _DaemonThreads(threads)},
+            executors={"default": self._threads},
             # Nothing is dropped for being late or for overlapping itself: that is for the ledger to decide.
             job_defaults={"misfire_grace_time": None, "coalesce": True, "max_instances": 1_000_000},
             timezone=UTC,
@@ -32,6 +33,10 @@ class Scheduler:
     def stop(self) -> None:
         """Call nothing any more. Does not wait for what is being called."""
         self._scheduler.shutdown(wait=False)
+
+    def wait(self, seconds: float) -> bool:
+        """Wait until nothing is being called, so that the connections in use can be closed; False if it still is."""
+        return self._threads.wait(seconds)
 
     def at(self, when: datetime, key: str, function: Callable[..., object], *args: Any) -> None:
         """Call `function(*args)` at `when` (this host's clock); replaces what was set under `key`."""
@@ -70,9 +75,12 @@ class _DaemonThreads(BaseExecutor):  # type: ignore[misc]
         self._threads_left = threads
         self._idle = threading.Semaphore(0)
         self._queue: SimpleQueue[tuple[Job, list[datetime]] | None] = SimpleQueue()
-        self._started = 0
+        self._started = self._calls = 0
+        self._called = threading.Condition()
 
     def _do_submit_job(self, job: Job, run_times: list[datetime]) -> None:
+        with self._called:
+            self._calls += 1
         self._queue.put((job, run_times))
         if not self._idle.acquire(blocking=False) and self._threads_left:
             self._threads_left -= 1
@@ -84,7 +92,14 @@ class _DaemonThreads(BaseExecutor):  # type: ignore[misc]
             job, run_times = item
             events = run_job(job, job._jobstore_alias, run_times, self._logger.name)
             self._run_job_success(job.id, events)
+            with self._called:
+                self._calls -= 1
+                self._called.notify_all()
             self._idle.release()
+
+    def wait(self, seconds: float) -> bool:
+        with self._called:
+            return self._called.wait_for(lambda: not self._calls, seconds)
 
     def shutdown(self, wait: bool = True) -> None:
         for _ in range(self._started):

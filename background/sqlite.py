@@ -4,6 +4,8 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, event
 
+from .errors import InvalidConfig
+
 BUSY_SECONDS = 30
 
 
@@ -19,9 +21,13 @@ def prepare(engine: Engine) -> None:
         event.listen(engine, "savepoint", _begin_before_savepoint)
 
 
-def is_in_memory(engine: Engine) -> bool:
-    """Whether the database lives and dies with this process."""
-    return engine.dialect.name == "sqlite" and engine.url.database in (None, "", ":memory:")
+def refuse_memory(engine: Engine) -> None:
+    """A database in memory is a single connection, on which a heartbeat's read would roll a run back."""
+    if engine.dialect.name == "sqlite" and engine.url.database in (None, "", ":memory:"):
+        raise InvalidConfig(
+            f"The database {engine.url} is in the memory of one connection; expected one that several connections "
+            "can share: use a file, in a test one of its temporary folder."
+        )
 
 
 def _connected(connection: Any, _record: Any) -> None:

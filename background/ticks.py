@@ -201,8 +201,6 @@ class Ticks:
     def _own_engine(self) -> Engine:
         with self._app.app_context():
             shared = self._db.engine
-        if sqlite.is_in_memory(shared):
-            return shared
         if shared.dialect.name == "sqlite":
             engine = create_engine(shared.url)
             sqlite.prepare(engine)

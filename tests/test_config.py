@@ -125,7 +125,7 @@ def test_a_database_url_is_refused_without_showing_its_password(tmp_path: Path, 
     assert "hunter2" not in str(raised.value)
 
 
-@pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:", "sqlite:///file:x?uri=true"])
+@pytest.mark.parametrize("url", ["sqlite:///file::memory:", "sqlite:///file:x?uri=true"])
 def test_a_sqlite_database_that_connections_cannot_share_is_refused(tmp_path: Path, url: str) -> None:
     with pytest.raises(InvalidConfig, match="expected the path of a plain file"):
         load(tmp_path, {"DATABASE_URL": url})

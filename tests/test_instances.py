@@ -1,0 +1,138 @@
+"""Who is alive, by whose clock, and for how long."""
+
+import threading
+import time
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from fleet import PATIENCE, Fleet, Hourly, effect, statements, wait_until
+from sqlalchemy import select, update
+
+from background import WorkerContext
+from background import models as tables
+from background.instances import Instance
+
+LEASE = timedelta(seconds=5)
+
+
+def row(fleet: Fleet, instance: Instance) -> object:
+    instances = fleet.manager().ticks.instances
+    with instances.engine.connect() as connection:
+        return connection.execute(select(tables.instances).where(tables.instances.c.id == instance.id)).one()
+
+
+def test_a_heartbeat_is_one_statement_and_renews_the_lease(fleet: Fleet) -> None:
+    instances, instance = fleet.manager().ticks.instances, Instance(LEASE)
+    with statements(instances.engine) as seen:
+        instances.beat(instance)
+        instances.beat(instance)
+    assert len([statement for statement in seen if not statement.startswith("PRAGMA")]) == 2
+    signed_on = row(fleet, instance)
+    assert signed_on.expires_at - signed_on.heartbeat_at <= LEASE + timedelta(seconds=0.1)
+    assert instance.is_alive
+
+
+def test_two_lives_of_one_process_are_two_instances(fleet: Fleet) -> None:
+    first, second = Instance(LEASE), Instance(LEASE)
+    assert first.id != second.id
+    assert (first.host, first.pid) == (second.host, second.pid)
+
+
+def test_the_deadline_counts_from_before_the_heartbeat_was_sent(fleet: Fleet) -> None:
+    instances, instance = fleet.manager().ticks.instances, Instance(LEASE)
+    before = time.monotonic()
+    instances.beat(instance)
+    after = time.monotonic()
+    assert before + 5 <= instance.deadline <= after + 5
+
+
+def test_the_living_the_lost_and_those_who_signed_off_are_told_apart(fleet: Fleet) -> None:
+    instances = fleet.manager().ticks.instances
+    alive, lost, left = Instance(LEASE), Instance(timedelta(seconds=-1)), Instance(LEASE)
+    for instance in (alive, lost, left):
+        instances.beat(instance)
+    instances.sign_off(left)
+    assert instances.gone({alive.id, lost.id, left.id, "unheard of"}) == {
+        lost.id: False,
+        left.id: True,
+        "unheard of": False,
+    }
+
+
+def test_a_heartbeat_that_comes_after_the_signing_off_revives_nobody(fleet: Fleet) -> None:
+    instances, instance = fleet.manager().ticks.instances, Instance(LEASE)
+    instances.beat(instance)
+    instances.sign_off(instance)
+    instances.beat(instance)
+    assert instances.gone({instance.id}) == {instance.id: True}
+
+
+def test_those_who_left_long_ago_are_forgotten(fleet: Fleet) -> None:
+    instances = fleet.manager().ticks.instances
+    old, new = Instance(LEASE), Instance(LEASE)
+    for instance in (old, new):
+        instances.beat(instance)
+    with instances.engine.begin() as connection:
+        long_ago = datetime.now(UTC) - timedelta(days=2)
+        forgotten = update(tables.instances).where(tables.instances.c.id == old.id)
+        connection.execute(forgotten.values(expires_at=long_ago))
+    instances.sign_off(new)
+    with instances.engine.connect() as connection:
+        assert set(connection.scalars(select(tables.instances.c.id))) == {new.id}
+
+
+def test_the_databases_clock_is_taken_in_with_every_heartbeat(fleet: Fleet) -> None:
+    instances, instance = fleet.manager().ticks.instances, Instance(LEASE)
+    instances.beat(instance)
+    assert abs(instance.clock_offset) < timedelta(seconds=1)
+    instance.measured(datetime.now(UTC) + timedelta(hours=1), time.time(), time.time())
+    assert abs(instance.clock_offset - timedelta(hours=1)) < timedelta(seconds=1)
+    assert abs(instance.database_time() - datetime.now(UTC) - timedelta(hours=1)) < timedelta(seconds=1)
+
+
+def test_one_heartbeat_renews_everything_that_an_instance_runs(fleet: Fleet) -> None:
+    go_on, working = threading.Event(), threading.Semaphore(0)
+
+    class First(Hourly):
+        def do_work(self, context: WorkerContext) -> None:
+            working.release()
+            assert go_on.wait(PATIENCE)
+            effect(context)
+
+    second = type("Second", (First,), {})
+    manager = fleet.manager(First, second, WORKERS_LEASE_SECONDS=0.5)
+    manager.start()
+    assert all(working.acquire(timeout=PATIENCE) for _ in range(2))
+    began = manager.ticks.instance.deadline
+    wait_until(lambda: manager.ticks.instance.deadline > began + 1, "two leases")
+    go_on.set()
+    wait_until(lambda: fleet.states() == ["succeeded", "succeeded"], "the end of both")
+
+
+def test_a_run_outside_any_started_instance_is_alive_as_long_as_it_takes(fleet: Fleet) -> None:
+    class Long(Hourly):
+        def do_work(self, context: WorkerContext) -> None:
+            began = context.instance.deadline
+            wait_until(lambda: context.instance.deadline > began + 1, "two leases")
+            effect(context)
+
+    manager = fleet.manager(Long, WORKERS_LEASE_SECONDS=0.5)
+    assert manager.trigger("long").state == "succeeded"
+    (execution,) = fleet.executions()
+    assert manager.ticks.instances.gone({execution.instance}) == {execution.instance: True}
+
+
+@pytest.mark.parametrize("started", [True, False])
+def test_an_idle_instance_is_one_write_per_heartbeat_and_one_read(fleet: Fleet, started: bool) -> None:
+    manager = fleet.manager(Hourly)
+    if not started:
+        with statements(manager.ticks.instances.engine) as seen:
+            threading.Event().wait(0.3)
+        assert [statement for statement in seen if not statement.startswith("PRAGMA")] == []
+        return
+    manager.start()
+    wait_until(lambda: fleet.states() == ["succeeded"], "the first run")
+    with statements(manager.ticks.instances.engine) as beats, statements(manager.ticks.ledger.engine) as looks:
+        wait_until(lambda: len(beats) >= 5, "five heartbeats")
+    assert {statement.split()[0] for statement in looks} <= {"SELECT"}
+    assert abs(len(looks) - len(beats)) <= 1

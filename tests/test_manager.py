@@ -1,0 +1,229 @@
+"""The manager: started instances of one fleet, what they catch up with, and how they follow a change."""
+
+import threading
+import time
+from datetime import UTC, datetime, timedelta
+
+from fleet import HOUR, PATIENCE, Fleet, Hourly, effect, in_threads, last_hour, wait_until
+from sqlalchemy import select
+
+from background import WorkerContext
+from background import models as tables
+
+
+class Quick(Hourly):
+    period = timedelta(seconds=0.25)
+
+
+def ticks(fleet: Fleet, name: str, state: str = "succeeded") -> list[datetime]:
+    return [execution.tick for execution in fleet.executions(name) if execution.state == state]
+
+
+def test_two_started_instances_run_every_tick_once(fleet: Fleet) -> None:
+    for manager in (fleet.manager(Quick), fleet.manager(Quick)):
+        manager.start()
+    wait_until(lambda: len(ticks(fleet, "quick")) >= 12, "the twelfth run")
+    ran = ticks(fleet, "quick")
+    assert ran == sorted(set(ran))
+    assert all((tick - ran[0]) % Quick.period == timedelta() for tick in ran)
+    keys = fleet.keys()
+    assert len(keys) == len(set(keys))
+
+
+def test_no_run_begins_before_its_tick(fleet: Fleet) -> None:
+    fleet.manager(Quick).start()
+    wait_until(lambda: len(ticks(fleet, "quick")) >= 4, "the fourth run")
+    assert all(execution.started_at >= execution.tick for execution in fleet.executions() if execution.started_at)
+
+
+def test_on_a_fresh_database_a_worker_runs_at_once(fleet: Fleet) -> None:
+    fleet.manager(Hourly).start()
+    wait_until(lambda: fleet.states() == ["succeeded"], "the first run")
+
+
+def test_a_restart_neither_repeats_a_tick_nor_starves_one(fleet: Fleet) -> None:
+    for _ in range(3):
+        manager = fleet.manager(Hourly)
+        manager.start()
+        wait_until(lambda: set(fleet.states()) == {"succeeded"}, "the first run")
+        manager.stop()
+    assert len({execution.tick for execution in fleet.executions()}) == len(fleet.executions())
+    fleet.set("hourly", mark=last_hour() - HOUR, scheduled_at=last_hour() - 5 * HOUR)
+    before = len(fleet.executions())
+    fleet.manager(Hourly).start()
+    wait_until(lambda: len(fleet.executions()) > before, "the tick that fell while nothing was up")
+    assert set(fleet.states()) == {"succeeded"}
+
+
+def test_without_catch_up_a_start_waits_for_the_next_tick(fleet: Fleet) -> None:
+    class Patient(Hourly):
+        period = timedelta(seconds=2)
+        catch_up = False
+
+    manager = fleet.manager(Patient)
+    manager.tick("patient", last_hour())
+    began = manager.ticks.look(Patient).clock
+    manager.start()
+    wait_until(lambda: len(ticks(fleet, "patient")) >= 2, "the next tick")
+    assert ticks(fleet, "patient")[1] > began
+
+
+def test_a_disabled_worker_is_not_woken_but_runs_by_hand(fleet: Fleet) -> None:
+    class Off(Quick):
+        enabled = False
+
+    manager = fleet.manager(Off, Quick)
+    manager.start()
+    wait_until(lambda: len(ticks(fleet, "quick")) >= 3, "three runs of the other")
+    assert fleet.executions("off") == []
+    assert manager.trigger("off").state == "succeeded"
+
+
+def test_a_worker_can_be_added_to_and_removed_from_a_started_manager(fleet: Fleet) -> None:
+    manager = fleet.manager(Hourly)
+    manager.start()
+    wait_until(lambda: fleet.states("hourly") == ["succeeded"], "the start")
+    manager.add(Quick)
+    wait_until(lambda: len(ticks(fleet, "quick")) >= 2, "two runs of the added one")
+    manager.remove("quick")
+    wait_until(lambda: fleet.row("quick").running is None, "the end of what ran")
+    count = len(fleet.executions("quick"))
+    threading.Event().wait(0.6)  # two periods
+    assert len(fleet.executions("quick")) <= count + 1  # one may have been on its way
+
+
+def test_a_reschedule_reaches_the_other_instances(fleet: Fleet) -> None:
+    class Changing(Hourly):
+        catch_up = False
+
+    first, second = fleet.manager(Changing), fleet.manager(Changing)
+    first.start()
+    second.start()
+    wait_until(lambda: first.is_started and "changing" in fleet_rows(fleet), "the joining")
+    assert first.reschedule("changing", period=Quick.period)
+    assert not first.reschedule("changing", period=Quick.period)
+    first.stop()
+    wait_until(lambda: len(ticks(fleet, "changing")) >= 3, "the second one's runs")
+    assert second.reschedule("changing")
+    assert fleet.row("changing").schedule == "every 3600s"
+
+
+def fleet_rows(fleet: Fleet) -> set[str]:
+    with fleet.engine.connect() as connection:
+        return set(connection.scalars(select(tables.workers.c.name)))
+
+
+def test_a_pause_and_a_resume_reach_the_other_instances(fleet: Fleet) -> None:
+    started, other = fleet.manager(Quick), fleet.manager(Quick)
+    started.start()
+    wait_until(lambda: len(ticks(fleet, "quick")) >= 2, "two runs")
+    assert other.pause("quick")
+    wait_until(lambda: "skipped" in fleet.states(), "a skipped tick")
+    count = len(ticks(fleet, "quick"))
+    (skipped,) = [execution for execution in fleet.executions() if execution.state == "skipped"]
+
+    def through() -> datetime:
+        return next(execution.through for execution in fleet.executions() if execution.id == skipped.id)
+
+    wait_until(lambda: through() > skipped.through, "the next skipped tick")
+    assert other.resume("quick")
+    wait_until(lambda: len(ticks(fleet, "quick")) > count, "the next run")
+
+
+def test_a_pause_does_not_hold_up_what_is_to_be_run_again_after_it(fleet: Fleet) -> None:
+    manager = fleet.manager(Hourly)
+    manager.ticks.look(Hourly)
+    manager.ticks.ledger.claim("hourly", last_hour(), "every 3600s", ("ghost", "elsewhere:1"))
+    manager.pause("hourly")
+    manager.start()
+    wait_until(lambda: fleet.states() == ["lost"], "the taking back")
+    manager.resume("hourly")
+    wait_until(lambda: fleet.states() == ["lost", "succeeded"], "the second attempt")
+
+
+def test_two_releases_with_different_periods_run_no_tick_twice_and_follow_the_newest(fleet: Fleet) -> None:
+    old = type("Changing", (Hourly,), {"period": timedelta(seconds=0.3)})
+    new = type("Changing", (Hourly,), {"period": timedelta(seconds=0.5)})
+    fleet.manager(old).start()
+    wait_until(lambda: len(ticks(fleet, "changing")) >= 3, "the old release's runs")
+    fleet.manager(new).start()
+    wait_until(lambda: fleet.row("changing").schedule == "every 0.5s", "the new schedule")
+    since = fleet.row("changing").scheduled_at
+    wait_until(lambda: len([tick for tick in ticks(fleet, "changing") if tick > since]) >= 4, "runs by it")
+    ran = ticks(fleet, "changing")
+    assert ran == sorted(set(ran))
+    epoch = datetime(1970, 1, 1, tzinfo=UTC)
+    assert all((tick - epoch) % timedelta(seconds=0.5) == timedelta() for tick in ran if tick > since)
+    assert len(fleet.keys()) == len(set(fleet.keys()))
+
+
+def test_a_tick_and_a_start_at_once_run_it_once(fleet: Fleet) -> None:
+    managers = [fleet.manager(Hourly) for _ in range(3)]
+    in_threads(*[manager.start for manager in managers[:2]], lambda: managers[2].tick("hourly", last_hour()))
+    wait_until(lambda: "succeeded" in fleet.states(), "the run")
+    for manager in managers:
+        manager.stop()
+    assert len(fleet.effects()) == len({execution.tick for execution in fleet.executions()})
+
+
+def test_a_manual_run_does_not_take_the_tick_of_a_started_instance_away(fleet: Fleet) -> None:
+    working, go_on = threading.Event(), threading.Event()
+
+    class Slow(Hourly):
+        def do_work(self, context: WorkerContext) -> None:
+            if not working.is_set():
+                working.set()
+                assert go_on.wait(PATIENCE)
+            effect(context)
+
+    by_hand, started = fleet.manager(Slow), fleet.manager(Slow)
+    manual = threading.Thread(target=by_hand.trigger, args=("slow",))
+    manual.start()
+    assert working.wait(PATIENCE)
+    started.start()
+    wait_until(lambda: started.ticks.instance is not None and started._membership._armed, "the start")
+    go_on.set()
+    manual.join(PATIENCE)
+    wait_until(lambda: fleet.states() == ["succeeded", "succeeded"], "the tick")
+    assert [execution.trigger for execution in fleet.executions()] == ["manual", "schedule"]
+
+
+def test_started_and_stopped_at_once_nothing_stays_behind(fleet: Fleet) -> None:
+    manager = fleet.manager(Hourly)
+    for _ in range(5):
+        manager.start()
+        manager.stop()
+    assert manager.ticks.instance is None
+    wait_until(lambda: not [t for t in threading.enumerate() if t.name.startswith("workers-")], "the threads' end")
+    with manager.ticks.instances.engine.connect() as connection:
+        alive = select(tables.instances.c.id).where(tables.instances.c.signed_off_at.is_(None))
+        assert connection.scalars(alive).all() == []
+
+
+def test_a_stop_tells_the_runs_first_and_waits_for_them(fleet: Fleet) -> None:
+    working = threading.Event()
+
+    class Stoppable(Hourly):
+        def do_work(self, context: WorkerContext) -> None:
+            working.set()
+            assert context.stopping.wait(PATIENCE)
+            effect(context, "tidied up")
+
+    manager = fleet.manager(Stoppable)
+    manager.start()
+    assert working.wait(PATIENCE)
+    began = time.monotonic()
+    manager.stop()
+    assert time.monotonic() - began < 5
+    assert (fleet.states(), fleet.effects()) == (["succeeded"], ["tidied up"])
+
+
+def test_a_stopped_manager_starts_again(fleet: Fleet) -> None:
+    manager = fleet.manager(Quick)
+    for runs in (2, 4):
+        manager.start()
+        wait_until(lambda runs=runs: len(ticks(fleet, "quick")) >= runs, "the runs")
+        manager.stop()
+    count = len(fleet.executions())
+    assert manager.trigger("quick").state == "succeeded"
+    assert len(fleet.executions()) == count + 1
