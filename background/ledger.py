@@ -97,8 +97,8 @@ class Ledger:
             ).one_or_none()
             if row is None:
                 return None
-            if row.previous_mark is not None:
-                self._record_missed(connection, name, max(row.previous_mark, row.scheduled_at), tick, schedule)
+            after = max(row.previous_mark or row.scheduled_at, row.scheduled_at)
+            self._record_missed(connection, name, after, tick, schedule)
             return self._begin(connection, Claim(name, tick, 1, row.token, "schedule", 0), instance)
 
     def claim_pending(self, name: str, tick: datetime, instance: tuple[str, str]) -> Claim | None:

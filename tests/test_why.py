@@ -500,6 +500,14 @@ def test_a_pause_is_the_reason_that_is_told(manager: BackgroundWorkerManager, kn
     assert manager.why("tidy").state == "skipped"
 
 
+def test_ticks_before_the_first_claim_are_missed_since_the_worker_is_known(
+    manager: BackgroundWorkerManager, known: Callable[..., None]
+) -> None:
+    known(mark=None, scheduled_at=NOON - HOUR)
+    assert manager.tick("tidy", NOON)
+    answer = manager.why("tidy", NOON - 5 * MINUTE)
+    assert (answer.state, answer.records[0].tick) == ("missed", NOON - 50 * MINUTE)
+
 
 def test_a_name_that_nobody_has_is_refused(manager: BackgroundWorkerManager) -> None:
     with pytest.raises(UnknownWorker, match="Did you mean 'tidy'"):
