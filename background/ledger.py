@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Connection, CursorResult, Engine, Row, and_, func, insert, null, or_, select, update
+from sqlalchemy import Connection, CursorResult, Engine, Row, and_, insert, null, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
@@ -156,10 +156,20 @@ class Ledger:
             )
             if _count(raised) == 0:
                 return False
-            newest = select(func.max(executions.c.id)).where(executions.c.worker == name).scalar_subquery()
+            newest = (
+                select(executions.c.id)
+                .where(executions.c.worker == name)
+                .order_by(executions.c.tick.desc(), executions.c.id.desc())
+                .limit(1)
+                .scalar_subquery()
+            )
             extended = connection.execute(
                 update(executions)
-                .where(executions.c.id == newest, executions.c.state == "skipped", executions.c.reason == reason)
+                .where(
+                    executions.c.id == newest,
+                    executions.c.state == "skipped",
+                    executions.c.reason == reason,
+                )
                 .values(through=tick, finished_at=now())
             )
             if _count(extended) == 0:
