@@ -322,6 +322,14 @@ def test_run_once_of_a_failing_worker_says_its_error_and_exits_with_1(flask: Cal
     assert re.search(r" failed after \S+ s: ValueError: no such\?\[31m book\.\n$", output)
 
 
+def test_run_once_takes_over_a_lost_tick_and_says_so(
+    flask: Callable[..., Result], manager: BackgroundWorkerManager
+) -> None:
+    leave_behind(manager, "greet", due(manager, "greet"))
+    output = flask("run", "greet", "--once").stdout
+    assert not output.startswith("Not run here")
+    assert "(attempt 2, before lost on far:7 (far:7 stopped renewing its lease))" in output
+
 
 def test_run_once_leaves_a_paused_and_a_disabled_worker_alone(
     flask: Callable[..., Result], manager: BackgroundWorkerManager
