@@ -76,7 +76,7 @@ class _Told:
 
     def __init__(self, manager: "BackgroundWorkerManager") -> None:
         self._manager = manager
-        self._stopping = False
+        self._heard = self._stopping = False
         self._calls: SimpleQueue[Callable[[], None]] = SimpleQueue()
         threading.Thread(target=self._call, name="workers-signals", daemon=True).start()
 
@@ -88,7 +88,9 @@ class _Told:
             return
 
         def handle(signum: int, frame: FrameType | None) -> None:
-            self._calls.put(self._manager.hurry if is_ours else self._manager.tell)
+            # Which signal is the second is decided here: `stop` may have told the runs before the first call is made.
+            self._calls.put(self._manager.hurry if is_ours and self._heard else self._manager.tell)
+            self._heard = True
             if is_ours and self._stopping:
                 return
             if callable(before):

@@ -478,6 +478,22 @@ def test_run_without_names_serves_all_of_them(sqlite_url: str, tmp_path: Path) -
         assert process.returncode == 0, errors
 
 
+def test_a_second_signal_ends_a_run_that_does_not_listen(database_url: str, tmp_path: Path) -> None:
+    with running(database_url, tmp_path, "busy", STUBBORN="1", WORKERS_SHUTDOWN_SECONDS="50") as process:
+        assert process.stdout
+        assert process.stdout.readline() == "busy\n"
+        process.send_signal(signal.SIGTERM)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.5)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=20)
+        assert process.returncode == 0, errors
+    app = create_app(settings(database_url))
+    result = app.test_cli_runner().invoke(args=["workers", "history", "busy"])
+    with app.app_context():
+        dispose()
+    assert "which is gone: will be taken over" in result.stdout
+
 
 def test_run_on_a_database_that_is_not_ready_ends_with_its_sentence(empty_postgresql_url: str) -> None:
     result = command("run", DATABASE_URL=empty_postgresql_url)
