@@ -15,11 +15,12 @@ from flask import current_app
 from flask.cli import AppGroup, ScriptInfo
 from sqlalchemy.exc import DBAPIError
 
-from .errors import BackgroundError, DatabaseNotReady, UnknownWorker, first_line
+from .errors import BackgroundError, DatabaseNotReady, InvalidSchedule, UnknownWorker, first_line
 from .history import STATES, Record
 from .ledger import WorkerState
 from .manager import BackgroundWorkerManager
 from .runs import Execution
+from .schedule import Schedule
 from .serving import stop_when_told
 from .why import moment, printable, progress, second, span
 from .worker import declared_schedule
@@ -100,7 +101,7 @@ def _overview(
     gone: set[str],
 ) -> dict[str, Any]:
     worker = manager.workers.get(name)
-    schedule = state.schedule if state else declared_schedule(manager.workers[name])
+    schedule = _schedule(manager, name, state)
     paused_at = state.paused_at if state else None
     runs = worker is not None and worker.enabled and not paused_at
     running = None
@@ -112,9 +113,9 @@ def _overview(
         }
     return {
         "name": name,
-        "schedule": schedule.describe(),
+        "schedule": schedule.describe() if schedule else None,
         "declared": declared_schedule(worker).describe() if worker else None,
-        "next_tick": schedule.next(clock) if runs else None,
+        "next_tick": schedule.next(clock) if runs and schedule else None,
         "last": _as_dict(last) if last else None,
         "running": running,
         "pending_tick": state.pending_tick if state else None,
@@ -122,6 +123,16 @@ def _overview(
         "enabled": worker.enabled if worker else None,
         "in_this_release": worker is not None,
     }
+
+
+def _schedule(manager: BackgroundWorkerManager, name: str, state: WorkerState | None) -> Schedule | None:
+    """The schedule in force; None for one that this release cannot read: a newer one may have brought it."""
+    if state is None:
+        return declared_schedule(manager.workers[name])
+    try:
+        return state.schedule
+    except InvalidSchedule:
+        return None
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
@@ -138,7 +149,8 @@ def _cells(row: dict[str, Any]) -> list[str]:
         f"{moment(row['pending_tick'])} is to be run again" if row["pending_tick"] else "",
         f"declared: {row['declared']}" if row["declared"] not in (None, row["schedule"]) else "",
     ]
-    return [row["name"], row["schedule"], moment(row["next_tick"]), tick, became, on, "; ".join(filter(None, notes))]
+    schedule = row["schedule"] or "not one that this release can read"
+    return [row["name"], schedule, moment(row["next_tick"]), tick, became, on, "; ".join(filter(None, notes))]
 
 
 @workers_cli.command()

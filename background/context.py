@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 from contextvars import ContextVar
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
 from flask_sqlalchemy import SQLAlchemy
@@ -52,9 +52,10 @@ class WorkerContext:
                 "instance": instance.name,
             },
         )
+        self.timed_out_after: timedelta | None = None
         self._ledger = ledger
         self._db = db
-        self._lost = False
+        self._lost: str | None = None
         self._finishing = False
         self._progress: tuple[float, float | None] | None = None
         self._progress_logged = time.monotonic()
@@ -90,15 +91,21 @@ class WorkerContext:
 
     # -- the engine's side -----------------------------------------------------------------------
 
-    def lose(self) -> None:
-        """From now on no commit passes."""
-        self._lost = True
+    @property
+    def is_lost(self) -> bool:
+        """Whether this run knows that its claim is gone."""
+        return self._lost is not None
+
+    def lose(self, why: str) -> None:
+        """From now on no commit passes, and the run is told to end."""
+        self._lost = self._lost or why
         self.stopping.set()
 
     def finish(self) -> None:
         """Commit the effects and "succeeded" together."""
         self._refuse_if_lost()
-        self._ledger.finish(self.claim, self.session)
+        self.session.flush()  # first, so that the worker's row is held for the commit only
+        self._ledger.finish(self.claim, self.session, self._progress)
         self._finishing = True
         self.session.commit()
 
@@ -106,15 +113,21 @@ class WorkerContext:
         """Before every commit of the run: is its claim still the one in force?"""
         self._refuse_if_lost()
         if not self._finishing:
-            self._ledger.check(self.claim, session, self._progress)
+            session.flush()
+            try:
+                self._ledger.check(self.claim, session, self._progress)
+            except ClaimLost:
+                self.lose("somebody else has it")
+                raise
             self._progress = None
 
     def _refuse_if_lost(self) -> None:
-        if self._lost or not self.instance.is_alive:
-            self.lose()
+        if not self.instance.is_alive:
+            self.lose("its instance could not renew the lease in time")
+        if self._lost:
             raise ClaimLost(
-                f"Worker {self.worker!r} lost its claim of the tick {self.tick.isoformat()}: its instance could not "
-                "renew the lease in time, or was stopping. What was not committed is not kept; let the exception pass."
+                f"Worker {self.worker!r} lost its claim of the tick {self.tick.isoformat()}: {self._lost}. "
+                "What this run had not committed is not kept; let the exception pass."
             )
 
 
@@ -129,5 +142,5 @@ def fence(db: SQLAlchemy) -> None:
 
 def _before_commit(session: Session) -> None:
     run = current_run.get()
-    if run is not None:
+    if run is not None and not session.in_nested_transaction():  # releasing a savepoint commits nothing
         run.check(session)

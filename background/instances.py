@@ -13,8 +13,10 @@ from sqlalchemy import Engine, create_engine, delete, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import StaticPool
+from sqlalchemy.schema import CreateTable
 
 from .clock import now, single_statements
+from .errors import BackgroundError
 from .models import instances
 from .sqlite import is_in_memory, prepare
 
@@ -57,7 +59,8 @@ class Instances:
         self._single = single_statements(engine)
         self._insert = sqlite.insert if engine.dialect.name == "sqlite" else postgresql.insert
         if engine.dialect.name == "sqlite":
-            instances.create(engine, checkfirst=True)
+            with engine.begin() as connection:  # IF NOT EXISTS, as several processes may be the first at once
+                connection.execute(CreateTable(instances, if_not_exists=True))
 
     def beat(self, instance: Instance) -> None:
         """Renew everything that `instance` holds, or sign it on: one statement either way."""
@@ -116,7 +119,7 @@ def instances_engine(engine: Engine) -> Engine:
 class Heartbeat(threading.Thread):
     """Calls `beat` every `interval` seconds until stopped; outlives every error of the database."""
 
-    def __init__(self, interval: float, beat: Callable[[], None], failed: Callable[[SQLAlchemyError], None]) -> None:
+    def __init__(self, interval: float, beat: Callable[[], None], failed: Callable[[Exception], None]) -> None:
         super().__init__(name="workers-heartbeat", daemon=True)
         self._interval, self._beat, self._failed = interval, beat, failed
         self._stopped = threading.Event()
@@ -125,7 +128,7 @@ class Heartbeat(threading.Thread):
         while not self._stopped.wait(self._interval):
             try:
                 self._beat()
-            except SQLAlchemyError as error:
+            except (SQLAlchemyError, BackgroundError) as error:
                 self._failed(error)
 
     def stop(self) -> None:

@@ -41,14 +41,20 @@ class WorkerState:
     name: str
     clock: datetime
     mark: datetime | None
-    schedule: Schedule
+    schedule_text: str
     scheduled_at: datetime
     overridden: bool
     paused_at: datetime | None
     pending_tick: datetime | None
     running: Claim | None
+    started_at: datetime | None
     instance: str | None
     instance_name: str | None
+
+    @property
+    def schedule(self) -> Schedule:
+        """Raises InvalidSchedule for a text that this release cannot read."""
+        return parse_schedule(self.schedule_text)
 
 
 class Ledger:
@@ -74,7 +80,7 @@ class Ledger:
 
     # -- claiming ------------------------------------------------------------------------------
 
-    def claim(self, name: str, tick: datetime, schedule: Schedule, instance: tuple[str, str]) -> Claim | None:
+    def claim(self, name: str, tick: datetime, schedule: str, instance: tuple[str, str]) -> Claim | None:
         """Claim `tick`, or None.
 
         Others may be here: every instance that knows this worker, at the same instant, and late ones.
@@ -87,7 +93,7 @@ class Ledger:
                     workers.c.name == name,
                     or_(workers.c.mark.is_(None), workers.c.mark < tick),
                     tick <= now(),
-                    workers.c.schedule == str(schedule),
+                    workers.c.schedule == schedule,
                     workers.c.paused_at.is_(None),
                     workers.c.pending_tick.is_(None),
                     workers.c.running.is_(None),
@@ -98,7 +104,7 @@ class Ledger:
             if row is None:
                 return None
             after = max(row.previous_mark or row.scheduled_at, row.scheduled_at)
-            self._record_missed(connection, name, after, tick, schedule)
+            self._record_missed(connection, name, after, tick, parse_schedule(schedule))
             return self._begin(connection, Claim(name, tick, 1, row.token, "schedule", 0), instance)
 
     def claim_pending(self, name: str, tick: datetime, instance: tuple[str, str]) -> Claim | None:
@@ -192,16 +198,12 @@ class Ledger:
         if not ours:
             raise _lost(claim)
         if progress is not None:
-            done, total = progress
-            session.execute(
-                update(executions)
-                .where(executions.c.id == claim.execution)
-                .values(progress_done=done, progress_total=total)
-            )
+            execution = update(executions).where(executions.c.id == claim.execution)
+            session.execute(execution.values(_progress(progress)))
 
-    def finish(self, claim: Claim, session: Session) -> None:
+    def finish(self, claim: Claim, session: Session, progress: tuple[float, float | None] | None = None) -> None:
         """Write "succeeded" into the run's own transaction; its commit makes the effects and the mark one."""
-        if not self._end(session, claim, "succeeded"):
+        if not self._end(session, claim, "succeeded", progress=progress):
             raise _lost(claim)
 
     def end(self, claim: Claim, state: str, reason: str | None = None, next_attempt: int | None = None) -> bool:
@@ -213,10 +215,10 @@ class Ledger:
             return self._end(connection, claim, state, reason, next_attempt)
 
     def outcome(self, claim: Claim) -> str:
-        """The state of the claim's execution."""
+        """The state of the claim's execution; "lost" where its row is gone."""
         with self._reading.connect() as connection:
-            row = connection.execute(select(executions.c.state).where(executions.c.id == claim.execution)).one()
-            return str(row.state)
+            state = connection.scalar(select(executions.c.state).where(executions.c.id == claim.execution))
+            return str(state or "lost")
 
     # -- the fleet's settings ------------------------------------------------------------------
 
@@ -283,6 +285,7 @@ class Ledger:
         state: str,
         reason: str | None = None,
         next_attempt: int | None = None,
+        progress: tuple[float, float | None] | None = None,
     ) -> bool:
         pending: dict[str, Any] = {}
         if next_attempt is not None:
@@ -301,7 +304,7 @@ class Ledger:
         connection.execute(
             update(executions)
             .where(executions.c.id == claim.execution)
-            .values(state=state, finished_at=now(), reason=reason)
+            .values(state=state, finished_at=now(), reason=reason, **_progress(progress))
         )
         return True
 
@@ -338,6 +341,7 @@ _states = select(
     executions.c.tick,
     executions.c.attempt,
     executions.c.trigger,
+    executions.c.started_at,
     executions.c.instance,
     executions.c.instance_name,
 ).outerjoin(executions, and_(executions.c.worker == workers.c.name, executions.c.token == workers.c.running))
@@ -351,15 +355,20 @@ def _state(row: Row[Any]) -> WorkerState:
         name=row.name,
         clock=row.clock,
         mark=row.mark,
-        schedule=parse_schedule(row.schedule),
+        schedule_text=row.schedule,
         scheduled_at=row.scheduled_at,
         overridden=row.schedule != row.declared,
         paused_at=row.paused_at,
         pending_tick=row.pending_tick,
         running=running,
+        started_at=row.started_at,
         instance=row.instance,
         instance_name=row.instance_name,
     )
+
+
+def _progress(progress: tuple[float, float | None] | None) -> dict[str, float | None]:
+    return {} if progress is None else {"progress_done": progress[0], "progress_total": progress[1]}
 
 
 def _count(result: Any) -> int:

@@ -159,7 +159,7 @@ class BackgroundWorkerManager:
         self.ticks.runs.tell()
 
     def hurry(self) -> None:
-        """`tell`; and if they were told before, `stop` waits for them no longer."""
+        """Tell them, and let `stop` wait for them no longer."""
         self.ticks.runs.hurry()
 
     def stop(self, timeout: float | None = None) -> None:

@@ -2,13 +2,14 @@
 
 import logging
 import random
+import threading
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
 from flask import Flask
 from sqlalchemy.exc import SQLAlchemyError
 
-from .errors import BackgroundError, first_line
+from .errors import BackgroundError, InvalidSchedule, first_line
 from .instances import Heartbeat, Instance
 from .ledger import WorkerState
 from .scheduler import Scheduler
@@ -20,7 +21,6 @@ log = logging.getLogger(__name__)
 _OFFSET_WARNED = timedelta(seconds=1)
 _OFFSET_REARMED = timedelta(milliseconds=20)
 _RETRY_SECONDS = (1, 2, 5, 10, 30)
-_INSTANT = timedelta(microseconds=1)
 
 
 class Membership:
@@ -34,6 +34,10 @@ class Membership:
         self._heartbeat: Heartbeat | None = None
         self._states: dict[str, WorkerState] = {}
         self._armed: dict[str, datetime] = {}
+        self._settling: set[str] = set()
+        self._refreshing, self._entering = threading.Lock(), threading.Lock()
+        self._left = False
+        ticks.postponed = lambda name, tick: self._later(f"retry:{name}", 0, self._fire, name, tick)
 
     def join(self) -> None:
         """Join in the background, as soon as the database lets us."""
@@ -49,8 +53,8 @@ class Membership:
             if not runs.wait(seconds):
                 log.warning("Not everything ended in time; what still runs is handed back")
         finally:
-            runs.lose()
-            self._sign_off()
+            runs.lose("its instance stopped")
+            self._leave()
 
     def admit(self, name: str) -> None:
         """Take up a worker that was added after the start."""
@@ -67,61 +71,92 @@ class Membership:
     def _join(self, failures: int = 0) -> None:
         try:
             self._prepare()
-            self._ticks.instance = self._ticks.sign_on()
+            if self._heartbeat is None and not self._enter():
+                return
             self._admit(list(self._workers))
         except (BackgroundError, SQLAlchemyError, OSError) as error:
             log.error("The workers cannot start yet: %s", first_line(error))
             self._later("join", failures, self._join)
             return
-        self._heartbeat = Heartbeat(self._config["WORKERS_HEARTBEAT_SECONDS"], self._beat, self._beat_failed)
-        self._heartbeat.start()
-        log.info("Instance %s joined with %d workers", self._ticks.instance.name, len(self._workers))
+        log.info("Joined the fleet with %d workers", len(self._workers))
+
+    def _enter(self) -> bool:
+        """Sign on, and keep the lease; False where `leave` came first."""
+        instance = self._ticks.sign_on()
+        with self._entering:
+            if self._left:
+                self._ticks.sign_off(instance)
+                self._ticks.close()
+                return False
+            self._ticks.instance = instance
+            self._heartbeat = Heartbeat(self._config["WORKERS_HEARTBEAT_SECONDS"], self._beat, self._beat_failed)
+            self._heartbeat.start()
+        return True
 
     def _admit(self, names: list[str]) -> None:
-        self._ticks.ledger.register({name: declared_schedule(self._workers[name]) for name in names})
+        self._ticks.ledger.register(
+            {name: declared_schedule(self._workers[name]) for name in names if name in self._workers}
+        )
         self.refresh()
         for name in names:
-            worker = self._workers[name]
-            if worker.enabled:
-                now = self._now()
-                self._arm(name, self._states[name].schedule.previous(now) - _INSTANT if worker.catch_up else now)
+            worker = self._workers.get(name)
+            if worker is not None and worker.enabled:
+                self._arm(name, after=None if worker.catch_up else self._now())
 
-    def _sign_off(self) -> None:
+    def _leave(self) -> None:
+        with self._entering:
+            self._left = True
         if self._heartbeat is not None:
             self._heartbeat.stop()
         instance, self._ticks.instance = self._ticks.instance, None
         if instance is not None:
-            try:
-                self._ticks.instances.sign_off(instance)
-                log.info("Instance %s left", instance.name)
-            except SQLAlchemyError as error:
-                log.warning("Could not sign off, so the lease must run out first: %s", first_line(error))
+            self._ticks.sign_off(instance)
+            log.info("Instance %s left", instance.name)
 
     # -- the heartbeat -------------------------------------------------------------------------
 
     def refresh(self, rearm: bool = False) -> None:
-        """Take in what the fleet decided: schedules, claims whose instance is gone, ticks to be claimed again."""
-        before, states = self._states, self._ticks.ledger.states()
-        if self._ticks.recover(states.values()):
-            states = self._ticks.ledger.states()
-        self._states = states
-        for name in self._armed.keys() & states.keys():
-            if before[name].schedule != states[name].schedule:
-                self._arm(name, after=states[name].scheduled_at)
-            elif rearm:
-                self._wake(name, self._armed[name])
-        for name in self._workers.keys() & states.keys():
-            pending = states[name].pending_tick
-            if pending and not states[name].paused_at:
-                self._scheduler.soon(self._fire_pending, name, pending)
+        """Take in what the fleet decided: schedules, claims whose instance is gone, ticks to be claimed again.
+
+        It only reads: a write could wait for a lock, and the heartbeat with it.
+        """
+        with self._refreshing:
+            before, self._states = self._states, self._ticks.ledger.states()
+            for name in self._armed.keys() & before.keys() & self._states.keys():
+                if before[name].schedule_text != self._states[name].schedule_text:
+                    self._arm(name, after=self._states[name].scheduled_at)
+                elif rearm:
+                    self._wake(name, self._armed[name])
+            gone = self._ticks.gone(self._states.values())
+            for name in self._workers.keys() & self._states.keys():
+                state = self._states[name]
+                if name in gone or (state.pending_tick and not state.paused_at):
+                    self._settle_soon(name)
+
+    def _settle_soon(self, name: str) -> None:
+        if name not in self._settling:  # by a heartbeat before, and no thread was free since
+            self._settling.add(name)
+            self._scheduler.soon(self._settle, name)
+
+    def _settle(self, name: str) -> None:
+        self._settling.discard(name)
+        worker = self._workers.get(name)
+        if worker is None or self._ticks.runs.stopping.is_set():
+            return
+        try:
+            self._ticks.settle(worker)
+        except SQLAlchemyError as error:  # the next heartbeat tries again
+            log.warning("%s: cannot take its tick over: %s", name, first_line(error))
 
     def _beat(self) -> None:
         instance = self._ticks.instance
         if instance is None:
             return
         if not instance.is_alive:
+            self._ticks.runs.lose("its instance could not renew the lease in time", instance)
+            if self._ticks.runs.stopping.is_set():
+                return
             log.warning("Instance %s could not renew its lease in time; it begins anew", instance.name)
-            self._ticks.runs.lose(instance)
             self._ticks.instance = instance = Instance(instance.lease, clock_offset=instance.clock_offset)
         offset = instance.clock_offset
         self._ticks.instances.beat(instance)
@@ -129,22 +164,30 @@ class Membership:
             log.warning("This host's clock is %+.1f s off the database's", -instance.clock_offset.total_seconds())
         self.refresh(rearm=abs(instance.clock_offset - offset) > _OFFSET_REARMED)
 
-    def _beat_failed(self, error: SQLAlchemyError) -> None:
+    def _beat_failed(self, error: Exception) -> None:
         log.warning("No heartbeat: %s", first_line(error))
         if self._ticks.instance is not None and not self._ticks.instance.is_alive:
-            self._ticks.runs.lose(self._ticks.instance)
+            self._ticks.runs.lose("its instance could not renew the lease in time", self._ticks.instance)
 
     # -- waking up -----------------------------------------------------------------------------
 
-    def _arm(self, name: str, after: datetime) -> None:
-        """Wake up at the first tick after `after`; of several that are due already, only at the latest."""
-        schedule = self._states[name].schedule
-        self._wake(name, max(schedule.next(after), schedule.previous(self._now())))
+    def _arm(self, name: str, after: datetime | None) -> None:
+        """Wake up at the first tick after `after`, or at the latest one where that is due already (or `after` None)."""
+        try:
+            schedule = self._states[name].schedule
+        except InvalidSchedule as error:  # a newer release's
+            log.error("%s: %s", name, error)
+            return
+        latest = schedule.previous(self._now())
+        self._wake(name, latest if after is None else max(schedule.next(after), latest))
 
     def _wake(self, name: str, tick: datetime) -> None:
+        worker = self._workers.get(name)
+        if worker is None:  # removed meanwhile
+            return
         self._armed[name] = tick
         offset = self._ticks.instance.clock_offset if self._ticks.instance else timedelta()
-        spread = random.uniform(0, self._workers[name].jitter.total_seconds())  # noqa: S311 - no secret
+        spread = random.uniform(0, worker.jitter.total_seconds())  # noqa: S311 - no secret
         self._scheduler.at(tick - offset + timedelta(seconds=spread), f"tick:{name}", self._fire, name, tick)
 
     def _fire(self, name: str, tick: datetime, failures: int = 0) -> None:
@@ -158,12 +201,6 @@ class Membership:
         except SQLAlchemyError as error:
             log.warning("%s: cannot claim the tick %s: %s", name, tick.isoformat(), first_line(error))
             self._later(f"retry:{name}", failures, self._fire, name, tick)
-
-    def _fire_pending(self, name: str, tick: datetime) -> None:
-        try:
-            self._ticks.run_pending(self._workers[name], tick)
-        except SQLAlchemyError as error:  # the next heartbeat tries again
-            log.warning("%s: cannot claim the tick %s again: %s", name, tick.isoformat(), first_line(error))
 
     def _later(self, key: str, failures: int, function: Callable[..., None], *args: object) -> None:
         delay = timedelta(seconds=_RETRY_SECONDS[min(failures, len(_RETRY_SECONDS) - 1)])

@@ -59,18 +59,23 @@ class Runs:
                 context.stopping.set()
 
     def hurry(self) -> None:
-        """Tell them; told again, wait no longer."""
+        """Tell them, and let `wait` wait no longer."""
         with self._changed:
-            self._hurried = self.stopping.is_set()
+            self._hurried = True
             self._changed.notify_all()
             self.tell()
 
-    def lose(self, instance: Instance | None = None) -> None:
+    def lose(self, why: str, instance: Instance | None = None) -> None:
         """Refuse every later commit of the runs (of `instance`): others may be running their ticks by now."""
         with self._changed:
             for context in self._contexts:
                 if instance is None or context.instance.id == instance.id:
-                    context.lose()
+                    context.lose(why)
+
+    def has(self, claim: Claim) -> bool:
+        """Whether `claim` runs in this process."""
+        with self._changed:
+            return any(context.claim == claim for context in self._contexts)
 
     def wait(self, seconds: float) -> bool:
         """Wait until nothing runs; False when `seconds` went by since `tell`, or somebody is in a hurry."""
@@ -107,26 +112,41 @@ class Runs:
             context.raise_if_stopping()
             _invoke(worker, context)
             context.finish()
-        except RunStopped:
-            self._db.session.rollback()
-            context.logger.info("Handed the tick %s back", claim.tick.isoformat())
-            return _end(context, ledger, "handed back", next_attempt=claim.attempt)
-        except ClaimLost as lost:  # whoever finds this instance's lease run out writes it down
-            self._db.session.rollback()
-            context.logger.warning("%s", lost)
-            return "lost"
-        except (Exception, SystemExit) as error:
-            self._db.session.rollback()
-            state = _end(context, ledger, "failed", "".join(traceback.format_exception(error)))
-            if state != "succeeded":  # it can have: the reply to a commit got lost
-                context.logger.exception("Failed at the tick %s", claim.tick.isoformat())
-            return state
+        except (Exception, SystemExit, asyncio.CancelledError) as error:
+            self._roll_back()
+            return _unfinished(context, ledger, error)
         except BaseException:
-            self._db.session.rollback()
+            self._roll_back()
             _end(context, ledger, "handed back", next_attempt=claim.attempt)
             raise
         context.logger.info("Ran the tick %s in %.3f s", claim.tick.isoformat(), time.monotonic() - began)
         return "succeeded"
+
+    def _roll_back(self) -> None:
+        try:
+            self._db.session.rollback()
+        except SQLAlchemyError as error:  # the connection broke, and the database has rolled back by itself
+            log.warning("Gave up the connection of a run: %s", first_line(error))
+            self._db.session().invalidate()
+
+
+def _unfinished(context: WorkerContext, ledger: Ledger, error: BaseException) -> str:
+    """Write down why the run did not succeed, and return that."""
+    claim, tick = context.claim, context.tick.isoformat()
+    if context.timed_out_after:
+        return _time_out(context, ledger)
+    if isinstance(error, RunStopped):
+        context.logger.info("Handed the tick %s back", tick)
+        return _end(context, ledger, "handed back", next_attempt=claim.attempt)
+    if context.is_lost or isinstance(error, ClaimLost):  # whoever finds this instance gone writes it down
+        context.logger.warning("Lost the tick %s: %s", tick, error)
+        return "lost"
+    state = _end(context, ledger, "failed", "".join(traceback.format_exception(error)))
+    if state == "succeeded":  # the reply to its last commit got lost, or a listener to that failed
+        context.logger.warning("Succeeded at the tick %s, but afterwards: %s", tick, first_line(error))
+    else:
+        context.logger.error("Failed at the tick %s", tick, exc_info=error)
+    return state
 
 
 def _invoke(worker: type[PeriodicWorker], context: WorkerContext) -> None:
@@ -168,8 +188,9 @@ def _timed_out_after(timeout: timedelta | None, context: WorkerContext, ledger: 
         return
 
     def time_out() -> None:
-        context.lose()
-        if _end(context, ledger, "timed out", f"ran longer than its timeout of {timeout}") == "timed out":
+        context.timed_out_after = timeout
+        context.lose(f"it ran longer than its timeout of {timeout}")
+        if _time_out(context, ledger) == "timed out":
             context.logger.warning("Timed out: the tick %s ran longer than %s", context.tick.isoformat(), timeout)
 
     timer = threading.Timer(timeout.total_seconds(), time_out)
@@ -179,3 +200,8 @@ def _timed_out_after(timeout: timedelta | None, context: WorkerContext, ledger: 
         yield
     finally:
         timer.cancel()
+
+
+def _time_out(context: WorkerContext, ledger: Ledger) -> str:
+    """Called when the time is up, and again by the run when it ends: on SQLite it may hold the lock until then."""
+    return _end(context, ledger, "timed out", f"ran longer than its timeout of {context.timed_out_after}")

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from queue import SimpleQueue
 from typing import Any
@@ -42,7 +43,7 @@ class Scheduler:
 
     def forget(self, key: str) -> None:
         """Unset `key`, where it is set."""
-        if self._scheduler.get_job(key):
+        with suppress(JobLookupError):
             self._scheduler.remove_job(key)
 
 

@@ -1,7 +1,7 @@
 """One tick's way: wait for the database's clock, clear what is in the way, claim, run. There is no other way."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from functools import cached_property, partial
@@ -9,6 +9,7 @@ from functools import cached_property, partial
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy import Engine, create_engine
+from sqlalchemy.exc import SQLAlchemyError
 
 from . import sqlite
 from .errors import first_line
@@ -28,31 +29,37 @@ class Ticks:
         self.runs = Runs(app, db)
         self.instance: Instance | None = None
         """This process's, from joining the fleet to leaving it."""
+        self.postponed: Callable[[str, datetime], None] = lambda name, tick: None
+        """Called with a tick that could not be run yet, and was not skipped; a member of the fleet tries it again."""
 
     # -- the way of a tick ---------------------------------------------------------------------
 
     def run(self, worker: type[PeriodicWorker], tick: datetime, state: WorkerState) -> Execution | None:
         """Run `tick`, seen from the lately read `state`, if nobody has or does; None where it is not ours to run."""
-        name = worker.name
+        name, why = worker.name, "stopping"
         while not self.runs.stopping.is_set():
             state, again = self._cleared(worker, self._when_due(worker, tick, state))
             if again and again.claim.tick == tick:
                 return again
-            if state.clock < tick or (state.mark is not None and state.mark >= tick):
-                log.debug("%s: the tick %s is not due yet, or somebody was here before", name, tick.isoformat())
-                return None
+            if answer := _why_not(tick, state):
+                why = answer
+                break
             if state.paused_at or state.running:
-                self.ledger.skip(name, tick, _obstacle(state))
-                log.debug("%s: no run for the tick %s: %s", name, tick.isoformat(), _obstacle(state))
-                return None
-            execution = self._claim_and_run(worker, partial(self.ledger.claim, name, tick, state.schedule))
-            if execution:
+                why = _obstacle(state)
+                if self._postpone(tick, state) or self.ledger.skip(name, tick, why):
+                    break
+            elif execution := self._claim_and_run(worker, partial(self.ledger.claim, name, tick, state.schedule_text)):
                 return execution
-            seen, state = state, self.look(worker)
-            if state.schedule != seen.schedule and state.scheduled_at <= tick:
-                log.debug("%s: %s is no tick of %s", name, tick.isoformat(), state.schedule)
-                return None
+            state = self.look(worker)  # somebody was here between the look and the claim
+        log.debug("%s: not running the tick %s: %s", name, tick.isoformat(), why)
         return None
+
+    def _postpone(self, tick: datetime, state: WorkerState) -> bool:
+        """A manual run takes no tick away: one that is due meanwhile is tried again until that has ended."""
+        if state.paused_at or state.running is None or state.running.trigger != "manual":
+            return False
+        self.postponed(state.name, tick)
+        return True
 
     def run_now(self, worker: type[PeriodicWorker]) -> Execution | None:
         """A run that no schedule asked for; None where the worker is running already."""
@@ -79,6 +86,10 @@ class Ticks:
             self.runs.stopping.wait((tick - state.clock).total_seconds())
             state = self.look(worker)
         return state
+
+    def settle(self, worker: type[PeriodicWorker]) -> None:
+        """Take the claim of a gone instance back, and run the tick that is to be run again."""
+        self._cleared(worker, self.look(worker))
 
     def _cleared(self, worker: type[PeriodicWorker], state: WorkerState) -> tuple[WorkerState, Execution | None]:
         """Out of the way of a new tick: a claim whose instance is gone, and a tick that is to be run again."""
@@ -107,6 +118,13 @@ class Ticks:
         self.instances.beat(instance)
         return instance
 
+    def sign_off(self, instance: Instance) -> None:
+        """The end of that life; what it still holds counts as handed back."""
+        try:
+            self.instances.sign_off(instance)
+        except SQLAlchemyError as error:
+            log.warning("Could not sign off, so the lease must run out first: %s", first_line(error))
+
     @contextmanager
     def _present(self) -> Iterator[Instance]:
         """This process's instance; where it has not joined (a command, a test) one that lives as long as the block."""
@@ -124,23 +142,41 @@ class Ticks:
             yield instance
         finally:
             heartbeat.stop()
-            self.instances.sign_off(instance)
+            self.sign_off(instance)
 
     # -- those who are gone --------------------------------------------------------------------
 
-    def recover(self, states: Iterable[WorkerState]) -> bool:
-        """End the claims whose instance is gone; True if there were any. A worker unknown here is left alone."""
-        own = self.instance.id if self.instance else None
-        held = [state for state in states if state.running and state.name in self._workers and state.instance != own]
-        gone = self.instances.gone({str(state.instance) for state in held}) if held else {}
-        for state in held:
-            if state.running and state.instance in gone:
-                self._take_back(self._workers[state.name], state.running, state, gone[state.instance])
+    def recover(self, states: Collection[WorkerState]) -> bool:
+        """End the claims that nobody runs any more; True if there were any."""
+        gone = self.gone(states)
+        for state in states:
+            if state.name in gone and state.running:
+                self._take_back(self._workers[state.name], state.running, state, gone[state.name])
         return bool(gone)
+
+    def gone(self, states: Collection[WorkerState]) -> dict[str, bool]:
+        """The workers with a claim that nobody runs: True where it was handed back, False where it was lost.
+
+        It only reads. A worker unknown to this release is left alone.
+        """
+        held = [state for state in states if state.running and state.name in self._workers]
+        own = self.instance.id if self.instance else None
+        gone = self.instances.gone({str(state.instance) for state in held} - {own}) if held else {}
+        return {
+            state.name: gone.get(str(state.instance), True)
+            for state in held
+            if state.instance in gone or (state.instance == own and self._is_stranded(state))
+        }
+
+    def _is_stranded(self, state: WorkerState) -> bool:
+        """Whether this instance holds a claim that it does not run: the reply to the claim got lost."""
+        if state.running is None or state.started_at is None or self.runs.has(state.running):
+            return False
+        return state.clock - state.started_at > timedelta(seconds=self._app.config["WORKERS_LEASE_SECONDS"])
 
     def _take_back(self, worker: type[PeriodicWorker], claim: Claim, state: WorkerState, signed_off: bool) -> None:
         if signed_off:
-            self.ledger.end(claim, "handed back", f"{state.instance_name} stopped", claim.attempt)
+            self.ledger.end(claim, "handed back", f"{state.instance_name} did not run it", claim.attempt)
             return
         again = worker.on_lost == "retry" and claim.attempt < worker.max_attempts
         reason = f"{state.instance_name} stopped renewing its lease"
@@ -175,6 +211,17 @@ class Ticks:
             sqlite.prepare(engine)
             return engine
         return create_engine(shared.url, isolation_level="READ COMMITTED", pool_size=2, max_overflow=-1)
+
+
+def _why_not(tick: datetime, state: WorkerState) -> str | None:
+    """Why `tick` is not to be claimed by anybody (any more), or None."""
+    if state.clock < tick:
+        return "it is not due yet"
+    if state.mark is not None and state.mark >= tick:
+        return "somebody was here before"
+    if state.scheduled_at <= tick != state.schedule.previous(tick):
+        return f"it is no tick of the schedule in force, {state.schedule}"
+    return None
 
 
 def _obstacle(state: WorkerState) -> str:

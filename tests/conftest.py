@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from flask import Flask
@@ -19,6 +19,9 @@ from werkzeug.security import generate_password_hash
 
 from app import create_app
 from models import User, db
+
+if TYPE_CHECKING:
+    from fleet import Fleet
 
 PASSWORD = "correct horse battery staple"
 PASSWORD_HASH = generate_password_hash(PASSWORD, method="pbkdf2:sha256:1")  # quick: it guards nothing
@@ -191,3 +194,13 @@ def login() -> Callable[[FlaskClient, User], None]:
         assert response.status_code == 302, response.text
 
     return log_in
+
+
+@pytest.fixture
+def fleet(database_url: str) -> Iterator["Fleet"]:
+    """Instances on one database, stopped at the end; see fleet.py."""
+    from fleet import Fleet
+
+    fleet = Fleet(database_url)
+    yield fleet
+    fleet.close()

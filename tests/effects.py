@@ -87,9 +87,15 @@ class Effects:
     def check_consecutive(self, period: timedelta, worker: str = "ticker") -> list[Effect]:
         """The oracle, and no tick was left out between the first and the last."""
         found = self.check_once(worker)
-        gaps = [(a.tick, b.tick) for a, b in pairwise(found) if b.tick - a.tick != period]
-        assert not gaps, f"left out: {gaps}"
+        for one, following in pairwise(found):
+            assert following.tick - one.tick == period, "\n".join(map(str, self.history(worker, one.tick)))
         return found
+
+    def history(self, worker: str, since: datetime) -> list[dict[str, object]]:
+        """What the ledger says of its ticks from then on."""
+        query = select(executions).where(executions.c.worker == worker, executions.c.tick >= since)
+        with self._engine.connect() as connection:
+            return [dict(row) for row in connection.execute(query.order_by(executions.c.id)).mappings()]
 
     def states(self, worker: str) -> list[tuple[str, int]]:
         """The state and the attempt of its executions, in order."""

@@ -122,7 +122,9 @@ def leave_behind(manager: BackgroundWorkerManager, name: str, tick: datetime, se
     with manager.ticks.instances.engine.begin() as connection:
         row = {"id": "dead", "host": "far", "pid": 7, "started_at": long_ago, "heartbeat_at": long_ago}
         connection.execute(insert(instances).values(**row, expires_at=long_ago))
-    assert manager.ticks.ledger.claim(name, tick, manager.ticks.look(manager.workers[name]).schedule, ("dead", "far:7"))
+    assert manager.ticks.ledger.claim(
+        name, tick, manager.ticks.look(manager.workers[name]).schedule_text, ("dead", "far:7")
+    )
 
 
 def due(manager: BackgroundWorkerManager, name: str) -> datetime:
@@ -179,6 +181,16 @@ def test_the_list_shows_the_schedule_in_force_and_the_declared_one(
     assert line.endswith("declared: every 10 minutes")
 
 
+def test_the_list_bears_a_schedule_that_a_newer_release_brought(
+    flask: Callable[..., Result], manager: BackgroundWorkerManager
+) -> None:
+    manager.ticks.look(Greet)
+    with manager.ticks.ledger.engine.begin() as connection:
+        connection.execute(text("UPDATE background_workers SET schedule = 'on full moons'"))
+    assert "not one that this release can read" in flask("list").stdout.splitlines()[1]
+    assert "The stored schedule 'on full moons' cannot be used" in flask("why", "greet", code=1).stderr
+
+
 def test_the_list_costs_the_same_queries_whatever_there_is(
     flask: Callable[..., Result], manager: BackgroundWorkerManager, write: Callable[..., None]
 ) -> None:
@@ -205,7 +217,7 @@ def test_the_list_costs_the_same_queries_whatever_there_is(
 def leave_behind_one(manager: BackgroundWorkerManager, worker: type[PeriodicWorker]) -> None:
     state = manager.ticks.look(worker)
     tick = state.schedule.previous(state.clock)
-    assert manager.ticks.ledger.claim(worker.name, tick, state.schedule, (worker.name, "far:7"))
+    assert manager.ticks.ledger.claim(worker.name, tick, state.schedule_text, (worker.name, "far:7"))
 
 
 def test_no_statement_about_executions_reads_more_than_a_range_of_an_index(
@@ -461,7 +473,7 @@ def test_run_serves_the_named_workers_until_it_is_told_to_stop(
         output, errors = process.communicate(timeout=20)
         assert process.returncode == 0, errors
         assert output == ""
-        assert "joined with 1 workers" in errors
+        assert "with 1 workers" in errors
         assert "Traceback" not in errors
     assert "handed back" in states(database_url, "busy")
 

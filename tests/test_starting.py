@@ -115,6 +115,20 @@ def test_flask_run_against_a_database_that_is_not_ready_says_which_and_the_comma
     assert not (tmp_path / "none.sqlite").exists()
 
 
+def test_flask_run_against_a_database_behind_the_migrations_says_so_and_how_to_mend_it(
+    shop: Path, sqlite_url: str
+) -> None:
+    newest = max((shop / "migrations" / "versions").glob("*.py")).stem.partition("_")[0]
+    (shop / "migrations" / "versions" / "9999_later.py").write_text(
+        f'revision = "9999"\ndown_revision = "{newest}"\n\n\ndef upgrade():\n    pass\n'
+    )
+    code, output = run(flask("run", "--port", "0"), clone_environment(shop, DATABASE_URL=sqlite_url), shop)
+    assert code == 1
+    assert "behind this release's 9999" in output
+    assert "flask db upgrade" in output
+    assert "Traceback" not in output
+
+
 def test_flask_run_with_workers_disabled_serves_and_runs_none(sqlite_url: str) -> None:
     with started(flask("run", "--port", "0"), environment(sqlite_url, WORKERS_ENABLED="false")) as server:
         assert get(server.wait_for(r"Running on (http://\S+)")[1]) == 200

@@ -76,7 +76,7 @@ def test_a_run_that_does_not_listen_is_handed_back_in_time_and_its_late_commit_i
 ) -> None:
     effects = Effects(request.getfixturevalue(f"{engine}_url"))
     slow = environment(
-        effects.url, PROBE_WORKERS="deaf", PROBE_SECONDS=3, PROBE_LINGERS="yes", WORKERS_SHUTDOWN_SECONDS=1
+        effects.url, PROBE_WORKERS="deaf", PROBE_SECONDS=2.5, PROBE_LINGERS="yes", WORKERS_SHUTDOWN_SECONDS=1
     )
     with started(command, slow) as first:
         first.wait_for("The deaf one began")
@@ -124,26 +124,26 @@ def test_who_insists_is_not_kept_waiting(command: list[str], hurry: int, sqlite_
     assert "Traceback" not in said
 
 
-def test_gunicorn_does_not_take_its_repeated_term_for_haste(sqlite_url: str) -> None:
-    """A service manager signals every process of the group, and then the master its workers."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_gunicorn_does_not_take_a_signal_for_haste_that_reaches_every_process(number: int, sqlite_url: str) -> None:
+    """A service manager or a terminal signals all of them, and then the master signals its workers again."""
     effects = Effects(sqlite_url)
-    with started(
-        GUNICORN, environment(sqlite_url, PROBE_WORKERS="deaf", PROBE_SECONDS=2, WORKERS_SHUTDOWN_SECONDS=20)
-    ) as server:
+    env = environment(sqlite_url, PROBE_WORKERS="deaf", PROBE_SECONDS=1.5, WORKERS_SHUTDOWN_SECONDS=20)
+    with started(GUNICORN, env) as server:
         server.wait_for("The deaf one began")
-        server.signal_group(signal.SIGTERM)
+        server.signal_group(number)
         assert server.wait() == 0
-    assert effects.states("deaf") == [("succeeded", 1)]
+    assert effects.states("deaf") == [("succeeded", 1)], server.output
 
 
 def test_ctrl_c_in_a_terminal_lets_the_reloaders_child_end_its_run(sqlite_url: str) -> None:
     effects = Effects(sqlite_url)
-    env = environment(sqlite_url, PROBE_WORKERS="deaf", PROBE_SECONDS=2, WORKERS_SHUTDOWN_SECONDS=20)
+    env = environment(sqlite_url, PROBE_WORKERS="deaf", PROBE_SECONDS=1.5, WORKERS_SHUTDOWN_SECONDS=20)
     with started(flask("run", "--debug", "--port", "0"), env, terminal=True) as server:
         server.wait_for("The deaf one began")
         server.type("\x03")
         assert server.wait() == 0
-    assert effects.states("deaf") == [("succeeded", 1)]
+    assert effects.states("deaf") == [("succeeded", 1)], server.output
 
 
 def test_ctrl_c_without_a_terminal_tells_the_reloaders_child_first(postgresql_url: str) -> None:

@@ -15,7 +15,6 @@ from background import BackgroundWorkerManager, PeriodicWorker, UnknownWorker, W
 from background.history import Record, Seen, Surroundings
 from background.ledger import Claim, WorkerState
 from background.models import executions, workers
-from background.schedule import Every
 from background.why import Answer, span, why
 
 NOON = datetime(2026, 11, 20, 12, tzinfo=UTC)
@@ -77,12 +76,13 @@ def state(**columns: Any) -> WorkerState:
             "name": "tidy",
             "clock": NOON + 5 * MINUTE,
             "mark": NOON,
-            "schedule": Every(10 * MINUTE),
+            "schedule_text": "every 600s",
             "scheduled_at": NOON - DAY,
             "overridden": False,
             "paused_at": None,
             "pending_tick": None,
             "running": None,
+            "started_at": None,
             "instance": None,
             "instance_name": None,
             **columns,

@@ -1,0 +1,250 @@
+"""Who runs which tick: claims, marks, and an answer for every tick that was not run."""
+
+import threading
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from fleet import HOUR, PATIENCE, Fleet, Hourly, Shared, effect, in_threads, last_hour, statements
+from sqlalchemy import delete
+
+from background import WorkerContext
+from background import models as tables
+from background.worker import declared_schedule
+
+MINUTE = timedelta(minutes=1)
+
+
+def test_of_eight_processes_at_the_same_instant_one_runs_the_tick(fleet: Fleet) -> None:
+    herd = fleet.process("shared", last_hour().isoformat(), 8)
+    states = sorted(herd.communicate(timeout=PATIENCE)[0].split())
+    assert states == ["None"] * 7 + ["succeeded"]
+    assert fleet.states() == ["succeeded"]
+    assert len(fleet.effects()) == 1
+
+
+def test_a_tick_below_the_mark_is_refused_though_its_history_is_pruned(fleet: Fleet) -> None:
+    manager = fleet.manager(Hourly)
+    assert manager.tick("hourly", last_hour()).state == "succeeded"
+    with fleet.engine.begin() as connection:
+        connection.execute(delete(tables.executions))
+    assert manager.tick("hourly", last_hour()) is None
+    assert manager.tick("hourly", last_hour() - HOUR) is None
+    assert fleet.executions() == []
+
+
+def test_a_future_tick_is_not_run_early(fleet: Fleet) -> None:
+    manager = fleet.manager(Hourly)
+    assert manager.tick("hourly", datetime.now(UTC) + 2 * HOUR) is None
+    assert manager.ticks.ledger.claim("hourly", last_hour() + HOUR, "every 3600s", ("id", "name")) is None
+    assert fleet.row("hourly").mark is None
+    assert fleet.executions() == []
+
+
+def test_a_tick_just_ahead_is_waited_for_and_claimed_once_the_databases_clock_is_there(fleet: Fleet) -> None:
+    class Quick(Hourly):
+        period = timedelta(seconds=0.5)
+
+    manager = fleet.manager(Quick)
+    manager.ticks.ledger.register({"quick": declared_schedule(Quick)})
+    at = declared_schedule(manager.workers["quick"]).next(
+        manager.ticks.ledger.look("quick").clock + timedelta(seconds=0.2)
+    )
+    assert manager.tick("quick", at).claim.tick == at
+    (execution,) = fleet.executions()
+    assert execution.tick == at
+    assert execution.started_at >= at
+
+
+def test_whoever_comes_after_the_winner_does_one_read(fleet: Fleet) -> None:
+    manager = fleet.manager(Hourly)
+    manager.tick("hourly", last_hour())
+    with statements(manager.ticks.ledger.engine) as seen, statements(fleet.engine) as shared:
+        assert manager.tick("hourly", last_hour()) is None
+    assert len(seen) == 1
+    assert seen[0].startswith("SELECT")
+    assert shared == []
+
+
+def test_a_manual_run_at_the_tick_does_not_eat_the_tick(fleet: Fleet) -> None:
+    manager = fleet.manager(Hourly)
+    assert manager.trigger("hourly").state == "succeeded"
+    assert fleet.row("hourly").mark is None
+    assert manager.tick("hourly", last_hour()).state == "succeeded"
+    assert [execution.trigger for execution in fleet.executions()] == ["manual", "schedule"]
+
+
+def test_a_tick_that_comes_while_a_manual_run_runs_is_run_after_it(fleet: Fleet) -> None:
+    working, go_on = threading.Event(), threading.Event()
+
+    class Slow(Hourly):
+        def do_work(self, context: WorkerContext) -> None:
+            working.set()
+            assert go_on.wait(PATIENCE)
+
+    manager = fleet.manager(Slow)
+    manual = threading.Thread(target=manager.trigger, args=("slow",))
+    manual.start()
+    assert working.wait(PATIENCE)
+    assert manager.tick("slow", last_hour()) is None
+    assert fleet.row("slow").mark is None
+    go_on.set()
+    manual.join(PATIENCE)
+    assert manager.tick("slow", last_hour()).state == "succeeded"
+    assert [(execution.trigger, execution.state) for execution in fleet.executions()] == [
+        ("manual", "succeeded"),
+        ("schedule", "succeeded"),
+    ]
+
+
+def test_of_two_manual_runs_at_once_one_runs(fleet: Fleet) -> None:
+    go_on = threading.Event()
+
+    class Slow(Hourly):
+        def do_work(self, context: WorkerContext) -> None:
+            assert go_on.wait(PATIENCE)
+            effect(context)
+
+    first, second = fleet.manager(Slow), fleet.manager(Slow)
+
+    def trigger_and_release(manager: object) -> object:
+        execution = manager.trigger("slow")  # type: ignore[attr-defined]
+        if execution is None:
+            go_on.set()
+        return execution
+
+    results = in_threads(lambda: trigger_and_release(first), lambda: trigger_and_release(second))
+    assert sorted(result.state if result else "" for result in results) == ["", "succeeded"]
+    assert len(fleet.effects()) == 1
+
+
+def test_manual_runs_have_idempotency_keys_of_their_own(fleet: Fleet) -> None:
+    manager = fleet.manager(Hourly)
+    manager.tick("hourly", last_hour())
+    manager.trigger("hourly")
+    manager.trigger("hourly")
+    scheduled, first, second = fleet.keys()
+    assert scheduled == f"hourly:{last_hour().isoformat()}"
+    assert first.startswith("hourly:manual:")
+    assert second.startswith("hourly:manual:")
+    assert first != second
+
+
+def test_the_ticks_of_a_pause_are_one_skipped_row_that_is_extended(fleet: Fleet) -> None:
+    manager = fleet.manager(Hourly)
+    assert manager.pause("hourly")
+    assert not manager.pause("hourly")
+    for hours in (2, 1, 0):
+        assert manager.tick("hourly", last_hour() - hours * HOUR) is None
+    (execution,) = fleet.executions()
+    assert execution.state == "skipped"
+    assert execution.reason.startswith("paused since ")
+    assert (execution.tick, execution.through) == (last_hour() - 2 * HOUR, last_hour())
+    assert manager.resume("hourly")
+    assert not manager.resume("hourly")
+    assert manager.tick("hourly", last_hour()) is None  # a tick that was skipped is not run later
+    assert fleet.effects() == []
+
+
+def test_two_pauses_are_two_skipped_rows(fleet: Fleet) -> None:
+    manager = fleet.manager(Hourly)
+    for hours in (2, 1):
+        manager.pause("hourly")
+        fleet.set("hourly", paused_at=last_hour() - hours * HOUR - MINUTE)
+        manager.tick("hourly", last_hour() - hours * HOUR)
+        manager.resume("hourly")
+    assert fleet.states() == ["skipped", "skipped"]
+    assert manager.tick("hourly", last_hour()).state == "succeeded"
+
+
+def test_a_paused_worker_runs_by_hand(fleet: Fleet) -> None:
+    manager = fleet.manager(Hourly)
+    manager.pause("hourly")
+    assert manager.trigger("hourly").state == "succeeded"
+
+
+def test_a_tick_that_comes_while_the_one_before_runs_is_skipped_and_says_so(fleet: Fleet) -> None:
+    working, go_on = threading.Event(), threading.Event()
+
+    class Slow(Hourly):
+        def do_work(self, context: WorkerContext) -> None:
+            working.set()
+            assert go_on.wait(PATIENCE)
+
+    manager, other = fleet.manager(Slow), fleet.manager(Slow)
+    before = last_hour() - HOUR
+    run = threading.Thread(target=manager.tick, args=("slow", before))
+    run.start()
+    assert working.wait(PATIENCE)
+    assert other.tick("slow", last_hour()) is None
+    go_on.set()
+    run.join(PATIENCE)
+    ran, skipped = fleet.executions()
+    assert ran.state == "succeeded"
+    assert (skipped.state, skipped.tick) == ("skipped", last_hour())
+    assert skipped.reason == f"still running the tick {before.isoformat()} on {ran.instance_name}"
+    assert manager.tick("slow", last_hour()) is None
+
+
+def test_thirty_days_down_are_one_run_and_one_missed_row(fleet: Fleet) -> None:
+    class Minutely(Hourly):
+        period = MINUTE
+
+    manager = fleet.manager(Minutely)
+    long_ago = last_hour() - timedelta(days=30)
+    assert manager.tick("minutely", long_ago).state == "succeeded"
+    fleet.set("minutely", scheduled_at=long_ago - HOUR)
+    assert manager.tick("minutely", last_hour()).state == "succeeded"
+    _, missed, ran = fleet.executions()
+    assert (missed.state, missed.tick, missed.through) == ("missed", long_ago + MINUTE, last_hour() - MINUTE)
+    assert (ran.state, ran.tick) == ("succeeded", last_hour())
+    assert len(fleet.effects()) == 2
+
+
+def test_consecutive_ticks_miss_nothing(fleet: Fleet) -> None:
+    manager = fleet.manager(Hourly)
+    for hours in (2, 1, 0):
+        assert manager.tick("hourly", last_hour() - hours * HOUR).state == "succeeded"
+    assert fleet.states() == ["succeeded"] * 3
+
+
+def test_ticks_from_before_a_worker_was_known_are_not_called_missed(fleet: Fleet) -> None:
+    fleet.manager(Hourly).tick("hourly", last_hour())
+    assert fleet.states() == ["succeeded"]
+
+
+def test_ticks_from_before_a_schedule_was_in_force_are_not_called_missed(fleet: Fleet) -> None:
+    manager = fleet.manager(Hourly)
+    assert manager.tick("hourly", last_hour() - 10 * HOUR).state == "succeeded"
+    manager.reschedule("hourly", period=MINUTE)
+    fleet.set("hourly", scheduled_at=last_hour() - 3 * MINUTE)
+    assert manager.tick("hourly", last_hour()).state == "succeeded"
+    _, missed, _ = fleet.executions()
+    assert (missed.tick, missed.through) == (last_hour() - 2 * MINUTE, last_hour() - MINUTE)
+
+
+def test_a_tick_of_a_schedule_that_was_replaced_before_it_is_not_run(fleet: Fleet) -> None:
+    """As an instance does that has not heard of the new schedule yet."""
+    manager, other = fleet.manager(Hourly), fleet.manager(Hourly)
+    manager.tick("hourly", last_hour() - 3 * HOUR)
+    other.reschedule("hourly", cron="30 * * * *")
+    fleet.set("hourly", scheduled_at=last_hour() - 2 * HOUR)
+    assert manager.ticks.run(Hourly, last_hour(), manager.ticks.look(Hourly)) is None
+    assert len(fleet.effects()) == 1
+    assert fleet.row("hourly").mark == last_hour() - 3 * HOUR
+
+
+@pytest.mark.parametrize("at", [datetime(2026, 1, 1), "2026-01-01", None])  # noqa: DTZ001
+def test_a_tick_without_a_time_zone_is_refused_with_a_sentence(fleet: Fleet, at: object) -> None:
+    from background import InvalidSchedule
+
+    with pytest.raises(InvalidSchedule, match=r"expected an aware datetime: write datetime\.now"):
+        fleet.manager(Shared).tick("shared", at)  # type: ignore[arg-type]
+
+
+def test_a_name_that_nobody_has_is_answered_with_the_nearest_one(fleet: Fleet) -> None:
+    from background import UnknownWorker
+
+    manager = fleet.manager(Shared)
+    for call in (manager.trigger, manager.pause, manager.resume, manager.reschedule, manager.remove):
+        with pytest.raises(UnknownWorker, match=r"There is no worker named 'share'. Did you mean 'shared'\?"):
+            call("share")
