@@ -29,7 +29,7 @@ def create_app(config: Mapping[str, Any] | object | None = None) -> Flask:
     svcs.flask.register_factory(app, UserRepository, lambda: UserRepository(db.session))
 
     workers = BackgroundWorkerManager(app, db)
-    workers.before_start(schema.ensure_ready)
+    workers.before_start(schema.ensure_ready, check=schema.check)
     workers.add(PassiveUserCheckerWorker)
 
     routes.register(app)

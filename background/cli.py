@@ -1,5 +1,498 @@
-"""`flask workers ...`."""
+"""`flask workers ...`: the commands read, ask or steer the manager, and print."""
 
-from flask.cli import AppGroup
+import json
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from datetime import UTC, datetime, timedelta
+from typing import Any
 
-workers_cli = AppGroup("workers", help="See and steer the background workers.")
+import click
+from flask import current_app
+from flask.cli import AppGroup, ScriptInfo
+from sqlalchemy.exc import DBAPIError
+
+from .errors import BackgroundError, DatabaseNotReady, InvalidSchedule, UnknownWorker, first_line
+from .history import STATES, Record
+from .ledger import WorkerState
+from .manager import BackgroundWorkerManager
+from .runs import Execution
+from .schedule import Schedule
+from .serving import stop_when_told
+from .why import moment, printable, progress, second, span
+from .worker import declared_schedule
+
+MOST_ROWS = 10_000
+WIDEST = 120
+EARLIEST, LATEST = datetime(1970, 1, 2, tzinfo=UTC), datetime(9000, 1, 1, tzinfo=UTC)
+
+
+class WorkersGroup(AppGroup):
+    """Of an error of the database it prints one sentence; and it leaves no connection of the engine's open."""
+
+    def invoke(self, context: click.Context) -> Any:
+        manager = context.ensure_object(ScriptInfo).load_app().extensions["background_workers"]
+        try:
+            return super().invoke(context)
+        except DBAPIError as error:
+            raise _not_ready(error) from None
+        finally:
+            if not manager.is_started:
+                manager.stop()
+
+
+class WrongUsage(click.ClickException):
+    exit_code = 2
+
+
+workers_cli = WorkersGroup(
+    "workers",
+    help="""See and steer the background workers. Times are ISO 8601, in UTC.
+
+    \b
+    Exit codes:
+      0  fine
+      1  the answer is no, or it failed: a run that did not succeed, a tick that did not
+         run, a problem that was found, a database that is not ready
+      2  wrong usage, or a name that no worker has
+    """,
+)
+as_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+# -- looking -------------------------------------------------------------------------------------
+
+
+@workers_cli.command("list")
+@as_json_option
+def list_workers(as_json: bool) -> None:
+    """Show every worker, its next tick and its last one."""
+    rows = overview(_checked())
+    if as_json:
+        _print_json(rows)
+    elif rows:
+        click.echo(
+            table(("name", "schedule", "next tick", "last tick", "became", "running on", "note"), map(_cells, rows))
+        )
+    else:
+        click.echo("There is no worker; write workers.add(MyWorker) in create_app.")
+
+
+def overview(manager: BackgroundWorkerManager) -> list[dict[str, Any]]:
+    """Every worker of this release and of the database, in a constant number of queries."""
+    history = manager.history
+    clock, states, latest = history.clock(), manager.ticks.ledger.states(), history.latest()
+    gone = history.gone({state.instance for state in states.values() if state.instance})
+    return [
+        _overview(manager, name, clock, states.get(name), latest.get(name), gone)
+        for name in sorted(manager.workers.keys() | states.keys())
+    ]
+
+
+def _overview(
+    manager: BackgroundWorkerManager,
+    name: str,
+    clock: datetime,
+    state: WorkerState | None,
+    last: Record | None,
+    gone: set[str],
+) -> dict[str, Any]:
+    worker = manager.workers.get(name)
+    schedule = _schedule(manager, name, state)
+    paused_at = state.paused_at if state else None
+    runs = worker is not None and worker.enabled and not paused_at
+    running = None
+    if state and state.running:
+        running = {
+            "tick": state.running.tick,
+            "instance": state.instance_name,
+            "is_gone": state.instance in gone,
+        }
+    return {
+        "name": name,
+        "schedule": schedule.describe() if schedule else None,
+        "declared": declared_schedule(worker).describe() if worker else None,
+        "next_tick": schedule.next(clock) if runs and schedule else None,
+        "last": _as_dict(last) if last else None,
+        "running": running,
+        "pending_tick": state.pending_tick if state else None,
+        "paused_at": paused_at,
+        "enabled": worker.enabled if worker else None,
+        "in_this_release": worker is not None,
+    }
+
+
+def _schedule(manager: BackgroundWorkerManager, name: str, state: WorkerState | None) -> Schedule | None:
+    """The schedule in force; None for one that this release cannot read: a newer one may have brought it."""
+    if state is None:
+        return declared_schedule(manager.workers[name])
+    try:
+        return state.schedule
+    except InvalidSchedule:
+        return None
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    last, running = row["last"], row["running"]
+    tick = moment(last["through"] or last["tick"]) if last else "-"
+    became = last["state"] if last else "-"
+    if last and last["seconds"] is not None:
+        became += f" in {span(timedelta(seconds=last['seconds']))}"
+    on = running["instance"] + (", which is gone" if running["is_gone"] else "") if running else "-"
+    notes = [
+        "" if row["in_this_release"] else "not in this release",
+        "disabled" if row["enabled"] is False else "",
+        f"paused since {second(row['paused_at'])}" if row["paused_at"] else "",
+        f"{moment(row['pending_tick'])} is to be run again" if row["pending_tick"] else "",
+        f"declared: {row['declared']}" if row["declared"] not in (None, row["schedule"]) else "",
+    ]
+    schedule = row["schedule"] or "not one that this release can read"
+    return [row["name"], schedule, moment(row["next_tick"]), tick, became, on, "; ".join(filter(None, notes))]
+
+
+@workers_cli.command()
+@as_json_option
+def check(as_json: bool) -> None:
+    """Validate settings, workers and database; change nothing.
+
+    The settings and the workers were validated when the application was made: it ended there if they were wrong.
+    """
+    manager, problems = _manager(), []
+    states: dict[str, WorkerState] = {}
+    try:
+        states = _checked().ticks.ledger.states()
+    except (BackgroundError, DBAPIError) as error:
+        problems.append(str((error if isinstance(error, BackgroundError) else _not_ready(error)).message))
+    rows = [_next_ticks(manager, name, states.get(name), datetime.now(UTC)) for name in manager.workers]
+    if as_json:
+        _print_json({"workers": rows, "problems": problems})
+    else:
+        _print_checked(rows, problems)
+    if problems:
+        raise click.exceptions.Exit(1)
+
+
+def _next_ticks(manager: BackgroundWorkerManager, name: str, state: WorkerState | None, at: datetime) -> dict[str, Any]:
+    schedule = state.schedule if state and state.overridden else declared_schedule(manager.workers[name])
+    ticks: list[datetime] = []
+    for _ in range(3):
+        ticks.append(schedule.next(ticks[-1] if ticks else at))
+    return {
+        "name": name,
+        "schedule": schedule.describe(),
+        "next_ticks": ticks,
+        "enabled": manager.workers[name].enabled,
+        "paused_at": state.paused_at if state else None,
+    }
+
+
+def _print_checked(rows: list[dict[str, Any]], problems: list[str]) -> None:
+    headers = ("name", "schedule", "next tick", "then", "then", "note")
+    for row in rows:
+        row["note"] = "" if row["enabled"] else "disabled"
+        row["note"] = f"paused since {second(row['paused_at'])}" if row["paused_at"] else row["note"]
+    cells = [[row["name"], row["schedule"], *map(moment, row["next_ticks"]), row["note"]] for row in rows]
+    click.echo(table(headers, cells) if cells else "There is no worker; write workers.add(MyWorker) in create_app.")
+    for problem in problems:
+        click.echo(f"Problem: {problem}", err=True)
+    if not problems:
+        click.echo(f"Fine: the settings, {len(rows)} worker{'' if len(rows) == 1 else 's'}, and the database.")
+
+
+@workers_cli.command()
+@click.argument("name")
+@click.option("--limit", default="20", show_default=True, help="How many at most.")
+@click.option("--state", help=f"Only those which are: {', '.join(STATES)}.")
+@as_json_option
+def history(name: str, limit: str, state: str | None, as_json: bool) -> None:
+    """Show the executions of NAME, newest first.
+
+    With --json the whole of every traceback.
+    """
+    number, state = _limit(limit), _state(state)
+    manager = _checked()
+    _stored(manager, name)
+    records = manager.history.executions(name, number, state)
+    if as_json:
+        _print_json([_as_dict(record) for record in records])
+    elif records:
+        headers = ("tick", "state", "attempt", "started", "took", "instance", "note")
+        click.echo(table(headers, map(_history_cells, records)))
+    else:
+        click.echo(f"{name} has no executions{f' that are {state}' if state else ' yet'}.")
+
+
+def _history_cells(record: Record) -> list[str]:
+    tick = moment(record.tick)
+    if record.through and record.through != record.tick:
+        tick += f" to {moment(record.through)}"
+    took = span(record.duration) if record.duration is not None else "-"
+    note = record.last_line or progress(record).strip(" ()")
+    if record.is_gone:
+        note = f"running on {record.instance_name}, which is gone: will be taken over"
+    if record.trigger != "schedule":
+        note = f"{record.trigger}; {note}" if note else record.trigger
+    started, on = second(record.started_at), record.instance_name or "-"
+    return [tick, record.state, str(record.attempt or "-"), started, took, on, note]
+
+
+@workers_cli.command()
+@click.argument("name")
+@click.option("--at", "text", metavar="T", help="A moment in ISO 8601, in UTC where it names no zone; default: now.")
+@as_json_option
+def why(name: str, text: str | None, as_json: bool) -> None:
+    """Say what became of a tick of NAME, and why.
+
+    It is the latest tick at or before T. Exits with 0 if it succeeded, is running, or is not due yet; else with 1.
+    """
+    at = _moment(text) if text is not None else None
+    manager = _checked()
+    _stored(manager, name)
+    answer = manager.why(name, at)
+    if as_json:
+        records = [_as_dict(record) for record in answer.records]
+        _print_json({**vars(answer), "is_fine": answer.is_fine, "records": records})
+    else:
+        click.echo(answer.sentence)
+    if not answer.is_fine:
+        raise click.exceptions.Exit(1)
+
+
+# -- running -------------------------------------------------------------------------------------
+
+
+@workers_cli.command()
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+@click.option("--once", is_flag=True, help="Run the latest due tick of NAME here, if nobody has, and end.")
+def run(names: tuple[str, ...], once: bool) -> None:
+    """Run the workers, or only those named, in this process.
+
+    It serves nothing else, and ends on SIGINT or SIGTERM. The web can run with WORKERS_ENABLED=false beside it; here
+    that setting is ignored. A stop waits at most WORKERS_SHUTDOWN_SECONDS for what runs, and hands the rest back;
+    a second signal ends the wait.
+
+    With --once, made for cron: exits with 1 if the run failed, with 0 if it succeeded or was not this call's to run.
+    """
+    manager = _manager()
+    for name in names:
+        _registered(manager, name)
+    if not once:
+        _run_until_told(manager, names)
+    elif len(names) == 1:
+        _run_once(manager, names[0])
+    else:
+        raise WrongUsage("--once expects the name of one worker: write `flask workers run NAME --once`.")
+
+
+def _run_until_told(manager: BackgroundWorkerManager, names: tuple[str, ...]) -> None:
+    for name in manager.workers.keys() - (names or manager.workers.keys()):
+        manager.remove(name)
+    _prepare(manager)
+    stop_when_told(manager)
+    manager.start()
+    with suppress(KeyboardInterrupt):
+        while True:
+            time.sleep(1)  # not signal.pause(): a signal may arrive at another thread
+
+
+def _run_once(manager: BackgroundWorkerManager, name: str) -> None:
+    _prepare(manager)
+    if not manager.workers[name].enabled:
+        click.echo(f"Not run: {name} is disabled in this release (enabled = False).")
+        return
+    at = manager.history.clock()
+    with _handed_back_on_signals(manager, name):
+        execution = manager.tick(name, at)
+    if execution is None:
+        click.echo(f"Not run here. {manager.why(name, at).sentence}")
+    else:
+        _report(manager, execution)
+
+
+@workers_cli.command()
+@click.argument("name")
+def trigger(name: str) -> None:
+    """Run NAME now, here, whatever its schedule says.
+
+    Exits with 1 if it did not succeed. Ctrl-C hands the run back: another instance does it.
+    """
+    manager = _manager()
+    _registered(manager, name)
+    _prepare(manager)
+    with _handed_back_on_signals(manager, name):
+        execution = manager.trigger(name)
+    if execution is None:
+        click.echo(f"Not run: {_why_not_triggered(manager, name)}")
+        raise click.exceptions.Exit(1)
+    _report(manager, execution)
+
+
+def _why_not_triggered(manager: BackgroundWorkerManager, name: str) -> str:
+    state = manager.ticks.ledger.look(name)
+    if state and state.running:
+        tick = moment(state.running.tick)
+        return f"{name} is running already, the tick {tick} on {state.instance_name}; try again when it has ended."
+    if state and state.pending_tick:
+        return f"the tick {moment(state.pending_tick)} of {name} is to be run again first, and the worker is paused."
+    return f"{name} was running at that moment; try again."
+
+
+def _report(manager: BackgroundWorkerManager, execution: Execution) -> None:
+    click.echo(manager.why(execution.claim.worker, execution.claim.tick).sentence)
+    if execution.state != "succeeded":
+        raise click.exceptions.Exit(1)
+
+
+@contextmanager
+def _handed_back_on_signals(manager: BackgroundWorkerManager, name: str) -> Iterator[None]:
+    try:
+        with _sigterm_as_sigint():
+            yield
+    except KeyboardInterrupt:
+        newest = manager.history.executions(name, limit=1)
+        click.echo(manager.why(name, newest[0].tick).sentence if newest else f"{name} was not run.")
+        raise click.exceptions.Exit(1) from None
+
+
+@contextmanager
+def _sigterm_as_sigint() -> Iterator[None]:
+    """Whoever sends SIGTERM means what Ctrl-C means: KeyboardInterrupt, in the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+# -- steering ------------------------------------------------------------------------------------
+
+
+@workers_cli.command()
+@click.argument("name")
+def pause(name: str) -> None:
+    """Run no more ticks of NAME until it is resumed.
+
+    That holds for every instance; what runs already goes on.
+    """
+    manager = _manager()
+    _registered(manager, name)
+    changed = _checked().pause(name)
+    state = manager.ticks.ledger.look(name)
+    since = f", since {second(state.paused_at)}" if state else ""
+    click.echo(f"{name} is paused{since}." if changed else f"{name} was paused already{since}.")
+
+
+@workers_cli.command()
+@click.argument("name")
+def resume(name: str) -> None:
+    """Run the ticks of NAME again, from the next one."""
+    manager = _manager()
+    _registered(manager, name)
+    changed = _checked().resume(name)
+    state = manager.ticks.ledger.look(name)
+    following = f"; its next tick is {moment(state.schedule.next(state.clock))}" if state else ""
+    click.echo(f"{name} is resumed{following}." if changed else f"{name} was not paused{following}.")
+
+
+# -- what the commands share ---------------------------------------------------------------------
+
+
+def _manager() -> BackgroundWorkerManager:
+    manager: BackgroundWorkerManager = current_app.extensions["background_workers"]
+    return manager
+
+
+def _checked() -> BackgroundWorkerManager:
+    """The manager, if its database is ready; nothing is changed to make it so."""
+    manager = _manager()
+    try:
+        manager.check()
+    except OSError as error:
+        raise _not_ready(error) from None
+    return manager
+
+
+def _prepare(manager: BackgroundWorkerManager) -> None:
+    try:
+        manager.prepare()
+    except OSError as error:
+        raise _not_ready(error) from None
+
+
+def _not_ready(error: Exception) -> DatabaseNotReady:
+    return DatabaseNotReady(f"The database cannot be used ({first_line(error)}). `flask workers check` tries again.")
+
+
+def _registered(manager: BackgroundWorkerManager, name: str) -> None:
+    if name not in manager.workers:
+        raise UnknownWorker(name, manager.workers)
+
+
+def _stored(manager: BackgroundWorkerManager, name: str) -> None:
+    """Raise UnknownWorker for a name that neither this release nor the database has."""
+    if name not in manager.workers and manager.ticks.ledger.look(name) is None:
+        raise UnknownWorker(name, manager.workers.keys() | manager.ticks.ledger.states().keys())
+
+
+def _limit(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= MOST_ROWS):
+        raise WrongUsage(f"--limit is {text!r}; expected a whole number from 1 to {MOST_ROWS}.")
+    return int(text)
+
+
+def _state(text: str | None) -> str | None:
+    state = text and text.strip().lower().replace("-", " ").replace("_", " ")
+    if state is not None and state not in STATES:
+        raise WrongUsage(f"--state is {text!r}; expected one of: {', '.join(STATES)}.")
+    return state
+
+
+def _moment(text: str) -> datetime:
+    try:
+        given = datetime.fromisoformat(text.strip())
+        at = given.astimezone(UTC) if given.tzinfo else given.replace(tzinfo=UTC)
+        if not EARLIEST <= at <= LATEST:
+            raise ValueError(text)
+    except (ValueError, OverflowError):
+        raise WrongUsage(
+            f"--at is {text!r}; expected a moment from {EARLIEST.year} to {LATEST.year - 1} in ISO 8601: "
+            f"write 2026-11-20T12:00Z, say."
+        ) from None
+    if given.tzinfo is None:
+        click.echo(f"{text} names no time zone, so it is taken as UTC.", err=True)
+    return at
+
+
+def _as_dict(record: Record) -> dict[str, Any]:
+    row = asdict(record)
+    del row["clock"]
+    seconds = record.duration.total_seconds() if record.duration is not None else None
+    return {**row, "seconds": seconds}
+
+
+def _print_json(value: Any) -> None:
+    click.echo(
+        json.dumps(value, indent=2, default=lambda each: moment(each) if isinstance(each, datetime) else str(each))
+    )
+
+
+def table(headers: Sequence[str], rows: Iterator[list[str]] | Sequence[list[str]]) -> str:
+    """Left-aligned columns, two spaces apart; a column in which nothing stands is left out, but for the first."""
+    lines = [[header.upper() for header in headers], *([_clipped(cell) for cell in row] for row in rows)]
+    columns = [column for column in zip(*lines, strict=True) if any(column[1:])]
+    widths = [max(map(len, column)) for column in columns]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in zip(*columns, strict=True)
+    )
+
+
+def _clipped(cell: str) -> str:
+    text = printable(cell)
+    return text if len(text) <= WIDEST else f"{text[: WIDEST - 1]}…"

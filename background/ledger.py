@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Connection, CursorResult, Engine, Row, and_, func, insert, null, or_, select, update
+from sqlalchemy import Connection, CursorResult, Engine, Row, and_, insert, null, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
@@ -103,10 +103,8 @@ class Ledger:
             ).one_or_none()
             if row is None:
                 return None
-            if row.previous_mark is not None:
-                self._record_missed(
-                    connection, name, max(row.previous_mark, row.scheduled_at), tick, parse_schedule(schedule)
-                )
+            after = max(row.previous_mark or row.scheduled_at, row.scheduled_at)
+            self._record_missed(connection, name, after, tick, parse_schedule(schedule))
             return self._begin(connection, Claim(name, tick, 1, row.token, "schedule", 0), instance)
 
     def claim_pending(self, name: str, tick: datetime, instance: tuple[str, str]) -> Claim | None:
@@ -164,10 +162,20 @@ class Ledger:
             )
             if _count(raised) == 0:
                 return False
-            newest = select(func.max(executions.c.id)).where(executions.c.worker == name).scalar_subquery()
+            newest = (
+                select(executions.c.id)
+                .where(executions.c.worker == name)
+                .order_by(executions.c.tick.desc(), executions.c.id.desc())
+                .limit(1)
+                .scalar_subquery()
+            )
             extended = connection.execute(
                 update(executions)
-                .where(executions.c.id == newest, executions.c.state == "skipped", executions.c.reason == reason)
+                .where(
+                    executions.c.id == newest,
+                    executions.c.state == "skipped",
+                    executions.c.reason == reason,
+                )
                 .values(through=tick, finished_at=now())
             )
             if _count(extended) == 0:

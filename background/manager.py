@@ -15,9 +15,11 @@ from werkzeug.local import LocalProxy
 from . import models, serving, sqlite
 from .context import fence
 from .errors import BackgroundError, DuplicateWorker, InvalidSchedule, UnknownWorker, first_line
+from .history import History
 from .runs import Execution
 from .schedule import make_schedule
 from .ticks import Ticks
+from .why import Answer, why
 from .worker import PeriodicWorker, declared_schedule
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ class BackgroundWorkerManager:
     def __init__(self, app: Flask | None = None, db: SQLAlchemy | None = None) -> None:
         self._workers: dict[str, type[PeriodicWorker]] = {}
         self._before_start: list[Callable[[], None]] = []
+        self._checks: list[Callable[[], None]] = []
         self._lock = threading.RLock()
         self._membership: Membership | None = None
         self._started_in = self._served_in = 0  # process ids: a fork inherits the rest, but not the threads
@@ -83,12 +86,15 @@ class BackgroundWorkerManager:
         if self._membership is not None:
             self._membership.dismiss(name)
 
-    def before_start(self, callback: Callable[[], None]) -> None:
+    def before_start(self, callback: Callable[[], None], check: Callable[[], None] | None = None) -> None:
         """Have `callback` called (in an app context) before the workers of a serving process start.
 
-        It raises DatabaseNotReady to say that they cannot start yet, and why.
+        It raises DatabaseNotReady to say that they cannot start yet, and why. `check` raises the same, also where
+        `callback` would mend it; it changes nothing, and is called for commands that only look.
         """
         self._before_start.append(callback)
+        if check is not None:
+            self._checks.append(check)
 
     # -- starting and stopping -----------------------------------------------------------------
 
@@ -130,6 +136,12 @@ class BackgroundWorkerManager:
             while self._before_start:
                 self._before_start[0]()
                 del self._before_start[0]
+
+    def check(self) -> None:
+        """Call the `check` of every `before_start`; raises what they raise, and changes nothing."""
+        with self.app.app_context():
+            for check in self._checks:
+                check()
 
     def start(self) -> None:
         """Join the fleet, from now until `stop`. Returns at once; waits in the background for a database."""
@@ -210,6 +222,23 @@ class BackgroundWorkerManager:
         if self._membership is not None:
             self._membership.refresh()
         return changed
+
+    # -- looking -------------------------------------------------------------------------------
+
+    @property
+    def history(self) -> History:
+        """What is written down about the executions, for people to read."""
+        return History(self.ticks.ledger, self.ticks.instances)
+
+    def why(self, name: str, at: datetime | None = None) -> Answer:
+        """What became of the tick that `at` (aware; now, if not given) belongs to, and why: one sentence.
+
+        Answers for a worker that only the database knows, too. Raises UnknownWorker.
+        """
+        around, worker = self.history.around(name, at), self._workers.get(name)
+        if around.state is None:
+            worker = self._known(name)
+        return why(around, worker, self.app.config["WORKERS_HISTORY_DAYS"])
 
     def _reopen(self) -> None:
         """After a stop, whoever calls `tick` or `trigger` means it."""

@@ -88,6 +88,7 @@ class _Told:
             return
 
         def handle(signum: int, frame: FrameType | None) -> None:
+            # Which signal is the second is decided here: `stop` may have told the runs before the first call is made.
             insists = is_ours and (self._heard or self._stopping)
             self._calls.put(self._manager.hurry if insists else self._manager.tell)
             self._heard = True

@@ -39,7 +39,9 @@ class Ticks:
         """Run `tick`, seen from the lately read `state`, if nobody has or does; None where it is not ours to run."""
         name, why = worker.name, "stopping"
         while not self.runs.stopping.is_set():
-            state = self._cleared(worker, self._when_due(worker, tick, state))
+            state, again = self._cleared(worker, self._when_due(worker, tick, state))
+            if again and again.claim.tick == tick:
+                return again
             if answer := _why_not(tick, state):
                 why = answer
                 break
@@ -62,7 +64,7 @@ class Ticks:
 
     def run_now(self, worker: type[PeriodicWorker]) -> Execution | None:
         """A run that no schedule asked for; None where the worker is running already."""
-        state = self._cleared(worker, self.look(worker))
+        state, _ = self._cleared(worker, self.look(worker))
         return self._claim_and_run(worker, partial(self.ledger.claim_manual, worker.name, state.clock))
 
     def run_pending(self, worker: type[PeriodicWorker], tick: datetime) -> Execution | None:
@@ -86,13 +88,13 @@ class Ticks:
             state = self.look(worker)
         return state
 
-    def _cleared(self, worker: type[PeriodicWorker], state: WorkerState) -> WorkerState:
-        """Out of the way of a new tick: a claim whose instance is gone, and an older tick that is to be run again."""
-        state = self.freed(worker, state)
+    def _cleared(self, worker: type[PeriodicWorker], state: WorkerState) -> tuple[WorkerState, Execution | None]:
+        """Out of the way of a new tick: a claim whose instance is gone, and a tick that is to be run again."""
+        state, again = self.freed(worker, state), None
         if state.pending_tick and not state.paused_at:
-            self.run_pending(worker, state.pending_tick)
+            again = self.run_pending(worker, state.pending_tick)
             state = self.look(worker)
-        return state
+        return state, again
 
     def _claim_and_run(
         self, worker: type[PeriodicWorker], claim_with: Callable[[tuple[str, str]], Claim | None]

@@ -34,6 +34,11 @@ def ensure_ready() -> None:
         _check(engine)
 
 
+def check() -> None:
+    """Say what `ensure_ready` would find wrong or make, and leave it so. Needs an application context."""
+    _check(current_app.extensions["sqlalchemy"].engine)
+
+
 def upgrade(finish: Callable[[Connection], None] | None = None) -> None:
     """Run the pending migrations, then `finish` in the same transaction. Needs an application context."""
     from alembic import command
@@ -90,9 +95,8 @@ def _compare(engine: Engine, found: str) -> None:
 def _found_revision(engine: Engine) -> str | None:
     """The revision that the database is at; None when there is nothing in it yet."""
     if engine.dialect.name == "sqlite" and not Path(str(engine.url.database)).is_file():
-        raise DatabaseNotReady(
-            f"The database file {engine.url.database} does not exist. Make it with `flask db upgrade`."
-        )
+        command = "flask run" if current_app.config["DATABASE_IS_EMBEDDED"] else "flask db upgrade"
+        raise DatabaseNotReady(f"The database file {engine.url.database} does not exist. Make it with `{command}`.")
     try:
         with engine.connect() as connection:
             return _read_revision(connection)

@@ -1,6 +1,6 @@
 """A fleet of real processes on one database: each tick once, and nobody is told that the database is locked.
 
-FLEET_TICKS=120 FLEET_PERIOD=1 pytest tests/test_fleet.py -k consecutive    runs it at length.
+FLEET_TICKS=120 pytest -s tests/test_fleet.py -k consecutive    runs it at length.
 """
 
 import http.cookiejar
@@ -24,8 +24,8 @@ from processes import environment, eventually, gunicorn, started
 
 from models import User, db
 
-TICKS = int(os.environ.get("FLEET_TICKS", "8"))
-PERIOD = timedelta(seconds=float(os.environ.get("FLEET_PERIOD", "0.5")))
+TICKS = int(os.environ.get("FLEET_TICKS", "5"))
+PERIOD = timedelta(seconds=float(os.environ.get("FLEET_PERIOD", "1")))
 
 
 def test_four_gunicorn_workers_run_consecutive_ticks_once_each(database_url: str) -> None:

@@ -1,0 +1,196 @@
+"""What is written down about the executions and the instances, read for people: nothing here decides who runs."""
+
+from collections.abc import Collection
+from dataclasses import dataclass, fields, replace
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import ColumnElement, Select, func, or_, select
+
+from .clock import now, single_statements
+from .instances import Instances
+from .ledger import Ledger, WorkerState
+from .models import executions, instances, workers
+
+STATES = ("running", "succeeded", "failed", "lost", "handed back", "timed out", "skipped", "missed")
+_MOST_ATTEMPTS = 50
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row of the executions: an attempt at a tick, or the ticks `tick` to `through` that nobody ran."""
+
+    id: int
+    worker: str
+    tick: datetime
+    through: datetime | None
+    trigger: str
+    state: str
+    attempt: int | None
+    token: int | None
+    instance: str | None
+    instance_name: str | None
+    started_at: datetime | None
+    finished_at: datetime | None
+    progress_done: float | None
+    progress_total: float | None
+    reason: str | None
+    clock: datetime
+    """The database's clock when this was read."""
+    is_gone: bool = False
+    """Whether it says "running" and its instance is not alive: another one will take it over."""
+
+    @property
+    def duration(self) -> timedelta | None:
+        """How long it ran, or has run; None for one that did not."""
+        return (self.finished_at or self.clock) - self.started_at if self.started_at else None
+
+    @property
+    def last_line(self) -> str | None:
+        """The end of the reason: of a traceback, the error itself."""
+        lines = (self.reason or "").strip().splitlines()
+        return lines[-1].strip() if lines else None
+
+    def covers(self, tick: datetime) -> bool:
+        return self.tick <= tick <= (self.through or self.tick)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One instance, as its row shows it."""
+
+    id: str
+    host: str
+    pid: int
+    started_at: datetime
+    heartbeat_at: datetime
+    signed_off_at: datetime | None
+
+    @property
+    def name(self) -> str:
+        return f"{self.host}:{self.pid}"
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What the rows say about a moment of a worker's life. `at` may be in the future."""
+
+    name: str
+    at: datetime
+    clock: datetime
+    state: WorkerState | None
+    records: tuple[Record, ...] = ()
+    """Every attempt at the tick that `at` belongs to, oldest first; or the one row that says why there was none."""
+    before: Record | None = None
+    """The latest scheduled tick before `at` that something is known about, where there are no `records`."""
+    after: Record | None = None
+    oldest: datetime | None = None
+    """The tick of the worker's oldest row; what was before it may have been pruned."""
+    alive: tuple[Seen, ...] = ()
+    last_seen: Seen | None = None
+
+
+class History:
+    """Reads the rows of one database; every question is a constant number of queries, each on an index."""
+
+    def __init__(self, ledger: Ledger, roster: Instances) -> None:
+        self._ledger = ledger
+        self._reading = single_statements(ledger.engine)
+        self._roster = single_statements(roster.engine)
+
+    def clock(self) -> datetime:
+        """The database's clock."""
+        with self._reading.connect() as connection:
+            return connection.execute(select(now())).scalar_one()
+
+    def latest(self) -> dict[str, Record]:
+        """Of every worker the newest execution that has ended, or the newest row that says why there was none."""
+        each = executions.alias()
+        newest = (
+            select(each.c.id)
+            .where(each.c.worker == workers.c.name, each.c.state != "running")
+            .order_by(each.c.tick.desc(), each.c.id.desc())
+            .limit(1)
+            .scalar_subquery()
+        )
+        query = select(executions, now().label("clock")).join(workers, executions.c.id == newest)
+        return {record.worker: record for record in self._records(query)}
+
+    def executions(self, name: str, limit: int = 20, state: str | None = None) -> list[Record]:
+        """The newest executions of `name` (of one state), newest first."""
+        query = _of(name).order_by(*_newest_first).limit(limit)
+        return self._marked(self._records(query if state is None else query.where(executions.c.state == state)))
+
+    def gone(self, ids: Collection[str]) -> set[str]:
+        """Those instances of `ids` that are not alive."""
+        if not ids:
+            return set()
+        alive = select(instances.c.id).where(instances.c.id.in_(ids), _is_alive)
+        with self._roster.connect() as connection:
+            return set(ids) - set(connection.execute(alive).scalars())
+
+    def around(self, name: str, at: datetime | None = None) -> Surroundings:
+        """What there is to know about the tick that `at` belongs to; now, if it is not given."""
+        state = self._ledger.look(name)
+        clock = state.clock if state else self.clock()
+        at = at or clock
+        alive, last_seen = self._instances()
+        if state is None:
+            return Surroundings(name, at, clock, None, alive=alive, last_seen=last_seen)
+        records, before = self._belonging(name, at, state)
+        if records:
+            return Surroundings(name, at, clock, state, records, alive=alive, last_seen=last_seen)
+        after, oldest = self._behind(name, at)
+        return Surroundings(name, at, clock, state, (), before, after, oldest, alive, last_seen)
+
+    def _belonging(self, name: str, at: datetime, state: WorkerState) -> tuple[tuple[Record, ...], Record | None]:
+        """The rows of the tick that `at` belongs to; where there are none, the newest row before it."""
+        exactly = or_(executions.c.trigger == "schedule", executions.c.tick == at)
+        query = _of(name).where(executions.c.tick <= at, exactly)
+        found = self._records(query.order_by(*_newest_first).limit(_MOST_ATTEMPTS))
+        if not found:
+            return (), None
+        newest = found[0]
+        if newest.tick != at and not newest.covers(state.schedule.previous(at)):
+            return (), newest
+        same = [each for each in reversed(found) if (each.tick, each.trigger) == (newest.tick, newest.trigger)]
+        return tuple(self._marked(same)), None
+
+    def _behind(self, name: str, at: datetime) -> tuple[Record | None, datetime | None]:
+        later = _of(name).where(executions.c.tick > at, executions.c.trigger == "schedule")
+        after = self._records(later.order_by(executions.c.tick, executions.c.id).limit(1))
+        with self._reading.connect() as connection:
+            oldest = connection.execute(
+                select(func.min(executions.c.tick)).where(executions.c.worker == name)
+            ).scalar_one()
+        return (after[0] if after else None), oldest
+
+    def _instances(self) -> tuple[tuple[Seen, ...], Seen | None]:
+        """Who is alive, oldest first, and whoever was seen last."""
+        newest = instances.c.heartbeat_at.desc()
+        with self._roster.connect() as connection:
+            living = connection.execute(_seen.where(_is_alive).order_by(instances.c.started_at)).all()
+            last = connection.execute(_seen.order_by(newest).limit(1)).one_or_none()
+        return tuple(Seen(*row) for row in living), (Seen(*last) if last else None)
+
+    def _records(self, query: Select[Any]) -> list[Record]:
+        with self._reading.connect() as connection:
+            return [Record(**row._mapping) for row in connection.execute(query)]
+
+    def _marked(self, records: list[Record]) -> list[Record]:
+        """The same with `is_gone` filled in."""
+        running = {each.instance for each in records if each.state == "running" and each.instance}
+        gone = self.gone(running)
+        return [replace(each, is_gone=each.state == "running" and each.instance in gone) for each in records]
+
+
+_newest_first = (executions.c.tick.desc(), executions.c.id.desc())
+
+
+def _of(name: str) -> Select[Any]:
+    return select(executions, now().label("clock")).where(executions.c.worker == name)
+
+
+_is_alive: ColumnElement[bool] = (instances.c.expires_at > now()) & instances.c.signed_off_at.is_(None)
+
+_seen = select(*(instances.c[field.name] for field in fields(Seen)))

@@ -1,0 +1,666 @@
+"""`flask workers ...`: what it prints, what it exits with, and what it leaves alone."""
+
+import asyncio
+import gc
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from conftest import dispose, settings
+from flask import Flask
+from sqlalchemy import event, insert, text
+
+from app import create_app
+from background import BackgroundWorkerManager, PeriodicWorker, WorkerContext
+from background.cli import table
+from background.models import executions, instances
+
+ROOT = Path(__file__).parent.parent
+MINUTE = timedelta(minutes=1)
+PASSIVE = "passive_user_checker_worker"
+
+
+class Greet(PeriodicWorker):
+    period = 10 * MINUTE
+
+    def do_work(self, context: WorkerContext) -> None:
+        pass
+
+
+class Stumble(PeriodicWorker):
+    cron = "*/5 * * * *"
+
+    def do_work(self, context: WorkerContext) -> None:
+        raise ValueError("no such\x1b[31m book")
+
+
+class Rest(Greet):
+    enabled = False
+
+
+class Interrupted(Greet):
+    """Its first run ends by the Ctrl-C that it sends itself; the next ones are left in peace."""
+
+    runs = 0
+
+    def do_work(self, context: WorkerContext) -> None:
+        Interrupted.runs += 1
+        if Interrupted.runs == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+
+
+class InterruptedAsync(PeriodicWorker):
+    period = 10 * MINUTE
+
+    async def do_work(self, context: WorkerContext) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        await asyncio.sleep(10)
+
+
+@pytest.fixture
+def app(database_url: str) -> Iterator[Flask]:
+    app = create_app(settings(database_url, WORKERS_HEARTBEAT_SECONDS=0.2, WORKERS_LEASE_SECONDS=1))
+    manager = app.extensions["background_workers"]
+    for worker in (Greet, Stumble, Rest):
+        manager.add(worker)
+    yield app
+    manager.stop()
+    with app.app_context():
+        dispose()
+    gc.collect()  # a connection that was left open warns in the test that left it
+
+
+@pytest.fixture
+def manager(app: Flask) -> BackgroundWorkerManager:
+    manager: BackgroundWorkerManager = app.extensions["background_workers"]
+    return manager
+
+
+@pytest.fixture
+def flask(app: Flask) -> Callable[..., Result]:
+    """`flask workers` with these arguments."""
+
+    def flask(*arguments: str, code: int = 0) -> Result:
+        result = app.test_cli_runner().invoke(args=["workers", *arguments])
+        assert result.exit_code == code, result.output + repr(result.exception)
+        assert "Traceback" not in result.stderr
+        return result
+
+    return flask
+
+
+@pytest.fixture
+def write(manager: BackgroundWorkerManager) -> Callable[..., None]:
+    """Write a row of an execution."""
+
+    def write(name: str, state: str, tick: datetime, **columns: Any) -> None:
+        row = {"worker": name, "state": state, "tick": tick, "trigger": "schedule", **columns}
+        with manager.ticks.ledger.engine.begin() as connection:
+            connection.execute(insert(executions).values(row))
+
+    return write
+
+
+def leave_behind(manager: BackgroundWorkerManager, name: str, tick: datetime, seconds_ago: float = 60) -> None:
+    """A run of the tick, on an instance whose power was cut that long ago."""
+    manager.ticks.look(manager.workers[name])
+    long_ago = manager.history.clock() - timedelta(seconds=seconds_ago)
+    with manager.ticks.instances.engine.begin() as connection:
+        row = {"id": "dead", "host": "far", "pid": 7, "started_at": long_ago, "heartbeat_at": long_ago}
+        connection.execute(insert(instances).values(**row, expires_at=long_ago))
+    assert manager.ticks.ledger.claim(
+        name, tick, manager.ticks.look(manager.workers[name]).schedule_text, ("dead", "far:7")
+    )
+
+
+def due(manager: BackgroundWorkerManager, name: str) -> datetime:
+    state = manager.ticks.look(manager.workers[name])
+    return state.schedule.previous(state.clock)
+
+
+# -- list ----------------------------------------------------------------------------------------
+
+
+def test_a_fresh_database_lists_every_worker_of_the_release(flask: Callable[..., Result]) -> None:
+    lines = flask("list").stdout.splitlines()
+    assert lines[0].split("  ")[0] == "NAME"
+    assert [line.split()[0] for line in lines[1:]] == ["greet", PASSIVE, "rest", "stumble"]
+    assert "every 10 minutes" in lines[1]
+    assert lines[3].endswith("disabled")
+    assert "at */5 * * * * (UTC)" in lines[4]
+
+
+def test_the_list_says_what_became_of_the_last_tick_and_what_runs_where(
+    flask: Callable[..., Result], manager: BackgroundWorkerManager
+) -> None:
+    assert manager.tick("stumble", manager.history.clock())
+    leave_behind(manager, "greet", due(manager, "greet"))
+    manager.pause(PASSIVE)
+    rows = {row["name"]: row for row in json.loads(flask("list", "--json").stdout)}
+    assert rows["stumble"]["last"]["state"] == "failed"
+    assert rows["stumble"]["last"]["seconds"] < 60
+    assert rows["greet"]["running"]["instance"] == "far:7"
+    assert rows["greet"]["running"]["is_gone"]
+    assert rows["greet"]["last"] is None
+    assert rows[PASSIVE]["paused_at"]
+    assert rows[PASSIVE]["next_tick"] is None
+    lines = flask("list").stdout.splitlines()
+    assert "far:7, which is gone" in lines[1]
+    assert "paused since 20" in lines[2]
+    assert re.search(r"failed in 0\.\d{3} s", lines[4])
+
+
+def test_the_list_shows_workers_that_another_release_left(
+    flask: Callable[..., Result], manager: BackgroundWorkerManager
+) -> None:
+    manager.tick("greet", manager.history.clock())
+    manager.remove("greet")
+    assert flask("list").stdout.splitlines()[1].endswith("not in this release")
+
+
+def test_the_list_shows_the_schedule_in_force_and_the_declared_one(
+    flask: Callable[..., Result], manager: BackgroundWorkerManager
+) -> None:
+    manager.reschedule("greet", period=7 * MINUTE)
+    line = flask("list").stdout.splitlines()[1]
+    assert "every 7 minutes" in line
+    assert line.endswith("declared: every 10 minutes")
+
+
+def test_the_list_bears_a_schedule_that_a_newer_release_brought(
+    flask: Callable[..., Result], manager: BackgroundWorkerManager
+) -> None:
+    manager.ticks.look(Greet)
+    with manager.ticks.ledger.engine.begin() as connection:
+        connection.execute(text("UPDATE background_workers SET schedule = 'on full moons'"))
+    assert "not one that this release can read" in flask("list").stdout.splitlines()[1]
+    assert "The stored schedule 'on full moons' cannot be used" in flask("why", "greet", code=1).stderr
+
+
+def test_the_list_costs_the_same_queries_whatever_there_is(
+    flask: Callable[..., Result], manager: BackgroundWorkerManager, write: Callable[..., None]
+) -> None:
+    asked: list[str] = []
+
+    def remember(_connection: Any, _cursor: Any, statement: str, *_more: Any) -> None:
+        asked.append(statement)
+
+    for engine in (manager.ticks.ledger.engine, manager.ticks.instances.engine):
+        event.listen(engine, "before_cursor_execute", remember)
+    counts = []
+    for number in range(3):
+        for more in range(number * 20):
+            worker = type(f"Extra{number}x{more}", (Greet,), {})
+            manager.add(worker)
+            leave_behind_one(manager, worker)
+            write("greet", "succeeded", datetime(2026, 1, 1, tzinfo=UTC) + (more + number * 50) * MINUTE)
+        asked.clear()
+        flask("list")
+        counts.append(len(asked))
+    assert counts[1] == counts[2] == 4, counts
+
+
+def leave_behind_one(manager: BackgroundWorkerManager, worker: type[PeriodicWorker]) -> None:
+    state = manager.ticks.look(worker)
+    tick = state.schedule.previous(state.clock)
+    assert manager.ticks.ledger.claim(worker.name, tick, state.schedule_text, (worker.name, "far:7"))
+
+
+def test_no_statement_about_executions_reads_more_than_a_range_of_an_index(
+    flask: Callable[..., Result], manager: BackgroundWorkerManager
+) -> None:
+    engine = manager.ticks.ledger.engine
+    manager.tick("greet", manager.history.clock())
+    asked: list[tuple[str, Any]] = []
+
+    def remember(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_more: Any) -> None:
+        if statement.startswith("SELECT") and "background_executions" in statement:
+            asked.append((statement, parameters))
+
+    event.listen(engine, "before_cursor_execute", remember)
+    flask("list")
+    flask("history", "greet")
+    flask("why", "greet", "--at", "2020-01-01T00:00Z", code=1)
+    event.remove(engine, "before_cursor_execute", remember)
+    assert len(asked) >= 5
+    is_sqlite = engine.dialect.name == "sqlite"
+    with engine.connect() as connection:
+        if not is_sqlite:  # a handful of rows is read faster than its index
+            connection.exec_driver_sql("SET LOCAL enable_seqscan = off")
+        for statement, parameters in asked:
+            explain = "EXPLAIN QUERY PLAN " if is_sqlite else "EXPLAIN "
+            plan = "\n".join(str(row[-1]) for row in connection.exec_driver_sql(explain + statement, parameters))
+            assert not re.search(r"SCAN background_executions|Seq Scan on background_executions", plan), plan
+
+
+# -- check ---------------------------------------------------------------------------------------
+
+
+def test_check_prints_the_next_three_ticks_of_every_worker_and_writes_nothing(
+    flask: Callable[..., Result], manager: BackgroundWorkerManager
+) -> None:
+    before = datetime.now(UTC)
+    result = json.loads(flask("check", "--json").stdout)
+    assert result["problems"] == []
+    greet = result["workers"][0]
+    ticks = [datetime.fromisoformat(each) for each in greet["next_ticks"]]
+    assert before < ticks[0] == ticks[1] - 10 * MINUTE == ticks[2] - 20 * MINUTE
+    assert flask("check").stdout.splitlines()[-1] == "Fine: the settings, 4 workers, and the database."
+    assert manager.ticks.ledger.states() == {}
+
+
+def test_check_of_a_database_without_a_schema_names_the_command_that_mends_it(empty_database_url: str) -> None:
+    app = create_app(settings(empty_database_url))
+    try:
+        for command in ("check", "list", "why", "history", "pause", "run", "trigger"):
+            arguments = [command] if command in ("check", "list", "run") else [command, PASSIVE]
+            result = app.test_cli_runner().invoke(args=["workers", *arguments])
+            assert result.exit_code == 1, (command, result.output)
+            assert len(result.stderr.splitlines()) == 1
+            assert "`flask db upgrade`" in result.stderr
+    finally:
+        with app.app_context():
+            dispose()
+
+
+EMBEDDED = """
+    import os
+
+    import app as bookstore
+
+
+    class Flask(bookstore.Flask):
+        def __init__(self, name, **more):
+            super().__init__(name, instance_path=os.environ["INSTANCE"], **more)
+
+
+    bookstore.Flask = Flask
+    create_app = bookstore.create_app
+"""
+
+
+def test_check_on_the_embedded_default_makes_no_database(tmp_path: Path) -> None:
+    (tmp_path / "shop.py").write_text(textwrap.dedent(EMBEDDED))
+    instance = tmp_path / "instance"
+    instance.mkdir()
+    result = command("check", FLASK_APP="shop", PYTHONPATH=f"{ROOT}{os.pathsep}{tmp_path}", INSTANCE=str(instance))
+    assert result.returncode == 1
+    assert result.stderr.count("\n") == 1
+    assert "does not exist. Make it with `flask run`." in result.stderr
+    assert list(instance.iterdir()) == []
+
+
+def test_a_wrong_setting_is_one_sentence(sqlite_url: str) -> None:
+    result = command("check", DATABASE_URL=sqlite_url, WORKERS_THREADS="many")
+    assert result.returncode == 1
+    assert result.stderr.startswith("Error: WORKERS_THREADS is 'many'; expected a whole number")
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_server_that_does_not_answer_is_one_sentence() -> None:
+    result = command("check", DATABASE_URL="postgresql://nobody:hidden@127.0.0.1:9/shop")
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert "hidden" not in result.stderr
+    assert "cannot be reached" in result.stderr
+
+
+# -- run --once, trigger -------------------------------------------------------------------------
+
+
+def test_run_once_runs_the_latest_due_tick_once(flask: Callable[..., Result]) -> None:
+    assert re.search(r"greet ran at .* and succeeded in ", flask("run", "greet", "--once").stdout)
+    second = flask("run", "greet", "--once").stdout
+    assert second.startswith("Not run here. The tick 20")
+    assert " succeeded in " in second
+
+
+def test_run_once_of_a_failing_worker_says_its_error_and_exits_with_1(flask: Callable[..., Result]) -> None:
+    output = flask("run", "stumble", "--once", code=1).stdout
+    assert re.search(r" failed after \S+ s: ValueError: no such\?\[31m book\.\n$", output)
+
+
+def test_run_once_takes_over_a_lost_tick_and_says_so(
+    flask: Callable[..., Result], manager: BackgroundWorkerManager
+) -> None:
+    leave_behind(manager, "greet", due(manager, "greet"))
+    output = flask("run", "greet", "--once").stdout
+    assert not output.startswith("Not run here")
+    assert "(attempt 2, before lost on far:7 (far:7 stopped renewing its lease))" in output
+
+
+def test_run_once_leaves_a_paused_and_a_disabled_worker_alone(
+    flask: Callable[..., Result], manager: BackgroundWorkerManager
+) -> None:
+    manager.pause("greet")
+    assert "was skipped, as the worker was paused since" in flask("run", "greet", "--once").stdout
+    assert flask("run", "rest", "--once").stdout == "Not run: rest is disabled in this release (enabled = False).\n"
+
+
+def test_run_once_wants_one_name(flask: Callable[..., Result]) -> None:
+    assert "`flask workers run NAME --once`" in flask("run", "--once", code=2).stderr
+
+
+def test_trigger_runs_a_worker_now_and_says_what_became_of_it(flask: Callable[..., Result]) -> None:
+    for _ in range(2):
+        assert flask("trigger", "greet").stdout.startswith("The manual run of greet asked for at 20")
+    assert " failed after " in flask("trigger", "stumble", code=1).stdout
+
+
+def test_trigger_of_a_running_worker_says_where_it_runs(
+    flask: Callable[..., Result], manager: BackgroundWorkerManager
+) -> None:
+    leave_behind(manager, "greet", due(manager, "greet"), seconds_ago=-60)
+    assert re.search(
+        r"Not run: greet is running already, the tick \S+ on far:7", flask("trigger", "greet", code=1).stdout
+    )
+
+
+@pytest.mark.parametrize("worker", [Interrupted, InterruptedAsync])
+def test_a_signal_during_a_manual_run_hands_it_back(
+    flask: Callable[..., Result], manager: BackgroundWorkerManager, worker: type[PeriodicWorker]
+) -> None:
+    Interrupted.runs = 0
+    manager.add(worker)
+    handler = signal.getsignal(signal.SIGTERM)
+    assert "was handed back by" in flask("trigger", worker.name, code=1).stdout
+    assert signal.getsignal(signal.SIGTERM) is handler
+    state = manager.ticks.look(worker)
+    assert state.running is None
+    assert state.pending_tick == manager.history.executions(worker.name)[0].tick
+
+
+# -- run -----------------------------------------------------------------------------------------
+
+SHOP = """
+    import os, time
+    from datetime import timedelta
+
+    from app import create_app as create_bookstore
+    from background import PeriodicWorker
+
+
+    class Busy(PeriodicWorker):
+        period = timedelta(seconds=1)
+
+        def do_work(self, context):
+            print("busy", flush=True)
+            if os.environ.get("STUBBORN"):
+                time.sleep(60)
+            context.stopping.wait(60)
+            context.raise_if_stopping()
+
+
+    class Quick(PeriodicWorker):
+        period = timedelta(seconds=1)
+
+        def do_work(self, context):
+            print("quick", flush=True)
+
+
+    def create_app():
+        app = create_bookstore()
+        workers = app.extensions["background_workers"]
+        workers.add(Busy)
+        workers.add(Quick)
+        return app
+"""
+
+
+def environment(**more: str) -> dict[str, str]:
+    kept = {
+        name: value for name, value in os.environ.items() if not name.startswith(("WORKERS_", "FLASK_", "DATABASE_"))
+    }
+    return {**kept, "SECRET_KEY": "test", "FLASK_APP": "app", "PYTHONUNBUFFERED": "1", **more}
+
+
+def command(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+    """`flask workers` in a process of its own."""
+    call = [sys.executable, "-m", "flask", "workers", *arguments]
+    return subprocess.run(call, cwd=ROOT, env=environment(**more), capture_output=True, text=True, timeout=60)
+
+
+@contextmanager
+def running(database_url: str, folder: Path, *names: str, **more: str) -> Iterator[subprocess.Popen[str]]:
+    """`flask workers run NAMES` in a process of its own, which ends with the block."""
+    (folder / "shop.py").write_text(textwrap.dedent(SHOP))
+    more = {"WORKERS_ENABLED": "false", "WORKERS_HEARTBEAT_SECONDS": "0.2", "WORKERS_LEASE_SECONDS": "2", **more}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "flask", "workers", "run", *names],
+        cwd=ROOT,
+        env=environment(DATABASE_URL=database_url, FLASK_APP="shop", PYTHONPATH=f"{ROOT}{os.pathsep}{folder}", **more),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def states(database_url: str, name: str) -> list[str]:
+    app = create_app(settings(database_url))
+    result = app.test_cli_runner().invoke(args=["workers", "history", name, "--json"])
+    with app.app_context():
+        dispose()
+    return [row["state"] for row in json.loads(result.stdout)]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_run_serves_the_named_workers_until_it_is_told_to_stop(
+    database_url: str, tmp_path: Path, signum: signal.Signals
+) -> None:
+    with running(database_url, tmp_path, "busy") as process:
+        assert process.stdout
+        assert process.stdout.readline() == "busy\n"
+        process.send_signal(signum)
+        output, errors = process.communicate(timeout=20)
+        assert process.returncode == 0, errors
+        assert output == ""
+        assert "with 1 workers" in errors
+        assert "Traceback" not in errors
+    assert "handed back" in states(database_url, "busy")
+
+
+def test_run_without_names_serves_all_of_them(sqlite_url: str, tmp_path: Path) -> None:
+    with running(sqlite_url, tmp_path) as process:
+        assert process.stdout
+        seen: set[str] = set()
+        while seen != {"busy\n", "quick\n"}:
+            seen.add(process.stdout.readline())
+            assert "" not in seen
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=20)
+        assert process.returncode == 0, errors
+
+
+def test_a_second_signal_ends_a_run_that_does_not_listen(database_url: str, tmp_path: Path) -> None:
+    with running(database_url, tmp_path, "busy", STUBBORN="1", WORKERS_SHUTDOWN_SECONDS="50") as process:
+        assert process.stdout
+        assert process.stdout.readline() == "busy\n"
+        process.send_signal(signal.SIGTERM)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.5)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=20)
+        assert process.returncode == 0, errors
+    app = create_app(settings(database_url))
+    result = app.test_cli_runner().invoke(args=["workers", "history", "busy"])
+    with app.app_context():
+        dispose()
+    assert "which is gone: will be taken over" in result.stdout
+
+
+def test_run_on_a_database_that_is_not_ready_ends_with_its_sentence(empty_postgresql_url: str) -> None:
+    result = command("run", DATABASE_URL=empty_postgresql_url)
+    assert result.returncode == 1
+    assert result.stderr.startswith("Error: The database ")
+    assert result.stderr.count("\n") == 1
+
+
+# -- pause, resume, history, why -----------------------------------------------------------------
+
+
+def test_pause_and_resume_say_what_they_changed(flask: Callable[..., Result], manager: BackgroundWorkerManager) -> None:
+    assert flask("resume", "greet").stdout.startswith("greet was not paused; its next tick is 20")
+    assert re.fullmatch(r"greet is paused, since \S+Z\.\n", flask("pause", "greet").stdout)
+    assert manager.ticks.look(Greet).paused_at
+    assert re.fullmatch(r"greet was paused already, since \S+Z\.\n", flask("pause", "greet").stdout)
+    assert flask("resume", "greet").stdout.startswith("greet is resumed; its next tick is 20")
+    assert manager.ticks.look(Greet).paused_at is None
+
+
+def test_history_is_newest_first_and_ends_a_failure_with_its_last_line(
+    flask: Callable[..., Result], manager: BackgroundWorkerManager, write: Callable[..., None]
+) -> None:
+    old = datetime(2026, 1, 1, tzinfo=UTC)
+    write("stumble", "missed", old, through=old + 15 * MINUTE, reason="no instance was up to run it")
+    assert manager.tick("stumble", manager.history.clock())
+    lines = flask("history", "stumble").stdout.splitlines()
+    assert lines[0].split() == ["TICK", "STATE", "ATTEMPT", "STARTED", "TOOK", "INSTANCE", "NOTE"]
+    assert lines[1].endswith("ValueError: no such?[31m book")
+    assert lines[-1].startswith("2026-01-01T00:00:00Z to 2026-01-01T00:15:00Z  missed")
+    assert len(flask("history", "stumble", "--limit", "1").stdout.splitlines()) == 2
+    assert flask("history", "stumble", "--state", "handed-back").stdout == (
+        "stumble has no executions that are handed back.\n"
+    )
+    newest = json.loads(flask("history", "stumble", "--json", "--state", "failed").stdout)[0]
+    assert newest["reason"].startswith("Traceback (most recent call last)")
+
+
+def test_history_shows_a_running_row_whose_instance_is_gone_as_that(
+    flask: Callable[..., Result], manager: BackgroundWorkerManager
+) -> None:
+    leave_behind(manager, "greet", due(manager, "greet"))
+    assert flask("history", "greet").stdout.rstrip().endswith("running on far:7, which is gone: will be taken over")
+
+
+def test_history_of_a_worker_that_never_ran_says_so(flask: Callable[..., Result]) -> None:
+    assert flask("history", "greet").stdout == "greet has no executions yet.\n"
+
+
+def test_why_exits_with_0_when_it_ran_and_with_1_when_it_did_not(flask: Callable[..., Result]) -> None:
+    assert "no instance has ever started the worker" in flask("why", "greet", code=1).stdout
+    flask("run", "greet", "--once")
+    assert " succeeded in " in flask("why", "greet").stdout
+    assert json.loads(flask("why", "greet", "--json").stdout)["records"][0]["state"] == "succeeded"
+    assert "is not due yet" in flask("why", "greet", "--at", "2999-01-01").stdout
+
+
+def test_why_takes_a_moment_without_a_zone_as_utc_and_says_so(flask: Callable[..., Result]) -> None:
+    naive = flask("why", "greet", "--at", "2999-01-01T12:34")
+    assert naive.stderr == "2999-01-01T12:34 names no time zone, so it is taken as UTC.\n"
+    assert "The tick 2999-01-01T12:30:00Z" in naive.stdout
+    aware = flask("why", "greet", "--at", "2999-01-01T12:34+05:30")
+    assert aware.stderr == ""
+    assert "The tick 2999-01-01T07:00:00Z" in aware.stdout
+
+
+def test_why_answers_for_a_worker_that_only_the_database_knows(
+    flask: Callable[..., Result], manager: BackgroundWorkerManager
+) -> None:
+    assert manager.tick("greet", manager.history.clock())
+    manager.remove("greet")
+    assert " succeeded in " in flask("why", "greet").stdout
+    assert len(flask("history", "greet").stdout.splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("why", "greet", "--at", "yesterday"),
+        ("why", "greet", "--at", "0001-01-01"),
+        ("why", "greet", "--at", "9999-12-31T23:59:59-23:00"),
+        ("history", "greet", "--limit", "0"),
+        ("history", "greet", "--limit", "many"),
+        ("history", "greet", "--limit", "99999999999"),
+        ("history", "greet", "--state", "fine"),
+    ],
+)
+def test_a_wrong_option_is_one_sentence(flask: Callable[..., Result], arguments: tuple[str, ...]) -> None:
+    result = flask(*arguments, code=2)
+    assert result.stderr.count("\n") == 1
+    assert repr(arguments[-1]) in result.stderr
+    assert "expected" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", [("run",), ("run", "--once"), ("trigger",), ("pause",), ("resume",), ("history",), ("why",)]
+)
+def test_an_unknown_name_is_answered_with_the_closest_one(
+    flask: Callable[..., Result], arguments: tuple[str, ...]
+) -> None:
+    result = flask(*arguments, "gret", code=2)
+    assert result.stderr == "Error: There is no worker named 'gret'. Did you mean 'greet'?\n"
+
+
+# -- the commands' own manners -------------------------------------------------------------------
+
+
+def test_flask_help_imports_no_scheduler_and_opens_no_database(tmp_path: Path) -> None:
+    path = tmp_path / "shop.sqlite"
+    probe = (
+        "import sys; from flask.cli import main; sys.argv = ['flask', *sys.argv[1:]]\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print('imported:', *{'apscheduler', 'cronsim'} & sys.modules.keys())"
+    )
+    for arguments in (["--help"], ["workers", "--help"], ["workers", "list", "--help"]):
+        call = [sys.executable, "-c", probe, *arguments]
+        env = environment(DATABASE_URL=f"sqlite:///{path}")
+        result = subprocess.run(call, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60, check=True)
+        assert "Usage: flask" in result.stdout
+        assert result.stdout.splitlines()[-1] == "imported:"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_documents_the_exit_codes(flask: Callable[..., Result]) -> None:
+    output = flask("--help").stdout
+    assert "Exit codes:" in output
+    assert re.search(r"^\s+2  wrong usage", output, re.MULTILINE)
+
+
+def test_a_command_in_a_process_that_runs_the_workers_leaves_them_running(
+    flask: Callable[..., Result], manager: BackgroundWorkerManager
+) -> None:
+    ran = threading.Event()
+
+    class Telling(Greet):
+        def do_work(self, context: WorkerContext) -> None:
+            ran.set()
+
+    manager.add(Telling)
+    manager.start()
+    assert ran.wait(30)
+    flask("list")
+    assert manager.is_started
+
+
+def test_a_table_that_vanishes_meanwhile_is_one_sentence(
+    flask: Callable[..., Result], manager: BackgroundWorkerManager
+) -> None:
+    with manager.ticks.ledger.engine.begin() as connection:
+        connection.execute(text("DROP TABLE background_executions"))
+    result = flask("history", "greet", code=1)
+    assert result.stderr.startswith("Error: The database cannot be used (")
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_table_leaves_out_columns_in_which_nothing_stands() -> None:
+    assert table(("a", "note", "b"), [["long one", "", "x"], ["y", "", ""]]) == "A         B\nlong one  x\ny"
