@@ -99,6 +99,9 @@ class Fleet:
             process.communicate()
         for app in self.apps:
             app.extensions["background_workers"].stop()
+        wait_until(lambda: not [t for t in threading.enumerate() if t.name.startswith("workers-")], "the threads' end")
+        for app in self.apps:
+            app.extensions["background_workers"].stop()  # closes what a late thread opened again
             with app.app_context():
                 dispose()
         gc.collect()
