@@ -140,6 +140,7 @@ def empty_database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 def app(database_url: str) -> Iterator[Flask]:
     app = create_app(settings(database_url))
     yield app
+    app.extensions["background_workers"].stop()
     with app.app_context():
         dispose()
     gc.collect()  # a connection that was left open warns in the test that left it
