@@ -1,7 +1,6 @@
 """`flask workers ...`: what it prints, what it exits with, and what it leaves alone."""
 
 import asyncio
-import gc
 import json
 import os
 import re
@@ -19,7 +18,7 @@ from typing import Any
 
 import pytest
 from click.testing import Result
-from conftest import dispose, settings
+from conftest import close, settings
 from flask import Flask
 from sqlalchemy import event, insert, text
 
@@ -78,10 +77,7 @@ def app(database_url: str) -> Iterator[Flask]:
     for worker in (Greet, Stumble, Rest):
         manager.add(worker)
     yield app
-    manager.stop()
-    with app.app_context():
-        dispose()
-    gc.collect()  # a connection that was left open warns in the test that left it
+    close(app)
 
 
 @pytest.fixture
@@ -273,8 +269,7 @@ def test_check_of_a_database_without_a_schema_names_the_command_that_mends_it(em
             assert len(result.stderr.splitlines()) == 1
             assert "`flask db upgrade`" in result.stderr
     finally:
-        with app.app_context():
-            dispose()
+        close(app)
 
 
 EMBEDDED = """
@@ -457,8 +452,7 @@ def running(database_url: str, folder: Path, *names: str, **more: str) -> Iterat
 def states(database_url: str, name: str) -> list[str]:
     app = create_app(settings(database_url))
     result = app.test_cli_runner().invoke(args=["workers", "history", name, "--json"])
-    with app.app_context():
-        dispose()
+    close(app)
     return [row["state"] for row in json.loads(result.stdout)]
 
 
@@ -502,8 +496,7 @@ def test_a_second_signal_ends_a_run_that_does_not_listen(database_url: str, tmp_
         assert process.returncode == 0, errors
     app = create_app(settings(database_url))
     result = app.test_cli_runner().invoke(args=["workers", "history", "busy"])
-    with app.app_context():
-        dispose()
+    close(app)
     assert "which is gone: will be taken over" in result.stdout
 
 

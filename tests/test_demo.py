@@ -5,13 +5,13 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from conftest import settings
 from flask import Flask
 from flask.testing import FlaskCliRunner
 from sqlalchemy import Engine, text
 
 from app import create_app
 from models import User, UserRepository, db
-from tests.conftest import settings
 
 
 def count(engine: Engine, condition: str = "true") -> int:

@@ -16,6 +16,7 @@ import pytest
 from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+from conftest import dispose, settings
 from flask import Flask
 from sqlalchemy import URL, Connection, Engine, inspect, make_url, text
 
@@ -23,7 +24,6 @@ from app import create_app
 from background.errors import DatabaseNotReady
 from migrations import schema
 from models import Book, User, db
-from tests.conftest import dispose, settings
 
 ROOT = Path(__file__).parent.parent
 
@@ -205,7 +205,7 @@ def test_a_wrong_password_is_called_so_without_the_password(postgresql_server: U
 @contextmanager
 def password_is_asked_for(server: URL) -> Iterator[str]:
     """Let the running server ask one role for a password, by its own access file."""
-    from tests.conftest import administer
+    from conftest import administer
 
     engine_url = server
     administer(engine_url, "CREATE ROLE careful LOGIN PASSWORD 'right'")

@@ -12,8 +12,8 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from conftest import close
 from effects import Effects
-from flask import Flask
 from processes import ROOT, environment, eventually, flask, gunicorn, run, started
 from sqlalchemy import make_url
 
@@ -324,8 +324,3 @@ def test_the_first_request_starts_nothing_where_the_workers_are_disabled(
     assert not workers.is_started
     assert "Background workers start" not in caplog.text
     close(app)
-
-
-def close(app: Flask) -> None:
-    with app.app_context():
-        app.extensions["sqlalchemy"].engine.dispose()
