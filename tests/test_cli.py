@@ -24,8 +24,8 @@ from sqlalchemy import event, insert, text
 
 from app import create_app
 from background import BackgroundWorkerManager, PeriodicWorker, WorkerContext
-from background.cli import table
 from background.models import executions, instances
+from background.words import table
 
 ROOT = Path(__file__).parent.parent
 MINUTE = timedelta(minutes=1)

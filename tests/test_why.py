@@ -14,7 +14,8 @@ from background import BackgroundWorkerManager, PeriodicWorker, UnknownWorker, W
 from background.history import Record, Seen, Surroundings
 from background.ledger import Claim, WorkerState
 from background.models import executions, workers
-from background.why import Answer, span, why
+from background.why import Answer, why
+from background.words import span
 
 NOON = datetime(2026, 11, 20, 12, tzinfo=UTC)
 MINUTE, HOUR, DAY = timedelta(minutes=1), timedelta(hours=1), timedelta(days=1)
