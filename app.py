@@ -9,7 +9,7 @@ from flask import Flask
 from flask_migrate import Migrate
 
 import routes
-from background import BackgroundWorkerManager
+from background import BackgroundWorkerManager, PruneHistoryWorker
 from config import configure_logging, load_config
 from migrations import demo, schema
 from models import UserRepository, db
@@ -31,6 +31,7 @@ def create_app(config: Mapping[str, Any] | object | None = None) -> Flask:
     workers = BackgroundWorkerManager(app, db)
     workers.before_start(schema.ensure_ready, check=schema.check)
     workers.add(PassiveUserCheckerWorker)
+    workers.add(PruneHistoryWorker)
 
     routes.register(app)
     demo.register_commands(app)

@@ -13,6 +13,7 @@ from .errors import (
     UnknownWorker,
 )
 from .manager import BackgroundWorkerManager, current_workers
+from .pruning import PruneHistoryWorker
 from .worker import PeriodicWorker
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "InvalidSchedule",
     "InvalidWorker",
     "PeriodicWorker",
+    "PruneHistoryWorker",
     "RunStopped",
     "UnknownWorker",
     "WorkerContext",

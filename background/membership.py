@@ -138,19 +138,29 @@ class Membership:
                     self._settle_soon(name)
 
     def _settle_soon(self, name: str) -> None:
-        if name not in self._settling:  # by a heartbeat before, and no thread was free since
+        if name not in self._settling:  # since a heartbeat before: no thread was free, or the row was not
             self._settling.add(name)
             self._scheduler.soon(self._settle, name)
 
     def _settle(self, name: str) -> None:
-        self._settling.discard(name)
+        """Take the claim of a gone instance back, and run the tick that is to be run again."""
         worker = self._workers.get(name)
         if worker is None or self._ticks.runs.stopping.is_set():
+            self._settling.discard(name)
             return
         try:
-            self._ticks.settle(worker)
+            if pending := self._freed(worker):
+                self._ticks.run_pending(worker, pending)
         except SQLAlchemyError as error:  # the next heartbeat tries again
             log.warning("%s: cannot take its tick over: %s", name, first_line(error))
+
+    def _freed(self, worker: type[PeriodicWorker]) -> datetime | None:
+        """The tick of the worker that is to be run again, once nobody who is gone holds it any more."""
+        try:
+            state = self._ticks.freed(worker, self._ticks.look(worker))
+            return None if state.paused_at else state.pending_tick
+        finally:
+            self._settling.discard(worker.name)
 
     def _beat(self) -> None:
         instance = self._ticks.instance

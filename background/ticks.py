@@ -5,10 +5,11 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from functools import cached_property, partial
+from typing import Any
 
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
-from sqlalchemy import Engine, create_engine
+from sqlalchemy import Engine, create_engine, event
 from sqlalchemy.exc import SQLAlchemyError
 
 from . import sqlite
@@ -87,15 +88,9 @@ class Ticks:
             state = self.look(worker)
         return state
 
-    def settle(self, worker: type[PeriodicWorker]) -> None:
-        """Take the claim of a gone instance back, and run the tick that is to be run again."""
-        self._cleared(worker, self.look(worker))
-
     def _cleared(self, worker: type[PeriodicWorker], state: WorkerState) -> tuple[WorkerState, Execution | None]:
         """Out of the way of a new tick: a claim whose instance is gone, and a tick that is to be run again."""
-        again = None
-        if state.running and self.recover([state]):
-            state = self.look(worker)
+        state, again = self.freed(worker, state), None
         if state.pending_tick and not state.paused_at:
             again = self.run_pending(worker, state.pending_tick)
             state = self.look(worker)
@@ -145,6 +140,10 @@ class Ticks:
             self.sign_off(instance)
 
     # -- those who are gone --------------------------------------------------------------------
+
+    def freed(self, worker: type[PeriodicWorker], state: WorkerState) -> WorkerState:
+        """`state`, or the one after taking back a claim that nobody runs any more."""
+        return self.look(worker) if state.running and self.recover([state]) else state
 
     def recover(self, states: Collection[WorkerState]) -> bool:
         """End the claims that nobody runs any more; True if there were any."""
@@ -208,7 +207,14 @@ class Ticks:
             engine = create_engine(shared.url)
             sqlite.prepare(engine)
             return engine
-        return create_engine(shared.url, isolation_level="READ COMMITTED", pool_size=2, max_overflow=-1)
+        engine = create_engine(shared.url, isolation_level="READ COMMITTED", pool_size=2, max_overflow=-1)
+        event.listen(engine, "connect", self._limit_waiting)
+        return engine
+
+    def _limit_waiting(self, connection: Any, _record: Any) -> None:
+        """A run that is frozen in the middle of its commit holds its worker's row; whoever waits tries again later."""
+        connection.execute(f"SET lock_timeout = '{self._app.config['WORKERS_LEASE_SECONDS']}s'")
+        connection.commit()
 
 
 def _why_not(tick: datetime, state: WorkerState) -> str | None:

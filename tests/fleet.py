@@ -96,6 +96,9 @@ class Fleet:
         for process in self.processes:
             process.kill()
             process.communicate()
+        for app in self.apps:
+            app.extensions["background_workers"].stop()
+        wait_until(lambda: not [t for t in threading.enumerate() if t.name.startswith("workers-")], "the threads' end")
         close(*self.apps)
 
     # -- what is in the database -----------------------------------------------------------------

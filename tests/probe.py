@@ -61,14 +61,16 @@ class Listener(PeriodicWorker):
 
 
 class Deaf(PeriodicWorker):
-    """Runs for PROBE_SECONDS, whatever it is told."""
+    """Runs for PROBE_SECONDS, or until the file PROBE_UNTIL is there, whatever it is told."""
 
     name = "deaf"
     period = timedelta(days=1)
 
     def do_work(self, context: WorkerContext) -> None:
         context.logger.info("The deaf one began")
-        time.sleep(_SECONDS)
+        until = time.monotonic() + _SECONDS
+        while time.monotonic() < until and not os.path.exists(os.environ.get("PROBE_UNTIL", "")):
+            time.sleep(0.02)
         leave(context, os.getpid())
         try:
             context.commit()
