@@ -111,13 +111,16 @@ def no_control_characters(_form: Form, field: FormField) -> None:
         raise ValidationError("Please leave out control characters.")
 
 
-class RegisterForm(FlaskForm):
+class NameForm(FlaskForm):
     name = StringField(
         "Name",
         filters=[strip],
         validators=[DataRequired(), Length(max=120), no_control_characters],
         render_kw={"autocomplete": "name"},
     )
+
+
+class RegisterForm(NameForm):
     email = EmailField(
         "E-mail",
         filters=[strip, lower],
@@ -148,15 +151,6 @@ class LoginForm(FlaskForm):
         "Password",
         validators=[InputRequired(), Length(max=128)],
         render_kw={"autocomplete": "current-password"},
-    )
-
-
-class NameForm(FlaskForm):
-    name = StringField(
-        "Name",
-        filters=[strip],
-        validators=[DataRequired(), Length(max=120), no_control_characters],
-        render_kw={"autocomplete": "name"},
     )
 
 

@@ -4,9 +4,8 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -15,18 +14,17 @@ from flask import current_app
 from flask.cli import AppGroup, ScriptInfo
 from sqlalchemy.exc import DBAPIError
 
-from .errors import BackgroundError, DatabaseNotReady, InvalidSchedule, UnknownWorker, first_line
+from .errors import BackgroundError, DatabaseNotReady, UnknownWorker, first_line
 from .history import STATES, Record
 from .ledger import WorkerState
 from .manager import BackgroundWorkerManager
+from .overview import overview
 from .runs import Execution
-from .schedule import Schedule
 from .serving import stop_when_told
-from .why import moment, printable, progress, second, span
+from .words import moment, progress, second, span, table
 from .worker import declared_schedule
 
 MOST_ROWS = 10_000
-WIDEST = 120
 EARLIEST, LATEST = datetime(1970, 1, 2, tzinfo=UTC), datetime(9000, 1, 1, tzinfo=UTC)
 
 
@@ -79,60 +77,6 @@ def list_workers(as_json: bool) -> None:
         )
     else:
         click.echo("There is no worker; write workers.add(MyWorker) in create_app.")
-
-
-def overview(manager: BackgroundWorkerManager) -> list[dict[str, Any]]:
-    """Every worker of this release and of the database, in a constant number of queries."""
-    history = manager.history
-    clock, states, latest = history.clock(), manager.ticks.ledger.states(), history.latest()
-    gone = history.gone({state.instance for state in states.values() if state.instance})
-    return [
-        _overview(manager, name, clock, states.get(name), latest.get(name), gone)
-        for name in sorted(manager.workers.keys() | states.keys())
-    ]
-
-
-def _overview(
-    manager: BackgroundWorkerManager,
-    name: str,
-    clock: datetime,
-    state: WorkerState | None,
-    last: Record | None,
-    gone: set[str],
-) -> dict[str, Any]:
-    worker = manager.workers.get(name)
-    schedule = _schedule(manager, name, state)
-    paused_at = state.paused_at if state else None
-    runs = worker is not None and worker.enabled and not paused_at
-    running = None
-    if state and state.running:
-        running = {
-            "tick": state.running.tick,
-            "instance": state.instance_name,
-            "is_gone": state.instance in gone,
-        }
-    return {
-        "name": name,
-        "schedule": schedule.describe() if schedule else None,
-        "declared": declared_schedule(worker).describe() if worker else None,
-        "next_tick": schedule.next(clock) if runs and schedule else None,
-        "last": _as_dict(last) if last else None,
-        "running": running,
-        "pending_tick": state.pending_tick if state else None,
-        "paused_at": paused_at,
-        "enabled": worker.enabled if worker else None,
-        "in_this_release": worker is not None,
-    }
-
-
-def _schedule(manager: BackgroundWorkerManager, name: str, state: WorkerState | None) -> Schedule | None:
-    """The schedule in force; None for one that this release cannot read: a newer one may have brought it."""
-    if state is None:
-        return declared_schedule(manager.workers[name])
-    try:
-        return state.schedule
-    except InvalidSchedule:
-        return None
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
@@ -217,7 +161,7 @@ def history(name: str, limit: str, state: str | None, as_json: bool) -> None:
     _stored(manager, name)
     records = manager.history.executions(name, number, state)
     if as_json:
-        _print_json([_as_dict(record) for record in records])
+        _print_json([record.as_dict() for record in records])
     elif records:
         headers = ("tick", "state", "attempt", "started", "took", "instance", "note")
         click.echo(table(headers, map(_history_cells, records)))
@@ -253,7 +197,7 @@ def why(name: str, text: str | None, as_json: bool) -> None:
     _stored(manager, name)
     answer = manager.why(name, at)
     if as_json:
-        records = [_as_dict(record) for record in answer.records]
+        records = [record.as_dict() for record in answer.records]
         _print_json({**vars(answer), "is_fine": answer.is_fine, "records": records})
     else:
         click.echo(answer.sentence)
@@ -469,30 +413,7 @@ def _moment(text: str) -> datetime:
     return at
 
 
-def _as_dict(record: Record) -> dict[str, Any]:
-    row = asdict(record)
-    del row["clock"]
-    seconds = record.duration.total_seconds() if record.duration is not None else None
-    return {**row, "seconds": seconds}
-
-
 def _print_json(value: Any) -> None:
     click.echo(
         json.dumps(value, indent=2, default=lambda each: moment(each) if isinstance(each, datetime) else str(each))
     )
-
-
-def table(headers: Sequence[str], rows: Iterator[list[str]] | Sequence[list[str]]) -> str:
-    """Left-aligned columns, two spaces apart; a column in which nothing stands is left out, but for the first."""
-    lines = [[header.upper() for header in headers], *([_clipped(cell) for cell in row] for row in rows)]
-    columns = [column for column in zip(*lines, strict=True) if any(column[1:])]
-    widths = [max(map(len, column)) for column in columns]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in zip(*columns, strict=True)
-    )
-
-
-def _clipped(cell: str) -> str:
-    text = printable(cell)
-    return text if len(text) <= WIDEST else f"{text[: WIDEST - 1]}…"

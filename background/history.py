@@ -1,7 +1,7 @@
 """What is written down about the executions and the instances, read for people: nothing here decides who runs."""
 
 from collections.abc import Collection
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -50,6 +50,12 @@ class Record:
         """The end of the reason: of a traceback, the error itself."""
         lines = (self.reason or "").strip().splitlines()
         return lines[-1].strip() if lines else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Its columns, and how long it ran in seconds."""
+        row = asdict(self)
+        del row["clock"]
+        return {**row, "seconds": self.duration.total_seconds() if self.duration is not None else None}
 
     def covers(self, tick: datetime) -> bool:
         return self.tick <= tick <= (self.through or self.tick)

@@ -1,11 +1,12 @@
 """Why did it not run? One sentence about any tick, made of what the rows say; time is an argument."""
 
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 
 from .history import Record, Surroundings
 from .ledger import WorkerState
 from .schedule import Schedule
+from .words import moment, printable, progress, second, span
 from .worker import PeriodicWorker, declared_schedule
 
 FINE = ("succeeded", "running", "not due")
@@ -90,8 +91,10 @@ def _recorded(around: Surroundings, known: Known) -> str:
             return f"ran {began} and timed out after {took}{_tries(around.records)}: it {_clause(record.last_line)}"
         case "running":
             return _running(around, record, began, took)
-        case "lost" | "handed back":
-            return _given_up(around, known, record) if record.state == "lost" else _handed_back(around, record)
+        case "lost":
+            return _given_up(around, known, record)
+        case "handed back":
+            return _handed_back(around, record)
         case "skipped":
             return f"was skipped, as the worker was {_clause(record.last_line)}{_range(record)}"
         case _:
@@ -275,47 +278,6 @@ def _where(state: WorkerState, around: Surroundings) -> str:
 
 def _since(state: WorkerState) -> str:
     return f"{state.schedule.describe()}, since {second(state.scheduled_at)}"
-
-
-# -- words ---------------------------------------------------------------------------------------
-
-
-def moment(at: datetime | None) -> str:
-    """ISO 8601 in UTC, as `why --at` reads it; a fraction only where there is one."""
-    if at is None:
-        return "-"
-    return at.astimezone(UTC).replace(tzinfo=None).isoformat().removesuffix("000") + "Z"
-
-
-def second(at: datetime | None) -> str:
-    """The same cut to whole seconds: for what is no tick."""
-    return moment(at.replace(microsecond=0) if at else None)
-
-
-def span(length: timedelta) -> str:
-    """0.031 s, 12.3 s, 5 min 3 s, 2 h 5 min or 3 d 4 h."""
-    seconds = max(length.total_seconds(), 0.0)
-    if seconds < 60:
-        return f"{seconds:.3f} s" if seconds < 10 else f"{seconds:.1f} s"
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    parts = [(days, "d"), (hours, "h"), (minutes, "min"), (rest, "s")]
-    largest = next(index for index, (count, _) in enumerate(parts) if count)
-    return " ".join(f"{count} {unit}" for count, unit in parts[largest : largest + 2] if count)
-
-
-def progress(record: Record) -> str:
-    """How far it says it is."""
-    if record.progress_done is None:
-        return ""
-    total = f" of {record.progress_total:,.0f}" if record.progress_total else ""
-    return f" ({record.progress_done:,.0f}{total} done)"
-
-
-def printable(text: str) -> str:
-    """Without what would steer a terminal: the text of an error may hold anything."""
-    return "".join(each if each.isprintable() else "?" for each in text)
 
 
 def _clause(text: str | None) -> str:

@@ -1,6 +1,5 @@
 """What the engine's tests share: instances on one database, in this process or others, and what their runs leave."""
 
-import gc
 import multiprocessing
 import os
 import subprocess
@@ -12,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from conftest import dispose, settings
+from conftest import close, settings
 from flask import Flask
 from sqlalchemy import Column, Engine, Integer, MetaData, String, Table, event, insert, select, update
 
@@ -100,11 +99,7 @@ class Fleet:
         for app in self.apps:
             app.extensions["background_workers"].stop()
         wait_until(lambda: not [t for t in threading.enumerate() if t.name.startswith("workers-")], "the threads' end")
-        for app in self.apps:
-            app.extensions["background_workers"].stop()  # closes what a late thread opened again
-            with app.app_context():
-                dispose()
-        gc.collect()
+        close(*self.apps)
 
     # -- what is in the database -----------------------------------------------------------------
 

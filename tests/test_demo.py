@@ -5,13 +5,13 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from conftest import settings
 from flask import Flask
 from flask.testing import FlaskCliRunner
 from sqlalchemy import Engine, text
 
 from app import create_app
 from models import User, UserRepository, db
-from tests.conftest import settings
 
 
 def count(engine: Engine, condition: str = "true") -> int:
@@ -42,11 +42,11 @@ def test_demo_can_be_run_again(runner: FlaskCliRunner, engine: Engine) -> None:
         assert connection.execute(text("SELECT count(*) FROM books")).scalar_one() == 12
 
 
-@pytest.mark.parametrize("number", ["0", "-3", "many", "1.5", "1000000000000", "", "²"])
-def test_demo_refuses_a_nonsense_number_in_one_sentence(runner: FlaskCliRunner, engine: Engine, number: str) -> None:
-    result = runner.invoke(args=["demo", f"--users={number}"])
-    assert result.exit_code == 1
-    assert result.output == f"Error: --users is {number!r}; expected a whole number from 1 to 100000000.\n"
+def test_demo_refuses_a_nonsense_number_in_one_sentence(runner: FlaskCliRunner, engine: Engine) -> None:
+    for number in ("0", "-3", "many", "1.5", "1000000000000", "", "²"):
+        result = runner.invoke(args=["demo", f"--users={number}"])
+        assert result.exit_code == 1
+        assert result.output == f"Error: --users is {number!r}; expected a whole number from 1 to 100000000.\n"
     assert count(engine) == 0
 
 

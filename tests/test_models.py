@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from itertools import product
 from typing import Any
 
 import pytest
@@ -107,35 +108,32 @@ def test_a_user_is_found_by_an_email_however_it_is_written(users: UserRepository
     assert users.by_email("nobody@example.com") is None
 
 
-@pytest.mark.usefixtures("readers")
-@pytest.mark.parametrize("limit", [1, 2, 3, 50])
-@pytest.mark.parametrize(
-    ("search", "expected"),
-    [
-        ({}, ["Ada", "Zoe", "Adam", "Émile", "Adam"]),
-        ({"status": "passive"}, ["Zoe", "Adam"]),
-        ({"status": "active"}, ["Ada", "Adam", "Émile"]),
-        ({"status": "unheard of"}, []),
-        ({"prefix": "ad"}, ["Zoe", "Émile", "Ada", "Adam", "Adam"]),
-        ({"prefix": " AD "}, ["Zoe", "Émile", "Ada", "Adam", "Adam"]),
-        ({"prefix": "ad", "status": "active"}, ["Émile", "Ada", "Adam"]),
-        ({"prefix": "adam"}, ["Adam", "Adam"]),
-        ({"prefix": "Ém"}, ["Émile"]),
-        ({"prefix": "100%"}, ["Adam"]),
-        ({"prefix": "%"}, []),
-        ({"prefix": "nobody"}, []),
-        ({"prefix": "a\0d"}, ["Zoe", "Émile", "Ada", "Adam", "Adam"]),
-    ],
-)
-def test_pages_of_a_search_are_its_users_once_and_in_order(
-    users: UserRepository, search: dict[str, Any], expected: list[str], limit: int
-) -> None:
-    found = pages(users, limit, **search)
-    assert [name for page in found for name in page] == expected
-    assert all(len(page) == limit for page in found[:-1])
+SEARCHES: list[tuple[dict[str, Any], list[str]]] = [
+    ({}, ["Ada", "Zoe", "Adam", "Émile", "Adam"]),
+    ({"status": "passive"}, ["Zoe", "Adam"]),
+    ({"status": "active"}, ["Ada", "Adam", "Émile"]),
+    ({"status": "unheard of"}, []),
+    ({"prefix": "ad"}, ["Zoe", "Émile", "Ada", "Adam", "Adam"]),
+    ({"prefix": " AD "}, ["Zoe", "Émile", "Ada", "Adam", "Adam"]),
+    ({"prefix": "ad", "status": "active"}, ["Émile", "Ada", "Adam"]),
+    ({"prefix": "adam"}, ["Adam", "Adam"]),
+    ({"prefix": "Ém"}, ["Émile"]),
+    ({"prefix": "100%"}, ["Adam"]),
+    ({"prefix": "%"}, []),
+    ({"prefix": "nobody"}, []),
+    ({"prefix": "a\0d"}, ["Zoe", "Émile", "Ada", "Adam", "Adam"]),
+]
 
 
 @pytest.mark.usefixtures("readers")
-@pytest.mark.parametrize("after", ["", "nonsense", "id:x:", "name", "::", "id:99999999999999999999:", "\0"])
-def test_a_page_after_nonsense_is_the_first(users: UserRepository, after: str) -> None:
-    assert [user.name for user in users.search(after=after, limit=1).users] == ["Ada"]
+def test_pages_of_a_search_are_its_users_once_and_in_order(users: UserRepository) -> None:
+    for (search, expected), limit in product(SEARCHES, (1, 2, 3, 50)):
+        found = pages(users, limit, **search)
+        assert [name for page in found for name in page] == expected, (search, limit)
+        assert all(len(page) == limit for page in found[:-1]), (search, limit)
+
+
+@pytest.mark.usefixtures("readers")
+def test_a_page_after_nonsense_is_the_first(users: UserRepository) -> None:
+    for after in ("", "nonsense", "id:x:", "name", "::", "id:99999999999999999999:", "\0"):
+        assert [user.name for user in users.search(after=after, limit=1).users] == ["Ada"], after

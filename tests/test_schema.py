@@ -16,14 +16,15 @@ import pytest
 from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+from conftest import administer, dispose, settings
 from flask import Flask
-from sqlalchemy import URL, Connection, Engine, inspect, make_url, text
+from sqlalchemy import URL, Connection, Engine, create_engine, inspect, make_url, text
+from sqlalchemy.pool import NullPool
 
 from app import create_app
 from background.errors import DatabaseNotReady
 from migrations import schema
 from models import Book, User, db
-from tests.conftest import dispose, settings
 
 ROOT = Path(__file__).parent.parent
 
@@ -216,23 +217,17 @@ def test_a_wrong_password_is_called_so_without_the_password(postgresql_server: U
 @contextmanager
 def password_is_asked_for(server: URL) -> Iterator[str]:
     """Let the running server ask one role for a password, by its own access file."""
-    from tests.conftest import administer
-
-    engine_url = server
-    administer(engine_url, "CREATE ROLE careful LOGIN PASSWORD 'right'")
-    access = Path(file_of(engine_url, "hba_file"))
+    administer(server, "CREATE ROLE careful LOGIN PASSWORD 'right'")
+    access = Path(file_of(server, "hba_file"))
     original = access.read_text()
     access.write_text("local all careful scram-sha-256\n" + original)
-    administer(engine_url, "SELECT pg_reload_conf()")
-    yield engine_url.set(username="careful", password="hunter2").render_as_string(hide_password=False)
+    administer(server, "SELECT pg_reload_conf()")
+    yield server.set(username="careful", password="hunter2").render_as_string(hide_password=False)
     access.write_text(original)
-    administer(engine_url, "SELECT pg_reload_conf()", "DROP ROLE careful")
+    administer(server, "SELECT pg_reload_conf()", "DROP ROLE careful")
 
 
 def file_of(server: URL, setting: str) -> str:
-    from sqlalchemy import create_engine
-    from sqlalchemy.pool import NullPool
-
     with create_engine(server, poolclass=NullPool).connect() as connection:
         return str(connection.scalar(text(f"SHOW {setting}")))
 

@@ -11,8 +11,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from conftest import close
 from effects import Effects
-from flask import Flask
 from processes import ROOT, environment, eventually, flask, gunicorn, run, started
 from sqlalchemy import make_url
 
@@ -341,8 +341,3 @@ def test_the_first_request_starts_nothing_where_the_workers_are_disabled(
     assert not workers.is_started
     assert "Background workers start" not in caplog.text
     close(app)
-
-
-def close(app: Flask) -> None:
-    with app.app_context():
-        app.extensions["sqlalchemy"].engine.dispose()

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from itertools import product
 from pathlib import Path
 from subprocess import PIPE, Popen
 from threading import Event, Thread
@@ -35,23 +36,22 @@ def status(user: User) -> str:
         return session.scalars(select(User.status).where(User.id == user.id)).one()
 
 
-@pytest.mark.parametrize(
-    ("age", "expected"),
-    [
-        (timedelta(days=29, hours=23), "active"),
-        (timedelta(days=30), "active"),
-        (timedelta(days=30, microseconds=1), "passive"),
-        (timedelta(days=30, seconds=1), "passive"),
-    ],
-)
-@pytest.mark.parametrize("column", ["last_login_at", "created_at"])
+AGES = [
+    (timedelta(days=29, hours=23), "active"),
+    (timedelta(days=30), "active"),
+    (timedelta(days=30, microseconds=1), "passive"),
+    (timedelta(days=30, seconds=1), "passive"),
+]
+
+
 def test_a_user_is_passive_when_last_seen_more_than_30_days_ago(
-    users: UserRepository, make_user: Callable[..., User], age: timedelta, expected: str, column: str
+    users: UserRepository, make_user: Callable[..., User]
 ) -> None:
     """`created_at` counts for a user who has never logged in."""
-    user = make_user(**{"created_at": NOW - timedelta(days=300), column: NOW - age})
-    assert users.update_inactive_user_statuses(CUTOFF) == (expected == "passive")
-    assert status(user) == expected
+    for column, (age, expected) in product(("last_login_at", "created_at"), AGES):
+        user = make_user(**{"created_at": NOW - timedelta(days=300), column: NOW - age})
+        assert users.update_inactive_user_statuses(CUTOFF) == (expected == "passive"), (column, age)
+        assert status(user) == expected, (column, age)
 
 
 def test_a_login_counts_and_not_the_age_of_the_account(users: UserRepository, make_user: Callable[..., User]) -> None:
@@ -202,24 +202,35 @@ def plan(engine: Engine, sql: str, values: Any) -> str:
 
 
 LOG_IN_UNTIL_TOLD = """
-import sys, threading
+import multiprocessing, sys
 from datetime import UTC, datetime
 from random import Random
 from app import create_app
 from models import UserRepository, db
 
-url, number = sys.argv[1:]
-told = threading.Event()
-with create_app({"DATABASE_URL": url, "SECRET_KEY": "test"}).app_context():
-    users, random, logins = UserRepository(db.session), Random(number), 0
-    print("ready", flush=True)
-    sys.stdin.readline()
-    threading.Thread(target=lambda: (sys.stdin.readline(), told.set())).start()
-    while not (logins and told.is_set()):
-        users.record_login(random.randint(1, 20_000), datetime.now(UTC))
-        db.session.commit()
-        logins += 1
-    print(logins)
+app = create_app({"DATABASE_URL": sys.argv[1], "SECRET_KEY": "test"})
+context = multiprocessing.get_context("fork")  # nothing is opened yet, no thread runs: as under gunicorn --preload
+began, told = context.Barrier(9), context.Event()
+
+def member(number):
+    with app.app_context():
+        users, random, logins = UserRepository(db.session), Random(number), 0
+        began.wait()
+        while not (logins and told.is_set()):
+            users.record_login(random.randint(1, 20_000), datetime.now(UTC))
+            db.session.commit()
+            logins += 1
+
+members = [context.Process(target=member, args=(number,)) for number in range(8)]
+for process in members:
+    process.start()
+began.wait()
+print("ready", flush=True)
+sys.stdin.readline()
+told.set()
+for process in members:
+    process.join()
+print([process.exitcode for process in members])
 """
 
 
@@ -229,24 +240,13 @@ def test_eight_processes_that_log_users_in_meet_no_locked_database(
     add_users(engine, 20_000, datetime.now(UTC))
     cutoff = datetime.now(UTC) - timedelta(days=30)
     command = [sys.executable, "-c", LOG_IN_UNTIL_TOLD, database_url]
-    pipes: dict[str, Any] = {"stdin": PIPE, "stdout": PIPE, "stderr": PIPE, "text": True}
-    processes = [Popen([*command, str(number)], cwd=ROOT, **pipes) for number in range(8)]
-    for process in processes:
-        assert process.stdout.readline() == "ready\n", process.stderr.read()  # type: ignore[union-attr]
     users.slice_size = 200
-    tell(processes)
-    changed = users.update_inactive_user_statuses(cutoff)
-    tell(processes)
-    answers = [process.communicate(timeout=60) for process in processes]
-    assert [process.returncode for process in processes] == [0] * 8, answers
-    assert all(int(out) > 0 for out, _ in answers)
+    with Popen(command, cwd=ROOT, stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True) as logins:
+        assert logins.stdout is not None
+        assert logins.stdout.readline() == "ready\n"
+        changed = users.update_inactive_user_statuses(cutoff)
+        answer, errors = logins.communicate("\n", timeout=60)
+    assert answer == f"{[0] * 8}\n", errors
     assert 0 < changed <= 2_000
     with Session(engine) as session:
         assert UserRepository(session).update_inactive_user_statuses(cutoff) == 0
-
-
-def tell(processes: list[Popen[str]]) -> None:
-    for process in processes:
-        assert process.stdin is not None
-        process.stdin.write("\n")
-        process.stdin.flush()

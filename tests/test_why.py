@@ -1,12 +1,11 @@
 """Every tick answers "why did it not run?" with one sentence, made of what is written down about it."""
 
-import gc
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from conftest import dispose, settings
+from conftest import close, settings
 from flask import Flask
 from sqlalchemy import Engine, event, insert, update
 
@@ -15,7 +14,8 @@ from background import BackgroundWorkerManager, PeriodicWorker, UnknownWorker, W
 from background.history import Record, Seen, Surroundings
 from background.ledger import Claim, WorkerState
 from background.models import executions, workers
-from background.why import Answer, span, why
+from background.why import Answer, why
+from background.words import span
 
 NOON = datetime(2026, 11, 20, 12, tzinfo=UTC)
 MINUTE, HOUR, DAY = timedelta(minutes=1), timedelta(hours=1), timedelta(days=1)
@@ -390,10 +390,7 @@ def app(database_url: str) -> Iterator[Flask]:
     app = create_app(settings(database_url, WORKERS_HEARTBEAT_SECONDS=0.2, WORKERS_LEASE_SECONDS=1))
     app.extensions["background_workers"].add(Tidy)
     yield app
-    app.extensions["background_workers"].stop()
-    with app.app_context():
-        dispose()
-    gc.collect()  # a connection that was left open warns in the test that left it
+    close(app)
 
 
 @pytest.fixture

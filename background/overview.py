@@ -1,0 +1,65 @@
+"""Every worker at a glance: its schedule, its next tick, its last one, and what runs."""
+
+from datetime import datetime
+from typing import Any
+
+from .errors import InvalidSchedule
+from .history import Record
+from .ledger import WorkerState
+from .manager import BackgroundWorkerManager
+from .schedule import Schedule
+from .worker import declared_schedule
+
+
+def overview(manager: BackgroundWorkerManager) -> list[dict[str, Any]]:
+    """Every worker of this release and of the database, in a constant number of queries."""
+    history = manager.history
+    clock, states, latest = history.clock(), manager.ticks.ledger.states(), history.latest()
+    gone = history.gone({state.instance for state in states.values() if state.instance})
+    return [
+        _overview(manager, name, clock, states.get(name), latest.get(name), gone)
+        for name in sorted(manager.workers.keys() | states.keys())
+    ]
+
+
+def _overview(
+    manager: BackgroundWorkerManager,
+    name: str,
+    clock: datetime,
+    state: WorkerState | None,
+    last: Record | None,
+    gone: set[str],
+) -> dict[str, Any]:
+    worker = manager.workers.get(name)
+    schedule = _schedule(manager, name, state)
+    paused_at = state.paused_at if state else None
+    runs = worker is not None and worker.enabled and not paused_at
+    running = None
+    if state and state.running:
+        running = {
+            "tick": state.running.tick,
+            "instance": state.instance_name,
+            "is_gone": state.instance in gone,
+        }
+    return {
+        "name": name,
+        "schedule": schedule.describe() if schedule else None,
+        "declared": declared_schedule(worker).describe() if worker else None,
+        "next_tick": schedule.next(clock) if runs and schedule else None,
+        "last": last.as_dict() if last else None,
+        "running": running,
+        "pending_tick": state.pending_tick if state else None,
+        "paused_at": paused_at,
+        "enabled": worker.enabled if worker else None,
+        "in_this_release": worker is not None,
+    }
+
+
+def _schedule(manager: BackgroundWorkerManager, name: str, state: WorkerState | None) -> Schedule | None:
+    """The schedule in force; None for one that this release cannot read: a newer one may have brought it."""
+    if state is None:
+        return declared_schedule(manager.workers[name])
+    try:
+        return state.schedule
+    except InvalidSchedule:
+        return None

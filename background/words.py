@@ -1,0 +1,62 @@
+"""How moments, lengths of time and rows are written for people."""
+
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime, timedelta
+
+from .history import Record
+
+WIDEST = 120  # characters of one cell
+
+
+def moment(at: datetime | None) -> str:
+    """ISO 8601 in UTC, as `why --at` reads it; a fraction only where there is one."""
+    if at is None:
+        return "-"
+    return at.astimezone(UTC).replace(tzinfo=None).isoformat().removesuffix("000") + "Z"
+
+
+def second(at: datetime | None) -> str:
+    """The same cut to whole seconds: for what is no tick."""
+    return moment(at.replace(microsecond=0) if at else None)
+
+
+def span(length: timedelta) -> str:
+    """0.031 s, 12.3 s, 5 min 3 s, 2 h 5 min or 3 d 4 h."""
+    seconds = max(length.total_seconds(), 0.0)
+    if seconds < 60:
+        return f"{seconds:.3f} s" if seconds < 10 else f"{seconds:.1f} s"
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    parts = [(days, "d"), (hours, "h"), (minutes, "min"), (rest, "s")]
+    largest = next(index for index, (count, _) in enumerate(parts) if count)
+    return " ".join(f"{count} {unit}" for count, unit in parts[largest : largest + 2] if count)
+
+
+def progress(record: Record) -> str:
+    """How far it says it is."""
+    if record.progress_done is None:
+        return ""
+    total = f" of {record.progress_total:,.0f}" if record.progress_total else ""
+    return f" ({record.progress_done:,.0f}{total} done)"
+
+
+def printable(text: str) -> str:
+    """Without what would steer a terminal: the text of an error may hold anything."""
+    return "".join(each if each.isprintable() else "?" for each in text)
+
+
+def table(headers: Sequence[str], rows: Iterable[list[str]]) -> str:
+    """Left-aligned columns, two spaces apart; a column in which nothing stands is left out, but for the first."""
+    lines = [[header.upper() for header in headers], *([_clipped(cell) for cell in row] for row in rows)]
+    columns = [column for column in zip(*lines, strict=True) if any(column[1:])]
+    widths = [max(map(len, column)) for column in columns]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in zip(*columns, strict=True)
+    )
+
+
+def _clipped(cell: str) -> str:
+    text = printable(cell)
+    return text if len(text) <= WIDEST else f"{text[: WIDEST - 1]}…"
