@@ -99,7 +99,7 @@ class Fleet:
         for app in self.apps:
             app.extensions["background_workers"].stop()
         wait_until(lambda: not [t for t in threading.enumerate() if t.name.startswith("workers-")], "the threads' end")
-        close(*self.apps)
+        close(*self.apps)  # and what a late thread opened again
 
     # -- what is in the database -----------------------------------------------------------------
 
