@@ -170,6 +170,8 @@ def _set_database(app: Flask) -> None:
         asked = asked.set(database=_temporary_file(app))
     url = _usable_url(asked, Path(app.instance_path))
     app.config["SQLALCHEMY_DATABASE_URI"] = url.render_as_string(hide_password=False)
+    if url.get_backend_name() == "postgresql":  # a pooled connection may be of before the server's restart
+        app.config.setdefault("SQLALCHEMY_ENGINE_OPTIONS", {"pool_pre_ping": True})
 
 
 def _usable_url(url: URL, folder: Path) -> URL:

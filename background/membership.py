@@ -51,10 +51,10 @@ class Membership:
         runs.tell()
         self._scheduler.stop()
         try:
-            if runs.wait(seconds):
-                self._scheduler.wait(_LAST_CALLS_SECONDS)
-            else:
+            if not runs.wait(seconds):
                 log.warning("Not everything ended in time; what still runs is handed back")
+            elif self._heartbeat is not None:  # what is being joined sees by itself that it is too late
+                self._scheduler.wait(_LAST_CALLS_SECONDS)
         finally:
             runs.lose("its instance stopped")
             self._leave()

@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import administer, dispose, settings
 from flask import Flask
+from sqlalchemy import URL, text
 
+from app import create_app
 from background.errors import InvalidConfig
 from config import KEYS, configure_logging, load_config
+from models import db
 
 
 @pytest.fixture(autouse=True)
@@ -199,3 +203,19 @@ def test_a_log_that_the_process_has_set_up_is_left_alone(tmp_path: Path) -> None
     configure_logging(app)  # pytest has a handler there
     assert (root.level, root.handlers) == before
     assert logging.getLogger("apscheduler").level == logging.WARNING
+
+
+def test_a_connection_of_before_a_restart_of_postgresql_is_not_handed_to_a_request(
+    postgresql_url: str, postgresql_server: URL
+) -> None:
+    app = create_app(settings(postgresql_url))
+    with app.app_context():
+        db.session.execute(text("SELECT 1"))
+        db.session.remove()
+        database = db.engine.url.database
+        administer(
+            postgresql_server, f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{database}'"
+        )
+        assert db.session.scalar(text("SELECT 2")) == 2
+        db.session.remove()
+        dispose()
