@@ -8,11 +8,11 @@ import threading
 from collections.abc import Callable
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 from conftest import close, settings
 from flask import Flask
+from processes import PATIENCE, ROOT
 from sqlalchemy import Column, Engine, Integer, MetaData, String, Table, event, insert, select, update
 
 from app import create_app
@@ -20,8 +20,6 @@ from background import BackgroundWorkerManager, PeriodicWorker, WorkerContext
 from background import models as tables
 from models import db
 
-ROOT = Path(__file__).parents[1]
-PATIENCE = 30.0
 HOUR = timedelta(hours=1)
 
 effects = Table(
@@ -99,7 +97,7 @@ class Fleet:
         for app in self.apps:
             app.extensions["background_workers"].stop()
         wait_until(lambda: not [t for t in threading.enumerate() if t.name.startswith("workers-")], "the threads' end")
-        close(*self.apps)
+        close(*self.apps)  # and what a late thread opened again
 
     # -- what is in the database -----------------------------------------------------------------
 

@@ -20,6 +20,7 @@ import pytest
 from click.testing import Result
 from conftest import close, settings
 from flask import Flask
+from processes import ROOT, environment
 from sqlalchemy import event, insert, text
 
 from app import create_app
@@ -27,7 +28,6 @@ from background import BackgroundWorkerManager, PeriodicWorker, WorkerContext
 from background.models import executions, instances
 from background.words import table
 
-ROOT = Path(__file__).parent.parent
 MINUTE = timedelta(minutes=1)
 PASSIVE = "passive_user_checker_worker"
 
@@ -416,17 +416,12 @@ SHOP = """
 """
 
 
-def environment(**more: str) -> dict[str, str]:
-    kept = {
-        name: value for name, value in os.environ.items() if not name.startswith(("WORKERS_", "FLASK_", "DATABASE_"))
-    }
-    return {**kept, "SECRET_KEY": "test", "FLASK_APP": "app", "PYTHONUNBUFFERED": "1", **more}
-
-
 def command(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
     """`flask workers` in a process of its own."""
     call = [sys.executable, "-m", "flask", "workers", *arguments]
-    return subprocess.run(call, cwd=ROOT, env=environment(**more), capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        call, cwd=ROOT, env=environment(**{"FLASK_APP": "app", **more}), capture_output=True, text=True, timeout=60
+    )
 
 
 @contextmanager
@@ -437,7 +432,7 @@ def running(database_url: str, folder: Path, *names: str, **more: str) -> Iterat
     process = subprocess.Popen(
         [sys.executable, "-m", "flask", "workers", "run", *names],
         cwd=ROOT,
-        env=environment(DATABASE_URL=database_url, FLASK_APP="shop", PYTHONPATH=f"{ROOT}{os.pathsep}{folder}", **more),
+        env=environment(database_url, FLASK_APP="shop", PYTHONPATH=f"{ROOT}{os.pathsep}{folder}", **more),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -612,7 +607,7 @@ def test_flask_help_imports_no_scheduler_and_opens_no_database(tmp_path: Path) -
     )
     for arguments in (["--help"], ["workers", "--help"], ["workers", "list", "--help"]):
         call = [sys.executable, "-c", probe, *arguments]
-        env = environment(DATABASE_URL=f"sqlite:///{path}")
+        env = environment(f"sqlite:///{path}", FLASK_APP="app")
         result = subprocess.run(call, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60, check=True)
         assert "Usage: flask" in result.stdout
         assert result.stdout.splitlines()[-1] == "imported:"
