@@ -77,8 +77,8 @@ class Membership:
             if self._heartbeat is None and not self._enter():
                 return
             self._admit(list(self._workers))
-        except (BackgroundError, SQLAlchemyError, OSError) as error:
-            log.error("The workers cannot start yet: %s", first_line(error))
+        except Exception as error:  # nobody else would try again
+            log.error("The workers cannot start yet: %s", first_line(error), exc_info=_unless_expected(error))
             self._later("join", failures, self._join)
             return
         if (instance := self._ticks.instance) is not None:
@@ -169,7 +169,7 @@ class Membership:
         self.refresh(rearm=abs(instance.clock_offset - offset) > _OFFSET_REARMED)
 
     def _beat_failed(self, error: Exception) -> None:
-        log.warning("No heartbeat: %s", first_line(error))
+        log.warning("No heartbeat: %s", first_line(error), exc_info=_unless_expected(error))
         if self._ticks.instance is not None and not self._ticks.instance.is_alive:
             self._ticks.runs.lose("its instance could not renew the lease in time", self._ticks.instance)
 
@@ -177,8 +177,12 @@ class Membership:
 
     def _arm(self, name: str, after: datetime | None) -> None:
         """Wake up at the first tick after `after`, or at the latest one where that is due already (or `after` None)."""
+        worker, state = self._workers.get(name), self._states.get(name)
+        if worker is None:  # removed meanwhile
+            return
         try:
-            schedule = self._states[name].schedule
+            # Without a row (deleted, or not in the backup that was restored), `look` makes it anew before the claim.
+            schedule = state.schedule if state else declared_schedule(worker)
         except InvalidSchedule as error:  # a newer release's
             log.error("%s: %s", name, error)
             return
@@ -213,3 +217,8 @@ class Membership:
 
     def _now(self) -> datetime:
         return self._ticks.instance.database_time() if self._ticks.instance else datetime.now(UTC)
+
+
+def _unless_expected(error: Exception) -> Exception | None:
+    """The error itself, for the log to show its traceback, where its text alone says too little."""
+    return None if isinstance(error, BackgroundError | SQLAlchemyError | OSError) else error

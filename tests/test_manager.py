@@ -5,10 +5,11 @@ import time
 from datetime import UTC, datetime, timedelta
 
 from fleet import HOUR, PATIENCE, Fleet, Hourly, effect, in_threads, last_hour, wait_until
-from sqlalchemy import select
+from sqlalchemy import delete, select
 
 from background import WorkerContext
 from background import models as tables
+from background.instances import Instance
 
 
 class Quick(Hourly):
@@ -111,6 +112,34 @@ def test_a_reschedule_reaches_the_other_instances(fleet: Fleet) -> None:
 def fleet_rows(fleet: Fleet) -> set[str]:
     with fleet.engine.connect() as connection:
         return set(connection.scalars(select(tables.workers.c.name)))
+
+
+def test_a_worker_whose_row_is_gone_goes_on(fleet: Fleet) -> None:
+    """Deleted by hand, or not yet in the backup that was restored."""
+    fleet.manager(Quick).start()
+    wait_until(lambda: ticks(fleet, "quick"), "the first run")
+    with fleet.engine.begin() as connection:
+        connection.execute(delete(tables.workers))
+        connection.execute(delete(tables.executions))
+    wait_until(lambda: len(ticks(fleet, "quick")) >= 3, "the third run after that")
+
+
+def test_an_instance_outlives_an_error_that_is_not_the_databases(fleet: Fleet) -> None:
+    """Such as a time that somebody wrote by hand, in another form."""
+    manager = fleet.manager(Quick)
+    beat, failures = manager.ticks.instances.beat, []
+
+    def fail(instance: Instance) -> None:
+        if len(failures) < 3 and manager.ticks.instance is not None:
+            failures.append(instance)
+            raise ValueError("time data does not match format")
+        beat(instance)
+
+    manager.ticks.instances.beat = fail  # type: ignore[method-assign]
+    manager.start()
+    instance = wait_until(lambda: len(failures) == 3 and manager.ticks.instance, "the third failure")
+    deadline = instance.deadline
+    wait_until(lambda: instance.deadline > deadline, "the next heartbeat")
 
 
 def test_a_pause_and_a_resume_reach_the_other_instances(fleet: Fleet) -> None:
