@@ -590,6 +590,7 @@ def test_why_answers_for_a_worker_that_only_the_database_knows(
         ("history", "greet", "--limit", "0"),
         ("history", "greet", "--limit", "many"),
         ("history", "greet", "--limit", "99999999999"),
+        ("history", "greet", "--limit", "9" * 5_000),
         ("history", "greet", "--state", "fine"),
     ],
 )
@@ -608,6 +609,11 @@ def test_an_unknown_name_is_answered_with_the_closest_one(
 ) -> None:
     result = flask(*arguments, "gret", code=2)
     assert result.stderr == "Error: There is no worker named 'gret'. Did you mean 'greet'?\n"
+
+
+@pytest.mark.parametrize("command", ["history", "why"])
+def test_a_name_that_is_no_text_is_unknown(flask: Callable[..., Result], command: str) -> None:
+    assert "no worker named '\\udcff'" in flask(command, os.fsdecode(b"\xff"), code=2).stderr
 
 
 # -- the commands' own manners -------------------------------------------------------------------
