@@ -162,6 +162,11 @@ def _set_database(app: Flask) -> None:
     """Settle SQLALCHEMY_DATABASE_URI (one that was given itself wins), DATABASE_IS_EMBEDDED and .._TEMPORARY."""
     chosen = app.config.get("SQLALCHEMY_DATABASE_URI") or app.config["DATABASE_URL"]
     asked = URL.create("sqlite", database="bookstore.sqlite") if chosen is None else _cast("DATABASE_URL", chosen)
+    if asked.get_backend_name() == "sqlite" and asked.host:  # `sqlite://shop.sqlite` would be a database in memory
+        raise InvalidConfig(
+            f"DATABASE_URL is {asked}, whose {asked.host!r} is read as a host; expected three slashes before the path "
+            f"of a file: sqlite:///bookstore.sqlite is one in the instance folder."
+        )
     # A test or a prototype; see `_temporary_file`.
     is_temporary = asked.get_backend_name() == "sqlite" and asked.database in (None, "", ":memory:")
     app.config["DATABASE_IS_TEMPORARY"] = is_temporary

@@ -14,6 +14,7 @@ from flask_wtf import CSRFProtect, FlaskForm
 from sqlalchemy import Select, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import InstrumentedAttribute, joinedload
+from werkzeug.datastructures import MultiDict
 from werkzeug.exceptions import HTTPException
 from werkzeug.routing import IntegerConverter, Map
 from werkzeug.wrappers import Response
@@ -111,7 +112,15 @@ def no_control_characters(_form: Form, field: FormField) -> None:
         raise ValidationError("Please leave out control characters.")
 
 
-class NameForm(FlaskForm):
+class PostedForm(FlaskForm):
+    """Reads what a browser's form sends; Flask-WTF would take an uploaded file, or JSON, for the text of a field."""
+
+    class Meta(FlaskForm.Meta):
+        def wrap_formdata(self, form: Form, formdata: Any) -> Any:
+            return formdata if isinstance(formdata, MultiDict) else request.form or None
+
+
+class NameForm(PostedForm):
     name = StringField(
         "Name",
         filters=[strip],
@@ -140,7 +149,7 @@ class RegisterForm(NameForm):
     )
 
 
-class LoginForm(FlaskForm):
+class LoginForm(PostedForm):
     email = EmailField(
         "E-mail",
         filters=[strip, lower],
@@ -154,7 +163,7 @@ class LoginForm(FlaskForm):
     )
 
 
-class OrderForm(FlaskForm):
+class OrderForm(PostedForm):
     quantity = IntegerField(
         "Quantity",
         default=1,

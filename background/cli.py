@@ -380,12 +380,13 @@ def _registered(manager: BackgroundWorkerManager, name: str) -> None:
 
 def _stored(manager: BackgroundWorkerManager, name: str) -> None:
     """Raise UnknownWorker for a name that neither this release nor the database has."""
-    if name not in manager.workers and manager.ticks.ledger.look(name) is None:
+    is_text = name.isascii() or name.isprintable()  # what a terminal sent in another encoding is no text
+    if name not in manager.workers and not (is_text and manager.ticks.ledger.look(name)):
         raise UnknownWorker(name, manager.workers.keys() | manager.ticks.ledger.states().keys())
 
 
 def _limit(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= MOST_ROWS):
+    if not (text.isascii() and text.isdigit() and 1 <= int(text[:10]) <= MOST_ROWS):
         raise WrongUsage(f"--limit is {text!r}; expected a whole number from 1 to {MOST_ROWS}.")
     return int(text)
 

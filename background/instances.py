@@ -11,11 +11,9 @@ from uuid import uuid4
 
 from sqlalchemy import Engine, create_engine, delete, select, update
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.schema import CreateTable
 
 from .clock import now, single_statements
-from .errors import BackgroundError
 from .models import instances
 from .sqlite import prepare
 
@@ -115,7 +113,7 @@ def instances_engine(engine: Engine) -> Engine:
 
 
 class Heartbeat(threading.Thread):
-    """Calls `beat` every `interval` seconds until stopped; outlives every error of the database."""
+    """Calls `beat` every `interval` seconds until stopped; outlives every error."""
 
     def __init__(self, interval: float, beat: Callable[[], None], failed: Callable[[Exception], None]) -> None:
         super().__init__(name="workers-heartbeat", daemon=True)
@@ -126,7 +124,7 @@ class Heartbeat(threading.Thread):
         while not self._stopped.wait(self._interval):
             try:
                 self._beat()
-            except (SQLAlchemyError, BackgroundError) as error:
+            except Exception as error:  # a thread that ended would stop this instance for good
                 self._failed(error)
 
     def stop(self) -> None:

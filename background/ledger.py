@@ -304,7 +304,7 @@ class Ledger:
         connection.execute(
             update(executions)
             .where(executions.c.id == claim.execution)
-            .values(state=state, finished_at=now(), reason=reason, **_progress(progress))
+            .values(state=state, finished_at=now(), reason=_storable(reason), **_progress(progress))
         )
         return True
 
@@ -369,6 +369,11 @@ def _state(row: Row[Any]) -> WorkerState:
 
 def _progress(progress: tuple[float, float | None] | None) -> dict[str, float | None]:
     return {} if progress is None else {"progress_done": progress[0], "progress_total": progress[1]}
+
+
+def _storable(text: str | None) -> str | None:
+    """Without what a database cannot hold: an error may quote the name of a file, which can be any bytes."""
+    return text and text.encode(errors="backslashreplace").decode().replace("\0", "\\x00")
 
 
 def _count(result: Any) -> int:

@@ -77,8 +77,8 @@ class Membership:
             if self._heartbeat is None and not self._enter():
                 return
             self._admit(list(self._workers))
-        except (BackgroundError, SQLAlchemyError, OSError) as error:
-            log.error("The workers cannot start yet: %s", first_line(error))
+        except Exception as error:  # nobody else would try again
+            log.error("The workers cannot start yet: %s", first_line(error), exc_info=_unless_expected(error))
             self._later("join", failures, self._join)
             return
         if (instance := self._ticks.instance) is not None:
@@ -130,7 +130,8 @@ class Membership:
                 if before[name].schedule_text != self._states[name].schedule_text:
                     self._arm(name, after=self._states[name].scheduled_at)
                 elif rearm:
-                    self._wake(name, self._armed[name])
+                    # By a wrong clock a tick may have been fired before its time, and passed over.
+                    self._arm(name, after=self._now(), no_later_than=self._armed[name])
             gone = self._ticks.gone(self._states.values())
             for name in self._workers.keys() & self._states.keys():
                 state = self._states[name]
@@ -177,23 +178,29 @@ class Membership:
         if abs(instance.clock_offset) > _OFFSET_WARNED >= abs(offset):
             log.warning("This host's clock is %+.1f s off the database's", -instance.clock_offset.total_seconds())
         self.refresh(rearm=abs(instance.clock_offset - offset) > _OFFSET_REARMED)
+        self._scheduler.look_again()
 
     def _beat_failed(self, error: Exception) -> None:
-        log.warning("No heartbeat: %s", first_line(error))
+        log.warning("No heartbeat: %s", first_line(error), exc_info=_unless_expected(error))
         if self._ticks.instance is not None and not self._ticks.instance.is_alive:
             self._ticks.runs.lose("its instance could not renew the lease in time", self._ticks.instance)
 
     # -- waking up -----------------------------------------------------------------------------
 
-    def _arm(self, name: str, after: datetime | None) -> None:
+    def _arm(self, name: str, after: datetime | None, no_later_than: datetime | None = None) -> None:
         """Wake up at the first tick after `after`, or at the latest one where that is due already (or `after` None)."""
+        worker, state = self._workers.get(name), self._states.get(name)
+        if worker is None:  # removed meanwhile
+            return
         try:
-            schedule = self._states[name].schedule
+            # Without a row (deleted, or not in the backup that was restored), `look` makes it anew before the claim.
+            schedule = state.schedule if state else declared_schedule(worker)
         except InvalidSchedule as error:  # a newer release's
             log.error("%s: %s", name, error)
             return
         latest = schedule.previous(self._now())
-        self._wake(name, latest if after is None else max(schedule.next(after), latest))
+        tick = latest if after is None else max(schedule.next(after), latest)
+        self._wake(name, min(tick, no_later_than or tick))
 
     def _wake(self, name: str, tick: datetime) -> None:
         worker = self._workers.get(name)
@@ -223,3 +230,8 @@ class Membership:
 
     def _now(self) -> datetime:
         return self._ticks.instance.database_time() if self._ticks.instance else datetime.now(UTC)
+
+
+def _unless_expected(error: Exception) -> Exception | None:
+    """The error itself, for the log to show its traceback, where its text alone says too little."""
+    return None if isinstance(error, BackgroundError | SQLAlchemyError | OSError) else error

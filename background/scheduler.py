@@ -46,6 +46,10 @@ class Scheduler:
         """Call `function(*args)` as soon as a thread is free."""
         self._scheduler.add_job(function, args=args)
 
+    def look_again(self) -> None:
+        """Call what is due by now: the wait for it does not notice that the host slept, or that its clock was set."""
+        self._scheduler.wakeup()
+
     def forget(self, key: str) -> None:
         """Unset `key`, where it is set."""
         with suppress(JobLookupError):

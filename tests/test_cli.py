@@ -576,6 +576,7 @@ WRONG = [
     ("history", "greet", "--limit", "0"),
     ("history", "greet", "--limit", "many"),
     ("history", "greet", "--limit", "99999999999"),
+    ("history", "greet", "--limit", "9" * 5_000),
     ("history", "greet", "--state", "fine"),
 ]
 
@@ -592,6 +593,11 @@ def test_an_unknown_name_is_answered_with_the_closest_one(flask: Callable[..., R
     for command in ("run", "run --once", "trigger", "pause", "resume", "history", "why"):
         result = flask(*command.split(), "gret", code=2)
         assert result.stderr == "Error: There is no worker named 'gret'. Did you mean 'greet'?\n", command
+
+
+@pytest.mark.parametrize("command", ["history", "why"])
+def test_a_name_that_is_no_text_is_unknown(flask: Callable[..., Result], command: str) -> None:
+    assert "no worker named '\\udcff'" in flask(command, os.fsdecode(b"\xff"), code=2).stderr
 
 
 # -- the commands' own manners -------------------------------------------------------------------

@@ -135,6 +135,12 @@ def test_a_sqlite_database_that_connections_cannot_share_is_refused(tmp_path: Pa
         load(tmp_path, {"DATABASE_URL": url})
 
 
+@pytest.mark.parametrize("url", ["sqlite://shop.sqlite", "sqlite://tmp/shop.sqlite"])
+def test_a_sqlite_url_of_two_slashes_does_not_become_a_database_that_is_thrown_away(tmp_path: Path, url: str) -> None:
+    with pytest.raises(InvalidConfig, match="expected three slashes"):
+        load(tmp_path, {"DATABASE_URL": url})
+
+
 def test_an_empty_secret_key_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidConfig, match="SECRET_KEY is a value that is not shown; expected a text"):
         load(tmp_path, {"SECRET_KEY": " "})

@@ -84,6 +84,17 @@ def test_a_system_exit_in_a_run_is_a_failure_of_the_run_alone(fleet: Fleet) -> N
     assert fleet.effects() == []
 
 
+def test_an_error_whose_text_no_database_can_hold_is_a_failed_run(fleet: Fleet) -> None:
+    """It quotes the name of a file, say, which can be any bytes."""
+
+    class Quoting(Hourly):
+        def do_work(self, context: WorkerContext) -> None:
+            raise FileNotFoundError("no file \udcff\0.txt")
+
+    assert fleet.manager(Quoting).tick("quoting", NOW()).state == "failed"
+    assert r"no file \udcff\x00.txt" in fleet.executions()[0].reason
+
+
 def test_a_worker_that_cannot_be_made_is_a_failed_run(fleet: Fleet) -> None:
     class Unmakable(Hourly):
         def __init__(self) -> None:

@@ -2,13 +2,16 @@
 
 import threading
 import time
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, tzinfo
 
+import pytest
 from fleet import HOUR, PATIENCE, Fleet, Hourly, effect, in_threads, last_hour, wait_until
-from sqlalchemy import select
+from sqlalchemy import delete, select
 
 from background import WorkerContext
 from background import models as tables
+from background.instances import Instance
+from background.membership import Membership
 
 
 class Quick(Hourly):
@@ -110,6 +113,73 @@ def test_a_reschedule_reaches_the_other_instances(fleet: Fleet) -> None:
 def fleet_rows(fleet: Fleet) -> set[str]:
     with fleet.engine.connect() as connection:
         return set(connection.scalars(select(tables.workers.c.name)))
+
+
+def test_a_worker_whose_row_is_gone_goes_on(fleet: Fleet) -> None:
+    """Deleted by hand, or not yet in the backup that was restored."""
+    fleet.manager(Quick).start()
+    wait_until(lambda: ticks(fleet, "quick"), "the first run")
+    with fleet.engine.begin() as connection:
+        connection.execute(delete(tables.workers))
+        connection.execute(delete(tables.executions))
+    wait_until(lambda: len(ticks(fleet, "quick")) >= 3, "the third run after that")
+
+
+def test_an_instance_outlives_an_error_that_is_not_the_databases(fleet: Fleet) -> None:
+    """Such as a time that somebody wrote by hand, in another form."""
+    manager = fleet.manager(Quick)
+    beat, failures = manager.ticks.instances.beat, []
+
+    def fail(instance: Instance) -> None:
+        if len(failures) < 3 and manager.ticks.instance is not None:
+            failures.append(instance)
+            raise ValueError("time data does not match format")
+        beat(instance)
+
+    manager.ticks.instances.beat = fail  # type: ignore[method-assign]
+    manager.start()
+    instance = wait_until(lambda: len(failures) == 3 and manager.ticks.instance, "the third failure")
+    deadline = instance.deadline
+    wait_until(lambda: instance.deadline > deadline, "the next heartbeat")
+
+
+class Rarely(Hourly):
+    period = timedelta(days=300)
+
+
+def joined(fleet: Fleet) -> tuple[Membership, datetime]:
+    """A started instance that waits for a tick in months; and that tick."""
+    manager = fleet.manager(Rarely)
+    manager.start()
+    wait_until(lambda: ticks(fleet, "rarely"), "the first run")
+    membership = manager._membership
+    assert membership is not None
+    return membership, ticks(fleet, "rarely")[0] + Rarely.period
+
+
+def test_a_tick_that_was_fired_by_a_wrong_clock_is_fired_again(fleet: Fleet) -> None:
+    membership, tick = joined(fleet)
+    membership._fire("rarely", tick)  # what a host clock does that is set ahead
+    assert membership._armed["rarely"] > tick
+    instance = membership._ticks.instance
+    assert instance is not None
+    instance.clock_offset += timedelta(seconds=1)  # the next heartbeat finds another
+    wait_until(lambda: membership._armed["rarely"] == tick, "the tick is waited for again")
+
+
+def test_a_host_that_slept_sees_what_is_due_with_its_next_heartbeat(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    membership, tick = joined(fleet)
+    time.sleep(0.5)  # now it waits for nothing but that
+
+    class Later(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> datetime:  # type: ignore[override]
+            return tick + timedelta(seconds=1)
+
+    monkeypatch.setattr("apscheduler.schedulers.base.datetime", Later)
+    wait_until(lambda: membership._armed["rarely"] > tick, "it was fired")
 
 
 def test_a_pause_and_a_resume_reach_the_other_instances(fleet: Fleet) -> None:

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from html import unescape
+from io import BytesIO
 from threading import Barrier
 
 import pytest
@@ -185,6 +186,13 @@ def test_a_name_may_be_in_any_script_and_is_shown_as_text(app, client):
     log_in(client, "nat@example.com")
     page = client.get("/account")
     assert 'value="&lt;b&gt;Ңąţ&lt;/b&gt; 🙂"' in page.text
+
+
+def test_an_uploaded_file_or_json_is_no_text_of_a_field(client):
+    file = (BytesIO(b"Nat"), "name.txt")
+    assert client.post("/register", data={"name": file}).status_code == 200
+    for json in ([1], {"name": 5}, "text"):
+        assert client.post("/register", json=json).status_code == 200
 
 
 def test_a_megabyte_is_refused_before_it_is_read(client):
