@@ -37,16 +37,7 @@ _BOOLEANS = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0"
 def boolean(value: Any) -> bool:
     if isinstance(value, bool):
         return value
-    return {
-        "1": True,
-        "true": True,
-        "yes": True,
-        "on": True,
-        "0": False,
-        "false": False,
-        "no": False,
-        "off": False,
-    }[str(value).strip().lower()]
+    return _BOOLEANS[str(value).strip().lower()]
 
 
 def number(most: float) -> Callable[[Any], float]:
