@@ -514,6 +514,12 @@ def test_pause_and_resume_say_what_they_changed(flask: Callable[..., Result], ma
     assert manager.ticks.look(Greet).paused_at is None
 
 
+def test_history_writes_every_moment_in_one_way(flask: Callable[..., Result], write: Callable[..., None]) -> None:
+    tick = datetime(2026, 1, 1, tzinfo=UTC)
+    write("greet", "skipped", tick, reason=f"still running the tick {(tick - MINUTE).isoformat()} on a:1")
+    assert flask("history", "greet").stdout.rstrip().endswith("still running the tick 2025-12-31T23:59:00Z on a:1")
+
+
 def test_history_is_newest_first_and_ends_a_failure_with_its_last_line(
     flask: Callable[..., Result], manager: BackgroundWorkerManager, write: Callable[..., None]
 ) -> None:
