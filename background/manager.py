@@ -120,13 +120,16 @@ class BackgroundWorkerManager:
         with self._lock:
             if self.has_served:
                 return False
+            enabled = self.app.config["WORKERS_ENABLED"]
             try:
                 self.prepare()
             except (BackgroundError, SQLAlchemyError, OSError) as error:
-                log.error("%s", first_line(error))
-            if self.app.config["WORKERS_ENABLED"]:
+                log.log(logging.DEBUG if enabled else logging.ERROR, "%s", first_line(error))  # `start` says it too
+            if enabled:
                 serving.stop_when_told(self)
                 self.start()
+            else:
+                log.info("The background workers are off here: WORKERS_ENABLED is false")
             self._served_in = os.getpid()
             return True
 

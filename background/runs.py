@@ -112,13 +112,12 @@ class Runs:
             context.raise_if_stopping()
             _invoke(worker, context)
             context.finish()
-        except (Exception, SystemExit, asyncio.CancelledError) as error:
+        except BaseException as error:
             self._roll_back()
+            if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+                _end(context, ledger, "handed back", next_attempt=claim.attempt)  # a Ctrl-C: it reaches no other thread
+                raise
             return _unfinished(context, ledger, error)
-        except BaseException:
-            self._roll_back()
-            _end(context, ledger, "handed back", next_attempt=claim.attempt)
-            raise
         context.logger.info("Ran the tick %s in %.3f s", claim.tick.isoformat(), time.monotonic() - began)
         return "succeeded"
 

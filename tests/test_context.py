@@ -4,6 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
@@ -82,6 +83,17 @@ def test_a_system_exit_in_a_run_is_a_failure_of_the_run_alone(fleet: Fleet) -> N
 
     assert fleet.manager(Leaving).tick("leaving", NOW()).state == "failed"
     assert fleet.effects() == []
+
+
+def test_an_interrupt_that_a_run_raises_itself_is_a_failure_and_not_run_again_for_ever(fleet: Fleet) -> None:
+    class Interrupting(Hourly):
+        def do_work(self, context: WorkerContext) -> None:
+            raise KeyboardInterrupt
+
+    manager = fleet.manager(Interrupting)
+    with ThreadPoolExecutor(1) as pool:  # a Ctrl-C reaches the main thread alone
+        assert pool.submit(manager.tick, "interrupting", NOW()).result().state == "failed"
+    assert manager.ticks.ledger.look("interrupting").pending_tick is None
 
 
 def test_an_error_whose_text_no_database_can_hold_is_a_failed_run(fleet: Fleet) -> None:
