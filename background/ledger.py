@@ -314,7 +314,7 @@ class Ledger:
         first = schedule.next(after)
         if first < before:
             last = schedule.previous(before - _TICK)
-            self._record_not_run(connection, "missed", name, first, last, "no instance was up to run it")
+            self._record_not_run(connection, "missed", name, first, last, "no instance came to run it in time")
 
     def _record_not_run(
         self, connection: Connection, state: str, name: str, first: datetime, last: datetime, reason: str

@@ -125,12 +125,11 @@ def _handed_back(around: Surroundings, record: Record) -> str:
 
 
 def _missed(record: Record) -> str:
-    found = f"; at {second(record.finished_at)} one was, which catches up with the latest tick only"
+    found = f"one did at {second(record.finished_at)}, and of several that are due only the latest tick runs"
     if record.through is None or record.through == record.tick:
-        return f"was missed, as no instance was up to run it{found}"
-    return (
-        f"was missed, as no instance was up to run it between {moment(record.tick)} and {moment(record.through)}{found}"
-    )
+        return f"was missed, as no instance came to run it in time: {found}"
+    until = f"between {moment(record.tick)} and {moment(record.through)}"
+    return f"was missed, as no instance came to run it in time, nor any other tick {until}: {found}"
 
 
 def _tries(records: tuple[Record, ...]) -> str:

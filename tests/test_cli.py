@@ -524,7 +524,7 @@ def test_history_is_newest_first_and_ends_a_failure_with_its_last_line(
     flask: Callable[..., Result], manager: BackgroundWorkerManager, write: Callable[..., None]
 ) -> None:
     old = datetime(2026, 1, 1, tzinfo=UTC)
-    write("stumble", "missed", old, through=old + 15 * MINUTE, reason="no instance was up to run it")
+    write("stumble", "missed", old, through=old + 15 * MINUTE, reason="no instance came to run it in time")
     assert manager.tick("stumble", manager.history.clock())
     lines = flask("history", "stumble").stdout.splitlines()
     assert lines[0].split() == ["TICK", "STATE", "ATTEMPT", "STARTED", "TOOK", "INSTANCE", "NOTE"]

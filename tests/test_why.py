@@ -210,11 +210,11 @@ def test_a_skipped_tick_says_what_was_still_running() -> None:
     )
 
 
-def test_a_missed_tick_says_between_when_no_instance_was_up() -> None:
+def test_a_missed_tick_says_between_when_no_instance_came() -> None:
     missed = record("missed", tick=NOON - HOUR, through=NOON, finished_at=NOON + 4 * MINUTE)
     assert said(around(missed)) == (
-        "was missed, as no instance was up to run it between 2026-11-20T11:00:00Z and 2026-11-20T12:00:00Z; "
-        "at 2026-11-20T12:04:00Z one was, which catches up with the latest tick only"
+        "was missed, as no instance came to run it in time, nor any other tick between 2026-11-20T11:00:00Z and "
+        "2026-11-20T12:00:00Z: one did at 2026-11-20T12:04:00Z, and of several that are due only the latest tick runs"
     )
 
 
