@@ -84,7 +84,8 @@ class IdConverter(IntegerConverter):
 
 @login_manager.user_loader
 def load_user(user_id: str) -> User | None:
-    return svcs.flask.get(UserRepository).get(int(user_id))
+    is_an_id = user_id.isdecimal() and len(user_id) <= 18  # a cookie may be of another application with our key
+    return svcs.flask.get(UserRepository).get(int(user_id)) if is_an_id else None
 
 
 def money(cents: int) -> str:

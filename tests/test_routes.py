@@ -580,3 +580,10 @@ def test_a_page_costs_as_many_queries_for_many_rows_as_for_one(app, client, admi
     client.get("/orders")
     assert {path: queries(path) for path in paths} == with_one_row
     assert max(with_one_row.values()) <= 3
+
+
+def test_a_session_of_a_user_who_cannot_be_is_a_strangers(client):
+    for user_id in ("x", "-1", "9" * 40):
+        with client.session_transaction() as session:
+            session["_user_id"] = user_id
+        assert client.get("/account").status_code == 302, user_id
