@@ -76,7 +76,8 @@ class _Told:
 
     def __init__(self, manager: "BackgroundWorkerManager") -> None:
         self._manager = manager
-        self._heard = self._stopping = False
+        self._heard = 0
+        self._stopping = False
         self._calls: SimpleQueue[Callable[[], None]] = SimpleQueue()
         threading.Thread(target=self._call, name="workers-signals", daemon=True).start()
 
@@ -89,10 +90,10 @@ class _Told:
 
         def handle(signum: int, frame: FrameType | None) -> None:
             # Which signal is the second is decided here: `stop` may have told the runs before the first call is made.
-            insists = is_ours and (self._heard or self._stopping)
+            self._heard += 1
+            insists = is_ours and (self._heard > 1 or self._stopping)
             self._calls.put(self._manager.hurry if insists else self._manager.tell)
-            self._heard = True
-            if is_ours and self._stopping:
+            if is_ours and (self._stopping or self._heard == 2):  # the exit that the first began would trip over it
                 return
             if callable(before):
                 before(signum, frame)
