@@ -84,9 +84,9 @@ class Effects:
         assert [effect.key for effect in found] == [f"{worker}:{tick.isoformat()}" for tick in ticks]
         return found
 
-    def check_consecutive(self, period: timedelta, worker: str = "ticker") -> list[Effect]:
-        """The oracle, and no tick was left out between the first and the last."""
-        found = self.check_once(worker)
+    def check_consecutive(self, period: timedelta, since: datetime, worker: str = "ticker") -> list[Effect]:
+        """The oracle, and no tick was left out between the first one after `since` and the last."""
+        found = [effect for effect in self.check_once(worker) if effect.tick > since]
         for one, following in pairwise(found):
             assert following.tick - one.tick == period, "\n".join(map(str, self.history(worker, one.tick)))
         return found
