@@ -77,7 +77,7 @@ class Ticks:
         if state is None:
             self.ledger.register({worker.name: declared_schedule(worker)})
             state = self.ledger.look(worker.name)
-            assert state is not None  # noqa: S101 - the row was just written, and rows are never deleted
+            assert state is not None  # noqa: S101 - the row was just written
         return state
 
     def _when_due(self, worker: type[PeriodicWorker], tick: datetime, state: WorkerState) -> WorkerState:

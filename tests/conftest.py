@@ -19,6 +19,7 @@ from sqlalchemy.pool import NullPool
 from werkzeug.security import generate_password_hash
 
 from app import create_app
+from background import BackgroundWorkerManager
 from models import User, db
 
 if TYPE_CHECKING:
@@ -160,6 +161,12 @@ def close(*apps: Flask) -> None:
         with app.app_context():
             dispose()
     gc.collect()
+
+
+@pytest.fixture
+def manager(app: Flask) -> BackgroundWorkerManager:
+    manager: BackgroundWorkerManager = app.extensions["background_workers"]
+    return manager
 
 
 @pytest.fixture

@@ -81,12 +81,6 @@ def app(database_url: str) -> Iterator[Flask]:
 
 
 @pytest.fixture
-def manager(app: Flask) -> BackgroundWorkerManager:
-    manager: BackgroundWorkerManager = app.extensions["background_workers"]
-    return manager
-
-
-@pytest.fixture
 def flask(app: Flask) -> Callable[..., Result]:
     """`flask workers` with these arguments."""
 

@@ -394,12 +394,6 @@ def app(database_url: str) -> Iterator[Flask]:
 
 
 @pytest.fixture
-def manager(app: Flask) -> BackgroundWorkerManager:
-    manager: BackgroundWorkerManager = app.extensions["background_workers"]
-    return manager
-
-
-@pytest.fixture
 def write(manager: BackgroundWorkerManager) -> Callable[..., None]:
     """Write a row of tidy's history, of noon if not said otherwise."""
 
