@@ -34,6 +34,7 @@ class Membership:
         self._scheduler = Scheduler(app.config["WORKERS_THREADS"])
         self._wake_ups = WakeUps(self._scheduler, ticks, workers)
         self._heartbeat: Heartbeat | None = None
+        self._declared: dict[str, str] = {}
         self._settling: set[str] = set()
         self._pulse: Pulse | None = None
         self._ahead: set[str] = set()
@@ -147,7 +148,7 @@ class Membership:
 
     def _follow_releases(self, states: list[WorkerState]) -> None:
         """Of two releases at once the newest start declares the schedule; when it has left, those who stay do."""
-        others = [state for state in states if state.declared != str(declared_schedule(self._workers[state.name]))]
+        others = [state for state in states if state.declared != self._declared.get(state.name, state.declared)]
         gone = self._ticks.instances.gone({str(state.declared_by) for state in others}) if others else {}
         self._is_settled = not others
         if stale := [state.name for state in others if str(state.declared_by) in gone]:
@@ -155,6 +156,7 @@ class Membership:
 
     def _declare(self, names: list[str]) -> None:
         schedules = {name: declared_schedule(self._workers[name]) for name in names if name in self._workers}
+        self._declared |= {name: str(schedule) for name, schedule in schedules.items()}
         self._ticks.ledger.register(schedules, self._ticks.instance.id if self._ticks.instance else None)
 
     def _look_soon(self, state: WorkerState) -> None:
