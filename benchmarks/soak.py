@@ -1,5 +1,5 @@
-"""The promise under faults: real processes of the shop are killed, stopped and told to end, and their database is
-restarted or held or loses its connections, while workers leave one effect for each of their ticks. Then these are counted.
+"""The promise under faults, in numbers: real processes of the shop are killed, stopped and told to end, and their
+database is restarted or held or loses its connections, while its workers leave an effect for each of their ticks.
 
     python -m benchmarks.soak --engine postgresql --minutes 10 --processes 6 --seed 1
 

@@ -137,7 +137,8 @@ class Fleet:
         }
         if skew:
             environment |= {"LD_PRELOAD": str(FAKETIME), "FAKETIME": f"{skew}s", "NO_FAKE_STAT": "1"}
-            environment |= {"FAKETIME_DONT_FAKE_MONOTONIC": "1", "DONT_FAKE_MONOTONIC": "1"}
+            # Without the second, every wait for the interpreter's lock would time out at once.
+            environment |= {"FAKETIME_DONT_FAKE_MONOTONIC": "1", "FAKETIME_FORCE_MONOTONIC_FIX": "0"}
         return environment
 
     def _ended(self, life: Life) -> None:
@@ -189,11 +190,9 @@ class Fleet:
 
     def _stop(self) -> bool:
         if life := self._victim():
-            is_long = self._random.random() < 0.5
-            lease = LEASE_SECONDS
-            seconds = (
-                self._random.uniform(lease + 0.5, 2.5 * lease) if is_long else self._random.uniform(0.1, 0.6 * lease)
-            )
+            past_the_lease = self._random.random() < 0.5
+            leases = self._random.uniform(1.25, 2.5) if past_the_lease else self._random.uniform(0.05, 0.6)
+            seconds = leases * LEASE_SECONDS
             life.fault = self._did(Fault("stop", time.time(), life.pid, note=f"for {seconds:.1f} s"))
             os.kill(life.pid, signal.SIGSTOP)
             life.resumes = time.monotonic() + seconds

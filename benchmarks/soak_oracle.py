@@ -63,7 +63,7 @@ class Oracle:
                 self._done[row.worker, row.tick].append(row)
 
     def open(self, since: datetime, until: datetime) -> list[Key]:
-        """The ticks after `since`, up to `until`, that nobody has answered yet, or whose last answer is none for good."""
+        """The ticks after `since`, up to `until`, without an effect or a good reason for none."""
         return [key for key in self._ticks(since, until) if not self._done[key] and not self._excuse(key)]
 
     def judge(self, since: datetime, calm_until: datetime, until: datetime, faults: Iterable[Fault]) -> Verdict:
@@ -92,7 +92,8 @@ class Oracle:
         for row in self._effects:
             if row.worker == worker and since <= row.tick <= tick:
                 what = f"part {row.part}" if row.part else "done"
-                yield f"effect {row.id}: tick {row.tick:%H:%M:%S.%f} {what}, token {row.token}, {row.pid}, {_time(row.at)}"
+                by = f"token {row.token}, {row.pid}, {_time(row.at)}"
+                yield f"effect {row.id}: tick {row.tick:%H:%M:%S.%f} {what}, {by}"
 
     # -- each tick once ------------------------------------------------------------------------
 

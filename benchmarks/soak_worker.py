@@ -33,8 +33,13 @@ effects = Table(
     Column("at", UtcDateTime, nullable=False),
 )
 
+
+def _sleep(seconds: float) -> None:
+    threading.Event().wait(seconds)
+
+
 if "FAKETIME" in os.environ:  # libfaketime 0.9.10 makes clock_nanosleep fail, which time.sleep calls
-    time.sleep = lambda seconds: None if threading.Event().wait(seconds) else None
+    time.sleep = _sleep  # type: ignore[assignment]
 
 
 def create_app() -> Flask:
