@@ -5,10 +5,10 @@ from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, func, or_, select
+from sqlalchemy import Select, func, or_, select
 
 from .clock import now, single_statements
-from .instances import Instances
+from .instances import Instances, is_alive
 from .ledger import Ledger, WorkerState
 from .models import executions, instances, workers
 
@@ -71,6 +71,9 @@ class Seen:
     started_at: datetime
     heartbeat_at: datetime
     signed_off_at: datetime | None
+    clock_offset: float | None = None
+    """The database's clock less its host's, in seconds."""
+    is_alive: bool = True
 
     @property
     def name(self) -> str:
@@ -131,9 +134,14 @@ class History:
         """Those instances of `ids` that are not alive."""
         if not ids:
             return set()
-        alive = select(instances.c.id).where(instances.c.id.in_(ids), _is_alive)
+        alive = select(instances.c.id).where(instances.c.id.in_(ids), is_alive)
         with self._roster.connect() as connection:
             return set(ids) - set(connection.execute(alive).scalars())
+
+    def instances(self) -> list[Seen]:
+        """Those who are alive, and those who went lately; the newest first."""
+        with self._roster.connect() as connection:
+            return [Seen(*row) for row in connection.execute(_seen.order_by(instances.c.started_at.desc()))]
 
     def around(self, name: str, at: datetime | None = None) -> Surroundings:
         """What there is to know about the tick that `at` belongs to; now, if it is not given."""
@@ -175,7 +183,7 @@ class History:
         """Who is alive, oldest first, and whoever was seen last."""
         newest = instances.c.heartbeat_at.desc()
         with self._roster.connect() as connection:
-            living = connection.execute(_seen.where(_is_alive).order_by(instances.c.started_at)).all()
+            living = connection.execute(_seen.where(is_alive).order_by(instances.c.started_at)).all()
             last = connection.execute(_seen.order_by(newest).limit(1)).one_or_none()
         return tuple(Seen(*row) for row in living), (Seen(*last) if last else None)
 
@@ -197,6 +205,4 @@ def _of(name: str) -> Select[Any]:
     return select(executions, now().label("clock")).where(executions.c.worker == name)
 
 
-_is_alive: ColumnElement[bool] = (instances.c.expires_at > now()) & instances.c.signed_off_at.is_(None)
-
-_seen = select(*(instances.c[field.name] for field in fields(Seen)))
+_seen: Select[Any] = select(*(instances.c[field.name] for field in fields(Seen)[:-1]), is_alive)

@@ -105,13 +105,15 @@ def write(manager: BackgroundWorkerManager) -> Callable[..., None]:
     return write
 
 
-def leave_behind(manager: BackgroundWorkerManager, name: str, tick: datetime, seconds_ago: float = 60) -> None:
-    """A run of the tick, on an instance whose power was cut that long ago."""
+def leave_behind(manager: BackgroundWorkerManager, name: str, tick: datetime, lease: float = -60) -> None:
+    """A run of the tick, on an instance that has that much left of its lease: its power was cut a minute ago."""
     manager.ticks.look(manager.workers[name])
-    long_ago = manager.history.clock() - timedelta(seconds=seconds_ago)
+    clock = manager.history.clock()
+    expires_at = clock + timedelta(seconds=lease)
+    long_ago = min(clock, expires_at)
     with manager.ticks.instances.engine.begin() as connection:
         row = {"id": "dead", "host": "far", "pid": 7, "started_at": long_ago, "heartbeat_at": long_ago}
-        connection.execute(insert(instances).values(**row, expires_at=long_ago))
+        connection.execute(insert(instances).values(**row, expires_at=expires_at))
     assert manager.ticks.ledger.claim(
         name, tick, manager.ticks.look(manager.workers[name]).schedule_text, ("dead", "far:7")
     )
@@ -120,6 +122,25 @@ def leave_behind(manager: BackgroundWorkerManager, name: str, tick: datetime, se
 def due(manager: BackgroundWorkerManager, name: str) -> datetime:
     state = manager.ticks.look(manager.workers[name])
     return state.schedule.previous(state.clock)
+
+
+# -- instances -----------------------------------------------------------------------------------
+
+
+def test_the_instances_are_shown_with_what_they_hold_and_their_clocks(
+    flask: Callable[..., Result], manager: BackgroundWorkerManager
+) -> None:
+    assert "No instance was here" in flask("instances").stdout
+    leave_behind(manager, "greet", due(manager, "greet"))
+    instance = manager.ticks.sign_on()
+    instance.clock_offset = timedelta(seconds=-7)
+    manager.ticks.instances.beat(instance)
+    header, ours, theirs = flask("instances").stdout.splitlines()
+    assert header.split() == ["INSTANCE", "STATE", "STARTED", "HEARTBEAT", "CLOCK", "HOLDS"]
+    assert re.match(rf"{re.escape(instance.name)} +alive .*\+7.000 s$", ours)
+    assert re.match(r"far:7 +lost .* greet$", theirs)
+    (row,) = [row for row in json.loads(flask("instances", "--json").stdout) if row["is_alive"]]
+    assert (row["pid"], row["clock_offset"], row["holds"]) == (instance.pid, -7, [])
 
 
 # -- list ----------------------------------------------------------------------------------------
@@ -353,7 +374,7 @@ def test_trigger_runs_a_worker_now_and_says_what_became_of_it(flask: Callable[..
 def test_trigger_of_a_running_worker_says_where_it_runs(
     flask: Callable[..., Result], manager: BackgroundWorkerManager
 ) -> None:
-    leave_behind(manager, "greet", due(manager, "greet"), seconds_ago=-60)
+    leave_behind(manager, "greet", due(manager, "greet"), lease=60)
     assert re.search(
         r"Not run: greet is running already, the tick \S+ on far:7", flask("trigger", "greet", code=1).stdout
     )

@@ -2,9 +2,9 @@
 
 import logging
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import timedelta
 
 import pytest
@@ -15,6 +15,7 @@ from sqlalchemy import Connection, event, insert, select, text
 from sqlalchemy.exc import IntegrityError, OperationalError
 
 from background import BackgroundWorkerManager, ClaimLost, WorkerContext, current_workers
+from background.clock import steady
 from background.instances import Instance
 from background.worker import declared_schedule
 from models import Book, UserRepository, db
@@ -96,8 +97,11 @@ def test_an_interrupt_that_a_run_raises_itself_is_a_failure_and_not_run_again_fo
     assert manager.ticks.ledger.look("interrupting").pending_tick is None
 
 
-def test_an_error_whose_text_no_database_can_hold_is_a_failed_run(fleet: Fleet) -> None:
+def test_an_error_whose_text_no_database_can_hold_is_a_failed_run(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It quotes the name of a file, say, which can be any bytes."""
+    monkeypatch.setattr(logging.getLogger("background.quoting"), "disabled", True)  # nor can a report of pytest-xdist
 
     class Quoting(Hourly):
         def do_work(self, context: WorkerContext) -> None:
@@ -262,6 +266,55 @@ def test_a_run_whose_connection_breaks_has_failed_and_the_next_tick_runs(fleet: 
     assert len(fleet.effects()) == 1
 
 
+def test_a_run_whose_database_goes_away_is_run_again_as_the_next_attempt(fleet: Fleet) -> None:
+    if fleet.engine.dialect.name == "sqlite":
+        return  # which has no server to lose
+
+    class Unplugged(Hourly):
+        max_attempts = 2
+
+        def do_work(self, context: WorkerContext) -> None:
+            effect(context)
+            own = context.session.scalar(text("SELECT pg_backend_pid()"))
+            with fleet.engine.begin() as connection:
+                connection.execute(text("SELECT pg_terminate_backend(:own)"), {"own": own})
+            try:
+                context.session.execute(text("SELECT 1"))
+            except OperationalError as error:
+                raise RuntimeError("no answer") from error
+
+    manager = fleet.manager(Unplugged)
+    assert manager.tick("unplugged", NOW()).state == "lost"
+    assert fleet.row("unplugged").pending_tick == NOW()
+    assert manager.tick("unplugged", NOW()).state == "lost"
+    assert (fleet.states(), fleet.row("unplugged").pending_tick) == (["lost", "lost"], None)
+    assert "its database connection broke" in fleet.executions()[0].reason
+    assert fleet.effects() == []
+
+
+def test_a_service_that_commits_when_it_is_closed_is_refused_after_the_run_is_lost(fleet: Fleet) -> None:
+    class Late:
+        pass
+
+    def make() -> Iterator[Late]:
+        yield Late()
+        db.session.commit()
+
+    class Serviced(Hourly):
+        def do_work(self, context: WorkerContext) -> None:
+            context.services.get(Late)
+            effect(context)
+            context.session.flush()
+            fleet.take_over("serviced")
+            context.raise_if_stopping()
+
+    manager = fleet.manager(Serviced)
+    svcs.flask.register_factory(manager.app, Late, make)
+    with suppress(ClaimLost):
+        manager.tick("serviced", NOW())
+    assert fleet.effects() == []
+
+
 # -- what a run is given ---------------------------------------------------------------------------
 
 
@@ -397,7 +450,7 @@ def test_past_the_deadline_the_commit_is_refused_without_asking_the_database(fle
     class Late(Hourly):
         def do_work(self, context: WorkerContext) -> None:
             effect(context)
-            context.instance.deadline = time.monotonic()
+            context.instance.deadline = steady()
             with pytest.raises(ClaimLost, match="could not renew the lease in time"):
                 context.commit()
             assert context.stopping
@@ -634,7 +687,7 @@ def test_an_instance_that_comes_back_after_its_lease_begins_anew(fleet: Fleet) -
     manager.start()
     wait_until(lambda: fleet.states() == ["succeeded"], "the run")
     first = manager.ticks.instance
-    first.deadline = time.monotonic()
+    first.deadline = steady()
     wait_until(lambda: manager.ticks.instance is not first and manager.ticks.instance.is_alive, "the new life")
     with manager.ticks.instances.engine.connect() as connection:
         assert connection.scalar(select(text("count(*) FROM background_instances"))) >= 2

@@ -199,6 +199,17 @@ def test_thirty_days_down_are_one_run_and_one_missed_row(fleet: Fleet) -> None:
     assert len(fleet.effects()) == 2
 
 
+def test_a_tick_that_is_skipped_after_a_gap_leaves_a_missed_row_for_the_gap(fleet: Fleet) -> None:
+    manager = fleet.manager(Hourly)
+    manager.tick("hourly", last_hour())
+    fleet.set("hourly", mark=last_hour() - 5 * HOUR, scheduled_at=last_hour() - 9 * HOUR)
+    manager.pause("hourly")
+    assert manager.tick("hourly", last_hour()) is None
+    _, missed, skipped = fleet.executions("hourly")
+    assert (missed.state, missed.tick, missed.through) == ("missed", last_hour() - 4 * HOUR, last_hour() - HOUR)
+    assert (skipped.state, skipped.tick) == ("skipped", last_hour())
+
+
 def test_consecutive_ticks_miss_nothing(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
     for hours in (2, 1, 0):
