@@ -16,7 +16,7 @@ from background.sqlite import prepare
 
 from .soak_proxy import Proxy, has_line
 
-PROBE_SECONDS = 0.05
+PROBE_SECONDS = 0.1
 NOTED_SECONDS = 0.15  # shorter absences are any database's
 OWN = "soak"  # this program's connections, which it does not cut
 
@@ -49,8 +49,7 @@ class Sqlite:
 
     def is_there(self) -> bool:
         try:
-            self._probe.execute("BEGIN IMMEDIATE")
-            self._probe.execute("ROLLBACK")
+            self._probe.executescript("BEGIN IMMEDIATE; ROLLBACK")
         except sqlite3.OperationalError:
             return False
         return True
