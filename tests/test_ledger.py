@@ -32,6 +32,13 @@ def test_a_tick_below_the_mark_is_refused_though_its_history_is_pruned(fleet: Fl
     assert fleet.executions() == []
 
 
+def test_a_claim_that_comes_after_the_tick_ran_is_refused_though_it_looked_before(fleet: Fleet) -> None:
+    manager = fleet.manager(Hourly)
+    schedule = manager.ticks.look(Hourly).schedule_text
+    assert manager.tick("hourly", last_hour()).state == "succeeded"
+    assert manager.ticks.ledger.claim("hourly", last_hour(), schedule, ("late", "elsewhere:1")) is None
+
+
 def test_a_future_tick_is_not_run_early(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
     assert manager.tick("hourly", datetime.now(UTC) + 2 * HOUR) is None
