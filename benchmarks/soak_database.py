@@ -16,8 +16,7 @@ from background.sqlite import prepare
 
 from .soak_proxy import Proxy, has_line
 
-PROBE_SECONDS = 0.1
-NOTED_SECONDS = 0.15  # shorter absences are any database's
+PROBE_SECONDS = 0.05
 OWN = "soak"  # this program's connections, which it does not cut
 
 
@@ -25,6 +24,7 @@ class Sqlite:
     """One file. Its trouble: somebody else holds the write lock."""
 
     faults = ("hold",)
+    noted_seconds = 0.25  # any writer holds the lock for a shorter while
     can_skew = False  # its clock is the host's
     proxy = None
 
@@ -62,6 +62,7 @@ class Postgresql:
     """A server of its own. Its trouble: it restarts, in both ways, and connections are cut."""
 
     faults = ("cut", "cut", "cut", "cut", "restart")
+    noted_seconds = 0.1
     can_skew = True
 
     def __init__(self, folder: Path, processes: int) -> None:
@@ -138,7 +139,7 @@ class Watch:
         while not self._stopped.wait(PROBE_SECONDS):
             is_there = self._database.is_there()
             if is_there:
-                if not was_there and time.time() - seen > NOTED_SECONDS:
+                if not was_there and time.time() - seen > self._database.noted_seconds:
                     self._absences.append((seen, time.time()))
                 seen = time.time()
             was_there = is_there

@@ -12,7 +12,7 @@ from sqlalchemy import Engine, Row, select
 from background.models import executions
 from background.schedule import Every
 
-from .soak_fleet import LEASE_SECONDS, Fault
+from .soak_fleet import HEARTBEAT_SECONDS, LEASE_SECONDS, Fault
 from .soak_worker import effects, workers
 
 Key = tuple[str, datetime]
@@ -198,7 +198,9 @@ class Oracle:
                     self._take_time(verdict, key, fault, seconds)
 
     def _take_time(self, verdict: Verdict, key: Key, fault: Fault, seconds: float) -> None:
-        if any(gone < fault.at + seconds and fault.at < back for gone, back in self._absences):
+        # Before the lease may have run out, nobody asks.
+        matters = fault.at if fault.kind == "term" else fault.at + LEASE_SECONDS - 2 * HEARTBEAT_SECONDS
+        if any(gone < fault.at + seconds and matters < back for gone, back in self._absences):
             verdict.excused.append(seconds)
             return
         times, most = {
