@@ -1,0 +1,135 @@
+"""A wire between the shop and PostgreSQL that the tests can cut, clog, and lose the reply to a COMMIT on."""
+
+import select
+import socket
+import threading
+from contextlib import suppress
+
+from sqlalchemy import URL
+
+_CHUNK = 65_536
+
+
+class Wire(threading.Thread):
+    """One connection through the proxy: this thread carries what the client sends, another the answers."""
+
+    def __init__(self, proxy: "Proxy", client: socket.socket) -> None:
+        super().__init__(daemon=True)
+        self.proxy, self.client, self.server = proxy, client, socket.socket(socket.AF_UNIX)
+        self.swallows = False
+        self._sent, self._reply_is_lost = b"", False
+
+    def run(self) -> None:
+        answers = threading.Thread(target=self._carry, args=(self.server, self.client), daemon=True)
+        try:
+            self.server.connect(self.proxy.server)
+            answers.start()
+            self._carry(self.client, self.server)
+            answers.join()
+        except OSError:  # PostgreSQL is not there
+            self.cut()
+        self.client.close()
+        self.server.close()
+
+    def cut(self) -> None:
+        for end in (self.client, self.server):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def half_open(self) -> None:
+        """The server is gone, and the client is not told."""
+        self.swallows = True
+        with suppress(OSError):
+            self.server.shutdown(socket.SHUT_RDWR)
+
+    def _carry(self, source: socket.socket, target: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(_CHUNK):
+                if self._reply_is_lost:  # this is it, so the server has committed
+                    break
+                if source is self.client:
+                    self._watch(data)
+                if not self.swallows:
+                    target.sendall(data)
+        if not self.swallows:
+            self.cut()
+
+    def _watch(self, data: bytes) -> None:
+        """Called with what the client sends, before the server has it."""
+        self._sent += data
+        if b"COMMIT\0" in data:
+            self._reply_is_lost = self.proxy.loses_reply_to(self._sent)
+            self._sent = b""
+
+
+class Proxy:
+    """Listens on 127.0.0.1 at `url`, and forwards to the unix socket of the server at the URL it is given."""
+
+    def __init__(self, url: URL) -> None:
+        self.server = f"{url.query['host']}/.s.PGSQL.{url.port or 5432}"
+        self._lost: bytes | None = None
+        self._has_lost = threading.Event()
+        self._swallows = self._refuses = False
+        self._wires: list[Wire] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._closed, self._closing = socket.socketpair()
+        plain = {"sslmode": "disable", "gssencmode": "disable"}  # so that a COMMIT can be read
+        self.url = url.set(host="127.0.0.1", port=self._listener.getsockname()[1], query=plain)
+        self._thread = threading.Thread(target=self._accept, daemon=True)
+        self._thread.start()
+
+    def lose_reply(self, statement: bytes) -> threading.Event:
+        """Lose the reply to the next COMMIT of a transaction with such a `statement`; returns the sign of that."""
+        self._lost, self._has_lost = statement, threading.Event()
+        return self._has_lost
+
+    def loses_reply_to(self, sent: bytes) -> bool:
+        if self._lost is None or self._lost not in sent:
+            return False
+        self._lost = None
+        self._has_lost.set()
+        return True
+
+    def cut(self) -> None:
+        """End every connection, as a server does that restarts."""
+        for wire in self._wires:
+            wire.cut()
+
+    def refuse(self) -> None:
+        """End every connection, and each new one at once, until `heal`."""
+        self._refuses = True
+        self.cut()
+
+    def half_open(self) -> None:
+        """End every connection, and tell the server only."""
+        for wire in self._wires:
+            wire.half_open()
+
+    def black_hole(self) -> None:
+        """Swallow what passes on every connection, and on each new one until `heal`; nobody is told anything."""
+        self._swallows = True
+        for wire in self._wires:
+            wire.swallows = True
+
+    def heal(self) -> None:
+        """Forward new connections again; what was swallowed is never heard of again."""
+        self._swallows = self._refuses = False
+
+    def close(self) -> None:
+        self._closing.close()
+        self._thread.join()
+        self.black_hole()
+        self.cut()
+        for wire in self._wires:
+            wire.join()
+        self._listener.close()
+        self._closed.close()
+
+    def _accept(self) -> None:
+        while self._closed not in select.select([self._listener, self._closed], [], [])[0]:
+            wire = Wire(self, self._listener.accept()[0])
+            wire.swallows = self._swallows
+            self._wires.append(wire)
+            if self._refuses:
+                wire.cut()
+            wire.start()

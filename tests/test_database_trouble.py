@@ -1,0 +1,317 @@
+"""The database goes away, hangs, loses a reply or refuses: nothing is run on doubt, and the next tick runs."""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from conftest import administer, close, text
+from effects import Effects, leave
+from fleet import PATIENCE, make_app, wait_until
+from proxy import Proxy
+from servers import PostgreSQL
+from sqlalchemy import URL, create_engine, make_url, select, text as sql
+from sqlalchemy.pool import NullPool
+
+from background import BackgroundWorkerManager, ClaimLost, PeriodicWorker, WorkerContext
+from background import models as tables
+
+PERIOD = timedelta(seconds=0.5)
+LEASE = 1.5
+
+Join = Callable[..., BackgroundWorkerManager]
+
+
+class Ticker(PeriodicWorker):
+    period = PERIOD
+
+    def do_work(self, context: WorkerContext) -> None:
+        leave(context, os.getpid())
+
+
+class Daily(PeriodicWorker):
+    """Leaves its effect, and waits to be let go before it ends."""
+
+    period = timedelta(days=1)
+    began: threading.Semaphore
+    go_on: threading.Event
+
+    def do_work(self, context: WorkerContext) -> None:
+        leave(context, os.getpid())
+        self.began.release()
+        assert self.go_on.wait(PATIENCE)
+
+
+@pytest.fixture
+def daily() -> type[Daily]:
+    return type("Daily", (Daily,), {"began": threading.Semaphore(0), "go_on": threading.Event()})
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[PostgreSQL]:
+    server = PostgreSQL()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def url(server: PostgreSQL) -> URL:
+    return server.database()
+
+
+@pytest.fixture
+def proxy(url: URL) -> Iterator[Proxy]:
+    proxy = Proxy(url)
+    yield proxy
+    proxy.close()
+
+
+@pytest.fixture
+def effects(url: URL) -> Effects:
+    return Effects(text(url))
+
+
+@pytest.fixture
+def join(request: pytest.FixtureRequest) -> Iterator[Join]:
+    """Start one more instance, in this process, on the database of the URL."""
+    apps = []
+
+    def start(url: URL | str, *workers: type[PeriodicWorker], **config: Any) -> BackgroundWorkerManager:
+        name = url if isinstance(url, str) else text(url)
+        apps.append(make_app(name, *workers, WORKERS_LEASE_SECONDS=LEASE, WORKERS_SHUTDOWN_SECONDS=2, **config))
+        manager: BackgroundWorkerManager = apps[-1].extensions["background_workers"]
+        manager.start()
+        return manager
+
+    yield start
+    for app in apps:
+        app.extensions["background_workers"].stop()
+    wait_until(lambda: not [t for t in threading.enumerate() if t.name.startswith("workers-")], "the threads' end")
+    close(*apps)
+
+
+def runs_on(effects: Effects, more: int = 3) -> None:
+    count = len(effects.ticks())
+    wait_until(lambda: len(effects.ticks()) >= count + more, f"{more} more runs")
+
+
+def answers(effects: Effects, worker: str = "ticker") -> list[datetime]:
+    """The ticks that the ledger says something about, each as often as it does."""
+    found = []
+    for row in effects.history(worker, datetime.min.replace(tzinfo=UTC)):
+        if row["state"] in ("succeeded", "missed", "skipped"):
+            tick = row["tick"]
+            while tick <= (row["through"] or row["tick"]):
+                found.append(tick)
+                tick += PERIOD
+    return found
+
+
+def check_answered(effects: Effects) -> None:
+    """No tick twice, early or out of order, and each has an answer, from the first run to the last."""
+    ran = effects.check_once()
+    answered = [tick for tick in answers(effects) if ran[0].tick <= tick <= ran[-1].tick]
+    assert sorted(answered) == [ran[0].tick + n * PERIOD for n in range((ran[-1].tick - ran[0].tick) // PERIOD + 1)]
+
+
+@pytest.mark.parametrize("mode", ["fast", "immediate"])
+def test_a_restart_of_the_database_in_mid_run_is_a_lost_attempt_and_the_tick_is_run_again(
+    server: PostgreSQL, url: URL, effects: Effects, join: Join, daily: type[Daily], mode: str
+) -> None:
+    for _ in range(2):
+        join(url, daily, Ticker)
+    assert daily.began.acquire(timeout=PATIENCE)
+    runs_on(effects, 2)
+    server.stop(mode)
+    server.start()
+    daily.go_on.set()
+    wait_until(lambda: effects.all("daily"), "the second attempt")
+    assert effects.states("daily") == [("lost", 1), ("succeeded", 2)]
+    assert [effect.attempt for effect in effects.check_once("daily")] == [2]
+    runs_on(effects)
+    check_answered(effects)
+
+
+def test_nothing_is_claimed_while_the_database_is_away_and_the_next_tick_runs_when_it_is_back(
+    server: PostgreSQL, url: URL, effects: Effects, join: Join
+) -> None:
+    managers = [join(url, Ticker) for _ in range(2)]
+    runs_on(effects)
+    server.stop("immediate")
+    away, back = datetime.now(UTC), time.monotonic() + 2 * PERIOD.total_seconds()
+    wait_until(lambda: time.monotonic() > back, "two ticks")
+    server.start()
+    runs_on(effects)
+    assert all(manager.ticks.instance is not None for manager in managers)
+    check_answered(effects)
+    assert not [tick for tick in effects.ticks() if away + PERIOD < tick < away + 1.5 * PERIOD]
+
+
+def test_a_start_without_a_database_waits_for_it(
+    proxy: Proxy, effects: Effects, join: Join, caplog: pytest.LogCaptureFixture
+) -> None:
+    proxy.refuse()
+    join(proxy.url, Ticker)
+    wait_until(lambda: "The workers cannot start yet" in caplog.text, "the warning")
+    assert effects.ticks() == []
+    proxy.heal()
+    runs_on(effects)
+    check_answered(effects)
+
+
+def test_connections_that_are_terminated_again_and_again_repeat_no_effect_and_leave_no_tick_unanswered(
+    server: PostgreSQL, url: URL, effects: Effects, join: Join
+) -> None:
+    for _ in range(2):
+        join(url, Ticker)
+    runs_on(effects, 1)
+    theirs = f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{url.database}'"
+    for cut in range(5):
+        threading.Event().wait(0.37 + 0.1 * cut)  # at another phase each time
+        administer(server.url, theirs)
+    runs_on(effects)
+    check_answered(effects)
+
+
+@pytest.mark.parametrize("heals", [True, False], ids=["once", "for longer than the lease"])
+def test_connections_that_are_cut_are_made_anew(proxy: Proxy, effects: Effects, join: Join, heals: bool) -> None:
+    manager = join(proxy.url, Ticker)
+    runs_on(effects, 1)
+    instance = manager.ticks.instance
+    assert instance is not None
+    proxy.refuse()
+    if not heals:
+        wait_until(lambda: not instance.is_alive, "the end of the lease")
+    proxy.heal()
+    runs_on(effects)
+    check_answered(effects)
+
+
+def test_a_claim_whose_reply_was_lost_is_run_all_the_same_and_once(
+    url: URL, proxy: Proxy, effects: Effects, join: Join, daily: type[Daily]
+) -> None:
+    daily.go_on.set()
+    lost = proxy.lose_reply(b"INSERT INTO background_executions")
+    join(proxy.url, daily)
+    assert lost.wait(PATIENCE)
+    began = time.monotonic()
+    wait_until(lambda: effects.all("daily"), "the run")
+    assert time.monotonic() - began < LEASE + 5
+    assert effects.states("daily") == [("handed back", 1), ("succeeded", 1)]
+    assert len(effects.check_once("daily")) == 1
+
+
+def test_a_run_whose_last_reply_was_lost_has_succeeded_and_is_not_run_again(
+    proxy: Proxy, effects: Effects, join: Join, daily: type[Daily], caplog: pytest.LogCaptureFixture
+) -> None:
+    daily.go_on.set()
+    lost = proxy.lose_reply(b"INSERT INTO effects")
+    join(proxy.url, daily)
+    assert lost.wait(PATIENCE)
+    wait_until(lambda: "Succeeded at the tick" in caplog.text, "the run's end")
+    join(proxy.url, daily, Ticker)
+    runs_on(effects)
+    assert effects.states("daily") == [("succeeded", 1)]
+    assert len(effects.check_once("daily")) == 1
+
+
+def test_who_is_in_a_black_hole_is_told_refused_taken_over_and_works_again_after_it(
+    url: URL, proxy: Proxy, effects: Effects, join: Join
+) -> None:
+    heard: list[str] = []
+    working = threading.Event()
+
+    class Listener(PeriodicWorker):
+        period = timedelta(days=1)
+
+        def do_work(self, context: WorkerContext) -> None:
+            leave(context, os.getpid())
+            if context.attempt > 1:
+                return
+            working.set()
+            assert context.stopping.wait(PATIENCE)
+            heard.append("told")
+            try:
+                context.commit()
+            except ClaimLost:
+                heard.append("refused")
+                raise
+
+    inside = join(proxy.url, Listener, Ticker)
+    assert working.wait(PATIENCE)
+    outside = join(url, Listener, Ticker)
+    wait_until(lambda: outside.ticks.instance, "the joining")
+    first = inside.ticks.instance
+    began = time.monotonic()
+    proxy.black_hole()
+    wait_until(lambda: effects.all("listener"), "the taking over")
+    assert time.monotonic() - began < LEASE + 1 + 2  # and what a busy machine adds
+    wait_until(lambda: heard == ["told", "refused"], "the refusal")
+    assert effects.states("listener") == [("lost", 1), ("succeeded", 2)]
+    runs_on(effects)
+    proxy.heal()
+    wait_until(lambda: (now := inside.ticks.instance) and now is not first and now.is_alive, "the new life")
+    outside.stop()
+    runs_on(effects)
+    assert len(effects.check_once("listener")) == 1
+    check_answered(effects)
+
+
+def test_connections_that_only_the_server_knows_to_be_gone_are_made_anew(
+    proxy: Proxy, effects: Effects, join: Join
+) -> None:
+    join(proxy.url, Ticker)
+    runs_on(effects)
+    proxy.half_open()
+    runs_on(effects)
+    check_answered(effects)
+
+
+@pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE"])
+def test_a_run_that_cannot_be_serialised_has_failed_and_the_next_one_runs(
+    url: URL, effects: Effects, join: Join, level: str
+) -> None:
+    class Strict(PeriodicWorker):
+        period = PERIOD
+        conflicts = 1
+
+        def do_work(self, context: WorkerContext) -> None:
+            context.session.connection(execution_options={"isolation_level": level})
+            count = "UPDATE background_workers SET previous_mark = previous_mark WHERE name = 'counted'"
+            context.session.execute(sql("SELECT 1 FROM users")).all()
+            if Strict.conflicts:
+                Strict.conflicts -= 1
+                administer(url, count)
+            context.session.execute(sql(count))
+            leave(context, os.getpid())
+
+    administer(
+        url,
+        "INSERT INTO background_workers (name, schedule, declared, scheduled_at) VALUES ('counted', '', '', now())",
+    )
+    join(url, Strict)
+    wait_until(lambda: len(effects.ticks("strict")) >= 3, "three runs")
+    assert [state for state, _ in effects.states("strict")][:3] == ["failed", "succeeded", "succeeded"]
+    assert "could not serialize access" in str(effects.history("strict", datetime.min.replace(tzinfo=UTC))[0]["reason"])
+    effects.check_once("strict")
+
+
+def test_whoever_holds_the_write_lock_of_sqlite_makes_ticks_late_but_takes_no_lease(
+    sqlite_url: str, join: Join
+) -> None:
+    effects = Effects(sqlite_url)
+    managers = [join(sqlite_url, Ticker) for _ in range(2)]
+    runs_on(effects)
+    instances = [manager.ticks.instance for manager in managers]
+    writer = create_engine(sqlite_url, poolclass=NullPool)
+    with writer.connect() as stalled:
+        stalled.exec_driver_sql("BEGIN IMMEDIATE")
+        until = [instance.deadline + LEASE for instance in instances if instance]
+        wait_until(lambda: all(i and i.deadline > u for i, u in zip(instances, until, strict=True)), "two leases")
+    runs_on(effects)
+    assert [manager.ticks.instance for manager in managers] == instances
+    assert {state for state, _ in effects.states("ticker")} <= {"succeeded", "missed", "skipped"}
+    check_answered(effects)
