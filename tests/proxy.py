@@ -118,10 +118,10 @@ class Proxy:
     def close(self) -> None:
         self._closing.close()
         self._thread.join()
-        self.black_hole()
-        self.cut()
         for wire in self._wires:
-            wire.join()
+            while wire.is_alive():
+                wire.cut()
+                wire.join(0.1)
         self._listener.close()
         self._closed.close()
 
