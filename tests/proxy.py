@@ -112,8 +112,11 @@ class Proxy:
             wire.swallows = True
 
     def heal(self) -> None:
-        """Forward new connections again; what was swallowed is never heard of again."""
+        """Forward new connections again, and end those that something was swallowed of."""
         self._swallows = self._refuses = False
+        for wire in self._wires:
+            if wire.swallows:
+                wire.cut()
 
     def close(self) -> None:
         self._closing.close()

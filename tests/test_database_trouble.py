@@ -63,7 +63,7 @@ def url(server: PostgreSQL) -> URL:
 
 
 @pytest.fixture
-def proxy(url: URL) -> Iterator[Proxy]:
+def proxy(url: URL, join: Join) -> Iterator[Proxy]:  # closed before the instances are: nothing can hang in it
     proxy = Proxy(url)
     yield proxy
     proxy.close()
@@ -263,7 +263,7 @@ def test_who_is_in_a_black_hole_is_told_refused_taken_over_and_works_again_after
 def test_connections_that_only_the_server_knows_to_be_gone_are_made_anew(
     proxy: Proxy, effects: Effects, join: Join
 ) -> None:
-    join(proxy.url, Ticker)
+    join(proxy.url, Ticker, SQLALCHEMY_ENGINE_OPTIONS={"poolclass": NullPool})  # TCP's own time-outs save a pool
     runs_on(effects)
     proxy.half_open()
     runs_on(effects)
