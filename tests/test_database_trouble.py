@@ -1,6 +1,8 @@
 """The database goes away, hangs, loses a reply or refuses: nothing is run on doubt, and the next tick runs."""
 
 import os
+import resource
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,8 +13,9 @@ import pytest
 from conftest import administer, close, text
 from effects import Effects, leave
 from fleet import PATIENCE, make_app, wait_until
+from processes import environment, eventually, flask, started
 from proxy import Proxy
-from servers import PostgreSQL
+from servers import PGBOUNCER, PostgreSQL, pooler
 from sqlalchemy import URL, create_engine, make_url, select, text as sql
 from sqlalchemy.pool import NullPool
 
@@ -21,6 +24,7 @@ from background import models as tables
 
 PERIOD = timedelta(seconds=0.5)
 LEASE = 1.5
+WORKERS_RUN = flask("workers", "run")
 
 Join = Callable[..., BackgroundWorkerManager]
 
@@ -315,3 +319,78 @@ def test_whoever_holds_the_write_lock_of_sqlite_makes_ticks_late_but_takes_no_le
     assert [manager.ticks.instance for manager in managers] == instances
     assert {state for state, _ in effects.states("ticker")} <= {"succeeded", "missed", "skipped"}
     check_answered(effects)
+
+
+def test_a_disk_that_takes_nothing_more_costs_ticks_and_not_the_instance(sqlite_url: str) -> None:
+    effects = Effects(sqlite_url)
+    with started(WORKERS_RUN, environment(sqlite_url, PROBE_PERIOD=PERIOD.total_seconds())) as process:
+        process.wait_for("joined")
+        runs_on(effects)
+        unlimited = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (0, unlimited[1]))
+        process.wait_for("cannot claim the tick|Failed at the tick|Lost the tick", times=2)
+        process.wait_for("No heartbeat")
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, unlimited)
+        runs_on(effects)
+        process.signal(signal.SIGTERM)
+        assert process.wait() == 0
+        assert "Exception in thread" not in process.output
+    check_answered(effects)
+
+
+@pytest.fixture
+def pooled(server: PostgreSQL, effects: Effects) -> Iterator[str]:
+    """The URL of the test's database behind a pooler with two connections to it."""
+    if PGBOUNCER is None:
+        pytest.skip("needs pgbouncer")
+    with pooler(make_url(effects.url), connections=2) as url:
+        yield text(url)
+
+
+def test_a_transaction_mode_pooler_may_stand_before_the_database(pooled: str, effects: Effects) -> None:
+    env = environment(pooled, PROBE_PERIOD=PERIOD.total_seconds())
+    with started(WORKERS_RUN, env) as one, started(WORKERS_RUN, env) as other:
+        for process in (one, other):
+            process.wait_for("joined")
+        since = datetime.now(UTC)
+        runs_on(effects, 8)
+        assert_nothing_is_left_on_its_connections(pooled)
+        for process in (one, other):
+            process.signal(signal.SIGTERM)
+            assert process.wait() == 0
+            assert "WARNING" not in process.output
+            assert "ERROR" not in process.output
+    assert len(effects.check_consecutive(PERIOD, since)) >= 6
+
+
+def assert_nothing_is_left_on_its_connections(pooled: str) -> None:
+    """No setting of a session, and no prepared statement, on any of the few connections that everybody gets."""
+    names = (
+        "lock_timeout",
+        "statement_timeout",
+        "idle_in_transaction_session_timeout",
+        "default_transaction_isolation",
+    )
+    engine = create_engine(pooled, poolclass=NullPool, connect_args={"prepare_threshold": None})
+    seen = set()
+    for _ in range(20):
+        with engine.connect() as connection:
+            seen.add(connection.scalar(sql("SELECT pg_backend_pid()")))
+            values = [connection.scalar(sql(f"SHOW {name}")) for name in names]
+            assert values == ["0", "0", "0", "read committed"]
+            assert connection.scalar(sql("SELECT count(*) FROM pg_prepared_statements")) == 0
+    assert len(seen) <= 2
+
+
+def test_behind_a_pooler_a_killed_process_is_taken_over(pooled: str, effects: Effects) -> None:
+    env = environment(pooled, PROBE_WORKERS="listener", WORKERS_LEASE_SECONDS=LEASE)
+    with started(WORKERS_RUN, env) as one:
+        one.wait_for("The listener began")
+        with started(WORKERS_RUN, env | {"PROBE_SECONDS": "0.1"}) as other:
+            other.wait_for("joined")
+            one.signal(signal.SIGKILL)
+            killed = time.monotonic()
+            assert eventually(lambda: effects.ticks("listener"))
+            assert time.monotonic() - killed < LEASE + 1 + 2  # and what a busy machine adds
+    assert effects.states("listener") == [("lost", 1), ("succeeded", 2)]
+    effects.check_once("listener")
