@@ -88,6 +88,7 @@ class Membership:
     def _enter(self) -> bool:
         """Sign on, and keep the lease; False where `leave` came first."""
         instance = self._ticks.sign_on()
+        _warn_of_offset(instance, timedelta())
         with self._entering:
             if self._left:
                 self._ticks.sign_off(instance)
@@ -210,8 +211,7 @@ class Membership:
             self._ticks.instance = instance = Instance(instance.lease, clock_offset=instance.clock_offset)
         offset, before = instance.clock_offset, self._pulse
         self._pulse = self._ticks.instances.beat(instance)
-        if abs(instance.clock_offset) > _OFFSET_WARNED >= abs(offset):
-            log.warning("This host's clock is %+.1f s off the database's", -instance.clock_offset.total_seconds())
+        _warn_of_offset(instance, offset)
         rearm = self._pulse.was_set or abs(instance.clock_offset - offset) > _OFFSET_REARMED
         if rearm or self._pulse != before or self._pulse.is_busy or not self._is_settled:
             self.refresh(rearm)
@@ -227,6 +227,11 @@ class Membership:
     def _lost(self) -> None:
         if self._ticks.instance is not None:
             self._ticks.lose(self._ticks.instance)
+
+
+def _warn_of_offset(instance: Instance, before: timedelta) -> None:
+    if abs(instance.clock_offset) > _OFFSET_WARNED >= abs(before):
+        log.warning("This host's clock is %+.1f s off the database's", -instance.clock_offset.total_seconds())
 
 
 def _unless_expected(error: Exception) -> Exception | None:
