@@ -16,11 +16,11 @@ from fleet import PATIENCE, make_app, wait_until
 from processes import environment, eventually, flask, started
 from proxy import Proxy
 from servers import PGBOUNCER, PostgreSQL, pooler
-from sqlalchemy import URL, create_engine, make_url, select, text as sql
+from sqlalchemy import URL, create_engine, make_url
+from sqlalchemy import text as sql
 from sqlalchemy.pool import NullPool
 
 from background import BackgroundWorkerManager, ClaimLost, PeriodicWorker, WorkerContext
-from background import models as tables
 
 PERIOD = timedelta(seconds=0.5)
 LEASE = 1.5
@@ -376,8 +376,8 @@ def assert_nothing_is_left_on_its_connections(pooled: str) -> None:
     for _ in range(20):
         with engine.connect() as connection:
             seen.add(connection.scalar(sql("SELECT pg_backend_pid()")))
-            values = [connection.scalar(sql(f"SHOW {name}")) for name in names]
-            assert values == ["0", "0", "0", "read committed"]
+            assert [connection.scalar(sql(f"SHOW {name}")) for name in limits] == ["0", "0", "0"]
+            assert connection.scalar(sql("SHOW default_transaction_isolation")) == "read committed"
             assert connection.scalar(sql("SELECT count(*) FROM pg_prepared_statements")) == 0
     assert len(seen) <= 2
 

@@ -1,0 +1,153 @@
+"""Hosts whose clocks are wrong, are set, or stand still: the database's decides."""
+
+import glob
+import signal
+import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from effects import Effect, Effects
+from fleet import wait_until
+from processes import Process, environment, flask, started
+from sqlalchemy import create_engine, select
+from sqlalchemy.pool import NullPool
+
+from background import models as tables
+
+PERIOD = timedelta(seconds=1)
+MINUTES = timedelta(minutes=2)
+LIBFAKETIME = next(iter(glob.glob("/usr/lib/*/faketime/libfaketimeMT.so.1")), None)
+# Not `flask workers run`: it sleeps, and Debian's libfaketime fails Python's time.sleep (its issue 426).
+SERVE = flask("run", "--port", "0")
+
+pytestmark = pytest.mark.skipif(LIBFAKETIME is None, reason="needs Debian's libfaketime")
+
+
+@contextmanager
+def host(url: str, ahead: float = 0.0, clock: Path | None = None, **more: object) -> Iterator[Process]:
+    """A process on a host whose clock is so many seconds ahead, or what the file says, which may change."""
+    fake = {"LD_PRELOAD": LIBFAKETIME, "FAKETIME_DONT_FAKE_MONOTONIC": 1, "NO_FAKE_STAT": 1}
+    fake |= {"FAKETIME_TIMESTAMP_FILE": clock, "FAKETIME_NO_CACHE": 1} if clock else {"FAKETIME": f"{ahead:+f}"}
+    env = environment(url, PROBE_PERIOD=PERIOD.total_seconds(), **more)
+    with started(SERVE, env | {name: str(value) for name, value in fake.items()}) as process:
+        yield process
+
+
+def set_clock(clock: Path, ahead: timedelta) -> None:
+    new = clock.with_suffix(".new")
+    new.write_text(f"{ahead.total_seconds():+f}\n")
+    new.replace(clock)
+
+
+def end(process: Process) -> None:
+    process.signal(signal.SIGTERM)
+    assert process.wait() == 0
+    assert "Traceback" not in process.output
+
+
+def ticks_on(effects: Effects, more: int) -> None:
+    count = len(effects.ticks())
+    wait_until(lambda: len(effects.ticks()) >= count + more, f"{more} more ticks")
+
+
+def seconds_late(found: list[Effect]) -> list[float]:
+    return [(effect.at - effect.tick).total_seconds() for effect in found]
+
+
+def offsets(url: str) -> list[float]:
+    """What the instances say that the database's clock is ahead of theirs, in seconds."""
+    with create_engine(url, poolclass=NullPool).connect() as connection:
+        return sorted(connection.scalars(select(tables.instances.c.clock_offset)))
+
+
+@pytest.mark.parametrize("seconds", [1, 7, 60, 3600])
+def test_hosts_that_are_ahead_and_behind_run_every_tick_once_on_time_together_and_alone(
+    postgresql_url: str, seconds: int
+) -> None:
+    effects = Effects(postgresql_url)
+    with host(postgresql_url, seconds) as ahead, host(postgresql_url, -seconds) as behind:
+        for process in (ahead, behind):
+            process.wait_for("joined")
+        since = datetime.now(UTC)
+        ticks_on(effects, 3)
+        wait_until(lambda: [round(each) for each in offsets(postgresql_url)] == [-seconds, seconds], "a heartbeat")
+        if seconds > 1:
+            ahead.wait_for(rf"This host's clock is \+{seconds}\.\d s off the database's")
+            behind.wait_for(rf"This host's clock is -{seconds}\.\d s off the database's")
+        end(ahead)
+        ticks_on(effects, 2)
+        end(behind)
+    found = effects.check_consecutive(PERIOD, since)
+    assert statistics.median(seconds_late(found)) < 0.9
+
+
+def test_a_host_an_hour_ahead_and_one_that_is_right_are_one_fleet(postgresql_url: str) -> None:
+    effects = Effects(postgresql_url)
+    with (
+        host(postgresql_url, 3600) as wrong,
+        started(SERVE, environment(postgresql_url, PROBE_PERIOD=PERIOD.total_seconds())) as right,
+    ):
+        for process in (wrong, right):
+            process.wait_for("joined")
+        since = datetime.now(UTC)
+        ticks_on(effects, 3)
+        end(right)
+        ticks_on(effects, 2)
+        end(wrong)
+    found = effects.check_consecutive(PERIOD, since)
+    assert statistics.median(seconds_late(found)) < 0.9
+
+
+def test_a_whole_fleet_that_is_a_fifth_of_a_second_ahead_begins_no_tick_early(postgresql_url: str) -> None:
+    effects = Effects(postgresql_url)
+    with host(postgresql_url, 0.2) as one, host(postgresql_url, 0.2) as other:
+        for process in (one, other):
+            process.wait_for("joined")
+        since = datetime.now(UTC)
+        ticks_on(effects, 5)
+        for process in (one, other):
+            end(process)
+    late = seconds_late(effects.check_consecutive(PERIOD, since))
+    print(f"\n{len(late)} ticks; seconds late: median {statistics.median(late):.3f}, worst {max(late):.3f}")
+    assert statistics.median(late) < 0.2
+
+
+def test_clocks_that_are_set_forth_and_back_in_mid_run_move_no_tick(postgresql_url: str, tmp_path: Path) -> None:
+    effects, clock = Effects(postgresql_url), tmp_path / "clock"
+    set_clock(clock, timedelta())
+    with host(postgresql_url, clock=clock) as one, host(postgresql_url, clock=clock) as other:
+        for process in (one, other):
+            process.wait_for("joined")
+        since = datetime.now(UTC)
+        ticks_on(effects, 2)
+        for ahead in (MINUTES, -MINUTES, timedelta()):
+            set_clock(clock, ahead)
+            ticks_on(effects, 3)
+        for process in (one, other):
+            end(process)
+            assert "begins anew" not in process.output
+    found = effects.check_consecutive(PERIOD, since)
+    assert statistics.median(seconds_late(found)) < 0.9
+
+
+def test_on_sqlite_a_clock_that_is_set_forth_and_back_repeats_no_tick(sqlite_url: str, tmp_path: Path) -> None:
+    effects, clock = Effects(sqlite_url), tmp_path / "clock"
+    set_clock(clock, timedelta())
+    with host(sqlite_url, clock=clock) as one, host(sqlite_url, clock=clock) as other:
+        for process in (one, other):
+            process.wait_for("joined")
+        ticks_on(effects, 2)
+        set_clock(clock, MINUTES)
+        ticks_on(effects, 2)
+        set_clock(clock, MINUTES - timedelta(seconds=2))
+        before = effects.ticks()
+        ticks_on(effects, 2)
+        for process in (one, other):
+            end(process)
+    assert effects.ticks()[: len(before)] == before
+    assert effects.ticks()[2] - effects.ticks()[1] <= MINUTES + 10 * PERIOD
+    effects.check_once()
+    assert {state for state, _ in effects.states("ticker")} <= {"succeeded", "missed", "skipped"}
