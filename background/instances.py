@@ -70,7 +70,7 @@ class Instances:
 
     def beat(self, instance: Instance) -> Pulse:
         """Renew everything that `instance` holds, or sign it on: one statement either way."""
-        sent, host_before = steady(), time.time()
+        sent = steady()
         renewed = {
             "heartbeat_at": now(),
             "expires_at": now(instance.lease),
@@ -79,6 +79,7 @@ class Instances:
         row = {"id": instance.id, "host": instance.host, "pid": instance.pid, "started_at": now(), **renewed}
         upsert = self._insert(instances).values(row).on_conflict_do_update(index_elements=["id"], set_=renewed)
         with self._single.begin() as connection:
+            host_before = time.time()  # not before connecting, which may take long
             clock, schedules, is_busy = connection.execute(upsert.returning(now(), *_pulse)).one()
             host_after = time.time()
         instance.clock_offset = clock - datetime.fromtimestamp((host_before + host_after) / 2, UTC)
