@@ -365,12 +365,7 @@ def test_a_transaction_mode_pooler_may_stand_before_the_database(pooled: str, ef
 
 def assert_nothing_is_left_on_its_connections(pooled: str) -> None:
     """No setting of a session, and no prepared statement, on any of the few connections that everybody gets."""
-    names = (
-        "lock_timeout",
-        "statement_timeout",
-        "idle_in_transaction_session_timeout",
-        "default_transaction_isolation",
-    )
+    limits = ("lock_timeout", "statement_timeout", "idle_in_transaction_session_timeout")
     engine = create_engine(pooled, poolclass=NullPool, connect_args={"prepare_threshold": None})
     seen = set()
     for _ in range(20):
