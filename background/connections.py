@@ -33,6 +33,7 @@ class Connections:
             return self._postgresql(pool_size=2)
         engine = create_engine(self._shared.url)
         sqlite.prepare(engine)
+        _close_strays(engine)
         return engine
 
     @cached_property
@@ -55,6 +56,7 @@ class Connections:
             connection.execute(table)  # several processes may be the first at once
             connection.execute("ATTACH DATABASE ? AS main_database", (main,))
 
+        _close_strays(engine)
         return engine
 
     def cut(self) -> None:
@@ -79,4 +81,18 @@ class Connections:
             connect_args=self._arguments,
         )
         event.listen(engine, "connect", lambda connection, _record: self._open.add(connection))
+        _close_strays(engine)
         return engine
+
+
+def _close_strays(engine: Engine) -> None:
+    """A connection in use while the others are closed comes back to a pool that is no more: close it then."""
+
+    @event.listens_for(engine, "do_connect")
+    def connecting(_dialect: Any, record: Any, _arguments: Any, _parameters: Any) -> None:
+        record.info["pool"] = engine.pool
+
+    @event.listens_for(engine, "checkin")
+    def returned(connection: Any, record: Any) -> None:
+        if connection is not None and record.info["pool"] is not engine.pool:
+            connection.close()
