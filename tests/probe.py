@@ -53,6 +53,14 @@ class Ticker(PeriodicWorker):
         event.listen(context.session, "after_commit", lambda _session: reach("committed"))
 
 
+class Quick(PeriodicWorker):
+    name = "quick"
+    period = timedelta(seconds=1)
+
+    def do_work(self, context: WorkerContext) -> None:
+        leave(context, os.getpid())
+
+
 class Listener(PeriodicWorker):
     """Runs until it is told to stop."""
 

@@ -3,6 +3,7 @@
 A victim freezes itself at a point of its run (see probe.py); then it is killed, or thawed, while others are up.
 """
 
+import time
 from datetime import timedelta
 from typing import Any
 
@@ -61,13 +62,13 @@ def test_a_run_whose_process_is_killed_is_taken_over_within_the_lease_and_a_seco
 
 
 def test_what_a_process_committed_before_it_was_killed_is_not_run_again(shops: Shops, effects: Effects) -> None:
-    victim = freeze_one(shops, "committed")
-    others(shops)
+    victim = freeze_one(shops, "committed", PROBE_PERIOD=0.5)
+    others(shops, PROBE_PERIOD=0.5)
     victim.kill()
-    assert eventually(lambda: effects.instances(alive=True).isdisjoint({victim.pid}))
-    (effect,) = effects.check_once()
-    assert effect.pid == victim.pid
-    assert effects.states("ticker") == [("succeeded", 1)]
+    assert eventually(lambda: len(effects.ticks()) >= 5)  # which is more than the victim's lease
+    first, *_ = effects.check_once()
+    assert (first.pid, first.attempt) == (victim.pid, 1)
+    assert {state for state, _ in effects.states("ticker")} <= {"succeeded", "missed", "running"}
 
 
 def test_a_worker_that_kills_its_process_is_given_up_and_the_last_process_lives_on(
@@ -83,3 +84,135 @@ def test_a_worker_that_kills_its_process_is_given_up_and_the_last_process_lives_
     assert effects.check_once()[-1].pid == survivor.pid
     assert effects.all("killer") == []
     assert survivor.is_up
+
+
+# -- frozen, and woken up again --------------------------------------------------------------------
+
+
+def lost_the_tick(zombie: Member) -> None:
+    """It says so itself, and goes on as another instance."""
+    zombie.wait_for("Lost the tick")
+    zombie.wait_for("begins anew")
+    assert "Traceback" not in zombie.output
+
+
+@pytest.mark.parametrize(
+    ("database_url", "at"),
+    [("sqlite", "claimed"), ("postgresql", "claimed"), ("postgresql", "effect")],
+    indirect=["database_url"],
+)
+def test_a_process_that_wakes_after_its_lease_cannot_commit_the_run_that_was_taken_over(
+    shops: Shops, effects: Effects, at: str
+) -> None:
+    zombie = freeze_one(shops, at)
+    others(shops)
+    assert eventually(effects.ticks)
+    zombie.thaw()
+    lost_the_tick(zombie)
+    (effect,) = effects.check_once()
+    assert effect.pid != zombie.pid
+    assert effects.states("ticker") == [("lost", 1), ("succeeded", 2)]
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_a_run_that_wakes_with_the_write_lock_of_sqlite_after_its_lease_gives_way(
+    shops: Shops, effects: Effects
+) -> None:
+    """While it is frozen nobody can write, so nobody can take over; its own deadline refuses its commit."""
+    zombie = freeze_one(shops, "effect")
+    others(shops)
+    is_expired(effects, zombie)
+    assert effects.states("ticker") == [("running", 1)]
+    zombie.thaw()
+    lost_the_tick(zombie)
+    assert eventually(effects.ticks)
+    effects.check_once()
+    assert effects.states("ticker") == [("lost", 1), ("succeeded", 2)]
+
+
+def is_expired(effects: Effects, frozen: Member) -> None:
+    """Wait until its lease is over, and until the living have seen that."""
+    assert eventually(lambda: frozen.pid not in effects.instances(alive=True))
+    time.sleep(0.5)  # two heartbeats of theirs
+
+
+def test_a_commit_that_was_frozen_on_its_way_is_the_only_one(shops: Shops, effects: Effects) -> None:
+    """It has checked its claim and holds the worker's row, so nobody can take over until it is through."""
+    zombie = freeze_one(shops, "commit")
+    others(shops)
+    is_expired(effects, zombie)
+    assert effects.states("ticker") == [("running", 1)]
+    zombie.thaw()
+    assert eventually(effects.ticks)
+    zombie.wait_for("begins anew")
+    (effect,) = effects.check_once()
+    assert (effect.pid, effect.attempt) == (zombie.pid, 1)
+    assert effects.states("ticker") == [("succeeded", 1)]
+
+
+TWO_WORKERS = {"PROBE_WORKERS": "ticker,quick", "PROBE_PERIOD": 0.5, "WORKERS_LEASE_SECONDS": 2}
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_a_process_that_is_frozen_in_its_commit_holds_up_no_other_worker(shops: Shops, effects: Effects) -> None:
+    """Its worker's row is locked, and all that others want of it waits for that, as long as the lock time-out."""
+    living = others(shops, WORKERS_THREADS=4, **TWO_WORKERS)
+    zombie = freeze_one(shops, "commit", PROBE_PERIOD=0.5)
+    tick, since = effects.ticks()[-1:], effects.ticks("quick")[-1]
+    for process in living:
+        process.wait_for("ticker: cannot (claim|take)")
+    ran = len(effects.all("quick"))
+    assert eventually(lambda: len(effects.all("quick")) >= ran + 4)
+    assert effects.ticks()[-1:] == tick
+    effects.check_consecutive(timedelta(seconds=1), since, "quick")
+    zombie.thaw()
+    assert eventually(lambda: len(effects.ticks()) >= 3)
+    assert zombie.pid in {effect.pid for effect in effects.check_once()}
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_while_a_process_is_frozen_in_its_commit_sqlite_runs_nothing_and_nobody_dies(
+    shops: Shops, effects: Effects
+) -> None:
+    """One writer: everybody waits for it. They stay alive meanwhile, and go on when it wakes or is killed."""
+    living = others(shops, **TWO_WORKERS)
+    zombie = freeze_one(shops, "commit", PROBE_PERIOD=0.5)
+    ran = effects.ticks(), effects.ticks("quick")
+    is_expired(effects, zombie)
+    assert (effects.ticks(), effects.ticks("quick")) == ran
+    assert effects.instances(alive=True) == {each.pid for each in living}
+    zombie.kill()
+    assert eventually(lambda: len(effects.ticks()) >= len(ran[0]) + 2)
+    assert eventually(lambda: len(effects.ticks("quick")) >= len(ran[1]) + 2)
+    effects.check_once("quick")
+    assert [effect.attempt for effect in effects.check_once()[len(ran[0]) :]][:2] == [2, 1]
+    assert "Traceback" not in "".join(each.output for each in living)
+
+
+def test_a_claim_that_was_frozen_on_its_way_past_the_lease_is_taken_over_when_it_is_through(
+    shops: Shops, effects: Effects
+) -> None:
+    zombie = freeze_one(shops, "claim")
+    others(shops)
+    is_expired(effects, zombie)
+    assert effects.states("ticker") == []
+    zombie.thaw()
+    assert eventually(effects.ticks)
+    effects.check_once()
+    assert effects.states("ticker") in ([("succeeded", 1)], [("lost", 1), ("succeeded", 2)])
+
+
+def test_a_frozen_process_cannot_claim_the_old_tick_in_its_hand_though_the_history_was_pruned(
+    shops: Shops, effects: Effects
+) -> None:
+    zombie = freeze_one(shops, "claiming", LOG_LEVEL="DEBUG")
+    others(shops)
+    assert eventually(effects.ticks)
+    engine = create_engine(effects.url, poolclass=NullPool)
+    with engine.begin() as connection:
+        connection.execute(delete(tables.executions))
+    zombie.thaw()
+    zombie.wait_for("not running the tick .* somebody was here before")
+    (effect,) = effects.check_once()
+    assert effect.pid != zombie.pid
+    assert effects.states("ticker") == []
