@@ -84,7 +84,9 @@ KEYS = {
     "DATABASE_URL": Key(None, make_url, _DATABASE, "where the data is; unset: a SQLite file in instance/"),
     "SECRET_KEY": Key(None, secret, "a text that is not empty", "signs the sessions; unset: made once, in instance/"),
     "WORKERS_ENABLED": Key(True, boolean, _BOOLEAN, "whether a serving process runs the background workers"),
-    "WORKERS_HEARTBEAT_SECONDS": Key(2, number(86_400), _SECONDS, "how often an instance says it is alive"),
+    "WORKERS_HEARTBEAT_SECONDS": Key(
+        None, number(86_400), _SECONDS, "how often an instance says it is alive; unset: 2, or a quarter of the lease"
+    ),
     "WORKERS_LEASE_SECONDS": Key(10, number(86_400), _SECONDS, "how long it counts as alive without that"),
     "WORKERS_SHUTDOWN_SECONDS": Key(20, number(86_400), _SECONDS, "how long a stop waits for running work"),
     "WORKERS_HISTORY_DAYS": Key(14, number(36_500), _DAYS, "how long the executions of a worker are kept"),
@@ -103,7 +105,7 @@ def load_config(app: Flask, given: Mapping[str, Any] | object | None = None) -> 
     for name in KEYS:
         if app.config[name] is not None or KEYS[name].default is not None:
             app.config[name] = _cast(name, app.config[name])
-    _check_lease(app.config)
+    _settle_heartbeat(app.config)
     _set_database(app)
     if app.config["SECRET_KEY"] is None:
         app.config["SECRET_KEY"] = _kept_secret_key(Path(app.instance_path))
@@ -148,7 +150,9 @@ def _cast(name: str, value: Any) -> Any:
         ) from None
 
 
-def _check_lease(config: Mapping[str, Any]) -> None:
+def _settle_heartbeat(config: dict[str, Any]) -> None:
+    if config["WORKERS_HEARTBEAT_SECONDS"] is None:
+        config["WORKERS_HEARTBEAT_SECONDS"] = min(2, config["WORKERS_LEASE_SECONDS"] / 4)
     lease, heartbeat = config["WORKERS_LEASE_SECONDS"], config["WORKERS_HEARTBEAT_SECONDS"]
     if lease <= 2 * heartbeat:
         raise InvalidConfig(
@@ -175,8 +179,22 @@ def _set_database(app: Flask) -> None:
         asked = asked.set(database=_temporary_file(app))
     url = _usable_url(asked, Path(app.instance_path))
     app.config["SQLALCHEMY_DATABASE_URI"] = url.render_as_string(hide_password=False)
-    if url.get_backend_name() == "postgresql":  # a pooled connection may be of before the server's restart
-        app.config.setdefault("SQLALCHEMY_ENGINE_OPTIONS", {"pool_pre_ping": True})
+    if url.get_backend_name() == "postgresql":
+        app.config["SQLALCHEMY_ENGINE_OPTIONS"] = _postgresql_options(app.config.get("SQLALCHEMY_ENGINE_OPTIONS") or {})
+
+
+def _postgresql_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What SQLALCHEMY_ENGINE_OPTIONS says, and where it says nothing what outages and poolers ask for."""
+    arguments = {
+        "prepare_threshold": None,  # a pooler may give the next transaction another connection
+        # Without these, a network that swallows everything holds its callers for minutes or hours.
+        "keepalives_idle": 10,
+        "keepalives_interval": 5,
+        "keepalives_count": 3,
+        "tcp_user_timeout": 20_000,
+    }
+    # A pooled connection may be of before the server's restart.
+    return {"pool_pre_ping": True, **given, "connect_args": {**arguments, **given.get("connect_args", {})}}
 
 
 def _usable_url(url: URL, folder: Path) -> URL:

@@ -1,5 +1,6 @@
-"""The clock that decides: the database's, read by the statement that uses it."""
+"""The clock that decides: the database's, read by the statement that uses it. And one that nobody sets."""
 
+import time
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -66,6 +67,11 @@ def _sqlite(element: _Now, compiler: SQLCompiler, **kwargs: Any) -> str:
         return "strftime('%Y-%m-%d %H:%M:%f000', 'now')"
     seconds = compiler.process(element.clauses, **kwargs)
     return f"strftime('%Y-%m-%d %H:%M:%f000', 'now', printf('%+.3f seconds', {seconds}))"
+
+
+def steady() -> float:
+    """Seconds on a clock that nobody sets; on Linux it also counts the time that the host slept."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
 
 
 def single_statements(engine: Engine) -> Engine:

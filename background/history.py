@@ -5,10 +5,10 @@ from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, func, or_, select
+from sqlalchemy import Select, func, or_, select
 
 from .clock import now, single_statements
-from .instances import Instances
+from .instances import Instances, is_alive
 from .ledger import Ledger, WorkerState
 from .models import executions, instances, workers
 
@@ -131,7 +131,7 @@ class History:
         """Those instances of `ids` that are not alive."""
         if not ids:
             return set()
-        alive = select(instances.c.id).where(instances.c.id.in_(ids), _is_alive)
+        alive = select(instances.c.id).where(instances.c.id.in_(ids), is_alive)
         with self._roster.connect() as connection:
             return set(ids) - set(connection.execute(alive).scalars())
 
@@ -175,7 +175,7 @@ class History:
         """Who is alive, oldest first, and whoever was seen last."""
         newest = instances.c.heartbeat_at.desc()
         with self._roster.connect() as connection:
-            living = connection.execute(_seen.where(_is_alive).order_by(instances.c.started_at)).all()
+            living = connection.execute(_seen.where(is_alive).order_by(instances.c.started_at)).all()
             last = connection.execute(_seen.order_by(newest).limit(1)).one_or_none()
         return tuple(Seen(*row) for row in living), (Seen(*last) if last else None)
 
@@ -196,7 +196,5 @@ _newest_first = (executions.c.tick.desc(), executions.c.id.desc())
 def _of(name: str) -> Select[Any]:
     return select(executions, now().label("clock")).where(executions.c.worker == name)
 
-
-_is_alive: ColumnElement[bool] = (instances.c.expires_at > now()) & instances.c.signed_off_at.is_(None)
 
 _seen = select(*(instances.c[field.name] for field in fields(Seen)))

@@ -9,27 +9,27 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from uuid import uuid4
 
-from sqlalchemy import Engine, create_engine, delete, select, update
+from sqlalchemy import ColumnElement, Engine, and_, delete, func, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.schema import CreateTable
 
-from .clock import now, single_statements
-from .models import instances
-from .sqlite import prepare
+from .clock import now, single_statements, steady
+from .models import instances, workers
 
 _LAST_BEAT_SECONDS = 1.0
 _FORGOTTEN_AFTER = timedelta(days=1)
+_STEP_SECONDS = 1.0
 
 
 @dataclass
 class Instance:
-    """One life of one process. `deadline` is monotonic: past it, this instance believes in none of its claims."""
+    """One life of one process. `deadline` (of `steady()`): past it, this instance believes in none of its claims."""
 
     lease: timedelta
     host: str = field(default_factory=socket.gethostname)
     pid: int = field(default_factory=os.getpid)
     id: str = field(default_factory=lambda: uuid4().hex)
     deadline: float = 0.0
+    """0 before the first heartbeat."""
     clock_offset: timedelta = timedelta()
 
     @property
@@ -38,96 +38,151 @@ class Instance:
 
     @property
     def is_alive(self) -> bool:
-        return time.monotonic() < self.deadline
+        return steady() < self.deadline
 
     def database_time(self) -> datetime:
         """This host's clock, corrected by the offset that the last heartbeat measured."""
         return datetime.now(UTC) + self.clock_offset
 
-    def measured(self, clock: datetime, before: float, after: float) -> None:
-        """Take in the database's `clock`, read between two readings of this host's (Unix seconds)."""
-        self.clock_offset = clock - datetime.fromtimestamp((before + after) / 2, UTC)
+
+@dataclass(frozen=True)
+class Pulse:
+    """What a heartbeat learns about the fleet, so that it need not read more where nothing happens."""
+
+    schedules: str | None
+    """Changes with the schedule of any worker."""
+    is_busy: bool
+    """Whether any worker runs, or is to be run again."""
+    was_set: bool = False
+    """Whether the database's clock was set since it was read last."""
 
 
 class Instances:
     """The rows of the living and of those who died lately."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, lease: float) -> None:
         self.engine = engine
+        self._lease = lease
         self._single = single_statements(engine)
         self._insert = sqlite.insert if engine.dialect.name == "sqlite" else postgresql.insert
-        if engine.dialect.name == "sqlite":
-            with engine.begin() as connection:  # IF NOT EXISTS, as several processes may be the first at once
-                connection.execute(CreateTable(instances, if_not_exists=True))
+        self._pace: float | None = None
+        self._judging_from = 0.0
 
-    def beat(self, instance: Instance) -> None:
+    def beat(self, instance: Instance) -> Pulse:
         """Renew everything that `instance` holds, or sign it on: one statement either way."""
-        sent, host_before = time.monotonic(), time.time()
+        sent, host_before = steady(), time.time()
         renewed = {
             "heartbeat_at": now(),
             "expires_at": now(instance.lease),
             "clock_offset": instance.clock_offset.total_seconds(),
         }
         row = {"id": instance.id, "host": instance.host, "pid": instance.pid, "started_at": now(), **renewed}
-        upsert = self._insert(instances).values(row)
-        with self._single.begin() as connection:
-            clock = connection.execute(
-                upsert.on_conflict_do_update(index_elements=["id"], set_=renewed).returning(now())
-            ).scalar_one()
-            host_after = time.time()
-        instance.measured(clock, host_before, host_after)
+        upsert = self._insert(instances).values(row).on_conflict_do_update(index_elements=["id"], set_=renewed)
+        try:
+            with self._single.begin() as connection:
+                clock, schedules, is_busy = connection.execute(upsert.returning(now(), *_pulse)).one()
+                host_after = time.time()
+        except Exception:
+            self.engine.dispose()  # on SQLite, somebody may have removed the file
+            raise
+        instance.clock_offset = clock - datetime.fromtimestamp((host_before + host_after) / 2, UTC)
         instance.deadline = sent + instance.lease.total_seconds()
+        return Pulse(schedules, bool(is_busy), self._was_set(clock, sent))
 
     def sign_off(self, instance: Instance) -> None:
         """End this life; whatever it still holds counts as handed back."""
-        with self.engine.begin() as connection:
+        with self._single.begin() as connection:
             connection.execute(
                 update(instances).where(instances.c.id == instance.id).values(signed_off_at=now(), expires_at=now())
             )
             connection.execute(delete(instances).where(instances.c.expires_at < now(-_FORGOTTEN_AFTER)))
 
     def gone(self, ids: Collection[str]) -> dict[str, bool]:
-        """Those of `ids` who are not alive: True for one that signed off, False for one that was lost."""
+        """Those of `ids` who are not alive: True for one that signed off, False for one that was lost.
+
+        Nobody counts as lost within a lease after the database's clock was set: they need the time to renew.
+        """
+        sent = steady()
+        query = select(instances.c.id, instances.c.signed_off_at, is_alive.label("is_alive"), now().label("clock"))
         with self._single.connect() as connection:
-            rows = connection.execute(
-                select(
-                    instances.c.id, instances.c.signed_off_at, (instances.c.expires_at > now()).label("alive")
-                ).where(instances.c.id.in_(ids))
-            ).all()
-        alive = {row.id for row in rows if row.alive and row.signed_off_at is None}
+            rows = connection.execute(query.where(instances.c.id.in_(ids))).all()
+        if rows:
+            self._was_set(rows[0].clock, sent)
+        alive = {row.id for row in rows if row.is_alive}
         signed_off = {row.id for row in rows if row.signed_off_at is not None}
-        return {each: each in signed_off for each in ids if each not in alive}
+        is_judging = steady() >= self._judging_from
+        return {each: each in signed_off for each in ids if each in signed_off or (is_judging and each not in alive)}
+
+    def _was_set(self, clock: datetime, sent: float) -> bool:
+        """Whether the database's `clock`, asked for at `sent`, went another way than the steady one since last time."""
+        received = steady()
+        pace, before = clock.timestamp() - (sent + received) / 2, self._pace
+        self._pace = pace
+        if before is None or abs(pace - before) < _STEP_SECONDS + (received - sent):
+            return False
+        self._judging_from = received + self._lease
+        return True
 
 
-def instances_engine(engine: Engine) -> Engine:
-    """A connection for heartbeats alone, which nothing else can starve.
+is_alive: ColumnElement[bool] = and_(
+    instances.c.signed_off_at.is_(None),
+    instances.c.expires_at > now(),
+    instances.c.heartbeat_at <= now(timedelta(seconds=_STEP_SECONDS)),  # else it is of before the clock was set back
+)
 
-    On SQLite a run that has written holds the only write lock until it commits, so the heartbeats have a
-    small database of their own beside the main one (all its processes live on one host).
+_lines = (
+    select((workers.c.name + " " + workers.c.schedule + " " + workers.c.declared).label("line"))
+    .order_by(workers.c.name)
+    .subquery()
+)
+_pulse = (
+    select(func.aggregate_strings(_lines.c.line, "\n")).scalar_subquery(),
+    select(workers.c.name)
+    .where(
+        or_(workers.c.running.is_not(None), and_(workers.c.pending_tick.is_not(None), workers.c.paused_at.is_(None)))
+    )
+    .exists(),
+)
+
+
+class Heartbeat:
+    """Calls `beat` every `interval` seconds, whatever it raises; and `lost` whenever the `deadline` has passed.
+
+    Two threads, as a beat may hang: in a network that swallows everything nothing else would notice.
     """
-    if engine.dialect.name != "sqlite":
-        return create_engine(engine.url, pool_size=1, max_overflow=0, isolation_level="READ COMMITTED")
-    beside = create_engine(engine.url.set(database=f"{engine.url.database}-instances"))
-    prepare(beside)
-    return beside
 
-
-class Heartbeat(threading.Thread):
-    """Calls `beat` every `interval` seconds until stopped; outlives every error."""
-
-    def __init__(self, interval: float, beat: Callable[[], None], failed: Callable[[Exception], None]) -> None:
-        super().__init__(name="workers-heartbeat", daemon=True)
-        self._interval, self._beat, self._failed = interval, beat, failed
+    def __init__(
+        self,
+        interval: float,
+        beat: Callable[[], object],
+        failed: Callable[[Exception], None],
+        deadline: Callable[[], float],
+        lost: Callable[[], None],
+    ) -> None:
+        self._interval, self._beat, self._failed, self._deadline, self._lost = interval, beat, failed, deadline, lost
         self._stopped = threading.Event()
+        self._beating = threading.Thread(target=self._renew, name="workers-heartbeat", daemon=True)
+        self._watching = threading.Thread(target=self._watch, name="workers-lease", daemon=True)
 
-    def run(self) -> None:
+    def start(self) -> None:
+        self._beating.start()
+        self._watching.start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+        if threading.current_thread() is not self._beating:
+            self._beating.join(_LAST_BEAT_SECONDS)
+
+    def _renew(self) -> None:
         while not self._stopped.wait(self._interval):
             try:
                 self._beat()
             except Exception as error:  # a thread that ended would stop this instance for good
                 self._failed(error)
 
-    def stop(self) -> None:
-        self._stopped.set()
-        if threading.current_thread() is not self and self.is_alive():
-            self.join(_LAST_BEAT_SECONDS)
+    def _watch(self) -> None:
+        lost = 0.0
+        while not self._stopped.wait(max(self._deadline() - steady(), self._interval / 4)):
+            if lost != (deadline := self._deadline()) and steady() >= deadline:
+                lost = deadline
+                self._lost()

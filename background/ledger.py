@@ -1,10 +1,26 @@
 """Who runs what: every statement that decides it. Each race is one conditional UPDATE."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Connection, CursorResult, Engine, Row, and_, insert, null, or_, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    CursorResult,
+    Engine,
+    Row,
+    and_,
+    case,
+    func,
+    insert,
+    null,
+    or_,
+    select,
+    update,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
@@ -43,13 +59,19 @@ class WorkerState:
     mark: datetime | None
     schedule_text: str
     scheduled_at: datetime
-    overridden: bool
+    declared: str
+    declared_by: str | None
     paused_at: datetime | None
     pending_tick: datetime | None
     running: Claim | None
     started_at: datetime | None
     instance: str | None
     instance_name: str | None
+
+    @property
+    def overridden(self) -> bool:
+        """Whether `reschedule` put another schedule in force than the declared one."""
+        return self.schedule_text != self.declared
 
     @property
     def schedule(self) -> Schedule:
@@ -60,8 +82,12 @@ class WorkerState:
 class Ledger:
     """The worker and execution rows of one database, written on the engine's own connections."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, lease: float) -> None:
         self.engine = engine
+        # No transaction that holds a worker's row outlasts a lease, even if its process is frozen in the middle
+        # of it: PostgreSQL ends it. Set for the transaction alone, so that a pooler may stand in between.
+        self._idle = () if engine.dialect.name == "sqlite" else (_limit("idle_in_transaction_session_timeout", lease),)
+        self._limits = self._idle and (*self._idle, _limit("lock_timeout", lease), _limit("statement_timeout", lease))
         self._reading = single_statements(engine)
         self._insert = sqlite.insert if engine.dialect.name == "sqlite" else postgresql.insert
 
@@ -86,7 +112,7 @@ class Ledger:
         Others may be here: every instance that knows this worker, at the same instant, and late ones.
         The row's lock puts them in a line; the first raises the mark, and the rest find it raised.
         """
-        with self.engine.begin() as connection:
+        with self._begin() as connection:
             row = connection.execute(
                 update(workers)
                 .where(
@@ -103,14 +129,13 @@ class Ledger:
             ).one_or_none()
             if row is None:
                 return None
-            after = max(row.previous_mark or row.scheduled_at, row.scheduled_at)
-            self._record_missed(connection, name, after, tick, parse_schedule(schedule))
-            return self._begin(connection, Claim(name, tick, 1, row.token, "schedule", 0), instance)
+            self._record_missed(connection, name, row, tick, parse_schedule(schedule))
+            return self._started(connection, Claim(name, tick, 1, row.token, "schedule", 0), instance)
 
     def claim_pending(self, name: str, tick: datetime, instance: tuple[str, str]) -> Claim | None:
         """Claim a tick that was lost or handed back. Others may be here: every instance that saw it pending."""
         pending = (workers.c.pending_attempt, workers.c.pending_trigger)
-        with self.engine.begin() as connection:
+        with self._begin() as connection:
             row = connection.execute(
                 update(workers)
                 .where(
@@ -125,14 +150,14 @@ class Ledger:
             if row is None:
                 return None
             claim = Claim(name, tick, row.pending_attempt, row.token, row.pending_trigger, 0)
-            return self._begin(connection, claim, instance)
+            return self._started(connection, claim, instance)
 
     def claim_manual(self, name: str, tick: datetime, instance: tuple[str, str]) -> Claim | None:
         """Claim a run that no schedule asked for; `tick` is the moment of asking. The mark stays where it is.
 
         Others may be here: a second click, or the scheduled tick of the same moment; one of them waits its turn.
         """
-        with self.engine.begin() as connection:
+        with self._begin() as connection:
             token = connection.execute(
                 update(workers)
                 .where(workers.c.name == name, workers.c.pending_tick.is_(None), workers.c.running.is_(None))
@@ -141,7 +166,7 @@ class Ledger:
             ).scalar_one_or_none()
             if token is None:
                 return None
-            return self._begin(connection, Claim(name, tick, 1, token, "manual", 0), instance)
+            return self._started(connection, Claim(name, tick, 1, token, "manual", 0), instance)
 
     def skip(self, name: str, tick: datetime, reason: str) -> bool:
         """Record that `tick` is not run because the worker is paused or still running; True for the one who did.
@@ -149,7 +174,7 @@ class Ledger:
         Others may be here: every instance finds the same obstacle. Whoever raises the mark writes the row;
         a row that says the same is extended, so that a pause of a month is one row.
         """
-        with self.engine.begin() as connection:
+        with self._begin() as connection:
             raised = connection.execute(
                 update(workers)
                 .where(
@@ -158,10 +183,12 @@ class Ledger:
                     tick <= now(),
                     or_(workers.c.paused_at.is_not(None), workers.c.running.is_not(None)),
                 )
-                .values(mark=tick)
-            )
-            if _count(raised) == 0:
+                .values(previous_mark=workers.c.mark, mark=tick)
+                .returning(workers.c.previous_mark, workers.c.scheduled_at, workers.c.schedule)
+            ).one_or_none()
+            if raised is None:
                 return False
+            self._record_missed(connection, name, raised, tick, parse_schedule(raised.schedule))
             newest = (
                 select(executions.c.id)
                 .where(executions.c.worker == name)
@@ -194,7 +221,8 @@ class Ledger:
             result = session.execute(update(workers).where(held).values(running=workers.c.running))
             ours = _count(result) == 1
         else:
-            ours = session.execute(select(workers.c.token).where(held).with_for_update(read=True)).first() is not None
+            row = select(workers.c.token, *self._idle).where(held).with_for_update(read=True)
+            ours = session.execute(row).first() is not None
         if not ours:
             raise _lost(claim)
         if progress is not None:
@@ -211,7 +239,7 @@ class Ledger:
 
         Others may be here: the run itself, its time-out, and the instances that believe it lost. The first wins.
         """
-        with self.engine.begin() as connection:
+        with self._begin() as connection:
             return self._end(connection, claim, state, reason, next_attempt)
 
     def outcome(self, claim: Claim) -> str:
@@ -222,20 +250,31 @@ class Ledger:
 
     # -- the fleet's settings ------------------------------------------------------------------
 
-    def register(self, schedules: dict[str, Schedule]) -> None:
-        """Make the rows of this release's workers; a changed declaration replaces the schedule in force."""
-        with self.engine.begin() as connection:
+    def register(self, schedules: dict[str, Schedule], instance: str | None = None) -> None:
+        """Make the rows of this release's workers; a changed declaration replaces the one in force.
+
+        What `reschedule` set stays in force, across deploys too.
+        """
+        with self._begin() as connection:
             known = dict(connection.execute(select(workers.c.name, workers.c.declared)).all())
-            for name, schedule in sorted(schedules.items()):
+            for name, schedule in sorted(schedules.items()):  # so that two of them wait for each other in one order
                 text = str(schedule)
                 if name not in known:
-                    row = {"name": name, "schedule": text, "declared": text, "scheduled_at": now()}
-                    connection.execute(self._insert(workers).values(row).on_conflict_do_nothing())
+                    row = self._insert(workers).values(
+                        name=name, schedule=text, scheduled_at=now(), declared=text, declared_by=instance
+                    )
+                    connection.execute(row.on_conflict_do_nothing())
                 elif known[name] != text:
+                    follows = workers.c.schedule == workers.c.declared
                     connection.execute(
                         update(workers)
-                        .where(workers.c.name == name, workers.c.declared != text)
-                        .values(schedule=text, declared=text, scheduled_at=now())
+                        .where(workers.c.name == name, workers.c.declared == known[name])
+                        .values(
+                            schedule=case((follows, text), else_=workers.c.schedule),
+                            scheduled_at=case((follows, now()), else_=workers.c.scheduled_at),
+                            declared=text,
+                            declared_by=instance,
+                        )
                     )
 
     def pause(self, name: str) -> bool:
@@ -256,11 +295,18 @@ class Ledger:
 
     # -- helpers -------------------------------------------------------------------------------
 
-    def _write(self, statement: Any) -> bool:
+    @contextmanager
+    def _begin(self) -> Iterator[Connection]:
         with self.engine.begin() as connection:
+            if self._limits:
+                connection.execute(select(*self._limits))
+            yield connection
+
+    def _write(self, statement: Any) -> bool:
+        with self._begin() as connection:
             return _count(connection.execute(statement)) == 1
 
-    def _begin(self, connection: Connection, claim: Claim, instance: tuple[str, str]) -> Claim:
+    def _started(self, connection: Connection, claim: Claim, instance: tuple[str, str]) -> Claim:
         execution = connection.execute(
             insert(executions)
             .values(
@@ -298,8 +344,9 @@ class Ledger:
             update(workers)
             .where(workers.c.name == claim.worker, workers.c.running == claim.token)
             .values(running=null(), **pending)
+            .returning(workers.c.token, *self._idle)
         )
-        if _count(released) == 0:
+        if released.first() is None:
             return False
         connection.execute(
             update(executions)
@@ -309,9 +356,10 @@ class Ledger:
         return True
 
     def _record_missed(
-        self, connection: Connection, name: str, after: datetime, before: datetime, schedule: Schedule
+        self, connection: Connection, name: str, row: Row[Any], before: datetime, schedule: Schedule
     ) -> None:
-        first = schedule.next(after)
+        """Write down the ticks between the mark that `row` had and the one of `before` that replaces it."""
+        first = schedule.next(max(row.previous_mark or row.scheduled_at, row.scheduled_at))
         if first < before:
             last = schedule.previous(before - _TICK)
             self._record_not_run(connection, "missed", name, first, last, "no instance came to run it in time")
@@ -357,7 +405,8 @@ def _state(row: Row[Any]) -> WorkerState:
         mark=row.mark,
         schedule_text=row.schedule,
         scheduled_at=row.scheduled_at,
-        overridden=row.schedule != row.declared,
+        declared=row.declared,
+        declared_by=row.declared_by,
         paused_at=row.paused_at,
         pending_tick=row.pending_tick,
         running=running,
@@ -374,6 +423,10 @@ def _progress(progress: tuple[float, float | None] | None) -> dict[str, float | 
 def _storable(text: str | None) -> str | None:
     """Without what a database cannot hold: an error may quote the name of a file, which can be any bytes."""
     return text and text.encode(errors="backslashreplace").decode().replace("\0", "\\x00")
+
+
+def _limit(setting: str, seconds: float) -> ColumnElement[str]:
+    return func.set_config(setting, f"{seconds * 1000:.0f}", True)
 
 
 def _count(result: Any) -> int:

@@ -10,7 +10,7 @@ from flask import Flask
 from sqlalchemy.exc import SQLAlchemyError
 
 from .errors import BackgroundError, InvalidSchedule, first_line
-from .instances import Heartbeat, Instance
+from .instances import Heartbeat, Instance, Pulse
 from .ledger import WorkerState
 from .scheduler import Scheduler
 from .ticks import Ticks
@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 _OFFSET_WARNED = timedelta(seconds=1)
 _OFFSET_REARMED = timedelta(milliseconds=20)
 _LAST_CALLS_SECONDS = 1.0
+_LOOK_SECONDS = 0.5
 _RETRY_SECONDS = (1, 2, 5, 10, 30)
 
 
@@ -36,8 +37,10 @@ class Membership:
         self._states: dict[str, WorkerState] = {}
         self._armed: dict[str, datetime] = {}
         self._settling: set[str] = set()
+        self._pulse: Pulse | None = None
+        self._is_settled = self._is_looking = self._left = False
         self._refreshing, self._entering = threading.Lock(), threading.Lock()
-        self._left = False
+        ticks.noticed = self._look_soon
         ticks.postponed = lambda name, tick: self._later(f"retry:{name}", 0, self._fire, name, tick)
 
     def join(self) -> None:
@@ -93,14 +96,14 @@ class Membership:
                 self._ticks.close()
                 return False
             self._ticks.instance = instance
-            self._heartbeat = Heartbeat(self._config["WORKERS_HEARTBEAT_SECONDS"], self._beat, self._beat_failed)
+            self._heartbeat = Heartbeat(
+                self._config["WORKERS_HEARTBEAT_SECONDS"], self._beat, self._beat_failed, self._deadline, self._lost
+            )
             self._heartbeat.start()
         return True
 
     def _admit(self, names: list[str]) -> None:
-        self._ticks.ledger.register(
-            {name: declared_schedule(self._workers[name]) for name in names if name in self._workers}
-        )
+        self._declare(names)
         self.refresh()
         for name in names:
             worker = self._workers.get(name)
@@ -132,11 +135,39 @@ class Membership:
                 elif rearm:
                     # By a wrong clock a tick may have been fired before its time, and passed over.
                     self._arm(name, after=self._now(), no_later_than=self._armed[name])
-            gone = self._ticks.gone(self._states.values())
-            for name in self._workers.keys() & self._states.keys():
-                state = self._states[name]
-                if name in gone or (state.pending_tick and not state.paused_at):
-                    self._settle_soon(name)
+            ours = [state for state in self._states.values() if state.name in self._workers]
+            gone = self._ticks.gone(ours)
+            for state in ours:
+                self._look_soon(state)
+                if state.name in gone or (state.pending_tick and not state.paused_at):
+                    self._settle_soon(state.name)
+            self._follow_releases(ours)
+
+    def _follow_releases(self, states: list[WorkerState]) -> None:
+        """Of two releases at once the newest start declares the schedule; when it has left, those who stay do."""
+        others = [state for state in states if state.declared != str(declared_schedule(self._workers[state.name]))]
+        gone = self._ticks.instances.gone({str(state.declared_by) for state in others}) if others else {}
+        self._is_settled = not others
+        if stale := [state.name for state in others if str(state.declared_by) in gone]:
+            self._scheduler.soon(self._declare, stale)
+
+    def _declare(self, names: list[str]) -> None:
+        schedules = {name: declared_schedule(self._workers[name]) for name in names if name in self._workers}
+        self._ticks.ledger.register(schedules, self._ticks.instance.id if self._ticks.instance else None)
+
+    def _look_soon(self, state: WorkerState) -> None:
+        """See to it that the end of another instance's run is noticed well within a second, whatever the heartbeat."""
+        instance = self._ticks.instance
+        if state.running and instance and state.instance != instance.id and not self._is_looking:
+            self._is_looking = True
+            self._scheduler.at(datetime.now(UTC) + timedelta(seconds=_LOOK_SECONDS), "look", self._look)
+
+    def _look(self) -> None:
+        self._is_looking = False
+        try:
+            self.refresh()
+        except SQLAlchemyError as error:  # the next heartbeat does
+            log.debug("Cannot look at the others: %s", first_line(error))
 
     def _settle_soon(self, name: str) -> None:
         if name not in self._settling:  # since a heartbeat before: no thread was free, or the row was not
@@ -167,23 +198,31 @@ class Membership:
         instance = self._ticks.instance
         if instance is None:
             return
-        if not instance.is_alive:
-            self._ticks.runs.lose("its instance could not renew the lease in time", instance)
+        if instance.deadline and not instance.is_alive:
+            self._ticks.lose(instance)
             if self._ticks.runs.stopping.is_set():
                 return
             log.warning("Instance %s could not renew its lease in time; it begins anew", instance.name)
             self._ticks.instance = instance = Instance(instance.lease, clock_offset=instance.clock_offset)
-        offset = instance.clock_offset
-        self._ticks.instances.beat(instance)
+        offset, before = instance.clock_offset, self._pulse
+        self._pulse = self._ticks.instances.beat(instance)
         if abs(instance.clock_offset) > _OFFSET_WARNED >= abs(offset):
             log.warning("This host's clock is %+.1f s off the database's", -instance.clock_offset.total_seconds())
-        self.refresh(rearm=abs(instance.clock_offset - offset) > _OFFSET_REARMED)
+        rearm = self._pulse.was_set or abs(instance.clock_offset - offset) > _OFFSET_REARMED
+        if rearm or self._pulse != before or self._pulse.is_busy or not self._is_settled:
+            self.refresh(rearm)
         self._scheduler.look_again()
 
     def _beat_failed(self, error: Exception) -> None:
+        self._pulse = None  # what came with it may not have been taken in
         log.warning("No heartbeat: %s", first_line(error), exc_info=_unless_expected(error))
-        if self._ticks.instance is not None and not self._ticks.instance.is_alive:
-            self._ticks.runs.lose("its instance could not renew the lease in time", self._ticks.instance)
+
+    def _deadline(self) -> float:
+        return self._ticks.instance.deadline if self._ticks.instance else 0.0
+
+    def _lost(self) -> None:
+        if self._ticks.instance is not None:
+            self._ticks.lose(self._ticks.instance)
 
     # -- waking up -----------------------------------------------------------------------------
 

@@ -23,9 +23,11 @@ workers = Table(
     Column("pending_tick", UtcDateTime),
     Column("pending_attempt", Integer),
     Column("pending_trigger", String(10)),
-    # The schedule in force, as text; `declared` is what the newest start brought, before any `reschedule`.
+    # The schedule in force, as text; `declared` is what a release brought, before any `reschedule`, and
+    # `declared_by` the instance that wrote it: of two releases at once, the one that stays has the last word.
     Column("schedule", String(200), nullable=False),
     Column("declared", String(200), nullable=False),
+    Column("declared_by", String(32)),
     Column("scheduled_at", UtcDateTime, nullable=False),
     Column("paused_at", UtcDateTime),
 )

@@ -14,13 +14,13 @@ from itertools import chain, repeat
 
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from .context import WorkerContext, current_run
 from .errors import ClaimLost, RunStopped, first_line
 from .instances import Instance
 from .ledger import Claim, Ledger
-from .worker import PeriodicWorker
+from .worker import PeriodicWorker, attempt_after
 
 log = logging.getLogger(__name__)
 
@@ -86,10 +86,10 @@ class Runs:
 
     def run(self, worker: type[PeriodicWorker], claim: Claim, ledger: Ledger, instance: Instance) -> Execution:
         """Run `claim` to its end, whatever that is, and write it down; no error of the worker's comes out."""
-        with self._app.app_context():
-            context = WorkerContext(claim, ledger, instance, self._db)
-            with self._entered(context), _timed_out_after(worker.timeout, context, ledger):
-                return Execution(claim, self._outcome(worker, context, ledger))
+        context = WorkerContext(claim, ledger, instance, self._db)
+        # The fence stays until the app context is gone: closing a service may commit, too.
+        with self._entered(context), self._app.app_context(), _timed_out_after(worker.timeout, context, ledger):
+            return Execution(claim, self._outcome(worker, context, ledger))
 
     @contextmanager
     def _entered(self, context: WorkerContext) -> Iterator[None]:
@@ -117,7 +117,7 @@ class Runs:
             if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
                 _end(context, ledger, "handed back", next_attempt=claim.attempt)  # a Ctrl-C: it reaches no other thread
                 raise
-            return _unfinished(context, ledger, error)
+            return _unfinished(worker, context, ledger, error)
         context.logger.info("Ran the tick %s in %.3f s", claim.tick.isoformat(), time.monotonic() - began)
         return "succeeded"
 
@@ -129,7 +129,7 @@ class Runs:
             self._db.session().invalidate()
 
 
-def _unfinished(context: WorkerContext, ledger: Ledger, error: BaseException) -> str:
+def _unfinished(worker: type[PeriodicWorker], context: WorkerContext, ledger: Ledger, error: BaseException) -> str:
     """Write down why the run did not succeed, and return that."""
     claim, tick = context.claim, context.tick.isoformat()
     if context.timed_out_after:
@@ -140,12 +140,32 @@ def _unfinished(context: WorkerContext, ledger: Ledger, error: BaseException) ->
     if context.is_lost or isinstance(error, ClaimLost):  # whoever finds this instance gone writes it down
         context.logger.warning("Lost the tick %s: %s", tick, error)
         return "lost"
-    state = _end(context, ledger, "failed", "".join(traceback.format_exception(error)))
+    if _is_cut_off(error):
+        again = attempt_after(worker, claim.attempt)
+        state = _end(context, ledger, "lost", f"its database connection broke: {first_line(error)}", again)
+        if state == "lost":
+            context.logger.warning("Lost the tick %s, its database connection broke: %s", tick, follows(again))
+    else:
+        state = _end(context, ledger, "failed", "".join(traceback.format_exception(error)))
+        if state == "failed":
+            context.logger.error("Failed at the tick %s", tick, exc_info=error)
     if state == "succeeded":  # the reply to its last commit got lost, or a listener to that failed
         context.logger.warning("Succeeded at the tick %s, but afterwards: %s", tick, first_line(error))
-    else:
-        context.logger.error("Failed at the tick %s", tick, exc_info=error)
     return state
+
+
+def follows(attempt: int | None) -> str:
+    """What becomes of a lost tick, in words."""
+    return f"attempt {attempt} follows" if attempt else "it is given up"
+
+
+def _is_cut_off(error: BaseException | None) -> bool:
+    """Whether the run ended because the database went away, and not by a fault of its own."""
+    while error is not None:
+        if isinstance(error, DBAPIError) and error.connection_invalidated:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _invoke(worker: type[PeriodicWorker], context: WorkerContext) -> None:

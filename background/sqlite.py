@@ -30,13 +30,18 @@ def refuse_memory(engine: Engine) -> None:
         )
 
 
-def _connected(connection: Any, _record: Any) -> None:
+def configure(connection: Any, isolation_level: str | None) -> None:
+    """Set one connection of the driver's up; `isolation_level` is the driver's, None to commit each statement."""
     connection.isolation_level = None
     connection.execute(f"PRAGMA busy_timeout = {BUSY_SECONDS * 1000}")
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = NORMAL")
     connection.execute("PRAGMA foreign_keys = ON")
-    connection.isolation_level = "IMMEDIATE"
+    connection.isolation_level = isolation_level
+
+
+def _connected(connection: Any, _record: Any) -> None:
+    configure(connection, "IMMEDIATE")
 
 
 def _begin_before_savepoint(connection: Connection, _name: str) -> None:

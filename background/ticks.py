@@ -5,19 +5,17 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from functools import cached_property, partial
-from typing import Any
 
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
-from sqlalchemy import Engine, create_engine, event
 from sqlalchemy.exc import SQLAlchemyError
 
-from . import sqlite
+from .connections import Connections
 from .errors import first_line
-from .instances import Heartbeat, Instance, Instances, instances_engine
+from .instances import Heartbeat, Instance, Instances
 from .ledger import Claim, Ledger, WorkerState
-from .runs import Execution, Runs
-from .worker import PeriodicWorker, declared_schedule
+from .runs import Execution, Runs, follows
+from .worker import PeriodicWorker, attempt_after, declared_schedule
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +30,12 @@ class Ticks:
         """This process's, from joining the fleet to leaving it."""
         self.postponed: Callable[[str, datetime], None] = lambda name, tick: None
         """Called with a tick that could not be run yet, and was not skipped; a member of the fleet tries it again."""
+        self.noticed: Callable[[WorkerState], None] = lambda state: None
+        """Called with what was read of a worker."""
+
+    @property
+    def _lease(self) -> timedelta:
+        return timedelta(seconds=self._app.config["WORKERS_LEASE_SECONDS"])
 
     # -- the way of a tick ---------------------------------------------------------------------
 
@@ -78,12 +82,12 @@ class Ticks:
             self.ledger.register({worker.name: declared_schedule(worker)})
             state = self.ledger.look(worker.name)
             assert state is not None  # noqa: S101 - the row was just written
+        self.noticed(state)
         return state
 
     def _when_due(self, worker: type[PeriodicWorker], tick: datetime, state: WorkerState) -> WorkerState:
         """Wait, at most a lease, until the database's clock reaches `tick`; rounding it would be early or late."""
-        lease = timedelta(seconds=self._app.config["WORKERS_LEASE_SECONDS"])
-        while state.clock < tick <= state.clock + lease and not self.runs.stopping.is_set():
+        while state.clock < tick <= state.clock + self._lease and not self.runs.stopping.is_set():
             self.runs.stopping.wait((tick - state.clock).total_seconds())
             state = self.look(worker)
         return state
@@ -109,7 +113,7 @@ class Ticks:
 
     def sign_on(self) -> Instance:
         """A new life of this process, known to the fleet."""
-        instance = Instance(timedelta(seconds=self._app.config["WORKERS_LEASE_SECONDS"]))
+        instance = Instance(self._lease)
         self.instances.beat(instance)
         return instance
 
@@ -119,6 +123,11 @@ class Ticks:
             self.instances.sign_off(instance)
         except SQLAlchemyError as error:
             log.warning("Could not sign off, so the lease must run out first: %s", first_line(error))
+
+    def lose(self, instance: Instance) -> None:
+        """The lease of `instance` ran out: tell its runs, and let nothing wait any longer for an answer."""
+        self.runs.lose("its instance could not renew the lease in time", instance)
+        self.connections.cut()
 
     @contextmanager
     def _present(self) -> Iterator[Instance]:
@@ -131,6 +140,8 @@ class Ticks:
             self._app.config["WORKERS_HEARTBEAT_SECONDS"],
             lambda: self.instances.beat(instance) if instance.is_alive else None,
             lambda error: log.warning("No heartbeat: %s", first_line(error)),
+            lambda: instance.deadline,
+            lambda: self.lose(instance),
         )
         heartbeat.start()
         try:
@@ -171,50 +182,37 @@ class Ticks:
         """Whether this instance holds a claim that it does not run: the reply to the claim got lost."""
         if state.running is None or state.started_at is None or self.runs.has(state.running):
             return False
-        return state.clock - state.started_at > timedelta(seconds=self._app.config["WORKERS_LEASE_SECONDS"])
+        return state.clock - state.started_at > self._lease
 
     def _take_back(self, worker: type[PeriodicWorker], claim: Claim, state: WorkerState, signed_off: bool) -> None:
         if signed_off:
             self.ledger.end(claim, "handed back", f"{state.instance_name} did not run it", claim.attempt)
             return
-        again = worker.on_lost == "retry" and claim.attempt < worker.max_attempts
+        again = attempt_after(worker, claim.attempt)
         reason = f"{state.instance_name} stopped renewing its lease"
-        if self.ledger.end(claim, "lost", reason, claim.attempt + 1 if again else None):
-            what = f"attempt {claim.attempt + 1} follows" if again else "it is given up"
-            log.warning("%s: lost the tick %s, %s: %s", claim.worker, claim.tick.isoformat(), reason, what)
+        if self.ledger.end(claim, "lost", reason, again):
+            log.warning("%s: lost the tick %s, %s: %s", claim.worker, claim.tick.isoformat(), reason, follows(again))
 
-    # -- connections of the engine's own, so that a claim neither joins nor waits for the application's ---
+    # -- what it asks --------------------------------------------------------------------------
+
+    @cached_property
+    def connections(self) -> Connections:
+        options = self._app.config.get("SQLALCHEMY_ENGINE_OPTIONS") or {}
+        with self._app.app_context():
+            return Connections(self._db.engine, options.get("connect_args", {}), self._lease.total_seconds())
 
     @cached_property
     def ledger(self) -> Ledger:
-        return Ledger(self._own_engine())
+        return Ledger(self.connections.claims, self._lease.total_seconds())
 
     @cached_property
     def instances(self) -> Instances:
-        with self._app.app_context():
-            return Instances(instances_engine(self._db.engine))
+        return Instances(self.connections.heartbeats, self._lease.total_seconds())
 
     def close(self) -> None:
         """Close the connections; they open again when they are asked for."""
-        for opened in ("ledger", "instances"):
-            if opened in self.__dict__:
-                self.__dict__[opened].engine.dispose()
-
-    def _own_engine(self) -> Engine:
-        with self._app.app_context():
-            shared = self._db.engine
-        if shared.dialect.name == "sqlite":
-            engine = create_engine(shared.url)
-            sqlite.prepare(engine)
-            return engine
-        engine = create_engine(shared.url, isolation_level="READ COMMITTED", pool_size=2, max_overflow=-1)
-        event.listen(engine, "connect", self._limit_waiting)
-        return engine
-
-    def _limit_waiting(self, connection: Any, _record: Any) -> None:
-        """A run that is frozen in the middle of its commit holds its worker's row; whoever waits tries again later."""
-        connection.execute(f"SET lock_timeout = '{self._app.config['WORKERS_LEASE_SECONDS']}s'")
-        connection.commit()
+        if "connections" in self.__dict__:
+            self.connections.close()
 
 
 def _why_not(tick: datetime, state: WorkerState) -> str | None:

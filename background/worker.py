@@ -81,6 +81,11 @@ def declared_schedule(cls: type[PeriodicWorker]) -> Schedule:
     return schedule
 
 
+def attempt_after(cls: type[PeriodicWorker], attempt: int) -> int | None:
+    """The number of the try that follows one that was lost; None if none follows."""
+    return attempt + 1 if cls.on_lost == "retry" and attempt < cls.max_attempts else None
+
+
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 

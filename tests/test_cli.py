@@ -105,13 +105,15 @@ def write(manager: BackgroundWorkerManager) -> Callable[..., None]:
     return write
 
 
-def leave_behind(manager: BackgroundWorkerManager, name: str, tick: datetime, seconds_ago: float = 60) -> None:
-    """A run of the tick, on an instance whose power was cut that long ago."""
+def leave_behind(manager: BackgroundWorkerManager, name: str, tick: datetime, lease: float = -60) -> None:
+    """A run of the tick, on an instance that has that much left of its lease: its power was cut a minute ago."""
     manager.ticks.look(manager.workers[name])
-    long_ago = manager.history.clock() - timedelta(seconds=seconds_ago)
+    clock = manager.history.clock()
+    expires_at = clock + timedelta(seconds=lease)
+    long_ago = min(clock, expires_at)
     with manager.ticks.instances.engine.begin() as connection:
         row = {"id": "dead", "host": "far", "pid": 7, "started_at": long_ago, "heartbeat_at": long_ago}
-        connection.execute(insert(instances).values(**row, expires_at=long_ago))
+        connection.execute(insert(instances).values(**row, expires_at=expires_at))
     assert manager.ticks.ledger.claim(
         name, tick, manager.ticks.look(manager.workers[name]).schedule_text, ("dead", "far:7")
     )
@@ -353,7 +355,7 @@ def test_trigger_runs_a_worker_now_and_says_what_became_of_it(flask: Callable[..
 def test_trigger_of_a_running_worker_says_where_it_runs(
     flask: Callable[..., Result], manager: BackgroundWorkerManager
 ) -> None:
-    leave_behind(manager, "greet", due(manager, "greet"), seconds_ago=-60)
+    leave_behind(manager, "greet", due(manager, "greet"), lease=60)
     assert re.search(
         r"Not run: greet is running already, the tick \S+ on far:7", flask("trigger", "greet", code=1).stdout
     )

@@ -149,7 +149,12 @@ def test_an_empty_secret_key_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("lease", [4, 3.9])
 def test_a_lease_must_outlast_a_late_heartbeat(tmp_path: Path, lease: float) -> None:
     with pytest.raises(InvalidConfig, match=r"more than twice WORKERS_HEARTBEAT_SECONDS \(2\)"):
-        load(tmp_path, {"WORKERS_LEASE_SECONDS": lease})
+        load(tmp_path, {"WORKERS_LEASE_SECONDS": lease, "WORKERS_HEARTBEAT_SECONDS": 2})
+
+
+@pytest.mark.parametrize(("lease", "heartbeat"), [(10, 2), (8, 2), (2, 0.5), (60, 2)])
+def test_the_heartbeat_follows_a_shorter_lease(tmp_path: Path, lease: float, heartbeat: float) -> None:
+    assert load(tmp_path, {"WORKERS_LEASE_SECONDS": lease})["WORKERS_HEARTBEAT_SECONDS"] == heartbeat
 
 
 def test_a_misspelled_setting_is_pointed_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 import logging
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -15,6 +14,7 @@ from sqlalchemy import Connection, event, insert, select, text
 from sqlalchemy.exc import IntegrityError, OperationalError
 
 from background import BackgroundWorkerManager, ClaimLost, WorkerContext, current_workers
+from background.clock import steady
 from background.instances import Instance
 from background.worker import declared_schedule
 from models import Book, UserRepository, db
@@ -96,8 +96,11 @@ def test_an_interrupt_that_a_run_raises_itself_is_a_failure_and_not_run_again_fo
     assert manager.ticks.ledger.look("interrupting").pending_tick is None
 
 
-def test_an_error_whose_text_no_database_can_hold_is_a_failed_run(fleet: Fleet) -> None:
+def test_an_error_whose_text_no_database_can_hold_is_a_failed_run(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It quotes the name of a file, say, which can be any bytes."""
+    monkeypatch.setattr(logging.getLogger("background.quoting"), "disabled", True)  # nor can a report of pytest-xdist
 
     class Quoting(Hourly):
         def do_work(self, context: WorkerContext) -> None:
@@ -397,7 +400,7 @@ def test_past_the_deadline_the_commit_is_refused_without_asking_the_database(fle
     class Late(Hourly):
         def do_work(self, context: WorkerContext) -> None:
             effect(context)
-            context.instance.deadline = time.monotonic()
+            context.instance.deadline = steady()
             with pytest.raises(ClaimLost, match="could not renew the lease in time"):
                 context.commit()
             assert context.stopping
@@ -634,7 +637,7 @@ def test_an_instance_that_comes_back_after_its_lease_begins_anew(fleet: Fleet) -
     manager.start()
     wait_until(lambda: fleet.states() == ["succeeded"], "the run")
     first = manager.ticks.instance
-    first.deadline = time.monotonic()
+    first.deadline = steady()
     wait_until(lambda: manager.ticks.instance is not first and manager.ticks.instance.is_alive, "the new life")
     with manager.ticks.instances.engine.connect() as connection:
         assert connection.scalar(select(text("count(*) FROM background_instances"))) >= 2

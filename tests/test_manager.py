@@ -3,6 +3,7 @@
 import threading
 import time
 from datetime import UTC, datetime, timedelta, tzinfo
+from typing import Any
 
 import pytest
 from fleet import HOUR, PATIENCE, Fleet, Hourly, effect, in_threads, last_hour, wait_until
@@ -187,14 +188,14 @@ def test_a_pause_and_a_resume_reach_the_other_instances(fleet: Fleet) -> None:
     started.start()
     wait_until(lambda: len(ticks(fleet, "quick")) >= 2, "two runs")
     assert other.pause("quick")
-    wait_until(lambda: "skipped" in fleet.states(), "a skipped tick")
+
+    def paused() -> list[Any]:
+        return [each for each in fleet.executions() if each.state == "skipped" and each.reason.startswith("paused")]
+
+    (skipped,) = wait_until(paused, "a skipped tick")
     count = len(ticks(fleet, "quick"))
-    (skipped,) = [execution for execution in fleet.executions() if execution.state == "skipped"]
 
-    def through() -> datetime:
-        return next(execution.through for execution in fleet.executions() if execution.id == skipped.id)
-
-    wait_until(lambda: through() > skipped.through, "the next skipped tick")
+    wait_until(lambda: paused()[0].through > skipped.through, "the next skipped tick")
     assert other.resume("quick")
     wait_until(lambda: len(ticks(fleet, "quick")) > count, "the next run")
 

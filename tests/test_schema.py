@@ -27,6 +27,7 @@ from migrations import schema
 from models import Book, User, db
 
 ROOT = Path(__file__).parent.parent
+HEAD = "0002"
 
 
 @contextmanager
@@ -116,21 +117,21 @@ def test_a_database_behind_the_migrations_names_both_revisions(
     app: Flask, engine: Engine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     release_a_migration(tmp_path, monkeypatch)
-    with pytest.raises(DatabaseNotReady, match=r"revision 0001, behind this release's 0002.*`flask db upgrade`"):
+    with pytest.raises(DatabaseNotReady, match=rf"revision {HEAD}, behind this release's 9000.*`flask db upgrade`"):
         schema.ensure_ready()
     schema.upgrade()
     schema.ensure_ready()
 
 
 def release_a_migration(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the release have a revision 0002 that adds a table."""
+    """Let the release have a revision 9000 that adds a table."""
     versions = folder / "versions"
     versions.mkdir()
-    (versions / "0002_more.py").write_text(
-        textwrap.dedent("""
+    (versions / "9000_more.py").write_text(
+        textwrap.dedent(f"""
             import sqlalchemy as sa
             from alembic import op
-            revision, down_revision = "0002", "0001"
+            revision, down_revision = "9000", "{HEAD}"
             def upgrade():
                 op.create_table("more", sa.Column("id", sa.Integer, primary_key=True))
         """)
@@ -153,7 +154,7 @@ def test_a_database_ahead_of_the_migrations_is_only_warned_about(
         connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
     with caplog.at_level(logging.WARNING):
         schema.ensure_ready()
-    assert "revision 9999, which this release (0001) does not know" in caplog.text
+    assert f"revision 9999, which this release ({HEAD}) does not know" in caplog.text
 
 
 def test_tables_that_create_all_made_are_enough_to_start(

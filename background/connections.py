@@ -1,0 +1,82 @@
+"""The engine's own connections: a claim neither joins nor waits for what the application does on its own."""
+
+import os
+import socket
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import cached_property
+from typing import Any
+from weakref import WeakSet
+
+from sqlalchemy import Engine, create_engine, event
+from sqlalchemy.schema import CreateTable
+
+from . import sqlite
+from .models import instances
+
+
+class Connections:
+    """Opened when they are asked for. No statement on them sets anything that outlives its transaction, and none
+    is prepared by name, so a pooler that gives every transaction another connection may stand before PostgreSQL."""
+
+    def __init__(self, shared: Engine, arguments: Mapping[str, Any], lease: float) -> None:
+        self._shared = shared
+        # As long as a heartbeat may take: libpq does not wait for less than two seconds.
+        own = {"prepare_threshold": None, "connect_timeout": max(2, int(lease / 2))}
+        self._arguments = {**arguments, **own}
+        self._open: WeakSet[Any] = WeakSet()
+
+    @cached_property
+    def claims(self) -> Engine:
+        """For whatever decides who runs."""
+        if self._shared.dialect.name != "sqlite":
+            return self._postgresql(pool_size=2)
+        engine = create_engine(self._shared.url)
+        sqlite.prepare(engine)
+        return engine
+
+    @cached_property
+    def heartbeats(self) -> Engine:
+        """For who is alive, which nothing else can starve; the workers' rows can be read here too.
+
+        On SQLite a run that has written holds the only write lock until it commits, so the heartbeats have a small
+        database of their own beside the main one (all its processes live on one host). No transaction may be
+        opened here but that of a single statement: BEGIN IMMEDIATE would lock the main one as well.
+        """
+        if self._shared.dialect.name != "sqlite":
+            return self._postgresql(pool_size=1)
+        main = str(self._shared.url.database)
+        engine = create_engine(self._shared.url.set(database=f"{main}-instances"))
+        table = str(CreateTable(instances, if_not_exists=True).compile(engine))
+
+        @event.listens_for(engine, "connect")
+        def connected(connection: Any, _record: Any) -> None:
+            sqlite.configure(connection, isolation_level=None)
+            connection.execute(table)  # several processes may be the first at once
+            connection.execute("ATTACH DATABASE ? AS main_database", (main,))
+
+        return engine
+
+    def cut(self) -> None:
+        """Have whatever waits for PostgreSQL on them fail now, from any thread, and connect anew from now on."""
+        for connection in list(self._open):
+            with suppress(Exception), socket.socket(fileno=os.dup(connection.fileno())) as its_socket:
+                its_socket.shutdown(socket.SHUT_RDWR)
+        self.close()
+
+    def close(self) -> None:
+        """Close those that are not in use; they open again when they are asked for."""
+        for opened in ("claims", "heartbeats"):
+            if opened in self.__dict__:
+                self.__dict__[opened].dispose()
+
+    def _postgresql(self, pool_size: int) -> Engine:
+        engine = create_engine(
+            self._shared.url,
+            isolation_level="READ COMMITTED",
+            pool_size=pool_size,
+            max_overflow=-1,
+            connect_args=self._arguments,
+        )
+        event.listen(engine, "connect", lambda connection, _record: self._open.add(connection))
+        return engine
