@@ -114,40 +114,51 @@ def test_a_process_that_wakes_after_its_lease_cannot_commit_the_run_that_was_tak
     assert effects.states("ticker") == [("lost", 1), ("succeeded", 2)]
 
 
-@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
-def test_a_run_that_wakes_with_the_write_lock_of_sqlite_after_its_lease_gives_way(
-    shops: Shops, effects: Effects
-) -> None:
-    """While it is frozen nobody can write, so nobody can take over; its own deadline refuses its commit."""
-    zombie = freeze_one(shops, "effect")
-    others(shops)
-    is_expired(effects, zombie)
-    assert effects.states("ticker") == [("running", 1)]
-    zombie.thaw()
-    lost_the_tick(zombie)
-    assert eventually(effects.ticks)
-    effects.check_once()
-    assert effects.states("ticker") == [("lost", 1), ("succeeded", 2)]
-
-
 def is_expired(effects: Effects, frozen: Member) -> None:
     """Wait until its lease is over, and until the living have seen that."""
     assert eventually(lambda: frozen.pid not in effects.instances(alive=True))
     time.sleep(0.5)  # two heartbeats of theirs
 
 
-def test_a_commit_that_was_frozen_on_its_way_is_the_only_one(shops: Shops, effects: Effects) -> None:
-    """It has checked its claim and holds the worker's row, so nobody can take over until it is through."""
-    zombie = freeze_one(shops, "commit")
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("at", ["claim", "commit"])
+def test_a_process_that_is_frozen_with_a_row_locked_loses_the_lock_with_its_lease(
+    shops: Shops, effects: Effects, at: str
+) -> None:
+    zombie = freeze_one(shops, at)
     others(shops)
-    is_expired(effects, zombie)
-    assert effects.states("ticker") == [("running", 1)]
-    zombie.thaw()
     assert eventually(effects.ticks)
+    zombie.thaw()
     zombie.wait_for("begins anew")
     (effect,) = effects.check_once()
-    assert (effect.pid, effect.attempt) == (zombie.pid, 1)
-    assert effects.states("ticker") == [("succeeded", 1)]
+    assert effect.pid != zombie.pid
+    assert effects.states("ticker") == ([("lost", 1), ("succeeded", 2)] if at == "commit" else [("succeeded", 1)])
+    assert ("Lost the tick" in zombie.output) == (at == "commit")
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+@pytest.mark.parametrize(
+    ("at", "states"),
+    [
+        ("claim", [("lost", 1), ("succeeded", 2)]),  # the claim went through, but its run began after the lease
+        ("effect", [("lost", 1), ("succeeded", 2)]),
+        ("commit", [("succeeded", 1)]),  # checked before the freeze: nobody else can have begun meanwhile
+    ],
+)
+def test_a_process_that_wakes_with_the_write_lock_of_sqlite_after_its_lease_is_decided_on_once(
+    shops: Shops, effects: Effects, at: str, states: list[tuple[str, int]]
+) -> None:
+    """While it is frozen nobody can write, so nobody can take over."""
+    zombie = freeze_one(shops, at)
+    others(shops)
+    is_expired(effects, zombie)
+    assert effects.states("ticker") == ([] if at == "claim" else [("running", 1)])
+    zombie.thaw()
+    zombie.wait_for("begins anew")
+    assert eventually(effects.ticks)
+    effects.check_once()
+    assert effects.states("ticker") == states
+    assert ("Lost the tick" in zombie.output) == (states[0][0] == "lost")
 
 
 TWO_WORKERS = {"PROBE_WORKERS": "ticker,quick", "PROBE_PERIOD": 0.5}
@@ -155,16 +166,14 @@ TWO_WORKERS = {"PROBE_WORKERS": "ticker,quick", "PROBE_PERIOD": 0.5}
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 def test_a_process_that_is_frozen_in_its_commit_holds_up_no_other_worker(shops: Shops, effects: Effects) -> None:
-    """Its worker's row is locked, and all that others want of it waits for that, as long as the lock time-out."""
+    """Its worker's row is locked until its lease is over; all that others want of that row waits."""
     others(shops, WORKERS_THREADS=5, WORKERS_LEASE_SECONDS=4, **TWO_WORKERS)
-    zombie = freeze_one(shops, "commit", PROBE_PERIOD=0.5)
-    tick, ran = effects.ticks()[-1:], len(effects.all("quick"))
+    freeze_one(shops, "commit", PROBE_PERIOD=0.5, WORKERS_LEASE_SECONDS=4)
+    ran = len(effects.all("quick"))
     assert eventually(lambda: len(effects.all("quick")) >= ran + 6)
-    assert effects.ticks()[-1:] == tick
     effects.check_consecutive(timedelta(seconds=1), effects.ticks("quick")[ran - 1], "quick")
-    zombie.thaw()
-    assert eventually(lambda: len(effects.ticks()) >= 3)
-    assert zombie.pid in {effect.pid for effect in effects.check_once()}
+    assert eventually(lambda: "lost" in dict(effects.states("ticker")))
+    effects.check_once()
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
@@ -184,19 +193,6 @@ def test_while_a_process_is_frozen_in_its_commit_sqlite_runs_nothing_and_nobody_
     effects.check_once("quick")
     assert [effect.attempt for effect in effects.check_once()[len(ran[0]) :]][:2] == [2, 1]
     assert "Traceback" not in "".join(each.output for each in living)
-
-
-def test_a_claim_that_was_frozen_on_its_way_past_the_lease_is_taken_over_when_it_is_through(
-    shops: Shops, effects: Effects
-) -> None:
-    zombie = freeze_one(shops, "claim")
-    others(shops)
-    is_expired(effects, zombie)
-    assert effects.states("ticker") == []
-    zombie.thaw()
-    assert eventually(effects.ticks)
-    effects.check_once()
-    assert effects.states("ticker") in ([("succeeded", 1)], [("lost", 1), ("succeeded", 2)])
 
 
 def test_a_frozen_process_cannot_claim_the_old_tick_in_its_hand_though_the_history_was_pruned(
