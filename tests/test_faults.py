@@ -167,10 +167,10 @@ TWO_WORKERS = {"PROBE_WORKERS": "ticker,quick", "PROBE_PERIOD": 0.5}
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 def test_a_process_that_is_frozen_in_its_commit_holds_up_no_other_worker(shops: Shops, effects: Effects) -> None:
     """Its worker's row is locked until its lease is over; all that others want of that row waits."""
-    others(shops, WORKERS_THREADS=5, WORKERS_LEASE_SECONDS=4, **TWO_WORKERS)
-    freeze_one(shops, "commit", PROBE_PERIOD=0.5, WORKERS_LEASE_SECONDS=4)
+    others(shops, WORKERS_THREADS=5, WORKERS_LEASE_SECONDS=6, **TWO_WORKERS)
+    freeze_one(shops, "commit", PROBE_PERIOD=0.5, WORKERS_LEASE_SECONDS=6)
     ran = len(effects.all("quick"))
-    assert eventually(lambda: len(effects.all("quick")) >= ran + 6)
+    assert eventually(lambda: len(effects.all("quick")) >= ran + 7)
     effects.check_consecutive(timedelta(seconds=1), effects.ticks("quick")[ran - 1], "quick")
     assert eventually(lambda: "lost" in dict(effects.states("ticker")))
     effects.check_once()
