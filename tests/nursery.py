@@ -129,7 +129,7 @@ class Shops:
 
 def main(orders: socket.socket) -> None:
     import app  # noqa: F401 - whatever an import brings is there before the fork
-    import background.membership
+    import background.membership  # noqa: F401
 
     gc.freeze()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them

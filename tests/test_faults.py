@@ -74,9 +74,7 @@ def test_what_a_process_committed_before_it_was_killed_is_not_run_again(shops: S
 def test_a_worker_that_kills_its_process_is_given_up_and_the_last_process_lives_on(
     shops: Shops, effects: Effects
 ) -> None:
-    fleet = [
-        shops.start(PROBE_WORKERS="killer,ticker", PROBE_PERIOD=0.5, WORKERS_LEASE_SECONDS=1) for _ in range(4)
-    ]
+    fleet = [shops.start(PROBE_WORKERS="killer,ticker", PROBE_PERIOD=0.5, WORKERS_LEASE_SECONDS=1) for _ in range(4)]
     assert eventually(lambda: effects.states("killer") == [("lost", 1), ("lost", 2), ("lost", 3)])
     (survivor,) = [member for member in fleet if member.is_up]
     ran = len(effects.all())
