@@ -138,26 +138,26 @@ class Killer(PeriodicWorker):
 
 
 class Hog(PeriodicWorker):
-    """Holds the interpreter for PROBE_TAKES in one call, as a library's long computation does."""
+    """Holds the interpreter for PROBE_HOLDS in one call, as a library's long computation does."""
 
     name = "hog"
     period = timedelta(days=1)
 
     def do_work(self, context: WorkerContext) -> None:
         context.logger.info("The hog began")
-        ctypes.PyDLL(None).usleep(int(_TAKES * 1_000_000))
+        ctypes.PyDLL(None).usleep(int(float(os.environ.get("PROBE_HOLDS", "0")) * 1_000_000))
         leave(context, os.getpid())
 
 
 class Hanging(PeriodicWorker):
-    """Hangs at every tick but those that are a multiple of two seconds."""
+    """Hangs at every other tick."""
 
     name = "hanging"
-    period = timedelta(seconds=1)
-    timeout = timedelta(seconds=0.3)
+    period = timedelta(seconds=0.5)
+    timeout = timedelta(seconds=0.2)
 
     def do_work(self, context: WorkerContext) -> None:
-        if context.tick.second % 2:
+        if context.tick.microsecond:
             threading.Event().wait()
         leave(context, os.getpid())
 

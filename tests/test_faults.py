@@ -3,8 +3,9 @@
 A victim freezes itself at a point of its run (see probe.py); then it is killed, or thawed, while others are up.
 """
 
+import socket
 import time
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from sqlalchemy.pool import NullPool
 from background import models as tables
 
 DAY = timedelta(days=1).total_seconds()
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MARGIN = 2.0  # seconds that a busy machine may take longer than the issue's targets
 
 
@@ -207,3 +209,79 @@ def test_a_frozen_process_cannot_claim_the_old_tick_in_its_hand_though_the_histo
     (effect,) = effects.check_once()
     assert effect.pid != zombie.pid
     assert effects.states("ticker") == []
+
+
+# -- starved, hung and mistaken for another --------------------------------------------------------
+
+
+def test_a_process_whose_interpreter_is_held_past_the_lease_loses_its_run_and_lives_on(
+    shops: Shops, effects: Effects
+) -> None:
+    """One call into C that keeps the interpreter's lock: its heartbeat cannot run, and neither can anything else."""
+    more = {"PROBE_WORKERS": "hog,ticker", "PROBE_PERIOD": 0.5}
+    hogged = shops.start(PROBE_HOLDS=2.5, WORKERS_LEASE_SECONDS=1, **more)
+    hogged.wait_for("The hog began")
+    [other] = shops.join(**more)
+    lost_the_tick(hogged)
+    (effect,) = effects.check_once("hog")
+    assert effect.pid == other.pid
+    assert effects.states("hog") == [("lost", 1), ("succeeded", 2)]
+    other.kill()
+    assert eventually(lambda: effects.ticks() and effects.all()[-1].pid == hogged.pid)
+    effects.check_once()
+
+
+def test_a_process_with_the_name_of_a_dead_one_neither_has_its_claims_nor_shields_them(
+    shops: Shops, effects: Effects
+) -> None:
+    """As in containers, where host names may be set and everybody's process id is 1."""
+    more = {"PROBE_WORKERS": "listener", "WORKERS_LEASE_SECONDS": 2, "alone": True}
+    try:
+        first = shops.start(**more)
+    except PermissionError as error:
+        pytest.skip(str(error))
+    first.wait_for("The listener began")
+    killed = first.kill()
+    shops.join(PROBE_SECONDS=0, **more)
+    assert eventually(lambda: effects.all("listener"))
+    lost, again = effects.history("listener", EPOCH)
+    assert lost["instance_name"] == again["instance_name"] == f"{socket.gethostname()}:1"
+    assert lost["instance"] != again["instance"]
+    assert (again["started_at"].timestamp() - killed) > 1  # the dead one's heartbeats were 0.2 s apart
+    assert effects.states("listener") == [("lost", 1), ("succeeded", 2)]
+    effects.check_once("listener")
+
+
+def test_a_body_longer_than_the_period_skips_the_ticks_meanwhile_and_keeps_their_order(
+    shops: Shops, effects: Effects
+) -> None:
+    period = timedelta(seconds=0.5)
+    shops.join(2, PROBE_PERIOD=0.5, PROBE_TAKES=0.7)
+    assert eventually(lambda: len(effects.ticks()) >= 3)
+    first = effects.check_once()[0].tick
+    effects.check_answered(period, first)
+    rows = effects.history("ticker", first)
+    assert {row["state"] for row in rows} <= {"succeeded", "skipped", "running"}
+    skipped = [row for row in rows if row["state"] == "skipped"]
+    assert skipped
+    assert all(row["reason"].startswith("still running the tick 20") for row in skipped)
+
+
+def test_a_body_longer_than_the_lease_keeps_its_claim(shops: Shops, effects: Effects) -> None:
+    shops.join(2, PROBE_PERIOD=DAY, PROBE_TAKES=3, WORKERS_LEASE_SECONDS=1.5)
+    assert eventually(effects.ticks)
+    effects.check_once()
+    assert effects.states("ticker") == [("succeeded", 1)]
+
+
+def test_a_hanging_body_is_timed_out_in_the_whole_fleet_and_the_next_ticks_go_on(
+    shops: Shops, effects: Effects
+) -> None:
+    """It hangs at every tick but the even ones; each hung one would keep a thread, if threads were not replaced."""
+    shops.join(PROBE_WORKERS="hanging", WORKERS_THREADS=2)
+    assert eventually(lambda: len(effects.ticks("hanging")) >= 3)
+    effects.check_once("hanging")
+    effects.check_answered(timedelta(seconds=0.5), effects.ticks("hanging")[0], "hanging")
+    states = [state for state, _ in effects.states("hanging")]
+    assert {"timed out", "succeeded"} <= set(states) <= {"timed out", "succeeded", "running"}
+    assert states.count("timed out") >= 2
