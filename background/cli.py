@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -15,7 +16,7 @@ from flask.cli import AppGroup, ScriptInfo
 from sqlalchemy.exc import DBAPIError
 
 from .errors import BackgroundError, DatabaseNotReady, UnknownWorker, first_line
-from .history import STATES, Record
+from .history import STATES, Record, Seen
 from .ledger import WorkerState
 from .manager import BackgroundWorkerManager
 from .overview import overview
@@ -95,6 +96,28 @@ def _cells(row: dict[str, Any]) -> list[str]:
     ]
     schedule = row["schedule"] or "not one that this release can read"
     return [row["name"], schedule, moment(row["next_tick"]), tick, became, on, "; ".join(filter(None, notes))]
+
+
+@workers_cli.command()
+@as_json_option
+def instances(as_json: bool) -> None:
+    """Show who is alive and who went within a day, what they hold, and how far their clocks are off."""
+    manager = _checked()
+    states, seen = manager.ticks.ledger.states().values(), manager.history.instances()
+    holds = {each.id: [state.name for state in states if state.instance == each.id] for each in seen}
+    if as_json:
+        _print_json([{**asdict(each), "holds": holds[each.id]} for each in seen])
+    elif seen:
+        headers = ("instance", "state", "started", "heartbeat", "clock", "holds")
+        click.echo(table(headers, [_instance_cells(each, holds[each.id]) for each in seen]))
+    else:
+        click.echo("No instance was here within a day; `flask workers run` starts one.")
+
+
+def _instance_cells(seen: Seen, holds: list[str]) -> list[str]:
+    state = "alive" if seen.is_alive else "signed off" if seen.signed_off_at else "lost"
+    clock = f"{-(seen.clock_offset or 0):+.3f} s"
+    return [seen.name, state, second(seen.started_at), second(seen.heartbeat_at), clock, ", ".join(holds)]
 
 
 @workers_cli.command()

@@ -71,6 +71,9 @@ class Seen:
     started_at: datetime
     heartbeat_at: datetime
     signed_off_at: datetime | None
+    clock_offset: float | None = None
+    """The database's clock less its host's, in seconds."""
+    is_alive: bool = True
 
     @property
     def name(self) -> str:
@@ -135,6 +138,11 @@ class History:
         with self._roster.connect() as connection:
             return set(ids) - set(connection.execute(alive).scalars())
 
+    def instances(self) -> list[Seen]:
+        """Those who are alive, and those who went lately; the newest first."""
+        with self._roster.connect() as connection:
+            return [Seen(*row) for row in connection.execute(_seen.order_by(instances.c.started_at.desc()))]
+
     def around(self, name: str, at: datetime | None = None) -> Surroundings:
         """What there is to know about the tick that `at` belongs to; now, if it is not given."""
         state = self._ledger.look(name)
@@ -197,4 +205,4 @@ def _of(name: str) -> Select[Any]:
     return select(executions, now().label("clock")).where(executions.c.worker == name)
 
 
-_seen = select(*(instances.c[field.name] for field in fields(Seen)))
+_seen: Select[Any] = select(*(instances.c[field.name] for field in fields(Seen)[:-1]), is_alive)

@@ -78,13 +78,9 @@ class Instances:
         }
         row = {"id": instance.id, "host": instance.host, "pid": instance.pid, "started_at": now(), **renewed}
         upsert = self._insert(instances).values(row).on_conflict_do_update(index_elements=["id"], set_=renewed)
-        try:
-            with self._single.begin() as connection:
-                clock, schedules, is_busy = connection.execute(upsert.returning(now(), *_pulse)).one()
-                host_after = time.time()
-        except Exception:
-            self.engine.dispose()  # on SQLite, somebody may have removed the file
-            raise
+        with self._single.begin() as connection:
+            clock, schedules, is_busy = connection.execute(upsert.returning(now(), *_pulse)).one()
+            host_after = time.time()
         instance.clock_offset = clock - datetime.fromtimestamp((host_before + host_after) / 2, UTC)
         instance.deadline = sent + instance.lease.total_seconds()
         return Pulse(schedules, bool(is_busy), self._was_set(clock, sent))

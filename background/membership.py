@@ -38,6 +38,7 @@ class Membership:
         self._armed: dict[str, datetime] = {}
         self._settling: set[str] = set()
         self._pulse: Pulse | None = None
+        self._ahead: set[str] = set()
         self._is_settled = self._is_looking = self._left = False
         self._refreshing, self._entering = threading.Lock(), threading.Lock()
         ticks.noticed = self._look_soon
@@ -136,12 +137,24 @@ class Membership:
                     # By a wrong clock a tick may have been fired before its time, and passed over.
                     self._arm(name, after=self._now(), no_later_than=self._armed[name])
             ours = [state for state in self._states.values() if state.name in self._workers]
+            self._warn_of_marks(ours)
             gone = self._ticks.gone(ours)
             for state in ours:
                 self._look_soon(state)
                 if state.name in gone or (state.pending_tick and not state.paused_at):
                     self._settle_soon(state.name)
             self._follow_releases(ours)
+
+    def _warn_of_marks(self, states: list[WorkerState]) -> None:
+        ahead = {state.name: state.mark for state in states if state.mark and state.mark > state.clock + _OFFSET_WARNED}
+        for name in ahead.keys() - self._ahead:
+            log.warning(
+                "%s: the database's clock was set back: its ticks are decided up to %s, and the next one comes after "
+                "that. If the clock is right now, lower background_workers.mark by hand",
+                name,
+                ahead[name],
+            )
+        self._ahead = set(ahead)
 
     def _follow_releases(self, states: list[WorkerState]) -> None:
         """Of two releases at once the newest start declares the schedule; when it has left, those who stay do."""

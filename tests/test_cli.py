@@ -124,6 +124,25 @@ def due(manager: BackgroundWorkerManager, name: str) -> datetime:
     return state.schedule.previous(state.clock)
 
 
+# -- instances -----------------------------------------------------------------------------------
+
+
+def test_the_instances_are_shown_with_what_they_hold_and_their_clocks(
+    flask: Callable[..., Result], manager: BackgroundWorkerManager
+) -> None:
+    assert "No instance was here" in flask("instances").stdout
+    leave_behind(manager, "greet", due(manager, "greet"))
+    instance = manager.ticks.sign_on()
+    instance.clock_offset = timedelta(seconds=-7)
+    manager.ticks.instances.beat(instance)
+    header, ours, theirs = flask("instances").stdout.splitlines()
+    assert header.split() == ["INSTANCE", "STATE", "STARTED", "HEARTBEAT", "CLOCK", "HOLDS"]
+    assert re.match(rf"{re.escape(instance.name)} +alive .*\+7.000 s$", ours)
+    assert re.match(r"far:7 +lost .* greet$", theirs)
+    (row,) = [row for row in json.loads(flask("instances", "--json").stdout) if row["is_alive"]]
+    assert (row["pid"], row["clock_offset"], row["holds"]) == (instance.pid, -7, [])
+
+
 # -- list ----------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ import logging
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import timedelta
 
 import pytest
@@ -263,6 +264,55 @@ def test_a_run_whose_connection_breaks_has_failed_and_the_next_tick_runs(fleet: 
     assert manager.tick("unplugged", NOW() - HOUR).state == "failed"
     assert manager.tick("unplugged", NOW()).state == "succeeded"
     assert len(fleet.effects()) == 1
+
+
+def test_a_run_whose_database_goes_away_is_run_again_as_the_next_attempt(fleet: Fleet) -> None:
+    if fleet.engine.dialect.name == "sqlite":
+        return  # which has no server to lose
+
+    class Unplugged(Hourly):
+        max_attempts = 2
+
+        def do_work(self, context: WorkerContext) -> None:
+            effect(context)
+            own = context.session.scalar(text("SELECT pg_backend_pid()"))
+            with fleet.engine.begin() as connection:
+                connection.execute(text("SELECT pg_terminate_backend(:own)"), {"own": own})
+            try:
+                context.session.execute(text("SELECT 1"))
+            except OperationalError as error:
+                raise RuntimeError("no answer") from error
+
+    manager = fleet.manager(Unplugged)
+    assert manager.tick("unplugged", NOW()).state == "lost"
+    assert fleet.row("unplugged").pending_tick == NOW()
+    assert manager.tick("unplugged", NOW()).state == "lost"
+    assert (fleet.states(), fleet.row("unplugged").pending_tick) == (["lost", "lost"], None)
+    assert "its database connection broke" in fleet.executions()[0].reason
+    assert fleet.effects() == []
+
+
+def test_a_service_that_commits_when_it_is_closed_is_refused_after_the_run_is_lost(fleet: Fleet) -> None:
+    class Late:
+        pass
+
+    def make() -> Iterator[Late]:
+        yield Late()
+        db.session.commit()
+
+    class Serviced(Hourly):
+        def do_work(self, context: WorkerContext) -> None:
+            context.services.get(Late)
+            effect(context)
+            context.session.flush()
+            fleet.take_over("serviced")
+            context.raise_if_stopping()
+
+    manager = fleet.manager(Serviced)
+    svcs.flask.register_factory(manager.app, Late, make)
+    with suppress(ClaimLost):
+        manager.tick("serviced", NOW())
+    assert fleet.effects() == []
 
 
 # -- what a run is given ---------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from sqlalchemy import select, update
 from background import WorkerContext
 from background import models as tables
 from background.clock import steady
-from background.instances import Instance
+from background.instances import Instance, Pulse
 
 LEASE = timedelta(seconds=5)
 
@@ -142,3 +142,59 @@ def test_an_idle_instance_is_one_statement_per_heartbeat(fleet: Fleet) -> None:
             wait_until(lambda: len(beats) >= 8, "five more")
     assert {statement.split()[0] for statement in beats[3:]} == {"INSERT"}
     assert looks == []
+
+
+def test_nobody_counts_as_lost_within_a_lease_after_the_databases_clock_was_set(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    instances = fleet.manager(WORKERS_LEASE_SECONDS=1).ticks.instances
+    lost, left, us = Instance(timedelta(seconds=-1)), Instance(LEASE), Instance(LEASE)
+    for instance in (lost, left, us):
+        instances.beat(instance)
+    instances.sign_off(left)
+    assert instances.gone({lost.id, left.id}) == {lost.id: False, left.id: True}
+    # Two minutes further on by the steady clock, as if the database's had been set back by so much.
+    monkeypatch.setattr("background.instances.steady", lambda: steady() + 120)
+    assert instances.beat(us).was_set
+    assert not instances.beat(us).was_set
+    assert instances.gone({lost.id, left.id}) == {left.id: True}
+    assert wait_until(lambda: lost.id in instances.gone({lost.id}), "the lease is over")
+
+
+def test_a_lease_of_before_the_databases_clock_was_set_back_is_none(fleet: Fleet) -> None:
+    instances, instance = fleet.manager().ticks.instances, Instance(LEASE)
+    instances.beat(instance)
+    later = datetime.now(UTC) + timedelta(minutes=2)
+    with instances.engine.begin() as connection:
+        connection.execute(update(tables.instances).values(heartbeat_at=later, expires_at=later + LEASE))
+    assert instances.gone({instance.id}) == {instance.id: False}
+
+
+def test_a_lease_that_runs_out_while_a_heartbeat_hangs_is_noticed(fleet: Fleet) -> None:
+    working, told, go_on = threading.Event(), threading.Event(), threading.Event()
+
+    class Long(Hourly):
+        def do_work(self, context: WorkerContext) -> None:
+            if context.token == 1:
+                working.set()
+                assert context.stopping.wait(PATIENCE)
+                told.set()
+                assert go_on.wait(PATIENCE)
+            effect(context)
+
+    manager = fleet.manager(Long, WORKERS_LEASE_SECONDS=0.5)
+    manager.start()
+    assert working.wait(PATIENCE)
+    beat, released = manager.ticks.instances.beat, threading.Event()
+
+    def hang(instance: Instance) -> Pulse:
+        assert released.wait(PATIENCE)
+        return beat(instance)
+
+    manager.ticks.instances.beat = hang  # type: ignore[method-assign]
+    assert told.wait(PATIENCE)
+    manager.ticks.instances.beat = beat  # type: ignore[method-assign]
+    released.set()
+    go_on.set()
+    wait_until(lambda: fleet.states()[0] != "running" and fleet.states()[-1] == "succeeded", "the second run")
+    assert len(fleet.effects()) == 1

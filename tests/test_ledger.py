@@ -32,6 +32,13 @@ def test_a_tick_below_the_mark_is_refused_though_its_history_is_pruned(fleet: Fl
     assert fleet.executions() == []
 
 
+def test_a_claim_that_comes_after_the_tick_ran_is_refused_though_it_looked_before(fleet: Fleet) -> None:
+    manager = fleet.manager(Hourly)
+    schedule = manager.ticks.look(Hourly).schedule_text
+    assert manager.tick("hourly", last_hour()).state == "succeeded"
+    assert manager.ticks.ledger.claim("hourly", last_hour(), schedule, ("late", "elsewhere:1")) is None
+
+
 def test_a_future_tick_is_not_run_early(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
     assert manager.tick("hourly", datetime.now(UTC) + 2 * HOUR) is None
@@ -197,6 +204,17 @@ def test_thirty_days_down_are_one_run_and_one_missed_row(fleet: Fleet) -> None:
     assert (missed.state, missed.tick, missed.through) == ("missed", long_ago + MINUTE, last_hour() - MINUTE)
     assert (ran.state, ran.tick) == ("succeeded", last_hour())
     assert len(fleet.effects()) == 2
+
+
+def test_a_tick_that_is_skipped_after_a_gap_leaves_a_missed_row_for_the_gap(fleet: Fleet) -> None:
+    manager = fleet.manager(Hourly)
+    manager.tick("hourly", last_hour())
+    fleet.set("hourly", mark=last_hour() - 5 * HOUR, scheduled_at=last_hour() - 9 * HOUR)
+    manager.pause("hourly")
+    assert manager.tick("hourly", last_hour()) is None
+    _, missed, skipped = fleet.executions("hourly")
+    assert (missed.state, missed.tick, missed.through) == ("missed", last_hour() - 4 * HOUR, last_hour() - HOUR)
+    assert (skipped.state, skipped.tick) == ("skipped", last_hour())
 
 
 def test_consecutive_ticks_miss_nothing(fleet: Fleet) -> None:

@@ -241,6 +241,49 @@ def test_two_releases_with_different_periods_run_no_tick_twice_and_follow_the_ne
     assert len(fleet.keys()) == len(set(fleet.keys()))
 
 
+def test_when_the_release_that_came_last_has_left_the_one_that_stays_has_the_last_word(fleet: Fleet) -> None:
+    """A process of the old release may be started again in the middle of a deploy, and leave at its end."""
+    old = type("Changing", (Hourly,), {"period": timedelta(seconds=0.3)})
+    new = type("Changing", (Hourly,), {"period": timedelta(seconds=0.5)})
+    fleet.manager(new).start()
+    wait_until(lambda: ticks(fleet, "changing"), "the new release's first run")
+    late = fleet.manager(old)
+    late.start()
+    wait_until(lambda: fleet.row("changing").schedule == "every 0.3s", "the old schedule again")
+    late.stop()
+    wait_until(lambda: fleet.row("changing").schedule == "every 0.5s", "the new schedule for good")
+    assert len(fleet.keys()) == len(set(fleet.keys()))
+
+
+def test_what_somebody_set_outlives_a_release_with_another_schedule(fleet: Fleet) -> None:
+    old = fleet.manager(type("Changing", (Hourly,), {"period": 2 * HOUR}))
+    old.ticks.look(old.workers["changing"])
+    assert old.reschedule("changing", period=3 * HOUR)
+    new = fleet.manager(type("Changing", (Hourly,), {"period": 4 * HOUR}))
+    new.start()
+    row = wait_until(lambda: (row := fleet.row("changing")).declared == "every 14400s" and row, "the new declaration")
+    assert row.schedule == "every 10800s"
+    assert new.reschedule("changing")
+    assert fleet.row("changing").schedule == "every 14400s"
+
+
+def test_a_run_that_is_handed_back_is_noticed_long_before_the_next_heartbeat(fleet: Fleet) -> None:
+    class Long(Hourly):
+        def do_work(self, context: WorkerContext) -> None:
+            if context.token == 1:
+                assert context.stopping.wait(PATIENCE)
+            context.raise_if_stopping()
+
+    slow = {"WORKERS_HEARTBEAT_SECONDS": 60, "WORKERS_LEASE_SECONDS": 200}
+    first, second = fleet.manager(Long, **slow), fleet.manager(Long, **slow)
+    first.start()
+    wait_until(lambda: fleet.states() == ["running"], "the first run")
+    second.start()
+    wait_until(lambda: second.ticks.instance is not None and second._membership._states, "the second one's start")
+    first.stop()
+    wait_until(lambda: fleet.states() == ["handed back", "succeeded"], "the run on the second one")
+
+
 def test_a_tick_and_a_start_at_once_run_it_once(fleet: Fleet) -> None:
     managers = [fleet.manager(Hourly) for _ in range(3)]
     in_threads(*[manager.start for manager in managers[:2]], lambda: managers[2].tick("hourly", last_hour()))

@@ -1,0 +1,136 @@
+"""Is every guard of the promise held by a test? Take one away at a time, and see that the tests notice.
+
+    python tests/mutations.py
+
+Works on a copy of the tree. Exits with 1 if a guard can be taken away unnoticed, or is not where it was.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+
+
+class Edit(NamedTuple):
+    file: str
+    before: str
+    after: str
+    times: int = 1
+
+
+class Mutation(NamedTuple):
+    guard: str
+    edits: Sequence[Edit]
+    tests: Sequence[str]
+
+
+MUTATIONS = (
+    Mutation(
+        "a tick is claimed above the mark only",
+        [
+            Edit(
+                "background/ledger.py",
+                "or_(workers.c.mark.is_(None), workers.c.mark < tick),\n                    tick <= now(),\n"
+                "                    workers.c.schedule",
+                "tick <= now(),\n                    workers.c.schedule",
+            )
+        ],
+        ["tests/test_ledger.py", "-k", "mark or processes"],
+    ),
+    Mutation(
+        "a commit checks the token",
+        [
+            Edit(
+                "background/ledger.py",
+                "held = and_(workers.c.name == claim.worker, workers.c.running == claim.token)",
+                "held = and_(workers.c.name == claim.worker)",
+            )
+        ],
+        ["tests/test_context.py", "-k", "token or commit or zombie"],
+    ),
+    Mutation(
+        "succeeding checks the token",
+        [
+            Edit(
+                "background/ledger.py",
+                ".where(workers.c.name == claim.worker, workers.c.running == claim.token)",
+                ".where(workers.c.name == claim.worker)",
+            )
+        ],
+        ["tests/test_context.py", "-k", "token or commit or timed_out"],
+    ),
+    Mutation(
+        "ticks are aligned to the epoch",
+        [Edit("background/schedule.py", "EPOCH = datetime(1970, 1, 1, tzinfo=UTC)", "EPOCH = datetime.now(UTC)")],
+        ["tests/test_schedule.py", "-k", "epoch"],
+    ),
+    Mutation(
+        "the database's clock decides what is due",
+        [
+            Edit("background/ledger.py", "tick <= now(),", "True,", times=2),
+            Edit("background/ledger.py", "clock=row.clock,", "clock=__import__('datetime').datetime.now(UTC),"),
+            Edit("background/ledger.py", "from datetime import datetime", "from datetime import UTC, datetime"),
+        ],
+        ["tests/test_clocks.py"],
+    ),
+    Mutation(
+        "pruning leaves the mark alone",
+        [
+            Edit("background/pruning.py", "from .models import executions", "from .models import executions, workers"),
+            Edit(
+                "background/pruning.py",
+                "        after, deleted = 0, 1\n",
+                "        after, deleted = 0, 1\n        context.session.execute(workers.update().values(mark=None))\n",
+            ),
+        ],
+        ["tests/test_pruning.py"],
+    ),
+    Mutation(
+        "past the monotonic deadline nothing is committed",
+        [Edit("background/instances.py", "return steady() < self.deadline", "return True")],
+        ["tests/test_context.py", "-k", "deadline"],
+    ),
+)
+
+
+def main() -> int:
+    with tempfile.TemporaryDirectory(prefix="bookstore-mutations-") as folder:
+        unnoticed = [mutation for mutation in MUTATIONS if not is_noticed(mutation, Path(folder) / "tree")]
+    for mutation in unnoticed:
+        print(f"Nothing fails without this guard: {mutation.guard}. Write the test that does.")
+    return 1 if unnoticed else 0
+
+
+def is_noticed(mutation: Mutation, tree: Path) -> bool:
+    shutil.rmtree(tree, ignore_errors=True)
+    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".*_cache", "__pycache__", ".git", ".venv", "instance"))
+    for edit in mutation.edits:
+        take_away(edit, tree)
+    began = time.monotonic()
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-n0", "--no-header", *mutation.tests]
+    tests = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
+    if tests.returncode not in (0, 1):  # 1: some test failed; anything else says nothing
+        sys.exit(f"{mutation.guard}: pytest ended with {tests.returncode}\n{tests.stdout}{tests.stderr}")
+    failed = [line for line in tests.stdout.splitlines() if line.startswith("FAILED")]
+    print(f"{time.monotonic() - began:5.1f} s  without '{mutation.guard}': {failed[0] if failed else 'all pass'}")
+    return tests.returncode == 1
+
+
+def take_away(edit: Edit, tree: Path) -> None:
+    path = tree / edit.file
+    text = path.read_text()
+    if text.count(edit.before) != edit.times:
+        sys.exit(
+            f"{edit.file} has {text.count(edit.before)} times what was expected {edit.times} times: {edit.before!r}"
+        )
+    path.write_text(text.replace(edit.before, edit.after))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
