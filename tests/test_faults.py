@@ -277,7 +277,7 @@ def test_a_body_longer_than_the_lease_keeps_its_claim(shops: Shops, effects: Eff
 def test_a_hanging_body_is_timed_out_in_the_whole_fleet_and_the_next_ticks_go_on(
     shops: Shops, effects: Effects
 ) -> None:
-    """It hangs at every tick but the even ones; each hung one would keep a thread, if threads were not replaced."""
+    """It hangs at every other tick, more often than there are threads."""
     shops.join(PROBE_WORKERS="hanging", WORKERS_THREADS=2)
     assert eventually(lambda: len(effects.ticks("hanging")) >= 3)
     effects.check_once("hanging")
