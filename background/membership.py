@@ -42,6 +42,7 @@ class Membership:
         self._is_settled = self._is_looking = self._left = False
         self._refreshing, self._entering = threading.Lock(), threading.Lock()
         ticks.noticed = self._look_soon
+        ticks.runs.hung = self._scheduler.replace
         ticks.postponed = lambda name, tick: self._later(f"retry:{name}", 0, self._fire, name, tick)
 
     def join(self) -> None:
