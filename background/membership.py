@@ -1,19 +1,19 @@
-"""A started process's part in the fleet, from joining to leaving: its heartbeat, and its wake-ups."""
+"""A started process's part in the fleet, from joining to leaving: its heartbeat, and what it learns by that."""
 
 import logging
-import random
 import threading
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 
 from flask import Flask
 from sqlalchemy.exc import SQLAlchemyError
 
-from .errors import BackgroundError, InvalidSchedule, first_line
+from .errors import BackgroundError, first_line
 from .instances import Heartbeat, Instance, Pulse
 from .ledger import WorkerState
 from .scheduler import Scheduler
 from .ticks import Ticks
+from .wake_ups import WakeUps
 from .worker import PeriodicWorker, declared_schedule
 
 log = logging.getLogger(__name__)
@@ -22,20 +22,19 @@ _OFFSET_WARNED = timedelta(seconds=1)
 _OFFSET_REARMED = timedelta(milliseconds=20)
 _LAST_CALLS_SECONDS = 1.0
 _LOOK_SECONDS = 0.5
-_RETRY_SECONDS = (1, 2, 5, 10, 30)
 
 
 class Membership:
-    """Wakes this process up at the ticks of `workers`, and keeps it alive in the fleet."""
+    """Keeps this process alive in the fleet, and its wake-ups in line with what the fleet decides."""
 
     def __init__(
         self, app: Flask, ticks: Ticks, workers: dict[str, type[PeriodicWorker]], prepare: Callable[[], None]
     ) -> None:
         self._config, self._ticks, self._workers, self._prepare = app.config, ticks, workers, prepare
         self._scheduler = Scheduler(app.config["WORKERS_THREADS"])
+        self._wake_ups = WakeUps(self._scheduler, ticks, workers)
         self._heartbeat: Heartbeat | None = None
-        self._states: dict[str, WorkerState] = {}
-        self._armed: dict[str, datetime] = {}
+        self._declared: dict[str, str] = {}
         self._settling: set[str] = set()
         self._pulse: Pulse | None = None
         self._ahead: set[str] = set()
@@ -43,7 +42,6 @@ class Membership:
         self._refreshing, self._entering = threading.Lock(), threading.Lock()
         ticks.noticed = self._look_soon
         ticks.runs.hung = self._scheduler.replace
-        ticks.postponed = lambda name, tick: self._later(f"retry:{name}", 0, self._fire, name, tick)
 
     def join(self) -> None:
         """Join in the background, as soon as the database lets us."""
@@ -71,8 +69,7 @@ class Membership:
 
     def dismiss(self, name: str) -> None:
         """Wake up for a worker no more."""
-        if self._armed.pop(name, None):
-            self._scheduler.forget(f"tick:{name}")
+        self._wake_ups.disarm(name)
 
     # -- joining and leaving -------------------------------------------------------------------
 
@@ -84,7 +81,7 @@ class Membership:
             self._admit(list(self._workers))
         except Exception as error:  # nobody else would try again
             log.error("The workers cannot start yet: %s", first_line(error), exc_info=_unless_expected(error))
-            self._later("join", failures, self._join)
+            self._wake_ups.later("join", failures, self._join)
             return
         if (instance := self._ticks.instance) is not None:
             log.info("Instance %s joined with %d workers", instance.name, len(self._workers))
@@ -108,9 +105,7 @@ class Membership:
         self._declare(names)
         self.refresh()
         for name in names:
-            worker = self._workers.get(name)
-            if worker is not None and worker.enabled:
-                self._arm(name, after=None if worker.catch_up else self._now())
+            self._wake_ups.arm_first(name)
 
     def _leave(self) -> None:
         with self._entering:
@@ -130,14 +125,9 @@ class Membership:
         It only reads: a write could wait for a lock, and the heartbeat with it.
         """
         with self._refreshing:
-            before, self._states = self._states, self._ticks.ledger.states()
-            for name in self._armed.keys() & before.keys() & self._states.keys():
-                if before[name].schedule_text != self._states[name].schedule_text:
-                    self._arm(name, after=self._states[name].scheduled_at)
-                elif rearm:
-                    # By a wrong clock a tick may have been fired before its time, and passed over.
-                    self._arm(name, after=self._now(), no_later_than=self._armed[name])
-            ours = [state for state in self._states.values() if state.name in self._workers]
+            states = self._ticks.ledger.states()
+            self._wake_ups.follow(states, rearm)
+            ours = [state for state in states.values() if state.name in self._workers]
             self._warn_of_marks(ours)
             gone = self._ticks.gone(ours)
             for state in ours:
@@ -159,7 +149,7 @@ class Membership:
 
     def _follow_releases(self, states: list[WorkerState]) -> None:
         """Of two releases at once the newest start declares the schedule; when it has left, those who stay do."""
-        others = [state for state in states if state.declared != str(declared_schedule(self._workers[state.name]))]
+        others = [state for state in states if state.declared != self._declared.get(state.name, state.declared)]
         gone = self._ticks.instances.gone({str(state.declared_by) for state in others}) if others else {}
         self._is_settled = not others
         if stale := [state.name for state in others if str(state.declared_by) in gone]:
@@ -167,6 +157,7 @@ class Membership:
 
     def _declare(self, names: list[str]) -> None:
         schedules = {name: declared_schedule(self._workers[name]) for name in names if name in self._workers}
+        self._declared |= {name: str(schedule) for name, schedule in schedules.items()}
         self._ticks.ledger.register(schedules, self._ticks.instance.id if self._ticks.instance else None)
 
     def _look_soon(self, state: WorkerState) -> None:
@@ -174,7 +165,7 @@ class Membership:
         instance = self._ticks.instance
         if state.running and instance and state.instance != instance.id and not self._is_looking:
             self._is_looking = True
-            self._scheduler.at(datetime.now(UTC) + timedelta(seconds=_LOOK_SECONDS), "look", self._look)
+            self._scheduler.after(_LOOK_SECONDS, "look", self._look)
 
     def _look(self) -> None:
         self._is_looking = False
@@ -237,52 +228,6 @@ class Membership:
     def _lost(self) -> None:
         if self._ticks.instance is not None:
             self._ticks.lose(self._ticks.instance)
-
-    # -- waking up -----------------------------------------------------------------------------
-
-    def _arm(self, name: str, after: datetime | None, no_later_than: datetime | None = None) -> None:
-        """Wake up at the first tick after `after`, or at the latest one where that is due already (or `after` None)."""
-        worker, state = self._workers.get(name), self._states.get(name)
-        if worker is None:  # removed meanwhile
-            return
-        try:
-            # Without a row (deleted, or not in the backup that was restored), `look` makes it anew before the claim.
-            schedule = state.schedule if state else declared_schedule(worker)
-        except InvalidSchedule as error:  # a newer release's
-            log.error("%s: %s", name, error)
-            return
-        latest = schedule.previous(self._now())
-        tick = latest if after is None else max(schedule.next(after), latest)
-        self._wake(name, min(tick, no_later_than or tick))
-
-    def _wake(self, name: str, tick: datetime) -> None:
-        worker = self._workers.get(name)
-        if worker is None:  # removed meanwhile
-            return
-        self._armed[name] = tick
-        offset = self._ticks.instance.clock_offset if self._ticks.instance else timedelta()
-        spread = random.uniform(0, worker.jitter.total_seconds())  # noqa: S311 - no secret
-        self._scheduler.at(tick - offset + timedelta(seconds=spread), f"tick:{name}", self._fire, name, tick)
-
-    def _fire(self, name: str, tick: datetime, failures: int = 0) -> None:
-        worker = self._workers.get(name)
-        if worker is None or self._ticks.runs.stopping.is_set():
-            return
-        if not failures:
-            self._arm(name, after=tick)
-        try:
-            self._ticks.run(worker, tick, self._ticks.look(worker))
-        except SQLAlchemyError as error:
-            log.warning("%s: cannot claim the tick %s: %s", name, tick.isoformat(), first_line(error))
-            self._later(f"retry:{name}", failures, self._fire, name, tick)
-
-    def _later(self, key: str, failures: int, function: Callable[..., None], *args: object) -> None:
-        delay = timedelta(seconds=_RETRY_SECONDS[min(failures, len(_RETRY_SECONDS) - 1)])
-        if not self._ticks.runs.stopping.is_set():
-            self._scheduler.at(datetime.now(UTC) + delay, key, function, *args, failures + 1)
-
-    def _now(self) -> datetime:
-        return self._ticks.instance.database_time() if self._ticks.instance else datetime.now(UTC)
 
 
 def _unless_expected(error: Exception) -> Exception | None:

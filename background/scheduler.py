@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from queue import SimpleQueue
 from typing import Any
 
@@ -45,6 +45,10 @@ class Scheduler:
     def at(self, when: datetime, key: str, function: Callable[..., object], *args: Any) -> None:
         """Call `function(*args)` at `when` (this host's clock); replaces what was set under `key`."""
         self._scheduler.add_job(function, "date", run_date=when, args=args, id=key, replace_existing=True)
+
+    def after(self, seconds: float, key: str, function: Callable[..., object], *args: Any) -> None:
+        """Call `function(*args)` that many seconds from now; replaces what was set under `key`."""
+        self.at(datetime.now(UTC) + timedelta(seconds=seconds), key, function, *args)
 
     def soon(self, function: Callable[..., object], *args: Any) -> None:
         """Call `function(*args)` as soon as a thread is free."""

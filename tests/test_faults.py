@@ -129,11 +129,11 @@ def test_a_process_that_is_frozen_with_a_row_locked_loses_the_lock_with_its_leas
     others(shops)
     assert eventually(effects.ticks)
     zombie.thaw()
+    zombie.wait_for("Lost the tick" if at == "commit" else "cannot claim the tick")
     zombie.wait_for("begins anew")
     (effect,) = effects.check_once()
     assert effect.pid != zombie.pid
     assert effects.states("ticker") == ([("lost", 1), ("succeeded", 2)] if at == "commit" else [("succeeded", 1)])
-    assert ("Lost the tick" in zombie.output) == (at == "commit")
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
@@ -154,11 +154,11 @@ def test_a_process_that_wakes_with_the_write_lock_of_sqlite_after_its_lease_is_d
     is_expired(effects, zombie)
     assert effects.states("ticker") == ([] if at == "claim" else [("running", 1)])
     zombie.thaw()
+    zombie.wait_for("Ran the tick" if at == "commit" else "Lost the tick")
     zombie.wait_for("begins anew")
     assert eventually(effects.ticks)
     effects.check_once()
     assert effects.states("ticker") == states
-    assert ("Lost the tick" in zombie.output) == (states[0][0] == "lost")
 
 
 TWO_WORKERS = {"PROBE_WORKERS": "ticker,quick", "PROBE_PERIOD": 0.5}
@@ -167,10 +167,10 @@ TWO_WORKERS = {"PROBE_WORKERS": "ticker,quick", "PROBE_PERIOD": 0.5}
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 def test_a_process_that_is_frozen_in_its_commit_holds_up_no_other_worker(shops: Shops, effects: Effects) -> None:
     """Its worker's row is locked until its lease is over; all that others want of that row waits."""
-    others(shops, WORKERS_THREADS=5, WORKERS_LEASE_SECONDS=6, **TWO_WORKERS)
-    freeze_one(shops, "commit", PROBE_PERIOD=0.5, WORKERS_LEASE_SECONDS=6)
+    others(shops, WORKERS_THREADS=4, WORKERS_LEASE_SECONDS=5, **TWO_WORKERS)
+    freeze_one(shops, "commit", PROBE_PERIOD=0.5, WORKERS_LEASE_SECONDS=5)
     ran = len(effects.all("quick"))
-    assert eventually(lambda: len(effects.all("quick")) >= ran + 7)
+    assert eventually(lambda: len(effects.all("quick")) >= ran + 6)
     effects.check_consecutive(timedelta(seconds=1), effects.ticks("quick")[ran - 1], "quick")
     assert eventually(lambda: "lost" in dict(effects.states("ticker")))
     effects.check_once()
@@ -223,6 +223,7 @@ def test_a_process_whose_interpreter_is_held_past_the_lease_loses_its_run_and_li
     hogged.wait_for("The hog began")
     [other] = shops.join(**more)
     lost_the_tick(hogged)
+    assert eventually(lambda: effects.ticks("hog"))
     (effect,) = effects.check_once("hog")
     assert effect.pid == other.pid
     assert effects.states("hog") == [("lost", 1), ("succeeded", 2)]
@@ -261,7 +262,6 @@ def test_a_body_longer_than_the_period_skips_the_ticks_meanwhile_and_keeps_their
     first = effects.check_once()[0].tick
     effects.check_answered(period, first)
     rows = effects.history("ticker", first)
-    assert {row["state"] for row in rows} <= {"succeeded", "skipped", "running"}
     skipped = [row for row in rows if row["state"] == "skipped"]
     assert skipped
     assert all(row["reason"].startswith("still running the tick 20") for row in skipped)
@@ -279,9 +279,9 @@ def test_a_hanging_body_is_timed_out_in_the_whole_fleet_and_the_next_ticks_go_on
 ) -> None:
     """It hangs at every other tick, more often than there are threads."""
     shops.join(PROBE_WORKERS="hanging", WORKERS_THREADS=2)
-    assert eventually(lambda: len(effects.ticks("hanging")) >= 3)
+    assert eventually(lambda: len(effects.ticks("hanging")) >= 4)
     effects.check_once("hanging")
     effects.check_answered(timedelta(seconds=0.5), effects.ticks("hanging")[0], "hanging")
     states = [state for state, _ in effects.states("hanging")]
-    assert {"timed out", "succeeded"} <= set(states) <= {"timed out", "succeeded", "running"}
-    assert states.count("timed out") >= 2
+    assert states.count("timed out") > 2
+    assert not {"lost", "failed"} & set(states)

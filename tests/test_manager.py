@@ -160,12 +160,12 @@ def joined(fleet: Fleet) -> tuple[Membership, datetime]:
 
 def test_a_tick_that_was_fired_by_a_wrong_clock_is_fired_again(fleet: Fleet) -> None:
     membership, tick = joined(fleet)
-    membership._fire("rarely", tick)  # what a host clock does that is set ahead
-    assert membership._armed["rarely"] > tick
+    membership._wake_ups._fire("rarely", tick)  # what a host clock does that is set ahead
+    assert membership._wake_ups._armed["rarely"] > tick
     instance = membership._ticks.instance
     assert instance is not None
     instance.clock_offset += timedelta(seconds=1)  # the next heartbeat finds another
-    wait_until(lambda: membership._armed["rarely"] == tick, "the tick is waited for again")
+    wait_until(lambda: membership._wake_ups._armed["rarely"] == tick, "the tick is waited for again")
 
 
 def test_a_host_that_slept_sees_what_is_due_with_its_next_heartbeat(
@@ -180,7 +180,7 @@ def test_a_host_that_slept_sees_what_is_due_with_its_next_heartbeat(
             return tick + timedelta(seconds=1)
 
     monkeypatch.setattr("apscheduler.schedulers.base.datetime", Later)
-    wait_until(lambda: membership._armed["rarely"] > tick, "it was fired")
+    wait_until(lambda: membership._wake_ups._armed["rarely"] > tick, "it was fired")
 
 
 def test_a_pause_and_a_resume_reach_the_other_instances(fleet: Fleet) -> None:
@@ -279,7 +279,9 @@ def test_a_run_that_is_handed_back_is_noticed_long_before_the_next_heartbeat(fle
     first.start()
     wait_until(lambda: fleet.states() == ["running"], "the first run")
     second.start()
-    wait_until(lambda: second.ticks.instance is not None and second._membership._states, "the second one's start")
+    wait_until(
+        lambda: second.ticks.instance is not None and second._membership._wake_ups._states, "the second one's start"
+    )
     first.stop()
     wait_until(lambda: fleet.states() == ["handed back", "succeeded"], "the run on the second one")
 
@@ -308,7 +310,7 @@ def test_a_manual_run_does_not_take_the_tick_of_a_started_instance_away(fleet: F
     manual.start()
     assert working.wait(PATIENCE)
     started.start()
-    wait_until(lambda: started.ticks.instance is not None and started._membership._armed, "the start")
+    wait_until(lambda: started.ticks.instance is not None and started._membership._wake_ups._armed, "the start")
     go_on.set()
     manual.join(PATIENCE)
     wait_until(lambda: fleet.states() == ["succeeded", "succeeded"], "the tick")

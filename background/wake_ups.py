@@ -1,0 +1,88 @@
+"""When this process wakes up for which tick. Every instance does, and the ledger decides which one runs it."""
+
+import logging
+import random
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime, timedelta
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from .errors import InvalidSchedule, first_line
+from .ledger import WorkerState
+from .scheduler import Scheduler
+from .ticks import Ticks
+from .worker import PeriodicWorker, declared_schedule
+
+log = logging.getLogger(__name__)
+
+_RETRY_SECONDS = (1, 2, 5)
+
+
+class WakeUps:
+    """One armed tick per worker of `workers`: the next one, or the latest where that is due already."""
+
+    def __init__(self, scheduler: Scheduler, ticks: Ticks, workers: Mapping[str, type[PeriodicWorker]]) -> None:
+        self._scheduler, self._ticks, self._workers = scheduler, ticks, workers
+        self._states: Mapping[str, WorkerState] = {}
+        self._armed: dict[str, datetime] = {}
+        ticks.postponed = lambda name, tick: self.later(f"retry:{name}", 0, self._fire, name, tick)
+
+    def follow(self, states: Mapping[str, WorkerState], rearm: bool) -> None:
+        """Take in the schedules in force; with `rearm` all anew, as one of the clocks was set."""
+        before, self._states = self._states, states
+        for name in self._armed.keys() & before.keys() & states.keys():
+            if before[name].schedule_text != states[name].schedule_text:
+                self._arm(name, after=states[name].scheduled_at)
+            elif rearm:
+                # By a wrong clock a tick may have been fired before its time, and passed over.
+                self._arm(name, after=self._now(), no_later_than=self._armed[name])
+
+    def arm_first(self, name: str) -> None:
+        """Begin with the latest tick, or with the next one where the worker does not catch up."""
+        worker = self._workers.get(name)
+        if worker is not None and worker.enabled:
+            self._arm(name, after=None if worker.catch_up else self._now())
+
+    def disarm(self, name: str) -> None:
+        """Wake up for a worker no more."""
+        if self._armed.pop(name, None):
+            self._scheduler.forget(f"tick:{name}")
+
+    def later(self, key: str, failures: int, function: Callable[..., None], *args: object) -> None:
+        """Call `function(*args, failures + 1)` after a pause that grows with them; replaces what has that `key`."""
+        if not self._ticks.runs.stopping.is_set():
+            seconds = _RETRY_SECONDS[min(failures, len(_RETRY_SECONDS) - 1)]
+            self._scheduler.after(seconds, key, function, *args, failures + 1)
+
+    def _arm(self, name: str, after: datetime | None, no_later_than: datetime | None = None) -> None:
+        """Wake up at the first tick after `after`, or at the latest one where that is due already (or `after` None)."""
+        worker, state = self._workers.get(name), self._states.get(name)
+        if worker is None:  # removed meanwhile
+            return
+        try:
+            # Without a row (deleted, or not in the backup that was restored), `look` makes it anew before the claim.
+            schedule = state.schedule if state else declared_schedule(worker)
+        except InvalidSchedule as error:  # a newer release's
+            log.error("%s: %s", name, error)
+            return
+        latest = schedule.previous(self._now())
+        tick = latest if after is None else max(schedule.next(after), latest)
+        self._armed[name] = tick = min(tick, no_later_than or tick)
+        offset = self._ticks.instance.clock_offset if self._ticks.instance else timedelta()
+        spread = random.uniform(0, worker.jitter.total_seconds())  # noqa: S311 - no secret
+        self._scheduler.at(tick - offset + timedelta(seconds=spread), f"tick:{name}", self._fire, name, tick)
+
+    def _fire(self, name: str, tick: datetime, failures: int = 0) -> None:
+        worker = self._workers.get(name)
+        if worker is None or self._ticks.runs.stopping.is_set():
+            return
+        if not failures:
+            self._arm(name, after=tick)
+        try:
+            self._ticks.run(worker, tick, self._ticks.look(worker))
+        except SQLAlchemyError as error:
+            log.warning("%s: cannot claim the tick %s: %s", name, tick.isoformat(), first_line(error))
+            self.later(f"retry:{name}", failures, self._fire, name, tick)
+
+    def _now(self) -> datetime:
+        return self._ticks.instance.database_time() if self._ticks.instance else datetime.now(UTC)

@@ -1,0 +1,265 @@
+"""The promise under faults, in numbers: real processes of the shop are killed, stopped and told to end, and their
+database is restarted or held or loses its connections, while its workers leave an effect for each of their ticks.
+
+    python -m benchmarks.soak --engine postgresql --minutes 10 --processes 6 --seed 1
+
+Prints a table; exits with 1 if the promise was broken or a target missed. Needs requirements-dev.txt: it starts a
+PostgreSQL of its own; with Debian's libfaketime some of the processes have a wrong clock there.
+"""
+
+import argparse
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from random import Random
+from types import FrameType
+from typing import NoReturn
+
+from app import create_app
+from migrations.schema import upgrade
+from models import db
+
+from .soak_database import Postgresql, Sqlite, Watch
+from .soak_fleet import FAKETIME, LEASE_SECONDS, Fleet
+from .soak_oracle import Oracle, Verdict, quantile
+from .soak_worker import effects
+
+CATCH_UP_SECONDS = 5.0  # after the start, when every worker runs its latest tick
+PATIENCE_SECONDS = 30.0
+FAULT_SECONDS = (0.3, 2.1)  # between two faults
+MOST_SHOWN = 12
+
+
+class Arguments(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{message[0].upper()}{message[1:]}; see python -m benchmarks.soak --help\n")
+
+
+def main() -> None:
+    arguments = parse()
+    signal.signal(signal.SIGTERM, interrupt)
+    folder = Path(tempfile.mkdtemp(prefix="bookstore-soak-"))
+    folder.chmod(0o755)
+    logs = folder / "logs"
+    logs.mkdir()
+    is_fine = False
+    try:
+        with database(arguments.engine, folder, arguments.processes) as where:
+            is_fine = soak(where, logs, arguments)
+    finally:
+        if is_fine:
+            shutil.rmtree(folder, ignore_errors=True)
+        else:
+            for each in set(folder.iterdir()) - {logs}:
+                shutil.rmtree(each, ignore_errors=True) if each.is_dir() else each.unlink()
+            print(f"The logs are kept in {logs}", flush=True)
+    sys.exit(0 if is_fine else 1)
+
+
+def parse() -> argparse.Namespace:
+    parser = Arguments(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engine", choices=["sqlite", "postgresql"], default="sqlite")
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--processes", type=int, default=6)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--strict", action="store_true", help="fail also if starts without faults are too late")
+    arguments = parser.parse_args()
+    if not 0.5 <= arguments.minutes <= 10_000:
+        parser.error(f"--minutes is {arguments.minutes:g}; expected at least half a minute")
+    if not 3 <= arguments.processes <= 100:
+        parser.error(f"--processes is {arguments.processes}; expected 3 or more, as two are always left alone")
+    return arguments
+
+
+def interrupt(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def database(engine: str, folder: Path, processes: int) -> Iterator[Sqlite | Postgresql]:
+    where = Sqlite(folder, processes) if engine == "sqlite" else Postgresql(folder, processes)
+    try:
+        app = create_app({"DATABASE_URL": where.url, "SECRET_KEY": "soak", "LOG_LEVEL": "WARNING"})
+        with app.app_context():
+            upgrade()
+            db.engine.dispose()
+        effects.create(where.engine)
+        yield where
+    finally:
+        where.close()
+
+
+def soak(where: Sqlite | Postgresql, logs: Path, arguments: argparse.Namespace) -> bool:
+    random = Random(arguments.seed)
+    seconds = arguments.minutes * 60
+    fleet, watch = Fleet(arguments.processes, where, logs, random, arguments.seed), Watch(where)
+    try:
+        wait_until_up(fleet)
+        look_after(fleet, CATCH_UP_SECONDS)
+        since = datetime.now(UTC)
+        look_after(fleet, max(seconds / 10, 10))
+        calm_until = datetime.now(UTC)
+        harm(fleet, seconds - (calm_until - since).total_seconds(), random)
+        until = datetime.now(UTC)
+        fleet.resume_all()
+        wait_until_up(fleet)
+        wait_until_done(fleet, where, since, until)
+        fleet.term_all()
+    finally:
+        fleet.close()
+        absences = watch.stop()
+    oracle = Oracle(where.engine, absences)
+    verdict = oracle.judge(since, calm_until, until, fleet.faults)
+    report = Report(arguments, verdict, fleet, absences)
+    report.table()
+    return report.violations(oracle, logs)
+
+
+def wait_until_up(fleet: Fleet) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not fleet.are_all_up() and time.monotonic() < deadline:
+        look_after(fleet, 0.1)
+    if not fleet.are_all_up():
+        fleet.problems.append(f"not all processes were up within {PATIENCE_SECONDS:.0f} s")
+
+
+def look_after(fleet: Fleet, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while (left := deadline - time.monotonic()) > 0:
+        fleet.look_after()
+        time.sleep(min(left, 0.02))
+
+
+def harm(fleet: Fleet, seconds: float, random: Random) -> None:
+    deadline = time.monotonic() + seconds
+    while (left := deadline - time.monotonic()) > 0:
+        look_after(fleet, min(left, random.uniform(*FAULT_SECONDS)))
+        while time.monotonic() < deadline and not fleet.harm():
+            look_after(fleet, 0.1)
+
+
+def wait_until_done(fleet: Fleet, where: Sqlite | Postgresql, since: datetime, until: datetime) -> None:
+    """Let the fleet finish, undisturbed, what is still to be done; what it does not counts as lost."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    look_after(fleet, 1)
+    while Oracle(where.engine).open(since, until) and time.monotonic() < deadline:
+        look_after(fleet, 1)
+
+
+class Report:
+    def __init__(
+        self, arguments: argparse.Namespace, verdict: Verdict, fleet: Fleet, absences: list[tuple[float, float]]
+    ) -> None:
+        self._arguments, self._verdict, self._fleet, self._absences = arguments, verdict, fleet, absences
+
+    def table(self) -> None:
+        asked, verdict, counts = self._arguments, self._verdict, self._fleet.counts
+        lease = LEASE_SECONDS
+        rows: list[tuple[str, object, str]] = [
+            ("ticks", f"{verdict.ticks:,}", ""),
+            ("faults", f"{len(self._fleet.faults):,}", ""),
+            ("kills (SIGKILL)", counts["kill"], ""),
+            ("stops (SIGSTOP, SIGCONT)", self._some("stop"), ""),
+            ("told to end (SIGTERM)", counts["term"], ""),
+            *self._troubles(),
+            ("processes with a wrong clock", self._skews(), ""),
+            ("database away", f"{len(self._absences)} times, {sum(b - a for a, b in self._absences):.1f} s", ""),
+            ("duplicates", verdict.duplicates, "0"),
+            ("lost", verdict.lost, "0"),
+            ("early", verdict.early, "0"),
+            ("out of order", verdict.out_of_order, "0"),
+            ("executions without a good end", verdict.not_final, "0"),
+            ("skipped (the run before was in force)", verdict.skipped, ""),
+            ("outage (the database was away)", verdict.outage, ""),
+            ("take-over after SIGKILL", times(verdict.take_over), f"<= {lease + 1:.0f} s"),
+            ("take-over after SIGSTOP or silence", times(verdict.take_over_of_stopped), ""),
+            ("hand-over after SIGTERM", times(verdict.hand_over), "<= 1 s"),
+            ("the same, with the database away meanwhile", times(verdict.excused), ""),
+            ("start after the tick, without faults", times(verdict.calm_lateness), self._lateness()),
+            ("start after the tick, all", times(verdict.lateness), ""),
+        ]
+        title = (
+            f"{asked.engine}, {asked.minutes:g} min, {asked.processes} processes, lease {lease:g} s, seed {asked.seed}"
+        )
+        print(f"| {title} | | target |\n|---|---|---|")
+        for name, value, target in rows:
+            print(f"| {name} | {value} | {target} |")
+        print(flush=True)
+
+    def _troubles(self) -> list[tuple[str, object, str]]:
+        counts = self._fleet.counts
+        if self._arguments.engine == "sqlite":
+            return [("write lock held", counts["hold"], "")]
+        return [
+            ("connections cut", counts["cut"], ""),
+            ("silent lines", self._some("silence"), ""),
+            ("database restarts", counts["restart"], ""),
+        ]
+
+    def _some(self, kind: str) -> str:
+        some = [fault for fault in self._fleet.faults if fault.kind == kind]
+        longer = sum(fault.until - fault.at > LEASE_SECONDS for fault in some)
+        return f"{len(some)}, {longer} of them past the lease"
+
+    def _skews(self) -> str:
+        if self._arguments.engine == "sqlite":
+            return "none: the host's clock is the database's"
+        if not FAKETIME.exists():
+            return "none: there is no libfaketime here"
+        return f"{self._fleet.counts['skews']} of {self._fleet.counts['starts']}"
+
+    def _is_late(self) -> bool:
+        return bool(self._verdict.calm_lateness) and quantile(self._verdict.calm_lateness, 0.99) > 0.05
+
+    def _lateness(self) -> str:
+        return "p99 <= 50 ms" + (": missed" if self._is_late() else "")
+
+    def violations(self, oracle: Oracle, logs: Path) -> bool:
+        """Print them, and what is known about each; True if there are none."""
+        found = self._verdict.violations
+        for key, what in found[:MOST_SHOWN]:
+            print(f"VIOLATION: {key[0]}, tick {key[1].isoformat()}: {what}")
+            for line in oracle.history(key):
+                print(f"    {line}")
+        if len(found) > MOST_SHOWN:
+            print(f"... and {len(found) - MOST_SHOWN} more: {Counter(what for _, what in found[MOST_SHOWN:])}")
+        problems = self._fleet.problems + [f"{count} x {text}" for text, count in tracebacks(logs).items()]
+        for problem in problems:
+            print(f"VIOLATION: {problem}")
+        if self._arguments.strict and self._is_late():
+            print("VIOLATION: starts without faults are too late")
+            return False
+        return not found and not problems
+
+
+def tracebacks(logs: Path) -> Counter[str]:
+    """Where the processes' logs have a traceback: the log's line before it, and what it ends with."""
+    found: Counter[str] = Counter()
+    for path in sorted(logs.glob("*-*.log")):
+        for entry in re.split(r"^(?=\d{4}-\d\d-\d\d )", path.read_text(errors="replace"), flags=re.MULTILINE):
+            said, *lines = entry.splitlines() or [""]
+            if any(line.startswith("Traceback ") for line in lines):
+                errors = [line for line in lines if re.match(r"[\w.]+(: |$)", line)]
+                found[f"traceback in {path.name}: {said[24:]}: {errors[-1] if errors else ''}"] += 1
+    return found
+
+
+def times(seconds: list[float]) -> str:
+    if not seconds:
+        return "none"
+    p50, p99, most = (quantile(seconds, share) for share in (0.5, 0.99, 1))
+    return f"p50 {p50:.3f} / p99 {p99:.3f} / max {most:.3f} s of {len(seconds):,}"
+
+
+if __name__ == "__main__":
+    with suppress(KeyboardInterrupt):
+        main()
+    sys.exit(130)

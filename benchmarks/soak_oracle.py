@@ -1,0 +1,232 @@
+"""What must be true of what the soak's workers left behind, whatever was done to their processes."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from itertools import pairwise
+from typing import Any
+
+from sqlalchemy import Engine, Row, select
+
+from background.models import executions
+from background.schedule import Every
+
+from .soak_fleet import HEARTBEAT_SECONDS, LEASE_SECONDS, Fault
+from .soak_worker import effects, workers
+
+Key = tuple[str, datetime]
+Absences = Sequence[tuple[float, float]]
+
+
+@dataclass
+class Verdict:
+    """Counts, lists of seconds, and the violations as sentences, each with the worker and the tick that it is about."""
+
+    ticks: int = 0
+    skipped: int = 0
+    outage: int = 0
+    duplicates: int = 0
+    lost: int = 0
+    early: int = 0
+    out_of_order: int = 0
+    not_final: int = 0
+    take_over: list[float] = field(default_factory=list)
+    take_over_of_stopped: list[float] = field(default_factory=list)
+    hand_over: list[float] = field(default_factory=list)
+    excused: list[float] = field(default_factory=list)
+    calm_lateness: list[float] = field(default_factory=list)
+    lateness: list[float] = field(default_factory=list)
+    violations: list[tuple[Key, str]] = field(default_factory=list)
+
+
+class Oracle:
+    """Everything that one database holds about the soak's workers, read once."""
+
+    def __init__(self, engine: Engine, absences: Absences = ()) -> None:
+        self._absences = absences
+        self._periods = {worker.name: Every(worker.period) for worker in workers() if worker.period}
+        with engine.connect() as connection:
+            ran = executions.c.worker.in_(self._periods)
+            self._executions = connection.execute(select(executions).where(ran).order_by(executions.c.id)).all()
+            self._effects = connection.execute(select(effects).order_by(effects.c.id)).all()
+        self._runs: dict[Key, list[Row[Any]]] = defaultdict(list)
+        self._not_run: dict[str, list[Row[Any]]] = defaultdict(list)
+        self._done: dict[Key, list[Row[Any]]] = defaultdict(list)
+        for row in self._executions:
+            if row.state in ("skipped", "missed"):
+                self._not_run[row.worker].append(row)
+            else:
+                self._runs[row.worker, row.tick].append(row)
+        for row in self._effects:
+            if row.part == 0:
+                self._done[row.worker, row.tick].append(row)
+
+    def open(self, since: datetime, until: datetime) -> list[Key]:
+        """The ticks after `since`, up to `until`, without an effect or a good reason for none."""
+        return [key for key in self._ticks(since, until) if not self._done[key] and not self._excuse(key)]
+
+    def judge(self, since: datetime, calm_until: datetime, until: datetime, faults: Iterable[Fault]) -> Verdict:
+        verdict = Verdict()
+        self._judge_ticks(verdict, since, until)
+        self._judge_effects(verdict)
+        self._judge_states(verdict)
+        self._time_starts(verdict, since, calm_until, until)
+        for fault in faults:
+            self._time_others(verdict, fault)
+        return verdict
+
+    def history(self, key: Key) -> Iterator[str]:
+        """What the ledger and the effects say of the tick, and of what came right before it."""
+        worker, tick = key
+        since = tick - 2 * self._periods[worker].period
+        for row in self._executions:
+            if row.worker == worker and since <= (row.through or row.tick) and row.tick <= tick:
+                reason = (row.reason or "").strip().splitlines()[-1:]
+                through = f" to {row.through:%H:%M:%S.%f}" if row.through else ""
+                yield (
+                    f"{row.id}: tick {row.tick:%H:%M:%S.%f}{through} {row.trigger} {row.state}, attempt {row.attempt}, "
+                    f"token {row.token}, {row.instance_name}, {_time(row.started_at)} to {_time(row.finished_at)} "
+                    f"{' '.join(reason)}"
+                )
+        for row in self._effects:
+            if row.worker == worker and since <= row.tick <= tick:
+                what = f"part {row.part}" if row.part else "done"
+                by = f"token {row.token}, {row.pid}, {_time(row.at)}"
+                yield f"effect {row.id}: tick {row.tick:%H:%M:%S.%f} {what}, {by}"
+
+    # -- each tick once ------------------------------------------------------------------------
+
+    def _ticks(self, since: datetime, until: datetime) -> Iterator[Key]:
+        for worker, schedule in self._periods.items():
+            tick = schedule.next(since)
+            while tick <= until:
+                yield worker, tick
+                tick = schedule.next(tick)
+
+    def _judge_ticks(self, verdict: Verdict, since: datetime, until: datetime) -> None:
+        for key in self._ticks(since, until):
+            verdict.ticks += 1
+            if not self._done[key]:
+                excuse = self._excuse(key)
+                verdict.skipped += excuse == "skipped"
+                verdict.outage += excuse == "outage"
+                if not excuse:
+                    verdict.lost += 1
+                    verdict.violations.append((key, "lost"))
+
+    def _excuse(self, key: Key) -> str | None:
+        """`skipped` while the tick before was in force; `outage` where the database was away until the next tick."""
+        worker, tick = key
+        for row in self._not_run[worker]:
+            if row.tick <= tick <= row.through:
+                if row.state == "skipped" and self._was_in_force(worker, tick, row.finished_at):
+                    return "skipped"
+                if row.state == "missed" and self._was_away(tick, self._periods[worker].next(tick)):
+                    return "outage"
+        return None
+
+    def _was_in_force(self, worker: str, tick: datetime, noted: datetime) -> bool:
+        return any(
+            row.started_at <= noted and (row.finished_at is None or row.finished_at >= tick)
+            for (name, before), rows in self._runs.items()
+            if name == worker and before < tick
+            for row in rows
+        )
+
+    def _was_away(self, since: datetime, until: datetime) -> bool:
+        return any(gone <= since.timestamp() and until.timestamp() <= back for gone, back in self._absences)
+
+    def _judge_effects(self, verdict: Verdict) -> None:
+        last: dict[str, datetime] = {}
+        seen: set[tuple[str, datetime, int]] = set()
+        for row in self._effects:
+            key, part = (row.worker, row.tick), (row.worker, row.tick, row.part)
+            if part in seen:
+                verdict.duplicates += 1
+                verdict.violations.append((key, "done twice"))
+            seen.add(part)
+            if row.at < row.tick:
+                verdict.early += 1
+                verdict.violations.append((key, f"done {(row.tick - row.at).total_seconds():.3f} s early"))
+            if row.tick < last.get(row.worker, row.tick):
+                verdict.out_of_order += 1
+                verdict.violations.append((key, f"done after {_time(last[row.worker])}"))
+            last[row.worker] = row.tick
+
+    def _judge_states(self, verdict: Verdict) -> None:
+        by_worker: dict[str, list[Row[Any]]] = defaultdict(list)
+        for key, rows in self._runs.items():
+            by_worker[key[0]] += rows
+            for row in rows:
+                if row.started_at < row.tick:
+                    verdict.early += 1
+                    verdict.violations.append((key, f"begun {(row.tick - row.started_at).total_seconds():.3f} s early"))
+                if row.state not in ("succeeded", "lost", "handed back"):
+                    verdict.not_final += 1
+                    verdict.violations.append((key, f"an execution that {row.state}"))
+                tokens = [done.token for done in self._done[key]]
+                if (row.state == "succeeded") != (row.token in tokens):
+                    verdict.not_final += 1
+                    verdict.violations.append((key, f"{row.state}, but the effects are those of the tokens {tokens}"))
+        for worker, rows in by_worker.items():
+            for one, following in pairwise(sorted(rows, key=lambda row: row.token)):
+                if one.finished_at is None or following.started_at < one.finished_at:
+                    verdict.out_of_order += 1
+                    verdict.violations.append(((worker, following.tick), "begun while another was in force"))
+
+    # -- how long it took ----------------------------------------------------------------------
+
+    def _time_starts(self, verdict: Verdict, since: datetime, calm_until: datetime, until: datetime) -> None:
+        for (_, tick), rows in self._runs.items():
+            if since < tick <= until:
+                late = (rows[0].started_at - tick).total_seconds()
+                verdict.lateness.append(late)
+                if tick <= calm_until:
+                    verdict.calm_lateness.append(late)
+
+    def _time_others(self, verdict: Verdict, fault: Fault) -> None:
+        """Between the end of what `fault` did to a process, and the start of its ticks elsewhere."""
+        is_long = fault.kind in ("stop", "silence") and fault.until - fault.at > LEASE_SECONDS
+        if fault.kind not in ("kill", "term") and not is_long:
+            return
+        left = "handed back" if fault.kind == "term" else "lost"
+        for key, rows in self._runs.items():
+            for one, following in pairwise(rows):
+                if one.state == left and _held(one, fault):
+                    seconds = following.started_at.timestamp() - fault.at
+                    self._take_time(verdict, key, fault, seconds)
+
+    def _take_time(self, verdict: Verdict, key: Key, fault: Fault, seconds: float) -> None:
+        # Before the lease may have run out, nobody asks.
+        matters = fault.at if fault.kind == "term" else fault.at + LEASE_SECONDS - 2 * HEARTBEAT_SECONDS
+        if any(gone < fault.at + seconds and matters < back for gone, back in self._absences):
+            verdict.excused.append(seconds)
+            return
+        times, most = {
+            "kill": (verdict.take_over, LEASE_SECONDS + 1),
+            "stop": (verdict.take_over_of_stopped, None),
+            "silence": (verdict.take_over_of_stopped, None),
+            "term": (verdict.hand_over, 1.0),
+        }[fault.kind]
+        times.append(seconds)
+        if most is not None and seconds > most:
+            at = datetime.fromtimestamp(fault.at, UTC)
+            what = f"begun elsewhere {seconds:.3f} s after the {fault.kind} of {fault.pids} at {_time(at)}"
+            verdict.violations.append((key, f"{what}, expected at most {most:.0f} s"))
+
+
+def _held(row: Row[Any], fault: Fault) -> bool:
+    """Whether the process held this claim at the moment of the fault."""
+    at = datetime.fromtimestamp(fault.at, UTC)
+    is_same = int(row.instance_name.rpartition(":")[2]) in fault.pids
+    return is_same and row.started_at <= at and (row.finished_at is None or row.finished_at >= at)
+
+
+def _time(at: datetime | None) -> str:
+    return f"{at:%H:%M:%S.%f}"[:-3] if at else "-"
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(int(len(ordered) * share), len(ordered) - 1)]
