@@ -3,7 +3,6 @@
 import json
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -262,7 +261,7 @@ def _run_until_told(manager: BackgroundWorkerManager, names: tuple[str, ...]) ->
     manager.start()
     with suppress(KeyboardInterrupt):
         while True:
-            time.sleep(1)  # not signal.pause(): a signal may arrive at another thread
+            threading.Event().wait(1)  # not signal.pause(): a signal may arrive at another thread
 
 
 def _run_once(manager: BackgroundWorkerManager, name: str) -> None:

@@ -15,7 +15,7 @@ from itertools import chain, repeat
 
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from .context import WorkerContext, current_run
 from .errors import ClaimLost, RunStopped, first_line
@@ -166,8 +166,11 @@ def follows(attempt: int | None) -> str:
 def _is_cut_off(error: BaseException | None) -> bool:
     """Whether the run ended because the database went away, and not by a fault of its own."""
     while error is not None:
-        if isinstance(error, DBAPIError) and error.connection_invalidated:
-            return True
+        if isinstance(error, OperationalError):
+            # The server gives its errors a code; that it cannot be connected to has none.
+            cannot_connect = error.statement is None and getattr(error.orig, "sqlstate", "") is None
+            if error.connection_invalidated or cannot_connect:
+                return True
         error = error.__cause__ or error.__context__
     return False
 
@@ -199,7 +202,7 @@ def _end(
             if not context.instance.is_alive:
                 break
             log.warning("Cannot write that %s %s, trying again: %s", context.worker, state, first_line(error))
-            time.sleep(delay)
+            threading.Event().wait(delay)
     return "lost"
 
 

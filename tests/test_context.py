@@ -11,8 +11,9 @@ import pytest
 import svcs
 from flask import current_app
 from fleet import HOUR, PATIENCE, Fleet, Hourly, effect, effects, last_hour, wait_until
-from sqlalchemy import Connection, event, insert, select, text
+from sqlalchemy import Connection, create_engine, event, insert, select, text
 from sqlalchemy.exc import IntegrityError, OperationalError
+from sqlalchemy.pool import NullPool
 
 from background import BackgroundWorkerManager, ClaimLost, WorkerContext, current_workers
 from background.clock import steady
@@ -290,6 +291,22 @@ def test_a_run_whose_database_goes_away_is_run_again_as_the_next_attempt(fleet: 
     assert (fleet.states(), fleet.row("unplugged").pending_tick) == (["lost", "lost"], None)
     assert "its database connection broke" in fleet.executions()[0].reason
     assert fleet.effects() == []
+
+
+def test_a_run_that_cannot_connect_again_is_run_again_as_the_next_attempt(fleet: Fleet) -> None:
+    if fleet.engine.dialect.name == "sqlite":
+        return  # which has no server to connect to
+
+    class Refused(Hourly):
+        def do_work(self, context: WorkerContext) -> None:
+            if context.attempt == 1:
+                nowhere = fleet.engine.url.update_query_dict({"host": "/nowhere"})
+                create_engine(nowhere, poolclass=NullPool).connect()
+            effect(context)
+
+    manager = fleet.manager(Refused)
+    assert manager.tick("refused", NOW()).state == "lost"
+    assert manager.tick("refused", NOW()).state == "succeeded"
 
 
 def test_a_service_that_commits_when_it_is_closed_is_refused_after_the_run_is_lost(fleet: Fleet) -> None:
