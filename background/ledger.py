@@ -30,6 +30,7 @@ from .models import executions, workers
 from .schedule import Schedule, parse_schedule
 
 _TICK = timedelta(microseconds=1)
+_LOCK_SECONDS = 1.0  # whoever waits longer for a worker's row gives its thread to another worker, and tries again
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,11 @@ class Ledger:
         # No transaction that holds a worker's row outlasts a lease, even if its process is frozen in the middle
         # of it: PostgreSQL ends it. Set for the transaction alone, so that a pooler may stand in between.
         self._idle = () if engine.dialect.name == "sqlite" else (_limit("idle_in_transaction_session_timeout", lease),)
-        self._limits = self._idle and (*self._idle, _limit("lock_timeout", lease), _limit("statement_timeout", lease))
+        self._limits = self._idle and (
+            *self._idle,
+            _limit("lock_timeout", min(lease, _LOCK_SECONDS)),
+            _limit("statement_timeout", lease),
+        )
         self._reading = single_statements(engine)
         self._insert = sqlite.insert if engine.dialect.name == "sqlite" else postgresql.insert
 

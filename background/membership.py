@@ -41,6 +41,7 @@ class Membership:
         self._is_settled = self._is_looking = self._left = False
         self._refreshing, self._entering = threading.Lock(), threading.Lock()
         ticks.noticed = self._look_soon
+        ticks.runs.hung = self._scheduler.replace
 
     def join(self) -> None:
         """Join in the background, as soon as the database lets us."""

@@ -6,10 +6,11 @@ import logging
 import threading
 import time
 import traceback
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from itertools import chain, repeat
 
 from flask import Flask
@@ -43,6 +44,8 @@ class Runs:
         self.stopping = threading.Event()
         self._told_at = 0.0
         self._hurried = False
+        self.hung: Callable[[int], None] = lambda thread: None
+        """Called with the thread of a run that timed out: it may never come back."""
 
     def open(self) -> None:
         """Let runs begin (again)."""
@@ -88,7 +91,8 @@ class Runs:
         """Run `claim` to its end, whatever that is, and write it down; no error of the worker's comes out."""
         context = WorkerContext(claim, ledger, instance, self._db)
         # The fence stays until the app context is gone: closing a service may commit, too.
-        with self._entered(context), self._app.app_context(), _timed_out_after(worker.timeout, context, ledger):
+        hung = partial(self.hung, threading.get_ident())
+        with self._entered(context), self._app.app_context(), _timed_out_after(worker.timeout, context, ledger, hung):
             return Execution(claim, self._outcome(worker, context, ledger))
 
     @contextmanager
@@ -203,7 +207,9 @@ def _end(
 
 
 @contextmanager
-def _timed_out_after(timeout: timedelta | None, context: WorkerContext, ledger: Ledger) -> Iterator[None]:
+def _timed_out_after(
+    timeout: timedelta | None, context: WorkerContext, ledger: Ledger, hung: Callable[[], None]
+) -> Iterator[None]:
     """After `timeout`, end the run in the ledger, so that the next ticks go on; the hung one can commit no more."""
     if timeout is None:
         yield
@@ -212,6 +218,7 @@ def _timed_out_after(timeout: timedelta | None, context: WorkerContext, ledger: 
     def time_out() -> None:
         context.timed_out_after = timeout
         context.lose(f"it ran longer than its timeout of {timeout}")
+        hung()
         if _time_out(context, ledger) == "timed out":
             context.logger.warning("Timed out: the tick %s ran longer than %s", context.tick.isoformat(), timeout)
 

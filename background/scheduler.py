@@ -38,6 +38,10 @@ class Scheduler:
         """Wait until nothing is being called, so that the connections in use can be closed; False if it still is."""
         return self._threads.wait(seconds)
 
+    def replace(self, thread: int) -> None:
+        """Have another thread in the place of this one, if it is one of them: it hangs."""
+        self._threads.replace(thread)
+
     def at(self, when: datetime, key: str, function: Callable[..., object], *args: Any) -> None:
         """Call `function(*args)` at `when` (this host's clock); replaces what was set under `key`."""
         self._scheduler.add_job(function, "date", run_date=when, args=args, id=key, replace_existing=True)
@@ -84,6 +88,8 @@ class _DaemonThreads(BaseExecutor):  # type: ignore[misc]
         self._idle = threading.Semaphore(0)
         self._queue: SimpleQueue[tuple[Job, list[datetime]] | None] = SimpleQueue()
         self._started = self._calls = 0
+        self._serving: set[int] = set()
+        self._is_shut_down = False
         self._called = threading.Condition()
 
     def _do_submit_job(self, job: Job, run_times: list[datetime]) -> None:
@@ -92,10 +98,20 @@ class _DaemonThreads(BaseExecutor):  # type: ignore[misc]
         self._queue.put((job, run_times))
         if not self._idle.acquire(blocking=False) and self._threads_left:
             self._threads_left -= 1
-            self._started += 1
-            threading.Thread(target=self._serve, name=f"workers-{self._started}", daemon=True).start()
+            self._start()
+
+    def _start(self) -> None:
+        self._started += 1
+        threading.Thread(target=self._serve, name=f"workers-{self._started}", daemon=True).start()
+
+    def replace(self, thread: int) -> None:
+        if thread in self._serving and not self._is_shut_down:
+            self._serving.discard(thread)
+            self._start()
 
     def _serve(self) -> None:
+        own = threading.get_ident()
+        self._serving.add(own)
         while item := self._queue.get():
             job, run_times = item
             events = run_job(job, job._jobstore_alias, run_times, self._logger.name)
@@ -103,6 +119,8 @@ class _DaemonThreads(BaseExecutor):  # type: ignore[misc]
             with self._called:
                 self._calls -= 1
                 self._called.notify_all()
+            if own not in self._serving:  # it was replaced, and has come back after all
+                return
             self._idle.release()
 
     def wait(self, seconds: float) -> bool:
@@ -110,5 +128,6 @@ class _DaemonThreads(BaseExecutor):  # type: ignore[misc]
             return self._called.wait_for(lambda: not self._calls, seconds)
 
     def shutdown(self, wait: bool = True) -> None:
+        self._is_shut_down = True
         for _ in range(self._started):
             self._queue.put(None)

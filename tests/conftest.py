@@ -23,7 +23,9 @@ from background import BackgroundWorkerManager
 from models import User, db
 
 if TYPE_CHECKING:
+    from effects import Effects
     from fleet import Fleet
+    from nursery import Nursery, Shops
 
 PASSWORD = "correct horse battery staple"
 PASSWORD_HASH = generate_password_hash(PASSWORD, method="pbkdf2:sha256:1")  # quick: it guards nothing
@@ -228,3 +230,30 @@ def fleet(database_url: str) -> Iterator["Fleet"]:
     fleet = Fleet(database_url)
     yield fleet
     fleet.close()
+
+
+@pytest.fixture(scope="session")
+def nursery() -> Iterator["Nursery"]:
+    from nursery import Nursery
+
+    nursery = Nursery()
+    yield nursery
+    nursery.close()
+
+
+@pytest.fixture
+def effects(database_url: str) -> "Effects":
+    """What the probes' workers leave in this test's database."""
+    from effects import Effects
+
+    return Effects(database_url)
+
+
+@pytest.fixture
+def shops(nursery: "Nursery", effects: "Effects") -> Iterator["Shops"]:
+    """Processes on this test's database, all gone at its end; see nursery.py."""
+    from nursery import Shops
+
+    shops = Shops(nursery, effects.url)
+    yield shops
+    shops.close()

@@ -10,7 +10,7 @@ from sqlalchemy.pool import NullPool
 
 from background import WorkerContext
 from background.clock import UtcDateTime, now
-from background.models import executions, instances
+from background.models import executions, instances, workers
 from background.sqlite import prepare
 
 table = Table(
@@ -103,6 +103,22 @@ class Effects:
         query = select(*columns).where(executions.c.worker == worker).order_by(executions.c.id)
         with self._engine.connect() as connection:
             return [(state, attempt) for state, attempt in connection.execute(query)]
+
+    def schedule(self, worker: str) -> tuple[str, datetime]:
+        """The worker's schedule in force, as text, and since when it is."""
+        query = select(workers.c.schedule, workers.c.scheduled_at).where(workers.c.name == worker)
+        with self._engine.connect() as connection:
+            text, since = connection.execute(query).one()
+        return text, since
+
+    def check_answered(self, period: timedelta, since: datetime, worker: str = "ticker") -> None:
+        """Every tick from `since` on has an answer, and one only: it was run, skipped or missed."""
+        rows = [
+            row for row in self.history(worker, since) if row["trigger"] == "schedule" and row["attempt"] in (None, 1)
+        ]
+        for one, following in pairwise(rows):
+            last = one["through"] or one["tick"]
+            assert following["tick"] == last + period, "\n".join(map(str, (one, following)))
 
     def instances(self, alive: bool = False) -> set[int]:
         """The pids of the processes that joined the fleet; with `alive`, of those that have not left it."""

@@ -1,7 +1,9 @@
 """The shop with workers that leave traces: started by the tests as an operator starts the shop (FLASK_APP)."""
 
 import atexit
+import ctypes
 import os
+import signal
 import threading
 import time
 from datetime import timedelta
@@ -9,7 +11,7 @@ from typing import Any
 
 from effects import leave
 from flask import Flask
-from sqlalchemy import event, update
+from sqlalchemy import Connection, Engine, event, update
 from sqlalchemy.pool import Pool
 
 import app as shop
@@ -18,15 +20,18 @@ from background.clock import now
 from models import User, UserRepository
 
 _SECONDS = float(os.environ.get("PROBE_SECONDS", "60"))
+_TAKES = float(os.environ.get("PROBE_TAKES", "0"))
 _connections: list[int] = []
 
 
 def create_app() -> Flask:
     app = shop.create_app({"WTF_CSRF_ENABLED": False, "RATELIMIT_ENABLED": False})
     workers = app.extensions["background_workers"]
-    workers.remove("passive_user_checker_worker")
+    for name in workers.workers:
+        workers.remove(name)
+    known = {worker.name: worker for worker in PeriodicWorker.__subclasses__()}
     for name in filter(None, os.environ.get("PROBE_WORKERS", "ticker").split(",")):
-        workers.add({"ticker": Ticker, "listener": Listener, "deaf": Deaf, "holder": Holder, "sweeper": Sweeper}[name])
+        workers.add(known[name])
     return app
 
 
@@ -39,6 +44,18 @@ def wrapped() -> Any:
 class Ticker(PeriodicWorker):
     name = "ticker"
     period = timedelta(seconds=float(os.environ.get("PROBE_PERIOD", "0.5")))
+
+    def do_work(self, context: WorkerContext) -> None:
+        reach("claimed")
+        time.sleep(_TAKES)
+        leave(context, os.getpid())
+        reach("effect")
+        event.listen(context.session, "after_commit", lambda _session: reach("committed"))
+
+
+class Quick(PeriodicWorker):
+    name = "quick"
+    period = timedelta(seconds=1)
 
     def do_work(self, context: WorkerContext) -> None:
         leave(context, os.getpid())
@@ -108,6 +125,64 @@ class Sweeper(PeriodicWorker):
         users.update_inactive_user_statuses(context.tick - timedelta(days=30), lambda done, total: context.commit())
 
 
+class Killer(PeriodicWorker):
+    """Takes its process with it."""
+
+    name = "killer"
+    period = timedelta(days=1)
+
+    def do_work(self, context: WorkerContext) -> None:
+        leave(context, os.getpid())
+        os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(_SECONDS)
+
+
+class Hog(PeriodicWorker):
+    """Holds the interpreter for PROBE_HOLDS in one call, as a library's long computation does."""
+
+    name = "hog"
+    period = timedelta(days=1)
+
+    def do_work(self, context: WorkerContext) -> None:
+        context.logger.info("The hog began")
+        ctypes.PyDLL(None).usleep(int(float(os.environ.get("PROBE_HOLDS", "0")) * 1_000_000))
+        leave(context, os.getpid())
+
+
+class Hanging(PeriodicWorker):
+    """Hangs at every other tick."""
+
+    name = "hanging"
+    period = timedelta(seconds=0.5)
+    timeout = timedelta(seconds=0.2)
+
+    def do_work(self, context: WorkerContext) -> None:
+        if context.tick.microsecond:
+            threading.Event().wait()
+        leave(context, os.getpid())
+
+
+def reach(point: str) -> None:
+    """Freeze this process at the point PROBE_FREEZES_AT, the first time that it gets there."""
+    if os.environ.get("PROBE_FREEZES_AT") == point:
+        del os.environ["PROBE_FREEZES_AT"]
+        os.kill(os.getpid(), signal.SIGSTOP)
+        time.sleep(0.1)  # it may be another thread that takes the signal, a moment later
+
+
+def _executing(connection: Connection, _cursor: Any, statement: str, *_: Any) -> None:
+    if statement.startswith("UPDATE background_workers SET mark"):
+        reach("claiming")
+    if statement.startswith("INSERT INTO background_executions"):
+        connection.info["ends_with"] = "claim"
+    elif statement.startswith("INSERT INTO effects"):
+        connection.info["ends_with"] = "commit"
+
+
+def _committing(connection: Connection) -> None:
+    reach(connection.info.pop("ends_with", ""))
+
+
 def _connected(_connection: Any, _record: Any) -> None:
     _connections.append(os.getpid())
 
@@ -123,4 +198,6 @@ def _report() -> None:
 
 _deaf_is_done = threading.Event()
 event.listen(Pool, "connect", _connected)
+event.listen(Engine, "before_cursor_execute", _executing)
+event.listen(Engine, "commit", _committing)
 atexit.register(_report)

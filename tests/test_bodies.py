@@ -1,0 +1,130 @@
+"""What the body of a run may do to its process: everything but exit is the run's own misfortune."""
+
+import threading
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from fleet import PATIENCE, Fleet, Hourly, effect, last_hour, wait_until
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+from background import WorkerContext
+from models import db
+
+
+class NoOrdinaryError(BaseException):
+    pass
+
+
+class Unspeakable(Exception):
+    """Cannot be pickled, copied, printed or compared."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda: None, threading.Lock())
+
+    def __str__(self) -> str:
+        raise RuntimeError("not even this")
+
+    __repr__ = __str__
+
+    def __reduce__(self) -> str:
+        raise TypeError("cannot be pickled")
+
+
+def stop_iteration() -> None:
+    next(iter(()))
+
+
+def raises(error: BaseException) -> Callable[[], None]:
+    def body() -> None:
+        raise error
+
+    return body
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        raises(NoOrdinaryError()),
+        raises(GeneratorExit()),
+        raises(SystemExit(lambda: None)),
+        raises(Unspeakable()),
+        raises(ExceptionGroup("two", [ValueError(), Unspeakable()])),
+        stop_iteration,
+        lambda: (lambda depth: depth(depth))(lambda depth: depth(depth)),
+    ],
+    ids=["base-exception", "generator-exit", "system-exit", "unspeakable", "group", "stop-iteration", "recursion"],
+)
+def test_whatever_a_run_raises_it_has_failed_and_the_next_tick_runs(fleet: Fleet, body: Callable[[], None]) -> None:
+    class Odd(Hourly):
+        period = timedelta(seconds=0.5)
+        first = True
+
+        def do_work(self, context: WorkerContext) -> None:
+            effect(context)
+            if type(self).first:
+                type(self).first = False
+                body()
+
+    fleet.manager(Odd).start()
+    wait_until(lambda: fleet.states("odd")[1:2] == ["succeeded"], "the next tick")
+    failed, following, *_ = fleet.executions("odd")
+    assert failed.state == "failed"
+    assert failed.reason.startswith(("Traceback (most recent call last):", "  + Exception Group Traceback"))
+    assert f"odd:{failed.tick.isoformat()}" not in set(fleet.keys())
+    assert following.tick == failed.tick + timedelta(seconds=0.5)
+
+
+def test_a_worker_that_cannot_be_pickled_runs(fleet: Fleet) -> None:
+    """Nothing of it is stored or sent: the other processes have it from their own import."""
+    lock = threading.Lock()
+    closed_over = type(
+        "Closure", (Hourly,), {"lock": lock, "do_work": lambda self, context: effect(context, self.lock)}
+    )
+    closed_over.__qualname__ = "gone.<locals>.Closure"
+    fleet.manager(closed_over).start()
+    wait_until(lambda: fleet.states("closure") == ["succeeded"], "the run")
+
+
+def test_a_tick_for_which_no_thread_is_free_is_late_and_not_dropped(fleet: Fleet) -> None:
+    go_on, working = threading.Event(), threading.Event()
+
+    class First(Hourly):
+        def do_work(self, context: WorkerContext) -> None:
+            working.set()
+            assert go_on.wait(PATIENCE)
+            effect(context, "first")
+
+    class Waiting(Hourly):
+        period = timedelta(seconds=1)
+
+        def do_work(self, context: WorkerContext) -> None:
+            effect(context, "waiting")
+
+    manager = fleet.manager(First, WORKERS_THREADS=1)
+    manager.start()
+    assert working.wait(PATIENCE)
+    manager.add(Waiting)
+    due = datetime.now(UTC)
+    wait_until(lambda: datetime.now(UTC) - due > timedelta(seconds=1.2), "a tick")
+    assert fleet.states("waiting") == []
+    go_on.set()
+    wait_until(lambda: "succeeded" in fleet.states("waiting"), "the late tick")
+    assert fleet.effects()[:2] == ["first", "waiting"]
+
+
+def test_a_pool_of_connections_that_is_used_up_does_not_starve_the_heartbeat(fleet: Fleet) -> None:
+    class Greedy(Hourly):
+        def do_work(self, context: WorkerContext) -> None:
+            effect(context)
+            with pytest.raises(PoolTimeout):
+                db.engine.connect()
+            began = context.instance.deadline
+            wait_until(lambda: context.instance.deadline > began + 2, "two leases")
+
+    pool = {"pool_size": 1, "max_overflow": 0, "pool_timeout": 0.1}
+    manager = fleet.manager(Greedy, WORKERS_LEASE_SECONDS=1, SQLALCHEMY_ENGINE_OPTIONS=pool)
+    manager.start()
+    wait_until(lambda: fleet.states("greedy") not in ([], ["running"]), "the end")
+    assert fleet.states("greedy") == ["succeeded"]
+    assert fleet.keys() == [f"greedy:{last_hour().isoformat()}"]
