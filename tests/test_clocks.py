@@ -6,7 +6,7 @@ import statistics
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -60,49 +60,33 @@ def seconds_late(found: list[Effect]) -> list[float]:
     return [(effect.at - effect.tick).total_seconds() for effect in found]
 
 
-def offsets(url: str) -> list[float]:
+def shown(url: str) -> list[int]:
     """What the instances say that the database's clock is ahead of theirs, in seconds."""
     with create_engine(url, poolclass=NullPool).connect() as connection:
-        return sorted(connection.scalars(select(tables.instances.c.clock_offset)))
+        return sorted(round(offset) for offset in connection.scalars(select(tables.instances.c.clock_offset)))
 
 
 @faked
-@pytest.mark.parametrize("seconds", [1, 7, 60, 3600])
+@pytest.mark.parametrize("offsets", [(1, -1), (7, -7), (60, -60), (3600, -3600, 0)], ids=lambda them: f"{them[0]}s")
 def test_hosts_that_are_ahead_and_behind_run_every_tick_once_on_time_together_and_alone(
-    postgresql_url: str, seconds: int
+    postgresql_url: str, offsets: tuple[int, ...]
 ) -> None:
     effects = Effects(postgresql_url)
-    with host(postgresql_url, seconds) as ahead, host(postgresql_url, -seconds) as behind:
-        for process in (ahead, behind):
+    with ExitStack() as stack:
+        hosts = {offset: stack.enter_context(host(postgresql_url, offset)) for offset in offsets}
+        for process in hosts.values():
             process.wait_for("joined")
         since = datetime.now(UTC)
-        ticks_on(effects, 3)
-        wait_until(lambda: [round(each) for each in offsets(postgresql_url)] == [-seconds, seconds], "a heartbeat")
-        if seconds > 1:
-            for process, offset in ((ahead, seconds), (behind, -seconds)):
+        ticks_on(effects, 2)
+        wait_until(lambda: shown(postgresql_url) == sorted(-offset for offset in offsets), "a heartbeat of each")
+        for offset, process in hosts.items():
+            if abs(offset) > 1:
                 warned = process.wait_for(r"This host's clock is ([+-]\d+\.\d) s off the database's")
                 assert abs(float(warned[1]) - offset) < 1
-        end(ahead)
+        for offset in offsets[:-1]:
+            end(hosts[offset])
         ticks_on(effects, 2)
-        end(behind)
-    found = effects.check_consecutive(PERIOD, since)
-    assert statistics.median(seconds_late(found)) < 0.9
-
-
-@faked
-def test_a_host_an_hour_ahead_and_one_that_is_right_are_one_fleet(postgresql_url: str) -> None:
-    effects = Effects(postgresql_url)
-    with (
-        host(postgresql_url, 3600) as wrong,
-        started(SERVE, environment(postgresql_url, PROBE_PERIOD=PERIOD.total_seconds())) as right,
-    ):
-        for process in (wrong, right):
-            process.wait_for("joined")
-        since = datetime.now(UTC)
-        ticks_on(effects, 3)
-        end(right)
-        ticks_on(effects, 2)
-        end(wrong)
+        end(hosts[offsets[-1]])
     found = effects.check_consecutive(PERIOD, since)
     assert statistics.median(seconds_late(found)) < 0.9
 
@@ -114,7 +98,7 @@ def test_a_whole_fleet_that_is_a_fifth_of_a_second_ahead_begins_no_tick_early(po
         for process in (one, other):
             process.wait_for("joined")
         since = datetime.now(UTC)
-        ticks_on(effects, 5)
+        ticks_on(effects, 4)
         for process in (one, other):
             end(process)
     late = seconds_late(effects.check_consecutive(PERIOD, since))
@@ -133,7 +117,7 @@ def test_clocks_that_are_set_forth_and_back_in_mid_run_move_no_tick(postgresql_u
         ticks_on(effects, 2)
         for ahead in (MINUTES, -MINUTES, timedelta()):
             set_clock(clock, ahead)
-            ticks_on(effects, 3)
+            ticks_on(effects, 2)
         for process in (one, other):
             end(process)
             assert "begins anew" not in process.output

@@ -13,10 +13,10 @@ import pytest
 from conftest import administer, close, text
 from effects import Effects, leave
 from fleet import PATIENCE, make_app, wait_until
-from processes import environment, eventually, flask, started
+from processes import environment, flask, started
 from proxy import Proxy
-from servers import PGBOUNCER, PostgreSQL, pooler
-from sqlalchemy import URL, create_engine, make_url
+from servers import PostgreSQL
+from sqlalchemy import URL, create_engine
 from sqlalchemy import text as sql
 from sqlalchemy.pool import NullPool
 
@@ -97,7 +97,7 @@ def join(request: pytest.FixtureRequest) -> Iterator[Join]:
     close(*apps)
 
 
-def runs_on(effects: Effects, more: int = 3) -> None:
+def runs_on(effects: Effects, more: int = 2) -> None:
     count = len(effects.ticks())
     wait_until(lambda: len(effects.ticks()) >= count + more, f"{more} more runs")
 
@@ -128,7 +128,7 @@ def test_a_restart_of_the_database_in_mid_run_is_a_lost_attempt_and_the_tick_is_
     for _ in range(2):
         join(url, daily, Ticker)
     assert daily.began.acquire(timeout=PATIENCE)
-    runs_on(effects, 2)
+    runs_on(effects, 1)
     server.stop(mode)
     server.start()
     daily.go_on.set()
@@ -173,7 +173,7 @@ def test_connections_that_are_terminated_again_and_again_repeat_no_effect_and_le
         join(url, Ticker)
     runs_on(effects, 1)
     theirs = f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{url.database}'"
-    for cut in range(5):
+    for cut in range(4):
         threading.Event().wait(0.37 + 0.1 * cut)  # at another phase each time
         administer(server.url, theirs)
     runs_on(effects)
@@ -363,56 +363,3 @@ def test_a_disk_that_takes_nothing_more_costs_ticks_and_not_the_instance(sqlite_
         assert process.wait() == 0
         assert "Exception in thread" not in process.output
     check_answered(effects)
-
-
-@pytest.fixture
-def pooled(server: PostgreSQL, effects: Effects) -> Iterator[str]:
-    """The URL of the test's database behind a pooler with two connections to it."""
-    if PGBOUNCER is None:
-        pytest.skip("needs pgbouncer")
-    with pooler(make_url(effects.url), connections=2) as url:
-        yield text(url)
-
-
-def test_a_transaction_mode_pooler_may_stand_before_the_database(pooled: str, effects: Effects) -> None:
-    env = environment(pooled, PROBE_PERIOD=1)
-    with started(WORKERS_RUN, env) as one, started(WORKERS_RUN, env) as other:
-        for process in (one, other):
-            process.wait_for("joined")
-        since = datetime.now(UTC)
-        runs_on(effects, 4)
-        assert_nothing_is_left_on_its_connections(pooled)
-        for process in (one, other):
-            process.signal(signal.SIGTERM)
-            assert process.wait() == 0
-            assert "WARNING" not in process.output
-            assert "ERROR" not in process.output
-    assert len(effects.check_consecutive(timedelta(seconds=1), since)) >= 3
-
-
-def assert_nothing_is_left_on_its_connections(pooled: str) -> None:
-    """No setting of a session, and no prepared statement, on any of the few connections that everybody gets."""
-    limits = ("lock_timeout", "statement_timeout", "idle_in_transaction_session_timeout")
-    engine = create_engine(pooled, poolclass=NullPool, connect_args={"prepare_threshold": None})
-    seen = set()
-    for _ in range(20):
-        with engine.connect() as connection:
-            seen.add(connection.scalar(sql("SELECT pg_backend_pid()")))
-            assert [connection.scalar(sql(f"SHOW {name}")) for name in limits] == ["0", "0", "0"]
-            assert connection.scalar(sql("SHOW default_transaction_isolation")) == "read committed"
-            assert connection.scalar(sql("SELECT count(*) FROM pg_prepared_statements")) == 0
-    assert len(seen) <= 2
-
-
-def test_behind_a_pooler_a_killed_process_is_taken_over(pooled: str, effects: Effects) -> None:
-    env = environment(pooled, PROBE_WORKERS="listener", WORKERS_LEASE_SECONDS=LEASE)
-    with started(WORKERS_RUN, env) as one:
-        one.wait_for("The listener began")
-        with started(WORKERS_RUN, env | {"PROBE_SECONDS": "0.1"}) as other:
-            other.wait_for("joined")
-            one.signal(signal.SIGKILL)
-            killed = time.monotonic()
-            assert eventually(lambda: effects.ticks("listener"))
-            assert time.monotonic() - killed < LEASE + 1 + 2  # and what a busy machine adds
-    assert effects.states("listener") == [("lost", 1), ("succeeded", 2)]
-    effects.check_once("listener")

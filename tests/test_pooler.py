@@ -1,0 +1,79 @@
+"""A pooler before PostgreSQL that gives every transaction whatever connection is free: nothing may be left on one."""
+
+import signal
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from conftest import text
+from effects import Effects
+from fleet import wait_until
+from processes import environment, eventually, flask, started
+from servers import PGBOUNCER, pooler
+from sqlalchemy import create_engine, make_url
+from sqlalchemy import text as sql
+from sqlalchemy.pool import NullPool
+
+CONNECTIONS = 2
+LEASE = 1.5
+PERIOD = timedelta(seconds=1)
+WORKERS_RUN = flask("workers", "run")
+
+pytestmark = pytest.mark.skipif(PGBOUNCER is None, reason="needs pgbouncer")
+
+
+@pytest.fixture
+def effects(postgresql_url: str) -> Effects:
+    return Effects(postgresql_url)
+
+
+@pytest.fixture
+def pooled(postgresql_url: str) -> Iterator[str]:
+    """The URL of the test's database behind the pooler."""
+    with pooler(make_url(postgresql_url), CONNECTIONS) as url:
+        yield text(url)
+
+
+def test_a_transaction_mode_pooler_may_stand_before_the_database(pooled: str, effects: Effects) -> None:
+    env = environment(pooled, PROBE_PERIOD=PERIOD.total_seconds())
+    with started(WORKERS_RUN, env) as one, started(WORKERS_RUN, env) as other:
+        for process in (one, other):
+            process.wait_for("joined")
+        since = datetime.now(UTC)
+        wait_until(lambda: len(effects.ticks()) >= 4, "four ticks")
+        assert_nothing_is_left_on_its_connections(pooled)
+        for process in (one, other):
+            process.signal(signal.SIGTERM)
+            assert process.wait() == 0
+            assert "WARNING" not in process.output
+            assert "ERROR" not in process.output
+    assert len(effects.check_consecutive(PERIOD, since)) >= 2
+
+
+def assert_nothing_is_left_on_its_connections(pooled: str) -> None:
+    """No setting of a session, and no prepared statement, on any of the few connections that everybody gets."""
+    limits = ("lock_timeout", "statement_timeout", "idle_in_transaction_session_timeout")
+    engine = create_engine(pooled, poolclass=NullPool, connect_args={"prepare_threshold": None})
+    seen = set()
+    for _ in range(20):
+        with engine.connect() as connection:
+            seen.add(connection.scalar(sql("SELECT pg_backend_pid()")))
+            assert [connection.scalar(sql(f"SHOW {name}")) for name in limits] == ["0", "0", "0"]
+            assert connection.scalar(sql("SHOW default_transaction_isolation")) == "read committed"
+            assert connection.scalar(sql("SELECT count(*) FROM pg_prepared_statements")) == 0
+    assert len(seen) <= CONNECTIONS
+
+
+def test_behind_a_pooler_a_killed_process_is_taken_over(pooled: str, effects: Effects) -> None:
+    env = environment(pooled, PROBE_WORKERS="listener", WORKERS_LEASE_SECONDS=LEASE)
+    with started(WORKERS_RUN, env) as one:
+        one.wait_for("The listener began")
+        with started(WORKERS_RUN, env | {"PROBE_SECONDS": "0.1"}) as other:
+            other.wait_for("joined")
+            one.signal(signal.SIGKILL)
+            killed = time.monotonic()
+            assert eventually(lambda: effects.ticks("listener"))
+            assert time.monotonic() - killed < LEASE + 1 + 2  # and what a busy machine adds
+    assert effects.states("listener") == [("lost", 1), ("succeeded", 2)]
+    effects.check_once("listener")
