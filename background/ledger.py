@@ -1,7 +1,7 @@
 """Who runs what: every statement that decides it. Each race is one conditional UPDATE."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
@@ -25,7 +25,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from .clock import now, single_statements
-from .errors import ClaimLost
+from .errors import ClaimLost, InvalidSchedule
 from .models import executions, workers
 from .schedule import Schedule, parse_schedule
 
@@ -261,26 +261,19 @@ class Ledger:
         What `reschedule` set stays in force, across deploys too.
         """
         with self._begin() as connection:
-            known = dict(connection.execute(select(workers.c.name, workers.c.declared)).all())
+            known = {row.name: row for row in connection.execute(select(workers, now().label("clock")))}
             for name, schedule in sorted(schedules.items()):  # so that two of them wait for each other in one order
-                text = str(schedule)
-                if name not in known:
-                    row = self._insert(workers).values(
-                        name=name, schedule=text, scheduled_at=now(), declared=text, declared_by=instance
+                declared = {"declared": str(schedule), "declared_by": instance}
+                if (row := known.get(name)) is None:
+                    new = self._insert(workers).values(
+                        name=name, schedule=str(schedule), scheduled_at=now(), **declared
                     )
-                    connection.execute(row.on_conflict_do_nothing())
-                elif known[name] != text:
-                    follows = workers.c.schedule == workers.c.declared
-                    connection.execute(
-                        update(workers)
-                        .where(workers.c.name == name, workers.c.declared == known[name])
-                        .values(
-                            schedule=case((follows, text), else_=workers.c.schedule),
-                            scheduled_at=case((follows, now()), else_=workers.c.scheduled_at),
-                            declared=text,
-                            declared_by=instance,
-                        )
-                    )
+                    connection.execute(new.on_conflict_do_nothing())
+                elif row.declared != str(schedule):
+                    if row.schedule == row.declared:
+                        declared |= _in_force(schedule, row.schedule, row.clock)
+                    same = (workers.c.declared == row.declared, workers.c.schedule == row.schedule)
+                    connection.execute(update(workers).where(workers.c.name == name, *same).values(declared))
 
     def pause(self, name: str) -> bool:
         """Stop claiming; True where it was not paused already."""
@@ -294,9 +287,14 @@ class Ledger:
 
     def reschedule(self, name: str, schedule: Schedule | None) -> bool:
         """Replace the schedule in force, for the whole fleet; None goes back to the declared one."""
-        text = workers.c.declared if schedule is None else str(schedule)
-        changed = update(workers).where(workers.c.name == name, workers.c.schedule != text)
-        return self._write(changed.values(schedule=text, scheduled_at=now()))
+        state = self.look(name)
+        if state is None:
+            return False
+        new = schedule or parse_schedule(state.declared)
+        changed = update(workers).where(workers.c.name == name, workers.c.schedule == state.schedule_text)
+        return str(new) != state.schedule_text and self._write(
+            changed.values(_in_force(new, state.schedule_text, state.clock))
+        )
 
     # -- helpers -------------------------------------------------------------------------------
 
@@ -383,6 +381,20 @@ class Ledger:
                 finished_at=now(),
             )
         )
+
+
+def _in_force(new: Schedule, old: str, clock: datetime) -> dict[str, Any]:
+    """What puts the schedule `new` in the place of `old`.
+
+    Where the old one owes no tick the new one owes none from before: a daily tick that is moved at 10:00 from 03:00
+    to 04:00 has run today.
+    """
+    values: dict[str, Any] = {"schedule": str(new), "scheduled_at": now()}
+    with suppress(InvalidSchedule):  # an old one that only another release can read
+        owed, settled = parse_schedule(old).previous(clock), new.previous(clock)
+        owes_nothing = and_(workers.c.mark >= owed, workers.c.mark < settled)
+        values["mark"] = case((owes_nothing, settled), else_=workers.c.mark)
+    return values
 
 
 _NEW_TOKEN = {"token": workers.c.token + 1, "running": workers.c.token + 1}

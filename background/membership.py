@@ -38,7 +38,7 @@ class Membership:
         self._settling: set[str] = set()
         self._pulse: Pulse | None = None
         self._ahead: set[str] = set()
-        self._is_settled = self._is_looking = self._left = False
+        self._is_settled = self._is_looking = self._is_off = self._left = False
         self._refreshing, self._entering = threading.Lock(), threading.Lock()
         ticks.noticed = self._look_soon
         ticks.runs.hung = self._scheduler.replace
@@ -89,7 +89,7 @@ class Membership:
     def _enter(self) -> bool:
         """Sign on, and keep the lease; False where `leave` came first."""
         instance = self._ticks.sign_on()
-        _warn_of_offset(instance, timedelta())
+        self._warn_of_offset(instance)
         with self._entering:
             if self._left:
                 self._ticks.sign_off(instance)
@@ -212,11 +212,18 @@ class Membership:
             self._ticks.instance = instance = Instance(instance.lease, clock_offset=instance.clock_offset)
         offset, before = instance.clock_offset, self._pulse
         self._pulse = self._ticks.instances.beat(instance)
-        _warn_of_offset(instance, offset)
+        self._warn_of_offset(instance)
         rearm = self._pulse.was_set or abs(instance.clock_offset - offset) > _OFFSET_REARMED
         if rearm or self._pulse != before or self._pulse.is_busy or not self._is_settled:
             self.refresh(rearm)
         self._scheduler.look_again()
+
+    def _warn_of_offset(self, instance: Instance) -> None:
+        """Once, until it is back at half of what is warned about: an offset of just that much comes and goes."""
+        was_off, least = self._is_off, _OFFSET_WARNED / (2 if self._is_off else 1)
+        self._is_off = abs(instance.clock_offset) > least
+        if self._is_off and not was_off:
+            log.warning("This host's clock is %+.1f s off the database's", -instance.clock_offset.total_seconds())
 
     def _beat_failed(self, error: Exception) -> None:
         self._pulse = None  # what came with it may not have been taken in
@@ -228,11 +235,6 @@ class Membership:
     def _lost(self) -> None:
         if self._ticks.instance is not None:
             self._ticks.lose(self._ticks.instance)
-
-
-def _warn_of_offset(instance: Instance, before: timedelta) -> None:
-    if abs(instance.clock_offset) > _OFFSET_WARNED >= abs(before):
-        log.warning("This host's clock is %+.1f s off the database's", -instance.clock_offset.total_seconds())
 
 
 def _unless_expected(error: Exception) -> Exception | None:

@@ -15,7 +15,7 @@ from .worker import PeriodicWorker, declared_schedule
 
 log = logging.getLogger(__name__)
 
-_RETRY_SECONDS = (1, 2, 5)
+_RETRY_SECONDS = (0.2, 0.5, 1, 2, 5)
 
 
 class WakeUps:
@@ -25,7 +25,7 @@ class WakeUps:
         self._scheduler, self._ticks, self._workers = scheduler, ticks, workers
         self._states: Mapping[str, WorkerState] = {}
         self._armed: dict[str, datetime] = {}
-        ticks.postponed = lambda name, tick: self.later(f"retry:{name}", 0, self._fire, name, tick)
+        ticks.postponed = lambda name, tick: self.later(f"retry:{name}", 1, self._fire, name, tick)
 
     def follow(self, states: Mapping[str, WorkerState], rearm: bool) -> None:
         """Take in the schedules in force; with `rearm` all anew, as one of the clocks was set."""

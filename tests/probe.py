@@ -47,7 +47,7 @@ class Ticker(PeriodicWorker):
 
     def do_work(self, context: WorkerContext) -> None:
         reach("claimed")
-        time.sleep(_TAKES)
+        threading.Event().wait(_TAKES)
         leave(context, os.getpid())
         reach("effect")
         event.listen(context.session, "after_commit", lambda _session: reach("committed"))
