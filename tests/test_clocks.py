@@ -23,7 +23,7 @@ from background import models as tables
 PERIOD = timedelta(seconds=1)
 MINUTES = timedelta(minutes=2)
 LIBFAKETIME = next(iter(glob.glob("/usr/lib/*/faketime/libfaketimeMT.so.1")), None)
-# Not `flask workers run`: it sleeps, and Debian's libfaketime fails Python's time.sleep (its issue 426).
+# Not `flask workers run`, which may sleep: Debian's libfaketime fails Python's time.sleep (its issue 426).
 SERVE = flask("run", "--port", "0")
 
 faked = pytest.mark.skipif(LIBFAKETIME is None, reason="needs Debian's libfaketime")
