@@ -15,7 +15,7 @@ from itertools import chain, repeat
 
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
-from sqlalchemy.exc import OperationalError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from .context import WorkerContext, current_run
 from .errors import ClaimLost, RunStopped, first_line
@@ -141,9 +141,9 @@ def _unfinished(worker: type[PeriodicWorker], context: WorkerContext, ledger: Le
     if isinstance(error, RunStopped):
         context.logger.info("Handed the tick %s back", tick)
         return _end(context, ledger, "handed back", next_attempt=claim.attempt)
-    if context.is_lost or isinstance(error, ClaimLost):  # whoever finds this instance gone writes it down
-        context.logger.warning("Lost the tick %s: %s", tick, error)
-        return "lost"
+    if context.is_lost or not context.instance.is_alive or isinstance(error, ClaimLost):
+        context.logger.warning("Lost the tick %s: %s", tick, first_line(error))
+        return "lost"  # which is written by whoever finds this instance gone
     if _is_cut_off(error):
         again = attempt_after(worker, claim.attempt)
         state = _end(context, ledger, "lost", f"its database connection broke: {first_line(error)}", again)
@@ -151,7 +151,7 @@ def _unfinished(worker: type[PeriodicWorker], context: WorkerContext, ledger: Le
             context.logger.warning("Lost the tick %s, its database connection broke: %s", tick, follows(again))
     else:
         state = _end(context, ledger, "failed", "".join(traceback.format_exception(error)))
-        if state == "failed":
+        if state != "succeeded":
             context.logger.error("Failed at the tick %s", tick, exc_info=error)
     if state == "succeeded":  # the reply to its last commit got lost, or a listener to that failed
         context.logger.warning("Succeeded at the tick %s, but afterwards: %s", tick, first_line(error))
@@ -166,7 +166,7 @@ def follows(attempt: int | None) -> str:
 def _is_cut_off(error: BaseException | None) -> bool:
     """Whether the run ended because the database went away, and not by a fault of its own."""
     while error is not None:
-        if isinstance(error, OperationalError):
+        if isinstance(error, DBAPIError):
             # The server gives its errors a code; that it cannot be connected to has none.
             cannot_connect = error.statement is None and getattr(error.orig, "sqlstate", "") is None
             if error.connection_invalidated or cannot_connect:
