@@ -79,7 +79,9 @@ class WakeUps:
         if not failures:
             self._arm(name, after=tick)
         try:
-            self._ticks.run(worker, tick, self._ticks.look(worker))
+            state = self._ticks.look(worker)
+            if state.mark is None or state.mark < tick:  # else somebody was here before: that took one read
+                self._ticks.run(worker, tick, state)
         except SQLAlchemyError as error:
             log.warning("%s: cannot claim the tick %s: %s", name, tick.isoformat(), first_line(error))
             self.later(f"retry:{name}", failures, self._fire, name, tick)
