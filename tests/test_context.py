@@ -9,6 +9,7 @@ from datetime import timedelta
 
 import pytest
 import svcs
+from conftest import on_postgresql
 from flask import current_app
 from fleet import HOUR, PATIENCE, Fleet, Hourly, effect, effects, last_hour, wait_until
 from sqlalchemy import Connection, create_engine, event, insert, select, text
@@ -203,10 +204,8 @@ def test_a_savepoint_can_be_rolled_back_and_the_rest_is_kept(fleet: Fleet) -> No
     assert fleet.effects() == ["kept", "kept too"]
 
 
+@on_postgresql
 def test_a_savepoint_does_not_hold_the_workers_row_until_the_run_ends(fleet: Fleet) -> None:
-    if fleet.engine.dialect.name == "sqlite":
-        return  # where any write holds everything
-
     class Nesting(Hourly):
         def do_work(self, context: WorkerContext) -> None:
             with context.session.begin_nested():
@@ -248,10 +247,8 @@ def test_what_was_committed_in_slices_outlives_the_failure_after_it(fleet: Fleet
     assert fleet.effects() == ["a slice"]
 
 
+@on_postgresql
 def test_a_run_whose_connection_breaks_has_failed_and_the_next_tick_runs(fleet: Fleet) -> None:
-    if fleet.engine.dialect.name == "sqlite":
-        return  # which has no server to lose
-
     class Unplugged(Hourly):
         def do_work(self, context: WorkerContext) -> None:
             effect(context)
@@ -267,10 +264,8 @@ def test_a_run_whose_connection_breaks_has_failed_and_the_next_tick_runs(fleet: 
     assert len(fleet.effects()) == 1
 
 
+@on_postgresql
 def test_a_run_whose_database_goes_away_is_run_again_as_the_next_attempt(fleet: Fleet) -> None:
-    if fleet.engine.dialect.name == "sqlite":
-        return  # which has no server to lose
-
     class Unplugged(Hourly):
         max_attempts = 2
 
@@ -293,10 +288,8 @@ def test_a_run_whose_database_goes_away_is_run_again_as_the_next_attempt(fleet: 
     assert fleet.effects() == []
 
 
+@on_postgresql
 def test_a_run_that_cannot_connect_again_is_run_again_as_the_next_attempt(fleet: Fleet) -> None:
-    if fleet.engine.dialect.name == "sqlite":
-        return  # which has no server to connect to
-
     class Refused(Hourly):
         def do_work(self, context: WorkerContext) -> None:
             if context.attempt == 1:

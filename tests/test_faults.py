@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from conftest import on_postgresql, on_sqlite
 from effects import Effects
 from nursery import Member, Shops
 from processes import eventually
@@ -120,7 +121,7 @@ def is_expired(effects: Effects, frozen: Member) -> None:
     time.sleep(0.5)  # two heartbeats of theirs
 
 
-@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+@on_postgresql
 @pytest.mark.parametrize("at", ["claim", "commit"])
 def test_a_process_that_is_frozen_with_a_row_locked_loses_the_lock_with_its_lease(
     shops: Shops, effects: Effects, at: str
@@ -136,7 +137,7 @@ def test_a_process_that_is_frozen_with_a_row_locked_loses_the_lock_with_its_leas
     assert effects.states("ticker") == ([("lost", 1), ("succeeded", 2)] if at == "commit" else [("succeeded", 1)])
 
 
-@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+@on_sqlite
 @pytest.mark.parametrize(
     ("at", "states"),
     [
@@ -164,7 +165,7 @@ def test_a_process_that_wakes_with_the_write_lock_of_sqlite_after_its_lease_is_d
 TWO_WORKERS = {"PROBE_WORKERS": "ticker,quick", "PROBE_PERIOD": 0.5}
 
 
-@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+@on_postgresql
 def test_a_process_that_is_frozen_in_its_commit_holds_up_no_other_worker(shops: Shops, effects: Effects) -> None:
     """Its worker's row is locked until its lease is over; all that others want of that row waits."""
     others(shops, WORKERS_THREADS=4, WORKERS_LEASE_SECONDS=5, **TWO_WORKERS)
@@ -176,7 +177,7 @@ def test_a_process_that_is_frozen_in_its_commit_holds_up_no_other_worker(shops: 
     effects.check_once()
 
 
-@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+@on_sqlite
 def test_while_a_process_is_frozen_in_its_commit_sqlite_runs_nothing_and_nobody_dies(
     shops: Shops, effects: Effects
 ) -> None:

@@ -16,8 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from http import HTTPStatus
 
-import pytest
-from conftest import PASSWORD
+from conftest import PASSWORD, on_sqlite
 from effects import Effects
 from flask import Flask
 from processes import environment, eventually, gunicorn, started
@@ -53,7 +52,7 @@ def test_four_gunicorn_workers_run_consecutive_ticks_once_each(database_url: str
     )
 
 
-@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+@on_sqlite
 def test_eight_processes_of_logins_and_the_sweep_never_meet_a_locked_database(
     app: Flask, database_url: str, make_user: Callable[..., User]
 ) -> None:

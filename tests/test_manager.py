@@ -6,6 +6,7 @@ from datetime import UTC, datetime, timedelta, tzinfo
 from typing import Any
 
 import pytest
+from conftest import on_postgresql
 from fleet import HOUR, PATIENCE, Fleet, Hourly, effect, in_threads, last_hour, wait_until
 from sqlalchemy import delete, select
 
@@ -211,9 +212,8 @@ def test_a_pause_does_not_hold_up_what_is_to_be_run_again_after_it(fleet: Fleet)
     wait_until(lambda: fleet.states() == ["lost", "succeeded"], "the second attempt")
 
 
+@on_postgresql
 def test_a_row_that_somebody_frozen_holds_does_not_use_up_the_threads(fleet: Fleet) -> None:
-    if fleet.engine.dialect.name == "sqlite":
-        return  # which has one lock for all
     manager = fleet.manager(Hourly, Quick, WORKERS_THREADS=2, WORKERS_LEASE_SECONDS=1)
     manager.ticks.look(Hourly)
     manager.ticks.ledger.claim("hourly", last_hour(), "every 3600s", ("ghost", "elsewhere:1"))
