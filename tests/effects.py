@@ -1,9 +1,9 @@
 """What the probes' workers write, and what must be true of it however they were started and stopped."""
 
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sqlalchemy import Column, Integer, MetaData, String, Table, create_engine, insert, select
 from sqlalchemy.pool import NullPool
@@ -12,6 +12,8 @@ from background import WorkerContext
 from background.clock import UtcDateTime, now
 from background.models import executions, instances, workers
 from background.sqlite import prepare
+
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 table = Table(
     "effects",
@@ -91,7 +93,18 @@ class Effects:
             assert following.tick - one.tick == period, "\n".join(map(str, self.history(worker, one.tick)))
         return found
 
-    def history(self, worker: str, since: datetime) -> list[dict[str, object]]:
+    def check_answered(self, period: timedelta, worker: str = "ticker") -> None:
+        """The oracle, and every tick from the first run to the last has one answer: its end, or why it did not run."""
+        first, *_, last = (effect.tick for effect in self.check_once(worker))
+        answered = []
+        for row in self.history(worker, first):
+            if row["state"] not in ("running", "lost", "handed back"):
+                ticks = ((row["through"] or row["tick"]) - row["tick"]) // period + 1
+                answered += [row["tick"] + number * period for number in range(ticks)]
+        due = [first + number * period for number in range((last - first) // period + 1)]
+        assert sorted(tick for tick in answered if tick <= last) == due
+
+    def history(self, worker: str, since: datetime = EPOCH) -> list[dict[str, Any]]:
         """What the ledger says of its ticks from then on."""
         query = select(executions).where(executions.c.worker == worker, executions.c.tick >= since)
         with self._engine.connect() as connection:
@@ -110,15 +123,6 @@ class Effects:
         with self._engine.connect() as connection:
             text, since = connection.execute(query).one()
         return text, since
-
-    def check_answered(self, period: timedelta, since: datetime, worker: str = "ticker") -> None:
-        """Every tick from `since` on has an answer, and one only: it was run, skipped or missed."""
-        rows = [
-            row for row in self.history(worker, since) if row["trigger"] == "schedule" and row["attempt"] in (None, 1)
-        ]
-        for one, following in pairwise(rows):
-            last = one["through"] or one["tick"]
-            assert following["tick"] == last + period, "\n".join(map(str, (one, following)))
 
     def instances(self, alive: bool = False) -> set[int]:
         """The pids of the processes that joined the fleet; with `alive`, of those that have not left it."""

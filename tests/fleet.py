@@ -12,7 +12,7 @@ from typing import Any
 
 from conftest import close, settings
 from flask import Flask
-from processes import PATIENCE, ROOT
+from processes import PATIENCE, ROOT, eventually
 from sqlalchemy import Column, Engine, Integer, MetaData, String, Table, event, insert, select, update
 
 from app import create_app
@@ -94,10 +94,7 @@ class Fleet:
         for process in self.processes:
             process.kill()
             process.communicate()
-        for app in self.apps:
-            app.extensions["background_workers"].stop()
-        wait_until(lambda: not [t for t in threading.enumerate() if t.name.startswith("workers-")], "the threads' end")
-        close(*self.apps)  # and what a late thread opened again
+        stop(*self.apps)
 
     # -- what is in the database -----------------------------------------------------------------
 
@@ -135,18 +132,23 @@ class Fleet:
         self.set(name, token=token, running=token)
 
 
+def stop(*apps: Flask) -> None:
+    """Stop their workers, and see the threads end."""
+    for app in apps:
+        app.extensions["background_workers"].stop()
+    wait_until(lambda: not [t for t in threading.enumerate() if t.name.startswith("workers-")], "the threads' end")
+    close(*apps)  # and what a late thread opened again
+
+
 def last_hour() -> datetime:
     return datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
 
 
 def wait_until(is_true: Callable[[], Any], what: str = "it") -> Any:
     """Poll the database (which sends no events) until `is_true()`; what that returned."""
-    pause = threading.Event()
-    for _ in range(int(PATIENCE / 0.02)):
-        if result := is_true():
-            return result
-        pause.wait(0.02)
-    raise AssertionError(f"waited {PATIENCE} s in vain until {what} happened")
+    found = eventually(is_true)
+    assert found, f"waited {PATIENCE} s in vain until {what} happened"
+    return found
 
 
 @contextmanager

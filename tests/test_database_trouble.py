@@ -10,10 +10,10 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from conftest import administer, close, text
+from conftest import administer, text
 from effects import Effects, leave
-from fleet import PATIENCE, make_app, wait_until
-from processes import environment, flask, started
+from fleet import PATIENCE, make_app, stop, wait_until
+from processes import MARGIN, environment, flask, started
 from proxy import Proxy
 from servers import PostgreSQL
 from sqlalchemy import URL, create_engine
@@ -79,7 +79,7 @@ def effects(url: URL) -> Effects:
 
 
 @pytest.fixture
-def join(request: pytest.FixtureRequest) -> Iterator[Join]:
+def join() -> Iterator[Join]:
     """Start one more instance, in this process, on the database of the URL."""
     apps = []
 
@@ -91,34 +91,12 @@ def join(request: pytest.FixtureRequest) -> Iterator[Join]:
         return manager
 
     yield start
-    for app in apps:
-        app.extensions["background_workers"].stop()
-    wait_until(lambda: not [t for t in threading.enumerate() if t.name.startswith("workers-")], "the threads' end")
-    close(*apps)
+    stop(*apps)
 
 
 def runs_on(effects: Effects, more: int = 2) -> None:
     count = len(effects.ticks())
     wait_until(lambda: len(effects.ticks()) >= count + more, f"{more} more runs")
-
-
-def answers(effects: Effects, worker: str = "ticker") -> list[datetime]:
-    """The ticks that the ledger says something about, each as often as it does."""
-    found = []
-    for row in effects.history(worker, datetime.min.replace(tzinfo=UTC)):
-        if row["state"] in ("succeeded", "missed", "skipped"):
-            tick = row["tick"]
-            while tick <= (row["through"] or row["tick"]):
-                found.append(tick)
-                tick += PERIOD
-    return found
-
-
-def check_answered(effects: Effects) -> None:
-    """No tick twice, early or out of order, and each has an answer, from the first run to the last."""
-    ran = effects.check_once()
-    answered = [tick for tick in answers(effects) if ran[0].tick <= tick <= ran[-1].tick]
-    assert sorted(answered) == [ran[0].tick + n * PERIOD for n in range((ran[-1].tick - ran[0].tick) // PERIOD + 1)]
 
 
 @pytest.mark.parametrize("mode", ["fast", "immediate"])
@@ -136,7 +114,7 @@ def test_a_restart_of_the_database_in_mid_run_is_a_lost_attempt_and_the_tick_is_
     assert effects.states("daily") == [("lost", 1), ("succeeded", 2)]
     assert [effect.attempt for effect in effects.check_once("daily")] == [2]
     runs_on(effects)
-    check_answered(effects)
+    effects.check_answered(PERIOD)
 
 
 def test_nothing_is_claimed_while_the_database_is_away_and_the_next_tick_runs_when_it_is_back(
@@ -150,7 +128,7 @@ def test_nothing_is_claimed_while_the_database_is_away_and_the_next_tick_runs_wh
     server.start()
     runs_on(effects)
     assert all(manager.ticks.instance is not None for manager in managers)
-    check_answered(effects)
+    effects.check_answered(PERIOD)
     assert not [tick for tick in effects.ticks() if away + PERIOD < tick < away + 1.5 * PERIOD]
 
 
@@ -163,7 +141,7 @@ def test_a_start_without_a_database_waits_for_it(
     assert effects.ticks() == []
     proxy.heal()
     runs_on(effects)
-    check_answered(effects)
+    effects.check_answered(PERIOD)
 
 
 def test_connections_that_are_terminated_again_and_again_repeat_no_effect_and_leave_no_tick_unanswered(
@@ -177,7 +155,7 @@ def test_connections_that_are_terminated_again_and_again_repeat_no_effect_and_le
         threading.Event().wait(0.37 + 0.1 * cut)  # at another phase each time
         administer(server.url, theirs)
     runs_on(effects)
-    check_answered(effects)
+    effects.check_answered(PERIOD)
 
 
 @pytest.mark.parametrize("heals", [True, False], ids=["once", "for longer than the lease"])
@@ -191,7 +169,7 @@ def test_connections_that_are_cut_are_made_anew(proxy: Proxy, effects: Effects, 
         wait_until(lambda: not instance.is_alive, "the end of the lease")
     proxy.heal()
     runs_on(effects)
-    check_answered(effects)
+    effects.check_answered(PERIOD)
 
 
 def test_a_claim_whose_reply_was_lost_is_run_all_the_same_and_once(
@@ -203,7 +181,7 @@ def test_a_claim_whose_reply_was_lost_is_run_all_the_same_and_once(
     assert lost.wait(PATIENCE)
     began = time.monotonic()
     wait_until(lambda: effects.all("daily"), "the run")
-    assert time.monotonic() - began < LEASE + 5
+    assert time.monotonic() - began < LEASE + 3 + MARGIN
     assert effects.states("daily") == [("handed back", 1), ("succeeded", 1)]
     assert len(effects.check_once("daily")) == 1
 
@@ -252,7 +230,7 @@ def test_who_is_in_a_black_hole_is_told_refused_taken_over_and_works_again_after
     began = time.monotonic()
     proxy.black_hole()
     wait_until(lambda: effects.all("listener"), "the taking over")
-    assert time.monotonic() - began < LEASE + 1 + 2  # and what a busy machine adds
+    assert time.monotonic() - began < LEASE + 1 + MARGIN
     wait_until(lambda: heard == ["told", "refused"], "the refusal")
     assert effects.states("listener") == [("lost", 1), ("succeeded", 2)]
     runs_on(effects)
@@ -261,7 +239,7 @@ def test_who_is_in_a_black_hole_is_told_refused_taken_over_and_works_again_after
     outside.stop()
     runs_on(effects)
     assert len(effects.check_once("listener")) == 1
-    check_answered(effects)
+    effects.check_answered(PERIOD)
 
 
 def test_connections_that_only_the_server_knows_to_be_gone_are_made_anew(
@@ -271,7 +249,7 @@ def test_connections_that_only_the_server_knows_to_be_gone_are_made_anew(
     runs_on(effects)
     proxy.half_open()
     runs_on(effects)
-    check_answered(effects)
+    effects.check_answered(PERIOD)
 
 
 def test_a_connection_in_use_while_the_others_are_closed_is_closed_when_it_is_given_back(url: URL, join: Join) -> None:
@@ -309,8 +287,10 @@ def test_a_run_that_cannot_be_serialised_has_failed_and_the_next_one_runs(
     )
     join(url, Strict)
     wait_until(lambda: len(effects.ticks("strict")) >= 3, "three runs")
-    assert [state for state, _ in effects.states("strict")][:3] == ["failed", "succeeded", "succeeded"]
-    assert "could not serialize access" in str(effects.history("strict", datetime.min.replace(tzinfo=UTC))[0]["reason"])
+    failed, *others = [row for row in effects.history("strict") if row["state"] not in ("skipped", "missed")]
+    assert failed["state"] == "failed"
+    assert "could not serialize access" in failed["reason"]
+    assert {row["state"] for row in others} <= {"succeeded", "running"}
     effects.check_once("strict")
 
 
@@ -349,7 +329,7 @@ def test_whoever_holds_the_write_lock_of_sqlite_makes_ticks_late_but_takes_no_le
     runs_on(effects)
     assert [manager.ticks.instance for manager in managers] == instances
     assert {state for state, _ in effects.states("ticker")} <= {"succeeded", "missed", "skipped"}
-    check_answered(effects)
+    effects.check_answered(PERIOD)
 
 
 def test_a_disk_that_takes_nothing_more_costs_ticks_and_not_the_instance(sqlite_url: str) -> None:
@@ -366,4 +346,4 @@ def test_a_disk_that_takes_nothing_more_costs_ticks_and_not_the_instance(sqlite_
         process.signal(signal.SIGTERM)
         assert process.wait() == 0
         assert "Exception in thread" not in process.output
-    check_answered(effects)
+    effects.check_answered(PERIOD)

@@ -9,7 +9,7 @@ import pytest
 from conftest import text
 from effects import Effects
 from fleet import wait_until
-from processes import environment, eventually, flask, started
+from processes import MARGIN, environment, eventually, flask, started
 from servers import PGBOUNCER, pooler
 from sqlalchemy import create_engine, make_url
 from sqlalchemy import text as sql
@@ -74,6 +74,6 @@ def test_behind_a_pooler_a_killed_process_is_taken_over(pooled: str, effects: Ef
             one.signal(signal.SIGKILL)
             killed = time.monotonic()
             assert eventually(lambda: effects.ticks("listener"))
-            assert time.monotonic() - killed < LEASE + 1 + 2  # and what a busy machine adds
+            assert time.monotonic() - killed < LEASE + 1 + MARGIN
     assert effects.states("listener") == [("lost", 1), ("succeeded", 2)]
     effects.check_once("listener")
