@@ -212,7 +212,7 @@ class Report:
     def _skews(self) -> str:
         if self._arguments.engine == "sqlite":
             return "none: the host's clock is the database's"
-        if not FAKETIME.exists():
+        if FAKETIME is None:
             return "none: there is no libfaketime here"
         return f"{self._fleet.counts['skews']} of {self._fleet.counts['starts']}"
 

@@ -4,6 +4,7 @@ import sqlite3
 import threading
 import time
 import warnings
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from random import Random
@@ -13,8 +14,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
 from background.sqlite import prepare
-
-from .soak_proxy import Proxy, has_line
+from tests.proxy import Proxy
 
 PROBE_SECONDS = 0.05
 OWN = "soak"  # this program's connections, which it does not cut
@@ -26,7 +26,7 @@ class Sqlite:
     faults = ("hold",)
     noted_seconds = 0.25  # any writer holds the lock for a shorter while
     can_skew = False  # its clock is the host's
-    proxy = None
+    proxies: Mapping[int, Proxy] = {}
 
     def __init__(self, folder: Path, processes: int) -> None:
         self.path = folder / "bookstore.sqlite"
@@ -79,13 +79,12 @@ class Postgresql:
             connection.exec_driver_sql("ALTER SYSTEM SET fsync = off")
             connection.exec_driver_sql("ALTER SYSTEM SET max_connections = 300")
         self._pg_ctl("restart", "-m", "fast")
-        self.proxy = Proxy(f"{plain.query['host']}/.s.PGSQL.5432", processes)
+        # Every other process is connected by a line that can fall silent.
+        self.proxies = {slot: Proxy(plain) for slot in range(1, processes, 2)}
         self._probe_engine = create_engine(own, pool_size=1, isolation_level="AUTOCOMMIT")
 
     def url_of(self, slot: int) -> str:
-        if not has_line(slot):
-            return self.url
-        return make_url(self.url).set(host="127.0.0.1", port=self.proxy.ports[slot], query={}).render_as_string(False)
+        return self.proxies[slot].url.render_as_string(False) if slot in self.proxies else self.url
 
     def cut(self, random: Random) -> str:
         """End some or all connections, whatever they are doing."""
@@ -110,7 +109,8 @@ class Postgresql:
         return True
 
     def close(self) -> None:
-        self.proxy.close()
+        for proxy in self.proxies.values():
+            proxy.close()
         self._probe_engine.dispose()
         with suppress(Exception):
             self._pg_ctl("stop", "-m", "immediate")

@@ -15,7 +15,6 @@ from random import Random
 from typing import IO
 
 from .soak_database import Postgresql, Sqlite
-from .soak_proxy import has_line
 
 ROOT = Path(__file__).parent.parent
 LEASE_SECONDS, HEARTBEAT_SECONDS, SHUTDOWN_SECONDS = 2.0, 0.5, 5.0
@@ -30,7 +29,7 @@ GUNICORN = (
     "benchmarks.soak_worker:create_app()",
 )
 SKEWS = ("-60", "-7", "-1", "+1", "+7", "+60")
-FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1")
+FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
 
 
 @dataclass
@@ -144,7 +143,7 @@ class Fleet:
 
     @property
     def _can_skew(self) -> bool:
-        return self._database.can_skew and FAKETIME.exists()
+        return self._database.can_skew and FAKETIME is not None
 
     def _environment(self, slot: int, skew: str | None) -> dict[str, str]:
         own = ("FLASK_", "WORKERS_", "WERKZEUG_", "GUNICORN_", "WEB_", "DATABASE_URL", "LOG_LEVEL", "PYTHON")
@@ -172,12 +171,10 @@ class Fleet:
             pause = self._random.choice([0.0, self._random.uniform(0, 4)])
         elif life.state == "ending":
             pause = self._random.choice([0.0, self._random.uniform(0, 2)])
-            self.counts["exits in time"] += 1
             if code != 0:
                 self.problems.append(f"{life.log.name}: ended with {code} on a SIGTERM")
         else:
             pause = 0.5
-            self.counts["ends by itself"] += 1
             if life.state == "up" or not self._is_excused(life):
                 self.problems.append(f"{life.log.name}: {life.state}, ended by itself with {code}")
         self._slots[life.slot] = time.monotonic() + pause
@@ -197,7 +194,7 @@ class Fleet:
     def harm(self) -> bool:
         """One fault of a random kind; False where there is no process left to do it to."""
         kinds: list[Callable[[], bool]] = [self._kill] * 4 + [self._stop] * 3 + [self._term] * 3
-        kinds += [self._trouble] * 4 + [self._silence] * 2 * (self._database.proxy is not None)
+        kinds += [self._trouble] * 4 + [self._silence] * 2 * bool(self._database.proxies)
         return self._random.choice(kinds)()
 
     def _victim(self, may_be: Callable[[Life], bool] = lambda life: True) -> Life | None:
@@ -224,15 +221,14 @@ class Fleet:
 
     def _silence(self) -> bool:
         """Let nothing pass between a process and its database; or its requests alone, so that it misses the replies."""
-        if (proxy := self._database.proxy) and (life := self._victim(lambda life: has_line(life.slot))):
+        if life := self._victim(lambda life: life.slot in self._database.proxies):
             seconds, replies_only = self._some_leases(), self._random.random() < 0.5
             note = f"{'the replies ' if replies_only else ''}for {seconds:.1f} s"
             life.fault = self._did(Fault("silence", time.time(), life.pids, note=note))
-            proxy.silence(life.slot, replies_only)
+            self._database.proxies[life.slot].silence(replies_only)
             life.resumes = time.monotonic() + seconds
             life.turn("silenced")
-            return True
-        return False
+        return life is not None
 
     def _some_leases(self) -> float:
         """Shorter or longer than the lease, in seconds."""
@@ -243,9 +239,9 @@ class Fleet:
         how = ""
         if life.state == "stopped":
             life.signal(signal.SIGCONT)
-        elif self._database.proxy:
+        else:
             is_cut = self._random.random() < 0.5
-            self._database.proxy.resume(life.slot, is_cut)
+            self._database.proxies[life.slot].heal(is_cut)
             how = "and cut" if is_cut else ""
         if life.fault:
             life.fault.until = time.time()

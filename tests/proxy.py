@@ -1,4 +1,4 @@
-"""A wire between the shop and PostgreSQL that the tests can cut, clog, and lose the reply to a COMMIT on."""
+"""A wire between the shop and PostgreSQL that can be cut, fall silent, and lose the reply to a COMMIT."""
 
 import select
 import socket
@@ -16,15 +16,17 @@ class Wire(threading.Thread):
     def __init__(self, proxy: "Proxy", client: socket.socket) -> None:
         super().__init__(daemon=True)
         self.proxy, self.client, self.server = proxy, client, socket.socket(socket.AF_UNIX)
-        self.swallows = False
+        self._requests_pass, self._replies_pass = threading.Event(), threading.Event()
         self._sent, self._reply_is_lost = b"", False
+        self.release()
 
     def run(self) -> None:
-        answers = threading.Thread(target=self._carry, args=(self.server, self.client), daemon=True)
+        replies = (self.server, self.client, self._replies_pass)
+        answers = threading.Thread(target=self._carry, args=replies, daemon=True)
         try:
             self.server.connect(self.proxy.server)
             answers.start()
-            self._carry(self.client, self.server)
+            self._carry(self.client, self.server, self._requests_pass)
             answers.join()
         except OSError:  # PostgreSQL is not there
             self.cut()
@@ -38,24 +40,39 @@ class Wire(threading.Thread):
 
     def half_open(self) -> None:
         """The server is gone, and the client is not told."""
-        self.swallows = True
+        self.hold()
         with suppress(OSError):
             self.server.shutdown(socket.SHUT_RDWR)
 
-    def _carry(self, source: socket.socket, target: socket.socket) -> None:
+    def hold(self, replies_only: bool = False) -> None:
+        self._replies_pass.clear()
+        if not replies_only:
+            self._requests_pass.clear()
+
+    def release(self) -> None:
+        self._requests_pass.set()
+        self._replies_pass.set()
+
+    @property
+    def is_held(self) -> bool:
+        return not self._replies_pass.is_set()
+
+    def _carry(self, source: socket.socket, target: socket.socket, may_pass: threading.Event) -> None:
         with suppress(OSError):
             while data := source.recv(_CHUNK):
                 if self._reply_is_lost:  # this is it, so the server has committed
                     break
                 if source is self.client:
                     self._watch(data)
-                if not self.swallows:
-                    target.sendall(data)
-        if not self.swallows:
-            self.cut()
+                may_pass.wait()
+                target.sendall(data)
+        may_pass.wait()
+        self.cut()
 
     def _watch(self, data: bytes) -> None:
         """Called with what the client sends, before the server has it."""
+        if not self.proxy.is_to_lose_a_reply:
+            return
         self._sent += data
         if b"COMMIT\0" in data:
             self._reply_is_lost = self.proxy.loses_reply_to(self._sent)
@@ -69,7 +86,7 @@ class Proxy:
         self.server = f"{url.query['host']}/.s.PGSQL.{url.port or 5432}"
         self._lost: bytes | None = None
         self._has_lost = threading.Event()
-        self._swallows = self._refuses = False
+        self._is_silent = self._replies_only = self._refuses = False
         self._wires: list[Wire] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._closed, self._closing = socket.socketpair()
@@ -82,6 +99,10 @@ class Proxy:
         """Lose the reply to the next COMMIT of a transaction with such a `statement`; returns the sign of that."""
         self._lost, self._has_lost = statement, threading.Event()
         return self._has_lost
+
+    @property
+    def is_to_lose_a_reply(self) -> bool:
+        return self._lost is not None
 
     def loses_reply_to(self, sent: bytes) -> bool:
         if self._lost is None or self._lost not in sent:
@@ -105,18 +126,19 @@ class Proxy:
         for wire in self._wires:
             wire.half_open()
 
-    def black_hole(self) -> None:
-        """Swallow what passes on every connection, and on each new one until `heal`; nobody is told anything."""
-        self._swallows = True
+    def silence(self, replies_only: bool = False) -> None:
+        """Let nothing pass on any connection, nor on a new one, until `heal`; nobody is told anything."""
+        self._is_silent, self._replies_only = True, replies_only
         for wire in self._wires:
-            wire.swallows = True
+            wire.hold(replies_only)
 
-    def heal(self) -> None:
-        """Forward new connections again, and end those that something was swallowed of."""
-        self._swallows = self._refuses = False
+    def heal(self, cut: bool = True) -> None:
+        """Let everything pass again; with `cut`, what was held up is lost with its connections."""
+        self._is_silent = self._refuses = False
         for wire in self._wires:
-            if wire.swallows:
+            if cut and wire.is_held:
                 wire.cut()
+            wire.release()
 
     def close(self) -> None:
         self._closing.close()
@@ -124,6 +146,7 @@ class Proxy:
         for wire in self._wires:
             while wire.is_alive():
                 wire.cut()
+                wire.release()
                 wire.join(0.1)
         self._listener.close()
         self._closed.close()
@@ -131,8 +154,9 @@ class Proxy:
     def _accept(self) -> None:
         while self._closed not in select.select([self._listener, self._closed], [], [])[0]:
             wire = Wire(self, self._listener.accept()[0])
-            wire.swallows = self._swallows
-            self._wires.append(wire)
+            if self._is_silent:
+                wire.hold(self._replies_only)
+            self._wires = [each for each in self._wires if each.is_alive()] + [wire]
             if self._refuses:
                 wire.cut()
             wire.start()
