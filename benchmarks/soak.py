@@ -3,8 +3,8 @@ database is restarted or held or loses its connections, while its workers leave 
 
     python -m benchmarks.soak --engine postgresql --minutes 10 --processes 6 --seed 1
 
-Prints a table; exits with 1 if the promise was broken or a target missed. Needs requirements-dev.txt: it starts a
-PostgreSQL of its own; with Debian's libfaketime some of the processes have a wrong clock there.
+Prints a table; exits with 1 if the promise was broken, or a take-over or a hand-over came too late. It needs
+requirements-dev.txt, and starts a PostgreSQL of its own; with libfaketime some processes have a wrong clock there.
 """
 
 import argparse
@@ -21,7 +21,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from random import Random
 from types import FrameType
-from typing import NoReturn
 
 from app import create_app
 from migrations.schema import upgrade
@@ -38,39 +37,28 @@ FAULT_SECONDS = (0.3, 2.1)  # between two faults
 MOST_SHOWN = 12
 
 
-class Arguments(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{message[0].upper()}{message[1:]}; see python -m benchmarks.soak --help\n")
-
-
 def main() -> None:
     arguments = parse()
     signal.signal(signal.SIGTERM, interrupt)
-    folder = Path(tempfile.mkdtemp(prefix="bookstore-soak-"))
-    folder.chmod(0o755)
-    logs = folder / "logs"
-    logs.mkdir()
+    logs = Path(tempfile.mkdtemp(prefix="bookstore-soak-logs-"))
     is_fine = False
     try:
-        with database(arguments.engine, folder, arguments.processes) as where:
+        with database(arguments.engine, arguments.processes) as where:
             is_fine = soak(where, logs, arguments)
     finally:
         if is_fine:
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(logs)
         else:
-            for each in set(folder.iterdir()) - {logs}:
-                shutil.rmtree(each, ignore_errors=True) if each.is_dir() else each.unlink()
             print(f"The logs are kept in {logs}", flush=True)
     sys.exit(0 if is_fine else 1)
 
 
 def parse() -> argparse.Namespace:
-    parser = Arguments(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", choices=["sqlite", "postgresql"], default="sqlite")
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--processes", type=int, default=6)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--strict", action="store_true", help="fail also if starts without faults are too late")
     arguments = parser.parse_args()
     if not 0.5 <= arguments.minutes <= 10_000:
         parser.error(f"--minutes is {arguments.minutes:g}; expected at least half a minute")
@@ -84,8 +72,10 @@ def interrupt(_number: int, _frame: FrameType | None) -> None:
 
 
 @contextmanager
-def database(engine: str, folder: Path, processes: int) -> Iterator[Sqlite | Postgresql]:
-    where = Sqlite(folder, processes) if engine == "sqlite" else Postgresql(folder, processes)
+def database(engine: str, processes: int) -> Iterator[Sqlite | Postgresql]:
+    folder = Path(tempfile.mkdtemp(prefix="bookstore-soak-"))
+    folder.chmod(0o755)  # PostgreSQL runs as another user
+    where = Sqlite(folder) if engine == "sqlite" else Postgresql(folder, processes)
     try:
         app = create_app({"DATABASE_URL": where.url, "SECRET_KEY": "soak", "LOG_LEVEL": "WARNING"})
         with app.app_context():
@@ -95,6 +85,7 @@ def database(engine: str, folder: Path, processes: int) -> Iterator[Sqlite | Pos
         yield where
     finally:
         where.close()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def soak(where: Sqlite | Postgresql, logs: Path, arguments: argparse.Namespace) -> bool:
@@ -183,7 +174,7 @@ class Report:
             ("take-over after SIGSTOP or silence", times(verdict.take_over_of_stopped), ""),
             ("hand-over after SIGTERM", times(verdict.hand_over), "<= 1 s"),
             ("the same, with the database away meanwhile", times(verdict.excused), ""),
-            ("start after the tick, without faults", times(verdict.calm_lateness), self._lateness()),
+            ("start after the tick, without faults", times(verdict.calm_lateness), "p99 <= 50 ms"),
             ("start after the tick, all", times(verdict.lateness), ""),
         ]
         title = (
@@ -216,12 +207,6 @@ class Report:
             return "none: there is no libfaketime here"
         return f"{self._fleet.counts['skews']} of {self._fleet.counts['starts']}"
 
-    def _is_late(self) -> bool:
-        return bool(self._verdict.calm_lateness) and quantile(self._verdict.calm_lateness, 0.99) > 0.05
-
-    def _lateness(self) -> str:
-        return "p99 <= 50 ms" + (": missed" if self._is_late() else "")
-
     def violations(self, oracle: Oracle, logs: Path) -> bool:
         """Print them, and what is known about each; True if there are none."""
         found = self._verdict.violations
@@ -234,9 +219,6 @@ class Report:
         problems = self._fleet.problems + [f"{count} x {text}" for text, count in tracebacks(logs).items()]
         for problem in problems:
             print(f"VIOLATION: {problem}")
-        if self._arguments.strict and self._is_late():
-            print("VIOLATION: starts without faults are too late")
-            return False
         return not found and not problems
 
 

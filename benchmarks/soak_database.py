@@ -28,7 +28,7 @@ class Sqlite:
     can_skew = False  # its clock is the host's
     proxies: Mapping[int, Proxy] = {}
 
-    def __init__(self, folder: Path, processes: int) -> None:
+    def __init__(self, folder: Path) -> None:
         self.path = folder / "bookstore.sqlite"
         self.url = f"sqlite:///{self.path}"
         self.engine = create_engine(self.url, poolclass=NullPool)

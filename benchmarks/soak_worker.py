@@ -28,7 +28,6 @@ effects = Table(
     # 0 for what a run leaves at its end; 1, 2 ... for the slices that it committed on the way.
     Column("part", Integer, nullable=False),
     Column("token", Integer, nullable=False),
-    Column("attempt", Integer, nullable=False),
     Column("pid", Integer, nullable=False),
     Column("at", UtcDateTime, nullable=False),
 )
@@ -132,7 +131,6 @@ def _leave(context: WorkerContext, part: int = 0) -> None:
             tick=context.tick,
             part=part,
             token=context.token,
-            attempt=context.attempt,
             pid=os.getpid(),
             at=now(),
         )
