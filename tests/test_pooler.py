@@ -3,12 +3,11 @@
 import signal
 import time
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 
 import pytest
 from conftest import text
 from effects import Effects
-from fleet import wait_until
 from processes import MARGIN, environment, eventually, flask, started
 from servers import PGBOUNCER, pooler
 from sqlalchemy import create_engine, make_url
@@ -40,15 +39,14 @@ def test_a_transaction_mode_pooler_may_stand_before_the_database(pooled: str, ef
     with started(WORKERS_RUN, env) as one, started(WORKERS_RUN, env) as other:
         for process in (one, other):
             process.wait_for("joined")
-        since = datetime.now(UTC)
-        wait_until(lambda: len(effects.ticks()) >= 4, "four ticks")
+        assert eventually(lambda: len(effects.ticks()) >= 4)
         assert_nothing_is_left_on_its_connections(pooled)
         for process in (one, other):
             process.signal(signal.SIGTERM)
             assert process.wait() == 0
             assert "WARNING" not in process.output
             assert "ERROR" not in process.output
-    assert len(effects.check_consecutive(PERIOD, since)) >= 2
+    effects.check_answered(PERIOD)
 
 
 def assert_nothing_is_left_on_its_connections(pooled: str) -> None:
