@@ -146,7 +146,7 @@ def last_hour() -> datetime:
 
 def wait_until(is_true: Callable[[], Any], what: str = "it") -> Any:
     """Poll the database (which sends no events) until `is_true()`; what that returned."""
-    found = eventually(is_true)
+    found = eventually(is_true, pause=0.02)  # in this process a look is cheap
     assert found, f"waited {PATIENCE} s in vain until {what} happened"
     return found
 

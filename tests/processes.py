@@ -154,11 +154,11 @@ def run(command: Sequence[str], env: Mapping[str, str], cwd: Path = ROOT) -> tup
         return process.wait(), process.output
 
 
-def eventually(look: Callable[[], Found], timeout: float = PATIENCE) -> Found:
+def eventually(look: Callable[[], Found], timeout: float = PATIENCE, pause: float = 0.05) -> Found:
     """What `look` returns once that is true; whatever it is when the time is over."""
     deadline = time.monotonic() + timeout
     while not (found := look()) and time.monotonic() < deadline:
-        time.sleep(0.02)
+        time.sleep(pause)
     return found
 
 
