@@ -71,8 +71,8 @@ class Seen:
     started_at: datetime
     heartbeat_at: datetime
     signed_off_at: datetime | None
-    clock_offset: float | None = None
-    """The database's clock less its host's, in seconds."""
+    clock_ahead: float | None = None
+    """How far its host's clock is ahead of the database's, in seconds."""
     is_alive: bool = True
 
     @property
@@ -205,4 +205,8 @@ def _of(name: str) -> Select[Any]:
     return select(executions, now().label("clock")).where(executions.c.worker == name)
 
 
-_seen: Select[Any] = select(*(instances.c[field.name] for field in fields(Seen)[:-1]), is_alive)
+_seen: Select[Any] = select(
+    *(instances.c[field.name] for field in fields(Seen) if field.name in instances.c),
+    -instances.c.clock_offset,
+    is_alive,
+)

@@ -27,7 +27,7 @@ class PeriodicWorker:
     catch_up: ClassVar[bool] = True
     """Whether a start runs the latest tick, if nobody did; False waits for the next one."""
     max_attempts: ClassVar[int] = 3
-    """How often a tick is tried whose instance died; one that was handed back does not count."""
+    """How often a tick is tried whose instance died, or lost the database; one that was handed back does not count."""
     on_lost: ClassVar[Literal["retry", "skip"]] = "retry"
     """What becomes of a tick whose instance died: "skip" for work that must not be repeated."""
     timeout: ClassVar[timedelta | None] = None

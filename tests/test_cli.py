@@ -140,7 +140,7 @@ def test_the_instances_are_shown_with_what_they_hold_and_their_clocks(
     assert re.match(rf"{re.escape(instance.name)} +alive .*\+7.000 s$", ours)
     assert re.match(r"far:7 +lost .* greet$", theirs)
     (row,) = [row for row in json.loads(flask("instances", "--json").stdout) if row["is_alive"]]
-    assert (row["pid"], row["clock_offset"], row["holds"]) == (instance.pid, -7, [])
+    assert (row["pid"], row["clock_ahead"], row["holds"]) == (instance.pid, 7, [])
 
 
 # -- list ----------------------------------------------------------------------------------------
