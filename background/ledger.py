@@ -1,7 +1,7 @@
 """Who runs what: every statement that decides it. Each race is one conditional UPDATE."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
@@ -13,7 +13,6 @@ from sqlalchemy import (
     Engine,
     Row,
     and_,
-    case,
     func,
     insert,
     null,
@@ -25,7 +24,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from .clock import now, single_statements
-from .errors import ClaimLost, InvalidSchedule
+from .errors import ClaimLost
 from .models import executions, workers
 from .schedule import Schedule, parse_schedule
 
@@ -85,16 +84,24 @@ class Ledger:
 
     def __init__(self, engine: Engine, lease: float) -> None:
         self.engine = engine
-        # No transaction that holds a worker's row outlasts a lease, even if its process is frozen in the middle
-        # of it: PostgreSQL ends it. Set for the transaction alone, so that a pooler may stand in between.
-        self._idle = () if engine.dialect.name == "sqlite" else (_limit("idle_in_transaction_session_timeout", lease),)
-        self._limits = self._idle and (
-            *self._idle,
-            _limit("lock_timeout", min(lease, _LOCK_SECONDS)),
-            _limit("statement_timeout", lease),
-        )
+        self._idle: tuple[ColumnElement[str], ...] = ()
+        self._limits: tuple[ColumnElement[str], ...] = ()
+        if engine.dialect.name != "sqlite":
+            # No transaction that holds a worker's row outlasts a lease, even if its process is frozen in the middle
+            # of it: PostgreSQL ends it. Set for one transaction, a run's last too: a pooler may stand in between.
+            self._idle = (_limit("idle_in_transaction_session_timeout", lease),)
+            waiting = _limit("lock_timeout", min(lease, _LOCK_SECONDS))
+            self._limits = (*self._idle, waiting, _limit("statement_timeout", lease))
         self._reading = single_statements(engine)
-        self._insert = sqlite.insert if engine.dialect.name == "sqlite" else postgresql.insert
+        self.insert = sqlite.insert if engine.dialect.name == "sqlite" else postgresql.insert
+
+    @contextmanager
+    def begin(self) -> Iterator[Connection]:
+        """A transaction that neither waits long for a row nor holds one for longer than a lease."""
+        with self.engine.begin() as connection:
+            if self._limits:
+                connection.execute(select(*self._limits))
+            yield connection
 
     # -- what is known -------------------------------------------------------------------------
 
@@ -117,7 +124,7 @@ class Ledger:
         Others may be here: every instance that knows this worker, at the same instant, and late ones.
         The row's lock puts them in a line; the first raises the mark, and the rest find it raised.
         """
-        with self._begin() as connection:
+        with self.begin() as connection:
             row = connection.execute(
                 update(workers)
                 .where(
@@ -140,7 +147,7 @@ class Ledger:
     def claim_pending(self, name: str, tick: datetime, instance: tuple[str, str]) -> Claim | None:
         """Claim a tick that was lost or handed back. Others may be here: every instance that saw it pending."""
         pending = (workers.c.pending_attempt, workers.c.pending_trigger)
-        with self._begin() as connection:
+        with self.begin() as connection:
             row = connection.execute(
                 update(workers)
                 .where(
@@ -162,7 +169,7 @@ class Ledger:
 
         Others may be here: a second click, or the scheduled tick of the same moment; one of them waits its turn.
         """
-        with self._begin() as connection:
+        with self.begin() as connection:
             token = connection.execute(
                 update(workers)
                 .where(workers.c.name == name, workers.c.pending_tick.is_(None), workers.c.running.is_(None))
@@ -179,7 +186,7 @@ class Ledger:
         Others may be here: every instance finds the same obstacle. Whoever raises the mark writes the row;
         a row that says the same is extended, so that a pause of a month is one row.
         """
-        with self._begin() as connection:
+        with self.begin() as connection:
             raised = connection.execute(
                 update(workers)
                 .where(
@@ -210,7 +217,7 @@ class Ledger:
                 )
                 .values(through=tick, finished_at=now())
             )
-            if _count(extended) == 0:
+            if count(extended) == 0:
                 self._record_not_run(connection, "skipped", name, tick, tick, reason)
             return True
 
@@ -224,7 +231,7 @@ class Ledger:
         held = and_(workers.c.name == claim.worker, workers.c.running == claim.token)
         if session.get_bind().dialect.name == "sqlite":  # has no row locks; a write takes the only lock there is
             result = session.execute(update(workers).where(held).values(running=workers.c.running))
-            ours = _count(result) == 1
+            ours = count(result) == 1
         else:
             row = select(workers.c.token, *self._idle).where(held).with_for_update(read=True)
             ours = session.execute(row).first() is not None
@@ -244,7 +251,7 @@ class Ledger:
 
         Others may be here: the run itself, its time-out, and the instances that believe it lost. The first wins.
         """
-        with self._begin() as connection:
+        with self.begin() as connection:
             return self._end(connection, claim, state, reason, next_attempt)
 
     def outcome(self, claim: Claim) -> str:
@@ -253,61 +260,7 @@ class Ledger:
             state = connection.scalar(select(executions.c.state).where(executions.c.id == claim.execution))
             return str(state or "lost")
 
-    # -- the fleet's settings ------------------------------------------------------------------
-
-    def register(self, schedules: dict[str, Schedule], instance: str | None = None) -> None:
-        """Make the rows of this release's workers; a changed declaration replaces the one in force.
-
-        What `reschedule` set stays in force, across deploys too.
-        """
-        with self._begin() as connection:
-            known = {row.name: row for row in connection.execute(select(workers, now().label("clock")))}
-            for name, schedule in sorted(schedules.items()):  # so that two of them wait for each other in one order
-                declared = {"declared": str(schedule), "declared_by": instance}
-                if (row := known.get(name)) is None:
-                    new = self._insert(workers).values(
-                        name=name, schedule=str(schedule), scheduled_at=now(), **declared
-                    )
-                    connection.execute(new.on_conflict_do_nothing())
-                elif row.declared != str(schedule):
-                    if row.schedule == row.declared:
-                        declared |= _in_force(schedule, row.schedule, row.clock)
-                    same = (workers.c.declared == row.declared, workers.c.schedule == row.schedule)
-                    connection.execute(update(workers).where(workers.c.name == name, *same).values(declared))
-
-    def pause(self, name: str) -> bool:
-        """Stop claiming; True where it was not paused already."""
-        paused = update(workers).where(workers.c.name == name, workers.c.paused_at.is_(None))
-        return self._write(paused.values(paused_at=now()))
-
-    def resume(self, name: str) -> bool:
-        """Claim again; True where it was paused."""
-        paused = update(workers).where(workers.c.name == name, workers.c.paused_at.is_not(None))
-        return self._write(paused.values(paused_at=null()))
-
-    def reschedule(self, name: str, schedule: Schedule | None) -> bool:
-        """Replace the schedule in force, for the whole fleet; None goes back to the declared one."""
-        state = self.look(name)
-        if state is None:
-            return False
-        new = schedule or parse_schedule(state.declared)
-        changed = update(workers).where(workers.c.name == name, workers.c.schedule == state.schedule_text)
-        return str(new) != state.schedule_text and self._write(
-            changed.values(_in_force(new, state.schedule_text, state.clock))
-        )
-
     # -- helpers -------------------------------------------------------------------------------
-
-    @contextmanager
-    def _begin(self) -> Iterator[Connection]:
-        with self.engine.begin() as connection:
-            if self._limits:
-                connection.execute(select(*self._limits))
-            yield connection
-
-    def _write(self, statement: Any) -> bool:
-        with self._begin() as connection:
-            return _count(connection.execute(statement)) == 1
 
     def _started(self, connection: Connection, claim: Claim, instance: tuple[str, str]) -> Claim:
         execution = connection.execute(
@@ -383,20 +336,6 @@ class Ledger:
         )
 
 
-def _in_force(new: Schedule, old: str, clock: datetime) -> dict[str, Any]:
-    """What puts the schedule `new` in the place of `old`.
-
-    Where the old one owes no tick the new one owes none from before: a daily tick that is moved at 10:00 from 03:00
-    to 04:00 has run today.
-    """
-    values: dict[str, Any] = {"schedule": str(new), "scheduled_at": now()}
-    with suppress(InvalidSchedule):  # an old one that only another release can read
-        owed, settled = parse_schedule(old).previous(clock), new.previous(clock)
-        owes_nothing = and_(workers.c.mark >= owed, workers.c.mark < settled)
-        values["mark"] = case((owes_nothing, settled), else_=workers.c.mark)
-    return values
-
-
 _NEW_TOKEN = {"token": workers.c.token + 1, "running": workers.c.token + 1}
 
 _states = select(
@@ -446,7 +385,7 @@ def _limit(setting: str, seconds: float) -> ColumnElement[str]:
     return func.set_config(setting, f"{seconds * 1000:.0f}", True)
 
 
-def _count(result: Any) -> int:
+def count(result: Any) -> int:
     assert isinstance(result, CursorResult)  # noqa: S101 - for the type checker: an UPDATE gives no other
     return result.rowcount
 

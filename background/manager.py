@@ -205,12 +205,12 @@ class BackgroundWorkerManager:
     def pause(self, name: str) -> bool:
         """Run no more ticks of `name`, anywhere, until `resume`; what runs goes on. False if paused already."""
         self.ticks.look(self._known(name))
-        return self.ticks.ledger.pause(name)
+        return self.ticks.settings.pause(name)
 
     def resume(self, name: str) -> bool:
         """Run the ticks of `name` again, from the next one. False if it was not paused."""
         self.ticks.look(self._known(name))
-        return self.ticks.ledger.resume(name)
+        return self.ticks.settings.resume(name)
 
     def reschedule(
         self, name: str, period: timedelta | None = None, cron: str | None = None, timezone: str | None = None
@@ -221,7 +221,9 @@ class BackgroundWorkerManager:
         """
         self.ticks.look(self._known(name))
         declared = period is None and cron is None
-        changed = self.ticks.ledger.reschedule(name, None if declared else make_schedule(name, period, cron, timezone))
+        changed = self.ticks.settings.reschedule(
+            name, None if declared else make_schedule(name, period, cron, timezone)
+        )
         if self._membership is not None:
             self._membership.refresh()
         return changed

@@ -15,6 +15,7 @@ from .errors import first_line
 from .instances import Heartbeat, Instance, Instances
 from .ledger import Claim, Ledger, WorkerState
 from .runs import Execution, Runs, follows
+from .settings import Settings
 from .worker import PeriodicWorker, attempt_after, declared_schedule
 
 log = logging.getLogger(__name__)
@@ -79,7 +80,7 @@ class Ticks:
         """The worker's state, in one read once its row is there."""
         state = self.ledger.look(worker.name)
         if state is None:
-            self.ledger.register({worker.name: declared_schedule(worker)})
+            self.settings.register({worker.name: declared_schedule(worker)})
             state = self.ledger.look(worker.name)
             assert state is not None  # noqa: S101 - the row was just written
         self.noticed(state)
@@ -204,6 +205,10 @@ class Ticks:
     @cached_property
     def ledger(self) -> Ledger:
         return Ledger(self.connections.claims, self._lease.total_seconds())
+
+    @cached_property
+    def settings(self) -> Settings:
+        return Settings(self.ledger)
 
     @cached_property
     def instances(self) -> Instances:

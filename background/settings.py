@@ -1,0 +1,79 @@
+"""What releases and people settle for the whole fleet, schedules and pauses; the workers' rows tell everybody."""
+
+from contextlib import suppress
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import and_, case, null, select, update
+
+from .clock import now
+from .errors import InvalidSchedule
+from .ledger import Ledger, count
+from .models import workers
+from .schedule import Schedule, parse_schedule
+
+
+class Settings:
+    """Writes the settings of the workers of one ledger. Each change is one conditional UPDATE."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+
+    def register(self, schedules: dict[str, Schedule], instance: str | None = None) -> None:
+        """Make the rows of this release's workers; a changed declaration replaces the one in force.
+
+        What `reschedule` set stays in force, across deploys too.
+        """
+        with self._ledger.begin() as connection:
+            known = {row.name: row for row in connection.execute(select(workers, now().label("clock")))}
+            for name, schedule in sorted(schedules.items()):  # so that two of them wait for each other in one order
+                declared = {"declared": str(schedule), "declared_by": instance}
+                if (row := known.get(name)) is None:
+                    new = self._ledger.insert(workers).values(
+                        name=name, schedule=str(schedule), scheduled_at=now(), **declared
+                    )
+                    connection.execute(new.on_conflict_do_nothing())
+                elif row.declared != str(schedule):
+                    if row.schedule == row.declared:
+                        declared |= _in_force(schedule, row.schedule, row.clock)
+                    same = (workers.c.declared == row.declared, workers.c.schedule == row.schedule)
+                    connection.execute(update(workers).where(workers.c.name == name, *same).values(declared))
+
+    def pause(self, name: str) -> bool:
+        """Stop claiming; True where it was not paused already."""
+        paused = update(workers).where(workers.c.name == name, workers.c.paused_at.is_(None))
+        return self._write(paused.values(paused_at=now()))
+
+    def resume(self, name: str) -> bool:
+        """Claim again; True where it was paused."""
+        paused = update(workers).where(workers.c.name == name, workers.c.paused_at.is_not(None))
+        return self._write(paused.values(paused_at=null()))
+
+    def reschedule(self, name: str, schedule: Schedule | None) -> bool:
+        """Replace the schedule in force, for the whole fleet; None goes back to the declared one."""
+        state = self._ledger.look(name)
+        if state is None:
+            return False
+        new = schedule or parse_schedule(state.declared)
+        changed = update(workers).where(workers.c.name == name, workers.c.schedule == state.schedule_text)
+        return str(new) != state.schedule_text and self._write(
+            changed.values(_in_force(new, state.schedule_text, state.clock))
+        )
+
+    def _write(self, statement: Any) -> bool:
+        with self._ledger.begin() as connection:
+            return count(connection.execute(statement)) == 1
+
+
+def _in_force(new: Schedule, old: str, clock: datetime) -> dict[str, Any]:
+    """What puts the schedule `new` in the place of `old`.
+
+    Where the old one owes no tick the new one owes none from before: a daily tick that is moved at 10:00 from 03:00
+    to 04:00 has run today.
+    """
+    values: dict[str, Any] = {"schedule": str(new), "scheduled_at": now()}
+    with suppress(InvalidSchedule):  # an old one that only another release can read
+        owed, settled = parse_schedule(old).previous(clock), new.previous(clock)
+        owes_nothing = and_(workers.c.mark >= owed, workers.c.mark < settled)
+        values["mark"] = case((owes_nothing, settled), else_=workers.c.mark)
+    return values
