@@ -40,12 +40,12 @@ def boolean(value: Any) -> bool:
     return _BOOLEANS[str(value).strip().lower()]
 
 
-def number(most: float) -> Callable[[Any], float]:
+def number(most: float, least: float = 0.0) -> Callable[[Any], float]:
     def cast(value: Any) -> float:
         if isinstance(value, bool):
             raise ValueError(value)
         amount = float(value)
-        if not (math.isfinite(amount) and 0 < amount <= most):
+        if not (math.isfinite(amount) and amount > 0 and least <= amount <= most):
             raise ValueError(value)
         return int(amount) if amount.is_integer() else amount
 
@@ -87,7 +87,12 @@ KEYS = {
     "WORKERS_HEARTBEAT_SECONDS": Key(
         None, number(86_400), _SECONDS, "how often an instance says it is alive; unset: 2, or a quarter of the lease"
     ),
-    "WORKERS_LEASE_SECONDS": Key(10, number(86_400), _SECONDS, "how long it counts as alive without that"),
+    "WORKERS_LEASE_SECONDS": Key(
+        10,
+        number(86_400, least=0.5),
+        "a number of seconds from 0.5 to 86400",
+        "how long it counts as alive without that",
+    ),
     "WORKERS_SHUTDOWN_SECONDS": Key(20, number(86_400), _SECONDS, "how long a stop waits for running work"),
     "WORKERS_HISTORY_DAYS": Key(14, number(36_500), _DAYS, "how long the executions of a worker are kept"),
     "WORKERS_THREADS": Key(10, whole(1_000), "a whole number from 1 to 1000", "how many runs a process has at once"),

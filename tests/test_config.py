@@ -98,7 +98,8 @@ def test_a_boolean_is_written_in_many_ways(tmp_path: Path, text: str, value: boo
     [
         ("WORKERS_ENABLED", "maybe", "true or false"),
         ("WORKERS_HEARTBEAT_SECONDS", "nan", "a number of seconds above 0"),
-        ("WORKERS_LEASE_SECONDS", "inf", "a number of seconds above 0"),
+        ("WORKERS_LEASE_SECONDS", "inf", "a number of seconds from 0.5"),
+        ("WORKERS_LEASE_SECONDS", 0.4, "a number of seconds from 0.5"),
         ("WORKERS_SHUTDOWN_SECONDS", -1, "a number of seconds above 0"),
         ("WORKERS_HISTORY_DAYS", 0, "a number of days above 0"),
         ("PASSIVE_AFTER_DAYS", "a month", "a number of days above 0"),
