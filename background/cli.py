@@ -115,7 +115,7 @@ def instances(as_json: bool) -> None:
 
 def _instance_cells(seen: Seen, holds: list[str]) -> list[str]:
     state = "alive" if seen.is_alive else "signed off" if seen.signed_off_at else "lost"
-    clock = f"{seen.clock_ahead or 0:+.3f} s"
+    clock = f"{round(seen.clock_ahead or 0, 3) + 0.0:+.3f} s"
     return [seen.name, state, second(seen.started_at), second(seen.heartbeat_at), clock, ", ".join(holds)]
 
 

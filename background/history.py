@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Select, func, or_, select
+from sqlalchemy import Select, func, not_, or_, select
 
 from .clock import now, single_statements
 from .instances import Instances, is_alive
@@ -14,6 +14,7 @@ from .models import executions, instances, workers
 
 STATES = ("running", "succeeded", "failed", "lost", "handed back", "timed out", "skipped", "missed")
 _MOST_ATTEMPTS = 50
+_MOST_GONE = 20
 
 
 @dataclass(frozen=True)
@@ -139,9 +140,12 @@ class History:
             return set(ids) - set(connection.execute(alive).scalars())
 
     def instances(self) -> list[Seen]:
-        """Those who are alive, and those who went lately; the newest first."""
+        """Those who are alive, then the latest of those who went; the newest first."""
+        newest = _seen.order_by(instances.c.started_at.desc())
         with self._roster.connect() as connection:
-            return [Seen(*row) for row in connection.execute(_seen.order_by(instances.c.started_at.desc()))]
+            alive = connection.execute(newest.where(is_alive)).all()
+            gone = connection.execute(newest.where(not_(is_alive)).limit(_MOST_GONE)).all()
+        return [Seen(*row) for row in (*alive, *gone)]
 
     def around(self, name: str, at: datetime | None = None) -> Surroundings:
         """What there is to know about the tick that `at` belongs to; now, if it is not given."""
