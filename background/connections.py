@@ -2,6 +2,7 @@
 
 import os
 import socket
+import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import cached_property
@@ -25,6 +26,7 @@ class Connections:
         own = {"prepare_threshold": None, "connect_timeout": max(2, int(lease / 2))}
         self._arguments = {**arguments, **own}
         self._open: WeakSet[Any] = WeakSet()
+        self._opening = threading.Lock()
 
     @cached_property
     def claims(self) -> Engine:
@@ -46,7 +48,7 @@ class Connections:
         """
         if self._shared.dialect.name != "sqlite":
             return self._postgresql(pool_size=1)
-        main = str(self._shared.url.database)
+        main = os.path.realpath(str(self._shared.url.database))  # by whatever links the others come to it
         engine = create_engine(self._shared.url.set(database=f"{main}-instances"))
         table = str(CreateTable(instances, if_not_exists=True).compile(engine))
 
@@ -61,7 +63,9 @@ class Connections:
 
     def cut(self) -> None:
         """Have whatever waits for PostgreSQL on them fail now, from any thread, and connect anew from now on."""
-        for connection in list(self._open):
+        with self._opening:
+            connections = list(self._open)
+        for connection in connections:
             with suppress(Exception), socket.socket(fileno=os.dup(connection.fileno())) as its_socket:
                 its_socket.shutdown(socket.SHUT_RDWR)
         self.close()
@@ -72,6 +76,10 @@ class Connections:
             if opened in self.__dict__:
                 self.__dict__[opened].dispose()
 
+    def _opened(self, connection: Any, _record: Any) -> None:
+        with self._opening:
+            self._open.add(connection)
+
     def _postgresql(self, pool_size: int) -> Engine:
         engine = create_engine(
             self._shared.url,
@@ -80,7 +88,7 @@ class Connections:
             max_overflow=-1,
             connect_args=self._arguments,
         )
-        event.listen(engine, "connect", lambda connection, _record: self._open.add(connection))
+        event.listen(engine, "connect", self._opened)
         _close_strays(engine)
         return engine
 

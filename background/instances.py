@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from uuid import uuid4
 
-from sqlalchemy import ColumnElement, Engine, and_, delete, func, or_, select, update
+from sqlalchemy import ColumnElement, Engine, and_, delete, func, not_, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from .clock import now, single_statements, steady
@@ -65,8 +65,8 @@ class Instances:
         self._lease = lease
         self._single = single_statements(engine)
         self._insert = sqlite.insert if engine.dialect.name == "sqlite" else postgresql.insert
-        self._pace: float | None = None
-        self._judging_from = 0.0
+        self._pace: tuple[float, float] | None = None
+        self._began, self._judging_from = steady(), 0.0
 
     def beat(self, instance: Instance) -> Pulse:
         """Renew everything that `instance` holds, or sign it on: one statement either way."""
@@ -82,7 +82,8 @@ class Instances:
             host_before = time.time()  # not before connecting, which may take long
             clock, schedules, is_busy = connection.execute(upsert.returning(now(), *_pulse)).one()
             host_after = time.time()
-        instance.clock_offset = clock - datetime.fromtimestamp((host_before + host_after) / 2, UTC)
+        if host_after - host_before < _STEP_SECONDS:  # else it would tell of the reply's way only
+            instance.clock_offset = clock - datetime.fromtimestamp((host_before + host_after) / 2, UTC)
         instance.deadline = sent + instance.lease.total_seconds()
         return Pulse(schedules, bool(is_busy), self._was_set(clock, sent))
 
@@ -97,34 +98,40 @@ class Instances:
     def gone(self, ids: Collection[str]) -> dict[str, bool]:
         """Those of `ids` who are not alive: True for one that signed off, False for one that was lost.
 
-        Nobody counts as lost within a lease after the database's clock was set: they need the time to renew.
+        After the database's clock was set they have a lease's time to renew before anybody counts as lost; so has,
+        as this process may have come just after that, one whose heartbeat is ahead of the clock.
         """
         sent = steady()
-        query = select(instances.c.id, instances.c.signed_off_at, is_alive.label("is_alive"), now().label("clock"))
+        columns = (instances.c.id, instances.c.signed_off_at, is_alive.label("is_alive"), _is_ahead.label("is_ahead"))
+        query = select(*columns, now().label("clock")).where(instances.c.id.in_(ids))
         with self._single.connect() as connection:
-            rows = connection.execute(query.where(instances.c.id.in_(ids))).all()
+            rows = connection.execute(query).all()
         if rows:
             self._was_set(rows[0].clock, sent)
-        alive = {row.id for row in rows if row.is_alive}
         signed_off = {row.id for row in rows if row.signed_off_at is not None}
-        is_judging = steady() >= self._judging_from
-        return {each: each in signed_off for each in ids if each in signed_off or (is_judging and each not in alive)}
+        spared = {row.id for row in rows if row.is_alive or (row.is_ahead and sent < self._began + self._lease)}
+        if sent < self._judging_from:
+            spared.update(ids)
+        return {each: each in signed_off for each in ids if each in signed_off or each not in spared}
 
     def _was_set(self, clock: datetime, sent: float) -> bool:
         """Whether the database's `clock`, asked for at `sent`, went another way than the steady one since last time."""
         received = steady()
-        pace, before = clock.timestamp() - (sent + received) / 2, self._pace
-        self._pace = pace
-        if before is None or abs(pace - before) < _STEP_SECONDS + (received - sent):
+        before, self._pace = self._pace, (clock.timestamp() - received, clock.timestamp() - sent)
+        if before is None:
             return False
-        self._judging_from = received + self._lease
-        return True
+        least, most = before
+        was_set = self._pace[0] > most + _STEP_SECONDS or self._pace[1] < least - _STEP_SECONDS
+        if was_set:
+            self._judging_from = received + self._lease
+        return was_set
 
 
+_is_ahead = instances.c.heartbeat_at > now(timedelta(seconds=_STEP_SECONDS))  # of before the clock was set back
 is_alive: ColumnElement[bool] = and_(
     instances.c.signed_off_at.is_(None),
     instances.c.expires_at > now(),
-    instances.c.heartbeat_at <= now(timedelta(seconds=_STEP_SECONDS)),  # else it is of before the clock was set back
+    not_(_is_ahead),
 )
 
 _lines = (
@@ -182,4 +189,7 @@ class Heartbeat:
         while not self._stopped.wait(max(self._deadline() - steady(), self._interval / 4)):
             if lost != (deadline := self._deadline()) and steady() >= deadline:
                 lost = deadline
-                self._lost()
+                try:
+                    self._lost()
+                except Exception as error:  # as above
+                    self._failed(error)

@@ -8,6 +8,7 @@ from datetime import datetime, timedelta
 from flask import Flask
 from sqlalchemy.exc import SQLAlchemyError
 
+from .clock import steady
 from .errors import BackgroundError, first_line
 from .instances import Heartbeat, Instance, Pulse
 from .ledger import WorkerState
@@ -38,6 +39,8 @@ class Membership:
         self._settling: set[str] = set()
         self._pulse: Pulse | None = None
         self._ahead: set[str] = set()
+        self._failing_since = 0.0
+        self._said = ""
         self._is_settled = self._is_looking = self._is_off = self._left = False
         self._refreshing, self._entering = threading.Lock(), threading.Lock()
         ticks.noticed = self._look_soon
@@ -65,7 +68,7 @@ class Membership:
     def admit(self, name: str) -> None:
         """Take up a worker that was added after the start."""
         if self._heartbeat is not None:
-            self._scheduler.soon(self._admit, [name])
+            self._scheduler.soon(self._take_up, name)
 
     def dismiss(self, name: str) -> None:
         """Wake up for a worker no more."""
@@ -80,11 +83,14 @@ class Membership:
                 return
             self._admit(list(self._workers))
         except Exception as error:  # nobody else would try again
-            log.error("The workers cannot start yet: %s", first_line(error), exc_info=_unless_expected(error))
+            level = logging.ERROR if first_line(error) != self._said else logging.DEBUG
+            log.log(level, "The workers cannot start yet: %s", first_line(error), exc_info=_unless_expected(error))
+            self._said = first_line(error)
             self._wake_ups.later("join", failures, self._join)
             return
         if (instance := self._ticks.instance) is not None:
-            log.info("Instance %s joined with %d workers", instance.name, len(self._workers))
+            count = len(self._workers)
+            log.info("Instance %s joined with %d worker%s", instance.name, count, "" if count == 1 else "s")
 
     def _enter(self) -> bool:
         """Sign on, and keep the lease; False where `leave` came first."""
@@ -107,6 +113,13 @@ class Membership:
         self.refresh()
         for name in names:
             self._wake_ups.arm_first(name)
+
+    def _take_up(self, name: str, failures: int = 0) -> None:
+        try:
+            self._admit([name])
+        except SQLAlchemyError as error:
+            log.warning("%s: cannot take it up yet: %s", name, first_line(error))
+            self._wake_ups.later(f"admit:{name}", failures, self._take_up, name)
 
     def _leave(self) -> None:
         with self._entering:
@@ -208,15 +221,31 @@ class Membership:
             self._ticks.lose(instance)
             if self._ticks.runs.stopping.is_set():
                 return
-            log.warning("Instance %s could not renew its lease in time; it begins anew", instance.name)
-            self._ticks.instance = instance = Instance(instance.lease, clock_offset=instance.clock_offset)
+            instance = Instance(instance.lease, clock_offset=instance.clock_offset)
         offset, before = instance.clock_offset, self._pulse
         self._pulse = self._ticks.instances.beat(instance)
+        if instance is not self._ticks.instance and not self._begin_anew(instance):
+            return
+        if self._failing_since:
+            log.warning("Heartbeats go on after %.1f s", steady() - self._failing_since)
+            self._failing_since = 0.0
         self._warn_of_offset(instance)
-        rearm = self._pulse.was_set or abs(instance.clock_offset - offset) > _OFFSET_REARMED
-        if rearm or self._pulse != before or self._pulse.is_busy or not self._is_settled:
-            self.refresh(rearm)
+        is_moved = self._pulse.was_set or abs(instance.clock_offset - offset) > _OFFSET_REARMED
+        if is_moved:
+            self._is_looking = False  # the next look may be hours away by the clock that was set
+        if is_moved or self._pulse != before or self._pulse.is_busy or not self._is_settled:
+            self.refresh(is_moved)
         self._scheduler.look_again()
+
+    def _begin_anew(self, instance: Instance) -> bool:
+        """Another life, which the fleet knows by now; False where `leave` came first."""
+        with self._entering:
+            if self._left:
+                self._ticks.sign_off(instance)
+                return False
+            self._ticks.instance = instance
+        log.warning("Instance %s could not renew its lease in time; it begins anew", instance.name)
+        return True
 
     def _warn_of_offset(self, instance: Instance) -> None:
         """Once, until it is back at half of what is warned about: an offset of just that much comes and goes."""
@@ -227,7 +256,9 @@ class Membership:
 
     def _beat_failed(self, error: Exception) -> None:
         self._pulse = None  # what came with it may not have been taken in
-        log.warning("No heartbeat: %s", first_line(error), exc_info=_unless_expected(error))
+        level = logging.DEBUG if self._failing_since else logging.WARNING  # once per outage
+        self._failing_since = self._failing_since or steady()
+        log.log(level, "No heartbeat: %s", first_line(error), exc_info=_unless_expected(error))
 
     def _deadline(self) -> float:
         return self._ticks.instance.deadline if self._ticks.instance else 0.0

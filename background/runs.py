@@ -89,11 +89,11 @@ class Runs:
 
     def run(self, worker: type[PeriodicWorker], claim: Claim, ledger: Ledger, instance: Instance) -> Execution:
         """Run `claim` to its end, whatever that is, and write it down; no error of the worker's comes out."""
-        context = WorkerContext(claim, ledger, instance, self._db)
-        # The fence stays until the app context is gone: closing a service may commit, too.
         hung = partial(self.hung, threading.get_ident())
-        with self._entered(context), self._app.app_context(), _timed_out_after(worker.timeout, context, ledger, hung):
-            return Execution(claim, self._outcome(worker, context, ledger))
+        with self._app.app_context():
+            context = WorkerContext(claim, ledger, instance, self._db)
+            with self._entered(context), _timed_out_after(worker.timeout, context, ledger, hung):
+                return Execution(claim, self._outcome(worker, context, ledger))
 
     @contextmanager
     def _entered(self, context: WorkerContext) -> Iterator[None]:
@@ -138,12 +138,14 @@ def _unfinished(worker: type[PeriodicWorker], context: WorkerContext, ledger: Le
     claim, tick = context.claim, context.tick.isoformat()
     if context.timed_out_after:
         return _time_out(context, ledger)
-    if isinstance(error, RunStopped):
-        context.logger.info("Handed the tick %s back", tick)
-        return _end(context, ledger, "handed back", next_attempt=claim.attempt)
     if context.is_lost or not context.instance.is_alive or isinstance(error, ClaimLost):
         context.logger.warning("Lost the tick %s: %s", tick, first_line(error))
         return "lost"  # which is written by whoever finds this instance gone
+    if isinstance(error, RunStopped):
+        state = _end(context, ledger, "handed back", next_attempt=claim.attempt)
+        if state == "handed back":
+            context.logger.info("Handed the tick %s back", tick)
+        return state
     if _is_cut_off(error):
         again = attempt_after(worker, claim.attempt)
         state = _end(context, ledger, "lost", f"its database connection broke: {first_line(error)}", again)
@@ -171,7 +173,8 @@ def _is_cut_off(error: BaseException | None) -> bool:
             cannot_connect = error.statement is None and getattr(error.orig, "sqlstate", "") is None
             if error.connection_invalidated or cannot_connect:
                 return True
-        error = error.__cause__ or error.__context__
+        # What was handled on the way is not why it ended, unless the session says so.
+        error = error.__cause__ or (error.__context__ if isinstance(error, SQLAlchemyError) else None)
     return False
 
 

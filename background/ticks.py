@@ -44,6 +44,10 @@ class Ticks:
         """Run `tick`, seen from the lately read `state`, if nobody has or does; None where it is not ours to run."""
         name, why = worker.name, "stopping"
         while not self.runs.stopping.is_set():
+            if self.instance is not None and not self.instance.is_alive:
+                why = "this instance has lost its lease"
+                self.postponed(name, tick)
+                break
             state, again = self._cleared(worker, self._when_due(worker, tick, state))
             if again and again.claim.tick == tick:
                 return again
@@ -105,7 +109,7 @@ class Ticks:
         self, worker: type[PeriodicWorker], claim_with: Callable[[tuple[str, str]], Claim | None]
     ) -> Execution | None:
         with self._present() as instance:
-            if self.runs.stopping.is_set():
+            if self.runs.stopping.is_set() or not instance.is_alive:
                 return None
             claim = claim_with((instance.id, instance.name))
             return self.runs.run(worker, claim, self.ledger, instance) if claim else None
@@ -119,7 +123,9 @@ class Ticks:
         return instance
 
     def sign_off(self, instance: Instance) -> None:
-        """The end of that life; what it still holds counts as handed back."""
+        """The end of that life; what it still holds counts as handed back, or as lost if its lease is over."""
+        if not instance.is_alive:
+            return
         try:
             self.instances.sign_off(instance)
         except SQLAlchemyError as error:

@@ -83,7 +83,8 @@ class WakeUps:
             if state.mark is None or state.mark < tick:  # else somebody was here before: that took one read
                 self._ticks.run(worker, tick, state)
         except SQLAlchemyError as error:
-            log.warning("%s: cannot claim the tick %s: %s", name, tick.isoformat(), first_line(error))
+            level = logging.DEBUG if failures else logging.WARNING  # once per tick
+            log.log(level, "%s: cannot claim the tick %s yet: %s", name, tick.isoformat(), first_line(error))
             self.later(f"retry:{name}", failures, self._fire, name, tick)
 
     def _now(self) -> datetime:

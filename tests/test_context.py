@@ -4,7 +4,6 @@ import logging
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from datetime import timedelta
 
 import pytest
@@ -300,27 +299,6 @@ def test_a_run_that_cannot_connect_again_is_run_again_as_the_next_attempt(fleet:
     manager = fleet.manager(Refused)
     assert manager.tick("refused", NOW()).state == "lost"
     assert manager.tick("refused", NOW()).state == "succeeded"
-
-
-def test_a_service_that_commits_when_it_is_closed_is_refused_after_the_run_is_lost(fleet: Fleet) -> None:
-    class Late:
-        pass
-
-    def make() -> Iterator[Late]:
-        yield Late()
-        db.session.commit()
-
-    class Serviced(Hourly):
-        def do_work(self, context: WorkerContext) -> None:
-            context.services.get(Late)
-            fleet.take_over("serviced")
-            effect(context)
-
-    manager = fleet.manager(Serviced)
-    svcs.flask.register_factory(manager.app, Late, make)
-    with suppress(ClaimLost):
-        manager.tick("serviced", NOW())
-    assert fleet.effects() == []
 
 
 # -- what a run is given ---------------------------------------------------------------------------

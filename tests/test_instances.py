@@ -161,13 +161,25 @@ def test_nobody_counts_as_lost_within_a_lease_after_the_databases_clock_was_set(
     assert wait_until(lambda: lost.id in instances.gone({lost.id}), "the lease is over")
 
 
+def test_slow_replies_are_not_taken_for_a_clock_that_was_set(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    instances, us = fleet.manager().ticks.instances, Instance(LEASE)
+    instances.beat(us)
+    for _ in range(3):
+        readings = iter((steady(), steady() + 2.6))  # asked now, and answered 2.6 s later by this
+        monkeypatch.setattr("background.instances.steady", lambda: next(readings))  # noqa: B023
+        assert not instances.beat(us).was_set
+        monkeypatch.setattr("background.instances.steady", steady)
+        assert not instances.beat(us).was_set
+
+
 def test_a_lease_of_before_the_databases_clock_was_set_back_is_none(fleet: Fleet) -> None:
-    instances, instance = fleet.manager().ticks.instances, Instance(LEASE)
+    instances, instance = fleet.manager(WORKERS_LEASE_SECONDS=0.5).ticks.instances, Instance(LEASE)
     instances.beat(instance)
     later = datetime.now(UTC) + timedelta(minutes=2)
     with instances.engine.begin() as connection:
         connection.execute(update(tables.instances).values(heartbeat_at=later, expires_at=later + LEASE))
-    assert instances.gone({instance.id}) == {instance.id: False}
+    assert instances.gone({instance.id}) == {}  # it has a lease's time to renew
+    assert wait_until(lambda: instances.gone({instance.id}), "the lease is over") == {instance.id: False}
 
 
 def test_a_lease_that_runs_out_while_a_heartbeat_hangs_is_noticed(fleet: Fleet) -> None:
