@@ -45,7 +45,7 @@ def page(address, complaints):
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = browser.new_page(base_url=address, viewport={"width": 390, "height": 844})
-        page.set_default_timeout(10_000)
+        page.set_default_timeout(30_000)
         page.on("console", lambda message: complaints.append(message.text))
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("requestfailed", lambda request: complaints.append(request.url))
@@ -132,6 +132,8 @@ def test_the_shop_is_used_by_keyboard_alone(app, page, make_user, complaints):
     page.keyboard.press("Tab")
     page.keyboard.type(PASSWORD)
     page.keyboard.press("Enter")
+    page.get_by_role("button", name="Log out").wait_for()
+    page.wait_for_load_state()  # what loads may take the focus
     page.get_by_role("button", name="Log out").focus()
     page.keyboard.press("Enter")
     page.get_by_text("You are logged out.").wait_for()

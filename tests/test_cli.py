@@ -477,7 +477,7 @@ def test_run_serves_the_named_workers_until_it_is_told_to_stop(
         output, errors = process.communicate(timeout=20)
         assert process.returncode == 0, errors
         assert output == ""
-        assert "with 1 workers" in errors
+        assert "with 1 worker" in errors
         assert "Traceback" not in errors
     assert "handed back" in states(database_url, "busy")
 

