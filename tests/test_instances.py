@@ -3,11 +3,13 @@
 import threading
 import time
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from fleet import PATIENCE, Fleet, Hourly, effect, statements, wait_until
-from sqlalchemy import select, update
+from conftest import close
+from fleet import HOUR, PATIENCE, Fleet, Hourly, effect, last_hour, make_app, statements, wait_until
+from sqlalchemy import make_url, select, update
 
 from background import WorkerContext
 from background import models as tables
@@ -210,3 +212,52 @@ def test_a_lease_that_runs_out_while_a_heartbeat_hangs_is_noticed(fleet: Fleet) 
     go_on.set()
     wait_until(lambda: fleet.states()[0] != "running" and fleet.states()[-1] == "succeeded", "the second run")
     assert len(fleet.effects()) == 1
+
+
+def test_a_life_whose_lease_is_over_begins_no_run_until_the_fleet_knows_the_next_one(fleet: Fleet) -> None:
+    manager = fleet.manager(Hourly)
+    manager.start()
+    wait_until(lambda: fleet.states() == ["succeeded"], "the first run")
+    beat, went = manager.ticks.instances.beat, threading.Event()
+
+    def fail(_instance: Instance) -> Pulse:
+        went.set()
+        raise RuntimeError("no answer")
+
+    manager.ticks.instances.beat = fail  # type: ignore[method-assign]
+    assert went.wait(PATIENCE)
+    before = manager.ticks.instance
+    before.deadline = steady()
+    fleet.set("hourly", mark=last_hour() - HOUR)
+    assert manager.tick("hourly", last_hour()) is None
+    assert fleet.states() == ["succeeded"]
+    manager.ticks.instances.beat = beat  # type: ignore[method-assign]
+    wait_until(lambda: fleet.states() == ["succeeded", "succeeded"], "the postponed tick")
+    assert fleet.executions()[1].instance == manager.ticks.instance.id != before.id
+
+
+def test_what_an_instance_held_when_its_lease_ran_out_is_lost_and_not_handed_back(fleet: Fleet) -> None:
+    class Once(Hourly):
+        on_lost = "skip"
+
+        def do_work(self, context: WorkerContext) -> None:
+            effect(context)
+            context.instance.deadline = steady()
+
+    manager = fleet.manager(Once, WORKERS_LEASE_SECONDS=0.5)
+    assert manager.tick("once", last_hour()).state == "lost"
+    wait_until(lambda: manager.tick("once", last_hour()) is None and fleet.states() == ["lost"], "the taking back")
+    assert fleet.effects() == []
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_those_who_come_to_one_database_by_different_links_are_one_fleet(
+    fleet: Fleet, database_url: str, tmp_path: Path
+) -> None:
+    paths = [Path(make_url(database_url).database), tmp_path / "releases" / "2" / "shop.sqlite"]
+    paths[1].parent.mkdir(parents=True)
+    paths[1].symlink_to(paths[0])
+    apps = [make_app(f"sqlite:///{path}") for path in paths]
+    here, there = [app.extensions["background_workers"].ticks for app in apps]
+    assert there.instances.gone({here.sign_on().id}) == {}
+    close(*apps)
