@@ -32,7 +32,8 @@ class WakeUps:
         before, self._states = self._states, states
         for name in self._armed.keys() & before.keys() & states.keys():
             if before[name].schedule_text != states[name].schedule_text:
-                self._arm(name, after=states[name].scheduled_at)
+                if self._armed[name] > self._now():  # else it is on its way, still owed, and arms the next one
+                    self._arm(name, after=states[name].scheduled_at)
             elif rearm:
                 # By a wrong clock a tick may have been fired before its time, and passed over.
                 self._arm(name, after=self._now(), no_later_than=self._armed[name])

@@ -356,3 +356,19 @@ def test_a_stopped_manager_starts_again(fleet: Fleet) -> None:
     count = len(fleet.executions())
     assert manager.trigger("quick").state == "succeeded"
     assert len(fleet.executions()) == count + 1
+
+
+def test_a_tick_that_is_due_when_another_schedule_comes_into_force_is_still_run(fleet: Fleet) -> None:
+    class Spread(Hourly):
+        period = timedelta(seconds=1)
+        jitter = timedelta(seconds=30)
+
+    manager = fleet.manager(Spread, WORKERS_HEARTBEAT_SECONDS=0.1)
+    manager.start()
+    membership = manager._membership
+    assert membership is not None
+    armed = membership._wake_ups._armed
+    tick = wait_until(lambda: armed.get("spread"), "the first tick is waited for")
+    assert manager.reschedule("spread", period=HOUR)
+    assert fleet.row("spread").schedule == "every 3600s"
+    assert armed["spread"] == tick
