@@ -139,8 +139,8 @@ def _tries(records: tuple[Record, ...]) -> str:
         return ""
     before = earlier[-1]
     reason = f" ({_clause(before.last_line)})" if before.last_line else ""
-    times = f", {len(earlier)} times it ended before, last" if len(earlier) > 1 else ", before"
-    return f" (attempt {last.attempt}{times} {before.state} on {before.instance_name}{reason})"
+    times = f"{len(earlier)} times it ended before, the last was" if len(earlier) > 1 else "the one before was"
+    return f" (attempt {last.attempt}; {times} {before.state} on {before.instance_name}{reason})"
 
 
 def _range(record: Record) -> str:

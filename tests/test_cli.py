@@ -350,7 +350,7 @@ def test_run_once_takes_over_a_lost_tick_and_says_so(
     leave_behind(manager, "greet", due(manager, "greet"))
     output = flask("run", "greet", "--once").stdout
     assert not output.startswith("Not run here")
-    assert "(attempt 2, before lost on far:7 (far:7 stopped renewing its lease))" in output
+    assert "(attempt 2; the one before was lost on far:7 (far:7 stopped renewing its lease))" in output
 
 
 def test_run_once_leaves_a_paused_and_a_disabled_worker_alone(

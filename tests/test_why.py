@@ -129,7 +129,7 @@ def test_a_second_attempt_tells_of_the_first() -> None:
     lost = record("lost", reason="b:2 stopped renewing its lease", instance_name="b:2")
     assert said(around(lost, record("succeeded", attempt=2))) == (
         "ran at 2026-11-20T12:00:01Z on a:1 and succeeded in 0.500 s "
-        "(attempt 2, before lost on b:2 (b:2 stopped renewing its lease))"
+        "(attempt 2; the one before was lost on b:2 (b:2 stopped renewing its lease))"
     )
 
 
