@@ -14,9 +14,9 @@ from svcs import Container
 from svcs.flask import svcs_from
 
 from .errors import ClaimLost, RunStopped
+from .instances import LEASE_IS_OVER, Instance
 
 if TYPE_CHECKING:
-    from .instances import Instance
     from .ledger import Claim, Ledger
 
 _PROGRESS_SECONDS = 5.0
@@ -123,7 +123,7 @@ class WorkerContext:
 
     def _refuse_if_lost(self) -> None:
         if not self.instance.is_alive:
-            self.lose("its instance could not renew the lease in time")
+            self.lose(LEASE_IS_OVER)
         if self._lost:
             raise ClaimLost(
                 f"Worker {self.worker!r} lost its claim of the tick {self.tick.isoformat()}: {self._lost}. "

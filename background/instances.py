@@ -15,6 +15,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from .clock import now, single_statements, steady
 from .models import instances, workers
 
+LEASE_IS_OVER = "its instance could not renew the lease in time"
 _LAST_BEAT_SECONDS = 1.0
 _FORGOTTEN_AFTER = timedelta(days=1)
 _STEP_SECONDS = 1.0
@@ -82,8 +83,8 @@ class Instances:
             host_before = time.time()  # not before connecting, which may take long
             clock, schedules, is_busy = connection.execute(upsert.returning(now(), *_pulse)).one()
             host_after = time.time()
-        if host_after - host_before < _STEP_SECONDS:  # else it would tell of the reply's way only
-            instance.clock_offset = clock - datetime.fromtimestamp((host_before + host_after) / 2, UTC)
+        least, most = (clock - datetime.fromtimestamp(host, UTC) for host in (host_after, host_before))
+        instance.clock_offset = min(max(instance.clock_offset, least), most)  # as before, unless that is impossible
         instance.deadline = sent + instance.lease.total_seconds()
         return Pulse(schedules, bool(is_busy), self._was_set(clock, sent))
 

@@ -10,7 +10,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from .clock import steady
 from .errors import BackgroundError, first_line
-from .instances import Heartbeat, Instance, Pulse
+from .instances import LEASE_IS_OVER, Heartbeat, Instance, Pulse
 from .ledger import WorkerState
 from .scheduler import Scheduler
 from .ticks import Ticks
@@ -217,8 +217,8 @@ class Membership:
         instance = self._ticks.instance
         if instance is None:
             return
-        if instance.deadline and not instance.is_alive:
-            self._ticks.lose(instance)
+        if not instance.is_alive:
+            self._ticks.runs.lose(LEASE_IS_OVER, instance)
             if self._ticks.runs.stopping.is_set():
                 return
             instance = Instance(instance.lease, clock_offset=instance.clock_offset)

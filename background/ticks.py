@@ -12,7 +12,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from .connections import Connections
 from .errors import first_line
-from .instances import Heartbeat, Instance, Instances
+from .instances import LEASE_IS_OVER, Heartbeat, Instance, Instances
 from .ledger import Claim, Ledger, WorkerState
 from .runs import Execution, Runs, follows
 from .settings import Settings
@@ -133,7 +133,7 @@ class Ticks:
 
     def lose(self, instance: Instance) -> None:
         """The lease of `instance` ran out: tell its runs, and let nothing wait any longer for an answer."""
-        self.runs.lose("its instance could not renew the lease in time", instance)
+        self.runs.lose(LEASE_IS_OVER, instance)
         self.connections.cut()
 
     @contextmanager

@@ -16,6 +16,7 @@ from .worker import PeriodicWorker, declared_schedule
 log = logging.getLogger(__name__)
 
 _RETRY_SECONDS = (0.2, 0.5, 1, 2, 5)
+_YIELDED_SECONDS = (0.01, 0.02)
 
 
 class WakeUps:
@@ -25,6 +26,7 @@ class WakeUps:
         self._scheduler, self._ticks, self._workers = scheduler, ticks, workers
         self._states: Mapping[str, WorkerState] = {}
         self._armed: dict[str, datetime] = {}
+        self._yielding: set[str] = set()
         ticks.postponed = lambda name, tick: self.later(f"retry:{name}", 1, self._fire, name, tick)
 
     def follow(self, states: Mapping[str, WorkerState], rearm: bool) -> None:
@@ -71,6 +73,8 @@ class WakeUps:
         self._armed[name] = tick = min(tick, no_later_than or tick)
         offset = self._ticks.instance.clock_offset if self._ticks.instance else timedelta()
         spread = random.uniform(0, worker.jitter.total_seconds())  # noqa: S311 - no secret
+        if name in self._yielding:
+            spread += random.uniform(*_YIELDED_SECONDS)  # noqa: S311
         self._scheduler.at(tick - offset + timedelta(seconds=spread), f"tick:{name}", self._fire, name, tick)
 
     def _fire(self, name: str, tick: datetime, failures: int = 0) -> None:
@@ -81,8 +85,10 @@ class WakeUps:
             self._arm(name, after=tick)
         try:
             state = self._ticks.look(worker)
-            if state.mark is None or state.mark < tick:  # else somebody was here before: that took one read
-                self._ticks.run(worker, tick, state)
+            # Where somebody was here before, that took one read. Let them be first next time as well: of several
+            # that look at the same instant all but one would go on to a claim, and find out by that.
+            is_ours = (state.mark is None or state.mark < tick) and self._ticks.run(worker, tick, state)
+            (self._yielding.discard if is_ours else self._yielding.add)(name)
         except SQLAlchemyError as error:
             level = logging.DEBUG if failures else logging.WARNING  # once per tick
             log.log(level, "%s: cannot claim the tick %s yet: %s", name, tick.isoformat(), first_line(error))

@@ -44,6 +44,7 @@ def wrapped() -> Any:
 class Ticker(PeriodicWorker):
     name = "ticker"
     period = timedelta(seconds=float(os.environ.get("PROBE_PERIOD", "0.5")))
+    jitter = timedelta(seconds=float(os.environ.get("PROBE_JITTER", "0")))
 
     def do_work(self, context: WorkerContext) -> None:
         reach("claimed")

@@ -92,7 +92,9 @@ def test_hosts_that_are_ahead_and_behind_run_every_tick_once_on_time_together_an
 
 
 @faked
-def test_a_whole_fleet_that_is_a_fifth_of_a_second_ahead_begins_no_tick_early(postgresql_url: str) -> None:
+def test_a_whole_fleet_that_is_a_fifth_of_a_second_ahead_begins_on_time_and_not_early(
+    postgresql_url: str,
+) -> None:
     effects = Effects(postgresql_url)
     with host(postgresql_url, 0.2) as one, host(postgresql_url, 0.2) as other:
         for process in (one, other):
@@ -103,7 +105,7 @@ def test_a_whole_fleet_that_is_a_fifth_of_a_second_ahead_begins_no_tick_early(po
             end(process)
     late = seconds_late(effects.check_consecutive(PERIOD, since))
     print(f"\n{len(late)} ticks; seconds late: median {statistics.median(late):.3f}, worst {max(late):.3f}")
-    assert statistics.median(late) < 0.9
+    assert min(late) < 0.05  # by the database's time rounded down, every one would be late by 0.8 s
 
 
 @faked

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -144,6 +145,24 @@ def test_an_idle_instance_is_one_statement_per_heartbeat(fleet: Fleet) -> None:
             wait_until(lambda: len(beats) >= 8, "five more")
     assert {statement.split()[0] for statement in beats[3:]} == {"INSERT"}
     assert looks == []
+
+
+class TwiceASecond(Hourly):
+    period = timedelta(seconds=0.5)
+
+
+def test_an_instance_that_loses_a_tick_has_read_once(fleet: Fleet) -> None:
+    managers = [fleet.manager(TwiceASecond) for _ in range(2)]
+    for manager in managers:
+        manager.start()
+    wait_until(lambda: len(fleet.executions()) >= 5, "the first ticks, in which they find out who comes first")
+    before = len(fleet.executions())
+    with ExitStack() as stack:
+        seen = [stack.enter_context(statements(manager.ticks.ledger.engine)) for manager in managers]
+        wait_until(lambda: len(fleet.executions()) >= before + 10, "ten more ticks")
+    # Who wins reads once, and writes in one transaction; who loses reads once, but for a stall of this machine.
+    reads = [each for each in (*seen[0], *seen[1]) if each.startswith("SELECT background_workers")]
+    assert len(reads) <= 30  # of two that are not spread each tick takes four
 
 
 def test_nobody_counts_as_lost_within_a_lease_after_the_databases_clock_was_set(
