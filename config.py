@@ -14,8 +14,10 @@ import weakref
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from difflib import get_close_matches
+from email.headerregistry import Address
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 from flask import Flask
 from sqlalchemy import URL, make_url
@@ -75,6 +77,29 @@ def secret(value: Any) -> Any:
     return value
 
 
+def prefix(value: Any) -> str:
+    if not isinstance(value, str) or len(value) > 100 or not value.isprintable():
+        raise ValueError(value)
+    return value
+
+
+def mail_url(value: Any) -> str:
+    """smtp:// (STARTTLS where the server offers it), smtp+starttls:// (or nothing) or smtps:// (TLS at once)."""
+    parts = urlsplit(value)
+    is_host = parts.hostname and parts.path in ("", "/") and not (parts.query or parts.fragment)
+    if parts.scheme not in ("smtp", "smtp+starttls", "smtps") or not is_host or parts.port == 0:
+        raise ValueError(value)
+    return str(value)
+
+
+def address(value: Any) -> str:
+    found = Address(addr_spec=value)
+    if not (found.username and found.domain and value.isprintable()):
+        raise ValueError(value)
+    return found.addr_spec
+
+
+_MAIL = "smtp://user:password@host:port, smtp+starttls:// (never without TLS) or smtps:// (TLS from the start)"
 _BOOLEAN = "true or false (also 1/0, yes/no, on/off)"
 _SECONDS = "a number of seconds above 0 and at most 86400"
 _DAYS = "a number of days above 0 and at most 36500"
@@ -96,6 +121,13 @@ KEYS = {
     "WORKERS_SHUTDOWN_SECONDS": Key(20, number(86_400), _SECONDS, "how long a stop waits for running work"),
     "WORKERS_HISTORY_DAYS": Key(14, number(36_500), _DAYS, "how long the executions of a worker are kept"),
     "WORKERS_THREADS": Key(10, whole(1_000), "a whole number from 1 to 1000", "how many runs a process has at once"),
+    "MESSAGES_MAX_BYTES": Key(
+        262_144, whole(1_000_000_000), "a whole number of bytes from 1 to 1000000000", "how long a payload may be"
+    ),
+    "MESSAGES_KEY_DAYS": Key(14, number(36_500), _DAYS, "how long the key of a done message refuses another"),
+    "LOCK_PREFIX": Key("", prefix, "at most 100 printable characters", "goes before the name of every lock"),
+    "MAIL_URL": Key(None, mail_url, _MAIL, "where mail goes out; unset: files in instance/outbox/"),
+    "MAIL_FROM": Key("bookstore@localhost", address, "one e-mail address", "whom the shop's mail is from"),
     "PASSIVE_AFTER_DAYS": Key(30, number(36_500), _DAYS, "users not seen for longer become passive"),
     "LOG_LEVEL": Key("INFO", level, "DEBUG, INFO, WARNING, ERROR or CRITICAL", "how much the log says"),
 }
@@ -140,7 +172,11 @@ def _load_own(app: Flask, given: Mapping[str, Any] | object | None) -> None:
 
 def _refuse_misspelled(names: Mapping[str, Any]) -> None:
     for name in names:
-        if name.startswith("WORKERS_") and name not in KEYS and (close := get_close_matches(name, KEYS, n=1)):
+        if (
+            name.startswith(("WORKERS_", "MESSAGES_"))
+            and name not in KEYS
+            and (close := get_close_matches(name, KEYS, n=1))
+        ):
             raise InvalidConfig(f"There is no setting {name}. Did you mean {close[0]}?")
 
 
@@ -148,7 +184,7 @@ def _cast(name: str, value: Any) -> Any:
     try:
         return KEYS[name].cast(value)
     except (ValueError, TypeError, KeyError, OverflowError, ArgumentError):
-        shown = "a value that is not shown" if name in ("DATABASE_URL", "SECRET_KEY") else repr(value)
+        shown = "a value that is not shown" if name in ("DATABASE_URL", "MAIL_URL", "SECRET_KEY") else repr(value)
         raise InvalidConfig(
             f"{name} is {shown}; expected {KEYS[name].expected}. "
             f"Correct it in the environment or in instance/config.py, or leave it out."

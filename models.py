@@ -9,6 +9,7 @@ from typing import Any
 from flask_login import UserMixin
 from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy import (
+    BigInteger,
     BindParameter,
     CheckConstraint,
     ColumnElement,
@@ -132,6 +133,19 @@ class Order(db.Model):  # type: ignore[name-defined, misc]
 
     user: Mapped[User] = relationship(back_populates="orders")
     book: Mapped[Book] = relationship()
+
+
+class HealthSample(db.Model):  # type: ignore[name-defined, misc]
+    """What the health worker found at a minute."""
+
+    __tablename__ = "health_samples"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    taken_at: Mapped[datetime] = mapped_column(UtcDateTime, index=True)
+    database_ms: Mapped[float]  # of one round trip
+    disk_free_bytes: Mapped[int] = mapped_column(BigInteger)
+    messages_waiting: Mapped[int]
+    messages_dead: Mapped[int]
 
 
 @dataclass(frozen=True)

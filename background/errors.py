@@ -53,6 +53,30 @@ class RunStopped(BackgroundError):
     """Raised by `context.raise_if_stopping()`: the run ends here and is handed back."""
 
 
+class UnknownTopic(BackgroundError):
+    """A topic that no registered worker handles."""
+
+    exit_code = 2
+
+    def __init__(self, topic: object, known: Iterable[str]) -> None:
+        known = sorted(known)
+        close = get_close_matches(topic, known, n=1) if isinstance(topic, str) else ()
+        hint = f"Did you mean {close[0]!r}?" if close else f"The known topics are: {', '.join(known) or 'none'}."
+        super().__init__(f"No worker handles the topic {topic!r}; expected that of a registered MessageWorker. {hint}")
+
+
+class InvalidMessage(BackgroundError):
+    """A payload that is not JSON or too large, or a key or a delay that a message cannot have."""
+
+
+class InvalidLock(BackgroundError):
+    """A name or a time-out that a lock cannot have."""
+
+
+class LockNotAcquired(BackgroundError):
+    """Whether a lock is held could not be found out: the database did not answer."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's text: drivers add the statement and a link, which belong in a traceback."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,6 +1,20 @@
 """The engine's tables. `BackgroundWorkerManager.init_app` copies them into the application's metadata."""
 
-from sqlalchemy import BigInteger, Column, Float, Index, Integer, MetaData, String, Table, Text
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    literal_column,
+)
 
 from .clock import UtcDateTime
 
@@ -66,4 +80,68 @@ instances = Table(
     Column("expires_at", UtcDateTime, nullable=False),
     Column("signed_off_at", UtcDateTime),
     Column("clock_offset", Float),
+)
+
+messages = Table(
+    "background_messages",
+    metadata,
+    Column("id", _Id, primary_key=True),
+    Column("topic", String(100), nullable=False),
+    Column("key", String(200)),
+    Column("payload", Text, nullable=False),
+    # waiting -> running -> done; or back to waiting for another attempt, or dead, and then waiting again or discarded.
+    Column("state", String(10), nullable=False, server_default="waiting"),
+    Column("enqueued_at", UtcDateTime, nullable=False),
+    Column("due_at", UtcDateTime, nullable=False),
+    # Counted by the claim, before the handler runs; a message that was handed back was not tried.
+    Column("attempt", Integer, nullable=False, server_default="0"),
+    # Grows by one at every claim. `batch` is what that claim took at once: its fence.
+    Column("token", BigInteger, nullable=False, server_default="0"),
+    Column("batch", String(32)),
+    Column("instance", String(32)),
+    Column("instance_name", String(255)),
+    Column("claimed_at", UtcDateTime),
+    Column("finished_at", UtcDateTime),
+)
+
+
+def _where(condition: str) -> dict[str, Any]:
+    # Literals, not parameters: a database must see them to know that a partial index applies.
+    return {"postgresql_where": literal_column(condition), "sqlite_where": literal_column(condition)}
+
+
+Index("ix_background_messages_key", messages.c.topic, messages.c.key, unique=True, **_where("key IS NOT NULL"))
+Index(
+    "ix_background_messages_due",
+    messages.c.topic,
+    messages.c.due_at,
+    messages.c.id,
+    **_where("state = 'waiting'"),
+)
+Index("ix_background_messages_running", messages.c.instance, **_where("state = 'running'"))
+Index("ix_background_messages_dead", messages.c.topic, messages.c.id, **_where("state = 'dead'"))
+Index("ix_background_messages_finished", messages.c.finished_at, **_where("finished_at IS NOT NULL"))
+
+message_errors = Table(
+    "background_message_errors",
+    metadata,
+    Column("id", _Id, primary_key=True),
+    Column("message", _Id, ForeignKey(messages.c.id, ondelete="CASCADE"), nullable=False, index=True),
+    Column("attempt", Integer, nullable=False),
+    Column("at", UtcDateTime, nullable=False),
+    Column("instance_name", String(255)),
+    Column("error", Text, nullable=False),
+)
+
+locks = Table(
+    "background_locks",
+    metadata,
+    Column("name", String(200), primary_key=True),
+    # Grows by one each time the lock is acquired, by whomever; also when its row was pruned meanwhile.
+    Column("token", BigInteger, nullable=False),
+    # One acquisition's own id, or NULL where nobody holds it; and the instance whose lease it lives by.
+    Column("holder", String(32)),
+    Column("instance", String(32)),
+    Column("instance_name", String(255)),
+    Column("since", UtcDateTime, nullable=False),
 )

@@ -1,13 +1,16 @@
 """What a user subclasses."""
 
 import re
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from datetime import timedelta
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from .context import WorkerContext
 from .errors import InvalidWorker
 from .schedule import Schedule, make_schedule
+
+if TYPE_CHECKING:
+    from .messages import Message
 
 
 class PeriodicWorker:
@@ -45,45 +48,110 @@ class PeriodicWorker:
         raise NotImplementedError
 
 
+class MessageWorker:
+    """Handles the messages of one `topic`: each once, by whichever instance takes it first.
+
+    Give it `topic`, and write `handle`, or `handle_many` for a batch at once; both may be `async`. What the session
+    holds is committed together with the acknowledgement. A batch is committed as one; when any of it fails, all is
+    rolled back and handled again one by one, so that one bad message neither blocks nor repeats its neighbours.
+    """
+
+    name: ClassVar[str] = ""
+    """The worker's name in log and pages; the class name in snake_case if not given."""
+    topic: ClassVar[str] = ""
+    """One worker handles a topic; all instances share its messages."""
+    batch_size: ClassVar[int] = 100
+    """How many messages at most are claimed, and committed, at once."""
+    max_attempts: ClassVar[int] = 5
+    """How often a message is tried before it goes to the dead letters; one that was handed back was not."""
+    backoff: ClassVar[timedelta] = timedelta(seconds=1)
+    """The pause before the second attempt; doubled with each, up to an hour, and spread by a quarter."""
+    concurrency: ClassVar[int] = 1
+    """How many batches an instance handles at a time, each on a thread of its own."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "name" not in cls.__dict__:
+            cls.name = _snake_case(cls.__name__)
+
+    def handle(self, message: "Message", context: WorkerContext) -> Awaitable[None] | None:
+        """Handle one message; `context.attempt`, `token` and `idempotency_key` are this message's."""
+        raise NotImplementedError
+
+    def handle_many(self, messages: "Sequence[Message]", context: WorkerContext) -> Awaitable[None] | None:
+        """Handle a batch, in its order; called instead of `handle` where a worker has it."""
+        raise NotImplementedError
+
+
+AnyWorker = type[PeriodicWorker] | type[MessageWorker]
+
+
 def declared_schedule(cls: type[PeriodicWorker]) -> Schedule:
     """The schedule that the class declares, after checking everything else it declares; one sentence if wrong."""
     if not (isinstance(cls, type) and issubclass(cls, PeriodicWorker)):
         raise InvalidWorker(
-            f"{cls!r} is not a worker class; expected a subclass of PeriodicWorker: write workers.add(MyWorker), "
-            "without parentheses behind the class."
+            f"{cls!r} is not a worker class; expected a subclass of PeriodicWorker or MessageWorker: "
+            "write workers.add(MyWorker), without parentheses behind the class."
         )
-    if cls.do_work is PeriodicWorker.do_work or getattr(cls, "__abstractmethods__", None):
-        raise InvalidWorker(
-            f"{cls.__name__} is abstract; expected a class that can run: give it do_work(self, context)."
-        )
-    if not isinstance(cls.name, str) or not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,99}", cls.name):
-        raise InvalidWorker(
-            f"{cls.__name__}.name is {cls.name!r}; expected 1 to 100 letters, digits, '_', '-' or '.': rename it."
-        )
+    _check_class(cls, "do_work(self, context)", cls.do_work is PeriodicWorker.do_work)
     schedule = make_schedule(cls.name, cls.period, cls.cron, cls.timezone)
-    for attribute, expected, is_right in (
-        ("max_attempts", "a whole number of at least 1", _is_count(cls.max_attempts)),
+    _check_attributes(
+        cls,
+        ("max_attempts", *_COUNT, _is_count(cls.max_attempts)),
         ("on_lost", "'retry' or 'skip'", cls.on_lost in ("retry", "skip")),
-        (
-            "timeout",
-            "a timedelta above 0, or None",
-            cls.timeout is None or _is_duration(cls.timeout, least=1),
-        ),
-        ("jitter", "a timedelta of at least 0", _is_duration(cls.jitter, least=0)),
+        ("timeout", "a timedelta above 0, or None", cls.timeout is None or _is_duration(cls.timeout, least=1)),
+        ("jitter", *_DURATION, _is_duration(cls.jitter, least=0)),
         ("enabled", "True or False", isinstance(cls.enabled, bool)),
         ("catch_up", "True or False", isinstance(cls.catch_up, bool)),
-    ):
+    )
+    return schedule
+
+
+def declared_topic(cls: type[MessageWorker]) -> str:
+    """The topic that the class declares, after checking everything else it declares; one sentence if wrong."""
+    is_one_of_two = (cls.handle is MessageWorker.handle) != (cls.handle_many is MessageWorker.handle_many)
+    _check_class(
+        cls, "either handle(self, message, context) or handle_many(self, messages, context)", not is_one_of_two
+    )
+    _check_attributes(
+        cls,
+        ("topic", _NAME, _is_name(cls.topic)),
+        ("batch_size", "a whole number from 1 to 10000", _is_count(cls.batch_size) and cls.batch_size <= 10_000),
+        ("max_attempts", *_COUNT, _is_count(cls.max_attempts)),
+        ("backoff", *_DURATION, _is_duration(cls.backoff, least=0)),
+        ("concurrency", *_COUNT, _is_count(cls.concurrency)),
+    )
+    return cls.topic
+
+
+_NAME = "1 to 100 letters, digits, '_', '-' or '.'"
+_COUNT = ("a whole number of at least 1",)
+_DURATION = ("a timedelta of at least 0",)
+
+
+def _check_class(cls: AnyWorker, method: str, is_missing: bool) -> None:
+    if is_missing or getattr(cls, "__abstractmethods__", None):
+        raise InvalidWorker(f"{cls.__name__} is abstract; expected a class that can run: give it {method}.")
+    if not _is_name(cls.name):
+        raise InvalidWorker(f"{cls.__name__}.name is {cls.name!r}; expected {_NAME}: rename it.")
+
+
+def _check_attributes(cls: AnyWorker, *checked: tuple[str, str, bool]) -> None:
+    for attribute, expected, is_right in checked:
         if not is_right:
             value = getattr(cls, attribute)
             raise InvalidWorker(
                 f"Worker {cls.name!r} has {attribute} = {value!r}; expected {expected}: change it in {cls.__name__}."
             )
-    return schedule
 
 
 def attempt_after(cls: type[PeriodicWorker], attempt: int) -> int | None:
     """The number of the try that follows one that was lost; None if none follows."""
     return attempt + 1 if cls.on_lost == "retry" and attempt < cls.max_attempts else None
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9][\w.-]{0,99}", value) is not None
 
 
 def _is_count(value: object) -> bool:

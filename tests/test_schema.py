@@ -27,7 +27,7 @@ from migrations import schema
 from models import Book, User, db
 
 ROOT = Path(__file__).parent.parent
-HEAD = "0002"
+HEAD = "0003"
 
 
 @contextmanager
