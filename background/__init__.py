@@ -7,14 +7,17 @@ from .errors import (
     DatabaseNotReady,
     DuplicateWorker,
     InvalidConfig,
+    InvalidMessage,
     InvalidSchedule,
     InvalidWorker,
     RunStopped,
+    UnknownTopic,
     UnknownWorker,
 )
 from .manager import BackgroundWorkerManager, current_workers
+from .messages import Message
 from .pruning import PruneHistoryWorker
-from .worker import PeriodicWorker
+from .worker import MessageWorker, PeriodicWorker
 
 __all__ = [
     "BackgroundError",
@@ -23,11 +26,15 @@ __all__ = [
     "DatabaseNotReady",
     "DuplicateWorker",
     "InvalidConfig",
+    "InvalidMessage",
     "InvalidSchedule",
     "InvalidWorker",
+    "Message",
+    "MessageWorker",
     "PeriodicWorker",
     "PruneHistoryWorker",
     "RunStopped",
+    "UnknownTopic",
     "UnknownWorker",
     "WorkerContext",
     "current_workers",

@@ -3,13 +3,14 @@
 import os
 import socket
 import threading
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import Any
 from weakref import WeakSet
 
 from sqlalchemy import Engine, create_engine, event
+from sqlalchemy.pool import NullPool
 from sqlalchemy.schema import CreateTable
 
 from . import sqlite
@@ -60,6 +61,20 @@ class Connections:
 
         _close_strays(engine)
         return engine
+
+    @property
+    def can_listen(self) -> bool:
+        return self._shared.dialect.name != "sqlite"
+
+    @contextmanager
+    def listening(self) -> Iterator[Any]:
+        """A connection of psycopg's own that commits each statement, and is closed at the end."""
+        engine = create_engine(
+            self._shared.url, poolclass=NullPool, isolation_level="AUTOCOMMIT", connect_args=self._arguments
+        )
+        event.listen(engine, "connect", self._opened)
+        with engine.connect() as connection:
+            yield connection.connection.driver_connection
 
     def cut(self) -> None:
         """Have whatever waits for PostgreSQL on them fail now, from any thread, and connect anew from now on."""

@@ -3,23 +3,26 @@
 import logging
 import threading
 import time
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
 from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy import event
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, SessionTransaction
 from svcs import Container
 from svcs.flask import svcs_from
 
-from .errors import ClaimLost, RunStopped
+from .errors import BatchRolledBack, ClaimLost, RunStopped
 from .instances import LEASE_IS_OVER, Instance
 
 if TYPE_CHECKING:
     from .ledger import Claim, Ledger
+    from .messages import Batch, Message, Messages
 
 _PROGRESS_SECONDS = 5.0
+_WHEN_COMMITTED = "background_when_committed"
 
 
 class Stopping(threading.Event):
@@ -32,7 +35,7 @@ class Stopping(threading.Event):
 class WorkerContext:
     """One run: its tick, its session and services, and how it hears that it should end."""
 
-    def __init__(self, claim: "Claim", ledger: "Ledger", instance: "Instance", db: SQLAlchemy) -> None:
+    def __init__(self, claim: "Claim | Batch", instance: Instance, db: SQLAlchemy) -> None:
         self.worker: str = claim.worker
         self.tick: datetime = claim.tick
         """The scheduled moment (aware, UTC); for a manual run the moment it was asked for."""
@@ -53,7 +56,6 @@ class WorkerContext:
             },
         )
         self.timed_out_after: timedelta | None = None
-        self._ledger = ledger
         self._db = db
         self._lost: str | None = None
         self._finishing = False
@@ -86,7 +88,7 @@ class WorkerContext:
         """End the run here if it should end: it rolls back to the last commit and is handed back."""
         if self.stopping:
             raise RunStopped(
-                f"Worker {self.worker!r} was told to stop; its tick is handed back. Let the exception pass."
+                f"Worker {self.worker!r} was told to stop; {self._what()} is handed back. Let the exception pass."
             )
 
     # -- the engine's side -----------------------------------------------------------------------
@@ -100,6 +102,35 @@ class WorkerContext:
         """From now on no commit passes, and the run is told to end."""
         self._lost = self._lost or why
         self.stopping.set()
+
+    def finish(self) -> None:
+        """Commit the effects, and that it is done, together."""
+        raise NotImplementedError
+
+    def check(self, session: Session) -> None:
+        """Before every commit of the run: is its claim still the one in force?"""
+        raise NotImplementedError
+
+    def _refuse_if_lost(self) -> None:
+        if not self.instance.is_alive:
+            self.lose(LEASE_IS_OVER)
+        if self._lost:
+            raise ClaimLost(
+                f"Worker {self.worker!r} lost its claim of {self._what()}: {self._lost}. "
+                "What this run had not committed is not kept; let the exception pass."
+            )
+
+    def _what(self) -> str:
+        return f"the tick {self.tick.isoformat()}"
+
+
+class TickContext(WorkerContext):
+    """The run of a tick."""
+
+    def __init__(self, claim: "Claim", ledger: "Ledger", instance: Instance, db: SQLAlchemy) -> None:
+        super().__init__(claim, instance, db)
+        self.claim: Claim = claim
+        self._ledger = ledger
 
     def finish(self) -> None:
         """Commit the effects and "succeeded" together."""
@@ -121,23 +152,92 @@ class WorkerContext:
                 raise
             self._progress = None
 
-    def _refuse_if_lost(self) -> None:
-        if not self.instance.is_alive:
-            self.lose(LEASE_IS_OVER)
-        if self._lost:
-            raise ClaimLost(
-                f"Worker {self.worker!r} lost its claim of the tick {self.tick.isoformat()}: {self._lost}. "
-                "What this run had not committed is not kept; let the exception pass."
+
+class MessageContext(WorkerContext):
+    """The run of a batch of messages, or of one of it."""
+
+    def __init__(
+        self, batch: "Batch", these: "Sequence[Message]", messages: "Messages", instance: Instance, db: SQLAlchemy
+    ) -> None:
+        super().__init__(batch, instance, db)
+        self.claim: Batch = batch
+        self._messages = messages
+        self._open = [message.id for message in these]
+        self._handled: list[int] = []
+        self._transaction: SessionTransaction | None = None
+
+    def begin(self, message: "Message") -> None:
+        """From here on this run is that of `message`."""
+        self.tick, self.attempt, self.token = message.due_at, message.attempt, message.token
+        self.idempotency_key = message.idempotency_key
+
+    def handled(self, *messages: "Message") -> None:
+        """They are to be acknowledged by the next commit, with what the session holds by now."""
+        self._refuse_if_rolled_back()
+        self._handled += [message.id for message in messages]
+        self._transaction = self._transaction or self.session.get_transaction()
+
+    def finish(self) -> None:
+        self.session.flush()
+        self.check(self.session)
+        self._finishing = True
+        self.session.commit()
+
+    def check(self, session: Session) -> None:
+        self._refuse_if_lost()
+        if self._finishing:
+            return
+        session.flush()
+        done = self._handled if session is self.session else []
+        if done:
+            self._refuse_if_rolled_back()
+        try:
+            self._messages.acknowledge(self.claim, done, self._open, session)
+        except ClaimLost:
+            self.lose("somebody else has it")
+            raise
+        self._open = [each for each in self._open if each not in done]
+        if done:
+            self._handled, self._transaction = [], None
+
+    def _refuse_if_rolled_back(self) -> None:
+        """What one message of a batch rolls back is the work of those before it, too."""
+        if self._transaction is not None and self.session.get_transaction() is not self._transaction:
+            raise BatchRolledBack(
+                f"Worker {self.worker!r} rolled back what it had done for other messages of the batch; they are "
+                "handled again one by one. Let the exception pass, or set batch_size = 1."
             )
+
+    def _what(self) -> str:
+        return f"{len(self._open)} messages" if len(self._open) > 1 else f"the message {self.idempotency_key}"
 
 
 current_run: ContextVar[WorkerContext | None] = ContextVar("background_run", default=None)
 
 
 def fence(db: SQLAlchemy) -> None:
-    """Check the claim before every commit that a run makes on any session of `db`."""
-    if not event.contains(db.session, "before_commit", _before_commit):
-        event.listen(db.session, "before_commit", _before_commit)
+    """Check the claim before every commit that a run makes on any session of `db`; and see `when_committed`."""
+    for name, listener in (
+        ("before_commit", _before_commit),
+        ("after_commit", _after_commit),
+        ("after_rollback", _after_rollback),
+    ):
+        if not event.contains(db.session, name, listener):
+            event.listen(db.session, name, listener)
+
+
+def when_committed(session: Session, key: str, call: Callable[[], None]) -> None:
+    """Call once that `session` has committed what it holds, and not if it rolls that back; once per `key`."""
+    session.info.setdefault(_WHEN_COMMITTED, {})[key] = call
+
+
+def _after_commit(session: Session) -> None:
+    for call in session.info.pop(_WHEN_COMMITTED, {}).values():
+        call()
+
+
+def _after_rollback(session: Session) -> None:
+    session.info.pop(_WHEN_COMMITTED, None)
 
 
 def _before_commit(session: Session) -> None:

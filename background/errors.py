@@ -69,6 +69,10 @@ class InvalidMessage(BackgroundError):
     """A payload that is not JSON or too large, or a key or a delay that a message cannot have."""
 
 
+class BatchRolledBack(BackgroundError):
+    """A handler rolled back the transaction of a whole batch."""
+
+
 class InvalidLock(BackgroundError):
     """A name or a time-out that a lock cannot have."""
 

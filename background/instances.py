@@ -4,7 +4,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from uuid import uuid4
@@ -13,6 +13,7 @@ from sqlalchemy import ColumnElement, Engine, and_, delete, func, not_, or_, sel
 from sqlalchemy.dialects import postgresql, sqlite
 
 from .clock import now, single_statements, steady
+from .messages import any_running, next_due
 from .models import instances, workers
 
 LEASE_IS_OVER = "its instance could not renew the lease in time"
@@ -53,9 +54,12 @@ class Pulse:
     schedules: str | None
     """Changes with the schedule of any worker."""
     is_busy: bool
-    """Whether any worker runs, or is to be run again."""
+    """Whether any worker runs or is to be run again, or any message is being handled."""
     was_set: bool = False
     """Whether the database's clock was set since it was read last."""
+    clock: datetime = field(default=datetime.min.replace(tzinfo=UTC), compare=False)
+    due: Mapping[str, datetime] = field(default_factory=dict, compare=False)
+    """When the first waiting message of each topic is due; without the topics of which none is waiting."""
 
 
 class Instances:
@@ -69,8 +73,11 @@ class Instances:
         self._pace: tuple[float, float] | None = None
         self._began, self._judging_from = steady(), 0.0
 
-    def beat(self, instance: Instance) -> Pulse:
-        """Renew everything that `instance` holds, or sign it on: one statement either way."""
+    def beat(self, instance: Instance, topics: Sequence[str] = ()) -> Pulse:
+        """Renew everything that `instance` holds, or sign it on: one statement either way.
+
+        The same statement looks for work: what runs, and what waits in `topics`.
+        """
         sent = steady()
         renewed = {
             "heartbeat_at": now(),
@@ -81,12 +88,14 @@ class Instances:
         upsert = self._insert(instances).values(row).on_conflict_do_update(index_elements=["id"], set_=renewed)
         with self._single.begin() as connection:
             host_before = time.time()  # not before connecting, which may take long
-            clock, schedules, is_busy = connection.execute(upsert.returning(now(), *_pulse)).one()
+            learned = upsert.returning(now(), *_pulse, *next_due(topics))
+            clock, schedules, is_busy, *dues = connection.execute(learned).one()
             host_after = time.time()
         least, most = (clock - datetime.fromtimestamp(host, UTC) for host in (host_after, host_before))
         instance.clock_offset = min(max(instance.clock_offset, least), most)  # as before, unless that is impossible
         instance.deadline = sent + instance.lease.total_seconds()
-        return Pulse(schedules, bool(is_busy), self._was_set(clock, sent))
+        due = {topic: at for topic, at in zip(topics, dues, strict=True) if at is not None}
+        return Pulse(schedules, bool(is_busy), self._was_set(clock, sent), clock, due)
 
     def sign_off(self, instance: Instance) -> None:
         """End this life; whatever it still holds counts as handed back."""
@@ -142,11 +151,17 @@ _lines = (
 )
 _pulse = (
     select(func.aggregate_strings(_lines.c.line, "\n")).scalar_subquery(),
-    select(workers.c.name)
-    .where(
-        or_(workers.c.running.is_not(None), and_(workers.c.pending_tick.is_not(None), workers.c.paused_at.is_(None)))
-    )
-    .exists(),
+    or_(
+        select(workers.c.name)
+        .where(
+            or_(
+                workers.c.running.is_not(None),
+                and_(workers.c.pending_tick.is_not(None), workers.c.paused_at.is_(None)),
+            )
+        )
+        .exists(),
+        any_running,
+    ),
 )
 
 

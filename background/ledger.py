@@ -84,14 +84,14 @@ class Ledger:
 
     def __init__(self, engine: Engine, lease: float) -> None:
         self.engine = engine
-        self._idle: tuple[ColumnElement[str], ...] = ()
+        self.idle: tuple[ColumnElement[str], ...] = ()
         self._limits: tuple[ColumnElement[str], ...] = ()
         if engine.dialect.name != "sqlite":
             # No transaction that holds a worker's row outlasts a lease, even if its process is frozen in the middle
             # of it: PostgreSQL ends it. Set for one transaction, a run's last too: a pooler may stand in between.
-            self._idle = (_limit("idle_in_transaction_session_timeout", lease),)
+            self.idle = (_limit("idle_in_transaction_session_timeout", lease),)
             waiting = _limit("lock_timeout", min(lease, _LOCK_SECONDS))
-            self._limits = (*self._idle, waiting, _limit("statement_timeout", lease))
+            self._limits = (*self.idle, waiting, _limit("statement_timeout", lease))
         self._reading = single_statements(engine)
         self.insert = sqlite.insert if engine.dialect.name == "sqlite" else postgresql.insert
 
@@ -233,7 +233,7 @@ class Ledger:
             result = session.execute(update(workers).where(held).values(running=workers.c.running))
             ours = count(result) == 1
         else:
-            row = select(workers.c.token, *self._idle).where(held).with_for_update(read=True)
+            row = select(workers.c.token, *self.idle).where(held).with_for_update(read=True)
             ours = session.execute(row).first() is not None
         if not ours:
             raise _lost(claim)
@@ -300,14 +300,14 @@ class Ledger:
             update(workers)
             .where(workers.c.name == claim.worker, workers.c.running == claim.token)
             .values(running=null(), **pending)
-            .returning(workers.c.token, *self._idle)
+            .returning(workers.c.token, *self.idle)
         )
         if released.first() is None:
             return False
         connection.execute(
             update(executions)
             .where(executions.c.id == claim.execution)
-            .values(state=state, finished_at=now(), reason=_storable(reason), **_progress(progress))
+            .values(state=state, finished_at=now(), reason=storable(reason), **_progress(progress))
         )
         return True
 
@@ -376,7 +376,7 @@ def _progress(progress: tuple[float, float | None] | None) -> dict[str, float | 
     return {} if progress is None else {"progress_done": progress[0], "progress_total": progress[1]}
 
 
-def _storable(text: str | None) -> str | None:
+def storable(text: str | None) -> str | None:
     """Without what a database cannot hold: an error may quote the name of a file, which can be any bytes."""
     return text and text.encode(errors="backslashreplace").decode().replace("\0", "\\x00")
 

@@ -3,24 +3,36 @@
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from flask import Flask, current_app
 from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session
 from werkzeug.local import LocalProxy
 
 from . import models, serving, sqlite
-from .context import fence
-from .errors import BackgroundError, DuplicateWorker, InvalidSchedule, UnknownWorker, first_line
+from .context import fence, when_committed
+from .errors import (
+    BackgroundError,
+    DuplicateWorker,
+    InvalidMessage,
+    InvalidSchedule,
+    UnknownTopic,
+    UnknownWorker,
+    first_line,
+)
 from .history import History
+from .payloads import draft
+from .payloads import pause as make_pause
 from .runs import Execution
 from .schedule import make_schedule
 from .ticks import Ticks
 from .why import Answer, why
-from .worker import PeriodicWorker, declared_schedule
+from .worker import AnyWorker, MessageWorker, PeriodicWorker, declared_schedule, declared_topic
 
 if TYPE_CHECKING:
     from .membership import Membership
@@ -36,6 +48,7 @@ class BackgroundWorkerManager:
 
     def __init__(self, app: Flask | None = None, db: SQLAlchemy | None = None) -> None:
         self._workers: dict[str, type[PeriodicWorker]] = {}
+        self._topics: dict[str, type[MessageWorker]] = {}
         self._before_start: list[Callable[[], None]] = []
         self._checks: list[Callable[[], None]] = []
         self._lock = threading.RLock()
@@ -63,24 +76,44 @@ class BackgroundWorkerManager:
 
     @property
     def workers(self) -> dict[str, type[PeriodicWorker]]:
-        """The registered worker classes by name, sorted."""
+        """The registered periodic workers by name, sorted."""
         return dict(sorted(self._workers.items()))
 
-    def add(self, worker: type[PeriodicWorker]) -> None:
+    @property
+    def topics(self) -> dict[str, type[MessageWorker]]:
+        """The registered message workers by topic, sorted."""
+        return dict(sorted(self._topics.items()))
+
+    def add(self, worker: AnyWorker) -> None:
         """Register a worker class. Raises InvalidWorker, InvalidSchedule or DuplicateWorker."""
+        if isinstance(worker, type) and issubclass(worker, MessageWorker):
+            topic = declared_topic(worker)
+            self._refuse_second(worker, f"for the topic {topic!r}", self._topics.get(topic))
+            self._refuse_second(worker, f"named {worker.name!r}", self._named(worker.name))
+            self._topics[topic] = worker
+            return
         declared_schedule(worker)
-        taken = self._workers.get(worker.name)
-        if taken is not None:
-            raise DuplicateWorker(
-                f"There is a worker named {worker.name!r} already ({_path(taken)}), "
-                f"so {_path(worker)} cannot be added: give one of them another `name`, or add it once."
-            )
+        self._refuse_second(worker, f"named {worker.name!r}", self._named(worker.name))
         self._workers[worker.name] = worker
         if self._membership is not None:
             self._membership.admit(worker.name)
 
+    def _named(self, name: str) -> AnyWorker | None:
+        everybody: list[AnyWorker] = [*self._workers.values(), *self._topics.values()]
+        return next((worker for worker in everybody if worker.name == name), None)
+
+    def _refuse_second(self, worker: AnyWorker, what: str, taken: AnyWorker | None) -> None:
+        if taken is not None:
+            raise DuplicateWorker(
+                f"There is a worker {what} already ({_path(taken)}), so {_path(worker)} cannot be added: "
+                f"give one of them another, or add it once."
+            )
+
     def remove(self, name: str) -> None:
         """Unregister a worker here; its rows are kept, and other instances go on running it."""
+        if topic := next((topic for topic, worker in self._topics.items() if worker.name == name), None):
+            del self._topics[topic]
+            return
         self._known(name)
         del self._workers[name]
         if self._membership is not None:
@@ -155,7 +188,7 @@ class BackgroundWorkerManager:
 
             self._started_in = self._served_in = os.getpid()
             self.ticks.runs.open()
-            self._membership = Membership(self.app, self.ticks, self._workers, self.prepare)
+            self._membership = Membership(self.app, self.db, self.ticks, self._workers, self._topics, self.prepare)
             self._membership.join()
 
     def tell(self) -> None:
@@ -228,6 +261,52 @@ class BackgroundWorkerManager:
             self._membership.refresh()
         return changed
 
+    # -- messages ------------------------------------------------------------------------------
+
+    def enqueue(
+        self, topic: str, payload: Any, key: str | None = None, delay: timedelta | float | None = None
+    ) -> int | None:
+        """Enqueue a message on the current app context's session: it is there once that is committed, or not at all.
+
+        `payload` is what JSON can carry, at most MESSAGES_MAX_BYTES of it; `delay` is a timedelta or seconds. Returns
+        the message's id, or None where one with this topic and `key` was enqueued before (MESSAGES_KEY_DAYS long).
+        Raises UnknownTopic and InvalidMessage.
+        """
+        self._known_topic(topic)
+        drafted, pause = draft(payload, key, self.app.config["MESSAGES_MAX_BYTES"]), make_pause(delay)
+        session = self.db.session()
+        found = self.ticks.messages.enqueue(session, topic, drafted, pause)
+        if found is not None:
+            self._wake_when_committed(session, topic, pause)
+        return found
+
+    def enqueue_many(
+        self,
+        topic: str,
+        payloads: Iterable[Any],
+        keys: Iterable[str | None] | None = None,
+        delay: timedelta | float | None = None,
+    ) -> int:
+        """Enqueue many at once, in their order; `keys`, if given, one for each. Returns how many were not there before.
+
+        Everything is checked before anything is enqueued.
+        """
+        self._known_topic(topic)
+        most, pause, each = self.app.config["MESSAGES_MAX_BYTES"], make_pause(delay), list(payloads)
+        names = [None] * len(each) if keys is None else list(keys)
+        if len(names) != len(each):
+            raise InvalidMessage(f"There are {len(names)} keys for {len(each)} payloads; expected one for each.")
+        drafts = [draft(payload, key, most) for payload, key in zip(each, names, strict=True)]
+        session = self.db.session()
+        count = self.ticks.messages.enqueue_many(session, topic, drafts, pause)
+        if count:
+            self._wake_when_committed(session, topic, pause)
+        return count
+
+    def _wake_when_committed(self, session: Session, topic: str, pause: timedelta | None) -> None:
+        if (membership := self._membership) is not None:
+            when_committed(session, f"messages:{topic}", partial(membership.consumers.wake_after, topic, pause))
+
     # -- looking -------------------------------------------------------------------------------
 
     @property
@@ -250,6 +329,12 @@ class BackgroundWorkerManager:
         if not self.is_started:
             self.ticks.runs.open()
 
+    def _known_topic(self, topic: str) -> type[MessageWorker]:
+        try:
+            return self._topics[topic]
+        except (KeyError, TypeError):
+            raise UnknownTopic(topic, self._topics) from None
+
     def _known(self, name: str) -> type[PeriodicWorker]:
         try:
             return self._workers[name]
@@ -257,7 +342,7 @@ class BackgroundWorkerManager:
             raise UnknownWorker(name, self._workers) from None
 
 
-def _path(worker: type[PeriodicWorker]) -> str:
+def _path(worker: AnyWorker) -> str:
     return f"{worker.__module__}.{worker.__qualname__}"
 
 

@@ -6,16 +6,19 @@ from collections.abc import Callable
 from datetime import datetime, timedelta
 
 from flask import Flask
+from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy.exc import SQLAlchemyError
 
 from .clock import steady
+from .consumers import Consumers
 from .errors import BackgroundError, first_line
 from .instances import LEASE_IS_OVER, Heartbeat, Instance, Pulse
 from .ledger import WorkerState
+from .listener import Listener
 from .scheduler import Scheduler
 from .ticks import Ticks
 from .wake_ups import WakeUps
-from .worker import PeriodicWorker, declared_schedule
+from .worker import MessageWorker, PeriodicWorker, declared_schedule
 
 log = logging.getLogger(__name__)
 
@@ -29,11 +32,19 @@ class Membership:
     """Keeps this process alive in the fleet, and its wake-ups in line with what the fleet decides."""
 
     def __init__(
-        self, app: Flask, ticks: Ticks, workers: dict[str, type[PeriodicWorker]], prepare: Callable[[], None]
+        self,
+        app: Flask,
+        db: SQLAlchemy,
+        ticks: Ticks,
+        workers: dict[str, type[PeriodicWorker]],
+        topics: dict[str, type[MessageWorker]],
+        prepare: Callable[[], None],
     ) -> None:
         self._config, self._ticks, self._workers, self._prepare = app.config, ticks, workers, prepare
         self._scheduler = Scheduler(app.config["WORKERS_THREADS"])
         self._wake_ups = WakeUps(self._scheduler, ticks, workers)
+        self._topics, self.consumers = topics, Consumers(app, db, ticks, self._scheduler, topics)
+        self._listener: Listener | None = None
         self._heartbeat: Heartbeat | None = None
         self._declared: dict[str, str] = {}
         self._settling: set[str] = set()
@@ -89,7 +100,8 @@ class Membership:
             self._wake_ups.later("join", failures, self._join)
             return
         if (instance := self._ticks.instance) is not None:
-            count = len(self._workers)
+            self._listen()
+            count = len(self._workers) + len(self._topics)
             log.info("Instance %s joined with %d worker%s", instance.name, count, "" if count == 1 else "s")
 
     def _enter(self) -> bool:
@@ -121,9 +133,19 @@ class Membership:
             log.warning("%s: cannot take it up yet: %s", name, first_line(error))
             self._wake_ups.later(f"admit:{name}", failures, self._take_up, name)
 
+    def _listen(self) -> None:
+        for topic in list(self._topics):
+            self.consumers.wake(topic)
+        with self._entering:
+            if self._topics and not self._left and self._ticks.connections.can_listen:
+                self._listener = Listener(self._ticks.connections, self.consumers.wake, lambda: list(self._topics))
+                self._listener.start()
+
     def _leave(self) -> None:
         with self._entering:
             self._left = True
+        if self._listener is not None:
+            self._listener.stop()
         if self._heartbeat is not None:
             self._heartbeat.stop()
         instance, self._ticks.instance = self._ticks.instance, None
@@ -144,6 +166,8 @@ class Membership:
             ours = [state for state in states.values() if state.name in self._workers]
             self._warn_of_marks(ours)
             gone = self._ticks.gone(ours)
+            if self.consumers.look():
+                self._look_later()
             for state in ours:
                 self._look_soon(state)
                 if state.name in gone or (state.pending_tick and not state.paused_at):
@@ -177,7 +201,11 @@ class Membership:
     def _look_soon(self, state: WorkerState) -> None:
         """See to it that the end of another instance's run is noticed well within a second, whatever the heartbeat."""
         instance = self._ticks.instance
-        if state.running and instance and state.instance != instance.id and not self._is_looking:
+        if state.running and instance and state.instance != instance.id:
+            self._look_later()
+
+    def _look_later(self) -> None:
+        if not self._is_looking:
             self._is_looking = True
             self._scheduler.after(_LOOK_SECONDS, "look", self._look)
 
@@ -223,7 +251,7 @@ class Membership:
                 return
             instance = Instance(instance.lease, clock_offset=instance.clock_offset)
         offset, before = instance.clock_offset, self._pulse
-        self._pulse = self._ticks.instances.beat(instance)
+        self._pulse = self._ticks.instances.beat(instance, sorted(self._topics))
         if instance is not self._ticks.instance and not self._begin_anew(instance):
             return
         if self._failing_since:
@@ -235,6 +263,7 @@ class Membership:
             self._is_looking = False  # the next look may be hours away by the clock that was set
         if is_moved or self._pulse != before or self._pulse.is_busy or not self._is_settled:
             self.refresh(is_moved)
+        self.consumers.follow(self._pulse, self._config["WORKERS_HEARTBEAT_SECONDS"])
         self._scheduler.look_again()
 
     def _begin_anew(self, instance: Instance) -> bool:

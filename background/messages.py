@@ -1,8 +1,45 @@
-"""Messages: enqueue, claim, acknowledge, retry, bury."""
+"""Messages: enqueue, claim, acknowledge, retry, bury. Each race is one statement."""
 
+import json
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
+from itertools import islice
 from typing import Any
+from uuid import uuid4
+
+from sqlalchemy import (
+    ARRAY,
+    BigInteger,
+    ColumnElement,
+    Connection,
+    Row,
+    Text,
+    and_,
+    any_,
+    bindparam,
+    case,
+    func,
+    insert,
+    literal,
+    literal_column,
+    select,
+    text,
+    update,
+)
+from sqlalchemy.orm import Session
+
+from .clock import now, single_statements
+from .errors import ClaimLost
+from .ledger import Ledger, count, storable
+from .models import message_errors, messages
+from .payloads import Draft
+
+CHANNEL = "background_messages"
+_BULK = 5_000
+_is_waiting = messages.c.state == literal_column("'waiting'")  # literals: a partial index must be seen to apply
+_is_running = messages.c.state == literal_column("'running'")
+_columns = [messages.c[name] for name in ("id", "topic", "payload", "key", "attempt", "token", "enqueued_at", "due_at")]
 
 
 @dataclass(frozen=True)
@@ -24,3 +61,292 @@ class Message:
     def idempotency_key(self) -> str:
         """The same for every attempt at this message, and for no other message."""
         return f"{self.topic}:{self.id}"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The right to handle `messages`, as long as `id` is what their rows say."""
+
+    id: str
+    worker: str
+    messages: tuple[Message, ...]
+    execution: None = None
+
+    @property
+    def tick(self) -> datetime:
+        return self.messages[0].due_at
+
+    @property
+    def attempt(self) -> int:
+        return self.messages[0].attempt
+
+    @property
+    def token(self) -> int:
+        return self.messages[0].token
+
+    @property
+    def idempotency_key(self) -> str:
+        return self.messages[0].idempotency_key
+
+    @property
+    def ids(self) -> list[int]:
+        return [message.id for message in self.messages]
+
+
+class Messages:
+    """The message rows of one database: enqueued on the callers' sessions, claimed on the engine's connections."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._single = single_statements(ledger.engine)
+        self._on_sqlite = ledger.engine.dialect.name == "sqlite"
+        self._claim = _claim(self._on_sqlite)
+
+    # -- enqueueing ----------------------------------------------------------------------------
+
+    def enqueue(self, session: Session, topic: str, draft: Draft, delay: timedelta | None) -> int | None:
+        """Enqueue on the caller's session, without committing; None where the key was enqueued before.
+
+        Others may be here: whoever enqueues the same key. Until they have committed or rolled back, this waits.
+        """
+        row = {"topic": topic, "key": draft.key, "payload": draft.payload, "enqueued_at": now(), "due_at": now(delay)}
+        new = self._ledger.insert(messages).values(row).on_conflict_do_nothing(**_same_key)
+        # PostgreSQL tells those who listen when the caller commits, and not if it does not.
+        told = () if self._on_sqlite else (func.pg_notify(CHANNEL, topic),)
+        found = session.execute(new.returning(messages.c.id, *told)).first()
+        return found[0] if found else None
+
+    def enqueue_many(self, session: Session, topic: str, drafts: Iterable[Draft], delay: timedelta | None) -> int:
+        """Enqueue in bulk, in the order given; return how many were not enqueued before."""
+        enqueued, left = 0, iter(drafts)
+        while some := list(islice(left, _BULK)):
+            source = self._rows(some)
+            values = select(literal(topic), source.c.payload, source.c.key, now(), now(delay)).order_by(source.c.place)
+            columns = ["topic", "payload", "key", "enqueued_at", "due_at"]
+            # "WHERE true": without one, SQLite reads ON CONFLICT as the ON of a join.
+            new = self._ledger.insert(messages).from_select(columns, values.where(text("true")))
+            enqueued += count(session.execute(new.on_conflict_do_nothing(**_same_key)))
+        if enqueued and not self._on_sqlite:
+            session.execute(select(func.pg_notify(CHANNEL, topic)))
+        return enqueued
+
+    def _rows(self, drafts: Sequence[Draft]) -> Any:
+        """The drafts as a table (place, payload, key): one parameter or two, whatever their number."""
+        if self._on_sqlite:
+            rows = func.json_each(json.dumps([(draft.payload, draft.key) for draft in drafts])).table_valued(
+                "key", "value"
+            )
+            each = (func.json_extract(rows.c.value, f"$[{i}]", type_=Text) for i in (0, 1))
+            payload, key = each
+            return select(rows.c.key.label("place"), payload.label("payload"), key.label("key")).subquery()
+        payloads, keys = ([getattr(draft, name) for draft in drafts] for name in ("payload", "key"))
+        texts = (bindparam(None, each, type_=ARRAY(Text)) for each in (payloads, keys))
+        rows = func.unnest(*texts).table_valued("payload", "key", with_ordinality="place").render_derived()
+        return select(rows).subquery()
+
+    # -- claiming ------------------------------------------------------------------------------
+
+    def claim(self, worker: str, topic: str, size: int, instance: tuple[str, str]) -> Batch | None:
+        """Claim up to `size` messages that are due, in the order in which they fell due; None where there is none.
+
+        A message that was tried before is claimed alone: it may be the one that kills its process, and its
+        neighbours' attempts are counted with its own.
+
+        Others may be here: every consumer of the topic. Each takes messages that no other has locked.
+        """
+        if self._on_sqlite and not self._any_due(topic):
+            return None  # without having taken the only lock there is
+        batch = uuid4().hex
+        values = {"of": topic, "size": size, "by": batch, "on": instance[0], "on_name": instance[1]}
+        with self._single.begin() as connection:
+            rows = connection.execute(self._claim, values).all()
+        found = sorted((_message(row) for row in rows), key=lambda message: (message.due_at, message.id))
+        return Batch(batch, worker, tuple(found)) if found else None
+
+    def _any_due(self, topic: str) -> bool:
+        with self._single.connect() as connection:
+            return connection.scalar(select(_due(topic).exists())) is True
+
+    # -- ending --------------------------------------------------------------------------------
+
+    def acknowledge(self, batch: Batch, done: Collection[int], ids: Collection[int], session: Session) -> None:
+        """In the session's transaction, mark those of `ids` that are `done` and hold the rest, or raise ClaimLost.
+
+        Others may be here: whoever takes the batch over, as its instance is gone. They wait for this commit, or this
+        finds them first.
+        """
+        is_done = self._among(done)
+        acknowledged = (
+            update(messages)
+            .where(self._held(batch, ids))
+            .values(
+                state=case((is_done, "done"), else_="running"),
+                finished_at=case((is_done, now())),
+            )
+        )
+        if self._on_sqlite:
+            ours = count(session.execute(acknowledged))
+        else:
+            rows = acknowledged.returning(messages.c.id).cte()
+            ours = session.execute(select(func.count(rows.c.id), *self._ledger.idle)).scalar_one()
+        if ours != len(ids):
+            raise ClaimLost(
+                f"Worker {batch.worker!r} no longer holds {len(ids) - ours} of its {len(ids)} messages: they were "
+                "taken over. What it had not committed is not kept; let the exception pass."
+            )
+
+    def left(self, batch: Batch) -> list[Message]:
+        """Those of the batch that are neither acknowledged nor taken over by anybody."""
+        with self._single.connect() as connection:
+            ids = set(connection.scalars(select(messages.c.id).where(self._held(batch, batch.ids))))
+        return [message for message in batch.messages if message.id in ids]
+
+    def hand_back(self, batch: Batch, ids: Collection[int]) -> None:
+        """Let others have those of `ids` that are left, at once; they were not tried."""
+        with self._ledger.begin() as connection:
+            _release(connection, self._held(batch, ids), attempt=messages.c.attempt - 1)
+
+    def fail(self, batch: Batch, ids: Collection[int], error: str, most: int, pause: timedelta) -> list[str]:
+        """Write an error of each of `ids` that is left; try it again after `pause`, or bury it at its `most`th attempt.
+
+        Return the states. Others may be here: whoever takes them over, as this instance is believed to be gone.
+        """
+        with self._ledger.begin() as connection:
+            return self._fail(connection, self._held(batch, ids), error, most, pause)
+
+    def _fail(
+        self, connection: Connection, which: ColumnElement[bool], error: str, most: int, pause: timedelta
+    ) -> list[str]:
+        is_last = messages.c.attempt >= most
+        failed = _release(
+            connection,
+            which,
+            state=case((is_last, "dead"), else_="waiting"),
+            due_at=case((is_last, messages.c.due_at), else_=now(pause)) if pause else messages.c.due_at,
+            finished_at=case((is_last, now())),
+        )
+        errors = [
+            {
+                "message": row.id,
+                "attempt": row.attempt,
+                "instance_name": row.instance_name,
+                "error": storable(error),
+                "at": now(),
+            }
+            for row in failed
+        ]
+        if errors:
+            connection.execute(insert(message_errors).values(errors))
+        return [row.state for row in failed]
+
+    # -- those who are gone --------------------------------------------------------------------
+
+    def holders(self) -> set[str]:
+        """The instances that hold messages."""
+        with self._single.connect() as connection:
+            return set(connection.scalars(select(messages.c.instance).where(_is_running).distinct()))
+
+    def take_back(self, instance: str, topics: dict[str, int], error: str | None) -> list[str]:
+        """Free what a gone instance holds of `topics` (with their `max_attempts`); return the states.
+
+        Without an `error` it signed off: that was no attempt. Others may be here: every instance that finds it gone,
+        and the instance itself, if it only seemed to be; whoever comes second finds nothing.
+        """
+        states = []
+        with self._ledger.begin() as connection:
+            for topic, most in topics.items():
+                which = and_(_is_running, messages.c.instance == instance, messages.c.topic == topic)
+                states += self._take_back(connection, which, most, error)
+        return states
+
+    def take_back_stranded(
+        self, instance: str, batches: Collection[str], older: timedelta, topics: dict[str, int]
+    ) -> None:
+        """Free what the living `instance` claimed longer ago than that, and handles in none of its `batches`."""
+        error = "the reply to its claim got lost"
+        is_stranded = and_(messages.c.batch.not_in(batches), messages.c.claimed_at < now(-older))
+        with self._ledger.begin() as connection:
+            for topic, most in topics.items():
+                which = and_(_is_running, messages.c.instance == instance, messages.c.topic == topic, is_stranded)
+                self._take_back(connection, which, most, error)
+
+    def _take_back(self, connection: Connection, which: ColumnElement[bool], most: int, error: str | None) -> list[str]:
+        # A frozen process may have them locked in the middle of its commit; they come later then.
+        free = select(messages.c.id).where(which).with_for_update(skip_locked=True)
+        among = messages.c.id.in_(free.subquery().select())
+        if error is None:
+            return [row.state for row in _release(connection, and_(which, among), attempt=messages.c.attempt - 1)]
+        return self._fail(connection, and_(which, among), error, most, timedelta())
+
+    # -- helpers -------------------------------------------------------------------------------
+
+    def _held(self, batch: Batch, ids: Collection[int]) -> ColumnElement[bool]:
+        return and_(self._among(ids), messages.c.batch == batch.id, _is_running)
+
+    def _among(self, ids: Collection[int]) -> ColumnElement[bool]:
+        """One parameter, whatever their number."""
+        if self._on_sqlite:
+            return messages.c.id.in_(select(func.json_each(json.dumps(list(ids))).table_valued("value").c.value))
+        return messages.c.id == any_(bindparam(None, list(ids), type_=ARRAY(BigInteger)))
+
+
+_same_key: dict[str, Any] = {
+    "index_elements": [messages.c.topic, messages.c.key],
+    "index_where": messages.c.key.is_not(None),
+}
+
+
+def _due(topic: ColumnElement[str] | str) -> Any:
+    # As a subquery the clock is read once, before the index is: so it can say where to stop.
+    clock = select(now()).scalar_subquery()
+    return select(messages.c.id, messages.c.attempt, messages.c.due_at).where(
+        _is_waiting, messages.c.topic == topic, messages.c.due_at <= clock
+    )
+
+
+def _claim(on_sqlite: bool) -> Any:
+    order = (messages.c.due_at, messages.c.id)
+    due = _due(bindparam("of")).order_by(*order).limit(bindparam("size")).with_for_update(skip_locked=True).cte("due")
+    first = select(due.c.id, due.c.attempt).order_by(due.c.due_at, due.c.id).limit(1).cte("first")
+    return (
+        update(messages)
+        .where(
+            messages.c.id == due.c.id,
+            case((first.c.attempt > 0, due.c.id == first.c.id), else_=due.c.attempt == 0),
+        )
+        .values(
+            state="running",
+            attempt=messages.c.attempt + 1,
+            token=messages.c.token + 1,
+            batch=bindparam("by"),
+            instance=bindparam("on"),
+            instance_name=bindparam("on_name"),
+            claimed_at=now(),
+        )
+        .returning(*_columns)
+    )
+
+
+def _message(row: Row[Any]) -> Message:
+    return Message(**{**row._mapping, "payload": json.loads(row.payload)})
+
+
+def _release(connection: Connection, which: ColumnElement[bool], **values: Any) -> Sequence[Row[Any]]:
+    free = {"state": "waiting", "batch": None, "instance": None, **values}
+    columns = (messages.c.id, messages.c.attempt, messages.c.state, messages.c.instance_name)
+    return connection.execute(update(messages).where(which).values(free).returning(*columns)).all()
+
+
+def next_due(topics: Iterable[str]) -> Iterator[ColumnElement[datetime | None]]:
+    """For each topic, when its first waiting message is or was due."""
+    for topic in topics:
+        yield (
+            select(messages.c.due_at)
+            .where(_is_waiting, messages.c.topic == topic)
+            .order_by(messages.c.due_at, messages.c.id)
+            .limit(1)
+            .scalar_subquery()
+        )
+
+
+any_running = select(messages.c.id).where(_is_running).exists()

@@ -12,18 +12,21 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from itertools import chain, repeat
+from typing import TypeVar
 
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from .context import WorkerContext, current_run
+from .context import TickContext, WorkerContext, current_run
 from .errors import ClaimLost, RunStopped, first_line
 from .instances import Instance
 from .ledger import Claim, Ledger
 from .worker import PeriodicWorker, attempt_after
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -91,12 +94,13 @@ class Runs:
         """Run `claim` to its end, whatever that is, and write it down; no error of the worker's comes out."""
         hung = partial(self.hung, threading.get_ident())
         with self._app.app_context():
-            context = WorkerContext(claim, ledger, instance, self._db)
-            with self._entered(context), _timed_out_after(worker.timeout, context, ledger, hung):
+            context = TickContext(claim, ledger, instance, self._db)
+            with self.entered(context), _timed_out_after(worker.timeout, context, ledger, hung):
                 return Execution(claim, self._outcome(worker, context, ledger))
 
     @contextmanager
-    def _entered(self, context: WorkerContext) -> Iterator[None]:
+    def entered(self, context: WorkerContext) -> Iterator[None]:
+        """Have `context` told what there is to be told, and waited for, and its commits fenced."""
         with self._changed:
             self._contexts.add(context)
             if self.stopping.is_set():
@@ -110,14 +114,14 @@ class Runs:
                 self._contexts.discard(context)
                 self._changed.notify_all()
 
-    def _outcome(self, worker: type[PeriodicWorker], context: WorkerContext, ledger: Ledger) -> str:
+    def _outcome(self, worker: type[PeriodicWorker], context: TickContext, ledger: Ledger) -> str:
         claim, began = context.claim, time.monotonic()
         try:
             context.raise_if_stopping()
-            _invoke(worker, context)
+            finish(worker().do_work(context))
             context.finish()
         except BaseException as error:
-            self._roll_back()
+            self.roll_back()
             if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
                 _end(context, ledger, "handed back", next_attempt=claim.attempt)  # a Ctrl-C: it reaches no other thread
                 raise
@@ -125,7 +129,8 @@ class Runs:
         context.logger.info("Ran the tick %s in %.3f s", claim.tick.isoformat(), time.monotonic() - began)
         return "succeeded"
 
-    def _roll_back(self) -> None:
+    def roll_back(self) -> None:
+        """Undo what the run that ended badly did since its last commit."""
         try:
             self._db.session.rollback()
         except SQLAlchemyError as error:  # the connection broke, and the database has rolled back by itself
@@ -133,7 +138,7 @@ class Runs:
             self._db.session().invalidate()
 
 
-def _unfinished(worker: type[PeriodicWorker], context: WorkerContext, ledger: Ledger, error: BaseException) -> str:
+def _unfinished(worker: type[PeriodicWorker], context: TickContext, ledger: Ledger, error: BaseException) -> str:
     """Write down why the run did not succeed, and return that."""
     claim, tick = context.claim, context.tick.isoformat()
     if context.timed_out_after:
@@ -178,8 +183,8 @@ def _is_cut_off(error: BaseException | None) -> bool:
     return False
 
 
-def _invoke(worker: type[PeriodicWorker], context: WorkerContext) -> None:
-    result = worker().do_work(context)
+def finish(result: Awaitable[None] | None) -> None:
+    """Await what an `async` method returned."""
     if inspect.isawaitable(result):
         asyncio.run(_awaited(result))
 
@@ -189,29 +194,36 @@ async def _awaited(result: Awaitable[None]) -> None:
 
 
 def _end(
-    context: WorkerContext,
+    context: TickContext,
     ledger: Ledger,
     state: str,
     reason: str | None = None,
     next_attempt: int | None = None,
 ) -> str:
-    """Write how the run ended and return that, or what was written before; tries as long as the lease lasts."""
+    """Write how the run ended and return that, or what was written before; "lost" where the lease was over first."""
+
+    def end() -> str:
+        return state if ledger.end(context.claim, state, reason, next_attempt) else ledger.outcome(context.claim)
+
+    return insist(context.instance, f"that {context.worker} {state}", end) or "lost"
+
+
+def insist(instance: Instance, what: str, write: Callable[[], T]) -> T | None:
+    """What `write` returns, tried as long as the lease lasts; None where that was over first."""
     for delay in chain((0.1, 0.2, 0.5, 1.0), repeat(2.0)):
         try:
-            if ledger.end(context.claim, state, reason, next_attempt):
-                return state
-            return ledger.outcome(context.claim)
+            return write()
         except SQLAlchemyError as error:
-            if not context.instance.is_alive:
+            if not instance.is_alive:
                 break
-            log.warning("Cannot write that %s %s, trying again: %s", context.worker, state, first_line(error))
+            log.warning("Cannot write %s, trying again: %s", what, first_line(error))
             threading.Event().wait(delay)
-    return "lost"
+    return None
 
 
 @contextmanager
 def _timed_out_after(
-    timeout: timedelta | None, context: WorkerContext, ledger: Ledger, hung: Callable[[], None]
+    timeout: timedelta | None, context: TickContext, ledger: Ledger, hung: Callable[[], None]
 ) -> Iterator[None]:
     """After `timeout`, end the run in the ledger, so that the next ticks go on; the hung one can commit no more."""
     if timeout is None:
@@ -234,6 +246,6 @@ def _timed_out_after(
         timer.cancel()
 
 
-def _time_out(context: WorkerContext, ledger: Ledger) -> str:
+def _time_out(context: TickContext, ledger: Ledger) -> str:
     """Called when the time is up, and again by the run when it ends: on SQLite it may hold the lock until then."""
     return _end(context, ledger, "timed out", f"ran longer than its timeout of {context.timed_out_after}")

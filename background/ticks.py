@@ -14,6 +14,7 @@ from .connections import Connections
 from .errors import first_line
 from .instances import LEASE_IS_OVER, Heartbeat, Instance, Instances
 from .ledger import Claim, Ledger, WorkerState
+from .messages import Messages
 from .runs import Execution, Runs, follows
 from .settings import Settings
 from .worker import PeriodicWorker, attempt_after, declared_schedule
@@ -215,6 +216,10 @@ class Ticks:
     @cached_property
     def settings(self) -> Settings:
         return Settings(self.ledger)
+
+    @cached_property
+    def messages(self) -> Messages:
+        return Messages(self.ledger)
 
     @cached_property
     def instances(self) -> Instances:

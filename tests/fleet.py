@@ -18,6 +18,7 @@ from sqlalchemy import Column, Engine, Integer, MetaData, String, Table, event, 
 from app import create_app
 from background import BackgroundWorkerManager, PeriodicWorker, WorkerContext
 from background import models as tables
+from background.worker import AnyWorker
 from models import db
 
 HOUR = timedelta(hours=1)
@@ -46,13 +47,13 @@ class Hourly(PeriodicWorker):
         effect(context)
 
 
-def make_app(database_url: str, *workers: type[PeriodicWorker], **config: Any) -> Flask:
+def make_app(database_url: str, *workers: AnyWorker, **config: Any) -> Flask:
     """The application with `workers` only, and with a quick pulse."""
     quick = {"WORKERS_HEARTBEAT_SECONDS": 0.1, "WORKERS_LEASE_SECONDS": 2, "WORKERS_SHUTDOWN_SECONDS": 10}
     app = create_app(settings(database_url, **quick | config))
     manager: BackgroundWorkerManager = app.extensions["background_workers"]
-    for name in manager.workers:
-        manager.remove(name)
+    for worker in (*manager.workers.values(), *manager.topics.values()):
+        manager.remove(worker.name)
     for worker in workers:
         manager.add(worker)
     return app
@@ -70,11 +71,11 @@ class Fleet:
             self.engine: Engine = db.engine
             effects.metadata.create_all(self.engine)
 
-    def app(self, *workers: type[PeriodicWorker], **config: Any) -> Flask:
+    def app(self, *workers: AnyWorker, **config: Any) -> Flask:
         self.apps.append(make_app(self.database_url, *workers, **config))
         return self.apps[-1]
 
-    def manager(self, *workers: type[PeriodicWorker], **config: Any) -> BackgroundWorkerManager:
+    def manager(self, *workers: AnyWorker, **config: Any) -> BackgroundWorkerManager:
         manager: BackgroundWorkerManager = self.app(*workers, **config).extensions["background_workers"]
         return manager
 
@@ -95,6 +96,22 @@ class Fleet:
             process.kill()
             process.communicate()
         stop(*self.apps)
+
+    def enqueue(self, topic: str, *payloads: Any, **more: Any) -> list[int | None]:
+        """Enqueue by an instance that handles nothing itself."""
+        app = self.apps[-1]
+        with app.app_context():
+            ids = [app.extensions["background_workers"].enqueue(topic, payload, **more) for payload in payloads]
+            db.session.commit()
+        return ids
+
+    def messages(self) -> list[Any]:
+        with self.engine.connect() as connection:
+            return list(connection.execute(select(tables.messages).order_by(tables.messages.c.id)).all())
+
+    def errors(self) -> list[Any]:
+        with self.engine.connect() as connection:
+            return list(connection.execute(select(tables.message_errors).order_by(tables.message_errors.c.id)).all())
 
     # -- what is in the database -----------------------------------------------------------------
 

@@ -1,0 +1,144 @@
+"""Who is woken for which messages: an enqueue, a pause that is over, or a heartbeat that finds some due."""
+
+import logging
+import threading
+from collections import Counter
+from collections.abc import Mapping
+from datetime import timedelta
+
+from flask import Flask
+from flask_sqlalchemy import SQLAlchemy
+from sqlalchemy.exc import SQLAlchemyError
+
+from .errors import first_line
+from .handling import Handling
+from .instances import Instance, Pulse
+from .messages import Batch
+from .scheduler import Scheduler
+from .ticks import Ticks
+from .worker import MessageWorker
+
+log = logging.getLogger(__name__)
+
+_EXPIRED = "its instance stopped renewing its lease while it was handled"
+
+
+class Consumers:
+    """Handles the messages of `workers` (by topic) as long as there are any, on the scheduler's threads."""
+
+    def __init__(
+        self, app: Flask, db: SQLAlchemy, ticks: Ticks, scheduler: Scheduler, workers: Mapping[str, type[MessageWorker]]
+    ) -> None:
+        self._app, self._db, self._ticks, self._scheduler, self._workers = app, db, ticks, scheduler, workers
+        self._active: Counter[str] = Counter()
+        self._again: set[str] = set()
+        self._batches: set[str] = set()
+        self._is_freeing = False
+        self._changed = threading.Lock()
+
+    def wake(self, topic: str) -> None:
+        """Have another consumer of `topic` look for messages; those who are at it do so when they have done theirs."""
+        worker = self._workers.get(topic)
+        if worker is None or self._ticks.runs.stopping.is_set():
+            return
+        with self._changed:
+            if self._active[topic] >= worker.concurrency:
+                self._again.add(topic)
+                return
+            self._active[topic] += 1
+        self._scheduler.soon(self._consume, worker)
+
+    def wake_after(self, topic: str, pause: timedelta | None) -> None:
+        """Wake up for `topic` when the `pause` is over; the heartbeat that finds it due may be later."""
+        if not pause:
+            self.wake(topic)
+        elif not self._ticks.runs.stopping.is_set():
+            seconds = pause.total_seconds()
+            self._scheduler.after(seconds, f"messages:{topic}:{seconds:.1f}", self.wake, topic)
+
+    def follow(self, pulse: Pulse, within: float) -> None:
+        """Wake up for what a heartbeat found due, or will be `within` so many seconds."""
+        for topic, due_at in pulse.due.items():
+            pause = due_at - pulse.clock
+            if pause.total_seconds() <= 0:
+                self.wake(topic)
+            elif pause.total_seconds() <= within:
+                self.wake_after(topic, pause)
+
+    # -- handling ------------------------------------------------------------------------------
+
+    def _consume(self, worker: type[MessageWorker]) -> None:
+        """Handle batch after batch, until none is due."""
+        try:
+            while self._next(worker):
+                pass
+        except SQLAlchemyError as error:  # the next heartbeat tries again
+            log.warning("%s: cannot claim messages: %s", worker.name, first_line(error))
+        finally:
+            with self._changed:
+                self._active[worker.topic] -= 1
+
+    def _next(self, worker: type[MessageWorker]) -> bool:
+        instance, topic = self._ticks.instance, worker.topic
+        if instance is None or not instance.is_alive or self._ticks.runs.stopping.is_set():
+            return False
+        with self._changed:
+            self._again.discard(topic)
+        # Where there is no second attempt, a neighbour's death would bury the whole batch.
+        size = worker.batch_size if worker.max_attempts > 1 else 1
+        batch = self._ticks.messages.claim(worker.name, topic, size, (instance.id, instance.name))
+        if batch is None:
+            with self._changed:
+                return topic in self._again
+        if len(batch.messages) == size:
+            self.wake(topic)  # there may be more than one can handle
+        self._handle(worker, batch, instance)
+        return True
+
+    def _handle(self, worker: type[MessageWorker], batch: Batch, instance: Instance) -> None:
+        self._batches.add(batch.id)
+        try:
+            handling = Handling(worker, batch, self._ticks.messages, self._ticks.runs, instance, self._app, self._db)
+            pause = handling.run()
+        finally:
+            self._batches.discard(batch.id)
+        if pause is not None:
+            self.wake_after(worker.topic, pause)
+
+    # -- those who are gone --------------------------------------------------------------------
+
+    def look(self) -> bool:
+        """Have the messages freed that nobody handles any more; True while others hold some. It only reads itself."""
+        instance = self._ticks.instance
+        if instance is None or not self._workers:
+            return False
+        holders = self._ticks.messages.holders()
+        others = holders - {instance.id}
+        gone = self._ticks.instances.gone(others) if others else {}
+        if (gone or instance.id in holders) and not self._is_freeing:
+            self._is_freeing = True
+            self._scheduler.soon(self._free, instance, gone)
+        return bool(others)
+
+    def _free(self, instance: Instance, gone: Mapping[str, bool]) -> None:
+        messages, most = self._ticks.messages, {topic: worker.max_attempts for topic, worker in self._workers.items()}
+        try:
+            for holder, signed_off in gone.items():
+                states = messages.take_back(
+                    holder, most, None if signed_off else "its instance stopped renewing its lease"
+                )
+                level = logging.INFO if signed_off else logging.WARNING
+                if states:
+                    log.log(
+                        level,
+                        "Took %d messages back from an instance that is gone, %d of them for good",
+                        len(states),
+                        states.count("dead"),
+                    )
+            messages.take_back_stranded(instance.id, list(self._batches), instance.lease, most)
+        except SQLAlchemyError as error:  # the next heartbeat tries again
+            log.warning("Cannot take messages back: %s", first_line(error))
+        finally:
+            self._is_freeing = False
+        for topic in most:
+            self.wake(topic)

@@ -1,0 +1,140 @@
+"""Handling one batch of messages: as one when all goes well, one by one when anything fails."""
+
+import logging
+import random
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from functools import partial
+from typing import TypeVar
+
+from flask import Flask
+from flask_sqlalchemy import SQLAlchemy
+
+from .context import MessageContext
+from .errors import ClaimLost, RunStopped, first_line
+from .instances import Instance
+from .messages import Batch, Message, Messages
+from .runs import Runs, finish, insist
+from .worker import MessageWorker
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_LONGEST_PAUSE_SECONDS = 3600.0
+
+
+class Handling:
+    """One batch of one instance, and what becomes of its messages."""
+
+    def __init__(
+        self,
+        worker: type[MessageWorker],
+        batch: Batch,
+        messages: Messages,
+        runs: Runs,
+        instance: Instance,
+        app: Flask,
+        db: SQLAlchemy,
+    ) -> None:
+        self._worker, self._batch, self._messages, self._runs = worker, batch, messages, runs
+        self._instance, self._app, self._db = instance, app, db
+        self._log = logging.getLogger(f"background.{worker.name}")
+
+    def run(self) -> timedelta | None:
+        """Handle the batch; return the pause after which one of its messages is due again, if any is."""
+        began, number = time.monotonic(), len(self._batch.messages)
+        error = self._handled(self._batch.messages)
+        pause = self._after(error) if error else None
+        if error is None:
+            what = f"{number} messages" if number > 1 else f"the message {self._batch.idempotency_key}"
+            self._log.info("Handled %s in %.3f s", what, time.monotonic() - began)
+        if self._runs.stopping.is_set():
+            self._write("goes back", partial(self._messages.hand_back, self._batch, self._batch.ids))
+        return pause
+
+    def _after(self, error: BaseException) -> timedelta | None:
+        """What follows where the batch as one failed with `error`."""
+        left = self._write("is left", partial(self._messages.left, self._batch)) or []
+        if not left:  # the reply to its commit got lost, or others have them
+            self._log.warning("The messages are done, or not this instance's any more: %s", first_line(error))
+            return None
+        if len(self._batch.messages) == 1:
+            return self._settle(left[0], error)
+        if not isinstance(error, RunStopped):
+            self._log.info("Handling %d messages one by one, as together: %s", len(left), _summary(error))
+        return min(filter(None, map(self._alone, left)), default=None)
+
+    def _alone(self, message: Message) -> timedelta | None:
+        if self._runs.stopping.is_set() or not self._instance.is_alive:
+            return None
+        error = self._handled([message])
+        return self._settle(message, error) if error else None
+
+    def _handled(self, messages: Sequence[Message]) -> BaseException | None:
+        """Run the handler, and commit its effects with the acknowledgement; what went wrong, if anything did."""
+        with self._app.app_context():
+            context = MessageContext(self._batch, messages, self._messages, self._instance, self._db)
+            with self._runs.entered(context):
+                try:
+                    self._call(messages, context)
+                    context.finish()
+                except BaseException as error:
+                    self._runs.roll_back()
+                    return error
+        return None
+
+    def _call(self, messages: Sequence[Message], context: MessageContext) -> None:
+        worker = self._worker()
+        if self._worker.handle_many is not MessageWorker.handle_many:
+            context.begin(messages[0])
+            finish(worker.handle_many(messages, context))
+            context.handled(*messages)
+            return
+        for message in messages:
+            if context.stopping:
+                break  # what was handled is committed, the rest handed back
+            context.begin(message)
+            finish(worker.handle(message, context))
+            context.handled(message)
+
+    def _settle(self, message: Message, error: BaseException) -> timedelta | None:
+        """Write down that `message` failed; return the pause before its next attempt, if there is one."""
+        key, worker = message.idempotency_key, self._worker
+        if isinstance(error, RunStopped) and self._runs.stopping.is_set():
+            return None  # it is handed back with the rest
+        if isinstance(error, ClaimLost):
+            self._log.warning("Lost the message %s: %s", key, first_line(error))
+            return None
+        pause = _pause(worker, message.attempt)
+        text = "".join(traceback.format_exception(error))
+        write = partial(self._messages.fail, self._batch, [message.id], text, worker.max_attempts, pause)
+        states = self._write("failed", write)
+        if states == ["dead"]:
+            self._log.error("Buried the message %s, attempt %d failed", key, message.attempt, exc_info=error)
+        elif states:
+            seconds = pause.total_seconds()
+            self._log.warning(
+                "The message %s failed, attempt %d; another in %.1f s: %s",
+                key,
+                message.attempt,
+                seconds,
+                _summary(error),
+            )
+            return pause
+        return None
+
+    def _write(self, what: str, write: Callable[[], T]) -> T | None:
+        return insist(self._instance, f"what of {self._batch.worker} {what}", write)
+
+
+def _pause(worker: type[MessageWorker], attempt: int) -> timedelta:
+    """Doubled with each attempt, and spread, so that what failed together does not come back together."""
+    seconds = min(worker.backoff.total_seconds() * 2.0 ** min(attempt - 1, 100), _LONGEST_PAUSE_SECONDS)
+    return timedelta(seconds=seconds * random.uniform(0.75, 1.25))  # noqa: S311 - no secret
+
+
+def _summary(error: BaseException) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"

@@ -1,0 +1,58 @@
+"""Hears at once what was enqueued anywhere: PostgreSQL tells those who listen when it is committed."""
+
+import logging
+import select
+import socket
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from .connections import Connections
+from .messages import CHANNEL
+
+log = logging.getLogger(__name__)
+
+_RETRY_SECONDS = 5.0
+
+
+class Listener:
+    """One thread with one connection of its own. Without it, as behind a pooler, a heartbeat finds the messages."""
+
+    def __init__(
+        self, connections: Connections, wake: Callable[[str], None], topics: Callable[[], Iterable[str]]
+    ) -> None:
+        self._connections, self._wake, self._topics = connections, wake, topics
+        self._stopped = threading.Event()
+        self._told, self._tell = socket.socketpair()
+        self._thread = threading.Thread(target=self._run, name="workers-listener", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self._tell.send(b"x")
+        self._thread.join(1)
+
+    def _run(self) -> None:
+        with self._told, self._tell:
+            while not self._stopped.is_set():
+                try:
+                    self._listen()
+                except Exception as error:  # a thread that ended would listen no more
+                    log.debug("Cannot listen for messages: %s", error)
+                    self._stopped.wait(_RETRY_SECONDS)
+
+    def _listen(self) -> None:
+        with self._connections.listening() as connection:
+            connection.execute(f"LISTEN {CHANNEL}")
+            for topic in self._topics():  # enqueued while nobody listened
+                self._wake(topic)
+            while not self._stopped.is_set():
+                select.select([connection, self._told], [], [])
+                self._hear(connection.pgconn)
+
+    def _hear(self, pgconn: Any) -> None:
+        pgconn.consume_input()
+        while heard := pgconn.notifies():
+            self._wake(heard.extra.decode())
