@@ -327,7 +327,7 @@ def _claim(on_sqlite: bool) -> Any:
 
 
 def _message(row: Row[Any]) -> Message:
-    number, topic, payload, *others = row
+    number, topic, payload, *others = tuple(row)
     return Message(number, topic, json.loads(payload), *others)
 
 
