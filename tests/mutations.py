@@ -96,6 +96,36 @@ MUTATIONS = (
         [Edit("background/instances.py", "return steady() < self.deadline", "return True")],
         ["tests/test_context.py", "-k", "deadline"],
     ),
+    Mutation(
+        "an order is settled once",
+        [Edit("models.py", ".where(Order.id == order_id, Order.status == status)", ".where(Order.id == order_id)")],
+        ["tests/test_orders.py", "-k", "many_settle_at_once"],
+    ),
+    Mutation(
+        "no book is sold that is not there",
+        [Edit("models.py", ".where(Book.id == book_id, Book.stock >= quantity)\n", ".where(Book.id == book_id)\n")],
+        ["tests/test_orders.py", "-k", "two_instances"],
+    ),
+    Mutation(
+        "books are held in one order",
+        [Edit("models.py", "books.with_for_update(key_share=True)", "books")],
+        ["tests/test_orders.py", "-k", "holds_no_book"],
+    ),
+    Mutation(
+        "a book that is held can be ordered",
+        [Edit("models.py", "books.with_for_update(key_share=True)", "books.with_for_update()")],
+        ["tests/test_orders.py", "-k", "not_held_up"],
+    ),
+    Mutation(
+        "a password does not leave the machine unencrypted",
+        [Edit("workers.py", "            if not (is_encrypted or is_local):\n", "            if False:\n")],
+        ["tests/test_mail.py", "-k", "unencrypted"],
+    ),
+    Mutation(
+        "what a server says to a password is not repeated",
+        [Edit("workers.py", "except SMTPAuthenticationError as error:", "except ZeroDivisionError as error:")],
+        ["tests/test_mail.py", "-k", "one_sentence_without_the_password"],
+    ),
 )
 
 

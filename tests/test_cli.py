@@ -149,7 +149,14 @@ def test_the_instances_are_shown_with_what_they_hold_and_their_clocks(
 def test_a_fresh_database_lists_every_worker_of_the_release(flask: Callable[..., Result]) -> None:
     lines = flask("list").stdout.splitlines()
     assert lines[0].split("  ")[0] == "NAME"
-    assert [line.split()[0] for line in lines[1:]] == ["greet", PASSIVE, "prune_history_worker", "rest", "stumble"]
+    assert [line.split()[0] for line in lines[1:]] == [
+        "greet",
+        PASSIVE,
+        "prune_history_worker",
+        "rest",
+        "stumble",
+        "system_health_worker",
+    ]
     assert "every 10 minutes" in lines[1]
     assert lines[4].endswith("disabled")
     assert "at */5 * * * * (UTC)" in lines[5]
@@ -270,7 +277,7 @@ def test_check_prints_the_next_three_ticks_of_every_worker_and_writes_nothing(
     greet = result["workers"][0]
     ticks = [datetime.fromisoformat(each) for each in greet["next_ticks"]]
     assert before < ticks[0] == ticks[1] - 10 * MINUTE == ticks[2] - 20 * MINUTE
-    assert flask("check").stdout.splitlines()[-1] == "Fine: the settings, 5 workers, and the database."
+    assert flask("check").stdout.splitlines()[-1] == "Fine: the settings, 6 workers, and the database."
     assert manager.ticks.ledger.states() == {}
 
 
