@@ -7,11 +7,14 @@ from .errors import (
     DatabaseNotReady,
     DuplicateWorker,
     InvalidConfig,
+    InvalidLock,
     InvalidSchedule,
     InvalidWorker,
+    LockNotAcquired,
     RunStopped,
     UnknownWorker,
 )
+from .locks import Lock
 from .manager import BackgroundWorkerManager, current_workers
 from .pruning import PruneHistoryWorker
 from .worker import PeriodicWorker
@@ -23,8 +26,11 @@ __all__ = [
     "DatabaseNotReady",
     "DuplicateWorker",
     "InvalidConfig",
+    "InvalidLock",
     "InvalidSchedule",
     "InvalidWorker",
+    "Lock",
+    "LockNotAcquired",
     "PeriodicWorker",
     "PruneHistoryWorker",
     "RunStopped",

@@ -4,6 +4,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from . import models, serving, sqlite
 from .context import fence
 from .errors import BackgroundError, DuplicateWorker, InvalidSchedule, UnknownWorker, first_line
 from .history import History
+from .locks import Lock
 from .runs import Execution
 from .schedule import make_schedule
 from .ticks import Ticks
@@ -227,6 +229,17 @@ class BackgroundWorkerManager:
         if self._membership is not None:
             self._membership.refresh()
         return changed
+
+    # -- locking -------------------------------------------------------------------------------
+
+    def lock(self, name: str, timeout: float = 0) -> AbstractContextManager[Lock | None]:
+        """`with workers.lock("invoice-42") as lock:` gives a Lock, or None while others hold it (`timeout`: seconds).
+
+        One block in the whole fleet has it, until the block ends or its process stops or loses its lease. Not
+        re-entrant: the thread that has it gets None at once. Those who wait come in no order, and a run that is told
+        to stop waits no longer. Raises InvalidLock, and LockNotAcquired where the database does not answer.
+        """
+        return self.ticks.locks.hold(name, timeout)
 
     # -- looking -------------------------------------------------------------------------------
 
