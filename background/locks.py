@@ -11,7 +11,7 @@ from datetime import datetime
 from typing import Any
 from uuid import uuid4
 
-from sqlalchemy import CursorResult, Engine, Executable, Row, and_, delete, func, null, or_, select, update
+from sqlalchemy import Engine, Executable, Row, and_, bindparam, delete, func, null, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -20,6 +20,7 @@ from .connections import again_if_stale
 from .context import current_run
 from .errors import InvalidLock, LockNotAcquired, first_line
 from .instances import LEASE_IS_OVER, Instance, Instances
+from .ledger import count
 from .models import locks
 
 log = logging.getLogger(__name__)
@@ -60,12 +61,8 @@ class Locks:
         present: Callable[[], AbstractContextManager[Instance]],
         prefix: str,
     ) -> None:
-        self._engine, self._instances, self._present, self._prefix = (
-            single_statements(engine),
-            instances,
-            present,
-            prefix,
-        )
+        self._engine, self._instances = single_statements(engine), instances
+        self._present, self._prefix = present, prefix
         self._insert = sqlite.insert if engine.dialect.name == "sqlite" else postgresql.insert
         self._held_here: set[tuple[str, int, int]] = set()
 
@@ -74,7 +71,9 @@ class Locks:
         """Hold the lock `name`; None where others still do after `timeout` seconds. See `manager.lock`."""
         self._check(name, timeout)
         if _here(name) in self._held_here:
-            log.warning("Lock %r: this thread holds it already, and locks are not re-entrant: it is not given", name)
+            log.warning(
+                "Lock %r: this thread holds it already, and locks are not re-entrant: it is not given again", name
+            )
             yield None
             return
         with ExitStack() as stack:
@@ -89,7 +88,7 @@ class Locks:
     def has(self, lock: Lock) -> bool:
         """Whether it is nobody else's by now."""
         try:
-            return bool(self._all(select(locks.c.token).where(*self._mine(lock))))
+            return bool(self._all(_HELD, self._mine(lock)))
         except SQLAlchemyError as error:
             raise _unknown(lock.name, error) from error
 
@@ -108,7 +107,7 @@ class Locks:
         raised, is_higher = {"token": floor.excluded.token}, locks.c.token < floor.excluded.token
         self._run(floor.on_conflict_do_update(index_elements=["name"], set_=raised, where=is_higher))
         some = select(locks.c.name).where(idle).limit(most)
-        return self._run(delete(locks).where(idle, locks.c.token <= _floor, locks.c.name.in_(some)))
+        return self._run(delete(locks).where(idle, locks.c.token <= _FLOOR_TOKEN, locks.c.name.in_(some)))
 
     # -- acquiring -----------------------------------------------------------------------------
 
@@ -149,7 +148,7 @@ class Locks:
                 return replace(mine, token=token)
 
     def _look(self, name: str) -> Row[Any] | None:
-        return next(iter(self._all(select(locks).where(locks.c.name == self._prefix + name))), None)
+        return next(iter(self._all(_SEEN, {"of": self._prefix + name})), None)
 
     def _is_taken(self, name: str, seen: Row[Any]) -> bool:
         if seen.holder is None:
@@ -175,50 +174,37 @@ class Locks:
         Others may be here: whoever saw the lock free, or its holder gone, at the token `seen`; also that holder,
         releasing it. The row's lock puts them in a line; the first raises the token, and the rest find it raised.
         """
+        instance, values = mine._instance, self._mine(mine) | {"seen": seen}
         try:
             with self._engine.begin() as connection:
-                return connection.execute(
-                    update(locks)
-                    .where(locks.c.name == self._prefix + mine.name, locks.c.token == seen)
-                    .values(
-                        token=func.coalesce(func.nullif(locks.c.token, 0), _floor, 0) + 1,
-                        holder=mine._holder,
-                        instance=mine._instance.id,
-                        instance_name=mine._instance.name,
-                        since=now(),
-                    )
-                    .returning(locks.c.token)
-                ).scalar_one_or_none()
-        except BaseException:  # it may be ours all the same: perhaps only the reply got lost
-            self._release_later(mine)
+                acquiring = values | {"its_id": instance.id, "its_name": instance.name}
+                return connection.execute(_TAKEN, acquiring).scalar_one_or_none()
+        except BaseException:  # it may be ours all the same, or become ours: perhaps only the reply got lost
+            self._later(instance, _CALLED_OFF, values)
             raise
 
     # -- releasing -----------------------------------------------------------------------------
 
     def _release(self, lock: Lock) -> None:
+        """Others may be here: whoever took it over when our lease was over. Theirs it stays."""
         try:
-            self._free(lock)
+            self._run(_RELEASED, self._mine(lock))
         except BaseException as error:
-            self._release_later(lock)
+            self._later(lock._instance, _RELEASED, self._mine(lock))
             if not isinstance(error, SQLAlchemyError):
                 raise
             log.warning("Lock %r: could not release it yet: %s", lock.name, first_line(error))
 
-    def _release_later(self, lock: Lock) -> None:
-        threading.Thread(target=self._keep_releasing, args=(lock,), name="workers-lock", daemon=True).start()
+    def _later(self, *statement: Any) -> None:
+        threading.Thread(target=self._keep_trying, args=statement, name="workers-lock", daemon=True).start()
 
-    def _keep_releasing(self, lock: Lock) -> None:
-        """Until the database answers; when the instance is gone, so is its hold on the lock."""
-        while lock._instance.is_alive:
+    def _keep_trying(self, instance: Instance, statement: Executable, values: dict[str, Any]) -> None:
+        """Until the database answers; when the instance is gone, it holds no lock anyway."""
+        while instance.is_alive:
             with suppress(SQLAlchemyError):
-                self._free(lock)
+                self._run(statement, values)
                 break
             time.sleep(_RETRY_SECONDS)
-
-    def _free(self, lock: Lock) -> None:
-        """Others may be here: whoever took it over when our lease was over. Theirs it stays."""
-        free = {"holder": null(), "instance": null(), "instance_name": null(), "since": now()}
-        self._run(update(locks).where(*self._mine(lock)).values(free))
 
     # -- helpers -------------------------------------------------------------------------------
 
@@ -239,28 +225,47 @@ class Locks:
                 f"from 0 to {_LONGEST_WAIT}: leave it out, not to wait at all."
             )
 
-    def _mine(self, lock: Lock) -> tuple[Any, ...]:
-        return locks.c.name == self._prefix + lock.name, locks.c.holder == lock._holder
+    def _mine(self, lock: Lock) -> dict[str, Any]:
+        return {"of": self._prefix + lock.name, "by": lock._holder}
 
-    def _all(self, query: Executable) -> list[Row[Any]]:
-        return again_if_stale(lambda: self._rows(query))
+    def _all(self, query: Executable, values: dict[str, Any] | None = None) -> list[Row[Any]]:
+        return again_if_stale(lambda: self._rows(query, values))
 
-    def _rows(self, query: Executable) -> list[Row[Any]]:
+    def _rows(self, query: Executable, values: dict[str, Any] | None) -> list[Row[Any]]:
         with self._engine.connect() as connection:
-            return list(connection.execute(query))
+            return list(connection.execute(query, values))
 
-    def _run(self, statement: Executable) -> int:
+    def _run(self, statement: Executable, values: dict[str, Any] | None = None) -> int:
         """Of a statement that may as well run twice: how many rows it changed."""
-        return again_if_stale(lambda: self._changed(statement))
+        return again_if_stale(lambda: self._changed(statement, values))
 
-    def _changed(self, statement: Executable) -> int:
+    def _changed(self, statement: Executable, values: dict[str, Any] | None) -> int:
         with self._engine.begin() as connection:
-            result = connection.execute(statement)
-            return result.rowcount if isinstance(result, CursorResult) else 0
+            return count(connection.execute(statement, values))
 
 
-_pruned = locks.alias("pruned")
-_floor = select(_pruned.c.token).where(_pruned.c.name == _FLOOR).scalar_subquery()
+_floor = locks.alias("floor")
+_FLOOR_TOKEN = select(_floor.c.token).where(_floor.c.name == _FLOOR).scalar_subquery()
+_of_name, _by_holder = locks.c.name == bindparam("of"), locks.c.holder == bindparam("by")
+_at_seen = locks.c.token == bindparam("seen")
+_SEEN = select(locks).where(_of_name)
+_HELD = select(locks.c.token).where(_of_name, _by_holder)
+_TAKEN = (
+    update(locks)
+    .where(_of_name, _at_seen)
+    .values(
+        token=func.coalesce(func.nullif(locks.c.token, 0), _FLOOR_TOKEN, 0) + 1,
+        holder=bindparam("by"),
+        instance=bindparam("its_id"),
+        instance_name=bindparam("its_name"),
+        since=now(),
+    )
+    .returning(locks.c.token)
+)
+_free = {"holder": null(), "instance": null(), "instance_name": null(), "since": now()}
+_RELEASED = update(locks).where(_of_name, _by_holder).values(_free)
+# Where the acquisition is still on its way, it finds the token raised when it arrives.
+_CALLED_OFF = update(locks).where(_of_name, or_(_by_holder, _at_seen)).values(_free | {"token": locks.c.token + 1})
 
 
 def _here(name: str) -> tuple[str, int, int]:

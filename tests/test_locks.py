@@ -17,6 +17,7 @@ from fleet import effects as left
 from nursery import Shops
 from proxy import Proxy
 from sqlalchemy import Connection, event, insert, make_url, select, update
+from sqlalchemy.exc import OperationalError
 
 from background import (
     BackgroundWorkerManager,
@@ -259,7 +260,8 @@ def test_a_process_that_wakes_after_its_lease_knows_that_it_lost_the_lock_and_le
 
 
 def test_the_lock_of_a_process_that_is_told_to_stop_is_free_at_once(shops: Shops, fleet: Fleet) -> None:
-    holder, manager = shops.start(PROBE_WORKERS="locker", WORKERS_LEASE_SECONDS=600), fleet.manager()
+    patient = {"WORKERS_LEASE_SECONDS": 600, "WORKERS_SHUTDOWN_SECONDS": PATIENCE}
+    holder, manager = shops.start(PROBE_WORKERS="locker", **patient), fleet.manager()
     holder.wait_for("The locker has the token 1")
     holder.signal(signal.SIGTERM)
     assert token(manager, timeout=PATIENCE) == 2
@@ -328,25 +330,24 @@ def test_a_lock_that_was_forgotten_goes_on_above_its_last_token(fleet: Fleet) ->
 
 
 def test_a_lock_that_is_acquired_while_it_is_forgotten_is_not_forgotten_or_goes_on_above(fleet: Fleet) -> None:
-    manager, other = fleet.manager(), fleet.manager()
-    over = threading.Event()
+    manager, other, over = joined(fleet.manager()), fleet.manager(), threading.Event()
 
-    def forget() -> int:
+    def forget() -> None:
         pruned = 0
+        while pruned < 20:
+            pruned += other.ticks.locks.prune(last_hour() + timedelta(days=1), 5)
+        over.set()
+
+    def acquire() -> list[list[int | None]]:
+        rounds = []
         while not over.is_set():
-            pruned += other.ticks.locks.prune(last_hour() + timedelta(days=1), 1)
-        return pruned
+            rounds.append([token(manager, f"invoice-{number}") for number in range(20)])
+        return rounds
 
-    def acquire() -> list[int | None]:
-        try:
-            return [token(manager) for _ in range(40)]
-        finally:
-            over.set()
-
-    pruned, tokens = in_threads(forget, acquire)
-    assert pruned
-    assert None not in tokens
-    assert tokens == sorted(set(tokens))
+    _, rounds = in_threads(forget, acquire)
+    for tokens in zip(*rounds, strict=True):
+        assert None not in tokens
+        assert list(tokens) == sorted(set(tokens))
 
 
 # -- what it costs ---------------------------------------------------------------------------------
@@ -403,6 +404,10 @@ def test_a_restart_of_the_database_since_the_last_lock_is_no_error(proxy: Proxy,
     close(alone)
 
 
+def is_acquisition(statement: str) -> bool:
+    return statement.startswith("UPDATE background_locks SET token") and "RETURNING" in statement
+
+
 @on_postgresql
 def test_a_lock_whose_acquisition_was_not_answered_does_not_stay_held(
     fleet: Fleet, proxy: Proxy, far: BackgroundWorkerManager
@@ -411,7 +416,7 @@ def test_a_lock_whose_acquisition_was_not_answered_does_not_stay_held(
     assert token(near) == 1
 
     def lose(_connection: Connection, _cursor: Any, statement: str, *_: Any) -> None:
-        if statement.startswith("UPDATE background_locks SET token"):
+        if is_acquisition(statement):
             proxy.silence(replies_only=True)
             threading.Thread(target=cut_when_acquired).start()
 
@@ -422,8 +427,28 @@ def test_a_lock_whose_acquisition_was_not_answered_does_not_stay_held(
     event.listen(far.ticks.connections.locks, "before_cursor_execute", lose)
     with pytest.raises(LockNotAcquired), far.lock(NAME):
         pass
-    assert token(near, timeout=PATIENCE) == 3
+    assert token(near, timeout=PATIENCE) == 4  # it was given up after it had been acquired
     assert far.ticks.instance.is_alive
+
+
+def test_an_acquisition_that_arrives_after_it_was_given_up_acquires_nothing(fleet: Fleet) -> None:
+    """The connection breaks, and what was sent on it is done by the server a while later."""
+    manager, other = joined(fleet.manager(WORKERS_LEASE_SECONDS=600)), fleet.manager()
+    assert token(manager) == 1
+    under_way: list[tuple[str, Any]] = []
+
+    def delay(_connection: Connection, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
+        if is_acquisition(statement):
+            under_way.append((statement, parameters))
+            raise OperationalError(statement, parameters, ConnectionError("it broke"))
+
+    event.listen(manager.ticks.connections.locks, "before_cursor_execute", delay)
+    with pytest.raises(LockNotAcquired), manager.lock(NAME):
+        pass
+    wait_until(lambda: row(other).token == 2, "the calling off")
+    with other.ticks.connections.locks.begin() as connection:
+        assert connection.exec_driver_sql(*under_way[0]).all() == []
+    assert token(other) == 3
 
 
 @on_postgresql
