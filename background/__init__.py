@@ -7,13 +7,16 @@ from .errors import (
     DatabaseNotReady,
     DuplicateWorker,
     InvalidConfig,
+    InvalidLock,
     InvalidMessage,
     InvalidSchedule,
     InvalidWorker,
+    LockNotAcquired,
     RunStopped,
     UnknownTopic,
     UnknownWorker,
 )
+from .locks import Lock
 from .manager import BackgroundWorkerManager, current_workers
 from .messages import Message
 from .pruning import PruneHistoryWorker
@@ -26,9 +29,12 @@ __all__ = [
     "DatabaseNotReady",
     "DuplicateWorker",
     "InvalidConfig",
+    "InvalidLock",
     "InvalidMessage",
     "InvalidSchedule",
     "InvalidWorker",
+    "Lock",
+    "LockNotAcquired",
     "Message",
     "MessageWorker",
     "PeriodicWorker",

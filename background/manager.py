@@ -4,6 +4,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from .errors import (
     first_line,
 )
 from .history import History
+from .locks import Lock
 from .payloads import draft
 from .payloads import pause as make_pause
 from .runs import Execution
@@ -307,6 +309,17 @@ class BackgroundWorkerManager:
     def _wake_when_committed(self, session: Session, topic: str, pause: timedelta | None) -> None:
         if (membership := self._membership) is not None:
             when_committed(session, f"messages:{topic}", partial(membership.consumers.wake_after, topic, pause))
+
+    # -- locking -------------------------------------------------------------------------------
+
+    def lock(self, name: str, timeout: float = 0) -> AbstractContextManager[Lock | None]:
+        """`with workers.lock("invoice-42") as lock:` gives a Lock, or None while others hold it (`timeout`: seconds).
+
+        One block in the whole fleet has it, until the block ends or its process stops or loses its lease. Not
+        re-entrant: the thread that has it gets None at once. Those who wait come in no order, and a run that is told
+        to stop waits no longer. Raises InvalidLock, and LockNotAcquired where the database does not answer.
+        """
+        return self.ticks.locks.hold(name, timeout)
 
     # -- looking -------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ from flask import current_app
 from sqlalchemy import CursorResult, delete, func, select
 
 from .context import WorkerContext
+from .manager import current_workers
 from .models import executions
 from .worker import PeriodicWorker
 
@@ -13,7 +14,10 @@ SLICE = 5_000
 
 
 class PruneHistoryWorker(PeriodicWorker):
-    """Delete the executions that ended more than WORKERS_HISTORY_DAYS ago. The marks stay, so no tick comes back."""
+    """Delete the executions that ended more than WORKERS_HISTORY_DAYS ago, and the locks that nobody has held since.
+
+    The marks stay, so no tick comes back; a lock that is made anew goes on above its last token.
+    """
 
     period = timedelta(hours=1)
 
@@ -32,3 +36,5 @@ class PruneHistoryWorker(PeriodicWorker):
             deleted = result.rowcount if isinstance(result, CursorResult) else 0
             context.commit()
             after = last
+        while current_workers.ticks.locks.prune(cutoff, SLICE):
+            context.raise_if_stopping()

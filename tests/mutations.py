@@ -92,6 +92,32 @@ MUTATIONS = (
         ["tests/test_pruning.py"],
     ),
     Mutation(
+        "of those who saw a lock free one takes it",
+        [Edit("background/locks.py", ".where(_of_name, _at_seen)", ".where(_of_name)")],
+        ["tests/test_locks.py", "-k", "dead_holder or count_right"],
+    ),
+    Mutation(
+        "a lock is released by its holder only",
+        [
+            Edit(
+                "background/locks.py",
+                "_RELEASED = update(locks).where(_of_name, _by_holder)",
+                "_RELEASED = update(locks).where(_of_name)",
+            )
+        ],
+        ["tests/test_locks.py", "-k", "wakes_after_its_lease"],
+    ),
+    Mutation(
+        "a lock is held as long as its holder's lease",
+        [Edit("background/locks.py", "return not gone", "return False")],
+        ["tests/test_locks.py", "-k", "held_elsewhere"],
+    ),
+    Mutation(
+        "the token of a lock that was pruned never goes back",
+        [Edit("background/locks.py", "nullif(locks.c.token, 0), _FLOOR_TOKEN, 0)", "nullif(locks.c.token, 0), 0)")],
+        ["tests/test_locks.py", "-k", "forgotten"],
+    ),
+    Mutation(
         "past the monotonic deadline nothing is committed",
         [Edit("background/instances.py", "return steady() < self.deadline", "return True")],
         ["tests/test_context.py", "-k", "deadline"],
