@@ -11,8 +11,10 @@ from .errors import (
     InvalidSchedule,
     InvalidWorker,
     RunStopped,
+    UnknownMessage,
     UnknownTopic,
     UnknownWorker,
+    WrongState,
 )
 from .manager import BackgroundWorkerManager, current_workers
 from .messages import Message
@@ -34,8 +36,10 @@ __all__ = [
     "PeriodicWorker",
     "PruneHistoryWorker",
     "RunStopped",
+    "UnknownMessage",
     "UnknownTopic",
     "UnknownWorker",
     "WorkerContext",
+    "WrongState",
     "current_workers",
 ]
