@@ -319,6 +319,7 @@ def test_whoever_holds_the_write_lock_of_sqlite_makes_ticks_late_but_takes_no_le
 ) -> None:
     effects = Effects(sqlite_url)
     managers = [join(sqlite_url, Ticker) for _ in range(2)]
+    wait_until(lambda: all(manager.ticks.instance for manager in managers), "both of them signed on")
     runs_on(effects)
     instances = [manager.ticks.instance for manager in managers]
     writer = create_engine(sqlite_url, poolclass=NullPool)
