@@ -59,11 +59,9 @@ def list_workers(as_json: bool) -> None:
     rows = overview(checked_manager())
     if as_json:
         print_json(rows)
-    elif rows:
-        headers = ("name", "schedule", "next tick", "last tick", "became", "running on", "note")
-        _print_workers(table(headers, map(_cells, rows)))
     else:
-        _print_workers("")
+        headers = ("name", "schedule", "next tick", "last tick", "became", "running on", "note")
+        _print_workers(headers, [_cells(row) for row in rows])
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
@@ -84,14 +82,12 @@ def _cells(row: dict[str, Any]) -> list[str]:
     return [row["name"], schedule, moment(row["next_tick"]), tick, became, on, "; ".join(filter(None, notes))]
 
 
-def _print_workers(rows: str) -> None:
+def _print_workers(headers: tuple[str, ...], rows: list[list[str]]) -> None:
     """The periodic ones in a table, and the others in a line."""
-    topics = the_manager().topics
-    others = ", ".join(f"{topic} ({worker.name})" for topic, worker in topics.items())
-    if others:
-        click.echo("\n".join(filter(None, [rows, f"Messages: {others}; see `flask messages stats`."])))
-    else:
-        click.echo(rows or "There is no worker; write workers.add(MyWorker) in create_app.")
+    parts = [table(headers, rows)] if rows else []
+    if others := ", ".join(f"{topic} ({worker.name})" for topic, worker in the_manager().topics.items()):
+        parts.append(f"Messages: {others}; see `flask messages stats`.")
+    click.echo("\n".join(parts) or "There is no worker; write workers.add(MyWorker) in create_app.")
 
 
 @workers_cli.command()
@@ -158,7 +154,7 @@ def _print_checked(rows: list[dict[str, Any]], problems: list[str]) -> None:
         row["note"] = "" if row["enabled"] else "disabled"
         row["note"] = f"paused since {second(row['paused_at'])}" if row["paused_at"] else row["note"]
     cells = [[row["name"], row["schedule"], *map(moment, row["next_ticks"]), row["note"]] for row in rows]
-    _print_workers(table(headers, cells) if cells else "")
+    _print_workers(headers, cells)
     for problem in problems:
         click.echo(f"Problem: {problem}", err=True)
     if not problems:

@@ -105,7 +105,9 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def last_line(text: str | None) -> str | None:
-    """The last line of a text: of a traceback, the error itself."""
+def error_line(text: str | None) -> str | None:
+    """The line of a traceback that has the error itself; other lines of its message, as drivers add, are left out."""
     lines = (text or "").strip().splitlines()
-    return lines[-1].strip() if lines else None
+    frames = [at for at, line in enumerate(lines) if line.startswith('  File "')]
+    behind = lines[frames[-1] + 1 :] if frames else []
+    return next((line for line in behind if not line.startswith(" ")), lines[-1].strip() if lines else None)

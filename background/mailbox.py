@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Row, Select, func, literal, literal_column, null, select, union_all
 
 from .clock import elapsed, now, single_statements
-from .errors import UnknownMessage, UnknownTopic, last_line
+from .errors import UnknownMessage, UnknownTopic, error_line
 from .history import History
 from .ledger import Ledger
 from .messages import Messages
@@ -64,8 +64,8 @@ class Letter:
 
     @property
     def last_line(self) -> str | None:
-        """The end of the last error: the error itself."""
-        return last_line(self.error)
+        """Of the last error's traceback the error itself."""
+        return error_line(self.error)
 
     @property
     def value(self) -> Any:
@@ -190,8 +190,11 @@ class Mailbox:
 
     def _refuse_unknown(self, topic: str | None, is_found: object) -> None:
         """A topic is known by its worker, or by the messages that there are of it."""
-        if topic is not None and topic not in self._workers and not is_found:
-            raise UnknownTopic(topic, [each.topic for each in self.stats()])
+        if topic is None or topic in self._workers or is_found:
+            return
+        known = [each.topic for each in self.stats()]
+        if topic not in known:
+            raise UnknownTopic(topic, known)
 
 
 def _refuse_impossible(ids: Collection[int]) -> None:

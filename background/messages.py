@@ -317,7 +317,8 @@ class Messages:
         if missing := set(ids) - {id for id, _ in found}:
             return UnknownMessage(min(missing))
         each = ", ".join(f"message {id} is {state}" for id, state in found)
-        return WrongState(f"Nothing was changed: {each}; expected {' or '.join(states)}: leave out what is not.")
+        expected = f"messages that are {' or '.join(states)}"
+        return WrongState(f"Nothing was changed: {each}; expected {expected}: leave the others out.")
 
     def _dead(self, topic: str | None) -> Iterator[list[int]]:
         """The ids of the dead (of `topic`) in slices, each of them once: they may die again meanwhile."""

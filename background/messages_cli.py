@@ -77,7 +77,7 @@ def _note(letter: Letter) -> str:
 @click.argument("id")
 @as_json_option
 def show(id: str, as_json: bool) -> None:
-    """Show everything of the message ID: its payload, and every error with its traceback."""
+    """Show one message: its payload, and every error with its traceback."""
     number = _number(id)
     letter, failures = checked_manager().messages.letter(number)
     if as_json:
@@ -120,7 +120,7 @@ def _failure(failure: Failure) -> str:
 @messages_cli.command()
 @as_json_option
 def stats(as_json: bool) -> None:
-    """Show of every topic how much waits and for how long, and what was handled within the last hour.
+    """Show how much of every topic waits, and for how long.
 
     WAITING counts those that are DUE LATER, too. OLDEST is how long ago the first of them was due. ON AVERAGE and AT
     MOST is how long it took within the last hour, from when a message was due until it was done.
@@ -160,9 +160,10 @@ def _ids_or_all(command: Callable[..., None]) -> Callable[..., None]:
 @messages_cli.command()
 @_ids_or_all
 def retry(ids: tuple[str, ...], every: bool, topic: str | None) -> None:
-    """Let dead or discarded messages be handled again, from their first attempt.
+    """Have dead or discarded messages handled again.
 
-    Their errors are kept. Of several IDs all are retried, or none.
+    They begin with their first attempt, and their errors are kept. --all means the dead ones. Of
+    several IDs all are retried, or none.
     """
     numbers = _numbers(ids, every, topic)
     click.echo(_told(checked_manager().messages.retry(numbers, topic), numbers, "waits again", "wait again"))
