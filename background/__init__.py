@@ -13,8 +13,10 @@ from .errors import (
     InvalidWorker,
     LockNotAcquired,
     RunStopped,
+    UnknownMessage,
     UnknownTopic,
     UnknownWorker,
+    WrongState,
 )
 from .locks import Lock
 from .manager import BackgroundWorkerManager, current_workers
@@ -40,8 +42,10 @@ __all__ = [
     "PeriodicWorker",
     "PruneHistoryWorker",
     "RunStopped",
+    "UnknownMessage",
     "UnknownTopic",
     "UnknownWorker",
     "WorkerContext",
+    "WrongState",
     "current_workers",
 ]

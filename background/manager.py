@@ -28,6 +28,7 @@ from .errors import (
 )
 from .history import History
 from .locks import Lock
+from .mailbox import Mailbox
 from .payloads import draft
 from .payloads import pause as make_pause
 from .runs import Execution
@@ -86,6 +87,15 @@ class BackgroundWorkerManager:
         """The registered message workers by topic, sorted."""
         return dict(sorted(self._topics.items()))
 
+    @property
+    def names(self) -> set[str]:
+        """The names of all registered workers, periodic ones and those of messages."""
+        return {*self._workers, *(worker.name for worker in self._topics.values())}
+
+    def topic_of(self, name: str) -> str | None:
+        """The topic whose messages the worker of that name handles; None for any other name."""
+        return next((topic for topic, worker in self._topics.items() if worker.name == name), None)
+
     def add(self, worker: AnyWorker) -> None:
         """Register a worker class. Raises InvalidWorker, InvalidSchedule or DuplicateWorker."""
         if isinstance(worker, type) and issubclass(worker, MessageWorker):
@@ -101,8 +111,8 @@ class BackgroundWorkerManager:
             self._membership.admit(worker.name)
 
     def _named(self, name: str) -> AnyWorker | None:
-        everybody: list[AnyWorker] = [*self._workers.values(), *self._topics.values()]
-        return next((worker for worker in everybody if worker.name == name), None)
+        topic = self.topic_of(name)
+        return self._topics[topic] if topic else self._workers.get(name)
 
     def _refuse_second(self, worker: AnyWorker, what: str, value: str, taken: AnyWorker | None) -> None:
         if taken is not None:
@@ -114,7 +124,7 @@ class BackgroundWorkerManager:
 
     def remove(self, name: str) -> None:
         """Unregister a worker here; its rows are kept, and other instances go on running it."""
-        if topic := next((topic for topic, worker in self._topics.items() if worker.name == name), None):
+        if topic := self.topic_of(name):
             del self._topics[topic]
             return
         self._known(name)
@@ -328,6 +338,11 @@ class BackgroundWorkerManager:
         """What is written down about the executions, for people to read."""
         return History(self.ticks.ledger, self.ticks.instances)
 
+    @property
+    def messages(self) -> Mailbox:
+        """The messages, for people to read, to retry and to discard."""
+        return Mailbox(self.ticks.messages, self.ticks.ledger, self.history, self._topics)
+
     def why(self, name: str, at: datetime | None = None) -> Answer:
         """What became of the tick that `at` (aware; now, if not given) belongs to, and why: one sentence.
 
@@ -353,7 +368,7 @@ class BackgroundWorkerManager:
         try:
             return self._workers[name]
         except (KeyError, TypeError):
-            raise UnknownWorker(name, self._workers) from None
+            raise UnknownWorker(name, self.names, self.topic_of(name)) from None
 
 
 def _path(worker: AnyWorker) -> str:

@@ -24,7 +24,7 @@ from processes import ROOT, environment
 from sqlalchemy import event, insert, text
 
 from app import create_app
-from background import BackgroundWorkerManager, PeriodicWorker, WorkerContext
+from background import BackgroundWorkerManager, MessageWorker, PeriodicWorker, WorkerContext
 from background.models import executions, instances
 from background.words import table
 
@@ -408,7 +408,18 @@ SHOP = """
     from datetime import timedelta
 
     from app import create_app as create_bookstore
-    from background import PeriodicWorker
+    from background import MessageWorker, PeriodicWorker
+
+
+    class Loud(MessageWorker):
+        topic = "loud"
+
+        def handle(self, message, context):
+            sys.stdout.write(f"{self.topic}: {message.payload}\\n")
+
+
+    class Silent(Loud):
+        topic = "silent"
 
 
     class Busy(PeriodicWorker):
@@ -434,6 +445,8 @@ SHOP = """
         workers = app.extensions["background_workers"]
         workers.add(Busy)
         workers.add(Quick)
+        workers.add(Loud)
+        workers.add(Silent)
         return app
 """
 
@@ -499,6 +512,26 @@ def test_run_without_names_serves_all_of_them(sqlite_url: str, tmp_path: Path) -
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=20)
         assert process.returncode == 0, errors
+
+
+def test_run_serves_the_named_workers_of_messages_and_no_others(database_url: str, tmp_path: Path) -> None:
+    app = create_app(settings(database_url))
+    workers: BackgroundWorkerManager = app.extensions["background_workers"]
+    for topic in ("silent", "loud"):
+        workers.add(type(topic, (MessageWorker,), {"topic": topic, "handle": lambda *_: None}))
+    with app.app_context():
+        workers.enqueue("silent", "no")
+        workers.enqueue("loud", "yes")
+        workers.db.session.commit()
+    with running(database_url, tmp_path, "loud") as process:
+        assert process.stdout
+        assert process.stdout.readline() == "loud: yes\n"
+        process.send_signal(signal.SIGTERM)
+        output, errors = process.communicate(timeout=20)
+        assert (process.returncode, output) == (0, ""), errors
+        assert "with 1 worker" in errors
+    assert [letter.state for letter in workers.messages.letters()] == ["done", "waiting"]
+    close(app)
 
 
 def test_a_second_signal_ends_a_run_that_does_not_listen(database_url: str, tmp_path: Path) -> None:
