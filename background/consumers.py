@@ -69,27 +69,35 @@ class Consumers:
 
     def _consume(self, worker: type[MessageWorker]) -> None:
         """Handle batch after batch, until none is due."""
+        is_over = False
         try:
-            while self._next(worker):
-                pass
+            while not is_over:
+                is_over = not self._next(worker) and self._ends(worker.topic)
         except SQLAlchemyError as error:  # the next heartbeat tries again
             log.warning("%s: cannot claim messages: %s", worker.name, first_line(error))
         finally:
-            with self._changed:
-                self._active[worker.topic] -= 1
+            if not is_over:
+                with self._changed:
+                    self._active[worker.topic] -= 1
+
+    def _ends(self, topic: str) -> bool:
+        """Whether this consumer is one less now; not if somebody woke it up while it was looking."""
+        with self._changed:
+            if topic in self._again:
+                self._again.discard(topic)
+                return False
+            self._active[topic] -= 1
+            return True
 
     def _next(self, worker: type[MessageWorker]) -> bool:
         instance, topic = self._ticks.instance, worker.topic
         if instance is None or not instance.is_alive or self._ticks.runs.stopping.is_set():
             return False
-        with self._changed:
-            self._again.discard(topic)
         # Where there is no second attempt, a neighbour's death would bury the whole batch.
         size = worker.batch_size if worker.max_attempts > 1 else 1
         batch = self._ticks.messages.claim(worker.name, topic, size, (instance.id, instance.name))
         if batch is None:
-            with self._changed:
-                return topic in self._again
+            return False
         if len(batch.messages) == size:
             self.wake(topic)  # there may be more than one can handle
         self._handle(worker, batch, instance)

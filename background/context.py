@@ -232,6 +232,8 @@ def when_committed(session: Session, key: str, call: Callable[[], None]) -> None
 
 
 def _after_commit(session: Session) -> None:
+    if session.in_nested_transaction():  # releasing a savepoint commits nothing
+        return
     for call in session.info.pop(_WHEN_COMMITTED, {}).values():
         call()
 

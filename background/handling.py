@@ -57,6 +57,9 @@ class Handling:
 
     def _after(self, error: BaseException) -> timedelta | None:
         """What follows where the batch as one failed with `error`."""
+        if isinstance(error, ClaimLost):
+            self._log.warning("Lost %d messages: %s", len(self._batch.messages), first_line(error))
+            return None
         left = self._write("is left", partial(self._messages.left, self._batch)) or []
         if not left:  # the reply to its commit got lost, or others have them
             self._log.warning("The messages are done, or not this instance's any more: %s", first_line(error))

@@ -125,7 +125,8 @@ class Messages:
             columns = ["topic", "payload", "key", "enqueued_at", "due_at"]
             # "WHERE true": without one, SQLite reads ON CONFLICT as the ON of a join.
             new = self._ledger.insert(messages).from_select(columns, values.where(text("true")))
-            enqueued += count(session.execute(new.on_conflict_do_nothing(**_same_key)))
+            new = new.on_conflict_do_nothing(**_same_key).execution_options(preserve_rowcount=True)
+            enqueued += count(session.execute(new))
         if enqueued and not self._on_sqlite:
             session.execute(select(func.pg_notify(CHANNEL, topic)))
         return enqueued
@@ -133,11 +134,9 @@ class Messages:
     def _rows(self, drafts: Sequence[Draft]) -> Any:
         """The drafts as a table (place, payload, key): one parameter or two, whatever their number."""
         if self._on_sqlite:
-            rows = func.json_each(json.dumps([(draft.payload, draft.key) for draft in drafts])).table_valued(
-                "key", "value"
-            )
-            each = (func.json_extract(rows.c.value, f"$[{i}]", type_=Text) for i in (0, 1))
-            payload, key = each
+            values = json.dumps([(draft.payload, draft.key) for draft in drafts])
+            rows = func.json_each(values).table_valued("key", "value")
+            payload, key = (func.json_extract(rows.c.value, f"$[{place}]", type_=Text) for place in (0, 1))
             return select(rows.c.key.label("place"), payload.label("payload"), key.label("key")).subquery()
         payloads, keys = ([getattr(draft, name) for draft in drafts] for name in ("payload", "key"))
         texts = (bindparam(None, each, type_=ARRAY(Text)) for each in (payloads, keys))

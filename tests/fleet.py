@@ -98,7 +98,7 @@ class Fleet:
         stop(*self.apps)
 
     def enqueue(self, topic: str, *payloads: Any, **more: Any) -> list[int | None]:
-        """Enqueue by an instance that handles nothing itself."""
+        """Enqueue through the latest of the apps."""
         app = self.apps[-1]
         with app.app_context():
             ids = [app.extensions["background_workers"].enqueue(topic, payload, **more) for payload in payloads]
