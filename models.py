@@ -13,6 +13,7 @@ from sqlalchemy import (
     BindParameter,
     CheckConstraint,
     ColumnElement,
+    Float,
     ForeignKey,
     Index,
     MetaData,
@@ -142,7 +143,7 @@ class HealthSample(db.Model):  # type: ignore[name-defined, misc]
 
     id: Mapped[int] = mapped_column(primary_key=True)
     taken_at: Mapped[datetime] = mapped_column(UtcDateTime, index=True)
-    database_ms: Mapped[float]  # of one round trip
+    database_ms: Mapped[float] = mapped_column(Float)  # of one round trip
     disk_free_bytes: Mapped[int] = mapped_column(BigInteger)
     messages_waiting: Mapped[int]
     messages_dead: Mapped[int]

@@ -88,12 +88,12 @@ class BackgroundWorkerManager:
         """Register a worker class. Raises InvalidWorker, InvalidSchedule or DuplicateWorker."""
         if isinstance(worker, type) and issubclass(worker, MessageWorker):
             topic = declared_topic(worker)
-            self._refuse_second(worker, f"for the topic {topic!r}", self._topics.get(topic))
-            self._refuse_second(worker, f"named {worker.name!r}", self._named(worker.name))
+            self._refuse_second(worker, "topic", topic, self._topics.get(topic))
+            self._refuse_second(worker, "name", worker.name, self._named(worker.name))
             self._topics[topic] = worker
             return
         declared_schedule(worker)
-        self._refuse_second(worker, f"named {worker.name!r}", self._named(worker.name))
+        self._refuse_second(worker, "name", worker.name, self._named(worker.name))
         self._workers[worker.name] = worker
         if self._membership is not None:
             self._membership.admit(worker.name)
@@ -102,11 +102,12 @@ class BackgroundWorkerManager:
         everybody: list[AnyWorker] = [*self._workers.values(), *self._topics.values()]
         return next((worker for worker in everybody if worker.name == name), None)
 
-    def _refuse_second(self, worker: AnyWorker, what: str, taken: AnyWorker | None) -> None:
+    def _refuse_second(self, worker: AnyWorker, what: str, value: str, taken: AnyWorker | None) -> None:
         if taken is not None:
+            called = "named" if what == "name" else f"of the {what}"
             raise DuplicateWorker(
-                f"There is a worker {what} already ({_path(taken)}), so {_path(worker)} cannot be added: "
-                f"give one of them another, or add it once."
+                f"There is a worker {called} {value!r} already ({_path(taken)}), "
+                f"so {_path(worker)} cannot be added: give one of them another `{what}`, or add it once."
             )
 
     def remove(self, name: str) -> None:

@@ -239,7 +239,7 @@ def test_a_life_whose_lease_is_over_begins_no_run_until_the_fleet_knows_the_next
     wait_until(lambda: fleet.states() == ["succeeded"], "the first run")
     beat, went = manager.ticks.instances.beat, threading.Event()
 
-    def fail(_instance: Instance) -> Pulse:
+    def fail(_instance: Instance, _topics: object) -> Pulse:
         went.set()
         raise RuntimeError("no answer")
 

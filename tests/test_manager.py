@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta, tzinfo
 from typing import Any
 
@@ -12,7 +13,7 @@ from sqlalchemy import delete, select
 
 from background import WorkerContext
 from background import models as tables
-from background.instances import Instance
+from background.instances import Instance, Pulse
 from background.membership import Membership
 
 
@@ -132,11 +133,11 @@ def test_an_instance_outlives_an_error_that_is_not_the_databases(fleet: Fleet) -
     manager = fleet.manager(Quick)
     beat, failures = manager.ticks.instances.beat, []
 
-    def fail(instance: Instance) -> None:
+    def fail(instance: Instance, topics: Sequence[str] = ()) -> Pulse:
         if len(failures) < 3 and manager.ticks.instance is not None:
             failures.append(instance)
             raise ValueError("time data does not match format")
-        beat(instance)
+        return beat(instance, topics)
 
     manager.ticks.instances.beat = fail  # type: ignore[method-assign]
     manager.start()

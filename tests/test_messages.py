@@ -238,7 +238,7 @@ def test_a_message_worker_that_cannot_work_is_refused_in_a_sentence(
 def test_one_worker_handles_a_topic_and_its_name_is_no_other_workers(manager: BackgroundWorkerManager) -> None:
     manager.add(Hourly)
     manager.add(make(name="one"))
-    with pytest.raises(DuplicateWorker, match="There is a worker for the topic 'made' already"):
+    with pytest.raises(DuplicateWorker, match="There is a worker of the topic 'made' already"):
         manager.add(make(name="two"))
     with pytest.raises(DuplicateWorker, match="There is a worker named 'hourly' already"):
         manager.add(make(name="hourly", topic="other"))
