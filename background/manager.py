@@ -91,6 +91,8 @@ class BackgroundWorkerManager:
             self._refuse_second(worker, "topic", topic, self._topics.get(topic))
             self._refuse_second(worker, "name", worker.name, self._named(worker.name))
             self._topics[topic] = worker
+            if self._membership is not None:
+                self._membership.listen()
             return
         declared_schedule(worker)
         self._refuse_second(worker, "name", worker.name, self._named(worker.name))
