@@ -240,7 +240,8 @@ def _after_commit(session: Session) -> None:
 
 
 def _after_rollback(session: Session) -> None:
-    session.info.pop(_WHEN_COMMITTED, None)
+    if not session.in_nested_transaction():  # what came before the savepoint may still be committed
+        session.info.pop(_WHEN_COMMITTED, None)
 
 
 def _before_commit(session: Session) -> None:

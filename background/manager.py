@@ -308,7 +308,7 @@ class BackgroundWorkerManager:
 
     def _wake_when_committed(self, session: Session, topic: str, pause: timedelta | None) -> None:
         if (membership := self._membership) is not None:
-            when_committed(session, f"messages:{topic}", partial(membership.consumers.wake_after, topic, pause))
+            when_committed(session, f"messages:{topic}:{pause}", partial(membership.consumers.wake_after, topic, pause))
 
     # -- looking -------------------------------------------------------------------------------
 
