@@ -20,7 +20,7 @@ from sqlalchemy.pool import NullPool
 
 from models import db
 
-NOTES = {"PROBE_WORKERS": "notes", "WORKERS_LEASE_SECONDS": 1.5}
+LEASE = 1  # of those who are killed or frozen; the others keep theirs on a busy machine
 
 
 @pytest.fixture
@@ -32,13 +32,14 @@ def box(effects: Effects) -> Iterator[Mailbox]:
 
 def freeze_one(shops: Shops, at: str, **more: Any) -> Member:
     """A process that is frozen `at` a point of handling the first batch."""
-    victim = shops.start(**NOTES | {"PROBE_FREEZES_AT": at} | more)
+    settings = {"PROBE_WORKERS": "notes", "PROBE_FREEZES_AT": at, "WORKERS_LEASE_SECONDS": LEASE}
+    victim = shops.start(**settings | more)
     victim.wait_until_frozen()
     return victim
 
 
 def others(shops: Shops, count: int = 2, **more: Any) -> list[Member]:
-    return shops.join(count, **NOTES | more)
+    return shops.join(count, **{"PROBE_WORKERS": "notes"} | more)
 
 
 # -- killed ----------------------------------------------------------------------------------------
@@ -59,18 +60,19 @@ def kill_with_messages_in_hand(victim: Member, box: Mailbox, topic: str) -> None
 def test_half_of_eight_consumers_are_killed_while_messages_are_in_flight(
     shops: Shops, box: Mailbox, topic: str, count: int, batch: int
 ) -> None:
-    fleet = others(shops, 8, PROBE_WORKERS=topic, PROBE_BATCH=batch, WORKERS_LEASE_SECONDS=2)
+    more = {"PROBE_WORKERS": topic, "PROBE_BATCH": batch}
+    victims, survivors = others(shops, 4, WORKERS_LEASE_SECONDS=2, **more), others(shops, 4, **more)
     box.put(topic, range(count))
-    for victim in fleet[:4]:
+    for victim in victims:
         kill_with_messages_in_hand(victim, box, topic)
     assert eventually(lambda: box.are_over(topic))
     assert len(box.check_all_done(topic)) == count
     again = [row.attempt for row in box.rows(topic) if row.attempt > 1]
     assert len(again) >= 4
-    assert all(member.is_up for member in fleet[4:])
+    assert all(member.is_up for member in survivors)
 
 
-@pytest.mark.parametrize("at", ["handling", "effect", "commit"])
+@pytest.mark.parametrize("at", ["effect", "commit"])
 def test_the_messages_of_a_process_that_is_killed_are_taken_over_within_the_lease_and_a_second(
     shops: Shops, box: Mailbox, at: str
 ) -> None:
@@ -80,7 +82,7 @@ def test_the_messages_of_a_process_that_is_killed_are_taken_over_within_the_leas
     killed = victim.kill()
     assert eventually(box.are_over)
     found = box.check_all_done()
-    assert max(effect.at.timestamp() for effect in found) - killed <= NOTES["WORKERS_LEASE_SECONDS"] + 1 + MARGIN
+    assert max(effect.at.timestamp() for effect in found) - killed <= LEASE + 1 + MARGIN
     assert {effect.attempt for effect in found} == {2}
     assert victim.pid not in box.pids()
     assert box.errors(box.rows()[0].id) == [(1, "its instance stopped renewing its lease")]
@@ -120,17 +122,17 @@ def test_a_commit_whose_reply_got_lost_is_found_to_be_done(nursery: Nursery, eff
 
 
 @pytest.mark.parametrize(
-    ("database_url", "at"),
+    ("database_url", "at", "count"),
     [
-        ("sqlite", "handling"),
-        ("postgresql", "claim"),
-        ("postgresql", "handling"),
-        ("postgresql", "effect"),
-        ("postgresql", "commit"),  # acknowledged already, and the rows locked with that
+        ("sqlite", "claim", 5),
+        ("sqlite", "handling", 1),
+        ("postgresql", "claim", 5),
+        ("postgresql", "handling", 1),
+        ("postgresql", "effect", 5),
+        ("postgresql", "commit", 5),  # acknowledged already, and the rows locked with that
     ],
     indirect=["database_url"],
 )
-@pytest.mark.parametrize("count", [1, 5])
 def test_a_process_that_wakes_after_its_lease_acknowledges_nothing(
     shops: Shops, box: Mailbox, at: str, count: int
 ) -> None:
@@ -140,7 +142,7 @@ def test_a_process_that_wakes_after_its_lease_acknowledges_nothing(
     assert eventually(box.are_over)
     before = box.rows()
     zombie.thaw()
-    zombie.wait_for("not this instance's any more")
+    zombie.wait_for("Lost .* messages?|not this instance's any more")
     zombie.wait_for("begins anew")
     assert box.rows() == before
     assert {effect.attempt for effect in box.check_all_done()} == {2}
@@ -150,21 +152,20 @@ def test_a_process_that_wakes_after_its_lease_acknowledges_nothing(
 
 
 @on_sqlite
-@pytest.mark.parametrize(("at", "attempt"), [("claim", 2), ("effect", 2), ("commit", 1)])
+@pytest.mark.parametrize(("at", "attempt"), [("effect", 2), ("commit", 1)])
 def test_a_process_that_wakes_with_the_write_lock_of_sqlite_after_its_lease_is_decided_on_once(
-    shops: Shops, effects: Effects, box: Mailbox, at: str, attempt: int
+    shops: Shops, box: Mailbox, at: str, attempt: int
 ) -> None:
     """While it is frozen nobody can write, so nobody can take over."""
     box.put("notes", range(5))
     zombie = freeze_one(shops, at)
     others(shops)
-    assert eventually(lambda: zombie.pid not in effects.instances(alive=True))
-    assert box.states() == {"waiting" if at == "claim" else "running": 5}
+    assert eventually(lambda: zombie.pid not in box.living())
+    assert box.states() == {"running": 5}
     zombie.thaw()
     zombie.wait_for("begins anew")
     assert eventually(box.are_over)
     assert {effect.attempt for effect in box.check_all_done()} == {attempt}
-    assert ("attempt 1" in zombie.output) == (at != "claim")
 
 
 @pytest.mark.parametrize(
@@ -182,7 +183,7 @@ def test_what_a_zombie_enqueued_is_not_there(
     assert eventually(lambda: box.rows() and box.are_over())
     zombie.thaw()
     zombie.wait_for("begins anew")
-    zombie.wait_for("Lost the tick" if sender == "sender" else "not this instance's any more")
+    zombie.wait_for("Lost")
     assert [effect.attempt for effect in effects.all(sender)] == [2]
     assert len(box.check_all_done()) == 1
 
@@ -203,7 +204,7 @@ def test_a_message_that_always_fails_is_buried_with_every_error_and_neither_bloc
 
 
 def test_a_message_that_kills_its_process_is_buried_and_the_others_live(shops: Shops, box: Mailbox) -> None:
-    fleet = others(shops, 5, PROBE_ATTEMPTS=3, WORKERS_LEASE_SECONDS=1)
+    fleet = others(shops, 5, PROBE_ATTEMPTS=3, WORKERS_LEASE_SECONDS=LEASE)
     notes = box.put("notes", [*range(7), "kill", *range(12)])
     assert eventually(box.are_over)
     box.check()
@@ -218,7 +219,7 @@ def test_a_message_that_kills_its_process_is_buried_and_the_others_live(shops: S
 
 def test_where_there_is_one_attempt_a_killer_takes_no_neighbour_along(shops: Shops, box: Mailbox) -> None:
     notes = box.put("notes", [*range(5), "kill", *range(5)])
-    others(shops, 2, PROBE_ATTEMPTS=1, WORKERS_LEASE_SECONDS=1)
+    others(shops, 2, PROBE_ATTEMPTS=1, WORKERS_LEASE_SECONDS=1.5)
     assert eventually(box.are_over)
     assert {effect.attempt for effect in box.check()} == {1}
     assert box.states() == {"done": 10, "dead": 1}
@@ -275,7 +276,7 @@ def test_of_a_batch_whose_process_is_told_to_end_the_rest_is_handled_elsewhere_a
     shops: Shops, box: Mailbox
 ) -> None:
     box.put("notes", ["one", "two", "wait", "four", "five"])
-    leaving = shops.start(**NOTES)
+    [leaving] = others(shops, 1)
     leaving.wait_for("The note waits")
     # Their next heartbeats are far away.
     [other] = others(shops, 1, WORKERS_HEARTBEAT_SECONDS=20, WORKERS_LEASE_SECONDS=60)
@@ -292,7 +293,7 @@ def test_what_a_process_does_not_end_in_time_is_handled_elsewhere_and_was_no_att
     shops: Shops, box: Mailbox
 ) -> None:
     box.put("notes", ["deaf", "next"])
-    leaving = shops.start(WORKERS_SHUTDOWN_SECONDS=0.5, PROBE_SECONDS=PATIENCE, **NOTES)
+    [leaving] = others(shops, 1, WORKERS_SHUTDOWN_SECONDS=0.5, PROBE_SECONDS=PATIENCE)
     leaving.wait_for("The note is deaf")
     others(shops, PROBE_SECONDS=0)
     leaving.signal(signal.SIGTERM)
@@ -319,7 +320,7 @@ def test_a_restart_of_the_database_in_the_middle_of_a_batch_loses_and_repeats_no
     box, shops = Mailbox(effects), Shops(nursery, effects.url)
     try:
         box.put("notes", ["one", "wait", "three"] * 3)
-        members = others(shops, 3, PROBE_BATCH=3, PROBE_SECONDS=2, WORKERS_LEASE_SECONDS=5)
+        members = others(shops, 3, PROBE_BATCH=3, PROBE_SECONDS=2)
         for member in members:
             member.wait_for("The note waits")
         server.stop("immediate")
@@ -419,7 +420,7 @@ def test_messages_of_a_topic_that_a_release_does_not_have_are_left_alone(shops: 
     victim = freeze_one(shops, "handling")
     victim.kill()
     more = box.put("notes", range(5))
-    [without] = shops.join(PROBE_WORKERS="bulk", WORKERS_LEASE_SECONDS=1.5)
+    [without] = others(shops, 1, PROBE_WORKERS="bulk")
     box.put("bulk", range(5))
     assert eventually(lambda: box.are_over("bulk"))
     assert eventually(lambda: victim.pid not in box.living())
