@@ -327,7 +327,8 @@ def _claim(on_sqlite: bool) -> Any:
 
 
 def _message(row: Row[Any]) -> Message:
-    return Message(**{**row._mapping, "payload": json.loads(row.payload)})
+    number, topic, payload, *others = tuple(row)
+    return Message(number, topic, json.loads(payload), *others)
 
 
 def _release(connection: Connection, which: ColumnElement[bool], **values: Any) -> Sequence[Row[Any]]:

@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from fleet import PATIENCE, Fleet, Hourly, effect, statements, wait_until
+from fleet import HOUR, PATIENCE, Fleet, Hourly, effect, statements, wait_until
 from sqlalchemy import select
 
 from background import (
@@ -425,3 +425,17 @@ def test_of_a_batch_that_is_stopped_the_handled_ones_are_kept_and_the_rest_is_ha
     fleet.manager(Notes).start()
     all_are(fleet, "done", 5)
     assert fleet.effects() == ["0", "1", "2", "3", "4"]
+
+
+def test_an_idle_instance_with_delayed_messages_is_one_statement_per_heartbeat(fleet: Fleet) -> None:
+    manager = fleet.manager(Notes)
+    fleet.enqueue("notes", "later", delay=HOUR)
+    manager.start()
+    wait_until(lambda: manager.ticks.instance is not None, "the start")
+    with statements(manager.ticks.instances.engine) as beats:
+        wait_until(lambda: len(beats) >= 3, "the heartbeats that take the start in")
+        with statements(manager.ticks.ledger.engine) as others:
+            wait_until(lambda: len(beats) >= 8, "five more")
+    assert {statement.split()[0] for statement in beats[3:]} == {"INSERT"}
+    assert others == []
+    assert states(fleet) == ["waiting"]
