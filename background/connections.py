@@ -78,7 +78,10 @@ class Connections:
         )
         event.listen(engine, "connect", self._opened)
         with engine.connect() as connection:
-            yield connection.connection.driver_connection
+            try:
+                yield connection.connection.driver_connection
+            finally:
+                connection.invalidate()  # closed as it is: where it broke, a last rollback would fail aloud
 
     @property
     def locks(self) -> Engine:

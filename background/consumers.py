@@ -33,6 +33,7 @@ class Consumers:
         self._active: Counter[str] = Counter()
         self._again: set[str] = set()
         self._batches: set[str] = set()
+        self._others: set[str] = set()
         self._is_freeing = False
         self._changed = threading.Lock()
 
@@ -93,6 +94,8 @@ class Consumers:
         instance, topic = self._ticks.instance, worker.topic
         if instance is None or not instance.is_alive or self._ticks.runs.stopping.is_set():
             return False
+        if self._workers.get(topic) is not worker:  # it was removed
+            return False
         # Where there is no second attempt, a neighbour's death would bury the whole batch.
         size = worker.batch_size if worker.max_attempts > 1 else 1
         batch = self._ticks.messages.claim(worker.name, topic, size, (instance.id, instance.name))
@@ -126,6 +129,9 @@ class Consumers:
         if (gone or instance.id in holders) and not self._is_freeing:
             self._is_freeing = True
             self._scheduler.soon(self._free, instance, gone)
+        if self._others - others:  # they have done what they held, or handed it back
+            self._wake_all()
+        self._others = others
         return bool(others)
 
     def _free(self, instance: Instance, gone: Mapping[str, bool]) -> None:
@@ -148,5 +154,8 @@ class Consumers:
             log.warning("Cannot take messages back: %s", first_line(error))
         finally:
             self._is_freeing = False
-        for topic in most:
+        self._wake_all()
+
+    def _wake_all(self) -> None:
+        for topic in list(self._workers):
             self.wake(topic)

@@ -167,7 +167,8 @@ class MessageContext(WorkerContext):
         self._transaction: SessionTransaction | None = None
 
     def begin(self, message: "Message") -> None:
-        """From here on this run is that of `message`."""
+        """From here on this run is that of `message`; raises ClaimLost where its lease is over."""
+        self._refuse_if_lost()
         self.tick, self.attempt, self.token = message.due_at, message.attempt, message.token
         self.idempotency_key = message.idempotency_key
 
@@ -239,7 +240,8 @@ def _after_commit(session: Session) -> None:
 
 
 def _after_rollback(session: Session) -> None:
-    session.info.pop(_WHEN_COMMITTED, None)
+    if not session.in_nested_transaction():  # what came before the savepoint may still be committed
+        session.info.pop(_WHEN_COMMITTED, None)
 
 
 def _before_commit(session: Session) -> None:

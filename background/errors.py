@@ -102,7 +102,10 @@ class LockNotAcquired(BackgroundError):
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's text: drivers add the statement and a link, which belong in a traceback."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    try:
+        return str(error).strip().splitlines()[0]
+    except Exception:  # it has no text, or none that can be had
+        return type(error).__name__
 
 
 def error_line(text: str | None) -> str | None:

@@ -103,6 +103,8 @@ class BackgroundWorkerManager:
             self._refuse_second(worker, "topic", topic, self._topics.get(topic))
             self._refuse_second(worker, "name", worker.name, self._named(worker.name))
             self._topics[topic] = worker
+            if self._membership is not None:
+                self._membership.listen()
             return
         declared_schedule(worker)
         self._refuse_second(worker, "name", worker.name, self._named(worker.name))
@@ -318,7 +320,7 @@ class BackgroundWorkerManager:
 
     def _wake_when_committed(self, session: Session, topic: str, pause: timedelta | None) -> None:
         if (membership := self._membership) is not None:
-            when_committed(session, f"messages:{topic}", partial(membership.consumers.wake_after, topic, pause))
+            when_committed(session, f"messages:{topic}:{pause}", partial(membership.consumers.wake_after, topic, pause))
 
     # -- locking -------------------------------------------------------------------------------
 

@@ -81,6 +81,11 @@ class Membership:
         if self._heartbeat is not None:
             self._scheduler.soon(self._take_up, name)
 
+    def listen(self) -> None:
+        """Take up a topic that was added after the start."""
+        if self._heartbeat is not None:
+            self._scheduler.soon(self._listen)
+
     def dismiss(self, name: str) -> None:
         """Wake up for a worker no more."""
         self._wake_ups.disarm(name)
@@ -137,7 +142,7 @@ class Membership:
         for topic in list(self._topics):
             self.consumers.wake(topic)
         with self._entering:
-            if self._topics and not self._left and self._ticks.connections.can_listen:
+            if self._topics and not (self._left or self._listener) and self._ticks.connections.can_listen:
                 self._listener = Listener(self._ticks.connections, self.consumers.wake, lambda: list(self._topics))
                 self._listener.start()
 

@@ -1,5 +1,6 @@
 """What the probes' workers write, and what must be true of it however they were started and stopped."""
 
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import Column, Integer, MetaData, String, Table, create_engine, insert, select
 from sqlalchemy.pool import NullPool
 
-from background import WorkerContext
+from background import Message, WorkerContext
 from background.clock import UtcDateTime, now
 from background.models import executions, instances, workers
 from background.sqlite import prepare
@@ -52,6 +53,15 @@ def leave(context: WorkerContext, pid: int, note: str = "done") -> None:
             at=now(),
         )
     )
+
+
+def leave_each(context: WorkerContext, messages: Sequence[Message], pid: int) -> None:
+    """Write one effect for each of them, as `leave` does for the one in hand."""
+    rows = [
+        {"worker": context.worker, "tick": each.due_at, "attempt": each.attempt, "key": each.idempotency_key}
+        for each in messages
+    ]
+    context.session.execute(insert(table).values(note="done", pid=pid, at=now()), rows)
 
 
 class Effects:

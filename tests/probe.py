@@ -6,18 +6,19 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import click
-from effects import leave
+from effects import leave, leave_each
 from flask import Flask
 from sqlalchemy import Connection, Engine, event, update
 from sqlalchemy.pool import Pool
 
 import app as shop
-from background import ClaimLost, PeriodicWorker, WorkerContext, current_workers
+from background import ClaimLost, Message, MessageWorker, PeriodicWorker, WorkerContext, current_workers
 from background.clock import now
 from models import User, UserRepository
 
@@ -29,9 +30,9 @@ _connections: list[int] = []
 def create_app() -> Flask:
     app = shop.create_app({"WTF_CSRF_ENABLED": False, "RATELIMIT_ENABLED": False})
     workers = app.extensions["background_workers"]
-    for name in workers.workers:
-        workers.remove(name)
-    known = {worker.name: worker for worker in PeriodicWorker.__subclasses__()}
+    for worker in (*workers.workers.values(), *workers.topics.values()):
+        workers.remove(worker.name)
+    known = {worker.name: worker for kind in (PeriodicWorker, MessageWorker) for worker in kind.__subclasses__()}
     for name in filter(None, os.environ.get("PROBE_WORKERS", "ticker").split(",")):
         workers.add(known[name])
     app.cli.command("count")(count)
@@ -66,7 +67,7 @@ class Ticker(PeriodicWorker):
         threading.Event().wait(_TAKES)
         leave(context, os.getpid())
         reach("effect")
-        event.listen(context.session, "after_commit", lambda _session: reach("committed"))
+        event.listen(context.session, "after_commit", _committed)
 
 
 class Quick(PeriodicWorker):
@@ -194,6 +195,78 @@ class Hanging(PeriodicWorker):
         leave(context, os.getpid())
 
 
+class Letters:
+    """A message worker as the environment wants it."""
+
+    batch_size = int(os.environ.get("PROBE_BATCH", "100"))
+    max_attempts = int(os.environ.get("PROBE_ATTEMPTS", "5"))
+    concurrency = int(os.environ.get("PROBE_CONCURRENCY", "1"))
+    backoff = timedelta(seconds=0.05)
+
+
+class Notes(Letters, MessageWorker):
+    """Does what a message says, and leaves its effect; one that says nothing else is quick."""
+
+    name = topic = "notes"
+
+    def handle(self, message: Message, context: WorkerContext) -> None:
+        context.logger.info("Handling %s, attempt %d", message.idempotency_key, message.attempt)
+        reach("handling")
+        if message.payload == "raise":
+            raise ValueError(f"attempt {message.attempt} of a bad note")
+        if message.payload == "kill":
+            leave(context, os.getpid())
+            os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(_SECONDS)
+        if message.payload == "wait" and message.attempt == 1:
+            context.logger.info("The note waits")
+            context.stopping.wait(_SECONDS)
+        if message.payload == "deaf":
+            context.logger.info("The note is deaf")
+            time.sleep(_SECONDS)
+        leave(context, os.getpid())
+        reach("effect")
+        event.listen(context.session, "after_commit", _committed)
+
+
+class Bulk(Letters, MessageWorker):
+    """Leaves the effects of a batch at once."""
+
+    name = topic = "bulk"
+
+    def handle_many(self, messages: Sequence[Message], context: WorkerContext) -> None:
+        leave_each(context, messages, os.getpid())
+
+
+class Relays(Letters, MessageWorker):
+    """Leaves its effect, and enqueues a note."""
+
+    name = topic = "relays"
+
+    def handle(self, message: Message, context: WorkerContext) -> None:
+        reach("handling")
+        leave(context, os.getpid())
+        current_workers.enqueue("notes", message.id)
+        reach("effect")
+
+
+class Sender(PeriodicWorker):
+    """Leaves its effect, and enqueues a note."""
+
+    name = "sender"
+    period = timedelta(days=1)
+
+    def do_work(self, context: WorkerContext) -> None:
+        reach("handling")
+        leave(context, os.getpid())
+        current_workers.enqueue("notes", context.tick.isoformat())
+        reach("effect")
+
+
+def _committed(_session: object) -> None:
+    reach("committed")
+
+
 def reach(point: str) -> None:
     """Freeze this process at the point PROBE_FREEZES_AT, the first time that it gets there."""
     if os.environ.get("PROBE_FREEZES_AT") == point:
@@ -205,7 +278,8 @@ def reach(point: str) -> None:
 def _executing(connection: Connection, _cursor: Any, statement: str, *_: Any) -> None:
     if statement.startswith("UPDATE background_workers SET mark"):
         reach("claiming")
-    if statement.startswith("INSERT INTO background_executions"):
+    is_claim_of_messages = "UPDATE background_messages SET" in statement and "claimed_at=" in statement
+    if is_claim_of_messages or statement.startswith("INSERT INTO background_executions"):
         connection.info["ends_with"] = "claim"
     elif statement.startswith("INSERT INTO effects"):
         connection.info["ends_with"] = "commit"

@@ -1,0 +1,447 @@
+"""What handlers do that they should not: their neighbours in the batch are handled once all the same."""
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from conftest import on_postgresql
+from flask import current_app
+from fleet import PATIENCE, Fleet, Hourly, effect, wait_until
+from sqlalchemy import insert
+from sqlalchemy.exc import IntegrityError
+
+from background import BackgroundWorkerManager, Message, MessageWorker, WorkerContext, current_workers
+from models import db
+
+MINUTE = 60
+
+
+class Notes(MessageWorker):
+    """Leaves one effect per message."""
+
+    topic = "notes"
+    max_attempts = 2
+    backoff = timedelta(milliseconds=20)
+
+    def handle(self, message: Message, context: WorkerContext) -> Any:
+        effect(context, message.payload)
+
+
+def states(fleet: Fleet) -> list[str]:
+    return [row.state for row in fleet.messages()]
+
+
+def is_over(fleet: Fleet) -> bool:
+    return not {"waiting", "running"} & set(states(fleet))
+
+
+# -- raising ---------------------------------------------------------------------------------------
+
+
+class Unspeakable(Exception):
+    """Its text cannot be had, nor can it be pickled."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+    def __reduce__(self) -> Any:
+        raise TypeError("no pickle")
+
+
+RAISED: dict[str, BaseException] = {
+    "SystemExit: 3": SystemExit(3),
+    "KeyboardInterrupt": KeyboardInterrupt(),
+    "GeneratorExit": GeneratorExit(),
+    "CancelledError": asyncio.CancelledError(),
+    "StopIteration: 7": StopIteration(7),
+    "MemoryError": MemoryError(),
+    "Unspeakable: <exception str() failed>": Unspeakable(lambda: None),
+    r"ValueError: \x00 and \udc80": ValueError("\0 and \udc80"),
+    "ExceptionGroup: several (2 sub-exceptions)": ExceptionGroup("several", [ValueError(1), KeyError(2)]),
+    "RecursionError: " + "x" * 100_000: RecursionError("x" * 100_000),
+}
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_whatever_a_handler_raises_buries_its_own_message_only(fleet: Fleet, is_async: bool) -> None:
+    class Raising(Notes):
+        def handle(self, message: Message, context: WorkerContext) -> Any:
+            effect(context, message.payload[:90])
+            return self._later(message) if is_async else self._now(message)
+
+        def _now(self, message: Message) -> None:
+            if message.payload in RAISED:
+                raise RAISED[message.payload]
+
+        async def _later(self, message: Message) -> None:
+            await asyncio.sleep(0)
+            self._now(message)
+
+    raised = {name: error for name, error in RAISED.items() if not (is_async and name.startswith("StopIteration"))}
+    fleet.manager(Raising)
+    payloads = [each for name in raised for each in (name, f"after {name[:80]}")]
+    fleet.enqueue("notes", *payloads)
+    fleet.apps[-1].extensions["background_workers"].start()
+    wait_until(lambda: is_over(fleet), "the end")
+    assert fleet.effects() == [f"after {name[:80]}" for name in raised]
+    rows = fleet.messages()
+    assert states(fleet) == ["dead", "done"] * len(raised)
+    errors = [(row.message, row.attempt) for row in fleet.errors()]
+    assert sorted(errors) == [(row.id, attempt) for row in rows[::2] for attempt in (1, 2)]
+    for row in fleet.errors():
+        [name] = [name for name, message in zip(raised, rows[::2], strict=True) if message.id == row.message]
+        assert name in row.error
+    fleet.enqueue("notes", "the next")
+    wait_until(lambda: is_over(fleet), "the next")
+    assert fleet.effects()[-1] == "the next"
+
+
+def test_where_a_batch_fails_that_is_handled_at_once_its_good_messages_are_handled_alone(fleet: Fleet) -> None:
+    class Many(MessageWorker):
+        topic = "notes"
+        batch_size, max_attempts, backoff = 10, 2, timedelta()
+        sizes: list[int] = []
+
+        def handle_many(self, messages: Sequence[Message], context: WorkerContext) -> None:
+            self.sizes.append(len(messages))
+            for message in messages:
+                effect(context, message.payload)
+            if any(message.payload in (3, 17) for message in messages):
+                raise ValueError("3 and 17 are bad")
+
+    manager = fleet.manager(Many)
+    fleet.enqueue("notes", *range(30))
+    manager.start()
+    wait_until(lambda: is_over(fleet), "the end")
+    assert fleet.effects() == [str(each) for each in range(30) if each not in (3, 17)]
+    assert {row.attempt for row in fleet.messages() if row.state == "done"} == {1}
+    assert [row.attempt for row in fleet.errors()] == [1, 2] * 2
+    assert sorted(Many.sizes) == [1] * 22 + [10] * 3
+
+
+def test_where_there_is_one_attempt_the_first_failure_buries(fleet: Fleet) -> None:
+    class Once(Notes):
+        max_attempts = 1
+
+        def handle(self, message: Message, context: WorkerContext) -> None:
+            effect(context, message.payload)
+            assert message.payload != "bad"
+
+    manager = fleet.manager(Once)
+    fleet.enqueue("notes", "one", "bad", "three", delay=0)
+    manager.start()
+    wait_until(lambda: is_over(fleet), "the end")
+    assert states(fleet) == ["done", "dead", "done"]
+    assert fleet.effects() == ["one", "three"]
+    assert [row.attempt for row in fleet.errors()] == [1]
+
+
+# -- what it does with its session -----------------------------------------------------------------
+
+
+def close_it(context: WorkerContext) -> None:
+    effect(context, "closed away")
+    context.session.close()
+
+
+def roll_back_at_the_end(context: WorkerContext) -> None:
+    effect(context, "daring")
+    context.session.rollback()
+
+
+def commit_and_fail(context: WorkerContext) -> None:
+    context.commit()
+    if context.attempt == 1:
+        raise ValueError("after its commit")
+
+
+def commit_twice(context: WorkerContext) -> None:
+    context.commit()
+    context.session.commit()
+
+
+def open_a_context(context: WorkerContext) -> None:
+    with current_app.app_context():  # type: ignore[attr-defined]
+        db.session.commit()
+
+
+def leave_a_savepoint_open(context: WorkerContext) -> None:
+    context.session.begin_nested()
+
+
+def roll_a_savepoint_back(context: WorkerContext) -> None:
+    savepoint = context.session.begin_nested()
+    effect(context, "in the savepoint")
+    savepoint.rollback()
+
+
+def swallow_a_failed_flush(context: WorkerContext) -> None:
+    from fleet import effects
+
+    for _ in range(2):
+        with suppress(IntegrityError):
+            context.session.execute(insert(effects).values(key="", note="twice", unique=1))
+
+
+def swallow_it_and_roll_back(context: WorkerContext) -> None:
+    swallow_a_failed_flush(context)
+    context.session.rollback()
+
+
+def cut_its_connection(context: WorkerContext) -> None:
+    if context.attempt == 1:
+        context.session.connection().connection.driver_connection.close()  # type: ignore[union-attr]
+
+
+def give_its_connection_up(context: WorkerContext) -> None:
+    if context.attempt == 1:
+        context.session.connection().invalidate()
+
+
+def enqueue_and_roll_back(context: WorkerContext) -> None:
+    current_workers.enqueue("notes", "never there")
+    context.session.rollback()
+
+
+DEEDS = [
+    close_it,
+    roll_back_at_the_end,
+    commit_and_fail,
+    commit_twice,
+    open_a_context,
+    leave_a_savepoint_open,
+    roll_a_savepoint_back,
+    swallow_a_failed_flush,
+    swallow_it_and_roll_back,
+    cut_its_connection,
+    give_its_connection_up,
+    enqueue_and_roll_back,
+]
+
+
+@pytest.mark.parametrize("deed", DEEDS)
+def test_whatever_a_handler_does_to_its_session_its_neighbours_are_handled_once(
+    fleet: Fleet, deed: Callable[[WorkerContext], None]
+) -> None:
+    class Daring(Notes):
+        def handle(self, message: Message, context: WorkerContext) -> None:
+            if message.payload == "daring":
+                deed(context)
+            else:
+                effect(context, message.payload)
+
+    manager = fleet.manager(Daring, WORKERS_LEASE_SECONDS=10)
+    fleet.enqueue("notes", "daring", "one", "two", "daring", "daring", "three", "daring")
+    manager.start()
+    wait_until(lambda: is_over(fleet), "the end")
+    neighbours = [note for note in fleet.effects() if note in ("one", "two", "three")]
+    assert neighbours == ["one", "two", "three"]
+    assert not {"in the savepoint", "closed away", "never there", "daring"} & set(fleet.effects())
+    rows = {row.id: row for row in fleet.messages()}
+    assert {row.state for row in rows.values() if row.payload != '"daring"'} == {"done"}
+    assert not [row for row in fleet.errors() if rows[row.message].payload != '"daring"']
+    assert len(rows) == 7
+
+
+@on_postgresql
+def test_effects_in_a_context_of_the_handlers_own_are_committed_apart_and_the_neighbours_once(fleet: Fleet) -> None:
+    class Apart(Notes):
+        def handle(self, message: Message, context: WorkerContext) -> None:
+            if message.payload == "apart":
+                with current_app.app_context():  # type: ignore[attr-defined]
+                    effect(context, "in its own")
+                    db.session.commit()
+            effect(context, message.payload)
+
+    manager = fleet.manager(Apart)
+    fleet.enqueue("notes", "one", "apart", "two")
+    manager.start()
+    wait_until(lambda: is_over(fleet), "the end")
+    assert [note for note in fleet.effects() if note != "in its own"] == ["one", "apart", "two"]
+    assert states(fleet) == ["done"] * 3
+
+
+# -- enqueueing on the way -------------------------------------------------------------------------
+
+
+def test_what_a_handler_enqueues_is_there_once_its_message_is_done_and_never_twice(fleet: Fleet) -> None:
+    class Chain(Notes):
+        """Each message enqueues the next; every third fails at first, after it has done that."""
+
+        def handle(self, message: Message, context: WorkerContext) -> None:
+            effect(context, message.payload)
+            chain, number = message.payload
+            if number < 9:
+                current_workers.enqueue("notes", [chain, number + 1])
+            if number % 3 == 0 and message.attempt == 1:
+                raise ValueError("after it enqueued the next")
+
+    manager = fleet.manager(Chain)
+    fleet.enqueue("notes", *([chain, 0] for chain in range(5)))
+    manager.start()
+    wait_until(lambda: len(states(fleet)) == 50 and is_over(fleet), "the chains' ends")
+    assert sorted(fleet.effects()) == sorted(str([chain, number]) for chain in range(5) for number in range(10))
+    assert states(fleet) == ["done"] * 50
+
+
+def test_what_a_periodic_worker_enqueues_is_fenced_with_its_run(fleet: Fleet) -> None:
+    began, go_on = threading.Event(), threading.Event()
+
+    class Sender(Hourly):
+        def do_work(self, context: WorkerContext) -> None:
+            current_workers.enqueue("notes", context.token)
+            context.session.flush()
+            if context.token == 1:
+                context.session.rollback()  # so that others can write on SQLite
+                began.set()
+                assert go_on.wait(PATIENCE)
+                current_workers.enqueue("notes", "the zombie's")
+
+    manager = fleet.manager(Sender, Notes)
+    manager.start()
+    assert began.wait(PATIENCE)
+    fleet.take_over("sender")
+    go_on.set()
+    wait_until(lambda: not manager.ticks.runs._contexts, "the end of the run")
+    assert fleet.messages() == []
+
+
+# -- what it is given ------------------------------------------------------------------------------
+
+
+def test_a_big_payload_and_one_with_any_character_arrive_as_they_were(fleet: Fleet) -> None:
+    given: list[Any] = []
+
+    class Reader(Notes):
+        def handle(self, message: Message, context: WorkerContext) -> None:
+            given.append(message.payload)
+            effect(context)
+
+    payloads = [
+        "x" * 250 * 1024,
+        {"ü" * 1000: ["\0", "\x1f", "\u2028", "\U0001f4da", "%s :x $1 ?", "'\"\\"]},
+        "",
+        {},
+        0,
+    ]
+    manager = fleet.manager(Reader)
+    with fleet.apps[-1].app_context():
+        manager.enqueue_many("notes", payloads)
+        for payload in payloads:
+            manager.enqueue("notes", payload)
+        db.session.commit()
+    manager.start()
+    wait_until(lambda: is_over(fleet), "the end")
+    assert given == payloads * 2
+
+
+def test_an_instance_handles_as_many_batches_at_a_time_as_it_may(fleet: Fleet) -> None:
+    together = threading.Barrier(4)
+
+    class Four(Notes):
+        batch_size, concurrency = 1, 4
+
+        def handle(self, message: Message, context: WorkerContext) -> None:
+            together.wait(PATIENCE)
+            effect(context, message.payload)
+
+    manager = fleet.manager(Four)
+    fleet.enqueue("notes", *range(12))
+    manager.start()
+    wait_until(lambda: is_over(fleet), "the end")
+    assert sorted(map(int, fleet.effects())) == list(range(12))
+    assert fleet.errors() == []
+
+
+def test_a_worker_that_is_added_after_the_start_handles_what_waits_and_one_that_is_removed_nothing_more(
+    fleet: Fleet,
+) -> None:
+    removed = threading.Event()
+
+    class Removing(Notes):
+        batch_size = 1
+
+        def handle(self, message: Message, context: WorkerContext) -> None:
+            effect(context, f"{message.payload}, removing")
+            if message.payload == 2:
+                manager.remove("removing")
+                removed.set()
+
+    fleet.manager(Notes)
+    fleet.enqueue("notes", *range(6))
+    manager = fleet.manager()
+    manager.start()
+    wait_until(lambda: manager.ticks.instance, "the start")
+    manager.add(Removing)
+    assert removed.wait(PATIENCE)
+    wait_until(lambda: len(fleet.effects()) == 3, "the third")
+    manager.add(Notes)
+    wait_until(lambda: is_over(fleet), "the end")
+    assert fleet.effects() == ["0, removing", "1, removing", "2, removing", "3", "4", "5"]
+
+
+# -- waking up -------------------------------------------------------------------------------------
+
+
+Quiet = Callable[..., BackgroundWorkerManager]
+
+
+@pytest.fixture
+def quiet(fleet: Fleet, caplog: pytest.LogCaptureFixture) -> Quiet:
+    """Start one that has taken its first look, and has no heartbeat to come."""
+    caplog.set_level(logging.INFO, "background.membership")
+
+    def start(*workers: type[MessageWorker]) -> BackgroundWorkerManager:
+        manager = fleet.manager(*workers, WORKERS_HEARTBEAT_SECONDS=MINUTE, WORKERS_LEASE_SECONDS=5 * MINUTE)
+        manager.start()
+        wait_until(lambda: "joined with" in caplog.text, "the start")
+        wait_until(lambda: not manager._membership.consumers._active["notes"], "the first look")
+        return manager
+
+    return start
+
+
+def test_a_message_for_tomorrow_does_not_hold_one_for_now_up(fleet: Fleet, quiet: Quiet) -> None:
+    manager = quiet(Notes)
+    with manager.app.app_context():
+        manager.enqueue("notes", "now")
+        manager.enqueue("notes", "tomorrow", delay=timedelta(days=1))
+        db.session.commit()
+    wait_until(lambda: fleet.effects() == ["now"], "the handling")
+
+
+def test_a_savepoint_that_is_rolled_back_holds_no_message_up_that_was_enqueued_before(
+    fleet: Fleet, quiet: Quiet
+) -> None:
+    manager = quiet(Notes)
+    with manager.app.app_context():
+        manager.enqueue("notes", "kept")
+        savepoint = db.session.begin_nested()
+        manager.enqueue("notes", "rolled back")
+        savepoint.rollback()
+        db.session.commit()
+    wait_until(lambda: fleet.effects() == ["kept"], "the handling")
+
+
+def test_a_worker_that_is_added_after_the_start_is_told_of_messages_too(fleet: Fleet, quiet: Quiet) -> None:
+    manager = quiet()
+    manager.add(Notes)
+    with manager.app.app_context():
+        manager.enqueue("notes", "own")
+        db.session.commit()
+    wait_until(lambda: fleet.effects() == ["own"], "the handling")
+
+
+@on_postgresql
+def test_a_worker_that_is_added_after_the_start_hears_of_what_others_enqueue(fleet: Fleet, quiet: Quiet) -> None:
+    manager = quiet()
+    manager.add(Notes)
+    fleet.manager(Notes)
+    for number in range(3):
+        fleet.enqueue("notes", number)
+        wait_until(lambda: is_over(fleet), "the handling")
