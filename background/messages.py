@@ -4,6 +4,7 @@ import json
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import cached_property
 from itertools import islice
 from typing import Any
 from uuid import uuid4
@@ -50,14 +51,19 @@ class Message:
 
     id: int
     topic: str
-    payload: Any
-    """What was enqueued: None, bool, int, float, str, and lists and dicts of them."""
+    text: str
+    """The payload as JSON."""
     key: str | None
     attempt: int
     token: int
     """Grows by one with every claim of this message."""
     enqueued_at: datetime
     due_at: datetime
+
+    @cached_property
+    def payload(self) -> Any:
+        """What was enqueued: None, bool, int, float, str, and lists and dicts of them."""
+        return json.loads(self.text)
 
     @property
     def idempotency_key(self) -> str:
@@ -161,7 +167,7 @@ class Messages:
         values = {"of": topic, "size": size, "by": batch, "on": instance[0], "on_name": instance[1]}
         with self._single.begin() as connection:
             rows = connection.execute(self._claim, values).all()
-        found = sorted((_message(row) for row in rows), key=lambda message: (message.due_at, message.id))
+        found = sorted((Message(*row) for row in rows), key=lambda message: (message.due_at, message.id))
         return Batch(batch, worker, tuple(found)) if found else None
 
     def _any_due(self, topic: str) -> bool:
@@ -380,11 +386,6 @@ def _claim(on_sqlite: bool) -> Any:
         )
         .returning(*_columns)
     )
-
-
-def _message(row: Row[Any]) -> Message:
-    number, topic, payload, *others = tuple(row)
-    return Message(number, topic, json.loads(payload), *others)
 
 
 def _release(connection: Connection, which: ColumnElement[bool], **values: Any) -> Sequence[Row[Any]]:

@@ -82,11 +82,11 @@ MUTATIONS = (
     Mutation(
         "pruning leaves the mark alone",
         [
-            Edit("background/pruning.py", "from .models import executions", "from .models import executions, workers"),
             Edit(
                 "background/pruning.py",
-                "        after, deleted = 0, 1\n",
-                "        after, deleted = 0, 1\n        context.session.execute(workers.update().values(mark=None))\n",
+                "    after, deleted = 0, 1\n",
+                "    after, deleted = 0, 1\n"
+                "    context.session.execute(__import__('background.models').models.workers.update().values(mark=None))\n",
             ),
         ],
         ["tests/test_pruning.py"],
@@ -121,6 +121,27 @@ MUTATIONS = (
         "past the monotonic deadline nothing is committed",
         [Edit("background/instances.py", "return steady() < self.deadline", "return True")],
         ["tests/test_context.py", "-k", "deadline"],
+    ),
+    Mutation(
+        "an acknowledgement checks that the batch is still its own",
+        [Edit("background/messages.py", "messages.c.batch == batch.id, _is_running", "True")],
+        ["tests/test_message_faults.py", "-k", "frozen or zombie"],
+    ),
+    Mutation(
+        "a message that was tried before is claimed alone",
+        [
+            Edit(
+                "background/messages.py",
+                "case((first.c.attempt > 0, due.c.id == first.c.id), else_=due.c.attempt == 0)",
+                "True",
+            )
+        ],
+        ["tests/test_message_faults.py", "-k", "kills"],
+    ),
+    Mutation(
+        "what one handler rolls back, its neighbours did not do",
+        [Edit("background/context.py", "if self._transaction is not None and", "if False and")],
+        ["tests/test_messages.py", "-k", "whatever"],
     ),
     Mutation(
         "an order is settled once",
