@@ -17,6 +17,8 @@ import app as shop
 from background import PeriodicWorker, WorkerContext
 from background.clock import UtcDateTime, now
 
+from . import soak_messages
+
 SLICES = 4
 
 effects = Table(
@@ -43,8 +45,9 @@ if "FAKETIME" in os.environ:  # libfaketime 0.9.10 makes clock_nanosleep fail, w
 
 def create_app() -> Flask:
     app = shop.create_app()
-    for worker in workers():
+    for worker in (*workers(), *soak_messages.TOPICS):
         app.extensions["background_workers"].add(worker)
+    soak_messages.Producer(app).start()
     return app
 
 
