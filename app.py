@@ -12,8 +12,8 @@ import routes
 from background import BackgroundWorkerManager, PruneHistoryWorker
 from config import configure_logging, load_config
 from migrations import demo, schema
-from models import UserRepository, db
-from workers import PassiveUserCheckerWorker
+from models import OrderRepository, UserRepository, db
+from workers import Mailer, MailWorker, OrderWorker, PassiveUserCheckerWorker, SystemHealthWorker
 
 
 def create_app(config: Mapping[str, Any] | object | None = None) -> Flask:
@@ -26,11 +26,17 @@ def create_app(config: Mapping[str, Any] | object | None = None) -> Flask:
     Migrate(app, db, directory=str(Path(app.root_path) / "migrations"))
 
     svcs.flask.init_app(app)
+    mail = app.config["MAIL_URL"], app.config["MAIL_FROM"], Path(app.instance_path) / "outbox"
     svcs.flask.register_factory(app, UserRepository, lambda: UserRepository(db.session))
+    svcs.flask.register_factory(app, OrderRepository, lambda: OrderRepository(db.session))
+    svcs.flask.register_factory(app, Mailer, lambda: Mailer(*mail))
 
     workers = BackgroundWorkerManager(app, db)
     workers.before_start(schema.ensure_ready, check=schema.check)
     workers.add(PassiveUserCheckerWorker)
+    workers.add(OrderWorker)
+    workers.add(MailWorker)
+    workers.add(SystemHealthWorker)
     workers.add(PruneHistoryWorker)
 
     routes.register(app)

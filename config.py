@@ -7,6 +7,7 @@ when it is given nothing, `instance/config.py`.
 import logging
 import math
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -14,10 +15,9 @@ import weakref
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from difflib import get_close_matches
-from email.headerregistry import Address
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from flask import Flask
 from sqlalchemy import URL, make_url
@@ -85,21 +85,27 @@ def prefix(value: Any) -> str:
 
 def mail_url(value: Any) -> str:
     """smtp:// (STARTTLS where the server offers it), smtp+starttls:// (or nothing) or smtps:// (TLS at once)."""
+    if not isinstance(value, str) or not value.isprintable() or " " in value:
+        raise ValueError(value)
     parts = urlsplit(value)
     is_host = parts.hostname and parts.path in ("", "/") and not (parts.query or parts.fragment)
-    if parts.scheme not in ("smtp", "smtp+starttls", "smtps") or not is_host or parts.port == 0:
+    login = [unquote(part) for part in (parts.username, parts.password) if part]
+    is_login = "@" not in parts.netloc or (len(login) == 2 and all(part.isascii() for part in login))
+    if parts.scheme not in ("smtp", "smtp+starttls", "smtps") or not is_host or not is_login or parts.port == 0:
+        raise ValueError(value)
+    return value
+
+
+def address(value: Any) -> str:
+    if not re.fullmatch(r"[\w+-]+(\.[\w+-]+)*@[\w-]+(\.[\w-]+)*", value, re.ASCII):
         raise ValueError(value)
     return str(value)
 
 
-def address(value: Any) -> str:
-    found = Address(addr_spec=value)
-    if not (found.username and found.domain and value.isprintable()):
-        raise ValueError(value)
-    return found.addr_spec
-
-
-_MAIL = "smtp://user:password@host:port, smtp+starttls:// (never without TLS) or smtps:// (TLS from the start)"
+_MAIL = (
+    "smtp://host, smtp+starttls://user:password@host:587 (never without TLS) or smtps:// (TLS from the start), "
+    "user and password in ASCII and percent-encoded"
+)
 _BOOLEAN = "true or false (also 1/0, yes/no, on/off)"
 _SECONDS = "a number of seconds above 0 and at most 86400"
 _DAYS = "a number of days above 0 and at most 36500"
@@ -127,7 +133,7 @@ KEYS = {
     "MESSAGES_KEY_DAYS": Key(14, number(36_500), _DAYS, "how long the key of a done message refuses another"),
     "LOCK_PREFIX": Key("", prefix, "at most 100 printable characters", "goes before the name of every lock"),
     "MAIL_URL": Key(None, mail_url, _MAIL, "where mail goes out; unset: files in instance/outbox/"),
-    "MAIL_FROM": Key("bookstore@localhost", address, "one e-mail address", "whom the shop's mail is from"),
+    "MAIL_FROM": Key("bookstore@localhost", address, "one e-mail address in ASCII", "whom the shop's mail is from"),
     "PASSIVE_AFTER_DAYS": Key(30, number(36_500), _DAYS, "users not seen for longer become passive"),
     "LOG_LEVEL": Key("INFO", level, "DEBUG, INFO, WARNING, ERROR or CRITICAL", "how much the log says"),
 }

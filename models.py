@@ -1,6 +1,6 @@
-"""The shop's tables, and the statements on its users."""
+"""The shop's tables, and the statements on its users and orders."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import datetime
 from string import ascii_lowercase, ascii_uppercase
@@ -17,6 +17,7 @@ from sqlalchemy import (
     ForeignKey,
     Index,
     MetaData,
+    Row,
     Select,
     String,
     Text,
@@ -38,6 +39,7 @@ from sqlalchemy.orm import (
     InstrumentedAttribute,
     Mapped,
     Session,
+    joinedload,
     mapped_column,
     relationship,
     scoped_session,
@@ -129,6 +131,7 @@ class Order(db.Model):  # type: ignore[name-defined, misc]
     book_id: Mapped[int] = mapped_column(ForeignKey("books.id"), index=True)
     quantity: Mapped[int]
     price_cents: Mapped[int]  # of one copy, when the order was placed
+    # placed -> confirmed (and its books are taken from the stock) or sold out
     status: Mapped[str] = mapped_column(String(10), default="placed", server_default="placed")
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now())
 
@@ -302,3 +305,65 @@ def _parse_position(after: str | None) -> tuple[str, int, str]:
     if last_id.isascii() and last_id.isdigit() and len(last_id) < 10:
         return part, int(last_id), last
     return "", 0, ""
+
+
+class OrderRepository:
+    """The statements on orders. It commits nothing."""
+
+    def __init__(self, session: Session | scoped_session[Any]) -> None:
+        self.session = session
+
+    def get(self, order_id: int) -> Order | None:
+        """The order, with its user and book."""
+        return self.session.get(Order, order_id, options=[joinedload(Order.user), joinedload(Order.book)])
+
+    def place(self, user_id: int, book_id: int, quantity: int) -> int | None:
+        """Write an order at the book's price of this moment; its id, or None if there are too few already.
+
+        It takes nothing from the stock: whether there are enough is decided when the order is settled.
+        """
+        price = self.session.scalar(select(Book.price_cents).where(Book.id == book_id, Book.stock >= quantity))
+        if price is None:
+            return None
+        order = Order(user_id=user_id, book_id=book_id, quantity=quantity, price_cents=price)
+        self.session.add(order)
+        self.session.flush()
+        return order.id
+
+    def settle(self, order_ids: Collection[int]) -> list[int]:
+        """Confirm the placed ones of these orders, or find them sold out; the ids of those that were still placed.
+
+        Others may be settling orders of the same books: each first takes hold of all its books, in one order, so
+        that nobody waits in a circle. (NO KEY UPDATE: who places an order of a book meanwhile is not held up.)
+        """
+        theirs = select(Order.book_id).where(Order.id.in_(order_ids))
+        books = select(Book.id).where(Book.id.in_(theirs)).order_by(Book.id)
+        self.session.execute(books.with_for_update(key_share=True))
+        return [order_id for order_id in order_ids if self._settle(order_id)]
+
+    def _settle(self, order_id: int) -> bool:
+        """Others may have the same order: one of them finds it placed. None takes a book that is not there."""
+        order = self._change(order_id, "placed", "confirmed")
+        if order is None:
+            return False
+        if not self._take_stock(order.book_id, order.quantity):
+            self._change(order_id, "confirmed", "sold out")
+        return True
+
+    def _change(self, order_id: int, status: str, to: str) -> Row[int, int] | None:
+        return self.session.execute(
+            update(Order)
+            .where(Order.id == order_id, Order.status == status)
+            .values(status=to)
+            .returning(Order.book_id, Order.quantity)
+            .execution_options(synchronize_session=False)
+        ).one_or_none()
+
+    def _take_stock(self, book_id: int, quantity: int) -> bool:
+        statement = (
+            update(Book)
+            .where(Book.id == book_id, Book.stock >= quantity)
+            .values(stock=Book.stock - quantity)
+            .execution_options(synchronize_session=False)
+        )
+        return bool(self.session.execute(statement).rowcount)  # type: ignore[attr-defined]

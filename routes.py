@@ -11,7 +11,7 @@ from flask.typing import ResponseReturnValue
 from flask_bootstrap import Bootstrap5
 from flask_login import LoginManager, current_user, login_required, login_user, logout_user
 from flask_wtf import CSRFProtect, FlaskForm
-from sqlalchemy import Select, or_, select, update
+from sqlalchemy import Select, or_, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import InstrumentedAttribute, joinedload
 from werkzeug.datastructures import MultiDict
@@ -40,7 +40,8 @@ from wtforms.validators import (
     ValidationError,
 )
 
-from models import Book, Order, User, UserRepository, db
+from background import current_workers
+from models import Book, Order, OrderRepository, User, UserRepository, db
 
 PAGE_SIZE = 20
 MAX_BODY = 500_000  # bytes; no form of ours comes near
@@ -269,7 +270,7 @@ def order(book_id: int) -> ResponseReturnValue:
         return book_page(book_id, form)
     if not place_order(current_user.id, book_id, form.quantity.data):
         return book_page(book_id, form, too_few=True)
-    flash("Thank you, your order is placed.", "success")
+    flash("Thank you, your order is placed. We will confirm it by e-mail.", "success")
     return redirect(url_for("shop.orders"))
 
 
@@ -287,28 +288,13 @@ def not_enough(book: Book) -> str:
 
 
 def place_order(user_id: int, book_id: int, quantity: int) -> bool:
-    """Take the books from the stock and write the order, both or neither. False: there are too few."""
-    price = take_stock(book_id, quantity)
-    if price is None:
-        db.session.rollback()
+    """Write the order, and the message that has it settled: both or neither. False: there are too few already."""
+    order_id = svcs.flask.get(OrderRepository).place(user_id, book_id, quantity)
+    if order_id is None:
         return False
-    db.session.add(Order(user_id=user_id, book_id=book_id, quantity=quantity, price_cents=price))
+    current_workers.enqueue("orders", {"order": order_id})
     db.session.commit()
     return True
-
-
-def take_stock(book_id: int, quantity: int) -> int | None:
-    """The price of one book at this moment, or None when fewer than `quantity` are there.
-
-    Others may be ordering the same book: the condition is part of the UPDATE, so the last copy is sold once.
-    """
-    return db.session.scalar(
-        update(Book)
-        .where(Book.id == book_id, Book.stock >= quantity)
-        .values(stock=Book.stock - quantity)
-        .returning(Book.price_cents)
-        .execution_options(synchronize_session=False)
-    )
 
 
 @shop.get("/orders")

@@ -1,11 +1,29 @@
 """The application's background workers: this is the file to edit."""
 
-from datetime import timedelta
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import closing, suppress
+from datetime import datetime, timedelta
+from ipaddress import ip_address
+from pathlib import Path
+from ssl import create_default_context
+from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlsplit
 
-from flask import current_app
+from flask import current_app, render_template
+from sqlalchemy import ScalarSelect, delete, func, literal_column, select
 
-from background import PeriodicWorker, WorkerContext
-from models import UserRepository
+from background import Message, MessageWorker, PeriodicWorker, WorkerContext, current_workers
+from background.models import messages as queue
+from models import HealthSample, OrderRepository, UserRepository
+
+# Imported where they are used: a process that only serves sends no mail.
+if TYPE_CHECKING:
+    from email.message import EmailMessage
+    from smtplib import SMTP
 
 
 class PassiveUserCheckerWorker(PeriodicWorker):
@@ -26,3 +44,170 @@ class PassiveUserCheckerWorker(PeriodicWorker):
         count = users.update_inactive_user_statuses(cutoff, after_slice)
         context.logger.info("Set %s users to passive.", f"{count:,}")
         context.logger.info("Completed: Setting status of inactive users...")
+
+
+class OrderWorker(MessageWorker):
+    """Take the books of the placed orders from the stock, once for each order, and have the customers told."""
+
+    topic = "orders"
+
+    def handle_many(self, messages: Sequence[Message], context: WorkerContext) -> None:
+        orders = sorted({message.payload["order"] for message in messages})
+        settled = context.services.get(OrderRepository).settle(orders)  # each only once, so each is mailed about once
+        current_workers.enqueue_many("mail", [{"order": order_id} for order_id in settled])
+
+
+class MailWorker(MessageWorker):
+    """Tell a customer what became of an order: at least once, and always under the same Message-ID."""
+
+    topic = "mail"
+    batch_size = 1  # a rollback does not bring a mail back
+    backoff = timedelta(seconds=30)
+    max_attempts = 40  # the pauses grow to an hour: a mail server may be away for a day
+
+    def handle(self, message: Message, context: WorkerContext) -> None:
+        order = context.services.get(OrderRepository).get(message.payload["order"])
+        if order is None:
+            context.logger.warning("Order %s is gone: there is no mail about it.", message.payload["order"])
+            return
+        place = context.services.get(Mailer).send(
+            to=order.user.email,
+            subject=f"Your order {order.id}: {order.status}",
+            text=render_template("order_mail.txt", order=order),
+            key=message.idempotency_key,
+            at=message.enqueued_at,
+        )
+        context.logger.info("The mail about order %s is at %s.", order.id, place)
+
+
+class SystemHealthWorker(PeriodicWorker):
+    """Write down every minute how quick the database is, how full the disk, and how long the queue."""
+
+    period = timedelta(minutes=1)
+
+    def do_work(self, context: WorkerContext) -> None:
+        waiting, dead = context.session.execute(select(_number_of("waiting"), _number_of("dead"))).one()
+        began = time.perf_counter()
+        context.session.execute(select(1))
+        database_ms = (time.perf_counter() - began) * 1000
+        disk = _disk_of(Path(current_app.instance_path))
+        if disk.free < disk.total * 0.05:
+            context.logger.warning("The disk is nearly full: %s MB are free.", f"{disk.free // 10**6:,}")
+        sample = HealthSample(
+            taken_at=context.tick,
+            database_ms=database_ms,
+            disk_free_bytes=disk.free,
+            messages_waiting=waiting,
+            messages_dead=dead,
+        )
+        context.session.add(sample)
+        kept = timedelta(days=current_app.config["WORKERS_HISTORY_DAYS"])
+        context.session.execute(delete(HealthSample).where(HealthSample.taken_at < context.tick - kept))
+
+
+def _number_of(state: str) -> ScalarSelect[int]:
+    """A literal, not a parameter: a database must see it to know that a partial index applies."""
+    of_state = queue.c.state == literal_column(f"'{state}'")
+    return select(func.count()).select_from(queue).where(of_state).scalar_subquery()
+
+
+def _disk_of(path: Path) -> "shutil._ntuple_diskusage":
+    """Of the folder, or of the one above where it is not there (yet)."""
+    return shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists()))
+
+
+class MailNotSent(Exception):
+    """The mail server did not take a mail, or did not say that it did."""
+
+
+class Mailer:
+    """Hands mails to the server of MAIL_URL; without one they become files in the outbox."""
+
+    timeout = 30.0  # seconds for each answer: some servers take their time to scan a mail
+
+    def __init__(self, url: str | None, sender: str, outbox: Path) -> None:
+        self.url = urlsplit(url or "")
+        self.sender, self.outbox = sender, outbox
+
+    def send(self, to: str, subject: str, text: str, key: str, at: datetime) -> str:
+        """Send a mail, and return where it is now; raises MailNotSent.
+
+        Who calls again with the same `key` and `at` (a message has both) sends it under the same Message-ID.
+        """
+        name = f"{key.replace(':', '.')}.{at:%Y%m%d%H%M%S}"  # with the time: a new database counts from 1 again
+        mail = self._compose(to, subject, text, name, at)
+        return self._deliver(mail) if self.url.hostname else self._keep(mail, self.outbox / f"{name}.eml")
+
+    def _compose(self, to: str, subject: str, text: str, name: str, at: datetime) -> "EmailMessage":
+        from email.headerregistry import Address
+        from email.message import EmailMessage
+        from email.policy import SMTPUTF8
+
+        from email_validator import validate_email
+
+        mail = EmailMessage(SMTPUTF8)
+        address = validate_email(to, check_deliverability=False)  # as the form that it came from does
+        mail["From"] = Address("Bookstore", addr_spec=self.sender)
+        mail["To"] = Address(username=address.local_part, domain=address.ascii_domain)
+        mail["Subject"] = subject
+        mail["Date"] = at
+        mail["Message-ID"] = f"<{name}@{self._domain}>"
+        mail["Auto-Submitted"] = "auto-generated"
+        mail.set_content(text, cte="quoted-printable")
+        return mail
+
+    def _keep(self, mail: "EmailMessage", path: Path) -> str:
+        """Whole or not at all, whoever else keeps the same mail now."""
+        self.outbox.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=self.outbox, prefix=".", delete=False) as draft:
+            draft.write(bytes(mail))
+        os.replace(draft.name, path)
+        return str(path)
+
+    def _deliver(self, mail: "EmailMessage") -> str:
+        from smtplib import SMTPAuthenticationError
+
+        server = f"{self.url.hostname}:{self._port}"
+        try:
+            with closing(self._connect()) as smtp:
+                self._begin(smtp)
+                smtp.send_message(mail)
+                with suppress(OSError):  # the server has it: for want of a goodbye it is not sent again
+                    smtp.quit()
+        except SMTPAuthenticationError as error:  # without the server's words, which might repeat the password
+            raise MailNotSent(f"{server} refuses the user and password of MAIL_URL ({error.smtp_code}).") from None
+        except OSError as error:  # as every error of smtplib is
+            raise MailNotSent(f"{server} did not take the mail: {type(error).__name__}: {error}") from error
+        return server
+
+    def _connect(self) -> "SMTP":
+        from smtplib import SMTP, SMTP_SSL
+
+        host, name = self.url.hostname or "", self._domain  # a name that is not given would be looked up
+        if self.url.scheme == "smtps":
+            return SMTP_SSL(host, self._port, name, timeout=self.timeout, context=create_default_context())
+        return SMTP(host, self._port, name, timeout=self.timeout)
+
+    def _begin(self, smtp: "SMTP") -> None:
+        """Encrypt where that is asked for or offered, and log in. What stays on this machine needs no encryption."""
+        is_local = ip_address(smtp.sock.getpeername()[0]).is_loopback  # type: ignore[union-attr]
+        is_encrypted = self.url.scheme == "smtps"
+        smtp.ehlo_or_helo_if_needed()
+        if self.url.scheme == "smtp+starttls" or (not (is_encrypted or is_local) and smtp.has_extn("starttls")):
+            smtp.starttls(context=create_default_context())
+            is_encrypted = True
+        if self.url.username and self.url.password:
+            if not (is_encrypted or is_local):
+                raise MailNotSent(
+                    f"{self.url.hostname} offers no STARTTLS, so the password of MAIL_URL is not sent to it; expected "
+                    f"an encrypted connection: use smtps://, or smtp:// without a user and password."
+                )
+            smtp.login(unquote(self.url.username), unquote(self.url.password))
+
+    @property
+    def _domain(self) -> str:
+        return self.sender.rpartition("@")[2]
+
+    @property
+    def _port(self) -> int:
+        return self.url.port or {"smtp": 25, "smtp+starttls": 587, "smtps": 465}[self.url.scheme]

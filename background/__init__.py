@@ -7,13 +7,18 @@ from .errors import (
     DatabaseNotReady,
     DuplicateWorker,
     InvalidConfig,
+    InvalidLock,
     InvalidMessage,
     InvalidSchedule,
     InvalidWorker,
+    LockNotAcquired,
     RunStopped,
+    UnknownMessage,
     UnknownTopic,
     UnknownWorker,
+    WrongState,
 )
+from .locks import Lock
 from .manager import BackgroundWorkerManager, current_workers
 from .messages import Message
 from .pruning import PruneHistoryWorker
@@ -26,16 +31,21 @@ __all__ = [
     "DatabaseNotReady",
     "DuplicateWorker",
     "InvalidConfig",
+    "InvalidLock",
     "InvalidMessage",
     "InvalidSchedule",
     "InvalidWorker",
+    "Lock",
+    "LockNotAcquired",
     "Message",
     "MessageWorker",
     "PeriodicWorker",
     "PruneHistoryWorker",
     "RunStopped",
+    "UnknownMessage",
     "UnknownTopic",
     "UnknownWorker",
     "WorkerContext",
+    "WrongState",
     "current_workers",
 ]

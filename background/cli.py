@@ -1,6 +1,5 @@
 """`flask workers ...`: the commands read, ask or steer the manager, and print."""
 
-import json
 import signal
 import threading
 from collections.abc import Iterator
@@ -10,11 +9,20 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import click
-from flask import current_app
-from flask.cli import AppGroup, ScriptInfo
 from sqlalchemy.exc import DBAPIError
 
-from .errors import BackgroundError, DatabaseNotReady, UnknownWorker, first_line
+from .commands import (
+    WorkersGroup,
+    WrongUsage,
+    as_json_option,
+    checked_manager,
+    not_ready,
+    one_state,
+    print_json,
+    row_limit,
+    the_manager,
+)
+from .errors import BackgroundError, UnknownWorker
 from .history import STATES, Record, Seen
 from .ledger import WorkerState
 from .manager import BackgroundWorkerManager
@@ -24,26 +32,7 @@ from .serving import stop_when_told
 from .words import moment, progress, second, span, table
 from .worker import declared_schedule
 
-MOST_ROWS = 10_000
 EARLIEST, LATEST = datetime(1970, 1, 2, tzinfo=UTC), datetime(9000, 1, 1, tzinfo=UTC)
-
-
-class WorkersGroup(AppGroup):
-    """Of an error of the database it prints one sentence; and it leaves no connection of the engine's open."""
-
-    def invoke(self, context: click.Context) -> Any:
-        manager = context.ensure_object(ScriptInfo).load_app().extensions["background_workers"]
-        try:
-            return super().invoke(context)
-        except DBAPIError as error:
-            raise _not_ready(error) from None
-        finally:
-            if not manager.is_started:
-                manager.stop()
-
-
-class WrongUsage(click.ClickException):
-    exit_code = 2
 
 
 workers_cli = WorkersGroup(
@@ -58,7 +47,6 @@ workers_cli = WorkersGroup(
       2  wrong usage, or a name that no worker has
     """,
 )
-as_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 # -- looking -------------------------------------------------------------------------------------
@@ -68,15 +56,12 @@ as_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSO
 @as_json_option
 def list_workers(as_json: bool) -> None:
     """Show every worker, its next tick and its last one."""
-    rows = overview(_checked())
+    rows = overview(checked_manager())
     if as_json:
-        _print_json(rows)
-    elif rows:
-        click.echo(
-            table(("name", "schedule", "next tick", "last tick", "became", "running on", "note"), map(_cells, rows))
-        )
+        print_json(rows)
     else:
-        click.echo("There is no worker; write workers.add(MyWorker) in create_app.")
+        headers = ("name", "schedule", "next tick", "last tick", "became", "running on", "note")
+        _print_workers(headers, [_cells(row) for row in rows])
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
@@ -97,15 +82,23 @@ def _cells(row: dict[str, Any]) -> list[str]:
     return [row["name"], schedule, moment(row["next_tick"]), tick, became, on, "; ".join(filter(None, notes))]
 
 
+def _print_workers(headers: tuple[str, ...], rows: list[list[str]]) -> None:
+    """The periodic ones in a table, and the others in a line."""
+    parts = [table(headers, rows)] if rows else []
+    if others := ", ".join(f"{topic} ({worker.name})" for topic, worker in the_manager().topics.items()):
+        parts.append(f"Messages: {others}; see `flask messages stats`.")
+    click.echo("\n".join(parts) or "There is no worker; write workers.add(MyWorker) in create_app.")
+
+
 @workers_cli.command()
 @as_json_option
 def instances(as_json: bool) -> None:
     """Show who is alive and who went within a day, what they hold, and how far their clocks are off."""
-    manager = _checked()
+    manager = checked_manager()
     states, seen = manager.ticks.ledger.states().values(), manager.history.instances()
     holds = {each.id: [state.name for state in states if state.instance == each.id] for each in seen}
     if as_json:
-        _print_json([{**asdict(each), "holds": holds[each.id]} for each in seen])
+        print_json([{**asdict(each), "holds": holds[each.id]} for each in seen])
     elif seen:
         headers = ("instance", "state", "started", "heartbeat", "clock", "holds")
         click.echo(table(headers, [_instance_cells(each, holds[each.id]) for each in seen]))
@@ -126,15 +119,15 @@ def check(as_json: bool) -> None:
 
     The settings and the workers were validated when the application was made: it ended there if they were wrong.
     """
-    manager, problems = _manager(), []
+    manager, problems = the_manager(), []
     states: dict[str, WorkerState] = {}
     try:
-        states = _checked().ticks.ledger.states()
+        states = checked_manager().ticks.ledger.states()
     except (BackgroundError, DBAPIError) as error:
-        problems.append(str((error if isinstance(error, BackgroundError) else _not_ready(error)).message))
+        problems.append(str((error if isinstance(error, BackgroundError) else not_ready(error)).message))
     rows = [_next_ticks(manager, name, states.get(name), datetime.now(UTC)) for name in manager.workers]
     if as_json:
-        _print_json({"workers": rows, "problems": problems})
+        print_json({"workers": rows, "problems": problems})
     else:
         _print_checked(rows, problems)
     if problems:
@@ -161,11 +154,12 @@ def _print_checked(rows: list[dict[str, Any]], problems: list[str]) -> None:
         row["note"] = "" if row["enabled"] else "disabled"
         row["note"] = f"paused since {second(row['paused_at'])}" if row["paused_at"] else row["note"]
     cells = [[row["name"], row["schedule"], *map(moment, row["next_ticks"]), row["note"]] for row in rows]
-    click.echo(table(headers, cells) if cells else "There is no worker; write workers.add(MyWorker) in create_app.")
+    _print_workers(headers, cells)
     for problem in problems:
         click.echo(f"Problem: {problem}", err=True)
     if not problems:
-        click.echo(f"Fine: the settings, {len(rows)} worker{'' if len(rows) == 1 else 's'}, and the database.")
+        count = len(the_manager().names)
+        click.echo(f"Fine: the settings, {count} worker{'' if count == 1 else 's'}, and the database.")
 
 
 @workers_cli.command()
@@ -178,12 +172,12 @@ def history(name: str, limit: str, state: str | None, as_json: bool) -> None:
 
     With --json the whole of every traceback.
     """
-    number, state = _limit(limit), _state(state)
-    manager = _checked()
+    number, state = row_limit(limit), one_state(state, STATES)
+    manager = checked_manager()
     _stored(manager, name)
     records = manager.history.executions(name, number, state)
     if as_json:
-        _print_json([record.as_dict() for record in records])
+        print_json([record.as_dict() for record in records])
     elif records:
         headers = ("tick", "state", "attempt", "started", "took", "instance", "note")
         click.echo(table(headers, map(_history_cells, records)))
@@ -215,12 +209,12 @@ def why(name: str, text: str | None, as_json: bool) -> None:
     It is the latest tick at or before T. Exits with 0 if it succeeded, is running, or is not due yet; else with 1.
     """
     at = _moment(text) if text is not None else None
-    manager = _checked()
+    manager = checked_manager()
     _stored(manager, name)
     answer = manager.why(name, at)
     if as_json:
         records = [record.as_dict() for record in answer.records]
-        _print_json({**vars(answer), "is_fine": answer.is_fine, "records": records})
+        print_json({**vars(answer), "is_fine": answer.is_fine, "records": records})
     else:
         click.echo(answer.sentence)
     if not answer.is_fine:
@@ -242,19 +236,20 @@ def run(names: tuple[str, ...], once: bool) -> None:
 
     With --once, made for cron: exits with 1 if the run failed, with 0 if it succeeded or was not this call's to run.
     """
-    manager = _manager()
-    for name in names:
-        _registered(manager, name)
+    manager = the_manager()
+    if unknown := set(names) - manager.names:
+        raise UnknownWorker(min(unknown), manager.names)
     if not once:
         _run_until_told(manager, names)
     elif len(names) == 1:
+        _registered(manager, names[0])
         _run_once(manager, names[0])
     else:
         raise WrongUsage("--once expects the name of one worker: write `flask workers run NAME --once`.")
 
 
 def _run_until_told(manager: BackgroundWorkerManager, names: tuple[str, ...]) -> None:
-    for name in manager.workers.keys() - (names or manager.workers.keys()):
+    for name in manager.names.difference(names) if names else ():
         manager.remove(name)
     _prepare(manager)
     stop_when_told(manager)
@@ -285,7 +280,7 @@ def trigger(name: str) -> None:
 
     Exits with 1 if it did not succeed. Ctrl-C hands the run back: another instance does it.
     """
-    manager = _manager()
+    manager = the_manager()
     _registered(manager, name)
     _prepare(manager)
     with _handed_back_on_signals(manager, name):
@@ -346,9 +341,9 @@ def pause(name: str) -> None:
 
     That holds for every instance; what runs already goes on.
     """
-    manager = _manager()
+    manager = the_manager()
     _registered(manager, name)
-    changed = _checked().pause(name)
+    changed = checked_manager().pause(name)
     state = manager.ticks.ledger.look(name)
     since = f", since {second(state.paused_at)}" if state else ""
     click.echo(f"{name} is paused{since}." if changed else f"{name} was paused already{since}.")
@@ -358,9 +353,9 @@ def pause(name: str) -> None:
 @click.argument("name")
 def resume(name: str) -> None:
     """Run the ticks of NAME again, from the next one."""
-    manager = _manager()
+    manager = the_manager()
     _registered(manager, name)
-    changed = _checked().resume(name)
+    changed = checked_manager().resume(name)
     state = manager.ticks.ledger.look(name)
     following = f"; its next tick is {moment(state.schedule.next(state.clock))}" if state else ""
     click.echo(f"{name} is resumed{following}." if changed else f"{name} was not paused{following}.")
@@ -369,55 +364,24 @@ def resume(name: str) -> None:
 # -- what the commands share ---------------------------------------------------------------------
 
 
-def _manager() -> BackgroundWorkerManager:
-    manager: BackgroundWorkerManager = current_app.extensions["background_workers"]
-    return manager
-
-
-def _checked() -> BackgroundWorkerManager:
-    """The manager, if its database is ready; nothing is changed to make it so."""
-    manager = _manager()
-    try:
-        manager.check()
-    except OSError as error:
-        raise _not_ready(error) from None
-    return manager
-
-
 def _prepare(manager: BackgroundWorkerManager) -> None:
     try:
         manager.prepare()
     except OSError as error:
-        raise _not_ready(error) from None
-
-
-def _not_ready(error: Exception) -> DatabaseNotReady:
-    return DatabaseNotReady(f"The database cannot be used ({first_line(error)}). `flask workers check` tries again.")
+        raise not_ready(error) from None
 
 
 def _registered(manager: BackgroundWorkerManager, name: str) -> None:
     if name not in manager.workers:
-        raise UnknownWorker(name, manager.workers)
+        raise UnknownWorker(name, manager.names, manager.topic_of(name))
 
 
 def _stored(manager: BackgroundWorkerManager, name: str) -> None:
     """Raise UnknownWorker for a name that neither this release nor the database has."""
     is_text = name.isascii() or name.isprintable()  # what a terminal sent in another encoding is no text
     if name not in manager.workers and not (is_text and manager.ticks.ledger.look(name)):
-        raise UnknownWorker(name, manager.workers.keys() | manager.ticks.ledger.states().keys())
-
-
-def _limit(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and 1 <= int(text[:10]) <= MOST_ROWS):
-        raise WrongUsage(f"--limit is {text!r}; expected a whole number from 1 to {MOST_ROWS}.")
-    return int(text)
-
-
-def _state(text: str | None) -> str | None:
-    state = text and text.strip().lower().replace("-", " ").replace("_", " ")
-    if state is not None and state not in STATES:
-        raise WrongUsage(f"--state is {text!r}; expected one of: {', '.join(STATES)}.")
-    return state
+        known = manager.names | manager.ticks.ledger.states().keys()
+        raise UnknownWorker(name, known, manager.topic_of(name))
 
 
 def _moment(text: str) -> datetime:
@@ -434,9 +398,3 @@ def _moment(text: str) -> datetime:
     if given.tzinfo is None:
         click.echo(f"{text} names no time zone, so it is taken as UTC.", err=True)
     return at
-
-
-def _print_json(value: Any) -> None:
-    click.echo(
-        json.dumps(value, indent=2, default=lambda each: moment(each) if isinstance(each, datetime) else str(each))
-    )

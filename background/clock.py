@@ -67,6 +67,26 @@ def _sqlite(element: _Now, compiler: SQLCompiler, **kwargs: Any) -> str:
     return f"strftime('%Y-%m-%d %H:%M:%f000', 'now', printf('%+.3f seconds', {seconds}))"
 
 
+class elapsed(FunctionElement[float]):
+    """The seconds from one moment of the database's to another."""
+
+    name = "elapsed"
+    type = Float()
+    inherit_cache = True
+
+
+@compiles(elapsed, "postgresql")
+def _elapsed_on_postgresql(element: elapsed, compiler: SQLCompiler, **kwargs: Any) -> str:
+    since, until = (compiler.process(each, **kwargs) for each in element.clauses)
+    return f"CAST(extract(epoch FROM {until} - {since}) AS float)"
+
+
+@compiles(elapsed, "sqlite")
+def _elapsed_on_sqlite(element: elapsed, compiler: SQLCompiler, **kwargs: Any) -> str:
+    since, until = (compiler.process(each, **kwargs) for each in element.clauses)
+    return f"round((julianday({until}) - julianday({since})) * 86400, 3)"
+
+
 def steady() -> float:
     """Seconds on a clock that nobody sets; on Linux it also counts the time that the host slept."""
     return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()

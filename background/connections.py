@@ -3,18 +3,21 @@
 import os
 import socket
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakSet
 
 from sqlalchemy import Engine, create_engine, event
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 from sqlalchemy.schema import CreateTable
 
 from . import sqlite
-from .models import instances
+from .models import instances, locks
+
+Answer = TypeVar("Answer")
 
 
 class Connections:
@@ -51,12 +54,13 @@ class Connections:
             return self._postgresql(pool_size=1)
         main = os.path.realpath(str(self._shared.url.database))  # by whatever links the others come to it
         engine = create_engine(self._shared.url.set(database=f"{main}-instances"))
-        table = str(CreateTable(instances, if_not_exists=True).compile(engine))
+        tables = [str(CreateTable(table, if_not_exists=True).compile(engine)) for table in (instances, locks)]
 
         @event.listens_for(engine, "connect")
         def connected(connection: Any, _record: Any) -> None:
             sqlite.configure(connection, isolation_level=None)
-            connection.execute(table)  # several processes may be the first at once
+            for table in tables:
+                connection.execute(table)  # several processes may be the first at once
             connection.execute("ATTACH DATABASE ? AS main_database", (main,))
 
         _close_strays(engine)
@@ -78,6 +82,15 @@ class Connections:
                 yield connection.connection.driver_connection
             finally:
                 connection.invalidate()  # closed as it is: where it broke, a last rollback would fail aloud
+
+    @property
+    def locks(self) -> Engine:
+        """For the user's locks, one statement at a time.
+
+        On SQLite those of the heartbeats: whoever acquires or releases a lock may itself hold the main database's
+        only write lock, by what its session has not committed yet, and would wait for itself.
+        """
+        return self.heartbeats if self._shared.dialect.name == "sqlite" else self.claims
 
     def cut(self) -> None:
         """Have whatever waits for PostgreSQL on them fail now, from any thread, and connect anew from now on."""
@@ -109,6 +122,18 @@ class Connections:
         event.listen(engine, "connect", self._opened)
         _close_strays(engine)
         return engine
+
+
+def again_if_stale(ask: Callable[[], Answer]) -> Answer:
+    """What `ask` returns. A connection that has waited in its pool may be of before the server's restart, which shows
+    when it is used; then ask once more, on a new one. For what may as well be done twice.
+    """
+    try:
+        return ask()
+    except DBAPIError as error:
+        if not error.connection_invalidated:
+            raise
+        return ask()
 
 
 def _close_strays(engine: Engine) -> None:

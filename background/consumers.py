@@ -138,17 +138,12 @@ class Consumers:
         messages, most = self._ticks.messages, {topic: worker.max_attempts for topic, worker in self._workers.items()}
         try:
             for holder, signed_off in gone.items():
-                states = messages.take_back(
-                    holder, most, None if signed_off else "its instance stopped renewing its lease"
-                )
-                level = logging.INFO if signed_off else logging.WARNING
+                states = messages.take_back(holder, most, None if signed_off else _EXPIRED)
                 if states:
-                    log.log(
-                        level,
-                        "Took %d messages back from an instance that is gone, %d of them for good",
-                        len(states),
-                        states.count("dead"),
-                    )
+                    level = logging.INFO if signed_off else logging.WARNING
+                    log.log(level, "Took back %d messages of an instance that is gone", len(states))
+                if "dead" in states:
+                    log.error("Buried %d of them: that was their last attempt", states.count("dead"))
             messages.take_back_stranded(instance.id, list(self._batches), instance.lease, most)
         except SQLAlchemyError as error:  # the next heartbeat tries again
             log.warning("Cannot take messages back: %s", first_line(error))

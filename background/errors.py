@@ -14,11 +14,17 @@ class BackgroundError(ClickException):
 
 
 class UnknownWorker(BackgroundError):
-    """A name that no registered worker has."""
+    """A name that no registered worker has; or, where a tick was meant, that of the worker of a `topic`."""
 
     exit_code = 2
 
-    def __init__(self, name: str, known: Iterable[str]) -> None:
+    def __init__(self, name: str, known: Iterable[str], topic: str | None = None) -> None:
+        if topic is not None:
+            super().__init__(
+                f"The worker {name!r} handles the messages of {topic!r} and has no ticks; expected a periodic worker: "
+                f"see `flask messages list --topic {topic}`."
+            )
+            return
         known = sorted(known)
         close = get_close_matches(name, known, n=1)
         hint = f"Did you mean {close[0]!r}?" if close else f"The registered workers are: {', '.join(known) or 'none'}."
@@ -65,6 +71,19 @@ class UnknownTopic(BackgroundError):
         super().__init__(f"No worker handles the topic {topic!r}; expected that of a registered MessageWorker. {hint}")
 
 
+class UnknownMessage(BackgroundError):
+    """An id that no message has."""
+
+    exit_code = 2
+
+    def __init__(self, message: object) -> None:
+        super().__init__(f"There is no message {message}; `flask messages list` shows those that there are.")
+
+
+class WrongState(BackgroundError):
+    """A message that is in no state for what was asked."""
+
+
 class InvalidMessage(BackgroundError):
     """A payload that is not JSON or too large, or a key or a delay that a message cannot have."""
 
@@ -87,3 +106,11 @@ def first_line(error: BaseException) -> str:
         return str(error).strip().splitlines()[0]
     except Exception:  # it has no text, or none that can be had
         return type(error).__name__
+
+
+def error_line(text: str | None) -> str | None:
+    """The line of a traceback that has the error itself; other lines of its message, as drivers add, are left out."""
+    lines = (text or "").strip().splitlines()
+    frames = [at for at, line in enumerate(lines) if line.startswith('  File "')]
+    behind = lines[frames[-1] + 1 :] if frames else []
+    return next((line for line in behind if not line.startswith(" ")), lines[-1].strip() if lines else None)

@@ -118,14 +118,8 @@ class Handling:
         if states == ["dead"]:
             self._log.error("Buried the message %s, attempt %d failed", key, message.attempt, exc_info=error)
         elif states:
-            seconds = pause.total_seconds()
-            self._log.warning(
-                "The message %s failed, attempt %d; another in %.1f s: %s",
-                key,
-                message.attempt,
-                seconds,
-                _summary(error),
-            )
+            said = (key, message.attempt, pause.total_seconds(), _summary(error))
+            self._log.warning("The message %s failed, attempt %d; another in %.1f s: %s", *said)
             return pause
         return None
 

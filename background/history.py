@@ -8,6 +8,7 @@ from typing import Any
 from sqlalchemy import Select, func, not_, or_, select
 
 from .clock import now, single_statements
+from .errors import error_line
 from .instances import Instances, is_alive
 from .ledger import Ledger, WorkerState
 from .models import executions, instances, workers
@@ -49,8 +50,7 @@ class Record:
     @property
     def last_line(self) -> str | None:
         """The end of the reason: of a traceback, the error itself."""
-        lines = (self.reason or "").strip().splitlines()
-        return lines[-1].strip() if lines else None
+        return error_line(self.reason)
 
     def as_dict(self) -> dict[str, Any]:
         """Its columns, and how long it ran in seconds."""

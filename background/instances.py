@@ -98,7 +98,8 @@ class Instances:
         return Pulse(schedules, bool(is_busy), self._was_set(clock, sent), clock, due)
 
     def sign_off(self, instance: Instance) -> None:
-        """End this life; whatever it still holds counts as handed back."""
+        """End this life; whatever it still holds counts as handed back, and it believes in none of it any more."""
+        instance.deadline = 0.0
         with self._single.begin() as connection:
             connection.execute(
                 update(instances).where(instances.c.id == instance.id).values(signed_off_at=now(), expires_at=now())

@@ -4,6 +4,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,8 @@ from .errors import (
     first_line,
 )
 from .history import History
+from .locks import Lock
+from .mailbox import Mailbox
 from .payloads import draft
 from .payloads import pause as make_pause
 from .runs import Execution
@@ -84,6 +87,15 @@ class BackgroundWorkerManager:
         """The registered message workers by topic, sorted."""
         return dict(sorted(self._topics.items()))
 
+    @property
+    def names(self) -> set[str]:
+        """The names of all registered workers, periodic ones and those of messages."""
+        return {*self._workers, *(worker.name for worker in self._topics.values())}
+
+    def topic_of(self, name: str) -> str | None:
+        """The topic whose messages the worker of that name handles; None for any other name."""
+        return next((topic for topic, worker in self._topics.items() if worker.name == name), None)
+
     def add(self, worker: AnyWorker) -> None:
         """Register a worker class. Raises InvalidWorker, InvalidSchedule or DuplicateWorker."""
         if isinstance(worker, type) and issubclass(worker, MessageWorker):
@@ -101,8 +113,8 @@ class BackgroundWorkerManager:
             self._membership.admit(worker.name)
 
     def _named(self, name: str) -> AnyWorker | None:
-        everybody: list[AnyWorker] = [*self._workers.values(), *self._topics.values()]
-        return next((worker for worker in everybody if worker.name == name), None)
+        topic = self.topic_of(name)
+        return self._topics[topic] if topic else self._workers.get(name)
 
     def _refuse_second(self, worker: AnyWorker, what: str, value: str, taken: AnyWorker | None) -> None:
         if taken is not None:
@@ -114,7 +126,7 @@ class BackgroundWorkerManager:
 
     def remove(self, name: str) -> None:
         """Unregister a worker here; its rows are kept, and other instances go on running it."""
-        if topic := next((topic for topic, worker in self._topics.items() if worker.name == name), None):
+        if topic := self.topic_of(name):
             del self._topics[topic]
             return
         self._known(name)
@@ -310,12 +322,28 @@ class BackgroundWorkerManager:
         if (membership := self._membership) is not None:
             when_committed(session, f"messages:{topic}:{pause}", partial(membership.consumers.wake_after, topic, pause))
 
+    # -- locking -------------------------------------------------------------------------------
+
+    def lock(self, name: str, timeout: float = 0) -> AbstractContextManager[Lock | None]:
+        """`with workers.lock("invoice-42") as lock:` gives a Lock, or None while others hold it (`timeout`: seconds).
+
+        One block in the whole fleet has it, until the block ends or its process stops or loses its lease. Not
+        re-entrant: the thread that has it gets None at once. Those who wait come in no order, and a run that is told
+        to stop waits no longer. Raises InvalidLock, and LockNotAcquired where the database does not answer.
+        """
+        return self.ticks.locks.hold(name, timeout)
+
     # -- looking -------------------------------------------------------------------------------
 
     @property
     def history(self) -> History:
         """What is written down about the executions, for people to read."""
         return History(self.ticks.ledger, self.ticks.instances)
+
+    @property
+    def messages(self) -> Mailbox:
+        """The messages, for people to read, to retry and to discard."""
+        return Mailbox(self.ticks.messages, self.ticks.ledger, self.history, self._topics)
 
     def why(self, name: str, at: datetime | None = None) -> Answer:
         """What became of the tick that `at` (aware; now, if not given) belongs to, and why: one sentence.
@@ -342,7 +370,7 @@ class BackgroundWorkerManager:
         try:
             return self._workers[name]
         except (KeyError, TypeError):
-            raise UnknownWorker(name, self._workers) from None
+            raise UnknownWorker(name, self.names, self.topic_of(name)) from None
 
 
 def _path(worker: AnyWorker) -> str:

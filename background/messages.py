@@ -4,6 +4,7 @@ import json
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import cached_property
 from itertools import islice
 from typing import Any
 from uuid import uuid4
@@ -25,12 +26,13 @@ from sqlalchemy import (
     literal_column,
     select,
     text,
+    tuple_,
     update,
 )
 from sqlalchemy.orm import Session
 
 from .clock import now, single_statements
-from .errors import ClaimLost
+from .errors import BackgroundError, ClaimLost, UnknownMessage, WrongState
 from .ledger import Ledger, count, storable
 from .models import message_errors, messages
 from .payloads import Draft
@@ -39,6 +41,7 @@ CHANNEL = "background_messages"
 _BULK = 5_000
 _is_waiting = messages.c.state == literal_column("'waiting'")  # literals: a partial index must be seen to apply
 _is_running = messages.c.state == literal_column("'running'")
+_is_dead = messages.c.state == literal_column("'dead'")
 _columns = [messages.c[name] for name in ("id", "topic", "payload", "key", "attempt", "token", "enqueued_at", "due_at")]
 
 
@@ -48,14 +51,19 @@ class Message:
 
     id: int
     topic: str
-    payload: Any
-    """What was enqueued: None, bool, int, float, str, and lists and dicts of them."""
+    text: str
+    """The payload as JSON."""
     key: str | None
     attempt: int
     token: int
     """Grows by one with every claim of this message."""
     enqueued_at: datetime
     due_at: datetime
+
+    @cached_property
+    def payload(self) -> Any:
+        """What was enqueued: None, bool, int, float, str, and lists and dicts of them."""
+        return json.loads(self.text)
 
     @property
     def idempotency_key(self) -> str:
@@ -159,7 +167,7 @@ class Messages:
         values = {"of": topic, "size": size, "by": batch, "on": instance[0], "on_name": instance[1]}
         with self._single.begin() as connection:
             rows = connection.execute(self._claim, values).all()
-        found = sorted((_message(row) for row in rows), key=lambda message: (message.due_at, message.id))
+        found = sorted((Message(*row) for row in rows), key=lambda message: (message.due_at, message.id))
         return Batch(batch, worker, tuple(found)) if found else None
 
     def _any_due(self, topic: str) -> bool:
@@ -277,6 +285,60 @@ class Messages:
             return [row.state for row in _release(connection, and_(which, among), attempt=messages.c.attempt - 1)]
         return self._fail(connection, and_(which, among), error, most, timedelta())
 
+    # -- what people decide --------------------------------------------------------------------
+
+    def retry(self, ids: Collection[int] | None, topic: str | None = None) -> int:
+        """Let dead or discarded ones be handled anew; their errors stay. Without `ids` all the dead (of `topic`).
+
+        Return how many. Others may be here: whoever retries, discards or prunes them too; each is changed once. Of
+        `ids` all are changed or, where one is in another state, none.
+        """
+        return self._decide(ids, topic, ("dead", "discarded"), attempt=0, due_at=now(), finished_at=None)
+
+    def discard(self, ids: Collection[int] | None, topic: str | None = None) -> int:
+        """Have dead or waiting ones never be handled. Without `ids` all the dead (of `topic`). Return how many.
+
+        Others may be here: as above, and whoever claims what waits; it is running then, if they came first.
+        """
+        return self._decide(ids, topic, ("dead", "waiting"), state="discarded", finished_at=now())
+
+    def _decide(self, ids: Collection[int] | None, topic: str | None, states: Sequence[str], **values: Any) -> int:
+        if ids is None:
+            return sum(self._change(some, ("dead",), values, refuse=False) for some in self._dead(topic))
+        return self._change(set(ids), states, values, refuse=True)
+
+    def _change(self, ids: Collection[int], states: Sequence[str], values: dict[str, Any], refuse: bool) -> int:
+        with self._ledger.begin() as connection:
+            changed = _release(connection, and_(self._among(ids), messages.c.state.in_(states)), **values)
+            if refuse and (others := set(ids) - {row.id for row in changed}):
+                raise self._refusal(connection, others, states)
+            topics = {row.topic for row in changed if row.state == "waiting"}
+            if topics and not self._on_sqlite:
+                connection.execute(select(*(func.pg_notify(CHANNEL, topic) for topic in topics)))
+        return len(changed)
+
+    def _refusal(self, connection: Connection, ids: Collection[int], states: Sequence[str]) -> BackgroundError:
+        query = select(messages.c.id, messages.c.state).where(self._among(ids)).order_by(messages.c.id)
+        found = [(row.id, row.state) for row in connection.execute(query)]
+        if missing := set(ids) - {id for id, _ in found}:
+            return UnknownMessage(min(missing))
+        each = ", ".join(f"message {id} is {state}" for id, state in found)
+        expected = f"messages that are {' or '.join(states)}"
+        return WrongState(f"Nothing was changed: {each}; expected {expected}: leave the others out.")
+
+    def _dead(self, topic: str | None) -> Iterator[list[int]]:
+        """The ids of the dead (of `topic`) in slices, each of them once: they may die again meanwhile."""
+        place = (messages.c.topic, messages.c.id)
+        query = select(*place).where(_is_dead).order_by(*place).limit(_BULK)
+        some = query = query if topic is None else query.where(messages.c.topic == topic)
+        while rows := self._read(some):
+            yield [row.id for row in rows]
+            some = query.where(tuple_(*place) > tuple_(*rows[-1]))
+
+    def _read(self, query: Any) -> Sequence[Row[Any]]:
+        with self._single.connect() as connection:
+            return connection.execute(query).all()
+
     # -- helpers -------------------------------------------------------------------------------
 
     def _held(self, batch: Batch, ids: Collection[int]) -> ColumnElement[bool]:
@@ -326,14 +388,9 @@ def _claim(on_sqlite: bool) -> Any:
     )
 
 
-def _message(row: Row[Any]) -> Message:
-    number, topic, payload, *others = tuple(row)
-    return Message(number, topic, json.loads(payload), *others)
-
-
 def _release(connection: Connection, which: ColumnElement[bool], **values: Any) -> Sequence[Row[Any]]:
     free = {"state": "waiting", "batch": None, "instance": None, **values}
-    columns = (messages.c.id, messages.c.attempt, messages.c.state, messages.c.instance_name)
+    columns = [messages.c[name] for name in ("id", "topic", "attempt", "state", "instance_name")]
     return connection.execute(update(messages).where(which).values(free).returning(*columns)).all()
 
 

@@ -137,7 +137,8 @@ locks = Table(
     "background_locks",
     metadata,
     Column("name", String(200), primary_key=True),
-    # Grows by one each time the lock is acquired, by whomever; also when its row was pruned meanwhile.
+    # Grows each time the lock is acquired, by whomever; also when its row was pruned meanwhile: the row without a name
+    # has the greatest token of those that were.
     Column("token", BigInteger, nullable=False),
     # One acquisition's own id, or NULL where nobody holds it; and the instance whose lease it lives by.
     Column("holder", String(32)),

@@ -11,7 +11,7 @@ from .errors import InvalidMessage
 
 LONGEST_KEY = 200
 LONGEST_DELAY = timedelta(days=36_500)
-_DEEPEST = 500
+_DEEPEST = 100
 _LONGEST_NUMBER = 13_000  # bits: about as much as Python writes out
 
 
@@ -32,11 +32,11 @@ def draft(payload: Any, key: str | None, most_bytes: int) -> Draft:
     try:
         text = json.dumps(payload, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
         size = len(text.encode())
-        is_plain = _has_text_keys(payload)
+        is_plain = _is_carried(payload)
     except (TypeError, ValueError, RecursionError):
         is_plain = False
     if not is_plain:
-        path, problem = next(_problems(payload, "payload", ()), ("payload", "nested too deeply"))
+        path, problem = next(_problems(payload, "payload", ()), ("payload", f"nested more than {_DEEPEST} deep"))
         raise InvalidMessage(
             f"{path} is {problem}, which JSON cannot carry; expected None, a bool, a finite number, a str, or lists "
             "and dicts (with str keys) of them: convert it before you enqueue it."
@@ -63,11 +63,17 @@ def pause(delay: timedelta | float | None) -> timedelta | None:
     return found
 
 
-def _has_text_keys(value: Any) -> bool:
-    """Whether all keys within are texts: `json` makes a text of any number."""
+def _is_carried(value: Any, depth: int = 0) -> bool:
+    """Whether all keys within are texts (`json` makes a text of any number), and nothing is nested too deeply."""
     if isinstance(value, dict):
-        return all(isinstance(key, str) for key in value) and all(map(_has_text_keys, value.values()))
-    return not isinstance(value, list | tuple) or all(map(_has_text_keys, value))
+        each: Any = value.values()
+        if not all(isinstance(key, str) for key in value):
+            return False
+    elif isinstance(value, list | tuple):
+        each = value
+    else:
+        return True
+    return depth < _DEEPEST and all(_is_carried(one, depth + 1) for one in each)
 
 
 def _problems(value: Any, path: str, within: tuple[int, ...]) -> Iterator[tuple[str, str]]:

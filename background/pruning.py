@@ -1,34 +1,68 @@
 """Forgets what is long past."""
 
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
 from flask import current_app
-from sqlalchemy import CursorResult, delete, func, select
+from sqlalchemy import CursorResult, delete, func, or_, select
 
 from .context import WorkerContext
-from .models import executions
+from .manager import current_workers
+from .models import executions, messages
 from .worker import PeriodicWorker
 
 SLICE = 5_000
 
 
 class PruneHistoryWorker(PeriodicWorker):
-    """Delete the executions that ended more than WORKERS_HISTORY_DAYS ago. The marks stay, so no tick comes back."""
+    """Delete the executions and messages that ended more than WORKERS_HISTORY_DAYS ago, and locks not held since then.
+
+    The marks stay, so no tick comes back; dead letters stay; a message with a key stays for MESSAGES_KEY_DAYS, if they
+    are longer, so that no other with that key comes; and a lock that is made anew goes on above its last token.
+    """
 
     period = timedelta(hours=1)
 
     def do_work(self, context: WorkerContext) -> None:
-        cutoff = context.tick - timedelta(days=current_app.config["WORKERS_HISTORY_DAYS"])
-        after, deleted = 0, 1
-        while deleted:  # ids ascend with time, so the first slice without an old row ends it
+        _prune_executions(context)
+        _prune_messages(context)
+        while current_workers.ticks.locks.prune(_ago(context, "WORKERS_HISTORY_DAYS"), SLICE):
             context.raise_if_stopping()
-            ids = select(executions.c.id).where(executions.c.id > after).order_by(executions.c.id).limit(SLICE)
-            last = context.session.scalar(select(func.max(ids.subquery().c.id))) or after
-            result = context.session.execute(
-                delete(executions).where(
-                    executions.c.id > after, executions.c.id <= last, executions.c.finished_at < cutoff
-                )
+
+
+def _prune_executions(context: WorkerContext) -> None:
+    cutoff = _ago(context, "WORKERS_HISTORY_DAYS")
+    after, deleted = 0, 1
+    while deleted:  # ids ascend with time, so the first slice without an old row ends it
+        context.raise_if_stopping()
+        ids = select(executions.c.id).where(executions.c.id > after).order_by(executions.c.id).limit(SLICE)
+        last = context.session.scalar(select(func.max(ids.subquery().c.id))) or after
+        result = context.session.execute(
+            delete(executions).where(
+                executions.c.id > after, executions.c.id <= last, executions.c.finished_at < cutoff
             )
-            deleted = result.rowcount if isinstance(result, CursorResult) else 0
-            context.commit()
-            after = last
+        )
+        deleted = result.rowcount if isinstance(result, CursorResult) else 0
+        context.commit()
+        after = last
+
+
+def _prune_messages(context: WorkerContext) -> None:
+    """Their errors go with them."""
+    cutoff, key_cutoff = _ago(context, "WORKERS_HISTORY_DAYS"), _ago(context, "MESSAGES_KEY_DAYS")
+    is_forgotten = messages.c.state.in_(("done", "discarded")) & or_(
+        messages.c.key.is_(None), messages.c.finished_at < key_cutoff
+    )
+    ended, after = messages.c.finished_at, datetime(1900, 1, 1, tzinfo=UTC)
+    while True:
+        context.raise_if_stopping()
+        old = select(ended).where(ended > after, ended < cutoff).order_by(ended).limit(SLICE).subquery()
+        last = context.session.scalar(select(func.max(old.c.finished_at)))
+        if last is None:
+            break
+        context.session.execute(delete(messages).where(ended > after, ended <= last, is_forgotten))
+        context.commit()
+        after = last
+
+
+def _ago(context: WorkerContext, setting: str) -> datetime:
+    return context.tick - timedelta(days=current_app.config[setting])

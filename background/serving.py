@@ -26,10 +26,12 @@ log = logging.getLogger(__name__)
 
 
 def attach(manager: "BackgroundWorkerManager", app: Flask) -> None:
-    """Give `app` its `flask workers` commands and, under an unknown WSGI server, the start with the first request."""
+    """Give `app` its commands and, under an unknown WSGI server, the start with the first request."""
     from .cli import workers_cli
+    from .messages_cli import messages_cli
 
     app.cli.add_command(workers_cli)
+    app.cli.add_command(messages_cli)
 
     @app.before_request
     def start_with_the_first_request() -> None:

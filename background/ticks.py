@@ -10,10 +10,11 @@ from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy.exc import SQLAlchemyError
 
-from .connections import Connections
+from .connections import Connections, again_if_stale
 from .errors import first_line
 from .instances import LEASE_IS_OVER, Heartbeat, Instance, Instances
 from .ledger import Claim, Ledger, WorkerState
+from .locks import Locks
 from .messages import Messages
 from .runs import Execution, Runs, follows
 from .settings import Settings
@@ -109,7 +110,7 @@ class Ticks:
     def _claim_and_run(
         self, worker: type[PeriodicWorker], claim_with: Callable[[tuple[str, str]], Claim | None]
     ) -> Execution | None:
-        with self._present() as instance:
+        with self.present() as instance:
             if self.runs.stopping.is_set() or not instance.is_alive:
                 return None
             claim = claim_with((instance.id, instance.name))
@@ -138,12 +139,12 @@ class Ticks:
         self.connections.cut()
 
     @contextmanager
-    def _present(self) -> Iterator[Instance]:
+    def present(self) -> Iterator[Instance]:
         """This process's instance; where it has not joined (a command, a test) one that lives as long as the block."""
         if self.instance is not None:
             yield self.instance
             return
-        instance = self.sign_on()
+        instance = again_if_stale(self.sign_on)
         heartbeat = Heartbeat(
             self._app.config["WORKERS_HEARTBEAT_SECONDS"],
             lambda: self.instances.beat(instance) if instance.is_alive else None,
@@ -224,6 +225,10 @@ class Ticks:
     @cached_property
     def instances(self) -> Instances:
         return Instances(self.connections.heartbeats, self._lease.total_seconds())
+
+    @cached_property
+    def locks(self) -> Locks:
+        return Locks(self.connections.locks, self.instances, self.present, self._app.config["LOCK_PREFIX"])
 
     def close(self) -> None:
         """Close the connections; they open again when they are asked for."""

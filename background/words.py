@@ -48,7 +48,7 @@ def printable(text: str) -> str:
 
 def table(headers: Sequence[str], rows: Iterable[list[str]]) -> str:
     """Left-aligned columns, two spaces apart; a column in which nothing stands is left out, but for the first."""
-    lines = [[header.upper() for header in headers], *([_clipped(cell) for cell in row] for row in rows)]
+    lines = [[header.upper() for header in headers], *([clipped(cell) for cell in row] for row in rows)]
     columns = [column for column in zip(*lines, strict=True) if any(column[1:])]
     widths = [max(map(len, column)) for column in columns]
     return "\n".join(
@@ -57,6 +57,7 @@ def table(headers: Sequence[str], rows: Iterable[list[str]]) -> str:
     )
 
 
-def _clipped(cell: str) -> str:
-    text = printable(cell)
-    return text if len(text) <= WIDEST else f"{text[: WIDEST - 1]}…"
+def clipped(text: str, most: int = WIDEST) -> str:
+    """The text in at most so many printable characters."""
+    text = printable(text)
+    return text if len(text) <= most else f"{text[: most - 1]}…"

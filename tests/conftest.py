@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import svcs
 from flask import Flask
 from flask.testing import FlaskClient, FlaskCliRunner
 from sqlalchemy import URL, Engine, create_engine, make_url
@@ -20,7 +21,8 @@ from werkzeug.security import generate_password_hash
 
 from app import create_app
 from background import BackgroundWorkerManager
-from models import User, db
+from models import Book, User, db
+from workers import Mailer
 
 if TYPE_CHECKING:
     from effects import Effects
@@ -212,6 +214,29 @@ def make_user(app: Flask) -> Callable[..., User]:
         return user
 
     return make
+
+
+@pytest.fixture
+def make_book(app: Flask) -> Callable[..., int]:
+    """Make a book of the given columns, committed; its id."""
+
+    def make(**columns: Any) -> int:
+        usual = {"title": "Middlemarch", "author": "George Eliot", "price_cents": 1250, "stock": 5}
+        with app.app_context():
+            book = Book(**usual | columns)
+            db.session.add(book)
+            db.session.commit()
+            return book.id
+
+    return make
+
+
+@pytest.fixture
+def outbox(app: Flask, tmp_path: Path) -> Path:
+    """Where the app's mails go, instead of into its instance folder."""
+    folder = tmp_path / "outbox"
+    svcs.flask.register_factory(app, Mailer, lambda: Mailer(None, "shop@example.com", folder))
+    return folder
 
 
 @pytest.fixture

@@ -82,19 +82,97 @@ MUTATIONS = (
     Mutation(
         "pruning leaves the mark alone",
         [
-            Edit("background/pruning.py", "from .models import executions", "from .models import executions, workers"),
             Edit(
                 "background/pruning.py",
-                "        after, deleted = 0, 1\n",
-                "        after, deleted = 0, 1\n        context.session.execute(workers.update().values(mark=None))\n",
+                "    after, deleted = 0, 1\n",
+                "    after, deleted = 0, 1\n"
+                "    from .models import workers\n"
+                "    context.session.execute(workers.update().values(mark=None))\n",
             ),
         ],
         ["tests/test_pruning.py"],
     ),
     Mutation(
+        "of those who saw a lock free one takes it",
+        [Edit("background/locks.py", ".where(_of_name, _at_seen)", ".where(_of_name)")],
+        ["tests/test_locks.py", "-k", "dead_holder or count_right"],
+    ),
+    Mutation(
+        "a lock is released by its holder only",
+        [
+            Edit(
+                "background/locks.py",
+                "_RELEASED = update(locks).where(_of_name, _by_holder)",
+                "_RELEASED = update(locks).where(_of_name)",
+            )
+        ],
+        ["tests/test_locks.py", "-k", "wakes_after_its_lease"],
+    ),
+    Mutation(
+        "a lock is held as long as its holder's lease",
+        [Edit("background/locks.py", "return not gone", "return False")],
+        ["tests/test_locks.py", "-k", "held_elsewhere"],
+    ),
+    Mutation(
+        "the token of a lock that was pruned never goes back",
+        [Edit("background/locks.py", "nullif(locks.c.token, 0), _FLOOR_TOKEN, 0)", "nullif(locks.c.token, 0), 0)")],
+        ["tests/test_locks.py", "-k", "forgotten"],
+    ),
+    Mutation(
         "past the monotonic deadline nothing is committed",
         [Edit("background/instances.py", "return steady() < self.deadline", "return True")],
         ["tests/test_context.py", "-k", "deadline"],
+    ),
+    Mutation(
+        "an acknowledgement checks that the batch is still its own",
+        [Edit("background/messages.py", "messages.c.batch == batch.id, _is_running", "True")],
+        ["tests/test_message_faults.py", "-k", "wakes_after"],
+    ),
+    Mutation(
+        "a message that was tried before is claimed alone",
+        [
+            Edit(
+                "background/messages.py",
+                "case((first.c.attempt > 0, due.c.id == first.c.id), else_=due.c.attempt == 0)",
+                "True",
+            )
+        ],
+        ["tests/test_message_faults.py", "-k", "kills"],
+    ),
+    Mutation(
+        "what one handler rolls back, its neighbours did not do",
+        [Edit("background/context.py", "if self._transaction is not None and", "if False and")],
+        ["tests/test_messages.py", "-k", "whatever"],
+    ),
+    Mutation(
+        "an order is settled once",
+        [Edit("models.py", ".where(Order.id == order_id, Order.status == status)", ".where(Order.id == order_id)")],
+        ["tests/test_orders.py", "-k", "many_settle_at_once"],
+    ),
+    Mutation(
+        "no book is sold that is not there",
+        [Edit("models.py", ".where(Book.id == book_id, Book.stock >= quantity)\n", ".where(Book.id == book_id)\n")],
+        ["tests/test_orders.py", "-k", "two_instances"],
+    ),
+    Mutation(
+        "books are held in one order",
+        [Edit("models.py", "books.with_for_update(key_share=True)", "books")],
+        ["tests/test_orders.py", "-k", "holds_no_book"],
+    ),
+    Mutation(
+        "a book that is held can be ordered",
+        [Edit("models.py", "books.with_for_update(key_share=True)", "books.with_for_update()")],
+        ["tests/test_orders.py", "-k", "not_held_up"],
+    ),
+    Mutation(
+        "a password does not leave the machine unencrypted",
+        [Edit("workers.py", "            if not (is_encrypted or is_local):\n", "            if False:\n")],
+        ["tests/test_mail.py", "-k", "unencrypted"],
+    ),
+    Mutation(
+        "what a server says to a password is not repeated",
+        [Edit("workers.py", "except SMTPAuthenticationError as error:", "except ZeroDivisionError as error:")],
+        ["tests/test_mail.py", "-k", "one_sentence_without_the_password"],
     ),
 )
 

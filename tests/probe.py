@@ -8,8 +8,10 @@ import threading
 import time
 from collections.abc import Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
+import click
 from effects import leave, leave_each
 from flask import Flask
 from sqlalchemy import Connection, Engine, event, update
@@ -33,7 +35,20 @@ def create_app() -> Flask:
     known = {worker.name: worker for kind in (PeriodicWorker, MessageWorker) for worker in kind.__subclasses__()}
     for name in filter(None, os.environ.get("PROBE_WORKERS", "ticker").split(",")):
         workers.add(known[name])
+    app.cli.command("count")(count)
     return app
+
+
+@click.argument("path", type=Path)
+@click.argument("times", type=int)
+def count(path: Path, times: int) -> None:
+    """Add so many lines to a file, each with how many there were: what a lock is needed for."""
+    for _ in range(times):
+        with current_workers.lock("count", timeout=60) as lock:
+            assert lock is not None
+            lines = path.read_text().splitlines()
+            time.sleep(0.002)
+            path.write_text("\n".join([*lines, f"{len(lines)} {lock.token}"]))
 
 
 def wrapped() -> Any:
@@ -125,6 +140,21 @@ class Sweeper(PeriodicWorker):
         users = context.services.get(UserRepository)
         users.slice_size = 20
         users.update_inactive_user_statuses(context.tick - timedelta(days=30), lambda done, total: context.commit())
+
+
+class Locker(PeriodicWorker):
+    """Holds a lock until it is told to stop."""
+
+    name = "locker"
+    period = timedelta(days=1)
+
+    def do_work(self, context: WorkerContext) -> None:
+        with current_workers.lock("invoice-42") as lock:
+            assert lock is not None
+            context.logger.info("The locker has the token %s", lock.token)
+            context.stopping.wait(_SECONDS)
+            context.logger.info("The locker is told, and still has it: %s", lock.still_held())
+        context.logger.info("The locker released it")
 
 
 class Killer(PeriodicWorker):

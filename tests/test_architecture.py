@@ -43,7 +43,10 @@ def test_the_public_names_are_all_there() -> None:
         "BackgroundWorkerManager",
         "ClaimLost",
         "DuplicateWorker",
+        "InvalidLock",
         "InvalidSchedule",
+        "Lock",
+        "LockNotAcquired",
         "PeriodicWorker",
         "UnknownWorker",
         "WorkerContext",
@@ -63,7 +66,7 @@ def test_the_public_names_are_all_there() -> None:
         (background.WorkerContext, "services session commit progress raise_if_stopping"),
         (
             background.BackgroundWorkerManager,
-            "init_app add remove start stop tick trigger pause resume reschedule before_start",
+            "init_app add remove start stop tick trigger pause resume reschedule lock before_start",
         ),
     ],
 )

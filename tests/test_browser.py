@@ -6,6 +6,7 @@ from threading import Thread
 
 import pytest
 from conftest import PASSWORD
+from fleet import wait_until
 from sqlalchemy import select
 from werkzeug.serving import make_server
 
@@ -64,7 +65,9 @@ def press(page, name: str) -> None:
     main.get_by_role("button", name=name, exact=True).or_(main.get_by_role("link", name=name)).first.click()
 
 
-def test_a_new_reader_registers_logs_in_and_orders_and_the_admin_sees_it(app, page, make_user, complaints):
+def test_a_new_reader_registers_logs_in_and_orders_and_the_admin_sees_it(
+    app, manager, page, make_user, outbox, complaints
+):
     make_user(email="admin@example.com", is_admin=True)
     make_user(email="a.very.long.address.of.some.reader@a.department.of.a.company.example.com", name="N" * 120)
     with app.app_context():
@@ -89,6 +92,12 @@ def test_a_new_reader_registers_logs_in_and_orders_and_the_admin_sees_it(app, pa
     page.get_by_label("Quantity").fill("2")
     press(page, "Order")
     page.get_by_text("Thank you, your order is placed.").wait_for()
+    page.get_by_text("being processed").wait_for()
+    assert_fits(page)
+    manager.start()
+    wait_until(lambda: outbox.exists() and list(outbox.glob("*.eml")), "the mail")
+    page.reload()
+    page.get_by_text("confirmed").wait_for()
     assert_fits(page)
     press(page, "Middlemarch")
     page.get_by_text("sold out").wait_for()

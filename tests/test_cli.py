@@ -24,7 +24,7 @@ from processes import ROOT, environment
 from sqlalchemy import event, insert, text
 
 from app import create_app
-from background import BackgroundWorkerManager, PeriodicWorker, WorkerContext
+from background import BackgroundWorkerManager, MessageWorker, PeriodicWorker, WorkerContext
 from background.models import executions, instances
 from background.words import table
 
@@ -149,7 +149,14 @@ def test_the_instances_are_shown_with_what_they_hold_and_their_clocks(
 def test_a_fresh_database_lists_every_worker_of_the_release(flask: Callable[..., Result]) -> None:
     lines = flask("list").stdout.splitlines()
     assert lines[0].split("  ")[0] == "NAME"
-    assert [line.split()[0] for line in lines[1:]] == ["greet", PASSIVE, "prune_history_worker", "rest", "stumble"]
+    assert [line.split()[0] for line in lines[1:]] == [
+        "greet",
+        PASSIVE,
+        "prune_history_worker",
+        "rest",
+        "stumble",
+        "system_health_worker",
+    ]
     assert "every 10 minutes" in lines[1]
     assert lines[4].endswith("disabled")
     assert "at */5 * * * * (UTC)" in lines[5]
@@ -270,7 +277,7 @@ def test_check_prints_the_next_three_ticks_of_every_worker_and_writes_nothing(
     greet = result["workers"][0]
     ticks = [datetime.fromisoformat(each) for each in greet["next_ticks"]]
     assert before < ticks[0] == ticks[1] - 10 * MINUTE == ticks[2] - 20 * MINUTE
-    assert flask("check").stdout.splitlines()[-1] == "Fine: the settings, 5 workers, and the database."
+    assert flask("check").stdout.splitlines()[-1] == "Fine: the settings, 6 workers, and the database."
     assert manager.ticks.ledger.states() == {}
 
 
@@ -401,7 +408,18 @@ SHOP = """
     from datetime import timedelta
 
     from app import create_app as create_bookstore
-    from background import PeriodicWorker
+    from background import MessageWorker, PeriodicWorker
+
+
+    class Loud(MessageWorker):
+        topic = "loud"
+
+        def handle(self, message, context):
+            sys.stdout.write(f"{self.topic}: {message.payload}\\n")
+
+
+    class Silent(Loud):
+        topic = "silent"
 
 
     class Busy(PeriodicWorker):
@@ -427,6 +445,8 @@ SHOP = """
         workers = app.extensions["background_workers"]
         workers.add(Busy)
         workers.add(Quick)
+        workers.add(Loud)
+        workers.add(Silent)
         return app
 """
 
@@ -492,6 +512,26 @@ def test_run_without_names_serves_all_of_them(sqlite_url: str, tmp_path: Path) -
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=20)
         assert process.returncode == 0, errors
+
+
+def test_run_serves_the_named_workers_of_messages_and_no_others(database_url: str, tmp_path: Path) -> None:
+    app = create_app(settings(database_url))
+    workers: BackgroundWorkerManager = app.extensions["background_workers"]
+    for topic in ("silent", "loud"):
+        workers.add(type(topic, (MessageWorker,), {"topic": topic, "handle": lambda *_: None}))
+    with app.app_context():
+        workers.enqueue("silent", "no")
+        workers.enqueue("loud", "yes")
+        workers.db.session.commit()
+    with running(database_url, tmp_path, "loud") as process:
+        assert process.stdout
+        assert process.stdout.readline() == "loud: yes\n"
+        process.send_signal(signal.SIGTERM)
+        output, errors = process.communicate(timeout=20)
+        assert (process.returncode, output) == (0, ""), errors
+        assert "with 1 worker" in errors
+    assert [letter.state for letter in workers.messages.letters()] == ["done", "waiting"]
+    close(app)
 
 
 def test_a_second_signal_ends_a_run_that_does_not_listen(database_url: str, tmp_path: Path) -> None:

@@ -93,6 +93,21 @@ def test_a_boolean_is_written_in_many_ways(tmp_path: Path, text: str, value: boo
     assert load(tmp_path, {"WORKERS_ENABLED": text})["WORKERS_ENABLED"] is value
 
 
+NO_ADDRESSES = [
+    "shop",
+    "@example.com",
+    "shop@",
+    "a@b\nBcc: c@d",
+    "Shop <a@b>",
+    "a@b, c@d",
+    "a@b..c",
+    "ä@b",
+    "a@ä",
+    " ",
+    5,
+]
+
+
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
     [
@@ -108,6 +123,7 @@ def test_a_boolean_is_written_in_many_ways(tmp_path: Path, text: str, value: boo
         ("PASSIVE_AFTER_DAYS", None, "a number of days above 0"),
         ("WORKERS_THREADS", 2.5, "a whole number from 1 to 1000"),
         ("LOG_LEVEL", "loud", "DEBUG, INFO"),
+        *(("MAIL_FROM", value, "one e-mail address in ASCII") for value in NO_ADDRESSES),
     ],
 )
 def test_a_wrong_value_is_refused_with_key_value_expectation_and_remedy(
@@ -140,6 +156,58 @@ def test_a_sqlite_database_that_connections_cannot_share_is_refused(tmp_path: Pa
 def test_a_sqlite_url_of_two_slashes_does_not_become_a_database_that_is_thrown_away(tmp_path: Path, url: str) -> None:
     with pytest.raises(InvalidConfig, match="expected three slashes"):
         load(tmp_path, {"DATABASE_URL": url})
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "smtp://mail.example.com",
+        "smtp://mail:2525/",
+        "smtps://shop:hunter%402@mail.example.com",
+        "smtp+starttls://shop:hunter2@[::1]:587",
+        "SMTP://127.0.0.1",
+    ],
+)
+def test_a_mail_url_is_taken_as_it_is(tmp_path: Path, url: str) -> None:
+    assert load(tmp_path, {"MAIL_URL": url, "MAIL_FROM": "the-shop+1@mail.example.com"})["MAIL_URL"] == url
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "hunter2",
+        "mail.example.com:25",
+        "http://shop:hunter2@mail",
+        "smtp:/mail",
+        "smtp://",
+        "smtp://:25",
+        "smtp://shop:hunter2@",
+        "smtp://shop@mail",
+        "smtp://:hunter2@mail",
+        "smtp://shop:@mail",
+        "smtp://@mail",
+        "smtp://shop:hünter2@mail",
+        "smtp://shop:h%C3%BCnter2@mail",
+        "smtp://shop:hunter/2@mail",
+        "smtp://shop:12/hunter@mail",
+        "smtp://shop:12?hunter@mail",
+        "smtp://shop:12#hunter@mail",
+        "smtp://mail:0",
+        "smtp://mail:70000",
+        "smtp://mail:-1",
+        "smtp://mail:x",
+        "smtp://[::1",
+        "smtp://my mail",
+        "smtp://mail\n",
+        "smtp://mail/path",
+        b"smtp://mail",
+        25,
+    ],
+)
+def test_a_mail_url_is_refused_without_showing_its_password(tmp_path: Path, url: Any) -> None:
+    with pytest.raises(InvalidConfig, match=r"MAIL_URL is a value that is not shown; expected smtp://host,") as raised:
+        load(tmp_path, {"MAIL_URL": url})
+    assert "nter" not in str(raised.value)
 
 
 def test_an_empty_secret_key_is_refused(tmp_path: Path) -> None:

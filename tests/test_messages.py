@@ -152,7 +152,8 @@ def cycle() -> Any:
         ({"a": {1: 2}}, r"payload\['a'\]\[1\] is under a key that is a int"),
         ({True: 1}, r"payload\[True\] is under a key that is a bool"),
         (cycle(), r"payload\['a'\]\[0\] is a container that contains itself"),
-        (nested(100_000), r"payload is nested too deeply"),
+        (nested(100_000), r"payload is nested more than 100 deep"),
+        (nested(101), r"payload is nested more than 100 deep"),
         (["\ud800"], r"payload\[0\] is the text '\\ud800' with half a character"),
         ({"\ud800": 1}, r"payload is a dict with the key '\\ud800', half a character"),
         ([10**10_000], r"payload\[0\] is a whole number of thousands of digits"),
@@ -318,6 +319,17 @@ def test_an_async_handler_and_one_of_batches_are_handlers_too(fleet: Fleet) -> N
     manager.start()
     all_are(fleet, "done", 13)
     assert sorted(fleet.effects()) == sorted(["one", str(list(range(10))), str([10, 11])])
+
+
+def test_a_payload_that_somebody_wrote_by_hand_and_is_no_json_is_buried_and_blocks_nobody(fleet: Fleet) -> None:
+    manager = fleet.manager(Notes)
+    fleet.enqueue("notes", "one", "two", "three")
+    with fleet.engine.begin() as connection:
+        first = select(tables.messages.c.id).order_by(tables.messages.c.id).limit(1).scalar_subquery()
+        connection.execute(tables.messages.update().where(tables.messages.c.id == first).values(payload="{no"))
+    manager.start()
+    wait_until(lambda: states(fleet) == ["dead", "done", "done"], "the burial")
+    assert "JSONDecodeError" in fleet.errors()[0].error
 
 
 # -- failing ---------------------------------------------------------------------------------------

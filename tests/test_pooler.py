@@ -8,6 +8,7 @@ from datetime import timedelta
 import pytest
 from conftest import text
 from effects import Effects
+from fleet import PATIENCE, make_app, stop
 from processes import MARGIN, environment, eventually, flask, started
 from servers import PGBOUNCER, pooler
 from sqlalchemy import create_engine, make_url
@@ -75,3 +76,17 @@ def test_behind_a_pooler_a_killed_process_is_taken_over(pooled: str, effects: Ef
             assert time.monotonic() - killed < LEASE + 1 + MARGIN
     assert effects.states("listener") == [("lost", 1), ("succeeded", 2)]
     effects.check_once("listener")
+
+
+def test_a_lock_is_held_and_released_behind_a_pooler(pooled: str) -> None:
+    joined, alone = make_app(pooled), make_app(pooled)
+    one, other = (app.extensions["background_workers"] for app in (joined, alone))
+    one.start()
+    assert eventually(lambda: one.ticks.instance)
+    for held in range(1, 10, 2):
+        with one.lock("invoice-42") as lock, other.lock("invoice-42") as refused:
+            assert (lock.token, lock.still_held(), refused) == (held, True, None)
+        with other.lock("invoice-42", timeout=PATIENCE) as lock, one.lock("invoice-42") as refused:
+            assert (lock.token, lock.still_held(), refused) == (held + 1, True, None)
+    assert_nothing_is_left_on_its_connections(pooled)
+    stop(joined, alone)

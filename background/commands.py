@@ -1,0 +1,76 @@
+"""What the groups of commands share: their errors, the manager they ask, the options they have, and their JSON."""
+
+import json
+from collections.abc import Collection
+from datetime import datetime
+from typing import Any
+
+import click
+from flask import current_app
+from flask.cli import AppGroup, ScriptInfo
+from sqlalchemy.exc import DBAPIError
+
+from .errors import DatabaseNotReady, first_line
+from .manager import BackgroundWorkerManager
+from .words import moment
+
+MOST_ROWS = 10_000
+
+
+class WorkersGroup(AppGroup):
+    """Of an error of the database it prints one sentence; and it leaves no connection of the engine's open."""
+
+    def invoke(self, context: click.Context) -> Any:
+        manager = context.ensure_object(ScriptInfo).load_app().extensions["background_workers"]
+        try:
+            return super().invoke(context)
+        except DBAPIError as error:
+            raise not_ready(error) from None
+        finally:
+            if not manager.is_started:
+                manager.stop()
+
+
+class WrongUsage(click.ClickException):
+    exit_code = 2
+
+
+as_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def the_manager() -> BackgroundWorkerManager:
+    manager: BackgroundWorkerManager = current_app.extensions["background_workers"]
+    return manager
+
+
+def checked_manager() -> BackgroundWorkerManager:
+    """The manager, if its database is ready; nothing is changed to make it so."""
+    manager = the_manager()
+    try:
+        manager.check()
+    except OSError as error:
+        raise not_ready(error) from None
+    return manager
+
+
+def not_ready(error: Exception) -> DatabaseNotReady:
+    return DatabaseNotReady(f"The database cannot be used ({first_line(error)}). `flask workers check` tries again.")
+
+
+def row_limit(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and 1 <= int(text[:10]) <= MOST_ROWS):
+        raise WrongUsage(f"--limit is {text!r}; expected a whole number from 1 to {MOST_ROWS}.")
+    return int(text)
+
+
+def one_state(text: str | None, states: Collection[str]) -> str | None:
+    state = text and text.strip().lower().replace("-", " ").replace("_", " ")
+    if state is not None and state not in states:
+        raise WrongUsage(f"--state is {text!r}; expected one of: {', '.join(states)}.")
+    return state
+
+
+def print_json(value: Any) -> None:
+    click.echo(
+        json.dumps(value, indent=2, default=lambda each: moment(each) if isinstance(each, datetime) else str(each))
+    )

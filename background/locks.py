@@ -1,0 +1,289 @@
+"""A named lock for the user's own critical sections: one holder in the whole fleet, for as long as its lease lasts."""
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from typing import Any
+from uuid import uuid4
+
+from sqlalchemy import Engine, Executable, Row, and_, bindparam, delete, func, null, or_, select, update
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import SQLAlchemyError
+
+from .clock import now, single_statements, steady
+from .connections import again_if_stale
+from .context import current_run
+from .errors import InvalidLock, LockNotAcquired, first_line
+from .instances import LEASE_IS_OVER, Instance, Instances
+from .ledger import count
+from .models import locks
+
+log = logging.getLogger(__name__)
+
+_LONGEST_NAME = 200
+_LONGEST_WAIT = 86_400
+_FIRST_PAUSE, _LAST_PAUSE = 0.02, 0.25
+_RETRY_SECONDS = 1.0
+_FLOOR = ""  # no lock's name: its row's token is the greatest of those that were pruned
+
+
+@dataclass(frozen=True)
+class Lock:
+    """A lock that its block holds."""
+
+    name: str
+    token: int
+    """Greater than that of whoever held the lock before: what the lock guards can refuse a smaller one."""
+    _holder: str = field(repr=False)
+    _instance: Instance = field(repr=False)
+    _locks: "Locks" = field(repr=False)
+
+    def still_held(self) -> bool:
+        """Whether nobody else can have it yet: asks the database, unless the lease is known to be over.
+
+        Raises LockNotAcquired where the database does not answer.
+        """
+        return self._instance.is_alive and self._locks.has(self) and self._instance.is_alive
+
+
+class Locks:
+    """The locks of one database. Each statement is a transaction of its own: no frozen process can sit on a row."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        instances: Instances,
+        present: Callable[[], AbstractContextManager[Instance]],
+        prefix: str,
+    ) -> None:
+        self._engine, self._instances = single_statements(engine), instances
+        self._present, self._prefix = present, prefix
+        self._insert = sqlite.insert if engine.dialect.name == "sqlite" else postgresql.insert
+        self._held_here: set[tuple[str, int, int]] = set()
+
+    @contextmanager
+    def hold(self, name: str, timeout: float) -> Iterator[Lock | None]:
+        """Hold the lock `name`; None where others still do after `timeout` seconds. See `manager.lock`."""
+        self._check(name, timeout)
+        if _here(name) in self._held_here:
+            log.warning(
+                "Lock %r: this thread holds it already, and locks are not re-entrant: it is not given again", name
+            )
+            yield None
+            return
+        with ExitStack() as stack:
+            try:
+                instance = stack.enter_context(self._present())
+                mine = Lock(name, 0, uuid4().hex, instance, self)
+                lock = stack.enter_context(self._held(mine, timeout))
+            except SQLAlchemyError as error:
+                raise _unknown(name, error) from error
+            yield lock
+
+    def has(self, lock: Lock) -> bool:
+        """Whether it is nobody else's by now."""
+        try:
+            return bool(self._all(_HELD, self._mine(lock)))
+        except SQLAlchemyError as error:
+            raise _unknown(lock.name, error) from error
+
+    def prune(self, before: datetime, most: int) -> int:
+        """Delete `most` of the locks that nobody has held since `before`; returns how many there were.
+
+        The floor is raised first, so that their names begin above it when they are made anew. Others may be here:
+        whoever acquires one meanwhile moves its `since`, and it stays.
+        """
+        old = and_(locks.c.name != _FLOOR, locks.c.since < before)
+        holders = self._all(select(locks.c.instance).distinct().where(old, locks.c.holder.is_not(None)))
+        gone = self._instances.gone({row.instance for row in holders})
+        idle = and_(old, or_(locks.c.holder.is_(None), locks.c.instance.in_(gone)))
+        highest = select(func.coalesce(func.max(locks.c.token), 0)).where(idle).scalar_subquery()
+        floor = self._insert(locks).values(name=_FLOOR, token=highest, since=now())
+        raised, is_higher = {"token": floor.excluded.token}, locks.c.token < floor.excluded.token
+        self._run(floor.on_conflict_do_update(index_elements=["name"], set_=raised, where=is_higher))
+        some = select(locks.c.name).where(idle).limit(most)
+        return self._run(delete(locks).where(idle, locks.c.token <= _FLOOR_TOKEN, locks.c.name.in_(some)))
+
+    # -- acquiring -----------------------------------------------------------------------------
+
+    @contextmanager
+    def _held(self, mine: Lock, timeout: float) -> Iterator[Lock | None]:
+        lock = self._wait(mine, timeout)
+        if lock is None:
+            yield None
+            return
+        here = _here(lock.name)
+        self._held_here.add(here)
+        try:
+            if not lock._instance.is_alive:
+                raise _unknown(lock.name, LEASE_IS_OVER)
+            yield lock
+        finally:
+            self._held_here.discard(here)
+            self._release(lock)
+
+    def _wait(self, mine: Lock, timeout: float) -> Lock | None:
+        until, pause = steady() + timeout, _FIRST_PAUSE
+        while (lock := self._try(mine)) is None:
+            left = until - steady()
+            if left <= 0 or _is_stopping_within(min(pause, left)):
+                break
+            pause = min(pause * 1.5, _LAST_PAUSE)
+        return lock
+
+    def _try(self, mine: Lock) -> Lock | None:
+        """None only where somebody who is alive was seen to hold it; whoever was just too late looks again."""
+        while True:
+            seen = self._look(mine.name)
+            if seen is None:
+                self._make(mine.name)
+            elif self._is_taken(mine.name, seen):
+                return None
+            elif token := self._take(mine, seen.token):
+                return replace(mine, token=token)
+
+    def _look(self, name: str) -> Row[Any] | None:
+        return next(iter(self._all(_SEEN, {"of": self._prefix + name})), None)
+
+    def _is_taken(self, name: str, seen: Row[Any]) -> bool:
+        if seen.holder is None:
+            return False
+        gone = self._instances.gone({seen.instance})
+        if not gone:
+            log.debug("Lock %r: %s has held it since %s", name, seen.instance_name, seen.since.isoformat())
+        elif not gone[seen.instance]:
+            log.warning("Lock %r: %s stopped renewing its lease while it held it", name, seen.instance_name)
+        return not gone
+
+    def _make(self, name: str) -> None:
+        """A free row, if there is none yet. Others may be here: one of them makes it.
+
+        Its first token is settled when it is taken, by a statement that sees whatever deleted the one before.
+        """
+        row = self._insert(locks).values(name=self._prefix + name, token=0, since=now())
+        self._run(row.on_conflict_do_nothing())
+
+    def _take(self, mine: Lock, seen: int) -> int | None:
+        """The new token, or None.
+
+        Others may be here: whoever saw the lock free, or its holder gone, at the token `seen`; also that holder,
+        releasing it. The row's lock puts them in a line; the first raises the token, and the rest find it raised.
+        """
+        instance, values = mine._instance, self._mine(mine) | {"seen": seen}
+        try:
+            with self._engine.begin() as connection:
+                acquiring = values | {"its_id": instance.id, "its_name": instance.name}
+                return connection.execute(_TAKEN, acquiring).scalar_one_or_none()
+        except BaseException:  # it may be ours all the same, or become ours: perhaps only the reply got lost
+            self._later(instance, _CALLED_OFF, values)
+            raise
+
+    # -- releasing -----------------------------------------------------------------------------
+
+    def _release(self, lock: Lock) -> None:
+        """Others may be here: whoever took it over when our lease was over. Theirs it stays."""
+        try:
+            self._run(_RELEASED, self._mine(lock))
+        except BaseException as error:
+            self._later(lock._instance, _RELEASED, self._mine(lock))
+            if not isinstance(error, SQLAlchemyError):
+                raise
+            log.warning("Lock %r: could not release it yet: %s", lock.name, first_line(error))
+
+    def _later(self, *statement: Any) -> None:
+        threading.Thread(target=self._keep_trying, args=statement, name="workers-lock", daemon=True).start()
+
+    def _keep_trying(self, instance: Instance, statement: Executable, values: dict[str, Any]) -> None:
+        """Until the database answers; when the instance is gone, it holds no lock anyway."""
+        while instance.is_alive:
+            with suppress(SQLAlchemyError):
+                self._run(statement, values)
+                break
+            time.sleep(_RETRY_SECONDS)
+
+    # -- helpers -------------------------------------------------------------------------------
+
+    def _check(self, name: object, timeout: object) -> None:
+        if not isinstance(name, str) or not name or not name.isprintable():
+            raise InvalidLock(
+                f"{name!r} is no name of a lock; expected a text of printable characters: "
+                'name it after what it guards, as in "invoice-42".'
+            )
+        if len(self._prefix + name) > _LONGEST_NAME:
+            raise InvalidLock(
+                f"The name of the lock {name!r} has {len(name)} characters; expected at most "
+                f"{_LONGEST_NAME - len(self._prefix)}: shorten it, or give a hash of it."
+            )
+        if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 <= timeout <= _LONGEST_WAIT:
+            raise InvalidLock(
+                f"The lock {name!r} was given the timeout {timeout!r}; expected a number of seconds "
+                f"from 0 to {_LONGEST_WAIT}: leave it out, not to wait at all."
+            )
+
+    def _mine(self, lock: Lock) -> dict[str, Any]:
+        return {"of": self._prefix + lock.name, "by": lock._holder}
+
+    def _all(self, query: Executable, values: dict[str, Any] | None = None) -> list[Row[Any]]:
+        return again_if_stale(lambda: self._rows(query, values))
+
+    def _rows(self, query: Executable, values: dict[str, Any] | None) -> list[Row[Any]]:
+        with self._engine.connect() as connection:
+            return list(connection.execute(query, values))
+
+    def _run(self, statement: Executable, values: dict[str, Any] | None = None) -> int:
+        """Of a statement that may as well run twice: how many rows it changed."""
+        return again_if_stale(lambda: self._changed(statement, values))
+
+    def _changed(self, statement: Executable, values: dict[str, Any] | None) -> int:
+        with self._engine.begin() as connection:
+            return count(connection.execute(statement, values))
+
+
+_floor = locks.alias("floor")
+_FLOOR_TOKEN = select(_floor.c.token).where(_floor.c.name == _FLOOR).scalar_subquery()
+_of_name, _by_holder = locks.c.name == bindparam("of"), locks.c.holder == bindparam("by")
+_at_seen = locks.c.token == bindparam("seen")
+_SEEN = select(locks).where(_of_name)
+_HELD = select(locks.c.token).where(_of_name, _by_holder)
+_TAKEN = (
+    update(locks)
+    .where(_of_name, _at_seen)
+    .values(
+        token=func.coalesce(func.nullif(locks.c.token, 0), _FLOOR_TOKEN, 0) + 1,
+        holder=bindparam("by"),
+        instance=bindparam("its_id"),
+        instance_name=bindparam("its_name"),
+        since=now(),
+    )
+    .returning(locks.c.token)
+)
+_free = {"holder": null(), "instance": null(), "instance_name": null(), "since": now()}
+_RELEASED = update(locks).where(_of_name, _by_holder).values(_free)
+# Where the acquisition is still on its way, it finds the token raised when it arrives.
+_CALLED_OFF = update(locks).where(_of_name, or_(_by_holder, _at_seen)).values(_free | {"token": locks.c.token + 1})
+
+
+def _here(name: str) -> tuple[str, int, int]:
+    return name, os.getpid(), threading.get_ident()
+
+
+def _is_stopping_within(seconds: float) -> bool:
+    """Wait so long; where a run waits, no longer than until it is told to stop."""
+    run = current_run.get()
+    if run is None:
+        time.sleep(seconds)
+        return False
+    return run.stopping.wait(seconds)
+
+
+def _unknown(name: str, why: SQLAlchemyError | str) -> LockNotAcquired:
+    reason = why if isinstance(why, str) else first_line(why)
+    return LockNotAcquired(
+        f"Who holds the lock {name!r} could not be found out: {reason}. "
+        "Expected a database that answers: do nothing that needs the lock, and try again later."
+    )
