@@ -26,7 +26,7 @@ from app import create_app
 from migrations.schema import upgrade
 from models import db
 
-from . import soak_messages, soak_messages_oracle
+from . import soak_locks, soak_messages, soak_messages_oracle
 from .soak_database import Postgresql, Sqlite, Watch
 from .soak_fleet import FAKETIME, LEASE_SECONDS, Fleet
 from .soak_oracle import Oracle, Verdict, quantile
@@ -83,7 +83,8 @@ def database(engine: str, processes: int) -> Iterator[Sqlite | Postgresql]:
             upgrade()
             db.engine.dispose()
         effects.create(where.engine)
-        soak_messages.metadata.create_all(where.engine)
+        for more in (soak_messages, soak_locks):
+            more.metadata.create_all(where.engine)
         yield where
     finally:
         where.close()
@@ -112,7 +113,7 @@ def soak(where: Sqlite | Postgresql, logs: Path, arguments: argparse.Namespace) 
     oracle = Oracle(where.engine, absences)
     verdict = oracle.judge(since, calm_until, until, fleet.faults)
     mail = soak_messages_oracle.Oracle(where.engine).judge(since, calm_until, until)
-    report = Report(arguments, verdict, mail, fleet, absences)
+    report = Report(arguments, verdict, mail, soak_locks.judge(where.engine), fleet, absences)
     report.table()
     return report.violations(oracle, logs)
 
@@ -159,10 +160,11 @@ class Report:
         arguments: argparse.Namespace,
         verdict: Verdict,
         mail: soak_messages_oracle.Verdict,
+        locks: soak_locks.Verdict,
         fleet: Fleet,
         absences: list[tuple[float, float]],
     ) -> None:
-        self._arguments, self._verdict, self._mail = arguments, verdict, mail
+        self._arguments, self._verdict, self._mail, self._locks = arguments, verdict, mail, locks
         self._fleet, self._absences = fleet, absences
 
     def table(self) -> None:
@@ -191,6 +193,8 @@ class Report:
             ("start after the tick, without faults", times(verdict.calm_lateness), "p99 <= 50 ms"),
             ("start after the tick, all", times(verdict.lateness), ""),
             *self._messages(),
+            ("locks held", f"{self._locks.held:,}", ""),
+            ("locks held by two, or in another order than their tokens'", self._locks.overlaps, "0"),
         ]
         title = (
             f"{asked.engine}, {asked.minutes:g} min, {asked.processes} processes, lease {lease:g} s, seed {asked.seed}"
@@ -247,7 +251,7 @@ class Report:
         if len(found) > MOST_SHOWN:
             print(f"... and {len(found) - MOST_SHOWN} more: {Counter(what for _, what in found[MOST_SHOWN:])}")
         problems = self._fleet.problems + [f"{count} x {text}" for text, count in tracebacks(logs).items()]
-        problems += self._mail.violations[:MOST_SHOWN]
+        problems += self._mail.violations[:MOST_SHOWN] + self._locks.violations[:MOST_SHOWN]
         for problem in problems:
             print(f"VIOLATION: {problem}")
         return not found and not problems
