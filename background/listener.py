@@ -33,15 +33,16 @@ class Listener:
         self._stopped.set()
         self._tell.send(b"x")
         self._thread.join(1)
+        for each in (self._told, self._tell):  # not by the thread, which may end before it is told
+            each.close()
 
     def _run(self) -> None:
-        with self._told, self._tell:
-            while not self._stopped.is_set():
-                try:
-                    self._listen()
-                except Exception as error:  # a thread that ended would listen no more
-                    log.debug("Cannot listen for messages: %s", error)
-                    self._stopped.wait(_RETRY_SECONDS)
+        while not self._stopped.is_set():
+            try:
+                self._listen()
+            except Exception as error:  # a thread that ended would listen no more
+                log.debug("Cannot listen for messages: %s", error)
+                self._stopped.wait(_RETRY_SECONDS)
 
     def _listen(self) -> None:
         with self._connections.listening() as connection:

@@ -17,6 +17,8 @@ import app as shop
 from background import PeriodicWorker, WorkerContext
 from background.clock import UtcDateTime, now
 
+from . import soak_locks, soak_messages
+
 SLICES = 4
 
 effects = Table(
@@ -43,13 +45,14 @@ if "FAKETIME" in os.environ:  # libfaketime 0.9.10 makes clock_nanosleep fail, w
 
 def create_app() -> Flask:
     app = shop.create_app()
-    for worker in workers():
+    for worker in (*workers(), *soak_messages.TOPICS):
         app.extensions["background_workers"].add(worker)
+    soak_messages.Producer(app).start()
     return app
 
 
 def workers() -> Iterator[type[PeriodicWorker]]:
-    """Some eleven ticks a second."""
+    """Some twelve ticks a second."""
     yield from (_worker(f"quick_{i}", 4.1 + 0.057 * i, quick) for i in range(38))
     yield from (_worker(f"usual_{i}", 5.2 + 0.163 * i, usual) for i in range(10))
     yield from (_worker(f"holding_{i}", 6.1 + 0.331 * i, holding) for i in range(3))
@@ -57,6 +60,7 @@ def workers() -> Iterator[type[PeriodicWorker]]:
     yield from (_worker(f"slices_{i}", 7.3 + 0.391 * i, in_slices) for i in range(4))
     yield from (_worker(f"long_{i}", 6.7 + 0.443 * i, long) for i in range(6))
     yield from (_worker(f"longest_{i}", 11.3 + 0.717 * i, longest) for i in range(2))
+    yield from (_worker(f"locking_{i}", 2.9 + 0.203 * i, locking) for i in range(5))
 
 
 def _worker(name: str, period: float, body: Callable[[WorkerContext], None]) -> type[PeriodicWorker]:
@@ -111,6 +115,12 @@ def long(context: WorkerContext) -> None:
 def longest(context: WorkerContext) -> None:
     """Run longer than the lease."""
     _work(context, _seconds(context, 2.2, 3))
+    _leave(context)
+
+
+def locking(context: WorkerContext) -> None:
+    """Hold a lock for a part of the run."""
+    soak_locks.critical(context)
     _leave(context)
 
 

@@ -3,13 +3,13 @@
 import signal
 import time
 from collections.abc import Iterator
-from mailbox import Mailbox, unread
 from typing import Any
 
 import pytest
 from conftest import close, on_postgresql, on_sqlite, text
 from effects import Effects
 from fleet import in_threads, make_app
+from letterbox import Letterbox, unread
 from nursery import Member, Nursery, Shops
 from processes import MARGIN, PATIENCE, eventually
 from proxy import Proxy
@@ -20,12 +20,13 @@ from sqlalchemy.pool import NullPool
 
 from models import db
 
+EXPIRED = "its instance stopped renewing its lease while it was handled"
 LEASE = 1  # of those who are killed or frozen; the others keep theirs on a busy machine
 
 
 @pytest.fixture
-def box(effects: Effects) -> Iterator[Mailbox]:
-    box = Mailbox(effects)
+def box(effects: Effects) -> Iterator[Letterbox]:
+    box = Letterbox(effects)
     yield box
     close(box.app)
 
@@ -45,7 +46,7 @@ def others(shops: Shops, count: int = 2, **more: Any) -> list[Member]:
 # -- killed ----------------------------------------------------------------------------------------
 
 
-def kill_with_messages_in_hand(victim: Member, box: Mailbox, topic: str) -> None:
+def kill_with_messages_in_hand(victim: Member, box: Letterbox, topic: str) -> None:
     while True:
         victim.freeze()
         if box.in_hand_of(victim, topic):
@@ -59,7 +60,7 @@ def kill_with_messages_in_hand(victim: Member, box: Mailbox, topic: str) -> None
 
 @pytest.mark.parametrize(("topic", "count", "batch"), [("bulk", 20_000, 50), ("notes", 2_000, 20)])
 def test_half_of_eight_consumers_are_killed_while_messages_are_in_flight(
-    shops: Shops, box: Mailbox, topic: str, count: int, batch: int
+    shops: Shops, box: Letterbox, topic: str, count: int, batch: int
 ) -> None:
     more = {"PROBE_WORKERS": topic, "PROBE_BATCH": batch}
     victims, survivors = others(shops, 4, WORKERS_LEASE_SECONDS=2, **more), others(shops, 4, **more)
@@ -75,7 +76,7 @@ def test_half_of_eight_consumers_are_killed_while_messages_are_in_flight(
 
 @pytest.mark.parametrize("at", ["effect", "commit"])
 def test_the_messages_of_a_process_that_is_killed_are_taken_over_within_the_lease_and_a_second(
-    shops: Shops, box: Mailbox, at: str
+    shops: Shops, box: Letterbox, at: str
 ) -> None:
     box.put("notes", range(5))
     victim = freeze_one(shops, at)
@@ -86,10 +87,10 @@ def test_the_messages_of_a_process_that_is_killed_are_taken_over_within_the_leas
     assert max(effect.at.timestamp() for effect in found) - killed <= LEASE + 1 + MARGIN
     assert {effect.attempt for effect in found} == {2}
     assert victim.pid not in box.pids()
-    assert box.errors(box.rows()[0].id) == [(1, "its instance stopped renewing its lease")]
+    assert box.errors(box.rows()[0].id) == [(1, EXPIRED)]
 
 
-def test_what_was_committed_before_the_kill_is_not_handled_again(shops: Shops, box: Mailbox) -> None:
+def test_what_was_committed_before_the_kill_is_not_handled_again(shops: Shops, box: Letterbox) -> None:
     box.put("notes", range(5))
     victim = freeze_one(shops, "committed", PROBE_BATCH=5)
     others(shops)
@@ -102,7 +103,7 @@ def test_what_was_committed_before_the_kill_is_not_handled_again(shops: Shops, b
 
 
 @on_postgresql
-def test_a_commit_whose_reply_got_lost_is_found_to_be_done(nursery: Nursery, effects: Effects, box: Mailbox) -> None:
+def test_a_commit_whose_reply_got_lost_is_found_to_be_done(nursery: Nursery, effects: Effects, box: Letterbox) -> None:
     box.put("notes", range(5))
     proxy = Proxy(make_url(effects.url))
     shops = Shops(nursery, text(proxy.url))
@@ -135,7 +136,7 @@ def test_a_commit_whose_reply_got_lost_is_found_to_be_done(nursery: Nursery, eff
     indirect=["database_url"],
 )
 def test_a_process_that_wakes_after_its_lease_acknowledges_nothing(
-    shops: Shops, box: Mailbox, at: str, count: int
+    shops: Shops, box: Letterbox, at: str, count: int
 ) -> None:
     box.put("notes", range(count))
     zombie = freeze_one(shops, at)
@@ -155,7 +156,7 @@ def test_a_process_that_wakes_after_its_lease_acknowledges_nothing(
 @on_sqlite
 @pytest.mark.parametrize(("at", "attempt"), [("effect", 2), ("commit", 1)])
 def test_a_process_that_wakes_with_the_write_lock_of_sqlite_after_its_lease_is_decided_on_once(
-    shops: Shops, box: Mailbox, at: str, attempt: int
+    shops: Shops, box: Letterbox, at: str, attempt: int
 ) -> None:
     """While it is frozen nobody can write, so nobody can take over."""
     box.put("notes", range(5))
@@ -174,7 +175,7 @@ def test_a_process_that_wakes_with_the_write_lock_of_sqlite_after_its_lease_is_d
 )
 @pytest.mark.parametrize("sender", ["relays", "sender"])
 def test_what_a_zombie_enqueued_is_not_there(
-    shops: Shops, effects: Effects, box: Mailbox, sender: str, at: str
+    shops: Shops, effects: Effects, box: Letterbox, sender: str, at: str
 ) -> None:
     if sender == "relays":
         box.put("relays", [None])
@@ -193,7 +194,7 @@ def test_what_a_zombie_enqueued_is_not_there(
 
 
 def test_a_message_that_always_fails_is_buried_with_every_error_and_neither_blocks_nor_repeats_its_neighbours(
-    shops: Shops, box: Mailbox
+    shops: Shops, box: Letterbox
 ) -> None:
     notes = box.put("notes", [*range(7), "raise", *range(12)])
     others(shops, PROBE_ATTEMPTS=3)
@@ -204,13 +205,13 @@ def test_a_message_that_always_fails_is_buried_with_every_error_and_neither_bloc
     assert box.errors(notes[7]) == [(each, f"ValueError: attempt {each} of a bad note") for each in (1, 2, 3)]
 
 
-def test_a_message_that_kills_its_process_is_buried_and_the_others_live(shops: Shops, box: Mailbox) -> None:
+def test_a_message_that_kills_its_process_is_buried_and_the_others_live(shops: Shops, box: Letterbox) -> None:
     fleet = others(shops, 5, PROBE_ATTEMPTS=3, WORKERS_LEASE_SECONDS=LEASE)
     notes = box.put("notes", [*range(7), "kill", *range(12)])
     assert eventually(box.are_over)
     box.check()
     assert box.states() == {"done": 19, "dead": 1}
-    assert box.errors(notes[7]) == [(each, "its instance stopped renewing its lease") for each in (1, 2, 3)]
+    assert box.errors(notes[7]) == [(each, EXPIRED) for each in (1, 2, 3)]
     survivors = [member for member in fleet if member.is_up]
     assert len(survivors) == 2
     box.put("notes", ["later"])
@@ -218,19 +219,19 @@ def test_a_message_that_kills_its_process_is_buried_and_the_others_live(shops: S
     assert box.check()[-1].pid in {member.pid for member in survivors}
 
 
-def test_where_there_is_one_attempt_a_killer_takes_no_neighbour_along(shops: Shops, box: Mailbox) -> None:
+def test_where_there_is_one_attempt_a_killer_takes_no_neighbour_along(shops: Shops, box: Letterbox) -> None:
     notes = box.put("notes", [*range(5), "kill", *range(5)])
     others(shops, 2, PROBE_ATTEMPTS=1, WORKERS_LEASE_SECONDS=1.5)
     assert eventually(box.are_over)
     assert {effect.attempt for effect in box.check()} == {1}
     assert box.states() == {"done": 10, "dead": 1}
-    assert box.errors(notes[5]) == [(1, "its instance stopped renewing its lease")]
+    assert box.errors(notes[5]) == [(1, EXPIRED)]
 
 
 # -- enqueueing ------------------------------------------------------------------------------------
 
 
-def test_four_producers_of_the_same_keys_enqueue_each_once(shops: Shops, effects: Effects, box: Mailbox) -> None:
+def test_four_producers_of_the_same_keys_enqueue_each_once(shops: Shops, effects: Effects, box: Letterbox) -> None:
     others(shops)
     apps = [make_app(effects.url, unread("notes")) for _ in range(4)]
 
@@ -250,7 +251,7 @@ def test_four_producers_of_the_same_keys_enqueue_each_once(shops: Shops, effects
 
 
 def test_what_was_enqueued_in_a_transaction_or_a_savepoint_that_is_rolled_back_was_never_there(
-    shops: Shops, box: Mailbox
+    shops: Shops, box: Letterbox
 ) -> None:
     members = others(shops)
     with box.app.app_context():
@@ -274,7 +275,7 @@ def test_what_was_enqueued_in_a_transaction_or_a_savepoint_that_is_rolled_back_w
 
 
 def test_of_a_batch_whose_process_is_told_to_end_the_rest_is_handled_elsewhere_at_once(
-    shops: Shops, box: Mailbox
+    shops: Shops, box: Letterbox
 ) -> None:
     box.put("notes", ["one", "two", "wait", "four", "five"])
     [leaving] = others(shops, 1)
@@ -291,7 +292,7 @@ def test_of_a_batch_whose_process_is_told_to_end_the_rest_is_handled_elsewhere_a
 
 
 def test_what_a_process_does_not_end_in_time_is_handled_elsewhere_and_was_no_attempt(
-    shops: Shops, box: Mailbox
+    shops: Shops, box: Letterbox
 ) -> None:
     box.put("notes", ["deaf", "next"])
     [leaving] = others(shops, 1, WORKERS_SHUTDOWN_SECONDS=0.5, PROBE_SECONDS=PATIENCE)
@@ -318,7 +319,7 @@ def test_a_restart_of_the_database_in_the_middle_of_a_batch_loses_and_repeats_no
     nursery: Nursery, server: PostgreSQL
 ) -> None:
     effects = Effects(text(server.database()))
-    box, shops = Mailbox(effects), Shops(nursery, effects.url)
+    box, shops = Letterbox(effects), Shops(nursery, effects.url)
     try:
         box.put("notes", ["one", "wait", "three"] * 3)
         members = others(shops, 3, PROBE_BATCH=3, PROBE_SECONDS=2)
@@ -349,7 +350,7 @@ def cut(url: str, connections: set[int]) -> None:
 
 
 @on_postgresql
-def test_while_its_ear_is_cut_off_a_process_hears_of_messages_with_its_heartbeat(shops: Shops, box: Mailbox) -> None:
+def test_while_its_ear_is_cut_off_a_process_hears_of_messages_with_its_heartbeat(shops: Shops, box: Letterbox) -> None:
     [member] = others(shops, 1)
     assert eventually(lambda: listeners(box.url))
     cut(box.url, listeners(box.url))
@@ -361,7 +362,7 @@ def test_while_its_ear_is_cut_off_a_process_hears_of_messages_with_its_heartbeat
 
 
 @on_postgresql
-def test_an_ear_that_was_cut_off_grows_again(shops: Shops, box: Mailbox) -> None:
+def test_an_ear_that_was_cut_off_grows_again(shops: Shops, box: Letterbox) -> None:
     """No heartbeat comes in this test: whatever is heard is heard by LISTEN."""
     others(shops, 1, WORKERS_HEARTBEAT_SECONDS=2 * PATIENCE, WORKERS_LEASE_SECONDS=5 * PATIENCE)
     first = eventually(lambda: listeners(box.url))
@@ -379,7 +380,7 @@ def test_an_ear_that_was_cut_off_grows_again(shops: Shops, box: Mailbox) -> None
 @pytest.mark.skipif(PGBOUNCER is None, reason="needs pgbouncer")
 @on_postgresql
 def test_behind_a_transaction_mode_pooler_messages_are_handled(
-    nursery: Nursery, effects: Effects, box: Mailbox
+    nursery: Nursery, effects: Effects, box: Letterbox
 ) -> None:
     with pooler(make_url(effects.url), 3) as pooled:
         shops = Shops(nursery, text(pooled))
@@ -401,7 +402,7 @@ def test_behind_a_transaction_mode_pooler_messages_are_handled(
 
 
 def test_a_delayed_message_is_handled_when_it_is_due_by_the_database_and_at_most_a_heartbeat_later(
-    shops: Shops, box: Mailbox
+    shops: Shops, box: Letterbox
 ) -> None:
     others(shops)
     for number in range(20):
@@ -416,7 +417,7 @@ def test_a_delayed_message_is_handled_when_it_is_due_by_the_database_and_at_most
 # -- releases --------------------------------------------------------------------------------------
 
 
-def test_messages_of_a_topic_that_a_release_does_not_have_are_left_alone(shops: Shops, box: Mailbox) -> None:
+def test_messages_of_a_topic_that_a_release_does_not_have_are_left_alone(shops: Shops, box: Letterbox) -> None:
     notes = box.put("notes", range(5))
     victim = freeze_one(shops, "handling")
     victim.kill()

@@ -12,10 +12,11 @@ import pytest
 from conftest import on_postgresql
 from flask import current_app
 from fleet import PATIENCE, Fleet, Hourly, effect, wait_until
-from sqlalchemy import insert
+from sqlalchemy import insert, select
 from sqlalchemy.exc import IntegrityError
 
 from background import BackgroundWorkerManager, Message, MessageWorker, WorkerContext, current_workers
+from background import models as tables
 from models import db
 
 MINUTE = 60
@@ -449,3 +450,18 @@ def test_a_worker_that_is_added_after_the_start_hears_of_what_others_enqueue(fle
     for number in range(3):
         fleet.enqueue("notes", number)
         wait_until(lambda: is_over(fleet), "the handling")
+
+
+@on_postgresql
+def test_a_process_signs_off_though_its_listener_heard_something_as_it_was_told_to_end(
+    fleet: Fleet, quiet: Quiet
+) -> None:
+    manager = quiet(Notes)
+    listener = manager._membership._listener
+    listener._stopped.set()
+    fleet.manager(Notes)
+    fleet.enqueue("notes", "heard")
+    listener._thread.join(PATIENCE)
+    manager.stop()
+    with fleet.engine.connect() as connection:
+        assert connection.scalars(select(tables.instances.c.signed_off_at)).one() is not None

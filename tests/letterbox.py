@@ -17,7 +17,7 @@ from models import db
 TOPICS = ("notes", "bulk", "relays")
 
 
-class Mailbox:
+class Letterbox:
     """The messages in one database, and the effects of those who handled them, read anew with every question."""
 
     def __init__(self, effects: Effects) -> None:

@@ -1,0 +1,132 @@
+"""The soak's messages: whoever enqueues them writes a letter for each in the same transaction, whoever handles them a
+receipt. So the database knows what was enqueued, whatever became of the process that did it.
+"""
+
+import os
+import threading
+import time
+from datetime import timedelta
+from random import Random
+from uuid import uuid4
+
+from flask import Flask
+from sqlalchemy import BigInteger, Boolean, Column, Integer, MetaData, String, Table, insert
+from sqlalchemy.exc import SQLAlchemyError
+
+from background import BackgroundWorkerManager, Message, MessageWorker, WorkerContext
+from background.clock import UtcDateTime, now
+from models import db
+
+TRANSACTIONS_A_SECOND = 6.0  # of each process
+KEY_SECONDS = 0.5  # for which everybody uses the same key
+POISON, ROLLED_BACK = "poison", "rolled back"
+
+metadata = MetaData()
+
+letters = Table(
+    "soak_letters",
+    metadata,
+    Column("id", String(32), primary_key=True),
+    Column("kind", String(20), nullable=False),
+    Column("key", String(50)),
+    # True where somebody else's message had the key.
+    Column("refused", Boolean, nullable=False),
+)
+
+receipts = Table(
+    "soak_receipts",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("letter", String(32), nullable=False),
+    Column("message", BigInteger, nullable=False),
+    Column("token", BigInteger, nullable=False),
+    Column("pid", Integer, nullable=False),
+    Column("at", UtcDateTime, nullable=False),
+)
+
+
+class Letters(MessageWorker):
+    """Quick ones, in batches, and some that always fail."""
+
+    topic = "letters"
+    batch_size = 10
+    max_attempts = 8  # so many kills of one in a row are out of the question here
+    backoff = timedelta(seconds=0.02)
+
+    def handle(self, message: Message, context: WorkerContext) -> None:
+        _receive(message, context)
+        if message.payload["kind"] == POISON:
+            raise ValueError("poison")
+
+
+class Parcels(MessageWorker):
+    """Slow ones, alone; they write at their end, so that they hold no lock of SQLite's."""
+
+    topic = "parcels"
+    batch_size = 1
+    max_attempts = 100
+    concurrency = 2
+
+    def handle(self, message: Message, context: WorkerContext) -> None:
+        time.sleep(Random(message.payload["letter"]).uniform(0.1, 0.5))
+        _receive(message, context)
+
+
+TOPICS = (Letters, Parcels)
+
+
+def _receive(message: Message, context: WorkerContext) -> None:
+    row = {"letter": message.payload["letter"], "message": message.id, "token": message.token}
+    context.session.execute(insert(receipts).values(pid=os.getpid(), at=now(), **row))
+
+
+class Producer(threading.Thread):
+    """Enqueues as the views of a web process do, until this process is told to end."""
+
+    def __init__(self, app: Flask) -> None:
+        super().__init__(name="soak-producer", daemon=True)
+        self._app = app
+        self._workers: BackgroundWorkerManager = app.extensions["background_workers"]
+        self._random = Random(f"{os.environ.get('SOAK_SEED')} {os.getpid()}")
+
+    def run(self) -> None:
+        while not self._workers.ticks.runs.stopping.wait(self._random.uniform(0, 2 / TRANSACTIONS_A_SECOND)):
+            try:
+                with self._app.app_context():
+                    self._transact()
+            except SQLAlchemyError:  # whether it was committed or not, its letters tell
+                continue
+
+    def _transact(self) -> None:
+        share = self._random.random()
+        if share < 0.1:
+            self._enqueue("letters", ROLLED_BACK)
+            db.session.rollback()
+        elif share < 0.2:
+            with db.session.begin_nested() as savepoint:
+                self._enqueue("letters", ROLLED_BACK)
+                savepoint.rollback()
+            self._enqueue("letters")
+        elif share < 0.4:
+            self._enqueue("letters", key=f"{time.time() // KEY_SECONDS:.0f}")
+        elif share < 0.5:
+            self._enqueue_many("letters", self._random.randint(2, 8))
+        elif share < 0.6:
+            self._enqueue("letters", delay=self._random.uniform(0, 2))
+        elif share < 0.63:
+            self._enqueue("letters", POISON)
+        elif share < 0.7:
+            self._enqueue("parcels")
+        else:
+            self._enqueue("letters")
+        db.session.commit()
+
+    def _enqueue(self, topic: str, kind: str = "usual", key: str | None = None, delay: float | None = None) -> None:
+        letter = uuid4().hex
+        found = self._workers.enqueue(topic, {"letter": letter, "kind": kind}, key, delay)
+        db.session.execute(insert(letters).values(id=letter, kind=kind, key=key, refused=found is None))
+
+    def _enqueue_many(self, topic: str, count: int) -> None:
+        new = [uuid4().hex for _ in range(count)]
+        self._workers.enqueue_many(topic, [{"letter": letter, "kind": "usual"} for letter in new])
+        db.session.execute(insert(letters), [{"id": each, "kind": "usual", "refused": False} for each in new])
