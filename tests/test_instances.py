@@ -152,13 +152,14 @@ class TwiceASecond(Hourly):
 
 
 def test_an_instance_that_loses_a_tick_has_read_once(fleet: Fleet) -> None:
-    managers = [fleet.manager(TwiceASecond) for _ in range(2)]
+    rarely = {"WORKERS_HEARTBEAT_SECONDS": 5, "WORKERS_LEASE_SECONDS": 30}  # a heartbeat reads as well, when others run
+    managers = [fleet.manager(TwiceASecond, **rarely) for _ in range(2)]
     for manager in managers:
         manager.start()
     wait_until(lambda: len(fleet.executions()) >= 5, "the first ticks, in which they find out who comes first")
     # Who wins reads once, and writes in one transaction; who loses reads once. Of two that are not spread each tick
     # takes four, and so it does in a stall of this machine, which may spoil some of the tries.
-    assert any(reads_of_ten_ticks(fleet, managers) <= 25 for _ in range(4))
+    assert any(reads_of_ten_ticks(fleet, managers) <= 28 for _ in range(4))
 
 
 def reads_of_ten_ticks(fleet: Fleet, managers: list[BackgroundWorkerManager]) -> int:
