@@ -7,10 +7,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from flask import Flask
+from fleet import Fleet, wait_until
 from processes import ROOT, environment
 from sqlalchemy import create_engine, text
 
 import workers
+from background import current_workers
 from models import Book, db
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -29,6 +31,22 @@ def test_the_example_worker_works_when_it_is_pasted(app: Flask) -> None:
         db.session.commit()
     manager.tick("restock_worker", datetime.now(UTC))
     with app.app_context():
+        assert db.session.scalars(db.select(Book.stock)).all() == [11]
+
+
+def test_the_example_of_a_message_works_when_it_is_pasted(fleet: Fleet) -> None:
+    enqueueing, declared = re.search(r"```python\n(# in a view.*?\n)\n(.*?)```", README, re.DOTALL).groups()
+    pasted = {**vars(workers), "Book": Book, "current_workers": current_workers}
+    exec(declared, pasted)
+    manager = fleet.manager(pasted["DeliveryWorker"])
+    with manager.app.app_context():
+        db.session.add(Book(title="Emma", author="Jane Austen", price_cents=900, stock=1))
+        exec(enqueueing, pasted)
+        exec(enqueueing, pasted)
+        db.session.commit()
+    manager.start()
+    wait_until(lambda: [row.state for row in fleet.messages()] == ["done"], "the delivery")
+    with manager.app.app_context():
         assert db.session.scalars(db.select(Book.stock)).all() == [11]
 
 
