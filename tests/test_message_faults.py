@@ -62,7 +62,8 @@ def test_half_of_eight_consumers_are_killed_while_messages_are_in_flight(
     shops: Shops, box: Letterbox, topic: str, count: int, batch: int
 ) -> None:
     more = {"PROBE_WORKERS": topic, "PROBE_BATCH": batch}
-    victims, survivors = others(shops, 4, WORKERS_LEASE_SECONDS=2, **more), others(shops, 4, **more)
+    victims = others(shops, 4, WORKERS_LEASE_SECONDS=2, PROBE_TAKES=0.3, **more)  # nearly always with some in hand
+    survivors = others(shops, 4, PROBE_TAKES=0.02, **more)
     box.put(topic, range(count))
     for victim in victims:
         kill_with_messages_in_hand(victim, box, topic)
