@@ -249,11 +249,9 @@ def run(names: tuple[str, ...], once: bool) -> None:
 
 
 def _run_until_told(manager: BackgroundWorkerManager, names: tuple[str, ...]) -> None:
-    for name in manager.names.difference(names) if names else ():
-        manager.remove(name)
     _prepare(manager)
     stop_when_told(manager)
-    manager.start()
+    manager.start(names)
     with suppress(KeyboardInterrupt):
         while True:
             threading.Event().wait(1)  # not signal.pause(): a signal may arrive at another thread

@@ -20,7 +20,7 @@ from .worker import MessageWorker
 
 log = logging.getLogger(__name__)
 
-_EXPIRED = "its instance stopped renewing its lease while it was handled"
+_EXPIRED = "its instance stopped renewing its lease"
 
 
 class Consumers:

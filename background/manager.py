@@ -3,7 +3,7 @@
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -194,8 +194,11 @@ class BackgroundWorkerManager:
             for check in self._checks:
                 check()
 
-    def start(self) -> None:
-        """Join the fleet, from now until `stop`. Returns at once; waits in the background for a database."""
+    def start(self, names: Collection[str] = ()) -> None:
+        """Join the fleet, from now until `stop`, to run all workers or those of `names` only.
+
+        Returns at once; waits in the background for a database.
+        """
         with self._lock:
             if self.is_started:
                 return
@@ -203,7 +206,11 @@ class BackgroundWorkerManager:
 
             self._started_in = self._served_in = os.getpid()
             self.ticks.runs.open()
-            self._membership = Membership(self.app, self.db, self.ticks, self._workers, self._topics, self.prepare)
+            workers, topics = self._workers, self._topics
+            if names:  # the others stay known: a run may enqueue for them
+                workers = {name: worker for name, worker in workers.items() if name in names}
+                topics = {topic: worker for topic, worker in topics.items() if worker.name in names}
+            self._membership = Membership(self.app, self.db, self.ticks, workers, topics, self.prepare)
             self._membership.join()
 
     def tell(self) -> None:

@@ -147,7 +147,8 @@ def test_the_instances_are_shown_with_what_they_hold_and_their_clocks(
 
 
 def test_a_fresh_database_lists_every_worker_of_the_release(flask: Callable[..., Result]) -> None:
-    lines = flask("list").stdout.splitlines()
+    *lines, messages = flask("list").stdout.splitlines()
+    assert messages.startswith("Messages: mail (mail_worker), orders (order_worker)")
     assert lines[0].split("  ")[0] == "NAME"
     assert [line.split()[0] for line in lines[1:]] == [
         "greet",
@@ -277,7 +278,7 @@ def test_check_prints_the_next_three_ticks_of_every_worker_and_writes_nothing(
     greet = result["workers"][0]
     ticks = [datetime.fromisoformat(each) for each in greet["next_ticks"]]
     assert before < ticks[0] == ticks[1] - 10 * MINUTE == ticks[2] - 20 * MINUTE
-    assert flask("check").stdout.splitlines()[-1] == "Fine: the settings, 6 workers, and the database."
+    assert flask("check").stdout.splitlines()[-1] == "Fine: the settings, 8 workers, and the database."
     assert manager.ticks.ledger.states() == {}
 
 

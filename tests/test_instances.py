@@ -12,7 +12,7 @@ from conftest import close
 from fleet import HOUR, PATIENCE, Fleet, Hourly, effect, last_hour, make_app, statements, wait_until
 from sqlalchemy import make_url, select, update
 
-from background import WorkerContext
+from background import BackgroundWorkerManager, WorkerContext
 from background import models as tables
 from background.clock import steady
 from background.instances import Instance, Pulse
@@ -152,17 +152,22 @@ class TwiceASecond(Hourly):
 
 
 def test_an_instance_that_loses_a_tick_has_read_once(fleet: Fleet) -> None:
-    managers = [fleet.manager(TwiceASecond) for _ in range(2)]
+    rarely = {"WORKERS_HEARTBEAT_SECONDS": 5, "WORKERS_LEASE_SECONDS": 30}  # a heartbeat reads as well, when others run
+    managers = [fleet.manager(TwiceASecond, **rarely) for _ in range(2)]
     for manager in managers:
         manager.start()
     wait_until(lambda: len(fleet.executions()) >= 5, "the first ticks, in which they find out who comes first")
+    # Who wins reads once, and writes in one transaction; who loses reads once. Of two that are not spread each tick
+    # takes four, and so it does in a stall of this machine, which may spoil some of the tries.
+    assert any(reads_of_ten_ticks(fleet, managers) <= 28 for _ in range(4))
+
+
+def reads_of_ten_ticks(fleet: Fleet, managers: list[BackgroundWorkerManager]) -> int:
     before = len(fleet.executions())
     with ExitStack() as stack:
         seen = [stack.enter_context(statements(manager.ticks.ledger.engine)) for manager in managers]
         wait_until(lambda: len(fleet.executions()) >= before + 10, "ten more ticks")
-    # Who wins reads once, and writes in one transaction; who loses reads once, but for a stall of this machine.
-    reads = [each for each in (*seen[0], *seen[1]) if each.startswith("SELECT background_workers")]
-    assert len(reads) <= 30  # of two that are not spread each tick takes four
+        return sum(each.startswith("SELECT background_workers") for each in (*seen[0], *seen[1]))
 
 
 def test_nobody_counts_as_lost_within_a_lease_after_the_databases_clock_was_set(

@@ -52,7 +52,8 @@ def kill_with_messages_in_hand(victim: Member, box: Letterbox, topic: str) -> No
         if box.in_hand_of(victim, topic):
             victim.kill()
             return
-        assert not box.are_over(topic), "they were done before anybody could be killed"
+        if box.are_over(topic):  # before anybody could be killed
+            box.put(topic, range(500))
         victim.thaw()
         time.sleep(0.01)
 
@@ -68,7 +69,7 @@ def test_half_of_eight_consumers_are_killed_while_messages_are_in_flight(
     for victim in victims:
         kill_with_messages_in_hand(victim, box, topic)
     assert eventually(lambda: box.are_over(topic))
-    assert len(box.check_all_done(topic)) == count
+    assert len(box.check_all_done(topic)) == len(box.rows(topic)) >= count
     again = [row.attempt for row in box.rows(topic) if row.attempt > 1]
     assert len(again) >= 4
     assert all(member.is_up for member in survivors)

@@ -20,6 +20,7 @@ from background import (
     MessageWorker,
     UnknownTopic,
     WorkerContext,
+    current_workers,
 )
 from background import models as tables
 from models import db
@@ -451,3 +452,21 @@ def test_an_idle_instance_with_delayed_messages_is_one_statement_per_heartbeat(f
     assert {statement.split()[0] for statement in beats[3:]} == {"INSERT"}
     assert others == []
     assert states(fleet) == ["waiting"]
+
+
+def test_a_process_that_runs_some_workers_only_enqueues_for_the_others_too(fleet: Fleet) -> None:
+    class Forwarding(Notes):
+        def handle(self, message: Message, context: WorkerContext) -> None:
+            current_workers.enqueue("letters", message.payload)
+
+    class Letters(Notes):
+        topic = "letters"
+
+    manager = fleet.manager(Forwarding, Letters, Hourly)
+    fleet.enqueue("notes", "a letter")
+    manager.start({"forwarding"})
+    wait_until(lambda: states(fleet) == ["done", "waiting"], "the forwarding")
+    assert fleet.executions() == []
+    fleet.manager(Letters).start()
+    all_are(fleet, "done", 2)
+    assert fleet.effects() == ["a letter"]
