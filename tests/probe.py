@@ -212,6 +212,7 @@ class Notes(Letters, MessageWorker):
     def handle(self, message: Message, context: WorkerContext) -> None:
         context.logger.info("Handling %s, attempt %d", message.idempotency_key, message.attempt)
         reach("handling")
+        take_time(context)
         if message.payload == "raise":
             raise ValueError(f"attempt {message.attempt} of a bad note")
         if message.payload == "kill":
@@ -235,6 +236,7 @@ class Bulk(Letters, MessageWorker):
     name = topic = "bulk"
 
     def handle_many(self, messages: Sequence[Message], context: WorkerContext) -> None:
+        take_time(context)
         leave_each(context, messages, os.getpid())
 
 
@@ -261,6 +263,12 @@ class Sender(PeriodicWorker):
         leave(context, os.getpid())
         current_workers.enqueue("notes", context.tick.isoformat())
         reach("effect")
+
+
+def take_time(context: WorkerContext) -> None:
+    """Before the first write of a batch: after it, SQLite would let nobody else write."""
+    if not context.session.in_transaction():
+        threading.Event().wait(_TAKES)
 
 
 def _committed(_session: object) -> None:

@@ -63,7 +63,8 @@ def test_half_of_eight_consumers_are_killed_while_messages_are_in_flight(
     shops: Shops, box: Letterbox, topic: str, count: int, batch: int
 ) -> None:
     more = {"PROBE_WORKERS": topic, "PROBE_BATCH": batch}
-    victims, survivors = others(shops, 4, WORKERS_LEASE_SECONDS=2, **more), others(shops, 4, **more)
+    victims = others(shops, 4, WORKERS_LEASE_SECONDS=2, PROBE_TAKES=0.3, **more)  # nearly always with some in hand
+    survivors = others(shops, 4, PROBE_TAKES=0.02, **more)
     box.put(topic, range(count))
     for victim in victims:
         kill_with_messages_in_hand(victim, box, topic)
@@ -221,7 +222,7 @@ def test_a_message_that_kills_its_process_is_buried_and_the_others_live(shops: S
 
 def test_where_there_is_one_attempt_a_killer_takes_no_neighbour_along(shops: Shops, box: Letterbox) -> None:
     notes = box.put("notes", [*range(5), "kill", *range(5)])
-    others(shops, 2, PROBE_ATTEMPTS=1, WORKERS_LEASE_SECONDS=1.5)
+    others(shops, 2, PROBE_ATTEMPTS=1, WORKERS_LEASE_SECONDS=2)
     assert eventually(box.are_over)
     assert {effect.attempt for effect in box.check()} == {1}
     assert box.states() == {"done": 10, "dead": 1}
