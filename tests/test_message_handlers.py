@@ -68,7 +68,9 @@ RAISED: dict[str, BaseException] = {
 }
 
 
-@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize(
+    ("database_url", "is_async"), [("sqlite", True), ("postgresql", False)], indirect=["database_url"]
+)
 def test_whatever_a_handler_raises_buries_its_own_message_only(
     fleet: Fleet, is_async: bool, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -131,6 +131,7 @@ def test_the_list_can_be_narrowed_by_topic_state_and_number(
     assert nothing.stdout == "There is no message of orders that is discarded.\n"
 
 
+@on_sqlite
 def test_for_scripts_the_list_has_the_whole_payload_and_error(
     fleet: Fleet, manager: BackgroundWorkerManager, flask: Callable[..., Result]
 ) -> None:
@@ -144,6 +145,7 @@ def test_for_scripts_the_list_has_the_whole_payload_and_error(
     assert dead["error"].startswith("Traceback (most recent call last)")
 
 
+@on_sqlite
 def test_everything_of_a_dead_letter_is_shown_with_the_error_of_every_attempt(
     fleet: Fleet, manager: BackgroundWorkerManager, flask: Callable[..., Result]
 ) -> None:
@@ -237,6 +239,7 @@ def test_a_dead_letter_that_is_retried_is_handled_anew_and_keeps_its_errors(
     assert (row["state"], row["attempt"], row["key"]) == ("done", 1, "order 17")
 
 
+@on_sqlite
 def test_a_letter_that_fails_again_after_a_retry_has_all_its_attempts_again(
     fleet: Fleet, manager: BackgroundWorkerManager, flask: Callable[..., Result]
 ) -> None:
@@ -318,6 +321,7 @@ def test_a_discarded_message_is_never_handled_and_its_key_goes_on_to_refuse(
     assert flask("list").stdout.splitlines()[2].endswith("ValueError: no such?[31m book")
 
 
+@on_sqlite
 def test_a_discarded_message_can_be_retried(
     fleet: Fleet, manager: BackgroundWorkerManager, flask: Callable[..., Result]
 ) -> None:
@@ -328,6 +332,7 @@ def test_a_discarded_message_can_be_retried(
     assert fleet.effects() == ["after all"]
 
 
+@on_sqlite
 def test_what_runs_or_is_done_is_not_discarded(
     fleet: Fleet, manager: BackgroundWorkerManager, flask: Callable[..., Result]
 ) -> None:
