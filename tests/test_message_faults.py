@@ -20,7 +20,7 @@ from sqlalchemy.pool import NullPool
 
 from models import db
 
-EXPIRED = "its instance stopped renewing its lease while it was handled"
+EXPIRED = "its instance stopped renewing its lease"
 LEASE = 1  # of those who are killed or frozen; the others keep theirs on a busy machine
 
 
