@@ -371,8 +371,8 @@ def test_the_pause_before_another_attempt_doubles(fleet: Fleet) -> None:
     manager.start()
     wait_until(lambda: states(fleet) == ["dead"], "the burial")
     first, second, third = (row.at for row in fleet.errors())
-    assert second - first >= timedelta(seconds=0.15)
-    assert third - second >= timedelta(seconds=0.3)
+    assert second - first >= timedelta(seconds=0.13)
+    assert third - second >= timedelta(seconds=0.27)
 
 
 Misdeed = Callable[[WorkerContext], None]
