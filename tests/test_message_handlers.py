@@ -12,7 +12,7 @@ import pytest
 from conftest import on_postgresql
 from flask import current_app
 from fleet import PATIENCE, Fleet, Hourly, effect, wait_until
-from sqlalchemy import insert, select
+from sqlalchemy import insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from background import BackgroundWorkerManager, Message, MessageWorker, WorkerContext, current_workers
@@ -316,6 +316,37 @@ def test_what_a_periodic_worker_enqueues_is_fenced_with_its_run(fleet: Fleet) ->
     go_on.set()
     wait_until(lambda: not manager.ticks.runs._contexts, "the end of the run")
     assert fleet.messages() == []
+
+
+# -- taken over ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("taken", [["one", "two", "three"], ["two"]])
+def test_of_a_batch_that_others_took_a_message_of_nothing_is_committed_and_all_is_handled_once(
+    fleet: Fleet, caplog: pytest.LogCaptureFixture, taken: list[str]
+) -> None:
+    """This instance is alive, and believes in its claim: only the database knows better."""
+    began, go_on = threading.Event(), threading.Event()
+
+    class Slow(Notes):
+        def handle(self, message: Message, context: WorkerContext) -> None:
+            if message.attempt == 1:
+                began.set()
+                assert go_on.wait(PATIENCE)
+            effect(context, message.payload)
+
+    manager = fleet.manager(Slow)
+    fleet.enqueue("notes", "one", "two", "three")
+    manager.start()
+    assert began.wait(PATIENCE)
+    theirs = tables.messages.c.payload.in_([f'"{each}"' for each in taken])
+    with fleet.engine.begin() as connection:  # an instance that nobody knows is gone, so they are taken over again
+        connection.execute(update(tables.messages).where(theirs).values(batch="other", instance="other"))
+    go_on.set()
+    wait_until(lambda: is_over(fleet), "the end")
+    assert f"no longer holds {len(taken)} of its 3 messages" in caplog.text
+    assert sorted(fleet.effects()) == ["one", "three", "two"]
+    assert [row.attempt for row in fleet.messages()] == [2, 2, 2]
 
 
 # -- what it is given ------------------------------------------------------------------------------
