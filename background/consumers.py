@@ -144,7 +144,9 @@ class Consumers:
                     log.log(level, "Took back %d messages of an instance that is gone", len(states))
                 if "dead" in states:
                     log.error("Buried %d of them: that was their last attempt", states.count("dead"))
-            messages.take_back_stranded(instance.id, list(self._batches), instance.lease, most)
+            # Asked for first, and named: while a write waits for its lock, another may be claimed and grow old.
+            if stranded := messages.batches(instance.id, instance.lease) - self._batches:
+                messages.take_back_stranded(stranded, most)
         except SQLAlchemyError as error:  # the next heartbeat tries again
             log.warning("Cannot take messages back: %s", first_line(error))
         finally:

@@ -3,13 +3,14 @@
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
 import pytest
-from conftest import on_postgresql
+from conftest import on_postgresql, on_sqlite
 from flask import current_app
 from fleet import PATIENCE, Fleet, Hourly, effect, wait_until
 from sqlalchemy import insert, select
@@ -388,6 +389,46 @@ def test_a_worker_that_is_added_after_the_start_handles_what_waits_and_one_that_
     manager.add(Notes)
     wait_until(lambda: is_over(fleet), "the end")
     assert fleet.effects() == ["0, removing", "1, removing", "2, removing", "3", "4", "5"]
+
+
+# -- claims that nobody handles --------------------------------------------------------------------
+
+
+def test_what_was_claimed_and_never_arrived_is_handled_once_a_lease_has_passed(fleet: Fleet) -> None:
+    fleet.manager(Notes)
+    fleet.enqueue("notes", "lost on its way")
+    manager = fleet.manager()
+    manager.start()
+    wait_until(lambda: manager.ticks.instance, "the start")
+    instance = manager.ticks.instance
+    assert manager.ticks.messages.claim("notes", "notes", 1, (instance.id, instance.name))
+    manager.add(Notes)
+    wait_until(lambda: is_over(fleet), "the end")
+    assert fleet.effects() == ["lost on its way"]
+    assert [(row.state, row.attempt) for row in fleet.messages()] == [("done", 2)]
+
+
+@on_sqlite
+def test_a_batch_that_outlives_the_lease_is_not_taken_back_by_whoever_waited_for_its_write_lock(fleet: Fleet) -> None:
+    """A heartbeat's look waits while the first is handled, and again while the second is, which was claimed between."""
+
+    class Slow(Notes):
+        batch_size = 1
+
+        def handle(self, message: Message, context: WorkerContext) -> None:
+            effect(context, message.payload)
+            time.sleep(message.payload)
+            if message.payload > 1:
+                context.commit()
+                time.sleep(0.3)  # who waits for the lock asks for it ten times a second
+                effect(context, "the rest")
+
+    manager = fleet.manager(Slow, WORKERS_LEASE_SECONDS=1)
+    fleet.enqueue("notes", 0.6, 2.2)
+    manager.start()
+    wait_until(lambda: is_over(fleet), "the end")
+    assert fleet.effects() == ["0.6", "2.2", "the rest"]
+    assert [row.attempt for row in fleet.messages()] == [1, 1]
 
 
 # -- waking up -------------------------------------------------------------------------------------
