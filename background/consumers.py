@@ -69,11 +69,14 @@ class Consumers:
     # -- handling ------------------------------------------------------------------------------
 
     def _consume(self, worker: type[MessageWorker]) -> None:
-        """Handle batch after batch, until none is due."""
+        """Handle batch after batch, until none is due; whoever waits for a thread is let in between two."""
         is_over = False
         try:
             while not is_over:
                 is_over = not self._next(worker) and self._ends(worker.topic)
+                if not is_over and self._scheduler.is_awaited:
+                    self._scheduler.soon(self._consume, worker)
+                    is_over = True
         except SQLAlchemyError as error:  # the next heartbeat tries again
             log.warning("%s: cannot claim messages: %s", worker.name, first_line(error))
         finally:

@@ -391,6 +391,32 @@ def test_a_worker_that_is_added_after_the_start_handles_what_waits_and_one_that_
     assert fleet.effects() == ["0, removing", "1, removing", "2, removing", "3", "4", "5"]
 
 
+def test_messages_without_end_starve_neither_ticks_nor_other_topics_where_there_is_one_thread(fleet: Fleet) -> None:
+    handled: list[Any] = []
+    is_enough = threading.Event()
+
+    class Endless(MessageWorker):
+        topic = "endless"
+        batch_size = 1
+
+        def handle(self, message: Message, context: WorkerContext) -> None:
+            handled.append(message.payload)
+            if not is_enough.is_set():
+                current_workers.enqueue("endless", message.payload)
+
+    manager = fleet.manager(Endless, Notes, Hourly, WORKERS_THREADS=1)
+    for number in range(3):
+        fleet.enqueue("endless", number)
+    manager.start()
+    try:
+        wait_until(lambda: len(handled) > 10, "the first of many")
+        fleet.enqueue("notes", "a note")
+        wait_until(lambda: len(fleet.effects()) == 2, "the tick and the note")
+    finally:
+        is_enough.set()
+    assert len(handled) > 10
+
+
 # -- claims that nobody handles --------------------------------------------------------------------
 
 
