@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from conftest import on_postgresql, on_sqlite
-from flask import current_app
+from flask import current_app, g
 from fleet import PATIENCE, Fleet, Hourly, effect, wait_until
 from sqlalchemy import insert, select
 from sqlalchemy.exc import IntegrityError
@@ -415,6 +415,29 @@ def test_messages_without_end_starve_neither_ticks_nor_other_topics_where_there_
     finally:
         is_enough.set()
     assert len(handled) > 10
+
+
+def test_an_error_at_the_end_of_the_context_costs_no_neighbour_an_attempt(fleet: Fleet) -> None:
+    class Failing(Notes):
+        def handle(self, message: Message, context: WorkerContext) -> None:
+            g.ends_badly = True
+            effect(context, message.payload)
+            if message.payload == 1:
+                raise ValueError("its own error")
+
+    manager = fleet.manager(Failing, WORKERS_LEASE_SECONDS=20)
+
+    @manager.app.teardown_appcontext
+    def end(_error: BaseException | None) -> None:
+        if g.get("ends_badly"):
+            raise OSError("the end of the context")
+
+    fleet.enqueue("notes", 0, 1, 2)
+    manager.start()
+    wait_until(lambda: is_over(fleet), "the end")
+    assert fleet.effects() == ["0", "2"]
+    assert [(row.state, row.attempt) for row in fleet.messages()] == [("done", 1), ("dead", 2), ("done", 1)]
+    assert all("its own error" in row.error for row in fleet.errors())
 
 
 # -- claims that nobody handles --------------------------------------------------------------------
