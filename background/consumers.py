@@ -50,11 +50,14 @@ class Consumers:
         self._scheduler.soon(self._consume, worker)
 
     def wake_after(self, topic: str, pause: timedelta | None) -> None:
-        """Wake up for `topic` when the `pause` is over; the heartbeat that finds it due may be later."""
-        if not pause:
+        """Wake up for `topic` when the `pause` is over; one that outlasts the next heartbeat is left to the heartbeats.
+
+        (They see the first of those that wait; a timer for each would fill the memory with what is due next month.)
+        """
+        seconds = pause.total_seconds() if pause else 0.0
+        if not seconds:
             self.wake(topic)
-        elif not self._ticks.runs.stopping.is_set():
-            seconds = pause.total_seconds()
+        elif seconds <= self._app.config["WORKERS_HEARTBEAT_SECONDS"] and not self._ticks.runs.stopping.is_set():
             self._scheduler.after(seconds, f"messages:{topic}:{seconds:.1f}", self.wake, topic)
 
     def follow(self, pulse: Pulse, within: float) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from conftest import on_postgresql, on_sqlite
 from flask import current_app, g
-from fleet import PATIENCE, Fleet, Hourly, effect, wait_until
+from fleet import HOUR, PATIENCE, Fleet, Hourly, effect, wait_until
 from sqlalchemy import insert, select
 from sqlalchemy.exc import IntegrityError
 
@@ -508,6 +508,17 @@ def test_a_message_for_tomorrow_does_not_hold_one_for_now_up(fleet: Fleet, quiet
         manager.enqueue("notes", "tomorrow", delay=timedelta(days=1))
         db.session.commit()
     wait_until(lambda: fleet.effects() == ["now"], "the handling")
+
+
+def test_many_messages_for_later_are_no_timers_of_this_process(fleet: Fleet, quiet: Quiet) -> None:
+    manager = quiet(Notes)
+    timers = manager._membership._scheduler._scheduler
+    before = len(timers.get_jobs())
+    with manager.app.app_context():
+        for number in range(100):
+            manager.enqueue("notes", number, delay=HOUR + timedelta(minutes=number))
+        db.session.commit()
+    assert len(timers.get_jobs()) <= before
 
 
 def test_a_savepoint_that_is_rolled_back_holds_no_message_up_that_was_enqueued_before(
