@@ -266,15 +266,18 @@ class Messages:
                 states += self._take_back(connection, which, most, error)
         return states
 
-    def take_back_stranded(
-        self, instance: str, batches: Collection[str], older: timedelta, topics: dict[str, int]
-    ) -> None:
-        """Free what the living `instance` claimed longer ago than that, and handles in none of its `batches`."""
+    def batches(self, instance: str, older: timedelta) -> set[str]:
+        """What `instance` claimed longer ago than that, and holds."""
+        old = and_(_is_running, messages.c.instance == instance, messages.c.claimed_at < now(-older))
+        with self._single.connect() as connection:
+            return set(connection.scalars(select(messages.c.batch).where(old).distinct()))
+
+    def take_back_stranded(self, batches: Collection[str], topics: dict[str, int]) -> None:
+        """Free the `batches` of a living instance that handles none of them."""
         error = "the reply to its claim got lost"
-        is_stranded = and_(messages.c.batch.not_in(batches), messages.c.claimed_at < now(-older))
         with self._ledger.begin() as connection:
             for topic, most in topics.items():
-                which = and_(_is_running, messages.c.instance == instance, messages.c.topic == topic, is_stranded)
+                which = and_(_is_running, messages.c.batch.in_(batches), messages.c.topic == topic)
                 self._take_back(connection, which, most, error)
 
     def _take_back(self, connection: Connection, which: ColumnElement[bool], most: int, error: str | None) -> list[str]:
