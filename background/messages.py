@@ -291,12 +291,12 @@ class Messages:
     # -- what people decide --------------------------------------------------------------------
 
     def retry(self, ids: Collection[int] | None, topic: str | None = None) -> int:
-        """Let dead or discarded ones be handled anew; their errors stay. Without `ids` all the dead (of `topic`).
+        """Let dead or discarded ones be handled anew, or waiting ones at once; their errors stay.
 
-        Return how many. Others may be here: whoever retries, discards or prunes them too; each is changed once. Of
-        `ids` all are changed or, where one is in another state, none.
+        Without `ids` all the dead (of `topic`). Return how many. Others may be here: whoever retries, discards, claims
+        or prunes them too; each is changed once. Of `ids` all are changed or, where one is in another state, none.
         """
-        return self._decide(ids, topic, ("dead", "discarded"), attempt=0, due_at=now(), finished_at=None)
+        return self._decide(ids, topic, ("dead", "discarded", "waiting"), attempt=0, due_at=now(), finished_at=None)
 
     def discard(self, ids: Collection[int] | None, topic: str | None = None) -> int:
         """Have dead or waiting ones never be handled. Without `ids` all the dead (of `topic`). Return how many.
