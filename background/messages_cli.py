@@ -160,7 +160,7 @@ def _ids_or_all(command: Callable[..., None]) -> Callable[..., None]:
 @messages_cli.command()
 @_ids_or_all
 def retry(ids: tuple[str, ...], every: bool, topic: str | None) -> None:
-    """Have dead or discarded messages handled again.
+    """Have dead or discarded messages handled again, or waiting ones at once.
 
     They begin with their first attempt, and their errors are kept. --all means the dead ones. Of
     several IDs all are retried, or none.
