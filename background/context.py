@@ -35,13 +35,13 @@ class Stopping(threading.Event):
 class WorkerContext:
     """One run: its tick, its session and services, and how it hears that it should end."""
 
-    def __init__(self, claim: "Claim | Batch", instance: Instance, db: SQLAlchemy) -> None:
+    def __init__(self, claim: "Claim | Batch", what: "Claim | Message", instance: Instance, db: SQLAlchemy) -> None:
         self.worker: str = claim.worker
-        self.tick: datetime = claim.tick
+        self.tick: datetime = what.tick
         """The scheduled moment (aware, UTC); for a manual run the moment it was asked for."""
-        self.attempt: int = claim.attempt
-        self.token: int = claim.token
-        self.idempotency_key: str = claim.idempotency_key
+        self.attempt: int = what.attempt
+        self.token: int = what.token
+        self.idempotency_key: str = what.idempotency_key
         """The same for every attempt at this tick: hand it to whatever you call outside the database."""
         self.stopping = Stopping()
         self.claim = claim
@@ -50,7 +50,7 @@ class WorkerContext:
             logging.getLogger(f"background.{claim.worker}"),
             {
                 "worker": claim.worker,
-                "tick": claim.tick.isoformat(),
+                "tick": what.tick.isoformat(),
                 "execution": claim.execution,
                 "instance": instance.name,
             },
@@ -128,7 +128,7 @@ class TickContext(WorkerContext):
     """The run of a tick."""
 
     def __init__(self, claim: "Claim", ledger: "Ledger", instance: Instance, db: SQLAlchemy) -> None:
-        super().__init__(claim, instance, db)
+        super().__init__(claim, claim, instance, db)
         self.claim: Claim = claim
         self._ledger = ledger
 
@@ -159,7 +159,7 @@ class MessageContext(WorkerContext):
     def __init__(
         self, batch: "Batch", these: "Sequence[Message]", messages: "Messages", instance: Instance, db: SQLAlchemy
     ) -> None:
-        super().__init__(batch, instance, db)
+        super().__init__(batch, these[0], instance, db)
         self.claim: Batch = batch
         self._messages = messages
         self._open = [message.id for message in these]
@@ -169,7 +169,7 @@ class MessageContext(WorkerContext):
     def begin(self, message: "Message") -> None:
         """From here on this run is that of `message`; raises ClaimLost where its lease is over."""
         self._refuse_if_lost()
-        self.tick, self.attempt, self.token = message.due_at, message.attempt, message.token
+        self.tick, self.attempt, self.token = message.tick, message.attempt, message.token
         self.idempotency_key = message.idempotency_key
 
     def handled(self, *messages: "Message") -> None:

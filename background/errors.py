@@ -25,10 +25,7 @@ class UnknownWorker(BackgroundError):
                 f"see `flask messages list --topic {topic}`."
             )
             return
-        known = sorted(known)
-        close = get_close_matches(name, known, n=1)
-        hint = f"Did you mean {close[0]!r}?" if close else f"The registered workers are: {', '.join(known) or 'none'}."
-        super().__init__(f"There is no worker named {name!r}. {hint}")
+        super().__init__(f"There is no worker named {name!r}. {_hint(name, known, 'registered workers')}")
 
 
 class DuplicateWorker(BackgroundError):
@@ -65,9 +62,7 @@ class UnknownTopic(BackgroundError):
     exit_code = 2
 
     def __init__(self, topic: object, known: Iterable[str]) -> None:
-        known = sorted(known)
-        close = get_close_matches(topic, known, n=1) if isinstance(topic, str) else ()
-        hint = f"Did you mean {close[0]!r}?" if close else f"The known topics are: {', '.join(known) or 'none'}."
+        hint = _hint(topic, known, "known topics")
         super().__init__(f"No worker handles the topic {topic!r}; expected that of a registered MessageWorker. {hint}")
 
 
@@ -98,6 +93,12 @@ class InvalidLock(BackgroundError):
 
 class LockNotAcquired(BackgroundError):
     """Whether a lock is held could not be found out: the database did not answer."""
+
+
+def _hint(name: object, known: Iterable[str], what: str) -> str:
+    known = sorted(known)
+    close = get_close_matches(name, known, n=1) if isinstance(name, str) else ()
+    return f"Did you mean {close[0]!r}?" if close else f"The {what} are: {', '.join(known) or 'none'}."
 
 
 def first_line(error: BaseException) -> str:

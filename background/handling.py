@@ -49,7 +49,7 @@ class Handling:
         error = self._handled(self._batch.messages)
         pause = self._after(error) if error else None
         if error is None:
-            what = f"{number} messages" if number > 1 else f"the message {self._batch.idempotency_key}"
+            what = f"{number} messages" if number > 1 else f"the message {self._batch.messages[0].idempotency_key}"
             self._log.info("Handled %s in %.3f s", what, time.monotonic() - began)
         if self._runs.stopping.is_set():
             self._write("goes back", partial(self._messages.hand_back, self._batch, self._batch.ids))

@@ -6,13 +6,12 @@ from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, Row, Select, func, literal, literal_column, null, select, union_all
+from sqlalchemy import Select, func, literal, null, select, union_all
 
-from .clock import elapsed, now, single_statements
+from .clock import elapsed, now
 from .errors import UnknownMessage, UnknownTopic, error_line
 from .history import History
-from .ledger import Ledger
-from .messages import Messages
+from .messages import Messages, is_in
 from .models import message_errors, messages
 from .worker import MessageWorker
 
@@ -105,11 +104,8 @@ class Topic:
 class Mailbox:
     """Reads the messages of one database, a constant number of queries for every question; and steers them."""
 
-    def __init__(
-        self, messages: Messages, ledger: Ledger, history: History, workers: Mapping[str, type[MessageWorker]]
-    ) -> None:
+    def __init__(self, messages: Messages, history: History, workers: Mapping[str, type[MessageWorker]]) -> None:
         self._messages, self._history, self._workers = messages, history, workers
-        self._reading = single_statements(ledger.engine)
 
     # -- reading -------------------------------------------------------------------------------
 
@@ -123,7 +119,7 @@ class Mailbox:
         if topic is not None:
             newest = newest.where(messages.c.topic == topic)
         if state is not None:
-            newest = newest.where(_is(state))
+            newest = newest.where(is_in(state))
         found = self._found(_letters(whole).where(messages.c.id.in_(newest)).order_by(messages.c.id.desc()))
         self._refuse_unknown(topic, found)
         return found
@@ -136,19 +132,19 @@ class Mailbox:
             raise UnknownMessage(id)
         columns = [message_errors.c[name] for name in Failure.__dataclass_fields__]
         query = select(*columns).where(message_errors.c.message == id).order_by(message_errors.c.id)
-        return found[0], [Failure(**row._mapping) for row in self._rows(query)]
+        return found[0], [Failure(**row._mapping) for row in self._messages.read(query)]
 
     def stats(self) -> list[Topic]:
         """Every topic of this release, and those that only the database has something of."""
         names = {topic: worker.name for topic, worker in self._workers.items()}
         found: dict[str, dict[str, Any]] = {topic: {} for topic in names}
-        for row in self._rows(_depths):
+        for row in self._messages.read(_depths):
             of_topic = found.setdefault(row.topic, {})
             of_topic[row.state] = row.count
             if row.state == "waiting":
                 waited = (row.clock - row.first_due_at).total_seconds()
                 of_topic |= {"delayed": row.delayed, "oldest_seconds": waited if waited >= 0 else None}
-        for row in self._rows(_handled):
+        for row in self._messages.read(_handled):
             found.setdefault(row.topic, {}).update(
                 handled=row.handled, mean_seconds=row.mean, longest_seconds=row.longest
             )
@@ -179,12 +175,8 @@ class Mailbox:
 
     # -- helpers -------------------------------------------------------------------------------
 
-    def _rows(self, query: Select[Any]) -> list[Row[Any]]:
-        with self._reading.connect() as connection:
-            return list(connection.execute(query).all())
-
     def _found(self, query: Select[Any]) -> list[Letter]:
-        found = [Letter(**row._mapping) for row in self._rows(query)]
+        found = [Letter(**row._mapping) for row in self._messages.read(query)]
         gone = self._history.gone({each.instance for each in found if each.instance and each.state == "running"})
         return [replace(each, is_gone=each.state == "running" and each.instance in gone) for each in found]
 
@@ -208,10 +200,6 @@ def _is_text(topic: str | None) -> bool:
     return topic is not None and topic.isprintable()
 
 
-def _is(state: str) -> ColumnElement[bool]:
-    return messages.c.state == literal_column(f"'{state}'")  # a literal: a partial index must be seen to apply
-
-
 def _letters(whole: bool) -> Select[Any]:
     named = [messages.c[name] for name in Letter.__dataclass_fields__ if name in messages.c and name != "payload"]
     payload = messages.c.payload if whole else func.substr(messages.c.payload, 1, _SHORT)
@@ -228,7 +216,7 @@ def _letters(whole: bool) -> Select[Any]:
 def _depth(state: str, *more: Any) -> Select[Any]:
     """How many there are of one state, by topic; each state has an index of its own, which is all that is read."""
     columns = (messages.c.topic, literal(state).label("state"), func.count().label("count"), *more)
-    return select(*columns).where(_is(state)).group_by(messages.c.topic)
+    return select(*columns).where(is_in(state)).group_by(messages.c.topic)
 
 
 _clock = select(now()).scalar_subquery()  # read once

@@ -350,7 +350,7 @@ class BackgroundWorkerManager:
     @property
     def messages(self) -> Mailbox:
         """The messages, for people to read, to retry and to discard."""
-        return Mailbox(self.ticks.messages, self.ticks.ledger, self.history, self._topics)
+        return Mailbox(self.ticks.messages, self.history, self._topics)
 
     def why(self, name: str, at: datetime | None = None) -> Answer:
         """What became of the tick that `at` (aware; now, if not given) belongs to, and why: one sentence.

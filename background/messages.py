@@ -15,6 +15,7 @@ from sqlalchemy import (
     ColumnElement,
     Connection,
     Row,
+    Select,
     Text,
     and_,
     any_,
@@ -39,9 +40,14 @@ from .payloads import Draft
 
 CHANNEL = "background_messages"
 _BULK = 5_000
-_is_waiting = messages.c.state == literal_column("'waiting'")  # literals: a partial index must be seen to apply
-_is_running = messages.c.state == literal_column("'running'")
-_is_dead = messages.c.state == literal_column("'dead'")
+
+
+def is_in(state: str) -> ColumnElement[bool]:
+    """A literal, not a parameter: a database must see it to know that a partial index applies."""
+    return messages.c.state == literal_column(f"'{state}'")
+
+
+_is_waiting, _is_running, _is_dead = is_in("waiting"), is_in("running"), is_in("dead")
 _columns = [messages.c[name] for name in ("id", "topic", "payload", "key", "attempt", "token", "enqueued_at", "due_at")]
 
 
@@ -59,6 +65,11 @@ class Message:
     """Grows by one with every claim of this message."""
     enqueued_at: datetime
     due_at: datetime
+
+    @property
+    def tick(self) -> datetime:
+        """When it was due: what its context has as the scheduled moment."""
+        return self.due_at
 
     @cached_property
     def payload(self) -> Any:
@@ -79,22 +90,6 @@ class Batch:
     worker: str
     messages: tuple[Message, ...]
     execution: None = None
-
-    @property
-    def tick(self) -> datetime:
-        return self.messages[0].due_at
-
-    @property
-    def attempt(self) -> int:
-        return self.messages[0].attempt
-
-    @property
-    def token(self) -> int:
-        return self.messages[0].token
-
-    @property
-    def idempotency_key(self) -> str:
-        return self.messages[0].idempotency_key
 
     @property
     def ids(self) -> list[int]:
@@ -171,8 +166,7 @@ class Messages:
         return Batch(batch, worker, tuple(found)) if found else None
 
     def _any_due(self, topic: str) -> bool:
-        with self._single.connect() as connection:
-            return connection.scalar(select(_due(topic).exists())) is True
+        return bool(self.read(_due(topic).limit(1)))
 
     # -- ending --------------------------------------------------------------------------------
 
@@ -204,8 +198,7 @@ class Messages:
 
     def left(self, batch: Batch) -> list[Message]:
         """Those of the batch that are neither acknowledged nor taken over by anybody."""
-        with self._single.connect() as connection:
-            ids = set(connection.scalars(select(messages.c.id).where(self._held(batch, batch.ids))))
+        ids = {row.id for row in self.read(select(messages.c.id).where(self._held(batch, batch.ids)))}
         return [message for message in batch.messages if message.id in ids]
 
     def hand_back(self, batch: Batch, ids: Collection[int]) -> None:
@@ -250,8 +243,7 @@ class Messages:
 
     def holders(self) -> set[str]:
         """The instances that hold messages."""
-        with self._single.connect() as connection:
-            return set(connection.scalars(select(messages.c.instance).where(_is_running).distinct()))
+        return {row.instance for row in self.read(select(messages.c.instance).where(_is_running).distinct())}
 
     def take_back(self, instance: str, topics: dict[str, int], error: str | None) -> list[str]:
         """Free what a gone instance holds of `topics` (with their `max_attempts`); return the states.
@@ -259,12 +251,7 @@ class Messages:
         Without an `error` it signed off: that was no attempt. Others may be here: every instance that finds it gone,
         and the instance itself, if it only seemed to be; whoever comes second finds nothing.
         """
-        states = []
-        with self._ledger.begin() as connection:
-            for topic, most in topics.items():
-                which = and_(_is_running, messages.c.instance == instance, messages.c.topic == topic)
-                states += self._take_back(connection, which, most, error)
-        return states
+        return self._take_back(messages.c.instance == instance, topics, error)
 
     def batches(self, instance: str, older: timedelta) -> set[str]:
         """What `instance` claimed longer ago than that, and holds."""
@@ -274,19 +261,21 @@ class Messages:
 
     def take_back_stranded(self, batches: Collection[str], topics: dict[str, int]) -> None:
         """Free the `batches` of a living instance that handles none of them."""
-        error = "the reply to its claim got lost"
+        self._take_back(messages.c.batch.in_(batches), topics, "the reply to its claim got lost")
+
+    def _take_back(self, held: ColumnElement[bool], topics: dict[str, int], error: str | None) -> list[str]:
+        states = []
         with self._ledger.begin() as connection:
             for topic, most in topics.items():
-                which = and_(_is_running, messages.c.batch.in_(batches), messages.c.topic == topic)
-                self._take_back(connection, which, most, error)
-
-    def _take_back(self, connection: Connection, which: ColumnElement[bool], most: int, error: str | None) -> list[str]:
-        # A frozen process may have them locked in the middle of its commit; they come later then.
-        free = select(messages.c.id).where(which).with_for_update(skip_locked=True)
-        among = messages.c.id.in_(free.subquery().select())
-        if error is None:
-            return [row.state for row in _release(connection, and_(which, among), attempt=messages.c.attempt - 1)]
-        return self._fail(connection, and_(which, among), error, most, timedelta())
+                which = and_(_is_running, held, messages.c.topic == topic)
+                # A frozen process may have them locked in the middle of its commit; they come later then.
+                free = select(messages.c.id).where(which).with_for_update(skip_locked=True)
+                which = and_(which, messages.c.id.in_(free.subquery().select()))
+                if error is None:
+                    states += [row.state for row in _release(connection, which, attempt=messages.c.attempt - 1)]
+                else:
+                    states += self._fail(connection, which, error, most, timedelta())
+        return states
 
     # -- what people decide --------------------------------------------------------------------
 
@@ -334,15 +323,16 @@ class Messages:
         place = (messages.c.topic, messages.c.id)
         query = select(*place).where(_is_dead).order_by(*place).limit(_BULK)
         some = query = query if topic is None else query.where(messages.c.topic == topic)
-        while rows := self._read(some):
+        while rows := self.read(some):
             yield [row.id for row in rows]
             some = query.where(tuple_(*place) > tuple_(*rows[-1]))
 
-    def _read(self, query: Any) -> Sequence[Row[Any]]:
+    # -- helpers -------------------------------------------------------------------------------
+
+    def read(self, query: Select[Any]) -> Sequence[Row[Any]]:
+        """The rows that `query` finds, in a transaction of its own."""
         with self._single.connect() as connection:
             return connection.execute(query).all()
-
-    # -- helpers -------------------------------------------------------------------------------
 
     def _held(self, batch: Batch, ids: Collection[int]) -> ColumnElement[bool]:
         return and_(self._among(ids), messages.c.batch == batch.id, _is_running)

@@ -100,6 +100,7 @@ def _problems(value: Any, path: str, within: tuple[int, ...]) -> Iterator[tuple[
 
 def _is_encodable(text: str) -> bool:
     try:
-        return bool(text.encode()) or True
+        text.encode()
     except UnicodeEncodeError:
         return False
+    return True
