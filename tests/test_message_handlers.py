@@ -2,10 +2,12 @@
 
 import asyncio
 import logging
+import os
+import resource
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -551,6 +553,25 @@ def test_a_worker_that_is_added_after_the_start_hears_of_what_others_enqueue(fle
     for number in range(3):
         fleet.enqueue("notes", number)
         wait_until(lambda: is_over(fleet), "the handling")
+
+
+@on_postgresql
+def test_a_process_with_many_open_files_hears_of_what_others_enqueue(
+    fleet: Fleet, quiet: Quiet, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "background.listener")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4_096, hard), hard))
+    with ExitStack() as opened:
+        opened.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        for _ in range(1_100):
+            opened.enter_context(open(os.devnull))
+        manager = quiet(Notes)
+        fleet.manager(Notes)
+        fleet.enqueue("notes", "heard")
+        wait_until(lambda: is_over(fleet), "the handling")
+        manager.stop()
+    assert "Cannot listen" not in caplog.text
 
 
 @on_postgresql
