@@ -248,10 +248,11 @@ class Messages:
 
     # -- those who are gone --------------------------------------------------------------------
 
-    def holders(self) -> set[str]:
-        """The instances that hold messages."""
+    def holders(self, topics: Collection[str]) -> set[str]:
+        """The instances that hold messages of `topics`."""
+        held = and_(_is_running, messages.c.topic.in_(topics))
         with self._single.connect() as connection:
-            return set(connection.scalars(select(messages.c.instance).where(_is_running).distinct()))
+            return set(connection.scalars(select(messages.c.instance).where(held).distinct()))
 
     def take_back(self, instance: str, topics: dict[str, int], error: str | None) -> list[str]:
         """Free what a gone instance holds of `topics` (with their `max_attempts`); return the states.

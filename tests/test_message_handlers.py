@@ -482,6 +482,25 @@ def test_a_batch_that_outlives_the_lease_is_not_taken_back_by_whoever_waited_for
     assert [row.attempt for row in fleet.messages()] == [1, 1]
 
 
+def test_what_a_gone_instance_holds_of_a_topic_that_this_release_does_not_have_keeps_nobody_looking(
+    fleet: Fleet,
+) -> None:
+    class Former(Notes):
+        topic = "former"
+
+    former = fleet.manager(Former)
+    fleet.enqueue("former", 1)
+    gone = former.ticks.sign_on()
+    assert former.ticks.messages.claim("former", "former", 1, (gone.id, gone.name))
+    former.ticks.sign_off(gone)
+    manager = fleet.manager(Notes)
+    manager.start()
+    wait_until(lambda: manager.ticks.instance, "the start")
+    assert not manager._membership.consumers.look()
+    assert not manager._membership.consumers._is_freeing
+    assert states(fleet) == ["running"]
+
+
 # -- waking up -------------------------------------------------------------------------------------
 
 
