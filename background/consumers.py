@@ -129,7 +129,7 @@ class Consumers:
         instance = self._ticks.instance
         if instance is None or not self._workers:
             return False
-        holders = self._ticks.messages.holders()
+        holders = self._ticks.messages.holders(list(self._workers))
         others = holders - {instance.id}
         gone = self._ticks.instances.gone(others) if others else {}
         if (gone or instance.id in holders) and not self._is_freeing:

@@ -1,10 +1,10 @@
 """Hears at once what was enqueued anywhere: PostgreSQL tells those who listen when it is committed."""
 
 import logging
-import select
 import socket
 import threading
 from collections.abc import Callable, Iterable
+from selectors import EVENT_READ, DefaultSelector
 from typing import Any
 
 from .connections import Connections
@@ -49,9 +49,12 @@ class Listener:
             connection.execute(f"LISTEN {CHANNEL}")
             for topic in self._topics():  # enqueued while nobody listened
                 self._wake(topic)
-            while not self._stopped.is_set():
-                select.select([connection, self._told], [], [])
-                self._hear(connection.pgconn)
+            with DefaultSelector() as selector:  # select() refuses what is opened behind the first 1,024 files
+                for each in (connection, self._told):
+                    selector.register(each, EVENT_READ)
+                while not self._stopped.is_set():
+                    selector.select()
+                    self._hear(connection.pgconn)
 
     def _hear(self, pgconn: Any) -> None:
         pgconn.consume_input()

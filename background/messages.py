@@ -241,9 +241,10 @@ class Messages:
 
     # -- those who are gone --------------------------------------------------------------------
 
-    def holders(self) -> set[str]:
-        """The instances that hold messages."""
-        return {row.instance for row in self.read(select(messages.c.instance).where(_is_running).distinct())}
+    def holders(self, topics: Collection[str]) -> set[str]:
+        """The instances that hold messages of `topics`."""
+        held = and_(_is_running, messages.c.topic.in_(topics))
+        return {row.instance for row in self.read(select(messages.c.instance).where(held).distinct())}
 
     def take_back(self, instance: str, topics: dict[str, int], error: str | None) -> list[str]:
         """Free what a gone instance holds of `topics` (with their `max_attempts`); return the states.
@@ -256,8 +257,7 @@ class Messages:
     def batches(self, instance: str, older: timedelta) -> set[str]:
         """What `instance` claimed longer ago than that, and holds."""
         old = and_(_is_running, messages.c.instance == instance, messages.c.claimed_at < now(-older))
-        with self._single.connect() as connection:
-            return set(connection.scalars(select(messages.c.batch).where(old).distinct()))
+        return {row.batch for row in self.read(select(messages.c.batch).where(old).distinct())}
 
     def take_back_stranded(self, batches: Collection[str], topics: dict[str, int]) -> None:
         """Free the `batches` of a living instance that handles none of them."""

@@ -2,10 +2,12 @@
 
 import asyncio
 import logging
+import os
+import resource
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -513,6 +515,25 @@ def test_a_batch_that_outlives_the_lease_is_not_taken_back_by_whoever_waited_for
     assert [row.attempt for row in fleet.messages()] == [1, 1]
 
 
+def test_what_a_gone_instance_holds_of_a_topic_that_this_release_does_not_have_keeps_nobody_looking(
+    fleet: Fleet,
+) -> None:
+    class Former(Notes):
+        topic = "former"
+
+    former = fleet.manager(Former)
+    fleet.enqueue("former", 1)
+    gone = former.ticks.sign_on()
+    assert former.ticks.messages.claim("former", "former", 1, (gone.id, gone.name))
+    former.ticks.sign_off(gone)
+    manager = fleet.manager(Notes)
+    manager.start()
+    wait_until(lambda: manager.ticks.instance, "the start")
+    assert not manager._membership.consumers.look()
+    assert not manager._membership.consumers._is_freeing
+    assert states(fleet) == ["running"]
+
+
 # -- waking up -------------------------------------------------------------------------------------
 
 
@@ -584,6 +605,25 @@ def test_a_worker_that_is_added_after_the_start_hears_of_what_others_enqueue(fle
     for number in range(3):
         fleet.enqueue("notes", number)
         wait_until(lambda: is_over(fleet), "the handling")
+
+
+@on_postgresql
+def test_a_process_with_many_open_files_hears_of_what_others_enqueue(
+    fleet: Fleet, quiet: Quiet, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "background.listener")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4_096, hard), hard))
+    with ExitStack() as opened:
+        opened.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        for _ in range(1_100):
+            opened.enter_context(open(os.devnull))
+        manager = quiet(Notes)
+        fleet.manager(Notes)
+        fleet.enqueue("notes", "heard")
+        wait_until(lambda: is_over(fleet), "the handling")
+        manager.stop()
+    assert "Cannot listen" not in caplog.text
 
 
 @on_postgresql
