@@ -131,8 +131,9 @@ class Order(db.Model):  # type: ignore[name-defined, misc]
     book_id: Mapped[int] = mapped_column(ForeignKey("books.id"), index=True)
     quantity: Mapped[int]
     price_cents: Mapped[int]  # of one copy, when the order was placed
-    # placed -> confirmed (and its books are taken from the stock) or sold out
-    status: Mapped[str] = mapped_column(String(10), default="placed", server_default="placed")
+    # received -> confirmed (and its books are taken from the stock) or sold out; "placed" is what the release before
+    # messages wrote, and may still write while both are alive: it took the books at once.
+    status: Mapped[str] = mapped_column(String(10), default="received", server_default="placed")
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now())
 
     user: Mapped[User] = relationship(back_populates="orders")
@@ -331,7 +332,7 @@ class OrderRepository:
         return order.id
 
     def settle(self, order_ids: Collection[int]) -> list[int]:
-        """Confirm the placed ones of these orders, or find them sold out; the ids of those that were still placed.
+        """Confirm the received ones of these orders, or find them sold out; the ids of those that were still open.
 
         Others may be settling orders of the same books: each first takes hold of all its books, in one order, so
         that nobody waits in a circle. (NO KEY UPDATE: who places an order of a book meanwhile is not held up.)
@@ -342,8 +343,8 @@ class OrderRepository:
         return [order_id for order_id in order_ids if self._settle(order_id)]
 
     def _settle(self, order_id: int) -> bool:
-        """Others may have the same order: one of them finds it placed. None takes a book that is not there."""
-        order = self._change(order_id, "placed", "confirmed")
+        """Others may have the same order: one of them finds it received. None takes a book that is not there."""
+        order = self._change(order_id, "received", "confirmed")
         if order is None:
             return False
         if not self._take_stock(order.book_id, order.quantity):

@@ -50,11 +50,14 @@ class Consumers:
         self._scheduler.soon(self._consume, worker)
 
     def wake_after(self, topic: str, pause: timedelta | None) -> None:
-        """Wake up for `topic` when the `pause` is over; the heartbeat that finds it due may be later."""
-        if not pause:
+        """Wake up for `topic` when the `pause` is over; one that outlasts the next heartbeat is left to the heartbeats.
+
+        (They see the first of those that wait; a timer for each would fill the memory with what is due next month.)
+        """
+        seconds = pause.total_seconds() if pause else 0.0
+        if not seconds:
             self.wake(topic)
-        elif not self._ticks.runs.stopping.is_set():
-            seconds = pause.total_seconds()
+        elif seconds <= self._app.config["WORKERS_HEARTBEAT_SECONDS"] and not self._ticks.runs.stopping.is_set():
             self._scheduler.after(seconds, f"messages:{topic}:{seconds:.1f}", self.wake, topic)
 
     def follow(self, pulse: Pulse, within: float) -> None:
@@ -69,11 +72,14 @@ class Consumers:
     # -- handling ------------------------------------------------------------------------------
 
     def _consume(self, worker: type[MessageWorker]) -> None:
-        """Handle batch after batch, until none is due."""
+        """Handle batch after batch, until none is due; whoever waits for a thread is let in between two."""
         is_over = False
         try:
             while not is_over:
                 is_over = not self._next(worker) and self._ends(worker.topic)
+                if not is_over and self._scheduler.is_awaited:
+                    self._scheduler.soon(self._consume, worker)
+                    is_over = True
         except SQLAlchemyError as error:  # the next heartbeat tries again
             log.warning("%s: cannot claim messages: %s", worker.name, first_line(error))
         finally:
@@ -144,7 +150,9 @@ class Consumers:
                     log.log(level, "Took back %d messages of an instance that is gone", len(states))
                 if "dead" in states:
                     log.error("Buried %d of them: that was their last attempt", states.count("dead"))
-            messages.take_back_stranded(instance.id, list(self._batches), instance.lease, most)
+            # Asked for first, and named: while a write waits for its lock, another may be claimed and grow old.
+            if stranded := messages.batches(instance.id, instance.lease) - self._batches:
+                messages.take_back_stranded(stranded, most)
         except SQLAlchemyError as error:  # the next heartbeat tries again
             log.warning("Cannot take messages back: %s", first_line(error))
         finally:

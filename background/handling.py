@@ -78,15 +78,18 @@ class Handling:
 
     def _handled(self, messages: Sequence[Message]) -> BaseException | None:
         """Run the handler, and commit its effects with the acknowledgement; what went wrong, if anything did."""
-        with self._app.app_context():
-            context = MessageContext(self._batch, messages, self._messages, self._instance, self._db)
-            with self._runs.entered(context):
-                try:
-                    self._call(messages, context)
-                    context.finish()
-                except BaseException as error:
-                    self._runs.roll_back()
-                    return error
+        try:
+            with self._app.app_context():
+                context = MessageContext(self._batch, messages, self._messages, self._instance, self._db)
+                with self._runs.entered(context):
+                    try:
+                        self._call(messages, context)
+                        context.finish()
+                    except BaseException:
+                        self._runs.roll_back()
+                        raise
+        except BaseException as error:  # also of what the application does at the end of a context
+            return error
         return None
 
     def _call(self, messages: Sequence[Message], context: MessageContext) -> None:

@@ -253,12 +253,14 @@ class Messages:
         """
         return self._take_back(messages.c.instance == instance, topics, error)
 
-    def take_back_stranded(
-        self, instance: str, batches: Collection[str], older: timedelta, topics: dict[str, int]
-    ) -> None:
-        """Free what the living `instance` claimed longer ago than that, and handles in none of its `batches`."""
-        is_stranded = and_(messages.c.batch.not_in(batches), messages.c.claimed_at < now(-older))
-        self._take_back(and_(messages.c.instance == instance, is_stranded), topics, "the reply to its claim got lost")
+    def batches(self, instance: str, older: timedelta) -> set[str]:
+        """What `instance` claimed longer ago than that, and holds."""
+        old = and_(_is_running, messages.c.instance == instance, messages.c.claimed_at < now(-older))
+        return {row.batch for row in self.read(select(messages.c.batch).where(old).distinct())}
+
+    def take_back_stranded(self, batches: Collection[str], topics: dict[str, int]) -> None:
+        """Free the `batches` of a living instance that handles none of them."""
+        self._take_back(messages.c.batch.in_(batches), topics, "the reply to its claim got lost")
 
     def _take_back(self, held: ColumnElement[bool], topics: dict[str, int], error: str | None) -> list[str]:
         states = []
@@ -277,12 +279,12 @@ class Messages:
     # -- what people decide --------------------------------------------------------------------
 
     def retry(self, ids: Collection[int] | None, topic: str | None = None) -> int:
-        """Let dead or discarded ones be handled anew; their errors stay. Without `ids` all the dead (of `topic`).
+        """Let dead or discarded ones be handled anew, or waiting ones at once; their errors stay.
 
-        Return how many. Others may be here: whoever retries, discards or prunes them too; each is changed once. Of
-        `ids` all are changed or, where one is in another state, none.
+        Without `ids` all the dead (of `topic`). Return how many. Others may be here: whoever retries, discards, claims
+        or prunes them too; each is changed once. Of `ids` all are changed or, where one is in another state, none.
         """
-        return self._decide(ids, topic, ("dead", "discarded"), attempt=0, due_at=now(), finished_at=None)
+        return self._decide(ids, topic, ("dead", "discarded", "waiting"), attempt=0, due_at=now(), finished_at=None)
 
     def discard(self, ids: Collection[int] | None, topic: str | None = None) -> int:
         """Have dead or waiting ones never be handled. Without `ids` all the dead (of `topic`). Return how many.

@@ -27,7 +27,7 @@ def draft(payload: Any, key: str | None, most_bytes: int) -> Draft:
     """Raises InvalidMessage for what is not JSON (with the path to it), too long, or no key."""
     if key is not None and not (isinstance(key, str) and 1 <= len(key) <= LONGEST_KEY and key.isprintable()):
         raise InvalidMessage(
-            f"The key of a message is {key!r}; expected 1 to {LONGEST_KEY} printable characters, or None: shorten it."
+            f"The key of a message is {key!r:.100}; expected 1 to {LONGEST_KEY} printable characters, or None."
         )
     try:
         text = json.dumps(payload, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
@@ -85,13 +85,13 @@ def _problems(value: Any, path: str, within: tuple[int, ...]) -> Iterator[tuple[
     elif isinstance(value, int) and value.bit_length() > _LONGEST_NUMBER:
         yield path, "a whole number of thousands of digits"
     elif not (value is None or isinstance(value, str | float | int | dict | list | tuple)):
-        yield path, f"a {type(value).__name__}"
+        yield path, f"of type {type(value).__name__}"
     elif id(value) in within:
         yield path, "a container that contains itself"
     elif isinstance(value, dict | list | tuple) and len(within) < _DEEPEST:
         for key, each in value.items() if isinstance(value, dict) else enumerate(value):
             if isinstance(value, dict) and not isinstance(key, str):
-                yield f"{path}[{key!r}]", f"under a key that is a {type(key).__name__}"
+                yield f"{path}[{key!r}]", f"under a key of type {type(key).__name__}"
             elif not _is_encodable(str(key)):
                 yield path, f"a dict with the key {key!a}, half a character"
             else:

@@ -54,6 +54,11 @@ class Scheduler:
         """Call `function(*args)` as soon as a thread is free."""
         self._scheduler.add_job(function, args=args)
 
+    @property
+    def is_awaited(self) -> bool:
+        """Whether something that is to be called by now waits for a thread."""
+        return self._threads.is_awaited
+
     def look_again(self) -> None:
         """Call what is due by now: the wait for it does not notice that the host slept, or that its clock was set."""
         self._scheduler.wakeup()
@@ -122,6 +127,10 @@ class _DaemonThreads(BaseExecutor):  # type: ignore[misc]
             if own not in self._serving:  # it was replaced, and has come back after all
                 return
             self._idle.release()
+
+    @property
+    def is_awaited(self) -> bool:
+        return not self._queue.empty()
 
     def wait(self, seconds: float) -> bool:
         with self._called:

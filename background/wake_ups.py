@@ -85,9 +85,13 @@ class WakeUps:
             self._arm(name, after=tick)
         try:
             state = self._ticks.look(worker)
-            # Where somebody was here before, that took one read. Let them be first next time as well: of several
-            # that look at the same instant all but one would go on to a claim, and find out by that.
-            is_ours = (state.mark is None or state.mark < tick) and self._ticks.run(worker, tick, state)
+            if state.mark is not None and state.mark >= tick:  # that took one read
+                log.debug("%s: not running the tick %s: somebody was here before", name, tick.isoformat())
+                is_ours = False
+            else:
+                is_ours = self._ticks.run(worker, tick, state) is not None
+            # Who was not first lets the others go first next time: of several that look at the same instant all but
+            # one would go on to a claim, and learn by that.
             (self._yielding.discard if is_ours else self._yielding.add)(name)
         except SQLAlchemyError as error:
             level = logging.DEBUG if failures else logging.WARNING  # once per tick

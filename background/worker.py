@@ -109,10 +109,15 @@ def declared_schedule(cls: type[PeriodicWorker]) -> Schedule:
 
 def declared_topic(cls: type[MessageWorker]) -> str:
     """The topic that the class declares, after checking everything else it declares; one sentence if wrong."""
-    is_one_of_two = (cls.handle is MessageWorker.handle) != (cls.handle_many is MessageWorker.handle_many)
-    _check_class(
-        cls, "either handle(self, message, context) or handle_many(self, messages, context)", not is_one_of_two
-    )
+    handlers = (cls.handle is not MessageWorker.handle) + (cls.handle_many is not MessageWorker.handle_many)
+    _check_class(cls, "either handle(self, message, context) or handle_many(self, messages, context)", not handlers)
+    if handlers == 2:
+        raise InvalidWorker(f"{cls.__name__} has both handle and handle_many; expected one of them: remove the other.")
+    if misplaced := sorted({"period", "cron", "timeout", "on_lost", "catch_up", "jitter", "enabled"} & set(dir(cls))):
+        raise InvalidWorker(
+            f"{cls.__name__}.{misplaced[0]} is for a PeriodicWorker only; expected topic, batch_size, max_attempts, "
+            f"backoff and concurrency on a MessageWorker: remove it."
+        )
     _check_attributes(
         cls,
         ("topic", _NAME, _is_name(cls.topic)),

@@ -3,16 +3,17 @@
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
 import pytest
-from conftest import on_postgresql
-from flask import current_app
-from fleet import PATIENCE, Fleet, Hourly, effect, wait_until
-from sqlalchemy import insert, select
+from conftest import on_postgresql, on_sqlite
+from flask import current_app, g
+from fleet import HOUR, PATIENCE, Fleet, Hourly, effect, wait_until
+from sqlalchemy import insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from background import BackgroundWorkerManager, Message, MessageWorker, WorkerContext, current_workers
@@ -318,6 +319,37 @@ def test_what_a_periodic_worker_enqueues_is_fenced_with_its_run(fleet: Fleet) ->
     assert fleet.messages() == []
 
 
+# -- taken over ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("taken", [["one", "two", "three"], ["two"]])
+def test_of_a_batch_that_others_took_a_message_of_nothing_is_committed_and_all_is_handled_once(
+    fleet: Fleet, caplog: pytest.LogCaptureFixture, taken: list[str]
+) -> None:
+    """This instance is alive, and believes in its claim: only the database knows better."""
+    began, go_on = threading.Event(), threading.Event()
+
+    class Slow(Notes):
+        def handle(self, message: Message, context: WorkerContext) -> None:
+            if message.attempt == 1:
+                began.set()
+                assert go_on.wait(PATIENCE)
+            effect(context, message.payload)
+
+    manager = fleet.manager(Slow)
+    fleet.enqueue("notes", "one", "two", "three")
+    manager.start()
+    assert began.wait(PATIENCE)
+    theirs = tables.messages.c.payload.in_([f'"{each}"' for each in taken])
+    with fleet.engine.begin() as connection:  # an instance that nobody knows is gone, so they are taken over again
+        connection.execute(update(tables.messages).where(theirs).values(batch="other", instance="other"))
+    go_on.set()
+    wait_until(lambda: is_over(fleet), "the end")
+    assert f"no longer holds {len(taken)} of its 3 messages" in caplog.text
+    assert sorted(fleet.effects()) == ["one", "three", "two"]
+    assert [row.attempt for row in fleet.messages()] == [2, 2, 2]
+
+
 # -- what it is given ------------------------------------------------------------------------------
 
 
@@ -392,6 +424,95 @@ def test_a_worker_that_is_added_after_the_start_handles_what_waits_and_one_that_
     assert fleet.effects() == ["0, removing", "1, removing", "2, removing", "3", "4", "5"]
 
 
+def test_messages_without_end_starve_neither_ticks_nor_other_topics_where_there_is_one_thread(fleet: Fleet) -> None:
+    handled: list[Any] = []
+    is_enough = threading.Event()
+
+    class Endless(MessageWorker):
+        topic = "endless"
+        batch_size = 1
+
+        def handle(self, message: Message, context: WorkerContext) -> None:
+            handled.append(message.payload)
+            if not is_enough.is_set():
+                current_workers.enqueue("endless", message.payload)
+
+    manager = fleet.manager(Endless, Notes, Hourly, WORKERS_THREADS=1)
+    for number in range(3):
+        fleet.enqueue("endless", number)
+    manager.start()
+    try:
+        wait_until(lambda: len(handled) > 10, "the first of many")
+        fleet.enqueue("notes", "a note")
+        wait_until(lambda: len(fleet.effects()) == 2, "the tick and the note")
+    finally:
+        is_enough.set()
+    assert len(handled) > 10
+
+
+def test_an_error_at_the_end_of_the_context_costs_no_neighbour_an_attempt(fleet: Fleet) -> None:
+    class Failing(Notes):
+        def handle(self, message: Message, context: WorkerContext) -> None:
+            g.ends_badly = True
+            effect(context, message.payload)
+            if message.payload == 1:
+                raise ValueError("its own error")
+
+    manager = fleet.manager(Failing, WORKERS_LEASE_SECONDS=20)
+
+    @manager.app.teardown_appcontext
+    def end(_error: BaseException | None) -> None:
+        if g.get("ends_badly"):
+            raise OSError("the end of the context")
+
+    fleet.enqueue("notes", 0, 1, 2)
+    manager.start()
+    wait_until(lambda: is_over(fleet), "the end")
+    assert fleet.effects() == ["0", "2"]
+    assert [(row.state, row.attempt) for row in fleet.messages()] == [("done", 1), ("dead", 2), ("done", 1)]
+    assert all("its own error" in row.error for row in fleet.errors())
+
+
+# -- claims that nobody handles --------------------------------------------------------------------
+
+
+def test_what_was_claimed_and_never_arrived_is_handled_once_a_lease_has_passed(fleet: Fleet) -> None:
+    fleet.manager(Notes)
+    fleet.enqueue("notes", "lost on its way")
+    manager = fleet.manager()
+    manager.start()
+    wait_until(lambda: manager.ticks.instance, "the start")
+    instance = manager.ticks.instance
+    assert manager.ticks.messages.claim("notes", "notes", 1, (instance.id, instance.name))
+    manager.add(Notes)
+    wait_until(lambda: is_over(fleet), "the end")
+    assert fleet.effects() == ["lost on its way"]
+    assert [(row.state, row.attempt) for row in fleet.messages()] == [("done", 2)]
+
+
+@on_sqlite
+def test_a_batch_that_outlives_the_lease_is_not_taken_back_by_whoever_waited_for_its_write_lock(fleet: Fleet) -> None:
+    """A heartbeat's look waits while the first is handled, and again while the second is, which was claimed between."""
+
+    class Slow(Notes):
+        batch_size = 1
+
+        def handle(self, message: Message, context: WorkerContext) -> None:
+            effect(context, message.payload)
+            time.sleep(message.payload)
+            if message.payload > 1:
+                context.commit()
+                time.sleep(0.3)  # who waits for the lock asks for it ten times a second
+                effect(context, "the rest")
+
+    manager = fleet.manager(Slow, WORKERS_LEASE_SECONDS=1)
+    fleet.enqueue("notes", 0.6, 2.2)
+    manager.start()
+    wait_until(lambda: is_over(fleet), "the end")
+    assert fleet.effects() == ["0.6", "2.2", "the rest"]
+    assert [row.attempt for row in fleet.messages()] == [1, 1]
+
+
 # -- waking up -------------------------------------------------------------------------------------
 
 
@@ -420,6 +541,17 @@ def test_a_message_for_tomorrow_does_not_hold_one_for_now_up(fleet: Fleet, quiet
         manager.enqueue("notes", "tomorrow", delay=timedelta(days=1))
         db.session.commit()
     wait_until(lambda: fleet.effects() == ["now"], "the handling")
+
+
+def test_many_messages_for_later_are_no_timers_of_this_process(fleet: Fleet, quiet: Quiet) -> None:
+    manager = quiet(Notes)
+    timers = manager._membership._scheduler._scheduler
+    before = len(timers.get_jobs())
+    with manager.app.app_context():
+        for number in range(100):
+            manager.enqueue("notes", number, delay=HOUR + timedelta(minutes=number))
+        db.session.commit()
+    assert len(timers.get_jobs()) <= before
 
 
 def test_a_savepoint_that_is_rolled_back_holds_no_message_up_that_was_enqueued_before(

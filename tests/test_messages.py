@@ -156,19 +156,22 @@ def cycle() -> Any:
 @pytest.mark.parametrize(
     ("payload", "said"),
     [
-        ({"at": [0, datetime(2026, 1, 1, tzinfo=UTC)]}, r"payload\['at'\]\[1\] is a datetime, which JSON cannot carry"),
+        (
+            {"at": [0, datetime(2026, 1, 1, tzinfo=UTC)]},
+            r"payload\['at'\]\[1\] is of type datetime, which JSON cannot carry",
+        ),
         ([1, {"price": math.nan}], r"payload\[1\]\['price'\] is nan"),
         (-math.inf, r"^payload is -inf"),
-        ({"a": {1: 2}}, r"payload\['a'\]\[1\] is under a key that is a int"),
-        ({True: 1}, r"payload\[True\] is under a key that is a bool"),
+        ({"a": {1: 2}}, r"payload\['a'\]\[1\] is under a key of type int"),
+        ({True: 1}, r"payload\[True\] is under a key of type bool"),
         (cycle(), r"payload\['a'\]\[0\] is a container that contains itself"),
         (nested(100_000), r"payload is nested more than 100 deep"),
         (nested(101), r"payload is nested more than 100 deep"),
         (["\ud800"], r"payload\[0\] is the text '\\ud800' with half a character"),
         ({"\ud800": 1}, r"payload is a dict with the key '\\ud800', half a character"),
         ([10**10_000], r"payload\[0\] is a whole number of thousands of digits"),
-        (b"bytes", r"^payload is a bytes"),
-        ({"a": {1, 2}}, r"payload\['a'\] is a set"),
+        (b"bytes", r"^payload is of type bytes"),
+        ({"a": {1, 2}}, r"payload\['a'\] is of type set"),
         ("x" * 262_143, r"The payload is 262,145 bytes of JSON; expected at most 262,144 \(MESSAGES_MAX_BYTES\)"),
         ("ü" * 131_072, r"The payload is 262,146 bytes"),
     ],
@@ -231,7 +234,8 @@ def make(**members: Any) -> type[MessageWorker]:
     ("members", "said"),
     [
         ({"handle": MessageWorker.handle}, "Made is abstract; expected a class that can run: give it either handle"),
-        ({"handle_many": lambda self, messages, context: None}, "give it either handle"),
+        ({"handle_many": lambda self, messages, context: None}, "Made has both handle and handle_many"),
+        ({"timeout": timedelta(seconds=1)}, "Made.timeout is for a PeriodicWorker only"),
         ({"topic": ""}, "Worker 'made' has topic = ''; expected 1 to 100 letters"),
         ({"topic": "a b"}, "has topic = 'a b'"),
         ({"name": "a b"}, "name is 'a b'"),
@@ -385,8 +389,8 @@ def test_the_pause_before_another_attempt_doubles(fleet: Fleet) -> None:
     manager.start()
     wait_until(lambda: states(fleet) == ["dead"], "the burial")
     first, second, third = (row.at for row in fleet.errors())
-    assert second - first >= timedelta(seconds=0.15)
-    assert third - second >= timedelta(seconds=0.3)
+    assert second - first >= timedelta(seconds=0.13)
+    assert third - second >= timedelta(seconds=0.27)
 
 
 Misdeed = Callable[[WorkerContext], None]

@@ -296,7 +296,7 @@ def test_of_several_ids_all_are_retried_or_none(
     leave_behind(manager, "orders")
     assert flask("retry", "1", "2", "4", code=1).stderr == (
         "Error: Nothing was changed: message 2 is done, message 4 is running; expected messages that are dead or "
-        "discarded: leave the others out.\n"
+        "discarded or waiting: leave the others out.\n"
     )
     assert "There is no message 99;" in flask("retry", "1", "99", "2", code=2).stderr
     assert states(fleet) == ["dead", "done", "dead", "running"]

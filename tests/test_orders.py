@@ -96,7 +96,7 @@ def test_an_order_is_confirmed_takes_the_stock_and_is_mailed_about(
     login(client, make_user(email="nat@example.com"))
     book_id = make_book(stock=5)
     client.post(f"/books/{book_id}", data={"quantity": "2"})
-    assert (statuses(app), stock_of(app, book_id)) == (["placed"], 5)
+    assert (statuses(app), stock_of(app, book_id)) == (["received"], 5)
     manager.start()
     wait_until(lambda: outbox.exists() and subjects(outbox), "the mail")
     wait_until_all_is_done(app)
@@ -138,7 +138,7 @@ def test_two_instances_sell_what_there_is_and_no_more(
     for book_id, stock in ((first, 20), (second, 13)):
         left = stock - sum(quantity for book, quantity in taken if book == book_id)
         assert left == stock_of(app, book_id) == 0
-    assert statuses(app).count("placed") == 0
+    assert statuses(app).count("received") == 0
     assert len(subjects(outbox)) == 60
 
 

@@ -354,7 +354,7 @@ def test_an_order_keeps_the_price_of_its_moment_and_is_being_processed(app, clie
         book_id,
         2,
         1250,
-        "placed",
+        "received",
     )
     text = text_of(client.get("/orders"))
     assert "Thank you, your order is placed. We will confirm it by e-mail." in text
@@ -364,11 +364,11 @@ def test_an_order_keeps_the_price_of_its_moment_and_is_being_processed(app, clie
 def test_the_orders_page_says_what_became_of_each(app, client, reader, make_book):
     book_id = make_book()
     with app.app_context():
-        for status in ("placed", "confirmed", "sold out"):
+        for status in ("received", "placed", "confirmed", "sold out"):
             db.session.add(Order(user_id=reader.id, book_id=book_id, quantity=1, price_cents=900, status=status))
         db.session.commit()
     found = re.findall(r'data-label="Status">([^<]*)<', client.get("/orders").text)
-    assert found == ["sold out", "confirmed", "being processed"]
+    assert found == ["sold out", "confirmed", "confirmed", "being processed"]
 
 
 def test_more_than_the_stock_cannot_be_ordered(app, client, reader, make_book):

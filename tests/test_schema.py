@@ -90,22 +90,6 @@ def test_a_downgrade_leaves_nothing_and_an_upgrade_brings_it_back(engine: Engine
     assert tables(engine) == before
 
 
-def test_an_order_of_a_release_that_took_the_stock_at_once_is_a_confirmed_one(engine: Engine) -> None:
-    command.downgrade(schema._config(), "0002")
-    with engine.begin() as connection:
-        at = "'2026-01-01 00:00:00'"
-        connection.execute(text("INSERT INTO books (id, title, author, price_cents) VALUES (1, 'Emma', 'Jane', 9)"))
-        connection.execute(
-            text(f"INSERT INTO users (id, email, name, password_hash, created_at) VALUES (1, 'n@x', 'N', '!', {at})")
-        )
-        connection.execute(
-            text(f"INSERT INTO orders (user_id, book_id, quantity, price_cents, created_at) VALUES (1, 1, 1, 9, {at})")
-        )
-    schema.upgrade()
-    with engine.connect() as connection:
-        assert connection.execute(text("SELECT status FROM orders")).scalars().all() == ["confirmed"]
-
-
 def test_a_failed_migration_leaves_nothing_half_done(empty_database_url: str) -> None:
     def fail(connection: Connection) -> None:
         raise ZeroDivisionError

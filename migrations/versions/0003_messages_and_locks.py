@@ -88,11 +88,8 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name="pk_health_samples"),
     )
     op.create_index("ix_health_samples_taken_at", "health_samples", ["taken_at"])
-    # The release before took the stock when an order was placed, which is what is called confirmed now.
-    op.execute("UPDATE orders SET status = 'confirmed' WHERE status = 'placed'")
 
 
 def downgrade() -> None:
-    op.execute("UPDATE orders SET status = 'placed' WHERE status = 'confirmed'")
     for table in ("health_samples", "background_locks", "background_message_errors", "background_messages"):
         op.drop_table(table)
