@@ -55,10 +55,11 @@ class Pulse:
     """Changes with the schedule of any worker."""
     is_busy: bool
     """Whether any worker runs or is to be run again, or any message is being handled."""
-    was_set: bool = False
+    was_set: bool
     """Whether the database's clock was set since it was read last."""
-    clock: datetime = field(default=datetime.min.replace(tzinfo=UTC), compare=False)
-    due: Mapping[str, datetime] = field(default_factory=dict, compare=False)
+    clock: datetime = field(compare=False)
+    """The database's, when it was read."""
+    due: Mapping[str, datetime] = field(compare=False)
     """When the first waiting message of each topic is due; without the topics of which none is waiting."""
 
 

@@ -149,6 +149,11 @@ class Fleet:
         self.set(name, token=token, running=token)
 
 
+def states(fleet: Fleet) -> list[str]:
+    """Of the messages, in their order."""
+    return [row.state for row in fleet.messages()]
+
+
 def stop(*apps: Flask) -> None:
     """Stop their workers, and see the threads end."""
     for app in apps:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from conftest import on_postgresql, on_sqlite
 from flask import current_app, g
-from fleet import HOUR, PATIENCE, Fleet, Hourly, effect, wait_until
+from fleet import HOUR, PATIENCE, Fleet, Hourly, effect, states, wait_until
 from sqlalchemy import insert, select, update
 from sqlalchemy.exc import IntegrityError
 
@@ -34,10 +34,6 @@ class Notes(MessageWorker):
 
     def handle(self, message: Message, context: WorkerContext) -> Any:
         effect(context, message.payload)
-
-
-def states(fleet: Fleet) -> list[str]:
-    return [row.state for row in fleet.messages()]
 
 
 def is_over(fleet: Fleet) -> bool:

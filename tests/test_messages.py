@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from conftest import on_sqlite
-from fleet import HOUR, PATIENCE, Fleet, Hourly, effect, statements, wait_until
+from fleet import HOUR, PATIENCE, Fleet, Hourly, effect, statements, states, wait_until
 from sqlalchemy import select
 
 from background import (
@@ -39,19 +39,8 @@ class Notes(MessageWorker):
         effect(context, message.payload)
 
 
-def states(fleet: Fleet) -> list[str]:
-    return [row.state for row in fleet.messages()]
-
-
 def all_are(fleet: Fleet, state: str, count: int) -> None:
     wait_until(lambda: states(fleet) == [state] * count, f"{count} messages that are {state}")
-
-
-def enqueue(manager: BackgroundWorkerManager, *arguments: Any, **more: Any) -> int | None:
-    with manager.app.app_context():
-        found = manager.enqueue(*arguments, **more)
-        db.session.commit()
-        return found
 
 
 # -- enqueueing ------------------------------------------------------------------------------------
@@ -81,19 +70,19 @@ def test_a_second_message_with_the_key_of_another_is_not_enqueued_and_that_is_sa
         topic = "letters"
 
     manager = fleet.manager(Notes, Letters)
-    first = enqueue(manager, "notes", 1, key="a")
+    [first] = fleet.enqueue("notes", 1, key="a")
     assert isinstance(first, int)
-    assert enqueue(manager, "notes", 2, key="a") is None
-    assert enqueue(manager, "letters", 3, key="a")
-    assert enqueue(manager, "notes", 4, key="b")
+    assert fleet.enqueue("notes", 2, key="a") == [None]
+    assert fleet.enqueue("letters", 3, key="a") != [None]
+    assert fleet.enqueue("notes", 4, key="b") != [None]
     manager.start()
     all_are(fleet, "done", 3)
-    assert enqueue(manager, "notes", 5, key="a") is None
+    assert fleet.enqueue("notes", 5, key="a") == [None]
 
 
 def test_many_are_enqueued_in_their_order_but_for_the_keys_that_are_there(fleet: Fleet) -> None:
     manager = fleet.manager(Notes)
-    enqueue(manager, "notes", "first", key="key 7")
+    fleet.enqueue("notes", "first", key="key 7")
     payloads = [{"number": number, "text": "ü\0\n"} for number in range(6_000)]
     with manager.app.app_context():
         assert manager.enqueue_many("notes", payloads, (f"key {number}" for number in range(6_000))) == 5_999
@@ -127,7 +116,7 @@ def test_a_handler_is_given_what_was_enqueued(fleet: Fleet) -> None:
     manager = fleet.manager(Keeper)
     payload = {"": [None, True, -1, 1e300, 10**1000, '\0 ü 🐘 "\\', [], {}], "tuple": [1, [2]]}
     before = datetime.now(UTC)
-    number = enqueue(manager, "notes", payload | {"tuple": (1, (2,))}, key="the key")
+    [number] = fleet.enqueue("notes", payload | {"tuple": (1, (2,))}, key="the key")
     manager.start()
     all_are(fleet, "done", 1)
     [(message, context, seen)] = given

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from click.testing import Result
 from conftest import close, on_postgresql, on_sqlite, settings
-from fleet import Fleet, Hourly, effect, in_threads, statements, wait_until
+from fleet import Fleet, Hourly, effect, in_threads, statements, states, wait_until
 from sqlalchemy import event, insert, text, update
 
 from app import create_app
@@ -78,10 +78,6 @@ def handle_all(fleet: Fleet, manager: BackgroundWorkerManager) -> None:
     manager.start()
     wait_until(lambda: not [row for row in fleet.messages() if row.state in ("waiting", "running")], "all was handled")
     manager.stop()
-
-
-def states(fleet: Fleet) -> list[str]:
-    return [row.state for row in fleet.messages()]
 
 
 def leave_behind(manager: BackgroundWorkerManager, topic: str) -> None:
