@@ -366,7 +366,12 @@ def test_a_message_that_fails_is_tried_again_and_buried_with_every_error_while_i
     assert all(f"ValueError: cannot do bad, attempt {row.attempt}" in row.error for row in errors)
     assert all("Traceback" in row.error and row.instance_name for row in errors)
     assert (bad.attempt, bad.instance, bad.finished_at is not None) == (3, None, True)
-    assert [record.levelname for record in caplog.records if record.name == "background.failing"].count("ERROR") == 1
+
+    def said() -> list[str]:
+        return [record.levelname for record in caplog.records if record.name == "background.failing"]
+
+    wait_until(lambda: "ERROR" in said(), "the line about the burial")  # which is said once it is written down
+    assert said().count("ERROR") == 1
 
 
 def test_the_pause_before_another_attempt_doubles(fleet: Fleet) -> None:
