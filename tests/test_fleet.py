@@ -3,6 +3,7 @@
 FLEET_TICKS=120 pytest -s tests/test_fleet.py -k consecutive    runs it at length.
 """
 
+import http.client
 import http.cookiejar
 import os
 import signal
@@ -13,15 +14,18 @@ import urllib.request
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import timedelta
 from http import HTTPStatus
 
 from conftest import PASSWORD, on_sqlite
 from effects import Effects
 from flask import Flask
+from mail_server import MailServer
 from processes import environment, eventually, gunicorn, started
 
-from models import User, db
+from background.models import messages
+from models import Book, Order, User, db
 
 TICKS = int(os.environ.get("FLEET_TICKS", "5"))
 PERIOD = timedelta(seconds=float(os.environ.get("FLEET_PERIOD", "1")))
@@ -81,6 +85,57 @@ def test_eight_processes_of_logins_and_the_sweep_never_meet_a_locked_database(
         assert db.session.query(User).filter(User.last_login_at.is_(None)).count() == 0
 
 
+def test_a_shop_of_four_processes_of_which_one_is_killed_balances_stock_orders_and_mails(
+    app: Flask, database_url: str, make_user: Callable[..., User], make_book: Callable[..., int]
+) -> None:
+    users = [make_user() for _ in range(6)]
+    stocks = {make_book(stock=stock): stock for stock in (30, 60, 1_000)}
+    mails = MailServer().start()
+    more = {"PROBE_WORKERS": "order_worker,mail_worker", "MAIL_URL": mails.url(), "WORKERS_LEASE_SECONDS": 2}
+    try:
+        with started(gunicorn("-w", "4", "probe:create_app()"), environment(database_url, **more)) as server:
+            server.wait_for("joined", times=4)
+            address = server.wait_for(r"Listening at: (http://\S+)")[1]
+            with ThreadPoolExecutor(6) as clients:
+                answers = [clients.submit(place_orders, address, user, list(stocks)) for user in users]
+                assert eventually(lambda: len(mails.mails) > 10)
+                os.kill(Effects(database_url).instances(alive=True).pop(), signal.SIGKILL)
+            placed = sum(answer.result() for answer in answers)
+            assert eventually(lambda: set(states_of_messages(app)) == {"done"}), states_of_messages(app)
+            server.signal(signal.SIGTERM)
+            assert server.wait() == 0
+    finally:
+        mails.close()
+    with app.app_context():
+        orders = list(db.session.scalars(db.select(Order)))
+        left = {book.id: book.stock for book in db.session.scalars(db.select(Book))}
+    # Who was being answered when its process was killed cannot know whether the order was placed.
+    assert placed <= len(orders) <= placed + len(users)
+    assert {order.status for order in orders} <= {"confirmed", "sold out"}
+    assert min(left.values()) < 3  # the fewest that are there have been sold
+    for book_id, stock in stocks.items():
+        taken = [order.quantity for order in orders if (order.book_id, order.status) == (book_id, "confirmed")]
+        assert left[book_id] == stock - sum(taken) >= 0
+    assert len({mail["Message-ID"] for mail in mails.mails}) == len(orders)
+    assert {mail["Subject"] for mail in mails.mails} == {f"Your order {order.id}: {order.status}" for order in orders}
+
+
+def place_orders(address: str, user: User, books: list[int]) -> int:
+    """How many of forty orders were taken for sure."""
+    shop, taken = browser(), 0
+    assert post(shop, f"{address}/login", email=user.email, password=PASSWORD) == HTTPStatus.FOUND
+    for number in range(40):
+        with suppress(OSError, http.client.HTTPException):  # the process that answered was killed
+            url = f"{address}/books/{books[number % len(books)]}"
+            taken += post(shop, url, quantity=1 + number % 3) == HTTPStatus.FOUND
+    return taken
+
+
+def states_of_messages(app: Flask) -> Counter[str]:
+    with app.app_context():
+        return Counter(db.session.scalars(db.select(messages.c.state)))
+
+
 def log_in_until(until: float, address: str, users: list[User]) -> list[int]:
     """The statuses of logging these users in, one after the other, again and again."""
     statuses = []
@@ -90,10 +145,17 @@ def log_in_until(until: float, address: str, users: list[User]) -> list[int]:
 
 
 def log_in(address: str, user: User) -> int:
-    opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor(http.cookiejar.CookieJar()), _NoRedirect())
-    data = urllib.parse.urlencode({"email": user.email, "password": PASSWORD}).encode()
+    return post(browser(), f"{address}/login", email=user.email, password=PASSWORD)
+
+
+def browser() -> urllib.request.OpenerDirector:
+    """It keeps its cookies, and takes a redirect for the answer."""
+    return urllib.request.build_opener(urllib.request.HTTPCookieProcessor(http.cookiejar.CookieJar()), _NoRedirect())
+
+
+def post(opener: urllib.request.OpenerDirector, url: str, **fields: object) -> int:
     try:
-        return int(opener.open(f"{address}/login", data, timeout=60).status)
+        return int(opener.open(url, urllib.parse.urlencode(fields).encode(), timeout=60).status)
     except urllib.error.HTTPError as answer:
         answer.close()
         return answer.code
