@@ -103,7 +103,7 @@ class Messages:
         self._ledger = ledger
         self._single = single_statements(ledger.engine)
         self._on_sqlite = ledger.engine.dialect.name == "sqlite"
-        self._claim = _claim(self._on_sqlite)
+        self._claim = _claim()
 
     # -- enqueueing ----------------------------------------------------------------------------
 
@@ -358,7 +358,7 @@ def _due(topic: ColumnElement[str] | str) -> Any:
     )
 
 
-def _claim(on_sqlite: bool) -> Any:
+def _claim() -> Any:
     order = (messages.c.due_at, messages.c.id)
     due = _due(bindparam("of")).order_by(*order).limit(bindparam("size")).with_for_update(skip_locked=True).cte("due")
     first = select(due.c.id, due.c.attempt).order_by(due.c.due_at, due.c.id).limit(1).cte("first")
