@@ -136,7 +136,7 @@ class Consumers:
             self._is_freeing = True
             self._scheduler.soon(self._free, instance, gone)
         if self._others - others:  # they have done what they held, or handed it back
-            self._wake_all()
+            self.wake_all()
         self._others = others
         return bool(others)
 
@@ -157,8 +157,9 @@ class Consumers:
             log.warning("Cannot take messages back: %s", first_line(error))
         finally:
             self._is_freeing = False
-        self._wake_all()
+        self.wake_all()
 
-    def _wake_all(self) -> None:
+    def wake_all(self) -> None:
+        """Have a consumer of each topic look."""
         for topic in list(self._workers):
             self.wake(topic)

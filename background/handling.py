@@ -19,8 +19,6 @@ from .messages import Batch, Message, Messages
 from .runs import Runs, finish, insist
 from .worker import MessageWorker
 
-log = logging.getLogger(__name__)
-
 T = TypeVar("T")
 
 _LONGEST_PAUSE_SECONDS = 3600.0

@@ -3,7 +3,7 @@
 import logging
 import socket
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from selectors import EVENT_READ, DefaultSelector
 from typing import Any
 
@@ -18,10 +18,8 @@ _RETRY_SECONDS = 5.0
 class Listener:
     """One thread with one connection of its own. Without it, as behind a pooler, a heartbeat finds the messages."""
 
-    def __init__(
-        self, connections: Connections, wake: Callable[[str], None], topics: Callable[[], Iterable[str]]
-    ) -> None:
-        self._connections, self._wake, self._topics = connections, wake, topics
+    def __init__(self, connections: Connections, wake: Callable[[str], None], wake_all: Callable[[], None]) -> None:
+        self._connections, self._wake, self._wake_all = connections, wake, wake_all
         self._stopped = threading.Event()
         self._told, self._tell = socket.socketpair()
         self._thread = threading.Thread(target=self._run, name="workers-listener", daemon=True)
@@ -47,8 +45,7 @@ class Listener:
     def _listen(self) -> None:
         with self._connections.listening() as connection:
             connection.execute(f"LISTEN {CHANNEL}")
-            for topic in self._topics():  # enqueued while nobody listened
-                self._wake(topic)
+            self._wake_all()  # for what was enqueued while nobody listened
             with DefaultSelector() as selector:  # select() refuses what is opened behind the first 1,024 files
                 for each in (connection, self._told):
                     selector.register(each, EVENT_READ)

@@ -367,11 +367,9 @@ class BackgroundWorkerManager:
         if not self.is_started:
             self.ticks.runs.open()
 
-    def _known_topic(self, topic: str) -> type[MessageWorker]:
-        try:
-            return self._topics[topic]
-        except (KeyError, TypeError):
-            raise UnknownTopic(topic, self._topics) from None
+    def _known_topic(self, topic: str) -> None:
+        if not isinstance(topic, str) or topic not in self._topics:
+            raise UnknownTopic(topic, self._topics)
 
     def _known(self, name: str) -> type[PeriodicWorker]:
         try:

@@ -139,11 +139,10 @@ class Membership:
             self._wake_ups.later(f"admit:{name}", failures, self._take_up, name)
 
     def _listen(self) -> None:
-        for topic in list(self._topics):
-            self.consumers.wake(topic)
+        self.consumers.wake_all()
         with self._entering:
             if self._topics and not (self._left or self._listener) and self._ticks.connections.can_listen:
-                self._listener = Listener(self._ticks.connections, self.consumers.wake, lambda: list(self._topics))
+                self._listener = Listener(self._ticks.connections, self.consumers.wake, self.consumers.wake_all)
                 self._listener.start()
 
     def _leave(self) -> None:
