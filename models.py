@@ -153,6 +153,31 @@ class HealthSample(db.Model):  # type: ignore[name-defined, misc]
     messages_dead: Mapped[int]
 
 
+class AuditEntry(db.Model):  # type: ignore[name-defined, misc]
+    """One thing that an admin did, or tried: written before it is done. Never pruned."""
+
+    __tablename__ = "audit_entries"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    at: Mapped[datetime] = mapped_column(UtcDateTime, default=now())
+    user_id: Mapped[int] = mapped_column(ForeignKey("users.id"))
+    action: Mapped[str] = mapped_column(String(100))
+    details: Mapped[str] = mapped_column(Text)
+    address: Mapped[str] = mapped_column(String(45))
+
+    user: Mapped[User] = relationship()
+
+
+class RateLimit(db.Model):  # type: ignore[name-defined, misc]
+    """How often something was tried within the window that ends at `expires_at`."""
+
+    __tablename__ = "rate_limits"
+
+    key: Mapped[str] = mapped_column(ordered_text(200), primary_key=True)
+    hits: Mapped[int]
+    expires_at: Mapped[datetime] = mapped_column(UtcDateTime, index=True)
+
+
 @dataclass(frozen=True)
 class UserPage:
     """Some users, and the `after` that gets those behind them (None: there are no more)."""

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import sqlite3
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -9,7 +10,7 @@ from functools import cached_property
 from typing import Any, TypeVar
 from weakref import WeakSet
 
-from sqlalchemy import Engine, create_engine, event
+from sqlalchemy import Dialect, Engine, Table, create_engine, event
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 from sqlalchemy.schema import CreateTable
@@ -54,13 +55,12 @@ class Connections:
             return self._postgresql(pool_size=1)
         main = os.path.realpath(str(self._shared.url.database))  # by whatever links the others come to it
         engine = create_engine(self._shared.url.set(database=f"{main}-instances"))
-        tables = [str(CreateTable(table, if_not_exists=True).compile(engine)) for table in (instances, locks)]
 
         @event.listens_for(engine, "connect")
         def connected(connection: Any, _record: Any) -> None:
             sqlite.configure(connection, isolation_level=None)
-            for table in tables:
-                connection.execute(table)  # several processes may be the first at once
+            for table in (instances, locks):
+                _make(connection, table, engine.dialect)
             connection.execute("ATTACH DATABASE ? AS main_database", (main,))
 
         _close_strays(engine)
@@ -122,6 +122,17 @@ class Connections:
         event.listen(engine, "connect", self._opened)
         _close_strays(engine)
         return engine
+
+
+def _make(connection: Any, table: Table, dialect: Dialect) -> None:
+    """The table and its later columns, where they are not there. Others may be here, doing the same."""
+    connection.execute(str(CreateTable(table, if_not_exists=True).compile(dialect=dialect)))
+    known = {row[1] for row in connection.execute(f"PRAGMA table_info({table.name})")}
+    for column in table.columns:
+        if column.name not in known:
+            with suppress(sqlite3.OperationalError):  # another process was first
+                kind = column.type.compile(dialect)
+                connection.execute(f"ALTER TABLE {table.name} ADD COLUMN {column.name} {kind}")
 
 
 def again_if_stale(ask: Callable[[], Answer]) -> Answer:

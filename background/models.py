@@ -65,6 +65,8 @@ executions = Table(
     Column("progress_done", Float),
     Column("progress_total", Float),
     Column("reason", Text),
+    # What was logged meanwhile, one line each; written with the outcome, and with each commit on the way.
+    Column("log", Text),
     Index("ix_background_executions_worker_tick", "worker", "tick"),
     Index("ix_background_executions_token", "worker", "token", unique=True),
 )
@@ -80,6 +82,21 @@ instances = Table(
     Column("expires_at", UtcDateTime, nullable=False),
     Column("signed_off_at", UtcDateTime),
     Column("clock_offset", Float),
+    Column("release", String(100)),
+)
+
+# What a worker did since it is known: history is pruned, and these counts only grow. One row for each state its
+# executions ended in ("state"), and for each bucket of how long they took ("duration") and of how long after its
+# tick they began ("lateness"), named by the bucket's upper bound in seconds.
+totals = Table(
+    "background_totals",
+    metadata,
+    Column("worker", String(200), primary_key=True),
+    Column("kind", String(10), primary_key=True),
+    Column("label", String(12), primary_key=True),
+    Column("count", BigInteger, nullable=False),
+    Column("seconds", Float, nullable=False),
+    Column("latest_at", UtcDateTime, nullable=False),
 )
 
 messages = Table(

@@ -27,7 +27,7 @@ from migrations import schema
 from models import Book, User, db
 
 ROOT = Path(__file__).parent.parent
-HEAD = "0003"
+HEAD = "0004"
 
 
 @contextmanager
