@@ -56,8 +56,9 @@ def test_runs_by_hand_two_at_once_and_at_the_tick_take_no_tick_away(shops: Shops
     period, more = timedelta(seconds=2), {"PROBE_PERIOD": 2, "PROBE_TAKES": 0.8}
     shops.join(2, **more)
     assert eventually(effects.ticks)
-    ran = 0
-    for _ in range(2):
+    ran = rounds = 0
+    while rounds < 2 or (ran == 0 and rounds < 20):  # a process that comes late meets the tick, and refuses
+        rounds += 1
         until_the_tick = (EPOCH - datetime.now(UTC)) % period
         time.sleep(max(until_the_tick.total_seconds() - 0.5, 0))  # the run by hand is on its way when the tick is due
         both = [shops.start("workers", "trigger", "ticker", **more) for _ in range(2)]
