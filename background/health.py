@@ -92,8 +92,8 @@ class Readiness:
             self._prompt = Prompt(lambda: self._ask(manager), _ANSWER_SECONDS)
         try:
             return self._prompt.answer()
-        except TimeoutError:
-            return dict.fromkeys(_ASKED, Check(False, {}, f"no answer within {_ANSWER_SECONDS:g} s"))
+        except TimeoutError as error:
+            return dict.fromkeys(_ASKED, Check(False, {}, first_line(error)))
 
     def _ask(self, manager: BackgroundWorkerManager) -> dict[str, Check]:
         checks = {"database": _checked(lambda: _database(manager))}

@@ -113,7 +113,7 @@ class Fleet:
         except (SQLAlchemyError, OSError) as error:  # TimeoutError is one
             self._is_up = False
             level = logging.WARNING if was_up else logging.DEBUG  # once per outage
-            log.log(level, "No figures of the fleet: %s", first_line(error) or f"none within {_ANSWER_SECONDS:g} s")
+            log.log(level, "No figures of the fleet: %s", first_line(error))
             return None
 
 
@@ -123,7 +123,9 @@ def _figures(manager: BackgroundWorkerManager) -> Figures:
         sums = _read_totals(connection)
     with single_statements(manager.ticks.instances.engine).connect() as connection:
         alive = connection.execute(_alive).all()
-    offsets = {f"{row.host}:{row.pid}": -row.clock_offset for row in alive if row.clock_offset is not None}
+    # Where containers share a host name and a process id, the one that is furthest off has the last word.
+    known = sorted((row for row in alive if row.clock_offset is not None), key=lambda row: abs(row.clock_offset))
+    offsets = {f"{row.host}:{row.pid}": -row.clock_offset for row in known}
     return Figures(sums, standings(manager), offsets, len(alive), manager.messages.depths())
 
 

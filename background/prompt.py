@@ -29,7 +29,10 @@ class Prompt(Generic[Answer]):
                 self._answer, self._asked_at, age = Future(), steady(), 0.0
                 threading.Thread(target=self._settle, args=(self._answer,), name="prompt", daemon=True).start()
             answer = self._answer
-        return answer.result(max(self._seconds - age, 0))
+        try:
+            return answer.result(max(self._seconds - age, 0))
+        except TimeoutError:
+            raise TimeoutError(f"no answer within {self._seconds:g} s") from None
 
     def _settle(self, answer: Future[Answer]) -> None:
         try:
