@@ -224,7 +224,7 @@ def test_a_token_that_no_header_can_carry_is_refused_without_being_shown(tmp_pat
 
 def test_a_misspelled_token_does_not_leave_the_metrics_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("METRICS_TOKN", "hunter2")
-    with pytest.raises(InvalidConfig, match="no setting METRICS_TOKN. Did you mean METRICS_TOKEN?"):
+    with pytest.raises(InvalidConfig, match=r"no setting METRICS_TOKN\. Did you mean METRICS_TOKEN\?"):
         load(tmp_path)
 
 

@@ -22,9 +22,10 @@ from sqlalchemy import Engine, make_url, update
 from sqlalchemy import text as sql
 
 from app import create_app
-from background import BackgroundWorkerManager, PeriodicWorker, health, standing
+from background import BackgroundWorkerManager, PeriodicWorker, health, prompt, standing
 from background import models as tables
 from background.clock import steady
+from background.prompt import Prompt
 from models import User
 
 
@@ -269,6 +270,31 @@ def test_a_process_that_is_told_to_stop_is_alive_until_it_has_stopped(member: Fl
 
 
 # -- the database ----------------------------------------------------------------------------------
+
+
+def test_those_who_ask_while_the_database_hangs_share_one_question_and_not_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked, go_on = [], threading.Event()
+
+    def ask() -> int:
+        asked.append(threading.current_thread())
+        assert go_on.wait(PATIENCE)
+        return len(asked)
+
+    hanging = Prompt(ask, 0.05)
+    for _ in range(3):
+        with pytest.raises(TimeoutError, match=r"no answer within 0\.05 s"):
+            hanging.answer()
+    assert len(asked) == 1
+    monkeypatch.setattr(prompt, "_GIVEN_UP_SECONDS", 0.0)
+    with pytest.raises(TimeoutError):
+        hanging.answer()
+    assert len(asked) == 2
+    go_on.set()
+    for thread in asked:
+        thread.join(PATIENCE)
+    assert hanging.answer() == 3
 
 
 @pytest.fixture
