@@ -72,6 +72,7 @@ class Seen:
     started_at: datetime
     heartbeat_at: datetime
     signed_off_at: datetime | None
+    release: str | None = None
     clock_ahead: float | None = None
     """How far its host's clock is ahead of the database's, in seconds."""
     is_alive: bool = True
@@ -123,13 +124,18 @@ class History:
             .limit(1)
             .scalar_subquery()
         )
-        query = select(executions, now().label("clock")).join(workers, executions.c.id == newest)
+        query = select(*_columns, now().label("clock")).join(workers, executions.c.id == newest)
         return {record.worker: record for record in self._records(query)}
 
     def executions(self, name: str, limit: int = 20, state: str | None = None) -> list[Record]:
         """The newest executions of `name` (of one state), newest first."""
         query = _of(name).order_by(*_newest_first).limit(limit)
         return self._marked(self._records(query if state is None else query.where(executions.c.state == state)))
+
+    def log(self, execution: int) -> str | None:
+        """What was logged while that execution was on, a line each; None where nothing was, or there is none."""
+        with self._reading.connect() as connection:
+            return connection.scalar(select(executions.c.log).where(executions.c.id == execution))
 
     def gone(self, ids: Collection[str]) -> set[str]:
         """Those instances of `ids` that are not alive."""
@@ -202,11 +208,12 @@ class History:
         return [replace(each, is_gone=each.state == "running" and each.instance in gone) for each in records]
 
 
+_columns = [column for column in executions.c if column is not executions.c.log]  # which may be long
 _newest_first = (executions.c.tick.desc(), executions.c.id.desc())
 
 
 def _of(name: str) -> Select[Any]:
-    return select(executions, now().label("clock")).where(executions.c.worker == name)
+    return select(*_columns, now().label("clock")).where(executions.c.worker == name)
 
 
 _seen: Select[Any] = select(

@@ -29,6 +29,7 @@ from .manager import BackgroundWorkerManager
 from .models import instances, totals
 from .prompt import Prompt
 from .standing import Standing, standings
+from .totals import DURATIONS, LATENESSES
 from .traffic import BOUNDS, Traffic
 
 log = logging.getLogger(__name__)
@@ -173,9 +174,9 @@ def _write_executions(to: Exposition, figures: Figures) -> None:
         [(f'{labels},state="{state}"', total.numbers.get(state, 0)) for labels, total in each for state in _ENDED],
     )
     took, late = figures.totals.get("duration", {}), figures.totals.get("lateness", {})
-    _write_histogram(to, "background_execution_duration_seconds", "How long executions took.", took)
+    _write_histogram(to, "background_execution_duration_seconds", "How long executions took.", DURATIONS, took)
     lateness = "How long after its tick the first attempt at it began."
-    _write_histogram(to, "background_execution_lateness_seconds", lateness, late)
+    _write_histogram(to, "background_execution_lateness_seconds", lateness, LATENESSES, late)
     to.gauge(
         "background_seconds_since_last_success",
         "Since the worker last succeeded; none for one that never did.",
@@ -183,9 +184,12 @@ def _write_executions(to: Exposition, figures: Figures) -> None:
     )
 
 
-def _write_histogram(to: Exposition, name: str, meaning: str, found: Mapping[str, Total]) -> None:
-    """All with the same buckets, or they could not be added up."""
-    bounds = sorted({label for total in found.values() for label in total.numbers} | {"inf"}, key=float)
+def _write_histogram(
+    to: Exposition, name: str, meaning: str, bounds_now: Iterable[float], found: Mapping[str, Total]
+) -> None:
+    """All with the same buckets, or they could not be added up: those of today, and those that others counted in."""
+    today = {*map("{:g}".format, bounds_now), "inf"}
+    bounds = sorted(today.union(*(total.numbers for total in found.values())), key=float)
     series = [
         Distribution(labelled(worker=worker), [total.numbers.get(bound, 0) for bound in bounds], total.seconds)
         for worker, total in sorted(found.items())

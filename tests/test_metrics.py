@@ -25,6 +25,7 @@ from background import BackgroundWorkerManager, MessageWorker, metrics
 from background import models as tables
 from background.clock import steady
 from background.exposition import Distribution, Exposition, labelled
+from background.totals import DURATIONS
 from models import User
 
 PROMTOOL = shutil.which("promtool")
@@ -90,7 +91,7 @@ def test_the_totals_are_counters_and_histograms_with_the_same_buckets_for_every_
         ("sweep", "duration", "0.1", 6, 0.25),
         ("sweep", "duration", "inf", 3, 40.25),
         ("sweep", "lateness", "5", 9, 18.0),
-        ("other", "duration", "10", 1, 8.0),
+        ("other", "duration", "7", 1, 6.5),  # of a release with other buckets
         age=timedelta(hours=1),
     )
     samples = scrape(app)
@@ -102,9 +103,10 @@ def test_the_totals_are_counters_and_histograms_with_the_same_buckets_for_every_
     assert ended.pop("timed out") == 2
     assert ended == dict.fromkeys(["failed", "lost", "handed back", "skipped", "missed"], 0)
     took = "background_execution_duration_seconds"
-    bounds = ["0.1", "10", "+Inf"]
-    assert [samples.value(f"{took}_bucket", worker="sweep", le=le) for le in bounds] == [6, 6, 9]
-    assert [samples.value(f"{took}_bucket", worker="other", le=le) for le in bounds] == [0, 1, 1]
+    bounds = ["0.05", "0.1", "5", "7", "10", "3600", "+Inf"]
+    assert [samples.value(f"{took}_bucket", worker="sweep", le=le) for le in bounds] == [0, 6, 6, 6, 6, 6, 9]
+    assert [samples.value(f"{took}_bucket", worker="other", le=le) for le in bounds] == [0, 0, 0, 1, 1, 1, 1]
+    assert len(samples.labels(f"{took}_bucket", "le")) == len(DURATIONS) + 2
     assert samples.value(f"{took}_sum", worker="sweep") == 40.5
     assert samples.value(f"{took}_count", worker="sweep") == 9
     assert samples.value("background_execution_lateness_seconds_sum", worker="sweep") == 18
@@ -361,15 +363,19 @@ def test_a_scrape_needs_no_login_and_leaves_session_and_cookies_alone(
 
 @on_sqlite
 def test_any_process_answers_for_the_fleet_and_for_its_own_requests_by_name(database_url: str, shops: Shops) -> None:
-    [member] = shops.join(PROBE_WORKERS="listener")
+    [member] = shops.join(PROBE_WORKERS="listener,quick")
     member.wait_for("The listener began")
+    member.wait_for("quick: Ran the tick")
     web = gunicorn("-w", "2", "probe:create_app()")
-    env = environment(database_url, WORKERS_ENABLED="false", PROBE_WORKERS="listener")
+    env = environment(database_url, WORKERS_ENABLED="false", PROBE_WORKERS="listener,quick")
     with started(web, env) as server:
         address = server.wait_for(r"Listening at: (http://\S+)")[1]
         found = [get(f"{address}/metrics")]
         assert found[0].value("background_worker_running", worker="listener") == 1
         assert found[0].value("background_instances") == 1
+        assert (found[0].value("background_executions_total", worker="quick", state="succeeded") or 0) >= 1
+        assert (found[0].value("background_execution_lateness_seconds_count", worker="quick") or 0) >= 1
+        assert 0 <= (found[0].value("background_seconds_since_last_success", worker="quick") or 0) < 30
 
         def processes() -> set[str]:
             found.append(get(f"{address}/metrics"))
