@@ -1,7 +1,7 @@
 """The text that Prometheus reads, https://prometheus.io/docs/instrumenting/exposition_formats/, version 0.0.4.
 
-Written here, as the usual client library takes five times as long for it: of 1,000 workers it is 40,000 lines, and
-while they are written the process serves little else.
+Written here, as the usual client library takes several times as long for it: of 1,000 workers it is 35,000 lines,
+and while they are written the process serves little else.
 """
 
 from collections.abc import Iterable, Sequence

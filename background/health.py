@@ -1,7 +1,7 @@
 """Whether this process is alive, and whether it is ready: for whoever restarts it or sends it requests.
 
 Nobody logs in for that, so an answer says what is wrong and never why: no name, no host, no text of an error. The log
-has those. No session is opened, and nothing is asked on the application's own.
+has those. No session is looked at, and all but the migrations is asked on the engine's own connections.
 """
 
 import logging
@@ -140,7 +140,7 @@ def _workers(manager: BackgroundWorkerManager) -> Check:
     """Where WORKERS_ENABLED is false they are others' business: a web that serves is not to be taken away for them."""
     overdue = [each.name for each in standings(manager) if each.is_overdue]
     is_ours = manager.is_started or manager.app.config["WORKERS_ENABLED"]
-    return Check(not (overdue and is_ours), {"here": is_ours, "overdue": len(overdue)}, f"overdue: {overdue}")
+    return Check(not (overdue and is_ours), {"overdue": len(overdue)}, f"overdue: {overdue}")
 
 
 def _heartbeat(manager: BackgroundWorkerManager) -> Check:
