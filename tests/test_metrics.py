@@ -21,10 +21,9 @@ from proxy import Proxy
 from sqlalchemy import insert, make_url, update
 
 from app import create_app
-from background import BackgroundWorkerManager, MessageWorker, metrics
+from background import BackgroundWorkerManager, MessageWorker, figures
 from background import models as tables
 from background.clock import steady
-from background.exposition import Distribution, Exposition, labelled
 from background.totals import DURATIONS
 from models import User
 
@@ -203,25 +202,13 @@ def test_a_scrape_costs_as_many_queries_for_many_workers_as_for_one(fleet: Fleet
     assert len(scrape(app).labels("background_executions_total", "worker")) == 41
 
 
-def test_whatever_a_name_is_made_of_a_sample_is_one_line() -> None:
-    names = ['a"b', "a\\b", "a\nb", "a\\nb", "ä,b=c}", ""]
-    exposition = Exposition()
-    exposition.gauge("named", "Some names.", [(labelled(name=name), 1.5) for name in names])
-    exposition.histogram("timed_seconds", "Times.", ["1", "+Inf"], [Distribution(labelled(name='"'), [1, 2], 3.5)])
-    exposition.counter("absent_total", "Nothing.", [])
-    samples = Samples(exposition.text())
-    assert samples.labels("named", "name") == set(names)
-    assert samples.value("timed_seconds_bucket", name='"', le="+Inf") == 3
-    assert "absent" not in samples.families
-
-
 # -- a database that is away -----------------------------------------------------------------------
 
 
 def test_while_the_database_is_away_a_scrape_says_so_and_has_the_requests_of_the_process(
     postgresql_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(metrics, "_ANSWER_SECONDS", 0.3)
+    monkeypatch.setattr(figures, "_ANSWER_SECONDS", 0.3)
     proxy = Proxy(make_url(postgresql_url))
     app = make_app(text(proxy.url), Hourly)
     try:
