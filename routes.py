@@ -14,7 +14,7 @@ import svcs
 from flask import Blueprint, Flask, abort, flash, jsonify, redirect, render_template, request, session, url_for
 from flask.typing import ResponseReturnValue
 from flask_bootstrap import Bootstrap5
-from flask_limiter import Limiter
+from flask_limiter import Limiter, RateLimitExceeded
 from flask_login import LoginManager, current_user, login_required, login_user, logout_user
 from flask_wtf import CSRFProtect, FlaskForm
 from sqlalchemy import Select, or_, select
@@ -132,7 +132,7 @@ def load_user(session_id: str) -> User | None:
 
 def set_headers(response: Response) -> Response:
     """On every answer; what was made for one visitor is kept by no cache."""
-    response.headers.extend(HEADERS)
+    response.headers.update(HEADERS)
     if request.is_secure:
         response.headers["Strict-Transport-Security"] = "max-age=31536000"
     if not (request.endpoint or "").endswith("static") and session:
@@ -649,7 +649,6 @@ ERROR_SENTENCES = {
     404: "There is no such page. It may have moved, or the address has a slip in it.",
     405: "This page cannot be asked for in that way.",
     413: "That was more than this page takes.",
-    429: "That was tried too often from where you are. Please wait for {minutes}, then try again.",
     500: "Something went wrong on our side. It is in the log; please try again in a moment.",
 }
 
@@ -658,11 +657,9 @@ def show_error(error: HTTPException) -> Response:
     """The error as a page or, below /api, as JSON, with the error's own headers."""
     response = error.get_response()
     sentence = ERROR_SENTENCES.get(error.code or 500, error.description)
-    if error.code == 429 and limiter.current_limit is not None:
+    if isinstance(error, RateLimitExceeded) and limiter.current_limit is not None:
         seconds = max(1, ceil(limiter.current_limit.reset_at - time.time()))
-        response.headers["Retry-After"] = str(seconds)
-        minutes = max(1, round(seconds / 60))
-        sentence = ERROR_SENTENCES[429].format(minutes="a minute" if minutes == 1 else f"{minutes} minutes")
+        sentence, response.headers["Retry-After"] = too_often(seconds), str(seconds)
     if request.path.startswith(f"{api.url_prefix}/"):
         response.data = jsonify(error=error.name, message=error.description).data
         response.content_type = "application/json"
@@ -670,3 +667,9 @@ def show_error(error: HTTPException) -> Response:
         response.data = render_template("error.html", error=error, sentence=sentence)
         response.content_type = "text/html; charset=utf-8"
     return response
+
+
+def too_often(seconds: int) -> str:
+    minutes = max(1, round(seconds / 60))
+    wait = "a minute" if minutes == 1 else f"{minutes} minutes"
+    return f"That was tried too often from where you are. Please wait for {wait}, then try again."
