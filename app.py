@@ -12,7 +12,7 @@ import routes
 from background import BackgroundWorkerManager, PruneHistoryWorker
 from background.health import health
 from background.metrics import metrics
-from config import configure_logging, load_config
+from config import configure_logging, load_config, trust_proxies
 from migrations import demo, schema
 from models import OrderRepository, UserRepository, db
 from workers import Mailer, MailWorker, OrderWorker, PassiveUserCheckerWorker, SystemHealthWorker
@@ -23,6 +23,7 @@ def create_app(config: Mapping[str, Any] | object | None = None) -> Flask:
     app = Flask(__name__, instance_relative_config=True)
     load_config(app, config)
     configure_logging(app)
+    trust_proxies(app)
 
     db.init_app(app)
     Migrate(app, db, directory=str(Path(app.root_path) / "migrations"))
@@ -35,6 +36,7 @@ def create_app(config: Mapping[str, Any] | object | None = None) -> Flask:
 
     workers = BackgroundWorkerManager(app, db)
     workers.before_start(schema.ensure_ready, check=schema.check)
+    workers.before_start(demo.refuse_in_production)
     workers.add(PassiveUserCheckerWorker)
     workers.add(OrderWorker)
     workers.add(MailWorker)

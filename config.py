@@ -23,6 +23,7 @@ from urllib.parse import unquote, urlsplit
 from flask import Flask
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError
+from werkzeug.middleware.proxy_fix import ProxyFix
 
 from background import RunFields
 from background.errors import InvalidConfig
@@ -68,6 +69,13 @@ def whole(most: int) -> Callable[[Any], int]:
     return cast
 
 
+def none_or_whole(most: int) -> Callable[[Any], int]:
+    def cast(value: Any) -> int:
+        return 0 if value in (0, "0") and not isinstance(value, bool) else whole(most)(value)
+
+    return cast
+
+
 def level(value: Any) -> str:
     name = logging.getLevelName(value) if isinstance(value, int) else str(value).strip().upper()
     if name not in ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"):
@@ -97,6 +105,14 @@ def log_format(value: Any) -> str:
     if (name := str(value).strip().lower()) not in ("text", "json"):
         raise ValueError(value)
     return name
+
+
+def public_url(value: Any) -> str:
+    parts = urlsplit(value if isinstance(value, str) and value.isprintable() and " " not in value else "")
+    is_host = parts.hostname and not (parts.query or parts.fragment or parts.username or "\\" in parts.netloc)
+    if parts.scheme not in ("http", "https") or not is_host or parts.port == 0:
+        raise ValueError(value)
+    return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}/"
 
 
 def mail_url(value: Any) -> str:
@@ -163,6 +179,18 @@ KEYS = {
     ),
     "RELEASE": Key(None, release, _RELEASE, "what the list of instances calls this release; unset: its commit"),
     "LOG_FORMAT": Key("text", log_format, "text or json", "one line, or one JSON object, for each record"),
+    "PRODUCTION": Key(
+        None,
+        boolean,
+        _BOOLEAN,
+        "refuse to start with a weak SECRET_KEY, in debug mode or with the demo admin; unset: "
+        "where gunicorn serves a DATABASE_URL",
+    ),
+    "PROXIES": Key(0, none_or_whole(10), "a whole number from 0 to 10", "how many proxies of yours are in front"),
+    "PUBLIC_URL": Key(
+        None, public_url, "https:// and a host", "where the shop is, for links in mails; unset: as the admin asked"
+    ),
+    "SESSION_COOKIE_SECURE": Key(None, boolean, _BOOLEAN, "whether logging in needs HTTPS; unset: in production"),
     "LOG_LEVEL": Key("INFO", level, "DEBUG, INFO, WARNING, ERROR or CRITICAL", "how much the log says"),
 }
 
@@ -172,7 +200,7 @@ _SECRETS = ("DATABASE_URL", "MAIL_URL", "METRICS_TOKEN", "SECRET_KEY")
 
 def load_config(app: Flask, given: Mapping[str, Any] | object | None = None) -> None:
     """Fill `app.config` from every source and check it; raise `InvalidConfig` for the first wrong value."""
-    app.config.from_mapping({name: key.default for name, key in KEYS.items()})
+    app.config.from_mapping({name: key.default for name, key in KEYS.items()}, SESSION_COOKIE_SAMESITE="Lax")
     app.config.from_mapping(_environment())
     _load_own(app, given)
     _refuse_misspelled(app.config)
@@ -183,12 +211,21 @@ def load_config(app: Flask, given: Mapping[str, Any] | object | None = None) -> 
     _set_database(app)
     if app.config["RELEASE"] is None:
         app.config["RELEASE"] = _commit(Path(app.root_path) / ".git")
+    _settle_production(app.config)
     if app.config["SECRET_KEY"] is None:
         app.config["SECRET_KEY"] = _kept_secret_key(Path(app.instance_path))
 
 
+def trust_proxies(app: Flask) -> None:
+    """Take the visitor's address, scheme and host from the last PROXIES entries of X-Forwarded-*, and no others."""
+    if number := app.config["PROXIES"]:
+        app.wsgi_app = ProxyFix(app.wsgi_app, number, number, number)  # type: ignore[method-assign]
+
+
 def configure_logging(app: Flask) -> None:
     """Give the log a handler, unless the process that loads the app has set one up already."""
+    for name in (app.name, "werkzeug", "gunicorn.access", "gunicorn.error"):
+        logging.getLogger(name).addFilter(hide_password_links)
     if not logging.getLogger().handlers:
         handler = logging.StreamHandler()
         if app.config["LOG_FORMAT"] == "json":
@@ -209,6 +246,13 @@ def json_formatter() -> logging.Formatter:
     )
     formatter.converter = time.gmtime
     return formatter
+
+
+def hide_password_links(record: logging.LogRecord) -> bool:
+    """Whoever reads the log may not choose the passwords of others."""
+    if "/account/reset/" in (message := record.getMessage()):
+        record.msg, record.args = re.sub(r"(/account/reset/)[^\s?\"']+", r"\1...", message), ()
+    return True
 
 
 def _environment() -> dict[str, str]:
@@ -258,6 +302,51 @@ def _settle_heartbeat(config: dict[str, Any]) -> None:
         )
 
 
+# What tutorials say, and so everybody knows.
+_KNOWN_SECRETS = {
+    "this-should-be-changed",
+    "you-will-never-guess",
+    "your-secret-key-here",
+    "change-this-secret-key",
+    "my-super-secret-key",
+    "thisisasecretkey",
+    "super-secret-key",
+    "supersecretkey123",
+    "keep-it-secret-keep-it-safe",
+    "192b9bdd22ab9ed4d12e236c78afcb9a393ec15f71bbf5dc987d54727823bcbf",
+    '_5#y2l"f4q8z\n\xec]/',
+}
+
+
+def _settle_production(config: dict[str, Any]) -> None:
+    if config["PRODUCTION"] is None:
+        served_by = os.environ.get("SERVER_SOFTWARE", "")  # gunicorn says so before it loads an application
+        config["PRODUCTION"] = served_by.startswith("gunicorn/") and not config["DATABASE_IS_EMBEDDED"]
+    if config["SESSION_COOKIE_SECURE"] is None:
+        config["SESSION_COOKIE_SECURE"] = config["PRODUCTION"]
+    if config["PRODUCTION"]:
+        _refuse_debug(config)
+        _refuse_weak_secret(config["SECRET_KEY"])
+
+
+def _refuse_debug(config: dict[str, Any]) -> None:
+    if config["DEBUG"]:
+        raise InvalidConfig(
+            "The debugger is on in production, where it lets visitors run code; expected it off. Take FLASK_DEBUG, "
+            "--debug and DEBUG away, or say PRODUCTION=false where only you are served."
+        )
+
+
+def _refuse_weak_secret(key: str | bytes | None) -> None:
+    text = key.decode("latin-1") if isinstance(key, bytes) else key
+    if text is None or len(text) < 16 or text.strip().lower() in _KNOWN_SECRETS or len(set(text)) < 6:
+        raise InvalidConfig(
+            f"SECRET_KEY is {'not set' if text is None else 'short or well known'} in production, where it guards the "
+            "sessions; expected a random text that all processes share. Make one with "
+            '`python -c "import secrets; print(secrets.token_hex())"` and set SECRET_KEY to it.'
+        )
+
+
 def _set_database(app: Flask) -> None:
     """Settle SQLALCHEMY_DATABASE_URI (one that was given itself wins), DATABASE_IS_EMBEDDED and .._TEMPORARY."""
     chosen = app.config.get("SQLALCHEMY_DATABASE_URI") or app.config["DATABASE_URL"]
@@ -275,8 +364,10 @@ def _set_database(app: Flask) -> None:
         asked = asked.set(database=_temporary_file(app))
     url = _usable_url(asked, Path(app.instance_path))
     app.config["SQLALCHEMY_DATABASE_URI"] = url.render_as_string(hide_password=False)
-    if url.get_backend_name() == "postgresql":
-        app.config["SQLALCHEMY_ENGINE_OPTIONS"] = _postgresql_options(app.config.get("SQLALCHEMY_ENGINE_OPTIONS") or {})
+    # Or an error would carry password hashes and addresses into logs, executions and dead letters.
+    options = {"hide_parameters": True, **(app.config.get("SQLALCHEMY_ENGINE_OPTIONS") or {})}
+    is_postgresql = url.get_backend_name() == "postgresql"
+    app.config["SQLALCHEMY_ENGINE_OPTIONS"] = _postgresql_options(options) if is_postgresql else options
 
 
 def _postgresql_options(given: Mapping[str, Any]) -> dict[str, Any]:

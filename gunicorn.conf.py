@@ -2,7 +2,9 @@
 
 import os
 import signal
+import sys
 
+from gunicorn.arbiter import Arbiter
 from gunicorn.glogging import Logger
 
 wsgi_app = "app:create_app()"
@@ -11,7 +13,17 @@ workers = int(os.environ.get("WEB_CONCURRENCY", "2"))
 graceful_timeout = 30
 
 
-class JsonLogger(Logger):
+class SentenceLogger(Logger):
+    """A setting that is wrong needs no traceback: gunicorn prints its sentence, and ends."""
+
+    def exception(self, msg, *args, **kwargs):
+        from background.errors import InvalidConfig
+
+        if not isinstance(sys.exc_info()[1], InvalidConfig):
+            super().exception(msg, *args, **kwargs)
+
+
+class JsonLogger(SentenceLogger):
     """gunicorn's own lines in the form of all the others, for LOG_FORMAT=json."""
 
     def setup(self, cfg):
@@ -22,14 +34,20 @@ class JsonLogger(Logger):
             handler.setFormatter(json_formatter())
 
 
-logger_class = JsonLogger if os.environ.get("LOG_FORMAT") == "json" else Logger
+logger_class = JsonLogger if os.environ.get("LOG_FORMAT") == "json" else SentenceLogger
 
 
 def post_worker_init(worker):
     """Start the background workers after the fork, in each serving process."""
+    from background.errors import InvalidConfig
+
     if manager := background_workers(worker):
         ignore_one_interrupt()
-        manager.serve()
+        try:
+            manager.serve()
+        except InvalidConfig as error:
+            worker.log.error("%s", error)
+            sys.exit(Arbiter.WORKER_BOOT_ERROR)  # the master ends too: it would only try again
 
 
 def worker_exit(server, worker):

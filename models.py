@@ -1,13 +1,19 @@
 """The shop's tables, and the statements on its users and orders."""
 
+import hmac
+import time
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from string import ascii_lowercase, ascii_uppercase
-from typing import Any
+from typing import Any, ClassVar
 
+from flask import current_app
 from flask_login import UserMixin
 from flask_sqlalchemy import SQLAlchemy
+from itsdangerous import BadData, URLSafeTimedSerializer
+from limits.storage import Storage
 from sqlalchemy import (
     BigInteger,
     BindParameter,
@@ -21,9 +27,12 @@ from sqlalchemy import (
     Select,
     String,
     Text,
+    Update,
     and_,
     bindparam,
+    case,
     cast,
+    delete,
     false,
     func,
     literal_column,
@@ -33,12 +42,15 @@ from sqlalchemy import (
     tuple_,
     update,
 )
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.dialects.postgresql import VARCHAR
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import (
     DeclarativeBase,
     InstrumentedAttribute,
     Mapped,
     Session,
+    aliased,
     joinedload,
     mapped_column,
     relationship,
@@ -46,7 +58,7 @@ from sqlalchemy.orm import (
 )
 from werkzeug.security import check_password_hash, generate_password_hash
 
-from background.clock import UtcDateTime, now
+from background.clock import UtcDateTime, elapsed, now, single_statements
 
 
 class Base(DeclarativeBase):
@@ -72,6 +84,8 @@ def ordered_text(length: int) -> String:
 class User(UserMixin, db.Model):  # type: ignore[name-defined, misc]
     __tablename__ = "users"
 
+    password_method: ClassVar[str] = "scrypt:32768:8:1"  # noqa: S105 - how werkzeug says it; others are renewed at login
+
     id: Mapped[int] = mapped_column(primary_key=True)
     email: Mapped[str] = mapped_column(ordered_text(254), unique=True)
     name: Mapped[str] = mapped_column(ordered_text(120))
@@ -84,10 +98,41 @@ class User(UserMixin, db.Model):  # type: ignore[name-defined, misc]
     orders: Mapped[list["Order"]] = relationship(back_populates="user")
 
     def set_password(self, password: str) -> None:
-        self.password_hash = generate_password_hash(password)
+        self.password_hash = generate_password_hash(password, self.password_method)
 
     def check_password(self, password: str) -> bool:
-        return check_password_hash(self.password_hash, password)
+        """Whether it is the password; where no password can be, saying no takes as long as for a wrong one."""
+        if self.password_hash.count("$") > 1:
+            with suppress(ValueError):  # of no method that there is
+                return check_password_hash(self.password_hash, password)
+        generate_password_hash(password, self.password_method)
+        return False
+
+    @property
+    def has_renewable_password(self) -> bool:
+        return not self.password_hash.startswith(f"{self.password_method}$")
+
+    @property
+    def fingerprint(self) -> str:
+        """Of what a session or a password link was given for: another one once that has changed."""
+        key = current_app.config["SECRET_KEY"]
+        found = f"fingerprint of user {self.id} {self.is_admin} {self.password_hash}"
+        return hmac.digest(key.encode() if isinstance(key, str) else key, found.encode(), "sha256").hex()[:32]
+
+    def has_fingerprint(self, given: str) -> bool:
+        return hmac.compare_digest(self.fingerprint.encode(), given.encode(errors="replace"))
+
+    def get_id(self) -> str:
+        """What the session cookie keeps: it ends with the password and with the rights that it began with."""
+        return f"{self.id}.{self.fingerprint}"
+
+    def password_token(self) -> str:
+        """What a password link ends with: good for an hour, and until the password or the rights change."""
+        return _password_tokens().dumps([self.id, self.fingerprint])
+
+
+def _password_tokens() -> URLSafeTimedSerializer:
+    return URLSafeTimedSerializer(current_app.config["SECRET_KEY"], salt="password link")
 
 
 _name = func.lower(User.name)
@@ -154,7 +199,7 @@ class HealthSample(db.Model):  # type: ignore[name-defined, misc]
 
 
 class AuditEntry(db.Model):  # type: ignore[name-defined, misc]
-    """One thing that an admin did, or tried: written before it is done. Never pruned."""
+    """One thing that an admin did, or tried: written before it is done, and never pruned."""
 
     __tablename__ = "audit_entries"
 
@@ -178,6 +223,74 @@ class RateLimit(db.Model):  # type: ignore[name-defined, misc]
     expires_at: Mapped[datetime] = mapped_column(UtcDateTime, index=True)
 
 
+class RateLimits(Storage):
+    """Where Flask-Limiter counts (`database://`): one count for all processes and machines.
+
+    On a connection of its own and committed at once, whatever becomes of the request. A database that does not
+    answer fails the request, which could have done nothing without it either.
+    """
+
+    STORAGE_SCHEME = ["database"]
+    base_exceptions = SQLAlchemyError
+
+    def incr(self, key: str, expiry: int, amount: int = 1) -> int:
+        """Count `amount` more within the window, or begin a new one of `expiry` seconds; what is counted by now.
+
+        Others may count the same key now: each adds to what it finds, and one alone begins the window.
+        """
+        insert: Any = {"postgresql": postgresql.insert, "sqlite": sqlite.insert}[db.engine.dialect.name]
+        first = {"hits": max(amount, 0), "expires_at": now(timedelta(seconds=expiry))}
+        is_over = RateLimit.expires_at <= now()
+        counted = (
+            insert(RateLimit)
+            .values(key=key, **first)
+            .on_conflict_do_update(
+                index_elements=[RateLimit.key],
+                set_={
+                    "hits": case((is_over, first["hits"]), else_=RateLimit.hits + amount),
+                    "expires_at": case((is_over, first["expires_at"]), else_=RateLimit.expires_at),
+                },
+            )
+            .returning(RateLimit.hits)
+        )
+        with single_statements(db.engine).begin() as connection:
+            hits: int = connection.execute(counted).scalar_one()
+            if hits == amount:  # a window began: a good moment to forget some that are over
+                connection.execute(_forget)
+        return hits
+
+    def get(self, key: str) -> int:
+        return int(self._ask(RateLimit.hits, key) or 0)
+
+    def get_expiry(self, key: str) -> float:
+        """When the window ends, on this host's clock."""
+        return time.time() + (self._ask(elapsed(now(), RateLimit.expires_at), key) or 0.0)
+
+    def _ask(self, column: Any, key: str) -> Any:
+        current = select(column).where(RateLimit.key == key, RateLimit.expires_at > now())
+        with single_statements(db.engine).connect() as connection:
+            return connection.scalar(current)
+
+    def check(self) -> bool:
+        with single_statements(db.engine).connect() as connection:
+            return connection.scalar(select(1)) == 1
+
+    def clear(self, key: str) -> None:
+        self._delete(RateLimit.key == key)
+
+    def reset(self) -> int:
+        return self._delete(RateLimit.key == RateLimit.key)
+
+    def _delete(self, condition: ColumnElement[bool]) -> int:
+        with single_statements(db.engine).begin() as connection:
+            return connection.execute(delete(RateLimit).where(condition)).rowcount
+
+
+# Others may forget the same, or begin one of them anew: neither waits for the other, and what was begun stays.
+_over = select(RateLimit.key).where(RateLimit.expires_at <= now()).limit(100).with_for_update(skip_locked=True)
+_forget = delete(RateLimit).where(RateLimit.key.in_(_over))
+
+
 @dataclass(frozen=True)
 class UserPage:
     """Some users, and the `after` that gets those behind them (None: there are no more)."""
@@ -190,6 +303,7 @@ class UserRepository:
     """The statements on users. It commits nothing but the slices of a sweep."""
 
     slice_size = 5_000
+    link_seconds = 3600  # how long a password link is good
 
     def __init__(self, session: Session | scoped_session[Any]) -> None:
         self.session = session
@@ -199,6 +313,48 @@ class UserRepository:
 
     def by_email(self, email: str) -> User | None:
         return self.session.scalar(select(User).where(User.email == email.strip().lower()))
+
+    def by_password_token(self, token: str) -> User | None:
+        """Whom the token lets choose a password; None if it is none, too old, or used."""
+        try:
+            user_id, fingerprint = _password_tokens().loads(token, max_age=self.link_seconds)
+        except BadData:
+            return None
+        user = self.get(user_id)
+        return user if user is not None and user.has_fingerprint(fingerprint) else None
+
+    def replace_password(self, user: User, password: str) -> bool:
+        """Others may change it now: of those who saw the same password, one replaces it."""
+        known = user.password_hash
+        replacement = User()
+        replacement.set_password(password)
+        statement = (
+            update(User)
+            .where(User.id == user.id, User.password_hash == known)
+            .values(password_hash=replacement.password_hash)
+            .execution_options(synchronize_session=False)
+        )
+        changed = bool(self.session.execute(statement).rowcount)  # type: ignore[attr-defined]
+        self.session.expire(user)
+        return changed
+
+    def make_admin(self, user_id: int) -> bool:
+        """False if they are one already, or are not there."""
+        return self._set_admin(update(User).where(User.id == user_id, not_(User.is_admin)), True)
+
+    def unmake_admin(self, user_id: int) -> bool:
+        """False if they are none, or the last one.
+
+        Others may unmake one another now: each first takes hold of all admins, so that the last one sees it.
+        """
+        other = aliased(User)
+        self.session.execute(select(User.id).where(User.is_admin).order_by(User.id).with_for_update())
+        is_another = select(other.id).where(other.is_admin, other.id != user_id).exists()
+        return self._set_admin(update(User).where(User.id == user_id, User.is_admin, is_another), False)
+
+    def _set_admin(self, statement: Update, is_admin: bool) -> bool:
+        changed = self.session.execute(statement.values(is_admin=is_admin).execution_options(synchronize_session=False))
+        return bool(changed.rowcount)  # type: ignore[attr-defined]
 
     def record_login(self, user_id: int, at: datetime) -> None:
         """Whoever logs in is active: nobody is locked out."""

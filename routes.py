@@ -1,14 +1,20 @@
 """The app's own pages and JSON."""
 
+import json
+import time
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from typing import Any, NamedTuple
+from hashlib import sha256
+from ipaddress import ip_address, ip_network
+from math import ceil
+from typing import Any, NamedTuple, cast
 
 import svcs
-from flask import Blueprint, Flask, abort, flash, jsonify, redirect, render_template, request, url_for
+from flask import Blueprint, Flask, abort, flash, jsonify, redirect, render_template, request, session, url_for
 from flask.typing import ResponseReturnValue
 from flask_bootstrap import Bootstrap5
+from flask_limiter import Limiter, RateLimitExceeded
 from flask_login import LoginManager, current_user, login_required, login_user, logout_user
 from flask_wtf import CSRFProtect, FlaskForm
 from sqlalchemy import Select, or_, select
@@ -42,7 +48,7 @@ from wtforms.validators import (
 
 from background import current_workers
 from background.dashboard import dashboard
-from models import Book, Order, OrderRepository, User, UserRepository, db
+from models import AuditEntry, Book, Order, OrderRepository, User, UserRepository, db
 
 PAGE_SIZE = 20
 MAX_BODY = 500_000  # bytes; no form of ours comes near
@@ -53,11 +59,38 @@ account = Blueprint("account", __name__)
 admin = Blueprint("admin", __name__, url_prefix="/admin")
 api = Blueprint("api", __name__, url_prefix="/api")
 
+# A password is guessed from one network, and there for one account: nobody can lock an account for its owner elsewhere.
+FAILED_LOGINS_OF_NETWORK = "50 per 10 minutes"
+FAILED_LOGINS_OF_NETWORK_AND_ACCOUNT = "10 per 10 minutes"
+FAILED_CHANGES_OF_USER = "10 per 10 minutes"
+REGISTRATIONS_OF_NETWORK = "20 per hour"
+RESETS_OF_NETWORK = "20 per hour"
+
+HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; object-src 'none'; base-uri 'none'; "
+    "frame-ancestors 'none'; form-action 'self'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "same-origin",  # no stricter: on HTTPS Flask-WTF asks where a form was posted from
+}
+
 csrf = CSRFProtect()
 login_manager = LoginManager()
 login_manager.login_view = "account.login"
 login_manager.login_message = "Please log in first."
 login_manager.login_message_category = "info"
+
+
+def network() -> str:
+    """Where the request is from: an IPv4 address, or the /64 of an IPv6 one, as that is what a visitor has."""
+    try:
+        address = ip_address(request.remote_addr or "")
+    except ValueError:
+        return "nowhere"  # behind a proxy on a socket that PROXIES does not mention
+    address = getattr(address, "ipv4_mapped", None) or address
+    return str(address) if address.version == 4 else str(ip_network((address, 64), strict=False))
+
+
+limiter = Limiter(network, storage_uri="database://", strategy="fixed-window")
 
 
 def register(app: Flask) -> None:
@@ -66,6 +99,8 @@ def register(app: Flask) -> None:
     app.config["MAX_CONTENT_LENGTH"] = app.config["MAX_CONTENT_LENGTH"] or MAX_BODY
     Bootstrap5(app)
     csrf.init_app(app)
+    app.config.setdefault("RATELIMIT_ENABLED", True)
+    limiter.init_app(app)
     login_manager.init_app(app, add_context_processor=False)
     # A global, not a context processor: only a template that names current_user costs a query, so the
     # error page still works when the database does not.
@@ -75,6 +110,7 @@ def register(app: Flask) -> None:
     for blueprint in (shop, account, admin, api, dashboard(admins_only)):
         app.register_blueprint(blueprint)
     app.register_error_handler(HTTPException, show_error)
+    app.after_request(set_headers)
 
 
 class IdConverter(IntegerConverter):
@@ -85,9 +121,23 @@ class IdConverter(IntegerConverter):
 
 
 @login_manager.user_loader
-def load_user(user_id: str) -> User | None:
-    is_an_id = user_id.isdecimal() and len(user_id) <= 18  # a cookie may be of another application with our key
-    return svcs.flask.get(UserRepository).get(int(user_id)) if is_an_id else None
+def load_user(session_id: str) -> User | None:
+    """The user whose `get_id` this was, and still is."""
+    user_id, _, fingerprint = session_id.partition(".")
+    if not (user_id.isdecimal() and len(user_id) <= 18):  # a cookie may be of another application with our key
+        return None
+    user = svcs.flask.get(UserRepository).get(int(user_id))
+    return user if user is not None and user.has_fingerprint(fingerprint) else None
+
+
+def set_headers(response: Response) -> Response:
+    """On every answer; what was made for one visitor is kept by no cache."""
+    response.headers.update(HEADERS)
+    if request.is_secure:
+        response.headers["Strict-Transport-Security"] = "max-age=31536000"
+    if not (request.endpoint or "").endswith("static") and session:
+        response.headers["Cache-Control"] = "no-store"
+    return response
 
 
 def money(cents: int) -> str:
@@ -132,13 +182,7 @@ class NameForm(PostedForm):
     )
 
 
-class RegisterForm(NameForm):
-    email = EmailField(
-        "E-mail",
-        filters=[strip, lower],
-        validators=[DataRequired(), Length(max=254), no_control_characters, Email()],
-        render_kw={"autocomplete": "email"},
-    )
+class NewPasswordForm(PostedForm):
     password = PasswordField(
         "Password",
         description="At least 8 characters.",
@@ -149,6 +193,23 @@ class RegisterForm(NameForm):
         "Password again",
         validators=[InputRequired(), EqualTo("password", "The two passwords differ.")],
         render_kw={"autocomplete": "new-password"},
+    )
+
+
+class RegisterForm(NewPasswordForm, NameForm):
+    email = EmailField(
+        "E-mail",
+        filters=[strip, lower],
+        validators=[DataRequired(), Length(max=254), no_control_characters, Email()],
+        render_kw={"autocomplete": "email"},
+    )
+
+
+class ChangePasswordForm(NewPasswordForm):
+    current = PasswordField(
+        "Current password",
+        validators=[InputRequired(), Length(max=128)],
+        render_kw={"autocomplete": "current-password"},
     )
 
 
@@ -308,30 +369,60 @@ def orders() -> ResponseReturnValue:
 # ---- The account
 
 
+def throttled(limit: str, key: Callable[[], str] = network) -> Callable[[Any], Any]:
+    """Count each POST by `key` before it is looked at, so that no two slip through side by side; 429 past `limit`."""
+    return limiter.limit(limit, key_func=key, methods=["POST"])
+
+
+def do_not_count() -> None:
+    """This request succeeded: give back what it was counted for."""
+    for limit in limiter.current_limits:
+        limiter.limiter.hit(limit.limit, *limit.request_args, cost=-1)
+
+
+def network_and_account() -> str:
+    email = request.form.get("email", "").strip().lower()
+    return f"{network()} {sha256(email.encode()).hexdigest()[:32]}"
+
+
+def own_id() -> str:
+    return f"user {current_user.id}"
+
+
 @account.route("/register", methods=["GET", "POST"])
+@throttled(REGISTRATIONS_OF_NETWORK)
 def register_user() -> ResponseReturnValue:
     form = RegisterForm()
-    if form.validate_on_submit() and create_user(form):
-        flash("Welcome! Your account is ready: please log in.", "success")
+    if form.validate_on_submit():
+        create_user(form)
+        flash(
+            "Thank you! If this e-mail had no account yet, it has one now: please log in. We also sent a mail.", "info"
+        )
         return redirect(url_for("account.login", next=request.args.get("next")))
     return render_template("register.html", form=form)
 
 
-def create_user(form: RegisterForm) -> bool:
-    """Nothing asks first whether the e-mail is free: somebody else may take it before the answer is there."""
+def create_user(form: RegisterForm) -> None:
+    """Only a mail says whether the e-mail was free: whoever asks here may not be its owner.
+
+    Nothing asks first: somebody else may take it before the answer is there.
+    """
     user = User(name=form.name.data, email=form.email.data)
     user.set_password(form.password.data)
     db.session.add(user)
     try:
-        db.session.commit()
+        db.session.flush()
+        current_workers.enqueue("mail", {"welcome": user.id})
     except IntegrityError:
         db.session.rollback()
-        form.email.errors = ["There is already an account with this e-mail."]
-        return False
-    return True
+        if owner := svcs.flask.get(UserRepository).by_email(form.email.data):
+            current_workers.enqueue("mail", {"registered again": owner.id}, key=f"registered again:{owner.id}")
+    db.session.commit()
 
 
 @account.route("/login", methods=["GET", "POST"])
+@throttled(FAILED_LOGINS_OF_NETWORK)
+@throttled(FAILED_LOGINS_OF_NETWORK_AND_ACCOUNT, network_and_account)
 def login() -> ResponseReturnValue:
     if current_user.is_authenticated:
         return redirect(next_page())
@@ -339,7 +430,10 @@ def login() -> ResponseReturnValue:
     if form.validate_on_submit():
         if user := user_with(form.email.data, form.password.data):
             svcs.flask.get(UserRepository).record_login(user.id, datetime.now(UTC))
+            if user.has_renewable_password:
+                svcs.flask.get(UserRepository).replace_password(user, form.password.data)
             db.session.commit()
+            do_not_count()
             login_user(user)
             return redirect(next_page())
         form.password.errors = ["This e-mail and this password do not belong together."]
@@ -348,10 +442,7 @@ def login() -> ResponseReturnValue:
 
 def user_with(email: str, password: str) -> User | None:
     """The user of this e-mail and password; refusing an unknown e-mail takes as long as a wrong password."""
-    user = svcs.flask.get(UserRepository).by_email(email)
-    if user is None:
-        User().set_password(password)
-        return None
+    user = svcs.flask.get(UserRepository).by_email(email) or User(password_hash="")
     return user if user.check_password(password) else None
 
 
@@ -386,14 +477,86 @@ def profile() -> ResponseReturnValue:
     return render_template("account.html", form=form)
 
 
+@account.route("/account/password", methods=["GET", "POST"])
+@login_required
+@throttled(FAILED_CHANGES_OF_USER, own_id)
+def change_password() -> ResponseReturnValue:
+    form = ChangePasswordForm()
+    if form.validate_on_submit():
+        if replace_own_password(form):
+            do_not_count()
+            flash("Your password is changed. Wherever else you were logged in, you are not any more.", "success")
+            return redirect(url_for("account.profile"))
+        form.current.errors = ["This is not your current password."]
+    return render_template("password.html", form=form)
+
+
+def replace_own_password(form: ChangePasswordForm) -> bool:
+    """And go on with this session, under the new password."""
+    user = db.session.get_one(User, current_user.id)
+    if not user.check_password(form.current.data):
+        return False
+    changed = svcs.flask.get(UserRepository).replace_password(user, form.password.data)
+    db.session.commit()
+    if changed:
+        login_user(user)
+    return changed
+
+
+@account.route("/account/reset/<token>", methods=["GET", "POST"])
+@throttled(RESETS_OF_NETWORK)
+def reset_password(token: str) -> ResponseReturnValue:
+    """Where a password link leads: looking at it (as mail scanners do) does not use it up."""
+    users = svcs.flask.get(UserRepository)
+    user, form = users.by_password_token(token), NewPasswordForm()
+    if user is not None and form.validate_on_submit():
+        if users.replace_password(user, form.password.data):
+            db.session.commit()
+            flash("Your password is changed: please log in.", "success")
+            return redirect(url_for("account.login"))
+        user = None  # somebody else has just used the link
+    return render_template("reset.html", user=user, form=form), 200 if user else 404
+
+
 # ---- The admin's pages
 
 
 @admin.before_request
-@login_required
-def admins_only() -> None:
-    if not getattr(current_user, "is_admin", False):  # login_required lets an OPTIONS by, whoever asks
+def admins_only() -> ResponseReturnValue | None:
+    """Let admins by, and write down what they are about to change; any other blueprint may use it as this one does."""
+    if not current_user.is_authenticated:
+        return cast(Response, login_manager.unauthorized())
+    if not current_user.is_admin:
         abort(403)
+    if request.method not in ("GET", "HEAD", "OPTIONS"):
+        write_audit()
+    return None
+
+
+MOST_FIELDS = 20  # of a form, in an audit entry
+LONGEST_FIELD = 200
+
+
+def write_audit() -> None:
+    """Committed at once: what was tried is known even where it fails."""
+    fields = [*(request.view_args or {}).items(), *request.form.items()]
+    said = {
+        str(name)[:LONGEST_FIELD]: str(value)[:LONGEST_FIELD]
+        for name, value in fields[:MOST_FIELDS]
+        if not is_secret(name)
+    }
+    entry = AuditEntry(
+        user_id=current_user.id,
+        action=str(request.endpoint)[:100],
+        details=json.dumps(said),
+        address=(request.remote_addr or "")[:45],
+    )
+    db.session.add(entry)
+    db.session.commit()
+
+
+def is_secret(name: str) -> bool:
+    return any(part in name.lower() for part in ("password", "token", "secret", "repeated"))
 
 
 @admin.get("/users")
@@ -410,6 +573,49 @@ def find_users(form: UserSearchForm) -> Page:
         form.status.data or None, form.q.data or "", request.args.get("after"), PAGE_SIZE
     )
     return Page(found.users, found.after)
+
+
+@admin.post("/users/<id:user_id>/password-link")
+def send_password_link(user_id: int) -> ResponseReturnValue:
+    """Have a link mailed with which its reader chooses a password; only the mail worker ever knows it."""
+    user = db.get_or_404(User, user_id)
+    current_workers.enqueue("mail", {"password link": user.id, "root": request.url_root})
+    db.session.commit()
+    flash(f"A password link is on its way to {user.email}. It is good for an hour.", "success")
+    return back_to_users()
+
+
+@admin.post("/users/<id:user_id>/make-admin")
+def make_admin(user_id: int) -> ResponseReturnValue:
+    user = db.get_or_404(User, user_id)
+    changed = svcs.flask.get(UserRepository).make_admin(user_id)
+    db.session.commit()
+    flash(f"{user.email} is an admin{'' if changed else ' already'}.", "success" if changed else "info")
+    return back_to_users()
+
+
+@admin.post("/users/<id:user_id>/unmake-admin")
+def unmake_admin(user_id: int) -> ResponseReturnValue:
+    user = db.get_or_404(User, user_id)
+    changed = svcs.flask.get(UserRepository).unmake_admin(user_id)
+    db.session.commit()
+    if changed:
+        flash(f"{user.email} is no admin any more.", "success")
+    else:
+        flash(f"{user.email} is the last admin, or was none: nothing was changed.", "warning")
+    return back_to_users()
+
+
+def back_to_users() -> Response:
+    """To where the button was."""
+    here = {name: request.args[name] for name in ("q", "status", "after") if name in request.args}
+    return redirect(url_for("admin.users", **here))  # type: ignore[arg-type]
+
+
+@admin.get("/audit")
+def audit() -> ResponseReturnValue:
+    page = newest_first(select(AuditEntry).options(joinedload(AuditEntry.user)), AuditEntry.id)
+    return render_template("audit.html", page=page)
 
 
 # ---- JSON
@@ -450,11 +656,20 @@ ERROR_SENTENCES = {
 def show_error(error: HTTPException) -> Response:
     """The error as a page or, below /api, as JSON, with the error's own headers."""
     response = error.get_response()
+    sentence = ERROR_SENTENCES.get(error.code or 500, error.description)
+    if isinstance(error, RateLimitExceeded) and limiter.current_limit is not None:
+        seconds = max(1, ceil(limiter.current_limit.reset_at - time.time()))
+        sentence, response.headers["Retry-After"] = too_often(seconds), str(seconds)
     if request.path.startswith(f"{api.url_prefix}/"):
         response.data = jsonify(error=error.name, message=error.description).data
         response.content_type = "application/json"
     else:
-        sentence = ERROR_SENTENCES.get(error.code or 500, error.description)
         response.data = render_template("error.html", error=error, sentence=sentence)
         response.content_type = "text/html; charset=utf-8"
     return response
+
+
+def too_often(seconds: int) -> str:
+    minutes = max(1, round(seconds / 60))
+    wait = "a minute" if minutes == 1 else f"{minutes} minutes"
+    return f"That was tried too often from where you are. Please wait for {wait}, then try again."

@@ -4,13 +4,13 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
 from datetime import datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
 from ssl import create_default_context
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from flask import current_app, render_template
@@ -24,6 +24,9 @@ from models import HealthSample, OrderRepository, UserRepository
 if TYPE_CHECKING:
     from email.message import EmailMessage
     from smtplib import SMTP
+
+
+Payload = Mapping[str, Any]
 
 
 class PassiveUserCheckerWorker(PeriodicWorker):
@@ -57,8 +60,19 @@ class OrderWorker(MessageWorker):
         current_workers.enqueue_many("mail", [{"order": order_id} for order_id in settled])
 
 
+class Letter(NamedTuple):
+    """A mail's reader, subject and text."""
+
+    to: str
+    subject: str
+    text: str
+
+
 class MailWorker(MessageWorker):
-    """Tell a customer what became of an order: at least once, and always under the same Message-ID."""
+    """Send the mails that payloads name: at least once, and always under the same Message-ID.
+
+    What a mail says is made when it is sent, so that no secret of it waits in a message.
+    """
 
     topic = "mail"
     batch_size = 1  # a rollback does not bring a mail back
@@ -66,18 +80,55 @@ class MailWorker(MessageWorker):
     max_attempts = 40  # the pauses grow to an hour: a mail server may be away for a day
 
     def handle(self, message: Message, context: WorkerContext) -> None:
-        order = context.services.get(OrderRepository).get(message.payload["order"])
-        if order is None:
-            context.logger.warning("Order %s is gone: there is no mail about it.", message.payload["order"])
+        payload = message.payload
+        kind = next(kind for kind in LETTERS if kind in payload)
+        letter = LETTERS[kind](payload[kind], payload, context)
+        if letter is None:
+            context.logger.warning("%s %s is gone: there is no mail about it.", kind.capitalize(), payload[kind])
             return
         place = context.services.get(Mailer).send(
-            to=order.user.email,
-            subject=f"Your order {order.id}: {order.status}",
-            text=render_template("order_mail.txt", order=order),
+            *letter,
             key=message.idempotency_key,
             at=message.enqueued_at,
         )
-        context.logger.info("The mail about order %s is at %s.", order.id, place)
+        context.logger.info("The mail about %s %s is at %s.", kind, payload[kind], place)
+
+
+def about_order(order_id: int, _payload: Payload, context: WorkerContext) -> Letter | None:
+    order = context.services.get(OrderRepository).get(order_id)
+    if order is None:
+        return None
+    text = render_template("order_mail.txt", order=order)
+    return Letter(order.user.email, f"Your order {order.id}: {order.status}", text)
+
+
+def welcome(user_id: int, _payload: Payload, context: WorkerContext) -> Letter | None:
+    user = context.services.get(UserRepository).get(user_id)
+    return user and Letter(user.email, "Welcome to the Bookstore", render_template("welcome_mail.txt", user=user))
+
+
+def registered_again(user_id: int, _payload: Payload, context: WorkerContext) -> Letter | None:
+    user = context.services.get(UserRepository).get(user_id)
+    return user and Letter(user.email, "You have an account already", render_template("again_mail.txt", user=user))
+
+
+def password_link(user_id: int, payload: Payload, context: WorkerContext) -> Letter | None:
+    user = context.services.get(UserRepository).get(user_id)
+    if user is None:
+        return None
+    root = urlsplit(current_app.config["PUBLIC_URL"] or payload["root"])
+    shop = current_app.url_map.bind(root.netloc, root.path, url_scheme=root.scheme)
+    link = shop.build("account.reset_password", {"token": user.password_token()}, force_external=True)
+    return Letter(user.email, "Choose your password", render_template("password_mail.txt", user=user, link=link))
+
+
+# By the field of a payload that says what the mail is about, and has its id.
+LETTERS: dict[str, Callable[[int, Payload, WorkerContext], Letter | None]] = {
+    "order": about_order,
+    "welcome": welcome,
+    "registered again": registered_again,
+    "password link": password_link,
+}
 
 
 class SystemHealthWorker(PeriodicWorker):

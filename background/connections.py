@@ -38,7 +38,7 @@ class Connections:
         """For whatever decides who runs."""
         if self._shared.dialect.name != "sqlite":
             return self._postgresql(pool_size=2)
-        engine = create_engine(self._shared.url)
+        engine = create_engine(self._shared.url, hide_parameters=True)
         sqlite.prepare(engine)
         _close_strays(engine)
         return engine
@@ -54,7 +54,7 @@ class Connections:
         if self._shared.dialect.name != "sqlite":
             return self._postgresql(pool_size=1)
         main = os.path.realpath(str(self._shared.url.database))  # by whatever links the others come to it
-        engine = create_engine(self._shared.url.set(database=f"{main}-instances"))
+        engine = create_engine(self._shared.url.set(database=f"{main}-instances"), hide_parameters=True)
 
         @event.listens_for(engine, "connect")
         def connected(connection: Any, _record: Any) -> None:
@@ -79,7 +79,11 @@ class Connections:
     def listening(self) -> Iterator[Any]:
         """A connection of psycopg's own that commits each statement, and is closed at the end."""
         engine = create_engine(
-            self._shared.url, poolclass=NullPool, isolation_level="AUTOCOMMIT", connect_args=self._arguments
+            self._shared.url,
+            poolclass=NullPool,
+            isolation_level="AUTOCOMMIT",
+            hide_parameters=True,
+            connect_args=self._arguments,
         )
         event.listen(engine, "connect", self._opened)
         with engine.connect() as connection:
@@ -122,6 +126,7 @@ class Connections:
             isolation_level="READ COMMITTED",
             pool_size=pool_size,
             max_overflow=-1,
+            hide_parameters=True,
             connect_args=self._arguments,
         )
         event.listen(engine, "connect", self._opened)

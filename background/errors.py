@@ -102,11 +102,15 @@ def _hint(name: object, known: Iterable[str], what: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text: drivers add the statement and a link, which belong in a traceback."""
+    """The first line of an error's text: drivers add the statement and a link, which belong in a traceback.
+
+    What no log or terminal should be sent (an escape, a character that turns the line around) is spelled out.
+    """
     try:
-        return str(error).strip().splitlines()[0]
+        line = str(error).strip().splitlines()[0]
     except Exception:  # it has no text, or none that can be had
         return type(error).__name__
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in line)
 
 
 def error_line(text: str | None) -> str | None:

@@ -20,6 +20,7 @@ from .context import fence, when_committed
 from .errors import (
     BackgroundError,
     DuplicateWorker,
+    InvalidConfig,
     InvalidMessage,
     InvalidSchedule,
     UnknownTopic,
@@ -173,7 +174,8 @@ class BackgroundWorkerManager:
         """What a serving process calls when it begins: prepare, and start unless WORKERS_ENABLED is false.
 
         A database that is not ready is logged and waited for; the web goes on meanwhile. False if it was called
-        (or `start` was) before: of several first requests at once, the others wait here for the one.
+        (or `start` was) before: of several first requests at once, the others wait here for the one. Raises
+        InvalidConfig where a `before_start` does, as nothing is to be waited for then.
         """
         with self._lock:
             if self.has_served:
@@ -181,6 +183,8 @@ class BackgroundWorkerManager:
             enabled = self.app.config["WORKERS_ENABLED"]
             try:
                 self.prepare()
+            except InvalidConfig:
+                raise
             except (BackgroundError, SQLAlchemyError, OSError) as error:
                 log.log(logging.DEBUG if enabled else logging.ERROR, "%s", first_line(error))  # `start` says it too
             if enabled:

@@ -151,7 +151,7 @@ class Fleet:
         environment |= {
             "FLASK_APP": "benchmarks.soak_worker",
             "DATABASE_URL": self._database.url_of(slot),
-            "SECRET_KEY": "soak",
+            "SECRET_KEY": "of-the-soak-4f1d9a7c3be2",
             "PYTHONUNBUFFERED": "1",
             "SOAK_SEED": str(self._seed),
             "WORKERS_LEASE_SECONDS": str(LEASE_SECONDS),

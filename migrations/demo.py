@@ -11,15 +11,16 @@ from typing import Any
 import click
 from flask import Flask, current_app
 from flask.cli import with_appcontext
-from sqlalchemy import Connection, Engine, func, insert, select
+from sqlalchemy import Connection, Engine, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 from werkzeug.security import generate_password_hash
 
-from background.errors import DatabaseNotReady
+from background.errors import DatabaseNotReady, InvalidConfig
+from config import address
 from migrations.schema import ensure_ready
 from models import Book, User
 
-ADMIN = "admin@example.com"
+ADMIN = "admin@example.com"  # of the demo shop alone: production refuses to start with it
 NO_PASSWORD = "!"  # noqa: S105 - no hash is like this, so nobody logs in as a demo user
 MOST_USERS = 100_000_000
 
@@ -124,16 +125,41 @@ def register_commands(app: Flask) -> None:
     app.cli.add_command(demo)
 
 
+def refuse_in_production() -> None:
+    """Raise InvalidConfig where the demo shop's admin is an admin in production. Needs an application context."""
+    if not current_app.config["PRODUCTION"]:
+        return
+    with current_app.extensions["sqlalchemy"].engine.connect() as connection:
+        if connection.scalar(select(User.id).where(User.email == ADMIN, User.is_admin)) is not None:
+            raise InvalidConfig(
+                f"The demo shop's {ADMIN} is an admin of this database in production; expected an admin of yours. "
+                f"Make one with `flask init-db --admin you@your.shop`, which takes its rights away."
+            )
+
+
 @click.command("init-db")
+@click.option("--admin", default="admin@localhost", show_default=True, help="The e-mail of the admin.")
 @with_appcontext
-def init_db() -> None:
-    """Create the admin of a database that has its schema."""
+def init_db(admin: str) -> None:
+    """Create the admin of a database that has its schema, and take the rights of the demo shop's away."""
+    email = _own_address(admin)
     engine = _ready_engine()
     try:
         with engine.begin() as connection:
-            _create_admin(connection)
+            _create_admin(connection, email)
     except IntegrityError:
-        click.echo(f"The admin {ADMIN} exists already; nothing was changed.")
+        with engine.connect() as connection:
+            is_admin = connection.scalar(select(User.is_admin).where(User.email == email))
+        if not is_admin:
+            raise click.ClickException(
+                f"{email} has an account that is no admin's; expected an e-mail without an account, or an admin's. "
+                f"An admin can make them one on the page of users."
+            ) from None
+        click.echo(f"The admin {email} exists already; nothing was changed.")
+    with engine.begin() as connection:
+        retire = update(User).where(User.email == ADMIN, User.is_admin).values(is_admin=False)
+        if connection.execute(retire).rowcount:
+            click.echo(f"The demo shop's {ADMIN} is no admin any more.")
 
 
 @click.command("demo")
@@ -154,7 +180,7 @@ def open_shop(connection: Connection) -> None:
     at = datetime.now(UTC)
     _stock_books(connection)
     _welcome_users(connection, at)
-    _create_admin(connection)
+    _create_admin(connection, ADMIN)
 
 
 def _ready_engine() -> Engine:
@@ -164,6 +190,16 @@ def _ready_engine() -> Engine:
         raise click.ClickException(str(error)) from None
     engine: Engine = current_app.extensions["sqlalchemy"].engine
     return engine
+
+
+def _own_address(given: str) -> str:
+    try:
+        email = address(given.strip().lower())
+    except ValueError:
+        email = ADMIN
+    if email == ADMIN or len(email) > 254:
+        raise click.ClickException(f"--admin is {given!r}; expected an e-mail address of yours, in ASCII.")
+    return email
 
 
 def _number_of_users(given: str) -> int:
@@ -204,13 +240,12 @@ def _welcome_users(connection: Connection, at: datetime) -> None:
     )
 
 
-def _create_admin(connection: Connection) -> None:
+def _create_admin(connection: Connection, email: str) -> None:
     """Shown before the transaction ends: better a password that never counted than one never seen."""
     password = secrets.token_urlsafe(12)
-    connection.execute(
-        insert(User).values(email=ADMIN, name="Admin", is_admin=True, password_hash=generate_password_hash(password))
-    )
-    click.echo(f"\n  The admin is {ADMIN}, the password {password} (shown this once)\n")
+    password_hash = generate_password_hash(password, User.password_method)
+    connection.execute(insert(User).values(email=email, name="Admin", is_admin=True, password_hash=password_hash))
+    click.echo(f"\n  The admin is {email}, the password {password} (shown this once)\n")
     sys.stdout.flush()
 
 

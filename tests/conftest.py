@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from nursery import Nursery, Shops
 
 PASSWORD = "correct horse battery staple"
-PASSWORD_HASH = generate_password_hash(PASSWORD, method="pbkdf2:sha256:1")  # quick: it guards nothing
+PASSWORD_METHOD = User.password_method
+User.password_method = "pbkdf2:sha256:1"  # quick: it guards nothing
+PASSWORD_HASH = generate_password_hash(PASSWORD, User.password_method)
 
 _numbers = count(1)
 

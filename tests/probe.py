@@ -22,6 +22,7 @@ from background import ClaimLost, Message, MessageWorker, PeriodicWorker, Worker
 from background.clock import now
 from models import User, UserRepository
 
+User.password_method = "pbkdf2:sha256:1"  # quick, as in conftest.py
 _SECONDS = float(os.environ.get("PROBE_SECONDS", "60"))
 _TAKES = float(os.environ.get("PROBE_TAKES", "0"))
 _connections: list[int] = []
@@ -29,7 +30,7 @@ listener._RETRY_SECONDS = float(os.environ.get("PROBE_RETRY", listener._RETRY_SE
 
 
 def create_app() -> Flask:
-    app = shop.create_app({"WTF_CSRF_ENABLED": False, "RATELIMIT_ENABLED": False})
+    app = shop.create_app({"WTF_CSRF_ENABLED": False, "RATELIMIT_ENABLED": False, "SESSION_COOKIE_SECURE": False})
     workers = app.extensions["background_workers"]
     for worker in (*workers.workers.values(), *workers.topics.values()):
         workers.remove(worker.name)

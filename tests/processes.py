@@ -30,7 +30,7 @@ def environment(database_url: str | None = None, **more: object) -> dict[str, st
         "FLASK_APP": ROOT / "tests" / "probe.py",
         "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"))),
         "PYTHONUNBUFFERED": 1,
-        "SECRET_KEY": "test",
+        "SECRET_KEY": "of-the-tests-4f1d9a7c3be2",
         "WORKERS_HEARTBEAT_SECONDS": 0.2,
         "WORKERS_LEASE_SECONDS": 5,
         "WORKERS_SHUTDOWN_SECONDS": 2,

@@ -95,7 +95,7 @@ def test_a_new_reader_registers_logs_in_and_orders_and_the_admin_sees_it(
     page.get_by_text("being processed").wait_for()
     assert_fits(page)
     manager.start()
-    wait_until(lambda: outbox.exists() and list(outbox.glob("*.eml")), "the mail")
+    wait_until(lambda: outbox.exists() and len(list(outbox.glob("*.eml"))) == 2, "the mails")
     page.reload()
     page.get_by_text("confirmed").wait_for()
     assert_fits(page)

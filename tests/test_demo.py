@@ -1,6 +1,7 @@
 """The commands that fill a database."""
 
 import re
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -56,12 +57,41 @@ def test_init_db_makes_the_admin_once_and_shows_the_password_once(runner: FlaskC
     found = re.search(r"the password (\S+) ", first.output)
     assert found
     assert "exists already" in second.output
-    admin = UserRepository(db.session).by_email("admin@example.com")
+    admin = UserRepository(db.session).by_email("admin@localhost")
     assert admin is not None
     assert admin.is_admin
     assert admin.check_password(found[1])
     assert count(engine) == 1
     db.session.remove()
+
+
+def test_init_db_makes_an_admin_of_ones_own_and_takes_the_rights_of_the_demo_shops_away(
+    runner: FlaskCliRunner, engine: Engine, make_user: Callable[..., User]
+) -> None:
+    make_user(email="admin@example.com", is_admin=True)
+    result = runner.invoke(args=["init-db", "--admin", " You@Your.Shop"])
+    assert result.exit_code == 0, result.output
+    assert "The admin is you@your.shop, the password" in result.output
+    assert "The demo shop's admin@example.com is no admin any more." in result.output
+    assert count(engine, "is_admin AND email = 'you@your.shop'") == count(engine, "is_admin") == 1
+
+
+def test_init_db_takes_no_address_that_is_none_the_demo_shops_or_a_customers(
+    runner: FlaskCliRunner, engine: Engine, make_user: Callable[..., User]
+) -> None:
+    make_user(email="admin@example.com", is_admin=True)
+    make_user(email="nat@example.com")
+    for given, complaint in [
+        ("", "expected an e-mail address of yours"),
+        ("me", "expected an e-mail address of yours"),
+        ("Admin@example.com", "expected an e-mail address of yours"),
+        ("nat@example.com", "has an account that is no admin's"),
+    ]:
+        result = runner.invoke(args=["init-db", "--admin", given])
+        assert result.exit_code == 1
+        assert complaint in result.output
+    assert count(engine) == 2
+    assert count(engine, "is_admin") == 1
 
 
 @pytest.mark.parametrize("command", ["init-db", "demo"])

@@ -1,7 +1,6 @@
 """The shop's pages and JSON, asked for as a browser asks, on both databases."""
 
 import re
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ from io import BytesIO
 from threading import Barrier
 
 import pytest
-from conftest import PASSWORD
+from conftest import PASSWORD, PASSWORD_METHOD
 from sqlalchemy import event, select
 
 from models import Book, Order, User, db
@@ -125,26 +124,21 @@ def test_the_home_page_asks_the_database_nothing_for_a_stranger(app, client):
 # ---- Register
 
 
-def test_registering_makes_an_active_user_with_a_lower_case_email_and_a_scrypt_hash(app, client):
+def test_registering_makes_an_active_user_with_a_lower_case_email_and_a_scrypt_hash(app, client, monkeypatch):
+    monkeypatch.setattr(User, "password_method", PASSWORD_METHOD)
     response = register(client, name="  Nat ", email=" Nat@Example.COM ")
     assert response.location == "/login"
     user = user_of(app, "nat@example.com")
     assert (user.name, user.status, user.is_admin, user.last_login_at) == ("Nat", "active", False, None)
-    assert user.password_hash.startswith("scrypt:")
+    assert user.password_hash.startswith("scrypt:32768:8:1$")
 
 
-def test_registering_an_email_that_is_taken_is_a_form_error(app, client):
-    register(client)
-    response = register(client, email="NAT@example.com", name="Other")
-    assert "There is already an account with this e-mail." in text_of(response)
-    assert user_of(app, "nat@example.com").name == "Nat"
-
-
-def test_of_those_who_register_one_email_at_once_one_succeeds_and_the_others_see_a_form_error(app):
+def test_of_those_who_register_one_email_at_once_one_gets_the_account_and_all_the_same_answer(app):
     responses = at_once(6, lambda index: register(app.test_client(), name=f"Nat {index}"))
-    assert sorted(response.status_code for response in responses) == [200] * 5 + [302]
-    for response in responses:
-        assert response.status_code == 302 or "already an account" in text_of(response)
+    assert {(response.status_code, response.location) for response in responses} == {(302, "/login")}
+    with app.app_context():
+        [name] = db.session.scalars(select(User.name))
+    assert re.fullmatch(r"Nat \d", name)
 
 
 def test_what_the_database_could_not_keep_is_a_form_error(app, client):
@@ -206,20 +200,6 @@ def test_a_wrong_password_and_an_unknown_email_give_the_same_answer(app, client,
     assert "do not belong together" in text_of(wrong)
     assert wrong.text.replace("nat@", "") == unknown.text.replace("tan@", "")
     assert user_of(app, "nat@example.com").last_login_at is None
-
-
-def test_refusing_an_unknown_email_takes_as_long_as_refusing_a_password(client):
-    register(client)
-
-    def quickest(email):
-        times = []
-        for _ in range(3):
-            start = time.perf_counter()
-            log_in(client, email, "wrong horse")
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    assert quickest("tan@example.com") > 0.5 * quickest("nat@example.com")
 
 
 def test_logging_in_with_a_nul_is_a_form_error(client):
@@ -429,7 +409,7 @@ def test_my_orders_are_mine_alone_the_newest_first(app, client, reader, make_use
 def test_only_an_admin_sees_the_users(client, make_user, login):
     asked = client.get("/admin/users?status=passive")
     assert asked.location == "/login?next=%2Fadmin%2Fusers%3Fstatus%3Dpassive"
-    assert client.options("/admin/users").status_code == 403
+    assert client.options("/admin/users").location.startswith("/login?")
     login(client, make_user(email="nat@example.com"))
     assert client.get("/admin/users").status_code == 403
     assert "Users" not in text_of(client.get("/"))
@@ -518,23 +498,10 @@ def test_a_fault_of_ours_has_a_page_even_without_a_database(app, client, reader)
     assert "Something went wrong on our side." in text_of(response)
 
 
-def test_every_post_without_a_token_is_refused(app, client, reader, make_book):
-    app.config["WTF_CSRF_ENABLED"] = True
-    book_id = make_book()
-    paths = {
-        rule.rule.replace("<id:book_id>", str(book_id))
-        for rule in app.url_map.iter_rules()
-        if "POST" in rule.methods and rule.endpoint.split(".")[0] in ("shop", "account", "admin", "api")
-    }
-    assert paths >= {"/login", "/logout", "/register", "/account", f"/books/{book_id}"}
-    for path in paths:
-        response = client.post(path, data={"quantity": "1", "name": "Nat"})
-        assert response.status_code == 400, path
-        assert "Please go back, reload and try again." in text_of(response)
-    assert orders_of(app) == []
-
-
-PAGES = ["/", "/books", "/books/1", "/login", "/register", "/account", "/orders", "/admin/users", "/nowhere"]
+PAGES = [
+    *("/", "/books", "/books/1", "/login", "/register", "/account", "/account/password", "/account/reset/x", "/orders"),
+    *("/admin/users", "/admin/audit", "/nowhere"),
+]
 
 
 def test_no_page_has_an_inline_script_or_style_or_a_foreign_address(client, admin, make_book):
@@ -553,10 +520,11 @@ def test_a_page_costs_as_many_queries_for_many_rows_as_for_one(app, client, admi
 
     def add_an_order_of_a_new_book(index):
         book_id = make_book(title=f"Book {index}")
-        make_user(email=f"u{index}@example.com")
+        user = make_user(email=f"u{index}@example.com")
+        client.post(f"/admin/users/{user.id}/make-admin")
         client.post(f"/books/{book_id}", data={"quantity": "1"})
 
-    paths = ["/", "/books", "/api/books", "/orders", "/account", "/admin/users", "/admin/users?q=u"]
+    paths = ["/", "/books", "/api/books", "/orders", "/account", "/admin/users", "/admin/users?q=u", "/admin/audit"]
     add_an_order_of_a_new_book(0)
     client.get("/orders")
     with_one_row = {path: queries(path) for path in paths}

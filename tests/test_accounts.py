@@ -1,0 +1,527 @@
+"""Accounts: sessions that end, passwords that are kept well and renewed, and what the admins do, written down."""
+
+import json
+import logging
+import re
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from email import message_from_bytes
+from email.policy import default
+from pathlib import Path
+from threading import Barrier
+from typing import Any
+
+import pytest
+from conftest import PASSWORD, PASSWORD_HASH, PASSWORD_METHOD, on_sqlite
+from flask import Flask
+from flask.testing import FlaskClient
+from fleet import wait_until
+from itsdangerous import URLSafeTimedSerializer
+from sqlalchemy import select, text
+from sqlalchemy.exc import DBAPIError
+from werkzeug.security import generate_password_hash
+from werkzeug.test import TestResponse
+
+from background import BackgroundWorkerManager
+from background.errors import first_line
+from background.models import messages
+from models import AuditEntry, User, UserRepository, db
+
+NEW = "tulips are not enough"
+Make = Callable[..., User]
+Login = Callable[..., None]
+
+
+@pytest.fixture
+def admin(client: FlaskClient, make_user: Make, login: Login) -> User:
+    user = make_user(email="you@your.shop", is_admin=True)
+    login(client, user)
+    return user
+
+
+@pytest.fixture
+def clients(app: Flask) -> list[FlaskClient]:
+    return [app.test_client() for _ in range(2)]
+
+
+def change(client: FlaskClient, current: str = PASSWORD, password: str = NEW, repeated: str = NEW) -> TestResponse:
+    return client.post("/account/password", data={"current": current, "password": password, "repeated": repeated})
+
+
+def log_in(client: FlaskClient, email: str, password: str) -> bool:
+    return client.post("/login", data={"email": email, "password": password}).status_code == 302
+
+
+def is_logged_in(client: FlaskClient) -> bool:
+    return client.get("/account").status_code == 200
+
+
+def stored(app: Flask, user: User) -> User:
+    with app.app_context():
+        return db.session.get_one(User, user.id)
+
+
+def at_once(number: int, work: Callable[[int], Any]) -> list[Any]:
+    barrier = Barrier(number)
+
+    def begin(index: int) -> Any:
+        barrier.wait(10)
+        return work(index)
+
+    with ThreadPoolExecutor(number) as pool:
+        return list(pool.map(begin, range(number)))
+
+
+# ---- Sessions
+
+
+def test_whoever_changes_the_password_stays_logged_in_here_and_nowhere_else(
+    app: Flask, clients: list[FlaskClient], make_user: Make, login: Login
+) -> None:
+    user, (here, elsewhere) = make_user(), clients
+    for client in clients:
+        login(client, user)
+    assert change(here).location == "/account"
+    assert "Your password is changed." in here.get("/account").text
+    assert not is_logged_in(elsewhere)
+    assert not log_in(app.test_client(), user.email, PASSWORD)
+    assert log_in(app.test_client(), user.email, NEW)
+
+
+def test_a_password_is_only_changed_by_who_knows_it_and_twice_the_same(
+    app: Flask, client: FlaskClient, make_user: Make, login: Login
+) -> None:
+    user = make_user()
+    login(client, user)
+    for given, complaint in [
+        ({"current": "wrong horse"}, "This is not your current password."),
+        ({"current": ""}, "This field is required."),
+        ({"repeated": "tulips"}, "The two passwords differ."),
+        ({"password": "short", "repeated": "short"}, "between 8 and 128 characters"),
+    ]:
+        assert complaint in change(client, **given).text
+    assert stored(app, user).password_hash == user.password_hash
+
+
+def test_a_session_ends_when_its_user_becomes_an_admin_or_is_none_any_more(
+    client: FlaskClient, app: Flask, make_user: Make, login: Login, admin: User
+) -> None:
+    user, theirs = make_user(), app.test_client()
+    for action, code in (("make-admin", 200), ("unmake-admin", 403)):
+        login(theirs, user)
+        client.post(f"/admin/users/{user.id}/{action}")
+        assert not is_logged_in(theirs)
+        login(theirs, user)
+        assert theirs.get("/admin/users").status_code == code
+        theirs.post("/logout")
+
+
+def test_a_session_of_the_release_before_is_a_strangers(app: Flask, client: FlaskClient, make_user: Make) -> None:
+    user = make_user()
+    for known_as in (str(user.id), f"{user.id}.", f"{user.id}.ñ", f"{user.id}.{'0' * 32}"):
+        with client.session_transaction() as session:
+            session["_user_id"] = known_as
+        assert not is_logged_in(client), known_as
+
+
+def test_a_session_is_worth_nothing_under_another_key(app: Flask, make_user: Make) -> None:
+    user = make_user()
+    with app.app_context():
+        before = user.fingerprint
+        app.config["SECRET_KEY"] = b"another"
+        assert user.fingerprint != before
+
+
+# ---- Hashes, and what a stranger can learn
+
+
+def test_a_hash_of_another_method_is_good_and_renewed_at_the_next_login(
+    app: Flask, clients: list[FlaskClient], make_user: Make
+) -> None:
+    old = generate_password_hash(PASSWORD, "pbkdf2:sha1:1")
+    user = make_user(password_hash=old)
+    assert not log_in(clients[0], user.email, "wrong horse")
+    assert stored(app, user).password_hash == old
+    for client in clients:
+        assert log_in(client, user.email, PASSWORD)
+    assert stored(app, user).password_hash.startswith(f"{User.password_method}$")
+    assert all(is_logged_in(client) for client in clients)
+
+
+def test_of_those_who_renew_or_change_one_password_at_once_one_does(app: Flask, make_user: Make) -> None:
+    user = make_user()
+
+    def replace(index: int) -> bool:
+        with app.app_context():
+            users = UserRepository(db.session)
+            mine = users.get(user.id)
+            assert mine is not None
+            seen.wait(10)
+            changed = users.replace_password(mine, f"password {index}")
+            db.session.commit()
+            return changed
+
+    seen = Barrier(4)
+    found = at_once(4, replace)
+    assert sorted(found) == [False, False, False, True]
+    assert stored(app, user).check_password(f"password {found.index(True)}")
+
+
+NO_HASHES = [
+    "!",
+    "",
+    "x",
+    "$",
+    "$$",
+    "md5$a$b",
+    "scrypt:1:2$a$b",
+    "scrypt:x:8:1$a$b",
+    "pbkdf2:sha256:-1$a$b",
+    "scrypt:3$",
+]
+
+
+@on_sqlite
+def test_whom_no_password_can_log_in_is_refused_like_a_stranger(client: FlaskClient, make_user: Make) -> None:
+    answers = set()
+    for number, password_hash in enumerate(NO_HASHES):
+        user = make_user(password_hash=password_hash)
+        for password in (PASSWORD, password_hash or "x"):
+            response = client.post("/login", data={"email": user.email, "password": password})
+            assert response.status_code == 200, password_hash
+            answers.add(response.text.replace(user.email, ""))
+        client.environ_base["REMOTE_ADDR"] = f"192.0.2.{number}"
+    stranger = client.post("/login", data={"email": "nobody@example.com", "password": PASSWORD})
+    assert {*answers} == {stranger.text.replace("nobody@example.com", "")}
+
+
+@on_sqlite
+def test_refusing_a_stranger_or_whom_no_password_can_log_in_takes_as_long_as_refusing_a_password(
+    client: FlaskClient, make_user: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(User, "password_method", PASSWORD_METHOD)
+    known = make_user(password_hash=generate_password_hash(PASSWORD, PASSWORD_METHOD)).email
+    others = [make_user(password_hash=each).email for each in ("!", "scrypt:3$")]
+
+    def quickest(email: str) -> float:
+        times = []
+        for _ in range(3):
+            start = time.process_time()
+            assert not log_in(client, email, "wrong horse")
+            times.append(time.process_time() - start)
+        return min(times)
+
+    usual = quickest(known)
+    for email in ("nobody@example.com", *others):
+        assert 0.6 < quickest(email) / usual < 1.6, email
+
+
+def register(client: FlaskClient, email: str = "nat@example.com", **fields: str) -> TestResponse:
+    form = {"name": "Nat", "email": email, "password": PASSWORD, "repeated": PASSWORD} | fields
+    return client.post("/register", data=form, follow_redirects=True)
+
+
+def test_registering_says_the_same_for_an_email_that_has_an_account_and_changes_nothing_of_it(
+    app: Flask, clients: list[FlaskClient]
+) -> None:
+    first = register(clients[0])
+    again = register(clients[1], "NAT@example.com", name="Other", password=NEW, repeated=NEW)
+    assert "If this e-mail had no account yet, it has one now" in first.text
+    hide = re.compile(r'value="[^"]*"')
+    assert hide.sub("", first.text) == hide.sub("", again.text)
+    with app.app_context():
+        [user] = db.session.scalars(select(User))
+        assert (user.name, user.check_password(PASSWORD)) == ("Nat", True)
+
+
+def test_the_owner_of_an_email_is_told_by_mail_once_how_ever_often_others_register_with_it(
+    app: Flask, client: FlaskClient, manager: BackgroundWorkerManager, outbox: Path
+) -> None:
+    for _ in range(3):
+        register(client)
+    manager.start()
+    wait_until(lambda: states_of_messages(app) == ["done", "done"], "the mails")
+    assert {(mail["To"], mail["Subject"]) for mail in mails(outbox)} == {
+        ("nat@example.com", "Welcome to the Bookstore"),
+        ("nat@example.com", "You have an account already"),
+    }
+
+
+def states_of_messages(app: Flask) -> list[str]:
+    with app.app_context():
+        return list(db.session.scalars(select(messages.c.state)))
+
+
+def mails(outbox: Path) -> list[Any]:
+    paths = sorted(outbox.glob("*.eml")) if outbox.exists() else []
+    return [message_from_bytes(path.read_bytes(), policy=default) for path in paths]
+
+
+# ---- The password link
+
+
+@pytest.fixture
+def link_of(app: Flask) -> Callable[[User], str]:
+    def link(user: User) -> str:
+        with app.app_context():
+            return f"/account/reset/{db.session.get_one(User, user.id).password_token()}"
+
+    return link
+
+
+def choose(client: FlaskClient, link: str, password: str = NEW) -> TestResponse:
+    return client.post(link, data={"password": password, "repeated": password})
+
+
+def test_an_admin_has_a_link_mailed_by_which_its_reader_chooses_a_password_once(
+    app: Flask, client: FlaskClient, manager: BackgroundWorkerManager, make_user: Make, admin: User, outbox: Path
+) -> None:
+    user, theirs = make_user(password_hash="!"), app.test_client()
+    response = client.post(f"/admin/users/{user.id}/password-link?q=re&status=active&_scheme=javascript")
+    assert response.location == "/admin/users?q=re&status=active"
+    with app.app_context():
+        [payload] = db.session.scalars(select(messages.c.payload))
+    assert "token" not in str(payload)
+    assert "localhost" in str(payload)
+    manager.start()
+    wait_until(lambda: mails(outbox), "the mail")
+    [mail] = mails(outbox)
+    assert mail["To"] == user.email
+    link = re.search(r"http://localhost(/account/reset/\S+)", mail.get_content())[1]  # type: ignore[index]
+    for _ in range(2):
+        assert user.email in theirs.get(link).text
+    assert choose(theirs, link).location == "/login"
+    assert log_in(theirs, user.email, NEW)
+    for response in (theirs.get(link), choose(theirs, link, "another password")):
+        assert response.status_code == 404
+        assert "This link does not work any more: it works once, and for an hour." in response.text
+    assert is_logged_in(theirs)
+
+
+def test_a_password_link_ends_the_sessions_that_there_were(
+    app: Flask, clients: list[FlaskClient], make_user: Make, login: Login, link_of: Callable[[User], str]
+) -> None:
+    user = make_user()
+    login(clients[0], user)
+    choose(clients[1], link_of(user))
+    assert not is_logged_in(clients[0])
+
+
+def test_of_those_who_use_a_password_link_at_once_one_chooses_the_password(
+    app: Flask, make_user: Make, link_of: Callable[[User], str]
+) -> None:
+    user = make_user()
+    link = link_of(user)
+    found = at_once(5, lambda index: choose(app.test_client(), link, f"password {index}").status_code)
+    assert sorted(found) == [302, 404, 404, 404, 404]
+    assert stored(app, user).check_password(f"password {found.index(302)}")
+
+
+def test_a_password_link_that_is_old_void_or_none_changes_nothing(
+    app: Flask,
+    client: FlaskClient,
+    make_user: Make,
+    link_of: Callable[[User], str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    user = make_user()
+    link = link_of(user)
+    forged = URLSafeTimedSerializer("guessed", salt="password link").dumps([user.id, "x"])
+    for wrong in (
+        f"{link}x",
+        link[:-1],
+        f"/account/reset/{forged}",
+        "/account/reset/%00",
+        "/account/reset/" + "x" * 5000,
+    ):
+        assert choose(client, wrong).status_code == 404, wrong
+    assert "The two passwords differ." in client.post(link, data={"password": NEW, "repeated": PASSWORD}).text
+    monkeypatch.setattr(UserRepository, "link_seconds", -1)
+    assert choose(client, link).status_code == 404
+    monkeypatch.undo()
+    with app.app_context():
+        UserRepository(db.session).make_admin(user.id)
+        db.session.commit()
+    assert choose(client, link).status_code == 404
+    assert stored(app, user).password_hash == user.password_hash
+
+
+@on_sqlite
+def test_a_password_link_leads_to_the_public_url_whatever_host_the_admin_asked(
+    app: Flask, client: FlaskClient, manager: BackgroundWorkerManager, make_user: Make, admin: User, outbox: Path
+) -> None:
+    app.config["PUBLIC_URL"] = "https://your.shop/books/"
+    client.post(f"/admin/users/{make_user().id}/password-link", headers={"X-Forwarded-Host": "evil.example"})
+    manager.start()
+    wait_until(lambda: mails(outbox), "the mail")
+    assert "\nhttps://your.shop/books/account/reset/" in mails(outbox)[0].get_content().replace("\r", "")
+
+
+@on_sqlite
+def test_a_password_link_is_in_no_log(
+    app: Flask, client: FlaskClient, caplog: pytest.LogCaptureFixture, make_user: Make, link_of: Callable[[User], str]
+) -> None:
+    link, atoms = link_of(make_user()), "%(r)s %(f)s"
+    logging.getLogger("werkzeug").warning('"%s" %s', f"GET {link} HTTP/1.1", 200)
+    logging.getLogger("gunicorn.access").warning(atoms, {"r": f"GET {link} HTTP/1.1", "f": f"https://your.shop{link}"})
+    logging.getLogger(app.name).warning("Exception on %s [GET]", link)
+    assert link.rpartition("/")[2] not in caplog.text
+    assert '"GET /account/reset/... HTTP/1.1" 200' in caplog.text
+    assert "GET /account/reset/... HTTP/1.1 https://your.shop/account/reset/...\n" in caplog.text
+
+
+# ---- Admins, and what they did
+
+
+def entries(app: Flask) -> list[AuditEntry]:
+    with app.app_context():
+        return list(db.session.scalars(select(AuditEntry).order_by(AuditEntry.id)))
+
+
+def test_what_an_admin_changes_is_written_down_with_who_what_when_and_from_where(
+    app: Flask, client: FlaskClient, make_user: Make, admin: User
+) -> None:
+    user = make_user()
+    data = {"csrf_token": "t0ken", "new_password": "t0psecret", "note": "<b>\0\x1b" + "x" * 5000}
+    client.post(f"/admin/users/{user.id}/make-admin", data=data)
+    [entry] = entries(app)
+    assert (entry.user_id, entry.action, entry.address) == (admin.id, "admin.make_admin", "127.0.0.1")
+    details = json.loads(entry.details)
+    assert details == {"user_id": str(user.id), "note": "<b>\0\x1b" + "x" * 195}
+    page = client.get("/admin/audit").text
+    for shown in ("you@your.shop", "admin.make_admin", "127.0.0.1", "&lt;b&gt;"):
+        assert shown in page
+    assert len(entries(app)) == 1  # looking is not written down
+
+
+def test_what_an_admin_tried_is_written_down_even_where_it_fails(app: Flask, client: FlaskClient, admin: User) -> None:
+    assert client.post("/admin/users/99/make-admin").status_code == 404
+    with app.app_context():
+        db.session.execute(text("DROP TABLE background_message_errors"))
+        db.session.execute(text("DROP TABLE background_messages"))
+        db.session.commit()
+    with pytest.raises(DBAPIError):
+        client.post(f"/admin/users/{admin.id}/password-link")
+    assert [entry.action for entry in entries(app)] == ["admin.make_admin", "admin.send_password_link"]
+
+
+def test_the_audit_is_paged_the_newest_first(app: Flask, client: FlaskClient, admin: User) -> None:
+    with app.app_context():
+        for number in range(25):
+            db.session.add(AuditEntry(user_id=admin.id, action=f"did.{number}", details="{}", address="::1"))
+        db.session.commit()
+    first = client.get("/admin/audit").text
+    following = re.search(r'rel="next" href="([^"]*)"', first)[1]  # type: ignore[index]
+    found = [re.findall(r"did\.(\d+)", page) for page in (first, client.get(following).text)]
+    assert found == [[str(number) for number in range(24, 4, -1)], ["4", "3", "2", "1", "0"]]
+
+
+def test_an_admin_makes_and_unmakes_admins_but_the_last_one_stays(
+    app: Flask, client: FlaskClient, make_user: Make, admin: User
+) -> None:
+    user = make_user()
+
+    def press(user: User, action: str) -> str:
+        return client.post(f"/admin/users/{user.id}/{action}", follow_redirects=True).text
+
+    assert "is the last admin, or was none" in press(admin, "unmake-admin")
+    assert "is the last admin, or was none" in press(user, "unmake-admin")
+    assert f"{user.email} is an admin." in press(user, "make-admin")
+    assert f"{user.email} is an admin already." in press(user, "make-admin")
+    assert f"{user.email} is no admin any more." in press(user, "unmake-admin")
+    press(user, "make-admin")
+    client.post(f"/admin/users/{admin.id}/unmake-admin")
+    assert not is_logged_in(client)
+    assert (stored(app, admin).is_admin, stored(app, user).is_admin) == (False, True)
+
+
+def test_admins_who_unmake_one_another_at_once_leave_one(app: Flask, make_user: Make) -> None:
+    admins = [make_user(is_admin=True) for _ in range(4)]
+
+    def unmake(index: int) -> bool:
+        with app.app_context():
+            changed = UserRepository(db.session).unmake_admin(admins[index].id)
+            db.session.commit()
+            return changed
+
+    assert sorted(at_once(4, unmake)) == [False, True, True, True]
+    assert sum(stored(app, each).is_admin for each in admins) == 1
+
+
+# ---- Headers and cookies
+
+
+@on_sqlite
+def test_every_answer_forbids_foreign_and_inline_content(app: Flask, client: FlaskClient) -> None:
+    app.config["PROPAGATE_EXCEPTIONS"] = False
+    app.add_url_rule("/fault", view_func=lambda: 1 / 0)
+    paths = {"/": 200, "/login": 200, "/static/bookstore.css": 200, "/nowhere": 404, "/api/books": 200, "/logout": 405}
+    for path, code in {**paths, "/orders": 302, "/fault": 500}.items():
+        response = client.get(path, buffered=True)
+        assert response.status_code == code
+        policy = response.headers["Content-Security-Policy"]
+        assert policy.startswith("default-src 'self'; img-src 'self' data:; object-src 'none'; base-uri 'none'")
+        assert "unsafe" not in policy
+        assert "frame-ancestors 'none'; form-action 'self'" in policy
+        assert response.headers["X-Content-Type-Options"] == "nosniff"
+        assert response.headers["Referrer-Policy"] == "same-origin"
+        assert "Strict-Transport-Security" not in response.headers
+        secure = client.get(path, base_url="https://localhost", buffered=True)
+        assert secure.headers["Strict-Transport-Security"] == "max-age=31536000"
+
+
+@on_sqlite
+def test_what_is_made_for_one_visitor_is_kept_by_no_cache(client: FlaskClient, make_user: Make, login: Login) -> None:
+    assert "Cache-Control" not in client.get("/").headers
+    login(client, make_user())
+    for path in ("/", "/orders", "/account", "/admin/users", "/nowhere", "/api/books"):
+        assert client.get(path).headers["Cache-Control"] == "no-store", path
+    assert client.get("/static/bookstore.css", buffered=True).headers.get("Cache-Control") != "no-store"
+
+
+@on_sqlite
+def test_no_script_or_other_site_gets_the_session_cookie(app: Flask, client: FlaskClient, make_user: Make) -> None:
+    user = make_user()
+    form = {"email": user.email, "password": PASSWORD}
+    cookie = client.post("/login", data=form).headers["Set-Cookie"]
+    assert "HttpOnly" in cookie
+    assert "SameSite=Lax" in cookie
+    assert "Secure" not in cookie
+    app.config["SESSION_COOKIE_SECURE"] = True
+    cookie = app.test_client().post("/login", data=form, base_url="https://localhost").headers["Set-Cookie"]
+    assert "Secure" in cookie
+
+
+@on_sqlite
+def test_a_form_is_taken_over_https_where_the_browser_says_what_our_policy_lets_it_say(
+    app: Flask, client: FlaskClient
+) -> None:
+    app.config["WTF_CSRF_ENABLED"] = True
+    page = client.get("/login", base_url="https://localhost").text
+    token = re.search(r'name="csrf_token"[^>]* value="([^"]*)"', page)[1]  # type: ignore[index]
+    form = {"csrf_token": token, "email": "nat@example.com", "password": PASSWORD}
+    for referrer, code in [("https://localhost/login", 200), ("https://evil.example/", 400), (None, 400)]:
+        headers = {"Referer": referrer} if referrer else {}
+        assert client.post("/login", data=form, base_url="https://localhost", headers=headers).status_code == code
+
+
+# ---- Secrets stay out of the log
+
+
+def test_an_error_of_the_database_shows_no_parameters(app: Flask, manager: BackgroundWorkerManager) -> None:
+    with app.app_context():
+        engines = [db.engine, manager.ticks.ledger.engine]
+        for engine in engines:
+            with engine.connect() as connection, pytest.raises(DBAPIError) as raised:
+                connection.execute(
+                    text("SELECT nonsense FROM users WHERE password_hash = :given"), {"given": PASSWORD_HASH}
+                )
+            assert PASSWORD_HASH not in str(raised.value)
+            assert "hide_parameters" in str(raised.value)
+
+
+def test_the_first_line_of_an_error_is_fit_for_a_log() -> None:
+    assert first_line(ValueError("red \x1b[31m\u202eñ 🙂\nsecond line")) == r"red \x1b[31m\u202eñ 🙂"
+    assert first_line(ValueError("a\0b")) == r"a\x00b"
+    assert first_line(ValueError()) == "ValueError"
