@@ -5,7 +5,21 @@ from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Select, func, not_, or_, select
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    Select,
+    String,
+    and_,
+    case,
+    func,
+    literal,
+    not_,
+    null,
+    or_,
+    select,
+    type_coerce,
+)
 
 from .clock import now, single_statements
 from .errors import error_line
@@ -16,6 +30,8 @@ from .models import executions, instances, workers
 STATES = ("running", "succeeded", "failed", "lost", "handed back", "timed out", "skipped", "missed")
 _MOST_ATTEMPTS = 50
 _MOST_GONE = 20
+_MOST_LIVED = 500
+_HIGHEST_BIT = 2**40  # of an id
 
 
 @dataclass(frozen=True)
@@ -58,6 +74,12 @@ class Record:
         del row["clock"]
         return {**row, "seconds": self.duration.total_seconds() if self.duration is not None else None}
 
+    def overlaps(self, since: datetime, until: datetime) -> bool:
+        """Whether it ran, or did not run, within that time."""
+        began = self.started_at or self.tick
+        ended = (self.finished_at or self.clock) if self.started_at else (self.through or self.tick)
+        return began <= until and ended >= since
+
     def covers(self, tick: datetime) -> bool:
         return self.tick <= tick <= (self.through or self.tick)
 
@@ -72,6 +94,7 @@ class Seen:
     started_at: datetime
     heartbeat_at: datetime
     signed_off_at: datetime | None
+    release: str | None = None
     clock_ahead: float | None = None
     """How far its host's clock is ahead of the database's, in seconds."""
     is_alive: bool = True
@@ -79,6 +102,25 @@ class Seen:
     @property
     def name(self) -> str:
         return f"{self.host}:{self.pid}"
+
+
+@dataclass(frozen=True)
+class Window:
+    """What the fleet did between two moments."""
+
+    since: datetime
+    until: datetime
+    clock: datetime
+    records: tuple[Record, ...]
+    """In the order in which they were written, without their reasons."""
+    complete_since: datetime
+    """Later than `since` where more happened than was asked for: of the time before then something is left out."""
+    seen: tuple[Seen, ...]
+    """The instances that lived in it, the oldest first."""
+
+    @property
+    def is_complete(self) -> bool:
+        return self.complete_since <= self.since
 
 
 @dataclass(frozen=True)
@@ -123,7 +165,7 @@ class History:
             .limit(1)
             .scalar_subquery()
         )
-        query = select(executions, now().label("clock")).join(workers, executions.c.id == newest)
+        query = select(*_columns, now().label("clock")).join(workers, executions.c.id == newest)
         return {record.worker: record for record in self._records(query)}
 
     def executions(self, name: str, limit: int = 20, state: str | None = None) -> list[Record]:
@@ -146,6 +188,42 @@ class History:
             alive = connection.execute(newest.where(is_alive)).all()
             gone = connection.execute(newest.where(not_(is_alive)).limit(_MOST_GONE)).all()
         return [Seen(*row) for row in (*alive, *gone)]
+
+    def running(self) -> list[Record]:
+        """What runs now, of every worker, without reasons."""
+        return self._marked(self._records(_brief.join(workers, _is_running).order_by(executions.c.id)))
+
+    def names(self) -> list[str]:
+        """The workers that the database knows."""
+        with self._reading.connect() as connection:
+            return list(connection.execute(select(workers.c.name).order_by(workers.c.name)).scalars())
+
+    def window(
+        self, length: timedelta, until: datetime | None = None, worker: str | None = None, limit: int = 600
+    ) -> Window:
+        """What was done (by `worker`) in that length of time up to `until`, which is now if it is not given.
+
+        At most the newest `limit`, and whatever of the others runs still.
+        """
+        clock = self.clock()
+        is_past = until is not None and until < clock
+        until = until if until and is_past else clock
+        since = until - length
+        newest = self._records(_newest(worker, until, is_past).limit(limit + 1))
+        shown, running = newest[:limit], self._records(_brief.join(workers, _is_running))
+        found = {each.id: each for each in (*running, *shown) if worker in (None, each.worker)}
+        records = [found[id] for id in sorted(found) if found[id].overlaps(since, until)]
+        complete_since = max(since, min(map(_moment, shown))) if len(newest) > limit else since
+        seen = self._lived(since, until, {each.instance for each in records if each.instance})
+        alive = {each.id for each in seen if each.is_alive}
+        marked = [replace(each, is_gone=each.state == "running" and each.instance not in alive) for each in records]
+        return Window(since, until, clock, tuple(marked), complete_since, seen)
+
+    def _lived(self, since: datetime, until: datetime, ids: Collection[str]) -> tuple[Seen, ...]:
+        lived = and_(instances.c.started_at <= until, instances.c.heartbeat_at >= since)
+        query = _seen.where(or_(lived, instances.c.id.in_(ids))).order_by(instances.c.started_at, instances.c.id)
+        with self._roster.connect() as connection:
+            return tuple(Seen(*row) for row in connection.execute(query.limit(_MOST_LIVED)))
 
     def around(self, name: str, at: datetime | None = None) -> Surroundings:
         """What there is to know about the tick that `at` belongs to; now, if it is not given."""
@@ -205,8 +283,42 @@ class History:
 _newest_first = (executions.c.tick.desc(), executions.c.id.desc())
 
 
+def _newest(worker: str | None, until: datetime, is_past: bool) -> Select[Any]:
+    """Those of before `until`, the newest first, as the index at hand has them."""
+    if worker is not None:
+        return _brief.where(executions.c.worker == worker, executions.c.tick <= until).order_by(*_newest_first)
+    return (_brief.where(executions.c.id <= _place(until)) if is_past else _brief).order_by(executions.c.id.desc())
+
+
 def _of(name: str) -> Select[Any]:
-    return select(executions, now().label("clock")).where(executions.c.worker == name)
+    return select(*_columns, now().label("clock")).where(executions.c.worker == name)
+
+
+_columns = [executions.c[field.name] for field in fields(Record) if field.name in executions.c]
+_without_reason = [
+    type_coerce(null(), String).label("reason") if column.name == "reason" else column for column in _columns
+]
+_brief: Select[Any] = select(*_without_reason, now().label("clock"))
+_is_running = and_(executions.c.worker == workers.c.name, executions.c.token == workers.c.running)
+
+
+def _place(at: datetime) -> ColumnElement[int]:
+    """The greatest id of those that had begun at that moment.
+
+    Ids grow with the start, so a search by halves on the primary key finds it, whatever the number of rows.
+    """
+    step = select(literal(0, BigInteger).label("place"), literal(_HIGHEST_BIT, BigInteger).label("bit"))
+    search = step.cte("search", recursive=True)
+    ahead = search.c.place + search.c.bit
+    began = select(executions.c.started_at).where(executions.c.id >= ahead, executions.c.started_at.is_not(None))
+    first = began.order_by(executions.c.id).limit(1).correlate(search).scalar_subquery()
+    place = case((first <= at, ahead), else_=search.c.place)
+    search = search.union_all(select(place, search.c.bit // 2).where(search.c.bit > 0))
+    return select(func.max(search.c.place)).scalar_subquery()
+
+
+def _moment(record: Record) -> datetime:
+    return record.started_at or record.through or record.tick
 
 
 _seen: Select[Any] = select(
