@@ -41,6 +41,7 @@ from wtforms.validators import (
 )
 
 from background import current_workers
+from background.dashboard import dashboard
 from models import Book, Order, OrderRepository, User, UserRepository, db
 
 PAGE_SIZE = 20
@@ -71,7 +72,7 @@ def register(app: Flask) -> None:
     app.jinja_env.globals["current_user"] = current_user
     app.jinja_env.filters.update(money=money, moment=moment)
     app.url_map.converters["id"] = IdConverter
-    for blueprint in (shop, account, admin, api):
+    for blueprint in (shop, account, admin, api, dashboard(admins_only)):
         app.register_blueprint(blueprint)
     app.register_error_handler(HTTPException, show_error)
 

@@ -1,0 +1,73 @@
+"""What the dashboard's pages share: the manager, the way back from a button, and how values are written."""
+
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+
+from flask import Blueprint, current_app, redirect, request, url_for
+from markupsafe import Markup
+from werkzeug.wrappers import Response
+
+from .manager import BackgroundWorkerManager
+from .words import span
+
+
+def the_manager() -> BackgroundWorkerManager:
+    manager: BackgroundWorkerManager = current_app.extensions["background_workers"]
+    return manager
+
+
+def back(otherwise: str = "background.overview") -> Response:
+    """To the page of ours that the pressed button was on: its form names it in `next`."""
+    target = request.form.get("next", "")
+    return redirect(target if _is_ours(target) else url_for(otherwise), 303)
+
+
+def _is_ours(path: str) -> bool:
+    """A path below the dashboard, without what a browser would read as another host's."""
+    return path.startswith(url_for("background.overview")) and "\\" not in path and path.isprintable()
+
+
+# -- how values are written ----------------------------------------------------------------------
+
+
+def add_filters(blueprint: Blueprint) -> None:
+    for name, function in FILTERS.items():
+        blueprint.add_app_template_filter(function, name)
+
+
+def time_tag(at: datetime | None) -> str:
+    """A moment, to the second; the script shows it in the viewer's zone."""
+    if at is None:
+        return "–"
+    at = at.astimezone(UTC)
+    text = utc_text(at)
+    return Markup('<time datetime="{}" title="{}">{}</time>').format(at.isoformat(), text, text)
+
+
+def utc_text(at: datetime) -> str:
+    at = at.astimezone(UTC)
+    return f"{at:%Y-%m-%d %H:%M:%S} UTC"
+
+
+def state_tag(state: str) -> str:
+    return Markup('<span class="state {}">{}</span>').format(state_class(state), state)
+
+
+def state_class(state: str) -> str:
+    return "state-" + state.replace(" ", "-")
+
+
+def span_text(length: timedelta | float | None) -> str:
+    """A length of time (a number: of seconds) in words."""
+    if length is None:
+        return "–"
+    return span(length if isinstance(length, timedelta) else timedelta(seconds=length))
+
+
+FILTERS: dict[str, Callable[..., str]] = {
+    "time_tag": time_tag,
+    "utc_text": utc_text,
+    "state_tag": state_tag,
+    "state_class": state_class,
+    "span_text": span_text,
+}

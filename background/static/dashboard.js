@@ -1,0 +1,174 @@
+/* Keeps a page of the dashboard fresh, and shows its times in the viewer's zone. Without it every page works, too. */
+"use strict";
+
+(() => {
+  const EVERY = 2000;
+  const AT_MOST = 60000;
+  const PATIENCE = 10000;
+
+  let timer = null;
+  let asking = null; // the request under way
+  let failures = 0;
+  let freshAt = new Date();
+  let ahead = 0; // of the server's clock, in milliseconds
+
+  // -- times -------------------------------------------------------------------------------------
+
+  const wall = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "medium" });
+  const clock = new Intl.DateTimeFormat(undefined, { timeStyle: "medium" });
+
+  /* In the zone of the viewer; the server's text, in UTC, stays as the title. */
+  function localise(root) {
+    for (const time of root.querySelectorAll("time[datetime]:not([data-countdown])")) {
+      const at = new Date(time.dateTime);
+      const isToday = at.toDateString() === new Date().toDateString();
+      time.textContent = (isToday ? clock : wall).format(at);
+    }
+    for (const each of root.querySelectorAll("[data-zone]")) {
+      each.textContent = Intl.DateTimeFormat().resolvedOptions().timeZone;
+    }
+  }
+
+  function countDown(root) {
+    for (const time of root.querySelectorAll("time[data-countdown]")) {
+      const seconds = Math.round((new Date(time.dateTime) - Date.now() - ahead) / 1000);
+      const text = seconds > 0 ? `in ${span(seconds)}` : "now";
+      if (time.textContent !== text) time.textContent = text;
+    }
+  }
+
+  /* As the server writes it: the two largest units. */
+  function span(seconds) {
+    const units = [[86400, "d"], [3600, "h"], [60, "min"], [1, "s"]];
+    const largest = units.findIndex(([size]) => seconds >= size);
+    return units.slice(largest, largest + 2)
+      .map(([size, unit], index) => [Math.floor(seconds / size) % (index ? units[largest][0] / size : Infinity), unit])
+      .filter(([count]) => count).map((each) => each.join(" ")).join(" ");
+  }
+
+  // -- refreshing --------------------------------------------------------------------------------
+
+  function live() {
+    return document.querySelector("[data-live]");
+  }
+
+  function later(milliseconds) {
+    clearTimeout(timer);
+    timer = setTimeout(refresh, milliseconds);
+  }
+
+  function halt() {
+    clearTimeout(timer);
+    timer = null;
+    asking?.abort();
+    asking = null;
+  }
+
+  async function refresh() {
+    const request = asking = new AbortController();
+    const giveUp = setTimeout(() => request.abort(), PATIENCE);
+    try {
+      const answer = await fetch(location.href, {
+        cache: "no-store", redirect: "manual", signal: request.signal, headers: { Accept: "text/html" },
+      });
+      if (answer.type === "opaqueredirect" || answer.status === 401 || answer.status === 403) return sayEnded();
+      const page = answer.ok && new DOMParser().parseFromString(await answer.text(), "text/html");
+      const fresh = page && page.querySelector("[data-live]");
+      if (!fresh) throw new Error(`the server answered ${answer.status}`);
+      if (request === asking) show(fresh);
+      failures = 0;
+      freshAt = new Date();
+      say("");
+    } catch (error) {
+      if (request !== asking) return; // it was given up, as nobody looks
+      failures += 1;
+      say(`Not refreshed since ${clock.format(freshAt)}: the server does not answer as it should. Trying again.`);
+    } finally {
+      clearTimeout(giveUp);
+    }
+    if (request === asking) later(Math.min(EVERY * 2 ** failures, AT_MOST));
+  }
+
+  function show(fresh) {
+    read(fresh);
+    localise(fresh);
+    countDown(fresh);
+    Idiomorph.morph(live(), fresh, {
+      morphStyle: "outerHTML",
+      callbacks: {
+        beforeNodeMorphed: (old) => !isBeingFilledIn(old),
+        beforeAttributeUpdated: (name, element) => !(name === "open" && element.localName === "details"),
+      },
+    });
+  }
+
+  function read(region) {
+    if (region.dataset.clock) ahead = new Date(region.dataset.clock) - Date.now();
+  }
+
+  function isBeingFilledIn(element) {
+    if (element.localName === "select") {
+      return element === document.activeElement
+        || [...element.options].some((option) => option.selected !== option.defaultSelected && option.value);
+    }
+    if (element.localName !== "textarea" && element.localName !== "input") return false;
+    if (element.type === "hidden") return false;
+    return element === document.activeElement || element.value !== element.defaultValue
+      || element.checked !== element.defaultChecked;
+  }
+
+  // -- saying ------------------------------------------------------------------------------------
+
+  /* It is read aloud, so once for each trouble. */
+  function say(text) {
+    const status = document.querySelector("[data-status]");
+    if (status.textContent !== text) status.textContent = text;
+  }
+
+  function sayEnded() {
+    halt();
+    document.removeEventListener("visibilitychange", startOrStop);
+    say(`You are no longer logged in, so this page is not refreshed since ${clock.format(freshAt)}. `);
+    const again = document.createElement("a");
+    again.href = location.href;
+    again.textContent = "Log in again";
+    document.querySelector("[data-status]").append(again);
+  }
+
+  // -- beginning and ending ----------------------------------------------------------------------
+
+  function startOrStop() {
+    halt();
+    if (document.visibilityState === "visible") refresh();
+  }
+
+  /* A button loads the page again: the focus goes back to it, or to what took its place. */
+  function keepPlace(event) {
+    halt();
+    const id = event.submitter?.id;
+    if (id && event.target.method === "post") {
+      sessionStorage.setItem("workers-place", JSON.stringify({ id, top: scrollY }));
+    }
+  }
+
+  function findPlace() {
+    const place = JSON.parse(sessionStorage.getItem("workers-place"));
+    sessionStorage.removeItem("workers-place");
+    if (!place) return;
+    document.getElementById(place.id)?.focus({ preventScroll: true });
+    scrollTo({ top: place.top, behavior: "instant" });
+  }
+
+  localise(document);
+  findPlace();
+  if (live()) {
+    read(live());
+    countDown(document);
+    setInterval(() => countDown(document), 1000);
+    document.addEventListener("visibilitychange", startOrStop);
+    document.addEventListener("submit", keepPlace);
+    addEventListener("pagehide", halt);
+    addEventListener("pageshow", (event) => event.persisted && startOrStop());
+    if (document.visibilityState === "visible") later(EVERY);
+  }
+})();
