@@ -74,11 +74,15 @@ class Record:
         del row["clock"]
         return {**row, "seconds": self.duration.total_seconds() if self.duration is not None else None}
 
-    def overlaps(self, since: datetime, until: datetime) -> bool:
-        """Whether it ran, or did not run, within that time."""
-        began = self.started_at or self.tick
-        ended = (self.finished_at or self.clock) if self.started_at else (self.through or self.tick)
-        return began <= until and ended >= since
+    @property
+    def began_at(self) -> datetime:
+        """When it was started; of ticks that were not run, the first of them."""
+        return self.started_at or self.tick
+
+    @property
+    def ended_at(self) -> datetime:
+        """When it ended, or now; of ticks that were not run, the last of them."""
+        return (self.finished_at or self.clock) if self.started_at else (self.through or self.tick)
 
     def covers(self, tick: datetime) -> bool:
         return self.tick <= tick <= (self.through or self.tick)
@@ -212,8 +216,8 @@ class History:
         newest = self._records(_newest(worker, until, is_past).limit(limit + 1))
         shown, running = newest[:limit], self._records(_brief.join(workers, _is_running))
         found = {each.id: each for each in (*running, *shown) if worker in (None, each.worker)}
-        records = [found[id] for id in sorted(found) if found[id].overlaps(since, until)]
-        complete_since = max(since, min(map(_moment, shown))) if len(newest) > limit else since
+        records = [found[id] for id in sorted(found) if _overlaps(found[id], since, until)]
+        complete_since = max(since, min(each.ended_at for each in shown)) if len(newest) > limit else since
         seen = self._lived(since, until, {each.instance for each in records if each.instance})
         alive = {each.id for each in seen if each.is_alive}
         marked = [replace(each, is_gone=each.state == "running" and each.instance not in alive) for each in records]
@@ -317,8 +321,8 @@ def _place(at: datetime) -> ColumnElement[int]:
     return select(func.max(search.c.place)).scalar_subquery()
 
 
-def _moment(record: Record) -> datetime:
-    return record.started_at or record.through or record.tick
+def _overlaps(record: Record, since: datetime, until: datetime) -> bool:
+    return record.began_at <= until and record.ended_at >= since
 
 
 _seen: Select[Any] = select(

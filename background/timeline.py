@@ -16,6 +16,7 @@ AXIS, HEAD, ROW, BAR, PAD = 26, 20, 18, 12, 5  # pixels
 _LEFT, _RIGHT = 0.6, 98.4  # percent: room for what stands at the ends
 _SLIMMEST = 0.3
 _MOST_ROWS = 48  # with one for each worker of each lane; of more, rows are shared
+_MOST_PACKED = 12
 _MOST_LANES = 12  # with those of instances that did nothing
 _PER_LETTER, _MARGIN = 0.75, 1.2  # percent, on the narrowest picture
 
@@ -200,8 +201,7 @@ def _alive(scale: _Scale, lane: Lane, seen: Seen) -> Lane:
 
 
 def _bar(scale: _Scale, record: Record, seen: Seen | None) -> Bar:
-    began = record.started_at or record.tick
-    ended = (record.finished_at or record.clock) if record.started_at else (record.through or record.tick)
+    began, ended = record.began_at, record.ended_at
     end_x = scale.x(ended)
     if record.state == "lost" and seen is not None:  # it was at work until then, for all that is known
         ended = min(max(seen.heartbeat_at, began), ended)
@@ -233,13 +233,13 @@ def _by_worker(bars: Sequence[Bar]) -> list[list[Bar]]:
 
 
 def _packed(bars: Sequence[Bar]) -> list[list[Bar]]:
-    """In as few rows as they need, each in the first that is free."""
+    """In as few rows as they need, each in the first that is free then: as many as ran at once."""
     rows: list[list[Bar]] = []
-    for bar in sorted(bars, key=lambda bar: bar.x):
-        free = next((row for row in rows if row[-1].end_x <= bar.x), None)
-        if free is None:
+    for bar in sorted(bars, key=lambda bar: bar.record.began_at):
+        free = next((row for row in rows if row[-1].record.ended_at <= bar.record.began_at), None)
+        if free is None and len(rows) < _MOST_PACKED:
             rows.append(free := [])
-        free.append(bar)
+        (rows[-1] if free is None else free).append(bar)
     return rows
 
 
