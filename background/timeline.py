@@ -10,13 +10,14 @@ from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 
 from .history import Record, Seen, Window
-from .words import moment, second, span
+from .words import clipped, moment, second, span
 
 AXIS, HEAD, ROW, BAR, PAD = 26, 20, 18, 12, 5  # pixels
 _LEFT, _RIGHT = 0.6, 98.4  # percent: room for what stands at the ends
-_SLIMMEST = 0.3
+_SLIMMEST = 0.35
 _MOST_ROWS = 48  # with one for each worker of each lane; of more, rows are shared
 _MOST_PACKED = 12
+_LETTERS = 23  # of a name beside the picture
 _MOST_LANES = 12  # with those of instances that did nothing
 _PER_LETTER, _MARGIN = 0.75, 1.2  # percent, on the narrowest picture
 
@@ -24,6 +25,8 @@ _STEPS = [timedelta(seconds=each) for each in (10, 60, 600, 3600, 6 * 3600)]
 _MOST_LINES = 7
 _AGAIN = ("lost", "handed back", "failed", "timed out")
 _NOBODY = "nobody"
+SIGNS = {state: state.replace(" ", "-") for state in ("running", "lost", "handed back", "failed", "timed out")}
+"""What stands at the end of a bar, so that it is not told by its colour alone."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +55,10 @@ class Bar:
 class Lane:
     """One instance's, or that of the ticks that nobody ran."""
 
-    name: str
+    label: str
     title: str
     note: str
+    """The release."""
     seen: Seen | None
     y: int
     height: int
@@ -167,10 +171,10 @@ def _lane(scale: _Scale, seen: Seen | None, records: list[Record], y: int, is_de
     placed = tuple(
         bar for number, row in enumerate(rows) for bar in _labelled(row, y + head + number * ROW, not is_detailed)
     )
-    names = tuple((row[0].record.worker, y + head + number * ROW) for number, row in enumerate(rows))
+    names = tuple((clipped(row[0].record.worker, _LETTERS), y + head + number * ROW) for number, row in enumerate(rows))
     height = max(head + len(rows) * ROW + PAD // 2, HEAD + PAD if is_detailed else 2 * HEAD)
     name = seen.name if seen else (records[0].instance_name if records[0].instance else None) or "not run"
-    lane = Lane(name, name, "", seen, y, height, bars=placed, rows=names if is_detailed else ())
+    lane = Lane(clipped(name, _LETTERS), name, "", seen, y, height, bars=placed, rows=names if is_detailed else ())
     return _alive(scale, lane, seen) if seen else replace(lane, title=_title_of_nobody(records[0], name))
 
 
@@ -192,7 +196,7 @@ def _alive(scale: _Scale, lane: Lane, seen: Seen) -> Lane:
     return replace(
         lane,
         title=title,
-        note=note,
+        note=clipped(note, _LETTERS),
         life_x=x,
         life_width=round(max(end - x, _SLIMMEST), 3),
         is_lost=lost and scale.shows(until),
