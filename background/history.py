@@ -217,7 +217,8 @@ class History:
         shown, running = newest[:limit], self._records(_brief.join(workers, _is_running))
         found = {each.id: each for each in (*running, *shown) if worker in (None, each.worker)}
         records = [found[id] for id in sorted(found) if _overlaps(found[id], since, until)]
-        complete_since = max(since, min(each.ended_at for each in shown)) if len(newest) > limit else since
+        began = [each.started_at for each in shown if each.started_at] if len(newest) > limit else []
+        complete_since = max(since, min(began)) if began else since
         seen = self._lived(since, until, {each.instance for each in records if each.instance})
         alive = {each.id for each in seen if each.is_alive}
         marked = [replace(each, is_gone=each.state == "running" and each.instance not in alive) for each in records]

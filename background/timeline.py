@@ -17,7 +17,7 @@ _LEFT, _RIGHT = 0.6, 98.4  # percent: room for what stands at the ends
 _SLIMMEST = 0.35
 _MOST_ROWS = 48  # with one for each worker of each lane; of more, rows are shared
 _MOST_PACKED = 12
-_LETTERS = 23  # of a name beside the picture
+_LETTERS, _BOLD_LETTERS = 23, 20  # of a name beside the picture
 _MOST_LANES = 12  # with those of instances that did nothing
 _PER_LETTER, _MARGIN = 0.75, 1.2  # percent, on the narrowest picture
 
@@ -174,7 +174,7 @@ def _lane(scale: _Scale, seen: Seen | None, records: list[Record], y: int, is_de
     names = tuple((clipped(row[0].record.worker, _LETTERS), y + head + number * ROW) for number, row in enumerate(rows))
     height = max(head + len(rows) * ROW + PAD // 2, HEAD + PAD if is_detailed else 2 * HEAD)
     name = seen.name if seen else (records[0].instance_name if records[0].instance else None) or "not run"
-    lane = Lane(clipped(name, _LETTERS), name, "", seen, y, height, bars=placed, rows=names if is_detailed else ())
+    lane = Lane(clipped(name, _BOLD_LETTERS), name, "", seen, y, height, bars=placed, rows=names if is_detailed else ())
     return _alive(scale, lane, seen) if seen else replace(lane, title=_title_of_nobody(records[0], name))
 
 
