@@ -5,7 +5,7 @@ from collections.abc import Callable
 from flask import Blueprint
 from flask.typing import ResponseReturnValue
 
-from . import fleet_pages, message_pages, worker_pages
+from . import fleet_pages, message_pages, worker_actions, worker_pages
 from .pages import add_filters
 
 
@@ -19,6 +19,6 @@ def dashboard(allow: Callable[[], ResponseReturnValue | None]) -> Blueprint:
     )
     blueprint.before_request(allow)
     add_filters(blueprint)
-    for part in (worker_pages, fleet_pages, message_pages):
+    for part in (worker_pages, worker_actions, fleet_pages, message_pages):
         part.add_to(blueprint)
     return blueprint

@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import (
     BigInteger,
@@ -19,6 +19,7 @@ from sqlalchemy import (
     or_,
     select,
     type_coerce,
+    union_all,
 )
 
 from .clock import now, single_statements
@@ -86,6 +87,17 @@ class Record:
 
     def covers(self, tick: datetime) -> bool:
         return self.tick <= tick <= (self.through or self.tick)
+
+
+class Glance(NamedTuple):
+    """The little of a row that a small picture shows."""
+
+    worker: str
+    tick: datetime
+    state: str
+    started_at: datetime | None
+    finished_at: datetime | None
+    clock: datetime
 
 
 @dataclass(frozen=True)
@@ -159,8 +171,14 @@ class History:
         with self._reading.connect() as connection:
             return connection.execute(select(now())).scalar_one()
 
-    def latest(self) -> dict[str, Record]:
-        """Of every worker the newest execution that has ended, or the newest row that says why there was none."""
+    def names(self) -> list[str]:
+        """The workers that the database knows."""
+        with self._reading.connect() as connection:
+            return list(connection.execute(select(workers.c.name).order_by(workers.c.name)).scalars())
+
+    def latest(self, names: Collection[str] | None = None) -> dict[str, Record]:
+        """Of every worker (or of those of `names`) the newest execution that has ended, or the newest row that says
+        why there was none."""
         each = executions.alias()
         newest = (
             select(each.c.id)
@@ -169,13 +187,41 @@ class History:
             .limit(1)
             .scalar_subquery()
         )
-        query = select(*_columns, now().label("clock")).join(workers, executions.c.id == newest)
+        query = select(*_columns, now().label("clock")).select_from(executions).join(workers, executions.c.id == newest)
+        if names is not None:
+            query = query.where(workers.c.name.in_(names))
         return {record.worker: record for record in self._records(query)}
 
-    def executions(self, name: str, limit: int = 20, state: str | None = None) -> list[Record]:
-        """The newest executions of `name` (of one state), newest first."""
+    def executions(
+        self, name: str, limit: int = 20, state: str | None = None, before: tuple[datetime, int] | None = None
+    ) -> list[Record]:
+        """The newest executions of `name` (of one state; `before` the tick and id of one), newest first."""
         query = _of(name).order_by(*_newest_first).limit(limit)
+        if before is not None:
+            tick, id = before
+            query = query.where(executions.c.tick <= tick, or_(executions.c.tick < tick, executions.c.id < id))
         return self._marked(self._records(query if state is None else query.where(executions.c.state == state)))
+
+    def recent(self, names: Collection[str], count: int) -> dict[str, list[Glance]]:
+        """Of each worker of `names` the newest executions, so many, oldest first."""
+        found: dict[str, list[Glance]] = {name: [] for name in names}
+        if found:
+            # Of each by itself: the database reads so many entries of the index, and no more.
+            each = [select(_glance(name).limit(count).subquery()) for name in found]
+            with self._reading.connect() as connection:
+                for row in connection.execute(union_all(*each)):
+                    found[row.worker].append(Glance(*row))
+        return {name: glances[::-1] for name, glances in found.items()}
+
+    def execution(self, id: int) -> Record | None:
+        """One of them; None where it is not kept (any more)."""
+        query = select(*_columns, now().label("clock")).where(executions.c.id == id)
+        return next(iter(self._marked(self._records(query))), None)
+
+    def log(self, execution: int) -> str | None:
+        """What was logged while that execution was on, a line each; None where nothing was, or there is none."""
+        with self._reading.connect() as connection:
+            return connection.scalar(select(executions.c.log).where(executions.c.id == execution))
 
     def gone(self, ids: Collection[str]) -> set[str]:
         """Those instances of `ids` that are not alive."""
@@ -196,11 +242,6 @@ class History:
     def running(self) -> list[Record]:
         """What runs now, of every worker, without reasons."""
         return self._marked(self._records(_brief.join(workers, _is_running).order_by(executions.c.id)))
-
-    def names(self) -> list[str]:
-        """The workers that the database knows."""
-        with self._reading.connect() as connection:
-            return list(connection.execute(select(workers.c.name).order_by(workers.c.name)).scalars())
 
     def window(
         self, length: timedelta, until: datetime | None = None, worker: str | None = None, limit: int = 600
@@ -285,6 +326,7 @@ class History:
         return [replace(each, is_gone=each.state == "running" and each.instance in gone) for each in records]
 
 
+_columns = [column for column in executions.c if column is not executions.c.log]  # which may be long
 _newest_first = (executions.c.tick.desc(), executions.c.id.desc())
 
 
@@ -299,7 +341,6 @@ def _of(name: str) -> Select[Any]:
     return select(*_columns, now().label("clock")).where(executions.c.worker == name)
 
 
-_columns = [executions.c[field.name] for field in fields(Record) if field.name in executions.c]
 _without_reason = [
     type_coerce(null(), String).label("reason") if column.name == "reason" else column for column in _columns
 ]
@@ -324,6 +365,11 @@ def _place(at: datetime) -> ColumnElement[int]:
 
 def _overlaps(record: Record, since: datetime, until: datetime) -> bool:
     return record.began_at <= until and record.ended_at >= since
+
+
+def _glance(name: str) -> Select[Any]:
+    columns = [executions.c[field] for field in Glance._fields if field != "clock"]
+    return select(*columns, now().label("clock")).where(executions.c.worker == name).order_by(*_newest_first)
 
 
 _seen: Select[Any] = select(

@@ -1,6 +1,6 @@
 """Who runs what: every statement that decides it. Each race is one conditional UPDATE."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -67,6 +67,8 @@ class WorkerState:
     started_at: datetime | None
     instance: str | None
     instance_name: str | None
+    progress_done: float | None
+    progress_total: float | None
 
     @property
     def overridden(self) -> bool:
@@ -111,10 +113,11 @@ class Ledger:
             row = connection.execute(_states.where(workers.c.name == name)).one_or_none()
         return _state(row) if row else None
 
-    def states(self) -> dict[str, WorkerState]:
-        """Every worker's state, of this release or not, in one read."""
+    def states(self, names: Collection[str] | None = None) -> dict[str, WorkerState]:
+        """The state of every worker (or of those of `names`), of this release or not, in one read."""
+        query = _states if names is None else _states.where(workers.c.name.in_(names))
         with self._reading.connect() as connection:
-            return {row.name: _state(row) for row in connection.execute(_states)}
+            return {row.name: _state(row) for row in connection.execute(query)}
 
     # -- claiming ------------------------------------------------------------------------------
 
@@ -348,6 +351,8 @@ _states = select(
     executions.c.started_at,
     executions.c.instance,
     executions.c.instance_name,
+    executions.c.progress_done,
+    executions.c.progress_total,
 ).outerjoin(executions, and_(executions.c.worker == workers.c.name, executions.c.token == workers.c.running))
 
 
@@ -369,6 +374,8 @@ def _state(row: Row[Any]) -> WorkerState:
         started_at=row.started_at,
         instance=row.instance,
         instance_name=row.instance_name,
+        progress_done=row.progress_done,
+        progress_total=row.progress_total,
     )
 
 

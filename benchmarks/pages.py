@@ -257,10 +257,8 @@ def fill_workers(connection: Connection, size: Size) -> None:
 
 def fill_messages(connection: Connection, size: Size) -> None:
     """Most are done; of a hundredth each some wait, some are dead, and few are being handled."""
-    waiting, dead = "i % 100 = 1", "i % 1000 = 0"
-    state = (
-        f"CASE WHEN {waiting} THEN 'waiting' WHEN {dead} THEN 'dead' WHEN i % 10000 = 2 THEN 'running' ELSE 'done' END"
-    )
+    is_waiting, is_dead, is_running = "i % 100 = 1", "i % 1000 = 0", "i % 10000 = 2"
+    state = f"CASE WHEN {is_waiting} THEN 'waiting' WHEN {is_dead} THEN 'dead' WHEN {is_running} THEN 'running'"
     at = f"({size.messages} - i) * 0.02"
     insert(
         connection,
