@@ -83,6 +83,7 @@ class Seen:
     started_at: datetime
     heartbeat_at: datetime
     signed_off_at: datetime | None
+    release: str | None = None
     clock_ahead: float | None = None
     """How far its host's clock is ahead of the database's, in seconds."""
     is_alive: bool = True
