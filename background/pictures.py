@@ -13,7 +13,7 @@ from .pages import state_class
 from .words import span
 
 COUNT = 50
-_BAR, _STEP, _HIGHEST, _LOWEST, _MARK = 3, 4, 28, 3, 3
+_BAR, _STEP, _HIGHEST, _LOWEST, _MARK = 2, 3, 28, 3, 3
 
 
 def picture(glances: Sequence[Glance]) -> Markup:
