@@ -11,6 +11,7 @@ import re
 import secrets
 import shutil
 import tempfile
+import time
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -23,7 +24,10 @@ from flask import Flask
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
+from background import RunFields
 from background.errors import InvalidConfig
+
+TEXT_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 
 
 class Key(NamedTuple):
@@ -83,6 +87,18 @@ def prefix(value: Any) -> str:
     return value
 
 
+def release(value: Any) -> str:
+    if not isinstance(value, str) or not 0 < len(value) <= 100 or not value.isprintable():
+        raise ValueError(value)
+    return value
+
+
+def log_format(value: Any) -> str:
+    if (name := str(value).strip().lower()) not in ("text", "json"):
+        raise ValueError(value)
+    return name
+
+
 def mail_url(value: Any) -> str:
     """smtp:// (STARTTLS where the server offers it), smtp+starttls:// (or nothing) or smtps:// (TLS at once)."""
     if not isinstance(value, str) or not value.isprintable() or " " in value:
@@ -106,6 +122,7 @@ _MAIL = (
     "smtp://host, smtp+starttls://user:password@host:587 (never without TLS) or smtps:// (TLS from the start), "
     "user and password in ASCII and percent-encoded"
 )
+_RELEASE = "a text of 1 to 100 printable characters"
 _BOOLEAN = "true or false (also 1/0, yes/no, on/off)"
 _SECONDS = "a number of seconds above 0 and at most 86400"
 _DAYS = "a number of days above 0 and at most 36500"
@@ -135,6 +152,8 @@ KEYS = {
     "MAIL_URL": Key(None, mail_url, _MAIL, "where mail goes out; unset: files in instance/outbox/"),
     "MAIL_FROM": Key("bookstore@localhost", address, "one e-mail address in ASCII", "whom the shop's mail is from"),
     "PASSIVE_AFTER_DAYS": Key(30, number(36_500), _DAYS, "users not seen for longer become passive"),
+    "RELEASE": Key(None, release, _RELEASE, "what the list of instances calls this release; unset: its commit"),
+    "LOG_FORMAT": Key("text", log_format, "text or json", "one line, or one JSON object, for each record"),
     "LOG_LEVEL": Key("INFO", level, "DEBUG, INFO, WARNING, ERROR or CRITICAL", "how much the log says"),
 }
 
@@ -150,6 +169,8 @@ def load_config(app: Flask, given: Mapping[str, Any] | object | None = None) -> 
             app.config[name] = _cast(name, app.config[name])
     _settle_heartbeat(app.config)
     _set_database(app)
+    if app.config["RELEASE"] is None:
+        app.config["RELEASE"] = _commit(Path(app.root_path) / ".git")
     if app.config["SECRET_KEY"] is None:
         app.config["SECRET_KEY"] = _kept_secret_key(Path(app.instance_path))
 
@@ -157,9 +178,25 @@ def load_config(app: Flask, given: Mapping[str, Any] | object | None = None) -> 
 def configure_logging(app: Flask) -> None:
     """Give the log a handler, unless the process that loads the app has set one up already."""
     if not logging.getLogger().handlers:
-        logging.basicConfig(level=app.config["LOG_LEVEL"], format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
+        handler = logging.StreamHandler()
+        if app.config["LOG_FORMAT"] == "json":
+            handler.setFormatter(json_formatter())
+            handler.addFilter(RunFields())
+        logging.basicConfig(level=app.config["LOG_LEVEL"], format=TEXT_FORMAT, handlers=[handler])
     for name in ("apscheduler", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def json_formatter() -> logging.Formatter:
+    """One object a line: time (UTC), level, logger, message, and in a run its worker, tick, execution and instance."""
+    from pythonjsonlogger.json import JsonFormatter
+
+    names = {"asctime": "time", "levelname": "level", "name": "logger"}
+    formatter = JsonFormatter(
+        "%(asctime)s%(levelname)s%(name)s%(message)s", rename_fields=names, datefmt="%Y-%m-%dT%H:%M:%SZ"
+    )
+    formatter.converter = time.gmtime
+    return formatter
 
 
 def _environment() -> dict[str, str]:
@@ -272,6 +309,23 @@ def _temporary_file(app: Flask) -> str:
 def _remove(folder: str, owner: int) -> None:
     if os.getpid() == owner:  # and not a fork of it
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _commit(repository: Path) -> str | None:
+    """The commit that is checked out, shortened; None where that cannot be told."""
+    with suppress(OSError, ValueError):
+        head = (repository / "HEAD").read_text(encoding="ascii").strip()
+        if head.startswith("ref: "):
+            head = _commit_of(head.removeprefix("ref: "), repository)
+        return head[:12] or None
+    return None
+
+
+def _commit_of(branch: str, repository: Path) -> str:
+    if (loose := repository / branch).exists():
+        return loose.read_text(encoding="ascii")
+    packed = (repository / "packed-refs").read_text(encoding="ascii")
+    return next((line for line in packed.splitlines() if line.endswith(f" {branch}")), "")
 
 
 def _kept_secret_key(folder: Path) -> str:

@@ -3,10 +3,26 @@
 import os
 import signal
 
+from gunicorn.glogging import Logger
+
 wsgi_app = "app:create_app()"
 workers = int(os.environ.get("WEB_CONCURRENCY", "2"))
 # Longer than WORKERS_SHUTDOWN_SECONDS (20): a run that is told to stop may need that long.
 graceful_timeout = 30
+
+
+class JsonLogger(Logger):
+    """gunicorn's own lines in the form of all the others, for LOG_FORMAT=json."""
+
+    def setup(self, cfg):
+        from config import json_formatter
+
+        super().setup(cfg)
+        for handler in (*self.error_log.handlers, *self.access_log.handlers):
+            handler.setFormatter(json_formatter())
+
+
+logger_class = JsonLogger if os.environ.get("LOG_FORMAT") == "json" else Logger
 
 
 def post_worker_init(worker):

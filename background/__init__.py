@@ -1,6 +1,6 @@
 """Background workers that run once per tick, however many processes, machines and releases run them."""
 
-from .context import WorkerContext
+from .context import RunFields, WorkerContext
 from .errors import (
     BackgroundError,
     ClaimLost,
@@ -41,6 +41,7 @@ __all__ = [
     "MessageWorker",
     "PeriodicWorker",
     "PruneHistoryWorker",
+    "RunFields",
     "RunStopped",
     "UnknownMessage",
     "UnknownTopic",

@@ -75,7 +75,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         "" if row["in_this_release"] else "not in this release",
         "disabled" if row["enabled"] is False else "",
         f"paused since {second(row['paused_at'])}" if row["paused_at"] else "",
-        f"{moment(row['pending_tick'])} is to be run again" if row["pending_tick"] else "",
+        f"{moment(row['pending_tick'])} is to be run first" if row["pending_tick"] else "",
         f"declared: {row['declared']}" if row["declared"] not in (None, row["schedule"]) else "",
     ]
     schedule = row["schedule"] or "not one that this release can read"
@@ -100,7 +100,7 @@ def instances(as_json: bool) -> None:
     if as_json:
         print_json([{**asdict(each), "holds": holds[each.id]} for each in seen])
     elif seen:
-        headers = ("instance", "state", "started", "heartbeat", "clock", "holds")
+        headers = ("instance", "state", "release", "started", "heartbeat", "clock", "holds")
         click.echo(table(headers, [_instance_cells(each, holds[each.id]) for each in seen]))
     else:
         click.echo("No instance was here within a day; `flask workers run` starts one.")
@@ -109,7 +109,15 @@ def instances(as_json: bool) -> None:
 def _instance_cells(seen: Seen, holds: list[str]) -> list[str]:
     state = "alive" if seen.is_alive else "signed off" if seen.signed_off_at else "lost"
     clock = f"{round(seen.clock_ahead or 0, 3) + 0.0:+.3f} s"
-    return [seen.name, state, second(seen.started_at), second(seen.heartbeat_at), clock, ", ".join(holds)]
+    return [
+        seen.name,
+        state,
+        seen.release or "",
+        second(seen.started_at),
+        second(seen.heartbeat_at),
+        clock,
+        ", ".join(holds),
+    ]
 
 
 @workers_cli.command()
@@ -295,7 +303,7 @@ def _why_not_triggered(manager: BackgroundWorkerManager, name: str) -> str:
         tick = moment(state.running.tick)
         return f"{name} is running already, the tick {tick} on {state.instance_name}; try again when it has ended."
     if state and state.pending_tick:
-        return f"the tick {moment(state.pending_tick)} of {name} is to be run again first, and the worker is paused."
+        return f"the tick {moment(state.pending_tick)} of {name} is to be run first, and the worker is paused."
     return f"{name} was running at that moment; try again."
 
 

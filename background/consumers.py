@@ -3,7 +3,7 @@
 import logging
 import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 
 from flask import Flask
@@ -11,9 +11,9 @@ from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy.exc import SQLAlchemyError
 
 from .errors import first_line
-from .handling import Handling
+from .handling import Handling, tell_of_the_dead
 from .instances import Instance, Pulse
-from .messages import Batch
+from .messages import Batch, Freed
 from .scheduler import Scheduler
 from .ticks import Ticks
 from .worker import MessageWorker
@@ -21,6 +21,7 @@ from .worker import MessageWorker
 log = logging.getLogger(__name__)
 
 _EXPIRED = "its instance stopped renewing its lease"
+_STRANDED = "the reply to its claim got lost"
 
 
 class Consumers:
@@ -144,20 +145,24 @@ class Consumers:
         messages, most = self._ticks.messages, {topic: worker.max_attempts for topic, worker in self._workers.items()}
         try:
             for holder, signed_off in gone.items():
-                states = messages.take_back(holder, most, None if signed_off else _EXPIRED)
-                if states:
+                freed = messages.take_back(holder, most, None if signed_off else _EXPIRED)
+                if freed:
                     level = logging.INFO if signed_off else logging.WARNING
-                    log.log(level, "Took back %d messages of an instance that is gone", len(states))
-                if "dead" in states:
-                    log.error("Buried %d of them: that was their last attempt", states.count("dead"))
+                    log.log(level, "Took back %d messages of an instance that is gone", len(freed))
+                self._bury(freed, _EXPIRED)
             # Asked for first, and named: while a write waits for its lock, another may be claimed and grow old.
             if stranded := messages.batches(instance.id, instance.lease) - self._batches:
-                messages.take_back_stranded(stranded, most)
+                self._bury(messages.take_back_stranded(stranded, most, _STRANDED), _STRANDED)
         except SQLAlchemyError as error:  # the next heartbeat tries again
             log.warning("Cannot take messages back: %s", first_line(error))
         finally:
             self._is_freeing = False
         self.wake_all()
+
+    def _bury(self, freed: Sequence[Freed], error: str) -> None:
+        if dead := [each for each in freed if each.state == "dead"]:
+            log.error("Buried %d of them: that was their last attempt", len(dead))
+            tell_of_the_dead(self._app, dead, error)
 
     def wake_all(self) -> None:
         """Have a consumer of each topic look."""

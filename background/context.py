@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy import event
@@ -16,6 +16,7 @@ from svcs.flask import svcs_from
 
 from .errors import BatchRolledBack, ClaimLost, RunStopped
 from .instances import LEASE_IS_OVER, Instance
+from .log_lines import LogLines
 
 if TYPE_CHECKING:
     from .ledger import Claim, Ledger
@@ -46,20 +47,18 @@ class WorkerContext:
         self.stopping = Stopping()
         self.claim = claim
         self.instance = instance
-        self.logger = logging.LoggerAdapter(
-            logging.getLogger(f"background.{claim.worker}"),
-            {
-                "worker": claim.worker,
-                "tick": what.tick.isoformat(),
-                "execution": claim.execution,
-                "instance": instance.name,
-            },
-        )
+        self.log_fields = {
+            "worker": claim.worker,
+            "tick": what.tick.isoformat(),
+            "execution": claim.execution,
+            "instance": instance.name,
+        }
+        self.logger = logging.LoggerAdapter(logging.getLogger(f"background.{claim.worker}"), self.log_fields)
         self.timed_out_after: timedelta | None = None
         self._db = db
         self._lost: str | None = None
         self._finishing = False
-        self._progress: tuple[float, float | None] | None = None
+        self._progress: dict[str, float | None] = {}
         self._progress_logged = time.monotonic()
 
     @property
@@ -78,7 +77,7 @@ class WorkerContext:
 
     def progress(self, done: float, total: float | None = None) -> None:
         """Report `done` (of `total`): written with the next commit, logged every five seconds at most."""
-        self._progress = (done, total)
+        self._progress = {"progress_done": done, "progress_total": total}
         if time.monotonic() - self._progress_logged >= _PROGRESS_SECONDS:
             self._progress_logged = time.monotonic()
             share = f" of {total:,} ({done / total:.0%})" if total else ""
@@ -130,13 +129,18 @@ class TickContext(WorkerContext):
     def __init__(self, claim: "Claim", ledger: "Ledger", instance: Instance, db: SQLAlchemy) -> None:
         super().__init__(claim, claim, instance, db)
         self.claim: Claim = claim
+        self.log_lines = LogLines(lambda: current_run.get() is self)
         self._ledger = ledger
+
+    def notes(self) -> dict[str, Any]:
+        """What its execution is to say about it, besides how it ended."""
+        return {**self._progress, "log": self.log_lines.text()}
 
     def finish(self) -> None:
         """Commit the effects and "succeeded" together."""
         self._refuse_if_lost()
         self.session.flush()  # first, so that the worker's row is held for the commit only
-        self._ledger.finish(self.claim, self.session, self._progress)
+        self._ledger.finish(self.claim, self.session, self.notes())
         self._finishing = True
         self.session.commit()
 
@@ -146,11 +150,12 @@ class TickContext(WorkerContext):
         if not self._finishing:
             session.flush()
             try:
-                self._ledger.check(self.claim, session, self._progress)
+                is_news = self._progress or self.log_lines.is_news
+                self._ledger.check(self.claim, session, self.notes() if is_news else {})
             except ClaimLost:
                 self.lose("somebody else has it")
                 raise
-            self._progress = None
+            self._progress = {}
 
 
 class MessageContext(WorkerContext):
@@ -171,6 +176,7 @@ class MessageContext(WorkerContext):
         self._refuse_if_lost()
         self.tick, self.attempt, self.token = message.tick, message.attempt, message.token
         self.idempotency_key = message.idempotency_key
+        self.log_fields["tick"] = message.tick.isoformat()
 
     def handled(self, *messages: "Message") -> None:
         """They are to be acknowledged by the next commit, with what the session holds by now."""
@@ -214,6 +220,18 @@ class MessageContext(WorkerContext):
 
 
 current_run: ContextVar[WorkerContext | None] = ContextVar("background_run", default=None)
+
+
+class RunFields(logging.Filter):
+    """Gives every record of a run, whoever logs it, the fields that tell whose it is: for logs that machines read."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        run = current_run.get()
+        if run is not None:
+            for name, value in run.log_fields.items():
+                if not hasattr(record, name):
+                    setattr(record, name, value)
+        return True
 
 
 def fence(db: SQLAlchemy) -> None:

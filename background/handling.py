@@ -4,7 +4,7 @@ import logging
 import random
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from functools import partial
 from typing import TypeVar
@@ -15,8 +15,9 @@ from flask_sqlalchemy import SQLAlchemy
 from .context import MessageContext
 from .errors import ClaimLost, RunStopped, first_line
 from .instances import Instance
-from .messages import Batch, Message, Messages
+from .messages import Batch, Freed, Message, Messages
 from .runs import Runs, finish, insist
+from .signals import message_buried, send
 from .worker import MessageWorker
 
 T = TypeVar("T")
@@ -115,10 +116,11 @@ class Handling:
         pause = _pause(worker, message.attempt)
         text = "".join(traceback.format_exception(error))
         write = partial(self._messages.fail, self._batch, [message.id], text, worker.max_attempts, pause)
-        states = self._write("failed", write)
-        if states == ["dead"]:
+        freed = self._write("failed", write)
+        if freed and freed[0].state == "dead":
             self._log.error("Buried the message %s, attempt %d failed", key, message.attempt, exc_info=error)
-        elif states:
+            tell_of_the_dead(self._app, freed, text)
+        elif freed:
             said = (key, message.attempt, pause.total_seconds(), _summary(error))
             self._log.warning("The message %s failed, attempt %d; another in %.1f s: %s", *said)
             return pause
@@ -126,6 +128,13 @@ class Handling:
 
     def _write(self, what: str, write: Callable[[], T]) -> T | None:
         return insist(self._instance, f"what of {self._batch.worker} {what}", write)
+
+
+def tell_of_the_dead(app: Flask, freed: Iterable[Freed], error: str) -> None:
+    """Tell the application of those that were buried."""
+    for each in freed:
+        if each.state == "dead":
+            send(app, message_buried, message=each.id, topic=each.topic, error=error)
 
 
 def _pause(worker: type[MessageWorker], attempt: int) -> timedelta:

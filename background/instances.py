@@ -14,7 +14,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from .clock import now, single_statements, steady
 from .messages import any_running, next_due
-from .models import instances, workers
+from .models import instances, may_be_run_again, workers
 
 LEASE_IS_OVER = "its instance could not renew the lease in time"
 _LAST_BEAT_SECONDS = 1.0
@@ -33,6 +33,8 @@ class Instance:
     deadline: float = 0.0
     """0 before the first heartbeat."""
     clock_offset: timedelta = timedelta()
+    release: str | None = None
+    """Of the application, where it says which it is."""
 
     @property
     def name(self) -> str:
@@ -85,7 +87,8 @@ class Instances:
             "expires_at": now(instance.lease),
             "clock_offset": instance.clock_offset.total_seconds(),
         }
-        row = {"id": instance.id, "host": instance.host, "pid": instance.pid, "started_at": now(), **renewed}
+        who = {"id": instance.id, "host": instance.host, "pid": instance.pid, "release": instance.release}
+        row = {**who, "started_at": now(), **renewed}
         upsert = self._insert(instances).values(row).on_conflict_do_update(index_elements=["id"], set_=renewed)
         with self._single.begin() as connection:
             host_before = time.time()  # not before connecting, which may take long
@@ -158,7 +161,7 @@ _pulse = (
         .where(
             or_(
                 workers.c.running.is_not(None),
-                and_(workers.c.pending_tick.is_not(None), workers.c.paused_at.is_(None)),
+                and_(workers.c.pending_tick.is_not(None), may_be_run_again),
             )
         )
         .exists(),

@@ -1,9 +1,10 @@
 """Who runs what: every statement that decides it. Each race is one conditional UPDATE."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from types import MappingProxyType
 from typing import Any
 
 from sqlalchemy import (
@@ -25,8 +26,12 @@ from sqlalchemy.orm import Session
 
 from .clock import now, single_statements
 from .errors import ClaimLost
-from .models import executions, workers
+from .models import executions, may_be_run_again, workers
 from .schedule import Schedule, parse_schedule
+from .totals import Totals
+
+Notes = Mapping[str, Any]
+NOTHING: Notes = MappingProxyType({})
 
 _TICK = timedelta(microseconds=1)
 _LOCK_SECONDS = 1.0  # whoever waits longer for a worker's row gives its thread to another worker, and tries again
@@ -63,17 +68,23 @@ class WorkerState:
     declared_by: str | None
     paused_at: datetime | None
     pending_tick: datetime | None
+    pending_trigger: str | None
     running: Claim | None
     started_at: datetime | None
-    instance: str | None
-    instance_name: str | None
     progress_done: float | None
     progress_total: float | None
+    instance: str | None
+    instance_name: str | None
 
     @property
     def overridden(self) -> bool:
         """Whether `reschedule` put another schedule in force than the declared one."""
         return self.schedule_text != self.declared
+
+    @property
+    def owed(self) -> datetime | None:
+        """The tick that is to be run before any other. A pause holds it up, unless somebody asked for it by hand."""
+        return None if self.paused_at and self.pending_trigger != "manual" else self.pending_tick
 
     @property
     def schedule(self) -> Schedule:
@@ -96,6 +107,7 @@ class Ledger:
             self._limits = (*self.idle, waiting, _limit("statement_timeout", lease))
         self._reading = single_statements(engine)
         self.insert = sqlite.insert if engine.dialect.name == "sqlite" else postgresql.insert
+        self._totals = Totals(self.insert)
 
     @contextmanager
     def begin(self) -> Iterator[Connection]:
@@ -148,7 +160,7 @@ class Ledger:
             return self._started(connection, Claim(name, tick, 1, row.token, "schedule", 0), instance)
 
     def claim_pending(self, name: str, tick: datetime, instance: tuple[str, str]) -> Claim | None:
-        """Claim a tick that was lost or handed back. Others may be here: every instance that saw it pending."""
+        """Claim a tick that was lost, handed back or requested. Others may be here: all that saw it pending."""
         pending = (workers.c.pending_attempt, workers.c.pending_trigger)
         with self.begin() as connection:
             row = connection.execute(
@@ -156,7 +168,7 @@ class Ledger:
                 .where(
                     workers.c.name == name,
                     workers.c.pending_tick == tick,
-                    workers.c.paused_at.is_(None),
+                    may_be_run_again,
                     workers.c.running.is_(None),
                 )
                 .values(pending_tick=null(), **_NEW_TOKEN)
@@ -182,6 +194,19 @@ class Ledger:
             if token is None:
                 return None
             return self._started(connection, Claim(name, tick, 1, token, "manual", 0), instance)
+
+    def request(self, name: str) -> bool:
+        """Have whichever instance comes first claim a manual run; False where it runs, or is to be run, already.
+
+        Others may be here: a second click, and every claim. The worker has one pending tick, and one claim in force.
+        """
+        with self.begin() as connection:
+            asked = (
+                update(workers)
+                .where(workers.c.name == name, workers.c.pending_tick.is_(None), workers.c.running.is_(None))
+                .values(pending_tick=now(), pending_attempt=1, pending_trigger="manual")
+            )
+            return count(connection.execute(asked)) == 1
 
     def skip(self, name: str, tick: datetime, reason: str) -> bool:
         """Record that `tick` is not run because the worker is paused or still running; True for the one who did.
@@ -211,7 +236,7 @@ class Ledger:
                 .limit(1)
                 .scalar_subquery()
             )
-            extended = connection.execute(
+            extended_at = connection.execute(
                 update(executions)
                 .where(
                     executions.c.id == newest,
@@ -219,15 +244,20 @@ class Ledger:
                     executions.c.reason == reason,
                 )
                 .values(through=tick, finished_at=now())
-            )
-            if count(extended) == 0:
+                .returning(executions.c.finished_at)
+            ).scalar_one_or_none()
+            if extended_at is None:
                 self._record_not_run(connection, "skipped", name, tick, tick, reason)
+            else:
+                self._totals.add_not_run(connection, name, "skipped", extended_at)
             return True
 
     # -- ending --------------------------------------------------------------------------------
 
-    def check(self, claim: Claim, session: Session, progress: tuple[float, float | None] | None = None) -> None:
+    def check(self, claim: Claim, session: Session, notes: Notes = NOTHING) -> None:
         """Hold the worker's row in the session's transaction while its token is `claim`'s; else raise ClaimLost.
+
+        `notes` are columns of its execution to be written with it.
 
         Others may be here: whoever takes the claim over. They wait for this commit, or this finds them first.
         """
@@ -240,22 +270,28 @@ class Ledger:
             ours = session.execute(row).first() is not None
         if not ours:
             raise _lost(claim)
-        if progress is not None:
-            execution = update(executions).where(executions.c.id == claim.execution)
-            session.execute(execution.values(_progress(progress)))
+        if notes:
+            session.execute(update(executions).where(executions.c.id == claim.execution).values(notes))
 
-    def finish(self, claim: Claim, session: Session, progress: tuple[float, float | None] | None = None) -> None:
+    def finish(self, claim: Claim, session: Session, notes: Notes = NOTHING) -> None:
         """Write "succeeded" into the run's own transaction; its commit makes the effects and the mark one."""
-        if not self._end(session, claim, "succeeded", progress=progress):
+        if not self._end(session, claim, "succeeded", notes=notes):
             raise _lost(claim)
 
-    def end(self, claim: Claim, state: str, reason: str | None = None, next_attempt: int | None = None) -> bool:
+    def end(
+        self,
+        claim: Claim,
+        state: str,
+        reason: str | None = None,
+        next_attempt: int | None = None,
+        notes: Notes = NOTHING,
+    ) -> bool:
         """End a claim that did not succeed; with `next_attempt` its tick is claimed again.
 
         Others may be here: the run itself, its time-out, and the instances that believe it lost. The first wins.
         """
         with self.begin() as connection:
-            return self._end(connection, claim, state, reason, next_attempt)
+            return self._end(connection, claim, state, reason, next_attempt, notes)
 
     def outcome(self, claim: Claim) -> str:
         """The state of the claim's execution; "lost" where its row is gone."""
@@ -290,7 +326,7 @@ class Ledger:
         state: str,
         reason: str | None = None,
         next_attempt: int | None = None,
-        progress: tuple[float, float | None] | None = None,
+        notes: Notes = NOTHING,
     ) -> bool:
         pending: dict[str, Any] = {}
         if next_attempt is not None:
@@ -307,11 +343,14 @@ class Ledger:
         )
         if released.first() is None:
             return False
-        connection.execute(
+        ended = connection.execute(
             update(executions)
             .where(executions.c.id == claim.execution)
-            .values(state=state, finished_at=now(), reason=storable(reason), **_progress(progress))
-        )
+            .values(state=state, finished_at=now(), reason=reason, **notes)
+            .returning(executions.c.started_at, executions.c.finished_at)
+        ).one_or_none()
+        if ended is not None:  # and not pruned while it ran
+            self._totals.add(connection, claim, state, *ended)
         return True
 
     def _record_missed(
@@ -326,8 +365,9 @@ class Ledger:
     def _record_not_run(
         self, connection: Connection, state: str, name: str, first: datetime, last: datetime, reason: str
     ) -> None:
-        connection.execute(
-            insert(executions).values(
+        at = connection.execute(
+            insert(executions)
+            .values(
                 worker=name,
                 tick=first,
                 through=last,
@@ -336,7 +376,9 @@ class Ledger:
                 reason=reason,
                 finished_at=now(),
             )
-        )
+            .returning(executions.c.finished_at)
+        ).scalar_one()
+        self._totals.add_not_run(connection, name, state, at)
 
 
 _NEW_TOKEN = {"token": workers.c.token + 1, "running": workers.c.token + 1}
@@ -349,10 +391,10 @@ _states = select(
     executions.c.attempt,
     executions.c.trigger,
     executions.c.started_at,
-    executions.c.instance,
-    executions.c.instance_name,
     executions.c.progress_done,
     executions.c.progress_total,
+    executions.c.instance,
+    executions.c.instance_name,
 ).outerjoin(executions, and_(executions.c.worker == workers.c.name, executions.c.token == workers.c.running))
 
 
@@ -370,22 +412,14 @@ def _state(row: Row[Any]) -> WorkerState:
         declared_by=row.declared_by,
         paused_at=row.paused_at,
         pending_tick=row.pending_tick,
+        pending_trigger=row.pending_trigger,
         running=running,
         started_at=row.started_at,
-        instance=row.instance,
-        instance_name=row.instance_name,
         progress_done=row.progress_done,
         progress_total=row.progress_total,
+        instance=row.instance,
+        instance_name=row.instance_name,
     )
-
-
-def _progress(progress: tuple[float, float | None] | None) -> dict[str, float | None]:
-    return {} if progress is None else {"progress_done": progress[0], "progress_total": progress[1]}
-
-
-def storable(text: str | None) -> str | None:
-    """Without what a database cannot hold: an error may quote the name of a file, which can be any bytes."""
-    return text and text.encode(errors="backslashreplace").decode().replace("\0", "\\x00")
 
 
 def _limit(setting: str, seconds: float) -> ColumnElement[str]:

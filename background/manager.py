@@ -257,6 +257,17 @@ class BackgroundWorkerManager:
         self._reopen()
         return self.ticks.run_now(worker)
 
+    def request(self, name: str) -> bool:
+        """Have worker `name` run now, by whichever instance is first to see it (within a heartbeat); returns at once.
+
+        As with `trigger`, a pause does not hold it up. False where it runs, or is to be run, already. Raises
+        UnknownWorker.
+        """
+        self.ticks.look(self._known(name))
+        requested = self.ticks.ledger.request(name)
+        self._look()
+        return requested
+
     def pause(self, name: str) -> bool:
         """Run no more ticks of `name`, anywhere, until `resume`; what runs goes on. False if paused already."""
         self.ticks.look(self._known(name))
@@ -279,9 +290,13 @@ class BackgroundWorkerManager:
         changed = self.ticks.settings.reschedule(
             name, None if declared else make_schedule(name, period, cron, timezone)
         )
+        self._look()
+        return changed
+
+    def _look(self) -> None:
+        """Take in at once what the others see with their next heartbeat."""
         if self._membership is not None:
             self._membership.refresh()
-        return changed
 
     # -- messages ------------------------------------------------------------------------------
 

@@ -174,7 +174,7 @@ class Membership:
                 self._look_later()
             for state in ours:
                 self._look_soon(state)
-                if state.name in gone or (state.pending_tick and not state.paused_at):
+                if state.name in gone or state.owed:
                     self._settle_soon(state.name)
             self._follow_releases(ours)
 
@@ -241,7 +241,7 @@ class Membership:
         """The tick of the worker that is to be run again, once nobody who is gone holds it any more."""
         try:
             state = self._ticks.freed(worker, self._ticks.look(worker))
-            return None if state.paused_at else state.pending_tick
+            return state.owed
         finally:
             self._settling.discard(worker.name)
 
@@ -253,7 +253,7 @@ class Membership:
             self._ticks.runs.lose(LEASE_IS_OVER, instance)
             if self._ticks.runs.stopping.is_set():
                 return
-            instance = Instance(instance.lease, clock_offset=instance.clock_offset)
+            instance = Instance(instance.lease, clock_offset=instance.clock_offset, release=instance.release)
         offset, before = instance.clock_offset, self._pulse
         self._pulse = self._ticks.instances.beat(instance, sorted(self._topics))
         if instance is not self._ticks.instance and not self._begin_anew(instance):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import cached_property
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 from sqlalchemy import (
@@ -34,7 +34,7 @@ from sqlalchemy.orm import Session
 
 from .clock import now, single_statements
 from .errors import BackgroundError, ClaimLost, UnknownMessage, WrongState
-from .ledger import Ledger, count, storable
+from .ledger import Ledger, count
 from .models import message_errors, messages
 from .payloads import Draft
 
@@ -94,6 +94,14 @@ class Batch:
     @property
     def ids(self) -> list[int]:
         return [message.id for message in self.messages]
+
+
+class Freed(NamedTuple):
+    """A message that nobody holds any more: "waiting" for another attempt, or "dead"."""
+
+    id: int
+    topic: str
+    state: str
 
 
 class Messages:
@@ -206,17 +214,17 @@ class Messages:
         with self._ledger.begin() as connection:
             _release(connection, self._held(batch, ids), attempt=messages.c.attempt - 1)
 
-    def fail(self, batch: Batch, ids: Collection[int], error: str, most: int, pause: timedelta) -> list[str]:
+    def fail(self, batch: Batch, ids: Collection[int], error: str, most: int, pause: timedelta) -> list[Freed]:
         """Write an error of each of `ids` that is left; try it again after `pause`, or bury it at its `most`th attempt.
 
-        Return the states. Others may be here: whoever takes them over, as this instance is believed to be gone.
+        Others may be here: whoever takes them over, as this instance is believed to be gone.
         """
         with self._ledger.begin() as connection:
             return self._fail(connection, self._held(batch, ids), error, most, pause)
 
     def _fail(
         self, connection: Connection, which: ColumnElement[bool], error: str, most: int, pause: timedelta
-    ) -> list[str]:
+    ) -> list[Freed]:
         is_last = messages.c.attempt >= most
         failed = _release(
             connection,
@@ -230,14 +238,14 @@ class Messages:
                 "message": row.id,
                 "attempt": row.attempt,
                 "instance_name": row.instance_name,
-                "error": storable(error),
+                "error": error,
                 "at": now(),
             }
             for row in failed
         ]
         if errors:
             connection.execute(insert(message_errors).values(errors))
-        return [row.state for row in failed]
+        return _freed(failed)
 
     # -- those who are gone --------------------------------------------------------------------
 
@@ -246,8 +254,8 @@ class Messages:
         held = and_(_is_running, messages.c.topic.in_(topics))
         return {row.instance for row in self.read(select(messages.c.instance).where(held).distinct())}
 
-    def take_back(self, instance: str, topics: dict[str, int], error: str | None) -> list[str]:
-        """Free what a gone instance holds of `topics` (with their `max_attempts`); return the states.
+    def take_back(self, instance: str, topics: dict[str, int], error: str | None) -> list[Freed]:
+        """Free what a gone instance holds of `topics` (with their `max_attempts`).
 
         Without an `error` it signed off: that was no attempt. Others may be here: every instance that finds it gone,
         and the instance itself, if it only seemed to be; whoever comes second finds nothing.
@@ -259,12 +267,12 @@ class Messages:
         old = and_(_is_running, messages.c.instance == instance, messages.c.claimed_at < now(-older))
         return {row.batch for row in self.read(select(messages.c.batch).where(old).distinct())}
 
-    def take_back_stranded(self, batches: Collection[str], topics: dict[str, int]) -> None:
+    def take_back_stranded(self, batches: Collection[str], topics: dict[str, int], error: str) -> list[Freed]:
         """Free the `batches` of a living instance that handles none of them."""
-        self._take_back(messages.c.batch.in_(batches), topics, "the reply to its claim got lost")
+        return self._take_back(messages.c.batch.in_(batches), topics, error)
 
-    def _take_back(self, held: ColumnElement[bool], topics: dict[str, int], error: str | None) -> list[str]:
-        states = []
+    def _take_back(self, held: ColumnElement[bool], topics: dict[str, int], error: str | None) -> list[Freed]:
+        freed: list[Freed] = []
         with self._ledger.begin() as connection:
             for topic, most in topics.items():
                 which = and_(_is_running, held, messages.c.topic == topic)
@@ -272,10 +280,10 @@ class Messages:
                 free = select(messages.c.id).where(which).with_for_update(skip_locked=True)
                 which = and_(which, messages.c.id.in_(free.subquery().select()))
                 if error is None:
-                    states += [row.state for row in _release(connection, which, attempt=messages.c.attempt - 1)]
+                    freed += _freed(_release(connection, which, attempt=messages.c.attempt - 1))
                 else:
-                    states += self._fail(connection, which, error, most, timedelta())
-        return states
+                    freed += self._fail(connection, which, error, most, timedelta())
+        return freed
 
     # -- what people decide --------------------------------------------------------------------
 
@@ -385,6 +393,10 @@ def _release(connection: Connection, which: ColumnElement[bool], **values: Any) 
     free = {"state": "waiting", "batch": None, "instance": None, **values}
     columns = [messages.c[name] for name in ("id", "topic", "attempt", "state", "instance_name")]
     return connection.execute(update(messages).where(which).values(free).returning(*columns)).all()
+
+
+def _freed(rows: Sequence[Row[Any]]) -> list[Freed]:
+    return [Freed(row.id, row.topic, row.state) for row in rows]
 
 
 def next_due(topics: Iterable[str]) -> Iterator[ColumnElement[datetime | None]]:

@@ -5,6 +5,7 @@ from typing import Any
 from sqlalchemy import (
     BigInteger,
     Column,
+    Dialect,
     Float,
     ForeignKey,
     Index,
@@ -13,12 +14,25 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    TypeDecorator,
     literal_column,
+    or_,
 )
 
 from .clock import UtcDateTime
 
 metadata = MetaData()
+
+
+class AnyText(TypeDecorator[str]):
+    """Text without what a database cannot hold: an error may quote the name of a file, which can be any bytes."""
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
+        return value and value.encode(errors="backslashreplace").decode().replace("\0", "\\x00")
+
 
 _Id = BigInteger().with_variant(Integer, "sqlite")
 
@@ -33,7 +47,7 @@ workers = Table(
     # Grows by one at every claim. `running` is the token of the claim in force, or NULL.
     Column("token", BigInteger, nullable=False, server_default="0"),
     Column("running", BigInteger),
-    # A tick that was lost or handed back and is to be claimed again, before any newer one.
+    # A tick that was lost or handed back and is to be claimed again, before any newer one; or a run that was requested.
     Column("pending_tick", UtcDateTime),
     Column("pending_attempt", Integer),
     Column("pending_trigger", String(10)),
@@ -45,6 +59,8 @@ workers = Table(
     Column("scheduled_at", UtcDateTime, nullable=False),
     Column("paused_at", UtcDateTime),
 )
+
+may_be_run_again = or_(workers.c.paused_at.is_(None), workers.c.pending_trigger == "manual")
 
 executions = Table(
     "background_executions",
@@ -64,9 +80,9 @@ executions = Table(
     Column("finished_at", UtcDateTime),
     Column("progress_done", Float),
     Column("progress_total", Float),
-    Column("reason", Text),
+    Column("reason", AnyText),
     # What was logged meanwhile, one line each; written with the outcome, and with each commit on the way.
-    Column("log", Text),
+    Column("log", AnyText),
     Index("ix_background_executions_worker_tick", "worker", "tick"),
     Index("ix_background_executions_token", "worker", "token", unique=True),
 )
@@ -147,7 +163,7 @@ message_errors = Table(
     Column("attempt", Integer, nullable=False),
     Column("at", UtcDateTime, nullable=False),
     Column("instance_name", String(255)),
-    Column("error", Text, nullable=False),
+    Column("error", AnyText, nullable=False),
 )
 
 locks = Table(

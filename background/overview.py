@@ -40,14 +40,14 @@ def _overview(
     if state and state.running:
         running = {
             "tick": state.running.tick,
-            "instance": state.instance_name,
-            "instance_id": state.instance,
-            "is_gone": state.instance in gone,
-            "execution": state.running.execution,
             "attempt": state.running.attempt,
+            "execution": state.running.execution,
             "started_at": state.started_at,
             "progress_done": state.progress_done,
             "progress_total": state.progress_total,
+            "instance": state.instance_name,
+            "instance_id": state.instance,
+            "is_gone": state.instance in gone,
         }
     return {
         "name": name,

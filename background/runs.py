@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from itertools import chain, repeat
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
@@ -22,6 +22,7 @@ from .context import TickContext, WorkerContext, current_run
 from .errors import ClaimLost, RunStopped, first_line
 from .instances import Instance
 from .ledger import Claim, Ledger
+from .signals import execution_started, of_state, send
 from .worker import PeriodicWorker, attempt_after
 
 log = logging.getLogger(__name__)
@@ -93,10 +94,16 @@ class Runs:
     def run(self, worker: type[PeriodicWorker], claim: Claim, ledger: Ledger, instance: Instance) -> Execution:
         """Run `claim` to its end, whatever that is, and write it down; no error of the worker's comes out."""
         hung = partial(self.hung, threading.get_ident())
+        send(self._app, execution_started, claim=claim)
         with self._app.app_context():
             context = TickContext(claim, ledger, instance, self._db)
-            with self.entered(context), _timed_out_after(worker.timeout, context, ledger, hung):
-                return Execution(claim, self._outcome(worker, context, ledger))
+            ending = Ending(self._app, context, ledger)
+            with (
+                self.entered(context),
+                context.log_lines.attached(),
+                _timed_out_after(worker.timeout, context, ending, hung),
+            ):
+                return Execution(claim, self._outcome(worker, context, ending))
 
     @contextmanager
     def entered(self, context: WorkerContext) -> Iterator[None]:
@@ -114,7 +121,7 @@ class Runs:
                 self._contexts.discard(context)
                 self._changed.notify_all()
 
-    def _outcome(self, worker: type[PeriodicWorker], context: TickContext, ledger: Ledger) -> str:
+    def _outcome(self, worker: type[PeriodicWorker], context: TickContext, ending: "Ending") -> str:
         claim, began = context.claim, time.monotonic()
         try:
             context.raise_if_stopping()
@@ -123,10 +130,11 @@ class Runs:
         except BaseException as error:
             self.roll_back()
             if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
-                _end(context, ledger, "handed back", next_attempt=claim.attempt)  # a Ctrl-C: it reaches no other thread
+                ending.write("handed back", next_attempt=claim.attempt)  # a Ctrl-C: it reaches no other thread
                 raise
-            return _unfinished(worker, context, ledger, error)
+            return _unfinished(worker, context, ending, error)
         context.logger.info("Ran the tick %s in %.3f s", claim.tick.isoformat(), time.monotonic() - began)
+        ending.tell("succeeded")
         return "succeeded"
 
     def roll_back(self) -> None:
@@ -138,30 +146,31 @@ class Runs:
             self._db.session().invalidate()
 
 
-def _unfinished(worker: type[PeriodicWorker], context: TickContext, ledger: Ledger, error: BaseException) -> str:
+def _unfinished(worker: type[PeriodicWorker], context: TickContext, ending: "Ending", error: BaseException) -> str:
     """Write down why the run did not succeed, and return that."""
     claim, tick = context.claim, context.tick.isoformat()
     if context.timed_out_after:
-        return _time_out(context, ledger)
+        return _time_out(context, ending)
     if context.is_lost or not context.instance.is_alive or isinstance(error, ClaimLost):
         context.logger.warning("Lost the tick %s: %s", tick, first_line(error))
         return "lost"  # which is written by whoever finds this instance gone
     if isinstance(error, RunStopped):
-        state = _end(context, ledger, "handed back", next_attempt=claim.attempt)
+        state = ending.write("handed back", next_attempt=claim.attempt)
         if state == "handed back":
             context.logger.info("Handed the tick %s back", tick)
         return state
     if _is_cut_off(error):
         again = attempt_after(worker, claim.attempt)
-        state = _end(context, ledger, "lost", f"its database connection broke: {first_line(error)}", again)
+        state = ending.write("lost", f"its database connection broke: {first_line(error)}", again)
         if state == "lost":
             context.logger.warning("Lost the tick %s, its database connection broke: %s", tick, follows(again))
     else:
-        state = _end(context, ledger, "failed", "".join(traceback.format_exception(error)))
+        state = ending.write("failed", "".join(traceback.format_exception(error)), error=error)
         if state != "succeeded":
             context.logger.error("Failed at the tick %s", tick, exc_info=error)
     if state == "succeeded":  # the reply to its last commit got lost, or a listener to that failed
         context.logger.warning("Succeeded at the tick %s, but afterwards: %s", tick, first_line(error))
+        ending.tell("succeeded")
     return state
 
 
@@ -193,19 +202,32 @@ async def _awaited(result: Awaitable[None]) -> None:
     await result
 
 
-def _end(
-    context: TickContext,
-    ledger: Ledger,
-    state: str,
-    reason: str | None = None,
-    next_attempt: int | None = None,
-) -> str:
-    """Write how the run ended and return that, or what was written before; "lost" where the lease was over first."""
+class Ending:
+    """How one run ends: written once, and told to the application by whoever wrote it."""
 
-    def end() -> str:
-        return state if ledger.end(context.claim, state, reason, next_attempt) else ledger.outcome(context.claim)
+    def __init__(self, app: Flask, context: TickContext, ledger: Ledger) -> None:
+        self._app, self._context, self._ledger = app, context, ledger
 
-    return insist(context.instance, f"that {context.worker} {state}", end) or "lost"
+    def write(
+        self,
+        state: str,
+        reason: str | None = None,
+        next_attempt: int | None = None,
+        error: BaseException | None = None,
+    ) -> str:
+        """Write how the run ended and return that, or what was written before; "lost" where the lease was over."""
+        context = self._context
+
+        def end() -> str:
+            if not self._ledger.end(context.claim, state, reason, next_attempt, context.notes()):
+                return self._ledger.outcome(context.claim)
+            self.tell(state, **({"error": error} if error else {"reason": reason}))
+            return state
+
+        return insist(context.instance, f"that {context.worker} {state}", end) or "lost"
+
+    def tell(self, state: str, **details: Any) -> None:
+        send(self._app, of_state[state], claim=self._context.claim, **details)
 
 
 def insist(instance: Instance, what: str, write: Callable[[], T]) -> T | None:
@@ -223,7 +245,7 @@ def insist(instance: Instance, what: str, write: Callable[[], T]) -> T | None:
 
 @contextmanager
 def _timed_out_after(
-    timeout: timedelta | None, context: TickContext, ledger: Ledger, hung: Callable[[], None]
+    timeout: timedelta | None, context: TickContext, ending: Ending, hung: Callable[[], None]
 ) -> Iterator[None]:
     """After `timeout`, end the run in the ledger, so that the next ticks go on; the hung one can commit no more."""
     if timeout is None:
@@ -234,7 +256,7 @@ def _timed_out_after(
         context.timed_out_after = timeout
         context.lose(f"it ran longer than its timeout of {timeout}")
         hung()
-        if _time_out(context, ledger) == "timed out":
+        if _time_out(context, ending) == "timed out":
             context.logger.warning("Timed out: the tick %s ran longer than %s", context.tick.isoformat(), timeout)
 
     timer = threading.Timer(timeout.total_seconds(), time_out)
@@ -246,6 +268,6 @@ def _timed_out_after(
         timer.cancel()
 
 
-def _time_out(context: TickContext, ledger: Ledger) -> str:
+def _time_out(context: TickContext, ending: Ending) -> str:
     """Called when the time is up, and again by the run when it ends: on SQLite it may hold the lock until then."""
-    return _end(context, ledger, "timed out", f"ran longer than its timeout of {context.timed_out_after}")
+    return ending.write("timed out", f"ran longer than its timeout of {context.timed_out_after}")

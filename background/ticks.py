@@ -18,6 +18,7 @@ from .locks import Locks
 from .messages import Messages
 from .runs import Execution, Runs, follows
 from .settings import Settings
+from .signals import execution_handed_back, execution_lost, send
 from .worker import PeriodicWorker, attempt_after, declared_schedule
 
 log = logging.getLogger(__name__)
@@ -102,8 +103,8 @@ class Ticks:
     def _cleared(self, worker: type[PeriodicWorker], state: WorkerState) -> tuple[WorkerState, Execution | None]:
         """Out of the way of a new tick: a claim whose instance is gone, and a tick that is to be run again."""
         state, again = self.freed(worker, state), None
-        if state.pending_tick and not state.paused_at:
-            again = self.run_pending(worker, state.pending_tick)
+        if state.owed:
+            again = self.run_pending(worker, state.owed)
             state = self.look(worker)
         return state, again
 
@@ -120,7 +121,7 @@ class Ticks:
 
     def sign_on(self) -> Instance:
         """A new life of this process, known to the fleet."""
-        instance = Instance(self._lease)
+        instance = Instance(self._lease, release=self._app.config.get("RELEASE"))
         self.instances.beat(instance)
         return instance
 
@@ -195,12 +196,15 @@ class Ticks:
 
     def _take_back(self, worker: type[PeriodicWorker], claim: Claim, state: WorkerState, signed_off: bool) -> None:
         if signed_off:
-            self.ledger.end(claim, "handed back", f"{state.instance_name} did not run it", claim.attempt)
+            reason = f"{state.instance_name} did not run it"
+            if self.ledger.end(claim, "handed back", reason, claim.attempt):
+                send(self._app, execution_handed_back, claim=claim, reason=reason)
             return
         again = attempt_after(worker, claim.attempt)
         reason = f"{state.instance_name} stopped renewing its lease"
         if self.ledger.end(claim, "lost", reason, again):
             log.warning("%s: lost the tick %s, %s: %s", claim.worker, claim.tick.isoformat(), reason, follows(again))
+            send(self._app, execution_lost, claim=claim, reason=reason)
 
     # -- what it asks --------------------------------------------------------------------------
 

@@ -155,7 +155,7 @@ def _is_pending(around: Surroundings, record: Record) -> bool:
 
 def _by_whom(around: Surroundings) -> str:
     """Who will run it, or what stands in the way of that."""
-    if around.state and around.state.paused_at:
+    if around.state and around.state.paused_at and not around.state.owed:
         return f", once the worker is resumed (it is paused since {second(around.state.paused_at)})"
     if around.alive:
         return f" by {_alive(around)}"
@@ -220,7 +220,8 @@ def _untaken(around: Surroundings, known: Known, tick: datetime, state: WorkerSt
     if state.paused_at:
         return "paused", f"did not run: the worker is paused since {second(state.paused_at)}"
     if state.pending_tick:
-        first = f"the tick {moment(state.pending_tick)}, which was lost or handed back, runs first"
+        cause = "asked for by hand" if state.pending_trigger == "manual" else "lost or handed back"
+        first = f"the tick {moment(state.pending_tick)}, which was {cause}, runs first"
         return "waiting", f"has waited for {late}: {first}{_by_whom(around)}"
     if state.running:
         return (

@@ -1,0 +1,47 @@
+"""What an application can hook its own reactions onto: blinker signals, sent once what they tell of is committed.
+
+The sender is the Flask app. A receiver is called in an app context of its own, in the thread of the run or of whoever
+found it gone; what it raises is logged, and harms nobody. An instance that dies right after a commit sends nothing:
+for what must happen, enqueue a message in the run itself.
+"""
+
+import logging
+from contextvars import Context
+from typing import Any
+
+from blinker import NamedSignal, Namespace
+from flask import Flask
+
+log = logging.getLogger(__name__)
+
+_signals = Namespace()
+
+execution_started = _signals.signal("execution started", "`claim`: the Claim that begins to run now.")
+execution_succeeded = _signals.signal("execution succeeded", "`claim`.")
+execution_failed = _signals.signal("execution failed", "`claim`, and the `error` that the worker raised.")
+execution_lost = _signals.signal("execution lost", "`claim`, and the `reason`; sent by whoever found it lost.")
+execution_handed_back = _signals.signal("execution handed back", "`claim`, and the `reason`, if there is one.")
+execution_timed_out = _signals.signal("execution timed out", "`claim`, and the `reason`.")
+message_buried = _signals.signal("message buried", "`message` (its id), `topic`, and its last `error` (a text).")
+
+of_state: dict[str, NamedSignal] = {
+    "succeeded": execution_succeeded,
+    "failed": execution_failed,
+    "lost": execution_lost,
+    "handed back": execution_handed_back,
+    "timed out": execution_timed_out,
+}
+
+
+def send(app: Flask, signal: NamedSignal, **details: Any) -> None:
+    """Call the receivers of `signal`, each with `details`; outside of whatever run this thread is in."""
+    for receiver in signal.receivers_for(app):
+        Context().run(_call, app, signal, receiver, details)
+
+
+def _call(app: Flask, signal: NamedSignal, receiver: Any, details: dict[str, Any]) -> None:
+    try:
+        with app.app_context():
+            receiver(app, **details)
+    except Exception:  # a receiver's fault is not the run's
+        log.exception("A receiver of the signal %r failed", signal.name)
