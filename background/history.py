@@ -262,8 +262,10 @@ class History:
         complete_since = max(since, min(began)) if began else since
         seen = self._lived(since, until, {each.instance for each in records if each.instance})
         alive = {each.id for each in seen if each.is_alive}
-        marked = [replace(each, is_gone=each.state == "running" and each.instance not in alive) for each in records]
-        return Window(since, until, clock, tuple(marked), complete_since, seen)
+        marked = [
+            each if each.state != "running" else replace(each, is_gone=each.instance not in alive) for each in records
+        ]
+        return Window(since, until, clock, tuple(records), complete_since, seen)
 
     def _lived(self, since: datetime, until: datetime, ids: Collection[str]) -> tuple[Seen, ...]:
         lived = and_(instances.c.started_at <= until, instances.c.heartbeat_at >= since)

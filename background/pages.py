@@ -41,7 +41,7 @@ def time_tag(at: datetime | None) -> str:
         return "–"
     at = at.astimezone(UTC)
     text = utc_text(at)
-    return Markup('<time datetime="{}" title="{}">{}</time>').format(at.isoformat(), text, text)
+    return Markup(f'<time datetime="{at.isoformat()}" title="{text}">{text}</time>')  # noqa: S704 - digits and signs
 
 
 def utc_text(at: datetime) -> str:

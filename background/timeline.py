@@ -29,19 +29,19 @@ SIGNS = {state: state.replace(" ", "-") for state in ("running", "lost", "handed
 """What stands at the end of a bar, so that it is not told by its colour alone."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Bar:
-    """One execution, or ticks that were not run."""
+    """One execution, or ticks that were not run; `y` and its text are found when its lane is."""
 
     record: Record
     x: float
     width: float
-    y: int
     title: str
     tick_x: float | None
     """Where its tick is, if within the picture."""
     end_x: float
     """Of a lost one: where the others found out. Else the bar's own end."""
+    y: int = 0
     text: str | None = None
     text_x: float = 0.0
     is_text_inside: bool = False
@@ -165,11 +165,11 @@ def _groups(window: Window) -> tuple[dict[str, tuple[Seen | None, list[Record]]]
 
 
 def _lane(scale: _Scale, seen: Seen | None, records: list[Record], y: int, is_detailed: bool) -> Lane:
-    bars = [_bar(scale, record, seen) for record in records]
+    bars = [_bar(scale, record, seen) for record in sorted(records, key=lambda record: record.began_at)]
     rows = _by_worker(bars) if is_detailed else _packed(bars)
     head = HEAD if is_detailed else PAD
     placed = tuple(
-        bar for number, row in enumerate(rows) for bar in _labelled(row, y + head + number * ROW, not is_detailed)
+        bar for number, row in enumerate(rows) for bar in _placed(row, y + head + number * ROW, not is_detailed)
     )
     names = tuple((clipped(row[0].record.worker, _LETTERS), y + head + number * ROW) for number, row in enumerate(rows))
     height = max(head + len(rows) * ROW + PAD // 2, HEAD + PAD if is_detailed else 2 * HEAD)
@@ -212,7 +212,7 @@ def _bar(scale: _Scale, record: Record, seen: Seen | None) -> Bar:
     x = scale.x(began)
     width = max(scale.x(ended) - x, _SLIMMEST)
     tick_x = scale.x(record.tick) if scale.shows(record.tick) and record.started_at else None
-    return Bar(record, x, round(width, 3), 0, describe(record), tick_x, round(max(end_x, x + width), 3))
+    return Bar(record, x, round(width, 3), describe(record), tick_x, round(max(end_x, x + width), 3))
 
 
 def describe(record: Record) -> str:
@@ -239,7 +239,7 @@ def _by_worker(bars: Sequence[Bar]) -> list[list[Bar]]:
 def _packed(bars: Sequence[Bar]) -> list[list[Bar]]:
     """In as few rows as they need, each in the first that is free then: as many as ran at once."""
     rows: list[list[Bar]] = []
-    for bar in sorted(bars, key=lambda bar: bar.record.began_at):
+    for bar in bars:
         free = next((row for row in rows if row[-1].record.ended_at <= bar.record.began_at), None)
         if free is None and len(rows) < _MOST_PACKED:
             rows.append(free := [])
@@ -247,19 +247,16 @@ def _packed(bars: Sequence[Bar]) -> list[list[Bar]]:
     return rows
 
 
-def _labelled(row: Sequence[Bar], y: int, may_stand_beside: bool) -> Iterator[Bar]:
+def _placed(row: Sequence[Bar], y: int, may_stand_beside: bool) -> Sequence[Bar]:
     """The bars in their row, named where there is room."""
-    row = sorted(row, key=lambda bar: bar.x)
     for bar, following in zip(row, [*row[1:], None], strict=True):
-        bar, name = replace(bar, y=y + (ROW - BAR) // 2), bar.record.worker
+        bar.y, name = y + (ROW - BAR) // 2, bar.record.worker
         needed = len(name) * _PER_LETTER + _MARGIN
-        beside = bar.end_x + _MARGIN
         if needed <= bar.width:
-            yield replace(bar, text=name, text_x=bar.x, is_text_inside=True)
-        elif may_stand_beside and beside + needed <= (following.x if following else _RIGHT):
-            yield replace(bar, text=name, text_x=bar.end_x)
-        else:
-            yield bar
+            bar.text, bar.text_x, bar.is_text_inside = name, bar.x, True
+        elif may_stand_beside and bar.end_x + _MARGIN + needed <= (following.x if following else _RIGHT):
+            bar.text, bar.text_x = name, bar.end_x
+    return row
 
 
 # -- what connects them --------------------------------------------------------------------------

@@ -80,7 +80,7 @@ def measured(engine: str, size: Size, rounds: int) -> dict[str, Figures]:
                 upgrade()
                 fill(app, size)
             client = logged_in(app)
-            return {address: timed(client, address, rounds) for address in pages(app, size)}
+            return {address: timed(client, address, rounds) for address in list(pages(app, size))}
         finally:
             app.extensions["background_workers"].stop()
             with app.app_context():
