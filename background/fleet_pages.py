@@ -115,16 +115,16 @@ class Holder:
 
 
 def instances_page() -> ResponseReturnValue:
-    holders = _holders(the_manager())
+    clock = the_manager().history.clock()
+    holders = _holders(the_manager(), clock)
     alive = sum(each.seen.is_alive for each in holders)
-    return render_template("background/instances.html", holders=holders, alive=alive)
+    return render_template("background/instances.html", holders=holders, alive=alive, clock=clock)
 
 
-def _holders(manager: BackgroundWorkerManager) -> list[Holder]:
+def _holders(manager: BackgroundWorkerManager, clock: datetime) -> list[Holder]:
     """Those who are alive first."""
     history, messages = manager.history, manager.messages.held()
     runs, locks = _by_instance(history.running()), _by_instance(manager.ticks.locks.held())
-    clock = history.clock()
     return [
         Holder(each, clock - each.heartbeat_at, runs[each.id], locks[each.id], messages.get(each.id, 0))
         for each in history.instances()

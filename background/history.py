@@ -265,7 +265,7 @@ class History:
         marked = [
             each if each.state != "running" else replace(each, is_gone=each.instance not in alive) for each in records
         ]
-        return Window(since, until, clock, tuple(records), complete_since, seen)
+        return Window(since, until, clock, tuple(marked), complete_since, seen)
 
     def _lived(self, since: datetime, until: datetime, ids: Collection[str]) -> tuple[Seen, ...]:
         lived = and_(instances.c.started_at <= until, instances.c.heartbeat_at >= since)
