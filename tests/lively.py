@@ -11,13 +11,14 @@ from fleet import Hourly, make_app
 from werkzeug.wrappers import Response
 
 from background import PeriodicWorker, WorkerContext
+from workers import MailWorker, PassiveUserCheckerWorker
 
 steps = Semaphore(0)
 STEPS = 4
 
 
 class CatalogueImport(PeriodicWorker):
-    """Take over the catalogues of the publishers, step by step, as the test allows."""
+    """Take over the catalogues of the publishers."""
 
     cron = "15 4 * * *"
     catch_up = False
@@ -27,7 +28,7 @@ class CatalogueImport(PeriodicWorker):
             context.progress(step * 1000, STEPS * 1000)
             context.commit()
             if not steps.acquire(timeout=30):
-                raise TimeoutError("no step was allowed")
+                raise TimeoutError("the test allowed no step")
 
 
 class NewsletterPreview(PeriodicWorker):
@@ -60,13 +61,13 @@ class StockCount(Hourly):
         context.logger.warning("Counted")
 
 
-WORKERS = (CatalogueImport, NewsletterPreview, PriceCheck, StockCount)
+WORKERS = (CatalogueImport, NewsletterPreview, PriceCheck, StockCount, PassiveUserCheckerWorker)
 
 
 def create_app(database_url: str | None = None) -> Flask:
     """One that only serves, unless its manager is started."""
     url = database_url or os.environ["DATABASE_URL"]
-    app = make_app(url, *WORKERS, WTF_CSRF_ENABLED=True, WORKERS_ENABLED=False, RATELIMIT_ENABLED=False)
+    app = make_app(url, *WORKERS, MailWorker, WTF_CSRF_ENABLED=True, WORKERS_ENABLED=False, RATELIMIT_ENABLED=False)
     app.after_request(_strict)
     return app
 
