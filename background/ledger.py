@@ -24,11 +24,11 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
+from . import totals
 from .clock import now, single_statements
 from .errors import ClaimLost
 from .models import executions, may_be_run_again, workers
 from .schedule import Schedule, parse_schedule
-from .totals import Totals
 
 Notes = Mapping[str, Any]
 NOTHING: Notes = MappingProxyType({})
@@ -107,7 +107,6 @@ class Ledger:
             self._limits = (*self.idle, waiting, _limit("statement_timeout", lease))
         self._reading = single_statements(engine)
         self.insert = sqlite.insert if engine.dialect.name == "sqlite" else postgresql.insert
-        self._totals = Totals(self.insert)
 
     @contextmanager
     def begin(self) -> Iterator[Connection]:
@@ -249,7 +248,7 @@ class Ledger:
             if extended_at is None:
                 self._record_not_run(connection, "skipped", name, tick, tick, reason)
             else:
-                self._totals.add_not_run(connection, name, "skipped", extended_at)
+                totals.add_not_run(connection, name, "skipped", extended_at)
             return True
 
     # -- ending --------------------------------------------------------------------------------
@@ -350,7 +349,7 @@ class Ledger:
             .returning(executions.c.started_at, executions.c.finished_at)
         ).one_or_none()
         if ended is not None:  # and not pruned while it ran
-            self._totals.add(connection, claim, state, *ended)
+            totals.add_execution(connection, claim, state, *ended)
         return True
 
     def _record_missed(
@@ -378,7 +377,7 @@ class Ledger:
             )
             .returning(executions.c.finished_at)
         ).scalar_one()
-        self._totals.add_not_run(connection, name, state, at)
+        totals.add_not_run(connection, name, state, at)
 
 
 _NEW_TOKEN = {"token": workers.c.token + 1, "running": workers.c.token + 1}

@@ -326,7 +326,7 @@ def test_a_cron_is_read_with_its_zone():
 @on_sqlite
 def test_a_button_leads_back_to_pages_of_the_dashboard_only(admin):
     path = "/workers/worker/talker/pause"
-    for elsewhere in (
+    for target in (
         "//evil.example/workers/",
         "https://evil.example/",
         "/workers/\\evil",

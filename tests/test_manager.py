@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta, tzinfo
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from conftest import on_postgresql
 from fleet import HOUR, PATIENCE, Fleet, Hourly, effect, in_threads, last_hour, wait_until
 from sqlalchemy import delete, select
 
-from background import WorkerContext
+from background import UnknownWorker, WorkerContext
 from background import models as tables
 from background.instances import Instance, Pulse
 from background.membership import Membership
@@ -373,3 +374,58 @@ def test_a_tick_that_is_due_when_another_schedule_comes_into_force_is_still_run(
     assert manager.reschedule("spread", period=HOUR)
     assert fleet.row("spread").schedule == "every 3600s"
     assert armed["spread"] == tick
+
+
+# -- asking for a run ------------------------------------------------------------------------------
+
+
+def test_a_requested_run_is_done_by_an_instance_of_the_fleet_and_takes_no_tick_away(fleet: Fleet) -> None:
+    fleet.manager(Hourly).start()
+    wait_until(lambda: fleet.states() == ["succeeded"], "the catching up")
+    asking = fleet.manager(Hourly)
+    assert asking.request("hourly")
+    assert asking.ticks.instance is None
+    wait_until(lambda: fleet.states() == ["succeeded", "succeeded"], "the requested run")
+    assert [row.trigger for row in fleet.executions()] == ["schedule", "manual"]
+    assert len({row.instance for row in fleet.executions()}) == 1
+
+
+def test_a_second_request_is_refused_until_the_first_has_ended(fleet: Fleet) -> None:
+    manager = fleet.manager(Hourly)
+    assert [manager.request("hourly"), manager.request("hourly")] == [True, False]
+    manager.start()
+    wait_until(lambda: sorted(fleet.states()) == ["succeeded", "succeeded"], "both runs")
+    assert manager.request("hourly")
+    wait_until(lambda: len(fleet.keys()) == 3, "the third run")
+
+
+def test_of_many_requests_at_once_one_is_granted(fleet: Fleet) -> None:
+    managers = [fleet.manager(Hourly) for _ in range(4)]
+    managers[0].ticks.look(Hourly)
+    assert sorted(in_threads(*[partial(each.request, "hourly") for each in managers])) == [False, False, False, True]
+
+
+def test_a_pause_holds_a_requested_run_up_neither_before_nor_after_it_was_handed_back(fleet: Fleet) -> None:
+    ran: list[int] = []
+
+    class HandedBackOnce(Hourly):
+        catch_up = False
+
+        def do_work(self, context: WorkerContext) -> None:
+            ran.append(context.attempt)
+            if len(ran) == 1:
+                context.stopping.set()
+                context.raise_if_stopping()
+
+    manager = fleet.manager(HandedBackOnce)
+    manager.pause("handed_back_once")
+    manager.start()
+    assert manager.request("handed_back_once")
+    wait_until(lambda: fleet.states() == ["handed back", "succeeded"], "the second attempt")
+    assert ran == [1, 1]
+    assert {row.trigger for row in fleet.executions()} == {"manual"}
+
+
+def test_a_request_for_a_worker_that_nobody_knows_is_refused(fleet: Fleet) -> None:
+    with pytest.raises(UnknownWorker, match="Did you mean 'hourly'"):
+        fleet.manager(Hourly).request("hourli")
