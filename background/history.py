@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
-from sqlalchemy import Select, func, not_, or_, select, union_all
+from sqlalchemy import ColumnElement, Select, and_, func, not_, or_, select, true, union_all
 
 from .clock import now, single_statements
 from .errors import error_line
@@ -14,6 +14,8 @@ from .ledger import Ledger, WorkerState
 from .models import executions, instances, workers
 
 STATES = ("running", "succeeded", "failed", "lost", "handed back", "timed out", "skipped", "missed")
+MOST_SEARCHED = 5_000
+Place = tuple[datetime, int]  # the tick and the id of an execution
 _MOST_ATTEMPTS = 50
 _MOST_GONE = 20
 
@@ -146,15 +148,34 @@ class History:
             query = query.where(workers.c.name.in_(names))
         return {record.worker: record for record in self._records(query)}
 
-    def executions(
-        self, name: str, limit: int = 20, state: str | None = None, before: tuple[datetime, int] | None = None
-    ) -> list[Record]:
-        """The newest executions of `name` (of one state; `before` the tick and id of one), newest first."""
+    def executions(self, name: str, limit: int = 20, state: str | None = None) -> list[Record]:
+        """The newest executions of `name` (of one state), newest first."""
         query = _of(name).order_by(*_newest_first).limit(limit)
-        if before is not None:
-            tick, id = before
-            query = query.where(executions.c.tick <= tick, or_(executions.c.tick < tick, executions.c.id < id))
         return self._marked(self._records(query if state is None else query.where(executions.c.state == state)))
+
+    def page(
+        self, name: str, limit: int, state: str | None = None, before: Place | None = None
+    ) -> tuple[list[Record], Place | None]:
+        """The newest executions of `name` before that place, and the place where the next page begins, if there is one.
+
+        No index knows the states, so for one of them only the newest MOST_SEARCHED are looked through.
+        """
+        older = and_(executions.c.worker == name, true() if before is None else _is_before(before))
+        places = select(executions.c.tick, executions.c.id, executions.c.state).where(older).order_by(*_newest_first)
+        query = _of(name).where(older)
+        if state is not None:
+            searched = places.limit(MOST_SEARCHED).subquery()
+            query = _of(name).where(executions.c.id.in_(select(searched.c.id).where(searched.c.state == state)))
+        found = self._marked(self._records(query.order_by(*_newest_first).limit(limit + 1)))
+        if len(found) > limit:
+            return found[:limit], (found[limit - 1].tick, found[limit - 1].id)
+        return found, self._last_of(places) if state is not None else None
+
+    def _last_of(self, places: Select[Any]) -> Place | None:
+        """The last one of those that were looked through, if they were as many as that may be."""
+        with self._reading.connect() as connection:
+            last = connection.execute(places.offset(MOST_SEARCHED - 1).limit(1)).one_or_none()
+        return (last.tick, last.id) if last else None
 
     def recent(self, names: Collection[str], count: int) -> dict[str, list[Glance]]:
         """Of each worker of `names` the newest executions, so many, oldest first."""
@@ -254,6 +275,11 @@ _newest_first = (executions.c.tick.desc(), executions.c.id.desc())
 
 def _of(name: str) -> Select[Any]:
     return select(*_columns, now().label("clock")).where(executions.c.worker == name)
+
+
+def _is_before(place: Place) -> ColumnElement[bool]:
+    tick, id = place
+    return and_(executions.c.tick <= tick, or_(executions.c.tick < tick, executions.c.id < id))
 
 
 def _glance(name: str) -> Select[Any]:
