@@ -18,6 +18,7 @@ from sqlalchemy import (
     null,
     or_,
     select,
+    true,
     type_coerce,
     union_all,
 )
@@ -29,6 +30,8 @@ from .ledger import Ledger, WorkerState
 from .models import executions, instances, workers
 
 STATES = ("running", "succeeded", "failed", "lost", "handed back", "timed out", "skipped", "missed")
+MOST_SEARCHED = 5_000
+Place = tuple[datetime, int]  # the tick and the id of an execution
 _MOST_ATTEMPTS = 50
 _MOST_GONE = 20
 _MOST_LIVED = 500
@@ -192,15 +195,34 @@ class History:
             query = query.where(workers.c.name.in_(names))
         return {record.worker: record for record in self._records(query)}
 
-    def executions(
-        self, name: str, limit: int = 20, state: str | None = None, before: tuple[datetime, int] | None = None
-    ) -> list[Record]:
-        """The newest executions of `name` (of one state; `before` the tick and id of one), newest first."""
+    def executions(self, name: str, limit: int = 20, state: str | None = None) -> list[Record]:
+        """The newest executions of `name` (of one state), newest first."""
         query = _of(name).order_by(*_newest_first).limit(limit)
-        if before is not None:
-            tick, id = before
-            query = query.where(executions.c.tick <= tick, or_(executions.c.tick < tick, executions.c.id < id))
         return self._marked(self._records(query if state is None else query.where(executions.c.state == state)))
+
+    def page(
+        self, name: str, limit: int, state: str | None = None, before: Place | None = None
+    ) -> tuple[list[Record], Place | None]:
+        """The newest executions of `name` before that place, and the place where the next page begins, if there is one.
+
+        No index knows the states, so for one of them only the newest MOST_SEARCHED are looked through.
+        """
+        older = and_(executions.c.worker == name, true() if before is None else _is_before(before))
+        places = select(executions.c.tick, executions.c.id, executions.c.state).where(older).order_by(*_newest_first)
+        query = _of(name).where(older)
+        if state is not None:
+            searched = places.limit(MOST_SEARCHED).subquery()
+            query = _of(name).where(executions.c.id.in_(select(searched.c.id).where(searched.c.state == state)))
+        found = self._marked(self._records(query.order_by(*_newest_first).limit(limit + 1)))
+        if len(found) > limit:
+            return found[:limit], (found[limit - 1].tick, found[limit - 1].id)
+        return found, self._last_of(places) if state is not None else None
+
+    def _last_of(self, places: Select[Any]) -> Place | None:
+        """The last one of those that were looked through, if they were as many as that may be."""
+        with self._reading.connect() as connection:
+            last = connection.execute(places.offset(MOST_SEARCHED - 1).limit(1)).one_or_none()
+        return (last.tick, last.id) if last else None
 
     def recent(self, names: Collection[str], count: int) -> dict[str, list[Glance]]:
         """Of each worker of `names` the newest executions, so many, oldest first."""
@@ -367,6 +389,11 @@ def _place(at: datetime) -> ColumnElement[int]:
 
 def _overlaps(record: Record, since: datetime, until: datetime) -> bool:
     return record.began_at <= until and record.ended_at >= since
+
+
+def _is_before(place: Place) -> ColumnElement[bool]:
+    tick, id = place
+    return and_(executions.c.tick <= tick, or_(executions.c.tick < tick, executions.c.id < id))
 
 
 def _glance(name: str) -> Select[Any]:

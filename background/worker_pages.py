@@ -8,7 +8,7 @@ from flask import Blueprint, abort, redirect, render_template, request, url_for
 from flask.typing import ResponseReturnValue
 
 from .errors import InvalidSchedule
-from .history import STATES, Record
+from .history import MOST_SEARCHED, STATES, Place
 from .manager import BackgroundWorkerManager
 from .overview import overview
 from .pages import the_manager
@@ -78,15 +78,16 @@ def worker_page(name: str) -> ResponseReturnValue:
     found = rows(manager, [known(manager, name)])
     state = request.args.get("state")
     state = state if state in STATES else None
-    executions = manager.history.executions(name, PER_PAGE + 1, state, _before())
+    executions, following = manager.history.page(name, PER_PAGE, state, _before())
     return render_template(
         "background/worker.html",
         row=found[0],
         worker=manager.workers.get(name),
         state=manager.ticks.ledger.look(name),
         clock=manager.history.clock(),
-        executions=executions[:PER_PAGE],
-        following=_place(executions[PER_PAGE - 1]) if len(executions) > PER_PAGE else None,
+        executions=executions,
+        following=_place(following) if following else None,
+        searched=MOST_SEARCHED,
         states=STATES,
         only=state,
         draft=draft(),
@@ -111,12 +112,12 @@ def execution_page(name: str, id: int) -> ResponseReturnValue:
     return render_template("background/execution.html", record=record, log=manager.history.log(id))
 
 
-def _place(record: Record) -> str:
+def _place(place: Place) -> str:
     """Where the next page begins, as an address says it."""
-    return f"{record.tick.isoformat()}~{record.id}"
+    return f"{place[0].isoformat()}~{place[1]}"
 
 
-def _before() -> tuple[datetime, int] | None:
+def _before() -> Place | None:
     """The same read again; nonsense is the first page."""
     tick, _, id = request.args.get("before", "").partition("~")
     try:

@@ -137,6 +137,23 @@ def test_the_worker_page_pages_through_the_executions_and_keeps_to_one_state(adm
     assert "No executions" not in page(admin, "/workers/worker/talker?before=nonsense&state=nonsense")
 
 
+def test_a_rare_state_is_looked_for_so_far_and_then_further_back(admin, manager, engine, monkeypatch):
+    monkeypatch.setattr("background.history.MOST_SEARCHED", 10)
+    manager.ticks.look(Talker)
+    first = last_hour() - timedelta(days=10)
+    add_executions(
+        engine, *({"tick": first + timedelta(hours=n), "state": "failed" if n == 3 else "lost"} for n in range(25))
+    )
+    address, pages = "/workers/worker/talker?state=failed", []
+    while address:
+        pages.append(page(admin, address))
+        link = re.search(r'rel="next" href="([^"#]*)', pages[-1])
+        address = unescape(link[1]) if link else None
+    assert [len(re.findall(r'id="execution-', text)) for text in pages] == [0, 0, 1]
+    assert "None of these" in pages[0]
+    assert "None is failed." not in pages[0]
+
+
 def test_an_execution_shows_its_error_and_its_log_and_nothing_of_it_is_markup(admin, manager, engine, monkeypatch):
     monkeypatch.setattr(Talker, "ends_well", False)
     manager.trigger("talker")
