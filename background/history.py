@@ -358,7 +358,7 @@ def _newest(worker: str | None, until: datetime, is_past: bool) -> Select[Any]:
     """Those of before `until`, the newest first, as the index at hand has them."""
     if worker is not None:
         return _brief.where(executions.c.worker == worker, executions.c.tick <= until).order_by(*_newest_first)
-    return (_brief.where(executions.c.id <= _place(until)) if is_past else _brief).order_by(executions.c.id.desc())
+    return (_brief.where(executions.c.id <= _last_begun(until)) if is_past else _brief).order_by(executions.c.id.desc())
 
 
 def _of(name: str) -> Select[Any]:
@@ -372,7 +372,7 @@ _brief: Select[Any] = select(*_without_reason, now().label("clock"))
 _is_running = and_(executions.c.worker == workers.c.name, executions.c.token == workers.c.running)
 
 
-def _place(at: datetime) -> ColumnElement[int]:
+def _last_begun(at: datetime) -> ColumnElement[int]:
     """The greatest id of those that had begun at that moment.
 
     Ids grow with the start, so a search by halves on the primary key finds it, whatever the number of rows.
