@@ -180,8 +180,7 @@ class History:
             return list(connection.execute(select(workers.c.name).order_by(workers.c.name)).scalars())
 
     def latest(self, names: Collection[str] | None = None) -> dict[str, Record]:
-        """Of every worker (or of those of `names`) the newest execution that has ended, or the newest row that says
-        why there was none."""
+        """Of every worker (or of those of `names`) the newest execution that has ended, or row that says why not."""
         each = executions.alias()
         newest = (
             select(each.c.id)

@@ -2,6 +2,7 @@
 
 from datetime import UTC, datetime
 from typing import Any
+from urllib.parse import urlencode
 from zoneinfo import ZoneInfo
 
 from flask import Blueprint, abort, redirect, render_template, request, url_for
@@ -121,7 +122,7 @@ def _before() -> Place | None:
     """The same read again; nonsense is the first page."""
     tick, _, id = request.args.get("before", "").partition("~")
     try:
-        return moment_in(tick, "UTC"), min(int(id), _HIGHEST_ID)
+        return moment_in(tick, "UTC"), min(max(int(id), 0), _HIGHEST_ID)
     except (ValueError, InvalidSchedule):
         return None
 
@@ -169,5 +170,6 @@ def draft() -> dict[str, str] | None:
 
 def here() -> str:
     """This page's own address, without the draft."""
-    kept = {key: value for key, value in request.args.items() if key not in _DRAFT and value}
-    return url_for(str(request.endpoint), **{**kept, **(request.view_args or {})})
+    kept = [(key, value) for key, value in request.args.items() if key not in _DRAFT and value]
+    path = url_for(str(request.endpoint), **(request.view_args or {}))
+    return f"{path}?{urlencode(kept)}" if kept else path

@@ -5,10 +5,10 @@ from datetime import UTC, datetime, timedelta
 from html import unescape
 
 import pytest
-from conftest import on_sqlite
+from conftest import on_postgresql, on_sqlite
 from flask import Flask
 from fleet import Hourly, last_hour, statements
-from sqlalchemy import insert
+from sqlalchemy import insert, select
 
 from background import InvalidSchedule, PeriodicWorker, WorkerContext
 from background import models as tables
@@ -217,6 +217,22 @@ def test_a_message_worker_leads_to_its_messages(admin):
     assert admin.post("/workers/worker/mail_worker/pause").status_code == 404
 
 
+def test_nonsense_in_an_address_is_no_error(admin, manager):
+    manager.trigger("talker")
+    nonsense = (
+        "endpoint=x&_scheme=x&_external=1&_method=x&_anchor=x&name=x&id=x",
+        "before=2026-01-01~-99999999999999999999",
+    )
+    more = (
+        "before=2026-01-01~999999999999999999999",
+        f"state={EVIL}&edit={EVIL}&schedule={EVIL}&timezone=%00",
+        "q=%00",
+    )
+    for query in (*nonsense, *more, "page=-1", "page=99999999999999999999", "at=%00&zone=%00", "%ff=%ff"):
+        for path in ("/workers/", "/workers/worker/talker"):
+            assert EVIL not in page(admin, f"{path}?{query}")
+
+
 @on_sqlite
 def test_many_workers_are_paged_and_found_by_name(admin, engine):
     add_workers(engine, *(f"worker_{number:03}" for number in range(60)))
@@ -283,6 +299,15 @@ def test_a_schedule_is_changed_and_reset_with_one_click(admin, manager):
     assert "talker runs every 10 minutes from now on." in text
     assert "Reset to" not in text
     assert not manager.ticks.ledger.look("talker").overridden
+
+
+@on_postgresql
+def test_a_change_that_the_database_does_not_take_is_said(admin, manager, engine):
+    manager.ticks.look(Talker)
+    with engine.begin() as connection:
+        connection.execute(select(tables.workers).where(tables.workers.c.name == "talker").with_for_update())
+        assert "The database did not take that" in press(admin, "/workers/worker/talker/pause")
+    assert "talker is paused" in press(admin, "/workers/worker/talker/pause")
 
 
 WRONG = [
