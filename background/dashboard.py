@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 
-from flask import Blueprint
+from flask import Blueprint, flash, request
 from flask.typing import ResponseReturnValue
+from sqlalchemy.exc import OperationalError
 
-from . import fleet_pages, message_pages, worker_pages
-from .pages import add_filters
+from . import fleet_pages, message_pages, worker_actions, worker_pages
+from .errors import first_line
+from .pages import add_filters, back
 
 
 def dashboard(allow: Callable[[], ResponseReturnValue | None]) -> Blueprint:
@@ -18,7 +20,16 @@ def dashboard(allow: Callable[[], ResponseReturnValue | None]) -> Blueprint:
         "background", __name__, url_prefix="/workers", template_folder="templates", static_folder="static"
     )
     blueprint.before_request(allow)
+    blueprint.register_error_handler(OperationalError, not_taken)
     add_filters(blueprint)
-    for part in (worker_pages, fleet_pages, message_pages):
+    for part in (worker_pages, worker_actions, fleet_pages, message_pages):
         part.add_to(blueprint)
     return blueprint
+
+
+def not_taken(error: OperationalError) -> ResponseReturnValue:
+    """A button's change that the database did not take: a run may hold what it needs, for longer than one waits."""
+    if request.method != "POST":
+        raise error
+    flash(f"The database did not take that ({first_line(error)}); try again.", "error")
+    return back()

@@ -3,9 +3,25 @@
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
-from sqlalchemy import Select, func, not_, or_, select
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    Select,
+    String,
+    and_,
+    case,
+    func,
+    literal,
+    not_,
+    null,
+    or_,
+    select,
+    true,
+    type_coerce,
+    union_all,
+)
 
 from .clock import now, single_statements
 from .errors import error_line
@@ -14,8 +30,12 @@ from .ledger import Ledger, WorkerState
 from .models import executions, instances, workers
 
 STATES = ("running", "succeeded", "failed", "lost", "handed back", "timed out", "skipped", "missed")
+MOST_SEARCHED = 5_000
+Place = tuple[datetime, int]  # the tick and the id of an execution
 _MOST_ATTEMPTS = 50
 _MOST_GONE = 20
+_MOST_LIVED = 500
+_HIGHEST_BIT = 2**40  # of an id
 
 
 @dataclass(frozen=True)
@@ -58,8 +78,29 @@ class Record:
         del row["clock"]
         return {**row, "seconds": self.duration.total_seconds() if self.duration is not None else None}
 
+    @property
+    def began_at(self) -> datetime:
+        """When it was started; of ticks that were not run, the first of them."""
+        return self.started_at or self.tick
+
+    @property
+    def ended_at(self) -> datetime:
+        """When it ended, or now; of ticks that were not run, the last of them."""
+        return (self.finished_at or self.clock) if self.started_at else (self.through or self.tick)
+
     def covers(self, tick: datetime) -> bool:
         return self.tick <= tick <= (self.through or self.tick)
+
+
+class Glance(NamedTuple):
+    """The little of a row that a small picture shows."""
+
+    worker: str
+    tick: datetime
+    state: str
+    started_at: datetime | None
+    finished_at: datetime | None
+    clock: datetime
 
 
 @dataclass(frozen=True)
@@ -80,6 +121,25 @@ class Seen:
     @property
     def name(self) -> str:
         return f"{self.host}:{self.pid}"
+
+
+@dataclass(frozen=True)
+class Window:
+    """What the fleet did between two moments."""
+
+    since: datetime
+    until: datetime
+    clock: datetime
+    records: tuple[Record, ...]
+    """In the order in which they were written, without their reasons."""
+    complete_since: datetime
+    """Later than `since` where more happened than was asked for: of the time before then something is left out."""
+    seen: tuple[Seen, ...]
+    """The instances that lived in it, the oldest first."""
+
+    @property
+    def is_complete(self) -> bool:
+        return self.complete_since <= self.since
 
 
 @dataclass(frozen=True)
@@ -114,8 +174,13 @@ class History:
         with self._reading.connect() as connection:
             return connection.execute(select(now())).scalar_one()
 
-    def latest(self) -> dict[str, Record]:
-        """Of every worker the newest execution that has ended, or the newest row that says why there was none."""
+    def names(self) -> list[str]:
+        """The workers that the database knows."""
+        with self._reading.connect() as connection:
+            return list(connection.execute(select(workers.c.name).order_by(workers.c.name)).scalars())
+
+    def latest(self, names: Collection[str] | None = None) -> dict[str, Record]:
+        """Of every worker (or of those of `names`) the newest execution that has ended, or row that says why not."""
         each = executions.alias()
         newest = (
             select(each.c.id)
@@ -124,13 +189,55 @@ class History:
             .limit(1)
             .scalar_subquery()
         )
-        query = select(*_columns, now().label("clock")).join(workers, executions.c.id == newest)
+        query = select(*_columns, now().label("clock")).select_from(executions).join(workers, executions.c.id == newest)
+        if names is not None:
+            query = query.where(workers.c.name.in_(names))
         return {record.worker: record for record in self._records(query)}
 
     def executions(self, name: str, limit: int = 20, state: str | None = None) -> list[Record]:
         """The newest executions of `name` (of one state), newest first."""
         query = _of(name).order_by(*_newest_first).limit(limit)
         return self._marked(self._records(query if state is None else query.where(executions.c.state == state)))
+
+    def page(
+        self, name: str, limit: int, state: str | None = None, before: Place | None = None
+    ) -> tuple[list[Record], Place | None]:
+        """The newest executions of `name` before that place, and the place where the next page begins, if there is one.
+
+        No index knows the states, so for one of them only the newest MOST_SEARCHED are looked through.
+        """
+        older = and_(executions.c.worker == name, true() if before is None else _is_before(before))
+        places = select(executions.c.tick, executions.c.id, executions.c.state).where(older).order_by(*_newest_first)
+        query = _of(name).where(older)
+        if state is not None:
+            searched = places.limit(MOST_SEARCHED).subquery()
+            query = _of(name).where(executions.c.id.in_(select(searched.c.id).where(searched.c.state == state)))
+        found = self._marked(self._records(query.order_by(*_newest_first).limit(limit + 1)))
+        if len(found) > limit:
+            return found[:limit], (found[limit - 1].tick, found[limit - 1].id)
+        return found, self._last_of(places) if state is not None else None
+
+    def _last_of(self, places: Select[Any]) -> Place | None:
+        """The last one of those that were looked through, if they were as many as that may be."""
+        with self._reading.connect() as connection:
+            last = connection.execute(places.offset(MOST_SEARCHED - 1).limit(1)).one_or_none()
+        return (last.tick, last.id) if last else None
+
+    def recent(self, names: Collection[str], count: int) -> dict[str, list[Glance]]:
+        """Of each worker of `names` the newest executions, so many, oldest first."""
+        found: dict[str, list[Glance]] = {name: [] for name in names}
+        if found:
+            # Of each by itself: the database reads so many entries of the index, and no more.
+            each = [select(_glance(name).limit(count).subquery()) for name in found]
+            with self._reading.connect() as connection:
+                for row in connection.execute(union_all(*each)):
+                    found[row.worker].append(Glance(*row))
+        return {name: glances[::-1] for name, glances in found.items()}
+
+    def execution(self, id: int) -> Record | None:
+        """One of them; None where it is not kept (any more)."""
+        query = select(*_columns, now().label("clock")).where(executions.c.id == id)
+        return next(iter(self._marked(self._records(query))), None)
 
     def log(self, execution: int) -> str | None:
         """What was logged while that execution was on, a line each; None where nothing was, or there is none."""
@@ -152,6 +259,40 @@ class History:
             alive = connection.execute(newest.where(is_alive)).all()
             gone = connection.execute(newest.where(not_(is_alive)).limit(_MOST_GONE)).all()
         return [Seen(*row) for row in (*alive, *gone)]
+
+    def running(self) -> list[Record]:
+        """What runs now, of every worker, without reasons."""
+        return self._marked(self._records(_brief.join(workers, _is_running).order_by(executions.c.id)))
+
+    def window(
+        self, length: timedelta, until: datetime | None = None, worker: str | None = None, limit: int = 600
+    ) -> Window:
+        """What was done (by `worker`) in that length of time up to `until`, which is now if it is not given.
+
+        At most the newest `limit`, and whatever of the others runs still.
+        """
+        clock = self.clock()
+        is_past = until is not None and until < clock
+        until = until if until and is_past else clock
+        since = until - length
+        newest = self._records(_newest(worker, until, is_past).limit(limit + 1))
+        shown, running = newest[:limit], self._records(_brief.join(workers, _is_running))
+        found = {each.id: each for each in (*running, *shown) if worker in (None, each.worker)}
+        records = [found[id] for id in sorted(found) if _overlaps(found[id], since, until)]
+        began = [each.started_at for each in shown if each.started_at] if len(newest) > limit else []
+        complete_since = max(since, min(began)) if began else since
+        seen = self._lived(since, until, {each.instance for each in records if each.instance})
+        alive = {each.id for each in seen if each.is_alive}
+        marked = [
+            each if each.state != "running" else replace(each, is_gone=each.instance not in alive) for each in records
+        ]
+        return Window(since, until, clock, tuple(marked), complete_since, seen)
+
+    def _lived(self, since: datetime, until: datetime, ids: Collection[str]) -> tuple[Seen, ...]:
+        lived = and_(instances.c.started_at <= until, instances.c.heartbeat_at >= since)
+        query = _seen.where(or_(lived, instances.c.id.in_(ids))).order_by(instances.c.started_at, instances.c.id)
+        with self._roster.connect() as connection:
+            return tuple(Seen(*row) for row in connection.execute(query.limit(_MOST_LIVED)))
 
     def around(self, name: str, at: datetime | None = None) -> Surroundings:
         """What there is to know about the tick that `at` belongs to; now, if it is not given."""
@@ -212,8 +353,51 @@ _columns = [column for column in executions.c if column is not executions.c.log]
 _newest_first = (executions.c.tick.desc(), executions.c.id.desc())
 
 
+def _newest(worker: str | None, until: datetime, is_past: bool) -> Select[Any]:
+    """Those of before `until`, the newest first, as the index at hand has them."""
+    if worker is not None:
+        return _brief.where(executions.c.worker == worker, executions.c.tick <= until).order_by(*_newest_first)
+    return (_brief.where(executions.c.id <= _last_begun(until)) if is_past else _brief).order_by(executions.c.id.desc())
+
+
 def _of(name: str) -> Select[Any]:
     return select(*_columns, now().label("clock")).where(executions.c.worker == name)
+
+
+_without_reason = [
+    type_coerce(null(), String).label("reason") if column.name == "reason" else column for column in _columns
+]
+_brief: Select[Any] = select(*_without_reason, now().label("clock"))
+_is_running = and_(executions.c.worker == workers.c.name, executions.c.token == workers.c.running)
+
+
+def _last_begun(at: datetime) -> ColumnElement[int]:
+    """The greatest id of those that had begun at that moment.
+
+    Ids grow with the start, so a search by halves on the primary key finds it, whatever the number of rows.
+    """
+    step = select(literal(0, BigInteger).label("place"), literal(_HIGHEST_BIT, BigInteger).label("bit"))
+    search = step.cte("search", recursive=True)
+    ahead = search.c.place + search.c.bit
+    began = select(executions.c.started_at).where(executions.c.id >= ahead, executions.c.started_at.is_not(None))
+    first = began.order_by(executions.c.id).limit(1).correlate(search).scalar_subquery()
+    place = case((first <= at, ahead), else_=search.c.place)
+    search = search.union_all(select(place, search.c.bit // 2).where(search.c.bit > 0))
+    return select(func.max(search.c.place)).scalar_subquery()
+
+
+def _overlaps(record: Record, since: datetime, until: datetime) -> bool:
+    return record.began_at <= until and record.ended_at >= since
+
+
+def _is_before(place: Place) -> ColumnElement[bool]:
+    tick, id = place
+    return and_(executions.c.tick <= tick, or_(executions.c.tick < tick, executions.c.id < id))
+
+
+def _glance(name: str) -> Select[Any]:
+    columns = [executions.c[field] for field in Glance._fields if field != "clock"]
+    return select(*columns, now().label("clock")).where(executions.c.worker == name).order_by(*_newest_first)
 
 
 _seen: Select[Any] = select(

@@ -1,6 +1,6 @@
 """Who runs what: every statement that decides it. Each race is one conditional UPDATE."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -124,10 +124,11 @@ class Ledger:
             row = connection.execute(_states.where(workers.c.name == name)).one_or_none()
         return _state(row) if row else None
 
-    def states(self) -> dict[str, WorkerState]:
-        """Every worker's state, of this release or not, in one read."""
+    def states(self, names: Collection[str] | None = None) -> dict[str, WorkerState]:
+        """The state of every worker (or of those of `names`), of this release or not, in one read."""
+        query = _states if names is None else _states.where(workers.c.name.in_(names))
         with self._reading.connect() as connection:
-            return {row.name: _state(row) for row in connection.execute(_states)}
+            return {row.name: _state(row) for row in connection.execute(query)}
 
     # -- claiming ------------------------------------------------------------------------------
 

@@ -29,7 +29,18 @@ _LONGEST_NAME = 200
 _LONGEST_WAIT = 86_400
 _FIRST_PAUSE, _LAST_PAUSE = 0.02, 0.25
 _RETRY_SECONDS = 1.0
+_MOST_SHOWN = 1_000
 _FLOOR = ""  # no lock's name: its row's token is the greatest of those that were pruned
+
+
+@dataclass(frozen=True)
+class Holding:
+    """A lock, its holder's instance, and since when; for people to read."""
+
+    name: str
+    instance: str
+    instance_name: str
+    since: datetime
 
 
 @dataclass(frozen=True)
@@ -91,6 +102,13 @@ class Locks:
             return bool(self._all(_HELD, self._mine(lock)))
         except SQLAlchemyError as error:
             raise _unknown(lock.name, error) from error
+
+    def held(self) -> list[Holding]:
+        """Those that are held, also by an instance that is gone: whoever wants such a one takes it."""
+        return [
+            Holding(row.name.removeprefix(self._prefix), row.instance, row.instance_name, row.since)
+            for row in self._all(_ALL_HELD)
+        ]
 
     def prune(self, before: datetime, most: int) -> int:
         """Delete `most` of the locks that nobody has held since `before`; returns how many there were.
@@ -250,6 +268,7 @@ _of_name, _by_holder = locks.c.name == bindparam("of"), locks.c.holder == bindpa
 _at_seen = locks.c.token == bindparam("seen")
 _SEEN = select(locks).where(_of_name)
 _HELD = select(locks.c.token).where(_of_name, _by_holder)
+_ALL_HELD = select(locks).where(locks.c.holder.is_not(None)).order_by(locks.c.name).limit(_MOST_SHOWN)
 _TAKEN = (
     update(locks)
     .where(_of_name, _at_seen)

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Select, func, literal, null, select, union_all
+from sqlalchemy import Row, Select, func, literal, null, select, union_all
 
 from .clock import elapsed, now
 from .errors import UnknownMessage, UnknownTopic, error_line
@@ -19,7 +19,8 @@ STATES = ("waiting", "running", "done", "dead", "discarded")
 _OPEN = ("waiting", "running", "dead")
 _SHORT = 200  # characters of a payload
 _LARGEST_ID = 2**63 - 1
-_RECENTLY = timedelta(hours=1)
+_RECENTLY, _JUST_NOW = timedelta(hours=1), timedelta(minutes=1)
+_SAMPLE = 5_000  # messages, from which a great throughput is estimated
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,11 @@ class Failure:
     at: datetime
     instance_name: str | None
     error: str
+
+    @property
+    def last_line(self) -> str | None:
+        """Of the traceback the error itself."""
+        return error_line(self.error)
 
 
 @dataclass(frozen=True)
@@ -101,6 +107,16 @@ class Topic:
     longest_seconds: float | None = None
 
 
+@dataclass(frozen=True)
+class Flow:
+    """How many messages of one topic were done."""
+
+    minute: int
+    hour: int
+    is_estimate: bool = False
+    """Whether there were so many that the hour's number is reckoned from the newest of them."""
+
+
 class Mailbox:
     """Reads the messages of one database, a constant number of queries for every question; and steers them."""
 
@@ -110,9 +126,14 @@ class Mailbox:
     # -- reading -------------------------------------------------------------------------------
 
     def letters(
-        self, topic: str | None = None, state: str | None = None, limit: int = 20, whole: bool = False
+        self,
+        topic: str | None = None,
+        state: str | None = None,
+        limit: int = 20,
+        whole: bool = False,
+        before: int | None = None,
     ) -> list[Letter]:
-        """The newest messages (of one topic, of one state), newest first. Raises UnknownTopic."""
+        """The newest messages (of one topic, of one state, enqueued before one), newest first. Raises UnknownTopic."""
         self._refuse_unknown(topic, _is_text(topic))
         # The few that are open are found by an index of their own, however many came after them.
         newest = select(messages.c.id).order_by(-messages.c.id if state in _OPEN else messages.c.id.desc()).limit(limit)
@@ -120,6 +141,8 @@ class Mailbox:
             newest = newest.where(messages.c.topic == topic)
         if state is not None:
             newest = newest.where(is_in(state))
+        if before is not None:
+            newest = newest.where(messages.c.id < before)
         found = self._found(_letters(whole).where(messages.c.id.in_(newest)).order_by(messages.c.id.desc()))
         self._refuse_unknown(topic, found)
         return found
@@ -147,6 +170,15 @@ class Mailbox:
         """The same without what was done: however much that is, nothing of it is read."""
         return self._topics(self._depths())
 
+    def flows(self) -> dict[str, Flow]:
+        """How much of each topic was done lately, where any was; the cost does not grow with it."""
+        return {row.topic: _flow(row) for row in self._messages.read(_finished)}
+
+    def held(self) -> dict[str, int]:
+        """How many messages each instance is handling, by its id."""
+        query = select(messages.c.instance, func.count().label("number")).where(is_in("running"))
+        return {row.instance: row.number for row in self._messages.read(query.group_by(messages.c.instance))}
+
     def _depths(self) -> dict[str, dict[str, Any]]:
         found: dict[str, dict[str, Any]] = {topic: {} for topic in self._workers}
         for row in self._messages.read(_depths):
@@ -157,7 +189,7 @@ class Mailbox:
                 of_topic |= {"delayed": row.delayed, "oldest_seconds": waited if waited >= 0 else None}
         return found
 
-    def _topics(self, found: dict[str, dict[str, Any]]) -> list[Topic]:
+    def _topics(self, found: Mapping[str, dict[str, Any]]) -> list[Topic]:
         names = {topic: worker.name for topic, worker in self._workers.items()}
         return [Topic(topic, names.get(topic), **more) for topic, more in sorted(found.items())]
 
@@ -238,6 +270,42 @@ _open = union_all(
     _depth("dead", null(), null()),
 ).subquery()
 _depths = select(_open, now().label("clock"))
+
+_newest = (
+    select(messages.c.topic, messages.c.state, messages.c.finished_at)
+    .where(messages.c.finished_at.is_not(None))
+    .order_by(messages.c.finished_at.desc())
+    .limit(_SAMPLE)
+    .cte("newest")
+)
+
+
+def _since(length: timedelta) -> Any:
+    return func.count().filter(_newest.c.finished_at > select(now(-length)).scalar_subquery())
+
+
+_finished = (
+    select(
+        _newest.c.topic,
+        _since(_JUST_NOW).label("minute"),
+        _since(_RECENTLY).label("hour"),
+        select(func.count()).select_from(_newest).scalar_subquery().label("sample"),
+        select(func.min(_newest.c.finished_at)).scalar_subquery().label("oldest"),
+        now().label("clock"),
+    )
+    .where(_newest.c.state == "done")
+    .group_by(_newest.c.topic)
+)
+
+
+def _flow(row: Row[Any]) -> Flow:
+    covered = row.clock - row.oldest
+    if row.sample < _SAMPLE or covered >= _RECENTLY:
+        return Flow(row.minute, row.hour)
+    share = max(covered, timedelta(milliseconds=1))
+    minute = row.minute if covered >= _JUST_NOW else round(row.minute * (_JUST_NOW / share))
+    return Flow(minute, round(row.hour * (_RECENTLY / share)), is_estimate=True)
+
 
 _took = elapsed(messages.c.due_at, messages.c.finished_at)
 _handled = (

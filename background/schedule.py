@@ -110,7 +110,7 @@ class Cron(Schedule):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "expression", _canonical(self.expression))
-        _check_timezone(self.timezone)
+        check_timezone(self.timezone)
         self.next(datetime(2000, 1, 1, tzinfo=UTC))  # raises if it never fires
 
     def next(self, at: datetime) -> datetime:
@@ -237,7 +237,7 @@ def _check_period(period: object) -> None:
         )
 
 
-def _check_timezone(timezone: str) -> None:
+def check_timezone(timezone: str) -> None:
     try:
         ZoneInfo(timezone)
     except (KeyError, ValueError, OSError):  # unknown, a path, a folder such as "Europe"

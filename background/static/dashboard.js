@@ -24,9 +24,9 @@
       const isToday = at.toDateString() === new Date().toDateString();
       time.textContent = (isToday ? clock : wall).format(at);
     }
-    for (const each of root.querySelectorAll("[data-zone]")) {
-      each.textContent = Intl.DateTimeFormat().resolvedOptions().timeZone;
-    }
+    const zone = Intl.DateTimeFormat().resolvedOptions().timeZone;
+    for (const each of root.querySelectorAll("[data-zone]")) each.textContent = zone;
+    for (const each of root.querySelectorAll("[data-zone-field]")) each.value = zone;
   }
 
   function countDown(root) {
