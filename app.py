@@ -10,6 +10,8 @@ from flask_migrate import Migrate
 
 import routes
 from background import BackgroundWorkerManager, PruneHistoryWorker
+from background.health import health
+from background.metrics import metrics
 from config import configure_logging, load_config
 from migrations import demo, schema
 from models import OrderRepository, UserRepository, db
@@ -40,6 +42,8 @@ def create_app(config: Mapping[str, Any] | object | None = None) -> Flask:
     workers.add(PruneHistoryWorker)
 
     routes.register(app)
+    app.register_blueprint(health())
+    app.register_blueprint(metrics())
     demo.register_commands(app)
 
     workers.start_under_flask_run()

@@ -118,6 +118,12 @@ def address(value: Any) -> str:
     return str(value)
 
 
+def token(value: Any) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"[!-~]+", value):  # what a header can carry
+        raise ValueError(value)
+    return value
+
+
 _MAIL = (
     "smtp://host, smtp+starttls://user:password@host:587 (never without TLS) or smtps:// (TLS from the start), "
     "user and password in ASCII and percent-encoded"
@@ -152,10 +158,16 @@ KEYS = {
     "MAIL_URL": Key(None, mail_url, _MAIL, "where mail goes out; unset: files in instance/outbox/"),
     "MAIL_FROM": Key("bookstore@localhost", address, "one e-mail address in ASCII", "whom the shop's mail is from"),
     "PASSIVE_AFTER_DAYS": Key(30, number(36_500), _DAYS, "users not seen for longer become passive"),
+    "METRICS_TOKEN": Key(
+        None, token, "printable ASCII without spaces", "what a scrape of /metrics must bring; unset: anybody may"
+    ),
     "RELEASE": Key(None, release, _RELEASE, "what the list of instances calls this release; unset: its commit"),
     "LOG_FORMAT": Key("text", log_format, "text or json", "one line, or one JSON object, for each record"),
     "LOG_LEVEL": Key("INFO", level, "DEBUG, INFO, WARNING, ERROR or CRITICAL", "how much the log says"),
 }
+
+
+_SECRETS = ("DATABASE_URL", "MAIL_URL", "METRICS_TOKEN", "SECRET_KEY")
 
 
 def load_config(app: Flask, given: Mapping[str, Any] | object | None = None) -> None:
@@ -216,7 +228,7 @@ def _load_own(app: Flask, given: Mapping[str, Any] | object | None) -> None:
 def _refuse_misspelled(names: Mapping[str, Any]) -> None:
     for name in names:
         if (
-            name.startswith(("WORKERS_", "MESSAGES_"))
+            name.startswith(("WORKERS_", "MESSAGES_", "METRICS_"))
             and name not in KEYS
             and (close := get_close_matches(name, KEYS, n=1))
         ):
@@ -227,7 +239,7 @@ def _cast(name: str, value: Any) -> Any:
     try:
         return KEYS[name].cast(value)
     except (ValueError, TypeError, KeyError, OverflowError, ArgumentError):
-        shown = "a value that is not shown" if name in ("DATABASE_URL", "MAIL_URL", "SECRET_KEY") else repr(value)
+        shown = "a value that is not shown" if name in _SECRETS else repr(value)
         raise InvalidConfig(
             f"{name} is {shown}; expected {KEYS[name].expected}. "
             f"Correct it in the environment or in instance/config.py, or leave it out."

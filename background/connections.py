@@ -66,6 +66,11 @@ class Connections:
         _close_strays(engine)
         return engine
 
+    def refuse_missing(self) -> None:
+        """Raise FileNotFoundError for a SQLite file that is not there: whoever opened it would make an empty one."""
+        if self._shared.dialect.name == "sqlite":
+            os.stat(str(self._shared.url.database))
+
     @property
     def can_listen(self) -> bool:
         return self._shared.dialect.name != "sqlite"

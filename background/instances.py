@@ -193,6 +193,11 @@ class Heartbeat:
         self._beating.start()
         self._watching.start()
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether both threads are."""
+        return self._beating.is_alive() and self._watching.is_alive()
+
     def stop(self) -> None:
         self._stopped.set()
         if threading.current_thread() is not self._beating:

@@ -136,18 +136,29 @@ class Mailbox:
 
     def stats(self) -> list[Topic]:
         """Every topic of this release, and those that only the database has something of."""
-        names = {topic: worker.name for topic, worker in self._workers.items()}
-        found: dict[str, dict[str, Any]] = {topic: {} for topic in names}
+        found = self._depths()
+        for row in self._messages.read(_handled):
+            found.setdefault(row.topic, {}).update(
+                handled=row.handled, mean_seconds=row.mean, longest_seconds=row.longest
+            )
+        return self._topics(found)
+
+    def depths(self) -> list[Topic]:
+        """The same without what was done: however much that is, nothing of it is read."""
+        return self._topics(self._depths())
+
+    def _depths(self) -> dict[str, dict[str, Any]]:
+        found: dict[str, dict[str, Any]] = {topic: {} for topic in self._workers}
         for row in self._messages.read(_depths):
             of_topic = found.setdefault(row.topic, {})
             of_topic[row.state] = row.count
             if row.state == "waiting":
                 waited = (row.clock - row.first_due_at).total_seconds()
                 of_topic |= {"delayed": row.delayed, "oldest_seconds": waited if waited >= 0 else None}
-        for row in self._messages.read(_handled):
-            found.setdefault(row.topic, {}).update(
-                handled=row.handled, mean_seconds=row.mean, longest_seconds=row.longest
-            )
+        return found
+
+    def _topics(self, found: dict[str, dict[str, Any]]) -> list[Topic]:
+        names = {topic: worker.name for topic, worker in self._workers.items()}
         return [Topic(topic, names.get(topic), **more) for topic, more in sorted(found.items())]
 
     # -- steering ------------------------------------------------------------------------------

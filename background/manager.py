@@ -155,6 +155,16 @@ class BackgroundWorkerManager:
         """Whether this process was asked to serve or to start already; it may have stopped since."""
         return self._served_in == os.getpid()
 
+    @property
+    def is_to_run(self) -> bool:
+        """Whether this process is to run workers: it has begun to serve, and not been told that others do."""
+        return self.is_started or (self.has_served and bool(self.app.config["WORKERS_ENABLED"]))
+
+    def threads_alive(self) -> dict[str, bool] | None:
+        """Whether the threads that keep the workers going here are alive, by name; None where no workers run here."""
+        membership = self._membership
+        return membership.threads_alive() if self.is_started and membership is not None else None
+
     def start_under_flask_run(self) -> None:
         """The last line of the factory: `serve` in the process that `flask run` serves with, and nowhere else."""
         serving.start_under_flask_run(self)

@@ -76,6 +76,13 @@ class Membership:
             runs.lose("its instance stopped")
             self._leave()
 
+    def threads_alive(self) -> dict[str, bool]:
+        """Of the threads without which nothing would run here. That it is still joining, or leaving, is no defect."""
+        if self._ticks.runs.stopping.is_set():
+            return {"scheduler": True, "heartbeat": True}
+        heartbeat = self._heartbeat
+        return {"scheduler": self._scheduler.is_alive, "heartbeat": heartbeat is None or heartbeat.is_alive}
+
     def admit(self, name: str) -> None:
         """Take up a worker that was added after the start."""
         if self._heartbeat is not None:
@@ -119,10 +126,11 @@ class Membership:
                 self._ticks.close()
                 return False
             self._ticks.instance = instance
-            self._heartbeat = Heartbeat(
+            heartbeat = Heartbeat(
                 self._config["WORKERS_HEARTBEAT_SECONDS"], self._beat, self._beat_failed, self._deadline, self._lost
             )
-            self._heartbeat.start()
+            heartbeat.start()
+            self._heartbeat = heartbeat
         return True
 
     def _admit(self, names: list[str]) -> None:

@@ -30,6 +30,12 @@ class Scheduler:
     def start(self) -> None:
         self._scheduler.start()
 
+    @property
+    def is_alive(self) -> bool:
+        """False once the thread has died that calls what is due."""
+        thread: threading.Thread | None = self._scheduler._thread
+        return thread is None or thread.is_alive()
+
     def stop(self) -> None:
         """Call nothing any more. Does not wait for what is being called."""
         self._scheduler.shutdown(wait=False)

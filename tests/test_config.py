@@ -215,6 +215,19 @@ def test_an_empty_secret_key_is_refused(tmp_path: Path) -> None:
         load(tmp_path, {"SECRET_KEY": " "})
 
 
+@pytest.mark.parametrize("token", ["", " ", "hunter2 ", "hunter2\n", "hünter2", b"hunter2", 7])
+def test_a_token_that_no_header_can_carry_is_refused_without_being_shown(tmp_path: Path, token: Any) -> None:
+    with pytest.raises(InvalidConfig, match="METRICS_TOKEN is a value that is not shown; expected printable") as raised:
+        load(tmp_path, {"METRICS_TOKEN": token})
+    assert "nter" not in str(raised.value)
+
+
+def test_a_misspelled_token_does_not_leave_the_metrics_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("METRICS_TOKN", "hunter2")
+    with pytest.raises(InvalidConfig, match=r"no setting METRICS_TOKN\. Did you mean METRICS_TOKEN\?"):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize("lease", [4, 3.9])
 def test_a_lease_must_outlast_a_late_heartbeat(tmp_path: Path, lease: float) -> None:
     with pytest.raises(InvalidConfig, match=r"more than twice WORKERS_HEARTBEAT_SECONDS \(2\)"):

@@ -1,0 +1,154 @@
+"""Whether this process is alive, and whether it is ready: for whoever restarts it or sends it requests.
+
+Nobody logs in for that, so an answer says what is wrong and never why: no name, no host, no text of an error. The log
+has those. No session is looked at, and all but the migrations is asked on the engine's own connections.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from flask import Blueprint, current_app, jsonify
+from flask.typing import ResponseReturnValue
+from sqlalchemy.exc import SQLAlchemyError
+
+from .clock import steady
+from .connections import again_if_stale
+from .errors import BackgroundError, first_line
+from .manager import BackgroundWorkerManager, current_workers
+from .prompt import Prompt
+from .standing import standings
+
+log = logging.getLogger(__name__)
+
+_ANSWER_SECONDS = 3.0
+_MIGRATIONS_SECONDS = 10.0  # reading every migration takes longer than all the rest
+_ASKED = ("database", "migrations", "workers")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at; `figures` are for the answer, `reason` is for the log."""
+
+    ok: bool
+    figures: dict[str, Any]
+    reason: str | None = None
+
+
+def health() -> Blueprint:
+    """GET /health/live and /health/ready: 200 or 503, and JSON with each check."""
+    blueprint = Blueprint("health", __name__, url_prefix="/health")
+    readiness = Readiness()
+
+    @blueprint.get("/live")
+    def live() -> ResponseReturnValue:
+        """Whether the process and its threads are alive; the database is not asked."""
+        return _answer("alive", {"process": Check(True, {}), **_threads(current_workers)})
+
+    @blueprint.get("/ready")
+    def ready() -> ResponseReturnValue:
+        """Whether the database, its migrations, this instance's heartbeat and the workers are as they should be."""
+        return _answer("ready", readiness.checks())
+
+    return blueprint
+
+
+def _answer(word: str, checks: dict[str, Check]) -> ResponseReturnValue:
+    is_ok = all(check.ok for check in checks.values())
+    answer = jsonify(
+        status=word if is_ok else f"not {word}",
+        checks={name: {"ok": check.ok, **check.figures} for name, check in checks.items()},
+    )
+    answer.headers["Cache-Control"] = "no-store"
+    answer.status_code = 200 if is_ok else 503
+    return answer
+
+
+def _threads(manager: BackgroundWorkerManager) -> dict[str, Check]:
+    alive = manager.threads_alive()
+    if alive is None:
+        return {name: Check(True, {"here": False}) for name in ("scheduler", "heartbeat")}
+    return {name: Check(is_alive, {"here": True}) for name, is_alive in alive.items()}
+
+
+class Readiness:
+    """Asks what readiness depends on, and logs when that changes."""
+
+    def __init__(self) -> None:
+        self._prompt: Prompt[dict[str, Check]] | None = None
+        self._migrated_at: float | None = None
+        self._said: tuple[str, ...] = ()
+
+    def checks(self) -> dict[str, Check]:
+        """Each check by its name, within seconds even where the database hangs."""
+        checks = {**self._asked(), "heartbeat": _heartbeat(current_workers)}
+        self._say(checks)
+        return checks
+
+    def _asked(self) -> dict[str, Check]:
+        if self._prompt is None:
+            manager: BackgroundWorkerManager = current_app.extensions["background_workers"]
+            self._prompt = Prompt(lambda: self._ask(manager), _ANSWER_SECONDS)
+        try:
+            return self._prompt.answer()
+        except TimeoutError as error:
+            return dict.fromkeys(_ASKED, Check(False, {}, first_line(error)))
+
+    def _ask(self, manager: BackgroundWorkerManager) -> dict[str, Check]:
+        checks = {"database": _checked(lambda: _database(manager))}
+        if not checks["database"].ok:  # nor would it answer the rest
+            return checks | dict.fromkeys(_ASKED[1:], Check(False, {}))
+        checks["migrations"] = _checked(lambda: self._migrations(manager))
+        checks["workers"] = _checked(lambda: _workers(manager))
+        return checks
+
+    def _migrations(self, manager: BackgroundWorkerManager) -> Check:
+        """Asked again some seconds after they were found at head, and at once where they were not."""
+        if self._migrated_at is None or steady() - self._migrated_at > _MIGRATIONS_SECONDS:
+            self._migrated_at = None
+            manager.check()
+            self._migrated_at = steady()
+        return Check(True, {"age_seconds": round(steady() - self._migrated_at, 3)})
+
+    def _say(self, checks: dict[str, Check]) -> None:
+        """Once per change: a probe comes every few seconds."""
+        failed = tuple(name for name, check in checks.items() if not check.ok)
+        before, self._said = self._said, failed
+        if failed and failed != before:
+            reasons = (f"{name} ({check.reason})" for name, check in checks.items() if check.reason and not check.ok)
+            log.warning("Not ready: %s", "; ".join(reasons) or ", ".join(failed))
+        elif before and not failed:
+            log.info("Ready again")
+
+
+def _checked(check: Callable[[], Check]) -> Check:
+    try:
+        return again_if_stale(check)
+    except (BackgroundError, SQLAlchemyError, OSError) as error:
+        return Check(False, {}, first_line(error))
+
+
+def _database(manager: BackgroundWorkerManager) -> Check:
+    manager.ticks.connections.refuse_missing()
+    began = steady()
+    manager.history.clock()
+    return Check(True, {"milliseconds": round((steady() - began) * 1000, 1)})
+
+
+def _workers(manager: BackgroundWorkerManager) -> Check:
+    """Where WORKERS_ENABLED is false they are others' business: a web that serves is not to be taken away for them."""
+    overdue = [each.name for each in standings(manager) if each.is_overdue]
+    is_ours = manager.is_started or manager.app.config["WORKERS_ENABLED"]
+    return Check(not (overdue and is_ours), {"overdue": len(overdue)}, f"overdue: {overdue}")
+
+
+def _heartbeat(manager: BackgroundWorkerManager) -> Check:
+    """That of this instance. Where none is to be here, there is nothing to wait for."""
+    if not manager.is_to_run:
+        return Check(True, {"here": False})
+    instance = manager.ticks.instance
+    if instance is None or not instance.deadline:
+        return Check(False, {"here": True}, "this process has not joined the fleet, or has left it")
+    age = steady() - (instance.deadline - instance.lease.total_seconds())
+    return Check(instance.is_alive, {"here": True, "age_seconds": round(age, 3)}, f"{age:.1f} s old")
