@@ -89,6 +89,7 @@ def test_the_overview_shows_every_worker_its_schedule_and_its_last_run(admin, ma
     assert admin.get("/workers").location.endswith("/workers/")
 
 
+@on_sqlite
 def test_a_running_worker_is_shown_with_its_instance_and_how_far_it_is(admin, manager):
     seen: list[str] = []
 
@@ -105,6 +106,7 @@ def test_a_running_worker_is_shown_with_its_instance_and_how_far_it_is(admin, ma
     assert len(seen) == 2
 
 
+@on_sqlite
 def test_the_picture_says_in_words_what_it_shows(admin, manager, engine):
     manager.trigger("talker")
     at = last_hour()
@@ -154,6 +156,7 @@ def test_a_rare_state_is_looked_for_so_far_and_then_further_back(admin, manager,
     assert "None is failed." not in pages[0]
 
 
+@on_sqlite
 def test_an_execution_shows_its_error_and_its_log_and_nothing_of_it_is_markup(admin, manager, engine, monkeypatch):
     monkeypatch.setattr(Talker, "ends_well", False)
     manager.trigger("talker")
@@ -172,6 +175,7 @@ def test_an_execution_shows_its_error_and_its_log_and_nothing_of_it_is_markup(ad
     page(admin, f"/workers/worker/talker/{2**63}", 404)
 
 
+@on_sqlite
 def test_why_is_answered_for_a_moment_in_any_zone(admin, manager):
     manager.trigger("talker")
     text = said(page(admin, "/workers/worker/talker?at=2026-01-20T13:00&zone=Europe/Berlin"))
@@ -212,6 +216,7 @@ def test_a_worker_of_another_release_is_shown_without_buttons(admin, manager, en
     assert "is not in this release" in response.text
 
 
+@on_sqlite
 def test_a_message_worker_leads_to_its_messages(admin):
     assert admin.get("/workers/worker/mail_worker").location == "/workers/messages?topic=mail"
     assert admin.post("/workers/worker/mail_worker/pause").status_code == 404
@@ -279,6 +284,7 @@ def test_a_request_is_run_by_the_first_instance_that_sees_it(admin, manager):
         assert "system_health_worker will run within" in press(admin, "/workers/worker/system_health_worker/run")
 
 
+@on_sqlite
 def test_pause_and_resume_say_what_they_did_and_twice_changes_nothing(admin, manager):
     assert "talker is paused" in press(admin, "/workers/worker/talker/pause")
     assert "was paused already" in press(admin, "/workers/worker/talker/pause")
@@ -383,6 +389,7 @@ def test_a_button_leads_back_to_pages_of_the_dashboard_only(admin):
 # -- who may -------------------------------------------------------------------------------------
 
 
+@on_sqlite
 def test_only_admins_see_and_steer_the_workers(app, client, make_user, login):
     values = {"name": "talker", "id": 1, "filename": "dashboard.css"}
     rules = [rule for rule in app.url_map.iter_rules() if rule.endpoint.startswith("background.")]
@@ -401,6 +408,7 @@ def test_only_admins_see_and_steer_the_workers(app, client, make_user, login):
     assert "/workers/" not in page(client, "/")
 
 
+@on_sqlite
 def test_every_form_has_the_token_that_it_needs(app, admin):
     app.config["WTF_CSRF_ENABLED"] = True
     text = page(admin, "/workers/")

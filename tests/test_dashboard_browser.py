@@ -184,9 +184,9 @@ def test_times_are_shown_in_the_viewers_zone(opened):
 
 def test_a_hidden_page_asks_nothing_and_one_that_is_seen_again_asks_at_once(opened):
     page = opened("/workers/")
+    show(page, "hidden")
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url))
-    show(page, "hidden")
     page.clock.run_for(60_000)
     assert asked == []
     with page.expect_response("/workers/"):
