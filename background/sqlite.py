@@ -1,5 +1,8 @@
 """SQLite has one writer: what every connection needs so that "database is locked" reaches nobody."""
 
+import sqlite3
+import threading
+import time
 from typing import Any
 
 from sqlalchemy import Connection, Engine, event
@@ -34,10 +37,23 @@ def configure(connection: Any, isolation_level: str | None) -> None:
     """Set one connection of the driver's up; `isolation_level` is the driver's, None to commit each statement."""
     connection.isolation_level = None
     connection.execute(f"PRAGMA busy_timeout = {BUSY_SECONDS * 1000}")
-    connection.execute("PRAGMA journal_mode = WAL")
+    _use_wal(connection)
     connection.execute("PRAGMA synchronous = NORMAL")
     connection.execute("PRAGMA foreign_keys = ON")
     connection.isolation_level = isolation_level
+
+
+def _use_wal(connection: Any) -> None:
+    """Of several that open a new file at once one makes it a WAL; SQLite does not have the others wait for that."""
+    until = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError:
+            if time.monotonic() > until:
+                raise
+            threading.Event().wait(0.01)
 
 
 def _connected(connection: Any, _record: Any) -> None:

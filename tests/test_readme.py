@@ -5,14 +5,16 @@ import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
+import pytest
 from flask import Flask
-from fleet import Fleet, wait_until
+from fleet import Fleet, Hourly, wait_until
 from processes import ROOT, environment
 from sqlalchemy import create_engine, text
 
 import workers
-from background import current_workers
+from background import WorkerContext, current_workers
 from models import Book, db
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -48,6 +50,22 @@ def test_the_example_of_a_message_works_when_it_is_pasted(fleet: Fleet) -> None:
     wait_until(lambda: [row.state for row in fleet.messages()] == ["done"], "the delivery")
     with manager.app.app_context():
         assert db.session.scalars(db.select(Book.stock)).all() == [11]
+
+
+def test_the_example_of_a_signal_works_when_it_is_pasted(fleet: Fleet, caplog: pytest.LogCaptureFixture) -> None:
+    class Failing(Hourly):
+        def do_work(self, context: WorkerContext) -> None:
+            raise ValueError("out of paper")
+
+    pasted: dict[str, Any] = {}
+    exec(re.search(r"```python\n(from background import signals.*?)```", README, re.DOTALL)[1], pasted)
+    try:
+        fleet.manager(Failing).tick("failing", datetime.now(UTC))
+    finally:
+        pasted["signals"].execution_failed.disconnect(pasted["page_somebody"])
+    [record] = [record for record in caplog.records if record.levelname == "CRITICAL"]
+    assert record.getMessage().startswith("failing failed at ")
+    assert "ValueError: out of paper" in caplog.text
 
 
 def test_the_deploy_commands_are_all_about_the_one_database(tmp_path: Path) -> None:
