@@ -426,6 +426,26 @@ def test_a_pause_holds_a_requested_run_up_neither_before_nor_after_it_was_handed
     assert {row.trigger for row in fleet.executions()} == {"manual"}
 
 
+def test_a_requested_run_whose_instance_died_is_run_again(fleet: Fleet) -> None:
+    class Reluctant(Hourly):
+        catch_up = False
+
+    manager = fleet.manager(Reluctant)
+    manager.pause("reluctant")
+    manager.request("reluctant")
+    ghost = Instance(timedelta(seconds=-1))
+    manager.ticks.instances.beat(ghost)
+    tick = manager.ticks.look(Reluctant).owed
+    assert tick is not None
+    assert manager.ticks.ledger.claim_pending("reluctant", tick, (ghost.id, ghost.name))
+    manager.start()
+    wait_until(lambda: fleet.states() == ["lost", "succeeded"], "the second attempt")
+    assert [(row.trigger, row.tick, row.attempt) for row in fleet.executions()] == [
+        ("manual", tick, 1),
+        ("manual", tick, 2),
+    ]
+
+
 def test_a_request_for_a_worker_that_nobody_knows_is_refused(fleet: Fleet) -> None:
     with pytest.raises(UnknownWorker, match="Did you mean 'hourly'"):
         fleet.manager(Hourly).request("hourli")
