@@ -6,6 +6,8 @@ import sys
 
 from gunicorn.arbiter import Arbiter
 from gunicorn.glogging import Logger
+from gunicorn.http.errors import ParseException
+from werkzeug.exceptions import BadRequest
 
 wsgi_app = "app:create_app()"
 workers = int(os.environ.get("WEB_CONCURRENCY", "2"))
@@ -42,6 +44,7 @@ def post_worker_init(worker):
     from background.errors import InvalidConfig
 
     if manager := background_workers(worker):
+        refuse_broken_bodies(worker.wsgi)
         ignore_one_interrupt()
         try:
             manager.serve()
@@ -59,6 +62,11 @@ def worker_exit(server, worker):
 def background_workers(worker):
     """None in the master, and behind a middleware that hides the app: there they start with the first request."""
     return getattr(getattr(worker, "wsgi", None), "extensions", {}).get("background_workers")
+
+
+def refuse_broken_bodies(app):
+    """gunicorn reads the chunks of a body when the app does, and says then what is wrong with them."""
+    app.register_error_handler(ParseException, lambda error: app.handle_http_exception(BadRequest()))
 
 
 def ignore_one_interrupt():

@@ -21,7 +21,7 @@ from sqlalchemy import Select, or_, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import InstrumentedAttribute, joinedload
 from werkzeug.datastructures import MultiDict
-from werkzeug.exceptions import HTTPException
+from werkzeug.exceptions import BadHost, HTTPException, SecurityError
 from werkzeug.routing import IntegerConverter, Map
 from werkzeug.wrappers import Response
 from wtforms import (
@@ -109,6 +109,8 @@ def register(app: Flask) -> None:
     app.url_map.converters["id"] = IdConverter
     for blueprint in (shop, account, admin, api, dashboard(admins_only)):
         app.register_blueprint(blueprint)
+    for without_host in (BadHost, SecurityError):  # a page of ours could not name its own addresses
+        app.register_error_handler(without_host, HTTPException.get_response)
     app.register_error_handler(HTTPException, show_error)
     app.after_request(set_headers)
 

@@ -29,7 +29,7 @@ from .manager import BackgroundWorkerManager
 from .overview import overview
 from .runs import Execution
 from .serving import stop_when_told
-from .words import moment, progress, second, span, table
+from .words import moment, printable, progress, second, span, table
 from .worker import declared_schedule
 
 EARLIEST, LATEST = datetime(1970, 1, 2, tzinfo=UTC), datetime(9000, 1, 1, tzinfo=UTC)
@@ -292,7 +292,7 @@ def trigger(name: str) -> None:
     with _handed_back_on_signals(manager, name):
         execution = manager.trigger(name)
     if execution is None:
-        click.echo(f"Not run: {_why_not_triggered(manager, name)}")
+        click.echo(printable(f"Not run: {_why_not_triggered(manager, name)}"))
         raise click.exceptions.Exit(1)
     _report(manager, execution)
 

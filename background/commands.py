@@ -12,13 +12,16 @@ from sqlalchemy.exc import DBAPIError
 
 from .errors import DatabaseNotReady, first_line
 from .manager import BackgroundWorkerManager
-from .words import moment
+from .words import moment, printable
 
 MOST_ROWS = 10_000
 
 
 class WorkersGroup(AppGroup):
-    """Of an error of the database it prints one sentence; and it leaves no connection of the engine's open."""
+    """Of an error of the database it prints one sentence; and it leaves no connection of the engine's open.
+
+    What steers a terminal is not printed back either, though Click would.
+    """
 
     def invoke(self, context: click.Context) -> Any:
         manager = context.ensure_object(ScriptInfo).load_app().extensions["background_workers"]
@@ -26,6 +29,8 @@ class WorkersGroup(AppGroup):
             return super().invoke(context)
         except DBAPIError as error:
             raise not_ready(error) from None
+        except click.UsageError as error:
+            raise click.UsageError(printable(error.format_message()), error.ctx) from None
         finally:
             if not manager.is_started:
                 manager.stop()

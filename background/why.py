@@ -65,7 +65,7 @@ def why(around: Surroundings, worker: type[PeriodicWorker] | None, history_days:
     subject = f"The tick {moment(tick)} of {around.name}"
     if last and last.trigger == "manual":
         subject = f"The manual run of {around.name} asked for at {moment(tick)}"
-    return Answer(around.name, around.at, tick, state, f"{subject} {said}.", around.records)
+    return Answer(around.name, around.at, tick, state, printable(f"{subject} {said}."), around.records)
 
 
 def _schedule(around: Surroundings, worker: type[PeriodicWorker] | None) -> Schedule:
@@ -286,4 +286,4 @@ def _since(state: WorkerState) -> str:
 
 
 def _clause(text: str | None) -> str:
-    return printable(text or "no reason is written down").rstrip(".").replace("+00:00", "Z")
+    return (text or "no reason is written down").rstrip(".").replace("+00:00", "Z")

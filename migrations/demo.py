@@ -203,7 +203,7 @@ def _own_address(given: str) -> str:
 
 
 def _number_of_users(given: str) -> int:
-    if not (given.isascii() and given.isdigit() and 1 <= int(given) <= MOST_USERS):
+    if not (given.isascii() and given.isdigit() and 1 <= int(given[:10]) <= MOST_USERS):
         raise click.ClickException(f"--users is {given!r}; expected a whole number from 1 to {MOST_USERS}.")
     return int(given)
 

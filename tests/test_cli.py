@@ -21,7 +21,7 @@ from click.testing import Result
 from conftest import close, settings
 from flask import Flask
 from processes import ROOT, environment
-from sqlalchemy import event, insert, text
+from sqlalchemy import event, insert, text, update
 
 from app import create_app
 from background import BackgroundWorkerManager, MessageWorker, PeriodicWorker, WorkerContext
@@ -631,6 +631,15 @@ def test_why_answers_for_a_worker_that_only_the_database_knows(
     assert len(flask("history", "greet").stdout.splitlines()) == 2
 
 
+def test_a_name_of_a_host_steers_no_terminal(app: Flask, manager: BackgroundWorkerManager) -> None:
+    assert manager.tick("greet", manager.history.clock())
+    with manager.ticks.ledger.engine.begin() as connection:
+        connection.execute(update(executions).values(instance_name="evil\x1b[2J:7"))
+    for arguments in (["why", "greet"], ["history", "greet"], ["history", "greet", "--json"]):
+        result = app.test_cli_runner().invoke(args=["workers", *arguments], color=True)
+        assert (result.exit_code, "evil" in result.stdout, "\x1b" in result.stdout) == (0, True, False)
+
+
 WRONG = [
     ("why", "greet", "--at", "yesterday"),
     ("why", "greet", "--at", "0001-01-01"),
@@ -655,6 +664,12 @@ def test_an_unknown_name_is_answered_with_the_closest_one(flask: Callable[..., R
     for command in ("run", "run --once", "trigger", "pause", "resume", "history", "why"):
         result = flask(*command.split(), "gret", code=2)
         assert result.stderr == "Error: There is no worker named 'gret'. Did you mean 'greet'?\n", command
+
+
+def test_a_usage_error_steers_no_terminal(app: Flask) -> None:
+    for arguments in (["\x1b[2J"], ["list", "\x1b[2J"], ["list", "--\x1b[2J"]):
+        result = app.test_cli_runner().invoke(args=["workers", *arguments], color=True)
+        assert (result.exit_code, "\x1b" in result.stderr) == (2, False)
 
 
 @pytest.mark.parametrize("command", ["history", "why"])

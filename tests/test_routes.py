@@ -489,6 +489,11 @@ def test_an_error_has_a_page_with_a_sentence(client, reader):
         assert "My account" in text_of(response)
 
 
+def test_a_host_that_is_none_is_a_bad_request(client):
+    for host in ("a..b", "x" * 64):
+        assert client.get("/", headers={"Host": host}).status_code == 400, host
+
+
 def test_a_fault_of_ours_has_a_page_even_without_a_database(app, client, reader):
     app.config["PROPAGATE_EXCEPTIONS"] = False
     with app.app_context():
