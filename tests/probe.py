@@ -30,6 +30,8 @@ listener._RETRY_SECONDS = float(os.environ.get("PROBE_RETRY", listener._RETRY_SE
 
 
 def create_app() -> Flask:
+    if "PROBE_SAYS" in os.environ:
+        print(os.environ["PROBE_SAYS"], flush=True)
     app = shop.create_app({"WTF_CSRF_ENABLED": False, "RATELIMIT_ENABLED": False, "SESSION_COOKIE_SECURE": False})
     workers = app.extensions["background_workers"]
     for worker in (*workers.workers.values(), *workers.topics.values()):

@@ -175,8 +175,8 @@ def test_ctrl_c_without_a_terminal_tells_the_reloaders_child_first(postgresql_ur
 
 
 def test_a_stop_before_the_workers_have_joined_is_quick_and_quiet(sqlite_url: str) -> None:
-    with started(GUNICORN, environment(sqlite_url, WORKERS_SHUTDOWN_SECONDS=20)) as server:
-        server.wait_for("Booting worker")
+    with started(GUNICORN, environment(sqlite_url, WORKERS_SHUTDOWN_SECONDS=20, PROBE_SAYS="loading")) as server:
+        server.wait_for("loading")  # a signal right after the fork is lost by gunicorn
         said = ends_within(server, 1, lambda: server.signal(signal.SIGTERM))
     assert "Traceback" not in said, said
 
