@@ -121,7 +121,7 @@ def test_no_request_of_any_route_breaks_it(visitors):
 
 
 def send_nonsense(visitors: Visitors, rule: Rule, method: str) -> None:
-    @bounded(6 if method == "POST" else 3)
+    @bounded(3 if method == "POST" else 2)
     @given(requests(visitors, rule, method))
     def send(request):
         name, path, more = request
