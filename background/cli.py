@@ -20,12 +20,11 @@ from .commands import (
     one_state,
     print_json,
     row_limit,
-    the_manager,
 )
 from .errors import BackgroundError, UnknownWorker
 from .history import STATES, Record, Seen
 from .ledger import WorkerState
-from .manager import BackgroundWorkerManager
+from .manager import BackgroundWorkerManager, the_manager
 from .overview import overview
 from .runs import Execution
 from .serving import stop_when_told

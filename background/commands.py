@@ -6,12 +6,11 @@ from datetime import datetime
 from typing import Any
 
 import click
-from flask import current_app
 from flask.cli import AppGroup, ScriptInfo
 from sqlalchemy.exc import DBAPIError
 
 from .errors import DatabaseNotReady, first_line
-from .manager import BackgroundWorkerManager
+from .manager import BackgroundWorkerManager, the_manager
 from .words import moment, printable
 
 MOST_ROWS = 10_000
@@ -41,11 +40,6 @@ class WrongUsage(click.ClickException):
 
 
 as_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-
-
-def the_manager() -> BackgroundWorkerManager:
-    manager: BackgroundWorkerManager = current_app.extensions["background_workers"]
-    return manager
 
 
 def checked_manager() -> BackgroundWorkerManager:

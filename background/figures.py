@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from flask import current_app
 from sqlalchemy import Connection, String, and_, case, cast, func, select
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -19,7 +18,7 @@ from .connections import again_if_stale
 from .errors import first_line
 from .instances import is_alive
 from .mailbox import Topic
-from .manager import BackgroundWorkerManager
+from .manager import BackgroundWorkerManager, the_manager
 from .models import instances, totals
 from .prompt import Prompt
 from .standing import Standing, standings
@@ -60,17 +59,14 @@ class Fleet:
     """Reads the figures of the fleet; a database that is away or hangs is one of them."""
 
     def __init__(self) -> None:
-        self._prompt: Prompt[Figures] | None = None
+        self._prompt = Prompt(_figures, _ANSWER_SECONDS)
         self._is_up = True
 
     def figures(self) -> Figures | None:
         """None where the database does not answer in time."""
-        if self._prompt is None:
-            manager: BackgroundWorkerManager = current_app.extensions["background_workers"]
-            self._prompt = Prompt(lambda: again_if_stale(lambda: _figures(manager)), _ANSWER_SECONDS)
         was_up, self._is_up = self._is_up, True
         try:
-            return self._prompt.answer()
+            return self._prompt.answer(the_manager())
         except (SQLAlchemyError, OSError) as error:  # TimeoutError is one
             self._is_up = False
             level = logging.WARNING if was_up else logging.DEBUG  # once per outage
@@ -79,6 +75,10 @@ class Fleet:
 
 
 def _figures(manager: BackgroundWorkerManager) -> Figures:
+    return again_if_stale(lambda: _read(manager))
+
+
+def _read(manager: BackgroundWorkerManager) -> Figures:
     manager.ticks.connections.refuse_missing()
     with single_statements(manager.ticks.ledger.engine).connect() as connection:
         sums = _read_totals(connection)

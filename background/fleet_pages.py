@@ -13,8 +13,8 @@ from flask.typing import ResponseReturnValue
 
 from .history import STATES, Record, Seen, Window
 from .locks import Holding
-from .manager import BackgroundWorkerManager
-from .pages import state_class, the_manager
+from .manager import BackgroundWorkerManager, the_manager
+from .pages import state_class
 from .timeline import SIGNS, draw
 from .words import moment
 

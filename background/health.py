@@ -9,14 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from flask import Blueprint, current_app, jsonify
+from flask import Blueprint, jsonify
 from flask.typing import ResponseReturnValue
 from sqlalchemy.exc import SQLAlchemyError
 
 from .clock import steady
 from .connections import again_if_stale
 from .errors import BackgroundError, first_line
-from .manager import BackgroundWorkerManager, current_workers
+from .manager import BackgroundWorkerManager, current_workers, the_manager
 from .prompt import Prompt
 from .standing import standings
 
@@ -76,7 +76,7 @@ class Readiness:
     """Asks what readiness depends on, and logs when that changes."""
 
     def __init__(self) -> None:
-        self._prompt: Prompt[dict[str, Check]] | None = None
+        self._prompt = Prompt(self._ask, _ANSWER_SECONDS)
         self._migrated_at: float | None = None
         self._said: tuple[str, ...] = ()
 
@@ -87,11 +87,8 @@ class Readiness:
         return checks
 
     def _asked(self) -> dict[str, Check]:
-        if self._prompt is None:
-            manager: BackgroundWorkerManager = current_app.extensions["background_workers"]
-            self._prompt = Prompt(lambda: self._ask(manager), _ANSWER_SECONDS)
         try:
-            return self._prompt.answer()
+            return self._prompt.answer(the_manager())
         except TimeoutError as error:
             return dict.fromkeys(_ASKED, Check(False, {}, first_line(error)))
 

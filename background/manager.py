@@ -411,6 +411,10 @@ def _path(worker: AnyWorker) -> str:
     return f"{worker.__module__}.{worker.__qualname__}"
 
 
-current_workers: "BackgroundWorkerManager" = LocalProxy(  # type: ignore[assignment]
-    lambda: current_app.extensions["background_workers"]
-)
+def the_manager() -> BackgroundWorkerManager:
+    """The current app's own: for what outlives the app context, which `current_workers` does not."""
+    manager: BackgroundWorkerManager = current_app.extensions["background_workers"]
+    return manager
+
+
+current_workers: BackgroundWorkerManager = LocalProxy(the_manager)  # type: ignore[assignment]

@@ -9,7 +9,8 @@ from flask.typing import ResponseReturnValue
 
 from .errors import UnknownMessage, UnknownTopic, WrongState
 from .mailbox import Flow
-from .pages import back, the_manager
+from .manager import the_manager
+from .pages import back
 
 _PAGE = 25
 _CLASSES = {"running": "running", "done": "succeeded", "dead": "failed"}

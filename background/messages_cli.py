@@ -16,9 +16,9 @@ from .commands import (
     one_state,
     print_json,
     row_limit,
-    the_manager,
 )
 from .mailbox import STATES, Failure, Letter, Topic
+from .manager import the_manager
 from .words import clipped, printable, second, span, table
 
 messages_cli = WorkersGroup(

@@ -1,19 +1,13 @@
-"""What the dashboard's pages share: the manager, the way back from a button, and how values are written."""
+"""What the dashboard's pages share: the way back from a button, and how values are written."""
 
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
-from flask import Blueprint, current_app, redirect, request, url_for
+from flask import Blueprint, redirect, request, url_for
 from markupsafe import Markup
 from werkzeug.wrappers import Response
 
-from .manager import BackgroundWorkerManager
 from .words import span
-
-
-def the_manager() -> BackgroundWorkerManager:
-    manager: BackgroundWorkerManager = current_app.extensions["background_workers"]
-    return manager
 
 
 def back(otherwise: str = "background.overview") -> Response:

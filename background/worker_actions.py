@@ -7,8 +7,8 @@ from flask.typing import ResponseReturnValue
 from werkzeug.wrappers import Response
 
 from .errors import InvalidSchedule
-from .manager import BackgroundWorkerManager
-from .pages import back, the_manager
+from .manager import BackgroundWorkerManager, the_manager
+from .pages import back
 from .schedule import Cron, Every
 from .typed_schedule import typed_schedule
 from .worker_pages import known

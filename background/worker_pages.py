@@ -10,9 +10,8 @@ from flask.typing import ResponseReturnValue
 
 from .errors import InvalidSchedule
 from .history import MOST_SEARCHED, STATES, Place
-from .manager import BackgroundWorkerManager
+from .manager import BackgroundWorkerManager, the_manager
 from .overview import overview
-from .pages import the_manager
 from .pictures import COUNT, picture
 from .schedule import check_timezone
 from .typed_schedule import typed_schedule

@@ -277,7 +277,7 @@ def test_those_who_ask_while_the_database_hangs_share_one_question_and_not_for_e
 ) -> None:
     asked, go_on = [], threading.Event()
 
-    def ask() -> int:
+    def ask(_whom: str) -> int:
         asked.append(threading.current_thread())
         assert go_on.wait(PATIENCE)
         return len(asked)
@@ -285,16 +285,16 @@ def test_those_who_ask_while_the_database_hangs_share_one_question_and_not_for_e
     hanging = Prompt(ask, 0.05)
     for _ in range(3):
         with pytest.raises(TimeoutError, match=r"no answer within 0\.05 s"):
-            hanging.answer()
+            hanging.answer("the database")
     assert len(asked) == 1
     monkeypatch.setattr(prompt, "_GIVEN_UP_SECONDS", 0.0)
     with pytest.raises(TimeoutError):
-        hanging.answer()
+        hanging.answer("the database")
     assert len(asked) == 2
     go_on.set()
     for thread in asked:
         thread.join(PATIENCE)
-    assert hanging.answer() == 3
+    assert hanging.answer("the database") == 3
 
 
 @pytest.fixture
