@@ -55,6 +55,7 @@ def settings(database_url: str, **more: Any) -> dict[str, Any]:
         "TESTING": True,
         "WTF_CSRF_ENABLED": False,
         "SECRET_KEY": "test",
+        "RELEASE": "tested",
         **more,
     }
 

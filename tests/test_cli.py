@@ -136,7 +136,7 @@ def test_the_instances_are_shown_with_what_they_hold_and_their_clocks(
     instance.clock_offset = timedelta(seconds=-7)
     manager.ticks.instances.beat(instance)
     header, ours, theirs = flask("instances").stdout.splitlines()
-    assert header.split() == ["INSTANCE", "STATE", "STARTED", "HEARTBEAT", "CLOCK", "HOLDS"]
+    assert header.split() == ["INSTANCE", "STATE", "RELEASE", "STARTED", "HEARTBEAT", "CLOCK", "HOLDS"]
     assert re.match(rf"{re.escape(instance.name)} +alive .*\+7.000 s$", ours)
     assert re.match(r"far:7 +lost .* greet$", theirs)
     (row,) = [row for row in json.loads(flask("instances", "--json").stdout) if row["is_alive"]]
