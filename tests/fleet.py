@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -174,8 +174,8 @@ def wait_until(is_true: Callable[[], Any], what: str = "it") -> Any:
 
 
 @contextmanager
-def statements(engine: Engine) -> Any:
-    """The statements that `engine` executes within the block."""
+def statements(engine: Engine | type[Engine]) -> Iterator[list[str]]:
+    """The statements that `engine` executes within the block; of `Engine` itself those of every one."""
     seen: list[str] = []
 
     def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:

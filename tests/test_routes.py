@@ -1,9 +1,7 @@
 """The shop's pages and JSON, asked for as a browser asks, on both databases."""
 
 import re
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from html import unescape
 from io import BytesIO
@@ -11,7 +9,8 @@ from threading import Barrier
 
 import pytest
 from conftest import PASSWORD, PASSWORD_METHOD
-from sqlalchemy import event, select
+from fleet import statements
+from sqlalchemy import Engine, select
 
 from models import Book, Order, User, db
 
@@ -75,23 +74,6 @@ def walk(client, path: str, pattern: str) -> list[str]:
     return found
 
 
-@contextmanager
-def counted(app) -> Iterator[list[str]]:
-    """The statements that the database is asked meanwhile."""
-    statements: list[str] = []
-
-    def note(_connection, _cursor, statement, *_):
-        statements.append(statement)
-
-    with app.app_context():
-        engine = db.engine
-    event.listen(engine, "before_cursor_execute", note)
-    try:
-        yield statements
-    finally:
-        event.remove(engine, "before_cursor_execute", note)
-
-
 def at_once(number: int, work) -> list:
     """The results of `work(0)` to `work(number - 1)`, begun in the same moment by as many threads."""
     barrier = Barrier(number)
@@ -116,9 +98,9 @@ def test_the_home_page_says_where_to_watch_the_worker(client):
 
 
 def test_the_home_page_asks_the_database_nothing_for_a_stranger(app, client):
-    with counted(app) as statements:
+    with statements(Engine) as asked:
         assert client.get("/").status_code == 200
-    assert statements == []
+    assert asked == []
 
 
 # ---- Register
@@ -519,9 +501,9 @@ def test_no_page_has_an_inline_script_or_style_or_a_foreign_address(client, admi
 
 def test_a_page_costs_as_many_queries_for_many_rows_as_for_one(app, client, admin, make_user, make_book):
     def queries(path):
-        with counted(app) as statements:
+        with statements(Engine) as asked:
             assert client.get(path).status_code == 200
-        return len(statements)
+        return len(asked)
 
     def add_an_order_of_a_new_book(index):
         book_id = make_book(title=f"Book {index}")

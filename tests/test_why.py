@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from conftest import close, settings
 from flask import Flask
-from sqlalchemy import Engine, event, insert, update
+from fleet import statements
+from sqlalchemy import Engine, insert, update
 
 from app import create_app
 from background import BackgroundWorkerManager, PeriodicWorker, UnknownWorker, WorkerContext
@@ -525,14 +526,8 @@ def test_an_answer_costs_a_constant_number_of_queries_on_an_index(
     known()
 
     def queries(engine: Engine) -> list[str]:
-        asked: list[str] = []
-
-        def remember(_connection: Any, _cursor: Any, statement: str, *_more: Any) -> None:
-            asked.append(statement)
-
-        event.listen(engine, "before_cursor_execute", remember)
-        manager.why("tidy", NOON - 5 * MINUTE)
-        event.remove(engine, "before_cursor_execute", remember)
+        with statements(engine) as asked:
+            manager.why("tidy", NOON - 5 * MINUTE)
         return asked
 
     few = queries(manager.ticks.ledger.engine)
