@@ -28,11 +28,8 @@ from .manager import BackgroundWorkerManager, the_manager
 from .overview import overview
 from .runs import Execution
 from .serving import stop_when_told
-from .words import moment, printable, progress, second, span, table
+from .words import EARLIEST, LATEST, ahead, moment, moment_in, printable, progress, second, span, table
 from .worker import declared_schedule
-
-EARLIEST, LATEST = datetime(1970, 1, 2, tzinfo=UTC), datetime(9000, 1, 1, tzinfo=UTC)
-
 
 workers_cli = WorkersGroup(
     "workers",
@@ -106,15 +103,13 @@ def instances(as_json: bool) -> None:
 
 
 def _instance_cells(seen: Seen, holds: list[str]) -> list[str]:
-    state = "alive" if seen.is_alive else "signed off" if seen.signed_off_at else "lost"
-    clock = f"{round(seen.clock_ahead or 0, 3) + 0.0:+.3f} s"
     return [
         seen.name,
-        state,
+        seen.state,
         seen.release or "",
         second(seen.started_at),
         second(seen.heartbeat_at),
-        clock,
+        ahead(seen.clock_ahead),
         ", ".join(holds),
     ]
 
@@ -391,15 +386,12 @@ def _stored(manager: BackgroundWorkerManager, name: str) -> None:
 
 def _moment(text: str) -> datetime:
     try:
-        given = datetime.fromisoformat(text.strip())
-        at = given.astimezone(UTC) if given.tzinfo else given.replace(tzinfo=UTC)
-        if not EARLIEST <= at <= LATEST:
-            raise ValueError(text)
-    except (ValueError, OverflowError):
+        at = moment_in(text)
+    except ValueError:
         raise WrongUsage(
             f"--at is {text!r}; expected a moment from {EARLIEST.year} to {LATEST.year - 1} in ISO 8601: "
             f"write 2026-11-20T12:00Z, say."
         ) from None
-    if given.tzinfo is None:
+    if datetime.fromisoformat(text.strip()).tzinfo is None:
         click.echo(f"{text} names no time zone, so it is taken as UTC.", err=True)
     return at

@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import TypeVar
 from urllib.parse import quote
 
@@ -16,7 +16,7 @@ from .locks import Holding
 from .manager import BackgroundWorkerManager, the_manager
 from .pages import state_class
 from .timeline import SIGNS, draw
-from .words import moment
+from .words import moment, moment_in
 
 LENGTHS = {
     "1m": ("1 minute", timedelta(minutes=1)),
@@ -26,7 +26,6 @@ LENGTHS = {
 }
 _USUAL = "5m"
 _MOST_BARS = 400
-_EARLIEST = datetime(1970, 1, 2, tzinfo=UTC)
 _SKEWED_SECONDS = 1.0
 
 Held = TypeVar("Held", Record, Holding)
@@ -75,9 +74,8 @@ def _addresses(names: Collection[str]) -> dict[str, str]:
 
 def _until() -> datetime | None:
     """The end that the address asks for; None, which is now, where it asks for none or for nonsense."""
-    with suppress(ValueError, OverflowError):
-        at = datetime.fromisoformat(request.args.get("until", ""))
-        return max((at if at.tzinfo else at.replace(tzinfo=UTC)).astimezone(UTC), _EARLIEST)
+    with suppress(ValueError):
+        return moment_in(request.args.get("until", ""))
     return None
 
 
@@ -102,16 +100,8 @@ class Holder:
     messages: int
 
     @property
-    def state(self) -> str:
-        return "alive" if self.seen.is_alive else "signed off" if self.seen.signed_off_at else "lost"
-
-    @property
-    def clock_ahead(self) -> float:
-        return round(self.seen.clock_ahead or 0.0, 3) + 0.0
-
-    @property
     def is_skewed(self) -> bool:
-        return abs(self.clock_ahead) > _SKEWED_SECONDS
+        return abs(self.seen.clock_ahead or 0.0) > _SKEWED_SECONDS
 
 
 def instances_page() -> ResponseReturnValue:

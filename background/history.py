@@ -122,6 +122,10 @@ class Seen:
     def name(self) -> str:
         return f"{self.host}:{self.pid}"
 
+    @property
+    def state(self) -> str:
+        return "alive" if self.is_alive else "signed off" if self.signed_off_at else "lost"
+
 
 @dataclass(frozen=True)
 class Window:

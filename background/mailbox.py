@@ -12,13 +12,12 @@ from .clock import elapsed, now
 from .errors import UnknownMessage, UnknownTopic, error_line
 from .history import History
 from .messages import Messages, is_in
-from .models import message_errors, messages
+from .models import LARGEST_ID, message_errors, messages
 from .worker import MessageWorker
 
 STATES = ("waiting", "running", "done", "dead", "discarded")
 _OPEN = ("waiting", "running", "dead")
 _SHORT = 200  # characters of a payload
-_LARGEST_ID = 2**63 - 1
 _RECENTLY, _JUST_NOW = timedelta(hours=1), timedelta(minutes=1)
 _SAMPLE = 5_000  # messages, from which a great throughput is estimated
 
@@ -234,7 +233,7 @@ class Mailbox:
 
 def _refuse_impossible(ids: Collection[int]) -> None:
     for id in ids:
-        if not 0 < id <= _LARGEST_ID:
+        if not 0 < id <= LARGEST_ID:
             raise UnknownMessage(id)
 
 

@@ -10,11 +10,11 @@ from flask.typing import ResponseReturnValue
 from .errors import UnknownMessage, UnknownTopic, WrongState
 from .mailbox import Flow
 from .manager import the_manager
+from .models import LARGEST_ID
 from .pages import back
 
 _PAGE = 25
 _CLASSES = {"running": "running", "done": "succeeded", "dead": "failed"}
-_LARGEST_ID = 2**63 - 1
 
 
 def add_to(blueprint: Blueprint) -> None:
@@ -51,7 +51,7 @@ def messages_page() -> ResponseReturnValue:
 def _before() -> int | None:
     """The place in the list that the address asks for; nonsense is its beginning."""
     text = request.args.get("before", "")
-    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 and int(text) <= _LARGEST_ID else None
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 and int(text) <= LARGEST_ID else None
 
 
 def message_page(id: int) -> ResponseReturnValue:

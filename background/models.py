@@ -34,6 +34,7 @@ class AnyText(TypeDecorator[str]):
         return value and value.encode(errors="backslashreplace").decode().replace("\0", "\\x00")
 
 
+LARGEST_ID = 2**63 - 1
 _Id = BigInteger().with_variant(Integer, "sqlite")
 
 workers = Table(

@@ -7,7 +7,7 @@ from flask import Blueprint, redirect, request, url_for
 from markupsafe import Markup
 from werkzeug.wrappers import Response
 
-from .words import span
+from .words import ahead, span
 
 
 def back(otherwise: str = "background.overview") -> Response:
@@ -77,4 +77,5 @@ FILTERS: dict[str, Callable[..., str]] = {
     "span_text": span_text,
     "countdown_tag": countdown_tag,
     "number_text": number_text,
+    "ahead_text": ahead,
 }

@@ -184,7 +184,7 @@ def _title_of_nobody(record: Record, name: str) -> str:
 
 def _alive(scale: _Scale, lane: Lane, seen: Seen) -> Lane:
     """The lane with its instance's life behind the bars."""
-    lost = not seen.is_alive and seen.signed_off_at is None
+    lost = seen.state == "lost"
     until = seen.signed_off_at or (seen.heartbeat_at if lost else scale.window.until)
     x, end = scale.x(seen.started_at), scale.x(until)
     note = seen.release or ""

@@ -1,11 +1,14 @@
-"""How moments, lengths of time and rows are written for people."""
+"""How moments, lengths of time and rows are written for people, and how people write moments."""
 
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
+from zoneinfo import ZoneInfo
 
 from .history import Record
+from .schedule import check_timezone
 
 WIDEST = 120  # characters of one cell
+EARLIEST, LATEST = datetime(1970, 1, 2, tzinfo=UTC), datetime(9000, 1, 1, tzinfo=UTC)  # that can be asked about
 
 
 def moment(at: datetime | None) -> str:
@@ -13,6 +16,19 @@ def moment(at: datetime | None) -> str:
     if at is None:
         return "-"
     return at.astimezone(UTC).replace(tzinfo=None).isoformat().removesuffix("000") + "Z"
+
+
+def moment_in(text: str, zone: str = "UTC") -> datetime:
+    """The moment of ISO 8601, in `zone` where it names none. Raises ValueError, and InvalidSchedule for the zone."""
+    check_timezone(zone)
+    try:
+        given = datetime.fromisoformat(text.strip())
+        at = (given if given.tzinfo else given.replace(tzinfo=ZoneInfo(zone))).astimezone(UTC)
+    except OverflowError as error:
+        raise ValueError(text) from error
+    if not EARLIEST <= at <= LATEST:
+        raise ValueError(text)
+    return at
 
 
 def second(at: datetime | None) -> str:
@@ -31,6 +47,11 @@ def span(length: timedelta) -> str:
     parts = [(days, "d"), (hours, "h"), (minutes, "min"), (rest, "s")]
     largest = next(index for index, (count, _) in enumerate(parts) if count)
     return " ".join(f"{count} {unit}" for count, unit in parts[largest : largest + 2] if count)
+
+
+def ahead(seconds: float | None) -> str:
+    """How far a clock is ahead of the database's: +0.012 s; of one that was never compared, +0.000 s."""
+    return f"{round(seconds or 0.0, 3) + 0.0:+.3f} s"  # no -0.000
 
 
 def progress(record: Record) -> str:

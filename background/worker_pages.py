@@ -1,9 +1,7 @@
 """The dashboard's pages of the workers: all at a glance, one with its executions, and one execution."""
 
-from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import urlencode
-from zoneinfo import ZoneInfo
 
 from flask import Blueprint, abort, redirect, render_template, request, url_for
 from flask.typing import ResponseReturnValue
@@ -11,22 +9,21 @@ from flask.typing import ResponseReturnValue
 from .errors import InvalidSchedule
 from .history import MOST_SEARCHED, STATES, Place
 from .manager import BackgroundWorkerManager, the_manager
+from .models import LARGEST_ID
 from .overview import overview
 from .pictures import COUNT, picture
-from .schedule import check_timezone
 from .typed_schedule import typed_schedule
+from .words import EARLIEST, LATEST, moment_in
 
 PER_PAGE = 25
 _LONGEST_NAME = 200
-_HIGHEST_ID = 2**63 - 1
-_EARLIEST, _LATEST = datetime(1970, 1, 2, tzinfo=UTC), datetime(9000, 1, 1, tzinfo=UTC)
 _DRAFT = ("edit", "schedule", "timezone")  # what an address says of a form that was refused
 
 
 def add_to(blueprint: Blueprint) -> None:
     blueprint.add_url_rule("/", "overview", overview_page)
     blueprint.add_url_rule("/worker/<name>", "worker", worker_page)
-    blueprint.add_url_rule(f"/worker/<name>/<int(max={_HIGHEST_ID}):id>", "execution", execution_page)
+    blueprint.add_url_rule(f"/worker/<name>/<int(max={LARGEST_ID}):id>", "execution", execution_page)
 
 
 # -- all of them ---------------------------------------------------------------------------------
@@ -121,8 +118,8 @@ def _before() -> Place | None:
     """The same read again; nonsense is the first page."""
     tick, _, id = request.args.get("before", "").partition("~")
     try:
-        return moment_in(tick, "UTC"), min(max(int(id), 0), _HIGHEST_ID)
-    except (ValueError, InvalidSchedule):
+        return moment_in(tick), min(max(int(id), 0), LARGEST_ID)
+    except ValueError:
         return None
 
 
@@ -136,21 +133,10 @@ def _why(manager: BackgroundWorkerManager, name: str) -> dict[str, Any]:
         except InvalidSchedule as error:
             asked["wrong"] = error.message
         except ValueError:
-            asked["wrong"] = f"{at!r} is no moment from 1970 to 8999; expected one such as 2026-11-20T12:00."
+            asked["wrong"] = (
+                f"{at!r} is no moment from {EARLIEST.year} to {LATEST.year - 1}; expected one such as 2026-11-20T12:00."
+            )
     return asked
-
-
-def moment_in(text: str, zone: str) -> datetime:
-    """The moment of ISO 8601, in `zone` where it names none. Raises ValueError and InvalidSchedule."""
-    check_timezone(zone)
-    try:
-        given = datetime.fromisoformat(text)
-        at = (given if given.tzinfo else given.replace(tzinfo=ZoneInfo(zone))).astimezone(UTC)
-    except OverflowError as error:
-        raise ValueError(text) from error
-    if not _EARLIEST <= at <= _LATEST:
-        raise ValueError(text)
-    return at
 
 
 # -- the form for another schedule ---------------------------------------------------------------
