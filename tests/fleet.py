@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 
 from conftest import close, settings
@@ -203,6 +204,11 @@ def in_threads(*functions: Callable[[], Any]) -> list[Any]:
     for thread in threads:
         thread.join(PATIENCE)
     return results
+
+
+def at_once(number: int, work: Callable[[int], Any]) -> list[Any]:
+    """The results of `work(0)` to `work(number - 1)`, begun at the same instant."""
+    return in_threads(*[partial(work, index) for index in range(number)])
 
 
 def main(database_url: str, name: str, at: str, processes: str = "1") -> None:

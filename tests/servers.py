@@ -1,4 +1,4 @@
-"""Servers that a test may stop and start: a PostgreSQL of its own, and a pooler in front of one."""
+"""Servers that a test may stop and start: a PostgreSQL of its own, a pooler in front of one, and one of the shop."""
 
 import os
 import shutil
@@ -9,9 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
+from threading import Thread
 
 from conftest import administer, migrate, server_folder, text
+from flask import Flask
 from sqlalchemy import URL
+from werkzeug.serving import make_server
 
 PGBOUNCER = shutil.which("pgbouncer") or shutil.which("pgbouncer", path="/usr/sbin")
 _numbers = count(1)
@@ -84,3 +87,15 @@ unix_socket_dir = {folder}
         process.kill()
         process.communicate()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def served(app: Flask) -> Iterator[str]:
+    """Where a server of this process answers for the app."""
+    server = make_server("127.0.0.1", 0, app, threaded=True)
+    thread = Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()

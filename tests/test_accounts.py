@@ -5,7 +5,6 @@ import logging
 import re
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from email import message_from_bytes
 from email.policy import default
 from pathlib import Path
@@ -16,7 +15,7 @@ import pytest
 from conftest import PASSWORD, PASSWORD_HASH, PASSWORD_METHOD, on_sqlite
 from flask import Flask
 from flask.testing import FlaskClient
-from fleet import wait_until
+from fleet import at_once, wait_until
 from itsdangerous import URLSafeTimedSerializer
 from sqlalchemy import select, text
 from sqlalchemy.exc import DBAPIError
@@ -60,17 +59,6 @@ def is_logged_in(client: FlaskClient) -> bool:
 def stored(app: Flask, user: User) -> User:
     with app.app_context():
         return db.session.get_one(User, user.id)
-
-
-def at_once(number: int, work: Callable[[int], Any]) -> list[Any]:
-    barrier = Barrier(number)
-
-    def begin(index: int) -> Any:
-        barrier.wait(10)
-        return work(index)
-
-    with ThreadPoolExecutor(number) as pool:
-        return list(pool.map(begin, range(number)))
 
 
 # ---- Sessions

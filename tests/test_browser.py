@@ -2,13 +2,12 @@
 
 import shutil
 from collections.abc import Iterator
-from threading import Thread
 
 import pytest
 from conftest import PASSWORD
 from fleet import wait_until
+from servers import served
 from sqlalchemy import select
-from werkzeug.serving import make_server
 
 from models import Book, User, db
 
@@ -24,13 +23,8 @@ pytestmark = [
 def address(app) -> Iterator[str]:
     """Where a server of the app answers, with the forms' tokens on."""
     app.config["WTF_CSRF_ENABLED"] = True
-    server = make_server("127.0.0.1", 0, app, threaded=True)
-    thread = Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with served(app) as address:
+        yield address
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 import lively
@@ -15,8 +14,8 @@ from conftest import PASSWORD, PASSWORD_HASH, close
 from flask import Flask
 from fleet import wait_until
 from processes import PATIENCE
+from servers import served
 from sqlalchemy import insert
-from werkzeug.serving import make_server
 
 from background import PeriodicWorker
 from background import models as tables
@@ -64,13 +63,8 @@ def app(database) -> Iterator[Flask]:
 
 @pytest.fixture(scope="module")
 def address(app) -> Iterator[str]:
-    server = make_server("127.0.0.1", 0, app, threaded=True)
-    thread = Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with served(app) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")

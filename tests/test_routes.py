@@ -1,15 +1,13 @@
 """The shop's pages and JSON, asked for as a browser asks, on both databases."""
 
 import re
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from html import unescape
 from io import BytesIO
-from threading import Barrier
 
 import pytest
 from conftest import PASSWORD, PASSWORD_METHOD
-from fleet import statements
+from fleet import at_once, statements
 from sqlalchemy import Engine, select
 
 from models import Book, Order, User, db
@@ -72,18 +70,6 @@ def walk(client, path: str, pattern: str) -> list[str]:
         link = re.search(r'rel="next" href="([^"]*)"', page.text)
         path = unescape(link[1]) if link else ""
     return found
-
-
-def at_once(number: int, work) -> list:
-    """The results of `work(0)` to `work(number - 1)`, begun in the same moment by as many threads."""
-    barrier = Barrier(number)
-
-    def begin(index):
-        barrier.wait(10)
-        return work(index)
-
-    with ThreadPoolExecutor(number) as pool:
-        return list(pool.map(begin, range(number)))
 
 
 # ---- Home

@@ -3,15 +3,14 @@
 import multiprocessing
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
-from threading import Barrier
 from typing import Any
 
 import pytest
 from conftest import PASSWORD, close, on_sqlite, settings
 from flask import Flask
 from flask.testing import FlaskClient
+from fleet import at_once
 from limits.storage import storage_from_string
 from sqlalchemy import select, update
 from sqlalchemy.exc import DBAPIError
@@ -98,15 +97,7 @@ def test_logging_in_rightly_costs_nothing(app: Flask, client: FlaskClient) -> No
 
 @pytest.mark.usefixtures("nat")
 def test_of_many_guesses_at_once_no_more_are_looked_at_than_one_after_the_other(app: Flask) -> None:
-    barrier = Barrier(16)
-
-    def guess(_index: int) -> int:
-        client = app.test_client()
-        barrier.wait(10)
-        return log_in(client).status_code
-
-    with ThreadPoolExecutor(16) as pool:
-        found = sorted(pool.map(guess, range(16)))
+    found = sorted(at_once(16, lambda _: log_in(app.test_client()).status_code))
     assert found == [200] * 10 + [429] * 6
 
 
@@ -214,8 +205,7 @@ def test_many_windows_that_begin_and_end_at_once_wait_for_nobody(app: Flask) -> 
                 if number % 5 == 0:
                     expire(f"{number % 7}")
 
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(begin, range(4)))
+    at_once(4, begin)
     assert len(counts(app)) <= 7
 
 
