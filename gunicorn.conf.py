@@ -36,7 +36,7 @@ class JsonLogger(SentenceLogger):
             handler.setFormatter(json_formatter())
 
 
-logger_class = JsonLogger if os.environ.get("LOG_FORMAT") == "json" else SentenceLogger
+logger_class = JsonLogger if os.environ.get("LOG_FORMAT", "").strip().lower() == "json" else SentenceLogger
 
 
 def post_worker_init(worker):

@@ -39,6 +39,7 @@ from sqlalchemy import (
     not_,
     select,
     text,
+    true,
     tuple_,
     update,
 )
@@ -279,7 +280,7 @@ class RateLimits(Storage):
         self._delete(RateLimit.key == key)
 
     def reset(self) -> int:
-        return self._delete(RateLimit.key == RateLimit.key)
+        return self._delete(true())
 
     def _delete(self, condition: ColumnElement[bool]) -> int:
         with single_statements(db.engine).begin() as connection:
