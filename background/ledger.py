@@ -210,8 +210,7 @@ class Ledger:
     def skip(self, name: str, tick: datetime, reason: str) -> bool:
         """Record that `tick` is not run because the worker is paused or still running; True for the one who did.
 
-        Others may be here: every instance finds the same obstacle. Whoever raises the mark writes the row;
-        a row that says the same is extended, so that a pause of a month is one row.
+        Others may be here: every instance finds the same obstacle. Whoever raises the mark writes the row.
         """
         with self.begin() as connection:
             raised = connection.execute(
@@ -228,27 +227,7 @@ class Ledger:
             if raised is None:
                 return False
             self._record_missed(connection, name, raised, tick, parse_schedule(raised.schedule))
-            newest = (
-                select(executions.c.id)
-                .where(executions.c.worker == name)
-                .order_by(executions.c.tick.desc(), executions.c.id.desc())
-                .limit(1)
-                .scalar_subquery()
-            )
-            extended_at = connection.execute(
-                update(executions)
-                .where(
-                    executions.c.id == newest,
-                    executions.c.state == "skipped",
-                    executions.c.reason == reason,
-                )
-                .values(through=tick, finished_at=now())
-                .returning(executions.c.finished_at)
-            ).scalar_one_or_none()
-            if extended_at is None:
-                self._record_not_run(connection, "skipped", name, tick, tick, reason)
-            else:
-                totals.add_not_run(connection, name, "skipped", extended_at)
+            self._record_skipped(connection, name, tick, reason)
             return True
 
     # -- ending --------------------------------------------------------------------------------
@@ -360,6 +339,30 @@ class Ledger:
         if first < before:
             last = schedule.previous(before - _TICK)
             self._record_not_run(connection, "missed", name, first, last, "no instance came to run it in time")
+
+    def _record_skipped(self, connection: Connection, name: str, tick: datetime, reason: str) -> None:
+        """In a row of its own, or in the newest one if that says the same: a pause of a month is one row."""
+        newest = (
+            select(executions.c.id)
+            .where(executions.c.worker == name)
+            .order_by(executions.c.tick.desc(), executions.c.id.desc())
+            .limit(1)
+            .scalar_subquery()
+        )
+        extended_at = connection.execute(
+            update(executions)
+            .where(
+                executions.c.id == newest,
+                executions.c.state == "skipped",
+                executions.c.reason == reason,
+            )
+            .values(through=tick, finished_at=now())
+            .returning(executions.c.finished_at)
+        ).scalar_one_or_none()
+        if extended_at is None:
+            self._record_not_run(connection, "skipped", name, tick, tick, reason)
+        else:
+            totals.add_not_run(connection, name, "skipped", extended_at)
 
     def _record_not_run(
         self, connection: Connection, state: str, name: str, first: datetime, last: datetime, reason: str

@@ -6,7 +6,7 @@ from typing import Any
 
 from .errors import InvalidSchedule
 from .history import Record
-from .ledger import WorkerState
+from .ledger import Claim, WorkerState
 from .manager import BackgroundWorkerManager
 from .schedule import Schedule
 from .worker import declared_schedule
@@ -36,30 +36,31 @@ def _overview(
     schedule = _schedule(manager, name, state)
     paused_at = state.paused_at if state else None
     runs = worker is not None and worker.enabled and not paused_at
-    running = None
-    if state and state.running:
-        running = {
-            "tick": state.running.tick,
-            "attempt": state.running.attempt,
-            "execution": state.running.execution,
-            "started_at": state.started_at,
-            "progress_done": state.progress_done,
-            "progress_total": state.progress_total,
-            "instance": state.instance_name,
-            "instance_id": state.instance,
-            "is_gone": state.instance in gone,
-        }
     return {
         "name": name,
         "schedule": schedule.describe() if schedule else None,
         "declared": declared_schedule(worker).describe() if worker else None,
         "next_tick": schedule.next(clock) if runs and schedule else None,
         "last": last.as_dict() if last else None,
-        "running": running,
+        "running": _running(state, state.running, gone) if state and state.running else None,
         "pending_tick": state.pending_tick if state else None,
         "paused_at": paused_at,
         "enabled": worker.enabled if worker else None,
         "in_this_release": worker is not None,
+    }
+
+
+def _running(state: WorkerState, claim: Claim, gone: set[str]) -> dict[str, Any]:
+    return {
+        "tick": claim.tick,
+        "attempt": claim.attempt,
+        "execution": claim.execution,
+        "started_at": state.started_at,
+        "progress_done": state.progress_done,
+        "progress_total": state.progress_total,
+        "instance": state.instance_name,
+        "instance_id": state.instance,
+        "is_gone": state.instance in gone,
     }
 
 
