@@ -14,6 +14,7 @@ from flask.typing import ResponseReturnValue
 from .history import STATES, Record, Seen, Window
 from .locks import Holding
 from .manager import BackgroundWorkerManager, the_manager
+from .membership import OFFSET_WARNED
 from .pages import state_class
 from .timeline import SIGNS, draw
 from .words import moment, moment_in
@@ -26,7 +27,6 @@ LENGTHS = {
 }
 _USUAL = "5m"
 _MOST_BARS = 400
-_SKEWED_SECONDS = 1.0
 
 Held = TypeVar("Held", Record, Holding)
 
@@ -101,7 +101,7 @@ class Holder:
 
     @property
     def is_skewed(self) -> bool:
-        return abs(self.seen.clock_ahead or 0.0) > _SKEWED_SECONDS
+        return abs(self.seen.clock_ahead or 0.0) > OFFSET_WARNED.total_seconds()
 
 
 def instances_page() -> ResponseReturnValue:

@@ -22,7 +22,7 @@ from .worker import MessageWorker, PeriodicWorker, declared_schedule
 
 log = logging.getLogger(__name__)
 
-_OFFSET_WARNED = timedelta(seconds=1)
+OFFSET_WARNED = timedelta(seconds=1)
 _OFFSET_REARMED = timedelta(milliseconds=20)
 _LAST_CALLS_SECONDS = 1.0
 _LOOK_SECONDS = 0.5
@@ -187,7 +187,7 @@ class Membership:
             self._follow_releases(ours)
 
     def _warn_of_marks(self, states: list[WorkerState]) -> None:
-        ahead = {state.name: state.mark for state in states if state.mark and state.mark > state.clock + _OFFSET_WARNED}
+        ahead = {state.name: state.mark for state in states if state.mark and state.mark > state.clock + OFFSET_WARNED}
         for name in ahead.keys() - self._ahead:
             log.warning(
                 "%s: the database's clock was set back: its ticks are decided up to %s, and the next one comes after "
@@ -290,7 +290,7 @@ class Membership:
 
     def _warn_of_offset(self, instance: Instance) -> None:
         """Once, until it is back at half of what is warned about: an offset of just that much comes and goes."""
-        was_off, least = self._is_off, _OFFSET_WARNED / (2 if self._is_off else 1)
+        was_off, least = self._is_off, OFFSET_WARNED / (2 if self._is_off else 1)
         self._is_off = abs(instance.clock_offset) > least
         if self._is_off and not was_off:
             log.warning("This host's clock is %+.1f s off the database's", -instance.clock_offset.total_seconds())

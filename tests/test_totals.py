@@ -28,7 +28,7 @@ class Moody(Hourly):
 
 def test_each_execution_is_counted_by_its_outcome_and_by_how_long_it_took(fleet: Fleet) -> None:
     manager = fleet.manager(Moody)
-    for hours in range(4, 0, -1):
+    for hours in range(5, 1, -1):  # more than the last bucket ago, whenever this runs
         manager.ticks.look(Moody)
         fleet.set("moody", mark=last_hour() - timedelta(hours=hours), scheduled_at=last_hour() - DAY)
         manager.tick("moody", last_hour() - timedelta(hours=hours - 1))
@@ -36,7 +36,7 @@ def test_each_execution_is_counted_by_its_outcome_and_by_how_long_it_took(fleet:
     assert sorted(states) == ["failed", "failed", "succeeded", "succeeded"]
     assert counts(fleet) == {"failed": 2, "succeeded": 2}
     assert sum(counts(fleet, "duration").values()) == sum(counts(fleet, "lateness").values()) == 4
-    assert set(counts(fleet, "lateness")) <= {"inf", "300"}
+    assert set(counts(fleet, "lateness")) == {"inf"}
 
 
 def test_a_manual_run_is_late_for_nothing(fleet: Fleet) -> None:
