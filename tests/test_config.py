@@ -312,3 +312,24 @@ def test_a_connection_of_before_a_restart_of_postgresql_is_not_handed_to_a_reque
         assert db.session.scalar(text("SELECT 2")) == 2
         db.session.remove()
         dispose()
+
+
+def test_the_release_is_the_commit_that_is_checked_out_unless_it_is_named(tmp_path: Path) -> None:
+    repository, commit = tmp_path / ".git", "3f2a91c04d5e6b7a8c9d0e1f2a3b4c5d6e7f8a9b"
+    (repository / "refs" / "heads").mkdir(parents=True)
+    app = Flask("config", root_path=str(tmp_path), instance_path=str(tmp_path))
+
+    def release(given: dict[str, Any] | None = None) -> str | None:
+        load_config(app, given)
+        found: str | None = app.config["RELEASE"]
+        return found
+
+    assert release() is None
+    (repository / "HEAD").write_text(f"{commit}\n")
+    assert release() == commit[:12]
+    (repository / "HEAD").write_text("ref: refs/heads/main\n")
+    (repository / "packed-refs").write_text(f"# pack-refs with: peeled\n{commit} refs/heads/main\n")
+    assert release() == commit[:12]
+    (repository / "refs" / "heads" / "main").write_text(f"{commit[::-1]}\n")
+    assert release() == commit[::-1][:12]
+    assert release({"RELEASE": "2026.11"}) == "2026.11"
