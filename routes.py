@@ -539,12 +539,12 @@ LONGEST_FIELD = 200
 
 def write_audit() -> None:
     """Committed at once: what was tried is known even where it fails."""
-    fields = [*(request.view_args or {}).items(), *request.form.items()]
-    said = {
-        str(name)[:LONGEST_FIELD]: str(value)[:LONGEST_FIELD]
-        for name, value in fields[:MOST_FIELDS]
-        if not is_secret(name)
-    }
+    fields = [(name, value) for name, value in request.form.items() if not is_secret(name)]
+    said = {name[:LONGEST_FIELD]: value[:LONGEST_FIELD] for name, value in fields[:MOST_FIELDS]}
+    if (more := len(fields) - MOST_FIELDS) > 0:
+        said["..."] = f"{more} more fields"
+    # Last, as no field of a form may pass for a part of the address.
+    said |= {name: str(value)[:LONGEST_FIELD] for name, value in (request.view_args or {}).items()}
     entry = AuditEntry(
         user_id=current_user.id,
         action=str(request.endpoint)[:100],
