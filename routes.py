@@ -428,13 +428,13 @@ def login() -> ResponseReturnValue:
         return redirect(next_page())
     form = LoginForm()
     if form.validate_on_submit():
-        if user := user_with(form.email.data, form.password.data):
-            svcs.flask.get(UserRepository).record_login(user.id, datetime.now(UTC))
+        users, user = svcs.flask.get(UserRepository), user_with(form.email.data, form.password.data)
+        if user is not None and users.record_login(user.id, datetime.now(UTC), user.password_hash):
             if user.has_renewable_password:
-                svcs.flask.get(UserRepository).replace_password(user, form.password.data)
+                users.replace_password(user, form.password.data)
+            login_user(user)  # before the commit, behind which somebody may change the password that let them in
             db.session.commit()
             do_not_count()
-            login_user(user)
             return redirect(next_page())
         form.password.errors = ["This e-mail and this password do not belong together."]
     return render_template("login.html", form=form)
