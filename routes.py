@@ -386,7 +386,9 @@ def network_and_account() -> str:
 
 
 def own_id() -> str:
-    return f"user {current_user.id}"
+    key = f"user {current_user.id}"
+    db.session.rollback()  # the count has a connection of its own: who kept one meanwhile could wait for one another
+    return key
 
 
 @account.route("/register", methods=["GET", "POST"])
@@ -484,7 +486,6 @@ def change_password() -> ResponseReturnValue:
     form = ChangePasswordForm()
     if form.validate_on_submit():
         if replace_own_password(form):
-            do_not_count()
             flash("Your password is changed. Wherever else you were logged in, you are not any more.", "success")
             return redirect(url_for("account.profile"))
         form.current.errors = ["This is not your current password."]
@@ -499,6 +500,7 @@ def replace_own_password(form: ChangePasswordForm) -> bool:
     changed = svcs.flask.get(UserRepository).replace_password(user, form.password.data)
     db.session.commit()
     if changed:
+        do_not_count()  # while no connection is held, see `own_id`
         login_user(user)
     return changed
 
