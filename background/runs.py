@@ -218,13 +218,19 @@ class Ending:
         error: BaseException | None = None,
     ) -> str:
         """Write how the run ended and return that, or what was written before; "lost" where the lease was over."""
-        context = self._context
+        context, is_in_doubt = self._context, False
 
         def end() -> str:
-            if not self._ledger.end(context.claim, state, reason, next_attempt, context.notes()):
-                return self._ledger.outcome(context.claim)
-            self.tell(state, **({"error": error} if error else {"reason": reason}))
-            return state
+            nonlocal is_in_doubt
+            try:
+                ended = self._ledger.end(context.claim, state, reason, next_attempt, context.notes())
+            except SQLAlchemyError:
+                is_in_doubt = True  # perhaps only the reply got lost
+                raise
+            found = state if ended else self._ledger.outcome(context.claim)
+            if ended or (is_in_doubt and found == state):
+                self.tell(state, **({"error": error} if error else {"reason": reason}))
+            return found
 
         return insist(context.instance, f"that {context.worker} {state}", end) or "lost"
 
