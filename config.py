@@ -250,9 +250,13 @@ def json_formatter() -> logging.Formatter:
 
 def hide_password_links(record: logging.LogRecord) -> bool:
     """Whoever reads the log may not choose the passwords of others."""
-    if "/account/reset/" in (message := record.getMessage()):
-        record.msg, record.args = re.sub(r"(/account/reset/)[^\s?\"']+", r"\1...", message), ()
+    if _SIGNED.search(message := record.getMessage()):
+        record.msg, record.args = _SIGNED.sub("...", message), ()
     return True
+
+
+# By its own form, and not by its path, which may be written in many ways: a second slash, %72eset, reset%2F.
+_SIGNED = re.compile(r"[\w.-]{20,}\.[\w-]{6}\.[\w-]{27}")
 
 
 def _environment() -> dict[str, str]:

@@ -13,6 +13,8 @@ wsgi_app = "app:create_app()"
 workers = int(os.environ.get("WEB_CONCURRENCY", "2"))
 # Longer than WORKERS_SHUTDOWN_SECONDS (20): a run that is told to stop may need that long.
 graceful_timeout = 30
+# Longer than a request may wait for SQLite's write lock (30): who is killed while it waits takes its runs along.
+timeout = 60
 
 
 class SentenceLogger(Logger):

@@ -357,9 +357,15 @@ class UserRepository:
         changed = self.session.execute(statement.values(is_admin=is_admin).execution_options(synchronize_session=False))
         return bool(changed.rowcount)  # type: ignore[attr-defined]
 
-    def record_login(self, user_id: int, at: datetime) -> None:
-        """Whoever logs in is active: nobody is locked out."""
-        self.session.execute(update(User).where(User.id == user_id).values(last_login_at=at, status="active"))
+    def record_login(self, user_id: int, at: datetime, let_in_by: str | None = None) -> bool:
+        """Whoever logs in is active: nobody is locked out.
+
+        Others may change the password now: False if it has not the hash any more that they were `let_in_by`.
+        """
+        who = User.id == user_id if let_in_by is None else and_(User.id == user_id, User.password_hash == let_in_by)
+        return bool(
+            self.session.execute(update(User).where(who).values(last_login_at=at, status="active")).rowcount  # type: ignore[attr-defined]
+        )
 
     def update_inactive_user_statuses(
         self, cutoff: datetime, after_slice: Callable[[int, int], None] | None = None

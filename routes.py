@@ -388,7 +388,9 @@ def network_and_account() -> str:
 
 
 def own_id() -> str:
-    return f"user {current_user.id}"
+    key = f"user {current_user.id}"
+    db.session.rollback()  # the count has a connection of its own: who kept one meanwhile could wait for one another
+    return key
 
 
 @account.route("/register", methods=["GET", "POST"])
@@ -430,13 +432,13 @@ def login() -> ResponseReturnValue:
         return redirect(next_page())
     form = LoginForm()
     if form.validate_on_submit():
-        if user := user_with(form.email.data, form.password.data):
-            svcs.flask.get(UserRepository).record_login(user.id, datetime.now(UTC))
+        users, user = svcs.flask.get(UserRepository), user_with(form.email.data, form.password.data)
+        if user is not None and users.record_login(user.id, datetime.now(UTC), user.password_hash):
             if user.has_renewable_password:
-                svcs.flask.get(UserRepository).replace_password(user, form.password.data)
+                users.replace_password(user, form.password.data)
+            login_user(user)  # before the commit, behind which somebody may change the password that let them in
             db.session.commit()
             do_not_count()
-            login_user(user)
             return redirect(next_page())
         form.password.errors = ["This e-mail and this password do not belong together."]
     return render_template("login.html", form=form)
@@ -486,7 +488,6 @@ def change_password() -> ResponseReturnValue:
     form = ChangePasswordForm()
     if form.validate_on_submit():
         if replace_own_password(form):
-            do_not_count()
             flash("Your password is changed. Wherever else you were logged in, you are not any more.", "success")
             return redirect(url_for("account.profile"))
         form.current.errors = ["This is not your current password."]
@@ -501,6 +502,7 @@ def replace_own_password(form: ChangePasswordForm) -> bool:
     changed = svcs.flask.get(UserRepository).replace_password(user, form.password.data)
     db.session.commit()
     if changed:
+        do_not_count()  # while no connection is held, see `own_id`
         login_user(user)
     return changed
 
@@ -541,12 +543,12 @@ LONGEST_FIELD = 200
 
 def write_audit() -> None:
     """Committed at once: what was tried is known even where it fails."""
-    fields = [*(request.view_args or {}).items(), *request.form.items()]
-    said = {
-        str(name)[:LONGEST_FIELD]: str(value)[:LONGEST_FIELD]
-        for name, value in fields[:MOST_FIELDS]
-        if not is_secret(name)
-    }
+    fields = [(name, value) for name, value in request.form.items() if not is_secret(name)]
+    said = {name[:LONGEST_FIELD]: value[:LONGEST_FIELD] for name, value in fields[:MOST_FIELDS]}
+    if (more := len(fields) - MOST_FIELDS) > 0:
+        said["..."] = f"{more} more fields"
+    # Last, as no field of a form may pass for a part of the address.
+    said |= {name: str(value)[:LONGEST_FIELD] for name, value in (request.view_args or {}).items()}
     entry = AuditEntry(
         user_id=current_user.id,
         action=str(request.endpoint)[:100],

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .messages import Batch, Message, Messages
 
 _PROGRESS_SECONDS = 5.0
+_LOG_SECONDS = 1.0
 _WHEN_COMMITTED = "background_when_committed"
 
 
@@ -131,10 +132,19 @@ class TickContext(WorkerContext):
         self.claim: Claim = claim
         self.log_lines = LogLines(lambda: current_run.get() is self)
         self._ledger = ledger
+        self._log_written = float("-inf")
 
     def notes(self) -> dict[str, Any]:
         """What its execution is to say about it, besides how it ended."""
         return {**self._progress, "log": self.log_lines.text()}
+
+    def _news(self) -> dict[str, Any]:
+        """What a commit on the way writes. All of the log is written each time: a long one once a second at most."""
+        is_due = self.log_lines.is_short or time.monotonic() - self._log_written >= _LOG_SECONDS
+        if not (self.log_lines.is_news and is_due):
+            return self._progress
+        self._log_written = time.monotonic()
+        return self.notes()
 
     def finish(self) -> None:
         """Commit the effects and "succeeded" together."""
@@ -150,8 +160,7 @@ class TickContext(WorkerContext):
         if not self._finishing:
             session.flush()
             try:
-                is_news = self._progress or self.log_lines.is_news
-                self._ledger.check(self.claim, session, self.notes() if is_news else {})
+                self._ledger.check(self.claim, session, self._news())
             except ClaimLost:
                 self.lose("somebody else has it")
                 raise

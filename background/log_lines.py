@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 _MOST_LINES = 500
+_FEW_LINES = 20
 _MOST_CHARACTERS = 2_000  # of one line, or of one traceback
 
 
@@ -45,6 +46,10 @@ class LogLines(logging.Handler):
     def is_news(self) -> bool:
         """Whether there are lines that no `text()` had."""
         return self._count > self._read
+
+    @property
+    def is_short(self) -> bool:
+        return len(self._lines) <= _FEW_LINES
 
     def text(self) -> str | None:
         """All of them; None where there are none."""

@@ -94,7 +94,6 @@ class Runs:
     def run(self, worker: type[PeriodicWorker], claim: Claim, ledger: Ledger, instance: Instance) -> Execution:
         """Run `claim` to its end, whatever that is, and write it down; no error of the worker's comes out."""
         hung = partial(self.hung, threading.get_ident())
-        send(self._app, execution_started, claim=claim)
         with self._app.app_context():
             context = TickContext(claim, ledger, instance, self._db)
             ending = Ending(self._app, context, ledger)
@@ -103,6 +102,8 @@ class Runs:
                 context.log_lines.attached(),
                 _timed_out_after(worker.timeout, context, ending, hung),
             ):
+                # Not before: a run that nobody knows of counts as stranded, and is given to others.
+                send(self._app, execution_started, claim=claim)
                 return Execution(claim, self._outcome(worker, context, ending))
 
     @contextmanager
@@ -125,6 +126,7 @@ class Runs:
         claim, began = context.claim, time.monotonic()
         try:
             context.raise_if_stopping()
+            context._refuse_if_lost()  # while it was told of, it may have timed out
             finish(worker().do_work(context))
             context.finish()
         except BaseException as error:
@@ -216,13 +218,19 @@ class Ending:
         error: BaseException | None = None,
     ) -> str:
         """Write how the run ended and return that, or what was written before; "lost" where the lease was over."""
-        context = self._context
+        context, is_in_doubt = self._context, False
 
         def end() -> str:
-            if not self._ledger.end(context.claim, state, reason, next_attempt, context.notes()):
-                return self._ledger.outcome(context.claim)
-            self.tell(state, **({"error": error} if error else {"reason": reason}))
-            return state
+            nonlocal is_in_doubt
+            try:
+                ended = self._ledger.end(context.claim, state, reason, next_attempt, context.notes())
+            except SQLAlchemyError:
+                is_in_doubt = True  # perhaps only the reply got lost
+                raise
+            found = state if ended else self._ledger.outcome(context.claim)
+            if ended or (is_in_doubt and found == state):
+                self.tell(state, **({"error": error} if error else {"reason": reason}))
+            return found
 
         return insist(context.instance, f"that {context.worker} {state}", end) or "lost"
 

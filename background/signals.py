@@ -43,5 +43,7 @@ def _call(app: Flask, signal: NamedSignal, receiver: Any, details: dict[str, Any
     try:
         with app.app_context():
             receiver(app, **details)
-    except Exception:  # a receiver's fault is not the run's
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # a receiver's fault is not the run's, nor is its SystemExit
         log.exception("A receiver of the signal %r failed", signal.name)

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import threading
 from functools import cached_property
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -21,6 +22,9 @@ class Traffic:
 
     Each series is named after the process: several behind one port would look like one that jumps.
     """
+
+    def __init__(self) -> None:
+        self._making = threading.Lock()  # of several first requests one makes the metrics; Python 3.12 lets them all
 
     def watch(self, app: Flask) -> None:
         """Measure every request, from before all that `app` does about it until all of that is done."""
@@ -65,5 +69,7 @@ class Traffic:
         method = request.method if request.method in _METHODS else "other"
         # The rule, such as "/books/<id>", and never what somebody makes up, which would be a series each.
         labels = (method, rule.rule if rule else "none", f"{socket.gethostname()}:{os.getpid()}")
-        self._requests.labels(*labels, str(environ.get(_STATUS, 500))).inc()
-        self._durations.labels(*labels).observe(seconds)
+        with self._making:
+            requests, durations = self._requests, self._durations
+        requests.labels(*labels, str(environ.get(_STATUS, 500))).inc()
+        durations.labels(*labels).observe(seconds)
