@@ -17,17 +17,7 @@ graceful_timeout = 30
 timeout = 60
 
 
-class SentenceLogger(Logger):
-    """A setting that is wrong needs no traceback: gunicorn prints its sentence, and ends."""
-
-    def exception(self, msg, *args, **kwargs):
-        from background.errors import InvalidConfig
-
-        if not isinstance(sys.exc_info()[1], InvalidConfig):
-            super().exception(msg, *args, **kwargs)
-
-
-class JsonLogger(SentenceLogger):
+class JsonLogger(Logger):
     """gunicorn's own lines in the form of all the others, for LOG_FORMAT=json."""
 
     def setup(self, cfg):
@@ -38,7 +28,33 @@ class JsonLogger(SentenceLogger):
             handler.setFormatter(json_formatter())
 
 
-logger_class = JsonLogger if os.environ.get("LOG_FORMAT", "").strip().lower() == "json" else SentenceLogger
+logger_class = JsonLogger if os.environ.get("LOG_FORMAT", "").strip().lower() == "json" else Logger
+
+
+def on_starting(server):
+    """Say once what is wrong with a setting, before there are workers to say it one by one, and end.
+
+    In a process of its own: what the master has imported, a HUP would not load anew.
+    """
+    checking = os.fork()
+    if checking == 0:
+        os._exit(check_settings(server))
+    if os.waitstatus_to_exitcode(os.waitpid(checking, 0)[1]) == Arbiter.WORKER_BOOT_ERROR:
+        sys.exit(Arbiter.WORKER_BOOT_ERROR)
+
+
+def check_settings(server):
+    from flask import Flask
+
+    from background.errors import InvalidConfig
+    from config import load_config
+
+    try:
+        load_config(Flask("app", instance_relative_config=True))
+    except InvalidConfig as error:
+        server.log.error("%s", error)
+        return Arbiter.WORKER_BOOT_ERROR
+    return 0
 
 
 def post_worker_init(worker):

@@ -11,12 +11,25 @@ from math import ceil
 from typing import Any, NamedTuple, cast
 
 import svcs
-from flask import Blueprint, Flask, abort, flash, jsonify, redirect, render_template, request, session, url_for
+from flask import (
+    Blueprint,
+    Flask,
+    abort,
+    current_app,
+    flash,
+    jsonify,
+    redirect,
+    render_template,
+    request,
+    session,
+    url_for,
+)
 from flask.typing import ResponseReturnValue
 from flask_bootstrap import Bootstrap5
 from flask_limiter import Limiter, RateLimitExceeded
 from flask_login import LoginManager, current_user, login_required, login_user, logout_user
 from flask_wtf import CSRFProtect, FlaskForm
+from flask_wtf.csrf import CSRFError
 from sqlalchemy import Select, or_, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import InstrumentedAttribute, joinedload
@@ -83,11 +96,19 @@ login_manager.login_message_category = "info"
 def network() -> str:
     """Where the request is from: an IPv4 address, or the /64 of an IPv6 one, as that is what a visitor has."""
     try:
-        address = ip_address(request.remote_addr or "")
+        address = ip_address(_without_port(request.remote_addr or ""))
     except ValueError:
         return "nowhere"  # behind a proxy on a socket that PROXIES does not mention
     address = getattr(address, "ipv4_mapped", None) or address
     return str(address) if address.version == 4 else str(ip_network((address, 64), strict=False))
+
+
+
+def _without_port(address: str) -> str:
+    """Some proxies forward it: 192.0.2.7:4711, or [2001:db8::7]:4711."""
+    if address.startswith("["):
+        return address[1:].partition("]")[0]
+    return address.partition(":")[0] if address.count(":") == 1 else address
 
 
 limiter = Limiter(network, storage_uri="database://", strategy="fixed-window")
@@ -186,13 +207,13 @@ class NameForm(PostedForm):
 
 class NewPasswordForm(PostedForm):
     password = PasswordField(
-        "Password",
+        "New password",
         description="At least 8 characters.",
-        validators=[InputRequired(), Length(min=8, max=128)],
+        validators=[InputRequired(), Length(8, 128, "Please use 8 to 128 characters.")],
         render_kw={"autocomplete": "new-password"},
     )
     repeated = PasswordField(
-        "Password again",
+        "New password again",
         validators=[InputRequired(), EqualTo("password", "The two passwords differ.")],
         render_kw={"autocomplete": "new-password"},
     )
@@ -606,7 +627,7 @@ def unmake_admin(user_id: int) -> ResponseReturnValue:
     if changed:
         flash(f"{user.email} is no admin any more.", "success")
     else:
-        flash(f"{user.email} is the last admin, or was none: nothing was changed.", "warning")
+        flash(f"{user.email} is the last admin, or was none: nothing was changed. Make another one first.", "warning")
     return back_to_users()
 
 
@@ -657,10 +678,20 @@ ERROR_SENTENCES = {
 }
 
 
+SENT_BY_HTTP = (
+    "A form came without its session, by plain HTTP, where SESSION_COOKIE_SECURE keeps it back: "
+    "behind a proxy that speaks HTTPS set PROXIES=1, and for plain HTTP SESSION_COOKIE_SECURE=false"
+)
+NEEDS_HTTPS = "This shop is to be visited by HTTPS, and this page came without: please try https://."
+
+
 def show_error(error: HTTPException) -> Response:
     """The error as a page or, below /api, as JSON, with the error's own headers."""
     response = error.get_response()
     sentence = ERROR_SENTENCES.get(error.code or 500, error.description)
+    if isinstance(error, CSRFError) and current_app.config["SESSION_COOKIE_SECURE"] and not request.is_secure:
+        sentence = NEEDS_HTTPS
+        current_app.logger.warning(SENT_BY_HTTP)
     if isinstance(error, RateLimitExceeded) and limiter.current_limit is not None:
         seconds = max(1, ceil(limiter.current_limit.reset_at - time.time()))
         sentence, response.headers["Retry-After"] = too_often(seconds), str(seconds)

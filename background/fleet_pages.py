@@ -53,6 +53,7 @@ def timeline_page() -> ResponseReturnValue:
         picture=draw(window),
         window=window,
         is_live=window.until == window.clock,
+        with_table="table" in request.args,
         lengths=LENGTHS,
         here={"window": key, "worker": worker} if worker else {"window": key},
         names=names,

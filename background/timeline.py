@@ -91,7 +91,9 @@ class Line:
     """A moment on the axis."""
 
     x: float
+    at: datetime
     text: str
+    """In UTC; the script writes it in the viewer's zone."""
 
 
 @dataclass(frozen=True)
@@ -281,5 +283,5 @@ def _lines(scale: _Scale) -> Iterator[Line]:
     at = midnight + (-((midnight - since) // step)) * step
     while at <= until:
         if at >= since:
-            yield Line(scale.x(at), at.strftime(shape))
+            yield Line(scale.x(at), at, at.strftime(shape))
         at += step

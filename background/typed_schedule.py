@@ -4,7 +4,7 @@ import re
 from datetime import timedelta
 
 from .errors import InvalidSchedule
-from .schedule import LONGEST, SHORTEST, Cron, Every, Schedule
+from .schedule import LONGEST, Cron, Every, Schedule
 
 MOST = 150  # characters; with the longest zone they fit where schedules are kept
 _UNITS = {"ms": 0.001, "s": 1, "sec": 1, "second": 1, "m": 60, "min": 60, "minute": 60, "h": 3600, "hour": 3600}
@@ -31,8 +31,8 @@ def _every(text: str, seconds: float | None, timezone: str) -> Schedule:
             f"{text!r} is no period and no cron; expected a period such as 90s, 10 min or 1h30m, or a cron such as "
             f"30 2 * * *."
         )
-    if not SHORTEST.total_seconds() <= seconds <= LONGEST.total_seconds():
-        raise InvalidSchedule(f"{text!r} is out of range; expected a period of a millisecond to 366 days.")
+    if not 1 <= seconds <= LONGEST.total_seconds():  # in code it may be less: here it is more likely a slip
+        raise InvalidSchedule(f"{text!r} is out of range; expected a period of 1 second to 366 days.")
     if timezone:
         raise InvalidSchedule("A period has no time zone; expected one for a cron only: leave it empty.")
     return Every(timedelta(seconds=seconds))

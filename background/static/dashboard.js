@@ -24,6 +24,11 @@
       const isToday = at.toDateString() === new Date().toDateString();
       time.textContent = (isToday ? clock : wall).format(at);
     }
+    for (const mark of root.querySelectorAll("[data-time]")) {
+      const second = mark.textContent.length > 5 ? "2-digit" : undefined;
+      const shape = { hour: "2-digit", minute: "2-digit", second, hourCycle: "h23" };
+      mark.textContent = new Date(mark.dataset.time).toLocaleTimeString(undefined, shape);
+    }
     const zone = Intl.DateTimeFormat().resolvedOptions().timeZone;
     for (const each of root.querySelectorAll("[data-zone]")) each.textContent = zone;
     for (const each of root.querySelectorAll("[data-zone-field]")) each.value = zone;
@@ -159,6 +164,8 @@
     scrollTo({ top: place.top, behavior: "instant" });
   }
 
+  /* A picture that is wider than the screen begins at its newest end. */
+  for (const box of document.querySelectorAll(".bw-timeline")) box.scrollLeft = box.scrollWidth;
   localise(document);
   findPlace();
   if (live()) {
