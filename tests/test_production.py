@@ -11,10 +11,11 @@ from conftest import close, on_sqlite, settings
 from flask import Flask, request
 from processes import environment, flask, gunicorn, run, started
 from sqlalchemy import create_engine, text
+from test_config import load
 
 from app import create_app
 from background.errors import InvalidConfig
-from config import KEYS, load_config
+from config import KEYS
 from migrations.demo import refuse_in_production
 from models import User
 
@@ -25,12 +26,6 @@ SECRET = secrets.token_hex()
 def no_settings_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (*KEYS, "SERVER_SOFTWARE", "FLASK_DEBUG"):
         monkeypatch.delenv(name, raising=False)
-
-
-def load(folder: Path, given: Any = None) -> dict[str, Any]:
-    app = Flask("config", instance_path=str(folder))
-    load_config(app, given)
-    return app.config
 
 
 # ---- What production is
