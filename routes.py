@@ -103,7 +103,6 @@ def network() -> str:
     return str(address) if address.version == 4 else str(ip_network((address, 64), strict=False))
 
 
-
 def _without_port(address: str) -> str:
     """Some proxies forward it: 192.0.2.7:4711, or [2001:db8::7]:4711."""
     if address.startswith("["):
@@ -207,13 +206,13 @@ class NameForm(PostedForm):
 
 class NewPasswordForm(PostedForm):
     password = PasswordField(
-        "New password",
+        "Password",
         description="At least 8 characters.",
         validators=[InputRequired(), Length(8, 128, "Please use 8 to 128 characters.")],
         render_kw={"autocomplete": "new-password"},
     )
     repeated = PasswordField(
-        "New password again",
+        "Password again",
         validators=[InputRequired(), EqualTo("password", "The two passwords differ.")],
         render_kw={"autocomplete": "new-password"},
     )

@@ -15,7 +15,7 @@ import pytest
 from conftest import PASSWORD, PASSWORD_HASH, PASSWORD_METHOD, on_sqlite
 from flask import Flask
 from flask.testing import FlaskClient
-from fleet import at_once, wait_until
+from fleet import at_once, in_threads, wait_until
 from itsdangerous import URLSafeTimedSerializer
 from sqlalchemy import select, text
 from sqlalchemy.exc import DBAPIError
@@ -64,6 +64,24 @@ def stored(app: Flask, user: User) -> User:
 # ---- Sessions
 
 
+def test_no_session_begins_under_a_password_that_was_changed_while_the_old_one_was_checked(
+    app: Flask, clients: list[FlaskClient], make_user: Make, login: Login, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    user, (owner, thief), check = make_user(), clients, User.check_password
+    login(owner, user)
+
+    def changed_meanwhile(checked: User, password: str) -> bool:
+        monkeypatch.setattr(User, "check_password", check)
+        right = check(checked, password)
+        in_threads(lambda: change(owner))
+        return right
+
+    monkeypatch.setattr(User, "check_password", changed_meanwhile)
+    assert not log_in(thief, user.email, PASSWORD)
+    assert not is_logged_in(thief)
+    assert log_in(owner, user.email, NEW)
+
+
 def test_whoever_changes_the_password_stays_logged_in_here_and_nowhere_else(
     app: Flask, clients: list[FlaskClient], make_user: Make, login: Login
 ) -> None:
@@ -86,7 +104,7 @@ def test_a_password_is_only_changed_by_who_knows_it_and_twice_the_same(
         ({"current": "wrong horse"}, "This is not your current password."),
         ({"current": ""}, "This field is required."),
         ({"repeated": "tulips"}, "The two passwords differ."),
-        ({"password": "short", "repeated": "short"}, "between 8 and 128 characters"),
+        ({"password": "short", "repeated": "short"}, "use 8 to 128 characters"),
     ]:
         assert complaint in change(client, **given).text
     assert stored(app, user).password_hash == user.password_hash
@@ -359,6 +377,16 @@ def test_a_password_link_is_in_no_log(
     assert "GET /account/reset/... HTTP/1.1 https://your.shop/account/reset/...\n" in caplog.text
 
 
+@on_sqlite
+def test_a_password_link_is_in_no_log_however_its_address_is_written(
+    caplog: pytest.LogCaptureFixture, make_user: Make, link_of: Callable[[User], str]
+) -> None:
+    token = link_of(make_user()).rpartition("/")[2]
+    for path in ("/account//reset/", "/account/%72eset/", "/account/reset%2F"):
+        logging.getLogger("werkzeug").warning('"GET %s%s HTTP/1.1" 200', path, token)
+    assert token not in caplog.text
+
+
 # ---- Admins, and what they did
 
 
@@ -381,6 +409,18 @@ def test_what_an_admin_changes_is_written_down_with_who_what_when_and_from_where
     for shown in ("you@your.shop", "admin.make_admin", "127.0.0.1", "&lt;b&gt;"):
         assert shown in page
     assert len(entries(app)) == 1  # looking is not written down
+
+
+def test_no_field_of_a_form_passes_for_what_the_address_names(
+    app: Flask, client: FlaskClient, make_user: Make, admin: User
+) -> None:
+    user = make_user()
+    junk = {f"junk{number}": "" for number in range(50)}
+    client.post(f"/admin/users/{user.id}/make-admin", data={**junk, "user_id": "4711"})
+    [entry] = entries(app)
+    details = json.loads(entry.details)
+    assert details["user_id"] == str(user.id)
+    assert details["..."] == "31 more fields"
 
 
 def test_what_an_admin_tried_is_written_down_even_where_it_fails(app: Flask, client: FlaskClient, admin: User) -> None:

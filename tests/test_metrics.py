@@ -326,7 +326,8 @@ def test_with_a_token_only_who_brings_it_may_scrape(app: Flask, client: FlaskCli
         assert (refused.status_code, refused.headers["WWW-Authenticate"]) == (401, "Bearer"), header
         assert "http_requests_total" not in refused.text
         assert "Set-Cookie" not in refused.headers
-    for header in ("Bearer s3cret", "bearer s3cret"):
+    for token, header in (("s3cret", "bearer s3cret"), ("abc=def==", "Bearer abc=def==")):
+        app.config["METRICS_TOKEN"] = token
         assert client.get("/metrics", headers={"Authorization": header}).status_code == 200
 
 

@@ -6,7 +6,8 @@ from html import unescape
 from io import BytesIO
 
 import pytest
-from conftest import PASSWORD, PASSWORD_METHOD
+from conftest import PASSWORD, PASSWORD_METHOD, on_sqlite
+from flask import Flask
 from fleet import at_once, statements
 from sqlalchemy import Engine, select
 
@@ -120,8 +121,8 @@ def test_what_the_database_could_not_keep_is_a_form_error(app, client):
         ("email", "nobody", "Invalid email address."),
         ("email", "nat\0@example.com", "leave out control characters"),
         ("email", "n" * 400_000 + "@example.com", "longer than 254 characters"),
-        ("password", "short", "between 8 and 128 characters"),
-        ("password", "p" * 400_000, "between 8 and 128 characters"),
+        ("password", "short", "use 8 to 128 characters"),
+        ("password", "p" * 400_000, "use 8 to 128 characters"),
         ("repeated", "correct house", "The two passwords differ."),
     ]:
         response = register(client, **{field: value})
@@ -513,3 +514,16 @@ def test_a_session_of_a_user_who_cannot_be_is_a_strangers(client):
         with client.session_transaction() as session:
             session["_user_id"] = user_id
         assert client.get("/account").status_code == 302, user_id
+
+
+@on_sqlite
+def test_a_form_by_plain_http_where_sessions_need_https_is_told_so(
+    app: Flask, caplog: pytest.LogCaptureFixture
+) -> None:
+    app.config.update(WTF_CSRF_ENABLED=True, SESSION_COOKIE_SECURE=True)
+    answer = app.test_client().post("/login", data={"email": "a@example.com", "password": "b"})
+    assert answer.status_code == 400
+    assert "This shop is to be visited by HTTPS" in answer.text
+    assert "PROXIES=1" in caplog.text
+    by_https = app.test_client().post("/login", base_url="https://localhost", data={"email": "a@example.com"})
+    assert "HTTPS" not in by_https.text

@@ -10,10 +10,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from fleet import Fleet, Hourly, effect
+from fleet import Fleet, Hourly, effect, statements
 from processes import ROOT
 
 from background import WorkerContext
+from models import db
 
 
 @pytest.fixture(autouse=True)
@@ -72,6 +73,24 @@ def test_lines_are_there_with_each_commit_on_the_way(fleet: Fleet) -> None:
     manager = fleet.manager(Slicing)
     manager.tick("slicing", datetime.now(UTC))
     assert [(log or "").count("Slice") for log in seen] == [1, 2]
+
+
+def test_a_long_log_is_not_written_anew_with_each_commit(fleet: Fleet) -> None:
+    class Talkative(Hourly):
+        def do_work(self, context: WorkerContext) -> None:
+            for number in range(200):
+                context.logger.info("Slice %d", number)
+                effect(context)
+                context.commit()
+
+    manager = fleet.manager(Talkative)
+    with manager.app.app_context(), statements(db.engine) as seen:
+        manager.tick("talkative", datetime.now(UTC))
+    written = [
+        statement for statement in seen if statement.startswith("UPDATE background_executions") and "log" in statement
+    ]
+    assert len(written) < 100
+    assert (fleet.executions()[0].log or "").count("Slice") == 200
 
 
 def test_of_a_run_that_logs_without_end_the_latest_lines_are_kept(fleet: Fleet) -> None:

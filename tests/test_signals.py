@@ -1,5 +1,6 @@
 """What an application hears of its workers: one signal for each thing that happened, once it is committed."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -131,18 +132,35 @@ def test_a_buried_message_is_told_of_with_its_error(fleet: Fleet, heard: Heard) 
     assert error.endswith("ValueError: no such parcel\n")
 
 
+@pytest.mark.parametrize("kind", [RuntimeError, SystemExit])
 def test_a_receiver_that_fails_harms_neither_the_run_nor_the_other_receivers(
-    fleet: Fleet, heard: Heard, caplog: pytest.LogCaptureFixture
+    fleet: Fleet, heard: Heard, caplog: pytest.LogCaptureFixture, kind: type[BaseException]
 ) -> None:
     def fail(_sender: Flask, **_details: Any) -> None:
-        raise RuntimeError("the pager is broken")
+        raise kind("the pager is broken")
 
     with signals.execution_succeeded.connected_to(fail), signals.execution_started.connected_to(fail):
         execution = fleet.manager(Hourly).tick("hourly", datetime.now(UTC))
     assert execution is not None
     assert execution.state == "succeeded"
     assert heard.names == ["execution started", "execution succeeded"]
-    assert caplog.text.count("RuntimeError: the pager is broken") == 2
+    assert caplog.text.count(f"{kind.__name__}: the pager is broken") == 2
+
+
+def test_a_receiver_that_takes_longer_than_the_lease_has_its_run_given_to_nobody_else(fleet: Fleet) -> None:
+    began: list[str] = []
+
+    class Counted(Hourly):
+        def do_work(self, context: WorkerContext) -> None:
+            began.append(context.idempotency_key)
+
+    def dawdle(_sender: Flask, **_details: Any) -> None:
+        threading.Event().wait(1.5)
+
+    with signals.execution_started.connected_to(dawdle):
+        fleet.manager(Counted, WORKERS_LEASE_SECONDS=0.5).start()
+        wait_until(lambda: "running" not in fleet.states() and fleet.states(), "the end of the run")
+    assert (fleet.states(), len(began)) == (["succeeded"], 1)
 
 
 def test_a_receiver_has_a_session_of_its_own_which_no_claim_fences(fleet: Fleet) -> None:

@@ -16,6 +16,7 @@ from sqlalchemy import select, update
 from sqlalchemy.exc import DBAPIError
 from werkzeug.test import TestResponse
 
+import routes
 from app import create_app
 from models import RateLimit, RateLimits, User, db
 
@@ -216,3 +217,21 @@ def test_a_database_that_does_not_answer_lets_nobody_guess(app: Flask, client: F
         log_in(client)
     app.config["PROPAGATE_EXCEPTIONS"] = False
     assert log_in(client).status_code == 500
+
+
+@on_sqlite
+@pytest.mark.parametrize(
+    ("address", "known_as"),
+    [
+        ("192.0.2.7", "192.0.2.7"),
+        ("192.0.2.7:4711", "192.0.2.7"),
+        ("::ffff:192.0.2.7", "192.0.2.7"),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
+        ("[2001:db8:1:2:3:4:5:6]:4711", "2001:db8:1:2::/64"),
+        ("nonsense", "nowhere"),
+        ("", "nowhere"),
+    ],
+)
+def test_a_visitor_is_known_by_the_network_however_a_proxy_writes_it(app: Flask, address: str, known_as: str) -> None:
+    with app.test_request_context(environ_base={"REMOTE_ADDR": address}):
+        assert routes.network() == known_as
