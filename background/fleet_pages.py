@@ -12,9 +12,9 @@ from flask import Blueprint, abort, render_template, request, url_for
 from flask.typing import ResponseReturnValue
 
 from .history import STATES, Record, Seen, Window
+from .instances import OFFSET_WARNED
 from .locks import Holding
 from .manager import BackgroundWorkerManager, the_manager
-from .membership import OFFSET_WARNED
 from .pages import state_class
 from .timeline import SIGNS, draw
 from .words import moment, moment_in

@@ -16,6 +16,7 @@ from .clock import now, single_statements, steady
 from .messages import any_running, next_due
 from .models import instances, may_be_run_again, workers
 
+OFFSET_WARNED = timedelta(seconds=1)
 LEASE_IS_OVER = "its instance could not renew the lease in time"
 _LAST_BEAT_SECONDS = 1.0
 _FORGOTTEN_AFTER = timedelta(days=1)

@@ -12,7 +12,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from .clock import steady
 from .consumers import Consumers
 from .errors import BackgroundError, first_line
-from .instances import LEASE_IS_OVER, Heartbeat, Instance, Pulse
+from .instances import LEASE_IS_OVER, OFFSET_WARNED, Heartbeat, Instance, Pulse
 from .ledger import WorkerState
 from .listener import Listener
 from .scheduler import Scheduler
@@ -22,7 +22,6 @@ from .worker import MessageWorker, PeriodicWorker, declared_schedule
 
 log = logging.getLogger(__name__)
 
-OFFSET_WARNED = timedelta(seconds=1)
 _OFFSET_REARMED = timedelta(milliseconds=20)
 _LAST_CALLS_SECONDS = 1.0
 _LOOK_SECONDS = 0.5
