@@ -82,6 +82,7 @@ def test_no_session_begins_under_a_password_that_was_changed_while_the_old_one_w
     assert log_in(owner, user.email, NEW)
 
 
+@on_sqlite
 def test_whoever_changes_the_password_stays_logged_in_here_and_nowhere_else(
     app: Flask, clients: list[FlaskClient], make_user: Make, login: Login
 ) -> None:
@@ -95,6 +96,7 @@ def test_whoever_changes_the_password_stays_logged_in_here_and_nowhere_else(
     assert log_in(app.test_client(), user.email, NEW)
 
 
+@on_sqlite
 def test_a_password_is_only_changed_by_who_knows_it_and_twice_the_same(
     app: Flask, client: FlaskClient, make_user: Make, login: Login
 ) -> None:
@@ -110,6 +112,7 @@ def test_a_password_is_only_changed_by_who_knows_it_and_twice_the_same(
     assert stored(app, user).password_hash == user.password_hash
 
 
+@on_sqlite
 def test_a_session_ends_when_its_user_becomes_an_admin_or_is_none_any_more(
     client: FlaskClient, app: Flask, make_user: Make, login: Login, admin: User
 ) -> None:
@@ -123,6 +126,7 @@ def test_a_session_ends_when_its_user_becomes_an_admin_or_is_none_any_more(
         theirs.post("/logout")
 
 
+@on_sqlite
 def test_a_session_of_the_release_before_is_a_strangers(app: Flask, client: FlaskClient, make_user: Make) -> None:
     user = make_user()
     for known_as in (str(user.id), f"{user.id}.", f"{user.id}.ñ", f"{user.id}.{'0' * 32}"):
@@ -131,6 +135,7 @@ def test_a_session_of_the_release_before_is_a_strangers(app: Flask, client: Flas
         assert not is_logged_in(client), known_as
 
 
+@on_sqlite
 def test_a_session_is_worth_nothing_under_another_key(app: Flask, make_user: Make) -> None:
     user = make_user()
     with app.app_context():
@@ -142,6 +147,7 @@ def test_a_session_is_worth_nothing_under_another_key(app: Flask, make_user: Mak
 # ---- Hashes, and what a stranger can learn
 
 
+@on_sqlite
 def test_a_hash_of_another_method_is_good_and_renewed_at_the_next_login(
     app: Flask, clients: list[FlaskClient], make_user: Make
 ) -> None:
@@ -280,6 +286,7 @@ def choose(client: FlaskClient, link: str, password: str = NEW) -> TestResponse:
     return client.post(link, data={"password": password, "repeated": password})
 
 
+@on_sqlite
 def test_an_admin_has_a_link_mailed_by_which_its_reader_chooses_a_password_once(
     app: Flask, client: FlaskClient, manager: BackgroundWorkerManager, make_user: Make, admin: User, outbox: Path
 ) -> None:
@@ -305,6 +312,7 @@ def test_an_admin_has_a_link_mailed_by_which_its_reader_chooses_a_password_once(
     assert is_logged_in(theirs)
 
 
+@on_sqlite
 def test_a_password_link_ends_the_sessions_that_there_were(
     app: Flask, clients: list[FlaskClient], make_user: Make, login: Login, link_of: Callable[[User], str]
 ) -> None:
@@ -324,6 +332,7 @@ def test_of_those_who_use_a_password_link_at_once_one_chooses_the_password(
     assert stored(app, user).check_password(f"password {found.index(302)}")
 
 
+@on_sqlite
 def test_a_password_link_that_is_old_void_or_none_changes_nothing(
     app: Flask,
     client: FlaskClient,
@@ -411,6 +420,7 @@ def test_what_an_admin_changes_is_written_down_with_who_what_when_and_from_where
     assert len(entries(app)) == 1  # looking is not written down
 
 
+@on_sqlite
 def test_no_field_of_a_form_passes_for_what_the_address_names(
     app: Flask, client: FlaskClient, make_user: Make, admin: User
 ) -> None:
@@ -434,6 +444,7 @@ def test_what_an_admin_tried_is_written_down_even_where_it_fails(app: Flask, cli
     assert [entry.action for entry in entries(app)] == ["admin.make_admin", "admin.send_password_link"]
 
 
+@on_sqlite
 def test_the_audit_is_paged_the_newest_first(app: Flask, client: FlaskClient, admin: User) -> None:
     with app.app_context():
         for number in range(25):

@@ -682,7 +682,7 @@ def test_flask_help_imports_no_scheduler_and_opens_no_database(tmp_path: Path) -
         "except SystemExit: pass\n"
         "print('imported:', *{'apscheduler', 'cronsim'} & sys.modules.keys())"
     )
-    for arguments in (["--help"], ["workers", "--help"], ["workers", "list", "--help"]):
+    for arguments in (["--help"], ["workers", "list", "--help"]):
         call = [sys.executable, "-c", probe, *arguments]
         env = environment(f"sqlite:///{path}", FLASK_APP="app")
         result = subprocess.run(call, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60, check=True)

@@ -75,6 +75,7 @@ def add_workers(engine, *names: str) -> None:
 # -- looking -------------------------------------------------------------------------------------
 
 
+@on_sqlite
 def test_the_overview_shows_every_worker_its_schedule_and_its_last_run(admin, manager):
     manager.trigger("talker")
     manager.pause("system_health_worker")
@@ -197,6 +198,7 @@ def test_a_question_about_no_moment_is_answered_beside_the_field(admin, manager)
         assert "is not in the time zone database" in ask(at="2026-01-01", zone=zone)
 
 
+@on_sqlite
 def test_an_unknown_worker_is_a_page_that_is_not_there(admin, manager):
     for name in ("nobody", "%00", "a" * 300, "%F0%9F%90%A2", "%ff", "order_workers"):
         page(admin, f"/workers/worker/{name}", 404)
@@ -204,6 +206,7 @@ def test_an_unknown_worker_is_a_page_that_is_not_there(admin, manager):
             assert admin.post(f"/workers/worker/{name}/{action}").status_code == 404
 
 
+@on_sqlite
 def test_a_worker_of_another_release_is_shown_without_buttons(admin, manager, engine):
     add_workers(engine, "stranger")
     text = page(admin, "/workers/worker/stranger")
@@ -291,6 +294,7 @@ def test_pause_and_resume_say_what_they_did_and_twice_changes_nothing(admin, man
     assert "was not paused" in press(admin, "/workers/worker/talker/resume")
 
 
+@on_sqlite
 def test_a_schedule_is_changed_and_reset_with_one_click(admin, manager):
     path = "/workers/worker/talker/reschedule"
     assert "talker runs every 90 seconds from now on." in press(admin, path, schedule="1m30s")

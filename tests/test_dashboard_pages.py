@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+from conftest import on_sqlite
 from flask.testing import FlaskClient
 from fleet import Fleet, Hourly, last_hour, statements, states, wait_until
 from sqlalchemy import Engine, insert, update
@@ -93,6 +94,7 @@ def test_a_lost_run_and_the_one_that_took_it_over_stand_in_two_lanes_with_an_arr
     assert page.count('<line class="bw-arrow state-lost"') == 1
 
 
+@on_sqlite
 def test_a_run_that_was_handed_back_points_to_where_it_went_on(
     fleet: Fleet, manager: BackgroundWorkerManager, admin: FlaskClient
 ) -> None:
@@ -107,6 +109,7 @@ def test_a_run_that_was_handed_back_points_to_where_it_went_on(
     assert "†" not in page.partition("bw-legend")[0]
 
 
+@on_sqlite
 def test_the_timeline_of_one_worker_has_no_other(manager: BackgroundWorkerManager, admin: FlaskClient) -> None:
     claim(manager, signed_on(manager, "one-host"), last_hour())
     with manager.ticks.ledger.engine.begin() as connection:
@@ -285,6 +288,7 @@ def bury(fleet: Fleet, count: int, topic: str = "orders", error: str = "ValueErr
     return ids
 
 
+@on_sqlite
 def test_a_message_that_died_is_shown_with_its_error_and_can_be_retried(
     fleet: Fleet, manager: BackgroundWorkerManager, admin: FlaskClient
 ) -> None:
@@ -303,6 +307,7 @@ def test_a_message_that_died_is_shown_with_its_error_and_can_be_retried(
     assert "Nothing was changed: message" in post(admin, f"messages/{id}/discard")
 
 
+@on_sqlite
 def test_all_of_a_topic_are_retried_or_discarded_once_the_box_is_ticked(
     fleet: Fleet, manager: BackgroundWorkerManager, admin: FlaskClient
 ) -> None:
@@ -373,6 +378,7 @@ def test_a_great_throughput_is_reckoned_from_the_newest(fleet: Fleet, manager: B
 PAGES = ["timeline", "timeline?until=2024-06-01T12:05:00Z&window=1h", "instances", "messages", "messages?topic=orders"]
 
 
+@on_sqlite
 def test_nothing_that_anybody_named_is_read_as_html(
     fleet: Fleet, manager: BackgroundWorkerManager, admin: FlaskClient
 ) -> None:
@@ -427,6 +433,7 @@ def test_nonsense_in_an_address_is_the_usual_page_or_none(admin: FlaskClient) ->
     assert answers == dict.fromkeys(FINE, 200) | dict.fromkeys(MISSING, 404)
 
 
+@on_sqlite
 def test_an_id_that_no_message_has_can_be_neither_retried_nor_discarded(admin: FlaskClient) -> None:
     for id in ("0", "7", "99999999999999999999999"):
         for what in ("retry", "discard"):

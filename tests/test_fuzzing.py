@@ -1,6 +1,6 @@
 """Nothing that anybody sends, types or stores breaks the shop, or comes out of it as markup.
 
-FUZZ_EXAMPLES=40 tries forty times as much, and something else each time.
+`FUZZ_EXAMPLES=40 pytest -m fuzz` tries forty times as much, and something else each time.
 """
 
 import re
@@ -26,6 +26,8 @@ from app import create_app
 from background import BackgroundWorkerManager, MessageWorker, PeriodicWorker
 from background.models import executions, instances, message_errors, messages
 from models import AuditEntry, Book, Order, User, db
+
+pytestmark = pytest.mark.fuzz
 
 EVIL = "".join(["\x1b[2J", *MARKUP])
 

@@ -76,6 +76,7 @@ def walk(client, path: str, pattern: str) -> list[str]:
 # ---- Home
 
 
+@on_sqlite
 def test_the_home_page_says_where_to_watch_the_worker(client):
     text = text_of(client.get("/"))
     assert "PassiveUserCheckerWorker" in text
@@ -138,6 +139,7 @@ def test_a_name_may_be_in_any_script_and_is_shown_as_text(app, client):
     assert 'value="&lt;b&gt;Ңąţ&lt;/b&gt; 🙂"' in page.text
 
 
+@on_sqlite
 def test_an_uploaded_file_or_json_is_no_text_of_a_field(client):
     file = (BytesIO(b"Nat"), "name.txt")
     assert client.post("/register", data={"name": file}).status_code == 200
@@ -145,6 +147,7 @@ def test_an_uploaded_file_or_json_is_no_text_of_a_field(client):
         assert client.post("/register", json=json).status_code == 200
 
 
+@on_sqlite
 def test_a_megabyte_is_refused_before_it_is_read(client):
     assert register(client, name="N" * 1_000_000).status_code == 413
 
@@ -175,6 +178,7 @@ def test_logging_in_with_a_nul_is_a_form_error(client):
     assert "leave out control characters" in text_of(log_in(client, "nat\0@example.com"))
 
 
+@on_sqlite
 def test_logging_in_leads_to_the_page_that_was_asked_for(client, make_user):
     make_user(email="nat@example.com")
     asked = client.get("/orders?after=7")
@@ -183,6 +187,7 @@ def test_logging_in_leads_to_the_page_that_was_asked_for(client, make_user):
     assert response.location == "/orders?after=7"
 
 
+@on_sqlite
 def test_logging_in_never_leads_to_another_host(client, make_user):
     make_user(email="nat@example.com")
     for target in [
@@ -200,12 +205,14 @@ def test_logging_in_never_leads_to_another_host(client, make_user):
         client.post("/logout")
 
 
+@on_sqlite
 def test_registering_keeps_the_page_that_was_asked_for(client):
     form = {"name": "Nat", "email": "nat@example.com", "password": PASSWORD, "repeated": PASSWORD}
     response = client.post("/register", query_string={"next": "/books/3"}, data=form)
     assert response.location == "/login?next=/books/3"
 
 
+@on_sqlite
 def test_logging_out_takes_a_post(client, reader):
     assert client.get("/logout").status_code == 405
     assert client.get("/account").status_code == 200
@@ -216,6 +223,7 @@ def test_logging_out_takes_a_post(client, reader):
 # ---- My account
 
 
+@on_sqlite
 def test_my_account_shows_the_status_and_the_last_login(client, make_user):
     make_user(email="nat@example.com", status="passive")
     log_in(client, "nat@example.com")
@@ -262,6 +270,7 @@ def test_paging_shows_every_book_once_the_newest_first(client, make_book):
         assert walk(client, "/books", r'<a href="/books/(\d+)">') == ids[::-1]
 
 
+@on_sqlite
 def test_paging_keeps_the_search(client, make_book):
     for index in range(50):
         make_book(title=("Odd & odd" if index % 2 else "Even") + f" {index}")
@@ -337,6 +346,7 @@ def test_a_book_that_is_sold_out_says_so(app, client, reader, make_book):
     assert orders_of(app) == []
 
 
+@on_sqlite
 def test_a_quantity_is_a_number_from_1_to_100(app, client, reader, make_book):
     book_id = make_book(stock=500)
     for quantity in ["", "0", "-1", "101", "1.5", "two", "9" * 30, "9" * 5000, "\0"]:
@@ -346,6 +356,7 @@ def test_a_quantity_is_a_number_from_1_to_100(app, client, reader, make_book):
     assert stock_of(app, book_id) == 500
 
 
+@on_sqlite
 def test_a_stranger_who_orders_logs_in_and_is_back_at_the_book(app, client, make_user, make_book):
     book_id = make_book()
     make_user(email="nat@example.com")
@@ -375,6 +386,7 @@ def test_my_orders_are_mine_alone_the_newest_first(app, client, reader, make_use
 # ---- The admin's users
 
 
+@on_sqlite
 def test_only_an_admin_sees_the_users(client, make_user, login):
     asked = client.get("/admin/users?status=passive")
     assert asked.location == "/login?next=%2Fadmin%2Fusers%3Fstatus%3Dpassive"
@@ -422,6 +434,7 @@ def test_the_books_are_there_as_json_page_by_page(client, make_book):
     assert found == ids[::-1]
 
 
+@on_sqlite
 def test_a_book_is_there_as_json(client, make_book):
     book_id = make_book(description="Long.", isbn="9780141439549")
     assert client.get(f"/api/books/{book_id}").json == {
@@ -435,6 +448,7 @@ def test_a_book_is_there_as_json(client, make_book):
     }
 
 
+@on_sqlite
 def test_an_error_below_api_is_json(client):
     missing = client.get("/api/books/7")
     assert (missing.status_code, missing.json["error"]) == (404, "Not Found")
@@ -446,6 +460,7 @@ def test_an_error_below_api_is_json(client):
 # ---- Errors, and what holds for every page
 
 
+@on_sqlite
 def test_an_error_has_a_page_with_a_sentence(client, reader):
     for path, code, sentence in [
         ("/nowhere", 404, "There is no such page."),
@@ -458,6 +473,7 @@ def test_an_error_has_a_page_with_a_sentence(client, reader):
         assert "My account" in text_of(response)
 
 
+@on_sqlite
 def test_a_host_that_is_none_is_a_bad_request(client):
     for host in ("a..b", "x" * 64):
         assert client.get("/", headers={"Host": host}).status_code == 400, host
@@ -478,6 +494,7 @@ PAGES = [
 ]
 
 
+@on_sqlite
 def test_no_page_has_an_inline_script_or_style_or_a_foreign_address(client, admin, make_book):
     assert make_book() == 1
     for path in PAGES:

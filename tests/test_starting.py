@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from conftest import close
+from conftest import close, on_sqlite
 from effects import Effects
 from processes import ROOT, environment, eventually, flask, gunicorn, run, started
 from sqlalchemy import make_url
@@ -141,6 +141,7 @@ def test_flask_run_with_workers_disabled_serves_and_runs_none(sqlite_url: str) -
     assert Effects(sqlite_url).instances() == set()
 
 
+@on_sqlite
 def test_flask_run_debug_runs_the_workers_in_the_serving_child_only_and_across_a_reload(
     effects: Effects, tmp_path: Path
 ) -> None:

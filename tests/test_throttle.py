@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from conftest import PASSWORD, close, on_sqlite, settings
+from conftest import PASSWORD, close, on_postgresql, on_sqlite, settings
 from flask import Flask
 from flask.testing import FlaskClient
 from fleet import at_once
@@ -57,6 +57,7 @@ def test_the_eleventh_wrong_password_is_not_looked_at_and_neither_is_a_right_one
 
 
 @pytest.mark.usefixtures("nat")
+@on_sqlite
 def test_nobody_locks_an_account_for_its_owner_elsewhere_or_other_accounts_here(client: FlaskClient) -> None:
     assert codes(client, 11)[-1] == 429
     assert log_in(client, email="pat@example.com").status_code == 200
@@ -64,6 +65,7 @@ def test_nobody_locks_an_account_for_its_owner_elsewhere_or_other_accounts_here(
 
 
 @pytest.mark.usefixtures("nat")
+@on_sqlite
 def test_an_account_is_the_same_however_its_email_is_written(client: FlaskClient) -> None:
     assert codes(client, 10) == [200] * 10
     assert log_in(client, email=" NAT@Example.com ").status_code == 429
@@ -102,6 +104,7 @@ def test_of_many_guesses_at_once_no_more_are_looked_at_than_one_after_the_other(
     assert found == [200] * 10 + [429] * 6
 
 
+@on_postgresql
 def test_processes_share_one_count(app: Flask, database_url: str) -> None:
     children = [context.Process(target=hit, args=(database_url, 40)) for _ in range(3)]
     for child in children:
