@@ -7,8 +7,11 @@ from typing import Any, Literal
 from alembic import context
 from flask import current_app
 from sqlalchemy import Connection
+from sqlalchemy.exc import DBAPIError
 
 from background.clock import UtcDateTime
+from background.errors import DatabaseNotReady
+from migrations.schema import why_not
 
 database = current_app.extensions["sqlalchemy"]
 # What `schema.py` does in the same transaction, once the schema is there.
@@ -55,10 +58,17 @@ def run_on_sqlite(connection: Connection) -> None:
     connection.commit()
 
 
+def connected() -> Connection:
+    try:
+        return database.engine.connect()
+    except DBAPIError as error:
+        raise DatabaseNotReady(why_not(database.engine.url, error)) from None
+
+
 if context.is_offline_mode():
     configure(url=database.engine.url, literal_binds=True)
     with context.begin_transaction():
         context.run_migrations()
 else:
-    with database.engine.connect() as connection:
+    with connected() as connection:
         {"postgresql": run_on_postgresql, "sqlite": run_on_sqlite}[connection.dialect.name](connection)

@@ -101,7 +101,7 @@ def _found_revision(engine: Engine) -> str | None:
         with engine.connect() as connection:
             return _read_revision(connection)
     except DBAPIError as error:
-        raise DatabaseNotReady(_why_not(engine.url, error)) from None
+        raise DatabaseNotReady(why_not(engine.url, error)) from None
 
 
 def _read_revision(connection: Connection) -> str | None:
@@ -128,7 +128,7 @@ def _bear_without_record(connection: Connection, tables: set[str]) -> None:
     logger.warning("The database has no record of its migrations; `flask db stamp head` says that it is up to date.")
 
 
-def _why_not(url: URL, error: DBAPIError) -> str:
+def why_not(url: URL, error: DBAPIError) -> str:
     reason = (str(error.orig).strip() or "no reason given").splitlines()[0]
     if url.password:
         reason = reason.replace(str(url.password), "***")

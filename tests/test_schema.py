@@ -383,3 +383,19 @@ def make_embedded(sqlite_url: str) -> Callable[[], Flask]:
 def test_a_password_in_the_url_is_hidden_in_every_sentence() -> None:
     url = make_url("postgresql+psycopg://shop:hunter2@db/shop")
     assert "hunter2" not in schema._createdb(url)
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("postgresql://reader:sekrit@127.0.0.1:1/shop", r"^Error: The database postgresql://.* cannot be reached"),
+        ("sqlite:///{folder}", r"^Error: The database file .* cannot be used"),
+    ],
+)
+def test_migrating_a_database_that_cannot_be_used_is_a_sentence(tmp_path: Path, url: str, said: str) -> None:
+    app = create_app({"DATABASE_URL": url.format(folder=tmp_path), "SECRET_KEY": "x"})
+    result = app.test_cli_runner().invoke(args=["db", "upgrade"])
+    assert result.exit_code == 1
+    assert re.search(said, result.stderr, re.MULTILINE), result.output
+    assert "Traceback" not in result.output
+    assert "sekrit" not in result.output
