@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from click.testing import Result
-from conftest import close, settings
+from conftest import close, on_sqlite, settings
 from flask import Flask
 from fleet import statements
 from processes import ROOT, environment
@@ -164,6 +164,7 @@ def test_a_fresh_database_lists_every_worker_of_the_release(flask: Callable[...,
     assert "at */5 * * * * (UTC)" in lines[5]
 
 
+@on_sqlite
 def test_the_list_says_what_became_of_the_last_tick_and_what_runs_where(
     flask: Callable[..., Result], manager: BackgroundWorkerManager
 ) -> None:
@@ -184,6 +185,7 @@ def test_the_list_says_what_became_of_the_last_tick_and_what_runs_where(
     assert re.search(r"failed in 0\.\d{3} s", lines["stumble"])
 
 
+@on_sqlite
 def test_the_list_shows_workers_that_another_release_left(
     flask: Callable[..., Result], manager: BackgroundWorkerManager
 ) -> None:
@@ -192,6 +194,7 @@ def test_the_list_shows_workers_that_another_release_left(
     assert flask("list").stdout.splitlines()[1].endswith("not in this release")
 
 
+@on_sqlite
 def test_the_list_shows_the_schedule_in_force_and_the_declared_one(
     flask: Callable[..., Result], manager: BackgroundWorkerManager
 ) -> None:
@@ -201,6 +204,7 @@ def test_the_list_shows_the_schedule_in_force_and_the_declared_one(
     assert line.endswith("declared: every 10 minutes")
 
 
+@on_sqlite
 def test_the_list_bears_a_schedule_that_a_newer_release_brought(
     flask: Callable[..., Result], manager: BackgroundWorkerManager
 ) -> None:
@@ -263,6 +267,7 @@ def test_no_statement_about_executions_reads_more_than_a_range_of_an_index(
 # -- check ---------------------------------------------------------------------------------------
 
 
+@on_sqlite
 def test_check_prints_the_next_three_ticks_of_every_worker_and_writes_nothing(
     flask: Callable[..., Result], manager: BackgroundWorkerManager
 ) -> None:
@@ -341,6 +346,7 @@ def test_run_once_runs_the_latest_due_tick_once(flask: Callable[..., Result]) ->
     assert " succeeded in " in second
 
 
+@on_sqlite
 def test_run_once_of_a_failing_worker_says_its_error_and_exits_with_1(flask: Callable[..., Result]) -> None:
     output = flask("run", "stumble", "--once", code=1).stdout
     assert re.search(r" failed after \S+ s: ValueError: no such\?\[31m book\.\n$", output)
@@ -355,6 +361,7 @@ def test_run_once_takes_over_a_lost_tick_and_says_so(
     assert "(attempt 2; the one before was lost on far:7 (far:7 stopped renewing its lease))" in output
 
 
+@on_sqlite
 def test_run_once_leaves_a_paused_and_a_disabled_worker_alone(
     flask: Callable[..., Result], manager: BackgroundWorkerManager
 ) -> None:
@@ -363,6 +370,7 @@ def test_run_once_leaves_a_paused_and_a_disabled_worker_alone(
     assert flask("run", "rest", "--once").stdout == "Not run: rest is disabled in this release (enabled = False).\n"
 
 
+@on_sqlite
 def test_run_once_wants_one_name(flask: Callable[..., Result]) -> None:
     assert "`flask workers run NAME --once`" in flask("run", "--once", code=2).stderr
 
@@ -373,6 +381,7 @@ def test_trigger_runs_a_worker_now_and_says_what_became_of_it(flask: Callable[..
     assert " failed after " in flask("trigger", "stumble", code=1).stdout
 
 
+@on_sqlite
 def test_trigger_of_a_running_worker_says_where_it_runs(
     flask: Callable[..., Result], manager: BackgroundWorkerManager
 ) -> None:
@@ -482,6 +491,7 @@ def states(database_url: str, name: str) -> list[str]:
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@on_sqlite
 def test_run_serves_the_named_workers_until_it_is_told_to_stop(
     database_url: str, tmp_path: Path, signum: signal.Signals
 ) -> None:
@@ -529,6 +539,7 @@ def test_run_serves_the_named_workers_of_messages_and_no_others(database_url: st
     close(app)
 
 
+@on_sqlite
 def test_a_second_signal_ends_a_run_that_does_not_listen(database_url: str, tmp_path: Path) -> None:
     with running(database_url, tmp_path, "busy", STUBBORN="1", WORKERS_SHUTDOWN_SECONDS="50") as process:
         assert process.stdout
@@ -555,6 +566,7 @@ def test_run_on_a_database_that_is_not_ready_ends_with_its_sentence(empty_postgr
 # -- pause, resume, history, why -----------------------------------------------------------------
 
 
+@on_sqlite
 def test_pause_and_resume_say_what_they_changed(flask: Callable[..., Result], manager: BackgroundWorkerManager) -> None:
     assert flask("resume", "greet").stdout.startswith("greet was not paused; its next tick is 20")
     assert re.fullmatch(r"greet is paused, since \S+Z\.\n", flask("pause", "greet").stdout)
@@ -564,12 +576,14 @@ def test_pause_and_resume_say_what_they_changed(flask: Callable[..., Result], ma
     assert manager.ticks.look(Greet).paused_at is None
 
 
+@on_sqlite
 def test_history_writes_every_moment_in_one_way(flask: Callable[..., Result], write: Callable[..., None]) -> None:
     tick = datetime(2026, 1, 1, tzinfo=UTC)
     write("greet", "skipped", tick, reason=f"still running the tick {(tick - MINUTE).isoformat()} on a:1")
     assert flask("history", "greet").stdout.rstrip().endswith("still running the tick 2025-12-31T23:59:00Z on a:1")
 
 
+@on_sqlite
 def test_history_is_newest_first_and_ends_a_failure_with_its_last_line(
     flask: Callable[..., Result], manager: BackgroundWorkerManager, write: Callable[..., None]
 ) -> None:
@@ -588,6 +602,7 @@ def test_history_is_newest_first_and_ends_a_failure_with_its_last_line(
     assert newest["reason"].startswith("Traceback (most recent call last)")
 
 
+@on_sqlite
 def test_history_shows_a_running_row_whose_instance_is_gone_as_that(
     flask: Callable[..., Result], manager: BackgroundWorkerManager
 ) -> None:
@@ -595,10 +610,12 @@ def test_history_shows_a_running_row_whose_instance_is_gone_as_that(
     assert flask("history", "greet").stdout.rstrip().endswith("running on far:7, which is gone: will be taken over")
 
 
+@on_sqlite
 def test_history_of_a_worker_that_never_ran_says_so(flask: Callable[..., Result]) -> None:
     assert flask("history", "greet").stdout == "greet has no executions yet.\n"
 
 
+@on_sqlite
 def test_why_exits_with_0_when_it_ran_and_with_1_when_it_did_not(flask: Callable[..., Result]) -> None:
     assert "no instance has ever started the worker" in flask("why", "greet", code=1).stdout
     flask("run", "greet", "--once")
@@ -607,6 +624,7 @@ def test_why_exits_with_0_when_it_ran_and_with_1_when_it_did_not(flask: Callable
     assert "is not due yet" in flask("why", "greet", "--at", "2999-01-01").stdout
 
 
+@on_sqlite
 def test_why_takes_a_moment_without_a_zone_as_utc_and_says_so(flask: Callable[..., Result]) -> None:
     naive = flask("why", "greet", "--at", "2999-01-01T12:34")
     assert naive.stderr == "2999-01-01T12:34 names no time zone, so it is taken as UTC.\n"
@@ -646,6 +664,7 @@ WRONG = [
 ]
 
 
+@on_sqlite
 def test_a_wrong_option_is_one_sentence(flask: Callable[..., Result]) -> None:
     for arguments in WRONG:
         result = flask(*arguments, code=2)
@@ -654,6 +673,7 @@ def test_a_wrong_option_is_one_sentence(flask: Callable[..., Result]) -> None:
         assert "expected" in result.stderr
 
 
+@on_sqlite
 def test_an_unknown_name_is_answered_with_the_closest_one(flask: Callable[..., Result]) -> None:
     for command in ("run", "run --once", "trigger", "pause", "resume", "history", "why"):
         result = flask(*command.split(), "gret", code=2)
@@ -691,12 +711,14 @@ def test_flask_help_imports_no_scheduler_and_opens_no_database(tmp_path: Path) -
     assert list(tmp_path.iterdir()) == []
 
 
+@on_sqlite
 def test_help_documents_the_exit_codes(flask: Callable[..., Result]) -> None:
     output = flask("--help").stdout
     assert "Exit codes:" in output
     assert re.search(r"^\s+2  wrong usage", output, re.MULTILINE)
 
 
+@on_sqlite
 def test_a_command_in_a_process_that_runs_the_workers_leaves_them_running(
     flask: Callable[..., Result], manager: BackgroundWorkerManager
 ) -> None:
