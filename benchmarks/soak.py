@@ -261,7 +261,7 @@ def tracebacks(logs: Path) -> Counter[str]:
     """Where the processes' logs have a traceback: the log's line before it, and what it ends with."""
     found: Counter[str] = Counter()
     for path in sorted(logs.glob("*-*.log")):
-        for entry in re.split(r"^(?=\d{4}-\d\d-\d\d )", path.read_text(errors="replace"), flags=re.MULTILINE):
+        for entry in re.split(r"^(?=\[?\d{4}-\d\d-\d\d )", path.read_text(errors="replace"), flags=re.MULTILINE):
             said, *lines = entry.splitlines() or [""]
             is_expected = "Buried the message letters:" in said and lines[-1:] == ["ValueError: poison"]
             if any(line.startswith("Traceback ") for line in lines) and not is_expected:
