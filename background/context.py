@@ -111,7 +111,8 @@ class WorkerContext:
         """Before every commit of the run: is its claim still the one in force?"""
         raise NotImplementedError
 
-    def _refuse_if_lost(self) -> None:
+    def refuse_if_lost(self) -> None:
+        """Raise ClaimLost where this run knows that its claim is gone."""
         if not self.instance.is_alive:
             self.lose(LEASE_IS_OVER)
         if self._lost:
@@ -148,7 +149,7 @@ class TickContext(WorkerContext):
 
     def finish(self) -> None:
         """Commit the effects and "succeeded" together."""
-        self._refuse_if_lost()
+        self.refuse_if_lost()
         self.session.flush()  # first, so that the worker's row is held for the commit only
         self._ledger.finish(self.claim, self.session, self.notes())
         self._finishing = True
@@ -156,7 +157,7 @@ class TickContext(WorkerContext):
 
     def check(self, session: Session) -> None:
         """Before every commit of the run: is its claim still the one in force?"""
-        self._refuse_if_lost()
+        self.refuse_if_lost()
         if not self._finishing:
             session.flush()
             try:
@@ -182,7 +183,7 @@ class MessageContext(WorkerContext):
 
     def begin(self, message: "Message") -> None:
         """From here on this run is that of `message`; raises ClaimLost where its lease is over."""
-        self._refuse_if_lost()
+        self.refuse_if_lost()
         self.tick, self.attempt, self.token = message.tick, message.attempt, message.token
         self.idempotency_key = message.idempotency_key
         self.log_fields["tick"] = message.tick.isoformat()
@@ -200,7 +201,7 @@ class MessageContext(WorkerContext):
         self.session.commit()
 
     def check(self, session: Session) -> None:
-        self._refuse_if_lost()
+        self.refuse_if_lost()
         if self._finishing:
             return
         session.flush()

@@ -126,7 +126,7 @@ class Runs:
         claim, began = context.claim, time.monotonic()
         try:
             context.raise_if_stopping()
-            context._refuse_if_lost()  # while it was told of, it may have timed out
+            context.refuse_if_lost()  # while it was told of, it may have timed out
             finish(worker().do_work(context))
             context.finish()
         except BaseException as error:
