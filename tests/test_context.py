@@ -673,7 +673,11 @@ def test_an_instance_that_comes_back_after_its_lease_begins_anew(fleet: Fleet) -
     manager.start()
     wait_until(lambda: fleet.states() == ["succeeded"], "the run")
     first = manager.ticks.instance
-    first.deadline = steady()
-    wait_until(lambda: manager.ticks.instance is not first and manager.ticks.instance.is_alive, "the new life")
+
+    def another_life() -> bool:
+        first.deadline = steady()  # again at every look: a heartbeat that was under way renews it
+        return manager.ticks.instance is not first and manager.ticks.instance.is_alive
+
+    wait_until(another_life, "the new life")
     with manager.ticks.instances.engine.connect() as connection:
         assert connection.scalar(select(text("count(*) FROM background_instances"))) >= 2
