@@ -33,6 +33,7 @@ faked = pytest.mark.skipif(LIBFAKETIME is None, reason="needs Debian's libfaketi
 def host(url: str, ahead: float = 0.0, clock: Path | None = None, **more: object) -> Iterator[Process]:
     """A process on a host whose clock is so many seconds ahead, or what the file says, which may change."""
     fake = {"LD_PRELOAD": LIBFAKETIME, "FAKETIME_DONT_FAKE_MONOTONIC": 1, "NO_FAKE_STAT": 1}
+    fake["FAKETIME_FORCE_MONOTONIC_FIX"] = 0  # else every wait for Python's lock by several threads spins
     fake |= {"FAKETIME_TIMESTAMP_FILE": clock, "FAKETIME_NO_CACHE": 1} if clock else {"FAKETIME": f"{ahead:+f}"}
     env = environment(url, PROBE_PERIOD=PERIOD.total_seconds(), **more)
     with started(SERVE, env | {name: str(value) for name, value in fake.items()}) as process:
