@@ -132,6 +132,12 @@ def test_what_the_database_could_not_keep_is_a_form_error(app, client):
     assert user_of(app, "nat@example.com") is None
 
 
+def test_what_is_too_long_for_an_email_is_not_looked_at_any_closer(client):
+    complaints = text_of(register(client, email="n" * 400_000 + "@example.com"))
+    assert "longer than 254 characters" in complaints
+    assert "Invalid email address." not in complaints
+
+
 def test_a_name_may_be_in_any_script_and_is_shown_as_text(app, client):
     register(client, name="<b>Ңąţ</b> 🙂")
     log_in(client, "nat@example.com")
