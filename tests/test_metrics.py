@@ -208,7 +208,8 @@ def test_while_the_database_is_away_a_scrape_says_so_and_has_the_requests_of_the
     proxy = Proxy(make_url(postgresql_url))
     app = make_app(text(proxy.url), Hourly)
     try:
-        assert scrape(app).value("background_up") == 1
+        wait_until(lambda: scrape(app).value("background_up") == 1, "its first figures")
+        caplog.clear()
         for away in (proxy.refuse, proxy.silence):
             away()
             for _ in range(2):
