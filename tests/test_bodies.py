@@ -119,10 +119,10 @@ def test_a_pool_of_connections_that_is_used_up_does_not_starve_the_heartbeat(fle
             with pytest.raises(PoolTimeout):
                 db.engine.connect()
             began = context.instance.deadline
-            wait_until(lambda: context.instance.deadline > began + 2, "two leases")
+            wait_until(lambda: context.instance.deadline > began + 2, "more than a lease")
 
     pool = {"pool_size": 1, "max_overflow": 0, "pool_timeout": 0.1}
-    manager = fleet.manager(Greedy, WORKERS_LEASE_SECONDS=1, SQLALCHEMY_ENGINE_OPTIONS=pool)
+    manager = fleet.manager(Greedy, WORKERS_LEASE_SECONDS=1.5, SQLALCHEMY_ENGINE_OPTIONS=pool)
     manager.start()
     wait_until(lambda: fleet.states("greedy") not in ([], ["running"]), "the end")
     assert fleet.states("greedy") == ["succeeded"]

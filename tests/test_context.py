@@ -639,7 +639,7 @@ def test_a_run_that_holds_the_write_lock_longer_than_the_lease_keeps_its_claim(f
     class Orphaned(Hourly):
         enabled = False
 
-    manager, ghost = fleet.manager(Holding, Orphaned, WORKERS_LEASE_SECONDS=1), Instance(HOUR)
+    manager, ghost = fleet.manager(Holding, Orphaned, WORKERS_LEASE_SECONDS=1.5), Instance(HOUR)
     manager.ticks.instances.beat(ghost)
     claimed_by_a_ghost(manager, "orphaned", ghost.id)
     manager.start()

@@ -105,11 +105,11 @@ def test_one_heartbeat_renews_everything_that_an_instance_runs(fleet: Fleet) -> 
             effect(context)
 
     second = type("Second", (First,), {})
-    manager = fleet.manager(First, second, WORKERS_LEASE_SECONDS=0.5)
+    manager = fleet.manager(First, second, WORKERS_LEASE_SECONDS=1.5)
     manager.start()
     assert all(working.acquire(timeout=PATIENCE) for _ in range(2))
     began = manager.ticks.instance.deadline
-    wait_until(lambda: manager.ticks.instance.deadline > began + 1, "two leases")
+    wait_until(lambda: manager.ticks.instance.deadline > began + 2, "more than a lease")
     go_on.set()
     wait_until(lambda: fleet.states() == ["succeeded", "succeeded"], "the end of both")
 
@@ -118,10 +118,10 @@ def test_a_run_outside_any_started_instance_is_alive_as_long_as_it_takes(fleet: 
     class Long(Hourly):
         def do_work(self, context: WorkerContext) -> None:
             began = context.instance.deadline
-            wait_until(lambda: context.instance.deadline > began + 1, "two leases")
+            wait_until(lambda: context.instance.deadline > began + 2, "more than a lease")
             effect(context)
 
-    manager = fleet.manager(Long, WORKERS_LEASE_SECONDS=0.5)
+    manager = fleet.manager(Long, WORKERS_LEASE_SECONDS=1.5)
     assert manager.trigger("long").state == "succeeded"
     (execution,) = fleet.executions()
     assert manager.ticks.instances.gone({execution.instance}) == {execution.instance: True}
@@ -173,7 +173,7 @@ def armed_after(manager: BackgroundWorkerManager) -> timedelta:
 def test_nobody_counts_as_lost_within_a_lease_after_the_databases_clock_was_set(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    instances = fleet.manager(WORKERS_LEASE_SECONDS=1).ticks.instances
+    instances = fleet.manager(WORKERS_LEASE_SECONDS=1.5).ticks.instances
     lost, left, us = Instance(timedelta(seconds=-1)), Instance(LEASE), Instance(LEASE)
     for instance in (lost, left, us):
         instances.beat(instance)
@@ -199,7 +199,7 @@ def test_slow_replies_are_not_taken_for_a_clock_that_was_set(fleet: Fleet, monke
 
 
 def test_a_lease_of_before_the_databases_clock_was_set_back_is_none(fleet: Fleet) -> None:
-    instances, instance = fleet.manager(WORKERS_LEASE_SECONDS=0.5).ticks.instances, Instance(LEASE)
+    instances, instance = fleet.manager(WORKERS_LEASE_SECONDS=1.5).ticks.instances, Instance(LEASE)
     instances.beat(instance)
     later = datetime.now(UTC) + timedelta(minutes=2)
     with instances.engine.begin() as connection:

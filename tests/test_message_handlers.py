@@ -503,7 +503,7 @@ def test_a_batch_that_outlives_the_lease_is_not_taken_back_by_whoever_waited_for
                 time.sleep(0.3)  # who waits for the lock asks for it ten times a second
                 effect(context, "the rest")
 
-    manager = fleet.manager(Slow, WORKERS_LEASE_SECONDS=1)
+    manager = fleet.manager(Slow, WORKERS_LEASE_SECONDS=1.5)
     fleet.enqueue("notes", 0.6, 2.2)
     manager.start()
     wait_until(lambda: is_over(fleet), "the end")

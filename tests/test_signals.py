@@ -155,10 +155,10 @@ def test_a_receiver_that_takes_longer_than_the_lease_has_its_run_given_to_nobody
             began.append(context.idempotency_key)
 
     def dawdle(_sender: Flask, **_details: Any) -> None:
-        threading.Event().wait(1.5)
+        threading.Event().wait(2.5)
 
     with signals.execution_started.connected_to(dawdle):
-        fleet.manager(Counted, WORKERS_LEASE_SECONDS=0.5).start()
+        fleet.manager(Counted, WORKERS_LEASE_SECONDS=1.5).start()
         wait_until(lambda: fleet.states() == ["succeeded"], "the end of the run")
     assert len(began) == 1
 
