@@ -24,11 +24,14 @@ class LogLines(logging.Handler):
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Take in what is logged in this block and is `is_ours`, by any logger."""
-        logging.getLogger().addHandler(self)
+        root = logging.getLogger()
+        if not root.handlers and logging.lastResort:
+            root.addHandler(logging.lastResort)  # it says what nobody else does, and would take us for somebody
+        root.addHandler(self)
         try:
             yield
         finally:
-            logging.getLogger().removeHandler(self)
+            root.removeHandler(self)
             self.close()
 
     def emit(self, record: logging.LogRecord) -> None:

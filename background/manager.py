@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import svcs.flask
 from flask import Flask, current_app
 from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy.exc import SQLAlchemyError
@@ -43,6 +44,17 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+DEFAULTS = {
+    "WORKERS_ENABLED": True,
+    "WORKERS_LEASE_SECONDS": 10,
+    "WORKERS_SHUTDOWN_SECONDS": 20,
+    "WORKERS_HISTORY_DAYS": 14,
+    "WORKERS_THREADS": 10,
+    "MESSAGES_MAX_BYTES": 262_144,
+    "MESSAGES_KEY_DAYS": 14,
+    "LOCK_PREFIX": "",
+}
+
 
 class BackgroundWorkerManager:
     """Runs the workers of one application, once per tick of the fleet that shares its database.
@@ -60,10 +72,23 @@ class BackgroundWorkerManager:
         self._started_in = self._served_in = 0  # process ids: a fork inherits the rest, but not the threads
         if app is not None and db is not None:
             self.init_app(app, db)
+        elif app is not None or db is not None:
+            given, missing = ("an app", "db") if db is None else ("a db", "app")
+            raise TypeError(
+                f"The manager was given {given} and no {missing}; expected both, or neither and `init_app(app, db)`."
+            )
 
     def init_app(self, app: Flask, db: SQLAlchemy) -> None:
-        """Bind to `app` and its initialised `db`: tables, commit fence, `flask workers`; opens no connection."""
+        """Bind to `app` and its initialised `db`: tables, commit fence, `flask workers`; opens no connection.
+
+        A setting that `app.config` does not have gets its default; one that it has is taken as it is.
+        """
         self.app, self.db = app, db
+        for key, default in DEFAULTS.items():
+            app.config.setdefault(key, default)
+        app.config.setdefault("WORKERS_HEARTBEAT_SECONDS", min(2, app.config["WORKERS_LEASE_SECONDS"] / 4))
+        if "svcs_registry" not in app.extensions:
+            svcs.flask.init_app(app)
         self.ticks = Ticks(app, db, self._workers)
         app.extensions["background_workers"] = self
         for name, table in models.metadata.tables.items():
@@ -258,6 +283,9 @@ class BackgroundWorkerManager:
             raise InvalidSchedule(
                 f"The tick of {name!r} was asked for at {at!r}; expected an aware datetime: write datetime.now(UTC)."
             )
+        if not worker.enabled:
+            log.debug("%s: not running a tick: it is disabled here (enabled = False)", name)
+            return None
         self._reopen()
         state = self.ticks.look(worker)
         return self.ticks.run(worker, state.schedule.previous(at.astimezone(UTC)), state)

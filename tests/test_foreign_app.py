@@ -1,0 +1,143 @@
+"""The engine in an application that is not this shop: its own Flask, its own models, and no settings of ours."""
+
+import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+
+import pytest
+import svcs
+from conftest import close
+from flask import Flask
+from flask_sqlalchemy import SQLAlchemy
+from fleet import wait_until
+from processes import environment, run
+
+from background import BackgroundWorkerManager, Message, MessageWorker, PeriodicWorker, WorkerContext
+from background.manager import DEFAULTS
+from config import KEYS
+
+NOW = datetime.now(UTC)
+
+
+class Host:
+    """A small application, and what its workers leave in its table."""
+
+    def __init__(self, url: str) -> None:
+        self.app, self.db = Flask("host"), SQLAlchemy()
+        self.app.config["SQLALCHEMY_DATABASE_URI"] = url
+        self.db.init_app(self.app)
+        self.notes = self.db.Table("notes", self.db.Column("text", self.db.String(100)))
+
+    def bind(self) -> BackgroundWorkerManager:
+        manager = BackgroundWorkerManager(self.app, self.db)
+        for worker in (Noting, Taking):
+            worker.notes = self.notes
+            manager.add(worker)
+        with self.app.app_context():
+            self.db.create_all()
+        return manager
+
+    def noted(self) -> list[str]:
+        with self.app.app_context():
+            return sorted(self.db.session.scalars(self.db.select(self.notes.c.text)))
+
+
+class Noting(PeriodicWorker):
+    period = timedelta(days=300)
+
+    def do_work(self, context: WorkerContext) -> None:
+        context.session.execute(self.notes.insert().values(text="a tick"))
+
+
+class Taking(MessageWorker):
+    topic = "notes"
+
+    def handle(self, message: Message, context: WorkerContext) -> None:
+        context.session.execute(self.notes.insert().values(text=message.payload))
+
+
+@pytest.fixture
+def host(empty_database_url: str) -> Iterator[Host]:
+    host = Host(empty_database_url)
+    yield host
+    host.app.extensions["background_workers"].stop()
+    with host.app.app_context():
+        host.db.engine.dispose()
+    close()
+
+
+def test_ticks_messages_and_locks_need_none_of_the_shops_settings(host: Host) -> None:
+    manager = host.bind()
+    assert manager.tick("noting", NOW).state == "succeeded"
+    assert manager.tick("noting", NOW) is None
+    with host.app.app_context():
+        assert manager.enqueue("notes", "a message")
+        host.db.session.commit()
+    with manager.lock("invoice-42") as lock:
+        assert lock.still_held()
+    manager.start()
+    wait_until(lambda: host.noted() == ["a message", "a tick"], "the message")
+
+
+def test_what_the_application_set_is_kept_and_the_heartbeat_follows_the_lease(host: Host) -> None:
+    host.app.config["WORKERS_LEASE_SECONDS"] = 4
+    host.bind()
+    assert host.app.config["WORKERS_LEASE_SECONDS"] == 4
+    assert host.app.config["WORKERS_HEARTBEAT_SECONDS"] == 1
+
+
+def test_the_engines_defaults_are_those_that_the_shop_documents() -> None:
+    assert {name: KEYS[name].default for name in DEFAULTS} == DEFAULTS
+
+
+def test_services_are_there_whether_or_not_the_application_uses_svcs(host: Host) -> None:
+    class Serving(PeriodicWorker):
+        period = timedelta(hours=1)
+
+        def do_work(self, context: WorkerContext) -> None:
+            context.session.execute(Noting.notes.insert().values(text=context.services.get(str)))
+
+    manager = host.bind()
+    manager.add(Serving)
+    svcs.flask.register_value(host.app, str, "a service")
+    assert manager.tick("serving", NOW).state == "succeeded"
+    assert host.noted() == ["a service"]
+
+
+@pytest.mark.parametrize("given", ["app", "db"])
+def test_a_manager_that_is_given_half_of_what_it_needs_says_so(given: str) -> None:
+    half = {"app": Flask("host")} if given == "app" else {"db": SQLAlchemy()}
+    with pytest.raises(TypeError, match=r"expected both, or neither and `init_app\(app, db\)`"):
+        BackgroundWorkerManager(**half)
+
+
+SILENT = """
+from datetime import UTC, datetime, timedelta
+from flask import Flask
+from flask_sqlalchemy import SQLAlchemy
+from background import BackgroundWorkerManager, PeriodicWorker
+
+class Failing(PeriodicWorker):
+    period = timedelta(hours=1)
+    def do_work(self, context):
+        context.logger.info("nobody asked for this")
+        raise ZeroDivisionError("the worker's own")
+
+app, db = Flask("host"), SQLAlchemy()
+app.config["SQLALCHEMY_DATABASE_URI"] = "{url}"
+db.init_app(app)
+manager = BackgroundWorkerManager(app, db)
+manager.add(Failing)
+with app.app_context():
+    db.create_all()
+print(manager.tick("failing", datetime.now(UTC)).state)
+"""
+
+
+def test_where_nobody_set_up_a_log_a_failure_is_said_on_standard_error(tmp_path) -> None:
+    url = f"sqlite:///{tmp_path / 'host.sqlite'}"
+    code, said = run([sys.executable, "-c", SILENT.replace("{url}", url)], environment())
+    assert code == 0
+    assert "ZeroDivisionError: the worker's own" in said
+    assert "nobody asked for this" not in said
+    assert said.endswith("failed")
