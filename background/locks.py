@@ -80,7 +80,6 @@ class Locks:
     @contextmanager
     def hold(self, name: str, timeout: float) -> Iterator[Lock | None]:
         """Hold the lock `name`; None where others still do after `timeout` seconds. See `manager.lock`."""
-        self._check(name, timeout)
         if _here(name) in self._held_here:
             log.warning(
                 "Lock %r: this thread holds it already, and locks are not re-entrant: it is not given again", name
@@ -226,8 +225,9 @@ class Locks:
 
     # -- helpers -------------------------------------------------------------------------------
 
-    def _check(self, name: object, timeout: object) -> None:
-        if not isinstance(name, str) or not name or not name.isprintable():
+    def check(self, name: object, timeout: object) -> None:
+        """Raise InvalidLock for what `hold` cannot take."""
+        if not isinstance(name, str) or not name.strip() or not name.isprintable():
             raise InvalidLock(
                 f"{name!r} is no name of a lock; expected a text of printable characters: "
                 'name it after what it guards, as in "invoice-42".'
