@@ -276,7 +276,7 @@ def _load_own(app: Flask, given: Mapping[str, Any] | object | None) -> None:
 def _refuse_misspelled(names: Mapping[str, Any]) -> None:
     for name in names:
         if (
-            name.startswith(("WORKERS_", "MESSAGES_", "METRICS_"))
+            name.startswith(("WORKERS_", "MESSAGES_", "METRICS_", "PASSIVE_"))
             and name not in KEYS
             and (close := get_close_matches(name, KEYS, n=1))
         ):

@@ -328,7 +328,7 @@ class BackgroundWorkerManager:
         A release that declares another schedule replaces it. False if that is its schedule already.
         """
         self.ticks.look(self._known(name))
-        declared = period is None and cron is None
+        declared = period is None and cron is None and timezone is None
         changed = self.ticks.settings.reschedule(
             name, None if declared else make_schedule(name, period, cron, timezone)
         )
@@ -395,6 +395,7 @@ class BackgroundWorkerManager:
         re-entrant: the thread that has it gets None at once. Those who wait come in no order, and a run that is told
         to stop waits no longer. Raises InvalidLock, and LockNotAcquired where the database does not answer.
         """
+        self.ticks.locks.check(name, timeout)
         return self.ticks.locks.hold(name, timeout)
 
     # -- looking -------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from conftest import on_postgresql
 from fleet import HOUR, PATIENCE, Fleet, Hourly, effect, in_threads, last_hour, wait_until
 from sqlalchemy import delete, select
 
-from background import UnknownWorker, WorkerContext
+from background import InvalidSchedule, UnknownWorker, WorkerContext
 from background import models as tables
 from background.instances import Instance, Pulse
 from background.membership import Membership
@@ -81,6 +81,7 @@ def test_a_disabled_worker_is_not_woken_but_runs_by_hand(fleet: Fleet) -> None:
     manager = fleet.manager(Off, Quick)
     manager.start()
     wait_until(lambda: len(ticks(fleet, "quick")) >= 3, "three runs of the other")
+    assert manager.tick("off", last_hour()) is None
     assert fleet.executions("off") == []
     assert manager.trigger("off").state == "succeeded"
 
@@ -110,6 +111,8 @@ def test_a_reschedule_reaches_the_other_instances(fleet: Fleet) -> None:
     assert not first.reschedule("changing", period=Quick.period)
     first.stop()
     wait_until(lambda: len(ticks(fleet, "changing")) >= 3, "the second one's runs")
+    with pytest.raises(InvalidSchedule, match="neither a period nor a cron"):
+        second.reschedule("changing", timezone="UTC")  # which would be for a cron
     assert second.reschedule("changing")
     assert fleet.row("changing").schedule == "every 3600s"
 
