@@ -7,7 +7,9 @@ import threading
 import time
 import traceback
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import copy_context
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -195,9 +197,16 @@ def _is_cut_off(error: BaseException | None) -> bool:
 
 
 def finish(result: Awaitable[None] | None) -> None:
-    """Await what an `async` method returned."""
-    if inspect.isawaitable(result):
+    """Await what an `async` method returned; where the caller is within a loop, in one of its own beside it."""
+    if not inspect.isawaitable(result):
+        return
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
         asyncio.run(_awaited(result))
+    else:
+        with ThreadPoolExecutor(1) as beside:
+            beside.submit(copy_context().run, asyncio.run, _awaited(result)).result()
 
 
 async def _awaited(result: Awaitable[None]) -> None:

@@ -134,6 +134,25 @@ def test_an_async_run_has_the_session_and_is_awaited(fleet: Fleet) -> None:
     assert fleet.effects() == ["before", "app"]
 
 
+def test_an_async_run_is_awaited_beside_the_loop_of_its_caller(fleet: Fleet) -> None:
+    import asyncio
+
+    class Async(Hourly):
+        async def do_work(self, context: WorkerContext) -> None:
+            effect(context)
+            await asyncio.sleep(0)
+            context.commit()
+            effect(context, "after the commit")
+
+    manager = fleet.manager(Async)
+
+    async def view() -> str:
+        return manager.tick("async", NOW()).state
+
+    assert asyncio.run(view()) == "succeeded"
+    assert fleet.effects() == ["", "after the commit"]
+
+
 def test_a_cancelled_async_run_has_failed_and_is_not_tried_for_ever(fleet: Fleet) -> None:
     import asyncio
 
