@@ -249,7 +249,8 @@ def test_two_releases_with_different_periods_run_no_tick_twice_and_follow_the_ne
     assert ran == sorted(set(ran))
     epoch = datetime(1970, 1, 1, tzinfo=UTC)
     assert all((tick - epoch) % timedelta(seconds=0.5) == timedelta() for tick in ran if tick > since)
-    assert len(fleet.keys()) == len(set(fleet.keys()))
+    keys = fleet.keys()
+    assert len(keys) == len(set(keys))
 
 
 def test_when_the_release_that_came_last_has_left_the_one_that_stays_has_the_last_word(fleet: Fleet) -> None:
@@ -263,7 +264,8 @@ def test_when_the_release_that_came_last_has_left_the_one_that_stays_has_the_las
     wait_until(lambda: fleet.row("changing").schedule == "every 0.3s", "the old schedule again")
     late.stop()
     wait_until(lambda: fleet.row("changing").schedule == "every 0.5s", "the new schedule for good")
-    assert len(fleet.keys()) == len(set(fleet.keys()))
+    keys = fleet.keys()
+    assert len(keys) == len(set(keys))
 
 
 def test_what_somebody_set_outlives_a_release_with_another_schedule(fleet: Fleet) -> None:
