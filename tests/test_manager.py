@@ -93,10 +93,10 @@ def test_a_worker_can_be_added_to_and_removed_from_a_started_manager(fleet: Flee
     manager.add(Quick)
     wait_until(lambda: len(ticks(fleet, "quick")) >= 2, "two runs of the added one")
     manager.remove("quick")
-    wait_until(lambda: fleet.row("quick").running is None, "the end of what ran")
+    assert manager._membership._scheduler.wait(PATIENCE)  # for what was on its way
     count = len(fleet.executions("quick"))
     threading.Event().wait(0.6)  # two periods
-    assert len(fleet.executions("quick")) <= count + 1  # one may have been on its way
+    assert len(fleet.executions("quick")) == count
 
 
 def test_a_reschedule_reaches_the_other_instances(fleet: Fleet) -> None:
@@ -204,10 +204,11 @@ def test_a_pause_and_a_resume_reach_the_other_instances(fleet: Fleet) -> None:
     def paused() -> list[Any]:
         return [each for each in fleet.executions() if each.state == "skipped" and each.reason.startswith("paused")]
 
-    (skipped,) = wait_until(paused, "a skipped tick")
+    skipped = wait_until(paused, "a skipped tick")[-1]
     count = len(ticks(fleet, "quick"))
 
-    wait_until(lambda: paused()[0].through > skipped.through, "the next skipped tick")
+    # In the same row, or in another one behind a missed tick.
+    wait_until(lambda: paused()[-1].through > skipped.through, "the next skipped tick")
     assert other.resume("quick")
     wait_until(lambda: len(ticks(fleet, "quick")) > count, "the next run")
 
@@ -367,8 +368,9 @@ def test_a_stopped_manager_starts_again(fleet: Fleet) -> None:
         wait_until(lambda runs=runs: len(ticks(fleet, "quick")) >= runs, "the runs")
         manager.stop()
     count = len(fleet.executions())
+    owed = fleet.row("quick").pending_tick  # of a run that was handed back: it comes first
     assert manager.trigger("quick").state == "succeeded"
-    assert len(fleet.executions()) == count + 1
+    assert [row.trigger for row in fleet.executions()[count:]] == ["schedule"] * bool(owed) + ["manual"]
 
 
 def test_a_tick_that_is_due_when_another_schedule_comes_into_force_is_still_run(fleet: Fleet) -> None:
