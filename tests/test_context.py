@@ -461,7 +461,8 @@ def test_past_the_deadline_the_commit_is_refused_without_asking_the_database(fle
             assert context.stopping
             raise OSError("and then everything else went wrong, too")
 
-    assert fleet.manager(Late).tick("late", NOW()).state == "lost"
+    no_heartbeat = {"WORKERS_HEARTBEAT_SECONDS": 60, "WORKERS_LEASE_SECONDS": 200}  # which would renew it
+    assert fleet.manager(Late, **no_heartbeat).tick("late", NOW()).state == "lost"
     assert fleet.effects() == []
 
 
