@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -213,7 +214,7 @@ def test_a_lease_that_runs_out_while_a_heartbeat_hangs_is_noticed(fleet: Fleet) 
 
     class Long(Hourly):
         def do_work(self, context: WorkerContext) -> None:
-            if context.token == 1:
+            if not working.is_set():
                 working.set()
                 assert context.stopping.wait(PATIENCE)
                 told.set()
@@ -225,9 +226,9 @@ def test_a_lease_that_runs_out_while_a_heartbeat_hangs_is_noticed(fleet: Fleet) 
     assert working.wait(PATIENCE)
     beat, released = manager.ticks.instances.beat, threading.Event()
 
-    def hang(instance: Instance) -> Pulse:
+    def hang(instance: Instance, topics: Sequence[str]) -> Pulse:
         assert released.wait(PATIENCE)
-        return beat(instance)
+        return beat(instance, topics)
 
     manager.ticks.instances.beat = hang  # type: ignore[method-assign]
     assert told.wait(PATIENCE)
