@@ -669,7 +669,7 @@ def test_a_run_that_holds_the_write_lock_longer_than_the_lease_keeps_its_claim(f
 
 
 def test_a_claim_whose_reply_got_lost_is_run_after_all(fleet: Fleet) -> None:
-    manager = fleet.manager(Hourly, WORKERS_LEASE_SECONDS=0.5)
+    manager = fleet.manager(Hourly, WORKERS_LEASE_SECONDS=1.5)
     manager.ticks.settings.register({"hourly": declared_schedule(Hourly)})
 
     lost = []

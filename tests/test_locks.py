@@ -247,7 +247,7 @@ def test_the_lock_of_a_process_that_is_killed_is_free_when_its_lease_is_over_and
 def test_a_process_that_wakes_after_its_lease_knows_that_it_lost_the_lock_and_leaves_the_next_holders_alone(
     shops: Shops, fleet: Fleet
 ) -> None:
-    zombie, manager = shops.start(PROBE_WORKERS="locker", WORKERS_LEASE_SECONDS=1), fleet.manager()
+    zombie, manager = shops.start(PROBE_WORKERS="locker", WORKERS_LEASE_SECONDS=1.5), fleet.manager()
     zombie.wait_for("The locker has the token 1")
     zombie.freeze()
     with manager.lock(NAME, timeout=PATIENCE) as lock:

@@ -134,7 +134,7 @@ def test_a_worker_whose_row_is_gone_goes_on(fleet: Fleet) -> None:
 
 def test_an_instance_outlives_an_error_that_is_not_the_databases(fleet: Fleet) -> None:
     """Such as a time that somebody wrote by hand, in another form."""
-    manager = fleet.manager(Quick)
+    manager = fleet.manager(Quick, WORKERS_LEASE_SECONDS=PATIENCE)
     beat, failures = manager.ticks.instances.beat, []
 
     def fail(instance: Instance, topics: Sequence[str] = ()) -> Pulse:
@@ -226,7 +226,7 @@ def test_a_pause_does_not_hold_up_what_is_to_be_run_again_after_it(fleet: Fleet)
 
 @on_postgresql
 def test_a_row_that_somebody_frozen_holds_does_not_use_up_the_threads(fleet: Fleet) -> None:
-    manager = fleet.manager(Hourly, Quick, WORKERS_THREADS=2, WORKERS_LEASE_SECONDS=1)
+    manager = fleet.manager(Hourly, Quick, WORKERS_THREADS=2)
     manager.ticks.look(Hourly)
     manager.ticks.ledger.claim("hourly", last_hour(), "every 3600s", ("ghost", "elsewhere:1"))
     with fleet.engine.connect() as frozen:

@@ -402,7 +402,7 @@ def test_a_length_of_time_is_told_in_its_two_largest_units(seconds: float, words
 
 @pytest.fixture
 def app(database_url: str) -> Iterator[Flask]:
-    app = create_app(settings(database_url, WORKERS_HEARTBEAT_SECONDS=0.2, WORKERS_LEASE_SECONDS=1))
+    app = create_app(settings(database_url))
     app.extensions["background_workers"].add(Tidy)
     yield app
     close(app)
