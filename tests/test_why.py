@@ -501,9 +501,10 @@ def test_a_tick_older_than_every_row_is_pruned(
 def test_a_pause_is_the_reason_that_is_told(manager: BackgroundWorkerManager, known: Callable[..., None]) -> None:
     known(mark=NOON)
     manager.pause("tidy")
-    assert manager.why("tidy").state == "paused"
-    assert manager.tick("tidy", manager.history.clock()) is None  # that records the skip
-    assert manager.why("tidy").state == "skipped"
+    moment = manager.history.clock()
+    assert manager.why("tidy", moment).state == "paused"
+    assert manager.tick("tidy", moment) is None  # that records the skip
+    assert manager.why("tidy", moment).state == "skipped"
 
 
 def test_ticks_before_the_first_claim_are_missed_since_the_worker_is_known(
