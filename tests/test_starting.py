@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import close, on_sqlite
 from effects import Effects
-from processes import ROOT, environment, eventually, flask, gunicorn, run, started
+from processes import MARGIN, ROOT, environment, eventually, flask, gunicorn, run, started
 from sqlalchemy import make_url
 
 from app import create_app
@@ -57,7 +57,7 @@ def test_flask_run_prepares_a_fresh_clone_and_its_worker_runs_within_two_seconds
         server.wait_for("Starting: Setting status of inactive users...")
         server.wait_for(r"Set 5 users to passive\.")
         server.wait_for("Completed: Setting status of inactive users...")
-        assert time.monotonic() - prepared < 2 or os.getloadavg()[0] > 2 * (os.cpu_count() or 1)
+        assert time.monotonic() - prepared < 2 + MARGIN or os.getloadavg()[0] > 2 * (os.cpu_count() or 1)
         assert get(server.wait_for(r"Running on (http://\S+)")[1]) == 200
         server.signal(signal.SIGINT)
         assert server.wait() == 0
@@ -78,20 +78,21 @@ def test_four_processes_that_start_at_once_prepare_a_fresh_clone_once(shop: Path
             server.wait_for("joined with 5 workers")
             assert get(server.wait_for(r"Running on (http://\S+)")[1]) == 200
         ran = re.compile("(checker|history)_worker: Ran the tick")  # the third does so at every full minute
-        eventually(lambda: sum(len(ran.findall(server.output)) for server in servers) == 2)
+        assert eventually(lambda: len({name for server in servers for name in ran.findall(server.output)}) == 2)
         for server in servers:
             server.signal(signal.SIGINT)
         assert [server.wait() for server in servers] == [0, 0, 0, 0]
         everything = "\n".join(server.output for server in servers)
     assert everything.count("The admin is") == 1
-    assert everything.count("Completed: Setting status of inactive users...") == 1
+    assert everything.count("Set 5 users to passive.") == 1
     assert "Traceback" not in everything
     with sqlite3.connect(shop / "instance" / "bookstore.sqlite") as connection:
         assert connection.execute("SELECT count(*) FROM users WHERE is_admin").fetchone() == (1,)
-        assert connection.execute(
-            "SELECT worker, count(*) FROM background_executions WHERE worker NOT LIKE 'system%' GROUP BY worker"
-            " ORDER BY worker"
-        ).fetchall() == [("passive_user_checker_worker", 1), ("prune_history_worker", 1)]
+        times = connection.execute(
+            "SELECT worker, count(*) FROM background_executions WHERE worker NOT LIKE 'system%' GROUP BY worker, tick"
+        ).fetchall()
+        assert {worker for worker, _ in times} == {"passive_user_checker_worker", "prune_history_worker"}
+        assert {count for _, count in times} == {1}
 
 
 @pytest.mark.parametrize(
@@ -152,6 +153,7 @@ def test_flask_run_debug_runs_the_workers_in_the_serving_child_only_and_across_a
     with started(flask("run", "--debug", "--port", "0"), env, terminal=True) as server:
         server.wait_for("joined")
         first = eventually(effects.pids)
+        assert get(server.wait_for(r"Running on (http://\S+)")[1]) == 200  # by then it knows how old its files are
         os.utime(edited, (time.time() + 5, time.time() + 5))
         server.wait_for("Detected change")
         server.wait_for("joined", times=2)
@@ -202,6 +204,8 @@ def test_gunicorn_runs_the_workers_in_each_worker_across_hup_and_max_requests_an
         server.wait_for("joined", times=2 * workers + 1)
         ticks = len(effects.ticks())
         assert eventually(lambda: len(effects.ticks()) >= ticks + 2)
+        restarts = server.output.count("Autorestarting worker")
+        server.wait_for("joined", times=2 * workers + restarts)  # a signal right after the fork is lost by gunicorn
 
         server.signal(signal.SIGTERM)
         assert server.wait() == 0
@@ -263,6 +267,7 @@ def test_another_server_starts_the_workers_with_the_first_request_and_says_how_t
         assert get(address) == 200
         assert get(address) == 200
         server.wait_for("joined")
+        server.wait_for("Background workers start with the first request")
         assert server.output.count("Background workers start with the first request") == 1
         assert "gunicorn.conf.py" in server.output
         assert "WORKERS_ENABLED=false" in server.output
