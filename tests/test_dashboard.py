@@ -112,12 +112,12 @@ def test_the_picture_says_in_words_what_it_shows(admin, manager, engine):
     at = last_hour()
     add_executions(
         engine,
-        {"tick": at, "started_at": at, "finished_at": at + timedelta(seconds=2), "state": "failed"},
+        {"tick": at, "started_at": at, "finished_at": at + timedelta(seconds=9), "state": "failed"},
         {"tick": at - timedelta(hours=1), "state": "missed", "attempt": None},
     )
     text = page(admin, "/workers/worker/talker")
-    assert "The last 3 executions: 1 missed, 1 failed, 1 succeeded; the longest took 2.000 s" in text
-    assert f"<title>{at:%Y-%m-%d %H}:00:00 UTC: failed, 2.000 s</title>" in text
+    assert "The last 3 executions: 1 missed, 1 failed, 1 succeeded; the longest took 9.000 s" in text
+    assert f"<title>{at:%Y-%m-%d %H}:00:00 UTC: failed, 9.000 s</title>" in text
 
 
 def test_the_worker_page_pages_through_the_executions_and_keeps_to_one_state(admin, manager, engine):
