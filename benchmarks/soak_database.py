@@ -1,4 +1,4 @@
-"""The databases of the soak, with what can go wrong with them; and a watch that notes when they were not there."""
+"""The databases of the soak, with what can go wrong with them; and notes of when they, or the machine, stood still."""
 
 import sqlite3
 import threading
@@ -17,6 +17,7 @@ from background.sqlite import prepare
 from tests.proxy import Proxy
 
 PROBE_SECONDS = 0.05
+PACE_SECONDS, LATE_SECONDS = 0.02, 0.1
 OWN = "soak"  # this program's connections, which it does not cut
 
 
@@ -149,3 +150,28 @@ class Watch:
         self._stopped.set()
         self._thread.join()
         return self._absences
+
+
+class Pace:
+    """Sleeps for a moment all the time, and notes when it was woken late: so were all the others, as on a machine that
+    stood still, or had too much to do."""
+
+    def __init__(self) -> None:
+        self._stopped = threading.Event()
+        self._standstills: list[tuple[float, float]] = []
+        self._thread = threading.Thread(target=self._run, name="soak-pace", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        due = time.time() + PACE_SECONDS
+        while not self._stopped.wait(PACE_SECONDS):
+            woken = time.time()
+            if woken - due > LATE_SECONDS:
+                self._standstills.append((due, woken))
+            due = woken + PACE_SECONDS
+
+    def stop(self) -> list[tuple[float, float]]:
+        """The standstills, in Unix seconds."""
+        self._stopped.set()
+        self._thread.join()
+        return self._standstills

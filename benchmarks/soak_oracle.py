@@ -16,7 +16,7 @@ from .soak_fleet import HEARTBEAT_SECONDS, LEASE_SECONDS, Fault
 from .soak_worker import effects, workers
 
 Key = tuple[str, datetime]
-Absences = Sequence[tuple[float, float]]
+Spans = Sequence[tuple[float, float]]  # in Unix seconds
 
 
 @dataclass
@@ -43,8 +43,8 @@ class Verdict:
 class Oracle:
     """Everything that one database holds about the soak's workers, read once."""
 
-    def __init__(self, engine: Engine, absences: Absences = ()) -> None:
-        self._absences = absences
+    def __init__(self, engine: Engine, absences: Spans = (), standstills: Spans = ()) -> None:
+        self._absences, self._standstills = absences, standstills
         self._periods = {worker.name: Every(worker.period) for worker in workers() if worker.period}
         with engine.connect() as connection:
             ran = executions.c.worker.in_(self._periods)
@@ -210,10 +210,20 @@ class Oracle:
             "term": (verdict.hand_over, 1.0),
         }[fault.kind]
         times.append(seconds)
-        if most is not None and seconds > most:
+        slow = self._stood_still(fault.at, fault.at + seconds) + _usual_lateness(verdict)
+        if most is not None and seconds - slow > most:
             at = datetime.fromtimestamp(fault.at, UTC)
             what = f"begun elsewhere {seconds:.3f} s after the {fault.kind} of {fault.pids} at {_time(at)}"
-            verdict.violations.append((key, f"{what}, expected at most {most:.0f} s"))
+            verdict.violations.append((key, f"{what}, expected at most {most:.0f} + {slow:.3f} s"))
+
+    def _stood_still(self, since: float, until: float) -> float:
+        """For how many seconds of these nothing ran on this machine."""
+        return sum(max(min(woken, until) - max(due, since), 0.0) for due, woken in self._standstills)
+
+
+def _usual_lateness(verdict: Verdict) -> float:
+    """How late this machine is where nothing is wrong: next to nothing, unless it has much else to do."""
+    return max(quantile(verdict.calm_lateness, 0.99), 0.0) if verdict.calm_lateness else 0.0
 
 
 def _held(row: Row[Any], fault: Fault) -> bool:
