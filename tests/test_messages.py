@@ -447,12 +447,13 @@ def test_an_idle_instance_with_delayed_messages_is_one_statement_per_heartbeat(f
     fleet.enqueue("notes", "later", delay=HOUR)
     manager.start()
     wait_until(lambda: manager.ticks.instance is not None, "the start")
-    with statements(manager.ticks.instances.engine) as beats:
-        wait_until(lambda: len(beats) >= 3, "the heartbeats that take the start in")
-        with statements(manager.ticks.ledger.engine) as others:
-            wait_until(lambda: len(beats) >= 8, "five more")
-    assert {statement.split()[0] for statement in beats[3:]} == {"INSERT"}
-    assert others == []
+
+    def five_heartbeats() -> tuple[set[str], list[str]]:
+        with statements(manager.ticks.instances.engine) as beats, statements(manager.ticks.ledger.engine) as others:
+            wait_until(lambda: len(beats) >= 5, "five heartbeats")
+        return {statement.split()[0] for statement in beats}, others
+
+    wait_until(lambda: five_heartbeats() == ({"INSERT"}, []), "the end of what a start looks for")
     assert states(fleet) == ["waiting"]
 
 
