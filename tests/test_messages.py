@@ -375,16 +375,22 @@ def test_a_message_that_fails_is_tried_again_and_buried_with_every_error_while_i
 
 
 def test_the_pause_before_another_attempt_doubles(fleet: Fleet) -> None:
+    attempts: list[tuple[datetime, datetime]] = []
+
     class Slower(Failing):
         backoff = timedelta(seconds=0.2)
+
+        def handle(self, message: Message, context: WorkerContext) -> None:
+            attempts.append((message.due_at, datetime.now(UTC)))
+            super().handle(message, context)
 
     manager = fleet.manager(Slower)
     fleet.enqueue("notes", "bad")
     manager.start()
     wait_until(lambda: states(fleet) == ["dead"], "the burial")
-    first, second, third = (row.at for row in fleet.errors())
-    assert second - first >= timedelta(seconds=0.13)
-    assert third - second >= timedelta(seconds=0.27)
+    (_, first), (second_due, second), (third_due, _) = attempts
+    assert second_due - first >= timedelta(seconds=0.14)
+    assert third_due - second >= timedelta(seconds=0.29)
 
 
 Misdeed = Callable[[WorkerContext], None]
