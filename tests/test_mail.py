@@ -329,10 +329,10 @@ def mail_about(app: Flask, manager: BackgroundWorkerManager) -> Callable[[int], 
     return enqueue
 
 
-def mail_through(app: Flask, url: str | None, timeout: float = 5) -> None:
+def mail_through(app: Flask, url: str | None, timeout: Callable[[], float] = lambda: 5) -> None:
     def mailer() -> Mailer:
         mailer = Mailer(url, "shop@example.com", Path("/nowhere"))
-        mailer.timeout = timeout
+        mailer.timeout = timeout()
         return mailer
 
     svcs.flask.register_factory(app, Mailer, mailer)
@@ -385,14 +385,15 @@ def test_a_mail_is_tried_until_the_server_takes_it_under_one_id(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(MailWorker, "backoff", timedelta(milliseconds=5))
-    mail_through(app, server.url(), timeout=0.5)
+    mail_through(app, server.url(), lambda: 0.5 if server.trouble == ["hang"] else 5)
     server.trouble = ["451 4.7.1 Later", "550 5.1.1 No such user", "drop in data", "drop after data", "hang"]
     mail_about(make_order())
     wait_until(lambda: states(app) == ["done"])
     assert len({mail["Message-ID"] for mail in server.mails}) == 1
     assert len(set(server.raw)) == 1
     assert len(server.mails) == 3  # the two whose end was not answered, and the last
-    assert [error.splitlines()[-1].split(":")[0] for error in errors(app)] == ["workers.MailNotSent"] * 5
+    assert {error.splitlines()[-1].split(":")[0] for error in errors(app)} == {"workers.MailNotSent"}
+    assert len(errors(app)) >= 5  # more where a busy machine takes its half second to come to the hanging end
 
 
 @on_sqlite
@@ -439,7 +440,7 @@ def test_a_server_that_is_slow_to_answer_holds_up_no_order(
     manager: BackgroundWorkerManager,
 ) -> None:
     """While a mail is being sent nothing is locked, on the engine that has a single writer."""
-    mail_through(app, server.url(), timeout=30)
+    mail_through(app, server.url(), timeout=lambda: 30)
     server.trouble = ["hang"]
     mail_about(make_order())
     wait_until(lambda: server.mails)
