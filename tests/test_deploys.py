@@ -194,7 +194,7 @@ def test_a_tick_that_fell_while_nothing_was_up_is_run_though_its_schedule_change
 
 
 def test_a_worker_unknown_to_the_old_release_is_left_alone_and_shown(shops: Shops, effects: Effects) -> None:
-    newer = {"PROBE_WORKERS": "ticker,listener", "PROBE_PERIOD": 1, "WORKERS_LEASE_SECONDS": 1}
+    newer = {"PROBE_WORKERS": "ticker,listener", "PROBE_PERIOD": 1, "WORKERS_LEASE_SECONDS": 1.5}
     [new] = shops.join(**newer)
     new.wait_for("The listener began")
     shops.join(1, PROBE_PERIOD=1)

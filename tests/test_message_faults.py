@@ -199,7 +199,7 @@ def test_what_a_zombie_enqueued_is_not_there(
 
 
 def test_a_message_that_kills_its_process_is_buried_and_the_others_live(shops: Shops, box: Letterbox) -> None:
-    fleet = others(shops, 4, PROBE_ATTEMPTS=2, WORKERS_LEASE_SECONDS=LEASE)
+    fleet = others(shops, 4, PROBE_ATTEMPTS=2, WORKERS_LEASE_SECONDS=1.5)
     notes = box.put("notes", [*range(7), "kill", *range(12)])
     assert eventually(box.are_over)
     box.check()
