@@ -293,8 +293,8 @@ def test_a_restart_of_the_database_in_the_middle_of_a_batch_loses_and_repeats_no
     effects = Effects(text(server.database()))
     box, shops = Letterbox(effects), Shops(nursery, effects.url)
     try:
-        box.put("notes", ["one", "wait", "three"] * 3)
         members = others(shops, 3, PROBE_BATCH=3, PROBE_SECONDS=2)
+        box.put("notes", ["one", "wait", "three"] * 3)  # to all at once: each takes three
         for member in members:
             member.wait_for("The note waits")
         server.stop("immediate")
@@ -323,7 +323,7 @@ def cut(url: str, connections: set[int]) -> None:
 
 @on_postgresql
 def test_while_its_ear_is_cut_off_a_process_hears_of_messages_with_its_heartbeat(shops: Shops, box: Letterbox) -> None:
-    [member] = others(shops, 1)
+    [member] = others(shops, 1, PROBE_RETRY=PATIENCE)
     assert eventually(lambda: listeners(box.url))
     cut(box.url, listeners(box.url))
     box.put("notes", ["one"])
