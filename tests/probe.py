@@ -26,6 +26,7 @@ User.password_method = "pbkdf2:sha256:1"  # quick, as in conftest.py
 _SECONDS = float(os.environ.get("PROBE_SECONDS", "60"))
 _TAKES = float(os.environ.get("PROBE_TAKES", "0"))
 _connections: list[int] = []
+RARELY = timedelta(days=366)  # one tick is due when a test begins, and no other while it lasts
 listener._RETRY_SECONDS = float(os.environ.get("PROBE_RETRY", listener._RETRY_SECONDS))
 
 
@@ -86,7 +87,7 @@ class Listener(PeriodicWorker):
     """Runs until it is told to stop."""
 
     name = "listener"
-    period = timedelta(days=1)
+    period = RARELY
 
     def do_work(self, context: WorkerContext) -> None:
         leave(context, os.getpid(), "began")
@@ -102,7 +103,7 @@ class Deaf(PeriodicWorker):
     """Runs for PROBE_SECONDS, or until the file PROBE_UNTIL is there, whatever it is told."""
 
     name = "deaf"
-    period = timedelta(days=1)
+    period = RARELY
 
     def do_work(self, context: WorkerContext) -> None:
         context.logger.info("The deaf one began")
@@ -123,7 +124,7 @@ class Holder(PeriodicWorker):
     """Writes, and holds what its write has locked for PROBE_SECONDS, whatever it is told."""
 
     name = "holder"
-    period = timedelta(days=1)
+    period = RARELY
 
     def do_work(self, context: WorkerContext) -> None:
         leave(context, os.getpid())
@@ -150,7 +151,7 @@ class Locker(PeriodicWorker):
     """Holds a lock until it is told to stop."""
 
     name = "locker"
-    period = timedelta(days=1)
+    period = RARELY
 
     def do_work(self, context: WorkerContext) -> None:
         with current_workers.lock("invoice-42") as lock:
@@ -165,7 +166,7 @@ class Killer(PeriodicWorker):
     """Takes its process with it."""
 
     name = "killer"
-    period = timedelta(days=1)
+    period = RARELY
 
     def do_work(self, context: WorkerContext) -> None:
         leave(context, os.getpid())
@@ -177,7 +178,7 @@ class Hog(PeriodicWorker):
     """Holds the interpreter for PROBE_HOLDS in one call, as a library's long computation does."""
 
     name = "hog"
-    period = timedelta(days=1)
+    period = RARELY
 
     def do_work(self, context: WorkerContext) -> None:
         context.logger.info("The hog began")
@@ -258,7 +259,7 @@ class Sender(PeriodicWorker):
     """Leaves its effect, and enqueues a note."""
 
     name = "sender"
-    period = timedelta(days=1)
+    period = RARELY
 
     def do_work(self, context: WorkerContext) -> None:
         reach("handling")

@@ -156,6 +156,8 @@ def test_a_host_that_slept_past_its_lease_commits_nothing_and_begins_anew(
     working, refused = threading.Event(), threading.Event()
 
     class Asleep(Hourly):
+        period = timedelta(days=366)  # no other tick comes
+
         def do_work(self, context: WorkerContext) -> None:
             effect(context, context.attempt)
             if context.attempt > 1:

@@ -23,6 +23,7 @@ from sqlalchemy.pool import NullPool
 from background import BackgroundWorkerManager, ClaimLost, PeriodicWorker, WorkerContext
 
 PERIOD = timedelta(seconds=0.5)
+RARELY = timedelta(days=366)  # no tick of it falls into a test
 LEASE = 1.5
 WORKERS_RUN = flask("workers", "run")
 
@@ -39,7 +40,7 @@ class Ticker(PeriodicWorker):
 class Daily(PeriodicWorker):
     """Leaves its effect, and waits to be let go before it ends."""
 
-    period = timedelta(days=1)
+    period = RARELY
     began: threading.Semaphore
     go_on: threading.Event
 
@@ -207,7 +208,7 @@ def test_who_is_in_a_black_hole_is_told_refused_taken_over_and_works_again_after
     working = threading.Event()
 
     class Listener(PeriodicWorker):
-        period = timedelta(days=1)
+        period = RARELY
 
         def do_work(self, context: WorkerContext) -> None:
             leave(context, os.getpid())

@@ -175,11 +175,11 @@ def test_a_process_of_the_old_release_that_is_recycled_late_has_its_schedule_for
 def test_a_changed_schedule_does_not_run_a_tick_from_before_it_was_in_force(fleet: Fleet) -> None:
     """Else a deploy at 10:00 that moves a daily tick from 03:00 to 04:00 would run it a second time that day."""
     old = type("Changing", (Hourly,), {"period": timedelta(days=366)})
-    new = type("Changing", (Hourly,), {"period": timedelta(hours=1)})
+    new = type("Changing", (Hourly,), {"period": timedelta(days=1)})
     assert fleet.manager(old).tick("changing", datetime.now(UTC)).state == "succeeded"
     manager = fleet.manager(new)
     manager.start()
-    wait_until(lambda: fleet.row("changing").declared == "every 3600s", "the new declaration")
+    wait_until(lambda: fleet.row("changing").declared == "every 86400s", "the new declaration")
     assert manager.tick("changing", datetime.now(UTC)) is None
     assert fleet.states() == ["succeeded"]
 

@@ -18,19 +18,19 @@ from sqlalchemy.pool import NullPool
 
 from background import models as tables
 
-DAY = timedelta(days=1).total_seconds()
+RARELY = timedelta(days=366).total_seconds()
 
 
 def freeze_one(shops: Shops, at: str, **more: Any) -> Member:
-    """A process that is frozen `at` a point of the day's only tick, with a lease of a second."""
-    settings = {"PROBE_PERIOD": DAY, "WORKERS_LEASE_SECONDS": 1}
+    """A process that is frozen `at` a point of the only tick, with a lease of a second."""
+    settings = {"PROBE_PERIOD": RARELY, "WORKERS_LEASE_SECONDS": 1}
     victim = shops.start(PROBE_FREEZES_AT=at, **settings | more)
     victim.wait_until_frozen()
     return victim
 
 
 def others(shops: Shops, count: int = 2, **more: Any) -> list[Member]:
-    return shops.join(count, **{"PROBE_PERIOD": DAY} | more)
+    return shops.join(count, **{"PROBE_PERIOD": RARELY} | more)
 
 
 # -- killed ----------------------------------------------------------------------------------------
@@ -265,7 +265,7 @@ def test_a_body_longer_than_the_period_skips_the_ticks_meanwhile_and_keeps_their
 
 
 def test_a_body_longer_than_the_lease_keeps_its_claim(shops: Shops, effects: Effects) -> None:
-    shops.join(2, PROBE_PERIOD=DAY, PROBE_TAKES=3, WORKERS_LEASE_SECONDS=1.5)
+    shops.join(2, PROBE_PERIOD=RARELY, PROBE_TAKES=3, WORKERS_LEASE_SECONDS=1.5)
     assert eventually(effects.ticks)
     effects.check_once()
     assert effects.states("ticker") == [("succeeded", 1)]
