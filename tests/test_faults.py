@@ -276,8 +276,8 @@ def test_a_hanging_body_is_timed_out_in_the_whole_fleet_and_the_next_ticks_go_on
 ) -> None:
     """It hangs at every other tick, more often than there are threads."""
     shops.join(PROBE_WORKERS="hanging", WORKERS_THREADS=2)
+    assert eventually(lambda: effects.states("hanging").count(("timed out", 1)) > 2)  # one may be skipped at the start
     assert eventually(lambda: len(effects.ticks("hanging")) >= 4)
     effects.check_answered(timedelta(seconds=0.5), "hanging")
     states = [state for state, _ in effects.states("hanging")]
-    assert states.count("timed out") > 2
     assert not {"lost", "failed"} & set(states)

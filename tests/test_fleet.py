@@ -47,7 +47,7 @@ def test_four_gunicorn_workers_run_consecutive_ticks_once_each(database_url: str
         assert "WARNING" not in server.output
     found = effects.check_consecutive(PERIOD, since)
     assert len(found) >= TICKS
-    rows = effects.history("ticker", found[0].tick)
+    rows = [row for row in effects.history("ticker", found[0].tick) if row["state"] != "skipped"]
     assert [(row["state"], row["attempt"]) for row in rows] == [("succeeded", 1)] * len(found)
     late = sorted((effect.at - effect.tick).total_seconds() for effect in found)
     print(
