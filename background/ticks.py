@@ -4,13 +4,13 @@ import logging
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
-from functools import cached_property, partial
+from functools import partial
 
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy.exc import SQLAlchemyError
 
-from .connections import Connections, again_if_stale
+from .connections import Connections, again_if_stale, made_once
 from .errors import first_line
 from .instances import LEASE_IS_OVER, Heartbeat, Instance, Instances
 from .ledger import Claim, Ledger, WorkerState
@@ -208,29 +208,29 @@ class Ticks:
 
     # -- what it asks --------------------------------------------------------------------------
 
-    @cached_property
+    @made_once
     def connections(self) -> Connections:
         options = self._app.config.get("SQLALCHEMY_ENGINE_OPTIONS") or {}
         with self._app.app_context():
             return Connections(self._db.engine, options.get("connect_args", {}), self._lease.total_seconds())
 
-    @cached_property
+    @made_once
     def ledger(self) -> Ledger:
         return Ledger(self.connections.claims, self._lease.total_seconds())
 
-    @cached_property
+    @made_once
     def settings(self) -> Settings:
         return Settings(self.ledger)
 
-    @cached_property
+    @made_once
     def messages(self) -> Messages:
         return Messages(self.ledger)
 
-    @cached_property
+    @made_once
     def instances(self) -> Instances:
         return Instances(self.connections.heartbeats, self._lease.total_seconds())
 
-    @cached_property
+    @made_once
     def locks(self) -> Locks:
         return Locks(self.connections.locks, self.instances, self.present, self._app.config["LOCK_PREFIX"])
 

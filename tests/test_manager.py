@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 from conftest import on_postgresql
-from fleet import HOUR, PATIENCE, Fleet, Hourly, effect, in_threads, last_hour, wait_until
+from fleet import HOUR, PATIENCE, Fleet, Hourly, at_once, effect, in_threads, last_hour, wait_until
 from sqlalchemy import delete, select
 
 from background import InvalidSchedule, UnknownWorker, WorkerContext
 from background import models as tables
+from background.connections import made_once
 from background.instances import Instance, Pulse
 from background.membership import Membership
 
@@ -462,3 +463,17 @@ def test_a_requested_run_whose_instance_died_is_run_again(fleet: Fleet) -> None:
 def test_a_request_for_a_worker_that_nobody_knows_is_refused(fleet: Fleet) -> None:
     with pytest.raises(UnknownWorker, match="Did you mean 'hourly'"):
         fleet.manager(Hourly).request("hourli")
+
+
+# -- its parts -------------------------------------------------------------------------------------
+
+
+def test_threads_that_come_at_once_are_given_the_same_connections() -> None:
+    class Slow:
+        @made_once
+        def connections(self) -> object:
+            threading.Event().wait(0.1)
+            return object()
+
+    slow = Slow()
+    assert len({id(each) for each in at_once(4, lambda _: slow.connections)}) == 1
