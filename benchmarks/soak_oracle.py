@@ -18,6 +18,8 @@ from .soak_worker import effects, workers
 Key = tuple[str, datetime]
 Spans = Sequence[tuple[float, float]]  # in Unix seconds
 
+_MOST_USUAL_SECONDS = 0.5  # what is later than that is no machine's fault
+
 
 @dataclass
 class Verdict:
@@ -223,7 +225,8 @@ class Oracle:
 
 def _usual_lateness(verdict: Verdict) -> float:
     """How late this machine is where nothing is wrong: next to nothing, unless it has much else to do."""
-    return max(quantile(verdict.calm_lateness, 0.99), 0.0) if verdict.calm_lateness else 0.0
+    lateness = quantile(verdict.calm_lateness, 0.99) if verdict.calm_lateness else 0.0
+    return min(max(lateness, 0.0), _MOST_USUAL_SECONDS)
 
 
 def _held(row: Row[Any], fault: Fault) -> bool:
