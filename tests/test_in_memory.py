@@ -35,6 +35,7 @@ def memory(request: pytest.FixtureRequest) -> Iterator[Flask]:
         effects.metadata.create_all(db.engine)
         yield app
         manager.stop()
+        db.session.remove()
         dispose()
     gc.collect()
 
