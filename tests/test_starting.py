@@ -8,7 +8,7 @@ import sqlite3
 import sys
 import time
 import urllib.request
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
@@ -86,7 +86,7 @@ def test_four_processes_that_start_at_once_prepare_a_fresh_clone_once(shop: Path
     assert everything.count("The admin is") == 1
     assert everything.count("Set 5 users to passive.") == 1
     assert "Traceback" not in everything
-    with sqlite3.connect(shop / "instance" / "bookstore.sqlite") as connection:
+    with closing(sqlite3.connect(shop / "instance" / "bookstore.sqlite")) as connection:
         assert connection.execute("SELECT count(*) FROM users WHERE is_admin").fetchone() == (1,)
         times = connection.execute(
             "SELECT worker, count(*) FROM background_executions WHERE worker NOT LIKE 'system%' GROUP BY worker, tick"
