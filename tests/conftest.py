@@ -156,7 +156,7 @@ def empty_postgresql_url(postgresql_server: URL) -> Iterator[str]:
 @pytest.fixture
 def postgresql_url(postgresql_server: URL, migrated_postgresql: str) -> Iterator[str]:
     name = f"test_{next(_numbers)}"
-    administer(postgresql_server, f"CREATE DATABASE {name} TEMPLATE {migrated_postgresql}")
+    administer(postgresql_server, f"CREATE DATABASE {name} TEMPLATE {migrated_postgresql} STRATEGY FILE_COPY")
     yield text(postgresql_server.set(database=name))
     administer(postgresql_server, f"DROP DATABASE {name} WITH (FORCE)")
 
