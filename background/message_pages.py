@@ -1,8 +1,6 @@
 """The dashboard's pages of the messages: how they flow, the dead letters, and one message with its errors."""
 
-import json
 from collections.abc import Callable
-from typing import Any
 
 from flask import Blueprint, abort, flash, render_template, request
 from flask.typing import ResponseReturnValue
@@ -12,6 +10,7 @@ from .mailbox import Flow
 from .manager import the_manager
 from .models import LARGEST_ID
 from .pages import back
+from .words import decided, indented
 
 _PAGE = 25
 _CLASSES = {"running": "running", "done": "succeeded", "dead": "failed"}
@@ -63,17 +62,11 @@ def message_page(id: int) -> ResponseReturnValue:
         "background/message.html",
         letter=letter,
         failures=list(reversed(failures)),
-        payload=pretty(letter.value),
+        payload=indented(letter.value),
         classes=_CLASSES,
         worker=the_manager().topics.get(letter.topic),
         here=request.path,
     )
-
-
-def pretty(value: Any) -> str:
-    """As JSON over several lines; what cannot be seen is written as an escape."""
-    text = json.dumps(value, indent=2, ensure_ascii=False)
-    return "".join(each if each.isprintable() or each == "\n" else json.dumps(each)[1:-1] for each in text)
 
 
 # -- steering ------------------------------------------------------------------------------------
@@ -117,6 +110,5 @@ def _decide_all(decide: Callable[..., int], one: str, many: str) -> ResponseRetu
         count = decide(None, topic)
     except UnknownTopic as error:
         abort(404, str(error))
-    told = f"{count:,} message{f' {one}' if count == 1 else f's {many}'}." if count else "No message is dead."
-    flash(told, "success")
+    flash(decided(count, one, many), "success")
     return back("background.messages")

@@ -1,10 +1,8 @@
 """`flask messages ...`: what waits, what went wrong, and what is to become of it."""
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import timedelta
-from typing import Any
 
 import click
 
@@ -19,7 +17,7 @@ from .commands import (
 )
 from .mailbox import STATES, Failure, Letter, Topic
 from .manager import the_manager
-from .words import clipped, printable, second, span, table
+from .words import clipped, decided, indented, printable, second, span, table
 
 messages_cli = WorkersGroup(
     "messages",
@@ -85,7 +83,7 @@ def show(id: str, as_json: bool) -> None:
         return
     for name, text in _facts(letter).items():
         click.echo(f"{name:9} {printable(text)}")
-    click.echo(f"\n{_pretty(letter.value)}")
+    click.echo(f"\n{indented(letter.value)}")
     for failure in failures:
         click.echo(f"\n{_failure(failure)}")
 
@@ -104,12 +102,6 @@ def _facts(letter: Letter) -> dict[str, str]:
         "finished": second(letter.finished_at),
     }
     return {name: text for name, text in facts.items() if text != "-"}
-
-
-def _pretty(value: Any) -> str:
-    """As JSON, in which nothing steers a terminal and nothing is lost."""
-    text = json.dumps(value, indent=2, ensure_ascii=False)
-    return "".join(each if each.isprintable() or each == "\n" else json.dumps(each)[1:-1] for each in text)
 
 
 def _failure(failure: Failure) -> str:
@@ -184,7 +176,7 @@ def discard(ids: tuple[str, ...], every: bool, topic: str | None) -> None:
 def _told(count: int, ids: list[int] | None, one: str, many: str) -> str:
     if ids is not None and count == 1:
         return f"Message {ids[0]} {one}."
-    return f"{count:,} message{f' {one}' if count == 1 else f's {many}'}." if count else "No message is dead."
+    return decided(count, one, many)
 
 
 def _numbers(ids: tuple[str, ...], every: bool, topic: str | None) -> list[int] | None:

@@ -1,7 +1,9 @@
 """How moments, lengths of time and rows are written for people, and how people write moments."""
 
+import json
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
+from typing import Any
 from zoneinfo import ZoneInfo
 
 from .history import Record
@@ -60,6 +62,17 @@ def progress(record: Record) -> str:
         return ""
     total = f" of {record.progress_total:,.0f}" if record.progress_total else ""
     return f" ({record.progress_done:,.0f}{total} done)"
+
+
+def decided(count: int, one: str, many: str) -> str:
+    """What became of the dead messages that were decided about: "1 message waits again.", "3 messages wait again."."""
+    return f"{count:,} message{f' {one}' if count == 1 else f's {many}'}." if count else "No message is dead."
+
+
+def indented(value: Any) -> str:
+    """As JSON over several lines; what cannot be seen, or steers a terminal, is written as an escape."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    return "".join(each if each.isprintable() or each == "\n" else json.dumps(each)[1:-1] for each in text)
 
 
 def printable(text: str) -> str:
