@@ -2,12 +2,12 @@
 
 import os
 import socket
-import threading
-from functools import cached_property
 from time import perf_counter
 from typing import TYPE_CHECKING
 
 from flask import Flask, Response, request
+
+from .connections import made_once
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -23,30 +23,27 @@ class Traffic:
     Each series is named after the process: several behind one port would look like one that jumps.
     """
 
-    def __init__(self) -> None:
-        self._making = threading.Lock()  # of several first requests one makes the metrics; Python 3.12 lets them all
-
     def watch(self, app: Flask) -> None:
         """Measure every request, from before all that `app` does about it until all of that is done."""
         app.before_request_funcs.setdefault(None, []).insert(0, self._began)
         app.after_request(self._answered)
         app.teardown_request(self._ended)
 
-    @cached_property
+    @made_once
     def registry(self) -> "CollectorRegistry":
         from prometheus_client import CollectorRegistry, disable_created_metrics
 
         disable_created_metrics()  # type: ignore[no-untyped-call]
         return CollectorRegistry()
 
-    @cached_property
+    @made_once
     def _requests(self) -> "Counter":
         from prometheus_client import Counter
 
         said = "Requests that this process answered."
         return Counter("http_requests", said, (*_LABELS, "status"), registry=self.registry)
 
-    @cached_property
+    @made_once
     def _durations(self) -> "Histogram":
         from prometheus_client import Histogram
 
@@ -69,7 +66,5 @@ class Traffic:
         method = request.method if request.method in _METHODS else "other"
         # The rule, such as "/books/<id>", and never what somebody makes up, which would be a series each.
         labels = (method, rule.rule if rule else "none", f"{socket.gethostname()}:{os.getpid()}")
-        with self._making:
-            requests, durations = self._requests, self._durations
-        requests.labels(*labels, str(environ.get(_STATUS, 500))).inc()
-        durations.labels(*labels).observe(seconds)
+        self._requests.labels(*labels, str(environ.get(_STATUS, 500))).inc()
+        self._durations.labels(*labels).observe(seconds)
