@@ -31,8 +31,7 @@ from .errors import (
 from .history import History
 from .locks import Lock
 from .mailbox import Mailbox
-from .payloads import draft
-from .payloads import pause as make_pause
+from .payloads import as_delay, draft
 from .runs import Execution
 from .schedule import make_schedule
 from .ticks import Ticks
@@ -352,11 +351,11 @@ class BackgroundWorkerManager:
         Raises UnknownTopic and InvalidMessage.
         """
         self._known_topic(topic)
-        drafted, pause = draft(payload, key, self.app.config["MESSAGES_MAX_BYTES"]), make_pause(delay)
+        drafted, delay = draft(payload, key, self.app.config["MESSAGES_MAX_BYTES"]), as_delay(delay)
         session = self.db.session()
-        found = self.ticks.messages.enqueue(session, topic, drafted, pause)
+        found = self.ticks.messages.enqueue(session, topic, drafted, delay)
         if found is not None:
-            self._wake_when_committed(session, topic, pause)
+            self._wake_when_committed(session, topic, delay)
         return found
 
     def enqueue_many(
@@ -371,20 +370,20 @@ class BackgroundWorkerManager:
         Everything is checked before anything is enqueued.
         """
         self._known_topic(topic)
-        most, pause, each = self.app.config["MESSAGES_MAX_BYTES"], make_pause(delay), list(payloads)
+        most, delay, each = self.app.config["MESSAGES_MAX_BYTES"], as_delay(delay), list(payloads)
         names = [None] * len(each) if keys is None else list(keys)
         if len(names) != len(each):
             raise InvalidMessage(f"There are {len(names)} keys for {len(each)} payloads; expected one for each.")
         drafts = [draft(payload, key, most) for payload, key in zip(each, names, strict=True)]
         session = self.db.session()
-        count = self.ticks.messages.enqueue_many(session, topic, drafts, pause)
+        count = self.ticks.messages.enqueue_many(session, topic, drafts, delay)
         if count:
-            self._wake_when_committed(session, topic, pause)
+            self._wake_when_committed(session, topic, delay)
         return count
 
-    def _wake_when_committed(self, session: Session, topic: str, pause: timedelta | None) -> None:
+    def _wake_when_committed(self, session: Session, topic: str, delay: timedelta | None) -> None:
         if (membership := self._membership) is not None:
-            when_committed(session, f"messages:{topic}:{pause}", partial(membership.consumers.wake_after, topic, pause))
+            when_committed(session, f"messages:{topic}:{delay}", partial(membership.consumers.wake_after, topic, delay))
 
     # -- locking -------------------------------------------------------------------------------
 

@@ -49,7 +49,7 @@ def draft(payload: Any, key: str | None, most_bytes: int) -> Draft:
     return Draft(text, key)
 
 
-def pause(delay: timedelta | float | None) -> timedelta | None:
+def as_delay(delay: timedelta | float | None) -> timedelta | None:
     """A delay (seconds, if it is a number) as a timedelta; raises InvalidMessage."""
     try:
         found = delay if isinstance(delay, timedelta | None) else timedelta(seconds=delay)
