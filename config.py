@@ -89,16 +89,13 @@ def secret(value: Any) -> Any:
     return value
 
 
-def prefix(value: Any) -> str:
-    if not isinstance(value, str) or len(value) > 100 or not value.isprintable():
-        raise ValueError(value)
-    return value
+def printable(least: int, most: int) -> Callable[[Any], str]:
+    def cast(value: Any) -> str:
+        if not isinstance(value, str) or not least <= len(value) <= most or not value.isprintable():
+            raise ValueError(value)
+        return value
 
-
-def release(value: Any) -> str:
-    if not isinstance(value, str) or not 0 < len(value) <= 100 or not value.isprintable():
-        raise ValueError(value)
-    return value
+    return cast
 
 
 def log_format(value: Any) -> str:
@@ -144,7 +141,6 @@ _MAIL = (
     "smtp://host, smtp+starttls://user:password@host:587 (never without TLS) or smtps:// (TLS from the start), "
     "user and password in ASCII and percent-encoded"
 )
-_RELEASE = "a text of 1 to 100 printable characters"
 _BOOLEAN = "true or false (also 1/0, yes/no, on/off)"
 _SECONDS = "a number of seconds above 0 and at most 86400"
 _DAYS = "a number of days above 0 and at most 36500"
@@ -170,14 +166,19 @@ KEYS = {
         262_144, whole(1_000_000_000), "a whole number of bytes from 1 to 1000000000", "how long a payload may be"
     ),
     "MESSAGES_KEY_DAYS": Key(14, number(36_500), _DAYS, "how long the key of a done message refuses another"),
-    "LOCK_PREFIX": Key("", prefix, "at most 100 printable characters", "goes before the name of every lock"),
+    "LOCK_PREFIX": Key("", printable(0, 100), "at most 100 printable characters", "goes before the name of every lock"),
     "MAIL_URL": Key(None, mail_url, _MAIL, "where mail goes out; unset: files in instance/outbox/"),
     "MAIL_FROM": Key("bookstore@localhost", address, "one e-mail address in ASCII", "whom the shop's mail is from"),
     "PASSIVE_AFTER_DAYS": Key(30, number(36_500), _DAYS, "users not seen for longer become passive"),
     "METRICS_TOKEN": Key(
         None, token, "printable ASCII without spaces", "what a scrape of /metrics must bring; unset: anybody may"
     ),
-    "RELEASE": Key(None, release, _RELEASE, "what the list of instances calls this release; unset: its commit"),
+    "RELEASE": Key(
+        None,
+        printable(1, 100),
+        "a text of 1 to 100 printable characters",
+        "what the list of instances calls this release; unset: its commit",
+    ),
     "LOG_FORMAT": Key("text", log_format, "text or json", "one line, or one JSON object, for each record"),
     "PRODUCTION": Key(
         None,
