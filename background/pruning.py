@@ -3,9 +3,10 @@
 from datetime import UTC, datetime, timedelta
 
 from flask import current_app
-from sqlalchemy import CursorResult, delete, func, or_, select
+from sqlalchemy import delete, func, or_, select
 
 from .context import WorkerContext
+from .ledger import count
 from .manager import current_workers
 from .models import executions, messages
 from .worker import PeriodicWorker
@@ -36,12 +37,9 @@ def _prune_executions(context: WorkerContext) -> None:
         context.raise_if_stopping()
         ids = select(executions.c.id).where(executions.c.id > after).order_by(executions.c.id).limit(SLICE)
         last = context.session.scalar(select(func.max(ids.subquery().c.id))) or after
-        result = context.session.execute(
-            delete(executions).where(
-                executions.c.id > after, executions.c.id <= last, executions.c.finished_at < cutoff
-            )
-        )
-        deleted = result.rowcount if isinstance(result, CursorResult) else 0
+        in_slice = (executions.c.id > after, executions.c.id <= last)
+        old = delete(executions).where(*in_slice, executions.c.finished_at < cutoff)
+        deleted = count(context.session.execute(old))
         context.commit()
         after = last
 
