@@ -193,7 +193,7 @@ class History:
             .limit(1)
             .scalar_subquery()
         )
-        query = select(*_columns, now().label("clock")).select_from(executions).join(workers, executions.c.id == newest)
+        query = _whole.select_from(executions).join(workers, executions.c.id == newest)
         if names is not None:
             query = query.where(workers.c.name.in_(names))
         return {record.worker: record for record in self._records(query)}
@@ -240,8 +240,7 @@ class History:
 
     def execution(self, id: int) -> Record | None:
         """One of them; None where it is not kept (any more)."""
-        query = select(*_columns, now().label("clock")).where(executions.c.id == id)
-        return next(iter(self._marked(self._records(query))), None)
+        return next(iter(self._marked(self._records(_whole.where(executions.c.id == id)))), None)
 
     def log(self, execution: int) -> str | None:
         """What was logged while that execution was on, a line each; None where nothing was, or there is none."""
@@ -365,12 +364,13 @@ def _newest(worker: str | None, until: datetime, is_past: bool) -> Select[Any]:
 
 
 def _of(name: str) -> Select[Any]:
-    return select(*_columns, now().label("clock")).where(executions.c.worker == name)
+    return _whole.where(executions.c.worker == name)
 
 
 _without_reason = [
     type_coerce(null(), String).label("reason") if column.name == "reason" else column for column in _columns
 ]
+_whole: Select[Any] = select(*_columns, now().label("clock"))
 _brief: Select[Any] = select(*_without_reason, now().label("clock"))
 _is_running = and_(executions.c.worker == workers.c.name, executions.c.token == workers.c.running)
 
