@@ -335,9 +335,9 @@ class UserRepository:
             .values(password_hash=replacement.password_hash)
             .execution_options(synchronize_session=False)
         )
-        changed = bool(self.session.execute(statement).rowcount)  # type: ignore[attr-defined]
+        changed = _rows_changed(self.session, statement)
         self.session.expire(user)
-        return changed
+        return bool(changed)
 
     def make_admin(self, user_id: int) -> bool:
         """False if they are one already, or are not there."""
@@ -354,8 +354,8 @@ class UserRepository:
         return self._set_admin(update(User).where(User.id == user_id, User.is_admin, is_another), False)
 
     def _set_admin(self, statement: Update, is_admin: bool) -> bool:
-        changed = self.session.execute(statement.values(is_admin=is_admin).execution_options(synchronize_session=False))
-        return bool(changed.rowcount)  # type: ignore[attr-defined]
+        statement = statement.values(is_admin=is_admin).execution_options(synchronize_session=False)
+        return bool(_rows_changed(self.session, statement))
 
     def record_login(self, user_id: int, at: datetime, let_in_by: str | None = None) -> bool:
         """Whoever logs in is active: nobody is locked out.
@@ -363,9 +363,7 @@ class UserRepository:
         Others may change the password now: False if it has not the hash any more that they were `let_in_by`.
         """
         who = User.id == user_id if let_in_by is None else and_(User.id == user_id, User.password_hash == let_in_by)
-        return bool(
-            self.session.execute(update(User).where(who).values(last_login_at=at, status="active")).rowcount  # type: ignore[attr-defined]
-        )
+        return bool(_rows_changed(self.session, update(User).where(who).values(last_login_at=at, status="active")))
 
     def update_inactive_user_statuses(
         self, cutoff: datetime, after_slice: Callable[[int, int], None] | None = None
@@ -415,7 +413,7 @@ class UserRepository:
             .values(status="passive")
             .execution_options(synchronize_session=False)
         )
-        return self.session.execute(statement).rowcount  # type: ignore[attr-defined, no-any-return]
+        return _rows_changed(self.session, statement)
 
     @property
     def _postgresql(self) -> bool:
@@ -496,6 +494,11 @@ def _parse_position(after: str | None) -> tuple[str, int, str]:
     return "", 0, ""
 
 
+def _rows_changed(session: Session | scoped_session[Any], statement: Update) -> int:
+    """How many rows the statement changed."""
+    return session.execute(statement).rowcount  # type: ignore[attr-defined, no-any-return]
+
+
 class OrderRepository:
     """The statements on orders. It commits nothing."""
 
@@ -555,4 +558,4 @@ class OrderRepository:
             .values(stock=Book.stock - quantity)
             .execution_options(synchronize_session=False)
         )
-        return bool(self.session.execute(statement).rowcount)  # type: ignore[attr-defined]
+        return bool(_rows_changed(self.session, statement))
