@@ -152,16 +152,17 @@ def _next_ticks(manager: BackgroundWorkerManager, name: str, state: WorkerState 
 
 def _print_checked(rows: list[dict[str, Any]], problems: list[str]) -> None:
     headers = ("name", "schedule", "next tick", "then", "then", "note")
-    for row in rows:
-        row["note"] = "" if row["enabled"] else "disabled"
-        row["note"] = f"paused since {second(row['paused_at'])}" if row["paused_at"] else row["note"]
-    cells = [[row["name"], row["schedule"], *map(moment, row["next_ticks"]), row["note"]] for row in rows]
-    _print_workers(headers, cells)
+    _print_workers(headers, [_checked_cells(row) for row in rows])
     for problem in problems:
         click.echo(f"Problem: {problem}", err=True)
     if not problems:
         count = len(the_manager().names)
         click.echo(f"Fine: the settings, {count} worker{'' if count == 1 else 's'}, and the database.")
+
+
+def _checked_cells(row: dict[str, Any]) -> list[str]:
+    note = f"paused since {second(row['paused_at'])}" if row["paused_at"] else "" if row["enabled"] else "disabled"
+    return [row["name"], row["schedule"], *map(moment, row["next_ticks"]), note]
 
 
 @workers_cli.command()
@@ -244,8 +245,7 @@ def run(names: tuple[str, ...], once: bool) -> None:
     if not once:
         _run_until_told(manager, names)
     elif len(names) == 1:
-        _registered(manager, names[0])
-        _run_once(manager, names[0])
+        _run_once(_manager_of(names[0]), names[0])
     else:
         raise WrongUsage("--once expects the name of one worker: write `flask workers run NAME --once`.")
 
@@ -280,8 +280,7 @@ def trigger(name: str) -> None:
 
     Exits with 1 if it did not succeed. Ctrl-C hands the run back: another instance does it.
     """
-    manager = the_manager()
-    _registered(manager, name)
+    manager = _manager_of(name)
     _prepare(manager)
     with _handed_back_on_signals(manager, name):
         execution = manager.trigger(name)
@@ -341,8 +340,7 @@ def pause(name: str) -> None:
 
     That holds for every instance; what runs already goes on.
     """
-    manager = the_manager()
-    _registered(manager, name)
+    manager = _manager_of(name)
     changed = checked_manager().pause(name)
     state = manager.ticks.ledger.look(name)
     since = f", since {second(state.paused_at)}" if state else ""
@@ -353,8 +351,7 @@ def pause(name: str) -> None:
 @click.argument("name")
 def resume(name: str) -> None:
     """Run the ticks of NAME again, from the next one."""
-    manager = the_manager()
-    _registered(manager, name)
+    manager = _manager_of(name)
     changed = checked_manager().resume(name)
     state = manager.ticks.ledger.look(name)
     following = f"; its next tick is {moment(state.schedule.next(state.clock))}" if state else ""
@@ -371,9 +368,12 @@ def _prepare(manager: BackgroundWorkerManager) -> None:
         raise not_ready(error) from None
 
 
-def _registered(manager: BackgroundWorkerManager, name: str) -> None:
+def _manager_of(name: str) -> BackgroundWorkerManager:
+    """The manager, which has a periodic worker of that name. Raises UnknownWorker."""
+    manager = the_manager()
     if name not in manager.workers:
         raise UnknownWorker(name, manager.names, manager.topic_of(name))
+    return manager
 
 
 def _stored(manager: BackgroundWorkerManager, name: str) -> None:
