@@ -312,12 +312,12 @@ class BackgroundWorkerManager:
     def pause(self, name: str) -> bool:
         """Run no more ticks of `name`, anywhere, until `resume`; what runs goes on. False if paused already."""
         self.ticks.look(self._known(name))
-        return self.ticks.settings.pause(name)
+        return self.ticks.steering.pause(name)
 
     def resume(self, name: str) -> bool:
         """Run the ticks of `name` again, from the next one. False if it was not paused."""
         self.ticks.look(self._known(name))
-        return self.ticks.settings.resume(name)
+        return self.ticks.steering.resume(name)
 
     def reschedule(
         self, name: str, period: timedelta | None = None, cron: str | None = None, timezone: str | None = None
@@ -328,7 +328,7 @@ class BackgroundWorkerManager:
         """
         self.ticks.look(self._known(name))
         declared = period is None and cron is None and timezone is None
-        changed = self.ticks.settings.reschedule(
+        changed = self.ticks.steering.reschedule(
             name, None if declared else make_schedule(name, period, cron, timezone)
         )
         self._look()

@@ -207,7 +207,7 @@ class Membership:
     def _declare(self, names: list[str]) -> None:
         schedules = {name: declared_schedule(self._workers[name]) for name in names if name in self._workers}
         self._declared |= {name: str(schedule) for name, schedule in schedules.items()}
-        self._ticks.settings.register(schedules, self._ticks.instance.id if self._ticks.instance else None)
+        self._ticks.steering.register(schedules, self._ticks.instance.id if self._ticks.instance else None)
 
     def _look_soon(self, state: WorkerState) -> None:
         """See to it that the end of another instance's run is noticed well within a second, whatever the heartbeat."""

@@ -17,8 +17,8 @@ from .ledger import Claim, Ledger, WorkerState
 from .locks import Locks
 from .messages import Messages
 from .runs import Execution, Runs, follows
-from .settings import Settings
 from .signals import execution_handed_back, execution_lost, send
+from .steering import Steering
 from .worker import PeriodicWorker, attempt_after, declared_schedule
 
 log = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ class Ticks:
         """The worker's state, in one read once its row is there."""
         state = self.ledger.look(worker.name)
         if state is None:
-            self.settings.register({worker.name: declared_schedule(worker)})
+            self.steering.register({worker.name: declared_schedule(worker)})
             state = self.ledger.look(worker.name)
             assert state is not None  # noqa: S101 - the row was just written
         self.noticed(state)
@@ -219,8 +219,8 @@ class Ticks:
         return Ledger(self.connections.claims, self._lease.total_seconds())
 
     @made_once
-    def settings(self) -> Settings:
-        return Settings(self.ledger)
+    def steering(self) -> Steering:
+        return Steering(self.ledger)
 
     @made_once
     def messages(self) -> Messages:

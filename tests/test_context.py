@@ -562,7 +562,7 @@ def test_a_run_that_does_not_stop_in_time_is_handed_back_and_cannot_commit(fleet
 
 def claimed_by_a_ghost(manager: BackgroundWorkerManager, name: str, ghost: str = "ghost") -> None:
     """As if an instance that nobody knows, or that is gone, had begun the tick (or its next attempt)."""
-    manager.ticks.settings.register({name: declared_schedule(manager.workers[name])})
+    manager.ticks.steering.register({name: declared_schedule(manager.workers[name])})
     pending = manager.ticks.ledger.look(name).pending_tick
     if pending:
         assert manager.ticks.ledger.claim_pending(name, pending, (ghost, "elsewhere:1"))
@@ -670,7 +670,7 @@ def test_a_run_that_holds_the_write_lock_longer_than_the_lease_keeps_its_claim(f
 
 def test_a_claim_whose_reply_got_lost_is_run_after_all(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly, WORKERS_LEASE_SECONDS=1.5)
-    manager.ticks.settings.register({"hourly": declared_schedule(Hourly)})
+    manager.ticks.steering.register({"hourly": declared_schedule(Hourly)})
 
     lost = []
 

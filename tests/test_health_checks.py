@@ -216,7 +216,7 @@ def test_the_workers_are_one_read_and_a_cron_is_reckoned_once_per_tick(fleet: Fl
 
     app = fleet.app(*(worker(number) for number in range(30)))
     manager = manager_of(app)
-    manager.ticks.settings.register({name: standing.parse_schedule("cron 0 3 * * * UTC") for name in manager.workers})
+    manager.ticks.steering.register({name: standing.parse_schedule("cron 0 3 * * * UTC") for name in manager.workers})
     assert failed(app) == []
     reckoned = standing._first_and_third.cache_info().misses
     with statements(manager.ticks.instances.engine) as seen:

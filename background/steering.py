@@ -1,4 +1,4 @@
-"""What releases and people settle for the whole fleet, schedules and pauses; the workers' rows tell everybody."""
+"""What releases and people decide for the whole fleet, schedules and pauses; the workers' rows tell everybody."""
 
 from contextlib import suppress
 from datetime import datetime
@@ -13,8 +13,8 @@ from .models import workers
 from .schedule import Schedule, parse_schedule
 
 
-class Settings:
-    """Writes the settings of the workers of one ledger. Each change is one conditional UPDATE."""
+class Steering:
+    """Writes the schedules and pauses of one ledger's workers. Each change is one conditional UPDATE."""
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
