@@ -22,10 +22,11 @@ from .commands import (
     row_limit,
 )
 from .errors import BackgroundError, UnknownWorker
-from .history import STATES, Record, Seen
+from .history import STATES, Record
 from .ledger import WorkerState
 from .manager import BackgroundWorkerManager, the_manager
 from .overview import overview
+from .roster import Seen
 from .runs import Execution
 from .serving import stop_when_told
 from .words import EARLIEST, LATEST, ahead, moment, moment_in, printable, progress, second, span, table
@@ -91,7 +92,7 @@ def _print_workers(headers: tuple[str, ...], rows: list[list[str]]) -> None:
 def instances(as_json: bool) -> None:
     """Show who is alive and who went within a day, what they hold, and how far their clocks are off."""
     manager = checked_manager()
-    states, seen = manager.ticks.ledger.states().values(), manager.history.instances()
+    states, seen = manager.ticks.ledger.states().values(), manager.roster.seen()
     holds = {each.id: [state.name for state in states if state.instance == each.id] for each in seen}
     if as_json:
         print_json([{**asdict(each), "holds": holds[each.id]} for each in seen])

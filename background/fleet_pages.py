@@ -11,11 +11,12 @@ from urllib.parse import quote
 from flask import Blueprint, abort, render_template, request, url_for
 from flask.typing import ResponseReturnValue
 
-from .history import STATES, Record, Seen, Window
+from .history import STATES, Record, Window
 from .instances import OFFSET_WARNED
 from .locks import Holding
 from .manager import BackgroundWorkerManager, the_manager
 from .pages import state_class
+from .roster import Seen
 from .timeline import SIGNS, draw
 from .words import moment, moment_in
 
@@ -114,11 +115,11 @@ def instances_page() -> ResponseReturnValue:
 
 def _holders(manager: BackgroundWorkerManager, clock: datetime) -> list[Holder]:
     """Those who are alive first."""
-    history, messages = manager.history, manager.messages.held()
-    runs, locks = _by_instance(history.running()), _by_instance(manager.ticks.locks.held())
+    messages = manager.messages.held()
+    runs, locks = _by_instance(manager.history.running()), _by_instance(manager.ticks.locks.held())
     return [
         Holder(each, clock - each.heartbeat_at, runs[each.id], locks[each.id], messages.get(each.id, 0))
-        for each in history.instances()
+        for each in manager.roster.seen()
     ]
 
 

@@ -1,7 +1,7 @@
-"""What is written down about the executions and the instances, read for people: nothing here decides who runs."""
+"""What is written down about the executions, read for people: nothing here decides who runs."""
 
 from collections.abc import Collection
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
@@ -14,7 +14,6 @@ from sqlalchemy import (
     case,
     func,
     literal,
-    not_,
     null,
     or_,
     select,
@@ -25,16 +24,14 @@ from sqlalchemy import (
 
 from .clock import now, single_statements
 from .errors import error_line
-from .instances import Instances, is_alive
 from .ledger import Ledger, WorkerState
-from .models import executions, instances, workers
+from .models import executions, workers
+from .roster import Roster, Seen
 
 STATES = ("running", "succeeded", "failed", "lost", "handed back", "timed out", "skipped", "missed")
 MOST_SEARCHED = 5_000
 Place = tuple[datetime, int]  # the tick and the id of an execution
 _MOST_ATTEMPTS = 50
-_MOST_GONE = 20
-_MOST_LIVED = 500
 _HIGHEST_BIT = 2**40  # of an id
 
 
@@ -104,30 +101,6 @@ class Glance(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Seen:
-    """One instance, as its row shows it."""
-
-    id: str
-    host: str
-    pid: int
-    started_at: datetime
-    heartbeat_at: datetime
-    signed_off_at: datetime | None
-    release: str | None = None
-    clock_ahead: float | None = None
-    """How far its host's clock is ahead of the database's, in seconds."""
-    is_alive: bool = True
-
-    @property
-    def name(self) -> str:
-        return f"{self.host}:{self.pid}"
-
-    @property
-    def state(self) -> str:
-        return "alive" if self.is_alive else "signed off" if self.signed_off_at else "lost"
-
-
-@dataclass(frozen=True)
 class Window:
     """What the fleet did between two moments."""
 
@@ -168,10 +141,9 @@ class Surroundings:
 class History:
     """Reads the rows of one database; every question is a constant number of queries, each on an index."""
 
-    def __init__(self, ledger: Ledger, roster: Instances) -> None:
-        self._ledger = ledger
+    def __init__(self, ledger: Ledger, roster: Roster) -> None:
+        self._ledger, self._roster = ledger, roster
         self._reading = single_statements(ledger.engine)
-        self._roster = single_statements(roster.engine)
 
     def clock(self) -> datetime:
         """The database's clock."""
@@ -247,22 +219,6 @@ class History:
         with self._reading.connect() as connection:
             return connection.scalar(select(executions.c.log).where(executions.c.id == execution))
 
-    def gone(self, ids: Collection[str]) -> set[str]:
-        """Those instances of `ids` that are not alive."""
-        if not ids:
-            return set()
-        alive = select(instances.c.id).where(instances.c.id.in_(ids), is_alive)
-        with self._roster.connect() as connection:
-            return set(ids) - set(connection.execute(alive).scalars())
-
-    def instances(self) -> list[Seen]:
-        """Those who are alive, then the latest of those who went; the newest first."""
-        newest = _seen.order_by(instances.c.started_at.desc())
-        with self._roster.connect() as connection:
-            alive = connection.execute(newest.where(is_alive)).all()
-            gone = connection.execute(newest.where(not_(is_alive)).limit(_MOST_GONE)).all()
-        return [Seen(*row) for row in (*alive, *gone)]
-
     def running(self) -> list[Record]:
         """What runs now, of every worker, without reasons."""
         return self._marked(self._records(_brief.join(workers, _is_running).order_by(executions.c.id)))
@@ -284,25 +240,19 @@ class History:
         records = [found[id] for id in sorted(found) if _overlaps(found[id], since, until)]
         began = [each.started_at for each in shown if each.started_at] if len(newest) > limit else []
         complete_since = max(since, min(began)) if began else since
-        seen = self._lived(since, until, {each.instance for each in records if each.instance})
+        seen = self._roster.lived(since, until, {each.instance for each in records if each.instance})
         alive = {each.id for each in seen if each.is_alive}
         marked = [
             each if each.state != "running" else replace(each, is_gone=each.instance not in alive) for each in records
         ]
         return Window(since, until, clock, tuple(marked), complete_since, seen)
 
-    def _lived(self, since: datetime, until: datetime, ids: Collection[str]) -> tuple[Seen, ...]:
-        lived = and_(instances.c.started_at <= until, instances.c.heartbeat_at >= since)
-        query = _seen.where(or_(lived, instances.c.id.in_(ids))).order_by(instances.c.started_at, instances.c.id)
-        with self._roster.connect() as connection:
-            return tuple(Seen(*row) for row in connection.execute(query.limit(_MOST_LIVED)))
-
     def around(self, name: str, at: datetime | None = None) -> Surroundings:
         """What there is to know about the tick that `at` belongs to; now, if it is not given."""
         state = self._ledger.look(name)
         clock = state.clock if state else self.clock()
         at = at or clock
-        alive, last_seen = self._instances()
+        alive, last_seen = self._roster.alive_and_last()
         if state is None:
             return Surroundings(name, at, clock, None, alive=alive, last_seen=last_seen)
         records, before = self._belonging(name, at, state)
@@ -333,14 +283,6 @@ class History:
             ).scalar_one()
         return (after[0] if after else None), oldest
 
-    def _instances(self) -> tuple[tuple[Seen, ...], Seen | None]:
-        """Who is alive, oldest first, and whoever was seen last."""
-        newest = instances.c.heartbeat_at.desc()
-        with self._roster.connect() as connection:
-            living = connection.execute(_seen.where(is_alive).order_by(instances.c.started_at)).all()
-            last = connection.execute(_seen.order_by(newest).limit(1)).one_or_none()
-        return tuple(Seen(*row) for row in living), (Seen(*last) if last else None)
-
     def _records(self, query: Select[Any]) -> list[Record]:
         with self._reading.connect() as connection:
             return [Record(**row._mapping) for row in connection.execute(query)]
@@ -348,7 +290,7 @@ class History:
     def _marked(self, records: list[Record]) -> list[Record]:
         """The same with `is_gone` filled in."""
         running = {each.instance for each in records if each.state == "running" and each.instance}
-        gone = self.gone(running)
+        gone = self._roster.gone(running)
         return [replace(each, is_gone=each.state == "running" and each.instance in gone) for each in records]
 
 
@@ -402,10 +344,3 @@ def _is_before(place: Place) -> ColumnElement[bool]:
 def _glance(name: str) -> Select[Any]:
     columns = [executions.c[field] for field in Glance._fields if field != "clock"]
     return select(*columns, now().label("clock")).where(executions.c.worker == name).order_by(*_newest_first)
-
-
-_seen: Select[Any] = select(
-    *(instances.c[field.name] for field in fields(Seen) if field.name in instances.c),
-    -instances.c.clock_offset,
-    is_alive,
-)

@@ -10,9 +10,9 @@ from sqlalchemy import Row, Select, func, literal, null, select, union_all
 
 from .clock import elapsed, now
 from .errors import UnknownMessage, UnknownTopic, error_line
-from .history import History
 from .messages import Messages, is_in
 from .models import LARGEST_ID, message_errors, messages
+from .roster import Roster
 from .worker import MessageWorker
 
 STATES = ("waiting", "running", "done", "dead", "discarded")
@@ -119,8 +119,8 @@ class Flow:
 class Mailbox:
     """Reads the messages of one database, a constant number of queries for every question; and steers them."""
 
-    def __init__(self, messages: Messages, history: History, workers: Mapping[str, type[MessageWorker]]) -> None:
-        self._messages, self._history, self._workers = messages, history, workers
+    def __init__(self, messages: Messages, roster: Roster, workers: Mapping[str, type[MessageWorker]]) -> None:
+        self._messages, self._roster, self._workers = messages, roster, workers
 
     # -- reading -------------------------------------------------------------------------------
 
@@ -219,7 +219,7 @@ class Mailbox:
 
     def _found(self, query: Select[Any]) -> list[Letter]:
         found = [Letter(**row._mapping) for row in self._messages.read(query)]
-        gone = self._history.gone({each.instance for each in found if each.instance and each.state == "running"})
+        gone = self._roster.gone({each.instance for each in found if each.instance and each.state == "running"})
         return [replace(each, is_gone=each.state == "running" and each.instance in gone) for each in found]
 
     def _refuse_unknown(self, topic: str | None, is_found: object) -> None:

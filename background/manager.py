@@ -32,6 +32,7 @@ from .history import History
 from .locks import Lock
 from .mailbox import Mailbox
 from .payloads import as_delay, draft
+from .roster import Roster
 from .runs import Execution
 from .schedule import make_schedule
 from .ticks import Ticks
@@ -402,12 +403,17 @@ class BackgroundWorkerManager:
     @property
     def history(self) -> History:
         """What is written down about the executions, for people to read."""
-        return History(self.ticks.ledger, self.ticks.instances)
+        return History(self.ticks.ledger, self.roster)
+
+    @property
+    def roster(self) -> Roster:
+        """Who is alive and who was, for people to read."""
+        return Roster(self.ticks.instances)
 
     @property
     def messages(self) -> Mailbox:
         """The messages, for people to read, to retry and to discard."""
-        return Mailbox(self.ticks.messages, self.history, self._topics)
+        return Mailbox(self.ticks.messages, self.roster, self._topics)
 
     def why(self, name: str, at: datetime | None = None) -> Answer:
         """What became of the tick that `at` (aware; now, if not given) belongs to, and why: one sentence.

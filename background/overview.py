@@ -16,7 +16,7 @@ def overview(manager: BackgroundWorkerManager, names: Collection[str] | None = N
     """Every worker of this release and of the database (or those of `names`), in a constant number of queries."""
     history = manager.history
     clock, states, latest = history.clock(), manager.ticks.ledger.states(names), history.latest(names)
-    gone = history.gone({state.instance for state in states.values() if state.instance})
+    gone = manager.roster.gone({state.instance for state in states.values() if state.instance})
     known = manager.workers.keys() if names is None else manager.workers.keys() & names
     return [
         _overview(manager, name, clock, states.get(name), latest.get(name), gone)

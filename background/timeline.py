@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 
-from .history import Record, Seen, Window
+from .history import Record, Window
+from .roster import Seen
 from .words import clipped, moment, second, span
 
 AXIS, HEAD, ROW, BAR, PAD = 26, 20, 18, 12, 5  # pixels

@@ -23,7 +23,7 @@ def run(name: str) -> ResponseReturnValue:
     manager = _steered(name)
     if not manager.request(name):
         flash(f"{name} is running already, or is to be run next.", "info")
-    elif any(seen.is_alive for seen in manager.history.instances()):
+    elif any(seen.is_alive for seen in manager.roster.seen()):
         flash(f"{name} will run within {manager.app.config['WORKERS_HEARTBEAT_SECONDS']:g} s.", "success")
     else:
         flash(f"{name} will run as soon as an instance is there: none is alive now.", "warning")

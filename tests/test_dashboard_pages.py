@@ -15,8 +15,9 @@ from sqlalchemy import Engine, insert, update
 
 from background import BackgroundWorkerManager, Message, MessageWorker, WorkerContext
 from background import models as tables
-from background.history import Record, Seen, Window
+from background.history import Record, Window
 from background.instances import Instance
+from background.roster import Seen
 from background.timeline import Bar, Timeline, draw
 from models import User
 

@@ -12,9 +12,10 @@ from sqlalchemy import Engine, insert, update
 
 from app import create_app
 from background import BackgroundWorkerManager, PeriodicWorker, UnknownWorker, WorkerContext
-from background.history import Record, Seen, Surroundings
+from background.history import Record, Surroundings
 from background.ledger import Claim, WorkerState
 from background.models import executions, workers
+from background.roster import Seen
 from background.why import Answer, why
 from background.words import span
 

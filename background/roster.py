@@ -1,0 +1,84 @@
+"""Who is alive and who was, read for people: nothing here decides who runs."""
+
+from collections.abc import Collection
+from dataclasses import dataclass, fields
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Select, and_, not_, or_, select
+
+from .clock import single_statements
+from .instances import Instances, is_alive
+from .models import instances
+
+_MOST_GONE = 20
+_MOST_LIVED = 500
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One instance, as its row shows it."""
+
+    id: str
+    host: str
+    pid: int
+    started_at: datetime
+    heartbeat_at: datetime
+    signed_off_at: datetime | None
+    release: str | None = None
+    clock_ahead: float | None = None
+    """How far its host's clock is ahead of the database's, in seconds."""
+    is_alive: bool = True
+
+    @property
+    def name(self) -> str:
+        return f"{self.host}:{self.pid}"
+
+    @property
+    def state(self) -> str:
+        return "alive" if self.is_alive else "signed off" if self.signed_off_at else "lost"
+
+
+class Roster:
+    """Reads the rows of the instances."""
+
+    def __init__(self, rows: Instances) -> None:
+        self._reading = single_statements(rows.engine)
+
+    def gone(self, ids: Collection[str]) -> set[str]:
+        """Those instances of `ids` that are not alive."""
+        if not ids:
+            return set()
+        alive = select(instances.c.id).where(instances.c.id.in_(ids), is_alive)
+        with self._reading.connect() as connection:
+            return set(ids) - set(connection.execute(alive).scalars())
+
+    def seen(self) -> list[Seen]:
+        """Those who are alive, then the latest of those who went; the newest first."""
+        newest = _seen.order_by(instances.c.started_at.desc())
+        with self._reading.connect() as connection:
+            alive = connection.execute(newest.where(is_alive)).all()
+            gone = connection.execute(newest.where(not_(is_alive)).limit(_MOST_GONE)).all()
+        return [Seen(*row) for row in (*alive, *gone)]
+
+    def lived(self, since: datetime, until: datetime, ids: Collection[str]) -> tuple[Seen, ...]:
+        """Those who lived between the two moments, and those of `ids`, the oldest first."""
+        lived = and_(instances.c.started_at <= until, instances.c.heartbeat_at >= since)
+        query = _seen.where(or_(lived, instances.c.id.in_(ids))).order_by(instances.c.started_at, instances.c.id)
+        with self._reading.connect() as connection:
+            return tuple(Seen(*row) for row in connection.execute(query.limit(_MOST_LIVED)))
+
+    def alive_and_last(self) -> tuple[tuple[Seen, ...], Seen | None]:
+        """Who is alive, oldest first, and whoever was seen last."""
+        newest = instances.c.heartbeat_at.desc()
+        with self._reading.connect() as connection:
+            living = connection.execute(_seen.where(is_alive).order_by(instances.c.started_at)).all()
+            last = connection.execute(_seen.order_by(newest).limit(1)).one_or_none()
+        return tuple(Seen(*row) for row in living), (Seen(*last) if last else None)
+
+
+_seen: Select[Any] = select(
+    *(instances.c[field.name] for field in fields(Seen) if field.name in instances.c),
+    -instances.c.clock_offset,
+    is_alive,
+)
