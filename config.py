@@ -385,7 +385,7 @@ def _postgresql_options(given: Mapping[str, Any]) -> dict[str, Any]:
         "keepalives_count": 3,
         "tcp_user_timeout": 20_000,
     }
-    # A pooled connection may be of before the server's restart.
+    # A pooled connection may be older than the server's last restart.
     return {"pool_pre_ping": True, **given, "connect_args": {**arguments, **given.get("connect_args", {})}}
 
 

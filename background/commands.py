@@ -17,9 +17,9 @@ MOST_ROWS = 10_000
 
 
 class WorkersGroup(AppGroup):
-    """Of an error of the database it prints one sentence; and it leaves no connection of the engine's open.
+    """Prints one sentence for an error of the database, and leaves no connection of the engine's open.
 
-    What steers a terminal is not printed back either, though Click would.
+    Unlike Click's, its errors do not repeat what would steer a terminal.
     """
 
     def invoke(self, context: click.Context) -> Any:

@@ -157,8 +157,9 @@ def _make(connection: Any, table: Table, dialect: Dialect) -> None:
 
 
 def again_if_stale(ask: Callable[[], Answer]) -> Answer:
-    """What `ask` returns. A connection that has waited in its pool may be of before the server's restart, which shows
-    when it is used; then ask once more, on a new one. For what may as well be done twice.
+    """What `ask` returns, which does no harm if it is called twice.
+
+    A pooled connection may be older than the server's last restart, which shows when it is used: then ask once more.
     """
     try:
         return ask()

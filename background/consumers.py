@@ -39,7 +39,7 @@ class Consumers:
         self._changed = threading.Lock()
 
     def wake(self, topic: str) -> None:
-        """Have another consumer of `topic` look for messages; those who are at it do so when they have done theirs."""
+        """Have another consumer of `topic` look for messages; if all are busy, the first that is done looks again."""
         worker = self._workers.get(topic)
         if worker is None or self._ticks.runs.stopping.is_set():
             return
@@ -51,9 +51,9 @@ class Consumers:
         self._scheduler.soon(self._consume, worker)
 
     def wake_after(self, topic: str, pause: timedelta | None) -> None:
-        """Wake up for `topic` when the `pause` is over; one that outlasts the next heartbeat is left to the heartbeats.
+        """Wake up for `topic` when the `pause` is over; one that outlasts a heartbeat is left to the heartbeats.
 
-        (They see the first of those that wait; a timer for each would fill the memory with what is due next month.)
+        (They see the first message that waits; a timer for each would fill the memory with what is due next month.)
         """
         seconds = pause.total_seconds() if pause else 0.0
         if not seconds:
@@ -62,7 +62,7 @@ class Consumers:
             self._scheduler.after(seconds, f"messages:{topic}:{seconds:.1f}", self.wake, topic)
 
     def follow(self, pulse: Pulse, within: float) -> None:
-        """Wake up for what a heartbeat found due, or will be `within` so many seconds."""
+        """Wake up for what a heartbeat found due, or due `within` that many seconds."""
         for topic, due_at in pulse.due.items():
             pause = due_at - pulse.clock
             if pause.total_seconds() <= 0:
@@ -126,7 +126,7 @@ class Consumers:
     # -- those who are gone --------------------------------------------------------------------
 
     def look(self) -> bool:
-        """Have the messages freed that nobody handles any more; True while others hold some. It only reads itself."""
+        """Have messages freed that nobody handles any more; True while others hold some. Writes nothing itself."""
         instance = self._ticks.instance
         if instance is None or not self._workers:
             return False

@@ -189,7 +189,7 @@ class MessageContext(WorkerContext):
         self.log_fields["tick"] = message.tick.isoformat()
 
     def handled(self, *messages: "Message") -> None:
-        """They are to be acknowledged by the next commit, with what the session holds by now."""
+        """The next commit acknowledges them, together with what the session holds."""
         self._refuse_if_rolled_back()
         self._handled += [message.id for message in messages]
         self._transaction = self._transaction or self.session.get_transaction()
@@ -233,7 +233,7 @@ current_run: ContextVar[WorkerContext | None] = ContextVar("background_run", def
 
 
 class RunFields(logging.Filter):
-    """Gives every record of a run, whoever logs it, the fields that tell whose it is: for logs that machines read."""
+    """Gives every log record of a run, whoever logs it, the run's fields: for logs that machines read."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         run = current_run.get()
@@ -256,7 +256,7 @@ def fence(db: SQLAlchemy) -> None:
 
 
 def when_committed(session: Session, key: str, call: Callable[[], None]) -> None:
-    """Call once that `session` has committed what it holds, and not if it rolls that back; once per `key`."""
+    """Call `call` when `session` has committed what it holds, but not if it rolls back; once per `key`."""
     session.info.setdefault(_WHEN_COMMITTED, {})[key] = call
 
 

@@ -54,7 +54,7 @@ def _executions(figures: Figures) -> Iterator[Metric]:
     )
     for name in sorted({standing.name for standing in figures.standings} | states.keys()):
         total = states.get(name, NOTHING)
-        for state in _ENDED:  # from the first scrape on: that a series begins with a 1 is no increase to Prometheus
+        for state in _ENDED:  # from the first scrape on: to Prometheus a series that begins with 1 did not grow
             ended.add_metric((name, state), total.numbers.get(state, 0))
         if total.age is not None:
             since.add_metric((name,), max(total.age, 0))

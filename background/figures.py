@@ -56,7 +56,7 @@ class Figures:
 
 
 class Fleet:
-    """Reads the figures of the fleet; a database that is away or hangs is one of them."""
+    """Reads the figures of the fleet; that the database is away, or hangs, is an answer too."""
 
     def __init__(self) -> None:
         self._prompt = Prompt(_figures, _ANSWER_SECONDS)
@@ -99,7 +99,7 @@ def _read_totals(connection: Connection) -> Totals:
 
 
 _is_success = and_(totals.c.kind == "state", totals.c.label == "succeeded")
-# Put together by the database, as of 1,000 workers it is 25,000 rows to hand over otherwise.
+# Put together by the database: 1,000 workers would be 25,000 rows to fetch otherwise.
 _totals = select(
     totals.c.kind,
     totals.c.worker,

@@ -178,7 +178,7 @@ class History:
     def page(
         self, name: str, limit: int, state: str | None = None, before: Place | None = None
     ) -> tuple[list[Record], Place | None]:
-        """The newest executions of `name` before that place, and the place where the next page begins, if there is one.
+        """The newest executions of `name` before that place, and where the next page begins, if there is one.
 
         No index knows the states, so for one of them only the newest MOST_SEARCHED are looked through.
         """
@@ -194,16 +194,16 @@ class History:
         return found, self._last_of(places) if state is not None else None
 
     def _last_of(self, places: Select[Any]) -> Place | None:
-        """The last one of those that were looked through, if they were as many as that may be."""
+        """The last of MOST_SEARCHED that were looked through; None where there are fewer."""
         with self._reading.connect() as connection:
             last = connection.execute(places.offset(MOST_SEARCHED - 1).limit(1)).one_or_none()
         return (last.tick, last.id) if last else None
 
     def recent(self, names: Collection[str], count: int) -> dict[str, list[Glance]]:
-        """Of each worker of `names` the newest executions, so many, oldest first."""
+        """The newest `count` executions of each worker of `names`, oldest first."""
         found: dict[str, list[Glance]] = {name: [] for name in names}
         if found:
-            # Of each by itself: the database reads so many entries of the index, and no more.
+            # One query for each: so the database reads no more than `count` entries of the index.
             each = [select(_glance(name).limit(count).subquery()) for name in found]
             with self._reading.connect() as connection:
                 for row in connection.execute(union_all(*each)):
@@ -211,11 +211,11 @@ class History:
         return {name: glances[::-1] for name, glances in found.items()}
 
     def execution(self, id: int) -> Record | None:
-        """One of them; None where it is not kept (any more)."""
+        """The execution `id`; None where it is not kept (any more)."""
         return next(iter(self._marked(self._records(_whole.where(executions.c.id == id)))), None)
 
     def log(self, execution: int) -> str | None:
-        """What was logged while that execution was on, a line each; None where nothing was, or there is none."""
+        """What was logged during that execution, a line each; None where nothing was, or it is not kept."""
         with self._reading.connect() as connection:
             return connection.scalar(select(executions.c.log).where(executions.c.id == execution))
 
@@ -228,7 +228,7 @@ class History:
     ) -> Window:
         """What was done (by `worker`) in that length of time up to `until`, which is now if it is not given.
 
-        At most the newest `limit`, and whatever of the others runs still.
+        At most the newest `limit`, and whichever of the others still run.
         """
         clock = self.clock()
         is_past = until is not None and until < clock
@@ -299,7 +299,7 @@ _newest_first = (executions.c.tick.desc(), executions.c.id.desc())
 
 
 def _newest(worker: str | None, until: datetime, is_past: bool) -> Select[Any]:
-    """Those of before `until`, the newest first, as the index at hand has them."""
+    """Those before `until`, newest first, in the order of the index that serves."""
     if worker is not None:
         return _brief.where(executions.c.worker == worker, executions.c.tick <= until).order_by(*_newest_first)
     return (_brief.where(executions.c.id <= _last_begun(until)) if is_past else _brief).order_by(executions.c.id.desc())
@@ -318,7 +318,7 @@ _is_running = and_(executions.c.worker == workers.c.name, executions.c.token == 
 
 
 def _last_begun(at: datetime) -> ColumnElement[int]:
-    """The greatest id of those that had begun at that moment.
+    """The greatest id of those that had begun by that moment.
 
     Ids grow with the start, so a search by halves on the primary key finds it, whatever the number of rows.
     """

@@ -114,8 +114,8 @@ class Instances:
     def gone(self, ids: Collection[str]) -> dict[str, bool]:
         """Those of `ids` who are not alive: True for one that signed off, False for one that was lost.
 
-        After the database's clock was set they have a lease's time to renew before anybody counts as lost; so has,
-        as this process may have come just after that, one whose heartbeat is ahead of the clock.
+        Once the database's clock was set, nobody counts as lost for the length of a lease, in which all renew theirs.
+        A process that began after that did not see it, so for as long it spares those whose heartbeat is in the future.
         """
         sent = steady()
         columns = (instances.c.id, instances.c.signed_off_at, is_alive.label("is_alive"), _is_ahead.label("is_ahead"))
@@ -143,7 +143,7 @@ class Instances:
         return was_set
 
 
-_is_ahead = instances.c.heartbeat_at > now(timedelta(seconds=_STEP_SECONDS))  # of before the clock was set back
+_is_ahead = instances.c.heartbeat_at > now(timedelta(seconds=_STEP_SECONDS))  # from before the clock was set back
 is_alive: ColumnElement[bool] = and_(
     instances.c.signed_off_at.is_(None),
     instances.c.expires_at > now(),

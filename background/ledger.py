@@ -235,7 +235,7 @@ class Ledger:
     def check(self, claim: Claim, session: Session, notes: Notes = NOTHING) -> None:
         """Hold the worker's row in the session's transaction while its token is `claim`'s; else raise ClaimLost.
 
-        `notes` are columns of its execution to be written with it.
+        `notes` are written into its execution's row, by column.
 
         Others may be here: whoever takes the claim over. They wait for this commit, or this finds them first.
         """

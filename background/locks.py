@@ -30,7 +30,7 @@ _LONGEST_WAIT = 86_400
 _FIRST_PAUSE, _LAST_PAUSE = 0.02, 0.25
 _RETRY_SECONDS = 1.0
 _MOST_SHOWN = 1_000
-_FLOOR = ""  # no lock's name: its row's token is the greatest of those that were pruned
+_FLOOR = ""  # not the name of a lock: this row keeps the greatest token of those that were pruned
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ class Locks:
         return lock
 
     def _try(self, mine: Lock) -> Lock | None:
-        """None only where somebody who is alive was seen to hold it; whoever was just too late looks again."""
+        """None only if an instance that is alive was seen to hold it; whoever was just too late looks again."""
         while True:
             seen = self._look(mine.name)
             if seen is None:
@@ -254,7 +254,7 @@ class Locks:
             return list(connection.execute(query, values))
 
     def _run(self, statement: Executable, values: dict[str, Any] | None = None) -> int:
-        """Of a statement that may as well run twice: how many rows it changed."""
+        """How many rows a statement changed that does no harm if it runs twice."""
         return again_if_stale(lambda: self._changed(statement, values))
 
     def _changed(self, statement: Executable, values: dict[str, Any] | None) -> int:
@@ -292,7 +292,7 @@ def _here(name: str) -> tuple[str, int, int]:
 
 
 def _is_stopping_within(seconds: float) -> bool:
-    """Wait so long; where a run waits, no longer than until it is told to stop."""
+    """Wait that long, but in a run only until it is told to stop; return whether it was."""
     run = current_run.get()
     if run is None:
         time.sleep(seconds)

@@ -26,7 +26,7 @@ class LogLines(logging.Handler):
         """Take in what is logged in this block and is `is_ours`, by any logger."""
         root = logging.getLogger()
         if not root.handlers and logging.lastResort:
-            root.addHandler(logging.lastResort)  # it says what nobody else does, and would take us for somebody
+            root.addHandler(logging.lastResort)  # it prints only where there is no handler, and we are about to be one
         root.addHandler(self)
         try:
             yield

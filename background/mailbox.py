@@ -113,7 +113,7 @@ class Flow:
     minute: int
     hour: int
     is_estimate: bool = False
-    """Whether there were so many that the hour's number is reckoned from the newest of them."""
+    """Whether there were so many that the hour's number is extrapolated from the newest ones."""
 
 
 class Mailbox:
@@ -166,7 +166,7 @@ class Mailbox:
         return self._topics(found)
 
     def depths(self) -> list[Topic]:
-        """The same without what was done: however much that is, nothing of it is read."""
+        """The same without what was done, none of which is read, however much it is."""
         return self._topics(self._depths())
 
     def flows(self) -> dict[str, Flow]:

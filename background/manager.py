@@ -198,9 +198,9 @@ class BackgroundWorkerManager:
     def serve(self) -> bool:
         """What a serving process calls when it begins: prepare, and start unless WORKERS_ENABLED is false.
 
-        A database that is not ready is logged and waited for; the web goes on meanwhile. False if it was called
-        (or `start` was) before: of several first requests at once, the others wait here for the one. Raises
-        InvalidConfig where a `before_start` does, as nothing is to be waited for then.
+        A database that is not ready is logged and waited for; the web goes on meanwhile. False if this or `start` was
+        called before: of several first requests at once, the others wait here for the first. Raises InvalidConfig if
+        a `before_start` does, as waiting does not help then.
         """
         with self._lock:
             if self.has_served:

@@ -76,7 +76,7 @@ class Membership:
             self._leave()
 
     def threads_alive(self) -> dict[str, bool]:
-        """Of the threads without which nothing would run here. That it is still joining, or leaving, is no defect."""
+        """Whether the threads live without which nothing runs here; while it joins or leaves, none is missing."""
         if self._ticks.runs.stopping.is_set():
             return {"scheduler": True, "heartbeat": True}
         heartbeat = self._heartbeat
@@ -288,7 +288,7 @@ class Membership:
         return True
 
     def _warn_of_offset(self, instance: Instance) -> None:
-        """Once, until it is back at half of what is warned about: an offset of just that much comes and goes."""
+        """Once, until the offset has fallen to half the limit: around the limit itself it would come and go."""
         was_off, least = self._is_off, OFFSET_WARNED / (2 if self._is_off else 1)
         self._is_off = abs(instance.clock_offset) > least
         if self._is_off and not was_off:

@@ -101,7 +101,7 @@ def discard_all() -> ResponseReturnValue:
 
 
 def _decide_all(decide: Callable[..., int], one: str, many: str) -> ResponseReturnValue:
-    """All dead ones of the topic; those that died since the button was drawn, too."""
+    """All dead ones of the topic, including those that died since the page was drawn."""
     topic = request.form.get("topic") or abort(400, "The form names no topic.")
     if not request.form.get("confirmed"):
         flash("Nothing was changed: tick the box first, to say that all of them are meant.", "error")

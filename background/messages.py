@@ -288,7 +288,7 @@ class Messages:
     # -- what people decide --------------------------------------------------------------------
 
     def retry(self, ids: Collection[int] | None, topic: str | None = None) -> int:
-        """Let dead or discarded ones be handled anew, or waiting ones at once; their errors stay.
+        """Have dead or discarded ones handled again, or waiting ones at once; their errors stay.
 
         Without `ids` all the dead (of `topic`). Return how many. Others may be here: whoever retries, discards, claims
         or prunes them too; each is changed once. Of `ids` all are changed or, where one is in another state, none.

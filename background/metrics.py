@@ -10,7 +10,7 @@ from .traffic import Traffic
 
 
 def metrics() -> Blueprint:
-    """GET /metrics, for everybody or, where METRICS_TOKEN is set, for who brings it as a bearer token."""
+    """GET /metrics, for everybody or, where METRICS_TOKEN is set, for whoever brings it as a bearer token."""
     blueprint = Blueprint("metrics", __name__)
     traffic, fleet = Traffic(), Fleet()
     blueprint.record_once(lambda state: traffic.watch(state.app))  # type: ignore[arg-type]  # it is a Flask
@@ -19,7 +19,7 @@ def metrics() -> Blueprint:
     def scrape() -> ResponseReturnValue:
         if not _is_allowed():
             return Response("A bearer token is asked for.\n", 401, {"WWW-Authenticate": "Bearer"}, "text/plain")
-        from .exposition import CONTENT_TYPE, text  # brings the client library, for who is scraped
+        from .exposition import CONTENT_TYPE, text  # brings the client library, for those who are scraped
 
         answer = text(fleet.figures(), traffic.registry)
         return Response(answer, headers={"Cache-Control": "no-store"}, content_type=CONTENT_TYPE)

@@ -171,8 +171,8 @@ locks = Table(
     "background_locks",
     metadata,
     Column("name", String(200), primary_key=True),
-    # Grows each time the lock is acquired, by whomever; also when its row was pruned meanwhile: the row without a name
-    # has the greatest token of those that were.
+    # Grows each time anybody acquires the lock, also if its row was pruned meanwhile: the row with the empty name keeps
+    # the greatest token of those that were pruned.
     Column("token", BigInteger, nullable=False),
     # One acquisition's own id, or NULL where nobody holds it; and the instance whose lease it lives by.
     Column("holder", String(32)),

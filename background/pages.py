@@ -59,7 +59,7 @@ def span_text(length: timedelta | float | None) -> str:
 
 
 def countdown_tag(at: datetime, clock: datetime) -> str:
-    """How long it is until then; the script counts on."""
+    """How long it is until then; the script counts down."""
     seconds = int((at - clock).total_seconds())
     left = "now" if seconds < 1 else f"in {span(timedelta(seconds=seconds)) if seconds >= 60 else f'{seconds} s'}"
     return Markup('<time datetime="{}" title="{}" data-countdown>{}</time>').format(at.isoformat(), utc_text(at), left)

@@ -33,7 +33,7 @@ def picture(glances: Sequence[Glance]) -> Markup:
 
 
 def _bar(x: int, glance: Glance, length: timedelta | None, longest: float) -> str:
-    # The square root shows a run of a hundredth of the longest beside it, and still who is longer.
+    # By the square root a run of a hundredth of the longest is still seen, and which of two took longer.
     share = sqrt(length.total_seconds() / longest) if length is not None and longest else 0.0
     height = _LOWEST + (_HIGHEST - _LOWEST) * share
     css, state = _escaped(glance.state)

@@ -1,4 +1,4 @@
-"""An answer of the database within seconds, whatever hangs: a probe is never to wait as long as what it probes."""
+"""An answer of the database within seconds, whatever hangs: a probe must not wait as long as what it probes."""
 
 import threading
 from collections.abc import Callable
@@ -23,7 +23,7 @@ class Prompt(Generic[Whom, Answer]):
         self._asked_at = 0.0
 
     def answer(self, whom: Whom) -> Answer:
-        """What `ask` of `whom` returns or raises; TimeoutError where it has not within the seconds."""
+        """What `ask(whom)` returns or raises; TimeoutError if it does neither in time."""
         with self._asking:
             age = steady() - self._asked_at
             if self._answer is None or self._answer.done() or age > _GIVEN_UP_SECONDS:

@@ -110,7 +110,7 @@ class Runs:
 
     @contextmanager
     def entered(self, context: WorkerContext) -> Iterator[None]:
-        """Have `context` told what there is to be told, and waited for, and its commits fenced."""
+        """In this block `context` is told to stop when the others are, is waited for, and its commits are fenced."""
         with self._changed:
             self._contexts.add(context)
             if self.stopping.is_set():
@@ -128,7 +128,7 @@ class Runs:
         claim, began = context.claim, time.monotonic()
         try:
             context.raise_if_stopping()
-            context.refuse_if_lost()  # while it was told of, it may have timed out
+            context.refuse_if_lost()  # it may have timed out while the receivers of the signal ran
             finish(worker().do_work(context))
             context.finish()
         except BaseException as error:
@@ -214,7 +214,7 @@ async def _awaited(result: Awaitable[None]) -> None:
 
 
 class Ending:
-    """How one run ends: written once, and told to the application by whoever wrote it."""
+    """How one run ends: written once, and signalled to the application by whoever wrote it."""
 
     def __init__(self, app: Flask, context: TickContext, ledger: Ledger) -> None:
         self._app, self._context, self._ledger = app, context, ledger

@@ -66,7 +66,7 @@ class Scheduler:
         return self._threads.is_awaited
 
     def look_again(self) -> None:
-        """Call what is due by now: the wait for it does not notice that the host slept, or that its clock was set."""
+        """Call what is due by now: APScheduler does not notice that the host slept, or that its clock was set."""
         self._scheduler.wakeup()
 
     def forget(self, key: str) -> None:
@@ -77,7 +77,7 @@ class Scheduler:
 
 class _Scheduler(BackgroundScheduler):  # type: ignore[misc]
     def _process_jobs(self) -> float | None:
-        """A shutdown in the middle of it takes away the job that it is about to remove: that is no error then."""
+        """A shutdown meanwhile may have removed the job that this is about to remove: that is not an error."""
         try:
             return super()._process_jobs()  # type: ignore[no-any-return]
         except JobLookupError:

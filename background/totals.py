@@ -24,8 +24,8 @@ def add_execution(
 ) -> None:
     """Count one execution, which ended in `state`, in the transaction that ends it.
 
-    Nobody else is there: all that count for a worker hold its row. How late it began is told of a scheduled tick's
-    first attempt only.
+    Nobody else counts for this worker now: whoever does holds its row. Only the first attempt at a scheduled tick
+    counts towards the lateness.
     """
     took, late = finished_at - started_at, started_at - claim.tick
     rows = [("state", state, took), ("duration", _bucket(DURATIONS, took), took)]
@@ -35,7 +35,7 @@ def add_execution(
 
 
 def add_not_run(connection: Connection, worker: str, state: str, at: datetime) -> None:
-    """Count one row of ticks that were skipped or missed, however many it stands for. Nobody is there: as above."""
+    """Count one row of ticks that were skipped or missed, however many it stands for; alone, as above."""
     _add(connection, worker, [("state", state, timedelta())], at)
 
 

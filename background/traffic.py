@@ -64,7 +64,7 @@ class Traffic:
             return
         seconds = perf_counter() - began
         method = request.method if request.method in _METHODS else "other"
-        # The rule, such as "/books/<id>", and never what somebody makes up, which would be a series each.
+        # The rule, such as "/books/<id>", and not the path: whatever somebody makes up would be another series.
         labels = (method, rule.rule if rule else "none", f"{socket.gethostname()}:{os.getpid()}")
         self._requests.labels(*labels, str(environ.get(_STATUS, 500))).inc()
         self._durations.labels(*labels).observe(seconds)

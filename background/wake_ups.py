@@ -30,14 +30,14 @@ class WakeUps:
         ticks.postponed = lambda name, tick: self.later(f"retry:{name}", 1, self._fire, name, tick)
 
     def follow(self, states: Mapping[str, WorkerState], rearm: bool) -> None:
-        """Take in the schedules in force; with `rearm` all anew, as one of the clocks was set."""
+        """Follow the schedules in force; with `rearm` arm every worker again, as one of the clocks was set."""
         before, self._states = self._states, states
         for name in self._armed.keys() & before.keys() & states.keys():
             if before[name].schedule_text != states[name].schedule_text:
                 if self._armed[name] > self._now():  # else it is on its way, still owed, and arms the next one
                     self._arm(name, after=states[name].scheduled_at)
             elif rearm:
-                # By a wrong clock a tick may have been fired before its time, and passed over.
+                # While the clock was wrong, a tick may have been fired before its time, and passed over.
                 self._arm(name, after=self._now(), no_later_than=self._armed[name])
 
     def arm_first(self, name: str) -> None:
@@ -58,7 +58,7 @@ class WakeUps:
             self._scheduler.after(seconds, key, function, *args, failures + 1)
 
     def _arm(self, name: str, after: datetime | None, no_later_than: datetime | None = None) -> None:
-        """Wake up at the first tick after `after`, or at the latest one where that is due already (or `after` None)."""
+        """Wake up at the first tick after `after`, or at the latest one if that is due already (or `after` is None)."""
         worker, state = self._workers.get(name), self._states.get(name)
         if worker is None:  # removed meanwhile
             return
@@ -90,8 +90,8 @@ class WakeUps:
                 is_ours = False
             else:
                 is_ours = self._ticks.run(worker, tick, state) is not None
-            # Who was not first lets the others go first next time: of several that look at the same instant all but
-            # one would go on to a claim, and learn by that.
+            # Whoever was not first lets the others go first next time: of several that look at the same instant, all
+            # but one would learn only from a claim that they are too late.
             (self._yielding.discard if is_ours else self._yielding.add)(name)
         except SQLAlchemyError as error:
             level = logging.DEBUG if failures else logging.WARNING  # once per tick

@@ -34,7 +34,7 @@ def moment_in(text: str, zone: str = "UTC") -> datetime:
 
 
 def second(at: datetime | None) -> str:
-    """The same cut to whole seconds: for what is no tick."""
+    """`moment`, cut to whole seconds: for what is not a tick."""
     return moment(at.replace(microsecond=0) if at else None)
 
 
@@ -52,7 +52,7 @@ def span(length: timedelta) -> str:
 
 
 def ahead(seconds: float | None) -> str:
-    """How far a clock is ahead of the database's: +0.012 s; of one that was never compared, +0.000 s."""
+    """How far a clock is ahead of the database's: +0.012 s; +0.000 s for one that was never compared."""
     return f"{round(seconds or 0.0, 3) + 0.0:+.3f} s"  # no -0.000
 
 
@@ -92,6 +92,6 @@ def table(headers: Sequence[str], rows: Iterable[list[str]]) -> str:
 
 
 def clipped(text: str, most: int = WIDEST) -> str:
-    """The text in at most so many printable characters."""
+    """The text in at most `most` printable characters."""
     text = printable(text)
     return text if len(text) <= most else f"{text[: most - 1]}…"
