@@ -13,7 +13,7 @@ wsgi_app = "app:create_app()"
 workers = int(os.environ.get("WEB_CONCURRENCY", "2"))
 # Longer than WORKERS_SHUTDOWN_SECONDS (20): a run that is told to stop may need that long.
 graceful_timeout = 30
-# Longer than a request may wait for SQLite's write lock (30): who is killed while it waits takes its runs along.
+# Longer than a request may wait for SQLite's write lock (30): a worker that is killed takes its runs along.
 timeout = 60
 
 
@@ -34,7 +34,7 @@ logger_class = JsonLogger if os.environ.get("LOG_FORMAT", "").strip().lower() ==
 def on_starting(server):
     """Say once what is wrong with a setting, before there are workers to say it one by one, and end.
 
-    In a process of its own: what the master has imported, a HUP would not load anew.
+    In a process of its own: a HUP would not reload what the master has imported.
     """
     checking = os.fork()
     if checking == 0:

@@ -102,7 +102,7 @@ class User(UserMixin, db.Model):  # type: ignore[name-defined, misc]
         self.password_hash = generate_password_hash(password, self.password_method)
 
     def check_password(self, password: str) -> bool:
-        """Whether it is the password; where no password can be, saying no takes as long as for a wrong one."""
+        """Whether it is the password; where there is no usable hash, refusing takes as long as for a wrong one."""
         if self.password_hash.count("$") > 1:
             with suppress(ValueError):  # of no method that there is
                 return check_password_hash(self.password_hash, password)
@@ -115,7 +115,7 @@ class User(UserMixin, db.Model):  # type: ignore[name-defined, misc]
 
     @property
     def fingerprint(self) -> str:
-        """Of what a session or a password link was given for: another one once that has changed."""
+        """Stands for the rights and the password that a session or link was given for: changes when they do."""
         key = current_app.config["SECRET_KEY"]
         found = f"fingerprint of user {self.id} {self.is_admin} {self.password_hash}"
         return hmac.digest(key.encode() if isinstance(key, str) else key, found.encode(), "sha256").hex()[:32]
@@ -287,7 +287,7 @@ class RateLimits(Storage):
             return connection.execute(delete(RateLimit).where(condition)).rowcount
 
 
-# Others may forget the same, or begin one of them anew: neither waits for the other, and what was begun stays.
+# Others may forget the same rows, or begin a window in one of them: nobody waits, and a window that began stays.
 _over = select(RateLimit.key).where(RateLimit.expires_at <= now()).limit(100).with_for_update(skip_locked=True)
 _forget = delete(RateLimit).where(RateLimit.key.in_(_over))
 
@@ -360,7 +360,7 @@ class UserRepository:
     def record_login(self, user_id: int, at: datetime, let_in_by: str | None = None) -> bool:
         """Whoever logs in is active: nobody is locked out.
 
-        Others may change the password now: False if it has not the hash any more that they were `let_in_by`.
+        Others may change the password now: False if its hash is no longer the one that they were `let_in_by`.
         """
         who = User.id == user_id if let_in_by is None else and_(User.id == user_id, User.password_hash == let_in_by)
         return bool(_rows_changed(self.session, update(User).where(who).values(last_login_at=at, status="active")))

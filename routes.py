@@ -188,7 +188,7 @@ def no_control_characters(_form: Form, field: FormField) -> None:
 
 
 class ShortEmail(Email):
-    """Is not asked of what failed before: it takes half a second for as much as a form may send."""
+    """Is skipped where a check before it failed: it takes half a second for the longest text that a form may send."""
 
     def __call__(self, form: Form, field: FormField) -> None:
         if not field.errors:
@@ -319,7 +319,7 @@ def newest_first(query: Select[Any], column: InstrumentedAttribute[int]) -> Page
 def row_id(text: str) -> int:
     number = int(text)
     if not 1 <= number <= MAX_ID:
-        raise ValueError(f"{number} is no id")
+        raise ValueError(f"{number} cannot be an id")
     return number
 
 
@@ -417,7 +417,7 @@ def network_and_account() -> str:
 
 def own_id() -> str:
     key = f"user {current_user.id}"
-    db.session.rollback()  # the count has a connection of its own: who kept one meanwhile could wait for one another
+    db.session.rollback()  # the count takes another connection: requests that kept one could all wait for a second
     return key
 
 
@@ -516,7 +516,7 @@ def change_password() -> ResponseReturnValue:
     form = ChangePasswordForm()
     if form.validate_on_submit():
         if replace_own_password(form):
-            flash("Your password is changed. Wherever else you were logged in, you are not any more.", "success")
+            flash("Your password is changed. You are logged out everywhere else.", "success")
             return redirect(url_for("account.profile"))
         form.current.errors = ["This is not your current password."]
     return render_template("password.html", form=form)
@@ -632,9 +632,11 @@ def unmake_admin(user_id: int) -> ResponseReturnValue:
     changed = svcs.flask.get(UserRepository).unmake_admin(user_id)
     db.session.commit()
     if changed:
-        flash(f"{user.email} is no admin any more.", "success")
+        flash(f"{user.email} is no longer an admin.", "success")
     else:
-        flash(f"{user.email} is the last admin, or was none: nothing was changed. Make another one first.", "warning")
+        flash(
+            f"{user.email} is the last admin, or was not one: nothing was changed. Make another one first.", "warning"
+        )
     return back_to_users()
 
 
@@ -677,9 +679,9 @@ def book_as_json(book: Book) -> dict[str, Any]:
 
 ERROR_SENTENCES = {
     400: "This page does not understand what the browser sent. Please go back, reload and try again.",
-    403: "This page is for others. If it should be for you, ask an administrator.",
-    404: "There is no such page. It may have moved, or the address has a slip in it.",
-    405: "This page cannot be asked for in that way.",
+    403: "You may not see this page. If you think that you should, ask an administrator.",
+    404: "There is no such page. It may have moved, or the address may be mistyped.",
+    405: "This page does not take requests of that kind.",
     413: "That was more than this page takes.",
     500: "Something went wrong on our side. It is in the log; please try again in a moment.",
 }

@@ -90,7 +90,7 @@ def _print_workers(headers: tuple[str, ...], rows: list[list[str]]) -> None:
 @workers_cli.command()
 @as_json_option
 def instances(as_json: bool) -> None:
-    """Show who is alive and who went within a day, what they hold, and how far their clocks are off."""
+    """Show who is alive and who left within a day, what they hold, and how far their clocks are off."""
     manager = checked_manager()
     states, seen = manager.ticks.ledger.states().values(), manager.roster.seen()
     holds = {each.id: [state.name for state in states if state.instance == each.id] for each in seen}
@@ -120,7 +120,7 @@ def _instance_cells(seen: Seen, holds: list[str]) -> list[str]:
 def check(as_json: bool) -> None:
     """Validate settings, workers and database; change nothing.
 
-    The settings and the workers were validated when the application was made: it ended there if they were wrong.
+    The settings and the workers were validated when the application was made: it would have ended there.
     """
     manager, problems = the_manager(), []
     states: dict[str, WorkerState] = {}
@@ -174,7 +174,7 @@ def _checked_cells(row: dict[str, Any]) -> list[str]:
 def history(name: str, limit: str, state: str | None, as_json: bool) -> None:
     """Show the executions of NAME, newest first.
 
-    With --json the whole of every traceback.
+    With --json every traceback is shown in full.
     """
     number, state = row_limit(limit), one_state(state, STATES)
     manager = checked_manager()

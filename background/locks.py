@@ -229,7 +229,7 @@ class Locks:
         """Raise InvalidLock for what `hold` cannot take."""
         if not isinstance(name, str) or not name.strip() or not name.isprintable():
             raise InvalidLock(
-                f"{name!r} is no name of a lock; expected a text of printable characters: "
+                f"{name!r} cannot be the name of a lock; expected a text of printable characters: "
                 'name it after what it guards, as in "invoice-42".'
             )
         if len(self._prefix + name) > _LONGEST_NAME:

@@ -43,7 +43,7 @@ messages_cli = WorkersGroup(
 def list_messages(topic: str | None, state: str | None, limit: str, as_json: bool) -> None:
     """Show the messages, newest first.
 
-    With --json the whole of every payload, and of the last error's traceback.
+    With --json every payload, and the traceback of its last error, is shown in full.
     """
     number, state = row_limit(limit), one_state(state, STATES)
     letters = checked_manager().messages.letters(topic, state, number, whole=as_json)

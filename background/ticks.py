@@ -247,7 +247,7 @@ def _why_not(tick: datetime, state: WorkerState) -> str | None:
     if state.mark is not None and state.mark >= tick:
         return "somebody was here before"
     if state.scheduled_at <= tick != state.schedule.previous(tick):
-        return f"it is no tick of the schedule in force, {state.schedule}"
+        return f"it is not a tick of the schedule in force, {state.schedule}"
     return None
 
 

@@ -28,8 +28,8 @@ def typed_schedule(text: str, timezone: str = "") -> Schedule:
 def _every(text: str, seconds: float | None, timezone: str) -> Schedule:
     if seconds is None:
         raise InvalidSchedule(
-            f"{text!r} is no period and no cron; expected a period such as 90s, 10 min or 1h30m, or a cron such as "
-            f"30 2 * * *."
+            f"{text!r} is neither a period nor a cron; expected a period such as 90s, 10 min or 1h30m, "
+            "or a cron such as 30 2 * * *."
         )
     if not 1 <= seconds <= LONGEST.total_seconds():  # in code it may be less: here it is more likely a slip
         raise InvalidSchedule(f"{text!r} is out of range; expected a period of 1 second to 366 days.")
@@ -39,7 +39,7 @@ def _every(text: str, seconds: float | None, timezone: str) -> Schedule:
 
 
 def _seconds(text: str) -> float | None:
-    """The sum of its parts; None for what is no period."""
+    """The sum of its parts; None for what is not a period."""
     total, rest = 0.0, text.lower().removeprefix("every").strip()
     if re.fullmatch(r"[0-9]+(\.[0-9]+)?", rest):
         return float(rest)

@@ -134,7 +134,8 @@ def _why(manager: BackgroundWorkerManager, name: str) -> dict[str, Any]:
             asked["wrong"] = error.message
         except ValueError:
             asked["wrong"] = (
-                f"{at!r} is no moment from {EARLIEST.year} to {LATEST.year - 1}; expected one such as 2026-11-20T12:00."
+                f"{at!r} is not a moment from {EARLIEST.year} to {LATEST.year - 1}; "
+                "expected one such as 2026-11-20T12:00."
             )
     return asked
 

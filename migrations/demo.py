@@ -141,7 +141,7 @@ def refuse_in_production() -> None:
 @click.option("--admin", default="admin@localhost", show_default=True, help="The e-mail of the admin.")
 @with_appcontext
 def init_db(admin: str) -> None:
-    """Create the admin of a database that has its schema, and take the rights of the demo shop's away."""
+    """Create the admin of a database that has its schema, and take its rights from the demo shop's."""
     email = _own_address(admin)
     engine = _ready_engine()
     try:
@@ -152,14 +152,14 @@ def init_db(admin: str) -> None:
             is_admin = connection.scalar(select(User.is_admin).where(User.email == email))
         if not is_admin:
             raise click.ClickException(
-                f"{email} has an account that is no admin's; expected an e-mail without an account, or an admin's. "
+                f"{email} has an account that is not an admin's; expected an e-mail without an account, or an admin's. "
                 f"An admin can make them one on the page of users."
             ) from None
         click.echo(f"The admin {email} exists already; nothing was changed.")
     with engine.begin() as connection:
         retire = update(User).where(User.email == ADMIN, User.is_admin).values(is_admin=False)
         if connection.execute(retire).rowcount:
-            click.echo(f"The demo shop's {ADMIN} is no admin any more.")
+            click.echo(f"The demo shop's {ADMIN} is no longer an admin.")
 
 
 @click.command("demo")

@@ -467,11 +467,11 @@ def test_an_admin_makes_and_unmakes_admins_but_the_last_one_stays(
     def press(user: User, action: str) -> str:
         return client.post(f"/admin/users/{user.id}/{action}", follow_redirects=True).text
 
-    assert "is the last admin, or was none" in press(admin, "unmake-admin")
-    assert "is the last admin, or was none" in press(user, "unmake-admin")
+    assert "is the last admin, or was not one" in press(admin, "unmake-admin")
+    assert "is the last admin, or was not one" in press(user, "unmake-admin")
     assert f"{user.email} is an admin." in press(user, "make-admin")
     assert f"{user.email} is an admin already." in press(user, "make-admin")
-    assert f"{user.email} is no admin any more." in press(user, "unmake-admin")
+    assert f"{user.email} is no longer an admin." in press(user, "unmake-admin")
     press(user, "make-admin")
     client.post(f"/admin/users/{admin.id}/unmake-admin")
     assert not is_logged_in(client)

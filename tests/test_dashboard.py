@@ -193,7 +193,7 @@ def test_a_question_about_no_moment_is_answered_beside_the_field(admin, manager)
         return said(response.text)
 
     for at in ("yesterday", "0001-01-01T00:00", "9999-12-31T23:59:59-23:59", "\0", EVIL, "2026"):
-        assert f"{at!r} is no moment" in ask(at=at)
+        assert f"{at!r} is not a moment" in ask(at=at)
     for zone in ("../etc", "Europe", "\0", EVIL):
         assert "is not in the time zone database" in ask(at="2026-01-01", zone=zone)
 
@@ -320,19 +320,19 @@ def test_a_change_that_the_database_does_not_take_is_said(admin, manager, engine
 
 WRONG = [
     ("", "", "There is nothing here"),
-    ("soon", "", "'soon' is no period and no cron"),
+    ("soon", "", "'soon' is neither a period nor a cron"),
     ("0", "", "'0' is out of range"),
     ("9" * 100, "", "is out of range"),
-    ("1 fortnight", "", "is no period"),
-    ("-5 min", "", "is no period"),
+    ("1 fortnight", "", "is neither a period"),
+    ("-5 min", "", "is neither a period"),
     ("10 min", "Europe/Berlin", "A period has no time zone"),
     ("61 * * * *", "", "has the minute '61'"),
     ("30 2 31 2 *", "", "a day that one of its months has"),
     ("0 0 * * *", "Europe/Berln", "Did you mean 'Europe/Berlin'?"),
     ("0 0 * * *", "\0", "is not in the time zone database"),
     ("* " * 100, "", "expected at most 150"),
-    (EVIL, "", "is no period"),
-    ("\0", "", "is no period"),
+    (EVIL, "", "is neither a period"),
+    ("\0", "", "is neither a period"),
 ]
 
 

@@ -224,7 +224,7 @@ def test_what_is_typed_and_opened_and_focused_stays_over_a_refresh(opened):
     assert field.input_value() == "1 fortnight"
     assert focused(page) == "timezone-newsletter_preview"
     page.keyboard.press("Enter")
-    page.get_by_text("'1 fortnight' is no period and no cron").wait_for()
+    page.get_by_text("'1 fortnight' is neither a period nor a cron").wait_for()
     assert field.input_value() == "1 fortnight"
     wait_for_refresh(page)
     field.fill("1 s")

@@ -72,7 +72,7 @@ def test_init_db_makes_an_admin_of_ones_own_and_takes_the_rights_of_the_demo_sho
     result = runner.invoke(args=["init-db", "--admin", " You@Your.Shop"])
     assert result.exit_code == 0, result.output
     assert "The admin is you@your.shop, the password" in result.output
-    assert "The demo shop's admin@example.com is no admin any more." in result.output
+    assert "The demo shop's admin@example.com is no longer an admin." in result.output
     assert count(engine, "is_admin AND email = 'you@your.shop'") == count(engine, "is_admin") == 1
 
 
@@ -85,7 +85,7 @@ def test_init_db_takes_no_address_that_is_none_the_demo_shops_or_a_customers(
         ("", "expected an e-mail address of yours"),
         ("me", "expected an e-mail address of yours"),
         ("Admin@example.com", "expected an e-mail address of yours"),
-        ("nat@example.com", "has an account that is no admin's"),
+        ("nat@example.com", "has an account that is not an admin's"),
     ]:
         result = runner.invoke(args=["init-db", "--admin", given])
         assert result.exit_code == 1

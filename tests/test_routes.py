@@ -470,8 +470,8 @@ def test_an_error_below_api_is_json(client):
 def test_an_error_has_a_page_with_a_sentence(client, reader):
     for path, code, sentence in [
         ("/nowhere", 404, "There is no such page."),
-        ("/logout", 405, "This page cannot be asked for in that way."),
-        ("/admin/users", 403, "This page is for others."),
+        ("/logout", 405, "This page does not take requests of that kind."),
+        ("/admin/users", 403, "You may not see this page."),
     ]:
         response = client.get(path)
         assert response.status_code == code
