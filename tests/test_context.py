@@ -27,19 +27,14 @@ NOW = last_hour
 # -- one transaction -------------------------------------------------------------------------------
 
 
-def test_killed_between_its_last_effect_and_the_commit_a_run_leaves_neither(fleet: Fleet) -> None:
+def test_killed_between_its_last_effect_and_the_commit_a_run_leaves_neither_and_another_does_it_after_the_lease(
+    fleet: Fleet,
+) -> None:
     process = fleet.process("stuck_at_the_end", NOW().isoformat())
     assert process.stdout.readline() == "working\n"
     process.kill()
     process.wait(PATIENCE)
     wait_until(lambda: fleet.states() == ["running"] and fleet.effects() == [], "the rollback")
-
-
-def test_the_run_of_a_killed_process_is_done_by_another_once_the_lease_is_over(fleet: Fleet) -> None:
-    process = fleet.process("stuck_at_the_end", NOW().isoformat())
-    assert process.stdout.readline() == "working\n"
-    process.kill()
-    process.wait(PATIENCE)
 
     class StuckAtTheEnd(Hourly):
         """A release that mended it."""
