@@ -9,6 +9,7 @@ import pytest
 from conftest import text
 from effects import Effects
 from fleet import PATIENCE, make_app, stop
+from nursery import Nursery
 from processes import MARGIN, environment, eventually, flask, started
 from servers import PGBOUNCER, pooler
 from sqlalchemy import create_engine, make_url
@@ -64,11 +65,11 @@ def assert_nothing_is_left_on_its_connections(pooled: str) -> None:
     assert len(seen) <= CONNECTIONS
 
 
-def test_behind_a_pooler_a_killed_process_is_taken_over(pooled: str, effects: Effects) -> None:
-    env = environment(pooled, PROBE_WORKERS="listener", WORKERS_LEASE_SECONDS=LEASE)
-    with started(WORKERS_RUN, env) as one:
+def test_behind_a_pooler_a_killed_process_is_taken_over(nursery: Nursery, pooled: str, effects: Effects) -> None:
+    more = {"PROBE_WORKERS": "listener", "WORKERS_LEASE_SECONDS": LEASE}
+    with nursery.started(pooled, **more) as one:
         one.wait_for("The listener began")
-        with started(WORKERS_RUN, env | {"PROBE_SECONDS": "0.1"}) as other:
+        with nursery.started(pooled, PROBE_SECONDS=0.1, **more) as other:
             other.wait_for("joined")
             one.signal(signal.SIGKILL)
             killed = time.monotonic()
