@@ -60,7 +60,7 @@ class OrderWorker(MessageWorker):
         current_workers.enqueue_many("mail", [{"order": order_id} for order_id in settled])
 
 
-class Letter(NamedTuple):
+class Mail(NamedTuple):
     """A mail's reader, subject and text."""
 
     to: str
@@ -81,49 +81,45 @@ class MailWorker(MessageWorker):
 
     def handle(self, message: Message, context: WorkerContext) -> None:
         payload = message.payload
-        kind = next(kind for kind in LETTERS if kind in payload)
-        letter = LETTERS[kind](payload[kind], payload, context)
-        if letter is None:
+        kind = next(kind for kind in MAILS if kind in payload)
+        mail = MAILS[kind](payload[kind], payload, context)
+        if mail is None:
             context.logger.warning("%s %s is gone: there is no mail about it.", kind.capitalize(), payload[kind])
             return
-        place = context.services.get(Mailer).send(
-            *letter,
-            key=message.idempotency_key,
-            at=message.enqueued_at,
-        )
+        place = context.services.get(Mailer).send(*mail, key=message.idempotency_key, at=message.enqueued_at)
         context.logger.info("The mail about %s %s is at %s.", kind, payload[kind], place)
 
 
-def about_order(order_id: int, _payload: Payload, context: WorkerContext) -> Letter | None:
+def about_order(order_id: int, _payload: Payload, context: WorkerContext) -> Mail | None:
     order = context.services.get(OrderRepository).get(order_id)
     if order is None:
         return None
     text = render_template("order_mail.txt", order=order)
-    return Letter(order.user.email, f"Your order {order.id}: {order.status}", text)
+    return Mail(order.user.email, f"Your order {order.id}: {order.status}", text)
 
 
-def welcome(user_id: int, _payload: Payload, context: WorkerContext) -> Letter | None:
+def welcome(user_id: int, _payload: Payload, context: WorkerContext) -> Mail | None:
     user = context.services.get(UserRepository).get(user_id)
-    return user and Letter(user.email, "Welcome to the Bookstore", render_template("welcome_mail.txt", user=user))
+    return user and Mail(user.email, "Welcome to the Bookstore", render_template("welcome_mail.txt", user=user))
 
 
-def registered_again(user_id: int, _payload: Payload, context: WorkerContext) -> Letter | None:
+def registered_again(user_id: int, _payload: Payload, context: WorkerContext) -> Mail | None:
     user = context.services.get(UserRepository).get(user_id)
-    return user and Letter(user.email, "You have an account already", render_template("again_mail.txt", user=user))
+    return user and Mail(user.email, "You have an account already", render_template("again_mail.txt", user=user))
 
 
-def password_link(user_id: int, payload: Payload, context: WorkerContext) -> Letter | None:
+def password_link(user_id: int, payload: Payload, context: WorkerContext) -> Mail | None:
     user = context.services.get(UserRepository).get(user_id)
     if user is None:
         return None
     root = urlsplit(current_app.config["PUBLIC_URL"] or payload["root"])
     shop = current_app.url_map.bind(root.netloc, root.path, url_scheme=root.scheme)
     link = shop.build("account.reset_password", {"token": user.password_token()}, force_external=True)
-    return Letter(user.email, "Choose your password", render_template("password_mail.txt", user=user, link=link))
+    return Mail(user.email, "Choose your password", render_template("password_mail.txt", user=user, link=link))
 
 
 # By the field of a payload that says what the mail is about, and has its id.
-LETTERS: dict[str, Callable[[int, Payload, WorkerContext], Letter | None]] = {
+MAILS: dict[str, Callable[[int, Payload, WorkerContext], Mail | None]] = {
     "order": about_order,
     "welcome": welcome,
     "registered again": registered_again,
