@@ -53,16 +53,19 @@ def checked_manager() -> BackgroundWorkerManager:
 
 
 def not_ready(error: Exception) -> DatabaseNotReady:
+    """What to raise in the place of an error of the database or its file."""
     return DatabaseNotReady(f"The database cannot be used ({first_line(error)}). `flask workers check` tries again.")
 
 
 def row_limit(text: str) -> int:
+    """The number given to --limit. Raises WrongUsage."""
     if not (text.isascii() and text.isdigit() and 1 <= int(text[:10]) <= MOST_ROWS):
         raise WrongUsage(f"--limit is {text!r}; expected a whole number from 1 to {MOST_ROWS}.")
     return int(text)
 
 
 def one_state(text: str | None, states: Collection[str]) -> str | None:
+    """The one of `states` that --state names ("handed-back" will do); None without it. Raises WrongUsage."""
     state = text and text.strip().lower().replace("-", " ").replace("_", " ")
     if state is not None and state not in states:
         raise WrongUsage(f"--state is {text!r}; expected one of: {', '.join(states)}.")
@@ -70,6 +73,7 @@ def one_state(text: str | None, states: Collection[str]) -> str | None:
 
 
 def print_json(value: Any) -> None:
+    """With moments in ISO 8601."""
     click.echo(
         json.dumps(value, indent=2, default=lambda each: moment(each) if isinstance(each, datetime) else str(each))
     )

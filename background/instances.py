@@ -200,6 +200,7 @@ class Heartbeat:
         return self._beating.is_alive() and self._watching.is_alive()
 
     def stop(self) -> None:
+        """Begin no other beat; waits for one that is on its way, but not for long."""
         self._stopped.set()
         if threading.current_thread() is not self._beating:
             self._beating.join(_LAST_BEAT_SECONDS)

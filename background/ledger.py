@@ -429,7 +429,8 @@ def _limit(setting: str, seconds: float) -> ColumnElement[str]:
 
 
 def count(result: Any) -> int:
-    assert isinstance(result, CursorResult)  # noqa: S101 - for the type checker: an UPDATE gives no other
+    """How many rows an INSERT, an UPDATE or a DELETE changed."""
+    assert isinstance(result, CursorResult)  # noqa: S101 - for the type checker: they give no other
     return result.rowcount
 
 

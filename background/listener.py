@@ -28,6 +28,7 @@ class Listener:
         self._thread.start()
 
     def stop(self) -> None:
+        """End the thread; waits a second for it at most."""
         self._stopped.set()
         self._tell.send(b"x")
         self._thread.join(1)

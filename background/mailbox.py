@@ -80,6 +80,7 @@ class Letter:
             return self.payload
 
     def as_dict(self) -> dict[str, Any]:
+        """Its columns, with the payload as what was enqueued."""
         row = {**asdict(self), "payload": self.value}
         del row["clock"]
         return row

@@ -174,6 +174,7 @@ class BackgroundWorkerManager:
 
     @property
     def is_started(self) -> bool:
+        """Whether this process is in the fleet or joining it, from `start` until `stop`."""
         return self._started_in == os.getpid()
 
     @property

@@ -244,6 +244,7 @@ class Ending:
         return insist(context.instance, f"that {context.worker} {state}", end) or "lost"
 
     def tell(self, state: str, **details: Any) -> None:
+        """Send the signal of `state`."""
         send(self._app, of_state[state], claim=self._context.claim, **details)
 
 

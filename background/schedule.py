@@ -238,6 +238,7 @@ def _check_period(period: object) -> None:
 
 
 def check_timezone(timezone: str) -> None:
+    """Raise InvalidSchedule for what is not an IANA name."""
     try:
         ZoneInfo(timezone)
     except (KeyError, ValueError, OSError):  # unknown, a path, a folder such as "Europe"
