@@ -93,7 +93,8 @@ def test_a_shop_of_four_processes_of_which_one_is_killed_balances_stock_orders_a
     mails = MailServer().start()
     more = {"PROBE_WORKERS": "order_worker,mail_worker", "MAIL_URL": mails.url(), "WORKERS_LEASE_SECONDS": 2}
     try:
-        with started(gunicorn("-w", "4", "probe:create_app()"), environment(database_url, **more)) as server:
+        command = gunicorn("-w", "4", "--preload", "probe:create_app()")
+        with started(command, environment(database_url, **more)) as server:
             server.wait_for("joined", times=4)
             address = server.wait_for(r"Listening at: (http://\S+)")[1]
             with ThreadPoolExecutor(6) as clients:
