@@ -250,11 +250,11 @@ def test_everything_is_done_by_keyboard_alone(opened):
     assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
     page.keyboard.press("Enter")
     page.get_by_text("price_check is paused").wait_for()
-    page.wait_for_function("document.activeElement.id === 'pause-price_check'")
+    page.locator("#pause-price_check:focus").wait_for()
     assert focused(page) == "Resume price_check"
     page.keyboard.press("Space")
     page.get_by_text("price_check is resumed").wait_for()
-    page.wait_for_function("document.activeElement.id === 'pause-price_check'")
+    page.locator("#pause-price_check:focus").wait_for()
     page.keyboard.press("Tab")
     page.keyboard.press("Enter")
     page.keyboard.press("Tab")
