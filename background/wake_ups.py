@@ -17,6 +17,7 @@ log = logging.getLogger(__name__)
 
 _RETRY_SECONDS = (0.2, 0.5, 1, 2, 5)
 _YIELDED_SECONDS = (0.01, 0.02)
+_NEVER = datetime.max.replace(tzinfo=UTC)
 
 
 class WakeUps:
@@ -65,8 +66,10 @@ class WakeUps:
         try:
             # Without a row (deleted, or not in the backup that was restored), `look` makes it anew before the claim.
             schedule = state.schedule if state else declared_schedule(worker)
-        except InvalidSchedule as error:  # a newer release's
+        except InvalidSchedule as error:  # a newer release's; `follow` takes up the one that comes after it
             log.error("%s: %s", name, error)
+            self.disarm(name)
+            self._armed[name] = _NEVER
             return
         latest = schedule.previous(self._now())
         tick = latest if after is None else max(schedule.next(after), latest)
@@ -93,6 +96,8 @@ class WakeUps:
             # Whoever was not first lets the others go first next time: of several that look at the same instant, all
             # but one would learn only from a claim that they are too late.
             (self._yielding.discard if is_ours else self._yielding.add)(name)
+        except InvalidSchedule as error:  # read just now; the next heartbeat says so
+            log.debug("%s: not running the tick %s: %s", name, tick.isoformat(), error)
         except SQLAlchemyError as error:
             level = logging.DEBUG if failures else logging.WARNING  # once per tick
             log.log(level, "%s: cannot claim the tick %s yet: %s", name, tick.isoformat(), first_line(error))

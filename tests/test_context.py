@@ -4,7 +4,7 @@ import logging
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
 import pytest
 import svcs
@@ -623,6 +623,28 @@ def test_a_schedule_that_this_release_cannot_read_stops_nobody_else(fleet: Fleet
     instance = older.ticks.instance
     renewed = instance.deadline
     wait_until(lambda: instance.deadline > renewed, "the next heartbeat")
+
+
+@pytest.mark.parametrize("when", ["at its start", "later"])
+def test_a_worker_whose_schedule_this_release_could_not_read_for_a_while_runs_again(
+    fleet: Fleet, when: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Changing(Hourly):
+        period = timedelta(seconds=0.3)
+
+    manager = fleet.manager(Changing)
+    manager.ticks.look(Changing)
+    if when == "later":
+        manager.start()
+        wait_until(lambda: "succeeded" in fleet.states(), "the first run")
+    fleet.set("changing", schedule="every full moon")
+    manager.start()
+    wait_until(lambda: "'every full moon' cannot be used" in caplog.text, "the word about it")
+    threading.Event().wait(0.4)  # in which the tick passes that was waited for
+    fleet.set("changing", schedule="every 0.5s", scheduled_at=datetime.now(UTC))
+    ran = fleet.states().count("succeeded")
+    wait_until(lambda: fleet.states().count("succeeded") >= ran + 2, "runs by a schedule that it can read")
+    assert "Traceback" not in caplog.text
 
 
 def test_what_an_instance_that_signed_off_still_held_was_handed_back(fleet: Fleet) -> None:
