@@ -135,6 +135,22 @@ def test_a_process_that_is_frozen_with_a_row_locked_loses_the_lock_with_its_leas
     assert effects.states("ticker") == ([("lost", 1), ("succeeded", 2)] if at == "commit" else [("succeeded", 1)])
 
 
+@on_postgresql
+def test_a_process_that_is_frozen_between_the_check_and_the_commit_of_a_slice_loses_the_lock_with_its_lease(
+    shops: Shops, effects: Effects
+) -> None:
+    more = {"PROBE_WORKERS": "listener", "PROBE_SECONDS": 0}
+    zombie = freeze_one(shops, "commit", **more)
+    others(shops, **more)
+    assert eventually(lambda: effects.ticks("listener"))
+    zombie.thaw()
+    zombie.wait_for("Lost the tick")
+    zombie.wait_for("begins anew")
+    assert [effect.attempt for effect in effects.all("listener", "began")] == [2]
+    assert len(effects.check_once("listener")) == 1
+    assert effects.states("listener") == [("lost", 1), ("succeeded", 2)]
+
+
 @on_sqlite
 @pytest.mark.parametrize(
     ("at", "states"),

@@ -1,13 +1,16 @@
 """Who runs which tick: claims, marks, and an answer for every tick that was not run."""
 
 import threading
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from conftest import on_postgresql
 from fleet import HOUR, PATIENCE, Fleet, Hourly, Shared, effect, in_threads, last_hour, statements
-from sqlalchemy import delete, event
+from sqlalchemy import delete, event, text
+from sqlalchemy.exc import OperationalError
 
-from background import WorkerContext
+from background import BackgroundWorkerManager, WorkerContext
 from background import models as tables
 from background.worker import declared_schedule
 
@@ -248,6 +251,61 @@ def test_a_tick_of_a_schedule_that_was_replaced_before_it_is_not_run(fleet: Flee
     assert manager.ticks.run(Hourly, last_hour(), manager.ticks.look(Hourly)) is None
     assert len(fleet.effects()) == 1
     assert fleet.row("hourly").mark == last_hour() - 3 * HOUR
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda manager: manager.pause("hourly"),
+        lambda manager: manager.reschedule("hourly", period=2 * HOUR),
+        lambda manager: manager.ticks.ledger.claim_manual("hourly", last_hour(), ("other", "elsewhere:2")),
+        lambda manager: manager.request("hourly"),
+    ],
+    ids=["paused", "rescheduled", "run by hand", "requested"],
+)
+def test_a_claim_is_refused_where_something_changed_since_it_looked(
+    fleet: Fleet, change: Callable[[BackgroundWorkerManager], object]
+) -> None:
+    manager = fleet.manager(Hourly)
+    schedule = manager.ticks.look(Hourly).schedule_text
+    assert change(manager)
+    before = fleet.row("hourly")
+    assert manager.ticks.ledger.claim("hourly", last_hour(), schedule, ("late", "elsewhere:1")) is None
+    assert fleet.row("hourly") == before
+
+
+def test_nobody_runs_again_what_was_paused_or_taken_since_it_was_seen(fleet: Fleet) -> None:
+    manager = fleet.manager(Hourly)
+    ledger, schedule, ghost = manager.ticks.ledger, manager.ticks.look(Hourly).schedule_text, ("ghost", "elsewhere:1")
+    tick = last_hour()
+    assert ledger.end(ledger.claim("hourly", tick, schedule, ghost), "lost", next_attempt=2)
+    assert manager.pause("hourly")
+    assert ledger.claim_pending("hourly", tick, ghost) is None
+    assert manager.resume("hourly")
+    assert ledger.claim_pending("hourly", tick, ghost).attempt == 2
+    assert ledger.claim_pending("hourly", tick, ghost) is None
+    assert ledger.claim_manual("hourly", tick, ghost) is None
+    assert not ledger.request("hourly")
+
+
+def test_no_newer_tick_is_claimed_while_an_older_one_is_to_be_run_again(fleet: Fleet) -> None:
+    """As an instance does that looked before the older one was lost."""
+    manager = fleet.manager(Hourly)
+    schedule, ghost = manager.ticks.look(Hourly).schedule_text, ("ghost", "elsewhere:1")
+    claim = manager.ticks.ledger.claim("hourly", last_hour() - HOUR, schedule, ghost)
+    assert manager.ticks.ledger.end(claim, "lost", next_attempt=2)
+    assert manager.ticks.ledger.claim("hourly", last_hour(), schedule, ghost) is None
+    assert manager.ticks.ledger.claim_manual("hourly", last_hour(), ghost) is None
+    assert manager.tick("hourly", last_hour()).state == "succeeded"
+    ran = [(execution.state, execution.tick) for execution in fleet.executions()[1:]]
+    assert ran == [("succeeded", last_hour() - HOUR), ("succeeded", last_hour())]
+
+
+@on_postgresql
+def test_no_statement_that_decides_who_runs_takes_longer_than_a_lease(fleet: Fleet) -> None:
+    ledger = fleet.manager(WORKERS_LEASE_SECONDS=0.5).ticks.ledger
+    with pytest.raises(OperationalError, match="statement timeout"), ledger.begin() as connection:
+        connection.execute(text("SELECT pg_sleep(:seconds)"), {"seconds": PATIENCE})
 
 
 def test_a_tick_whose_obstacle_goes_away_while_it_is_being_skipped_is_run(fleet: Fleet) -> None:
