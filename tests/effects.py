@@ -141,13 +141,17 @@ class Effects:
 
     def instances(self, alive: bool = False) -> set[int]:
         """The pids of the processes that joined the fleet; with `alive`, of those that have not left it."""
+        return set(self.heartbeats(alive))
+
+    def heartbeats(self, alive: bool = False) -> dict[int, datetime]:
+        """When each of these processes said last that it is alive, by its pid."""
         url = self._engine.url
         if url.get_backend_name() == "sqlite":
             url = url.set(database=f"{url.database}-instances")
             if not Path(str(url.database)).exists():
-                return set()
-        query = select(instances.c.pid)
+                return {}
+        query = select(instances.c.pid, instances.c.heartbeat_at)
         if alive:
             query = query.where(instances.c.signed_off_at.is_(None), instances.c.expires_at > now())
         with create_engine(url, poolclass=NullPool).connect() as connection:
-            return set(connection.scalars(query))
+            return dict(connection.execute(query).all())

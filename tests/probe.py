@@ -109,7 +109,7 @@ class Deaf(PeriodicWorker):
         context.logger.info("The deaf one began")
         until = time.monotonic() + _SECONDS
         while time.monotonic() < until and not os.path.exists(os.environ.get("PROBE_UNTIL", "")):
-            time.sleep(0.02)
+            threading.Event().wait(0.02)
         leave(context, os.getpid())
         try:
             context.commit()

@@ -150,6 +150,32 @@ def test_on_sqlite_a_clock_that_is_set_forth_and_back_repeats_no_tick(sqlite_url
     assert {state for state, _ in effects.states("ticker")} <= {"succeeded", "missed", "skipped", "handed back"}
 
 
+@faked
+def test_a_run_that_is_on_while_clocks_are_set_is_neither_taken_over_nor_refused(
+    database_url: str, tmp_path: Path
+) -> None:
+    """On SQLite they decide how long a lease is; on PostgreSQL they only tell the hosts when to wake up."""
+    effects, clock, release = Effects(database_url), tmp_path / "clock", tmp_path / "release"
+    set_clock(clock, timedelta())
+    more = {"PROBE_WORKERS": "deaf", "PROBE_UNTIL": release, "WORKERS_LEASE_SECONDS": 10}
+    with host(database_url, clock=clock, **more) as one, host(database_url, clock=clock, **more) as other:
+        for process in (one, other):
+            process.wait_for("joined")
+        wait_until(lambda: effects.states("deaf") == [("running", 1)], "the run")
+        for ahead in (MINUTES, timedelta(), -MINUTES, MINUTES):
+            set_clock(clock, ahead)
+            for _ in range(4):
+                heard = effects.heartbeats()
+                wait_until(lambda: not heard.items() & effects.heartbeats().items(), "a heartbeat of both")  # noqa: B023
+        release.touch()
+        wait_until(lambda: effects.ticks("deaf"), "the end of the run")
+        for process in (one, other):
+            end(process)
+            assert "begins anew" not in process.output
+    assert effects.states("deaf") == [("succeeded", 1)]
+    assert len(effects.all("deaf")) == 1
+
+
 def test_a_host_that_slept_past_its_lease_commits_nothing_and_begins_anew(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
