@@ -207,7 +207,7 @@ class Membership:
     def _declare(self, names: list[str]) -> None:
         schedules = {name: declared_schedule(self._workers[name]) for name in names if name in self._workers}
         self._declared |= {name: str(schedule) for name, schedule in schedules.items()}
-        self._ticks.steering.register(schedules, self._ticks.instance.id if self._ticks.instance else None)
+        self._ticks.steering.register(schedules, instance.id if (instance := self._ticks.instance) else None)
 
     def _look_soon(self, state: WorkerState) -> None:
         """See to it that the end of another instance's run is noticed well within a second, whatever the heartbeat."""
@@ -301,11 +301,11 @@ class Membership:
         log.log(level, "No heartbeat: %s", first_line(error), exc_info=_unless_expected(error))
 
     def _deadline(self) -> float:
-        return self._ticks.instance.deadline if self._ticks.instance else 0.0
+        return instance.deadline if (instance := self._ticks.instance) else 0.0
 
     def _lost(self) -> None:
-        if self._ticks.instance is not None:
-            self._ticks.lose(self._ticks.instance)
+        if (instance := self._ticks.instance) is not None:
+            self._ticks.lose(instance)
 
 
 def _unless_expected(error: Exception) -> Exception | None:

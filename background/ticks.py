@@ -47,7 +47,7 @@ class Ticks:
         """Run `tick`, seen from the lately read `state`, if nobody has or does; None where it is not ours to run."""
         name, why = worker.name, "stopping"
         while not self.runs.stopping.is_set():
-            if self.instance is not None and not self.instance.is_alive:
+            if (instance := self.instance) is not None and not instance.is_alive:
                 why = "this instance has lost its lease"
                 self.postponed(name, tick)
                 break
@@ -142,8 +142,8 @@ class Ticks:
     @contextmanager
     def present(self) -> Iterator[Instance]:
         """This process's instance; where it has not joined (a command, a test) one that lives as long as the block."""
-        if self.instance is not None:
-            yield self.instance
+        if (instance := self.instance) is not None:
+            yield instance
             return
         instance = again_if_stale(self.sign_on)
         heartbeat = Heartbeat(
@@ -180,7 +180,7 @@ class Ticks:
         It only reads. A worker unknown to this release is left alone.
         """
         held = [state for state in states if state.running and state.name in self._workers]
-        own = self.instance.id if self.instance else None
+        own = instance.id if (instance := self.instance) else None
         gone = self.instances.gone({str(state.instance) for state in held} - {own}) if held else {}
         return {
             state.name: gone.get(str(state.instance), True)

@@ -74,7 +74,7 @@ class WakeUps:
         latest = schedule.previous(self._now())
         tick = latest if after is None else max(schedule.next(after), latest)
         self._armed[name] = tick = min(tick, no_later_than or tick)
-        offset = self._ticks.instance.clock_offset if self._ticks.instance else timedelta()
+        offset = instance.clock_offset if (instance := self._ticks.instance) else timedelta()
         spread = random.uniform(0, worker.jitter.total_seconds())  # noqa: S311 - no secret
         if name in self._yielding:
             spread += random.uniform(*_YIELDED_SECONDS)  # noqa: S311
@@ -104,4 +104,4 @@ class WakeUps:
             self.later(f"retry:{name}", failures, self._fire, name, tick)
 
     def _now(self) -> datetime:
-        return self._ticks.instance.database_time() if self._ticks.instance else datetime.now(UTC)
+        return instance.database_time() if (instance := self._ticks.instance) else datetime.now(UTC)

@@ -3,7 +3,9 @@
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +19,7 @@ from background import BackgroundWorkerManager, WorkerContext
 from background import models as tables
 from background.clock import steady
 from background.instances import Instance, Pulse
+from background.ticks import Ticks
 
 LEASE = timedelta(seconds=5)
 
@@ -260,6 +263,38 @@ def test_a_life_whose_lease_is_over_begins_no_run_until_the_fleet_knows_the_next
     manager.ticks.instances.beat = beat  # type: ignore[method-assign]
     wait_until(lambda: fleet.states() == ["succeeded", "succeeded"], "the postponed tick")
     assert fleet.executions()[1].instance == manager.ticks.instance.id != before.id
+
+
+def test_a_process_that_leaves_while_its_threads_ask_who_it_is_ends_in_peace(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = fleet.manager(Hourly)
+    manager.start()
+    wait_until(lambda: fleet.states() == ["succeeded"], "the first run")
+    membership, instance = manager._membership, manager.ticks.instance
+    manager.stop()
+    asked: list[Instance | None] = []
+
+    def leaving(_ticks: Ticks) -> Instance | None:
+        """Known to the first who asks, and gone for the second."""
+        asked.append(None if asked else instance)
+        return asked[-1]
+
+    monkeypatch.delattr(manager.ticks, "instance")
+    monkeypatch.setattr(Ticks, "instance", property(leaving), raising=False)
+    questions = [
+        membership._deadline,
+        membership._lost,
+        partial(membership._declare, ["hourly"]),
+        membership._wake_ups._now,
+        partial(membership._wake_ups.arm_first, "hourly"),
+        partial(manager.ticks.gone, []),
+        partial(ExitStack().enter_context, manager.ticks.present()),
+    ]
+    for ask in questions:
+        asked.clear()
+        ask()
+        assert asked, ask
 
 
 def test_what_an_instance_held_when_its_lease_ran_out_is_lost_and_not_handed_back(fleet: Fleet) -> None:
