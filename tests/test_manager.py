@@ -118,6 +118,23 @@ def test_a_reschedule_reaches_the_other_instances(fleet: Fleet) -> None:
     assert fleet.row("changing").schedule == "every 3600s"
 
 
+def test_a_reschedule_is_followed_within_two_heartbeats(fleet: Fleet) -> None:
+    manager = fleet.manager(Rarely)
+    manager.start()
+    membership = wait_until(lambda: ticks(fleet, "rarely") and manager._membership, "the first run")
+    beat, armed = manager.ticks.instances.beat, []
+
+    def note(instance: Instance, topics: Sequence[str] = ()) -> Pulse:
+        armed.append(membership._wake_ups._armed["rarely"])
+        return beat(instance, topics)
+
+    manager.ticks.instances.beat = note  # type: ignore[method-assign]
+    assert fleet.manager(Rarely).reschedule("rarely", period=2 * HOUR)
+    began = len(armed)  # the next one to begin is the first of the two
+    wait_until(lambda: len(armed) > began + 2, "the beginning of the third")
+    assert armed[began + 2] < datetime.now(UTC) + 3 * HOUR
+
+
 def fleet_rows(fleet: Fleet) -> set[str]:
     with fleet.engine.connect() as connection:
         return set(connection.scalars(select(tables.workers.c.name)))
