@@ -49,7 +49,8 @@ class Connections:
         """For whatever decides who runs."""
         if self._shared.dialect.name != "sqlite":
             return self._postgresql(pool_size=2)
-        engine = create_engine(self._shared.url, hide_parameters=True)
+        # However many claims wait for the write lock: the heartbeat's look at the others must not wait behind them.
+        engine = create_engine(self._shared.url, max_overflow=-1, hide_parameters=True)
         sqlite.prepare(engine)
         _close_strays(engine)
         return engine
@@ -65,7 +66,9 @@ class Connections:
         if self._shared.dialect.name != "sqlite":
             return self._postgresql(pool_size=1)
         main = os.path.realpath(str(self._shared.url.database))  # by whatever links the others come to it
-        engine = create_engine(self._shared.url.set(database=f"{main}-instances"), hide_parameters=True)
+        engine = create_engine(
+            self._shared.url.set(database=f"{main}-instances"), max_overflow=-1, hide_parameters=True
+        )
 
         @event.listens_for(engine, "connect")
         def connected(connection: Any, _record: Any) -> None:

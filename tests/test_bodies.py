@@ -5,6 +5,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from conftest import on_sqlite
 from fleet import PATIENCE, Fleet, Hourly, effect, last_hour, wait_until
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
@@ -127,3 +128,23 @@ def test_a_pool_of_connections_that_is_used_up_does_not_starve_the_heartbeat(fle
     wait_until(lambda: fleet.states("greedy") not in ([], ["running"]), "the end")
     assert fleet.states("greedy") == ["succeeded"]
     assert fleet.keys() == [f"greedy:{last_hour().isoformat()}"]
+
+
+@on_sqlite
+def test_many_claims_that_wait_for_the_write_lock_of_a_run_do_not_starve_its_heartbeat(fleet: Fleet) -> None:
+    working = threading.Event()
+
+    class Holding(Hourly):
+        def do_work(self, context: WorkerContext) -> None:
+            effect(context)
+            working.set()
+            began = context.instance.deadline
+            wait_until(lambda: context.is_lost or context.instance.deadline > began + 6, "more than a lease")
+
+    manager = fleet.manager(Holding, WORKERS_LEASE_SECONDS=5, WORKERS_THREADS=30)
+    manager.start()
+    assert working.wait(PATIENCE)
+    for number in range(25):
+        manager.add(type(f"Waiting{number}", (Hourly,), {}))
+    wait_until(lambda: len(fleet.effects()) == 26, "all of them")
+    assert fleet.states("holding") == ["succeeded"]
