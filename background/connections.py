@@ -38,9 +38,12 @@ class Connections:
 
     def __init__(self, shared: Engine, arguments: Mapping[str, Any], lease: float) -> None:
         self._shared = shared
-        # As long as a heartbeat may take: libpq does not wait for less than two seconds.
-        own = {"prepare_threshold": None, "connect_timeout": max(2, int(lease / 2))}
-        self._arguments = {**arguments, **own}
+        # As long as a heartbeat may take: libpq does not wait for less than two seconds. Then a line is given up on
+        # which nothing is acknowledged, as where a firewall forgot it; TCP alone would take a quarter of an hour.
+        seconds = max(2, int(lease / 2))
+        waiting = {"connect_timeout": seconds, "tcp_user_timeout": seconds * 1000}
+        waiting |= {"keepalives_idle": seconds, "keepalives_interval": 1}
+        self._arguments = {**arguments, **waiting, "prepare_threshold": None}
         self._open: WeakSet[Any] = WeakSet()
         self._opening = threading.Lock()
 

@@ -3,6 +3,7 @@
 import os
 import resource
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -251,6 +252,21 @@ def test_connections_that_only_the_server_knows_to_be_gone_are_made_anew(
     proxy.half_open()
     runs_on(effects)
     effects.check_answered(PERIOD)
+
+
+def test_a_line_that_is_dead_is_given_up_by_the_engine_in_time_whatever_the_application_does(
+    proxy: Proxy, join: Join
+) -> None:
+    """A firewall may forget an idle connection: nobody is told, and no answer comes to what is sent on it."""
+    connections = join(proxy.url, SQLALCHEMY_ENGINE_OPTIONS={"connect_args": {"tcp_user_timeout": 0}}).ticks.connections
+    for engine in (connections.claims, connections.heartbeats):
+        with engine.connect() as connection:
+            descriptor = connection.connection.dbapi_connection.fileno()  # type: ignore[union-attr]
+            with socket.socket(fileno=os.dup(descriptor)) as line:
+                assert (
+                    line.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 2_000
+                )  # connecting may take as long
+                assert line.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 2
 
 
 def test_a_connection_in_use_while_the_others_are_closed_is_closed_when_it_is_given_back(url: URL, join: Join) -> None:
