@@ -145,7 +145,7 @@ class Runs:
         """Undo what the run that ended badly did since its last commit."""
         try:
             self._db.session.rollback()
-        except SQLAlchemyError as error:  # the connection broke, and the database has rolled back by itself
+        except Exception as error:  # the connection broke, or a listener; the database rolls back by itself
             log.warning("Gave up the connection of a run: %s", first_line(error))
             self._db.session().invalidate()
 

@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from conftest import on_sqlite
 from fleet import PATIENCE, Fleet, Hourly, effect, last_hour, wait_until
+from sqlalchemy import event
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from background import WorkerContext
@@ -73,6 +74,24 @@ def test_whatever_a_run_raises_it_has_failed_and_the_next_tick_runs(fleet: Fleet
     assert failed.reason.startswith(("Traceback (most recent call last):", "  + Exception Group Traceback"))
     assert f"odd:{failed.tick.isoformat()}" not in set(fleet.keys())
     assert set(fleet.states("odd")) <= {"failed", "succeeded", "running", "skipped", "missed"}
+
+
+def test_a_run_whose_rollback_fails_has_failed_and_is_not_run_for_ever(fleet: Fleet) -> None:
+    class Unlucky(Hourly):
+        def do_work(self, context: WorkerContext) -> None:
+            effect(context)
+
+            @event.listens_for(context.session, "after_rollback")
+            def fail(_session: object) -> None:
+                raise ZeroDivisionError
+
+            raise ValueError("of its own")
+
+    manager = fleet.manager(Unlucky)
+    assert manager.tick("unlucky", last_hour()).state == "failed"
+    [execution] = fleet.executions("unlucky")
+    assert "ValueError: of its own" in execution.reason
+    assert fleet.effects() == []
 
 
 def test_a_worker_that_cannot_be_pickled_runs(fleet: Fleet) -> None:
