@@ -66,8 +66,9 @@ WORKERS = (CatalogueImport, NewsletterPreview, PriceCheck, StockCount, PassiveUs
 
 def create_app(database_url: str | None = None) -> Flask:
     """One that only serves, unless its manager is started."""
-    url = database_url or os.environ["DATABASE_URL"]
-    app = make_app(url, *WORKERS, MailWorker, WTF_CSRF_ENABLED=True, WORKERS_ENABLED=False, RATELIMIT_ENABLED=False)
+    config = {"WTF_CSRF_ENABLED": True, "WORKERS_ENABLED": False, "RATELIMIT_ENABLED": False}
+    patient = {"WORKERS_LEASE_SECONDS": 60}  # beside a browser a machine may have no time for a heartbeat
+    app = make_app(database_url or os.environ["DATABASE_URL"], *WORKERS, MailWorker, **config, **patient)
     app.after_request(_strict)
     return app
 
