@@ -147,10 +147,10 @@
     if (document.visibilityState === "visible") refresh();
   }
 
-  /* A button loads the page again: the focus goes back to it, or to what took its place. */
+  /* A button loads the page again: the focus goes back to it, or to what took its place, or to what it names. */
   function keepPlace(event) {
     halt();
-    const id = event.submitter?.id;
+    const id = event.submitter?.dataset.then || event.submitter?.id;
     if (id && event.target.method === "post") {
       sessionStorage.setItem("workers-place", JSON.stringify({ id, top: scrollY }));
     }
@@ -159,7 +159,7 @@
   function findPlace() {
     const place = JSON.parse(sessionStorage.getItem("workers-place"));
     sessionStorage.removeItem("workers-place");
-    if (!place) return;
+    if (!place || document.querySelector("[autofocus]")) return; // a form that was refused
     document.getElementById(place.id)?.focus({ preventScroll: true });
     scrollTo({ top: place.top, behavior: "instant" });
   }
