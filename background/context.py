@@ -186,7 +186,7 @@ class MessageContext(WorkerContext):
         self.refuse_if_lost()
         self.tick, self.attempt, self.token = message.tick, message.attempt, message.token
         self.idempotency_key = message.idempotency_key
-        self.log_fields["tick"] = message.tick.isoformat()
+        self.log_fields |= {"tick": message.tick.isoformat(), "execution": message.idempotency_key}
 
     def handled(self, *messages: "Message") -> None:
         """The next commit acknowledges them, together with what the session holds."""

@@ -10,10 +10,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from fleet import Fleet, Hourly, effect, statements
+from fleet import Fleet, Hourly, effect, statements, states, wait_until
 from processes import ROOT
 
-from background import WorkerContext
+from background import Message, MessageWorker, WorkerContext
+from background.context import RunFields
 from models import db
 
 
@@ -142,6 +143,25 @@ def test_runs_side_by_side_keep_their_lines_apart(fleet: Fleet) -> None:
         "first": ["first"],
         "second": ["second"],
     }
+
+
+def test_a_line_of_a_handler_names_the_message(
+    fleet: Fleet, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Reading(MessageWorker):
+        topic = "letters"
+
+        def handle(self, message: Message, context: WorkerContext) -> None:
+            context.logger.info("Reading")
+            logging.getLogger("a.library").info("Reading aloud")
+
+    manager = fleet.manager(Reading)
+    monkeypatch.setattr(caplog.handler, "filters", [RunFields()])
+    ids = fleet.enqueue("letters", 1, 2)
+    manager.start()
+    wait_until(lambda: states(fleet) == ["done", "done"], "the handling")
+    lines = [each for each in caplog.records if each.message.startswith("Reading")]
+    assert [each.execution for each in lines] == [f"letters:{id}" for id in ids for _ in range(2)]  # type: ignore[attr-defined]
 
 
 PROGRAM = """
