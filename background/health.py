@@ -34,6 +34,12 @@ class Check:
     ok: bool
     figures: dict[str, Any]
     reason: str | None = None
+    at: float | None = None
+    """Of which moment it tells, for the answer: its age; None where it tells of none."""
+
+    def as_dict(self) -> dict[str, Any]:
+        age = {} if self.at is None else {"age_seconds": round(steady() - self.at, 3)}
+        return {"ok": self.ok, **self.figures, **age}
 
 
 def health() -> Blueprint:
@@ -58,7 +64,7 @@ def _answer(word: str, checks: dict[str, Check]) -> ResponseReturnValue:
     is_ok = all(check.ok for check in checks.values())
     answer = jsonify(
         status=word if is_ok else f"not {word}",
-        checks={name: {"ok": check.ok, **check.figures} for name, check in checks.items()},
+        checks={name: check.as_dict() for name, check in checks.items()},
     )
     answer.headers["Cache-Control"] = "no-store"
     answer.status_code = 200 if is_ok else 503
@@ -106,7 +112,7 @@ class Readiness:
             self._migrated_at = None
             manager.check()
             self._migrated_at = steady()
-        return Check(True, {"age_seconds": round(steady() - self._migrated_at, 3)})
+        return Check(True, {}, at=self._migrated_at)
 
     def _say(self, checks: dict[str, Check]) -> None:
         """Once per change: a probe comes every few seconds."""
@@ -130,14 +136,15 @@ def _database(manager: BackgroundWorkerManager) -> Check:
     manager.ticks.connections.refuse_missing()
     began = steady()
     manager.history.clock()
-    return Check(True, {"milliseconds": round((steady() - began) * 1000, 1)})
+    return Check(True, {"milliseconds": round((steady() - began) * 1000, 1)}, at=began)
 
 
 def _workers(manager: BackgroundWorkerManager) -> Check:
     """Where WORKERS_ENABLED is false they are others' business: a web that serves is not to be taken away for them."""
+    asked_at = steady()
     overdue = [each.name for each in standings(manager) if each.is_overdue]
     is_ours = manager.is_started or manager.app.config["WORKERS_ENABLED"]
-    return Check(not (overdue and is_ours), {"overdue": len(overdue)}, f"overdue: {overdue}")
+    return Check(not (overdue and is_ours), {"overdue": len(overdue)}, f"overdue: {overdue}", asked_at)
 
 
 def _heartbeat(manager: BackgroundWorkerManager) -> Check:
@@ -147,5 +154,5 @@ def _heartbeat(manager: BackgroundWorkerManager) -> Check:
     instance = manager.ticks.instance
     if instance is None or not instance.deadline:
         return Check(False, {"here": True}, "this process has not joined the fleet, or has left it")
-    age = steady() - (instance.deadline - instance.lease.total_seconds())
-    return Check(instance.is_alive, {"here": True, "age_seconds": round(age, 3)}, f"{age:.1f} s old")
+    sent_at = instance.deadline - instance.lease.total_seconds()
+    return Check(instance.is_alive, {"here": True}, f"{steady() - sent_at:.1f} s old", sent_at)
