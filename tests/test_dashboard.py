@@ -107,6 +107,16 @@ def test_a_running_worker_is_shown_with_its_instance_and_how_far_it_is(admin, ma
 
 
 @on_sqlite
+def test_the_last_outcome_says_at_which_attempt_it_came(admin, manager, engine):
+    manager.ticks.look(Talker)
+    at = last_hour()
+    run = {"tick": at, "started_at": at, "finished_at": at + timedelta(seconds=9)}
+    add_executions(engine, {**run, "state": "lost"}, {**run, "attempt": 2})
+    for path in ("/workers/", "/workers/worker/talker"):
+        assert "succeeded in 9.000 s, attempt 2" in said(page(admin, path))
+
+
+@on_sqlite
 def test_the_picture_says_in_words_what_it_shows(admin, manager, engine):
     manager.trigger("talker")
     at = last_hour()
