@@ -1,4 +1,4 @@
-"""The shop in a real browser, on a phone's narrow screen."""
+"""The shop in a real browser, mostly on a phone's narrow screen."""
 
 import shutil
 from collections.abc import Iterator
@@ -8,6 +8,7 @@ from conftest import PASSWORD
 from fleet import wait_until
 from servers import served
 from sqlalchemy import select
+from test_dashboard_browser import violations
 
 from models import Book, User, db
 
@@ -49,9 +50,13 @@ def page(address, complaints):
         browser.close()
 
 
-def assert_fits(page) -> None:
+def assert_usable(page) -> None:
+    """It fits screens of several widths, and everybody can read and use it."""
     page.wait_for_load_state("load")
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390, page.url
+    for width in (1024, 768, 390):
+        page.set_viewport_size({"width": width, "height": 844})
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, page.url
+    assert violations(page) == [], page.url
 
 
 def press(page, name: str) -> None:
@@ -70,13 +75,13 @@ def test_a_new_reader_registers_logs_in_and_orders_and_the_admin_sees_it(
         db.session.commit()
 
     page.goto("/")
-    assert_fits(page)
+    assert_usable(page)
     press(page, "See the books")
-    assert_fits(page)
+    assert_usable(page)
     press(page, "Middlemarch")
     press(page, "Log in and order")
     press(page, "Register")
-    assert_fits(page)
+    assert_usable(page)
     page.get_by_label("Name").fill("Nat")
     page.get_by_label("E-mail").fill("Nat@Example.com")
     page.get_by_label("Password", exact=True).fill(PASSWORD)
@@ -88,29 +93,34 @@ def test_a_new_reader_registers_logs_in_and_orders_and_the_admin_sees_it(
     press(page, "Order")
     page.get_by_text("Thank you, your order is placed.").wait_for()
     page.get_by_text("being processed").wait_for()
-    assert_fits(page)
+    assert_usable(page)
     manager.start()
     wait_until(lambda: outbox.exists() and len(list(outbox.glob("*.eml"))) == 2, "the mails")
     page.reload()
     page.get_by_text("confirmed").wait_for()
-    assert_fits(page)
+    assert_usable(page)
     press(page, "Middlemarch")
     page.get_by_text("sold out").wait_for()
-    assert_fits(page)
+    assert_usable(page)
 
     page.get_by_role("button", name="Log out").click()
     page.get_by_role("link", name="Log in").click()
     log_in(page, "admin@example.com")
     page.get_by_role("link", name="Users", exact=True).click()
-    assert_fits(page)
+    assert_usable(page)
     page.get_by_label("Search by the beginning of the e-mail or name").fill("nat")
     page.get_by_label("Status").select_option("Active")
     press(page, "Search")
     page.get_by_text("nat@example.com").wait_for()
-    assert_fits(page)
+    assert_usable(page)
+    press(page, "Send a password link to Nat")
+    page.get_by_text("A password link is on its way").wait_for()
+    page.get_by_role("link", name="Audit").click()
+    page.get_by_text("admin.send_password_link").wait_for()
+    assert_usable(page)
     page.get_by_role("link", name="My account").click()
     page.get_by_text("Last login").wait_for()
-    assert_fits(page)
+    assert_usable(page)
 
     assert complaints == []
     with app.app_context():
