@@ -1,5 +1,6 @@
 """The dashboard's pages of the workers: all at a glance, one with its executions, and one execution."""
 
+from contextlib import suppress
 from typing import Any
 from urllib.parse import urlencode
 
@@ -87,6 +88,7 @@ def worker_page(name: str) -> ResponseReturnValue:
         searched=MOST_SEARCHED,
         states=STATES,
         only=state,
+        until=request.args.get("until", "")[:100],
         draft=draft(),
         here=here(),
         **_why(manager, name),
@@ -115,12 +117,13 @@ def _place(place: Place) -> str:
 
 
 def _before() -> Place | None:
-    """The same read again; nonsense is the first page."""
+    """The same read again, or else the moment that is asked for; nonsense is the first page."""
     tick, _, id = request.args.get("before", "").partition("~")
-    try:
+    with suppress(ValueError):
         return moment_in(tick), min(max(int(id), 0), LARGEST_ID)
-    except ValueError:
-        return None
+    with suppress(ValueError, InvalidSchedule):
+        return moment_in(request.args.get("until", "")[:100], request.args.get("zone", "UTC")[:100]), LARGEST_ID
+    return None
 
 
 def _why(manager: BackgroundWorkerManager, name: str) -> dict[str, Any]:

@@ -149,6 +149,27 @@ def test_the_worker_page_pages_through_the_executions_and_keeps_to_one_state(adm
     assert "No executions" not in page(admin, "/workers/worker/talker?before=nonsense&state=nonsense")
 
 
+@on_sqlite
+def test_executions_are_found_by_their_moment_in_any_zone(admin, manager, engine):
+    manager.ticks.look(Talker)
+    noon = datetime(2026, 1, 20, 12, tzinfo=UTC)
+    add_executions(engine, *({"tick": noon + timedelta(hours=n)} for n in range(40)))
+
+    def newest(**asked: str) -> str:
+        text = admin.get("/workers/worker/talker", query_string=asked).text
+        assert 'rel="next"' not in text
+        return re.search(r'id="execution-\d+">.*?datetime="([^"]*)"', text, re.DOTALL)[1]
+
+    assert newest(until="2026-01-20T15:00") == "2026-01-20T15:00:00+00:00"
+    assert newest(until="2026-01-20T15:00", zone="Europe/Berlin") == "2026-01-20T14:00:00+00:00"
+    text = page(admin, "/workers/worker/talker?until=2026-01-22T00:00&state=succeeded")
+    assert 'name="until" value="2026-01-22T00:00"' in text
+    older = page(admin, unescape(re.search(r'rel="next" href="([^"#]*)', text)[1]))
+    assert len(re.findall('id="execution-', text)) + len(re.findall('id="execution-', older)) == 37
+    for nonsense in ("until=x", "until=2026-01-20T15:00&zone=x", "until=%00&zone=%00", "until=0001-01-01T00:00"):
+        assert "2026-01-22T03:00:00+00:00" in page(admin, f"/workers/worker/talker?{nonsense}")
+
+
 def test_a_rare_state_is_looked_for_so_far_and_then_further_back(admin, manager, engine, monkeypatch):
     monkeypatch.setattr("background.history.MOST_SEARCHED", 10)
     manager.ticks.look(Talker)
@@ -312,7 +333,7 @@ def test_a_schedule_is_changed_and_reset_with_one_click(admin, manager):
     assert "schedule changed" in page(admin, "/workers/worker/talker")
     text = press(admin, path, schedule="30 2 * * *", timezone="Europe/Berlin")
     assert "talker runs at 30 2 * * * (Europe/Berlin) from now on." in text
-    assert "Reset to: every 10 minutes" in text
+    assert "Reset to every 10 minutes" in text
     text = press(admin, path, declared="1")
     assert "talker runs every 10 minutes from now on." in text
     assert "Reset to" not in text
