@@ -171,6 +171,10 @@ def test_times_are_shown_in_the_viewers_zone(opened):
     hour, minute = re.search(r"(\d\d):(\d\d):00 UTC", tick.get_attribute("title") or "").groups()
     shown = page.locator(f'time[datetime="{tick.get_attribute("datetime")}"]:not([data-countdown])').inner_text()
     assert f"{(int(hour) + 9) % 24:02}:{minute}:00" in shown
+    page.get_by_label("Up to the tick, in Asia/Tokyo").fill("2026-01-20T12:00:00")
+    wait_for_refresh(page)
+    page.get_by_role("button", name="Show these executions").click()
+    page.get_by_text("None up to then.").wait_for()
     page.get_by_label("At which moment, in Asia/Tokyo?").fill("2026-01-20T12:00:00")
     page.get_by_role("button", name="Ask").click()
     page.get_by_text("The tick 2026-01-20T01:30:00Z of price_check").wait_for()
@@ -276,25 +280,28 @@ def test_without_a_script_a_worker_is_run_and_rescheduled_by_forms(opened):
     page.get_by_label("Period or cron").fill("20 min")
     page.get_by_role("button", name="Save the schedule of stock_count").click()
     page.get_by_text("stock_count runs every 20 minutes from now on.").wait_for()
-    page.get_by_role("button", name="Reset stock_count to every 30 minutes").click()
+    page.get_by_role("button", name="Reset to every 30 minutes: stock_count").click()
     page.get_by_text("stock_count runs every 30 minutes from now on.").wait_for()
 
 
 PLACES = ("/workers/", "/workers/timeline", "/workers/instances", "/workers/messages", "/workers/worker/stock_count")
 
 
-def test_every_page_is_accessible_and_fits_a_phone(opened):
+def test_every_page_is_accessible_and_fits_a_phone(app, opened):
+    app.extensions["background_workers"].reschedule("price_check", timedelta(minutes=20))
     page = opened("/workers/worker/newsletter_preview")
     execution = page.locator("tbody th a").first.get_attribute("href")
     for path in (*PLACES, execution, "/workers/?edit=stock_count&schedule=soon"):
         page.set_viewport_size({"width": 1200, "height": 800})
         page.goto(path)
         assert violations(page) == [], path
-        for width in (768, 390):
+        for width in (1024, 768, 390):
             page.set_viewport_size({"width": width, "height": 844})
             assert page.evaluate("document.documentElement.scrollWidth") <= width, path
     assert violations(page) == []  # the last one, narrow
     assert page.get_by_label("Period or cron").locator("visible=true").bounding_box()["width"] > 300
+    page.get_by_role("button", name="Reset to at 30 2 * * * (Europe/Berlin): price_check").click()
+    page.get_by_text("price_check runs at 30 2 * * * (Europe/Berlin) from now on.").wait_for()
 
 
 def violations(page: "Page") -> list[str]:
