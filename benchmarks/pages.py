@@ -106,7 +106,7 @@ def pages(app: Flask, size: Size) -> Iterator[str]:
     }
     more = {
         "background.overview": ["page=2", "q=worker_7"],
-        "background.worker": ["state=failed", f"at={ago(3_600)}"],
+        "background.worker": ["state=failed", f"until={ago(3_600)}", f"at={ago(3_600)}"],
         "background.timeline": [
             "window=1m",
             "window=1h",
