@@ -129,8 +129,18 @@ def wait_for_refresh(page: "Page") -> None:
 
 
 def hurry(page: "Page", is_true: Callable[[], bool]) -> None:
-    """Let the page's time fly until `is_true()`."""
-    wait_until(lambda: page.clock.run_for(2_000) or is_true())
+    """Let the page's time fly until `is_true()`, but not while it waits for an answer, which it would give up."""
+    asking: set[Any] = set()
+    page.on("request", lambda request: asking.add(request))
+    for over in ("requestfinished", "requestfailed"):
+        page.on(over, lambda request: asking.discard(request))
+
+    def look() -> bool:
+        if not asking:
+            page.clock.run_for(2_000)
+        return is_true()
+
+    wait_until(look)
 
 
 def focused(page: "Page") -> str:
