@@ -1,6 +1,7 @@
 """Who is woken for which messages: an enqueue, a pause that is over, or a heartbeat that finds some due."""
 
 import logging
+import math
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy.exc import SQLAlchemyError
 
+from .clock import steady
 from .errors import first_line
 from .handling import Handling, tell_of_the_dead
 from .instances import Instance, Pulse
@@ -22,6 +24,7 @@ log = logging.getLogger(__name__)
 
 _EXPIRED = "its instance stopped renewing its lease"
 _STRANDED = "the reply to its claim got lost"
+_SLOT_SECONDS = 0.02
 
 
 class Consumers:
@@ -59,7 +62,8 @@ class Consumers:
         if not seconds:
             self.wake(topic)
         elif seconds <= self._app.config["WORKERS_HEARTBEAT_SECONDS"] and not self._ticks.runs.stopping.is_set():
-            self._scheduler.after(seconds, f"messages:{topic}:{seconds:.1f}", self.wake, topic)
+            slot = math.ceil((steady() + seconds) / _SLOT_SECONDS)  # shared by all that are due in it, woken at its end
+            self._scheduler.after(slot * _SLOT_SECONDS - steady(), f"messages:{topic}:{slot}", self.wake, topic)
 
     def follow(self, pulse: Pulse, within: float) -> None:
         """Wake up for what a heartbeat found due, or due `within` that many seconds."""

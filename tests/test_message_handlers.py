@@ -571,6 +571,28 @@ def test_many_messages_for_later_are_no_timers_of_this_process(fleet: Fleet, qui
     wait_until(lambda: len(timers.get_jobs()) <= before, "at most a look at them")
 
 
+@on_sqlite
+def test_those_that_are_delayed_after_it_do_not_hold_a_delayed_message_up(fleet: Fleet, quiet: Quiet) -> None:
+    manager = quiet(Notes)
+
+    def is_one_handled_after_another_was_enqueued() -> bool:
+        with manager.app.app_context():
+            manager.enqueue("notes", "again", delay=1)
+            db.session.commit()
+        return bool(fleet.effects())
+
+    wait_until(is_one_handled_after_another_was_enqueued, "the first")
+
+
+def test_one_that_is_due_a_little_earlier_does_not_take_the_timer_of_another(fleet: Fleet, quiet: Quiet) -> None:
+    manager = quiet(Notes)
+    with manager.app.app_context():
+        for delay in (0.549, 0.46):
+            manager.enqueue("notes", delay, delay=delay)
+        db.session.commit()
+    wait_until(lambda: is_over(fleet), "the handling of both")
+
+
 def test_a_savepoint_that_is_rolled_back_holds_no_message_up_that_was_enqueued_before(
     fleet: Fleet, quiet: Quiet
 ) -> None:
