@@ -111,6 +111,12 @@ class Instances:
             )
             connection.execute(delete(instances).where(instances.c.expires_at < now(-_FORGOTTEN_AFTER)))
 
+    def forget(self, instance: Instance) -> None:
+        """End a life that no execution tells of: without a trace, as there may be one for each lock."""
+        instance.deadline = 0.0
+        with self._single.begin() as connection:
+            connection.execute(delete(instances).where(instances.c.id == instance.id))
+
     def gone(self, ids: Collection[str]) -> dict[str, bool]:
         """Those of `ids` who are not alive: True for one that signed off, False for one that was lost.
 

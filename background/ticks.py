@@ -125,12 +125,12 @@ class Ticks:
         self.instances.beat(instance)
         return instance
 
-    def sign_off(self, instance: Instance) -> None:
+    def sign_off(self, instance: Instance, forget: bool = False) -> None:
         """The end of that life; what it still holds counts as handed back, or as lost if its lease is over."""
         if not instance.is_alive:
             return
         try:
-            self.instances.sign_off(instance)
+            (self.instances.forget if forget else self.instances.sign_off)(instance)
         except SQLAlchemyError as error:
             log.warning("Could not sign off, so the lease must run out first: %s", first_line(error))
 
@@ -140,8 +140,11 @@ class Ticks:
         self.connections.cut()
 
     @contextmanager
-    def present(self) -> Iterator[Instance]:
-        """This process's instance; where it has not joined (a command, a test) one that lives as long as the block."""
+    def present(self, forget: bool = False) -> Iterator[Instance]:
+        """This process's instance; where it has not joined (a command, a test) one that lives as long as the block.
+
+        With `forget` nothing is kept of that: for what no execution tells of.
+        """
         if (instance := self.instance) is not None:
             yield instance
             return
@@ -158,7 +161,7 @@ class Ticks:
             yield instance
         finally:
             heartbeat.stop()
-            self.sign_off(instance)
+            self.sign_off(instance, forget)
 
     # -- those who are gone --------------------------------------------------------------------
 
@@ -232,7 +235,8 @@ class Ticks:
 
     @made_once
     def locks(self) -> Locks:
-        return Locks(self.connections.locks, self.instances, self.present, self._app.config["LOCK_PREFIX"])
+        present = partial(self.present, forget=True)
+        return Locks(self.connections.locks, self.instances, present, self._app.config["LOCK_PREFIX"])
 
     def close(self) -> None:
         """Close the connections; they open again when they are asked for."""

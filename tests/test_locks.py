@@ -361,6 +361,13 @@ def test_a_lock_is_one_read_and_two_writes(fleet: Fleet) -> None:
     assert [each.split()[0] for each in seen if "background_locks" in each] == ["SELECT", "UPDATE", "UPDATE"]
 
 
+def test_a_process_that_has_not_joined_leaves_no_instance_behind_with_each_lock(fleet: Fleet) -> None:
+    manager = fleet.manager()
+    assert [token(manager) for _ in range(3)] == [1, 2, 3]
+    with manager.ticks.instances.engine.connect() as connection:
+        assert connection.execute(select(tables.instances)).all() == []
+
+
 # -- a broken database -----------------------------------------------------------------------------
 
 
