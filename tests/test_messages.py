@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from conftest import on_sqlite
+from conftest import on_postgresql, on_sqlite
 from fleet import HOUR, PATIENCE, Fleet, Hourly, effect, statements, states, wait_until
 from sqlalchemy import select
 
@@ -23,6 +23,7 @@ from background import (
     current_workers,
 )
 from background import models as tables
+from background.handling import _pause
 from models import db
 
 MINUTE = 60
@@ -267,6 +268,22 @@ def test_messages_are_handled_once_each_in_the_order_in_which_they_were_enqueued
     assert fleet.keys() == [f"notes:{row.id}" for row in fleet.messages()]
 
 
+@on_postgresql
+def test_a_message_whose_transaction_ends_late_is_handled_after_those_that_were_there_before_it(fleet: Fleet) -> None:
+    """It fell due before them: whoever only went on from the last one handled would never see it."""
+    manager = fleet.manager(Notes)
+    manager.start()
+    with manager.app.app_context():
+        manager.enqueue("notes", "early, and late")
+        fleet.enqueue("notes", "one", "two")
+        all_are(fleet, "done", 2)
+        db.session.commit()
+    all_are(fleet, "done", 3)
+    assert fleet.effects() == ["one", "two", "early, and late"]
+    [late, *others] = fleet.messages()
+    assert late.due_at < min(other.due_at for other in others)
+
+
 def test_an_enqueue_wakes_its_own_process_up_without_a_heartbeat(fleet: Fleet) -> None:
     manager = fleet.manager(Notes, WORKERS_HEARTBEAT_SECONDS=MINUTE, WORKERS_LEASE_SECONDS=5 * MINUTE)
     manager.start()
@@ -391,6 +408,15 @@ def test_the_pause_before_another_attempt_doubles(fleet: Fleet) -> None:
     (_, first), (second_due, second), (third_due, _) = attempts
     assert second_due - first >= timedelta(seconds=0.14)
     assert third_due - second >= timedelta(seconds=0.29)
+
+
+@pytest.mark.parametrize("backoff", [timedelta(seconds=1), timedelta.max])
+def test_the_pause_is_spread_by_a_quarter_and_grows_to_an_hour_at_most(backoff: timedelta) -> None:
+    slow = make(backoff=backoff)
+    for attempt in (1, 2, 12, 13, 2_000):
+        full = min(backoff.total_seconds() * 2 ** min(attempt - 1, 12), 3_600)
+        pauses = [_pause(slow, attempt).total_seconds() for _ in range(500)]
+        assert 0.75 * full <= min(pauses) < 0.85 * full < 1.15 * full < max(pauses) <= 1.25 * full
 
 
 Misdeed = Callable[[WorkerContext], None]
