@@ -31,6 +31,7 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.orm import Session
+from sqlalchemy.types import TypeEngine
 
 from .clock import now, single_statements
 from .errors import BackgroundError, ClaimLost, UnknownMessage, WrongState
@@ -111,7 +112,8 @@ class Messages:
         self._ledger = ledger
         self._single = single_statements(ledger.engine)
         self._on_sqlite = ledger.engine.dialect.name == "sqlite"
-        self._claim = _claim()
+        # Built once: that takes longer than some of them do.
+        self._claim, self._acknowledge = _claim(), self._acknowledgement()
 
     # -- enqueueing ----------------------------------------------------------------------------
 
@@ -174,7 +176,7 @@ class Messages:
         return Batch(batch, worker, tuple(found)) if found else None
 
     def _any_due(self, topic: str) -> bool:
-        return bool(self.read(_due(topic).limit(1)))
+        return bool(self.read(_first_due, {"of": topic}))
 
     # -- ending --------------------------------------------------------------------------------
 
@@ -184,25 +186,29 @@ class Messages:
         Others may be here: whoever takes the batch over, as its instance is gone. They wait for this commit, or this
         finds them first.
         """
-        is_done = self._among(done)
+        values = {"done": self._packed(done), "these": self._packed(ids), "by": batch.id}
+        result = session.execute(self._acknowledge, values)
+        ours = count(result) if self._on_sqlite else result.scalar_one()
+        if ours != len(ids):
+            raise ClaimLost(
+                f"Worker {batch.worker!r} no longer holds {len(ids) - ours} of its {len(ids)} messages: they were "
+                "taken over. What it had not committed is not kept; let the exception pass."
+            )
+
+    def _acknowledgement(self) -> Any:
+        is_done, is_one = (self._is_one_of(bindparam(name, type_=self._ids)) for name in ("done", "these"))
         acknowledged = (
             update(messages)
-            .where(self._held(batch, ids))
+            .where(is_one, messages.c.batch == bindparam("by"), _is_running)
             .values(
                 state=case((is_done, "done"), else_="running"),
                 finished_at=case((is_done, now())),
             )
         )
         if self._on_sqlite:
-            ours = count(session.execute(acknowledged))
-        else:
-            rows = acknowledged.returning(messages.c.id).cte()
-            ours = session.execute(select(func.count(rows.c.id), *self._ledger.idle)).scalar_one()
-        if ours != len(ids):
-            raise ClaimLost(
-                f"Worker {batch.worker!r} no longer holds {len(ids) - ours} of its {len(ids)} messages: they were "
-                "taken over. What it had not committed is not kept; let the exception pass."
-            )
+            return acknowledged
+        rows = acknowledged.returning(messages.c.id).cte()
+        return select(func.count(rows.c.id), *self._ledger.idle)
 
     def left(self, batch: Batch) -> list[Message]:
         """Those of the batch that are neither acknowledged nor taken over by anybody."""
@@ -337,19 +343,29 @@ class Messages:
 
     # -- helpers -------------------------------------------------------------------------------
 
-    def read(self, query: Select[Any]) -> Sequence[Row[Any]]:
+    def read(self, query: Select[Any], values: dict[str, Any] | None = None) -> Sequence[Row[Any]]:
         """The rows that `query` finds, in a transaction of its own."""
         with self._single.connect() as connection:
-            return connection.execute(query).all()
+            return connection.execute(query, values).all()
 
     def _held(self, batch: Batch, ids: Collection[int]) -> ColumnElement[bool]:
         return and_(self._among(ids), messages.c.batch == batch.id, _is_running)
 
     def _among(self, ids: Collection[int]) -> ColumnElement[bool]:
-        """One parameter, whatever their number."""
+        return self._is_one_of(bindparam(None, self._packed(ids), type_=self._ids))
+
+    def _is_one_of(self, ids: ColumnElement[Any]) -> ColumnElement[bool]:
         if self._on_sqlite:
-            return messages.c.id.in_(select(func.json_each(json.dumps(list(ids))).table_valued("value").c.value))
-        return messages.c.id == any_(bindparam(None, list(ids), type_=ARRAY(BigInteger)))
+            return messages.c.id.in_(select(func.json_each(ids).table_valued("value").c.value))
+        return messages.c.id == any_(ids)
+
+    def _packed(self, ids: Collection[int]) -> str | list[int]:
+        """As one parameter, whatever their number."""
+        return json.dumps(list(ids)) if self._on_sqlite else list(ids)
+
+    @property
+    def _ids(self) -> TypeEngine[Any]:
+        return Text() if self._on_sqlite else ARRAY(BigInteger)
 
 
 _same_key: dict[str, Any] = {
@@ -364,6 +380,9 @@ def _due(topic: ColumnElement[str] | str) -> Any:
     return select(messages.c.id, messages.c.attempt, messages.c.due_at).where(
         _is_waiting, messages.c.topic == topic, messages.c.due_at <= clock
     )
+
+
+_first_due = _due(bindparam("of")).limit(1)
 
 
 def _claim() -> Any:

@@ -126,7 +126,7 @@ MUTATIONS = (
     ),
     Mutation(
         "an acknowledgement checks that the batch is still its own",
-        [Edit("background/messages.py", "messages.c.batch == batch.id, _is_running", "True")],
+        [Edit("background/messages.py", 'messages.c.batch == bindparam("by"), _is_running', "True")],
         ["tests/test_message_handlers.py", "-k", "others_took"],
     ),
     Mutation(
