@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 _EXPIRED = "its instance stopped renewing its lease"
 _STRANDED = "the reply to its claim got lost"
 _SLOT_SECONDS = 0.02
+_LONGEST_REST_SECONDS = 0.02
 
 
 class Consumers:
@@ -118,6 +119,7 @@ class Consumers:
         return True
 
     def _handle(self, worker: type[MessageWorker], batch: Batch, instance: Instance) -> None:
+        began = steady()
         self._batches.add(batch.id)
         try:
             handling = Handling(worker, batch, self._ticks.messages, self._ticks.runs, instance, self._app, self._db)
@@ -126,6 +128,9 @@ class Consumers:
             self._batches.discard(batch.id)
         if pause is not None:
             self.wake_after(worker.topic, pause)
+        if self._ticks.ledger.engine.dialect.name == "sqlite":
+            # Who waits for its write lock asks now and again, and would hardly find it free between two batches.
+            self._ticks.runs.stopping.wait(min((steady() - began) / 4, _LONGEST_REST_SECONDS))
 
     # -- those who are gone --------------------------------------------------------------------
 

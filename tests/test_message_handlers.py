@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from datetime import timedelta
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -420,6 +421,23 @@ def test_a_worker_that_is_added_after_the_start_handles_what_waits_and_one_that_
     manager.add(Notes)
     wait_until(lambda: is_over(fleet), "the end")
     assert fleet.effects() == ["0, removing", "1, removing", "2, removing", "3", "4", "5"]
+
+
+@on_sqlite
+def test_a_backlog_leaves_the_write_lock_to_others_for_a_while_after_each_batch(fleet: Fleet) -> None:
+    class Holding(Notes):
+        batch_size = 1
+
+        def handle(self, message: Message, context: WorkerContext) -> None:
+            effect(context, message.payload)
+            time.sleep(0.1)
+
+    manager = fleet.manager(Holding)
+    fleet.enqueue("notes", *range(5))
+    manager.start()
+    wait_until(lambda: is_over(fleet), "the end")
+    rests = [following.claimed_at - one.finished_at for one, following in pairwise(fleet.messages())]
+    assert min(rests) >= timedelta(seconds=0.019)
 
 
 def test_messages_without_end_starve_neither_ticks_nor_other_topics_where_there_is_one_thread(fleet: Fleet) -> None:
