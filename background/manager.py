@@ -31,7 +31,7 @@ from .errors import (
 from .history import History
 from .locks import Lock
 from .mailbox import Mailbox
-from .payloads import as_delay, draft
+from .payloads import as_delay, draft, listed
 from .roster import Roster
 from .runs import Execution
 from .schedule import make_schedule
@@ -372,8 +372,8 @@ class BackgroundWorkerManager:
         Everything is checked before anything is enqueued.
         """
         self._known_topic(topic)
-        most, delay, each = self.app.config["MESSAGES_MAX_BYTES"], as_delay(delay), list(payloads)
-        names = [None] * len(each) if keys is None else list(keys)
+        most, delay, each = self.app.config["MESSAGES_MAX_BYTES"], as_delay(delay), listed(payloads, "payloads")
+        names = [None] * len(each) if keys is None else listed(keys, "keys")
         if len(names) != len(each):
             raise InvalidMessage(f"There are {len(names)} keys for {len(each)} payloads; expected one for each.")
         drafts = [draft(payload, key, most) for payload, key in zip(each, names, strict=True)]

@@ -2,12 +2,14 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 from .errors import InvalidMessage
+
+T = TypeVar("T")
 
 LONGEST_KEY = 200
 LONGEST_DELAY = timedelta(days=36_500)
@@ -47,6 +49,16 @@ def draft(payload: Any, key: str | None, most_bytes: int) -> Draft:
             "enqueue a reference to the data instead, or raise that setting."
         )
     return Draft(text, key)
+
+
+def listed(values: Iterable[T], what: str) -> list[T]:
+    """Raises InvalidMessage for a single one in the place of many: a text and a dict can be iterated over, too."""
+    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+        raise InvalidMessage(
+            f"The {what} of many messages are {values!r:.100}; expected a list, or whatever else has one for each: "
+            "write [...] around a single one."
+        )
+    return list(values)
 
 
 def as_delay(delay: timedelta | float | None) -> timedelta | None:

@@ -212,6 +212,18 @@ def test_there_is_one_key_for_each_of_many_payloads(manager: BackgroundWorkerMan
         manager.enqueue_many("notes", [1, 2], ["a"])
 
 
+@on_sqlite
+@pytest.mark.parametrize("single", [{"order": 1}, "order", b"order", 1, None])
+def test_one_payload_or_key_in_the_place_of_many_is_refused(manager: BackgroundWorkerManager, single: Any) -> None:
+    manager.add(Notes)
+    with manager.app.app_context():
+        with pytest.raises(InvalidMessage, match=r"The payloads of many messages are .*; expected a list"):
+            manager.enqueue_many("notes", single)
+        if single is not None:
+            with pytest.raises(InvalidMessage, match=r"The keys of many messages are .*; expected a list"):
+                manager.enqueue_many("notes", range(5), single)
+
+
 # -- registering -----------------------------------------------------------------------------------
 
 
