@@ -675,6 +675,8 @@ WRONG = [
     ("history", "greet", "--limit", "many"),
     ("history", "greet", "--limit", "99999999999"),
     ("history", "greet", "--limit", "9" * 5_000),
+    ("history", "greet", "--limit", "00000099999"),
+    ("history", "greet", "--limit", "0000000001" + "9" * 5_000),
     ("history", "greet", "--state", "fine"),
 ]
 
