@@ -15,6 +15,10 @@ workers = int(os.environ.get("WEB_CONCURRENCY", "2"))
 graceful_timeout = 30
 # Longer than a request may wait for SQLite's write lock (30): a worker that is killed takes its runs along.
 timeout = 60
+# PROXIES says whom to believe. By itself gunicorn would believe whoever is on this machine or on a socket, and a proxy
+# there passes on what a visitor sends: SCRIPT_NAME, which goes before every address of a page, and PATH_INFO.
+forwarder_headers = ""
+secure_scheme_headers = {}
 
 
 class JsonLogger(Logger):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from broken_http import said
 from conftest import close, on_sqlite, settings
 from flask import Flask, request
 from processes import environment, flask, gunicorn, run, started
@@ -173,6 +174,24 @@ def test_only_the_proxies_that_there_are_say_who_asks(database_url: str, proxies
     }
     assert app.test_client().get("/seen", headers=headers).text == seen
     close(app)
+
+
+def test_under_gunicorn_no_header_says_where_the_shop_is(sqlite_url: str) -> None:
+    command = gunicorn("-w", "1", "app:create_app()")
+    with started(command, environment(sqlite_url, WORKERS_ENABLED="no")) as server:
+        port = int(server.wait_for(r"Listening at: http://127.0.0.1:(\d+)")[1])
+        for path, header in [
+            ("/", "X-Forwarded-Proto: https"),
+            ("/", "X-Forwarded-Ssl: on"),
+            ("/", "SCRIPT_NAME: /evil"),
+            ("//evil.example/", "SCRIPT_NAME: //evil.example"),
+            ("/", "PATH_INFO: /nowhere"),
+        ]:
+            asked = f"GET {path} HTTP/1.1\r\nHost: localhost\r\n{header}\r\nConnection: close\r\n\r\n"
+            answer = said(port, asked.encode())
+            assert answer.startswith(b"HTTP/1.1 200 OK" if path == "/" else b"HTTP/1.1 404"), header
+            assert b"Strict-Transport-Security" not in answer, header
+            assert b'href="//evil' not in answer, header
 
 
 @pytest.mark.parametrize(("given", "kept"), [("0", 0), (0, 0), ("2", 2), (10, 10)])
