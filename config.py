@@ -257,7 +257,8 @@ def hide_password_links(record: logging.LogRecord) -> bool:
 
 
 # By its own form, and not by its path, which may be written in many ways: a second slash, %72eset, reset%2F.
-_SIGNED = re.compile(r"[\w.-]{20,}\.[\w-]{6}\.[\w-]{27}")
+# It begins where a word does: else a long word, which anybody may send, would be searched from each of its letters.
+_SIGNED = re.compile(r"(?<![\w.-])[\w.-]{20,}\.[\w-]{6}\.[\w-]{27}")
 
 
 def _environment() -> dict[str, str]:

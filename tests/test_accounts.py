@@ -399,6 +399,15 @@ def test_a_password_link_is_in_no_log_however_its_address_is_written(
     assert token not in caplog.text
 
 
+@pytest.mark.usefixtures("app")
+@on_sqlite
+def test_no_address_that_anybody_asks_for_holds_the_log_up() -> None:
+    began = time.process_time()
+    for word in ("a", "aaaaaa.", ".aaaaaa." + "a" * 26):
+        logging.getLogger("werkzeug").warning('"GET /%s HTTP/1.1" 404', (word * 60_000)[:60_000])
+    assert time.process_time() - began < 3  # where each letter was a beginning it took a minute
+
+
 # ---- Admins, and what they did
 
 
