@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from flask import Flask
-from sqlalchemy import URL, make_url
-from sqlalchemy.exc import ArgumentError
+from sqlalchemy import URL, Engine, ExceptionContext, event, make_url
+from sqlalchemy.exc import ArgumentError, DataError, IntegrityError
 from werkzeug.middleware.proxy_fix import ProxyFix
 
 from background import RunFields
@@ -388,6 +388,16 @@ def _postgresql_options(given: Mapping[str, Any]) -> dict[str, Any]:
     }
     # A pooled connection may be older than the server's last restart.
     return {"pool_pre_ping": True, **given, "connect_args": {**arguments, **given.get("connect_args", {})}}
+
+
+@event.listens_for(Engine, "handle_error")
+def _leave_values_out(context: ExceptionContext) -> None:
+    """PostgreSQL quotes the row that it refuses, as `hide_parameters` does not know: keep what comes before that."""
+    error, wrapped = context.original_exception, context.sqlalchemy_exception
+    kept = getattr(getattr(error, "diag", None), "message_primary", None)  # None where it came from no server
+    if kept and isinstance(wrapped, IntegrityError | DataError):
+        wrapped.args = (str(wrapped.args[0]).replace(str(error), kept),)
+        error.args = (kept,)
 
 
 def _usable_url(url: URL, folder: Path) -> URL:

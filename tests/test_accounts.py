@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import time
+import traceback
 from collections.abc import Callable
 from email import message_from_bytes
 from email.policy import default
@@ -12,7 +13,7 @@ from threading import Barrier
 from typing import Any
 
 import pytest
-from conftest import PASSWORD, PASSWORD_HASH, PASSWORD_METHOD, on_sqlite
+from conftest import PASSWORD, PASSWORD_HASH, PASSWORD_METHOD, on_postgresql, on_sqlite
 from flask import Flask
 from flask.testing import FlaskClient
 from fleet import at_once, in_threads, wait_until
@@ -570,6 +571,29 @@ def test_an_error_of_the_database_shows_no_parameters(app: Flask, manager: Backg
                 )
             assert PASSWORD_HASH not in str(raised.value)
             assert "hide_parameters" in str(raised.value)
+
+
+def test_an_error_of_the_database_shows_no_row(app: Flask, manager: BackgroundWorkerManager, make_user: Make) -> None:
+    user = make_user()
+    with app.app_context():
+        for engine in (db.engine, manager.ticks.ledger.engine):
+            for change in ("status = 'gone'", "name = NULL", "id = id + 1, email = 'other', status = NULL"):
+                with engine.connect() as connection, pytest.raises(DBAPIError) as raised:
+                    connection.execute(text(f"UPDATE users SET {change}"))
+                shown = "".join(traceback.format_exception(raised.value))
+                assert PASSWORD_HASH not in shown
+                assert user.email not in shown
+                assert "constraint" in shown
+
+
+@on_postgresql
+def test_an_error_of_the_database_shows_no_email_that_is_taken(app: Flask, make_user: Make) -> None:
+    user = make_user()
+    with pytest.raises(DBAPIError, match="uq_users_email") as raised:
+        make_user(email=user.email)
+    assert user.email not in "".join(traceback.format_exception(raised.value))
+    with pytest.raises(DBAPIError, match="cannot contain NUL"):  # says psycopg, without asking the server
+        make_user(name="\0")
 
 
 def test_the_first_line_of_an_error_is_fit_for_a_log() -> None:
