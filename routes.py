@@ -464,6 +464,7 @@ def login() -> ResponseReturnValue:
         if user is not None and users.record_login(user.id, datetime.now(UTC), user.password_hash):
             if user.has_renewable_password:
                 users.replace_password(user, form.password.data)
+            session.clear()  # somebody else may have begun it, and know its token
             login_user(user)  # before the commit, behind which somebody may change the password that let them in
             db.session.commit()
             do_not_count()
@@ -493,6 +494,7 @@ def is_own_path(target: str) -> bool:
 @account.post("/logout")
 def logout() -> ResponseReturnValue:
     logout_user()
+    session.clear()
     flash("You are logged out.", "info")
     return redirect(url_for("shop.home"))
 

@@ -137,6 +137,24 @@ def test_a_session_of_the_release_before_is_a_strangers(app: Flask, client: Flas
 
 
 @on_sqlite
+def test_a_token_is_worth_nothing_once_somebody_logs_in_or_out(
+    app: Flask, client: FlaskClient, make_user: Make
+) -> None:
+    app.config["WTF_CSRF_ENABLED"] = True
+    form = {"email": make_user().email, "password": PASSWORD, "name": "Nat"}
+    given_before = {**form, "csrf_token": token_on(client, "/login")}
+    assert client.post("/login", data=given_before).status_code == 302
+    assert client.post("/account", data=given_before).status_code == 400
+    given_within = {**form, "csrf_token": token_on(client, "/account")}
+    assert client.post("/logout", data=given_within).status_code == 302
+    assert client.post("/login", data=given_within).status_code == 400
+
+
+def token_on(client: FlaskClient, path: str, **more: Any) -> str:
+    return re.search(r'name="csrf_token"[^>]* value="([^"]*)"', client.get(path, **more).text)[1]  # type: ignore[index]
+
+
+@on_sqlite
 def test_a_session_is_worth_nothing_under_another_key(app: Flask, make_user: Make) -> None:
     user = make_user()
     with app.app_context():
@@ -550,8 +568,7 @@ def test_a_form_is_taken_over_https_where_the_browser_says_what_our_policy_lets_
     app: Flask, client: FlaskClient
 ) -> None:
     app.config["WTF_CSRF_ENABLED"] = True
-    page = client.get("/login", base_url="https://localhost").text
-    token = re.search(r'name="csrf_token"[^>]* value="([^"]*)"', page)[1]  # type: ignore[index]
+    token = token_on(client, "/login", base_url="https://localhost")
     form = {"csrf_token": token, "email": "nat@example.com", "password": PASSWORD}
     for referrer, code in [("https://localhost/login", 200), ("https://evil.example/", 400), (None, 400)]:
         headers = {"Referer": referrer} if referrer else {}
