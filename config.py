@@ -86,6 +86,17 @@ def level(value: Any) -> str:
 def secret(value: Any) -> Any:
     if not isinstance(value, str | bytes) or not value.strip():
         raise ValueError(value)
+    return _encodable(value)
+
+
+def database_url(value: Any) -> URL:
+    return make_url(_encodable(value))
+
+
+def _encodable(value: Any) -> Any:
+    """The bytes of an environment variable need be no text: then it can be neither signed with nor opened."""
+    if isinstance(value, str):
+        value.encode()
     return value
 
 
@@ -109,6 +120,7 @@ def public_url(value: Any) -> str:
     is_host = parts.hostname and not (parts.query or parts.fragment or parts.username or "\\" in parts.netloc)
     if parts.scheme not in ("http", "https") or not is_host or parts.port == 0:
         raise ValueError(value)
+    (parts.hostname or "").encode("idna")  # no part of a host is empty or longer than 63 letters
     return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}/"
 
 
@@ -147,11 +159,14 @@ _DAYS = "a number of days above 0 and at most 36500"
 _DATABASE = "postgresql://user:password@host/name, or sqlite:/// and the path of a file"
 
 KEYS = {
-    "DATABASE_URL": Key(None, make_url, _DATABASE, "where the data is; unset: a SQLite file in instance/"),
+    "DATABASE_URL": Key(None, database_url, _DATABASE, "where the data is; unset: a SQLite file in instance/"),
     "SECRET_KEY": Key(None, secret, "a text that is not empty", "signs the sessions; unset: made once, in instance/"),
     "WORKERS_ENABLED": Key(True, boolean, _BOOLEAN, "whether a serving process runs the background workers"),
     "WORKERS_HEARTBEAT_SECONDS": Key(
-        None, number(86_400), _SECONDS, "how often an instance says it is alive; unset: 2, or a quarter of the lease"
+        None,
+        number(86_400, least=0.01),
+        "a number of seconds from 0.01 to 86400",
+        "how often an instance says it is alive; unset: 2, or a quarter of the lease",
     ),
     "WORKERS_LEASE_SECONDS": Key(
         10,

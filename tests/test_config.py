@@ -112,7 +112,8 @@ NO_ADDRESSES = [
     ("name", "value", "expected"),
     [
         ("WORKERS_ENABLED", "maybe", "true or false"),
-        ("WORKERS_HEARTBEAT_SECONDS", "nan", "a number of seconds above 0"),
+        ("WORKERS_HEARTBEAT_SECONDS", "nan", "a number of seconds from 0.01"),
+        ("WORKERS_HEARTBEAT_SECONDS", "1e-300", "a number of seconds from 0.01"),
         ("WORKERS_LEASE_SECONDS", "inf", "a number of seconds from 0.5"),
         ("WORKERS_LEASE_SECONDS", 0.4, "a number of seconds from 0.5"),
         ("WORKERS_SHUTDOWN_SECONDS", -1, "a number of seconds above 0"),
@@ -213,6 +214,16 @@ def test_a_mail_url_is_refused_without_showing_its_password(tmp_path: Path, url:
 def test_an_empty_secret_key_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidConfig, match="SECRET_KEY is a value that is not shown; expected a text"):
         load(tmp_path, {"SECRET_KEY": " "})
+
+
+@pytest.mark.parametrize("name", ["SECRET_KEY", "DATABASE_URL"])
+def test_bytes_that_are_no_text_are_refused_without_being_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setitem(os.environb, name.encode(), b"sqlite:///hunter2\xff\xfe")
+    with pytest.raises(InvalidConfig, match=f"{name} is a value that is not shown; expected") as raised:
+        load(tmp_path)
+    assert "nter" not in str(raised.value)
 
 
 @pytest.mark.parametrize("token", ["", " ", "hunter2 ", "hunter2\n", "hünter2", b"hunter2", 7])

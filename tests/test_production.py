@@ -218,7 +218,18 @@ def test_the_public_url_may_have_a_path(tmp_path: Path, given: str, kept: str) -
 
 @pytest.mark.parametrize(
     "given",
-    ["your.shop", "ftp://your.shop", "https://", "https://a b", "https://x@y", "https://a/?q", "https://a:0", 5],
+    [
+        "your.shop",
+        "ftp://your.shop",
+        "https://",
+        "https://a b",
+        "https://x@y",
+        "https://a/?q",
+        "https://a:0",
+        "https://a..b",
+        "https://" + "a" * 64,
+        5,
+    ],
 )
 def test_a_public_url_that_no_link_could_begin_with_is_refused(tmp_path: Path, given: Any) -> None:
     with pytest.raises(InvalidConfig, match=r"^PUBLIC_URL is .*expected https:// and a host"):
