@@ -1,8 +1,10 @@
 """SQLite has one writer: what every connection needs so that "database is locked" reaches nobody."""
 
+import os
 import sqlite3
 import threading
 import time
+from contextlib import suppress
 from typing import Any
 
 from sqlalchemy import Connection, Engine, event
@@ -20,6 +22,7 @@ def prepare(engine: Engine) -> None:
     time-out, if anybody committed in between.)
     """
     if engine.dialect.name == "sqlite" and not event.contains(engine, "connect", _connected):
+        event.listen(engine, "do_connect", _make_private)
         event.listen(engine, "connect", _connected)
         event.listen(engine, "savepoint", _begin_before_savepoint)
 
@@ -54,6 +57,13 @@ def _use_wal(connection: Any) -> None:
             if time.monotonic() > until:
                 raise
             threading.Event().wait(0.01)
+
+
+def _make_private(_dialect: Any, _record: Any, arguments: Any, _parameters: Any) -> None:
+    """A new file, which SQLite would let everybody on the machine read; one that is there stays as it is."""
+    with suppress(OSError):
+        if os.path.isabs(arguments[0]):  # it is no `:memory:`, and no URI
+            os.close(os.open(arguments[0], os.O_CREAT | os.O_EXCL, 0o600))
 
 
 def _connected(connection: Any, _record: Any) -> None:

@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import sqlite3
+import stat
 import subprocess
 import sys
 import textwrap
@@ -23,6 +24,7 @@ from sqlalchemy.pool import NullPool
 
 from app import create_app
 from background.errors import DatabaseNotReady
+from background.sqlite import prepare
 from migrations import schema
 from models import Book, User, db
 
@@ -295,6 +297,28 @@ def ask(clone: Path, question: str) -> Any:
     answer = connection.execute(question).fetchone()[0]
     connection.close()
     return answer
+
+
+def test_a_new_file_is_read_by_nobody_else_on_the_machine_and_one_that_is_there_stays_as_it_is(tmp_path: Path) -> None:
+    for name, mode in (("new.sqlite", 0o600), ("there.sqlite", 0o640)):
+        path = tmp_path / name
+        if name == "there.sqlite":
+            path.touch()
+            path.chmod(mode)
+        with app_context(f"sqlite:///{path}"):
+            schema.upgrade()
+            found = {each.name: stat.S_IMODE(each.stat().st_mode) for each in tmp_path.glob(f"{name}*")}
+        assert found == dict.fromkeys((name, f"{name}-shm", f"{name}-wal"), mode)
+
+
+@pytest.mark.parametrize("url", ["sqlite://", "sqlite:///file:other?mode=memory&uri=true"])
+def test_a_database_that_is_no_file_makes_none(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    engine = create_engine(url, poolclass=NullPool)
+    prepare(engine)
+    with engine.connect():
+        assert not list(tmp_path.iterdir())
+    engine.dispose()
 
 
 def test_four_processes_at_once_prepare_the_embedded_shop_once(fresh_clone: Path) -> None:
