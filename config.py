@@ -26,7 +26,7 @@ from sqlalchemy.exc import ArgumentError, DataError, IntegrityError
 from werkzeug.middleware.proxy_fix import ProxyFix
 
 from background import RunFields
-from background.errors import InvalidConfig
+from background.errors import InvalidConfig, spelled_out
 
 TEXT_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 
@@ -242,6 +242,7 @@ def configure_logging(app: Flask) -> None:
     """Give the log a handler, unless the process that loads the app has set one up already."""
     for name in (app.name, "werkzeug", "gunicorn.access", "gunicorn.error"):
         logging.getLogger(name).addFilter(hide_password_links)
+    app.logger.addFilter(spell_failed_path_out)
     if not logging.getLogger().handlers:
         handler = logging.StreamHandler()
         if app.config["LOG_FORMAT"] == "json":
@@ -268,6 +269,13 @@ def hide_password_links(record: logging.LogRecord) -> bool:
     """Whoever reads the log may not choose the passwords of others."""
     if _SIGNED.search(message := record.getMessage()):
         record.msg, record.args = _SIGNED.sub("...", message), ()
+    return True
+
+
+def spell_failed_path_out(record: logging.LogRecord) -> bool:
+    """Flask logs the path of a request that failed decoded, so that it might hold whole lines of a log."""
+    if record.funcName == "log_exception":
+        record.msg, record.args = spelled_out(record.getMessage()), ()
     return True
 
 

@@ -110,7 +110,12 @@ def first_line(error: BaseException) -> str:
         line = str(error).strip().splitlines()[0]
     except Exception:  # it has no text, or none that can be had
         return type(error).__name__
-    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in line)
+    return spelled_out(line)
+
+
+def spelled_out(text: str) -> str:
+    """The text in one line that steers no terminal."""
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
 
 
 def error_line(text: str | None) -> str | None:

@@ -427,6 +427,18 @@ def test_no_address_that_anybody_asks_for_holds_the_log_up() -> None:
     assert time.process_time() - began < 3  # where each letter was a beginning it took a minute
 
 
+@on_sqlite
+def test_the_path_of_a_request_that_failed_is_one_line_of_the_log(
+    app: Flask, client: FlaskClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    app.config["PROPAGATE_EXCEPTIONS"] = False
+    with app.app_context():
+        db.session.execute(text("DROP TABLE rate_limits"))
+        db.session.commit()
+    assert client.post("/account/reset/x%0AINFO forged%1B[2J").status_code == 500
+    assert r"Exception on /account/reset/x\nINFO forged\x1b[2J [POST]" in caplog.messages
+
+
 # ---- Admins, and what they did
 
 
