@@ -1,7 +1,8 @@
 """What a user subclasses."""
 
+import inspect
 import re
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -94,6 +95,7 @@ def declared_schedule(cls: type[PeriodicWorker]) -> Schedule:
             "write workers.add(MyWorker), without parentheses behind the class."
         )
     _check_class(cls, "do_work(self, context)", cls.do_work is PeriodicWorker.do_work)
+    _refuse_generators(cls, cls.do_work)
     schedule = make_schedule(cls.name, cls.period, cls.cron, cls.timezone)
     _check_attributes(
         cls,
@@ -111,6 +113,7 @@ def declared_topic(cls: type[MessageWorker]) -> str:
     """The topic that the class declares, after checking everything else it declares; one sentence if wrong."""
     handlers = (cls.handle is not MessageWorker.handle) + (cls.handle_many is not MessageWorker.handle_many)
     _check_class(cls, "either handle(self, message, context) or handle_many(self, messages, context)", not handlers)
+    _refuse_generators(cls, cls.handle, cls.handle_many)
     if handlers == 2:
         raise InvalidWorker(f"{cls.__name__} has both handle and handle_many; expected one of them: remove the other.")
     if misplaced := sorted({"period", "cron", "timeout", "on_lost", "catch_up", "jitter", "enabled"} & set(dir(cls))):
@@ -139,6 +142,15 @@ def _check_class(cls: AnyWorker, method: str, is_missing: bool) -> None:
         raise InvalidWorker(f"{cls.__name__} is abstract; expected a class that can run: give it {method}.")
     if not _is_name(cls.name):
         raise InvalidWorker(f"{cls.__name__}.name is {cls.name!r}; expected {_NAME}: rename it.")
+
+
+def _refuse_generators(cls: AnyWorker, *methods: Callable[..., object]) -> None:
+    for method in methods:
+        if inspect.isgeneratorfunction(method) or inspect.isasyncgenfunction(method):
+            raise InvalidWorker(
+                f"{cls.__name__}.{method.__name__} is a generator, of which a call does nothing; expected a method "
+                "that does its work when it is called: move what has the `yield` into another one, and loop over that."
+            )
 
 
 def _check_attributes(cls: AnyWorker, *checked: tuple[str, str, bool]) -> None:

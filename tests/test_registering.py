@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from background import (
     DuplicateWorker,
     InvalidSchedule,
     InvalidWorker,
+    MessageWorker,
     PeriodicWorker,
     UnknownWorker,
     WorkerContext,
@@ -141,6 +143,24 @@ class Abstract(Tidy, ABC):
 @pytest.mark.parametrize("cls", [Undone, Abstract, PeriodicWorker])
 def test_an_abstract_class_is_refused(manager: BackgroundWorkerManager, cls: Any) -> None:
     with pytest.raises(InvalidWorker, match="is abstract; expected a class that can run: give it do_work"):
+        manager.add(cls)
+
+
+def some(*_: object) -> Iterator[None]:
+    yield
+
+
+async def some_awaited(*_: object) -> AsyncIterator[None]:
+    yield
+
+
+@pytest.mark.parametrize("body", [some, some_awaited])
+@pytest.mark.parametrize("method", ["do_work", "handle", "handle_many"])
+def test_a_method_that_would_do_nothing_as_it_is_a_generator_is_refused(
+    manager: BackgroundWorkerManager, method: str, body: Any
+) -> None:
+    cls = worker(do_work=body) if method == "do_work" else type("Odd", (MessageWorker,), {"topic": "t", method: body})
+    with pytest.raises(InvalidWorker, match="is a generator, of which a call does nothing; expected a method"):
         manager.add(cls)
 
 
