@@ -56,6 +56,7 @@ class WorkerContext:
         }
         self.logger = logging.LoggerAdapter(logging.getLogger(f"background.{claim.worker}"), self.log_fields)
         self.timed_out_after: timedelta | None = None
+        self.database = db.engine.url
         self._db = db
         self._lost: str | None = None
         self._finishing = False
@@ -274,5 +275,7 @@ def _after_rollback(session: Session) -> None:
 
 def _before_commit(session: Session) -> None:
     run = current_run.get()
-    if run is not None and not session.in_nested_transaction():  # releasing a savepoint commits nothing
+    if run is None or session.in_nested_transaction():  # releasing a savepoint commits nothing
+        return
+    if session.get_bind().engine.url == run.database:  # else it is another application's, which knows no claim of ours
         run.check(session)

@@ -1,21 +1,23 @@
 """A run: its effects and its success are one transaction, and once its claim is gone it can commit no more."""
 
 import logging
+import shutil
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 import svcs
 from conftest import on_postgresql
 from flask import current_app
-from fleet import HOUR, PATIENCE, Fleet, Hourly, effect, effects, last_hour, wait_until
+from fleet import HOUR, PATIENCE, Fleet, Hourly, effect, effects, last_hour, states, stop, wait_until
 from sqlalchemy import Connection, create_engine, event, insert, select, text
 from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.pool import NullPool
 
-from background import BackgroundWorkerManager, ClaimLost, WorkerContext, current_workers
+from background import BackgroundWorkerManager, ClaimLost, Message, MessageWorker, WorkerContext, current_workers
 from background.clock import steady
 from background.instances import Instance
 from background.worker import declared_schedule
@@ -444,6 +446,40 @@ def test_once_the_token_moved_on_no_commit_of_the_run_passes(
     assert record.levelno == logging.WARNING
     assert "Lost the tick" in record.getMessage()
     assert fleet.row("robbed").running == 2  # the new holder's
+
+
+@pytest.mark.parametrize("kind", ["tick", "message"])
+def test_a_run_can_commit_in_the_database_of_another_application(
+    fleet: Fleet, kind: str, tmp_path: Path, migrated_sqlite: Path
+) -> None:
+    """Which knows nothing of its claim."""
+    other = Fleet(f"sqlite:///{shutil.copyfile(migrated_sqlite, tmp_path / 'other.sqlite')}")
+
+    def work(context: WorkerContext) -> None:
+        effect(context, "here")
+        with other.apps[0].app_context():
+            db.session.execute(insert(effects).values(key=context.idempotency_key, note="there"))
+            db.session.commit()
+
+    class Across(Hourly):
+        def do_work(self, context: WorkerContext) -> None:
+            work(context)
+
+    class Letters(MessageWorker):
+        topic = "letters"
+
+        def handle(self, message: Message, context: WorkerContext) -> None:
+            work(context)
+
+    manager = fleet.manager(Across, Letters)
+    if kind == "tick":
+        assert manager.tick("across", NOW()).state == "succeeded"
+    else:
+        fleet.enqueue("letters", 1)
+        fleet.manager(Letters).start()
+        wait_until(lambda: states(fleet) == ["done"], "the handling")
+    assert (fleet.effects(), other.effects()) == (["here"], ["there"])
+    stop(*fleet.apps, *other.apps)
 
 
 def test_past_the_deadline_the_commit_is_refused_without_asking_the_database(fleet: Fleet) -> None:
