@@ -59,6 +59,8 @@ class Lock:
 
         Raises LockNotAcquired where the database does not answer.
         """
+        if self._instance.pid != os.getpid():  # a fork: it is its parent's
+            return False
         return self._instance.is_alive and self._locks.has(self) and self._instance.is_alive
 
 
@@ -142,7 +144,8 @@ class Locks:
             yield lock
         finally:
             self._held_here.discard(here)
-            self._release(lock)
+            if lock._instance.pid == os.getpid():  # else this is a fork that leaves its parent's block
+                self._release(lock)
 
     def _wait(self, mine: Lock, timeout: float) -> Lock | None:
         until, pause = steady() + timeout, _FIRST_PAUSE

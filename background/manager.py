@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import svcs.flask
 from flask import Flask, current_app
@@ -90,6 +91,7 @@ class BackgroundWorkerManager:
         if "svcs_registry" not in app.extensions:
             svcs.flask.init_app(app)
         self.ticks = Ticks(app, db, self._workers)
+        _managers.add(self)
         app.extensions["background_workers"] = self
         for name, table in models.metadata.tables.items():
             if name not in db.metadata.tables:
@@ -100,6 +102,12 @@ class BackgroundWorkerManager:
                 sqlite.prepare(engine)
         fence(db)
         serving.attach(self, app)
+
+    def begin_anew(self) -> None:
+        """In a fork: it has none of the threads that keep its parent in the fleet, and must not use its connections."""
+        self._lock, self._membership = threading.RLock(), None
+        self._of_parent = self.ticks  # kept, as to let go of its connections would close them
+        self.ticks = Ticks(self.app, self.db, self._workers)
 
     # -- registering ---------------------------------------------------------------------------
 
@@ -440,6 +448,17 @@ class BackgroundWorkerManager:
             return self._workers[name]
         except (KeyError, TypeError):
             raise UnknownWorker(name, self.names, self.topic_of(name)) from None
+
+
+_managers: WeakSet[BackgroundWorkerManager] = WeakSet()
+
+
+def _forked() -> None:
+    for manager in _managers:
+        manager.begin_anew()
+
+
+os.register_at_fork(after_in_child=_forked)
 
 
 def _path(worker: AnyWorker) -> str:

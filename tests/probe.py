@@ -20,6 +20,7 @@ from sqlalchemy.pool import Pool
 import app as shop
 from background import ClaimLost, Message, MessageWorker, PeriodicWorker, WorkerContext, current_workers, listener
 from background.clock import now
+from background.manager import the_manager
 from models import User, UserRepository
 
 User.password_method = "pbkdf2:sha256:1"  # quick, as in conftest.py
@@ -160,6 +161,27 @@ class Locker(PeriodicWorker):
             context.stopping.wait(_SECONDS)
             context.logger.info("The locker is told, and still has it: %s", lock.still_held())
         context.logger.info("The locker released it")
+
+
+class Forker(PeriodicWorker):
+    """Forks while it holds a lock; its child leaves that block, too, and does what a process does when it ends."""
+
+    name = "forker"
+    period = RARELY
+
+    def do_work(self, context: WorkerContext) -> None:
+        manager = the_manager()
+        with manager.lock("of-the-parent") as lock:
+            assert lock is not None
+            if child := os.fork():
+                os.waitpid(child, 0)
+                context.logger.info("The parent holds its lock: %s", lock.still_held())
+            else:
+                with manager.lock("of-the-child") as own:
+                    context.logger.info("The child holds its own and its parent's: %s", [bool(own), lock.still_held()])
+        if not child:
+            manager.stop()
+            os._exit(0)
 
 
 class Killer(PeriodicWorker):

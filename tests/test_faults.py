@@ -33,6 +33,19 @@ def others(shops: Shops, count: int = 2, **more: Any) -> list[Member]:
     return shops.join(count, **{"PROBE_PERIOD": RARELY} | more)
 
 
+def test_a_process_that_forks_keeps_its_locks_and_its_connections_whatever_its_child_does(
+    shops: Shops, effects: Effects
+) -> None:
+    (parent,) = shops.join(PROBE_WORKERS="forker,ticker")
+    parent.wait_for(r"The child holds its own and its parent's: \[True, False\]")
+    parent.wait_for("The parent holds its lock: True")
+    ticks = len(effects.ticks())
+    assert eventually(lambda: len(effects.ticks()) >= ticks + 3)
+    effects.check_once()
+    assert effects.states("forker") == [("succeeded", 1)]
+    assert "WARNING" not in parent.output
+
+
 # -- killed ----------------------------------------------------------------------------------------
 
 
