@@ -4,12 +4,12 @@ from contextlib import suppress
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import and_, case, null, select, update
+from sqlalchemy import and_, case, func, null, select, update
 
 from .clock import now
 from .errors import InvalidSchedule
 from .ledger import Ledger, count
-from .models import workers
+from .models import executions, workers
 from .schedule import Schedule, parse_schedule
 
 
@@ -30,7 +30,7 @@ class Steering:
                 declared = {"declared": str(schedule), "declared_by": instance}
                 if (row := known.get(name)) is None:
                     new = self._ledger.insert(workers).values(
-                        name=name, schedule=str(schedule), scheduled_at=now(), **declared
+                        name=name, schedule=str(schedule), scheduled_at=now(), **_as_before(name), **declared
                     )
                     connection.execute(new.on_conflict_do_nothing())
                 elif row.declared != str(schedule):
@@ -63,6 +63,18 @@ class Steering:
     def _write(self, statement: Any) -> bool:
         with self._ledger.begin() as connection:
             return count(connection.execute(statement)) == 1
+
+
+def _as_before(name: str) -> dict[str, Any]:
+    """What the history knows of a worker whose row somebody deleted: no token twice, and no tick that was decided."""
+    own = executions.c.worker == name
+    decided = own, executions.c.trigger == "schedule", executions.c.state.not_in(("running", "lost", "handed back"))
+    return {
+        "token": select(func.coalesce(func.max(executions.c.token), 0)).where(own).scalar_subquery(),
+        "mark": select(func.max(func.coalesce(executions.c.through, executions.c.tick)))
+        .where(*decided)
+        .scalar_subquery(),
+    }
 
 
 def _in_force(new: Schedule, old: str, clock: datetime) -> dict[str, Any]:

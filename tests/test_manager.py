@@ -150,6 +150,18 @@ def test_a_worker_whose_row_is_gone_goes_on(fleet: Fleet) -> None:
     wait_until(lambda: len(ticks(fleet, "quick")) >= 3, "the third run after that")
 
 
+def test_a_worker_whose_row_alone_is_gone_repeats_no_tick_and_runs_the_next_one(fleet: Fleet) -> None:
+    """Its history knows what was decided, and which tokens were given."""
+    manager, tick = fleet.manager(Hourly), last_hour()
+    for number in (2, 1):
+        assert manager.tick("hourly", tick - number * HOUR).state == "succeeded"
+    with fleet.engine.begin() as connection:
+        connection.execute(delete(tables.workers))
+    assert manager.tick("hourly", tick - HOUR) is None
+    assert manager.tick("hourly", tick).claim.token == 3
+    assert fleet.states() == ["succeeded"] * 3
+
+
 def test_an_instance_outlives_an_error_that_is_not_the_databases(fleet: Fleet) -> None:
     """Such as a time that somebody wrote by hand, in another form."""
     manager = fleet.manager(Quick, WORKERS_LEASE_SECONDS=PATIENCE)
