@@ -181,7 +181,7 @@ class Membership:
                 self._look_later()
             for state in ours:
                 self._look_soon(state)
-                if state.name in gone or state.owed:
+                if state.name in gone or self._owed(state):
                     self._settle_soon(state.name)
             self._follow_releases(ours)
 
@@ -248,9 +248,14 @@ class Membership:
         """The tick of the worker that is to be run again, once nobody who is gone holds it any more."""
         try:
             state = self._ticks.freed(worker, self._ticks.look(worker))
-            return state.owed
+            return self._owed(state)
         finally:
             self._settling.discard(worker.name)
+
+    def _owed(self, state: WorkerState) -> datetime | None:
+        """The tick to run before any other here: of a worker that is disabled only what was asked for by hand."""
+        worker = self._workers.get(state.name)
+        return state.owed if worker and (worker.enabled or state.pending_trigger == "manual") else None
 
     def _beat(self) -> None:
         instance = self._ticks.instance

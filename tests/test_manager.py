@@ -87,6 +87,26 @@ def test_a_disabled_worker_is_not_woken_but_runs_by_hand(fleet: Fleet) -> None:
     assert manager.trigger("off").state == "succeeded"
 
 
+def test_what_is_to_be_run_again_is_left_to_the_releases_that_do_not_disable_the_worker(fleet: Fleet) -> None:
+    class Off(Quick):
+        enabled = False
+
+    class On(Quick):
+        name = "off"
+        catch_up = False
+        period = HOUR
+
+    tick = last_hour()
+    manager = fleet.manager(Off, Quick)
+    manager.ticks.look(Off)
+    fleet.set("off", mark=tick, pending_tick=tick, pending_attempt=1, pending_trigger="schedule")
+    manager.start()
+    wait_until(lambda: len(ticks(fleet, "quick")) >= 3, "three runs of the other")
+    assert fleet.executions("off") == []
+    fleet.manager(On).start()
+    wait_until(lambda: ticks(fleet, "off") == [tick], "the run where it is enabled")
+
+
 def test_a_worker_can_be_added_to_and_removed_from_a_started_manager(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
     manager.start()
