@@ -83,8 +83,13 @@ class WorkerState:
 
     @property
     def owed(self) -> datetime | None:
-        """The tick that is to be run before any other. A pause holds it up, unless somebody asked for it by hand."""
-        return None if self.paused_at and self.pending_trigger != "manual" else self.pending_tick
+        """The tick that is to be run before any other.
+
+        Unless somebody asked for it by hand, a pause holds it up, and a clock that was set back: until it is due again.
+        """
+        tick = self.pending_tick
+        is_held_up = self.paused_at or (tick and tick > self.clock)
+        return None if is_held_up and self.pending_trigger != "manual" else tick
 
     @property
     def schedule(self) -> Schedule:

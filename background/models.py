@@ -15,11 +15,12 @@ from sqlalchemy import (
     Table,
     Text,
     TypeDecorator,
+    and_,
     literal_column,
     or_,
 )
 
-from .clock import UtcDateTime
+from .clock import UtcDateTime, now
 
 metadata = MetaData()
 
@@ -61,7 +62,10 @@ workers = Table(
     Column("paused_at", UtcDateTime),
 )
 
-may_be_run_again = or_(workers.c.paused_at.is_(None), workers.c.pending_trigger == "manual")
+# Not due any more: the database's clock was set back since.
+may_be_run_again = or_(
+    and_(workers.c.paused_at.is_(None), workers.c.pending_tick <= now()), workers.c.pending_trigger == "manual"
+)
 
 executions = Table(
     "background_executions",

@@ -250,6 +250,8 @@ def _why_not(tick: datetime, state: WorkerState) -> str | None:
         return "it is not due yet"
     if state.mark is not None and state.mark >= tick:
         return "somebody was here before"
+    if state.pending_tick and not (state.owed or state.paused_at):
+        return f"the tick {state.pending_tick.isoformat()} comes before it, and is not due any more"
     if state.scheduled_at <= tick != state.schedule.previous(tick):
         return f"it is not a tick of the schedule in force, {state.schedule}"
     return None

@@ -46,6 +46,34 @@ def set_clock(clock: Path, ahead: timedelta) -> None:
     new.replace(clock)
 
 
+def test_what_is_to_be_run_again_waits_until_a_clock_that_was_set_back_reaches_it_once_more(fleet: Fleet) -> None:
+    manager = fleet.manager(Hourly)
+    tick = manager.ticks.look(Hourly).clock + timedelta(seconds=1)
+    fleet.set("hourly", mark=tick, pending_tick=tick, pending_attempt=2, pending_trigger="schedule")
+    assert manager.ticks.run_pending(Hourly, tick) is None
+    manager.start()
+    (row,) = wait_until(lambda: [row for row in fleet.executions() if row.state == "succeeded"], "the run")
+    assert (row.tick, row.attempt) == (tick, 2)
+    assert row.started_at >= tick
+
+
+def test_what_was_asked_for_by_hand_does_not_wait_for_a_clock_that_was_set_back(fleet: Fleet) -> None:
+    manager = fleet.manager(Hourly)
+    manager.tick("hourly", datetime.now(UTC))
+    assert manager.request("hourly")
+    fleet.set("hourly", pending_tick=datetime.now(UTC) + MINUTES)
+    manager.start()
+    wait_until(lambda: fleet.states() == ["succeeded", "succeeded"], "the run")
+
+
+def test_a_mark_that_was_lowered_lets_no_tick_pass_the_one_that_is_to_be_run_again(fleet: Fleet) -> None:
+    manager = fleet.manager(Hourly)
+    tick = manager.ticks.look(Hourly).clock + MINUTES
+    fleet.set("hourly", mark=None, pending_tick=tick, pending_attempt=2, pending_trigger="schedule")
+    assert manager.tick("hourly", datetime.now(UTC)) is None
+    assert fleet.executions() == []
+
+
 def end(process: Process) -> None:
     process.signal(signal.SIGTERM)
     assert process.wait() == 0
