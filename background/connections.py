@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from weakref import WeakSet
 
 from sqlalchemy import Dialect, Engine, Table, create_engine, event
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, DisconnectionError
 from sqlalchemy.pool import NullPool
 from sqlalchemy.schema import CreateTable
 
@@ -69,16 +69,21 @@ class Connections:
         if self._shared.dialect.name != "sqlite":
             return self._postgresql(pool_size=1)
         main = os.path.realpath(str(self._shared.url.database))  # by whatever links the others come to it
-        engine = create_engine(
-            self._shared.url.set(database=f"{main}-instances"), max_overflow=-1, hide_parameters=True
-        )
+        own = f"{main}-instances"
+        engine = create_engine(self._shared.url.set(database=own), max_overflow=-1, hide_parameters=True)
+
+        @event.listens_for(engine, "checkout")
+        def still_there(_connection: Any, record: Any, _proxy: Any) -> None:
+            if not _is_file(own, record.info["file"]):  # whoever comes now makes another, and must meet us there
+                raise DisconnectionError(f"{own} is not the file any more that was opened")
 
         @event.listens_for(engine, "connect")
-        def connected(connection: Any, _record: Any) -> None:
+        def connected(connection: Any, record: Any) -> None:
             sqlite.configure(connection, isolation_level=None)
             for table in (instances, locks):
                 _make(connection, table, engine.dialect)
             connection.execute("ATTACH DATABASE ? AS main_database", (main,))
+            record.info["file"] = os.stat(own)
 
         _close_strays(engine)
         return engine
@@ -149,6 +154,12 @@ class Connections:
         event.listen(engine, "connect", self._opened)
         _close_strays(engine)
         return engine
+
+
+def _is_file(path: str, opened: os.stat_result) -> bool:
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.stat(path), opened)
+    return False
 
 
 def _make(connection: Any, table: Table, dialect: Dialect) -> None:

@@ -1,5 +1,7 @@
 """Who is alive, by whose clock, and for how long."""
 
+import glob
+import os
 import threading
 import time
 from collections.abc import Sequence
@@ -10,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import close
+from conftest import close, on_sqlite
 from fleet import HOUR, PATIENCE, Fleet, Hourly, effect, last_hour, make_app, statements, wait_until
 from processes import MARGIN
 from sqlalchemy import make_url, select, update
@@ -324,3 +326,20 @@ def test_those_who_come_to_one_database_by_different_links_are_one_fleet(
     here, there = [app.extensions["background_workers"].ticks for app in apps]
     assert there.instances.gone({here.sign_on().id}) == {}
     close(*apps)
+
+
+@on_sqlite
+def test_after_somebody_deleted_the_file_of_the_instances_they_meet_in_the_next_one(
+    fleet: Fleet, sqlite_url: str
+) -> None:
+    manager, newcomer = fleet.manager(), fleet.manager()
+    manager.start()
+    instance = wait_until(lambda: manager.ticks.instance, "the joining")
+    with manager.lock("invoice-42") as lock:
+        for path in glob.glob(f"{make_url(sqlite_url).database}-instances*"):
+            os.unlink(path)
+        wait_until(lambda: newcomer.ticks.instances.gone({instance.id}) == {}, "a heartbeat into the new file")
+        with newcomer.lock("invoice-42") as other:
+            assert other is not None
+            assert not lock.still_held()
+            assert other.still_held()
