@@ -297,7 +297,8 @@ def _why_not_triggered(manager: BackgroundWorkerManager, name: str) -> str:
         tick = moment(state.running.tick)
         return f"{name} is running already, the tick {tick} on {state.instance_name}; try again when it has ended."
     if state and state.pending_tick:
-        return f"the tick {moment(state.pending_tick)} of {name} is to be run first, and the worker is paused."
+        held_up = "the worker is paused" if state.paused_at else "the database's clock was set back"
+        return f"the tick {moment(state.pending_tick)} of {name} is to be run first, and {held_up}."
     return f"{name} was running at that moment; try again."
 
 
