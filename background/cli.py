@@ -194,7 +194,7 @@ def _history_cells(record: Record) -> list[str]:
     if record.through and record.through != record.tick:
         tick += f" to {moment(record.through)}"
     took = span(record.duration) if record.duration is not None else "-"
-    note = (record.last_line or progress(record).strip(" ()")).replace("+00:00", "Z")
+    note = record.last_line or progress(record).strip(" ()")
     if record.is_gone:
         note = f"running on {record.instance_name}, which is gone: will be taken over"
     if record.trigger != "schedule":

@@ -66,8 +66,9 @@ class Record:
 
     @property
     def last_line(self) -> str | None:
-        """The end of the reason: of a traceback, the error itself."""
-        return error_line(self.reason)
+        """The end of the reason, with its moments as people read them: of a traceback, the error itself."""
+        line = error_line(self.reason)
+        return line and line.replace("+00:00", "Z")
 
     def as_dict(self) -> dict[str, Any]:
         """Its columns, and how long it ran in seconds."""

@@ -286,4 +286,4 @@ def _since(state: WorkerState) -> str:
 
 
 def _clause(text: str | None) -> str:
-    return (text or "no reason is written down").rstrip(".").replace("+00:00", "Z")
+    return (text or "no reason is written down").rstrip(".")

@@ -136,6 +136,13 @@ def ran(manager: BackgroundWorkerManager, *starts: datetime, length: timedelta =
         connection.execute(insert(tables.executions), rows)
 
 
+@on_sqlite
+def test_a_note_has_its_moments_as_the_commands_have_them(manager: BackgroundWorkerManager, admin: FlaskClient) -> None:
+    ran(manager, NOON, worker="ticker", state="skipped", reason=f"still running the tick {NOON.isoformat()} on a:1")
+    page = see(admin, "worker/ticker")
+    assert f"still running the tick {NOON:%Y-%m-%dT%H:%M:%S}Z on a:1" in page
+
+
 def test_an_earlier_window_shows_what_ran_then_and_nothing_else(manager: BackgroundWorkerManager) -> None:
     minutes = [NOON + number * MINUTE for number in range(60)]
     ran(manager, *minutes)
