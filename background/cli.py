@@ -90,7 +90,10 @@ def _print_workers(headers: tuple[str, ...], rows: list[list[str]]) -> None:
 @workers_cli.command()
 @as_json_option
 def instances(as_json: bool) -> None:
-    """Show who is alive and who left within a day, what they hold, and how far their clocks are off."""
+    """Show who is alive, and who left within a day.
+
+    Also what they hold, and how far their clocks are off.
+    """
     manager = checked_manager()
     states, seen = manager.ticks.ledger.states().values(), manager.roster.seen()
     holds = {each.id: [state.name for state in states if state.instance == each.id] for each in seen}

@@ -75,7 +75,10 @@ def _note(letter: Letter) -> str:
 @click.argument("id")
 @as_json_option
 def show(id: str, as_json: bool) -> None:
-    """Show one message: its payload, and every error with its traceback."""
+    """Show one message, with every error.
+
+    Also its payload, and the traceback of each error.
+    """
     number = _number(id)
     letter, failures = checked_manager().messages.letter(number)
     if as_json:
@@ -152,10 +155,10 @@ def _ids_or_all(command: Callable[..., None]) -> Callable[..., None]:
 @messages_cli.command()
 @_ids_or_all
 def retry(ids: tuple[str, ...], every: bool, topic: str | None) -> None:
-    """Have dead or discarded messages handled again, or waiting ones at once.
+    """Have dead or discarded messages handled again.
 
-    They begin with their first attempt, and their errors are kept. --all means the dead ones. Of
-    several IDs all are retried, or none.
+    Waiting ones are handled at once. They begin with their first attempt, and their errors are kept. --all means the
+    dead ones. Of several IDs all are retried, or none.
     """
     numbers = _numbers(ids, every, topic)
     click.echo(_told(checked_manager().messages.retry(numbers, topic), numbers, "waits again", "wait again"))

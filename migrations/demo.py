@@ -141,7 +141,10 @@ def refuse_in_production() -> None:
 @click.option("--admin", default="admin@localhost", show_default=True, help="The e-mail of the admin.")
 @with_appcontext
 def init_db(admin: str) -> None:
-    """Create the admin of a database that has its schema, and take its rights from the demo shop's."""
+    """Create the admin.
+
+    The database must have its schema. The demo shop's admin loses its rights.
+    """
     email = _own_address(admin)
     engine = _ready_engine()
     try:

@@ -697,6 +697,13 @@ def test_an_unknown_name_is_answered_with_the_closest_one(flask: Callable[..., R
         assert result.stderr == "Error: There is no worker named 'gret'. Did you mean 'greet'?\n", command
 
 
+@pytest.mark.parametrize("group", [["workers"], ["messages"]])
+def test_the_help_of_a_group_cuts_no_sentence_short(app: Flask, group: list[str]) -> None:
+    _, _, commands = app.test_cli_runner().invoke(args=[*group, "--help"]).stdout.partition("Commands:")
+    assert commands
+    assert "..." not in commands
+
+
 def test_a_usage_error_steers_no_terminal(app: Flask) -> None:
     for arguments in (["\x1b[2J"], ["list", "\x1b[2J"], ["list", "--\x1b[2J"]):
         result = app.test_cli_runner().invoke(args=["workers", *arguments], color=True)
