@@ -37,7 +37,7 @@ class PeriodicWorker:
     timeout: ClassVar[timedelta | None] = None
     """After which a run is marked `timed out` and may no longer commit; None: never."""
     jitter: ClassVar[timedelta] = timedelta()
-    """Spreads the wake-ups of the instances over this long; the ticks stay where they are."""
+    """Spreads the wake-ups of the instances over this long, at most a period; the ticks stay where they are."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -106,6 +106,8 @@ def declared_schedule(cls: type[PeriodicWorker]) -> Schedule:
         ("enabled", "True or False", isinstance(cls.enabled, bool)),
         ("catch_up", "True or False", isinstance(cls.catch_up, bool)),
     )
+    if cls.period is not None:
+        _check_attributes(cls, ("jitter", f"at most its period, {cls.period}", cls.jitter <= cls.period))
     return schedule
 
 

@@ -12,7 +12,7 @@ from conftest import on_postgresql
 from fleet import HOUR, PATIENCE, Fleet, Hourly, at_once, effect, in_threads, last_hour, wait_until
 from sqlalchemy import delete, select
 
-from background import InvalidSchedule, UnknownWorker, WorkerContext
+from background import InvalidSchedule, UnknownWorker, WorkerContext, wake_ups
 from background import models as tables
 from background.connections import made_once
 from background.instances import Instance, Pulse
@@ -423,11 +423,13 @@ def test_a_stopped_manager_starts_again(fleet: Fleet) -> None:
     assert [row.trigger for row in fleet.executions()[count:]] == ["schedule"] * bool(owed) + ["manual"]
 
 
-def test_a_tick_that_is_due_when_another_schedule_comes_into_force_is_still_run(fleet: Fleet) -> None:
+def test_a_tick_that_is_due_when_another_schedule_comes_into_force_is_still_run(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Spread(Hourly):
-        period = timedelta(seconds=1)
-        jitter = 100 * HOUR  # it does not begin in this test
+        period = jitter = timedelta(seconds=1)
 
+    monkeypatch.setattr(wake_ups.random, "uniform", lambda *_: 360_000.0)  # it does not begin in this test
     manager = fleet.manager(Spread, WORKERS_HEARTBEAT_SECONDS=0.1)
     manager.start()
     membership = manager._membership

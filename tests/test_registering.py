@@ -112,6 +112,7 @@ def test_a_schedule_that_cannot_be_is_refused_in_a_sentence(
         ({"timeout": timedelta()}, "has timeout = datetime.timedelta(0); expected a timedelta above 0, or None"),
         ({"timeout": 5}, "has timeout = 5; expected a timedelta above 0, or None"),
         ({"jitter": timedelta(seconds=-1)}, "expected a timedelta of at least 0"),
+        ({"jitter": 2 * HOUR}, "expected at most its period, 1:00:00: change it in Sample."),
         ({"jitter": None}, "has jitter = None; expected a timedelta of at least 0"),
         ({"enabled": "no"}, "has enabled = 'no'; expected True or False"),
         ({"catch_up": 1}, "has catch_up = 1; expected True or False"),
