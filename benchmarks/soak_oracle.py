@@ -72,7 +72,7 @@ class Oracle:
         verdict = Verdict()
         self._judge_ticks(verdict, since, until)
         self._judge_effects(verdict)
-        self._judge_states(verdict)
+        self._judge_states(verdict, until)
         self._time_starts(verdict, since, calm_until, until)
         for fault in faults:
             self._time_others(verdict, fault)
@@ -156,7 +156,7 @@ class Oracle:
                 verdict.violations.append((key, f"done after {_time(last[row.worker])}"))
             last[row.worker] = row.tick
 
-    def _judge_states(self, verdict: Verdict) -> None:
+    def _judge_states(self, verdict: Verdict, until: datetime) -> None:
         by_worker: dict[str, list[Row[Any]]] = defaultdict(list)
         for key, rows in self._runs.items():
             by_worker[key[0]] += rows
@@ -164,7 +164,9 @@ class Oracle:
                 if row.started_at < row.tick:
                     verdict.early += 1
                     verdict.violations.append((key, f"begun {(row.tick - row.started_at).total_seconds():.3f} s early"))
-                if row.state not in ("succeeded", "lost", "handed back"):
+                # When the whole fleet ends, nobody is left to take back what the last one did not finish.
+                is_left = row.state == "running" and row.tick > until
+                if row.state not in ("succeeded", "lost", "handed back") and not is_left:
                     verdict.not_final += 1
                     verdict.violations.append((key, f"an execution that {row.state}"))
                 tokens = [done.token for done in self._done[key]]

@@ -118,6 +118,12 @@ def test_an_execution_without_a_good_end_is_a_violation(soaked: Soaked, state: s
     assert sentences(soaked.judge()) == [f"an execution that {state}"]
 
 
+def test_what_begins_behind_the_last_tick_that_is_judged_may_be_left_by_the_end_of_the_fleet(soaked: Soaked) -> None:
+    soaked.ran()
+    soaked.ran("running", tick=NEXT, begun=NEXT, finished_at=None)
+    assert sentences(soaked.judge()) == []
+
+
 def test_an_effect_of_a_run_that_was_lost_is_a_violation(soaked: Soaked) -> None:
     soaked.ran("lost")
     soaked.left()
