@@ -4,27 +4,30 @@ import ctypes
 import gc
 import json
 import os
+import runpy
 import select
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from time import time
 from typing import Any
 
-from processes import ROOT, Process, environment, eventually
+from processes import ROOT, Process, environment, eventually, flask
 
 _CLONE_NEWPID = 0x20000000
 
 
 class Forked:
-    """A process that is not our child, as if it were a `subprocess.Popen`; how it ended is not known."""
+    """A process that is the nursery's child, as if it were a `subprocess.Popen` of ours."""
 
-    def __init__(self, pid: int) -> None:
+    def __init__(self, pid: int, ending: int) -> None:
         self.pid = pid
+        self.returncode: int | None = None
+        self._ending = ending  # where the nursery writes how it ended
         self._handle: int | None = None
         with suppress(ProcessLookupError):  # it may have ended by now
             self._handle = os.pidfd_open(pid)
@@ -35,12 +38,15 @@ class Forked:
                 signal.pidfd_send_signal(self._handle, number)
 
     def wait(self, timeout: float | None = None) -> int:
-        if self._handle is not None:
-            if not select.select([self._handle], [], [], timeout)[0]:
+        if self.returncode is None:
+            if not select.select([self._ending], [], [], timeout)[0]:
                 raise subprocess.TimeoutExpired(f"process {self.pid}", timeout or 0)
-            os.close(self._handle)
-            self._handle = None
-        return 0
+            self.returncode = int(os.read(self._ending, 10))
+            os.close(self._ending)
+            if self._handle is not None:
+                os.close(self._handle)
+                self._handle = None
+        return self.returncode
 
 
 class Member(Process):
@@ -80,25 +86,42 @@ class Nursery:
     def __init__(self) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         command = [sys.executable, __file__, str(theirs.fileno())]
-        self._server = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment(), cwd=ROOT)
+        self._server = subprocess.Popen(
+            command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment(), cwd=ROOT
+        )
         theirs.close()
 
     @contextmanager
     def started(self, url: str, *arguments: str, alone: bool = False, **more: object) -> Iterator[Member]:
         """`flask` with `arguments`, by default `workers run`; `alone` in its world, its process id is 1."""
-        ours, output = os.pipe()
-        order = {"env": environment(url, **more), "arguments": arguments or ("workers", "run"), "alone": alone}
-        socket.send_fds(self._socket, [json.dumps(order).encode()], [output])
+        command = flask(*(arguments or ("workers", "run")))
+        with self.forked(command, environment(url, **more), alone=alone) as member:
+            yield member
+
+    @contextmanager
+    def forked(self, command: Sequence[str], env: Mapping[str, str], alone: bool = False) -> Iterator[Member]:
+        """As `processes.started` with a `python -m MODULE ...`, and many times as quick."""
+        assert list(command[:2]) == [sys.executable, "-m"], command
+        order = {"env": env, "arguments": command[2:], "alone": alone}
+        (ours, output), (ending, end) = os.pipe(), os.pipe()
+        socket.send_fds(self._socket, [json.dumps(order).encode()], [output, end])
         os.close(output)
+        os.close(end)
         answer = self._socket.recv(100).decode()
         if not answer.isdigit():
             os.close(ours)
+            os.close(ending)
             raise PermissionError(answer)
-        member = Member(Forked(int(answer)), ours)  # type: ignore[arg-type]
+        member = Member(Forked(int(answer), ending), ours)  # type: ignore[arg-type]
         try:
             yield member
         finally:
             member.end()
+
+    def run(self, command: Sequence[str], env: Mapping[str, str]) -> tuple[int, str]:
+        """As `processes.run`."""
+        with self.forked(command, env) as member:
+            return member.wait(), member.output
 
     def close(self) -> None:
         self._socket.close()
@@ -132,42 +155,60 @@ def main(orders: socket.socket) -> None:
     import background.membership  # noqa: F401
 
     gc.freeze()
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
+    children: dict[int, tuple[int, int]] = {}  # by its handle: the id of the process, and where to write how it ended
     while True:
-        order, outputs, *_ = socket.recv_fds(orders, 1_000_000, 1)
-        if not order:
-            return
-        if os.fork() == 0:
-            _become(orders, outputs[0], **json.loads(order))
-            return
-        os.close(outputs[0])
+        for ready in select.select([orders, *children], [], [])[0]:
+            if ready is not orders:
+                _bury(ready, *children.pop(ready))
+                continue
+            order, files, *_ = socket.recv_fds(orders, 1_000_000, 2)
+            if not order:
+                return
+            output, end = files
+            if (pid := os.fork()) == 0:
+                for handle, (_, others) in children.items():
+                    os.close(handle)
+                    os.close(others)
+                os.close(end)
+                _become(orders, output, **json.loads(order))
+                return
+            os.close(output)
+            children[os.pidfd_open(pid)] = pid, end
+
+
+def _bury(handle: int, pid: int, end: int) -> None:
+    os.close(handle)
+    _, status = os.waitpid(pid, 0)
+    with suppress(BrokenPipeError):  # nobody waits for it
+        os.write(end, str(os.waitstatus_to_exitcode(status)).encode())
+    os.close(end)
 
 
 def _become(orders: socket.socket, output: int, env: Mapping[str, str], arguments: list[str], alone: bool) -> None:
     if alone:
-        _leave_this_world(orders)
+        _leave_this_world(orders, output)
     os.setsid()
     orders.send(_own_pid().encode())
     orders.close()
     for number in (1, 2):
         os.dup2(output, number)
     os.close(output)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.environ.clear()
     os.environ.update(env)
-    sys.argv = ["flask", *arguments]
-
-    from flask.cli import main as flask
-
-    flask()
+    sys.path[:0] = env["PYTHONPATH"].split(os.pathsep)
+    module, *sys.argv[1:] = arguments
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
-def _leave_this_world(orders: socket.socket) -> None:
+def _leave_this_world(orders: socket.socket, output: int) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(_CLONE_NEWPID):
         orders.send(f"no namespace of process ids: {os.strerror(ctypes.get_errno())}".encode())
         os._exit(1)
-    if os.fork():
+    if child := os.fork():
+        orders.close()
+        os.close(output)
+        os.waitpid(child, 0)
         os._exit(0)
 
 

@@ -14,7 +14,8 @@ import pytest
 from conftest import administer, text
 from effects import Effects, leave
 from fleet import PATIENCE, make_app, stop, wait_until
-from processes import MARGIN, environment, flask, started
+from nursery import Nursery
+from processes import MARGIN
 from proxy import Proxy
 from servers import PostgreSQL
 from sqlalchemy import URL, create_engine
@@ -26,7 +27,6 @@ from background import BackgroundWorkerManager, ClaimLost, PeriodicWorker, Worke
 PERIOD = timedelta(seconds=0.5)
 RARELY = timedelta(days=366)  # no tick of it falls into a test
 LEASE = 1.5
-WORKERS_RUN = flask("workers", "run")
 
 Join = Callable[..., BackgroundWorkerManager]
 
@@ -350,9 +350,9 @@ def test_whoever_holds_the_write_lock_of_sqlite_makes_ticks_late_but_takes_no_le
     effects.check_answered(PERIOD)
 
 
-def test_a_disk_that_takes_nothing_more_costs_ticks_and_not_the_instance(sqlite_url: str) -> None:
+def test_a_disk_that_takes_nothing_more_costs_ticks_and_not_the_instance(sqlite_url: str, nursery: Nursery) -> None:
     effects = Effects(sqlite_url)
-    with started(WORKERS_RUN, environment(sqlite_url, PROBE_PERIOD=PERIOD.total_seconds())) as process:
+    with nursery.started(sqlite_url, PROBE_PERIOD=PERIOD.total_seconds()) as process:
         process.wait_for("joined")
         runs_on(effects)
         unlimited = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)

@@ -22,7 +22,8 @@ from conftest import PASSWORD, on_sqlite
 from effects import Effects
 from flask import Flask
 from mail_server import MailServer
-from processes import environment, eventually, gunicorn, started
+from nursery import Nursery
+from processes import environment, eventually, gunicorn
 
 from background.models import messages
 from models import Book, Order, User, db
@@ -31,10 +32,10 @@ TICKS = int(os.environ.get("FLEET_TICKS", "5"))
 PERIOD = timedelta(seconds=float(os.environ.get("FLEET_PERIOD", "1")))
 
 
-def test_four_gunicorn_workers_run_consecutive_ticks_once_each(database_url: str) -> None:
+def test_four_gunicorn_workers_run_consecutive_ticks_once_each(database_url: str, nursery: Nursery) -> None:
     effects = Effects(database_url)
     command = gunicorn("-w", "4", "--preload", "probe:create_app()")
-    with started(command, environment(database_url, PROBE_PERIOD=PERIOD.total_seconds())) as server:
+    with nursery.forked(command, environment(database_url, PROBE_PERIOD=PERIOD.total_seconds())) as server:
         server.wait_for("joined", times=4)
         # What the start caught up with may still run when the first tick after it is due, which is skipped then.
         assert eventually(lambda: effects.ticks(), 20)
@@ -58,12 +59,12 @@ def test_four_gunicorn_workers_run_consecutive_ticks_once_each(database_url: str
 
 @on_sqlite
 def test_eight_processes_of_logins_and_the_sweep_never_meet_a_locked_database(
-    app: Flask, database_url: str, make_user: Callable[..., User]
+    app: Flask, database_url: str, make_user: Callable[..., User], nursery: Nursery
 ) -> None:
     effects = Effects(database_url)
     users = [make_user() for _ in range(60)]
     command = gunicorn("-w", "8", "--preload", "probe:create_app()")
-    with started(command, environment(database_url, PROBE_WORKERS="sweeper")) as server:
+    with nursery.forked(command, environment(database_url, PROBE_WORKERS="sweeper")) as server:
         server.wait_for("joined", times=8)
         address = server.wait_for(r"Listening at: (http://\S+)")[1]
         until = time.monotonic() + 4
@@ -86,7 +87,11 @@ def test_eight_processes_of_logins_and_the_sweep_never_meet_a_locked_database(
 
 
 def test_a_shop_of_four_processes_of_which_one_is_killed_balances_stock_orders_and_mails(
-    app: Flask, database_url: str, make_user: Callable[..., User], make_book: Callable[..., int]
+    app: Flask,
+    database_url: str,
+    make_user: Callable[..., User],
+    make_book: Callable[..., int],
+    nursery: Nursery,
 ) -> None:
     users = [make_user() for _ in range(6)]
     stocks = {make_book(stock=stock): stock for stock in (30, 60, 1_000)}
@@ -94,7 +99,7 @@ def test_a_shop_of_four_processes_of_which_one_is_killed_balances_stock_orders_a
     more = {"PROBE_WORKERS": "order_worker,mail_worker", "MAIL_URL": mails.url(), "WORKERS_LEASE_SECONDS": 2}
     try:
         command = gunicorn("-w", "4", "--preload", "probe:create_app()")
-        with started(command, environment(database_url, **more)) as server:
+        with nursery.forked(command, environment(database_url, **more)) as server:
             server.wait_for("joined", times=4)
             address = server.wait_for(r"Listening at: (http://\S+)")[1]
             with ThreadPoolExecutor(6) as clients:

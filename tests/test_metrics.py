@@ -14,8 +14,8 @@ from conftest import close, on_sqlite, settings, text
 from flask import Flask, abort, request
 from flask.testing import FlaskClient
 from fleet import HOUR, Fleet, Hourly, make_app, statements, stop, wait_until
-from nursery import Shops
-from processes import MARGIN, ROOT, environment, eventually, gunicorn, started
+from nursery import Nursery, Shops
+from processes import MARGIN, ROOT, environment, eventually, gunicorn
 from prometheus_client.parser import text_string_to_metric_families
 from proxy import Proxy
 from sqlalchemy import Engine, insert, make_url, update
@@ -347,13 +347,15 @@ def test_a_scrape_needs_no_login_and_leaves_session_and_cookies_alone(
 
 
 @on_sqlite
-def test_any_process_answers_for_the_fleet_and_for_its_own_requests_by_name(database_url: str, shops: Shops) -> None:
+def test_any_process_answers_for_the_fleet_and_for_its_own_requests_by_name(
+    database_url: str, shops: Shops, nursery: Nursery
+) -> None:
     [member] = shops.join(PROBE_WORKERS="listener,quick")
     member.wait_for("The listener began")
     member.wait_for("quick: Ran the tick")
     web = gunicorn("-w", "2", "probe:create_app()")
     env = environment(database_url, WORKERS_ENABLED="false", PROBE_WORKERS="listener,quick")
-    with started(web, env) as server:
+    with nursery.forked(web, env) as server:
         address = server.wait_for(r"Listening at: (http://\S+)")[1]
         found = [get(f"{address}/metrics")]
         assert found[0].value("background_worker_running", worker="listener") == 1

@@ -10,7 +10,7 @@ from conftest import text
 from effects import Effects
 from fleet import PATIENCE, make_app, stop
 from nursery import Nursery
-from processes import MARGIN, environment, eventually, flask, started
+from processes import MARGIN, eventually
 from servers import PGBOUNCER, pooler
 from sqlalchemy import create_engine, make_url
 from sqlalchemy import text as sql
@@ -19,7 +19,6 @@ from sqlalchemy.pool import NullPool
 CONNECTIONS = 2
 LEASE = 1.5
 PERIOD = timedelta(seconds=1)
-WORKERS_RUN = flask("workers", "run")
 
 pytestmark = pytest.mark.skipif(PGBOUNCER is None, reason="needs pgbouncer")
 
@@ -36,9 +35,11 @@ def pooled(postgresql_url: str) -> Iterator[str]:
         yield text(url)
 
 
-def test_a_transaction_mode_pooler_may_stand_before_the_database(pooled: str, effects: Effects) -> None:
-    env = environment(pooled, PROBE_PERIOD=PERIOD.total_seconds())
-    with started(WORKERS_RUN, env) as one, started(WORKERS_RUN, env) as other:
+def test_a_transaction_mode_pooler_may_stand_before_the_database(
+    nursery: Nursery, pooled: str, effects: Effects
+) -> None:
+    more = {"PROBE_PERIOD": PERIOD.total_seconds()}
+    with nursery.started(pooled, **more) as one, nursery.started(pooled, **more) as other:
         for process in (one, other):
             process.wait_for("joined")
         assert eventually(lambda: len(effects.ticks()) >= 4)

@@ -10,7 +10,8 @@ import pytest
 from broken_http import said
 from conftest import close, on_sqlite, settings
 from flask import Flask, request
-from processes import environment, flask, gunicorn, run, started
+from nursery import Nursery
+from processes import environment, flask, gunicorn
 from sqlalchemy import create_engine, text
 from test_config import load
 
@@ -109,8 +110,10 @@ def test_the_demo_admin_is_refused_in_production_until_it_is_no_admin_any_more(
 
 
 @pytest.mark.parametrize("more", [(), ("--preload",)], ids=["gunicorn", "preload"])
-def test_gunicorn_ends_without_a_secret_key_and_says_why(sqlite_url: str, more: tuple[str, ...]) -> None:
-    code, output = run(gunicorn("-w", "2", *more, "app:create_app()"), environment(sqlite_url, SECRET_KEY=""))
+def test_gunicorn_ends_without_a_secret_key_and_says_why(
+    sqlite_url: str, more: tuple[str, ...], nursery: Nursery
+) -> None:
+    code, output = nursery.run(gunicorn("-w", "2", *more, "app:create_app()"), environment(sqlite_url, SECRET_KEY=""))
     assert code == (1 if more else 3)
     assert output.count("SECRET_KEY is not set in production") == 1
     assert "Booting worker" not in output
@@ -118,23 +121,27 @@ def test_gunicorn_ends_without_a_secret_key_and_says_why(sqlite_url: str, more: 
 
 
 @pytest.mark.parametrize("enabled", ["yes", "no"])
-def test_gunicorn_ends_with_the_demo_admin_in_its_database_and_says_why(sqlite_url: str, enabled: str) -> None:
+def test_gunicorn_ends_with_the_demo_admin_in_its_database_and_says_why(
+    sqlite_url: str, enabled: str, nursery: Nursery
+) -> None:
     add_demo_admin(sqlite_url)
-    code, output = run(gunicorn("-w", "1", "app:create_app()"), environment(sqlite_url, WORKERS_ENABLED=enabled))
+    code, output = nursery.run(
+        gunicorn("-w", "1", "app:create_app()"), environment(sqlite_url, WORKERS_ENABLED=enabled)
+    )
     assert code == 3
     assert "The demo shop's admin@example.com is an admin of this database in production" in output
     assert "flask init-db --admin you@your.shop" in output
     assert "Traceback" not in output
 
 
-def test_flask_run_is_production_where_one_says_so(sqlite_url: str) -> None:
+def test_flask_run_is_production_where_one_says_so(sqlite_url: str, nursery: Nursery) -> None:
     add_demo_admin(sqlite_url)
     command = flask("run", "--port", "0")
-    code, output = run(command, environment(sqlite_url, FLASK_APP="app", PRODUCTION="true"))
+    code, output = nursery.run(command, environment(sqlite_url, FLASK_APP="app", PRODUCTION="true"))
     assert code == 1
     assert "Error: The demo shop's admin@example.com is an admin" in output
     assert "Traceback" not in output
-    with started(command, environment(sqlite_url, FLASK_APP="app", SECRET_KEY="dev")) as server:
+    with nursery.forked(command, environment(sqlite_url, FLASK_APP="app", SECRET_KEY="dev")) as server:
         server.wait_for("Running on http")
         server.signal(signal.SIGTERM)
         assert server.wait() == 0

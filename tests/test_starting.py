@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import close, on_sqlite
 from effects import Effects
+from nursery import Nursery
 from processes import MARGIN, ROOT, environment, eventually, flask, gunicorn, run, started
 from sqlalchemy import make_url
 
@@ -105,11 +106,11 @@ def test_four_processes_that_start_at_once_prepare_a_fresh_clone_once(shop: Path
     ],
 )
 def test_flask_run_against_a_database_that_is_not_ready_says_which_and_the_command_that_mends_it(
-    place: str, says: str, remedy: str, tmp_path: Path, empty_postgresql_url: str
+    place: str, says: str, remedy: str, tmp_path: Path, empty_postgresql_url: str, nursery: Nursery
 ) -> None:
     missing = make_url(empty_postgresql_url).set(database="none").render_as_string(hide_password=False)
     url = missing if "{postgresql}" in place else place.format(folder=tmp_path, empty=empty_postgresql_url)
-    code, output = run(flask("run", "--port", "0"), environment(url))
+    code, output = nursery.run(flask("run", "--port", "0"), environment(url))
     error = output.splitlines()[-2:]
     assert code == 1
     assert says in output
@@ -133,8 +134,9 @@ def test_flask_run_against_a_database_behind_the_migrations_says_so_and_how_to_m
     assert "Traceback" not in output
 
 
-def test_flask_run_with_workers_disabled_serves_and_runs_none(sqlite_url: str) -> None:
-    with started(flask("run", "--port", "0"), environment(sqlite_url, WORKERS_ENABLED="false")) as server:
+def test_flask_run_with_workers_disabled_serves_and_runs_none(sqlite_url: str, nursery: Nursery) -> None:
+    env = environment(sqlite_url, WORKERS_ENABLED="false")
+    with nursery.forked(flask("run", "--port", "0"), env) as server:
         assert get(server.wait_for(r"Running on (http://\S+)")[1]) == 200
         server.signal(signal.SIGINT)
         server.wait()
@@ -217,20 +219,21 @@ def test_gunicorn_runs_the_workers_in_each_worker_across_hup_and_max_requests_an
     effects.check_once()
 
 
-def test_gunicorn_goes_on_without_workers_when_they_are_disabled(postgresql_url: str) -> None:
+def test_gunicorn_goes_on_without_workers_when_they_are_disabled(postgresql_url: str, nursery: Nursery) -> None:
     effects = Effects(postgresql_url)
-    with started(
-        gunicorn("-w", "1", "probe:create_app()"), environment(postgresql_url, WORKERS_ENABLED="no")
-    ) as server:
+    env = environment(postgresql_url, WORKERS_ENABLED="no")
+    with nursery.forked(gunicorn("-w", "1", "probe:create_app()"), env) as server:
         assert get(server.wait_for(r"Listening at: (http://\S+)")[1]) == 200
         server.signal(signal.SIGTERM)
         assert server.wait() == 0
     assert effects.instances() == set()
 
 
-def test_gunicorn_serves_a_wrapped_application_whose_workers_start_with_the_first_request(sqlite_url: str) -> None:
+def test_gunicorn_serves_a_wrapped_application_whose_workers_start_with_the_first_request(
+    sqlite_url: str, nursery: Nursery
+) -> None:
     effects = Effects(sqlite_url)
-    with started(gunicorn("-w", "1", "probe:wrapped()"), environment(sqlite_url)) as server:
+    with nursery.forked(gunicorn("-w", "1", "probe:wrapped()"), environment(sqlite_url)) as server:
         assert get(server.wait_for(r"Listening at: (http://\S+)")[1]) == 200
         server.wait_for("Background workers start with the first request")
         server.wait_for("joined")
@@ -240,9 +243,11 @@ def test_gunicorn_serves_a_wrapped_application_whose_workers_start_with_the_firs
     assert effects.instances(alive=True) == set()
 
 
-def test_gunicorn_waits_for_a_database_and_serves_meanwhile(tmp_path: Path, migrated_sqlite: Path) -> None:
+def test_gunicorn_waits_for_a_database_and_serves_meanwhile(
+    tmp_path: Path, migrated_sqlite: Path, nursery: Nursery
+) -> None:
     path = tmp_path / "late.sqlite"
-    with started(gunicorn("-w", "1", "probe:create_app()"), environment(f"sqlite:///{path}")) as server:
+    with nursery.forked(gunicorn("-w", "1", "probe:create_app()"), environment(f"sqlite:///{path}")) as server:
         server.wait_for(r"The workers cannot start yet: The database file \S+ does not exist\.")
         server.wait_for("Listening at")
         shutil.copyfile(migrated_sqlite, tmp_path / "ready")
@@ -281,11 +286,11 @@ def test_another_server_starts_the_workers_with_the_first_request_and_says_how_t
 # -- flask workers run -----------------------------------------------------------------------------
 
 
-def test_flask_workers_run_serves_the_workers_of_a_web_that_runs_none(effects: Effects) -> None:
+def test_flask_workers_run_serves_the_workers_of_a_web_that_runs_none(effects: Effects, nursery: Nursery) -> None:
     web = gunicorn("-w", "1", "probe:create_app()")
     with (
-        started(web, environment(effects.url, WORKERS_ENABLED="false")) as server,
-        started(flask("workers", "run"), environment(effects.url, WORKERS_ENABLED="false")) as workers,
+        nursery.forked(web, environment(effects.url, WORKERS_ENABLED="false")) as server,
+        nursery.forked(flask("workers", "run"), environment(effects.url, WORKERS_ENABLED="false")) as workers,
     ):
         workers.wait_for("joined")
         assert eventually(lambda: len(effects.ticks()) >= 3)

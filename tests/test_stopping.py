@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from effects import Effects
 from flask import Flask
+from nursery import Nursery
 from processes import Process, environment, eventually, flask, gunicorn, started
 
 from background import PeriodicWorker, WorkerContext
@@ -22,9 +23,9 @@ GTHREAD = gunicorn("-w", "1", "-k", "gthread", "--threads", "2", "probe:create_a
 
 
 @contextmanager
-def another_instance(url: str, **more: object) -> Iterator[Process]:
+def another_instance(nursery: Nursery, url: str, **more: object) -> Iterator[Process]:
     """A second process of the fleet, which has joined."""
-    with started(FLASK_RUN, environment(url, **more)) as process:
+    with nursery.forked(FLASK_RUN, environment(url, **more)) as process:
         process.wait_for("joined")
         yield process
 
@@ -60,12 +61,12 @@ def ends_within(process: Process, seconds: float, stop: Callable[[], None]) -> s
     ],
 )
 def test_a_run_that_is_told_to_stop_is_handed_back_and_another_instance_takes_it_up_as_the_same_attempt(
-    engine: str, command: list[str], number: int, group: bool, request: pytest.FixtureRequest
+    engine: str, command: list[str], number: int, group: bool, request: pytest.FixtureRequest, nursery: Nursery
 ) -> None:
     effects = Effects(request.getfixturevalue(f"{engine}_url"))
     with started(command, environment(effects.url, PROBE_WORKERS="listener", WORKERS_SHUTDOWN_SECONDS=20)) as first:
         first.wait_for("The listener began")
-        with another_instance(effects.url, PROBE_WORKERS="listener", PROBE_SECONDS="0.1"):
+        with another_instance(nursery, effects.url, PROBE_WORKERS="listener", PROBE_SECONDS="0.1"):
             said = ends_within(first, 1, lambda: (first.signal_group if group else first.signal)(number))
             assert eventually(lambda: effects.ticks("listener"))
     assert "The listener was told" in said
@@ -84,14 +85,14 @@ def test_a_run_that_is_told_to_stop_is_handed_back_and_another_instance_takes_it
     ids=["flask-run", "gunicorn", "gthread"],
 )
 def test_a_run_that_does_not_listen_is_handed_back_in_time_and_its_late_commit_is_refused(
-    engine: str, command: list[str], request: pytest.FixtureRequest, tmp_path: Path
+    engine: str, command: list[str], request: pytest.FixtureRequest, tmp_path: Path, nursery: Nursery
 ) -> None:
     effects = Effects(request.getfixturevalue(f"{engine}_url"))
     release = tmp_path / "release"
     env = environment(effects.url, PROBE_WORKERS="deaf", PROBE_LINGERS="yes", WORKERS_SHUTDOWN_SECONDS=1)
-    with started(command, env | {"PROBE_UNTIL": str(release)}) as first:
+    with nursery.forked(command, env | {"PROBE_UNTIL": str(release)}) as first:
         first.wait_for("The deaf one began")
-        with another_instance(effects.url, PROBE_WORKERS="deaf", PROBE_SECONDS=0):
+        with another_instance(nursery, effects.url, PROBE_WORKERS="deaf", PROBE_SECONDS=0):
             stopped = time.monotonic()
             first.signal(signal.SIGTERM)
             first.wait_for("Not everything ended in time; what still runs is handed back")
@@ -106,15 +107,16 @@ def test_a_run_that_does_not_listen_is_handed_back_in_time_and_its_late_commit_i
 
 @pytest.mark.parametrize("command", [FLASK_RUN, GUNICORN], ids=["flask-run", "gunicorn"])
 def test_a_run_that_holds_the_write_lock_of_sqlite_does_not_hold_the_exit_up(
-    command: list[str], sqlite_url: str
+    command: list[str], sqlite_url: str, nursery: Nursery
 ) -> None:
     effects = Effects(sqlite_url)
-    with started(command, environment(sqlite_url, PROBE_WORKERS="holder,ticker", WORKERS_SHUTDOWN_SECONDS=1)) as first:
+    env = environment(sqlite_url, PROBE_WORKERS="holder,ticker", WORKERS_SHUTDOWN_SECONDS=1)
+    with nursery.forked(command, env) as first:
         first.wait_for("The holder holds")
         ends_within(first, 1, lambda: first.signal(signal.SIGTERM))
         assert effects.instances(alive=True) == set()
     assert effects.all("holder") == []
-    with another_instance(sqlite_url, PROBE_WORKERS="holder", PROBE_SECONDS=0):
+    with another_instance(nursery, sqlite_url, PROBE_WORKERS="holder", PROBE_SECONDS=0):
         assert eventually(lambda: effects.ticks("holder"))
     assert effects.states("holder") == [("handed back", 1), ("succeeded", 1)]
 
@@ -129,9 +131,10 @@ def test_a_run_that_holds_the_write_lock_of_sqlite_does_not_hold_the_exit_up(
     ],
     ids=["flask-run-term", "flask-run-ctrl-c", "gunicorn-quit", "workers-run-term"],
 )
-def test_who_insists_is_not_kept_waiting(command: list[str], hurry: int, sqlite_url: str) -> None:
+def test_who_insists_is_not_kept_waiting(command: list[str], hurry: int, sqlite_url: str, nursery: Nursery) -> None:
     effects = Effects(sqlite_url)
-    with started(command, environment(sqlite_url, PROBE_WORKERS="listener,deaf", WORKERS_SHUTDOWN_SECONDS=25)) as first:
+    env = environment(sqlite_url, PROBE_WORKERS="listener,deaf", WORKERS_SHUTDOWN_SECONDS=25)
+    with nursery.forked(command, env) as first:
         first.wait_for("The deaf one began")
         first.wait_for("The listener began")
         first.signal(signal.SIGTERM)
@@ -142,11 +145,13 @@ def test_who_insists_is_not_kept_waiting(command: list[str], hurry: int, sqlite_
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_gunicorn_does_not_take_a_signal_for_haste_that_reaches_every_process(number: int, sqlite_url: str) -> None:
+def test_gunicorn_does_not_take_a_signal_for_haste_that_reaches_every_process(
+    number: int, sqlite_url: str, nursery: Nursery
+) -> None:
     """A service manager or a terminal signals all of them, and then the master signals its workers again."""
     effects = Effects(sqlite_url)
     env = environment(sqlite_url, PROBE_WORKERS="deaf", PROBE_SECONDS=1.5, WORKERS_SHUTDOWN_SECONDS=20)
-    with started(GUNICORN, env) as server:
+    with nursery.forked(GUNICORN, env) as server:
         server.wait_for("The deaf one began")
         server.signal_group(number)
         assert server.wait() == 0
