@@ -79,17 +79,17 @@ def _prepare(engine: Engine) -> None:
 
 
 def _compare(engine: Engine, found: str) -> None:
+    head = _head()  # which reads all migrations
+    if found == head:
+        return
     if _is_behind(found):
         raise DatabaseNotReady(
-            f"The database {_shown(engine.url)} is at revision {found}, behind this release's {_head()}. "
+            f"The database {_shown(engine.url)} is at revision {found}, behind this release's {head}. "
             f"Bring it up to date with `flask db upgrade`."
         )
-    if found != _head():
-        logger.warning(
-            "The database is at revision %s, which this release (%s) does not know: it is of a newer one.",
-            found,
-            _head(),
-        )
+    logger.warning(
+        "The database is at revision %s, which this release (%s) does not know: it is of a newer one.", found, head
+    )
 
 
 def _found_revision(engine: Engine) -> str | None:
