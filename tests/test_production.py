@@ -183,9 +183,9 @@ def test_only_the_proxies_that_there_are_say_who_asks(database_url: str, proxies
     close(app)
 
 
-def test_under_gunicorn_no_header_says_where_the_shop_is(sqlite_url: str) -> None:
+def test_under_gunicorn_no_header_says_where_the_shop_is(sqlite_url: str, nursery: Nursery) -> None:
     command = gunicorn("-w", "1", "app:create_app()")
-    with started(command, environment(sqlite_url, WORKERS_ENABLED="no")) as server:
+    with nursery.forked(command, environment(sqlite_url, WORKERS_ENABLED="no")) as server:
         port = int(server.wait_for(r"Listening at: http://127.0.0.1:(\d+)")[1])
         for path, header in [
             ("/", "X-Forwarded-Proto: https"),
