@@ -242,7 +242,7 @@ def configure_logging(app: Flask) -> None:
     """Give the log a handler, unless the process that loads the app has set one up already."""
     for name in (app.name, "werkzeug", "gunicorn.access", "gunicorn.error"):
         logging.getLogger(name).addFilter(hide_password_links)
-    app.logger.addFilter(spell_failed_path_out)
+    logging.getLogger(app.name).addFilter(spell_failed_path_out)  # asked for by now, app.logger would take a handler
     if not logging.getLogger().handlers:
         handler = logging.StreamHandler()
         if app.config["LOG_FORMAT"] == "json":

@@ -710,7 +710,7 @@ def test_a_run_that_holds_the_write_lock_longer_than_the_lease_keeps_its_claim(f
             threading.Event().wait(2.5)
 
     class Orphaned(Hourly):
-        enabled = False
+        catch_up = False
 
     manager, ghost = fleet.manager(Holding, Orphaned, WORKERS_LEASE_SECONDS=1.5), Instance(HOUR)
     manager.ticks.instances.beat(ghost)
