@@ -196,4 +196,4 @@ def _close_strays(engine: Engine) -> None:
     @event.listens_for(engine, "checkin")
     def returned(connection: Any, record: Any) -> None:
         if connection is not None and record.info["pool"] is not engine.pool:
-            connection.close()
+            record.invalidate()  # which also closes it; whoever asked that pool just before it ended gets a new one

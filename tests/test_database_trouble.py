@@ -87,7 +87,8 @@ def join() -> Iterator[Join]:
 
     def start(url: URL | str, *workers: type[PeriodicWorker], **config: Any) -> BackgroundWorkerManager:
         name = url if isinstance(url, str) else text(url)
-        apps.append(make_app(name, *workers, WORKERS_LEASE_SECONDS=LEASE, WORKERS_SHUTDOWN_SECONDS=2, **config))
+        quick = {"WORKERS_LEASE_SECONDS": LEASE, "WORKERS_SHUTDOWN_SECONDS": 2}
+        apps.append(make_app(name, *workers, **quick | config))
         manager: BackgroundWorkerManager = apps[-1].extensions["background_workers"]
         manager.start()
         return manager
@@ -106,7 +107,7 @@ def test_a_restart_of_the_database_in_mid_run_is_a_lost_attempt_and_the_tick_is_
     server: PostgreSQL, url: URL, effects: Effects, join: Join, daily: type[Daily], mode: str
 ) -> None:
     for _ in range(2):
-        join(url, daily, Ticker)
+        join(url, daily, Ticker, WORKERS_LEASE_SECONDS=PATIENCE)  # a restart takes no longer
     assert daily.began.acquire(timeout=PATIENCE)
     runs_on(effects, 1)
     server.stop(mode)
@@ -278,6 +279,17 @@ def test_a_connection_in_use_while_the_others_are_closed_is_closed_when_it_is_gi
             assert connection.scalar(sql("SELECT 1")) == 1
         assert in_use is not None
         assert in_use.closed  # type: ignore[attr-defined]
+
+
+def test_who_asked_the_pool_just_before_the_connections_were_closed_gets_one_that_is_open(url: URL, join: Join) -> None:
+    connections = join(url).ticks.connections
+    for engine in (connections.claims, connections.heartbeats):
+        asked = engine.pool
+        with engine.connect():
+            connections.close()
+        given = asked.connect()
+        given.cursor().execute("SELECT 1")
+        given.invalidate()
 
 
 @pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE"])
