@@ -46,6 +46,7 @@ class Connections:
         self._arguments = {**arguments, **waiting, "prepare_threshold": None}
         self._open: WeakSet[Any] = WeakSet()
         self._opening = threading.Lock()
+        self._closed = 0
 
     @made_once
     def claims(self) -> Engine:
@@ -55,7 +56,7 @@ class Connections:
         # However many claims wait for the write lock: the heartbeat's look at the others must not wait behind them.
         engine = create_engine(self._shared.url, max_overflow=-1, hide_parameters=True)
         sqlite.prepare(engine)
-        _close_strays(engine)
+        self._close_strays(engine)
         return engine
 
     @made_once
@@ -85,7 +86,7 @@ class Connections:
             connection.execute("ATTACH DATABASE ? AS main_database", (main,))
             record.info["file"] = os.stat(own)
 
-        _close_strays(engine)
+        self._close_strays(engine)
         return engine
 
     def refuse_missing(self) -> None:
@@ -133,10 +134,21 @@ class Connections:
         self.close()
 
     def close(self) -> None:
-        """Close those that are not in use; they open again when they are asked for."""
+        """Close those that are not in use, and the others when they are given back; who asks for one gets a new one."""
+        self._closed += 1
         for opened in ("claims", "heartbeats"):
             if opened in self.__dict__:
-                self.__dict__[opened].dispose()
+                self.__dict__[opened].pool.dispose()  # and not replaced: others may be asking it at this moment
+
+    def _close_strays(self, engine: Engine) -> None:
+        @event.listens_for(engine, "do_connect")
+        def connecting(_dialect: Any, record: Any, _arguments: Any, _parameters: Any) -> None:
+            record.info["closed"] = self._closed
+
+        @event.listens_for(engine, "checkin")
+        def returned(connection: Any, record: Any) -> None:
+            if connection is not None and record.info["closed"] != self._closed:
+                record.invalidate()
 
     def _opened(self, connection: Any, _record: Any) -> None:
         with self._opening:
@@ -152,7 +164,7 @@ class Connections:
             connect_args=self._arguments,
         )
         event.listen(engine, "connect", self._opened)
-        _close_strays(engine)
+        self._close_strays(engine)
         return engine
 
 
@@ -184,16 +196,3 @@ def again_if_stale(ask: Callable[[], Answer]) -> Answer:
         if not error.connection_invalidated:
             raise
         return ask()
-
-
-def _close_strays(engine: Engine) -> None:
-    """A connection in use while the others are closed comes back to a pool that is no more: close it then."""
-
-    @event.listens_for(engine, "do_connect")
-    def connecting(_dialect: Any, record: Any, _arguments: Any, _parameters: Any) -> None:
-        record.info["pool"] = engine.pool
-
-    @event.listens_for(engine, "checkin")
-    def returned(connection: Any, record: Any) -> None:
-        if connection is not None and record.info["pool"] is not engine.pool:
-            record.invalidate()  # which also closes it; whoever asked that pool just before it ended gets a new one

@@ -288,8 +288,12 @@ def test_who_asked_the_pool_just_before_the_connections_were_closed_gets_one_tha
         with engine.connect():
             connections.close()
         given = asked.connect()
+        in_use = given.dbapi_connection
         given.cursor().execute("SELECT 1")
-        given.invalidate()
+        given.close()
+        connections.close()
+        assert in_use is not None
+        assert in_use.closed  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE"])
