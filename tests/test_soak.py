@@ -1,6 +1,7 @@
 """The soak's judge sees what it is there for: each way to break the promise is a violation, and its excuses are few."""
 
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from sqlalchemy.pool import NullPool
 from background.models import executions
 from background.schedule import Every
 from background.sqlite import prepare
+from benchmarks.soak import tracebacks
 from benchmarks.soak_fleet import LEASE_SECONDS, Fault
 from benchmarks.soak_oracle import Oracle, Spans, Verdict
 from benchmarks.soak_worker import effects, workers
@@ -30,6 +32,12 @@ def lonely_tick() -> datetime:
 
 TICK = lonely_tick()
 NEXT = TICK + QUICK.period
+
+STAMP = "2026-03-01 00:00:00,000"
+AWAY = (
+    "sqlalchemy.exc.OperationalError: (psycopg.OperationalError) connection failed: connection to server failed\n"
+    "DETAIL: It was closed.\n(Background on this error at: https://sqlalche.me/e/20/e3q8)"
+)
 
 
 class Soaked:
@@ -160,3 +168,23 @@ def test_who_takes_over_later_than_promised_is_a_violation_unless_the_machine_st
     ]
     stood_still = [(TICK.timestamp() + 0.5, TICK.timestamp() + 0.7)]
     assert sentences(soaked.judge(fault, standstills=stood_still)) == []
+
+
+@pytest.mark.parametrize(
+    ("said", "error", "is_violation"),
+    [
+        ("Buried the message letters:7, attempt 8 failed", "ValueError: poison", False),
+        ("Buried the message letters:7, attempt 8 failed", AWAY, False),
+        ("Buried the message letters:7, attempt 8 failed", "TypeError: no", True),
+        ("Buried the message parcels:7, attempt 100 failed", AWAY, True),
+        ("Failed at the tick", AWAY, True),
+    ],
+)
+def test_a_traceback_is_a_violation_but_for_a_message_that_always_fails(
+    tmp_path: Path, said: str, error: str, is_violation: bool
+) -> None:
+    entry = f"{STAMP} ERROR   background.letters: {said}\nTraceback (most recent call last):\n  File ...\n{error}\n"
+    (tmp_path / "1-0001.log").write_text(
+        f"{STAMP} INFO    background: Before\n{entry}{STAMP} INFO    background: After\n"
+    )
+    assert tracebacks(tmp_path).total() == is_violation
