@@ -44,12 +44,16 @@ class _Now(FunctionElement[datetime]):
     inherit_cache = True
 
 
-def now(ahead: timedelta | None = None) -> ColumnElement[datetime]:
-    """The database's clock when the statement runs, plus `ahead`; never the transaction's frozen time.
+def now(ahead: timedelta | ColumnElement[float] | None = None) -> ColumnElement[datetime]:
+    """The database's clock when the statement runs, plus `ahead` (seconds, where it is no timedelta).
+
+    Never the transaction's frozen time.
 
     SQLite reads the host's clock, cut to the millisecond: never ahead of it.
     """
-    return _Now(literal(ahead.total_seconds(), Float)) if ahead else _Now()
+    if isinstance(ahead, timedelta):
+        ahead = literal(ahead.total_seconds(), Float) if ahead else None
+    return _Now() if ahead is None else _Now(ahead)
 
 
 @compiles(_Now, "postgresql")

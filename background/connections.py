@@ -69,8 +69,7 @@ class Connections:
         """
         if self._shared.dialect.name != "sqlite":
             return self._postgresql(pool_size=1)
-        main = os.path.realpath(str(self._shared.url.database))  # by whatever links the others come to it
-        own = f"{main}-instances"
+        own, main = str(self.heartbeat_file), self._file
         engine = create_engine(self._shared.url.set(database=own), max_overflow=-1, hide_parameters=True)
 
         @event.listens_for(engine, "checkout")
@@ -89,14 +88,19 @@ class Connections:
         self._close_strays(engine)
         return engine
 
+    @property
+    def heartbeat_file(self) -> str | None:
+        """The small database of the heartbeats, on SQLite."""
+        return f"{self._file}-instances" if self._shared.dialect.name == "sqlite" else None
+
+    @property
+    def _file(self) -> str:
+        return os.path.realpath(str(self._shared.url.database))  # by whatever links the others come to it
+
     def refuse_missing(self) -> None:
         """Raise FileNotFoundError for a SQLite file that is not there: whoever opened it would make an empty one."""
         if self._shared.dialect.name == "sqlite":
             os.stat(str(self._shared.url.database))
-
-    @property
-    def can_listen(self) -> bool:
-        return self._shared.dialect.name != "sqlite"
 
     @contextmanager
     def listening(self) -> Iterator[Any]:

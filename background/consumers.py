@@ -38,7 +38,6 @@ class Consumers:
         self._active: Counter[str] = Counter()
         self._again: set[str] = set()
         self._batches: set[str] = set()
-        self._others: set[str] = set()
         self._is_freeing = False
         self._changed = threading.Lock()
 
@@ -134,21 +133,17 @@ class Consumers:
 
     # -- those who are gone --------------------------------------------------------------------
 
-    def look(self) -> bool:
-        """Have messages freed that nobody handles any more; True while others hold some. Writes nothing itself."""
+    def look(self) -> None:
+        """Have messages freed that nobody handles any more. Writes nothing itself."""
         instance = self._ticks.instance
         if instance is None or not self._workers:
-            return False
+            return
         holders = self._ticks.messages.holders(list(self._workers))
         others = holders - {instance.id}
         gone = self._ticks.instances.gone(others) if others else {}
         if (gone or instance.id in holders) and not self._is_freeing:
             self._is_freeing = True
             self._scheduler.soon(self._free, instance, gone)
-        if self._others - others:  # they have done what they held, or handed it back
-            self.wake_all()
-        self._others = others
-        return bool(others)
 
     def _free(self, instance: Instance, gone: Mapping[str, bool]) -> None:
         messages, most = self._ticks.messages, {topic: worker.max_attempts for topic, worker in self._workers.items()}

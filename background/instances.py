@@ -7,9 +7,10 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from typing import Any
 from uuid import uuid4
 
-from sqlalchemy import ColumnElement, Engine, and_, delete, func, not_, or_, select, update
+from sqlalchemy import ColumnElement, Engine, Float, and_, bindparam, delete, func, not_, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from .clock import now, single_statements, steady
@@ -21,6 +22,7 @@ LEASE_IS_OVER = "its instance could not renew the lease in time"
 _LAST_BEAT_SECONDS = 1.0
 _FORGOTTEN_AFTER = timedelta(days=1)
 _STEP_SECONDS = 1.0
+_KNOWN_AT_ONCE = ("id", "host", "pid", "release")
 
 
 @dataclass
@@ -62,6 +64,8 @@ class Pulse:
     """Whether the database's clock was set since it was read last."""
     clock: datetime = field(compare=False)
     """The database's, when it was read."""
+    first_expiry: datetime | None = field(compare=False)
+    """When the first of the leases that are renewed now would run out."""
     due: Mapping[str, datetime] = field(compare=False)
     """When the first waiting message of each topic is due; without the topics of which none is waiting."""
 
@@ -74,6 +78,7 @@ class Instances:
         self._lease = lease
         self._single = single_statements(engine)
         self._insert = sqlite.insert if engine.dialect.name == "sqlite" else postgresql.insert
+        self._upserts: dict[tuple[str, ...], Any] = {}
         self._pace: tuple[float, float] | None = None
         self._began, self._judging_from = steady(), 0.0
 
@@ -83,24 +88,29 @@ class Instances:
         The same statement looks for work: what runs, and what waits in `topics`.
         """
         sent = steady()
-        renewed = {
-            "heartbeat_at": now(),
-            "expires_at": now(instance.lease),
-            "clock_offset": instance.clock_offset.total_seconds(),
-        }
-        who = {"id": instance.id, "host": instance.host, "pid": instance.pid, "release": instance.release}
-        row = {**who, "started_at": now(), **renewed}
-        upsert = self._insert(instances).values(row).on_conflict_do_update(index_elements=["id"], set_=renewed)
+        values = {f"its_{name}": getattr(instance, name) for name in _KNOWN_AT_ONCE}
+        values |= {"lease": instance.lease.total_seconds(), "offset": instance.clock_offset.total_seconds()}
+        upsert = self._upsert(tuple(topics))
         with self._single.begin() as connection:
             host_before = time.time()  # not before connecting, which may take long
-            learned = upsert.returning(now(), *_pulse, *next_due(topics))
-            clock, schedules, is_busy, *dues = connection.execute(learned).one()
+            clock, schedules, is_busy, expiry, *dues = connection.execute(upsert, values).one()
             host_after = time.time()
         least, most = (clock - datetime.fromtimestamp(host, UTC) for host in (host_after, host_before))
         instance.clock_offset = min(max(instance.clock_offset, least), most)  # as before, unless that is impossible
         instance.deadline = sent + instance.lease.total_seconds()
         due = {topic: at for topic, at in zip(topics, dues, strict=True) if at is not None}
-        return Pulse(schedules, bool(is_busy), self._was_set(clock, sent), clock, due)
+        return Pulse(schedules, bool(is_busy), self._was_set(clock, sent), clock, expiry, due)
+
+    def _upsert(self, topics: tuple[str, ...]) -> Any:
+        """Built once for the same topics: that takes as long as running it."""
+        if topics not in self._upserts:
+            lease, offset = bindparam("lease", type_=Float), bindparam("offset", type_=Float)
+            renewed = {"heartbeat_at": now(), "expires_at": now(lease), "clock_offset": offset}
+            who: dict[str, Any] = {name: bindparam(f"its_{name}") for name in _KNOWN_AT_ONCE}
+            row = self._insert(instances).values({**who, "started_at": now(), **renewed})
+            upsert = row.on_conflict_do_update(index_elements=["id"], set_=renewed)
+            self._upserts[topics] = upsert.returning(now(), *_pulse, *next_due(topics))
+        return self._upserts[topics]
 
     def sign_off(self, instance: Instance) -> None:
         """End this life; whatever it still holds counts as handed back, and it believes in none of it any more."""
@@ -174,6 +184,7 @@ _pulse = (
         .exists(),
         any_running,
     ),
+    select(func.min(instances.c.expires_at)).where(is_alive).scalar_subquery(),
 )
 
 

@@ -1,6 +1,6 @@
 """Who runs what: every statement that decides it. Each race is one conditional UPDATE."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -14,6 +14,7 @@ from sqlalchemy import (
     Engine,
     Row,
     and_,
+    bindparam,
     func,
     insert,
     null,
@@ -100,8 +101,8 @@ class WorkerState:
 class Ledger:
     """The worker and execution rows of one database, written on the engine's own connections."""
 
-    def __init__(self, engine: Engine, lease: float) -> None:
-        self.engine = engine
+    def __init__(self, engine: Engine, lease: float, ring: Callable[[], None]) -> None:
+        self.engine, self.ring = engine, ring
         self.idle: tuple[ColumnElement[str], ...] = ()
         self._limits: tuple[ColumnElement[str], ...] = ()
         if engine.dialect.name != "sqlite":
@@ -126,7 +127,7 @@ class Ledger:
     def look(self, name: str) -> WorkerState | None:
         """One read: a loser learns here that it has lost, without taking a lock."""
         with self._reading.connect() as connection:
-            row = connection.execute(_states.where(workers.c.name == name)).one_or_none()
+            row = connection.execute(_one_state, {"of": name}).one_or_none()
         return _state(row) if row else None
 
     def states(self, names: Collection[str] | None = None) -> dict[str, WorkerState]:
@@ -210,7 +211,9 @@ class Ledger:
                 .where(workers.c.name == name, workers.c.pending_tick.is_(None), workers.c.running.is_(None))
                 .values(pending_tick=now(), pending_attempt=1, pending_trigger="manual")
             )
-            return count(connection.execute(asked)) == 1
+            requested = count(connection.execute(asked)) == 1
+        self.ring()
+        return requested
 
     def skip(self, name: str, tick: datetime, reason: str) -> bool:
         """Record that `tick` is not run because the worker is paused or still running; True for the one who did.
@@ -274,7 +277,10 @@ class Ledger:
         Others may be here: the run itself, its time-out, and the instances that believe it lost. The first wins.
         """
         with self.begin() as connection:
-            return self._end(connection, claim, state, reason, next_attempt, notes)
+            ended = self._end(connection, claim, state, reason, next_attempt, notes)
+        if next_attempt is not None:
+            self.ring()
+        return ended
 
     def outcome(self, claim: Claim) -> str:
         """The state of the claim's execution; "lost" where its row is gone."""
@@ -403,6 +409,7 @@ _states = select(
     executions.c.instance,
     executions.c.instance_name,
 ).outerjoin(executions, and_(executions.c.worker == workers.c.name, executions.c.token == workers.c.running))
+_one_state = _states.where(workers.c.name == bindparam("of"))  # built once: that takes as long as asking does
 
 
 def _state(row: Row[Any]) -> WorkerState:

@@ -1,25 +1,45 @@
-"""Hears at once what was enqueued anywhere: PostgreSQL tells those who listen when it is committed."""
+"""Tells every process at once that there is something for whoever comes first, so that nobody has to ask for it."""
 
 import logging
+import os
 import socket
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from selectors import EVENT_READ, DefaultSelector
 from typing import Any
 
+from sqlalchemy import func, select
+from sqlalchemy.exc import SQLAlchemyError
+
 from .connections import Connections
-from .messages import CHANNEL
 
 log = logging.getLogger(__name__)
 
+CHANNEL = "background_messages"
 _RETRY_SECONDS = 5.0
+_LOOK_SECONDS = 0.25
+
+
+def ring(connections: Connections) -> None:
+    """Have all who listen look for what was given back; where this fails, their heartbeats find it."""
+    with suppress(SQLAlchemyError, OSError):
+        if path := connections.heartbeat_file:
+            os.utime(path)
+        else:
+            with connections.claims.begin() as connection:
+                connection.execute(select(func.pg_notify(CHANNEL, "")))
 
 
 class Listener:
-    """One thread with one connection of its own. Without it, as behind a pooler, a heartbeat finds the messages."""
+    """One thread that calls `heard` with the topic of a new message, or with "" for whatever else there may be.
 
-    def __init__(self, connections: Connections, wake: Callable[[str], None], wake_all: Callable[[], None]) -> None:
-        self._connections, self._wake, self._wake_all = connections, wake, wake_all
+    PostgreSQL tells it what others committed, by a connection of its own; on SQLite, which tells nobody anything, it
+    looks when the heartbeats' file was touched. Without it, as behind a pooler, a heartbeat finds the same.
+    """
+
+    def __init__(self, connections: Connections, heard: Callable[[str], None]) -> None:
+        self._connections, self._heard = connections, heard
         self._stopped = threading.Event()
         self._told, self._tell = socket.socketpair()
         self._thread = threading.Thread(target=self._run, name="workers-listener", daemon=True)
@@ -36,17 +56,18 @@ class Listener:
             each.close()
 
     def _run(self) -> None:
+        listen = self._watch if self._connections.heartbeat_file else self._listen
         while not self._stopped.is_set():
             try:
-                self._listen()
+                listen()
             except Exception as error:  # a thread that ended would listen no more
-                log.debug("Cannot listen for messages: %s", error)
+                log.debug("Cannot listen: %s", error)
                 self._stopped.wait(_RETRY_SECONDS)
 
     def _listen(self) -> None:
         with self._connections.listening() as connection:
             connection.execute(f"LISTEN {CHANNEL}")
-            self._wake_all()  # for what was enqueued while nobody listened
+            self._heard("")  # for what came while nobody listened
             with DefaultSelector() as selector:  # select() refuses what is opened behind the first 1,024 files
                 for each in (connection, self._told):
                     selector.register(each, EVENT_READ)
@@ -57,4 +78,12 @@ class Listener:
     def _hear(self, pgconn: Any) -> None:
         pgconn.consume_input()
         while heard := pgconn.notifies():
-            self._wake(heard.extra.decode())
+            self._heard(heard.extra.decode())
+
+    def _watch(self) -> None:
+        before = None
+        while not self._stopped.wait(_LOOK_SECONDS):
+            touched = os.stat(str(self._connections.heartbeat_file)).st_mtime_ns
+            if touched != before:
+                before = touched
+                self._heard("")

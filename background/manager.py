@@ -309,7 +309,7 @@ class BackgroundWorkerManager:
         return self.ticks.run_now(worker)
 
     def request(self, name: str) -> bool:
-        """Have worker `name` run now, by whichever instance is first to see it (within a heartbeat); returns at once.
+        """Have worker `name` run now, by whichever instance comes first, at once or with its next heartbeat.
 
         As with `trigger`, a pause does not hold it up. False where it runs, or is to be run, already. Raises
         UnknownWorker.

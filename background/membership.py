@@ -1,6 +1,8 @@
 """A started process's part in the fleet, from joining to leaving: its heartbeat, and what it learns by that."""
 
 import logging
+import math
+import random
 import threading
 from collections.abc import Callable
 from datetime import datetime, timedelta
@@ -24,7 +26,7 @@ log = logging.getLogger(__name__)
 
 _OFFSET_REARMED = timedelta(milliseconds=20)
 _LAST_CALLS_SECONDS = 1.0
-_LOOK_SECONDS = 0.5
+_SPREAD_SECONDS = (0.005, 0.05)  # for not all who hear of something to come at the same instant
 
 
 class Membership:
@@ -53,7 +55,6 @@ class Membership:
         self._said = ""
         self._is_settled = self._is_looking = self._is_off = self._left = False
         self._refreshing, self._entering = threading.Lock(), threading.Lock()
-        ticks.noticed = self._look_soon
         ticks.runs.hung = self._scheduler.replace
 
     def join(self) -> None:
@@ -117,7 +118,7 @@ class Membership:
 
     def _enter(self) -> bool:
         """Sign on, and keep the lease; False where `leave` came first."""
-        instance = self._ticks.sign_on()
+        instance = self._ticks.sign_on(self._look_at_expiry)
         self._warn_of_offset(instance)
         with self._entering:
             if self._left:
@@ -148,8 +149,8 @@ class Membership:
     def _listen(self) -> None:
         self.consumers.wake_all()
         with self._entering:
-            if self._topics and not (self._left or self._listener) and self._ticks.connections.can_listen:
-                self._listener = Listener(self._ticks.connections, self.consumers.wake, self.consumers.wake_all)
+            if not (self._left or self._listener):
+                self._listener = Listener(self._ticks.connections, self._heard)
                 self._listener.start()
 
     def _leave(self) -> None:
@@ -177,10 +178,8 @@ class Membership:
             ours = [state for state in states.values() if state.name in self._workers]
             self._warn_of_marks(ours)
             gone = self._ticks.gone(ours)
-            if self.consumers.look():
-                self._look_later()
+            self.consumers.look()
             for state in ours:
-                self._look_soon(state)
                 if state.name in gone or self._owed(state):
                     self._settle_soon(state.name)
             self._follow_releases(ours)
@@ -209,21 +208,29 @@ class Membership:
         self._declared |= {name: str(schedule) for name, schedule in schedules.items()}
         self._ticks.steering.register(schedules, instance.id if (instance := self._ticks.instance) else None)
 
-    def _look_soon(self, state: WorkerState) -> None:
-        """See to it that the end of another instance's run is noticed well within a second, whatever the heartbeat."""
-        instance = self._ticks.instance
-        if state.running and instance and state.instance != instance.id:
-            self._look_later()
-
-    def _look_later(self) -> None:
-        if not self._is_looking:
+    def _heard(self, topic: str) -> None:
+        if topic:
+            self.consumers.wake(topic)
+        elif not self._is_looking:
             self._is_looking = True
-            self._scheduler.after(_LOOK_SECONDS, "look", self._look)
+            self._look_after(0.0, "look")
+
+    def _look_at_expiry(self, pulse: Pulse) -> None:
+        """Whoever does not renew its lease until it runs out is gone."""
+        left = (pulse.first_expiry - pulse.clock).total_seconds() if pulse.first_expiry else math.inf
+        if left < self._config["WORKERS_HEARTBEAT_SECONDS"]:
+            self._look_after(left, "expiry")
+
+    def _look_after(self, seconds: float, key: str) -> None:
+        """See then what became of the others, without waiting for a heartbeat."""
+        spread = random.uniform(*_SPREAD_SECONDS)  # noqa: S311 - no secret
+        self._scheduler.after(seconds + spread, key, self._look)
 
     def _look(self) -> None:
         self._is_looking = False
         try:
             self.refresh()
+            self.consumers.wake_all()
         except SQLAlchemyError as error:  # the next heartbeat does
             log.debug("Cannot look at the others: %s", first_line(error))
 
@@ -232,7 +239,7 @@ class Membership:
             self._settling.add(name)
             self._scheduler.soon(self._settle, name)
 
-    def _settle(self, name: str) -> None:
+    def _settle(self, name: str, failures: int = 0) -> None:
         """Take the claim of a gone instance back, and run the tick that is to be run again."""
         worker = self._workers.get(name)
         if worker is None or self._ticks.runs.stopping.is_set():
@@ -241,8 +248,10 @@ class Membership:
         try:
             if pending := self._freed(worker):
                 self._ticks.run_pending(worker, pending)
-        except SQLAlchemyError as error:  # the next heartbeat tries again
-            log.warning("%s: cannot take its tick over: %s", name, first_line(error))
+        except SQLAlchemyError as error:
+            level = logging.DEBUG if failures else logging.WARNING
+            log.log(level, "%s: cannot take its tick over yet: %s", name, first_line(error))
+            self._wake_ups.later(f"settle:{name}", failures, self._settle, name)
 
     def _freed(self, worker: type[PeriodicWorker]) -> datetime | None:
         """The tick of the worker that is to be run again, once nobody who is gone holds it any more."""
@@ -279,6 +288,7 @@ class Membership:
             self._is_looking = False  # the next look may be hours away by the clock that was set
         if is_moved or self._pulse != before or self._pulse.is_busy or not self._is_settled:
             self.refresh(is_moved)
+        self._look_at_expiry(self._pulse)
         self.consumers.follow(self._pulse, self._config["WORKERS_HEARTBEAT_SECONDS"])
         self._scheduler.look_again()
 

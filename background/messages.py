@@ -36,10 +36,10 @@ from sqlalchemy.types import TypeEngine
 from .clock import now, single_statements
 from .errors import BackgroundError, ClaimLost, UnknownMessage, WrongState
 from .ledger import Ledger, count
+from .listener import CHANNEL
 from .models import message_errors, messages
 from .payloads import Draft
 
-CHANNEL = "background_messages"
 _BULK = 5_000
 
 
@@ -218,7 +218,9 @@ class Messages:
     def hand_back(self, batch: Batch, ids: Collection[int]) -> None:
         """Let others have those of `ids` that are left, at once; they were not tried."""
         with self._ledger.begin() as connection:
-            _release(connection, self._held(batch, ids), attempt=messages.c.attempt - 1)
+            freed = _release(connection, self._held(batch, ids), attempt=messages.c.attempt - 1)
+        if freed:
+            self._ledger.ring()
 
     def fail(self, batch: Batch, ids: Collection[int], error: str, most: int, pause: timedelta) -> list[Freed]:
         """Write an error of each of `ids` that is left; try it again after `pause`, or bury it at its `most`th attempt.

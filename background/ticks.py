@@ -12,8 +12,9 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from .connections import Connections, again_if_stale, made_once
 from .errors import first_line
-from .instances import LEASE_IS_OVER, Heartbeat, Instance, Instances
+from .instances import LEASE_IS_OVER, Heartbeat, Instance, Instances, Pulse
 from .ledger import Claim, Ledger, WorkerState
+from .listener import ring
 from .locks import Locks
 from .messages import Messages
 from .runs import Execution, Runs, follows
@@ -34,8 +35,6 @@ class Ticks:
         """This process's, from joining the fleet to leaving it."""
         self.postponed: Callable[[str, datetime], None] = lambda name, tick: None
         """Called with a tick that could not be run yet, and was not skipped; a member of the fleet tries it again."""
-        self.noticed: Callable[[WorkerState], None] = lambda state: None
-        """Called with what was read of a worker."""
 
     @property
     def _lease(self) -> timedelta:
@@ -90,7 +89,6 @@ class Ticks:
             self.steering.register({worker.name: declared_schedule(worker)})
             state = self.ledger.look(worker.name)
             assert state is not None  # noqa: S101 - the row was just written
-        self.noticed(state)
         return state
 
     def _when_due(self, worker: type[PeriodicWorker], tick: datetime, state: WorkerState) -> WorkerState:
@@ -119,10 +117,10 @@ class Ticks:
 
     # -- who runs it ---------------------------------------------------------------------------
 
-    def sign_on(self) -> Instance:
-        """A new life of this process, known to the fleet."""
+    def sign_on(self, learn: Callable[[Pulse], None] = lambda pulse: None) -> Instance:
+        """A new life of this process, known to the fleet; `learn` is called with its first heartbeat's pulse."""
         instance = Instance(self._lease, release=self._app.config.get("RELEASE"))
-        self.instances.beat(instance)
+        learn(self.instances.beat(instance))
         return instance
 
     def sign_off(self, instance: Instance, forget: bool = False) -> None:
@@ -131,6 +129,8 @@ class Ticks:
             return
         try:
             (self.instances.forget if forget else self.instances.sign_off)(instance)
+            if not forget:
+                self.ring()
         except SQLAlchemyError as error:
             log.warning("Could not sign off, so the lease must run out first: %s", first_line(error))
 
@@ -219,7 +219,7 @@ class Ticks:
 
     @made_once
     def ledger(self) -> Ledger:
-        return Ledger(self.connections.claims, self._lease.total_seconds())
+        return Ledger(self.connections.claims, self._lease.total_seconds(), self.ring)
 
     @made_once
     def steering(self) -> Steering:
@@ -237,6 +237,10 @@ class Ticks:
     def locks(self) -> Locks:
         present = partial(self.present, forget=True)
         return Locks(self.connections.locks, self.instances, present, self._app.config["LOCK_PREFIX"])
+
+    def ring(self) -> None:
+        """Have every instance look for what was given back."""
+        ring(self.connections)
 
     def close(self) -> None:
         """Close the connections; they open again when they are asked for."""

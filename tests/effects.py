@@ -6,7 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sqlalchemy import Column, Integer, MetaData, String, Table, create_engine, insert, select
+from sqlalchemy import Column, Integer, MetaData, String, Table, create_engine, insert, inspect, select
 from sqlalchemy.pool import NullPool
 
 from background import Message, WorkerContext
@@ -154,4 +154,4 @@ class Effects:
         if alive:
             query = query.where(instances.c.signed_off_at.is_(None), instances.c.expires_at > now())
         with create_engine(url, poolclass=NullPool).connect() as connection:
-            return dict(connection.execute(query).all())
+            return dict(connection.execute(query).all()) if inspect(connection).has_table(instances.name) else {}

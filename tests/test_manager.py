@@ -331,25 +331,6 @@ def test_what_somebody_set_outlives_a_release_with_another_schedule(fleet: Fleet
     assert fleet.row("changing").schedule == "every 14400s"
 
 
-def test_a_run_that_is_handed_back_is_noticed_long_before_the_next_heartbeat(fleet: Fleet) -> None:
-    class Long(Hourly):
-        def do_work(self, context: WorkerContext) -> None:
-            if context.token == 1:
-                assert context.stopping.wait(PATIENCE)
-            context.raise_if_stopping()
-
-    slow = {"WORKERS_HEARTBEAT_SECONDS": 60, "WORKERS_LEASE_SECONDS": 200}
-    first, second = fleet.manager(Long, **slow), fleet.manager(Long, **slow)
-    first.start()
-    wait_until(lambda: fleet.states() == ["running"], "the first run")
-    second.start()
-    wait_until(
-        lambda: second.ticks.instance is not None and second._membership._wake_ups._states, "the second one's start"
-    )
-    first.stop()
-    wait_until(lambda: fleet.states() == ["handed back", "succeeded"], "the run on the second one")
-
-
 def test_a_tick_and_a_start_at_once_run_it_once(fleet: Fleet) -> None:
     managers = [fleet.manager(Hourly) for _ in range(3)]
     in_threads(*[manager.start for manager in managers[:2]], lambda: managers[2].tick("hourly", last_hour()))

@@ -1,0 +1,115 @@
+"""What one instance gives back another takes at once: it is told, and asks for nothing meanwhile.
+
+The heartbeats here are so far apart that none comes to help.
+"""
+
+import threading
+from datetime import timedelta
+
+from fleet import PATIENCE, Fleet, Hourly, statements, wait_until
+
+from background import BackgroundWorkerManager, Message, MessageWorker, WorkerContext
+from background.instances import Instance
+from background.worker import AnyWorker
+
+SLOW = {"WORKERS_HEARTBEAT_SECONDS": 3 * PATIENCE, "WORKERS_LEASE_SECONDS": 9 * PATIENCE}
+
+
+class UntilTold(Hourly):
+    """The first run goes on until it is told to stop; the one after it succeeds."""
+
+    def do_work(self, context: WorkerContext) -> None:
+        if context.token == 1:
+            assert context.stopping.wait(PATIENCE)
+        context.raise_if_stopping()
+
+
+def joined(fleet: Fleet, *workers: AnyWorker) -> BackgroundWorkerManager:
+    manager = fleet.manager(*workers, **SLOW)
+    manager.start()
+    wait_until(lambda: manager._membership._listener, "the start")  # type: ignore[union-attr]
+    return manager
+
+
+def test_a_run_that_is_handed_back_is_taken_at_once_and_nobody_asks_for_it_meanwhile(fleet: Fleet) -> None:
+    first = joined(fleet, UntilTold)
+    wait_until(lambda: fleet.states() == ["running"], "the first run")
+    second = joined(fleet, UntilTold)
+    quiet = threading.Event()
+    wait_until(lambda: not asked(second, quiet), "half a second without a question")
+    first.stop()
+    wait_until(lambda: fleet.states() == ["handed back", "succeeded"], "the run on the second one")
+
+
+def asked(manager: BackgroundWorkerManager, quiet: threading.Event) -> list[str]:
+    """What its engines are asked in half a second: two looks of the one that watches a file."""
+    ticks = manager.ticks
+    with statements(ticks.ledger.engine) as looks, statements(ticks.instances.engine) as beats:
+        quiet.wait(0.6)
+        return looks + beats
+
+
+def test_what_a_process_still_runs_when_it_signs_off_is_taken_at_once(fleet: Fleet) -> None:
+    go_on = threading.Event()
+
+    class Deaf(Hourly):
+        def do_work(self, context: WorkerContext) -> None:
+            assert context.token > 1 or go_on.wait(PATIENCE)
+
+    first = joined(fleet, Deaf)
+    wait_until(lambda: fleet.states() == ["running"], "the first run")
+    joined(fleet, Deaf)
+    first.stop(timeout=0)
+    wait_until(lambda: fleet.states() == ["handed back", "succeeded"], "the run on the second one")
+    go_on.set()
+
+
+def test_messages_that_are_handed_back_are_taken_at_once(fleet: Fleet) -> None:
+    working, seen = threading.Event(), []
+
+    class Notes(MessageWorker):
+        topic = "notes"
+
+        def handle(self, message: Message, context: WorkerContext) -> None:
+            seen.append(message.attempt)
+            if len(seen) == 1:
+                working.set()
+                assert context.stopping.wait(PATIENCE)
+                context.raise_if_stopping()
+
+    first = joined(fleet, Notes)
+    fleet.enqueue("notes", 1)
+    assert working.wait(PATIENCE)
+    joined(fleet, Notes)
+    first.stop()
+    wait_until(lambda: [each.state for each in fleet.messages()] == ["done"], "the second one")
+    assert seen == [1, 1]
+
+
+def test_a_run_that_was_asked_for_elsewhere_begins_at_once(fleet: Fleet) -> None:
+    joined(fleet, Hourly)
+    wait_until(lambda: fleet.states() == ["succeeded"], "the first run")
+    assert fleet.manager(Hourly, **SLOW).request("hourly")
+    wait_until(lambda: fleet.states() == ["succeeded", "succeeded"], "the one that was asked for")
+
+
+def test_a_lease_that_ends_before_the_first_heartbeat_is_noticed_when_it_does(fleet: Fleet) -> None:
+    manager = fleet.manager(Hourly, **SLOW)
+    claimed_by_one_that_dies(manager)
+    manager.start()
+    wait_until(lambda: fleet.states() == ["lost", "succeeded"], "the taking over")
+
+
+def test_a_lease_that_ends_before_the_next_heartbeat_is_noticed_when_it_does(fleet: Fleet) -> None:
+    manager = joined(fleet, Hourly)
+    wait_until(lambda: fleet.states() == ["succeeded"], "the first run")
+    claimed_by_one_that_dies(manager)
+    manager._membership._beat()  # type: ignore[union-attr]
+    wait_until(lambda: fleet.states() == ["succeeded", "lost", "succeeded"], "the taking over")
+
+
+def claimed_by_one_that_dies(manager: BackgroundWorkerManager) -> None:
+    """A run asked for by hand, whose instance renews its lease of a second no more."""
+    dead, now = Instance(timedelta(seconds=1)), manager.ticks.look(Hourly).clock
+    manager.ticks.instances.beat(dead)
+    assert manager.ticks.ledger.claim_manual("hourly", now, (dead.id, dead.name))
