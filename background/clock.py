@@ -45,11 +45,10 @@ class _Now(FunctionElement[datetime]):
 
 
 def now(ahead: timedelta | ColumnElement[float] | None = None) -> ColumnElement[datetime]:
-    """The database's clock when the statement runs, plus `ahead` (seconds, where it is no timedelta).
+    """The database's clock when the statement runs; never the transaction's frozen time.
 
-    Never the transaction's frozen time.
-
-    SQLite reads the host's clock, cut to the millisecond: never ahead of it.
+    Plus `ahead`, a timedelta or an expression in seconds. SQLite reads the host's clock, cut to the millisecond: it is
+    never ahead of that.
     """
     if isinstance(ahead, timedelta):
         ahead = literal(ahead.total_seconds(), Float) if ahead else None
