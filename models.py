@@ -315,6 +315,19 @@ class UserRepository:
     def by_email(self, email: str) -> User | None:
         return self.session.scalar(select(User).where(User.email == email.strip().lower()))
 
+    def add(self, name: str, email: str, password: str) -> tuple[int, bool]:
+        """The id of who has the e-mail from now on, and whether they are new; whoever had it is left as they are.
+
+        Others may add the same e-mail now: one of them is new. The statements are the same for all, as is their time.
+        """
+        user = User()
+        user.set_password(password)
+        insert: Any = postgresql.insert if self._postgresql else sqlite.insert
+        new = insert(User).values(name=name, email=email, password_hash=user.password_hash)
+        new = new.on_conflict_do_nothing(index_elements=[User.email]).returning(User.id)
+        is_new = self.session.scalar(new) is not None
+        return self.session.scalars(select(User.id).where(User.email == email)).one(), is_new
+
     def by_password_token(self, token: str) -> User | None:
         """Whom the token lets choose a password; None if it is none, too old, or used."""
         try:

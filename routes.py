@@ -31,7 +31,6 @@ from flask_login import LoginManager, current_user, login_required, login_user, 
 from flask_wtf import CSRFProtect, FlaskForm
 from flask_wtf.csrf import CSRFError
 from sqlalchemy import Select, or_, select
-from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import InstrumentedAttribute, joinedload
 from werkzeug.datastructures import MultiDict
 from werkzeug.exceptions import BadHost, HTTPException, SecurityError
@@ -437,18 +436,10 @@ def register_user() -> ResponseReturnValue:
 def create_user(form: RegisterForm) -> None:
     """Only a mail says whether the e-mail was free: whoever asks here may not be its owner.
 
-    Nothing asks first: somebody else may take it before the answer is there.
+    Nor does the time say it: the statements are the same, and each time there is a message to commit.
     """
-    user = User(name=form.name.data, email=form.email.data)
-    user.set_password(form.password.data)
-    db.session.add(user)
-    try:
-        db.session.flush()
-        current_workers.enqueue("mail", {"welcome": user.id})
-    except IntegrityError:
-        db.session.rollback()
-        if owner := svcs.flask.get(UserRepository).by_email(form.email.data):
-            current_workers.enqueue("mail", {"registered again": owner.id}, key=f"registered again:{owner.id}")
+    user_id, is_new = svcs.flask.get(UserRepository).add(form.name.data, form.email.data, form.password.data)
+    current_workers.enqueue("mail", {"welcome" if is_new else "registered again": user_id})
     db.session.commit()
 
 

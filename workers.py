@@ -82,6 +82,9 @@ class MailWorker(MessageWorker):
     def handle(self, message: Message, context: WorkerContext) -> None:
         payload = message.payload
         kind = next(kind for kind in MAILS if kind in payload)
+        if kind in SENT_ONCE and message.key is None:
+            current_workers.enqueue(self.topic, payload, key=f"{kind}:{payload[kind]}")
+            return
         mail = MAILS[kind](payload[kind], payload, context)
         if mail is None:
             context.logger.warning("%s %s is gone: there is no mail about it.", kind.capitalize(), payload[kind])
@@ -125,6 +128,10 @@ MAILS: dict[str, Callable[[int, Payload, WorkerContext], Mail | None]] = {
     "registered again": registered_again,
     "password link": password_link,
 }
+
+# However often they are enqueued. Their key is given them here, as a stranger could tell the time of a request that
+# finds it taken, and with nothing to commit, from that of one that does not.
+SENT_ONCE = {"registered again"}
 
 
 class SystemHealthWorker(PeriodicWorker):

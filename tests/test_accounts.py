@@ -5,9 +5,10 @@ import logging
 import re
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from email import message_from_bytes
 from email.policy import default
+from itertools import count
 from pathlib import Path
 from threading import Barrier
 from typing import Any
@@ -18,11 +19,12 @@ from flask import Flask
 from flask.testing import FlaskClient
 from fleet import at_once, in_threads, wait_until
 from itsdangerous import URLSafeTimedSerializer
-from sqlalchemy import select, text
+from sqlalchemy import Engine, event, select, text
 from sqlalchemy.exc import DBAPIError
 from werkzeug.security import generate_password_hash
 from werkzeug.test import TestResponse
 
+import models
 from background import BackgroundWorkerManager
 from background.errors import first_line
 from background.models import messages
@@ -251,6 +253,67 @@ def test_refusing_a_stranger_or_whom_no_password_can_log_in_takes_as_long_as_ref
         pytest.fail(str(shares()))
 
 
+@pytest.fixture
+def work_of(client: FlaskClient, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[str]]]:
+    """Post a form, from a network that did not before; in order, what the database was told, and the hashing."""
+    done: list[str] = []
+    networks = count(1)
+
+    def post(path: str, code: int, **form: str) -> list[str]:
+        done.clear()
+        origin = {"REMOTE_ADDR": f"192.0.2.{next(networks)}"}
+        assert client.post(path, data=form, environ_overrides=origin).status_code == code
+        return [*done]
+
+    for name in ("generate_password_hash", "check_password_hash"):
+        monkeypatch.setattr(models, name, noted(getattr(models, name), done))
+    listeners = {
+        "before_cursor_execute": lambda _connection, _cursor, statement, *_: done.append(statement),
+        "commit": lambda _connection: done.append("COMMIT"),
+        "rollback": lambda _connection: done.append("ROLLBACK"),
+    }
+    for event_name, listener in listeners.items():
+        event.listen(Engine, event_name, listener)
+    yield post
+    for event_name, listener in listeners.items():
+        event.remove(Engine, event_name, listener)
+
+
+def noted(hashing: Callable[..., Any], done: list[str]) -> Callable[..., Any]:
+    def note(*arguments: Any) -> Any:
+        done.append("HASH")
+        return hashing(*arguments)
+
+    return note
+
+
+def test_registering_does_the_same_whether_the_email_has_an_account_or_not(
+    app: Flask, work_of: Callable[..., list[str]], make_user: Make
+) -> None:
+    def work(email: str) -> list[str]:
+        found = work_of("/register", 302, name="Nat", email=email, password=PASSWORD, repeated=PASSWORD)
+        enqueued.append(len(states_of_messages(app)))
+        return found
+
+    enqueued: list[int] = []
+    known = make_user().email
+    first, *others = [work(email) for email in ("nat@example.com", "pat@example.com", known, known, known)]
+    assert others == [first] * 4
+    assert enqueued == [1, 2, 3, 4, 5]  # so each time there was something to commit
+    assert first.count("HASH") == 1
+    assert [each.split()[0] for each in first[-5:]] == ["HASH", "INSERT", "SELECT", "INSERT", "COMMIT"]
+
+
+def test_refusing_does_the_same_for_whoever_has_the_email_and_for_nobody(
+    work_of: Callable[..., list[str]], make_user: Make
+) -> None:
+    users = [make_user(), make_user(status="passive"), make_user(is_admin=True), make_user(password_hash="!")]
+    emails = ["nobody@example.com", *(user.email for user in users)]
+    first, *others = [work_of("/login", 200, email=email, password="wrong horse") for email in emails]
+    assert others == [first] * 4
+    assert first.count("HASH") == 1
+
+
 def register(client: FlaskClient, email: str = "nat@example.com", **fields: str) -> TestResponse:
     form = {"name": "Nat", "email": email, "password": PASSWORD, "repeated": PASSWORD} | fields
     return client.post("/register", data=form, follow_redirects=True)
@@ -275,11 +338,11 @@ def test_the_owner_of_an_email_is_told_by_mail_once_how_ever_often_others_regist
     for _ in range(3):
         register(client)
     manager.start()
-    wait_until(lambda: states_of_messages(app) == ["done", "done"], "the mails")
-    assert {(mail["To"], mail["Subject"]) for mail in mails(outbox)} == {
+    wait_until(lambda: states_of_messages(app) == ["done"] * 4, "the mails")
+    assert sorted((mail["To"], mail["Subject"]) for mail in mails(outbox)) == [
         ("nat@example.com", "Welcome to the Bookstore"),
         ("nat@example.com", "You have an account already"),
-    }
+    ]
 
 
 def states_of_messages(app: Flask) -> list[str]:
