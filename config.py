@@ -266,9 +266,10 @@ def json_formatter() -> logging.Formatter:
 
 
 def hide_password_links(record: logging.LogRecord) -> bool:
-    """Whoever reads the log may not choose the passwords of others."""
-    if _SIGNED.search(message := record.getMessage()):
-        record.msg, record.args = _SIGNED.sub("...", message), ()
+    """Whoever reads the log may not choose the passwords of others; links are sought percent-encoded, too."""
+    message = unquote(record.getMessage())
+    if _SIGNED.search(message):
+        record.msg, record.args = _SIGNED.sub("...", spelled_out(message)), ()
     return True
 
 

@@ -12,6 +12,7 @@ from itertools import count
 from pathlib import Path
 from threading import Barrier
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 from conftest import PASSWORD, PASSWORD_HASH, PASSWORD_METHOD, on_postgresql, on_sqlite
@@ -476,16 +477,20 @@ def test_a_password_link_is_in_no_log_however_its_address_is_written(
     caplog: pytest.LogCaptureFixture, make_user: Make, link_of: Callable[[User], str]
 ) -> None:
     token = link_of(make_user()).rpartition("/")[2]
-    for path in ("/account//reset/", "/account/%72eset/", "/account/reset%2F"):
-        logging.getLogger("werkzeug").warning('"GET %s%s HTTP/1.1" 200', path, token)
-    assert token not in caplog.text
+    for path in ("/account//reset/", "/account/%72eset/", "/account/reset%2F", "/account/reset/%0A"):
+        for written in (token, token.replace(".", "%2E"), "".join(f"%{ord(sign):02x}" for sign in token)):
+            logging.getLogger("gunicorn.access").warning('"GET %s%s HTTP/1.1" "%s"', path, written, token)
+    assert token not in unquote(caplog.text)
+    assert len(caplog.text.splitlines()) == 12
+    logging.getLogger("gunicorn.access").warning('"GET /books?q=%2541%0A HTTP/1.1"')
+    assert caplog.messages[-1] == '"GET /books?q=%2541%0A HTTP/1.1"'
 
 
 @pytest.mark.usefixtures("app")
 @on_sqlite
 def test_no_address_that_anybody_asks_for_holds_the_log_up() -> None:
     began = time.process_time()
-    for word in ("a", "aaaaaa.", ".aaaaaa." + "a" * 26):
+    for word in ("a", "aaaaaa.", ".aaaaaa." + "a" * 26, "%61", "%2e%"):
         logging.getLogger("werkzeug").warning('"GET /%s HTTP/1.1" 404', (word * 60_000)[:60_000])
     assert time.process_time() - began < 3  # where each letter was a beginning it took a minute
 
