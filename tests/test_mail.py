@@ -28,7 +28,7 @@ from background import BackgroundWorkerManager, current_workers
 from background.handling import _LONGEST_PAUSE_SECONDS
 from background.models import message_errors, messages
 from models import Book, Order, User, db
-from workers import Mailer, MailNotSent, MailWorker
+from workers import MAILS, Mailer, MailNotSent, MailWorker
 
 AT = datetime(2026, 11, 21, 3, 30, tzinfo=UTC)
 PASSWORD = "s3:cr/t@%"
@@ -352,7 +352,7 @@ def test_the_customer_is_told_that_the_order_is_confirmed(
     app: Flask, server: MailServer, make_order: Callable[..., int], mail_about: Callable[[int], int]
 ) -> None:
     mail_through(app, server.url())
-    order_id = make_order(name="Ñat\nBcc: all@example.com", title="Emma & <b>\n.\n")
+    order_id = make_order(title="Ñandú & <b>\nBcc: all@example.com\n.\n")
     message_id = mail_about(order_id)
     wait_until(lambda: states(app) == ["done"])
     [mail] = server.mails
@@ -361,8 +361,27 @@ def test_the_customer_is_told_that_the_order_is_confirmed(
     assert mail["Message-ID"].startswith(f"<mail.{message_id}.")
     assert mail["Bcc"] is None
     text = text_of(mail)
-    assert text.startswith("Hello Ñat\nBcc: all@example.com,\n\nthank you for your order.")
-    assert "2 x Emma & <b>\n.\n (George Eliot), €25.00\n" in text
+    assert text.startswith("Hello,\n\nthank you for your order.")
+    assert "2 x Ñandú & <b>\nBcc: all@example.com\n.\n (George Eliot), €25.00\n" in text
+
+
+@on_sqlite
+def test_no_mail_says_what_a_user_typed(
+    app: Flask, server: MailServer, make_order: Callable[..., int], manager: BackgroundWorkerManager
+) -> None:
+    mail_through(app, server.url())
+    order_id = make_order(name="You have won! https://evil.example/")
+    with app.app_context():
+        user_id = db.session.scalar(select(User.id))
+        for kind in MAILS:
+            payload = {kind: order_id if kind == "order" else user_id, "root": "http://localhost/"}
+            current_workers.enqueue("mail", payload)
+        db.session.commit()
+    manager.start()
+    wait_until(lambda: len(server.mails) == len(MAILS))
+    for mail in server.mails:
+        assert text_of(mail).startswith("Hello,\n")
+        assert "won" not in f"{mail}{text_of(mail)}", mail["Subject"]
 
 
 @on_sqlite
