@@ -8,6 +8,7 @@ beside them stands what this process computed of it, which a busy machine does n
 """
 
 import argparse
+import gc
 import statistics
 import time
 from collections.abc import Iterator
@@ -88,6 +89,8 @@ def measured(engine: str, size: Size, rounds: int) -> dict[str, Figures]:
             with app.app_context():
                 upgrade()
                 fill(app, size)
+            gc.collect()
+            gc.freeze()  # as gunicorn.conf.py does
             client = logged_in(app)
             return {address: timed(client, address, rounds) for address in list(pages(app, size))}
         finally:
