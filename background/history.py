@@ -1,16 +1,19 @@
 """What is written down about the executions, read for people: nothing here decides who runs."""
 
 from collections.abc import Collection
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from sqlalchemy import (
     BigInteger,
     ColumnElement,
+    CompoundSelect,
     Select,
     String,
     and_,
+    bindparam,
     case,
     func,
     literal,
@@ -35,8 +38,7 @@ _MOST_ATTEMPTS = 50
 _HIGHEST_BIT = 2**40  # of an id
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(NamedTuple):
     """One row of the executions: an attempt at a tick, or the ticks `tick` to `through` that nobody ran."""
 
     id: int
@@ -72,7 +74,7 @@ class Record:
 
     def as_dict(self) -> dict[str, Any]:
         """Its columns, and how long it ran in seconds."""
-        row = asdict(self)
+        row = self._asdict()
         del row["clock"]
         return {**row, "seconds": self.duration.total_seconds() if self.duration is not None else None}
 
@@ -97,8 +99,8 @@ class Glance(NamedTuple):
     tick: datetime
     state: str
     started_at: datetime | None
-    finished_at: datetime | None
-    clock: datetime
+    ended_at: datetime
+    """Now, of one that runs; of ticks that were not run it means nothing."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,7 @@ class History:
     def names(self) -> list[str]:
         """The workers that the database knows."""
         with self._reading.connect() as connection:
-            return list(connection.execute(select(workers.c.name).order_by(workers.c.name)).scalars())
+            return list(connection.scalars(select(workers.c.name).order_by(workers.c.name)).all())
 
     def latest(self, names: Collection[str] | None = None) -> dict[str, Record]:
         """Of every worker (or of those of `names`) the newest execution that has ended, or row that says why not."""
@@ -204,11 +206,11 @@ class History:
         """The newest `count` executions of each worker of `names`, oldest first."""
         found: dict[str, list[Glance]] = {name: [] for name in names}
         if found:
-            # One query for each: so the database reads no more than `count` entries of the index.
-            each = [select(_glance(name).limit(count).subquery()) for name in found]
+            asked = {f"worker_{number}": name for number, name in enumerate(found)}
             with self._reading.connect() as connection:
-                for row in connection.execute(union_all(*each)):
-                    found[row.worker].append(Glance(*row))
+                glances = map(Glance._make, connection.execute(_glances(len(found), count), asked).all())
+            for glance in glances:
+                found[glance.worker].append(glance)
         return {name: glances[::-1] for name, glances in found.items()}
 
     def execution(self, id: int) -> Record | None:
@@ -244,7 +246,7 @@ class History:
         seen = self._roster.lived(since, until, {each.instance for each in records if each.instance})
         alive = {each.id for each in seen if each.is_alive}
         marked = [
-            each if each.state != "running" else replace(each, is_gone=each.instance not in alive) for each in records
+            each if each.state != "running" else each._replace(is_gone=each.instance not in alive) for each in records
         ]
         return Window(since, until, clock, tuple(marked), complete_since, seen)
 
@@ -286,16 +288,16 @@ class History:
 
     def _records(self, query: Select[Any]) -> list[Record]:
         with self._reading.connect() as connection:
-            return [Record(**row._mapping) for row in connection.execute(query)]
+            return [Record(*row) for row in connection.execute(query).all()]
 
     def _marked(self, records: list[Record]) -> list[Record]:
         """The same with `is_gone` filled in."""
         running = {each.instance for each in records if each.state == "running" and each.instance}
         gone = self._roster.gone(running)
-        return [replace(each, is_gone=each.state == "running" and each.instance in gone) for each in records]
+        return [each._replace(is_gone=each.state == "running" and each.instance in gone) for each in records]
 
 
-_columns = [column for column in executions.c if column is not executions.c.log]  # which may be long
+_columns = [executions.c[field] for field in Record._fields if field in executions.c]
 _newest_first = (executions.c.tick.desc(), executions.c.id.desc())
 
 
@@ -342,6 +344,11 @@ def _is_before(place: Place) -> ColumnElement[bool]:
     return and_(executions.c.tick <= tick, or_(executions.c.tick < tick, executions.c.id < id))
 
 
-def _glance(name: str) -> Select[Any]:
-    columns = [executions.c[field] for field in Glance._fields if field != "clock"]
-    return select(*columns, now().label("clock")).where(executions.c.worker == name).order_by(*_newest_first)
+@lru_cache  # it takes longer to put together than to run
+def _glances(names: int, count: int) -> CompoundSelect[Any]:
+    """A query for each of so many names, so that the database reads no more than `count` entries of the index."""
+    each = executions.c
+    glance = select(each.worker, each.tick, each.state, each.started_at, func.coalesce(each.finished_at, now()))
+    newest = glance.order_by(*_newest_first).limit(count)
+    asked = (each.worker == bindparam(f"worker_{number}") for number in range(names))
+    return union_all(*(select(newest.where(is_asked).subquery()) for is_asked in asked))

@@ -9,7 +9,7 @@ from .history import Record
 from .ledger import Claim, WorkerState
 from .manager import BackgroundWorkerManager
 from .schedule import Schedule
-from .worker import declared_schedule
+from .worker import PeriodicWorker, declared_schedule
 
 
 def overview(manager: BackgroundWorkerManager, names: Collection[str] | None = None) -> list[dict[str, Any]]:
@@ -17,23 +17,23 @@ def overview(manager: BackgroundWorkerManager, names: Collection[str] | None = N
     history = manager.history
     clock, states, latest = history.clock(), manager.ticks.ledger.states(names), history.latest(names)
     gone = manager.roster.gone({state.instance for state in states.values() if state.instance})
-    known = manager.workers.keys() if names is None else manager.workers.keys() & names
+    ours = manager.workers
+    known = ours.keys() if names is None else ours.keys() & names
     return [
-        _overview(manager, name, clock, states.get(name), latest.get(name), gone)
+        _overview(name, ours.get(name), clock, states.get(name), latest.get(name), gone)
         for name in sorted(known | states.keys())
     ]
 
 
 def _overview(
-    manager: BackgroundWorkerManager,
     name: str,
+    worker: type[PeriodicWorker] | None,
     clock: datetime,
     state: WorkerState | None,
     last: Record | None,
     gone: set[str],
 ) -> dict[str, Any]:
-    worker = manager.workers.get(name)
-    schedule = _schedule(manager, name, state)
+    schedule = _schedule(worker, state)
     paused_at = state.paused_at if state else None
     runs = worker is not None and worker.enabled and not paused_at
     return {
@@ -64,10 +64,10 @@ def _running(state: WorkerState, claim: Claim, gone: set[str]) -> dict[str, Any]
     }
 
 
-def _schedule(manager: BackgroundWorkerManager, name: str, state: WorkerState | None) -> Schedule | None:
+def _schedule(worker: type[PeriodicWorker] | None, state: WorkerState | None) -> Schedule | None:
     """The schedule in force; None for one that this release cannot read: a newer one may have brought it."""
     if state is None:
-        return declared_schedule(manager.workers[name])
+        return declared_schedule(worker) if worker else None
     try:
         return state.schedule
     except InvalidSchedule:

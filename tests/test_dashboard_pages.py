@@ -195,7 +195,7 @@ def run(number: int, start: float, seconds: float | None, **more: Any) -> Record
     started = NOON + start * SECOND
     finished = None if seconds is None else started + seconds * SECOND
     times = {"tick": started, "started_at": started, "finished_at": finished}
-    return replace(RUN, id=number, token=number, **times | more)
+    return RUN._replace(id=number, token=number, **times | more)
 
 
 def test_a_bar_goes_from_the_start_to_the_end_and_that_of_a_running_one_to_now() -> None:
@@ -221,8 +221,8 @@ def test_the_bar_of_a_lost_one_ends_where_its_instance_was_heard_of_last() -> No
 def test_attempts_at_one_tick_are_connected_and_those_at_two_are_not() -> None:
     first, second = run(1, 0, 10, state="failed"), run(2, 20, 5, attempt=2, tick=NOON)
     assert len(drawn(first, second).arrows) == 1
-    assert not drawn(first, replace(second, tick=NOON + SECOND)).arrows
-    assert not drawn(replace(first, state="succeeded"), second).arrows
+    assert not drawn(first, second._replace(tick=NOON + SECOND)).arrows
+    assert not drawn(first._replace(state="succeeded"), second).arrows
 
 
 def test_few_workers_have_a_row_each_and_many_share_rows_without_an_overlap() -> None:
@@ -244,7 +244,7 @@ def test_many_instances_have_a_lane_only_if_they_did_something() -> None:
 
 
 def test_ticks_that_nobody_ran_have_a_lane_of_their_own() -> None:
-    missed = replace(RUN, state="missed", instance=None, started_at=None, through=NOON + 30 * SECOND, attempt=None)
+    missed = RUN._replace(state="missed", instance=None, started_at=None, through=NOON + 30 * SECOND, attempt=None)
     lane = drawn(run(1, 0, 1), missed).lanes[-1]
     assert lane.label == "not run"
     assert lane.bars[0].title == "w: tick 2024-06-01T12:00:00Z to 2024-06-01T12:00:30Z, missed"
