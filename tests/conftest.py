@@ -9,6 +9,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
@@ -138,18 +139,24 @@ def server_folder() -> Path:
 
 
 def administer(server: URL, *statements: str) -> None:
+    with administration(server) as execute:
+        for statement in statements:
+            execute(statement)
+
+
+@contextmanager
+def administration(server: URL) -> Iterator[Callable[[str], object]]:
+    """Execute statements on the server outside any transaction, all on one connection."""
     engine = create_engine(server, poolclass=NullPool, isolation_level="AUTOCOMMIT")
     with engine.connect() as connection:
-        for statement in statements:
-            connection.exec_driver_sql(statement)
+        yield connection.exec_driver_sql
 
 
 @pytest.fixture(scope="session")
 def databases(postgresql_server: URL) -> Iterator[Callable[[str], object]]:
     """Execute a statement on the server, on one connection for all tests."""
-    engine = create_engine(postgresql_server, poolclass=NullPool, isolation_level="AUTOCOMMIT")
-    with engine.connect() as connection:
-        yield connection.exec_driver_sql
+    with administration(postgresql_server) as execute:
+        yield execute
 
 
 @pytest.fixture(scope="session")
