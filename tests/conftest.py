@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import rules  # noqa: F401 - makes applications quickly
 import svcs
 from flask import Flask
 from flask.testing import FlaskClient, FlaskCliRunner
 from jinja2 import FileSystemBytecodeCache
 from sqlalchemy import URL, Engine, create_engine, make_url
 from sqlalchemy.pool import NullPool
-from werkzeug.routing import Rule
 from werkzeug.security import generate_password_hash
 
 from app import create_app
@@ -39,20 +39,6 @@ PASSWORD = "correct horse battery staple"
 PASSWORD_METHOD = User.password_method
 User.password_method = "pbkdf2:sha256:1"  # quick: it guards nothing
 PASSWORD_HASH = generate_password_hash(PASSWORD, User.password_method)
-
-_builders: dict[object, Callable[..., tuple[str, str]]] = {}
-_compile_builder = Rule._compile_builder
-
-
-def compile_builder_once(rule: Rule, append_unknown: bool = True) -> Callable[..., tuple[str, str]]:
-    """The same for every application: to compile those of all its rules is four fifths of making one."""
-    key = (rule.rule, tuple(rule._trace), repr(rule.defaults), append_unknown)
-    if key not in _builders:
-        _builders[key] = _compile_builder(rule, append_unknown)
-    return _builders[key]
-
-
-Rule._compile_builder = compile_builder_once  # type: ignore[method-assign]
 
 HOUR_SECONDS = 3600
 TURN_SECONDS = 10  # longer than a test takes to whose outcome the hour matters
