@@ -75,6 +75,12 @@ def freeze() -> None:
     gc.freeze()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def frozen() -> None:
+    """So does what the tests of the files before have left in caches."""
+    freeze()
+
+
 def settings(database_url: str, **more: Any) -> dict[str, Any]:
     return {
         "DATABASE_URL": database_url,
