@@ -1,8 +1,10 @@
 """Processes of the shop, forked from one that has imported everything: a fleet of them is up in a second."""
 
+import atexit
 import ctypes
 import gc
 import json
+import logging
 import os
 import runpy
 import select
@@ -12,6 +14,8 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from importlib import import_module
+from importlib.metadata import entry_points
 from pathlib import Path
 from time import time
 from typing import Any
@@ -81,13 +85,13 @@ class Member(Process):
 
 
 class Nursery:
-    """Forks what it is asked for; ends with the tests."""
+    """Forks what it is asked for; ends with the tests. It starts with `more` in its environment."""
 
-    def __init__(self) -> None:
+    def __init__(self, **more: object) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         command = [sys.executable, __file__, str(theirs.fileno())]
         self._server = subprocess.Popen(
-            command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment(), cwd=ROOT
+            command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment(**more), cwd=ROOT
         )
         theirs.close()
 
@@ -99,10 +103,13 @@ class Nursery:
             yield member
 
     @contextmanager
-    def forked(self, command: Sequence[str], env: Mapping[str, str], alone: bool = False) -> Iterator[Member]:
-        """As `processes.started` with a `python -m MODULE ...`, and many times as quick."""
+    def forked(
+        self, command: Sequence[str], env: Mapping[str, str], errors: Path | None = None, alone: bool = False
+    ) -> Iterator[Member]:
+        """As `processes.started` with a `python -m MODULE ...`, and many times as quick; its standard error may go
+        into a file."""
         assert list(command[:2]) == [sys.executable, "-m"], command
-        order = {"env": env, "arguments": command[2:], "alone": alone}
+        order = {"env": env, "arguments": command[2:], "errors": errors and str(errors), "alone": alone}
         (ours, output), (ending, end) = os.pipe(), os.pipe()
         socket.send_fds(self._socket, [json.dumps(order).encode()], [output, end])
         os.close(output)
@@ -118,9 +125,9 @@ class Nursery:
         finally:
             member.end()
 
-    def run(self, command: Sequence[str], env: Mapping[str, str]) -> tuple[int, str]:
+    def run(self, command: Sequence[str], env: Mapping[str, str], errors: Path | None = None) -> tuple[int, str]:
         """As `processes.run`."""
-        with self.forked(command, env) as member:
+        with self.forked(command, env, errors) as member:
             return member.wait(), member.output
 
     def close(self) -> None:
@@ -151,9 +158,11 @@ class Shops:
 
 
 def main(orders: socket.socket) -> None:
-    import app  # noqa: F401 - whatever an import brings is there before the fork
-    import background.membership  # noqa: F401
-
+    ending = (
+        Ending()
+    )  # before anything is imported, as what is to be done at the end is done from the last to the first
+    _import_everything()
+    gc.collect()
     gc.freeze()
     children: dict[int, tuple[int, int]] = {}  # by its handle: the id of the process, and where to write how it ended
     while True:
@@ -170,10 +179,53 @@ def main(orders: socket.socket) -> None:
                     os.close(handle)
                     os.close(others)
                 os.close(end)
-                _become(orders, output, **json.loads(order))
+                _become(orders, output, ending, **json.loads(order))
                 return
             os.close(output)
             children[os.pidfd_open(pid)] = pid, end
+
+
+class Ending:
+    """A process does all that an interpreter does at its end, but for one thing: it takes nothing apart that it shares
+    with the nursery, as the system would have to copy all of that before."""
+
+    def __init__(self) -> None:
+        self.code: int | None = None
+        atexit.register(self._leave)
+
+    def run(self, module: str) -> None:
+        try:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+            self.code = 0
+        except SystemExit as end:
+            if end.code is None or isinstance(end.code, int):
+                self.code = end.code or 0
+            raise
+
+    def _leave(self) -> None:
+        """The last that is done at the exit; other endings, as by an error, are left to the interpreter."""
+        if self.code is not None:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(self.code)
+
+
+def _import_everything() -> None:
+    """Whatever an import brings, and what the first application of a process compiles, is there before the fork."""
+    for name in ("background.cli", "background.membership", "background.messages_cli", "gunicorn.app.wsgiapp"):
+        import_module(name)
+    for name in ("gunicorn.glogging", "gunicorn.workers.gthread", "gunicorn.workers.sync", "apscheduler.triggers.date"):
+        import_module(name)
+    for command in entry_points(group="flask.commands"):
+        command.load()
+    import rules  # noqa: F401
+
+    from app import create_app
+
+    nowhere = logging.NullHandler()  # else the log would be set up here, and by none of the processes
+    logging.getLogger().addHandler(nowhere)
+    create_app({"DATABASE_URL": "sqlite://", "SECRET_KEY": "of-the-nursery-6b1e0c2d9f", "TESTING": True})
+    logging.getLogger().removeHandler(nowhere)
 
 
 def _bury(handle: int, pid: int, end: int) -> None:
@@ -184,7 +236,15 @@ def _bury(handle: int, pid: int, end: int) -> None:
     os.close(end)
 
 
-def _become(orders: socket.socket, output: int, env: Mapping[str, str], arguments: list[str], alone: bool) -> None:
+def _become(
+    orders: socket.socket,
+    output: int,
+    ending: Ending,
+    env: Mapping[str, str],
+    arguments: list[str],
+    errors: str | None,
+    alone: bool,
+) -> None:
     if alone:
         _leave_this_world(orders, output)
     os.setsid()
@@ -193,11 +253,13 @@ def _become(orders: socket.socket, output: int, env: Mapping[str, str], argument
     for number in (1, 2):
         os.dup2(output, number)
     os.close(output)
+    if errors:
+        os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     os.environ.clear()
     os.environ.update(env)
     sys.path[:0] = env["PYTHONPATH"].split(os.pathsep)
     module, *sys.argv[1:] = arguments
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    ending.run(module)
 
 
 def _leave_this_world(orders: socket.socket, output: int) -> None:
