@@ -5,15 +5,16 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 from effects import Effect, Effects
 from fleet import PATIENCE, Fleet, Hourly, effect, wait_until
-from processes import Process, environment, eventually, flask, started
+from nursery import Nursery
+from processes import Process, environment, eventually, flask
 from sqlalchemy import create_engine, select
 from sqlalchemy.pool import NullPool
 
@@ -22,28 +23,50 @@ from background import models as tables
 
 PERIOD = timedelta(seconds=1)
 MINUTES = timedelta(minutes=2)
+FAKE: dict[str, object] = {
+    "FAKETIME_NO_CACHE": 1,
+    "FAKETIME_DONT_FAKE_MONOTONIC": 1,
+    "FAKETIME_FORCE_MONOTONIC_FIX": 0,  # else every wait for Python's lock by several threads spins
+    "NO_FAKE_STAT": 1,
+}
 LIBFAKETIME = next(iter(glob.glob("/usr/lib/*/faketime/libfaketimeMT.so.1")), None)
 # Not `flask workers run`, which may sleep: Debian's libfaketime fails Python's time.sleep (its issue 426).
 SERVE = flask("run", "--port", "0")
 
-faked = pytest.mark.skipif(LIBFAKETIME is None, reason="needs Debian's libfaketime")
+Host = Callable[..., AbstractContextManager[Process]]
 
 
-@contextmanager
-def host(url: str, ahead: float = 0.0, clock: Path | None = None, **more: object) -> Iterator[Process]:
-    """A process on a host whose clock is so many seconds ahead, or what the file says, which may change."""
-    fake = {"LD_PRELOAD": LIBFAKETIME, "FAKETIME_DONT_FAKE_MONOTONIC": 1, "NO_FAKE_STAT": 1}
-    fake["FAKETIME_FORCE_MONOTONIC_FIX"] = 0  # else every wait for Python's lock by several threads spins
-    fake |= {"FAKETIME_TIMESTAMP_FILE": clock, "FAKETIME_NO_CACHE": 1} if clock else {"FAKETIME": f"{ahead:+f}"}
-    env = environment(url, PROBE_PERIOD=PERIOD.total_seconds(), **more)
-    with started(SERVE, env | {name: str(value) for name, value in fake.items()}) as process:
-        yield process
+@pytest.fixture(scope="module")
+def faked() -> Iterator[Nursery]:
+    """Forks processes whose clocks say what a file says, which may change."""
+    if LIBFAKETIME is None:
+        pytest.skip("needs Debian's libfaketime")
+    nursery = Nursery(LD_PRELOAD=LIBFAKETIME, **FAKE)
+    yield nursery
+    nursery.close()
+
+
+@pytest.fixture
+def host(faked: Nursery) -> Host:
+    """A process on a host whose clock is what the file says."""
+
+    def host(url: str, clock: Path, **more: object) -> AbstractContextManager[Process]:
+        more |= {"PROBE_PERIOD": PERIOD.total_seconds(), "FAKETIME_TIMESTAMP_FILE": clock}
+        return faked.forked(SERVE, environment(url, **FAKE | more))
+
+    return host
 
 
 def set_clock(clock: Path, ahead: timedelta) -> None:
     new = clock.with_suffix(".new")
     new.write_text(f"{ahead.total_seconds():+f}\n")
     new.replace(clock)
+
+
+def clock_ahead(folder: Path, seconds: float) -> Path:
+    clock = folder / f"{seconds:+}"
+    set_clock(clock, timedelta(seconds=seconds))
+    return clock
 
 
 def test_what_is_to_be_run_again_waits_until_a_clock_that_was_set_back_reaches_it_once_more(fleet: Fleet) -> None:
@@ -95,14 +118,13 @@ def shown(url: str) -> list[int]:
         return sorted(round(offset) for offset in connection.scalars(select(tables.instances.c.clock_offset)))
 
 
-@faked
 @pytest.mark.parametrize("offsets", [(1, -1), (7, -7), (60, -60), (3600, -3600, 0)], ids=lambda them: f"{them[0]}s")
 def test_hosts_that_are_ahead_and_behind_run_every_tick_once_on_time_together_and_alone(
-    postgresql_url: str, offsets: tuple[int, ...]
+    postgresql_url: str, offsets: tuple[int, ...], tmp_path: Path, host: Host
 ) -> None:
     effects = Effects(postgresql_url)
     with ExitStack() as stack:
-        hosts = {offset: stack.enter_context(host(postgresql_url, offset)) for offset in offsets}
+        hosts = {offset: stack.enter_context(host(postgresql_url, clock_ahead(tmp_path, offset))) for offset in offsets}
         for process in hosts.values():
             process.wait_for("joined")
         since = datetime.now(UTC)
@@ -120,12 +142,11 @@ def test_hosts_that_are_ahead_and_behind_run_every_tick_once_on_time_together_an
     assert statistics.median(seconds_late(found)) < 0.9
 
 
-@faked
 def test_a_whole_fleet_that_is_a_fifth_of_a_second_ahead_begins_on_time_and_not_early(
-    postgresql_url: str,
+    postgresql_url: str, tmp_path: Path, host: Host
 ) -> None:
-    effects = Effects(postgresql_url)
-    with host(postgresql_url, 0.2) as one, host(postgresql_url, 0.2) as other:
+    effects, clock = Effects(postgresql_url), clock_ahead(tmp_path, 0.2)
+    with host(postgresql_url, clock) as one, host(postgresql_url, clock) as other:
         for process in (one, other):
             process.wait_for("joined")
         since = datetime.now(UTC)
@@ -138,11 +159,11 @@ def test_a_whole_fleet_that_is_a_fifth_of_a_second_ahead_begins_on_time_and_not_
     print(f"\n{len(late)} ticks; seconds late: median {statistics.median(late):.3f}, worst {max(late):.3f}")
 
 
-@faked
-def test_clocks_that_are_set_forth_and_back_in_mid_run_move_no_tick(postgresql_url: str, tmp_path: Path) -> None:
-    effects, clock = Effects(postgresql_url), tmp_path / "clock"
-    set_clock(clock, timedelta())
-    with host(postgresql_url, clock=clock) as one, host(postgresql_url, clock=clock) as other:
+def test_clocks_that_are_set_forth_and_back_in_mid_run_move_no_tick(
+    postgresql_url: str, tmp_path: Path, host: Host
+) -> None:
+    effects, clock = Effects(postgresql_url), clock_ahead(tmp_path, 0)
+    with host(postgresql_url, clock) as one, host(postgresql_url, clock) as other:
         for process in (one, other):
             process.wait_for("joined")
         since = datetime.now(UTC)
@@ -157,11 +178,11 @@ def test_clocks_that_are_set_forth_and_back_in_mid_run_move_no_tick(postgresql_u
     assert statistics.median(seconds_late(found)) < 0.9
 
 
-@faked
-def test_on_sqlite_a_clock_that_is_set_forth_and_back_repeats_no_tick(sqlite_url: str, tmp_path: Path) -> None:
-    effects, clock = Effects(sqlite_url), tmp_path / "clock"
-    set_clock(clock, timedelta())
-    with host(sqlite_url, clock=clock) as one, host(sqlite_url, clock=clock) as other:
+def test_on_sqlite_a_clock_that_is_set_forth_and_back_repeats_no_tick(
+    sqlite_url: str, tmp_path: Path, host: Host
+) -> None:
+    effects, clock = Effects(sqlite_url), clock_ahead(tmp_path, 0)
+    with host(sqlite_url, clock) as one, host(sqlite_url, clock) as other:
         for process in (one, other):
             process.wait_for("joined")
         ticks_on(effects, 2)
@@ -178,15 +199,13 @@ def test_on_sqlite_a_clock_that_is_set_forth_and_back_repeats_no_tick(sqlite_url
     assert {state for state, _ in effects.states("ticker")} <= {"succeeded", "missed", "skipped", "handed back"}
 
 
-@faked
 def test_a_run_that_is_on_while_clocks_are_set_is_neither_taken_over_nor_refused(
-    database_url: str, tmp_path: Path
+    database_url: str, tmp_path: Path, host: Host
 ) -> None:
     """On SQLite they decide how long a lease is; on PostgreSQL they only tell the hosts when to wake up."""
-    effects, clock, release = Effects(database_url), tmp_path / "clock", tmp_path / "release"
-    set_clock(clock, timedelta())
+    effects, clock, release = Effects(database_url), clock_ahead(tmp_path, 0), tmp_path / "release"
     more = {"PROBE_WORKERS": "deaf", "PROBE_UNTIL": release, "WORKERS_LEASE_SECONDS": 10}
-    with host(database_url, clock=clock, **more) as one, host(database_url, clock=clock, **more) as other:
+    with host(database_url, clock, **more) as one, host(database_url, clock, **more) as other:
         for process in (one, other):
             process.wait_for("joined")
         wait_until(lambda: effects.states("deaf") == [("running", 1)], "the run")
