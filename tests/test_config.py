@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from conftest import administer, dispose, settings
 from flask import Flask
+from processes import PATIENCE, ROOT
 from sqlalchemy import URL, text
 
 from app import create_app
@@ -268,29 +269,21 @@ def test_the_secret_key_is_made_once_and_kept_private(tmp_path: Path) -> None:
 
 def test_processes_that_start_at_once_agree_on_the_secret_key(tmp_path: Path) -> None:
     program = (
-        "import sys; from flask import Flask; from config import load_config\n"
+        "import os; from multiprocessing import get_context; from flask import Flask; from config import load_config\n"
         f"app = Flask('config', instance_path={str(tmp_path)!r})\n"
-        "print('ready', flush=True); sys.stdin.readline(); load_config(app, {})\n"
-        "print(app.config['SECRET_KEY'])"
+        "context = get_context('fork'); barrier = context.Barrier(4)\n"
+        "def load():\n"
+        "    barrier.wait(); load_config(app, {}); os.write(1, (app.config['SECRET_KEY'] + '\\n').encode())\n"
+        "processes = [context.Process(target=load) for _ in range(4)]\n"
+        "for process in processes: process.start()\n"
+        "for process in processes: process.join()\n"
     )
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", program],
-            cwd=Path(__file__).parent.parent,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(4)
-    ]
-    for process in processes:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-    for process in processes:
-        assert process.stdin is not None
-        process.stdin.write("\n")
-        process.stdin.flush()
-    assert len({process.communicate(timeout=30)[0] for process in processes}) == 1
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=True
+    )
+    keys = done.stdout.split()
+    assert len(keys) == 4
+    assert len(set(keys)) == 1
 
 
 def test_an_empty_secret_key_file_is_refused(tmp_path: Path) -> None:
