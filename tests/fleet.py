@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -13,7 +12,7 @@ from typing import Any
 
 from conftest import close, settings
 from flask import Flask
-from processes import PATIENCE, ROOT, eventually
+from processes import PATIENCE, eventually
 from sqlalchemy import Column, Engine, Integer, MetaData, String, Table, event, insert, select, update
 
 from app import create_app
@@ -66,7 +65,6 @@ class Fleet:
     def __init__(self, database_url: str) -> None:
         self.database_url = database_url
         self.apps: list[Flask] = []
-        self.processes: list[subprocess.Popen[str]] = []
         app = self.app()
         with app.app_context():
             self.engine: Engine = db.engine
@@ -80,22 +78,11 @@ class Fleet:
         manager: BackgroundWorkerManager = self.app(*workers, **config).extensions["background_workers"]
         return manager
 
-    def process(self, *arguments: object) -> subprocess.Popen[str]:
-        """Another process: this file, run with `arguments`; see `main`."""
-        process = subprocess.Popen(
-            [sys.executable, __file__, self.database_url, *map(str, arguments)],
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env={"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "PYTHONUNBUFFERED": "1", "PATH": ""},
-        )
-        self.processes.append(process)
-        return process
+    def command(self, *arguments: object) -> list[str]:
+        """This file, run in another process with `arguments`; see `main`."""
+        return [sys.executable, "-m", "fleet", self.database_url, *map(str, arguments)]
 
     def close(self) -> None:
-        for process in self.processes:
-            process.kill()
-            process.communicate()
         stop(*self.apps)
 
     def enqueue(self, topic: str, *payloads: Any, **more: Any) -> list[int | None]:

@@ -13,6 +13,8 @@ import svcs
 from conftest import on_postgresql
 from flask import current_app
 from fleet import HOUR, PATIENCE, Fleet, Hourly, effect, effects, last_hour, states, stop, wait_until
+from nursery import Nursery
+from processes import environment
 from sqlalchemy import Connection, create_engine, event, insert, select, text
 from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.pool import NullPool
@@ -30,12 +32,11 @@ NOW = last_hour
 
 
 def test_killed_between_its_last_effect_and_the_commit_a_run_leaves_neither_and_another_does_it_after_the_lease(
-    fleet: Fleet,
+    fleet: Fleet, nursery: Nursery
 ) -> None:
-    process = fleet.process("stuck_at_the_end", NOW().isoformat())
-    assert process.stdout.readline() == "working\n"
-    process.kill()
-    process.wait(PATIENCE)
+    with nursery.forked(fleet.command("stuck_at_the_end", NOW().isoformat()), environment()) as process:
+        process.wait_for("working")
+        process.kill()
     wait_until(lambda: fleet.states() == ["running"] and fleet.effects() == [], "the rollback")
 
     class StuckAtTheEnd(Hourly):

@@ -3,10 +3,13 @@
 import threading
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 from conftest import on_postgresql
 from fleet import HOUR, PATIENCE, Fleet, Hourly, Shared, effect, in_threads, last_hour, statements
+from nursery import Nursery
+from processes import environment
 from sqlalchemy import delete, event, text
 from sqlalchemy.exc import OperationalError
 
@@ -17,10 +20,13 @@ from background.worker import declared_schedule
 MINUTE = timedelta(minutes=1)
 
 
-def test_of_eight_processes_at_the_same_instant_one_runs_the_tick(fleet: Fleet) -> None:
-    herd = fleet.process("shared", last_hour().isoformat(), 8)
-    states = sorted(herd.communicate(timeout=PATIENCE)[0].split())
-    assert states == ["None"] * 7 + ["succeeded"]
+def test_of_eight_processes_at_the_same_instant_one_runs_the_tick(
+    fleet: Fleet, nursery: Nursery, tmp_path: Path
+) -> None:
+    herd, errors = fleet.command("shared", last_hour().isoformat(), 8), tmp_path / "errors"
+    code, said = nursery.run(herd, environment(), errors)
+    assert code == 0, errors.read_text()
+    assert sorted(said.split()) == ["None"] * 7 + ["succeeded"]
     assert fleet.states() == ["succeeded"]
     assert len(fleet.effects()) == 1
 
