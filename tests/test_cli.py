@@ -11,7 +11,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from click.testing import Result
 from conftest import close, on_sqlite, settings
 from flask import Flask
 from fleet import statements
-from processes import ROOT, environment
+from nursery import Nursery
+from processes import ROOT, Process, environment
 from sqlalchemy import Engine, event, insert, text, update
 
 from app import create_app
@@ -31,6 +32,9 @@ from background.words import table
 
 MINUTE = timedelta(minutes=1)
 PASSIVE = "passive_user_checker_worker"
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+Running = Callable[..., AbstractContextManager[Process]]
 
 
 class Greet(PeriodicWorker):
@@ -316,7 +320,7 @@ EMBEDDED = """
 """
 
 
-def test_check_on_the_embedded_default_makes_no_database(tmp_path: Path) -> None:
+def test_check_on_the_embedded_default_makes_no_database(tmp_path: Path, command: Command) -> None:
     (tmp_path / "shop.py").write_text(textwrap.dedent(EMBEDDED))
     instance = tmp_path / "instance"
     instance.mkdir()
@@ -327,14 +331,14 @@ def test_check_on_the_embedded_default_makes_no_database(tmp_path: Path) -> None
     assert list(instance.iterdir()) == []
 
 
-def test_a_wrong_setting_is_one_sentence(sqlite_url: str) -> None:
+def test_a_wrong_setting_is_one_sentence(sqlite_url: str, command: Command) -> None:
     result = command("check", DATABASE_URL=sqlite_url, WORKERS_THREADS="many")
     assert result.returncode == 1
     assert result.stderr.startswith("Error: WORKERS_THREADS is 'many'; expected a whole number")
     assert result.stderr.count("\n") == 1
 
 
-def test_a_server_that_does_not_answer_is_one_sentence() -> None:
+def test_a_server_that_does_not_answer_is_one_sentence(command: Command) -> None:
     result = command("check", DATABASE_URL="postgresql://nobody:hidden@127.0.0.1:9/shop")
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
@@ -464,32 +468,29 @@ SHOP = """
 """
 
 
-def command(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+@pytest.fixture
+def command(nursery: Nursery, tmp_path: Path) -> Command:
     """`flask workers` in a process of its own."""
-    call = [sys.executable, "-m", "flask", "workers", *arguments]
-    return subprocess.run(
-        call, cwd=ROOT, env=environment(**{"FLASK_APP": "app", **more}), capture_output=True, text=True, timeout=60
-    )
+
+    def command(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+        call, errors = [sys.executable, "-m", "flask", "workers", *arguments], tmp_path / "errors"
+        code, output = nursery.run(call, environment(**{"FLASK_APP": "app", **more}), errors)
+        return subprocess.CompletedProcess(call, code, output, errors.read_text())
+
+    return command
 
 
-@contextmanager
-def running(database_url: str, folder: Path, *names: str, **more: str) -> Iterator[subprocess.Popen[str]]:
-    """`flask workers run NAMES` in a process of its own, which ends with the block."""
-    (folder / "shop.py").write_text(textwrap.dedent(SHOP))
-    more = {"WORKERS_ENABLED": "false", **more}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "flask", "workers", "run", *names],
-        cwd=ROOT,
-        env=environment(database_url, FLASK_APP="shop", PYTHONPATH=f"{ROOT}{os.pathsep}{folder}", **more),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
+@pytest.fixture
+def running(nursery: Nursery, tmp_path: Path) -> Running:
+    """`flask workers run NAMES` in a process of its own, which ends with the block; its errors are in a file."""
+    (tmp_path / "shop.py").write_text(textwrap.dedent(SHOP))
+
+    def running(database_url: str, *names: str, **more: str) -> AbstractContextManager[Process]:
+        call = [sys.executable, "-m", "flask", "workers", "run", *names]
+        more = {"WORKERS_ENABLED": "false", "FLASK_APP": "shop", "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}", **more}
+        return nursery.forked(call, environment(database_url, **more), tmp_path / "errors")
+
+    return running
 
 
 def states(database_url: str, name: str) -> list[str]:
@@ -502,33 +503,29 @@ def states(database_url: str, name: str) -> list[str]:
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 @on_sqlite
 def test_run_serves_the_named_workers_until_it_is_told_to_stop(
-    database_url: str, tmp_path: Path, signum: signal.Signals
+    database_url: str, tmp_path: Path, running: Running, signum: signal.Signals
 ) -> None:
-    with running(database_url, tmp_path, "busy") as process:
-        assert process.stdout
-        assert process.stdout.readline() == "busy\n"
-        process.send_signal(signum)
-        output, errors = process.communicate(timeout=20)
-        assert process.returncode == 0, errors
-        assert output == ""
+    with running(database_url, "busy") as process:
+        process.wait_for("busy")
+        process.signal(signum)
+        code, errors = process.wait(), (tmp_path / "errors").read_text()
+        assert (code, process.output) == (0, "busy"), errors
         assert "with 1 worker" in errors
         assert "Traceback" not in errors
     assert "handed back" in states(database_url, "busy")
 
 
-def test_run_without_names_serves_all_of_them(sqlite_url: str, tmp_path: Path) -> None:
-    with running(sqlite_url, tmp_path) as process:
-        assert process.stdout
-        seen: set[str] = set()
-        while not seen >= {"busy\n", "quick\n"}:
-            seen.add(process.stdout.readline())
-            assert "" not in seen
-        process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=20)
-        assert process.returncode == 0, errors
+def test_run_without_names_serves_all_of_them(sqlite_url: str, tmp_path: Path, running: Running) -> None:
+    with running(sqlite_url) as process:
+        process.wait_for("busy")
+        process.wait_for("quick")
+        process.signal(signal.SIGTERM)
+        assert process.wait() == 0, (tmp_path / "errors").read_text()
 
 
-def test_run_serves_the_named_workers_of_messages_and_no_others(database_url: str, tmp_path: Path) -> None:
+def test_run_serves_the_named_workers_of_messages_and_no_others(
+    database_url: str, tmp_path: Path, running: Running
+) -> None:
     app = create_app(settings(database_url))
     workers: BackgroundWorkerManager = app.extensions["background_workers"]
     for topic in ("silent", "loud"):
@@ -537,36 +534,35 @@ def test_run_serves_the_named_workers_of_messages_and_no_others(database_url: st
         workers.enqueue("silent", "no")
         workers.enqueue("loud", "yes")
         workers.db.session.commit()
-    with running(database_url, tmp_path, "loud") as process:
-        assert process.stdout
-        assert process.stdout.readline() == "loud: yes\n"
-        process.send_signal(signal.SIGTERM)
-        output, errors = process.communicate(timeout=20)
-        assert (process.returncode, output) == (0, ""), errors
+    with running(database_url, "loud") as process:
+        process.wait_for("loud")
+        process.signal(signal.SIGTERM)
+        code, errors = process.wait(), (tmp_path / "errors").read_text()
+        assert (code, process.output) == (0, "loud: yes"), errors
         assert "with 1 worker" in errors
     assert [letter.state for letter in workers.messages.letters()] == ["done", "waiting"]
     close(app)
 
 
 @on_sqlite
-def test_a_second_signal_ends_a_run_that_does_not_listen(database_url: str, tmp_path: Path) -> None:
-    with running(database_url, tmp_path, "busy", STUBBORN="1", WORKERS_SHUTDOWN_SECONDS="50") as process:
-        assert process.stdout
-        assert process.stdout.readline() == "busy\n"
-        process.send_signal(signal.SIGTERM)
-        assert process.stdout.readline() == "told\n"  # two signals at once would count as one
-        with pytest.raises(subprocess.TimeoutExpired):
+def test_a_second_signal_ends_a_run_that_does_not_listen(database_url: str, tmp_path: Path, running: Running) -> None:
+    with running(database_url, "busy", STUBBORN="1", WORKERS_SHUTDOWN_SECONDS="50") as process:
+        process.wait_for("busy")
+        process.signal(signal.SIGTERM)
+        process.wait_for("told")  # two signals at once would count as one
+        with pytest.raises(AssertionError, match="It did not end"):
             process.wait(0.5)
-        process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=20)
-        assert process.returncode == 0, errors
+        process.signal(signal.SIGTERM)
+        assert process.wait() == 0, (tmp_path / "errors").read_text()
     app = create_app(settings(database_url))
     result = app.test_cli_runner().invoke(args=["workers", "history", "busy"])
     close(app)
     assert "which is gone: will be taken over" in result.stdout
 
 
-def test_run_on_a_database_that_is_not_ready_ends_with_its_sentence(empty_postgresql_url: str) -> None:
+def test_run_on_a_database_that_is_not_ready_ends_with_its_sentence(
+    empty_postgresql_url: str, command: Command
+) -> None:
     result = command("run", DATABASE_URL=empty_postgresql_url)
     assert result.returncode == 1
     assert result.stderr.startswith("Error: The database ")

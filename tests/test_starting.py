@@ -15,7 +15,7 @@ import pytest
 from conftest import close, on_sqlite
 from effects import Effects
 from nursery import Nursery
-from processes import MARGIN, ROOT, environment, eventually, flask, gunicorn, run, started
+from processes import MARGIN, ROOT, Process, environment, eventually, flask, gunicorn, run, started
 from sqlalchemy import make_url
 
 from app import create_app
@@ -186,10 +186,10 @@ def gunicorn_case(request: pytest.FixtureRequest) -> tuple[Effects, int, list[st
 
 
 def test_gunicorn_runs_the_workers_in_each_worker_across_hup_and_max_requests_and_never_in_the_master(
-    gunicorn_case: tuple[Effects, int, list[str]],
+    gunicorn_case: tuple[Effects, int, list[str]], nursery: Nursery
 ) -> None:
     effects, workers, command = gunicorn_case
-    with started(command, environment(effects.url)) as server:
+    with nursery.forked(command, environment(effects.url)) as server:
         server.wait_for("joined", times=workers)
         address = server.wait_for(r"Listening at: (http://\S+)")[1]
         before = effects.instances()
@@ -263,10 +263,10 @@ def test_gunicorn_waits_for_a_database_and_serves_meanwhile(
 
 
 def test_another_server_starts_the_workers_with_the_first_request_and_says_how_to_do_better(
-    effects: Effects,
+    effects: Effects, nursery: Nursery
 ) -> None:
     command = [sys.executable, "-m", "waitress", "--listen=127.0.0.1:0", "--call", "probe:create_app"]
-    with started(command, environment(effects.url)) as server:
+    with nursery.forked(command, environment(effects.url)) as server:
         address = server.wait_for(r"Serving on (http://\S+)")[1]
         assert effects.instances() == set()
         assert get(address) == 200
@@ -308,28 +308,30 @@ def test_flask_workers_run_serves_the_workers_of_a_web_that_runs_none(effects: E
 # -- what starts nothing ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        flask("--help"),
-        flask("routes"),
-        flask("shell"),
-        [sys.executable, "-c", "import probe; probe.create_app()"],
-    ],
-    ids=["help", "routes", "shell", "import"],
-)
+@pytest.mark.parametrize("command", ["--help", "routes", "shell"])
 def test_a_command_that_does_not_serve_starts_no_thread_and_opens_no_connection(
-    command: list[str], tmp_path: Path
+    command: str, tmp_path: Path, nursery: Nursery
 ) -> None:
-    with started(command, environment(f"sqlite:///{tmp_path}/none.sqlite")) as process:
-        assert process.wait() == 0
-        assert process.wait_for(ENDS).groups()[1:] == ("'MainThread'", "0")
+    with nursery.forked(flask(command), environment(f"sqlite:///{tmp_path}/none.sqlite")) as process:
+        starts_nothing(process)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_database_command_starts_no_thread_and_joins_no_fleet(sqlite_url: str) -> None:
+def test_an_import_starts_no_thread_and_opens_no_connection(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "import probe; probe.create_app()"]
+    with started(command, environment(f"sqlite:///{tmp_path}/none.sqlite")) as process:
+        starts_nothing(process)
+    assert list(tmp_path.iterdir()) == []
+
+
+def starts_nothing(process: Process) -> None:
+    assert process.wait() == 0
+    assert process.wait_for(ENDS).groups()[1:] == ("'MainThread'", "0")
+
+
+def test_a_database_command_starts_no_thread_and_joins_no_fleet(sqlite_url: str, nursery: Nursery) -> None:
     effects = Effects(sqlite_url)
-    with started(flask("db", "current"), environment(sqlite_url)) as process:
+    with nursery.forked(flask("db", "current"), environment(sqlite_url)) as process:
         assert process.wait() == 0
         process.wait_for(r"\(head\)")
         assert process.wait_for(ENDS)[2] == "'MainThread'"
