@@ -120,7 +120,11 @@ class Fleet:
             return list(connection.execute(query))
 
     def states(self, name: str | None = None) -> list[str]:
-        return [execution.state for execution in self.executions(name)]
+        query = select(tables.executions.c.state).order_by(tables.executions.c.id)
+        if name:
+            query = query.where(tables.executions.c.worker == name)
+        with self.engine.connect() as connection:
+            return list(connection.scalars(query))
 
     def row(self, name: str) -> Any:
         with self.engine.connect() as connection:
@@ -139,7 +143,8 @@ class Fleet:
 
 def states(fleet: Fleet) -> list[str]:
     """Of the messages, in their order."""
-    return [row.state for row in fleet.messages()]
+    with fleet.engine.connect() as connection:
+        return list(connection.scalars(select(tables.messages.c.state).order_by(tables.messages.c.id)))
 
 
 def stop(*apps: Flask) -> None:
