@@ -210,11 +210,24 @@ class Ending:
             os._exit(self.code)
 
 
+_LATE = (  # what is imported no sooner than it is needed
+    "apscheduler.triggers.date",
+    "background.cli",
+    "background.membership",
+    "background.messages_cli",
+    "encodings.idna",
+    "gunicorn.app.wsgiapp",
+    "gunicorn.glogging",
+    "gunicorn.workers.gthread",
+    "gunicorn.workers.sync",
+    "sqlalchemy.dialects.postgresql.psycopg",
+    "psycopg",
+)
+
+
 def _import_everything() -> None:
     """Whatever an import brings, and what the first application of a process compiles, is there before the fork."""
-    for name in ("background.cli", "background.membership", "background.messages_cli", "gunicorn.app.wsgiapp"):
-        import_module(name)
-    for name in ("gunicorn.glogging", "gunicorn.workers.gthread", "gunicorn.workers.sync", "apscheduler.triggers.date"):
+    for name in _LATE:
         import_module(name)
     for command in entry_points(group="flask.commands"):
         command.load()
