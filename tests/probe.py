@@ -164,7 +164,11 @@ class Locker(PeriodicWorker):
 
 
 class Forker(PeriodicWorker):
-    """Forks while it holds a lock; its child leaves that block, too, and does what a process does when it ends."""
+    """Forks while it holds a lock; its child leaves that block, too, and does what a process does when it ends.
+
+    It does so between two ticks of the ticker: what another thread has locked within SQLite's library at that moment
+    would be locked for ever in the child, which no Python can help.
+    """
 
     name = "forker"
     period = RARELY
@@ -173,6 +177,7 @@ class Forker(PeriodicWorker):
         manager = the_manager()
         with manager.lock("of-the-parent") as lock:
             assert lock is not None
+            threading.Event().wait(0.75 - time.time() % 0.5)
             if child := os.fork():
                 os.waitpid(child, 0)
                 context.logger.info("The parent holds its lock: %s", lock.still_held())

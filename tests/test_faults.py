@@ -36,7 +36,7 @@ def others(shops: Shops, count: int = 2, **more: Any) -> list[Member]:
 def test_a_process_that_forks_keeps_its_locks_and_its_connections_whatever_its_child_does(
     shops: Shops, effects: Effects
 ) -> None:
-    (parent,) = shops.join(PROBE_WORKERS="forker,ticker")
+    (parent,) = shops.join(PROBE_WORKERS="forker,ticker", WORKERS_HEARTBEAT_SECONDS=1)
     parent.wait_for(r"The child holds its own and its parent's: \[True, False\]")
     parent.wait_for("The parent holds its lock: True")
     ticks = len(effects.ticks())
