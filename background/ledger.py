@@ -99,7 +99,10 @@ class WorkerState:
 
 
 class Ledger:
-    """The worker and execution rows of one database, written on the engine's own connections."""
+    """The worker and execution rows of one database, written on the engine's own connections.
+
+    `ring` is called once there is something in them for whoever comes first.
+    """
 
     def __init__(self, engine: Engine, lease: float, ring: Callable[[], None]) -> None:
         self.engine, self.ring = engine, ring
@@ -127,7 +130,7 @@ class Ledger:
     def look(self, name: str) -> WorkerState | None:
         """One read: a loser learns here that it has lost, without taking a lock."""
         with self._reading.connect() as connection:
-            row = connection.execute(_one_state, {"of": name}).one_or_none()
+            row = connection.execute(_one_state, {"name": name}).one_or_none()
         return _state(row) if row else None
 
     def states(self, names: Collection[str] | None = None) -> dict[str, WorkerState]:
@@ -409,7 +412,7 @@ _states = select(
     executions.c.instance,
     executions.c.instance_name,
 ).outerjoin(executions, and_(executions.c.worker == workers.c.name, executions.c.token == workers.c.running))
-_one_state = _states.where(workers.c.name == bindparam("of"))  # built once: that takes as long as asking does
+_one_state = _states.where(workers.c.name == bindparam("name"))  # built once: that takes as long as asking does
 
 
 def _state(row: Row[Any]) -> WorkerState:

@@ -128,9 +128,11 @@ class Ticks:
         if not instance.is_alive:
             return
         try:
-            (self.instances.forget if forget else self.instances.sign_off)(instance)
-            if not forget:
-                self.ring()
+            if forget:
+                self.instances.forget(instance)
+            else:
+                self.instances.sign_off(instance)
+                ring(self.connections)
         except SQLAlchemyError as error:
             log.warning("Could not sign off, so the lease must run out first: %s", first_line(error))
 
@@ -219,7 +221,7 @@ class Ticks:
 
     @made_once
     def ledger(self) -> Ledger:
-        return Ledger(self.connections.claims, self._lease.total_seconds(), self.ring)
+        return Ledger(self.connections.claims, self._lease.total_seconds(), partial(ring, self.connections))
 
     @made_once
     def steering(self) -> Steering:
@@ -237,10 +239,6 @@ class Ticks:
     def locks(self) -> Locks:
         present = partial(self.present, forget=True)
         return Locks(self.connections.locks, self.instances, present, self._app.config["LOCK_PREFIX"])
-
-    def ring(self) -> None:
-        """Have every instance look for what was given back."""
-        ring(self.connections)
 
     def close(self) -> None:
         """Close the connections; they open again when they are asked for."""
