@@ -90,7 +90,7 @@ class Connections:
 
     @property
     def heartbeat_file(self) -> str | None:
-        """The small database of the heartbeats, on SQLite."""
+        """The path of the heartbeats' small database on SQLite; None on PostgreSQL."""
         return f"{self._file}-instances" if self._shared.dialect.name == "sqlite" else None
 
     @property

@@ -6,6 +6,7 @@ import socket
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from selectors import EVENT_READ, DefaultSelector
 from typing import Any
 
@@ -22,7 +23,7 @@ _LOOK_SECONDS = 0.25
 
 
 def ring(connections: Connections) -> None:
-    """Have all who listen look for what was given back; where this fails, their heartbeats find it."""
+    """Have all who listen look for what was handed back or asked for; where this fails, their heartbeats find it."""
     with suppress(SQLAlchemyError, OSError):
         if path := connections.heartbeat_file:
             os.utime(path)
@@ -35,7 +36,7 @@ class Listener:
     """One thread that calls `heard` with the topic of a new message, or with "" for whatever else there may be.
 
     PostgreSQL tells it what others committed, by a connection of its own; on SQLite, which tells nobody anything, it
-    looks when the heartbeats' file was touched. Without it, as behind a pooler, a heartbeat finds the same.
+    looks whether the heartbeats' file was touched. Without it, as behind a pooler, a heartbeat finds the same.
     """
 
     def __init__(self, connections: Connections, heard: Callable[[str], None]) -> None:
@@ -56,7 +57,8 @@ class Listener:
             each.close()
 
     def _run(self) -> None:
-        listen = self._watch if self._connections.heartbeat_file else self._listen
+        path = self._connections.heartbeat_file
+        listen = partial(self._watch, path) if path else self._listen
         while not self._stopped.is_set():
             try:
                 listen()
@@ -80,10 +82,10 @@ class Listener:
         while heard := pgconn.notifies():
             self._heard(heard.extra.decode())
 
-    def _watch(self) -> None:
+    def _watch(self, path: str) -> None:
         before = None
         while not self._stopped.wait(_LOOK_SECONDS):
-            touched = os.stat(str(self._connections.heartbeat_file)).st_mtime_ns
+            touched = os.stat(path).st_mtime_ns
             if touched != before:
                 before = touched
                 self._heard("")
