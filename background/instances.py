@@ -22,7 +22,7 @@ LEASE_IS_OVER = "its instance could not renew the lease in time"
 _LAST_BEAT_SECONDS = 1.0
 _FORGOTTEN_AFTER = timedelta(days=1)
 _STEP_SECONDS = 1.0
-_KNOWN_AT_ONCE = ("id", "host", "pid", "release")
+_IDENTITY = ("id", "host", "pid", "release")
 
 
 @dataclass
@@ -65,7 +65,7 @@ class Pulse:
     clock: datetime = field(compare=False)
     """The database's, when it was read."""
     first_expiry: datetime | None = field(compare=False)
-    """When the first of the leases that are renewed now would run out."""
+    """When the first lease of the living ends if it is not renewed; None where nobody lived."""
     due: Mapping[str, datetime] = field(compare=False)
     """When the first waiting message of each topic is due; without the topics of which none is waiting."""
 
@@ -88,7 +88,7 @@ class Instances:
         The same statement looks for work: what runs, and what waits in `topics`.
         """
         sent = steady()
-        values = {f"its_{name}": getattr(instance, name) for name in _KNOWN_AT_ONCE}
+        values = {f"its_{name}": getattr(instance, name) for name in _IDENTITY}
         values |= {"lease": instance.lease.total_seconds(), "offset": instance.clock_offset.total_seconds()}
         upsert = self._upsert(tuple(topics))
         with self._single.begin() as connection:
@@ -106,7 +106,7 @@ class Instances:
         if topics not in self._upserts:
             lease, offset = bindparam("lease", type_=Float), bindparam("offset", type_=Float)
             renewed = {"heartbeat_at": now(), "expires_at": now(lease), "clock_offset": offset}
-            who: dict[str, Any] = {name: bindparam(f"its_{name}") for name in _KNOWN_AT_ONCE}
+            who: dict[str, Any] = {name: bindparam(f"its_{name}") for name in _IDENTITY}
             row = self._insert(instances).values({**who, "started_at": now(), **renewed})
             upsert = row.on_conflict_do_update(index_elements=["id"], set_=renewed)
             self._upserts[topics] = upsert.returning(now(), *_pulse, *next_due(topics))

@@ -1,7 +1,6 @@
 """A started process's part in the fleet, from joining to leaving: its heartbeat, and what it learns by that."""
 
 import logging
-import math
 import random
 import threading
 from collections.abc import Callable
@@ -26,7 +25,7 @@ log = logging.getLogger(__name__)
 
 _OFFSET_REARMED = timedelta(milliseconds=20)
 _LAST_CALLS_SECONDS = 1.0
-_SPREAD_SECONDS = (0.005, 0.05)  # for not all who hear of something to come at the same instant
+_SPREAD_SECONDS = (0.005, 0.05)  # else all who hear of something would come at the same instant
 
 
 class Membership:
@@ -216,13 +215,13 @@ class Membership:
             self._look_after(0.0, "look")
 
     def _look_at_expiry(self, pulse: Pulse) -> None:
-        """Whoever does not renew its lease until it runs out is gone."""
-        left = (pulse.first_expiry - pulse.clock).total_seconds() if pulse.first_expiry else math.inf
-        if left < self._config["WORKERS_HEARTBEAT_SECONDS"]:
-            self._look_after(left, "expiry")
+        """Look when the first lease ends, where no heartbeat comes before: who has not renewed it by then is gone."""
+        heartbeat = timedelta(seconds=self._config["WORKERS_HEARTBEAT_SECONDS"])
+        if pulse.first_expiry and (left := pulse.first_expiry - pulse.clock) < heartbeat:
+            self._look_after(left.total_seconds(), "expiry")
 
     def _look_after(self, seconds: float, key: str) -> None:
-        """See then what became of the others, without waiting for a heartbeat."""
+        """See what became of the others that many seconds from now; replaces what was set under `key`."""
         spread = random.uniform(*_SPREAD_SECONDS)  # noqa: S311 - no secret
         self._scheduler.after(seconds + spread, key, self._look)
 
