@@ -72,7 +72,7 @@ class MailWorker(MessageWorker):
     """Send the mails that payloads name: at least once, and always under the same Message-ID.
 
     What a mail says is made when it is sent, so that no secret of it waits in a message. It says nothing that a user
-    typed, their name neither: whoever registers with the e-mail of others would have the shop send them any text.
+    typed, not even their name: whoever registers with the e-mail of others would have the shop send them any text.
     """
 
     topic = "mail"
@@ -130,8 +130,8 @@ MAILS: dict[str, Callable[[int, Payload, WorkerContext], Mail | None]] = {
     "password link": password_link,
 }
 
-# However often they are enqueued. Their key is given them here, as a stranger could tell the time of a request that
-# finds it taken, and with nothing to commit, from that of one that does not.
+# However often they are enqueued. `handle` gives them their key, not the request: one that found it taken would have
+# nothing to commit, and its time would tell a stranger so.
 SENT_ONCE = {"registered again"}
 
 
