@@ -74,7 +74,7 @@ def post_worker_init(worker):
         except InvalidConfig as error:
             worker.log.error("%s", error)
             sys.exit(Arbiter.WORKER_BOOT_ERROR)  # the master ends too: it would only try again
-    gc.freeze()  # to look through what is imported takes 0.1 s each time, in which no other thread runs
+    gc.freeze()  # else a full collection looks through all imports: 0.1 s in which no other thread runs
 
 
 def worker_exit(server, worker):

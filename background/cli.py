@@ -259,7 +259,7 @@ def _run_until_told(manager: BackgroundWorkerManager, names: tuple[str, ...]) ->
     _prepare(manager)
     stop_when_told(manager)
     manager.start(names)
-    gc.freeze()  # to look through what is imported takes 0.1 s each time, in which no other thread runs
+    gc.freeze()  # else a full collection looks through all imports: 0.1 s in which no other thread runs
     with suppress(KeyboardInterrupt):
         while True:
             threading.Event().wait(1)  # not signal.pause(): a signal may arrive at another thread
