@@ -36,7 +36,8 @@ from .soak_worker import effects
 CATCH_UP_SECONDS = 5.0  # after the start, when every worker runs its latest tick
 PATIENCE_SECONDS = 90.0  # for a busy machine to start them all, or to do what was left
 FAULT_SECONDS = (0.3, 2.1)  # between two faults
-# Of what always fails; its last attempt may meet the database away. That no other is buried is for the oracle to judge.
+# Of a message that always fails, at whose last attempt the database may be away. That no other message is buried is
+# for the oracle to judge.
 _LAST_WORDS = ("ValueError: poison", "sqlalchemy.exc.OperationalError: ")
 MOST_SHOWN = 12
 
