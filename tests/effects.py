@@ -154,4 +154,6 @@ class Effects:
         if alive:
             query = query.where(instances.c.signed_off_at.is_(None), instances.c.expires_at > now())
         with create_engine(url, poolclass=NullPool).connect() as connection:
-            return dict(connection.execute(query).all()) if inspect(connection).has_table(instances.name) else {}
+            if not inspect(connection).has_table(instances.name):  # SQLite's file is there a moment before
+                return {}
+            return dict(connection.execute(query).all())

@@ -256,7 +256,7 @@ def test_refusing_a_stranger_or_whom_no_password_can_log_in_takes_as_long_as_ref
 
 @pytest.fixture
 def work_of(client: FlaskClient, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[str]]]:
-    """Post a form, from a network that did not before; in order, what the database was told, and the hashing."""
+    """Post a form, each time from another network; returns the statements and the hashing that it took, in order."""
     done: list[str] = []
     networks = count(1)
 
@@ -291,12 +291,13 @@ def noted(hashing: Callable[..., Any], done: list[str]) -> Callable[..., Any]:
 def test_registering_does_the_same_whether_the_email_has_an_account_or_not(
     app: Flask, work_of: Callable[..., list[str]], make_user: Make
 ) -> None:
+    enqueued: list[int] = []
+
     def work(email: str) -> list[str]:
         found = work_of("/register", 302, name="Nat", email=email, password=PASSWORD, repeated=PASSWORD)
         enqueued.append(len(states_of_messages(app)))
         return found
 
-    enqueued: list[int] = []
     known = make_user().email
     first, *others = [work(email) for email in ("nat@example.com", "pat@example.com", known, known, known)]
     assert others == [first] * 4

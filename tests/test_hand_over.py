@@ -1,4 +1,4 @@
-"""What one instance gives back another takes at once: it is told, and asks for nothing meanwhile.
+"""What one instance hands back another takes at once: it is told, and asks for nothing meanwhile.
 
 The heartbeats here are so far apart that none comes to help.
 """
@@ -35,17 +35,16 @@ def test_a_run_that_is_handed_back_is_taken_at_once_and_nobody_asks_for_it_meanw
     first = joined(fleet, UntilTold)
     wait_until(lambda: fleet.states() == ["running"], "the first run")
     second = joined(fleet, UntilTold)
-    quiet = threading.Event()
-    wait_until(lambda: not asked(second, quiet), "half a second without a question")
+    wait_until(lambda: not asked(second), "half a second without a question")
     first.stop()
     wait_until(lambda: fleet.states() == ["handed back", "succeeded"], "the run on the second one")
 
 
-def asked(manager: BackgroundWorkerManager, quiet: threading.Event) -> list[str]:
-    """What its engines are asked in half a second: two looks of the one that watches a file."""
+def asked(manager: BackgroundWorkerManager) -> list[str]:
+    """What its engines are asked in half a second, in which a listener that watches a file looks at it twice."""
     ticks = manager.ticks
     with statements(ticks.ledger.engine) as looks, statements(ticks.instances.engine) as beats:
-        quiet.wait(0.6)
+        threading.Event().wait(0.6)
         return looks + beats
 
 
