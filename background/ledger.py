@@ -215,7 +215,8 @@ class Ledger:
                 .values(pending_tick=now(), pending_attempt=1, pending_trigger="manual")
             )
             requested = count(connection.execute(asked)) == 1
-        self.ring()
+        if requested:
+            self.ring()
         return requested
 
     def skip(self, name: str, tick: datetime, reason: str) -> bool:
@@ -281,7 +282,7 @@ class Ledger:
         """
         with self.begin() as connection:
             ended = self._end(connection, claim, state, reason, next_attempt, notes)
-        if next_attempt is not None:
+        if ended and next_attempt is not None:
             self.ring()
         return ended
 
