@@ -1,5 +1,6 @@
 """Who is alive: one row per life of a process, renewed by one heartbeat statement for all that it holds."""
 
+import math
 import os
 import socket
 import threading
@@ -35,6 +36,8 @@ class Instance:
     id: str = field(default_factory=lambda: uuid4().hex)
     deadline: float = 0.0
     """0 before the first heartbeat."""
+    first_expiry: float = math.inf
+    """When (of `steady()`) the first lease of another instance would run out, by the last heartbeat that succeeded."""
     clock_offset: timedelta = timedelta()
     release: str | None = None
     """Of the application, where it says which it is."""
@@ -64,8 +67,6 @@ class Pulse:
     """Whether the database's clock was set since it was read last."""
     clock: datetime = field(compare=False)
     """The database's, when it was read."""
-    first_expiry: datetime | None = field(compare=False)
-    """When the first lease of the living ends if it is not renewed; None where nobody lived."""
     due: Mapping[str, datetime] = field(compare=False)
     """When the first waiting message of each topic is due; without the topics of which none is waiting."""
 
@@ -87,7 +88,7 @@ class Instances:
 
         The same statement looks for work: what runs, and what waits in `topics`.
         """
-        sent = steady()
+        sent, instance.first_expiry = steady(), math.inf
         values = {f"its_{name}": getattr(instance, name) for name in _IDENTITY}
         values |= {"lease": instance.lease.total_seconds(), "offset": instance.clock_offset.total_seconds()}
         upsert = self._upsert(tuple(topics))
@@ -98,8 +99,10 @@ class Instances:
         least, most = (clock - datetime.fromtimestamp(host, UTC) for host in (host_after, host_before))
         instance.clock_offset = min(max(instance.clock_offset, least), most)  # as before, unless that is impossible
         instance.deadline = sent + instance.lease.total_seconds()
+        if expiry is not None:
+            instance.first_expiry = steady() + (expiry - clock).total_seconds()
         due = {topic: at for topic, at in zip(topics, dues, strict=True) if at is not None}
-        return Pulse(schedules, bool(is_busy), self._was_set(clock, sent), clock, expiry, due)
+        return Pulse(schedules, bool(is_busy), self._was_set(clock, sent), clock, due)
 
     def _upsert(self, topics: tuple[str, ...]) -> Any:
         """Built once for the same topics: that takes as long as running it."""
@@ -184,13 +187,14 @@ _pulse = (
         .exists(),
         any_running,
     ),
-    select(func.min(instances.c.expires_at)).where(is_alive).scalar_subquery(),
+    select(func.min(instances.c.expires_at)).where(is_alive, instances.c.id != bindparam("its_id")).scalar_subquery(),
 )
 
 
 class Heartbeat:
     """Calls `beat` every `interval` seconds, whatever it raises; and `lost` whenever the `deadline` has passed.
 
+    It beats before that where fewer seconds are `left` until a lease would run out: whoever has not renewed it is gone.
     Two threads, as a beat may hang: in a network that swallows everything nothing else would notice.
     """
 
@@ -201,8 +205,10 @@ class Heartbeat:
         failed: Callable[[Exception], None],
         deadline: Callable[[], float],
         lost: Callable[[], None],
+        left: Callable[[], float] = lambda: math.inf,
     ) -> None:
         self._interval, self._beat, self._failed, self._deadline, self._lost = interval, beat, failed, deadline, lost
+        self._left = left
         self._stopped = threading.Event()
         self._beating = threading.Thread(target=self._renew, name="workers-heartbeat", daemon=True)
         self._watching = threading.Thread(target=self._watch, name="workers-lease", daemon=True)
@@ -223,7 +229,7 @@ class Heartbeat:
             self._beating.join(_LAST_BEAT_SECONDS)
 
     def _renew(self) -> None:
-        while not self._stopped.wait(self._interval):
+        while not self._stopped.wait(min(self._left(), self._interval)):
             try:
                 self._beat()
             except Exception as error:  # a thread that ended would stop this instance for good

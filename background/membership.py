@@ -1,6 +1,7 @@
 """A started process's part in the fleet, from joining to leaving: its heartbeat, and what it learns by that."""
 
 import logging
+import math
 import random
 import threading
 from collections.abc import Callable
@@ -117,7 +118,7 @@ class Membership:
 
     def _enter(self) -> bool:
         """Sign on, and keep the lease; False where `leave` came first."""
-        instance = self._ticks.sign_on(self._look_at_expiry)
+        instance = self._ticks.sign_on()
         self._warn_of_offset(instance)
         with self._entering:
             if self._left:
@@ -125,9 +126,8 @@ class Membership:
                 self._ticks.close()
                 return False
             self._ticks.instance = instance
-            heartbeat = Heartbeat(
-                self._config["WORKERS_HEARTBEAT_SECONDS"], self._beat, self._beat_failed, self._deadline, self._lost
-            )
+            calls = self._beat, self._beat_failed, self._deadline, self._lost, self._until_expiry
+            heartbeat = Heartbeat(self._config["WORKERS_HEARTBEAT_SECONDS"], *calls)
             heartbeat.start()
             self._heartbeat = heartbeat
         return True
@@ -212,20 +212,10 @@ class Membership:
             self.consumers.wake(topic)
         elif not self._is_looking:
             self._is_looking = True
-            self._look_after(0.0, "look")
-
-    def _look_at_expiry(self, pulse: Pulse) -> None:
-        """Look when the first lease ends, where no heartbeat comes before: who has not renewed it by then is gone."""
-        heartbeat = timedelta(seconds=self._config["WORKERS_HEARTBEAT_SECONDS"])
-        if pulse.first_expiry and (left := pulse.first_expiry - pulse.clock) < heartbeat:
-            self._look_after(left.total_seconds(), "expiry")
-
-    def _look_after(self, seconds: float, key: str) -> None:
-        """See what became of the others that many seconds from now; replaces what was set under `key`."""
-        spread = random.uniform(*_SPREAD_SECONDS)  # noqa: S311 - no secret
-        self._scheduler.after(seconds + spread, key, self._look)
+            self._scheduler.after(_spread(), "look", self._look)
 
     def _look(self) -> None:
+        """See what became of the others, without waiting for a heartbeat."""
         self._is_looking = False
         try:
             self.refresh()
@@ -287,7 +277,6 @@ class Membership:
             self._is_looking = False  # the next look may be hours away by the clock that was set
         if is_moved or self._pulse != before or self._pulse.is_busy or not self._is_settled:
             self.refresh(is_moved)
-        self._look_at_expiry(self._pulse)
         self.consumers.follow(self._pulse, self._config["WORKERS_HEARTBEAT_SECONDS"])
         self._scheduler.look_again()
 
@@ -317,9 +306,17 @@ class Membership:
     def _deadline(self) -> float:
         return instance.deadline if (instance := self._ticks.instance) else 0.0
 
+    def _until_expiry(self) -> float:
+        left = instance.first_expiry - steady() if (instance := self._ticks.instance) else math.inf
+        return max(left, 0.0) + _spread()
+
     def _lost(self) -> None:
         if (instance := self._ticks.instance) is not None:
             self._ticks.lose(instance)
+
+
+def _spread() -> float:
+    return random.uniform(*_SPREAD_SECONDS)  # noqa: S311 - no secret
 
 
 def _unless_expected(error: Exception) -> Exception | None:

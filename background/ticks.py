@@ -12,7 +12,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from .connections import Connections, again_if_stale, made_once
 from .errors import first_line
-from .instances import LEASE_IS_OVER, Heartbeat, Instance, Instances, Pulse
+from .instances import LEASE_IS_OVER, Heartbeat, Instance, Instances
 from .ledger import Claim, Ledger, WorkerState
 from .listener import ring
 from .locks import Locks
@@ -117,10 +117,10 @@ class Ticks:
 
     # -- who runs it ---------------------------------------------------------------------------
 
-    def sign_on(self, learn: Callable[[Pulse], None] = lambda pulse: None) -> Instance:
-        """A new life of this process, known to the fleet; `learn` is called with its first heartbeat's pulse."""
+    def sign_on(self) -> Instance:
+        """A new life of this process, known to the fleet."""
         instance = Instance(self._lease, release=self._app.config.get("RELEASE"))
-        learn(self.instances.beat(instance))
+        self.instances.beat(instance)
         return instance
 
     def sign_off(self, instance: Instance, forget: bool = False) -> None:

@@ -98,22 +98,20 @@ class Asked(Hourly):
     catch_up = False
 
 
-def test_a_lease_that_ends_before_the_first_heartbeat_is_noticed_when_it_does(fleet: Fleet) -> None:
-    manager = fleet.manager(Asked, **SLOW)
-    claimed_by_one_that_dies(manager)
+def test_leases_that_end_one_after_another_before_the_first_heartbeat_are_each_noticed_when_they_do(
+    fleet: Fleet,
+) -> None:
+    second = type("Second", (Asked,), {})
+    manager = fleet.manager(Asked, second, **SLOW)
+    claimed_by_one_that_dies(manager, Asked, timedelta(seconds=1))
+    claimed_by_one_that_dies(manager, second, timedelta(seconds=3))
     manager.start()
-    wait_until(lambda: fleet.states() == ["lost", "succeeded"], "the taking over")
+    wait_until(lambda: fleet.states("asked") == ["lost", "succeeded"], "the taking over of the first")
+    wait_until(lambda: fleet.states("second") == ["lost", "succeeded"], "the taking over of the second")
 
 
-def test_a_lease_that_ends_before_the_next_heartbeat_is_noticed_when_it_does(fleet: Fleet) -> None:
-    manager = joined(fleet, Asked)
-    claimed_by_one_that_dies(manager)
-    manager._membership._beat()  # type: ignore[union-attr]
-    wait_until(lambda: fleet.states() == ["lost", "succeeded"], "the taking over")
-
-
-def claimed_by_one_that_dies(manager: BackgroundWorkerManager) -> None:
-    """A run asked for by hand, whose instance renews its lease of a second no more."""
-    dead, now = Instance(timedelta(seconds=1)), manager.ticks.look(Asked).clock
+def claimed_by_one_that_dies(manager: BackgroundWorkerManager, worker: type[Hourly], lease: timedelta) -> None:
+    """A run asked for by hand, whose instance renews its lease no more."""
+    dead, now = Instance(lease), manager.ticks.look(worker).clock
     manager.ticks.instances.beat(dead)
-    assert manager.ticks.ledger.claim_manual("asked", now, (dead.id, dead.name))
+    assert manager.ticks.ledger.claim_manual(worker.name, now, (dead.id, dead.name))
