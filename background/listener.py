@@ -10,10 +10,10 @@ from functools import partial
 from selectors import EVENT_READ, DefaultSelector
 from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import Engine, func, select
 from sqlalchemy.exc import SQLAlchemyError
 
-from .connections import Connections
+from .connections import Connections, again_if_stale
 
 log = logging.getLogger(__name__)
 
@@ -28,8 +28,12 @@ def ring(connections: Connections) -> None:
         if path := connections.heartbeat_file:
             os.utime(path)
         else:
-            with connections.claims.begin() as connection:
-                connection.execute(select(func.pg_notify(CHANNEL, "")))
+            again_if_stale(partial(_notify, connections.claims))
+
+
+def _notify(engine: Engine) -> None:
+    with engine.begin() as connection:
+        connection.execute(select(func.pg_notify(CHANNEL, "")))
 
 
 class Listener:

@@ -6,12 +6,14 @@ import random
 import threading
 from collections.abc import Callable
 from datetime import datetime, timedelta
+from functools import partial
 
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy.exc import SQLAlchemyError
 
 from .clock import steady
+from .connections import again_if_stale
 from .consumers import Consumers
 from .errors import BackgroundError, first_line
 from .instances import LEASE_IS_OVER, OFFSET_WARNED, Heartbeat, Instance, Pulse
@@ -172,16 +174,19 @@ class Membership:
         It only reads: a write could wait for a lock, and the heartbeat with it.
         """
         with self._refreshing:
-            states = self._ticks.ledger.states()
-            self._wake_ups.follow(states, rearm)
-            ours = [state for state in states.values() if state.name in self._workers]
-            self._warn_of_marks(ours)
-            gone = self._ticks.gone(ours)
-            self.consumers.look()
-            for state in ours:
-                if state.name in gone or self._owed(state):
-                    self._settle_soon(state.name)
-            self._follow_releases(ours)
+            again_if_stale(partial(self._refresh, rearm))
+
+    def _refresh(self, rearm: bool) -> None:
+        states = self._ticks.ledger.states()
+        self._wake_ups.follow(states, rearm)
+        ours = [state for state in states.values() if state.name in self._workers]
+        self._warn_of_marks(ours)
+        gone = self._ticks.gone(ours)
+        self.consumers.look()
+        for state in ours:
+            if state.name in gone or self._owed(state):
+                self._settle_soon(state.name)
+        self._follow_releases(ours)
 
     def _warn_of_marks(self, states: list[WorkerState]) -> None:
         ahead = {state.name: state.mark for state in states if state.mark and state.mark > state.clock + OFFSET_WARNED}

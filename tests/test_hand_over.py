@@ -4,9 +4,12 @@ The heartbeats here are so far apart that none comes to help.
 """
 
 import threading
+from contextlib import ExitStack
 from datetime import timedelta
 
+from conftest import on_postgresql
 from fleet import PATIENCE, Fleet, Hourly, statements, wait_until
+from sqlalchemy import func, select
 
 from background import BackgroundWorkerManager, Message, MessageWorker, WorkerContext
 from background.instances import Instance
@@ -115,3 +118,43 @@ def claimed_by_one_that_dies(manager: BackgroundWorkerManager, worker: type[Hour
     dead, now = Instance(lease), manager.ticks.look(worker).clock
     manager.ticks.instances.beat(dead)
     assert manager.ticks.ledger.claim_manual(worker.name, now, (dead.id, dead.name))
+
+
+@on_postgresql
+def test_one_whose_idle_connections_broke_hears_at_once_what_was_asked_for(fleet: Fleet) -> None:
+    manager = joined(fleet, Hourly)
+    wait_until(lambda: fleet.states() == ["succeeded"], "the first run")
+    wait_until(lambda: not asked(manager), "half a second without a question")
+    break_connections(manager)
+    assert fleet.manager(Hourly, **SLOW).request("hourly")
+    wait_until(lambda: fleet.states() == ["succeeded", "succeeded"], "the one that was asked for")
+
+
+@on_postgresql
+def test_what_a_process_still_runs_when_it_signs_off_is_taken_at_once_though_its_idle_connections_broke(
+    fleet: Fleet,
+) -> None:
+    go_on = threading.Event()
+
+    class Deaf(Hourly):
+        def do_work(self, context: WorkerContext) -> None:
+            assert context.token > 1 or go_on.wait(PATIENCE)
+
+    first = joined(fleet, Deaf)
+    wait_until(lambda: fleet.states() == ["running"], "the first run")
+    joined(fleet, Deaf)
+    break_connections(first)
+    first.stop(timeout=0)
+    wait_until(lambda: fleet.states() == ["handed back", "succeeded"], "the run on the second one")
+    go_on.set()
+
+
+def break_connections(manager: BackgroundWorkerManager) -> None:
+    """Those that it keeps for its claims, as where the server or a firewall ends what is idle."""
+    engine = manager.ticks.ledger.engine
+    with ExitStack() as kept:
+        each = [kept.enter_context(engine.connect()) for _ in range(engine.pool.size())]  # type: ignore[attr-defined]
+        pids = [connection.scalar(select(func.pg_backend_pid())) for connection in each]
+    with manager.ticks.instances.engine.connect() as connection:
+        for pid in pids:
+            assert connection.scalar(select(func.pg_terminate_backend(pid, int(PATIENCE * 1000))))
