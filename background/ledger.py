@@ -282,7 +282,7 @@ class Ledger:
         """
         with self.begin() as connection:
             ended = self._end(connection, claim, state, reason, next_attempt, notes)
-        if ended and next_attempt is not None:
+        if ended and state == "handed back":  # not "lost": while the database is away, its attempts would soon be over
             self.ring()
         return ended
 

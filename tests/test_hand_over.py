@@ -158,3 +158,20 @@ def break_connections(manager: BackgroundWorkerManager) -> None:
     with manager.ticks.instances.engine.connect() as connection:
         for pid in pids:
             assert connection.scalar(select(func.pg_terminate_backend(pid, int(PATIENCE * 1000))))
+
+
+@on_postgresql
+def test_a_run_whose_connection_breaks_is_not_tried_again_until_a_heartbeat_as_that_may_go_on(fleet: Fleet) -> None:
+    began = threading.Semaphore(0)
+
+    class Broken(Asked):
+        def do_work(self, context: WorkerContext) -> None:
+            began.release()
+            context.session.execute(select(func.pg_terminate_backend(func.pg_backend_pid())))
+
+    manager = joined(fleet, Broken)
+    wait_until(lambda: not asked(manager), "half a second without a question")
+    assert fleet.manager(Broken, **SLOW).request("broken")
+    assert began.acquire(timeout=PATIENCE)
+    wait_until(lambda: fleet.states() == ["lost"], "the loss")
+    assert not began.acquire(timeout=0.5)
