@@ -38,7 +38,7 @@ class Consumers:
         self._active: Counter[str] = Counter()
         self._again: set[str] = set()
         self._batches: set[str] = set()
-        self._is_freeing = False
+        self._freeing: set[str] = set()
         self._changed = threading.Lock()
 
     def wake(self, topic: str) -> None:
@@ -141,9 +141,9 @@ class Consumers:
         holders = self._ticks.messages.holders(list(self._workers))
         others = holders - {instance.id}
         gone = self._ticks.instances.gone(others) if others else {}
-        if (gone or instance.id in holders) and not self._is_freeing:
-            self._is_freeing = True
-            self._scheduler.soon(self._free, instance, gone)
+        if news := (gone.keys() | {instance.id} & holders) - self._freeing:
+            self._freeing |= news
+            self._scheduler.soon(self._free, instance, {each: gone[each] for each in gone.keys() & news})
 
     def _free(self, instance: Instance, gone: Mapping[str, bool]) -> None:
         messages, most = self._ticks.messages, {topic: worker.max_attempts for topic, worker in self._workers.items()}
@@ -160,7 +160,7 @@ class Consumers:
         except SQLAlchemyError as error:  # the next heartbeat tries again
             log.warning("Cannot take messages back: %s", first_line(error))
         finally:
-            self._is_freeing = False
+            self._freeing.difference_update(gone, [instance.id])
         self.wake_all()
 
     def _bury(self, freed: Sequence[Freed], error: str) -> None:

@@ -6,8 +6,9 @@ The heartbeats here are so far apart that none comes to help.
 import threading
 from contextlib import ExitStack
 from datetime import timedelta
+from functools import partial
 
-from conftest import on_postgresql
+from conftest import on_postgresql, on_sqlite
 from fleet import PATIENCE, Fleet, Hourly, statements, wait_until
 from sqlalchemy import func, select
 
@@ -86,6 +87,28 @@ def test_messages_that_are_handed_back_are_taken_at_once(fleet: Fleet) -> None:
     first.stop()
     wait_until(lambda: [each.state for each in fleet.messages()] == ["done"], "the second one")
     assert seen == [1, 1]
+
+
+@on_sqlite
+def test_those_who_leave_while_the_messages_of_another_are_taken_back_are_not_forgotten(fleet: Fleet) -> None:
+    class Notes(MessageWorker):
+        topic = "notes"
+
+        def handle(self, message: Message, context: WorkerContext) -> None: ...
+
+    ticks = fleet.manager(Notes, **SLOW).ticks
+    fleet.enqueue("notes", 1, 2)
+    leaving = [ticks.sign_on() for _ in range(2)]
+    assert all(ticks.messages.claim("notes", "notes", 1, (each.id, each.name)) for each in leaving)
+    manager = joined(fleet, Notes)
+    wait_until(lambda: not asked(manager), "half a second without a question")
+    with ticks.ledger.engine.connect() as connection:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")  # as a run that has written
+        for each in leaving:
+            with statements(manager.ticks.instances.engine) as looks:
+                ticks.sign_off(each)
+                wait_until(partial(len, looks), "the look")
+    wait_until(lambda: [each.state for each in fleet.messages()] == ["done", "done"], "the handling of both")
 
 
 def test_a_run_that_was_asked_for_elsewhere_begins_at_once(fleet: Fleet) -> None:
