@@ -16,7 +16,7 @@ from .pictures import COUNT, picture
 from .typed_schedule import typed_schedule
 from .words import EARLIEST, LATEST, moment_in
 
-PER_PAGE = 25
+PER_PAGE = 20
 _LONGEST_NAME = 200
 _DRAFT = ("edit", "schedule", "timezone")  # what an address says of a form that was refused
 
