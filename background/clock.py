@@ -41,7 +41,7 @@ def _from_text(value: str | None) -> datetime | None:
 
 
 def _in_utc(value: datetime | None) -> datetime | None:
-    return None if value is None else value.astimezone(UTC)
+    return value if value is None or value.tzinfo is UTC else value.astimezone(UTC)
 
 
 class _Now(FunctionElement[datetime]):
