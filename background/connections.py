@@ -52,7 +52,7 @@ class Connections:
     def claims(self) -> Engine:
         """For whatever decides who runs."""
         if self._shared.dialect.name != "sqlite":
-            return self._postgresql(pool_size=2)
+            return self._postgresql(pool_size=5)  # with 2, a busy instance opened four connections a second
         # However many claims wait for the write lock: the heartbeat's look at the others must not wait behind them.
         engine = create_engine(self._shared.url, max_overflow=-1, hide_parameters=True)
         sqlite.prepare(engine)
