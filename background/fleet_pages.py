@@ -27,7 +27,7 @@ LENGTHS = {
     "6h": ("6 hours", timedelta(hours=6)),
 }
 _USUAL = "5m"
-_MOST_BARS = 400
+_MOST_BARS = 300
 
 Held = TypeVar("Held", Record, Holding)
 

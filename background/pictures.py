@@ -16,7 +16,8 @@ COUNT = 50
 _BAR, _STEP, _HIGHEST, _LOWEST, _MARK = 2, 3, 28, 3, 3
 
 
-def picture(glances: Sequence[Glance]) -> Markup:
+@lru_cache(maxsize=200)  # a page that refreshes itself asks for the same ones every two seconds
+def picture(glances: tuple[Glance, ...]) -> Markup:
     """An SVG of at most COUNT executions, oldest first. Whatever did not succeed also has a mark below its bar."""
     took = [_took(each) for each in glances]
     longest = max((length.total_seconds() for length in took if length is not None), default=0.0)

@@ -55,7 +55,7 @@ def rows(manager: BackgroundWorkerManager, names: list[str]) -> list[dict[str, A
     glances = manager.history.recent(found, COUNT)
     ours, topics = manager.workers, {worker.name: worker for worker in manager.topics.values()}
     for name, row in found.items():
-        row |= {"about": about(ours.get(name)), "picture": picture(glances[name]), "topic": None}
+        row |= {"about": about(ours.get(name)), "picture": picture(tuple(glances[name])), "topic": None}
     for name in topics.keys() & names:
         found[name] = {"name": name, "about": about(topics[name]), "topic": topics[name].topic}
     return [found[name] for name in names if name in found]
