@@ -4,7 +4,8 @@ The heartbeats here are so far apart that none comes to help.
 """
 
 import threading
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from functools import partial
 
@@ -39,20 +40,32 @@ def test_a_run_that_is_handed_back_is_taken_at_once_and_nobody_asks_for_it_meanw
     first = joined(fleet, UntilTold)
     wait_until(lambda: fleet.states() == ["running"], "the first run")
     second = joined(fleet, UntilTold)
-    wait_until(lambda: not asked(second), "half a second without a question")
+    wait_until_quiet(second)
     first.stop()
     wait_until(lambda: fleet.states() == ["handed back", "succeeded"], "the run on the second one")
 
 
-def asked(manager: BackgroundWorkerManager) -> list[str]:
-    """What its engines are asked in half a second, in which a listener that watches a file looks at it twice."""
+def wait_until_quiet(manager: BackgroundWorkerManager) -> None:
+    """Until its engines are asked nothing for half a second, in which a listener that watches a file looks twice."""
     ticks = manager.ticks
-    with statements(ticks.ledger.engine) as looks, statements(ticks.instances.engine) as beats:
-        threading.Event().wait(0.6)
-        return looks + beats
+
+    def is_quiet() -> bool:
+        with statements(ticks.ledger.engine) as looks, statements(ticks.instances.engine) as beats:
+            threading.Event().wait(0.6)
+            return not looks + beats
+
+    wait_until(is_quiet, "half a second without a question")
 
 
 def test_what_a_process_still_runs_when_it_signs_off_is_taken_at_once(fleet: Fleet) -> None:
+    with deaf_run(fleet) as first:
+        first.stop(timeout=0)
+        wait_until(lambda: fleet.states() == ["handed back", "succeeded"], "the run on the second one")
+
+
+@contextmanager
+def deaf_run(fleet: Fleet) -> Iterator[BackgroundWorkerManager]:
+    """The instance of a run that ends with the block, whatever it is told; another one has joined."""
     go_on = threading.Event()
 
     class Deaf(Hourly):
@@ -62,8 +75,7 @@ def test_what_a_process_still_runs_when_it_signs_off_is_taken_at_once(fleet: Fle
     first = joined(fleet, Deaf)
     wait_until(lambda: fleet.states() == ["running"], "the first run")
     joined(fleet, Deaf)
-    first.stop(timeout=0)
-    wait_until(lambda: fleet.states() == ["handed back", "succeeded"], "the run on the second one")
+    yield first
     go_on.set()
 
 
@@ -101,7 +113,7 @@ def test_those_who_leave_while_the_messages_of_another_are_taken_back_are_not_fo
     leaving = [ticks.sign_on() for _ in range(2)]
     assert all(ticks.messages.claim("notes", "notes", 1, (each.id, each.name)) for each in leaving)
     manager = joined(fleet, Notes)
-    wait_until(lambda: not asked(manager), "half a second without a question")
+    wait_until_quiet(manager)
     with ticks.ledger.engine.connect() as connection:
         connection.exec_driver_sql("BEGIN IMMEDIATE")  # as a run that has written
         for each in leaving:
@@ -147,7 +159,7 @@ def claimed_by_one_that_dies(manager: BackgroundWorkerManager, worker: type[Hour
 def test_one_whose_idle_connections_broke_hears_at_once_what_was_asked_for(fleet: Fleet) -> None:
     manager = joined(fleet, Hourly)
     wait_until(lambda: fleet.states() == ["succeeded"], "the first run")
-    wait_until(lambda: not asked(manager), "half a second without a question")
+    wait_until_quiet(manager)
     break_connections(manager)
     assert fleet.manager(Hourly, **SLOW).request("hourly")
     wait_until(lambda: fleet.states() == ["succeeded", "succeeded"], "the one that was asked for")
@@ -157,19 +169,10 @@ def test_one_whose_idle_connections_broke_hears_at_once_what_was_asked_for(fleet
 def test_what_a_process_still_runs_when_it_signs_off_is_taken_at_once_though_its_idle_connections_broke(
     fleet: Fleet,
 ) -> None:
-    go_on = threading.Event()
-
-    class Deaf(Hourly):
-        def do_work(self, context: WorkerContext) -> None:
-            assert context.token > 1 or go_on.wait(PATIENCE)
-
-    first = joined(fleet, Deaf)
-    wait_until(lambda: fleet.states() == ["running"], "the first run")
-    joined(fleet, Deaf)
-    break_connections(first)
-    first.stop(timeout=0)
-    wait_until(lambda: fleet.states() == ["handed back", "succeeded"], "the run on the second one")
-    go_on.set()
+    with deaf_run(fleet) as first:
+        break_connections(first)
+        first.stop(timeout=0)
+        wait_until(lambda: fleet.states() == ["handed back", "succeeded"], "the run on the second one")
 
 
 def break_connections(manager: BackgroundWorkerManager) -> None:
@@ -193,7 +196,7 @@ def test_a_run_whose_connection_breaks_is_not_tried_again_until_a_heartbeat_as_t
             context.session.execute(select(func.pg_terminate_backend(func.pg_backend_pid())))
 
     manager = joined(fleet, Broken)
-    wait_until(lambda: not asked(manager), "half a second without a question")
+    wait_until_quiet(manager)
     assert fleet.manager(Broken, **SLOW).request("broken")
     assert began.acquire(timeout=PATIENCE)
     wait_until(lambda: fleet.states() == ["lost"], "the loss")
