@@ -158,9 +158,7 @@ class Shops:
 
 
 def main(orders: socket.socket) -> None:
-    ending = (
-        Ending()
-    )  # before anything is imported, as what is to be done at the end is done from the last to the first
+    ending = Ending()  # before all imports: at the exit it comes after what they have registered
     _import_everything()
     gc.collect()
     gc.freeze()
