@@ -2,6 +2,7 @@
 
 import logging
 import math
+import random
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,7 @@ _EXPIRED = "its instance stopped renewing its lease"
 _STRANDED = "the reply to its claim got lost"
 _SLOT_SECONDS = 0.02
 _LONGEST_REST_SECONDS = 0.02
+_YIELDED_SECONDS = (0.02, 0.04)
 
 
 class Consumers:
@@ -37,6 +39,8 @@ class Consumers:
         self._app, self._db, self._ticks, self._scheduler, self._workers = app, db, ticks, scheduler, workers
         self._active: Counter[str] = Counter()
         self._again: set[str] = set()
+        self._yielding: set[str] = set()
+        self._yields_until: dict[str, float] = {}
         self._batches: set[str] = set()
         self._freeing: set[str] = set()
         self._changed = threading.Lock()
@@ -52,6 +56,19 @@ class Consumers:
                 return
             self._active[topic] += 1
         self._scheduler.soon(self._consume, worker)
+
+    def hear(self, topic: str) -> None:
+        """Wake up for what others enqueued: at once, if this process found any of its topic when it last looked.
+
+        Else those who did go first, and this one looks a little later, once for all that is heard until then: if every
+        process came at the same instant, all but one would ask in vain, and hold that one up.
+        """
+        if topic not in self._yielding:
+            self.wake(topic)
+        elif steady() >= self._yields_until.get(topic, 0.0):
+            seconds = random.uniform(*_YIELDED_SECONDS)  # noqa: S311 - no secret
+            self._yields_until[topic] = steady() + seconds
+            self._scheduler.after(seconds, f"heard:{topic}", self.wake, topic)
 
     def wake_after(self, topic: str, pause: timedelta | None) -> None:
         """Wake up for `topic` when the `pause` is over; one that outlasts a heartbeat is left to the heartbeats.
@@ -78,16 +95,19 @@ class Consumers:
 
     def _consume(self, worker: type[MessageWorker]) -> None:
         """Handle batch after batch, until none is due; whoever waits for a thread is let in between two."""
-        is_over = False
+        is_over, found = False, False
         try:
             while not is_over:
-                is_over = not self._next(worker) and self._ends(worker.topic)
+                is_next = self._next(worker)
+                found |= is_next
+                is_over = not is_next and self._ends(worker.topic)
                 if not is_over and self._scheduler.is_awaited:
                     self._scheduler.soon(self._consume, worker)
                     is_over = True
         except SQLAlchemyError as error:  # the next heartbeat tries again
             log.warning("%s: cannot claim messages: %s", worker.name, first_line(error))
         finally:
+            (self._yielding.discard if found else self._yielding.add)(worker.topic)
             if not is_over:
                 with self._changed:
                     self._active[worker.topic] -= 1

@@ -214,7 +214,7 @@ class Membership:
 
     def _heard(self, topic: str) -> None:
         if topic:
-            self.consumers.wake(topic)
+            self.consumers.hear(topic)
         elif not self._is_looking:
             self._is_looking = True
             self._scheduler.after(_spread(), "look", self._look)

@@ -14,6 +14,7 @@ from sqlalchemy import (
     BigInteger,
     ColumnElement,
     Connection,
+    Float,
     Row,
     Select,
     Text,
@@ -113,7 +114,7 @@ class Messages:
         self._single = single_statements(ledger.engine)
         self._on_sqlite = ledger.engine.dialect.name == "sqlite"
         # Built once: that takes longer than some of them do.
-        self._claim, self._acknowledge = _claim(), self._acknowledgement()
+        self._enqueue, self._claim, self._acknowledge = self._enqueueing(), _claim(), self._acknowledgement()
 
     # -- enqueueing ----------------------------------------------------------------------------
 
@@ -122,12 +123,24 @@ class Messages:
 
         Others may be here: whoever enqueues the same key. Until they have committed or rolled back, this waits.
         """
-        row = {"topic": topic, "key": draft.key, "payload": draft.payload, "enqueued_at": now(), "due_at": now(delay)}
+        pause = delay.total_seconds() if delay else 0.0
+        values = {"of": topic, "by": draft.key, "carried": draft.payload, "after": pause}
+        found = session.execute(self._enqueue, values).first()
+        return found[0] if found else None
+
+    def _enqueueing(self) -> Any:
+        row: dict[str, ColumnElement[Any]] = {
+            "topic": bindparam("of"),
+            "key": bindparam("by"),
+            "payload": bindparam("carried"),
+            "enqueued_at": now(),
+            "due_at": now(bindparam("after", type_=Float)),
+        }
         new = self._ledger.insert(messages).values(row).on_conflict_do_nothing(**_same_key)
         # PostgreSQL tells those who listen when the caller commits, and not if it does not.
-        told = () if self._on_sqlite else (func.pg_notify(CHANNEL, topic),)
-        found = session.execute(new.returning(messages.c.id, *told)).first()
-        return found[0] if found else None
+        is_due = bindparam("after", type_=Float) == 0.0
+        told = () if self._on_sqlite else (case((is_due, func.pg_notify(CHANNEL, bindparam("of")))),)
+        return new.returning(messages.c.id, *told)
 
     def enqueue_many(self, session: Session, topic: str, drafts: Iterable[Draft], delay: timedelta | None) -> int:
         """Enqueue in bulk, in the order given; return how many were not enqueued before."""

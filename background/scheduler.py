@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
@@ -57,8 +58,8 @@ class Scheduler:
         self.at(datetime.now(UTC) + timedelta(seconds=seconds), key, function, *args)
 
     def soon(self, function: Callable[..., object], *args: Any) -> None:
-        """Call `function(*args)` as soon as a thread is free."""
-        self._scheduler.add_job(function, args=args)
+        """Call `function(*args)` as soon as a thread is free, without the way through APScheduler's own thread."""
+        self._threads.call(partial(function, *args))
 
     @property
     def is_awaited(self) -> bool:
@@ -97,36 +98,46 @@ class _DaemonThreads(BaseExecutor):  # type: ignore[misc]
         super().__init__()
         self._threads_left = threads
         self._idle = threading.Semaphore(0)
-        self._queue: SimpleQueue[tuple[Job, list[datetime]] | None] = SimpleQueue()
+        self._queue: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
         self._started = self._calls = 0
         self._serving: set[int] = set()
         self._is_shut_down = False
         self._called = threading.Condition()
 
     def _do_submit_job(self, job: Job, run_times: list[datetime]) -> None:
+        self.call(partial(self._run, job, run_times))
+
+    def _run(self, job: Job, run_times: list[datetime]) -> None:
+        self._run_job_success(job.id, run_job(job, job._jobstore_alias, run_times, self._logger.name))
+
+    def call(self, function: Callable[[], object]) -> None:
         with self._called:
+            if self._is_shut_down:
+                return
             self._calls += 1
-        self._queue.put((job, run_times))
-        if not self._idle.acquire(blocking=False) and self._threads_left:
-            self._threads_left -= 1
-            self._start()
+            self._queue.put(function)
+            if not self._idle.acquire(blocking=False) and self._threads_left:
+                self._threads_left -= 1
+                self._start()
 
     def _start(self) -> None:
         self._started += 1
         threading.Thread(target=self._serve, name=f"workers-{self._started}", daemon=True).start()
 
     def replace(self, thread: int) -> None:
-        if thread in self._serving and not self._is_shut_down:
-            self._serving.discard(thread)
-            self._start()
+        with self._called:
+            if thread in self._serving and not self._is_shut_down:
+                self._serving.discard(thread)
+                self._start()
 
     def _serve(self) -> None:
         own = threading.get_ident()
         self._serving.add(own)
-        while item := self._queue.get():
-            job, run_times = item
-            events = run_job(job, job._jobstore_alias, run_times, self._logger.name)
-            self._run_job_success(job.id, events)
+        while function := self._queue.get():
+            try:
+                function()
+            except BaseException:  # what is called tells of its own errors; a thread that ended would call no more
+                self._logger.exception("Unexpected error in %r", function)
             with self._called:
                 self._calls -= 1
                 self._called.notify_all()
@@ -143,6 +154,7 @@ class _DaemonThreads(BaseExecutor):  # type: ignore[misc]
             return self._called.wait_for(lambda: not self._calls, seconds)
 
     def shutdown(self, wait: bool = True) -> None:
-        self._is_shut_down = True
-        for _ in range(self._started):
-            self._queue.put(None)
+        with self._called:
+            self._is_shut_down = True
+            for _ in range(self._started):
+                self._queue.put(None)
