@@ -4,8 +4,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from enum import Enum
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 from sqlalchemy import (
     ColumnElement,
@@ -18,7 +19,6 @@ from sqlalchemy import (
     func,
     insert,
     null,
-    or_,
     select,
     update,
 )
@@ -26,6 +26,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from . import totals
+from .claiming import CLAIM, LOOKED_AT, MISS, NEW_TOKEN, SKIP, at_tick, claimed_at_once
 from .clock import now, single_statements
 from .errors import ClaimLost
 from .models import executions, may_be_run_again, workers
@@ -54,6 +55,19 @@ class Claim:
         """The same for every attempt at this tick, and for no other tick."""
         kind = "" if self.trigger == "schedule" else f"{self.trigger}:"
         return f"{self.worker}:{kind}{self.tick.isoformat()}"
+
+
+class NotClaimed(Enum):
+    """What a claim of a tick is answered where there is none; it counts as false."""
+
+    DECIDED = "somebody was here before"
+    HINDERED = "something is in the way"
+
+    def __bool__(self) -> Literal[False]:
+        return False
+
+
+DECIDED, HINDERED = NotClaimed.DECIDED, NotClaimed.HINDERED
 
 
 @dataclass(frozen=True)
@@ -112,9 +126,11 @@ class Ledger:
             # No transaction that holds a worker's row outlasts a lease, even if its process is frozen in the middle
             # of it: PostgreSQL ends it. Set for one transaction, a run's last too: a pooler may stand in between.
             self.idle = (_limit("idle_in_transaction_session_timeout", lease),)
-            waiting = _limit("lock_timeout", min(lease, _LOCK_SECONDS))
-            self._limits = (*self.idle, waiting, _limit("statement_timeout", lease))
+            self._waits = (_limit("lock_timeout", min(lease, _LOCK_SECONDS)),)
+            self._limits = (*self.idle, *self._waits, _limit("statement_timeout", lease))
         self._reading = single_statements(engine)
+        self._looks_first = engine.dialect.name == "sqlite"
+        self._looked_at = LOOKED_AT if self._looks_first else claimed_at_once(self._waits)
         self.insert = sqlite.insert if engine.dialect.name == "sqlite" else postgresql.insert
 
     @contextmanager
@@ -141,31 +157,28 @@ class Ledger:
 
     # -- claiming ------------------------------------------------------------------------------
 
-    def claim(self, name: str, tick: datetime, schedule: str, instance: tuple[str, str]) -> Claim | None:
-        """Claim `tick`, or None.
+    def claim(self, name: str, tick: datetime, schedule: str, instance: tuple[str, str]) -> Claim | NotClaimed:
+        """Claim `tick`, or say why not.
 
         Others may be here: every instance that knows this worker, at the same instant, and late ones.
-        The row's lock puts them in a line; the first raises the mark, and the rest find it raised.
+        The row's lock puts them in a line; the first raises the mark, and the rest find it raised. Who comes later only
+        looks: PostgreSQL does so in the same statement; SQLite is asked before, as all its writes lock.
         """
+        values = {**at_tick(name, tick, schedule), "on": instance[0], "on_name": instance[1]}
+        with self._reading.connect() as connection:
+            found = connection.execute(self._looked_at, values).one_or_none()
+        if found is None:  # nobody registered the worker yet
+            return HINDERED
+        claim = Claim(name, tick, 1, found.token or 0, "schedule", found.id or 0)
+        if claim.execution:
+            return claim
+        if not (found.is_free and self._looks_first):
+            return HINDERED if found.is_open else DECIDED
         with self.begin() as connection:
-            row = connection.execute(
-                update(workers)
-                .where(
-                    workers.c.name == name,
-                    or_(workers.c.mark.is_(None), workers.c.mark < tick),
-                    tick <= now(),
-                    workers.c.schedule == schedule,
-                    workers.c.paused_at.is_(None),
-                    workers.c.pending_tick.is_(None),
-                    workers.c.running.is_(None),
-                )
-                .values(previous_mark=workers.c.mark, mark=tick, **_NEW_TOKEN)
-                .returning(workers.c.token, workers.c.previous_mark, workers.c.scheduled_at)
-            ).one_or_none()
-            if row is None:
-                return None
-            self._record_missed(connection, name, row, tick, parse_schedule(schedule))
-            return self._started(connection, Claim(name, tick, 1, row.token, "schedule", 0), instance)
+            token = connection.execute(CLAIM, values).scalar_one_or_none()
+            if token is None:  # somebody was here since
+                return HINDERED
+            return self._started(connection, replace(claim, token=token), instance)
 
     def claim_pending(self, name: str, tick: datetime, instance: tuple[str, str]) -> Claim | None:
         """Claim a tick that was lost, handed back or requested. Others may be here: all that saw it pending."""
@@ -179,7 +192,7 @@ class Ledger:
                     may_be_run_again,
                     workers.c.running.is_(None),
                 )
-                .values(pending_tick=null(), **_NEW_TOKEN)
+                .values(pending_tick=null(), **NEW_TOKEN)
                 .returning(workers.c.token, *pending)
             ).one_or_none()
             if row is None:
@@ -196,7 +209,7 @@ class Ledger:
             token = connection.execute(
                 update(workers)
                 .where(workers.c.name == name, workers.c.pending_tick.is_(None), workers.c.running.is_(None))
-                .values(**_NEW_TOKEN)
+                .values(**NEW_TOKEN)
                 .returning(workers.c.token)
             ).scalar_one_or_none()
             if token is None:
@@ -219,28 +232,32 @@ class Ledger:
             self.ring()
         return requested
 
-    def skip(self, name: str, tick: datetime, reason: str) -> bool:
+    def skip(self, name: str, tick: datetime, schedule: str, reason: str) -> bool:
         """Record that `tick` is not run because the worker is paused or still running; True for the one who did.
 
         Others may be here: every instance finds the same obstacle. Whoever raises the mark writes the row.
         """
         with self.begin() as connection:
-            raised = connection.execute(
-                update(workers)
-                .where(
-                    workers.c.name == name,
-                    or_(workers.c.mark.is_(None), workers.c.mark < tick),
-                    tick <= now(),
-                    or_(workers.c.paused_at.is_not(None), workers.c.running.is_not(None)),
+            is_first = count(connection.execute(SKIP, at_tick(name, tick, schedule))) == 1
+            if is_first:
+                self._record_skipped(connection, name, tick, reason)
+            return is_first
+
+    def miss(self, state: WorkerState, before: datetime) -> None:
+        """Record the ticks that no instance came to run, from the mark to the one of `before`, if there are any.
+
+        Others may be here: every instance that comes to run `before`. Whoever raises the mark writes the row.
+        """
+        schedule, last = state.schedule, state.schedule.previous(before - _TICK)
+        if max(state.mark or state.scheduled_at, state.scheduled_at) >= last:
+            return
+        with self.begin() as connection:
+            raised = connection.execute(MISS, at_tick(state.name, last, state.schedule_text)).one_or_none()
+            if raised is not None:
+                first = schedule.next(max(raised.previous_mark or raised.scheduled_at, raised.scheduled_at))
+                self._record_not_run(
+                    connection, "missed", state.name, first, last, "no instance came to run it in time"
                 )
-                .values(previous_mark=workers.c.mark, mark=tick)
-                .returning(workers.c.previous_mark, workers.c.scheduled_at, workers.c.schedule)
-            ).one_or_none()
-            if raised is None:
-                return False
-            self._record_missed(connection, name, raised, tick, parse_schedule(raised.schedule))
-            self._record_skipped(connection, name, tick, reason)
-            return True
 
     # -- ending --------------------------------------------------------------------------------
 
@@ -346,15 +363,6 @@ class Ledger:
             totals.add_execution(connection, claim, state, *ended)
         return True
 
-    def _record_missed(
-        self, connection: Connection, name: str, row: Row[Any], before: datetime, schedule: Schedule
-    ) -> None:
-        """Write down the ticks between the mark that `row` had and the one of `before` that replaces it."""
-        first = schedule.next(max(row.previous_mark or row.scheduled_at, row.scheduled_at))
-        if first < before:
-            last = schedule.previous(before - _TICK)
-            self._record_not_run(connection, "missed", name, first, last, "no instance came to run it in time")
-
     def _record_skipped(self, connection: Connection, name: str, tick: datetime, reason: str) -> None:
         """In a row of its own, or in the newest one if that says the same: a pause of a month is one row."""
         newest = (
@@ -397,8 +405,6 @@ class Ledger:
         ).scalar_one()
         totals.add_not_run(connection, name, state, at)
 
-
-_NEW_TOKEN = {"token": workers.c.token + 1, "running": workers.c.token + 1}
 
 _states = select(
     workers,

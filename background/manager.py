@@ -297,7 +297,7 @@ class BackgroundWorkerManager:
             return None
         self._reopen()
         state = self.ticks.look(worker)
-        return self.ticks.run(worker, state.schedule.previous(at.astimezone(UTC)), state)
+        return self.ticks.run(worker, state.schedule.previous(at.astimezone(UTC)), state.schedule_text, state)
 
     def trigger(self, name: str) -> Execution | None:
         """Run worker `name` now, here, whatever its schedule says; None where it is running already.

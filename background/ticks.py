@@ -13,7 +13,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from .connections import Connections, again_if_stale, made_once
 from .errors import first_line
 from .instances import LEASE_IS_OVER, Heartbeat, Instance, Instances
-from .ledger import Claim, Ledger, WorkerState
+from .ledger import DECIDED, Claim, Ledger, NotClaimed, WorkerState
 from .listener import ring
 from .locks import Locks
 from .messages import Messages
@@ -33,7 +33,7 @@ class Ticks:
         self.runs = Runs(app, db)
         self.instance: Instance | None = None
         """This process's, from joining the fleet to leaving it."""
-        self.postponed: Callable[[str, datetime], None] = lambda name, tick: None
+        self.postponed: Callable[[str, datetime, str], None] = lambda name, tick, schedule: None
         """Called with a tick that could not be run yet, and was not skipped; a member of the fleet tries it again."""
 
     @property
@@ -42,45 +42,66 @@ class Ticks:
 
     # -- the way of a tick ---------------------------------------------------------------------
 
-    def run(self, worker: type[PeriodicWorker], tick: datetime, state: WorkerState) -> Execution | None:
-        """Run `tick`, seen from the lately read `state`, if nobody has or does; None where it is not ours to run."""
+    def run(
+        self, worker: type[PeriodicWorker], tick: datetime, schedule: str, state: WorkerState | None = None
+    ) -> Execution | None:
+        """Run `tick` of `schedule`, if nobody has or does; None where it is not ours to run.
+
+        A loser learns that by one statement. `state`, if given, was read lately: then it is looked at first.
+        """
         name, why = worker.name, "stopping"
         while not self.runs.stopping.is_set():
             if (instance := self.instance) is not None and not instance.is_alive:
                 why = "this instance has lost its lease"
-                self.postponed(name, tick)
+                self.postponed(name, tick, schedule)
                 break
-            state, again = self._cleared(worker, self._when_due(worker, tick, state))
-            if again and again.claim.tick == tick:
-                return again
-            if answer := _why_not(tick, state):
-                why = answer
-                break
-            if state.paused_at or state.running:
-                why = _obstacle(state)
-                if self._postpone(tick, state) or self.ledger.skip(name, tick, why):
+            if state is not None:
+                state, again = self._cleared(worker, self._when_due(worker, tick, state))
+                if again and again.claim.tick == tick:
+                    return again
+                if answer := _why_not(tick, state):
+                    why = answer
                     break
-            elif execution := self._claim_and_run(worker, partial(self.ledger.claim, name, tick, state.schedule_text)):
-                return execution
-            state = self.look(worker)  # somebody was here between the look and the claim
+                schedule = state.schedule_text
+                if state.paused_at or state.running:
+                    why = _obstacle(state)
+                    if self._passed_over(tick, state, why):
+                        break
+                    state = self.look(worker)  # somebody was here since the look before
+                    continue
+                self.ledger.miss(state, tick)
+            claimed = self._claim_and_run(worker, partial(self.ledger.claim, name, tick, schedule))
+            if claimed:
+                return claimed
+            if claimed is DECIDED:
+                why = DECIDED.value
+                break
+            state = self.look(worker)
         log.debug("%s: not running the tick %s: %s", name, tick.isoformat(), why)
         return None
+
+    def _passed_over(self, tick: datetime, state: WorkerState, why: str) -> bool:
+        """Whether `tick`, which something is in the way of, is skipped now or tried again later."""
+        if self._postpone(tick, state):
+            return True
+        self.ledger.miss(state, tick)
+        return self.ledger.skip(state.name, tick, state.schedule_text, why)
 
     def _postpone(self, tick: datetime, state: WorkerState) -> bool:
         """A manual run takes no tick away: one that is due meanwhile is tried again until that has ended."""
         if state.paused_at or state.running is None or state.running.trigger != "manual":
             return False
-        self.postponed(state.name, tick)
+        self.postponed(state.name, tick, state.schedule_text)
         return True
 
     def run_now(self, worker: type[PeriodicWorker]) -> Execution | None:
         """A run that no schedule asked for; None where the worker is running already."""
         state, _ = self._cleared(worker, self.look(worker))
-        return self._claim_and_run(worker, partial(self.ledger.claim_manual, worker.name, state.clock))
+        return self._claim_and_run(worker, partial(self.ledger.claim_manual, worker.name, state.clock)) or None
 
     def run_pending(self, worker: type[PeriodicWorker], tick: datetime) -> Execution | None:
         """A tick that was lost or handed back, if nobody else has taken it meanwhile."""
-        return self._claim_and_run(worker, partial(self.ledger.claim_pending, worker.name, tick))
+        return self._claim_and_run(worker, partial(self.ledger.claim_pending, worker.name, tick)) or None
 
     def look(self, worker: type[PeriodicWorker]) -> WorkerState:
         """The worker's state, in one read once its row is there."""
@@ -107,13 +128,13 @@ class Ticks:
         return state, again
 
     def _claim_and_run(
-        self, worker: type[PeriodicWorker], claim_with: Callable[[tuple[str, str]], Claim | None]
-    ) -> Execution | None:
+        self, worker: type[PeriodicWorker], claim_with: Callable[[tuple[str, str]], Claim | NotClaimed | None]
+    ) -> Execution | NotClaimed | None:
         with self.present() as instance:
             if self.runs.stopping.is_set() or not instance.is_alive:
                 return None
             claim = claim_with((instance.id, instance.name))
-            return self.runs.run(worker, claim, self.ledger, instance) if claim else None
+            return self.runs.run(worker, claim, self.ledger, instance) if isinstance(claim, Claim) else claim
 
     # -- who runs it ---------------------------------------------------------------------------
 
@@ -251,7 +272,7 @@ def _why_not(tick: datetime, state: WorkerState) -> str | None:
     if state.clock < tick:
         return "it is not due yet"
     if state.mark is not None and state.mark >= tick:
-        return "somebody was here before"
+        return DECIDED.value
     if state.pending_tick and not (state.owed or state.paused_at):
         return f"the tick {state.pending_tick.isoformat()} comes before it, and is not due any more"
     if state.scheduled_at <= tick != state.schedule.previous(tick):

@@ -28,7 +28,7 @@ class WakeUps:
         self._states: Mapping[str, WorkerState] = {}
         self._armed: dict[str, datetime] = {}
         self._yielding: set[str] = set()
-        ticks.postponed = lambda name, tick: self.later(f"retry:{name}", 1, self._fire, name, tick)
+        ticks.postponed = lambda name, *what: self.later(f"retry:{name}", 1, self._fire, name, *what)
 
     def follow(self, states: Mapping[str, WorkerState], rearm: bool) -> None:
         """Follow the schedules in force; with `rearm` arm every worker again, as one of the clocks was set."""
@@ -78,21 +78,18 @@ class WakeUps:
         spread = random.uniform(0, worker.jitter.total_seconds())  # noqa: S311 - no secret
         if name in self._yielding:
             spread += random.uniform(*_YIELDED_SECONDS)  # noqa: S311
-        self._scheduler.at(tick - offset + timedelta(seconds=spread), f"tick:{name}", self._fire, name, tick)
+        self._scheduler.at(
+            tick - offset + timedelta(seconds=spread), f"tick:{name}", self._fire, name, tick, str(schedule)
+        )
 
-    def _fire(self, name: str, tick: datetime, failures: int = 0) -> None:
+    def _fire(self, name: str, tick: datetime, schedule: str, failures: int = 0) -> None:
         worker = self._workers.get(name)
         if worker is None or self._ticks.runs.stopping.is_set():
             return
         if not failures:
             self._arm(name, after=tick)
         try:
-            state = self._ticks.look(worker)
-            if state.mark is not None and state.mark >= tick:  # that took one read
-                log.debug("%s: not running the tick %s: somebody was here before", name, tick.isoformat())
-                is_ours = False
-            else:
-                is_ours = self._ticks.run(worker, tick, state) is not None
+            is_ours = self._ticks.run(worker, tick, schedule) is not None
             # Whoever was not first lets the others go first next time: of several that look at the same instant, all
             # but one would learn only from a claim that they are too late.
             (self._yielding.discard if is_ours else self._yielding.add)(name)
@@ -101,7 +98,7 @@ class WakeUps:
         except SQLAlchemyError as error:
             level = logging.DEBUG if failures else logging.WARNING  # once per tick
             log.log(level, "%s: cannot claim the tick %s yet: %s", name, tick.isoformat(), first_line(error))
-            self.later(f"retry:{name}", failures, self._fire, name, tick)
+            self.later(f"retry:{name}", failures, self._fire, name, tick, schedule)
 
     def _now(self) -> datetime:
         return instance.database_time() if (instance := self._ticks.instance) else datetime.now(UTC)

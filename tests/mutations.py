@@ -36,10 +36,9 @@ MUTATIONS = (
         "a tick is claimed above the mark only",
         [
             Edit(
-                "background/ledger.py",
-                "or_(workers.c.mark.is_(None), workers.c.mark < tick),\n                    tick <= now(),\n"
-                "                    workers.c.schedule",
-                "tick <= now(),\n                    workers.c.schedule",
+                "background/claiming.py",
+                "_is_open = or_(workers.c.mark.is_(None), workers.c.mark < _tick)",
+                "_is_open = true()",
             )
         ],
         ["tests/test_ledger.py", "-k", "mark or claim_that_comes_after"],
@@ -74,7 +73,7 @@ MUTATIONS = (
     Mutation(
         "the database's clock decides what is due",
         [
-            Edit("background/ledger.py", "tick <= now(),", "True,", times=2),
+            Edit("background/claiming.py", "and_(_tick <= now(), ", "and_("),
             Edit("background/ledger.py", "clock=row.clock,", "clock=__import__('datetime').datetime.now(UTC),"),
             Edit("background/ledger.py", "from datetime import datetime", "from datetime import UTC, datetime"),
         ],

@@ -74,7 +74,7 @@ class Wire(threading.Thread):
         if not self.proxy.is_to_lose_a_reply:
             return
         self._sent += data
-        if b"COMMIT\0" in data:
+        if b"COMMIT\0" in data or self.proxy.commits_itself:
             self._reply_is_lost = self.proxy.loses_reply_to(self._sent)
             self._sent = b""
 
@@ -85,6 +85,7 @@ class Proxy:
     def __init__(self, url: URL) -> None:
         self.server = f"{url.query['host']}/.s.PGSQL.{url.port or 5432}"
         self._lost: bytes | None = None
+        self.commits_itself = False
         self._has_lost = threading.Event()
         self._is_silent = self._replies_only = self._refuses = False
         self._wires: list[Wire] = []
@@ -95,8 +96,10 @@ class Proxy:
         self._thread = threading.Thread(target=self._accept, daemon=True)
         self._thread.start()
 
-    def lose_reply(self, statement: bytes) -> threading.Event:
-        """Lose the reply to the next COMMIT of a transaction with such a `statement`; returns the sign of that."""
+    def lose_reply(self, statement: bytes, commits_itself: bool = False) -> threading.Event:
+        """Lose the reply to the next COMMIT of a transaction with such a `statement`, or to the statement if it needs
+        none; returns the sign of that."""
+        self.commits_itself = commits_itself
         self._lost, self._has_lost = statement, threading.Event()
         return self._has_lost
 

@@ -179,7 +179,7 @@ def test_a_claim_whose_reply_was_lost_is_run_all_the_same_and_once(
     url: URL, proxy: Proxy, effects: Effects, join: Join, daily: type[Daily]
 ) -> None:
     daily.go_on.set()
-    lost = proxy.lose_reply(b"INSERT INTO background_executions")
+    lost = proxy.lose_reply(b"INSERT INTO background_executions", commits_itself=True)
     join(proxy.url, daily)
     assert lost.wait(PATIENCE)
     began = time.monotonic()

@@ -170,7 +170,7 @@ def test_who_was_not_first_at_a_tick_has_read_once_and_lets_the_others_go_first_
     wake_ups = loser._membership._wake_ups
     wait_until(lambda: "hourly" in wake_ups._yielding, "the look of the one that comes second")
     with statements(loser.ticks.ledger.engine) as seen:
-        wake_ups._fire("hourly", execution.tick)
+        wake_ups._fire("hourly", execution.tick, "every 3600s")
     assert len([each for each in seen if "WHERE" in each]) == 1  # a heartbeat's look is at all workers
     assert timedelta(milliseconds=9) < armed_after(loser) < timedelta(milliseconds=21)
 

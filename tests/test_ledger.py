@@ -2,19 +2,21 @@
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 from conftest import on_postgresql
-from fleet import HOUR, PATIENCE, Fleet, Hourly, Shared, effect, in_threads, last_hour, statements
+from fleet import HOUR, PATIENCE, Fleet, Hourly, Shared, effect, in_threads, last_hour, statements, wait_until
 from nursery import Nursery
 from processes import environment
-from sqlalchemy import delete, event, text
+from sqlalchemy import delete, event, text, update
 from sqlalchemy.exc import OperationalError
 
 from background import BackgroundWorkerManager, WorkerContext
 from background import models as tables
+from background.ledger import DECIDED, HINDERED
 from background.worker import declared_schedule
 
 MINUTE = timedelta(minutes=1)
@@ -45,13 +47,13 @@ def test_a_claim_that_comes_after_the_tick_ran_is_refused_though_it_looked_befor
     manager = fleet.manager(Hourly)
     schedule = manager.ticks.look(Hourly).schedule_text
     assert manager.tick("hourly", last_hour()).state == "succeeded"
-    assert manager.ticks.ledger.claim("hourly", last_hour(), schedule, ("late", "elsewhere:1")) is None
+    assert manager.ticks.ledger.claim("hourly", last_hour(), schedule, ("late", "elsewhere:1")) is DECIDED
 
 
 def test_a_future_tick_is_not_run_early(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
     assert manager.tick("hourly", datetime.now(UTC) + 2 * HOUR) is None
-    assert manager.ticks.ledger.claim("hourly", last_hour() + HOUR, "every 3600s", ("id", "name")) is None
+    assert manager.ticks.ledger.claim("hourly", last_hour() + HOUR, "every 3600s", ("id", "name")) is HINDERED
     assert fleet.row("hourly").mark is None
     assert fleet.executions() == []
 
@@ -252,9 +254,10 @@ def test_a_tick_of_a_schedule_that_was_replaced_before_it_is_not_run(fleet: Flee
     """As an instance does that has not heard of the new schedule yet."""
     manager, other = fleet.manager(Hourly), fleet.manager(Hourly)
     manager.tick("hourly", last_hour() - 3 * HOUR)
+    known = manager.ticks.look(Hourly).schedule_text
     other.reschedule("hourly", cron="30 * * * *")
     fleet.set("hourly", scheduled_at=last_hour() - 2 * HOUR)
-    assert manager.ticks.run(Hourly, last_hour(), manager.ticks.look(Hourly)) is None
+    assert manager.ticks.run(Hourly, last_hour(), known) is None
     assert len(fleet.effects()) == 1
     assert fleet.row("hourly").mark == last_hour() - 3 * HOUR
 
@@ -276,7 +279,7 @@ def test_a_claim_is_refused_where_something_changed_since_it_looked(
     schedule = manager.ticks.look(Hourly).schedule_text
     assert change(manager)
     before = fleet.row("hourly")
-    assert manager.ticks.ledger.claim("hourly", last_hour(), schedule, ("late", "elsewhere:1")) is None
+    assert manager.ticks.ledger.claim("hourly", last_hour(), schedule, ("late", "elsewhere:1")) is HINDERED
     assert fleet.row("hourly") == before
 
 
@@ -300,11 +303,40 @@ def test_no_newer_tick_is_claimed_while_an_older_one_is_to_be_run_again(fleet: F
     schedule, ghost = manager.ticks.look(Hourly).schedule_text, ("ghost", "elsewhere:1")
     claim = manager.ticks.ledger.claim("hourly", last_hour() - HOUR, schedule, ghost)
     assert manager.ticks.ledger.end(claim, "lost", next_attempt=2)
-    assert manager.ticks.ledger.claim("hourly", last_hour(), schedule, ghost) is None
+    assert manager.ticks.ledger.claim("hourly", last_hour(), schedule, ghost) is HINDERED
     assert manager.ticks.ledger.claim_manual("hourly", last_hour(), ghost) is None
     assert manager.tick("hourly", last_hour()).state == "succeeded"
     ran = [(execution.state, execution.tick) for execution in fleet.executions()[1:]]
     assert ran == [("succeeded", last_hour() - HOUR), ("succeeded", last_hour())]
+
+
+@on_postgresql
+def test_whoever_waits_for_the_winners_row_learns_by_the_same_statement_that_it_lost(fleet: Fleet) -> None:
+    manager = fleet.manager(Hourly)
+    schedule = manager.ticks.look(Hourly).schedule_text
+    waiting = text("SELECT true FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'")
+    with ThreadPoolExecutor(1) as beside, statements(manager.ticks.ledger.engine) as seen:
+        with fleet.engine.begin() as winner:
+            winner.execute(update(tables.workers).values(mark=last_hour(), token=1, running=1))
+            lost = beside.submit(manager.ticks.run, Hourly, last_hour(), schedule)
+
+            def is_waiting() -> bool:
+                with fleet.engine.connect() as connection:
+                    return bool(connection.scalar(waiting))
+
+            wait_until(is_waiting, "the second one's claim")
+        assert lost.result(PATIENCE) is None
+    assert len([each for each in seen if "background_workers" in each]) == 1
+    assert (fleet.row("hourly").token, fleet.executions()) == (1, [])
+
+
+def test_a_winner_claims_with_one_statement_of_postgresqls_and_a_look_and_two_writes_of_sqlites(fleet: Fleet) -> None:
+    manager = fleet.manager(Hourly)
+    schedule = manager.ticks.look(Hourly).schedule_text
+    with statements(manager.ticks.ledger.engine) as seen:
+        assert manager.ticks.ledger.claim("hourly", last_hour(), schedule, ("id", "name"))
+    on_sqlite = manager.ticks.ledger.engine.dialect.name == "sqlite"
+    assert [each.split()[0] for each in seen] == (["SELECT", "UPDATE", "INSERT"] if on_sqlite else ["WITH"])
 
 
 @on_postgresql

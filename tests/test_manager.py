@@ -216,7 +216,8 @@ def joined(fleet: Fleet) -> tuple[Membership, datetime]:
 
 def test_a_tick_that_was_fired_by_a_wrong_clock_is_fired_again(fleet: Fleet) -> None:
     membership, tick = joined(fleet)
-    membership._wake_ups._fire("rarely", tick)  # what a host clock does that is set ahead
+    schedule = membership._ticks.look(Rarely).schedule_text
+    membership._wake_ups._fire("rarely", tick, schedule)  # what a host clock does that is set ahead
     assert membership._wake_ups._armed["rarely"] > tick
     instance = membership._ticks.instance
     assert instance is not None
