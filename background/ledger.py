@@ -1,10 +1,11 @@
 """Who runs what: every statement that decides it. Each race is one conditional UPDATE."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from enum import Enum
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -31,6 +32,7 @@ from .clock import now, single_statements
 from .errors import ClaimLost
 from .models import executions, may_be_run_again, workers
 from .schedule import Schedule, parse_schedule
+from .sqlite import turn
 
 Notes = Mapping[str, Any]
 NOTHING: Notes = MappingProxyType({})
@@ -130,6 +132,9 @@ class Ledger:
             self._limits = (*self.idle, *self._waits, _limit("statement_timeout", lease))
         self._reading = single_statements(engine)
         self._looks_first = engine.dialect.name == "sqlite"
+        self._turn: Callable[[], AbstractContextManager[None]] = nullcontext
+        if self._looks_first:
+            self._turn = partial(turn, engine)
         self._looked_at = LOOKED_AT if self._looks_first else claimed_at_once(self._waits)
         self.insert = sqlite.insert if engine.dialect.name == "sqlite" else postgresql.insert
 
@@ -162,23 +167,24 @@ class Ledger:
 
         Others may be here: every instance that knows this worker, at the same instant, and late ones.
         The row's lock puts them in a line; the first raises the mark, and the rest find it raised. Who comes later only
-        looks: PostgreSQL does so in the same statement; SQLite is asked before, as all its writes lock.
+        looks: PostgreSQL does so in the same statement; SQLite is asked before, in turn, as all its writes lock.
         """
-        values = {**at_tick(name, tick, schedule), "on": instance[0], "on_name": instance[1]}
-        with self._reading.connect() as connection:
-            found = connection.execute(self._looked_at, values).one_or_none()
-        if found is None:  # nobody registered the worker yet
-            return HINDERED
-        claim = Claim(name, tick, 1, found.token or 0, "schedule", found.id or 0)
-        if claim.execution:
-            return claim
-        if not (found.is_free and self._looks_first):
-            return HINDERED if found.is_open else DECIDED
-        with self.begin() as connection:
-            token = connection.execute(CLAIM, values).scalar_one_or_none()
-            if token is None:  # somebody was here since
+        with self._turn():
+            values = {**at_tick(name, tick, schedule), "on": instance[0], "on_name": instance[1]}
+            with self._reading.connect() as connection:
+                found = connection.execute(self._looked_at, values).one_or_none()
+            if found is None:  # nobody registered the worker yet
                 return HINDERED
-            return self._started(connection, replace(claim, token=token), instance)
+            claim = Claim(name, tick, 1, found.token or 0, "schedule", found.id or 0)
+            if claim.execution:
+                return claim
+            if not (found.is_free and self._looks_first):
+                return HINDERED if found.is_open else DECIDED
+            with self.begin() as connection:
+                token = connection.execute(CLAIM, values).scalar_one_or_none()
+                if token is None:  # somebody was here since
+                    return HINDERED
+                return self._started(connection, replace(claim, token=token), instance)
 
     def claim_pending(self, name: str, tick: datetime, instance: tuple[str, str]) -> Claim | None:
         """Claim a tick that was lost, handed back or requested. Others may be here: all that saw it pending."""

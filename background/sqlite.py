@@ -1,10 +1,12 @@
 """SQLite has one writer: what every connection needs so that "database is locked" reaches nobody."""
 
+import fcntl
 import os
 import sqlite3
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from sqlalchemy import Connection, Engine, event
@@ -12,6 +14,7 @@ from sqlalchemy import Connection, Engine, event
 from .errors import InvalidConfig
 
 BUSY_SECONDS = 30
+_TURN_SECONDS, _TRIED_AGAIN_SECONDS = 0.1, 0.002
 
 
 def prepare(engine: Engine) -> None:
@@ -74,3 +77,29 @@ def _begin_before_savepoint(connection: Connection, _name: str) -> None:
     """The driver opens no transaction for a SAVEPOINT, so releasing it would commit on its own."""
     if not connection.connection.dbapi_connection.in_transaction:  # type: ignore[union-attr]
         connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+@contextmanager
+def turn(engine: Engine) -> Iterator[None]:
+    """Let those who are within such a block of any process come first, for a moment; it guards nothing.
+
+    Who waits for the write lock has found something to do. Whoever looked meanwhile would find the same, and wait in
+    vain. Nobody waits longer than that moment, as who is first may be frozen.
+    """
+    folder = os.open(os.path.dirname(os.path.realpath(str(engine.url.database))), os.O_RDONLY)
+    try:
+        until = time.monotonic() + _TURN_SECONDS
+        while not _is_next(folder) and time.monotonic() < until:
+            threading.Event().wait(_TRIED_AGAIN_SECONDS)
+        yield
+    finally:
+        fcntl.flock(folder, fcntl.LOCK_UN)  # for a child too, that was forked meanwhile
+        os.close(folder)
+
+
+def _is_next(folder: int) -> bool:
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -27,7 +27,7 @@ from app import create_app
 from migrations.schema import upgrade
 from models import db
 
-from . import soak_locks, soak_messages, soak_messages_oracle
+from . import soak_locks, soak_losers, soak_messages, soak_messages_oracle
 from .soak_database import Pace, Postgresql, Sqlite, Watch
 from .soak_fleet import FAKETIME, LEASE_SECONDS, Fleet
 from .soak_oracle import Oracle, Verdict, quantile
@@ -87,7 +87,7 @@ def database(engine: str, processes: int) -> Iterator[Sqlite | Postgresql]:
             upgrade()
             db.engine.dispose()
         effects.create(where.engine)
-        for more in (soak_messages, soak_locks):
+        for more in (soak_messages, soak_locks, soak_losers):
             more.metadata.create_all(where.engine)
         yield where
     finally:
@@ -117,7 +117,8 @@ def soak(where: Sqlite | Postgresql, logs: Path, arguments: argparse.Namespace) 
     oracle = Oracle(where.engine, absences, standstills)
     verdict = oracle.judge(since, calm_until, until, fleet.faults)
     mail = soak_messages_oracle.Oracle(where.engine).judge(since, calm_until, until)
-    report = Report(arguments, verdict, mail, soak_locks.judge(where.engine), fleet, absences, standstills)
+    locks, losses = soak_locks.judge(where.engine), soak_losers.judge(where.engine, since, calm_until)
+    report = Report(arguments, verdict, mail, locks, losses, fleet, absences, standstills)
     report.table()
     return report.violations(oracle, logs)
 
@@ -165,12 +166,14 @@ class Report:
         verdict: Verdict,
         mail: soak_messages_oracle.Verdict,
         locks: soak_locks.Verdict,
+        losses: dict[int, int],
         fleet: Fleet,
         absences: list[tuple[float, float]],
         standstills: list[tuple[float, float]],
     ) -> None:
         self._arguments, self._verdict, self._mail, self._locks = arguments, verdict, mail, locks
-        self._fleet, self._absences, self._standstills = fleet, absences, standstills
+        self._losses, self._fleet = losses, fleet
+        self._absences, self._standstills = absences, standstills
 
     def table(self) -> None:
         asked, verdict, counts = self._arguments, self._verdict, self._fleet.counts
@@ -198,6 +201,7 @@ class Report:
             ("the same, with the database away meanwhile", times(verdict.excused), ""),
             ("start after the tick, without faults", times(verdict.calm_lateness), "p99 <= 50 ms"),
             ("start after the tick, all", times(verdict.lateness), ""),
+            ("statements of an instance that loses a tick, without faults", statements(self._losses), "<= 1"),
             *self._messages(),
             ("locks held", f"{self._locks.held:,}", ""),
             ("locks held by two, or in another order than their tokens'", self._locks.overlaps, "0"),
@@ -278,6 +282,16 @@ def tracebacks(logs: Path) -> Counter[str]:
 
 def total(spans: list[tuple[float, float]]) -> str:
     return f"{len(spans)} times, {sum(until - since for since, until in spans):.1f} s"
+
+
+def statements(losses: dict[int, int]) -> str:
+    """The mean, and how many of the lost ticks cost more than one."""
+    lost = sum(losses.values())
+    if not lost:
+        return "none"
+    mean = sum(count * ticks for count, ticks in losses.items()) / lost
+    more = ", ".join(f"{ticks:,} cost {count}" for count, ticks in losses.items() if count > 1)
+    return f"{mean:.3f} of {lost:,}" + (f"; {more}" if more else "")
 
 
 def times(seconds: list[float]) -> str:

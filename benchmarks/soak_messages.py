@@ -17,6 +17,8 @@ from background import BackgroundWorkerManager, Message, MessageWorker, WorkerCo
 from background.clock import UtcDateTime, now
 from models import db
 
+from .soak_losers import Losses
+
 TRANSACTIONS_A_SECOND = 6.0  # of each process
 KEY_SECONDS = 0.5  # for which everybody uses the same key
 POISON, ROLLED_BACK = "poison", "rolled back"
@@ -43,6 +45,9 @@ receipts = Table(
     Column("pid", Integer, nullable=False),
     Column("at", UtcDateTime, nullable=False),
 )
+
+# Built once: there are many of them, and all that they cost is the soak's own.
+_NEW_LETTER, _NEW_RECEIPT = insert(letters), insert(receipts).values(at=now())
 
 
 class Letters(MessageWorker):
@@ -76,8 +81,8 @@ TOPICS = (Letters, Parcels)
 
 
 def _receive(message: Message, context: WorkerContext) -> None:
-    row = {"letter": message.payload["letter"], "message": message.id, "token": message.token}
-    context.session.execute(insert(receipts).values(pid=os.getpid(), at=now(), **row))
+    row = {"letter": message.payload["letter"], "message": message.id, "token": message.token, "pid": os.getpid()}
+    context.session.execute(_NEW_RECEIPT, row)
 
 
 class Producer(threading.Thread):
@@ -87,9 +92,11 @@ class Producer(threading.Thread):
         super().__init__(name="soak-producer", daemon=True)
         self._app = app
         self._workers: BackgroundWorkerManager = app.extensions["background_workers"]
+        self._losses = Losses(self._workers)
         self._random = Random(f"{os.environ.get('SOAK_SEED')} {os.getpid()}")
 
     def run(self) -> None:
+        self._losses.listen()
         while not self._workers.ticks.runs.stopping.wait(self._random.uniform(0, 2 / TRANSACTIONS_A_SECOND)):
             try:
                 with self._app.app_context():
@@ -119,14 +126,15 @@ class Producer(threading.Thread):
             self._enqueue("parcels")
         else:
             self._enqueue("letters")
+        self._losses.write(db.session())
         db.session.commit()
 
     def _enqueue(self, topic: str, kind: str = "usual", key: str | None = None, delay: float | None = None) -> None:
         letter = uuid4().hex
         found = self._workers.enqueue(topic, {"letter": letter, "kind": kind}, key, delay)
-        db.session.execute(insert(letters).values(id=letter, kind=kind, key=key, refused=found is None))
+        db.session.execute(_NEW_LETTER, {"id": letter, "kind": kind, "key": key, "refused": found is None})
 
     def _enqueue_many(self, topic: str, count: int) -> None:
         new = [uuid4().hex for _ in range(count)]
         self._workers.enqueue_many(topic, [{"letter": letter, "kind": "usual"} for letter in new])
-        db.session.execute(insert(letters), [{"id": each, "kind": "usual", "refused": False} for each in new])
+        db.session.execute(_NEW_LETTER, [{"id": each, "kind": "usual", "refused": False} for each in new])

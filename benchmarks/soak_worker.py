@@ -33,6 +33,7 @@ effects = Table(
     Column("pid", Integer, nullable=False),
     Column("at", UtcDateTime, nullable=False),
 )
+_NEW_EFFECT = insert(effects).values(at=now())
 
 
 def _sleep(seconds: float) -> None:
@@ -135,13 +136,5 @@ def _seconds(context: WorkerContext, least: float, most: float) -> float:
 
 
 def _leave(context: WorkerContext, part: int = 0) -> None:
-    context.session.execute(
-        insert(effects).values(
-            worker=context.worker,
-            tick=context.tick,
-            part=part,
-            token=context.token,
-            pid=os.getpid(),
-            at=now(),
-        )
-    )
+    row = {"worker": context.worker, "tick": context.tick, "part": part, "token": context.token, "pid": os.getpid()}
+    context.session.execute(_NEW_EFFECT, row)

@@ -1,17 +1,21 @@
 """Who runs which tick: claims, marks, and an answer for every tick that was not run."""
 
+import fcntl
+import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import on_postgresql
+from conftest import on_postgresql, on_sqlite
 from fleet import HOUR, PATIENCE, Fleet, Hourly, Shared, effect, in_threads, last_hour, statements, wait_until
 from nursery import Nursery
 from processes import environment
-from sqlalchemy import delete, event, text, update
+from sqlalchemy import delete, event, func, make_url, select, text, update
 from sqlalchemy.exc import OperationalError
 
 from background import BackgroundWorkerManager, WorkerContext
@@ -328,6 +332,45 @@ def test_whoever_waits_for_the_winners_row_learns_by_the_same_statement_that_it_
         assert lost.result(PATIENCE) is None
     assert len([each for each in seen if "background_workers" in each]) == 1
     assert (fleet.row("hourly").token, fleet.executions()) == (1, [])
+
+
+@contextmanager
+def first_in_turn(database_url: str) -> Iterator[None]:
+    """What another process does that looks, and waits for SQLite's write lock."""
+    folder = os.open(Path(make_url(database_url).database or "").parent, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        os.close(folder)
+
+
+def has_signed_on(manager: BackgroundWorkerManager) -> bool:
+    with manager.ticks.instances.engine.connect() as connection:
+        return bool(connection.scalar(select(func.count()).select_from(tables.instances)))
+
+
+@on_sqlite
+def test_whoever_comes_while_the_winner_waits_for_the_write_lock_reads_once_afterwards(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("background.sqlite._TURN_SECONDS", PATIENCE)
+    manager = fleet.manager(Hourly)
+    schedule = manager.ticks.look(Hourly).schedule_text
+    with ThreadPoolExecutor(1) as beside, statements(manager.ticks.ledger.engine) as seen:
+        with first_in_turn(fleet.database_url):
+            lost = beside.submit(manager.ticks.run, Hourly, last_hour(), schedule)
+            wait_until(partial(has_signed_on, manager), "the second one's coming")
+            fleet.set("hourly", mark=last_hour())
+            assert seen == []
+        assert lost.result(PATIENCE) is None
+    assert [each.split()[0] for each in seen] == ["SELECT"]
+
+
+@on_sqlite
+def test_nobody_waits_for_long_for_one_who_is_frozen_before_its_claim(fleet: Fleet) -> None:
+    with first_in_turn(fleet.database_url):
+        assert fleet.manager(Hourly).tick("hourly", last_hour()).state == "succeeded"
 
 
 def test_a_winner_claims_with_one_statement_of_postgresqls_and_a_look_and_two_writes_of_sqlites(fleet: Fleet) -> None:

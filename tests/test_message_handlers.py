@@ -578,6 +578,30 @@ def test_a_message_for_tomorrow_does_not_hold_one_for_now_up(fleet: Fleet, quiet
     wait_until(lambda: fleet.effects() == ["now"], "the handling")
 
 
+@on_sqlite  # where nobody is told of what the test enqueues
+def test_who_found_nothing_lets_others_go_first_and_looks_once_for_all_it_hears(
+    fleet: Fleet, quiet: Quiet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("background.consumers._YIELDED_SECONDS", (10 * MINUTE, 10 * MINUTE))
+    manager = quiet(Notes)
+    consumers, timers = manager._membership.consumers, manager._membership._scheduler._scheduler
+    wait_until(lambda: "notes" in consumers._yielding, "a look that finds nothing")
+    for _ in range(3):
+        consumers.hear("notes")
+    assert [job.id for job in timers.get_jobs()].count("heard:notes") == 1
+    with manager.app.app_context():
+        manager.enqueue("notes", "its own")
+        db.session.commit()
+    wait_until(lambda: "notes" not in consumers._yielding, "the handling")
+    timers.remove_job("heard:notes")
+    with manager.app.app_context():
+        monkeypatch.setattr(consumers, "wake_after", lambda topic, pause: None)  # as if another had enqueued it
+        manager.enqueue("notes", "another's")
+        db.session.commit()
+    consumers.hear("notes")
+    wait_until(lambda: fleet.effects() == ["its own", "another's"], "the handling at once")
+
+
 def test_many_messages_for_later_are_no_timers_of_this_process(fleet: Fleet, quiet: Quiet) -> None:
     manager = quiet(Notes)
     timers = manager._membership._scheduler._scheduler

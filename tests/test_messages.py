@@ -24,6 +24,7 @@ from background import (
 )
 from background import models as tables
 from background.handling import _pause
+from background.listener import CHANNEL
 from models import db
 
 MINUTE = 60
@@ -321,6 +322,19 @@ def test_what_others_enqueue_is_handled_at_once_on_postgresql_and_at_the_next_he
     for number in range(3):
         fleet.enqueue("notes", number)
         all_are(fleet, "done", number + 1)
+
+
+@on_postgresql
+def test_others_are_told_of_what_is_due_and_not_of_what_is_delayed(fleet: Fleet) -> None:
+    fleet.manager(Notes)
+    told = fleet.manager(Notes).ticks.connections
+    with told.listening() as connection:
+        connection.execute(f"LISTEN {CHANNEL}")
+        fleet.enqueue("notes", "later", delay=HOUR)
+        fleet.enqueue("notes", "now")
+        heard = next(connection.notifies(timeout=PATIENCE))
+        assert heard.payload == "notes"
+        assert list(connection.notifies(timeout=0)) == []
 
 
 def test_many_instances_share_the_messages_and_none_is_handled_twice(fleet: Fleet) -> None:

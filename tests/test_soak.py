@@ -11,7 +11,7 @@ from sqlalchemy.pool import NullPool
 from background.models import executions
 from background.schedule import Every
 from background.sqlite import prepare
-from benchmarks.soak import tracebacks
+from benchmarks.soak import statements, tracebacks
 from benchmarks.soak_fleet import LEASE_SECONDS, Fault
 from benchmarks.soak_oracle import Oracle, Spans, Verdict
 from benchmarks.soak_worker import effects, workers
@@ -188,3 +188,9 @@ def test_a_traceback_is_a_violation_but_for_a_message_that_always_fails(
         f"{STAMP} INFO    background: Before\n{entry}{STAMP} INFO    background: After\n"
     )
     assert tracebacks(tmp_path).total() == is_violation
+
+
+def test_what_losing_costs_is_a_mean_and_each_number_above_one() -> None:
+    assert statements({}) == "none"
+    assert statements({1: 1_000}) == "1.000 of 1,000"
+    assert statements({1: 98, 3: 2}) == "1.040 of 100; 2 cost 3"

@@ -1,0 +1,76 @@
+"""What it costs the soak's instances to lose: the statements that they send for each tick which another one had before.
+
+Counted in the processes by hooks of SQLAlchemy's, and written down now and then with what they enqueue.
+"""
+
+import threading
+from collections import Counter
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Column, Engine, Integer, MetaData, Table, event, func, insert, select
+from sqlalchemy.orm import Session
+
+from background import BackgroundWorkerManager
+from background.clock import UtcDateTime, now
+
+WRITTEN_AT_ONCE = 50  # ticks
+
+metadata = MetaData()
+
+losses = Table(
+    "soak_losses",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("at", UtcDateTime, nullable=False),
+    Column("statements", Integer, nullable=False),
+    # How many lost ticks cost so many.
+    Column("ticks", Integer, nullable=False),
+)
+
+
+class Losses:
+    """Counts in one process. A tick is lost where it is neither run, skipped nor put off here."""
+
+    def __init__(self, workers: BackgroundWorkerManager) -> None:
+        self._ticks, self._call, self._counted = workers.ticks, threading.local(), Counter[int]()
+        self._counting = threading.Lock()
+        self._run, self._passed_over = workers.ticks.run, workers.ticks._passed_over
+        workers.ticks.run = self._count  # type: ignore[method-assign]
+        workers.ticks._passed_over = self._note  # type: ignore[method-assign]
+
+    def listen(self) -> None:
+        """From when the engine's connections may be opened."""
+        event.listen(self._ticks.ledger.engine, "before_cursor_execute", self._sent)
+
+    def _sent(self, *_: Any) -> None:
+        self._call.statements = getattr(self._call, "statements", 0) + 1
+
+    def _note(self, *arguments: Any) -> bool:
+        self._call.is_passed_over = self._passed_over(*arguments)
+        return self._call.is_passed_over
+
+    def _count(self, *arguments: Any) -> Any:
+        self._call.statements, self._call.is_passed_over = 0, False
+        found = self._run(*arguments)
+        if found is None and not self._call.is_passed_over:
+            with self._counting:
+                self._counted[self._call.statements] += 1
+        return found
+
+    def write(self, session: Session) -> None:
+        """Into the caller's transaction, once there are some; what that loses when it fails is no great loss."""
+        with self._counting:
+            if self._counted.total() < WRITTEN_AT_ONCE:
+                return
+            counted, self._counted = self._counted, Counter()
+        rows = [{"statements": statements, "ticks": ticks} for statements, ticks in counted.items()]
+        session.execute(insert(losses).values(at=now()), rows)
+
+
+def judge(engine: Engine, since: datetime, until: datetime) -> dict[int, int]:
+    """How many lost ticks cost how many statements, by the number of these."""
+    query = select(losses.c.statements, func.sum(losses.c.ticks)).where(losses.c.at.between(since, until))
+    with engine.connect() as connection:
+        found = connection.execute(query.group_by(losses.c.statements).order_by(losses.c.statements))
+        return {statements: int(ticks) for statements, ticks in found}
