@@ -1,10 +1,10 @@
-"""The statements that decide about one tick of one worker: claim it, skip it, or write down that others were missed.
+"""The statements that decide about one tick of one worker: claim it, skip it, or pass over missed ones before it.
 
 Their values are those of `at_tick`; built once, as building takes longer than asking.
 """
 
 from collections.abc import Sequence
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import (
@@ -23,31 +23,36 @@ from sqlalchemy import (
 
 from .clock import UtcDateTime, now
 from .models import executions, workers
-from .schedule import parse_schedule
+from .schedule import MICROSECOND, parse_schedule
 
 NEW_TOKEN: dict[str, Any] = {"token": workers.c.token + 1, "running": workers.c.token + 1}
-
-_MICROSECOND = timedelta(microseconds=1)
 
 
 def at_tick(name: str, tick: datetime, schedule: str) -> dict[str, Any]:
     """What the statements are given: the worker, its `tick`, the text of the schedule which that is one of."""
-    return {"of": name, "at": tick, "by": schedule, "before": parse_schedule(schedule).previous(tick - _MICROSECOND)}
+    return {"of": name, "at": tick, "by": schedule, "previous": parse_schedule(schedule).previous(tick - MICROSECOND)}
 
 
-_tick, _before = (bindparam(name, type_=UtcDateTime()) for name in ("at", "before"))
+_tick, _previous = (bindparam(name, type_=UtcDateTime()) for name in ("at", "previous"))
 _of_worker = workers.c.name == bindparam("of", type_=String())
 _is_open = or_(workers.c.mark.is_(None), workers.c.mark < _tick)
 _is_in_force = workers.c.schedule == bindparam("by", type_=String())
 # Between the mark and this tick there is none; else those are written down as missed first.
-_is_next = or_(workers.c.mark >= _before, workers.c.scheduled_at >= _before)
-_is_due = and_(_tick <= now(), _is_in_force, _is_next)
-_is_free = and_(_is_due, workers.c.paused_at.is_(None), workers.c.pending_tick.is_(None), workers.c.running.is_(None))
+_is_next = or_(workers.c.mark >= _previous, workers.c.scheduled_at >= _previous)
+_may_be_decided = and_(_tick <= now(), _is_in_force, _is_next)
+_is_claimable = and_(
+    _may_be_decided, workers.c.paused_at.is_(None), workers.c.pending_tick.is_(None), workers.c.running.is_(None)
+)
 
-CLAIM = update(workers).where(_of_worker, _is_open, _is_free).values(mark=_tick, **NEW_TOKEN).returning(workers.c.token)
+CLAIM = (
+    update(workers)
+    .where(_of_worker, _is_open, _is_claimable)
+    .values(mark=_tick, **NEW_TOKEN)
+    .returning(workers.c.token)
+)
 SKIP = (
     update(workers)
-    .where(_of_worker, _is_open, _is_due, or_(workers.c.paused_at.is_not(None), workers.c.running.is_not(None)))
+    .where(_of_worker, _is_open, _may_be_decided, or_(workers.c.paused_at.is_not(None), workers.c.running.is_not(None)))
     .values(mark=_tick)
 )
 MISS = (
@@ -57,20 +62,24 @@ MISS = (
     .returning(workers.c.previous_mark, workers.c.scheduled_at)
 )
 
-LOOKED_AT = select(
-    _is_open.label("is_open"), and_(_is_open, _is_free).label("is_free"), null().label("token"), null().label("id")
+LOOK = select(
+    _is_open.label("is_open"),
+    and_(_is_open, _is_claimable).label("is_claimable"),
+    null().label("token"),
+    null().label("id"),
 ).where(_of_worker)
 
 
-def claimed_at_once(limits: Sequence[ColumnElement[str]]) -> Any:
+def look_and_claim(limits: Sequence[ColumnElement[str]]) -> Any:
     """The same look with the claim and its execution's row, in one statement of PostgreSQL's: an `id` says that it won.
 
-    An open tick's row is locked before it is judged, within the `limits`: whoever waited sees it as it is then.
+    While the tick is open, the worker's row is locked (within `limits`) before it is judged: whoever waited sees it as
+    it is then.
     """
-    bounds = select(*limits).subquery("bounds")
-    open_row = select(workers.c.name, _is_free.label("is_free")).select_from(workers.join(bounds, true()))
+    bounds = select(*limits).subquery("limits")
+    open_row = select(workers.c.name, _is_claimable.label("is_claimable")).select_from(workers.join(bounds, true()))
     seen = open_row.where(_of_worker, _is_open).with_for_update(of=workers, key_share=True).cte("seen")
-    claim = update(workers).where(workers.c.name == seen.c.name, seen.c.is_free).values(mark=_tick, **NEW_TOKEN)
+    claim = update(workers).where(workers.c.name == seen.c.name, seen.c.is_claimable).values(mark=_tick, **NEW_TOKEN)
     claimed = claim.returning(workers.c.token).cte("claimed")
     row: dict[str, ColumnElement[Any]] = {
         "worker": bindparam("of", type_=String()),
@@ -87,6 +96,6 @@ def claimed_at_once(limits: Sequence[ColumnElement[str]]) -> Any:
     started = start.returning(executions.c.id, executions.c.token).cte("started")
     known = select(workers.c.name).where(_of_worker).cte("known")
     is_open = seen.c.name.is_not(None).label("is_open")
-    return select(is_open, seen.c.is_free, started.c.token, started.c.id).select_from(
+    return select(is_open, seen.c.is_claimable, started.c.token, started.c.id).select_from(
         known.outerjoin(seen, true()).outerjoin(started, true())
     )

@@ -98,9 +98,9 @@ class Consumers:
         is_over, found = False, False
         try:
             while not is_over:
-                is_next = self._next(worker)
-                found |= is_next
-                is_over = not is_next and self._ends(worker.topic)
+                handled = self._next(worker)
+                found |= handled
+                is_over = not handled and self._ends(worker.topic)
                 if not is_over and self._scheduler.is_awaited:
                     self._scheduler.soon(self._consume, worker)
                     is_over = True

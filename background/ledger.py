@@ -1,9 +1,9 @@
-"""Who runs what: every statement that decides it. Each race is one conditional UPDATE."""
+"""Who runs what: every statement that decides it (those about one tick in claiming.py). Each race is one of them."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
+from datetime import datetime
 from enum import Enum
 from functools import partial
 from types import MappingProxyType
@@ -27,17 +27,16 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from . import totals
-from .claiming import CLAIM, LOOKED_AT, MISS, NEW_TOKEN, SKIP, at_tick, claimed_at_once
+from .claiming import CLAIM, LOOK, MISS, NEW_TOKEN, SKIP, at_tick, look_and_claim
 from .clock import now, single_statements
 from .errors import ClaimLost
 from .models import executions, may_be_run_again, workers
-from .schedule import Schedule, parse_schedule
+from .schedule import MICROSECOND, Schedule, parse_schedule
 from .sqlite import turn
 
 Notes = Mapping[str, Any]
 NOTHING: Notes = MappingProxyType({})
 
-_TICK = timedelta(microseconds=1)
 _LOCK_SECONDS = 1.0  # whoever waits longer for a worker's row gives its thread to another worker, and tries again
 
 
@@ -122,21 +121,20 @@ class Ledger:
 
     def __init__(self, engine: Engine, lease: float, ring: Callable[[], None]) -> None:
         self.engine, self.ring = engine, ring
+        self._single = single_statements(engine)
+        self.insert = sqlite.insert if engine.dialect.name == "sqlite" else postgresql.insert
         self.idle: tuple[ColumnElement[str], ...] = ()
         self._limits: tuple[ColumnElement[str], ...] = ()
-        if engine.dialect.name != "sqlite":
-            # No transaction that holds a worker's row outlasts a lease, even if its process is frozen in the middle
-            # of it: PostgreSQL ends it. Set for one transaction, a run's last too: a pooler may stand in between.
-            self.idle = (_limit("idle_in_transaction_session_timeout", lease),)
-            self._waits = (_limit("lock_timeout", min(lease, _LOCK_SECONDS)),)
-            self._limits = (*self.idle, *self._waits, _limit("statement_timeout", lease))
-        self._reading = single_statements(engine)
-        self._looks_first = engine.dialect.name == "sqlite"
         self._turn: Callable[[], AbstractContextManager[None]] = nullcontext
-        if self._looks_first:
-            self._turn = partial(turn, engine)
-        self._looked_at = LOOKED_AT if self._looks_first else claimed_at_once(self._waits)
-        self.insert = sqlite.insert if engine.dialect.name == "sqlite" else postgresql.insert
+        if engine.dialect.name == "sqlite":
+            self._turn, self._first = partial(turn, engine), LOOK
+            return
+        # No transaction that holds a worker's row outlasts a lease, even if its process is frozen in the middle of it:
+        # PostgreSQL ends it. Set for one transaction, a run's last too: a pooler may stand in between.
+        waiting = _limit("lock_timeout", min(lease, _LOCK_SECONDS))
+        self.idle = (_limit("idle_in_transaction_session_timeout", lease),)
+        self._limits = (*self.idle, waiting, _limit("statement_timeout", lease))
+        self._first = look_and_claim([waiting])
 
     @contextmanager
     def begin(self) -> Iterator[Connection]:
@@ -149,15 +147,15 @@ class Ledger:
     # -- what is known -------------------------------------------------------------------------
 
     def look(self, name: str) -> WorkerState | None:
-        """One read: a loser learns here that it has lost, without taking a lock."""
-        with self._reading.connect() as connection:
+        """One read that takes no lock; None where nobody registered the worker yet."""
+        with self._single.connect() as connection:
             row = connection.execute(_one_state, {"name": name}).one_or_none()
         return _state(row) if row else None
 
     def states(self, names: Collection[str] | None = None) -> dict[str, WorkerState]:
         """The state of every worker (or of those of `names`), of this release or not, in one read."""
         query = _states if names is None else _states.where(workers.c.name.in_(names))
-        with self._reading.connect() as connection:
+        with self._single.connect() as connection:
             return {row.name: _state(row) for row in connection.execute(query)}
 
     # -- claiming ------------------------------------------------------------------------------
@@ -166,25 +164,25 @@ class Ledger:
         """Claim `tick`, or say why not.
 
         Others may be here: every instance that knows this worker, at the same instant, and late ones.
-        The row's lock puts them in a line; the first raises the mark, and the rest find it raised. Who comes later only
-        looks: PostgreSQL does so in the same statement; SQLite is asked before, in turn, as all its writes lock.
+        The row's lock puts them in a line; the first raises the mark, and the rest find it raised. PostgreSQL looks and
+        claims in one statement, which locks the row of an open tick only. On SQLite, where each write takes the only
+        lock there is, all look first, one after the other.
         """
         with self._turn():
             values = {**at_tick(name, tick, schedule), "on": instance[0], "on_name": instance[1]}
-            with self._reading.connect() as connection:
-                found = connection.execute(self._looked_at, values).one_or_none()
+            with self._single.connect() as connection:
+                found = connection.execute(self._first, values).one_or_none()
             if found is None:  # nobody registered the worker yet
                 return HINDERED
-            claim = Claim(name, tick, 1, found.token or 0, "schedule", found.id or 0)
-            if claim.execution:
-                return claim
-            if not (found.is_free and self._looks_first):
+            if found.id is not None:
+                return Claim(name, tick, 1, found.token, "schedule", found.id)
+            if not found.is_claimable:
                 return HINDERED if found.is_open else DECIDED
             with self.begin() as connection:
                 token = connection.execute(CLAIM, values).scalar_one_or_none()
                 if token is None:  # somebody was here since
                     return HINDERED
-                return self._started(connection, replace(claim, token=token), instance)
+                return self._started(connection, Claim(name, tick, 1, token, "schedule", 0), instance)
 
     def claim_pending(self, name: str, tick: datetime, instance: tuple[str, str]) -> Claim | None:
         """Claim a tick that was lost, handed back or requested. Others may be here: all that saw it pending."""
@@ -249,21 +247,20 @@ class Ledger:
                 self._record_skipped(connection, name, tick, reason)
             return is_first
 
-    def miss(self, state: WorkerState, before: datetime) -> None:
-        """Record the ticks that no instance came to run, from the mark to the one of `before`, if there are any.
+    def miss(self, state: WorkerState, tick: datetime) -> None:
+        """Record the ticks between the mark and `tick`, which no instance came to run, if there are any.
 
-        Others may be here: every instance that comes to run `before`. Whoever raises the mark writes the row.
+        Others may be here: every instance that comes to run `tick`. Whoever raises the mark writes the row.
         """
-        schedule, last = state.schedule, state.schedule.previous(before - _TICK)
+        schedule, last = state.schedule, state.schedule.previous(tick - MICROSECOND)
         if max(state.mark or state.scheduled_at, state.scheduled_at) >= last:
             return
         with self.begin() as connection:
             raised = connection.execute(MISS, at_tick(state.name, last, state.schedule_text)).one_or_none()
             if raised is not None:
                 first = schedule.next(max(raised.previous_mark or raised.scheduled_at, raised.scheduled_at))
-                self._record_not_run(
-                    connection, "missed", state.name, first, last, "no instance came to run it in time"
-                )
+                why = "no instance came to run it in time"
+                self._record_not_run(connection, "missed", state.name, first, last, why)
 
     # -- ending --------------------------------------------------------------------------------
 
@@ -311,7 +308,7 @@ class Ledger:
 
     def outcome(self, claim: Claim) -> str:
         """The state of the claim's execution; "lost" where its row is gone."""
-        with self._reading.connect() as connection:
+        with self._single.connect() as connection:
             state = connection.scalar(select(executions.c.state).where(executions.c.id == claim.execution))
             return str(state or "lost")
 

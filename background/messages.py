@@ -124,22 +124,22 @@ class Messages:
         Others may be here: whoever enqueues the same key. Until they have committed or rolled back, this waits.
         """
         pause = delay.total_seconds() if delay else 0.0
-        values = {"of": topic, "by": draft.key, "carried": draft.payload, "after": pause}
+        values = {"of": topic, "keyed": draft.key, "carried": draft.payload, "after": pause}
         found = session.execute(self._enqueue, values).first()
         return found[0] if found else None
 
     def _enqueueing(self) -> Any:
+        after = bindparam("after", type_=Float)
         row: dict[str, ColumnElement[Any]] = {
             "topic": bindparam("of"),
-            "key": bindparam("by"),
+            "key": bindparam("keyed"),
             "payload": bindparam("carried"),
             "enqueued_at": now(),
-            "due_at": now(bindparam("after", type_=Float)),
+            "due_at": now(after),
         }
         new = self._ledger.insert(messages).values(row).on_conflict_do_nothing(**_same_key)
         # PostgreSQL tells those who listen when the caller commits, and not if it does not.
-        is_due = bindparam("after", type_=Float) == 0.0
-        told = () if self._on_sqlite else (case((is_due, func.pg_notify(CHANNEL, bindparam("of")))),)
+        told = () if self._on_sqlite else (case((after == 0.0, func.pg_notify(CHANNEL, bindparam("of")))),)
         return new.returning(messages.c.id, *told)
 
     def enqueue_many(self, session: Session, topic: str, drafts: Iterable[Draft], delay: timedelta | None) -> int:
@@ -153,7 +153,7 @@ class Messages:
             new = self._ledger.insert(messages).from_select(columns, values.where(text("true")))
             new = new.on_conflict_do_nothing(**_same_key).execution_options(preserve_rowcount=True)
             enqueued += count(session.execute(new))
-        if enqueued and not self._on_sqlite:
+        if enqueued and not (delay or self._on_sqlite):
             session.execute(select(func.pg_notify(CHANNEL, topic)))
         return enqueued
 

@@ -44,7 +44,7 @@ workers = Table(
     Column("name", String(200), primary_key=True),
     # The high-water mark: no tick at or below it is ever claimed (again). Never pruned.
     Column("mark", UtcDateTime),
-    # What the mark was before it was last raised to the last one of ticks that were missed.
+    # The mark before missed ticks were last recorded: an UPDATE returns no old values.
     Column("previous_mark", UtcDateTime),
     # Grows by one at every claim. `running` is the token of the claim in force, or NULL.
     Column("token", BigInteger, nullable=False, server_default="0"),

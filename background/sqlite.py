@@ -86,10 +86,11 @@ def turn(engine: Engine) -> Iterator[None]:
     Who waits for the write lock has found something to do. Whoever looked meanwhile would find the same, and wait in
     vain. Nobody waits longer than that moment, as who is first may be frozen.
     """
+    # Of the folder, not of the file: closing a descriptor of that would give SQLite's own locks up.
     folder = os.open(os.path.dirname(os.path.realpath(str(engine.url.database))), os.O_RDONLY)
     try:
         until = time.monotonic() + _TURN_SECONDS
-        while not _is_next(folder) and time.monotonic() < until:
+        while not _has_turn(folder) and time.monotonic() < until:
             threading.Event().wait(_TRIED_AGAIN_SECONDS)
         yield
     finally:
@@ -97,7 +98,7 @@ def turn(engine: Engine) -> Iterator[None]:
         os.close(folder)
 
 
-def _is_next(folder: int) -> bool:
+def _has_turn(folder: int) -> bool:
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -1,4 +1,7 @@
-"""One tick's way: wait for the database's clock, clear what is in the way, claim, run. There is no other way."""
+"""One tick's way: claim and run it; else wait for the database's clock, clear what is in the way, and claim again.
+
+There is no other way.
+"""
 
 import logging
 from collections.abc import Callable, Collection, Iterator
@@ -59,17 +62,10 @@ class Ticks:
                 state, again = self._cleared(worker, self._when_due(worker, tick, state))
                 if again and again.claim.tick == tick:
                     return again
-                if answer := _why_not(tick, state):
+                if answer := _why_not(tick, state) or self._passed_over(tick, state):
                     why = answer
                     break
                 schedule = state.schedule_text
-                if state.paused_at or state.running:
-                    why = _obstacle(state)
-                    if self._passed_over(tick, state, why):
-                        break
-                    state = self.look(worker)  # somebody was here since the look before
-                    continue
-                self.ledger.miss(state, tick)
             claimed = self._claim_and_run(worker, partial(self.ledger.claim, name, tick, schedule))
             if claimed:
                 return claimed
@@ -80,12 +76,13 @@ class Ticks:
         log.debug("%s: not running the tick %s: %s", name, tick.isoformat(), why)
         return None
 
-    def _passed_over(self, tick: datetime, state: WorkerState, why: str) -> bool:
-        """Whether `tick`, which something is in the way of, is skipped now or tried again later."""
-        if self._postpone(tick, state):
-            return True
+    def _passed_over(self, tick: datetime, state: WorkerState) -> str | None:
+        """Why `tick` is skipped now, or tried again later; None where it may be claimed."""
+        why = _obstacle(state)
+        if why and self._postpone(tick, state):
+            return why
         self.ledger.miss(state, tick)
-        return self.ledger.skip(state.name, tick, state.schedule_text, why)
+        return why if why and self.ledger.skip(state.name, tick, state.schedule_text, why) else None
 
     def _postpone(self, tick: datetime, state: WorkerState) -> bool:
         """A manual run takes no tick away: one that is due meanwhile is tried again until that has ended."""
@@ -280,8 +277,9 @@ def _why_not(tick: datetime, state: WorkerState) -> str | None:
     return None
 
 
-def _obstacle(state: WorkerState) -> str:
+def _obstacle(state: WorkerState) -> str | None:
     if state.paused_at:
         return f"paused since {state.paused_at.isoformat(timespec='seconds')}"
-    tick = state.running.tick.isoformat() if state.running else ""
-    return f"still running the tick {tick} on {state.instance_name}"
+    if state.running:
+        return f"still running the tick {state.running.tick.isoformat()} on {state.instance_name}"
+    return None

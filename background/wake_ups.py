@@ -64,13 +64,14 @@ class WakeUps:
         if worker is None:  # removed meanwhile
             return
         try:
-            # Without a row (deleted, or not in the backup that was restored), `look` makes it anew before the claim.
+            # Without a row (deleted, or not in the backup that was restored), none is claimed; `look` makes it anew.
             schedule = state.schedule if state else declared_schedule(worker)
         except InvalidSchedule as error:  # a newer release's; `follow` takes up the one that comes after it
             log.error("%s: %s", name, error)
             self.disarm(name)
             self._armed[name] = _NEVER
             return
+        text = state.schedule_text if state else str(schedule)
         latest = schedule.previous(self._now())
         tick = latest if after is None else max(schedule.next(after), latest)
         self._armed[name] = tick = min(tick, no_later_than or tick)
@@ -78,9 +79,7 @@ class WakeUps:
         spread = random.uniform(0, worker.jitter.total_seconds())  # noqa: S311 - no secret
         if name in self._yielding:
             spread += random.uniform(*_YIELDED_SECONDS)  # noqa: S311
-        self._scheduler.at(
-            tick - offset + timedelta(seconds=spread), f"tick:{name}", self._fire, name, tick, str(schedule)
-        )
+        self._scheduler.at(tick - offset + timedelta(seconds=spread), f"tick:{name}", self._fire, name, tick, text)
 
     def _fire(self, name: str, tick: datetime, schedule: str, failures: int = 0) -> None:
         worker = self._workers.get(name)
@@ -90,8 +89,8 @@ class WakeUps:
             self._arm(name, after=tick)
         try:
             is_ours = self._ticks.run(worker, tick, schedule) is not None
-            # Whoever was not first lets the others go first next time: of several that look at the same instant, all
-            # but one would learn only from a claim that they are too late.
+            # Whoever was not first lets the others go first next time: of several that claim at the same instant, all
+            # but one would wait for the first one's row or turn, to learn that they are too late.
             (self._yielding.discard if is_ours else self._yielding.add)(name)
         except InvalidSchedule as error:  # read just now; the next heartbeat says so
             log.debug("%s: not running the tick %s: %s", name, tick.isoformat(), error)

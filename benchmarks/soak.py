@@ -285,7 +285,7 @@ def total(spans: list[tuple[float, float]]) -> str:
 
 
 def statements(losses: dict[int, int]) -> str:
-    """The mean, and how many of the lost ticks cost more than one."""
+    """The mean, and how many ticks cost a loser more than one."""
     lost = sum(losses.values())
     if not lost:
         return "none"

@@ -24,13 +24,13 @@ losses = Table(
     Column("id", Integer, primary_key=True),
     Column("at", UtcDateTime, nullable=False),
     Column("statements", Integer, nullable=False),
-    # How many lost ticks cost so many.
+    # How many ticks cost a loser so many.
     Column("ticks", Integer, nullable=False),
 )
 
 
 class Losses:
-    """Counts in one process. A tick is lost where it is neither run, skipped nor put off here."""
+    """Counts in one process. An instance loses a tick that it neither runs, skips nor puts off."""
 
     def __init__(self, workers: BackgroundWorkerManager) -> None:
         self._ticks, self._call, self._counted = workers.ticks, threading.local(), Counter[int]()
@@ -46,14 +46,14 @@ class Losses:
     def _sent(self, *_: Any) -> None:
         self._call.statements = getattr(self._call, "statements", 0) + 1
 
-    def _note(self, *arguments: Any) -> bool:
+    def _note(self, *arguments: Any) -> Any:
         self._call.is_passed_over = self._passed_over(*arguments)
         return self._call.is_passed_over
 
     def _count(self, *arguments: Any) -> Any:
         self._call.statements, self._call.is_passed_over = 0, False
         found = self._run(*arguments)
-        if found is None and not self._call.is_passed_over:
+        if found is None and self._call.statements and not self._call.is_passed_over:
             with self._counting:
                 self._counted[self._call.statements] += 1
         return found
@@ -69,7 +69,7 @@ class Losses:
 
 
 def judge(engine: Engine, since: datetime, until: datetime) -> dict[int, int]:
-    """How many lost ticks cost how many statements, by the number of these."""
+    """How many ticks cost a loser how many statements, by the number of these."""
     query = select(losses.c.statements, func.sum(losses.c.ticks)).where(losses.c.at.between(since, until))
     with engine.connect() as connection:
         found = connection.execute(query.group_by(losses.c.statements).order_by(losses.c.statements))

@@ -3,6 +3,7 @@
 import fcntl
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -369,8 +370,10 @@ def test_whoever_comes_while_the_winner_waits_for_the_write_lock_reads_once_afte
 
 @on_sqlite
 def test_nobody_waits_for_long_for_one_who_is_frozen_before_its_claim(fleet: Fleet) -> None:
+    began = time.monotonic()
     with first_in_turn(fleet.database_url):
         assert fleet.manager(Hourly).tick("hourly", last_hour()).state == "succeeded"
+    assert 0.1 <= time.monotonic() - began < PATIENCE
 
 
 def test_a_winner_claims_with_one_statement_of_postgresqls_and_a_look_and_two_writes_of_sqlites(fleet: Fleet) -> None:

@@ -326,11 +326,13 @@ def test_what_others_enqueue_is_handled_at_once_on_postgresql_and_at_the_next_he
 
 @on_postgresql
 def test_others_are_told_of_what_is_due_and_not_of_what_is_delayed(fleet: Fleet) -> None:
-    fleet.manager(Notes)
-    told = fleet.manager(Notes).ticks.connections
-    with told.listening() as connection:
+    manager = fleet.manager(Notes)
+    with manager.ticks.connections.listening() as connection:
         connection.execute(f"LISTEN {CHANNEL}")
         fleet.enqueue("notes", "later", delay=HOUR)
+        with manager.app.app_context():
+            manager.enqueue_many("notes", ["later", "and later"], delay=HOUR)
+            db.session.commit()
         fleet.enqueue("notes", "now")
         heard = next(connection.notifies(timeout=PATIENCE))
         assert heard.payload == "notes"
