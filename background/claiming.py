@@ -3,12 +3,15 @@
 Their values are those of `at_tick`; built once, as building takes longer than asking.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import (
     ColumnElement,
+    Connection,
+    Engine,
+    Select,
     String,
     and_,
     bindparam,
@@ -70,14 +73,12 @@ LOOK = select(
 ).where(_of_worker)
 
 
-def look_and_claim(limits: Sequence[ColumnElement[str]]) -> Any:
+def _look_and_claim() -> Select[Any]:
     """The same look with the claim and its execution's row, in one statement of PostgreSQL's: an `id` says that it won.
 
-    While the tick is open, the worker's row is locked (within `limits`) before it is judged: whoever waited sees it as
-    it is then.
+    While the tick is open, the worker's row is locked before it is judged: whoever waited sees it as it is then.
     """
-    bounds = select(*limits).subquery("limits")
-    open_row = select(workers.c.name, _is_claimable.label("is_claimable")).select_from(workers.join(bounds, true()))
+    open_row = select(workers.c.name, _is_claimable.label("is_claimable"))
     seen = open_row.where(_of_worker, _is_open).with_for_update(of=workers, key_share=True).cte("seen")
     claim = update(workers).where(workers.c.name == seen.c.name, seen.c.is_claimable).values(mark=_tick, **NEW_TOKEN)
     claimed = claim.returning(workers.c.token).cte("claimed")
@@ -99,3 +100,35 @@ def look_and_claim(limits: Sequence[ColumnElement[str]]) -> Any:
     return select(is_open, seen.c.is_claimable, started.c.token, started.c.id).select_from(
         known.outerjoin(seen, true()).outerjoin(started, true())
     )
+
+
+LOOK_AND_CLAIM = _look_and_claim()
+
+
+class Found(NamedTuple):
+    """What a look says of a tick."""
+
+    is_open: bool
+    is_claimable: bool | None
+    token: int | None
+    id: int | None
+
+
+class Together:
+    """Two statements of PostgreSQL's in one request, which is one transaction: the first sets limits to the second."""
+
+    def __init__(self, engine: Engine, first: Select[*tuple[Any, ...]], second: Select[Any]) -> None:
+        self._first = str(first.compile(engine, compile_kwargs={"literal_binds": True}))
+        self._second = second.compile(engine)
+
+    def row(self, connection: Connection, values: Mapping[str, Any]) -> Found | None:
+        """What the second finds, or None."""
+        from psycopg import ClientCursor  # its own cursors let no request have two statements
+
+        driver: Any = connection.connection.driver_connection
+        second = ClientCursor(driver).mogrify(str(self._second), self._second.construct_params(values))
+        sent = connection.exec_driver_sql(f"{self._first}; {second}", execution_options={"no_parameters": True})
+        sent.cursor.nextset()
+        row = sent.cursor.fetchone()
+        sent.close()
+        return Found(*row) if row else None

@@ -28,6 +28,7 @@ _STRANDED = "the reply to its claim got lost"
 _SLOT_SECONDS = 0.02
 _LONGEST_REST_SECONDS = 0.02
 _YIELDED_SECONDS = (0.02, 0.04)
+_LONGEST_WAIT_SECONDS = 1.0  # for that; by a clock that was set back, it may be hours away
 
 
 class Consumers:
@@ -40,7 +41,7 @@ class Consumers:
         self._active: Counter[str] = Counter()
         self._again: set[str] = set()
         self._yielding: set[str] = set()
-        self._yields_until: dict[str, float] = {}
+        self._awaited: dict[str, float] = {}
         self._batches: set[str] = set()
         self._freeing: set[str] = set()
         self._changed = threading.Lock()
@@ -65,10 +66,14 @@ class Consumers:
         """
         if topic not in self._yielding:
             self.wake(topic)
-        elif steady() >= self._yields_until.get(topic, 0.0):
+        elif steady() >= self._awaited.get(topic, 0.0):
+            self._awaited[topic] = steady() + _LONGEST_WAIT_SECONDS
             seconds = random.uniform(*_YIELDED_SECONDS)  # noqa: S311 - no secret
-            self._yields_until[topic] = steady() + seconds
-            self._scheduler.after(seconds, f"heard:{topic}", self.wake, topic)
+            self._scheduler.after(seconds, f"heard:{topic}", self._wake_late, topic)
+
+    def _wake_late(self, topic: str) -> None:
+        self._awaited.pop(topic, None)  # first: this look may be too early for what is heard from now on
+        self.wake(topic)
 
     def wake_after(self, topic: str, pause: timedelta | None) -> None:
         """Wake up for `topic` when the `pause` is over; one that outlasts a heartbeat is left to the heartbeats.

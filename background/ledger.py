@@ -24,10 +24,11 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from . import totals
-from .claiming import CLAIM, LOOK, MISS, NEW_TOKEN, SKIP, at_tick, look_and_claim
+from .claiming import CLAIM, LOOK, LOOK_AND_CLAIM, MISS, NEW_TOKEN, SKIP, Found, Together, at_tick
 from .clock import now, single_statements
 from .errors import ClaimLost
 from .models import executions, may_be_run_again, workers
@@ -37,6 +38,7 @@ from .sqlite import turn
 Notes = Mapping[str, Any]
 NOTHING: Notes = MappingProxyType({})
 
+SERIALIZATION_FAILURE = "40001"
 _LOCK_SECONDS = 1.0  # whoever waits longer for a worker's row gives its thread to another worker, and tries again
 
 
@@ -126,15 +128,16 @@ class Ledger:
         self.idle: tuple[ColumnElement[str], ...] = ()
         self._limits: tuple[ColumnElement[str], ...] = ()
         self._turn: Callable[[], AbstractContextManager[None]] = nullcontext
+        self._at_once: Together | None = None
         if engine.dialect.name == "sqlite":
-            self._turn, self._first = partial(turn, engine), LOOK
+            self._turn = partial(turn, engine)
             return
         # No transaction that holds a worker's row outlasts a lease, even if its process is frozen in the middle of it:
         # PostgreSQL ends it. Set for one transaction, a run's last too: a pooler may stand in between.
-        waiting = _limit("lock_timeout", min(lease, _LOCK_SECONDS))
         self.idle = (_limit("idle_in_transaction_session_timeout", lease),)
+        waiting = _limit("lock_timeout", min(lease, _LOCK_SECONDS))
         self._limits = (*self.idle, waiting, _limit("statement_timeout", lease))
-        self._first = look_and_claim([waiting])
+        self._at_once = Together(engine, select(*self._limits), LOOK_AND_CLAIM)
 
     @contextmanager
     def begin(self) -> Iterator[Connection]:
@@ -165,17 +168,16 @@ class Ledger:
 
         Others may be here: every instance that knows this worker, at the same instant, and late ones.
         The row's lock puts them in a line; the first raises the mark, and the rest find it raised. PostgreSQL looks and
-        claims in one statement, which locks the row of an open tick only. On SQLite, where each write takes the only
+        claims in one request, which locks the row of an open tick only. On SQLite, where each write takes the only
         lock there is, all look first, one after the other.
         """
         with self._turn():
             values = {**at_tick(name, tick, schedule), "on": instance[0], "on_name": instance[1]}
-            with self._single.connect() as connection:
-                found = connection.execute(self._first, values).one_or_none()
+            found = self._found(values)
             if found is None:  # nobody registered the worker yet
                 return HINDERED
             if found.id is not None:
-                return Claim(name, tick, 1, found.token, "schedule", found.id)
+                return Claim(name, tick, 1, found.token or 0, "schedule", found.id)
             if not found.is_claimable:
                 return HINDERED if found.is_open else DECIDED
             with self.begin() as connection:
@@ -183,6 +185,21 @@ class Ledger:
                 if token is None:  # somebody was here since
                     return HINDERED
                 return self._started(connection, Claim(name, tick, 1, token, "schedule", 0), instance)
+
+    def _found(self, values: Notes) -> Found | None:
+        if self._at_once is None:
+            with self._single.connect() as connection:
+                row = connection.execute(LOOK, values).one_or_none()
+            return Found(*row) if row else None
+        try:
+            with self._single.connect() as connection:
+                return self._at_once.row(connection, values)
+        except OperationalError as error:  # by default this database isolates more strictly, and somebody was here
+            if getattr(error.orig, "sqlstate", None) != SERIALIZATION_FAILURE:
+                raise
+        with self.begin() as connection:
+            row = connection.execute(LOOK_AND_CLAIM, values).one_or_none()
+        return Found(*row) if row else None
 
     def claim_pending(self, name: str, tick: datetime, instance: tuple[str, str]) -> Claim | None:
         """Claim a tick that was lost, handed back or requested. Others may be here: all that saw it pending."""

@@ -87,20 +87,26 @@ def turn(engine: Engine) -> Iterator[None]:
     vain. Nobody waits longer than that moment, as who is first may be frozen.
     """
     # Of the folder, not of the file: closing a descriptor of that would give SQLite's own locks up.
-    folder = os.open(os.path.dirname(os.path.realpath(str(engine.url.database))), os.O_RDONLY)
+    folder = None
+    with suppress(OSError):  # one that may be written to and not be read
+        folder = os.open(os.path.dirname(os.path.realpath(str(engine.url.database))), os.O_RDONLY)
     try:
         until = time.monotonic() + _TURN_SECONDS
-        while not _has_turn(folder) and time.monotonic() < until:
+        while folder is not None and not _has_turn(folder) and time.monotonic() < until:
             threading.Event().wait(_TRIED_AGAIN_SECONDS)
         yield
     finally:
-        fcntl.flock(folder, fcntl.LOCK_UN)  # for a child too, that was forked meanwhile
-        os.close(folder)
+        if folder is not None:
+            with suppress(OSError):
+                fcntl.flock(folder, fcntl.LOCK_UN)  # for a child too, that was forked meanwhile
+            os.close(folder)
 
 
 def _has_turn(folder: int) -> bool:
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
+    """True also where a file system knows no such locks: nobody takes turns there."""
+    with suppress(OSError):
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
     return True

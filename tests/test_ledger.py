@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import on_postgresql, on_sqlite
-from fleet import HOUR, PATIENCE, Fleet, Hourly, Shared, effect, in_threads, last_hour, statements, wait_until
+from fleet import HOUR, PATIENCE, Fleet, Hourly, Shared, at_once, effect, in_threads, last_hour, statements, wait_until
 from nursery import Nursery
 from processes import environment
 from sqlalchemy import delete, event, func, make_url, select, text, update
@@ -376,13 +376,14 @@ def test_nobody_waits_for_long_for_one_who_is_frozen_before_its_claim(fleet: Fle
     assert 0.1 <= time.monotonic() - began < PATIENCE
 
 
-def test_a_winner_claims_with_one_statement_of_postgresqls_and_a_look_and_two_writes_of_sqlites(fleet: Fleet) -> None:
+def test_a_winner_claims_with_one_request_of_postgresqls_and_a_look_and_two_writes_of_sqlites(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
     schedule = manager.ticks.look(Hourly).schedule_text
     with statements(manager.ticks.ledger.engine) as seen:
         assert manager.ticks.ledger.claim("hourly", last_hour(), schedule, ("id", "name"))
-    on_sqlite = manager.ticks.ledger.engine.dialect.name == "sqlite"
-    assert [each.split()[0] for each in seen] == (["SELECT", "UPDATE", "INSERT"] if on_sqlite else ["WITH"])
+    is_sqlite = manager.ticks.ledger.engine.dialect.name == "sqlite"
+    assert [each.split()[0] for each in seen] == (["SELECT", "UPDATE", "INSERT"] if is_sqlite else ["SELECT"])
+    assert "INSERT INTO background_executions" in seen[-1]
 
 
 @on_postgresql
@@ -420,3 +421,34 @@ def test_a_name_that_nobody_has_is_answered_with_the_nearest_one(fleet: Fleet) -
     for call in (manager.trigger, manager.pause, manager.resume, manager.reschedule, manager.remove):
         with pytest.raises(UnknownWorker, match=r"There is no worker named 'share'. Did you mean 'shared'\?"):
             call("share")
+
+
+@on_postgresql
+@pytest.mark.parametrize("table", ["background_workers", "background_executions"])
+def test_no_claim_waits_longer_for_a_table_than_for_a_row(fleet: Fleet, table: str) -> None:
+    """As while an index is made."""
+    manager = fleet.manager(Hourly)
+    schedule = manager.ticks.look(Hourly).schedule_text
+    with fleet.engine.begin() as connection:
+        connection.execute(text(f"LOCK TABLE {table} IN SHARE MODE"))
+        with pytest.raises(OperationalError, match="lock timeout"):
+            manager.ticks.ledger.claim("hourly", last_hour(), schedule, ("id", "name"))
+    assert manager.ticks.ledger.claim("hourly", last_hour(), schedule, ("id", "name"))
+    with manager.ticks.ledger.engine.connect() as connection:
+        assert connection.scalar(text("SHOW lock_timeout")) == "0"
+
+
+@on_postgresql
+@pytest.mark.parametrize("level", ["repeatable read", "serializable"])
+def test_of_several_that_claim_at_once_one_wins_also_where_the_database_isolates_more_strictly(
+    fleet: Fleet, level: str
+) -> None:
+    database = fleet.engine.url.database
+    with fleet.engine.begin() as connection:
+        connection.execute(text(f"ALTER DATABASE \"{database}\" SET default_transaction_isolation = '{level}'"))
+    fleet.engine.dispose()
+    ledgers = [fleet.manager(Hourly).ticks.ledger for _ in range(8)]
+    fleet.manager(Hourly).ticks.look(Hourly)
+    claims = at_once(8, lambda number: ledgers[number].claim("hourly", last_hour(), "every 3600s", ("id", "name")))
+    assert len([claim for claim in claims if claim]) == 1
+    assert claims.count(DECIDED) == 7
