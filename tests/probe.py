@@ -314,8 +314,10 @@ def reach(point: str) -> None:
 
 
 def _executing(connection: Connection, _cursor: Any, statement: str, *_: Any) -> None:
-    if statement.startswith("UPDATE background_workers SET mark"):
+    if "UPDATE background_workers SET mark" in statement:
         reach("claiming")
+        if "INSERT INTO background_executions" in statement:  # then the request that claims commits itself
+            reach("claim")
     is_claim_of_messages = "UPDATE background_messages SET" in statement and "claimed_at=" in statement
     if is_claim_of_messages or statement.startswith("INSERT INTO background_executions"):
         connection.info["ends_with"] = "claim"
