@@ -115,7 +115,10 @@ class Found(NamedTuple):
 
 
 class Together:
-    """Two statements of PostgreSQL's in one request, which is one transaction: the first sets limits to the second."""
+    """Two statements of PostgreSQL's in one request, which is one transaction: the first sets limits to the second.
+
+    A request with parameters has one statement only, so what they stand for is written into its text, by the driver.
+    """
 
     def __init__(self, engine: Engine, first: Select[*tuple[Any, ...]], second: Select[Any]) -> None:
         self._first = str(first.compile(engine, compile_kwargs={"literal_binds": True}))
@@ -123,7 +126,7 @@ class Together:
 
     def row(self, connection: Connection, values: Mapping[str, Any]) -> Found | None:
         """What the second finds, or None."""
-        from psycopg import ClientCursor  # its own cursors let no request have two statements
+        from psycopg import ClientCursor
 
         driver: Any = connection.connection.driver_connection
         second = ClientCursor(driver).mogrify(str(self._second), self._second.construct_params(values))
