@@ -8,6 +8,7 @@ from datetime import datetime
 from typing import Any, NamedTuple
 
 from sqlalchemy import (
+    CTE,
     ColumnElement,
     Connection,
     Engine,
@@ -25,7 +26,7 @@ from sqlalchemy import (
 )
 
 from .clock import UtcDateTime, now
-from .models import executions, workers
+from .models import executions, may_be_run_again, workers
 from .schedule import MICROSECOND, parse_schedule
 
 NEW_TOKEN: dict[str, Any] = {"token": workers.c.token + 1, "running": workers.c.token + 1}
@@ -52,6 +53,12 @@ CLAIM = (
     .where(_of_worker, _is_open, _is_claimable)
     .values(mark=_tick, **NEW_TOKEN)
     .returning(workers.c.token)
+)
+CLAIM_PENDING = (
+    update(workers)
+    .where(_of_worker, workers.c.pending_tick == _tick, may_be_run_again, workers.c.running.is_(None))
+    .values(pending_tick=null(), **NEW_TOKEN)
+    .returning(workers.c.token, workers.c.pending_attempt, workers.c.pending_trigger)
 )
 SKIP = (
     update(workers)
@@ -82,19 +89,7 @@ def _look_and_claim() -> Select[Any]:
     seen = open_row.where(_of_worker, _is_open).with_for_update(of=workers, key_share=True).cte("seen")
     claim = update(workers).where(workers.c.name == seen.c.name, seen.c.is_claimable).values(mark=_tick, **NEW_TOKEN)
     claimed = claim.returning(workers.c.token).cte("claimed")
-    row: dict[str, ColumnElement[Any]] = {
-        "worker": bindparam("of", type_=String()),
-        "tick": _tick,
-        "trigger": literal("schedule"),
-        "state": literal("running"),
-        "attempt": literal(1),
-        "token": claimed.c.token,
-        "instance": bindparam("on", type_=String()),
-        "instance_name": bindparam("on_name", type_=String()),
-        "started_at": now(),
-    }
-    start = insert(executions).from_select(list(row), select(*row.values()))
-    started = start.returning(executions.c.id, executions.c.token).cte("started")
+    started = _started(claimed.c.token, literal(1), literal("schedule"))
     known = select(workers.c.name).where(_of_worker).cte("known")
     is_open = seen.c.name.is_not(None).label("is_open")
     return select(is_open, seen.c.is_claimable, started.c.token, started.c.id).select_from(
@@ -102,7 +97,29 @@ def _look_and_claim() -> Select[Any]:
     )
 
 
-LOOK_AND_CLAIM = _look_and_claim()
+def _started(token: ColumnElement[int], attempt: ColumnElement[int], trigger: ColumnElement[str]) -> CTE:
+    """The execution's row of a claim that was won."""
+    row: dict[str, ColumnElement[Any]] = {
+        "worker": bindparam("of", type_=String()),
+        "tick": _tick,
+        "trigger": trigger,
+        "state": literal("running"),
+        "attempt": attempt,
+        "token": token,
+        "instance": bindparam("on", type_=String()),
+        "instance_name": bindparam("on_name", type_=String()),
+        "started_at": now(),
+    }
+    new = insert(executions).from_select(list(row), select(*row.values()))
+    return new.returning(*(executions.c[name] for name in ("id", "token", "attempt", "trigger"))).cte("started")
+
+
+def _claim_pending_and_start() -> Select[Any]:
+    claimed = CLAIM_PENDING.cte("claimed")
+    return select(_started(claimed.c.token, claimed.c.pending_attempt, claimed.c.pending_trigger))
+
+
+LOOK_AND_CLAIM, CLAIM_PENDING_AND_START = _look_and_claim(), _claim_pending_and_start()
 
 
 class Found(NamedTuple):
@@ -122,10 +139,10 @@ class Together:
 
     def __init__(self, engine: Engine, first: Select[*tuple[Any, ...]], second: Select[Any]) -> None:
         self._first = str(first.compile(engine, compile_kwargs={"literal_binds": True}))
-        self._second = second.compile(engine)
+        self.second, self._second = second, second.compile(engine)
 
-    def row(self, connection: Connection, values: Mapping[str, Any]) -> Found | None:
-        """What the second finds, or None."""
+    def row(self, connection: Connection, values: Mapping[str, Any]) -> Any:
+        """The second's only row as a tuple, or None."""
         from psycopg import ClientCursor
 
         driver: Any = connection.connection.driver_connection
@@ -134,4 +151,4 @@ class Together:
         sent.cursor.nextset()
         row = sent.cursor.fetchone()
         sent.close()
-        return Found(*row) if row else None
+        return row

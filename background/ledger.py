@@ -28,17 +28,29 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from . import totals
-from .claiming import CLAIM, LOOK, LOOK_AND_CLAIM, MISS, NEW_TOKEN, SKIP, Found, Together, at_tick
+from .claiming import (
+    CLAIM,
+    CLAIM_PENDING,
+    CLAIM_PENDING_AND_START,
+    LOOK,
+    LOOK_AND_CLAIM,
+    MISS,
+    NEW_TOKEN,
+    SKIP,
+    Found,
+    Together,
+    at_tick,
+)
 from .clock import now, single_statements
 from .errors import ClaimLost
-from .models import executions, may_be_run_again, workers
+from .models import executions, workers
 from .schedule import MICROSECOND, Schedule, parse_schedule
 from .sqlite import turn
 
 Notes = Mapping[str, Any]
 NOTHING: Notes = MappingProxyType({})
 
-SERIALIZATION_FAILURE = "40001"
+_SERIALIZATION_FAILURE = "40001"
 _LOCK_SECONDS = 1.0  # whoever waits longer for a worker's row gives its thread to another worker, and tries again
 
 
@@ -128,7 +140,8 @@ class Ledger:
         self.idle: tuple[ColumnElement[str], ...] = ()
         self._limits: tuple[ColumnElement[str], ...] = ()
         self._turn: Callable[[], AbstractContextManager[None]] = nullcontext
-        self._at_once: Together | None = None
+        self._claim_at_once: Together | None = None
+        self._claim_pending_at_once: Together | None = None
         if engine.dialect.name == "sqlite":
             self._turn = partial(turn, engine)
             return
@@ -137,7 +150,9 @@ class Ledger:
         self.idle = (_limit("idle_in_transaction_session_timeout", lease),)
         waiting = _limit("lock_timeout", min(lease, _LOCK_SECONDS))
         self._limits = (*self.idle, waiting, _limit("statement_timeout", lease))
-        self._at_once = Together(engine, select(*self._limits), LOOK_AND_CLAIM)
+        limits = select(*self._limits)
+        self._claim_at_once = Together(engine, limits, LOOK_AND_CLAIM)
+        self._claim_pending_at_once = Together(engine, limits, CLAIM_PENDING_AND_START)
 
     @contextmanager
     def begin(self) -> Iterator[Connection]:
@@ -187,35 +202,34 @@ class Ledger:
                 return self._started(connection, Claim(name, tick, 1, token, "schedule", 0), instance)
 
     def _found(self, values: Notes) -> Found | None:
-        if self._at_once is None:
+        if self._claim_at_once is not None:
+            row = self._sent(self._claim_at_once, values)
+        else:
             with self._single.connect() as connection:
                 row = connection.execute(LOOK, values).one_or_none()
-            return Found(*row) if row else None
+        return Found(*row) if row else None
+
+    def _sent(self, together: Together, values: Notes) -> Any:
         try:
             with self._single.connect() as connection:
-                return self._at_once.row(connection, values)
+                return together.row(connection, values)
         except OperationalError as error:  # by default this database isolates more strictly, and somebody was here
-            if getattr(error.orig, "sqlstate", None) != SERIALIZATION_FAILURE:
+            if getattr(error.orig, "sqlstate", None) != _SERIALIZATION_FAILURE:
                 raise
         with self.begin() as connection:
-            row = connection.execute(LOOK_AND_CLAIM, values).one_or_none()
-        return Found(*row) if row else None
+            return connection.execute(together.second, values).one_or_none()
 
     def claim_pending(self, name: str, tick: datetime, instance: tuple[str, str]) -> Claim | None:
         """Claim a tick that was lost, handed back or requested. Others may be here: all that saw it pending."""
-        pending = (workers.c.pending_attempt, workers.c.pending_trigger)
+        values = {"of": name, "at": tick, "on": instance[0], "on_name": instance[1]}
+        if self._claim_pending_at_once is not None:
+            row = self._sent(self._claim_pending_at_once, values)
+            if row is None:
+                return None
+            id, token, attempt, trigger = row
+            return Claim(name, tick, attempt, token, trigger, id)
         with self.begin() as connection:
-            row = connection.execute(
-                update(workers)
-                .where(
-                    workers.c.name == name,
-                    workers.c.pending_tick == tick,
-                    may_be_run_again,
-                    workers.c.running.is_(None),
-                )
-                .values(pending_tick=null(), **NEW_TOKEN)
-                .returning(workers.c.token, *pending)
-            ).one_or_none()
+            row = connection.execute(CLAIM_PENDING, values).one_or_none()
             if row is None:
                 return None
             claim = Claim(name, tick, row.pending_attempt, row.token, row.pending_trigger, 0)

@@ -198,7 +198,7 @@ class Report:
             ("take-over after SIGKILL", times(verdict.take_over), f"<= {lease + 1:.0f} s"),
             ("take-over after SIGSTOP or silence", times(verdict.take_over_of_stopped), ""),
             ("hand-over after SIGTERM", times(verdict.hand_over), "<= 1 s"),
-            ("the same, with the database away meanwhile", times(verdict.excused), ""),
+            ("both, where another fault came in between", times(verdict.excused), ""),
             ("start after the tick, without faults", times(verdict.calm_lateness), "p99 <= 50 ms"),
             ("start after the tick, all", times(verdict.lateness), ""),
             ("statements of an instance that loses a tick, without faults", statements(self._losses), "<= 1"),

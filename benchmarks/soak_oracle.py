@@ -18,6 +18,7 @@ from .soak_worker import effects, workers
 Key = tuple[str, datetime]
 Spans = Sequence[tuple[float, float]]  # in Unix seconds
 
+MET_SECONDS = 0.1  # from taking a tick back to having claimed it
 _MOST_USUAL_SECONDS = 0.5  # what is later than that is no machine's fault
 
 
@@ -74,7 +75,8 @@ class Oracle:
         self._judge_effects(verdict)
         self._judge_states(verdict, until)
         self._time_starts(verdict, since, calm_until, until)
-        for fault in faults:
+        self._faults = list(faults)
+        for fault in self._faults:
             self._time_others(verdict, fault)
         return verdict
 
@@ -199,7 +201,16 @@ class Oracle:
             for one, following in pairwise(rows):
                 if one.state == left and _held(one, fault):
                     seconds = following.started_at.timestamp() - fault.at
-                    self._take_time(verdict, key, fault, seconds)
+                    if self._is_met_by_another(fault, one):
+                        verdict.excused.append(seconds)
+                    else:
+                        self._take_time(verdict, key, fault, seconds)
+
+    def _is_met_by_another(self, fault: Fault, row: Row[Any]) -> bool:
+        """Whether whoever took the tick back was itself harmed before it could begin: then another lease runs out."""
+        taken_back = row.finished_at.timestamp()
+        others = (other for other in self._faults if other is not fault and other.pids)
+        return fault.kind == "kill" and any(0 <= other.at - taken_back < MET_SECONDS for other in others)
 
     def _take_time(self, verdict: Verdict, key: Key, fault: Fault, seconds: float) -> None:
         # Before the lease may have run out, nobody asks.

@@ -166,6 +166,9 @@ def test_who_takes_over_later_than_promised_is_a_violation_unless_the_machine_st
     assert [what.split(" s after")[0] for what in sentences(soaked.judge(fault))] == [
         f"begun elsewhere {most + 0.1:.3f}"
     ]
+    another = Fault("stop", late.timestamp() + 0.05, (2,))
+    assert bool(sentences(soaked.judge(fault, another))) == (kind == "term")
+    assert sentences(soaked.judge(fault, Fault("stop", late.timestamp() + 0.2, (2,)))) != []
     stood_still = [(TICK.timestamp() + 0.5, TICK.timestamp() + 0.7)]
     assert sentences(soaked.judge(fault, standstills=stood_still)) == []
 
