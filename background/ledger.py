@@ -139,7 +139,8 @@ class Ledger:
         self.insert = sqlite.insert if engine.dialect.name == "sqlite" else postgresql.insert
         self.idle: tuple[ColumnElement[str], ...] = ()
         self._limits: tuple[ColumnElement[str], ...] = ()
-        self._turn: Callable[[], AbstractContextManager[None]] = nullcontext
+        self._turn: Callable[[bool], AbstractContextManager[None]] = lambda is_first: nullcontext()
+        self._was_first: set[str] = set()
         self._claim_at_once: Together | None = None
         self._claim_pending_at_once: Together | None = None
         if engine.dialect.name == "sqlite":
@@ -184,9 +185,14 @@ class Ledger:
         Others may be here: every instance that knows this worker, at the same instant, and late ones.
         The row's lock puts them in a line; the first raises the mark, and the rest find it raised. PostgreSQL looks and
         claims in one request, which locks the row of an open tick only. On SQLite, where each write takes the only
-        lock there is, all look first, one after the other.
+        lock there is, all look first: whoever ran the worker's last tick, and then the others, one after the other.
         """
-        with self._turn():
+        claimed = self._claimed(name, tick, schedule, instance)
+        (self._was_first.add if claimed else self._was_first.discard)(name)
+        return claimed
+
+    def _claimed(self, name: str, tick: datetime, schedule: str, instance: tuple[str, str]) -> Claim | NotClaimed:
+        with self._turn(name in self._was_first):
             values = {**at_tick(name, tick, schedule), "on": instance[0], "on_name": instance[1]}
             found = self._found(values)
             if found is None:  # nobody registered the worker yet

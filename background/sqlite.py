@@ -80,19 +80,21 @@ def _begin_before_savepoint(connection: Connection, _name: str) -> None:
 
 
 @contextmanager
-def turn(engine: Engine) -> Iterator[None]:
+def turn(engine: Engine, is_first: bool) -> Iterator[None]:
     """Let those who are within such a block of any process come first, for a moment; it guards nothing.
 
     Who waits for the write lock has found something to do. Whoever looked meanwhile would find the same, and wait in
-    vain. Nobody waits longer than that moment, as who is first may be frozen.
+    vain. Those who are most likely the first to come, `is_first`, do not wait for each other. Nobody waits longer than
+    that moment, as who is within may be frozen.
     """
+    kind = fcntl.LOCK_SH if is_first else fcntl.LOCK_EX
     # Of the folder, not of the file: closing a descriptor of that would give SQLite's own locks up.
     folder = None
     with suppress(OSError):  # one that may be written to and not be read
         folder = os.open(os.path.dirname(os.path.realpath(str(engine.url.database))), os.O_RDONLY)
     try:
         until = time.monotonic() + _TURN_SECONDS
-        while folder is not None and not _has_turn(folder) and time.monotonic() < until:
+        while folder is not None and not _has_turn(folder, kind) and time.monotonic() < until:
             threading.Event().wait(_TRIED_AGAIN_SECONDS)
         yield
     finally:
@@ -102,11 +104,11 @@ def turn(engine: Engine) -> Iterator[None]:
             os.close(folder)
 
 
-def _has_turn(folder: int) -> bool:
+def _has_turn(folder: int, kind: int) -> bool:
     """True also where a file system knows no such locks: nobody takes turns there."""
     with suppress(OSError):
         try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(folder, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
     return True
