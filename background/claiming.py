@@ -12,10 +12,14 @@ from sqlalchemy import (
     ColumnElement,
     Connection,
     Engine,
+    Float,
     Select,
     String,
     and_,
     bindparam,
+    case,
+    cast,
+    func,
     insert,
     literal,
     null,
@@ -29,6 +33,7 @@ from .clock import UtcDateTime, now
 from .models import executions, may_be_run_again, workers
 from .schedule import MICROSECOND, parse_schedule
 
+MOST_EARLY_SECONDS = 0.1
 NEW_TOKEN: dict[str, Any] = {"token": workers.c.token + 1, "running": workers.c.token + 1}
 
 
@@ -122,6 +127,11 @@ def _claim_pending_and_start() -> Select[Any]:
 LOOK_AND_CLAIM, CLAIM_PENDING_AND_START = _look_and_claim(), _claim_pending_and_start()
 
 
+# Whoever woke up a little early, by a wrong idea of the database's clock, waits there: asking again would cost more.
+_left = cast(func.extract("epoch", _tick - now()), Float)
+WAIT = func.pg_sleep(case((_left.between(0.0, MOST_EARLY_SECONDS), _left), else_=0.0))
+
+
 class Found(NamedTuple):
     """What a look says of a tick."""
 
@@ -138,16 +148,17 @@ class Together:
     """
 
     def __init__(self, engine: Engine, first: Select[*tuple[Any, ...]], second: Select[Any]) -> None:
-        self._first = str(first.compile(engine, compile_kwargs={"literal_binds": True}))
-        self.second, self._second = second, second.compile(engine)
+        self.second = second
+        self._first, self._second = first.compile(engine), second.compile(engine)
 
     def row(self, connection: Connection, values: Mapping[str, Any]) -> Any:
         """The second's only row as a tuple, or None."""
         from psycopg import ClientCursor
 
         driver: Any = connection.connection.driver_connection
-        second = ClientCursor(driver).mogrify(str(self._second), self._second.construct_params(values))
-        sent = connection.exec_driver_sql(f"{self._first}; {second}", execution_options={"no_parameters": True})
+        cursor = ClientCursor(driver)
+        texts = (cursor.mogrify(str(each), each.construct_params(values)) for each in (self._first, self._second))
+        sent = connection.exec_driver_sql("; ".join(texts), execution_options={"no_parameters": True})
         sent.cursor.nextset()
         row = sent.cursor.fetchone()
         sent.close()

@@ -37,6 +37,7 @@ from .claiming import (
     MISS,
     NEW_TOKEN,
     SKIP,
+    WAIT,
     Found,
     Together,
     at_tick,
@@ -152,7 +153,7 @@ class Ledger:
         waiting = _limit("lock_timeout", min(lease, _LOCK_SECONDS))
         self._limits = (*self.idle, waiting, _limit("statement_timeout", lease))
         limits = select(*self._limits)
-        self._claim_at_once = Together(engine, limits, LOOK_AND_CLAIM)
+        self._claim_at_once = Together(engine, select(WAIT, *self._limits), LOOK_AND_CLAIM)
         self._claim_pending_at_once = Together(engine, limits, CLAIM_PENDING_AND_START)
 
     @contextmanager

@@ -452,3 +452,21 @@ def test_of_several_that_claim_at_once_one_wins_also_where_the_database_isolates
     claims = at_once(8, lambda number: ledgers[number].claim("hourly", last_hour(), "every 3600s", ("id", "name")))
     assert len([claim for claim in claims if claim]) == 1
     assert claims.count(DECIDED) == 7
+
+
+@on_postgresql
+def test_whoever_comes_a_little_early_is_held_up_by_the_request_that_claims(fleet: Fleet) -> None:
+    class Quick(Hourly):
+        period = timedelta(seconds=0.5)
+
+    manager = fleet.manager(Quick)
+    schedule, clock = declared_schedule(Quick), manager.ticks.look(Quick).clock
+    tick = schedule.next(clock)
+    fleet.set("quick", mark=schedule.previous(clock))
+    threading.Event().wait((tick - datetime.now(UTC)).total_seconds() - 0.05)
+    with statements(manager.ticks.ledger.engine) as seen:
+        claim = manager.ticks.ledger.claim("quick", tick, str(schedule), ("id", "name"))
+    assert claim
+    assert len(seen) == 1
+    [execution] = fleet.executions()
+    assert execution.started_at >= tick
