@@ -84,8 +84,8 @@ def turn(engine: Engine, is_first: bool) -> Iterator[None]:
     """Let those who are within such a block of any process come first, for a moment; it guards nothing.
 
     Who waits for the write lock has found something to do. Whoever looked meanwhile would find the same, and wait in
-    vain. Those who are most likely the first to come, `is_first`, do not wait for each other. Nobody waits longer than
-    that moment, as who is within may be frozen.
+    vain. Who is most likely the first to come, `is_first`, waits for nobody, and the others not longer than that
+    moment, as who is within may be frozen.
     """
     kind = fcntl.LOCK_SH if is_first else fcntl.LOCK_EX
     # Of the folder, not of the file: closing a descriptor of that would give SQLite's own locks up.
@@ -94,7 +94,7 @@ def turn(engine: Engine, is_first: bool) -> Iterator[None]:
         folder = os.open(os.path.dirname(os.path.realpath(str(engine.url.database))), os.O_RDONLY)
     try:
         until = time.monotonic() + _TURN_SECONDS
-        while folder is not None and not _has_turn(folder, kind) and time.monotonic() < until:
+        while not (folder is None or _has_turn(folder, kind) or is_first) and time.monotonic() < until:
             threading.Event().wait(_TRIED_AGAIN_SECONDS)
         yield
     finally:
