@@ -111,4 +111,5 @@ def _has_turn(folder: int, kind: int) -> bool:
             fcntl.flock(folder, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
+        fcntl.flock(folder, fcntl.LOCK_SH | fcntl.LOCK_NB)  # nobody else is within; who is likely first may join
     return True
