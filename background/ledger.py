@@ -1,11 +1,10 @@
 """Who runs what: every statement that decides it (those about one tick in claiming.py). Each race is one of them."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum
-from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -24,34 +23,18 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from . import totals
-from .claiming import (
-    CLAIM,
-    CLAIM_PENDING,
-    CLAIM_PENDING_AND_START,
-    LOOK,
-    LOOK_AND_CLAIM,
-    MISS,
-    NEW_TOKEN,
-    SKIP,
-    WAIT,
-    Found,
-    Together,
-    at_tick,
-)
+from .claiming import MISS, NEW_TOKEN, SKIP, ClaimsOnPostgreSQL, ClaimsOnSQLite, Started, at_tick, start
 from .clock import now, single_statements
 from .errors import ClaimLost
 from .models import executions, workers
 from .schedule import MICROSECOND, Schedule, parse_schedule
-from .sqlite import turn
 
 Notes = Mapping[str, Any]
 NOTHING: Notes = MappingProxyType({})
 
-_SERIALIZATION_FAILURE = "40001"
 _LOCK_SECONDS = 1.0  # whoever waits longer for a worker's row gives its thread to another worker, and tries again
 
 
@@ -140,21 +123,15 @@ class Ledger:
         self.insert = sqlite.insert if engine.dialect.name == "sqlite" else postgresql.insert
         self.idle: tuple[ColumnElement[str], ...] = ()
         self._limits: tuple[ColumnElement[str], ...] = ()
-        self._turn: Callable[[bool], AbstractContextManager[None]] = lambda is_first: nullcontext()
-        self._was_first: set[str] = set()
-        self._claim_at_once: Together | None = None
-        self._claim_pending_at_once: Together | None = None
         if engine.dialect.name == "sqlite":
-            self._turn = partial(turn, engine)
+            self._claims: ClaimsOnSQLite | ClaimsOnPostgreSQL = ClaimsOnSQLite(engine)
             return
         # No transaction that holds a worker's row outlasts a lease, even if its process is frozen in the middle of it:
         # PostgreSQL ends it. Set for one transaction, a run's last too: a pooler may stand in between.
         self.idle = (_limit("idle_in_transaction_session_timeout", lease),)
         waiting = _limit("lock_timeout", min(lease, _LOCK_SECONDS))
         self._limits = (*self.idle, waiting, _limit("statement_timeout", lease))
-        limits = select(*self._limits)
-        self._claim_at_once = Together(engine, select(WAIT, *self._limits), LOOK_AND_CLAIM)
-        self._claim_pending_at_once = Together(engine, limits, CLAIM_PENDING_AND_START)
+        self._claims = ClaimsOnPostgreSQL(engine, self._limits, self.begin)
 
     @contextmanager
     def begin(self) -> Iterator[Connection]:
@@ -188,59 +165,16 @@ class Ledger:
         claims in one request, which locks the row of an open tick only. On SQLite, where each write takes the only
         lock there is, all look first: whoever ran the worker's last tick, and then the others, one after the other.
         """
-        claimed = self._claimed(name, tick, schedule, instance)
-        (self._was_first.add if claimed else self._was_first.discard)(name)
-        return claimed
-
-    def _claimed(self, name: str, tick: datetime, schedule: str, instance: tuple[str, str]) -> Claim | NotClaimed:
-        with self._turn(name in self._was_first):
-            values = {**at_tick(name, tick, schedule), "on": instance[0], "on_name": instance[1]}
-            found = self._found(values)
-            if found is None:  # nobody registered the worker yet
-                return HINDERED
-            if found.id is not None:
-                return Claim(name, tick, 1, found.token or 0, "schedule", found.id)
-            if not found.is_claimable:
-                return HINDERED if found.is_open else DECIDED
-            with self.begin() as connection:
-                token = connection.execute(CLAIM, values).scalar_one_or_none()
-                if token is None:  # somebody was here since
-                    return HINDERED
-                return self._started(connection, Claim(name, tick, 1, token, "schedule", 0), instance)
-
-    def _found(self, values: Notes) -> Found | None:
-        if self._claim_at_once is not None:
-            row = self._sent(self._claim_at_once, values)
-        else:
-            with self._single.connect() as connection:
-                row = connection.execute(LOOK, values).one_or_none()
-        return Found(*row) if row else None
-
-    def _sent(self, together: Together, values: Notes) -> Any:
-        try:
-            with self._single.connect() as connection:
-                return together.row(connection, values)
-        except OperationalError as error:  # by default this database isolates more strictly, and somebody was here
-            if getattr(error.orig, "sqlstate", None) != _SERIALIZATION_FAILURE:
-                raise
-        with self.begin() as connection:
-            return connection.execute(together.second, values).one_or_none()
+        values = {**at_tick(name, tick, schedule), "on": instance[0], "on_name": instance[1]}
+        found = self._claims.tick(values)
+        if found and found.id is not None:
+            return Claim(name, tick, 1, found.token or 0, "schedule", found.id)
+        return HINDERED if found is None or found.is_open else DECIDED  # None: nobody registered the worker yet
 
     def claim_pending(self, name: str, tick: datetime, instance: tuple[str, str]) -> Claim | None:
         """Claim a tick that was lost, handed back or requested. Others may be here: all that saw it pending."""
-        values = {"of": name, "at": tick, "on": instance[0], "on_name": instance[1]}
-        if self._claim_pending_at_once is not None:
-            row = self._sent(self._claim_pending_at_once, values)
-            if row is None:
-                return None
-            id, token, attempt, trigger = row
-            return Claim(name, tick, attempt, token, trigger, id)
-        with self.begin() as connection:
-            row = connection.execute(CLAIM_PENDING, values).one_or_none()
-            if row is None:
-                return None
-            claim = Claim(name, tick, row.pending_attempt, row.token, row.pending_trigger, 0)
-            return self._started(connection, claim, instance)
+        started = self._claims.pending({"of": name, "at": tick, "on": instance[0], "on_name": instance[1]})
+        return _claim(name, tick, started) if started else None
 
     def claim_manual(self, name: str, tick: datetime, instance: tuple[str, str]) -> Claim | None:
         """Claim a run that no schedule asked for; `tick` is the moment of asking. The mark stays where it is.
@@ -256,7 +190,8 @@ class Ledger:
             ).scalar_one_or_none()
             if token is None:
                 return None
-            return self._started(connection, Claim(name, tick, 1, token, "manual", 0), instance)
+            values = {"of": name, "at": tick, "on": instance[0], "on_name": instance[1]}
+            return _claim(name, tick, start(connection, values, token, 1, "manual"))
 
     def request(self, name: str) -> bool:
         """Have whichever instance comes first claim a manual run; False where it runs, or is to be run, already.
@@ -351,24 +286,6 @@ class Ledger:
             return str(state or "lost")
 
     # -- helpers -------------------------------------------------------------------------------
-
-    def _started(self, connection: Connection, claim: Claim, instance: tuple[str, str]) -> Claim:
-        execution = connection.execute(
-            insert(executions)
-            .values(
-                worker=claim.worker,
-                tick=claim.tick,
-                trigger=claim.trigger,
-                state="running",
-                attempt=claim.attempt,
-                token=claim.token,
-                instance=instance[0],
-                instance_name=instance[1],
-                started_at=now(),
-            )
-            .returning(executions.c.id)
-        ).scalar_one()
-        return replace(claim, execution=execution)
 
     def _end(
         self,
@@ -485,6 +402,10 @@ def _state(row: Row[Any]) -> WorkerState:
         instance=row.instance,
         instance_name=row.instance_name,
     )
+
+
+def _claim(name: str, tick: datetime, started: Started) -> Claim:
+    return Claim(name, tick, started.attempt, started.token, started.trigger, started.id)
 
 
 def _limit(setting: str, seconds: float) -> ColumnElement[str]:

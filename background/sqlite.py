@@ -1,12 +1,10 @@
 """SQLite has one writer: what every connection needs so that "database is locked" reaches nobody."""
 
-import fcntl
 import os
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any
 
 from sqlalchemy import Connection, Engine, event
@@ -14,7 +12,7 @@ from sqlalchemy import Connection, Engine, event
 from .errors import InvalidConfig
 
 BUSY_SECONDS = 30
-_TURN_SECONDS, _TRIED_AGAIN_SECONDS = 0.1, 0.002
+_MOMENT_SECONDS = 0.1
 
 
 def prepare(engine: Engine) -> None:
@@ -79,37 +77,10 @@ def _begin_before_savepoint(connection: Connection, _name: str) -> None:
         connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
-@contextmanager
-def turn(engine: Engine, is_first: bool) -> Iterator[None]:
-    """Let those who are within such a block of any process come first, for a moment; it guards nothing.
-
-    Who waits for the write lock has found something to do. Whoever looked meanwhile would find the same, and wait in
-    vain. Who is most likely the first to come, `is_first`, waits for nobody, and the others not longer than that
-    moment, as who is within may be frozen.
-    """
-    kind = fcntl.LOCK_SH if is_first else fcntl.LOCK_EX
-    # Of the folder, not of the file: closing a descriptor of that would give SQLite's own locks up.
-    folder = None
-    with suppress(OSError):  # one that may be written to and not be read
-        folder = os.open(os.path.dirname(os.path.realpath(str(engine.url.database))), os.O_RDONLY)
-    try:
-        until = time.monotonic() + _TURN_SECONDS
-        while not (folder is None or _has_turn(folder, kind) or is_first) and time.monotonic() < until:
-            threading.Event().wait(_TRIED_AGAIN_SECONDS)
-        yield
-    finally:
-        if folder is not None:
-            with suppress(OSError):
-                fcntl.flock(folder, fcntl.LOCK_UN)  # for a child too, that was forked meanwhile
-            os.close(folder)
-
-
-def _has_turn(folder: int, kind: int) -> bool:
-    """True also where a file system knows no such locks: nobody takes turns there."""
-    with suppress(OSError):
-        try:
-            fcntl.flock(folder, kind | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        fcntl.flock(folder, fcntl.LOCK_SH | fcntl.LOCK_NB)  # nobody else is within; who is likely first may join
-    return True
+def lock_soon(connection: Connection) -> None:
+    """Take the write lock now, unless somebody keeps it for longer than a moment: then the first write waits for it."""
+    driver: Any = connection.connection.driver_connection
+    driver.execute(f"PRAGMA busy_timeout = {_MOMENT_SECONDS * 1000:.0f}")
+    with suppress(sqlite3.OperationalError):  # whatever it is, the next statement says it
+        driver.execute("BEGIN IMMEDIATE")
+    driver.execute(f"PRAGMA busy_timeout = {BUSY_SECONDS * 1000}")

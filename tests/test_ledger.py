@@ -1,14 +1,11 @@
 """Who runs which tick: claims, marks, and an answer for every tick that was not run."""
 
-import fcntl
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,7 +13,7 @@ from conftest import on_postgresql, on_sqlite
 from fleet import HOUR, PATIENCE, Fleet, Hourly, Shared, at_once, effect, in_threads, last_hour, statements, wait_until
 from nursery import Nursery
 from processes import environment
-from sqlalchemy import delete, event, func, make_url, select, text, update
+from sqlalchemy import Connection, delete, event, text, update
 from sqlalchemy.exc import OperationalError
 
 from background import BackgroundWorkerManager, WorkerContext
@@ -336,44 +333,54 @@ def test_whoever_waits_for_the_winners_row_learns_by_the_same_statement_that_it_
 
 
 @contextmanager
-def first_in_turn(database_url: str) -> Iterator[None]:
-    """What another process does that looks, and waits for SQLite's write lock."""
-    folder = os.open(Path(make_url(database_url).database or "").parent, os.O_RDONLY)
-    fcntl.flock(folder, fcntl.LOCK_EX)
-    try:
-        yield
-    finally:
-        os.close(folder)
-
-
-def has_signed_on(manager: BackgroundWorkerManager) -> bool:
-    with manager.ticks.instances.engine.connect() as connection:
-        return bool(connection.scalar(select(func.count()).select_from(tables.instances)))
+def writing(fleet: Fleet) -> Iterator[Connection]:
+    """What a process does that holds SQLite's only write lock."""
+    with fleet.engine.begin() as connection:
+        connection.execute(update(tables.workers).values(token=tables.workers.c.token))
+        yield connection
 
 
 @on_sqlite
-def test_whoever_comes_while_the_winner_waits_for_the_write_lock_reads_once_afterwards(
+def test_whoever_waits_for_the_write_lock_learns_by_one_look_afterwards_that_it_lost(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("background.sqlite._TURN_SECONDS", PATIENCE)
+    monkeypatch.setattr("background.sqlite._MOMENT_SECONDS", PATIENCE)
     manager = fleet.manager(Hourly)
     schedule = manager.ticks.look(Hourly).schedule_text
     with ThreadPoolExecutor(1) as beside, statements(manager.ticks.ledger.engine) as seen:
-        with first_in_turn(fleet.database_url):
+        with writing(fleet) as winner:
             lost = beside.submit(manager.ticks.run, Hourly, last_hour(), schedule)
-            wait_until(partial(has_signed_on, manager), "the second one's coming")
-            fleet.set("hourly", mark=last_hour())
+            time.sleep(0.3)  # for the others' way to their first statement
             assert seen == []
+            winner.execute(update(tables.workers).values(mark=last_hour()))
         assert lost.result(PATIENCE) is None
     assert [each.split()[0] for each in seen] == ["SELECT"]
 
 
 @on_sqlite
-def test_nobody_waits_for_long_for_one_who_is_frozen_before_its_claim(fleet: Fleet) -> None:
-    began = time.monotonic()
-    with first_in_turn(fleet.database_url):
-        assert fleet.manager(Hourly).tick("hourly", last_hour()).state == "succeeded"
-    assert 0.1 <= time.monotonic() - began < PATIENCE
+def test_whoever_comes_too_late_does_not_wait_for_a_run_that_keeps_the_write_lock(fleet: Fleet) -> None:
+    manager = fleet.manager(Hourly)
+    schedule = manager.ticks.look(Hourly).schedule_text
+    fleet.set("hourly", mark=last_hour())
+    with writing(fleet), statements(manager.ticks.ledger.engine) as seen:
+        assert manager.ticks.run(Hourly, last_hour(), schedule) is None
+    assert [each.split()[0] for each in seen] == ["SELECT"]
+
+
+@on_sqlite
+def test_whoever_finds_a_tick_open_while_the_write_lock_is_kept_claims_it_afterwards_if_it_still_is(
+    fleet: Fleet,
+) -> None:
+    manager = fleet.manager(Hourly)
+    schedule = manager.ticks.look(Hourly).schedule_text
+    for mark, claimed in ((last_hour(), False), (last_hour() - HOUR, True)):
+        fleet.set("hourly", mark=None)
+        with ThreadPoolExecutor(1) as beside, statements(manager.ticks.ledger.engine) as seen:
+            with writing(fleet) as first:
+                second = beside.submit(manager.ticks.ledger.claim, "hourly", last_hour(), schedule, ("id", "name"))
+                wait_until(lambda: len(seen) == 2, "the claim's wait")
+                first.execute(update(tables.workers).values(mark=mark))
+            assert bool(second.result(PATIENCE)) is claimed
 
 
 def test_a_winner_claims_with_one_request_of_postgresqls_and_a_look_and_two_writes_of_sqlites(fleet: Fleet) -> None:
@@ -399,7 +406,7 @@ def test_a_tick_whose_obstacle_goes_away_while_it_is_being_skipped_is_run(fleet:
 
     @event.listens_for(manager.ticks.ledger.engine, "before_cursor_execute")
     def resume_just_before(_connection: object, _cursor: object, statement: str, *_: object) -> None:
-        if statement.startswith("UPDATE background_workers SET mark"):
+        if statement.startswith("UPDATE background_workers SET mark") and fleet.row("hourly").paused_at:
             fleet.set("hourly", paused_at=None)
 
     assert manager.tick("hourly", last_hour()).state == "succeeded"
