@@ -26,7 +26,8 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from . import totals
-from .claiming import MISS, NEW_TOKEN, SKIP, ClaimsOnPostgreSQL, ClaimsOnSQLite, Started, at_tick, start
+from .claiming import MISS, NEW_TOKEN, SKIP, at_tick
+from .claims import ClaimsOnPostgreSQL, ClaimsOnSQLite, Started, start
 from .clock import now, single_statements
 from .errors import ClaimLost
 from .models import executions, workers
@@ -161,9 +162,8 @@ class Ledger:
         """Claim `tick`, or say why not.
 
         Others may be here: every instance that knows this worker, at the same instant, and late ones.
-        The row's lock puts them in a line; the first raises the mark, and the rest find it raised. PostgreSQL looks and
-        claims in one request, which locks the row of an open tick only. On SQLite, where each write takes the only
-        lock there is, all look first: whoever ran the worker's last tick, and then the others, one after the other.
+        A lock puts them in a line: the row's on PostgreSQL, and only while the tick is open; the only one on SQLite.
+        The first raises the mark, and the rest find it raised, by the statement that they waited with.
         """
         values = {**at_tick(name, tick, schedule), "on": instance[0], "on_name": instance[1]}
         found = self._claims.tick(values)

@@ -20,6 +20,7 @@ from sqlalchemy.pool import Pool
 import app as shop
 from background import ClaimLost, Message, MessageWorker, PeriodicWorker, WorkerContext, current_workers, listener
 from background.clock import now
+from background.ledger import Ledger
 from background.manager import the_manager
 from models import User, UserRepository
 
@@ -313,11 +314,14 @@ def reach(point: str) -> None:
         time.sleep(0.1)  # it may be another thread that takes the signal, a moment later
 
 
+def _claiming(self: Ledger, *what: Any) -> Any:
+    reach("claiming")
+    return _claim(self, *what)
+
+
 def _executing(connection: Connection, _cursor: Any, statement: str, *_: Any) -> None:
-    if "UPDATE background_workers SET mark" in statement:
-        reach("claiming")
-        if "INSERT INTO background_executions" in statement:  # then the request that claims commits itself
-            reach("claim")
+    if "UPDATE background_workers SET mark" in statement and "INSERT INTO background_executions" in statement:
+        reach("claim")  # the request commits itself
     is_claim_of_messages = "UPDATE background_messages SET" in statement and "claimed_at=" in statement
     if is_claim_of_messages or statement.startswith("INSERT INTO background_executions"):
         connection.info["ends_with"] = "claim"
@@ -343,6 +347,7 @@ def _report() -> None:
 
 
 _deaf_is_done = threading.Event()
+_claim, Ledger.claim = Ledger.claim, _claiming  # type: ignore[method-assign]
 event.listen(Pool, "connect", _connected)
 event.listen(Engine, "before_cursor_execute", _executing)
 event.listen(Engine, "commit", _committing)
