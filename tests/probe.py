@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -310,8 +311,40 @@ def reach(point: str) -> None:
     """Freeze this process at the point PROBE_FREEZES_AT, the first time that it gets there."""
     if os.environ.get("PROBE_FREEZES_AT") == point:
         del os.environ["PROBE_FREEZES_AT"]
-        os.kill(os.getpid(), signal.SIGSTOP)
-        time.sleep(0.1)  # it may be another thread that takes the signal, a moment later
+        with _alone:
+            os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(0.1)  # it may be another thread that takes the signal, a moment later
+
+
+class Alone:
+    """Has nobody else of this process ask a database meanwhile: who is frozen with SQLite's lock keeps it from all."""
+
+    def __init__(self) -> None:
+        self._asking: Counter[int] = Counter()
+        self._changed, self._thread = threading.Condition(), 0
+
+    def __enter__(self) -> None:
+        with self._changed:
+            self._thread = threading.get_ident()
+            # In vain where another waits for a lock that this one has.
+            self._changed.wait_for(lambda: set(+self._asking) <= {self._thread}, timeout=0.5)
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._thread = 0
+            self._changed.notify_all()
+
+    def came(self, _connection: Any, record: Any, _proxy: Any) -> None:
+        with self._changed:
+            thread = record.info["thread"] = threading.get_ident()
+            self._changed.wait_for(lambda: self._thread in (0, thread))
+            self._asking[thread] += 1
+
+    def left(self, _connection: Any, record: Any) -> None:
+        with self._changed:
+            if thread := record.info.pop("thread", 0):
+                self._asking[thread] -= 1
+                self._changed.notify_all()
 
 
 def _claiming(self: Ledger, *what: Any) -> Any:
@@ -346,9 +379,11 @@ def _report() -> None:
     print(f"Process {os.getpid()} ends with threads {threads} and {own} connections made", flush=True)
 
 
-_deaf_is_done = threading.Event()
+_deaf_is_done, _alone = threading.Event(), Alone()
 _claim, Ledger.claim = Ledger.claim, _claiming  # type: ignore[method-assign]
 event.listen(Pool, "connect", _connected)
+event.listen(Pool, "checkout", _alone.came)
+event.listen(Pool, "checkin", _alone.left)
 event.listen(Engine, "before_cursor_execute", _executing)
 event.listen(Engine, "commit", _committing)
 atexit.register(_report)
