@@ -60,7 +60,7 @@ def kill_with_messages_in_hand(victim: Member, box: Letterbox, topic: str) -> No
 
 @pytest.mark.parametrize(
     ("database_url", "topic", "count", "batch"),
-    [("sqlite", "bulk", 20_000, 50), ("postgresql", "bulk", 20_000, 50), ("sqlite", "notes", 2_000, 20)],
+    [("sqlite", "bulk", 20_000, 50), ("postgresql", "bulk", 20_000, 50), ("sqlite", "notes", 800, 20)],
     indirect=["database_url"],
 )
 def test_half_of_eight_consumers_are_killed_while_messages_are_in_flight(
