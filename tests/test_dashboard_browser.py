@@ -31,7 +31,6 @@ AXE = Path(__file__).parent / "axe.min.js"
 pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on the PATH (apt install chromium)"),
-    pytest.mark.xdist_group("dashboard"),  # one server and one browser for them all
 ]
 
 

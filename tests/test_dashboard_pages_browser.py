@@ -28,7 +28,6 @@ __all__ = ["address", "app", "browser", "database", "opened", "session"]
 pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on the PATH (apt install chromium)"),
-    pytest.mark.xdist_group("dashboard-pages"),
 ]
 
 LEASE = timedelta(minutes=5)
