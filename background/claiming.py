@@ -1,21 +1,25 @@
-"""The statements that decide about one tick of one worker: claim it, skip it, or pass over missed ones before it.
+"""What decides about one tick of one worker: claim it, skip it, or record as missed those before it.
 
-Their values are those of `at_tick`; built once, as building takes longer than asking.
+The statements are built once, as building takes longer than asking. Their values are those of `at_tick`, with the
+instance's where an execution begins.
 """
 
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from datetime import datetime
-from typing import Any
+from enum import Enum
+from typing import Any, Literal, NamedTuple
 
 from sqlalchemy import (
     ColumnElement,
-    Float,
+    Connection,
+    Engine,
     Integer,
     Select,
     String,
     and_,
     bindparam,
     case,
-    cast,
     func,
     insert,
     literal,
@@ -25,13 +29,19 @@ from sqlalchemy import (
     true,
     update,
 )
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.sql.dml import ReturningInsert
 
-from .clock import UtcDateTime, now
+from .clock import UtcDateTime, elapsed, now, single_statements
 from .models import executions, may_be_run_again, workers
 from .schedule import MICROSECOND, parse_schedule
+from .sqlite import lock_soon
 
-MOST_EARLY_SECONDS = 0.1
+Values = Mapping[str, Any]
+
+_MOST_EARLY_SECONDS = 0.1
+_SERIALIZATION_FAILURE = "40001"
+IS_FREE = and_(workers.c.pending_tick.is_(None), workers.c.running.is_(None))
 NEW_TOKEN: dict[str, Any] = {"token": workers.c.token + 1, "running": workers.c.token + 1}
 
 
@@ -47,9 +57,7 @@ _is_in_force = workers.c.schedule == bindparam("by", type_=String())
 # Between the mark and this tick there is none; else those are written down as missed first.
 _is_next = or_(workers.c.mark >= _previous, workers.c.scheduled_at >= _previous)
 _may_be_decided = and_(_tick <= now(), _is_in_force, _is_next)
-_is_claimable = and_(
-    _may_be_decided, workers.c.paused_at.is_(None), workers.c.pending_tick.is_(None), workers.c.running.is_(None)
-)
+_is_claimable = and_(_may_be_decided, workers.c.paused_at.is_(None), IS_FREE)
 
 CLAIM = (
     update(workers)
@@ -78,13 +86,13 @@ MISS = (
 LOOK = select(
     _is_open.label("is_open"),
     and_(_is_open, _is_claimable).label("is_claimable"),
-    null().label("token"),
-    null().label("id"),
 ).where(_of_worker)
 
 
 def _look_and_claim() -> Select[Any]:
-    """The same look with the claim and its execution's row, in one statement of PostgreSQL's: an `id` says that it won.
+    """The same look with the claim and its execution's row, in one statement of PostgreSQL's.
+
+    Its row is whether the tick is open, and a `Started`, of which all is null where it was not claimed.
 
     While the tick is open, the worker's row is locked before it is judged: whoever waited sees it as it is then.
     """
@@ -95,9 +103,7 @@ def _look_and_claim() -> Select[Any]:
     started = _start(claimed.c.token, literal(1), literal("schedule")).cte("started")
     known = select(workers.c.name).where(_of_worker).cte("known")
     is_open = seen.c.name.is_not(None).label("is_open")
-    return select(is_open, seen.c.is_claimable, started.c.token, started.c.id).select_from(
-        known.outerjoin(seen, true()).outerjoin(started, true())
-    )
+    return select(is_open, *started.c).select_from(known.outerjoin(seen, true()).outerjoin(started, true()))
 
 
 def _start(token: ColumnElement[int], attempt: ColumnElement[int], trigger: ColumnElement[str]) -> ReturningInsert[Any]:
@@ -114,7 +120,7 @@ def _start(token: ColumnElement[int], attempt: ColumnElement[int], trigger: Colu
         "started_at": now(),
     }
     new = insert(executions).from_select(list(row), select(*row.values()))
-    return new.returning(*(executions.c[name] for name in ("id", "token", "attempt", "trigger")))
+    return new.returning(*(executions.c[name] for name in ("attempt", "token", "trigger", "id")))
 
 
 def _claim_pending_and_start() -> Select[Any]:
@@ -129,5 +135,119 @@ START = _start(
 
 
 # Whoever woke up a little early, by a wrong idea of the database's clock, waits there: asking again would cost more.
-_left = cast(func.extract("epoch", _tick - now()), Float)
-WAIT = func.pg_sleep(case((_left.between(0.0, MOST_EARLY_SECONDS), _left), else_=0.0))
+_left = elapsed(now(), _tick)
+WAIT = func.pg_sleep(case((_left.between(0.0, _MOST_EARLY_SECONDS), _left), else_=0.0))
+
+
+class NotClaimed(Enum):
+    """What a claim of a tick is answered where there is none; it counts as false."""
+
+    DECIDED = "somebody was here before"
+    HINDERED = "something is in the way"
+
+    def __bool__(self) -> Literal[False]:
+        return False
+
+
+DECIDED, HINDERED = NotClaimed.DECIDED, NotClaimed.HINDERED
+
+
+class Started(NamedTuple):
+    """The execution of a claim that was won."""
+
+    attempt: int
+    token: int
+    trigger: str
+    execution: int
+
+
+def start(connection: Connection, values: Values, token: int, attempt: int, trigger: str) -> Started:
+    """Write the execution's row of a claim that was won in this transaction."""
+    more = {"token": token, "attempt": attempt, "trigger": trigger}
+    return Started(*connection.execute(START, {**values, **more}).one())
+
+
+def _why_not(seen: Sequence[Any] | None) -> NotClaimed:
+    return HINDERED if seen is None or seen[0] else DECIDED  # None: nobody registered the worker yet
+
+
+class ClaimsOnSQLite:
+    """The only write lock there is comes first: whoever waited for it sees by one look what became of the tick."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def tick(self, values: Values) -> Started | NotClaimed:
+        """Claim a tick that may be claimed."""
+        with self._engine.begin() as connection:
+            lock_soon(connection)
+            seen = connection.execute(LOOK, values).one_or_none()
+            if seen is None or not seen.is_claimable:
+                return _why_not(seen)
+            token = connection.execute(CLAIM, values).scalar_one_or_none()
+            # None: somebody was here while this waited for the lock for longer.
+            return HINDERED if token is None else start(connection, values, token, 1, "schedule")
+
+    def pending(self, values: Values) -> Started | None:
+        """Claim a tick that is to be run again."""
+        with self._engine.begin() as connection:
+            row = connection.execute(CLAIM_PENDING, values).one_or_none()
+            return start(connection, values, *row) if row else None
+
+
+class _Together:
+    """Two statements of PostgreSQL's in one request, which is one transaction: the first sets limits to the second.
+
+    A request with parameters has one statement only, so what they stand for is written into its text, by the driver.
+    """
+
+    def __init__(self, engine: Engine, first: Select[*tuple[Any, ...]], second: Select[Any]) -> None:
+        self.second = second
+        self._first, self._second = first.compile(engine), second.compile(engine)
+
+    def row(self, connection: Connection, values: Values) -> Any:
+        """The second's only row as a tuple, or None."""
+        from psycopg import ClientCursor
+
+        driver: Any = connection.connection.driver_connection
+        cursor = ClientCursor(driver)
+        texts = (cursor.mogrify(str(each), each.construct_params(values)) for each in (self._first, self._second))
+        sent = connection.exec_driver_sql("; ".join(texts), execution_options={"no_parameters": True})
+        sent.cursor.nextset()
+        row = sent.cursor.fetchone()
+        sent.close()
+        return row
+
+
+class ClaimsOnPostgreSQL:
+    """One request looks, locks, claims and writes the execution's row. `limits` go with it, for its transaction."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        limits: Sequence[ColumnElement[str]],
+        begin: Callable[[], AbstractContextManager[Connection]],
+    ) -> None:
+        self._single, self._begin = single_statements(engine), begin
+        self._tick = _Together(engine, select(WAIT, *limits), LOOK_AND_CLAIM)
+        self._pending = _Together(engine, select(*limits), CLAIM_PENDING_AND_START)
+
+    def tick(self, values: Values) -> Started | NotClaimed:
+        """Claim a tick that may be claimed."""
+        row = self._sent(self._tick, values)
+        return _why_not(row) if row is None or row[-1] is None else Started(*row[1:])
+
+    def pending(self, values: Values) -> Started | None:
+        """Claim a tick that is to be run again."""
+        row = self._sent(self._pending, values)
+        return Started(*row) if row else None
+
+    def _sent(self, together: _Together, values: Values) -> Any:
+        try:
+            with self._single.connect() as connection:
+                return together.row(connection, values)
+        except OperationalError as error:  # by default this database isolates more strictly, and somebody was here
+            if getattr(error.orig, "sqlstate", None) != _SERIALIZATION_FAILURE:
+                raise
+        with self._begin() as connection:
+            return connection.execute(together.second, values).one_or_none()

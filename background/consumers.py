@@ -28,7 +28,7 @@ _STRANDED = "the reply to its claim got lost"
 _SLOT_SECONDS = 0.02
 _LONGEST_REST_SECONDS = 0.02
 _YIELDED_SECONDS = (0.02, 0.04)
-_LONGEST_WAIT_SECONDS = 1.0  # for that; by a clock that was set back, it may be hours away
+_LONGEST_WAIT_SECONDS = 1.0  # for the timer of that, which may be hours away by a clock that was set back
 
 
 class Consumers:
@@ -100,19 +100,17 @@ class Consumers:
 
     def _consume(self, worker: type[MessageWorker]) -> None:
         """Handle batch after batch, until none is due; whoever waits for a thread is let in between two."""
-        is_over, found = False, False
+        is_over = False
+        self._yielding.add(worker.topic)  # until it finds one
         try:
             while not is_over:
-                handled = self._next(worker)
-                found |= handled
-                is_over = not handled and self._ends(worker.topic)
+                is_over = not self._next(worker) and self._ends(worker.topic)
                 if not is_over and self._scheduler.is_awaited:
                     self._scheduler.soon(self._consume, worker)
                     is_over = True
         except SQLAlchemyError as error:  # the next heartbeat tries again
             log.warning("%s: cannot claim messages: %s", worker.name, first_line(error))
         finally:
-            (self._yielding.discard if found else self._yielding.add)(worker.topic)
             if not is_over:
                 with self._changed:
                     self._active[worker.topic] -= 1
@@ -137,6 +135,7 @@ class Consumers:
         batch = self._ticks.messages.claim(worker.name, topic, size, (instance.id, instance.name))
         if batch is None:
             return False
+        self._yielding.discard(topic)
         if len(batch.messages) == size:
             self.wake(topic)  # there may be more than one can handle
         self._handle(worker, batch, instance)

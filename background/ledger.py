@@ -1,12 +1,11 @@
-"""Who runs what: every statement that decides it (those about one tick in claiming.py). Each race is one of them."""
+"""Who runs what. Each race is one statement; those about one tick are in claiming.py."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from enum import Enum
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 from sqlalchemy import (
     ColumnElement,
@@ -26,8 +25,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from . import totals
-from .claiming import MISS, NEW_TOKEN, SKIP, at_tick
-from .claims import ClaimsOnPostgreSQL, ClaimsOnSQLite, Started, start
+from .claiming import IS_FREE, MISS, NEW_TOKEN, SKIP, ClaimsOnPostgreSQL, ClaimsOnSQLite, NotClaimed, at_tick, start
 from .clock import now, single_statements
 from .errors import ClaimLost
 from .models import executions, workers
@@ -55,19 +53,6 @@ class Claim:
         """The same for every attempt at this tick, and for no other tick."""
         kind = "" if self.trigger == "schedule" else f"{self.trigger}:"
         return f"{self.worker}:{kind}{self.tick.isoformat()}"
-
-
-class NotClaimed(Enum):
-    """What a claim of a tick is answered where there is none; it counts as false."""
-
-    DECIDED = "somebody was here before"
-    HINDERED = "something is in the way"
-
-    def __bool__(self) -> Literal[False]:
-        return False
-
-
-DECIDED, HINDERED = NotClaimed.DECIDED, NotClaimed.HINDERED
 
 
 @dataclass(frozen=True)
@@ -121,18 +106,19 @@ class Ledger:
     def __init__(self, engine: Engine, lease: float, ring: Callable[[], None]) -> None:
         self.engine, self.ring = engine, ring
         self._single = single_statements(engine)
-        self.insert = sqlite.insert if engine.dialect.name == "sqlite" else postgresql.insert
         self.idle: tuple[ColumnElement[str], ...] = ()
         self._limits: tuple[ColumnElement[str], ...] = ()
+        self.insert = sqlite.insert if engine.dialect.name == "sqlite" else postgresql.insert
+        self._claims: ClaimsOnSQLite | ClaimsOnPostgreSQL
         if engine.dialect.name == "sqlite":
-            self._claims: ClaimsOnSQLite | ClaimsOnPostgreSQL = ClaimsOnSQLite(engine)
-            return
-        # No transaction that holds a worker's row outlasts a lease, even if its process is frozen in the middle of it:
-        # PostgreSQL ends it. Set for one transaction, a run's last too: a pooler may stand in between.
-        self.idle = (_limit("idle_in_transaction_session_timeout", lease),)
-        waiting = _limit("lock_timeout", min(lease, _LOCK_SECONDS))
-        self._limits = (*self.idle, waiting, _limit("statement_timeout", lease))
-        self._claims = ClaimsOnPostgreSQL(engine, self._limits, self.begin)
+            self._claims = ClaimsOnSQLite(engine)
+        else:
+            # No transaction that holds a worker's row outlasts a lease, even if its process is frozen in the middle of
+            # it: PostgreSQL ends it. Set for one transaction, a run's last too: a pooler may stand in between.
+            self.idle = (_limit("idle_in_transaction_session_timeout", lease),)
+            waiting = _limit("lock_timeout", min(lease, _LOCK_SECONDS))
+            self._limits = (*self.idle, waiting, _limit("statement_timeout", lease))
+            self._claims = ClaimsOnPostgreSQL(engine, self._limits, self.begin)
 
     @contextmanager
     def begin(self) -> Iterator[Connection]:
@@ -165,16 +151,13 @@ class Ledger:
         A lock puts them in a line: the row's on PostgreSQL, and only while the tick is open; the only one on SQLite.
         The first raises the mark, and the rest find it raised, by the statement that they waited with.
         """
-        values = {**at_tick(name, tick, schedule), "on": instance[0], "on_name": instance[1]}
-        found = self._claims.tick(values)
-        if found and found.id is not None:
-            return Claim(name, tick, 1, found.token or 0, "schedule", found.id)
-        return HINDERED if found is None or found.is_open else DECIDED  # None: nobody registered the worker yet
+        started = self._claims.tick(at_tick(name, tick, schedule) | _values(name, tick, instance))
+        return Claim(name, tick, *started) if started else started
 
     def claim_pending(self, name: str, tick: datetime, instance: tuple[str, str]) -> Claim | None:
         """Claim a tick that was lost, handed back or requested. Others may be here: all that saw it pending."""
-        started = self._claims.pending({"of": name, "at": tick, "on": instance[0], "on_name": instance[1]})
-        return _claim(name, tick, started) if started else None
+        started = self._claims.pending(_values(name, tick, instance))
+        return Claim(name, tick, *started) if started else None
 
     def claim_manual(self, name: str, tick: datetime, instance: tuple[str, str]) -> Claim | None:
         """Claim a run that no schedule asked for; `tick` is the moment of asking. The mark stays where it is.
@@ -183,15 +166,11 @@ class Ledger:
         """
         with self.begin() as connection:
             token = connection.execute(
-                update(workers)
-                .where(workers.c.name == name, workers.c.pending_tick.is_(None), workers.c.running.is_(None))
-                .values(**NEW_TOKEN)
-                .returning(workers.c.token)
+                update(workers).where(workers.c.name == name, IS_FREE).values(**NEW_TOKEN).returning(workers.c.token)
             ).scalar_one_or_none()
             if token is None:
                 return None
-            values = {"of": name, "at": tick, "on": instance[0], "on_name": instance[1]}
-            return _claim(name, tick, start(connection, values, token, 1, "manual"))
+            return Claim(name, tick, *start(connection, _values(name, tick, instance), token, 1, "manual"))
 
     def request(self, name: str) -> bool:
         """Have whichever instance comes first claim a manual run; False where it runs, or is to be run, already.
@@ -201,7 +180,7 @@ class Ledger:
         with self.begin() as connection:
             asked = (
                 update(workers)
-                .where(workers.c.name == name, workers.c.pending_tick.is_(None), workers.c.running.is_(None))
+                .where(workers.c.name == name, IS_FREE)
                 .values(pending_tick=now(), pending_attempt=1, pending_trigger="manual")
             )
             requested = count(connection.execute(asked)) == 1
@@ -404,8 +383,8 @@ def _state(row: Row[Any]) -> WorkerState:
     )
 
 
-def _claim(name: str, tick: datetime, started: Started) -> Claim:
-    return Claim(name, tick, started.attempt, started.token, started.trigger, started.id)
+def _values(name: str, tick: datetime, instance: tuple[str, str]) -> dict[str, Any]:
+    return {"of": name, "at": tick, "on": instance[0], "on_name": instance[1]}
 
 
 def _limit(setting: str, seconds: float) -> ColumnElement[str]:

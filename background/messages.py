@@ -125,8 +125,7 @@ class Messages:
         """
         pause = delay.total_seconds() if delay else 0.0
         values = {"of": topic, "keyed": draft.key, "carried": draft.payload, "after": pause}
-        found = session.execute(self._enqueue, values).first()
-        return found[0] if found else None
+        return session.execute(self._enqueue, values).scalar()
 
     def _enqueueing(self) -> Any:
         after = bindparam("after", type_=Float)

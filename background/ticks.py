@@ -13,10 +13,11 @@ from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy.exc import SQLAlchemyError
 
+from .claiming import DECIDED, NotClaimed
 from .connections import Connections, again_if_stale, made_once
 from .errors import first_line
 from .instances import LEASE_IS_OVER, Heartbeat, Instance, Instances
-from .ledger import DECIDED, Claim, Ledger, NotClaimed, WorkerState
+from .ledger import Claim, Ledger, WorkerState
 from .listener import ring
 from .locks import Locks
 from .messages import Messages
@@ -50,7 +51,8 @@ class Ticks:
     ) -> Execution | None:
         """Run `tick` of `schedule`, if nobody has or does; None where it is not ours to run.
 
-        A loser learns that by one statement. `state`, if given, was read lately: then it is looked at first.
+        A loser learns that by one statement. `state`, if given, was read lately, and is looked at first: so that a tick
+        that was lost or handed back, whose mark is up already, is run again, and not taken for decided.
         """
         name, why = worker.name, "stopping"
         while not self.runs.stopping.is_set():
@@ -62,7 +64,7 @@ class Ticks:
                 state, again = self._cleared(worker, self._when_due(worker, tick, state))
                 if again and again.claim.tick == tick:
                     return again
-                if answer := _why_not(tick, state) or self._passed_over(tick, state):
+                if answer := _why_not(tick, state) or self._skipped_or_postponed(tick, state):
                     why = answer
                     break
                 schedule = state.schedule_text
@@ -76,7 +78,7 @@ class Ticks:
         log.debug("%s: not running the tick %s: %s", name, tick.isoformat(), why)
         return None
 
-    def _passed_over(self, tick: datetime, state: WorkerState) -> str | None:
+    def _skipped_or_postponed(self, tick: datetime, state: WorkerState) -> str | None:
         """Why `tick` is skipped now, or tried again later; None where it may be claimed."""
         why = _obstacle(state)
         if why and self._postpone(tick, state):

@@ -90,7 +90,7 @@ class WakeUps:
         try:
             is_ours = self._ticks.run(worker, tick, schedule) is not None
             # Whoever was not first lets the others go first next time: of several that claim at the same instant, all
-            # but one would wait for the first one's row or turn, to learn that they are too late.
+            # but one would wait for the first one's lock, to learn that they are too late.
             (self._yielding.discard if is_ours else self._yielding.add)(name)
         except InvalidSchedule as error:  # read just now; the next heartbeat says so
             log.debug("%s: not running the tick %s: %s", name, tick.isoformat(), error)

@@ -35,9 +35,9 @@ class Losses:
     def __init__(self, workers: BackgroundWorkerManager) -> None:
         self._ticks, self._call, self._counted = workers.ticks, threading.local(), Counter[int]()
         self._counting = threading.Lock()
-        self._run, self._passed_over = workers.ticks.run, workers.ticks._passed_over
+        self._run, self._pass_over = workers.ticks.run, workers.ticks._skipped_or_postponed
         workers.ticks.run = self._count  # type: ignore[method-assign]
-        workers.ticks._passed_over = self._note  # type: ignore[method-assign]
+        workers.ticks._skipped_or_postponed = self._note  # type: ignore[method-assign]
 
     def listen(self) -> None:
         """From when the engine's connections may be opened."""
@@ -47,13 +47,13 @@ class Losses:
         self._call.statements = getattr(self._call, "statements", 0) + 1
 
     def _note(self, *arguments: Any) -> Any:
-        self._call.is_passed_over = self._passed_over(*arguments)
-        return self._call.is_passed_over
+        self._call.is_no_loss = self._pass_over(*arguments)
+        return self._call.is_no_loss
 
     def _count(self, *arguments: Any) -> Any:
-        self._call.statements, self._call.is_passed_over = 0, False
+        self._call.statements, self._call.is_no_loss = 0, False
         found = self._run(*arguments)
-        if found is None and self._call.statements and not self._call.is_passed_over:
+        if found is None and self._call.statements and not self._call.is_no_loss:
             with self._counting:
                 self._counted[self._call.statements] += 1
         return found

@@ -74,7 +74,7 @@ MUTATIONS = (
         "the database's clock decides what is due",
         [
             Edit("background/claiming.py", "and_(_tick <= now(), ", "and_("),
-            Edit("background/claiming.py", "case((_left.between(0.0, MOST_EARLY_SECONDS), _left), else_=0.0)", "0.0"),
+            Edit("background/claiming.py", "case((_left.between(0.0, _MOST_EARLY_SECONDS), _left), else_=0.0)", "0.0"),
             Edit("background/ledger.py", "clock=row.clock,", "clock=__import__('datetime').datetime.now(UTC),"),
             Edit("background/ledger.py", "from datetime import datetime", "from datetime import UTC, datetime"),
         ],

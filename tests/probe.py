@@ -6,7 +6,6 @@ import os
 import signal
 import threading
 import time
-from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -320,14 +319,14 @@ class Alone:
     """Has nobody else of this process ask a database meanwhile: who is frozen with SQLite's lock keeps it from all."""
 
     def __init__(self) -> None:
-        self._asking: Counter[int] = Counter()
+        self._asking: list[int] = []  # the threads
         self._changed, self._thread = threading.Condition(), 0
 
     def __enter__(self) -> None:
         with self._changed:
             self._thread = threading.get_ident()
             # In vain where another waits for a lock that this one has.
-            self._changed.wait_for(lambda: set(+self._asking) <= {self._thread}, timeout=0.5)
+            self._changed.wait_for(lambda: set(self._asking) <= {self._thread}, timeout=0.5)
 
     def __exit__(self, *_: object) -> None:
         with self._changed:
@@ -338,12 +337,12 @@ class Alone:
         with self._changed:
             thread = record.info["thread"] = threading.get_ident()
             self._changed.wait_for(lambda: self._thread in (0, thread))
-            self._asking[thread] += 1
+            self._asking.append(thread)
 
     def left(self, _connection: Any, record: Any) -> None:
         with self._changed:
             if thread := record.info.pop("thread", 0):
-                self._asking[thread] -= 1
+                self._asking.remove(thread)
                 self._changed.notify_all()
 
 

@@ -18,7 +18,7 @@ from sqlalchemy.exc import OperationalError
 
 from background import BackgroundWorkerManager, WorkerContext
 from background import models as tables
-from background.ledger import DECIDED, HINDERED
+from background.claiming import DECIDED, HINDERED
 from background.worker import declared_schedule
 
 MINUTE = timedelta(minutes=1)
