@@ -191,6 +191,7 @@ class MessageContext(WorkerContext):
 
     def handled(self, *messages: "Message") -> None:
         """The next commit acknowledges them, together with what the session holds."""
+        self.session.flush()  # `book.stock = Book.stock + 1` by the next one would replace this one's
         self._refuse_if_rolled_back()
         self._handled += [message.id for message in messages]
         self._transaction = self._transaction or self.session.get_transaction()

@@ -45,11 +45,12 @@ def test_the_example_of_a_message_works_when_it_is_pasted(fleet: Fleet) -> None:
         db.session.add(Book(title="Emma", author="Jane Austen", price_cents=900, stock=1))
         exec(enqueueing, pasted)
         exec(enqueueing, pasted)
+        current_workers.enqueue_many("deliveries", [{"book": 1, "copies": copies} for copies in (2, 3)])
         db.session.commit()
     manager.start()
-    wait_until(lambda: [row.state for row in fleet.messages()] == ["done"], "the delivery")
+    wait_until(lambda: [row.state for row in fleet.messages()] == ["done"] * 3, "the deliveries")
     with manager.app.app_context():
-        assert db.session.scalars(db.select(Book.stock)).all() == [11]
+        assert db.session.scalars(db.select(Book.stock)).all() == [16]
 
 
 def test_the_example_of_a_signal_works_when_it_is_pasted(fleet: Fleet, caplog: pytest.LogCaptureFixture) -> None:
