@@ -133,6 +133,9 @@ def why_not(url: URL, error: DBAPIError) -> str:
     if url.password:
         reason = reason.replace(str(url.password), "***")
     if url.get_backend_name() == "sqlite":
+        folder = Path(str(url.database)).parent
+        if not folder.is_dir():
+            return f"The folder {folder} of the database file does not exist: make it, or correct DATABASE_URL."
         return f"The database file {url.database} cannot be used ({reason}); expected a SQLite database."
     if getattr(error.orig, "sqlstate", None) == "3D000" or f'database "{url.database}" does not exist' in reason:
         return (

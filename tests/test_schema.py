@@ -408,6 +408,10 @@ def test_a_password_in_the_url_is_hidden_in_every_sentence() -> None:
     [
         ("postgresql://reader:sekrit@127.0.0.1:1/shop", r"^Error: The database postgresql://.* cannot be reached"),
         ("sqlite:///{folder}", r"^Error: The database file .* cannot be used"),
+        (
+            "sqlite:///{folder}/none/shop.sqlite",
+            r"^Error: The folder .*/none of the database file does not exist: make",
+        ),
     ],
 )
 def test_migrating_a_database_that_cannot_be_used_is_a_sentence(tmp_path: Path, url: str, said: str) -> None:
