@@ -15,13 +15,13 @@ from sqlalchemy.exc import SQLAlchemyError
 from .clock import steady
 from .connections import again_if_stale
 from .consumers import Consumers
-from .errors import BackgroundError, first_line
+from .errors import first_line
 from .instances import LEASE_IS_OVER, OFFSET_WARNED, Heartbeat, Instance, Pulse
 from .ledger import WorkerState
 from .listener import Listener
 from .scheduler import Scheduler
 from .ticks import Ticks
-from .wake_ups import WakeUps
+from .wake_ups import WakeUps, unless_expected
 from .worker import MessageWorker, PeriodicWorker, declared_schedule
 
 log = logging.getLogger(__name__)
@@ -109,7 +109,7 @@ class Membership:
             self._admit(list(self._workers))
         except Exception as error:  # nobody else would try again
             level = logging.ERROR if first_line(error) != self._said else logging.DEBUG
-            log.log(level, "The workers cannot start yet: %s", first_line(error), exc_info=_unless_expected(error))
+            log.log(level, "The workers cannot start yet: %s", first_line(error), exc_info=unless_expected(error))
             self._said = first_line(error)
             self._wake_ups.later("join", failures, self._join)
             return
@@ -306,7 +306,7 @@ class Membership:
         self._pulse = None  # what came with it may not have been taken in
         level = logging.DEBUG if self._failing_since else logging.WARNING  # once per outage
         self._failing_since = self._failing_since or steady()
-        log.log(level, "No heartbeat: %s", first_line(error), exc_info=_unless_expected(error))
+        log.log(level, "No heartbeat: %s", first_line(error), exc_info=unless_expected(error))
 
     def _deadline(self) -> float:
         return instance.deadline if (instance := self._ticks.instance) else 0.0
@@ -322,8 +322,3 @@ class Membership:
 
 def _spread() -> float:
     return random.uniform(*_SPREAD_SECONDS)  # noqa: S311 - no secret
-
-
-def _unless_expected(error: Exception) -> Exception | None:
-    """The error itself, for the log to show its traceback, where its text alone says too little."""
-    return None if isinstance(error, BackgroundError | SQLAlchemyError | OSError) else error

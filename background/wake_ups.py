@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from .errors import InvalidSchedule, first_line
+from .errors import BackgroundError, InvalidSchedule, first_line
 from .ledger import WorkerState
 from .scheduler import Scheduler
 from .ticks import Ticks
@@ -94,10 +94,16 @@ class WakeUps:
             (self._yielding.discard if is_ours else self._yielding.add)(name)
         except InvalidSchedule as error:  # read just now; the next heartbeat says so
             log.debug("%s: not running the tick %s: %s", name, tick.isoformat(), error)
-        except SQLAlchemyError as error:
+        except Exception as error:  # nobody else here would try again
             level = logging.DEBUG if failures else logging.WARNING  # once per tick
-            log.log(level, "%s: cannot claim the tick %s yet: %s", name, tick.isoformat(), first_line(error))
+            said = name, tick.isoformat(), first_line(error)
+            log.log(level, "%s: cannot claim the tick %s yet: %s", *said, exc_info=unless_expected(error))
             self.later(f"retry:{name}", failures, self._fire, name, tick, schedule)
 
     def _now(self) -> datetime:
         return instance.database_time() if (instance := self._ticks.instance) else datetime.now(UTC)
+
+
+def unless_expected(error: Exception) -> Exception | None:
+    """The error itself, for the log to show its traceback, where its text alone says too little."""
+    return None if isinstance(error, BackgroundError | SQLAlchemyError | OSError) else error

@@ -1,10 +1,11 @@
 """Who runs which tick: claims, marks, and an answer for every tick that was not run."""
 
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from fleet import HOUR, PATIENCE, Fleet, Hourly, Shared, at_once, effect, in_thr
 from nursery import Nursery
 from processes import environment
 from sqlalchemy import Connection, delete, event, text, update
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DatabaseError, OperationalError
 
 from background import BackgroundWorkerManager, WorkerContext
 from background import models as tables
@@ -365,6 +366,7 @@ def test_whoever_comes_too_late_does_not_wait_for_a_run_that_keeps_the_write_loc
     with writing(fleet), statements(manager.ticks.ledger.engine) as seen:
         assert manager.ticks.run(Hourly, last_hour(), schedule) is None
     assert [each.split()[0] for each in seen] == ["SELECT"]
+    assert patience_of_pooled(manager) == 30_000
 
 
 @on_sqlite
@@ -381,6 +383,37 @@ def test_whoever_finds_a_tick_open_while_the_write_lock_is_kept_claims_it_afterw
                 wait_until(lambda: len(seen) == 2, "the claim's wait")
                 first.execute(update(tables.workers).values(mark=mark))
             assert bool(second.result(PATIENCE)) is claimed
+
+
+def patience_of_pooled(manager: BackgroundWorkerManager) -> object:
+    """How long (ms) the connection that claims waits for the lock in other statements."""
+    with manager.ticks.ledger.engine.connect() as connection:
+        return connection.exec_driver_sql("PRAGMA busy_timeout").scalar()
+
+
+@on_sqlite
+def test_a_claim_of_a_file_that_is_no_database_for_a_moment_fails_as_any_other_and_is_made_afterwards(
+    fleet: Fleet,
+) -> None:
+    manager = fleet.manager(Hourly)
+    schedule, path = manager.ticks.look(Hourly).schedule_text, Path(str(fleet.engine.url.database))
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        write = "UPDATE background_workers SET token = token + 1"  # whoever reads next reads the file anew
+        other.execute(write)
+        other.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        page = path.read_bytes()[:4096]
+        overwrite(path, bytes(4096))
+        with pytest.raises(DatabaseError, match="not a database"):
+            manager.ticks.ledger.claim("hourly", last_hour(), schedule, ("id", "name"))
+        overwrite(path, page)
+        other.execute(write)
+    assert patience_of_pooled(manager) == 30_000
+    assert manager.ticks.ledger.claim("hourly", last_hour(), schedule, ("id", "name"))
+
+
+def overwrite(path: Path, page: bytes) -> None:
+    with path.open("r+b") as file:
+        file.write(page)
 
 
 def test_a_winner_claims_with_one_request_of_postgresqls_and_a_look_and_two_writes_of_sqlites(fleet: Fleet) -> None:

@@ -214,6 +214,24 @@ def joined(fleet: Fleet) -> tuple[Membership, datetime]:
     return membership, ticks(fleet, "rarely")[0] + Rarely.period
 
 
+def test_a_tick_whose_claim_fails_by_what_nobody_expects_is_claimed_again(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    manager = fleet.manager(Rarely)
+    claim, failures = manager.ticks.ledger.claim, [ZeroDivisionError("out of nowhere")]
+
+    def fail_once(*what: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return claim(*what)
+
+    monkeypatch.setattr(manager.ticks.ledger, "claim", fail_once)
+    manager.start()
+    wait_until(lambda: fleet.states() == ["succeeded"], "the run")
+    assert "cannot claim the tick" in caplog.text
+    assert "Traceback" in caplog.text
+
+
 def test_a_tick_that_was_fired_by_a_wrong_clock_is_fired_again(fleet: Fleet) -> None:
     membership, tick = joined(fleet)
     schedule = membership._ticks.look(Rarely).schedule_text
