@@ -47,6 +47,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, interrupt)
     logs = Path(tempfile.mkdtemp(prefix="bookstore-soak-logs-"))
     is_fine = False
+    print(f"A table follows in {arguments.minutes:g} minutes, and what it takes to start and end", flush=True)
     try:
         with database(arguments.engine, arguments.processes) as where:
             is_fine = soak(where, logs, arguments)
@@ -55,6 +56,7 @@ def main() -> None:
             shutil.rmtree(logs)
         else:
             print(f"The logs are kept in {logs}", flush=True)
+    print("The promise was kept" if is_fine else "The promise was broken")
     sys.exit(0 if is_fine else 1)
 
 
