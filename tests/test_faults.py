@@ -82,8 +82,11 @@ def test_what_a_process_committed_before_it_was_killed_is_not_run_again(shops: S
     assert eventually(lambda: len(effects.ticks()) >= 5)  # which is more than the victim's lease
     first, *_ = effects.check_once()
     assert (first.pid, first.attempt) == (victim.pid, 1)
-    # Of that tick: on a busy machine the next one may have been the victim's already, and lost.
-    assert [row["state"] for row in effects.history("ticker") if row["tick"] == first.tick] == ["succeeded"]
+    history = effects.history("ticker")
+    assert [row["state"] for row in history if row["tick"] == first.tick] == ["succeeded"]
+    # On a busy machine the next tick may have been the victim's already, and lost; none of the others' is.
+    others_states = {row["state"] for row in history if not str(row["instance_name"]).endswith(f":{victim.pid}")}
+    assert others_states <= {"succeeded", "missed", "skipped", "running"}
 
 
 def test_a_worker_that_kills_its_process_is_given_up_and_the_last_process_lives_on(

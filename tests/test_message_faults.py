@@ -171,7 +171,8 @@ def test_a_process_that_wakes_with_the_write_lock_of_sqlite_after_its_lease_is_d
     zombie.thaw()
     zombie.wait_for("begins anew")
     assert eventually(box.are_over)
-    assert min(effect.attempt for effect in box.check_all_done()) == attempt
+    attempts = {effect.attempt for effect in box.check_all_done()}
+    assert attempts == {attempt} or (at == "effect" and min(attempts) == attempt)
     assert box.errors(box.rows()[0].id)[:1] == ([(1, EXPIRED)] if attempt > 1 else [])
 
 
