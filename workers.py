@@ -33,6 +33,7 @@ class PassiveUserCheckerWorker(PeriodicWorker):
     """Set users who have not logged in for 30 days (PASSIVE_AFTER_DAYS) to passive."""
 
     period = timedelta(minutes=10)
+    run_on_first_start = True
 
     def do_work(self, context: WorkerContext) -> None:
         context.logger.info("Starting: Setting status of inactive users...")
@@ -139,6 +140,7 @@ class SystemHealthWorker(PeriodicWorker):
     """Write down every minute how quick the database is, how full the disk, and how long the queue."""
 
     period = timedelta(minutes=1)
+    run_on_first_start = True
 
     def do_work(self, context: WorkerContext) -> None:
         waiting, dead = context.session.execute(select(_number_of("waiting"), _number_of("dead"))).one()

@@ -282,10 +282,13 @@ class BackgroundWorkerManager:
     # -- ticking and steering ------------------------------------------------------------------
 
     def tick(self, name: str, at: datetime) -> Execution | None:
-        """Run the tick of worker `name` at `at` (aware; the latest tick up to then), if nobody has or does.
+        """Run the tick of worker `name` at `at` (aware; the latest tick up to then), unless an instance has or does.
 
-        Returns what became of it, or None where it was not this call's to run. Waits for the database's clock
+        Returns the execution, or None where the tick was not this call's to run. Waits for the database's clock
         to reach the tick, at most one lease. Raises UnknownWorker, and what the database raises.
+
+        A worker that is new to the database begins with the next tick (see `run_on_first_start`), so its latest one
+        is not run. Only where `at` is a tick itself does the worker begin with that one.
         """
         worker = self._known(name)
         if not isinstance(at, datetime) or at.tzinfo is None:
@@ -296,8 +299,9 @@ class BackgroundWorkerManager:
             log.debug("%s: not running a tick: it is disabled here (enabled = False)", name)
             return None
         self._reopen()
-        state = self.ticks.look(worker)
-        return self.ticks.run(worker, state.schedule.previous(at.astimezone(UTC)), state.schedule_text, state)
+        at = at.astimezone(UTC)
+        state = self.ticks.look(worker, asked=at)
+        return self.ticks.run(worker, state.schedule.previous(at), state.schedule_text, state)
 
     def trigger(self, name: str) -> Execution | None:
         """Run worker `name` now, here, whatever its schedule says; None where it is running already.

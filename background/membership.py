@@ -22,7 +22,7 @@ from .listener import Listener
 from .scheduler import Scheduler
 from .ticks import Ticks
 from .wake_ups import WakeUps, unless_expected
-from .worker import MessageWorker, PeriodicWorker, declared_schedule
+from .worker import MessageWorker, PeriodicWorker, begins, declared_schedule
 
 log = logging.getLogger(__name__)
 
@@ -208,9 +208,11 @@ class Membership:
             self._scheduler.soon(self._declare, stale)
 
     def _declare(self, names: list[str]) -> None:
-        schedules = {name: declared_schedule(self._workers[name]) for name in names if name in self._workers}
+        ours = {name: self._workers[name] for name in names if name in self._workers}
+        schedules = {name: declared_schedule(worker) for name, worker in ours.items()}
         self._declared |= {name: str(schedule) for name, schedule in schedules.items()}
-        self._ticks.steering.register(schedules, instance.id if (instance := self._ticks.instance) else None)
+        instance = self._ticks.instance
+        self._ticks.steering.register(schedules, instance.id if instance else None, begins(ours.values()))
 
     def _heard(self, topic: str) -> None:
         if topic:

@@ -22,6 +22,7 @@ class PruneHistoryWorker(PeriodicWorker):
     """
 
     period = timedelta(hours=1)
+    run_on_first_start = True
 
     def do_work(self, context: WorkerContext) -> None:
         _prune_executions(context)

@@ -1,16 +1,20 @@
 """What releases and people decide for the whole fleet, schedules and pauses; the workers' rows tell everybody."""
 
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import datetime
+from types import MappingProxyType
 from typing import Any
 
-from sqlalchemy import and_, case, func, null, select, update
+from sqlalchemy import and_, case, func, literal, null, select, update
 
-from .clock import now
+from .clock import UtcDateTime, now
 from .errors import InvalidSchedule
 from .ledger import Ledger, count
 from .models import executions, workers
 from .schedule import Schedule, parse_schedule
+
+NO_PAST: Mapping[str, datetime | None] = MappingProxyType({})
 
 
 class Steering:
@@ -19,18 +23,30 @@ class Steering:
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
 
-    def register(self, schedules: dict[str, Schedule], instance: str | None = None) -> None:
+    def register(
+        self,
+        schedules: dict[str, Schedule],
+        instance: str | None = None,
+        first: Mapping[str, datetime | None] = NO_PAST,
+    ) -> None:
         """Make the rows of this release's workers; a changed declaration replaces the one in force.
 
-        What `reschedule` set stays in force, across deploys too.
+        What `reschedule` set stays in force, across deploys too. The first tick of a new worker is the next one. A
+        moment in `first` replaces the present: then it is the next one after that. None there allows every past tick.
         """
         with self._ledger.begin() as connection:
             known = {row.name: row for row in connection.execute(select(workers, now().label("clock")))}
+            clock = connection.execute(select(now())).scalar_one()
             for name, schedule in sorted(schedules.items()):  # so that two of them wait for each other in one order
                 declared = {"declared": str(schedule), "declared_by": instance}
                 if (row := known.get(name)) is None:
+                    begin = first.get(name, clock)
                     new = self._ledger.insert(workers).values(
-                        name=name, schedule=str(schedule), scheduled_at=now(), **_as_before(name), **declared
+                        name=name,
+                        schedule=str(schedule),
+                        scheduled_at=now(),
+                        **_as_before(name, schedule.previous(min(begin, clock)) if begin else None),
+                        **declared,
                     )
                     connection.execute(new.on_conflict_do_nothing())
                 elif row.declared != str(schedule):
@@ -65,15 +81,18 @@ class Steering:
             return count(connection.execute(statement)) == 1
 
 
-def _as_before(name: str) -> dict[str, Any]:
-    """What the history knows of a worker whose row somebody deleted: no token twice, and no tick that was decided."""
+def _as_before(name: str, mark: datetime | None) -> dict[str, Any]:
+    """The token and the mark of a worker without a row.
+
+    A row that was deleted by hand comes back with what the history says: no token and no tick repeats. Without a
+    history the worker is new, and `mark` is its mark.
+    """
     own = executions.c.worker == name
     decided = own, executions.c.trigger == "schedule", executions.c.state.not_in(("running", "lost", "handed back"))
+    newest = func.max(func.coalesce(executions.c.through, executions.c.tick))
     return {
         "token": select(func.coalesce(func.max(executions.c.token), 0)).where(own).scalar_subquery(),
-        "mark": select(func.max(func.coalesce(executions.c.through, executions.c.tick)))
-        .where(*decided)
-        .scalar_subquery(),
+        "mark": select(func.coalesce(newest, literal(mark, UtcDateTime()))).where(*decided).scalar_subquery(),
     }
 
 

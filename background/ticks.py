@@ -22,9 +22,10 @@ from .listener import ring
 from .locks import Locks
 from .messages import Messages
 from .runs import Execution, Runs, follows
+from .schedule import MICROSECOND
 from .signals import execution_handed_back, execution_lost, send
 from .steering import Steering
-from .worker import PeriodicWorker, attempt_after, declared_schedule
+from .worker import PeriodicWorker, attempt_after, begins, declared_schedule
 
 log = logging.getLogger(__name__)
 
@@ -102,11 +103,17 @@ class Ticks:
         """A tick that was lost or handed back, if nobody else has taken it meanwhile."""
         return self._claim_and_run(worker, partial(self.ledger.claim_pending, worker.name, tick)) or None
 
-    def look(self, worker: type[PeriodicWorker]) -> WorkerState:
-        """The worker's state, in one read once its row is there."""
+    def look(self, worker: type[PeriodicWorker], asked: datetime | None = None) -> WorkerState:
+        """The worker's state, in one read once its row is there.
+
+        A caller that names a tick, `asked`, of a worker without a row has the worker begin with that tick.
+        """
         state = self.ledger.look(worker.name)
         if state is None:
-            self.steering.register({worker.name: declared_schedule(worker)})
+            schedule, first = declared_schedule(worker), begins([worker])
+            if asked is not None and schedule.previous(asked) == asked:
+                first = {worker.name: asked - MICROSECOND, **first}
+            self.steering.register({worker.name: schedule}, first=first)
             state = self.ledger.look(worker.name)
             assert state is not None  # noqa: S101 - the row was just written
         return state

@@ -42,10 +42,14 @@ class WakeUps:
                 self._arm(name, after=self._now(), no_later_than=self._armed[name])
 
     def arm_first(self, name: str) -> None:
-        """Begin with the latest tick, or with the next one where the worker does not catch up."""
-        worker = self._workers.get(name)
+        """Begin with the latest tick, or with the next one where the worker does not catch up.
+
+        The latest tick of a worker without a row counts as decided, unless the worker asks for it.
+        """
+        worker, state = self._workers.get(name), self._states.get(name)
         if worker is not None and worker.enabled:
-            self._arm(name, after=None if worker.catch_up else self._now())
+            is_first = worker.run_on_first_start and (state is None or state.mark is None)
+            self._arm(name, after=None if worker.catch_up or is_first else self._now())
 
     def disarm(self, name: str) -> None:
         """Wake up for a worker no more."""

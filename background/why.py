@@ -181,11 +181,11 @@ def _unrecorded(around: Surroundings, known: Known, tick: datetime) -> tuple[str
         )
     if tick < state.scheduled_at and around.at < state.scheduled_at:
         return "before", _before(around, state)
-    if state.mark is not None and tick <= state.mark:
-        return _without_row(around, known, tick)
     if tick < state.scheduled_at and not (state.mark is None and around.alive):
         first = state.schedule.next(state.scheduled_at)
         return "before", f"is older than its schedule ({_since(state)}), whose first tick is {moment(first)}"
+    if state.mark is not None and tick <= state.mark:
+        return _without_row(around, known, tick)
     return _untaken(around, known, tick, state)
 
 

@@ -2,8 +2,8 @@
 
 import inspect
 import re
-from collections.abc import Awaitable, Callable, Sequence
-from datetime import timedelta
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from .context import WorkerContext
@@ -29,7 +29,9 @@ class PeriodicWorker:
     enabled: ClassVar[bool] = True
     """False: registered and shown, but never started by a tick."""
     catch_up: ClassVar[bool] = True
-    """Whether a start runs the latest tick, if nobody did; False waits for the next one."""
+    """Whether a start runs the latest tick if no instance did; False waits for the next one."""
+    run_on_first_start: ClassVar[bool] = False
+    """Whether a worker that is new to the database begins with its latest tick; by default it begins with the next."""
     max_attempts: ClassVar[int] = 3
     """How often a tick is tried whose instance died, or lost the database; one that was handed back does not count."""
     on_lost: ClassVar[Literal["retry", "skip"]] = "retry"
@@ -105,6 +107,7 @@ def declared_schedule(cls: type[PeriodicWorker]) -> Schedule:
         ("jitter", *_DURATION, _is_duration(cls.jitter, least=0)),
         ("enabled", "True or False", isinstance(cls.enabled, bool)),
         ("catch_up", "True or False", isinstance(cls.catch_up, bool)),
+        ("run_on_first_start", "True or False", isinstance(cls.run_on_first_start, bool)),
     )
     if cls.period is not None:
         _check_attributes(cls, ("jitter", f"at most its period, {cls.period}", cls.jitter <= cls.period))
@@ -118,7 +121,7 @@ def declared_topic(cls: type[MessageWorker]) -> str:
     _refuse_generators(cls, cls.handle, cls.handle_many)
     if handlers == 2:
         raise InvalidWorker(f"{cls.__name__} has both handle and handle_many; expected one of them: remove the other.")
-    if misplaced := sorted({"period", "cron", "timeout", "on_lost", "catch_up", "jitter", "enabled"} & set(dir(cls))):
+    if misplaced := sorted(_OF_TICKS & set(dir(cls))):
         raise InvalidWorker(
             f"{cls.__name__}.{misplaced[0]} is for a PeriodicWorker only; expected topic, batch_size, max_attempts, "
             f"backoff and concurrency on a MessageWorker: remove it."
@@ -134,6 +137,7 @@ def declared_topic(cls: type[MessageWorker]) -> str:
     return cls.topic
 
 
+_OF_TICKS = {"period", "cron", "timeout", "on_lost", "catch_up", "run_on_first_start", "jitter", "enabled"}
 _NAME = "1 to 100 letters, digits, '_', '-' or '.'"
 _COUNT = ("a whole number of at least 1",)
 _DURATION = ("a timedelta of at least 0",)
@@ -167,6 +171,11 @@ def _check_attributes(cls: AnyWorker, *checked: tuple[str, str, bool]) -> None:
 def attempt_after(cls: type[PeriodicWorker], attempt: int) -> int | None:
     """The number of the try that follows one that was lost; None if none follows."""
     return attempt + 1 if cls.on_lost == "retry" and attempt < cls.max_attempts else None
+
+
+def begins(workers: Iterable[type[PeriodicWorker]]) -> dict[str, datetime | None]:
+    """By name, for a database that is new to them: None for each worker that may begin with a past tick."""
+    return {worker.name: None for worker in workers if worker.run_on_first_start}
 
 
 def _is_name(value: object) -> bool:

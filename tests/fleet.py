@@ -42,6 +42,7 @@ class Hourly(PeriodicWorker):
     """A worker that leaves one effect per run; the tests' workers are its children."""
 
     period = HOUR
+    run_on_first_start = True
 
     def do_work(self, context: WorkerContext) -> None:
         effect(context)

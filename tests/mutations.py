@@ -66,6 +66,11 @@ MUTATIONS = (
         ["tests/test_context.py", "-k", "token_moved_on"],
     ),
     Mutation(
+        "a new worker runs no tick from before it was registered",
+        [Edit("background/steering.py", "schedule.previous(min(begin, clock)) if begin else None", "None")],
+        ["tests/test_manager.py", "-k", "from_before_it_was_registered"],
+    ),
+    Mutation(
         "ticks are aligned to the epoch",
         [Edit("background/schedule.py", "EPOCH = datetime(1970, 1, 1, tzinfo=UTC)", "EPOCH = datetime.now(UTC)")],
         ["tests/test_schedule.py", "-k", "epoch"],

@@ -90,6 +90,7 @@ class Listener(PeriodicWorker):
 
     name = "listener"
     period = RARELY
+    run_on_first_start = True
 
     def do_work(self, context: WorkerContext) -> None:
         leave(context, os.getpid(), "began")
@@ -106,6 +107,7 @@ class Deaf(PeriodicWorker):
 
     name = "deaf"
     period = RARELY
+    run_on_first_start = True
 
     def do_work(self, context: WorkerContext) -> None:
         context.logger.info("The deaf one began")
@@ -127,6 +129,7 @@ class Holder(PeriodicWorker):
 
     name = "holder"
     period = RARELY
+    run_on_first_start = True
 
     def do_work(self, context: WorkerContext) -> None:
         leave(context, os.getpid())
@@ -154,6 +157,7 @@ class Locker(PeriodicWorker):
 
     name = "locker"
     period = RARELY
+    run_on_first_start = True
 
     def do_work(self, context: WorkerContext) -> None:
         with current_workers.lock("invoice-42") as lock:
@@ -173,6 +177,7 @@ class Forker(PeriodicWorker):
 
     name = "forker"
     period = RARELY
+    run_on_first_start = True
 
     def do_work(self, context: WorkerContext) -> None:
         manager = the_manager()
@@ -195,6 +200,7 @@ class Killer(PeriodicWorker):
 
     name = "killer"
     period = RARELY
+    run_on_first_start = True
 
     def do_work(self, context: WorkerContext) -> None:
         leave(context, os.getpid())
@@ -207,6 +213,7 @@ class Hog(PeriodicWorker):
 
     name = "hog"
     period = RARELY
+    run_on_first_start = True
 
     def do_work(self, context: WorkerContext) -> None:
         context.logger.info("The hog began")
@@ -288,6 +295,7 @@ class Sender(PeriodicWorker):
 
     name = "sender"
     period = RARELY
+    run_on_first_start = True
 
     def do_work(self, context: WorkerContext) -> None:
         reach("handling")

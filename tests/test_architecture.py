@@ -61,7 +61,7 @@ def test_the_public_names_are_all_there() -> None:
     [
         (
             background.PeriodicWorker,
-            "name period cron timezone enabled catch_up max_attempts on_lost timeout jitter do_work",
+            "name period cron timezone enabled catch_up run_on_first_start max_attempts on_lost timeout jitter do_work",
         ),
         (background.WorkerContext, "services session commit progress raise_if_stopping"),
         (

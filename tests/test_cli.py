@@ -39,6 +39,7 @@ Running = Callable[..., AbstractContextManager[Process]]
 
 class Greet(PeriodicWorker):
     period = 10 * MINUTE
+    run_on_first_start = True
 
     def do_work(self, context: WorkerContext) -> None:
         pass
@@ -52,6 +53,7 @@ class Weekly(Greet):
 
 class Stumble(PeriodicWorker):
     cron = "*/5 * * * *"
+    run_on_first_start = True
 
     def do_work(self, context: WorkerContext) -> None:
         raise ValueError("no such\x1b[31m book")
@@ -75,6 +77,7 @@ class Interrupted(Greet):
 
 class InterruptedAsync(PeriodicWorker):
     period = 10 * MINUTE
+    run_on_first_start = True
 
     async def do_work(self, context: WorkerContext) -> None:
         os.kill(os.getpid(), signal.SIGINT)

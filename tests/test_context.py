@@ -712,6 +712,7 @@ def test_a_run_that_holds_the_write_lock_longer_than_the_lease_keeps_its_claim(f
 
     class Orphaned(Hourly):
         catch_up = False
+        run_on_first_start = False
 
     manager, ghost = fleet.manager(Holding, Orphaned, WORKERS_LEASE_SECONDS=1.5), Instance(HOUR)
     manager.ticks.instances.beat(ghost)

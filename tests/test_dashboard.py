@@ -23,6 +23,7 @@ class Talker(PeriodicWorker):
 
     period = timedelta(minutes=10)
     ends_well = True
+    run_on_first_start = True
 
     def do_work(self, context: WorkerContext) -> None:
         context.logger.warning("Saying %s", EVIL)

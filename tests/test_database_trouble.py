@@ -42,6 +42,7 @@ class Daily(PeriodicWorker):
     """Leaves its effect, and waits to be let go before it ends."""
 
     period = RARELY
+    run_on_first_start = True
     began: threading.Semaphore
     go_on: threading.Event
 
@@ -211,6 +212,7 @@ def test_who_is_in_a_black_hole_is_told_refused_taken_over_and_works_again_after
 
     class Listener(PeriodicWorker):
         period = RARELY
+        run_on_first_start = True
 
         def do_work(self, context: WorkerContext) -> None:
             leave(context, os.getpid())

@@ -44,6 +44,7 @@ class Host:
 
 class Noting(PeriodicWorker):
     period = timedelta(days=300)
+    run_on_first_start = True
 
     def do_work(self, context: WorkerContext) -> None:
         context.session.execute(self.notes.insert().values(text="a tick"))
@@ -93,6 +94,7 @@ def test_the_engines_defaults_are_those_that_the_shop_documents() -> None:
 def test_services_are_there_whether_or_not_the_application_uses_svcs(host: Host) -> None:
     class Serving(PeriodicWorker):
         period = timedelta(hours=1)
+        run_on_first_start = True
 
         def do_work(self, context: WorkerContext) -> None:
             context.session.execute(Noting.notes.insert().values(text=context.services.get(str)))
@@ -119,6 +121,7 @@ from background import BackgroundWorkerManager, PeriodicWorker
 
 class Failing(PeriodicWorker):
     period = timedelta(hours=1)
+    run_on_first_start = True
     def do_work(self, context):
         context.logger.info("nobody asked for this")
         raise ZeroDivisionError("the worker's own")

@@ -34,6 +34,7 @@ EVIL = "".join(["\x1b[2J", *MARKUP])
 
 class Babble(PeriodicWorker):
     cron = "* * * * *"
+    run_on_first_start = True
 
     def do_work(self, context):
         context.logger.warning(EVIL)

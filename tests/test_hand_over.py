@@ -134,6 +134,7 @@ class Asked(Hourly):
     """Runs when somebody asks for it, and at the next tick."""
 
     catch_up = False
+    run_on_first_start = False
 
 
 def test_leases_that_end_one_after_another_before_the_first_heartbeat_are_each_noticed_when_they_do(

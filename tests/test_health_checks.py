@@ -38,6 +38,7 @@ class Daily(Hourly):
 
 class CatchesNothingUp(Hourly):
     catch_up = False
+    run_on_first_start = False
 
 
 class Disabled(Hourly):

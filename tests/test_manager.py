@@ -17,6 +17,8 @@ from background import models as tables
 from background.connections import made_once
 from background.instances import Instance, Pulse
 from background.membership import Membership
+from background.words import moment
+from background.worker import declared_schedule
 
 
 class Quick(Hourly):
@@ -44,7 +46,7 @@ def test_no_run_begins_before_its_tick(fleet: Fleet) -> None:
     assert all(execution.started_at >= execution.tick for execution in fleet.executions() if execution.started_at)
 
 
-def test_on_a_fresh_database_a_worker_runs_at_once(fleet: Fleet) -> None:
+def test_on_a_fresh_database_a_worker_that_asks_for_it_runs_at_once(fleet: Fleet) -> None:
     fleet.manager(Hourly).start()
     wait_until(lambda: fleet.states() == ["succeeded"], "the first run")
 
@@ -66,6 +68,7 @@ def test_without_catch_up_a_start_waits_for_the_next_tick(fleet: Fleet) -> None:
     class Patient(Hourly):
         period = timedelta(seconds=2)
         catch_up = False
+        run_on_first_start = False
 
     manager = fleet.manager(Patient)
     manager.tick("patient", last_hour())
@@ -94,6 +97,7 @@ def test_what_is_to_be_run_again_is_left_to_the_releases_that_do_not_disable_the
     class On(Quick):
         name = "off"
         catch_up = False
+        run_on_first_start = False
         period = HOUR
 
     tick = last_hour()
@@ -123,6 +127,7 @@ def test_a_worker_can_be_added_to_and_removed_from_a_started_manager(fleet: Flee
 def test_a_reschedule_reaches_the_other_instances(fleet: Fleet) -> None:
     class Changing(Hourly):
         catch_up = False
+        run_on_first_start = False
 
     first, second = fleet.manager(Changing), fleet.manager(Changing)
     first.start()
@@ -475,6 +480,7 @@ def test_a_pause_holds_a_requested_run_up_neither_before_nor_after_it_was_handed
 
     class HandedBackOnce(Hourly):
         catch_up = False
+        run_on_first_start = False
 
         def do_work(self, context: WorkerContext) -> None:
             ran.append(context.attempt)
@@ -494,6 +500,7 @@ def test_a_pause_holds_a_requested_run_up_neither_before_nor_after_it_was_handed
 def test_a_requested_run_whose_instance_died_is_run_again(fleet: Fleet) -> None:
     class Reluctant(Hourly):
         catch_up = False
+        run_on_first_start = False
 
     manager = fleet.manager(Reluctant)
     manager.pause("reluctant")
@@ -528,3 +535,84 @@ def test_threads_that_come_at_once_are_given_the_same_connections() -> None:
 
     slow = Slow()
     assert len({id(each) for each in at_once(4, lambda _: slow.connections)}) == 1
+
+
+# -- the first tick of a worker that the database does not know --------------------------------------
+
+
+class Yearly(Hourly):
+    """Its latest tick is up to a year old."""
+
+    period = None
+    cron = "0 9 1 1 *"
+    run_on_first_start = False
+
+
+class Seldom(Hourly):
+    period = timedelta(days=300)
+    run_on_first_start = False
+
+
+@pytest.mark.parametrize("worker", [Yearly, Seldom])
+def test_a_new_worker_runs_no_tick_from_before_it_was_registered(fleet: Fleet, worker: type[Hourly]) -> None:
+    first, second = fleet.manager(worker, Quick), fleet.manager(worker, Quick)
+    for manager in (first, second):
+        manager.start()
+    wait_until(lambda: len(ticks(fleet, "quick")) >= 3, "three runs of another worker")
+    at = first.history.clock()
+    for manager in (first, second, fleet.manager(worker)):
+        assert manager.tick(worker.name, at) is None
+        assert manager.tick(worker.name, declared_schedule(worker).previous(at)) is None
+    assert fleet.executions(worker.name) == []
+    answer = first.why(worker.name)
+    assert answer.state == "before"
+    assert f"whose first tick is {moment(declared_schedule(worker).next(at))}" in answer.sentence
+
+
+def test_a_tick_of_now_does_not_make_a_new_worker_run_the_past(fleet: Fleet) -> None:
+    manager = fleet.manager(Yearly)
+    assert manager.tick("yearly", manager.history.clock()) is None
+    assert manager.trigger("yearly").state == "succeeded"
+    assert manager.tick("yearly", manager.history.clock()) is None
+    assert [row.trigger for row in fleet.executions()] == ["manual"]
+
+
+def test_a_new_worker_begins_with_a_past_tick_that_the_caller_names(fleet: Fleet) -> None:
+    tick = datetime(2026, 1, 1, 9, tzinfo=UTC)
+    manager = fleet.manager(Yearly)
+    assert manager.tick("yearly", tick).claim.tick == tick
+    assert fleet.states() == ["succeeded"]
+
+
+def test_a_new_worker_runs_its_first_tick_after_it_was_registered(fleet: Fleet) -> None:
+    class Brief(Quick):
+        period = timedelta(seconds=1)
+        run_on_first_start = False
+
+    manager = fleet.manager(Brief)
+    manager.start()
+    wait_until(lambda: ticks(fleet, "brief"), "the first run")
+    state = manager.ticks.look(Brief)
+    assert ticks(fleet, "brief")[0] == state.schedule.next(state.scheduled_at)
+
+
+def test_a_worker_that_is_known_makes_up_for_the_tick_that_an_outage_missed(fleet: Fleet) -> None:
+    fleet.manager(Yearly).ticks.look(Yearly)
+    tick = datetime(2026, 1, 1, 9, tzinfo=UTC)
+    fleet.set("yearly", scheduled_at=tick - timedelta(days=1), mark=tick.replace(year=2025))
+    fleet.manager(Yearly).start()
+    wait_until(lambda: ticks(fleet, "yearly") == [tick], "the tick that fell while nothing was up")
+
+
+def test_a_worker_that_asks_for_it_begins_with_its_latest_tick_and_even_without_catch_up(fleet: Fleet) -> None:
+    class Keen(Yearly):
+        run_on_first_start = True
+        catch_up = False
+
+    for _ in range(2):
+        manager = fleet.manager(Keen, Quick)
+        manager.start()
+        before = len(ticks(fleet, "quick"))
+        wait_until(lambda: len(ticks(fleet, "quick")) > before + 2, "three runs of another worker")  # noqa: B023
+        assert len(ticks(fleet, "keen")) == 1
+        manager.stop()

@@ -18,6 +18,7 @@ TICK = datetime(2026, 3, 1, tzinfo=UTC)
 
 class DailyWorker(PeriodicWorker):
     period = timedelta(days=1)
+    run_on_first_start = True
 
     def do_work(self, context):
         pass

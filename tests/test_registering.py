@@ -116,6 +116,7 @@ def test_a_schedule_that_cannot_be_is_refused_in_a_sentence(
         ({"jitter": None}, "has jitter = None; expected a timedelta of at least 0"),
         ({"enabled": "no"}, "has enabled = 'no'; expected True or False"),
         ({"catch_up": 1}, "has catch_up = 1; expected True or False"),
+        ({"run_on_first_start": None}, "has run_on_first_start = None; expected True or False"),
         ({"name": "two words"}, "Sample.name is 'two words'; expected 1 to 100 letters, digits, '_', '-' or '.'"),
         ({"name": ""}, "Sample.name is ''; expected 1 to 100 letters"),
         ({"name": "n" * 101}, "expected 1 to 100 letters"),

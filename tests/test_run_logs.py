@@ -172,6 +172,7 @@ from background import PeriodicWorker
 
 class Talking(PeriodicWorker):
     period = timedelta(hours=1)
+    run_on_first_start = True
     def do_work(self, context):
         context.logger.info("Counting %s", "sheep")
         logging.getLogger("a.library").warning("Wolf")

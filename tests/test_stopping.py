@@ -194,6 +194,7 @@ def test_a_run_that_is_claimed_while_its_process_stops_does_not_begin(app: Flask
 
     class Eager(PeriodicWorker):
         period = timedelta(days=1)
+        run_on_first_start = True
 
         def do_work(self, context: WorkerContext) -> None:
             ran.append(context.worker)
