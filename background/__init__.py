@@ -1,5 +1,6 @@
 """Background workers that run once per tick, however many processes, machines and releases run them."""
 
+from . import dependencies  # noqa: F401 - the first import: it refuses a missing package with a sentence
 from .context import RunFields, WorkerContext
 from .errors import (
     BackgroundError,
@@ -12,6 +13,7 @@ from .errors import (
     InvalidSchedule,
     InvalidWorker,
     LockNotAcquired,
+    MissingDependency,
     RunStopped,
     UnknownMessage,
     UnknownTopic,
@@ -39,6 +41,7 @@ __all__ = [
     "LockNotAcquired",
     "Message",
     "MessageWorker",
+    "MissingDependency",
     "PeriodicWorker",
     "PruneHistoryWorker",
     "RunFields",

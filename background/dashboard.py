@@ -2,24 +2,30 @@
 
 from collections.abc import Callable
 
-from flask import Blueprint, flash, request
+from flask import Blueprint, request
 from flask.typing import ResponseReturnValue
 from sqlalchemy.exc import OperationalError
+from werkzeug.wrappers import Response
 
 from . import fleet_pages, message_pages, worker_actions, worker_pages
 from .errors import first_line
-from .pages import add_filters, back
+from .origin import refuse_foreign
+from .pages import add_filters, back, say
 
 
 def dashboard(allow: Callable[[], ResponseReturnValue | None]) -> Blueprint:
     """A blueprint at /workers; `allow` is asked before each of its requests, and answers those that it refuses.
 
+    It refuses requests of another site's pages that would change something, with or without Flask-WTF, and it is not
+    shown in a frame of another site. Without a SECRET_KEY the pages and buttons work, and no message is shown.
     An app that has a template `background/layout.html` shows the pages in its own look.
     """
     blueprint = Blueprint(
         "background", __name__, url_prefix="/workers", template_folder="templates", static_folder="static"
     )
+    blueprint.before_request(refuse_foreign)
     blueprint.before_request(allow)
+    blueprint.after_request(refuse_frames)
     blueprint.register_error_handler(OperationalError, not_taken)
     add_filters(blueprint)
     for part in (worker_pages, worker_actions, fleet_pages, message_pages):
@@ -27,9 +33,15 @@ def dashboard(allow: Callable[[], ResponseReturnValue | None]) -> Blueprint:
     return blueprint
 
 
+def refuse_frames(response: Response) -> Response:
+    """Keep another site from showing a page below its own: a click there would come from the dashboard itself."""
+    response.headers.setdefault("X-Frame-Options", "SAMEORIGIN")
+    return response
+
+
 def not_taken(error: OperationalError) -> ResponseReturnValue:
     """A button's change that the database did not take: a run may hold what it needs, for longer than one waits."""
     if request.method != "POST":
         raise error
-    flash(f"The database did not take that ({first_line(error)}); try again.", "error")
+    say(f"The database did not take that ({first_line(error)}); try again.", "error")
     return back()

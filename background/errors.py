@@ -44,6 +44,10 @@ class InvalidConfig(BackgroundError):
     """A setting whose value the engine cannot use."""
 
 
+class MissingDependency(BackgroundError):
+    """A package that the engine needs and that is not installed."""
+
+
 class DatabaseNotReady(BackgroundError):
     """The database is missing, unreachable, or behind the migrations."""
 

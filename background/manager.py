@@ -19,6 +19,7 @@ from werkzeug.local import LocalProxy
 
 from . import models, serving, sqlite
 from .context import fence, when_committed
+from .dependencies import refuse_driver
 from .errors import (
     BackgroundError,
     DuplicateWorker,
@@ -97,6 +98,7 @@ class BackgroundWorkerManager:
             if name not in db.metadata.tables:
                 table.to_metadata(db.metadata)
         with app.app_context():
+            refuse_driver(db.engine)
             sqlite.refuse_memory(db.engine)
             for engine in db.engines.values():
                 sqlite.prepare(engine)

@@ -2,14 +2,14 @@
 
 from collections.abc import Callable
 
-from flask import Blueprint, abort, flash, render_template, request
+from flask import Blueprint, abort, render_template, request
 from flask.typing import ResponseReturnValue
 
 from .errors import UnknownMessage, UnknownTopic, WrongState
 from .mailbox import Flow
 from .manager import the_manager
 from .models import LARGEST_ID
-from .pages import back
+from .pages import back, say
 from .words import decided, indented
 
 _PAGE = 25
@@ -86,9 +86,9 @@ def _decide_one(decide: Callable[..., int], id: int, became: str) -> ResponseRet
     except UnknownMessage as error:
         abort(404, str(error))
     except WrongState as error:
-        flash(str(error), "error")
+        say(str(error), "error")
     else:
-        flash(f"Message {id} {became}.", "success")
+        say(f"Message {id} {became}.", "success")
     return back("background.messages")
 
 
@@ -104,11 +104,11 @@ def _decide_all(decide: Callable[..., int], one: str, many: str) -> ResponseRetu
     """All dead ones of the topic, including those that died since the page was drawn."""
     topic = request.form.get("topic") or abort(400, "The form names no topic.")
     if not request.form.get("confirmed"):
-        flash("Nothing was changed: tick the box first, to say that all of them are meant.", "error")
+        say("Nothing was changed: tick the box first, to say that all of them are meant.", "error")
         return back("background.messages")
     try:
         count = decide(None, topic)
     except UnknownTopic as error:
         abort(404, str(error))
-    flash(decided(count, one, many), "success")
+    say(decided(count, one, many), "success")
     return back("background.messages")

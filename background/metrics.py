@@ -5,12 +5,17 @@ import hmac
 from flask import Blueprint, Response, current_app, request
 from flask.typing import ResponseReturnValue
 
+from .dependencies import require
 from .figures import Fleet
 from .traffic import Traffic
 
 
 def metrics() -> Blueprint:
-    """GET /metrics, for everybody or, where METRICS_TOKEN is set, for whoever brings it as a bearer token."""
+    """GET /metrics: open to all or, where METRICS_TOKEN is set, to a request that has it as its bearer token.
+
+    Raises MissingDependency where prometheus-client is not installed.
+    """
+    require(["prometheus_client"], "/metrics")
     blueprint = Blueprint("metrics", __name__)
     traffic, fleet = Traffic(), Fleet()
     blueprint.record_once(lambda state: traffic.watch(state.app))  # type: ignore[arg-type]  # it is a Flask

@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
-from flask import Blueprint, redirect, request, url_for
+from flask import Blueprint, flash, redirect, request, session, url_for
+from flask.sessions import NullSession
 from markupsafe import Markup
 from werkzeug.wrappers import Response
 
@@ -19,6 +20,12 @@ def back(otherwise: str = "background.overview") -> Response:
 def _is_ours(path: str) -> bool:
     """A path below the dashboard, without what a browser would read as another host's."""
     return path.startswith(url_for("background.overview")) and "\\" not in path and path.isprintable()
+
+
+def say(text: str, category: str) -> None:
+    """Show `text` on the next page. An app without a SECRET_KEY keeps no message; its page shows what changed."""
+    if not isinstance(session, NullSession):
+        flash(text, category)
 
 
 # -- how values are written ----------------------------------------------------------------------

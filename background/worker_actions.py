@@ -2,13 +2,13 @@
 
 from urllib.parse import urlencode
 
-from flask import Blueprint, abort, flash, request
+from flask import Blueprint, abort, request
 from flask.typing import ResponseReturnValue
 from werkzeug.wrappers import Response
 
 from .errors import InvalidSchedule
 from .manager import BackgroundWorkerManager, the_manager
-from .pages import back
+from .pages import back, say
 from .schedule import Cron, Every
 from .typed_schedule import typed_schedule
 from .worker_pages import known
@@ -22,27 +22,27 @@ def add_to(blueprint: Blueprint) -> None:
 def run(name: str) -> ResponseReturnValue:
     manager = _steered(name)
     if not manager.request(name):
-        flash(f"{name} is running already, or is to be run next.", "info")
+        say(f"{name} is running already, or is to be run next.", "info")
     elif any(seen.is_alive for seen in manager.roster.seen()):
-        flash(f"{name} will run within {manager.app.config['WORKERS_HEARTBEAT_SECONDS']:g} s.", "success")
+        say(f"{name} will run within {manager.app.config['WORKERS_HEARTBEAT_SECONDS']:g} s.", "success")
     else:
-        flash(f"{name} will run as soon as an instance is there: none is alive now.", "warning")
+        say(f"{name} will run as soon as an instance is there: none is alive now.", "warning")
     return back()
 
 
 def pause(name: str) -> ResponseReturnValue:
     if _steered(name).pause(name):
-        flash(f"{name} is paused: no instance runs its ticks until it is resumed.", "success")
+        say(f"{name} is paused: no instance runs its ticks until it is resumed.", "success")
     else:
-        flash(f"{name} was paused already.", "info")
+        say(f"{name} was paused already.", "info")
     return back()
 
 
 def resume(name: str) -> ResponseReturnValue:
     if _steered(name).resume(name):
-        flash(f"{name} is resumed: it runs again from its next tick.", "success")
+        say(f"{name} is resumed: it runs again from its next tick.", "success")
     else:
-        flash(f"{name} was not paused.", "info")
+        say(f"{name} was not paused.", "info")
     return back()
 
 
@@ -63,7 +63,7 @@ def reschedule(name: str) -> ResponseReturnValue:
             changed = manager.reschedule(name, schedule.period)
     state = manager.ticks.ledger.look(name)
     runs = f"{name} runs {state.schedule.describe()}" if state else name
-    flash(f"{runs} from now on." if changed else f"{runs} already.", "success" if changed else "info")
+    say(f"{runs} from now on." if changed else f"{runs} already.", "success" if changed else "info")
     return back()
 
 

@@ -1,0 +1,65 @@
+"""Requests that a page of another site sent: the dashboard takes none that would change something."""
+
+import logging
+from urllib.parse import SplitResult, urlsplit
+
+from flask import abort, request
+
+from .errors import spelled_out
+
+log = logging.getLogger(__name__)
+
+_HARMLESS = ("GET", "HEAD", "OPTIONS")
+_OWN = ("same-origin", "none")  # "none": the user's own doing, which no page asked for
+_PORTS = {"http": 80, "https": 443}
+_LONGEST = 200
+
+
+def refuse_foreign() -> None:
+    """End a request with 403 if a page of another site (another scheme, host or port) sent it to change something.
+
+    A browser says where a request is from: by Sec-Fetch-Site, else by Origin, else by Referer. No page can forge these.
+    A client that sends none of them is not a browser of our time, and no page can press its buttons.
+    """
+    if request.method in _HARMLESS:
+        return
+    if (sender := _foreign_sender()) is not None:
+        log.warning("Refused %s %s: sent with %s", request.method, spelled_out(request.path[:_LONGEST]), sender)
+        abort(
+            403,
+            f"This request came with {sender}; expected one of a page at {request.host_url}. "
+            "Press the button on the dashboard itself. Behind a proxy, have it pass the Host header on.",
+        )
+
+
+def _foreign_sender() -> str | None:
+    """The header that shows a foreign page; None where no header does."""
+    if site := request.headers.get("Sec-Fetch-Site"):  # whatever a proxy made of the Host, the browser knew it
+        return None if site in _OWN else _shown("Sec-Fetch-Site", site)
+    for header in ("Origin", "Referer"):
+        if (sent := request.headers.get(header)) is not None:
+            return None if _is_own(sent) else _shown(header, sent)
+    return None
+
+
+def _shown(header: str, value: str) -> str:
+    return f"{header} {spelled_out(value[:_LONGEST])!r}"
+
+
+def _is_own(sender: str) -> bool:
+    """Whether that address has this request's host and port; "null", as of a sandbox, has none.
+
+    A proxy may have taken the encryption away, so only a scheme that is less secure than this request's is foreign.
+    """
+    try:
+        theirs, ours = urlsplit(sender), urlsplit(f"//{request.host}")
+        usual = _PORTS.get(theirs.scheme)
+        if usual is None or not theirs.hostname or (request.is_secure and theirs.scheme == "http"):
+            return False
+        return _place(theirs, usual) == _place(ours, usual)
+    except ValueError:  # not a port, or not an address
+        return False
+
+
+def _place(address: SplitResult, usual_port: int) -> tuple[str | None, int]:
+    return address.hostname, usual_port if address.port is None else address.port
