@@ -16,10 +16,10 @@ import pytest
 from conftest import on_sqlite, text
 from flask import Flask
 from flask.testing import FlaskClient
-from fleet import HOUR, PATIENCE, Fleet, Hourly, make_app, statements, stop, wait_until
+from fleet import HOUR, PATIENCE, Fleet, Hourly, last_hour, make_app, statements, stop, wait_until
 from processes import MARGIN
 from proxy import Proxy
-from sqlalchemy import Engine, make_url, update
+from sqlalchemy import Engine, insert, make_url, update
 from sqlalchemy import text as sql
 
 from app import create_app
@@ -164,6 +164,25 @@ def test_a_worker_is_overdue_once_a_tick_waits_and_two_more_have_come(fleet: Fle
     assert failed(app) == []
     fleet.set("daily", mark=midnight - 9 * DAY, schedule="every 2592000s", scheduled_at=midnight)
     assert failed(app) == []
+
+
+@pytest.mark.parametrize("ahead", [timedelta(minutes=1), HOUR, 400 * DAY], ids=str)
+def test_a_worker_is_overdue_although_a_clock_that_was_ahead_decided_its_ticks(fleet: Fleet, ahead: timedelta) -> None:
+    app = fleet.app(Hourly)
+    overdue(fleet, app, mark=datetime.now(UTC) + ahead)
+    assert failed(app) == ["workers"]
+    (found,) = standing.standings(manager_of(app))
+    assert found.overdue_since == last_hour() - 24 * HOUR  # the first tick since it is scheduled
+    skipped = {"worker": "hourly", "trigger": "schedule", "state": "missed", "tick": last_hour() - 5 * HOUR}
+    with fleet.engine.begin() as connection:
+        connection.execute(insert(tables.executions).values(**skipped, through=last_hour() - 4 * HOUR))
+        connection.execute(
+            insert(tables.executions).values(skipped | {"tick": last_hour(), "through": last_hour() + DAY})
+        )
+    (found,) = standing.standings(manager_of(app))
+    assert found.overdue_since == last_hour() - 3 * HOUR
+    fleet.set("hourly", scheduled_at=datetime.now(UTC) + ahead)
+    assert failed(app) == ["workers"]
 
 
 def test_no_worker_is_overdue_that_nobody_is_to_run(fleet: Fleet) -> None:
