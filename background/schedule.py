@@ -24,7 +24,8 @@ from difflib import get_close_matches
 from functools import lru_cache
 from zoneinfo import ZoneInfo, available_timezones
 
-from background.errors import InvalidSchedule
+from .cron_fields import canonical, refuse_useless_steps
+from .errors import InvalidSchedule
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MICROSECOND = timedelta(microseconds=1)
@@ -37,14 +38,6 @@ UNITS = {
     "hour": timedelta(hours=1),
     "minute": timedelta(minutes=1),
     "second": SECOND,
-}
-
-FIELDS = {
-    "minute": "0-59",
-    "hour": "0-23",
-    "day-of-month": "1-31 (or L, the last) and a day that one of its months has",
-    "month": "1-12 or JAN-DEC",
-    "day-of-week": "0-7 or SUN-SAT (0 and 7 are Sunday), ranges upwards",
 }
 
 
@@ -109,7 +102,7 @@ class Cron(Schedule):
     timezone: str = "UTC"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "expression", _canonical(self.expression))
+        object.__setattr__(self, "expression", canonical(self.expression))
         check_timezone(self.timezone)
         self.next(datetime(2000, 1, 1, tzinfo=UTC))  # raises if it never fires
 
@@ -200,6 +193,7 @@ def _make(period: timedelta | None, cron: str | None, timezone: str | tzinfo | N
     if period is not None and cron is not None:
         raise InvalidSchedule(f"it has both a period ({period}) and a cron ({cron!r}): keep one of them.")
     if cron is not None:
+        refuse_useless_steps(cron)
         return Cron(cron, "UTC" if timezone is None else str(timezone))
     if period is None:
         raise InvalidSchedule("it has neither a period nor a cron: write period = timedelta(minutes=10), say.")
@@ -246,41 +240,3 @@ def check_timezone(timezone: str) -> None:
         close = get_close_matches(timezone.lower(), names, n=1)
         hint = f"Did you mean {names[close[0]]!r}?" if close else "Write 'Europe/Berlin', say."
         raise InvalidSchedule(f"timezone {timezone!r} is not in the time zone database. {hint}") from None
-
-
-def _canonical(expression: object) -> str:
-    """The expression as it is stored, if its five fields can be read."""
-    if not isinstance(expression, str):
-        raise InvalidSchedule(f"cron {expression!r} is not a string: write '30 2 * * *', say.")
-    fields = expression.upper().split()
-    if len(fields) in (6, 7):
-        raise InvalidSchedule(f"cron {expression!r} has {len(fields)} fields, the first for seconds: {_mend(fields)}")
-    if len(fields) != 5:
-        expected = f"expected five ({', '.join(FIELDS)})"
-        raise InvalidSchedule(f"cron {expression!r} has {len(fields)} field(s): {expected}; '0 0 * * *' is daily.")
-    if bad := _bad_field(" ".join(fields)):
-        value = fields[list(FIELDS).index(bad)]
-        raise InvalidSchedule(f"cron {expression!r} has the {bad} {value!r}: expected {FIELDS[bad]}.")
-    return " ".join(fields)
-
-
-def _bad_field(expression: str) -> str | None:
-    """The name of the first field that cannot be read, or None."""
-    from cronsim import CronSim, CronSimError
-
-    try:
-        CronSim(expression, datetime(2000, 1, 1))  # noqa: DTZ001 - a wall-clock time
-    except CronSimError as error:
-        return str(error).removeprefix("Bad ")
-    return None
-
-
-def _mend(quartz: list[str]) -> str:
-    """What to write instead of Quartz's six or seven fields (seconds first, a year last, 1 = Sunday)."""
-    seconds, *fields = quartz
-    if not seconds.isdecimal():
-        return "expected five; for less than a minute write a period, such as timedelta(seconds=10)."
-    if "?" in fields:  # only Quartz has it
-        fields[4] = re.sub(r"(?<![#/0-9])[1-7]", lambda day: str(int(day[0]) - 1), fields[4])
-    five = " ".join(fields[:5]).replace("?", "*")
-    return f"expected five ({', '.join(FIELDS)})." if _bad_field(five) else f"expected five; write {five!r}."

@@ -1,12 +1,13 @@
-"""A schedule as somebody types it: a period such as 90, 10 min or 1h30m, or the five fields of a cron."""
+"""A schedule as a user types it: a period such as 90, 10 min or 1h30m, or the five fields of a cron."""
 
 import re
 from datetime import timedelta
 
+from .cron_fields import LONGEST as MOST
+from .cron_fields import refuse_useless_steps
 from .errors import InvalidSchedule
 from .schedule import LONGEST, Cron, Every, Schedule
 
-MOST = 150  # characters; with the longest zone they fit where schedules are kept
 _UNITS = {"ms": 0.001, "s": 1, "sec": 1, "second": 1, "m": 60, "min": 60, "minute": 60, "h": 3600, "hour": 3600}
 _UNITS |= {"d": 86_400, "day": 86_400, "w": 604_800, "week": 604_800}
 _PART = re.compile(r"([0-9]{1,10}(?:\.[0-9]{1,6})?)\s*([a-z]*)[\s,]*")
@@ -19,9 +20,10 @@ def typed_schedule(text: str, timezone: str = "") -> Schedule:
         raise InvalidSchedule("There is nothing here; expected a period such as 90s, 10 min or 1h30m, or a cron.")
     if len(text) > MOST:
         raise InvalidSchedule(f"That is {len(text)} characters long; expected at most {MOST}: write ranges and steps.")
-    seconds = _seconds(text)
-    if seconds is not None or len(text.split()) < 5:
+    seconds, is_cron = _seconds(text), text.startswith("@") or "TZ=" in text
+    if seconds is not None or (len(text.split()) < 5 and not is_cron):
         return _every(text, seconds, timezone)
+    refuse_useless_steps(text)
     return Cron(text, timezone or "UTC")
 
 

@@ -1,14 +1,14 @@
-"""What a user subclasses."""
+"""The two base classes of a user's workers, and the checks of their attributes."""
 
-import inspect
 import re
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Iterable, Sequence
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from .context import WorkerContext
+from .declarations import check_constructor, check_method, refuse_misspelt, snake_case
 from .errors import InvalidWorker
-from .schedule import Schedule, make_schedule
+from .schedule import LONGEST, Schedule, make_schedule
 
 if TYPE_CHECKING:
     from .messages import Message
@@ -44,7 +44,7 @@ class PeriodicWorker:
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         if "name" not in cls.__dict__:
-            cls.name = _snake_case(cls.__name__)
+            cls.name = snake_case(cls.__name__)
 
     def do_work(self, context: WorkerContext) -> Awaitable[None] | None:
         """Do the work of `context.tick`. What `context.session` holds is committed when this returns."""
@@ -75,7 +75,7 @@ class MessageWorker:
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         if "name" not in cls.__dict__:
-            cls.name = _snake_case(cls.__name__)
+            cls.name = snake_case(cls.__name__)
 
     def handle(self, message: "Message", context: WorkerContext) -> Awaitable[None] | None:
         """Handle one message; `context.attempt`, `token` and `idempotency_key` are this message's."""
@@ -96,8 +96,9 @@ def declared_schedule(cls: type[PeriodicWorker]) -> Schedule:
             f"{cls!r} is not a worker class; expected a subclass of PeriodicWorker or MessageWorker: "
             "write workers.add(MyWorker), without parentheses behind the class."
         )
+    refuse_misspelt(cls, PeriodicWorker)
     _check_class(cls, "do_work(self, context)", cls.do_work is PeriodicWorker.do_work)
-    _refuse_generators(cls, cls.do_work)
+    check_method(cls, "do_work", "context")
     schedule = make_schedule(cls.name, cls.period, cls.cron, cls.timezone)
     _check_attributes(
         cls,
@@ -109,6 +110,11 @@ def declared_schedule(cls: type[PeriodicWorker]) -> Schedule:
         ("catch_up", "True or False", isinstance(cls.catch_up, bool)),
         ("run_on_first_start", "True or False", isinstance(cls.run_on_first_start, bool)),
     )
+    _check_attributes(
+        cls,
+        ("max_attempts", *_MOST_ATTEMPTS, cls.max_attempts <= MOST_ATTEMPTS),
+        ("timeout", "at most 366 days, or None", cls.timeout is None or cls.timeout <= LONGEST),
+    )
     if cls.period is not None:
         _check_attributes(cls, ("jitter", f"at most its period, {cls.period}", cls.jitter <= cls.period))
     return schedule
@@ -116,10 +122,12 @@ def declared_schedule(cls: type[PeriodicWorker]) -> Schedule:
 
 def declared_topic(cls: type[MessageWorker]) -> str:
     """The topic that the class declares, after checking everything else it declares; one sentence if wrong."""
-    handlers = (cls.handle is not MessageWorker.handle) + (cls.handle_many is not MessageWorker.handle_many)
+    refuse_misspelt(cls, MessageWorker)
+    handlers = [name for name in ("handle", "handle_many") if getattr(cls, name) is not getattr(MessageWorker, name)]
     _check_class(cls, "either handle(self, message, context) or handle_many(self, messages, context)", not handlers)
-    _refuse_generators(cls, cls.handle, cls.handle_many)
-    if handlers == 2:
+    for name in handlers:
+        check_method(cls, name, "message" if name == "handle" else "messages", "context")
+    if len(handlers) == 2:
         raise InvalidWorker(f"{cls.__name__} has both handle and handle_many; expected one of them: remove the other.")
     if misplaced := sorted(_OF_TICKS & set(dir(cls))):
         raise InvalidWorker(
@@ -134,12 +142,19 @@ def declared_topic(cls: type[MessageWorker]) -> str:
         ("backoff", *_DURATION, _is_duration(cls.backoff, least=0)),
         ("concurrency", *_COUNT, _is_count(cls.concurrency)),
     )
+    _check_attributes(
+        cls,
+        ("max_attempts", *_MOST_ATTEMPTS, cls.max_attempts <= MOST_ATTEMPTS),
+        ("concurrency", f"at most {MOST_CONCURRENCY}", cls.concurrency <= MOST_CONCURRENCY),
+    )
     return cls.topic
 
 
+MOST_ATTEMPTS, MOST_CONCURRENCY = 1_000_000, 1_000
 _OF_TICKS = {"period", "cron", "timeout", "on_lost", "catch_up", "run_on_first_start", "jitter", "enabled"}
 _NAME = "1 to 100 letters, digits, '_', '-' or '.'"
 _COUNT = ("a whole number of at least 1",)
+_MOST_ATTEMPTS = (f"at most {MOST_ATTEMPTS}",)
 _DURATION = ("a timedelta of at least 0",)
 
 
@@ -148,15 +163,7 @@ def _check_class(cls: AnyWorker, method: str, is_missing: bool) -> None:
         raise InvalidWorker(f"{cls.__name__} is abstract; expected a class that can run: give it {method}.")
     if not _is_name(cls.name):
         raise InvalidWorker(f"{cls.__name__}.name is {cls.name!r}; expected {_NAME}: rename it.")
-
-
-def _refuse_generators(cls: AnyWorker, *methods: Callable[..., object]) -> None:
-    for method in methods:
-        if inspect.isgeneratorfunction(method) or inspect.isasyncgenfunction(method):
-            raise InvalidWorker(
-                f"{cls.__name__}.{method.__name__} is a generator, of which a call does nothing; expected a method "
-                "that does its work when it is called: move what has the `yield` into another one, and loop over that."
-            )
+    check_constructor(cls)
 
 
 def _check_attributes(cls: AnyWorker, *checked: tuple[str, str, bool]) -> None:
@@ -188,9 +195,3 @@ def _is_count(value: object) -> bool:
 
 def _is_duration(value: object, least: int) -> bool:
     return isinstance(value, timedelta) and value >= timedelta(microseconds=least)
-
-
-def _snake_case(name: str) -> str:
-    """PassiveUserCheckerWorker -> passive_user_checker_worker, HTTPPing2Worker -> http_ping2_worker."""
-    name = re.sub(r"([A-Z]+)([A-Z][a-z])", r"\1_\2", name)
-    return re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", name).lower()

@@ -4,8 +4,9 @@ import os
 import subprocess
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import timedelta
+from functools import partialmethod, wraps
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from background import (
     DuplicateWorker,
     InvalidSchedule,
     InvalidWorker,
+    Message,
     MessageWorker,
     PeriodicWorker,
     UnknownWorker,
@@ -111,6 +113,8 @@ def test_a_schedule_that_cannot_be_is_refused_in_a_sentence(
         ({"on_lost": "ignore"}, "has on_lost = 'ignore'; expected 'retry' or 'skip'"),
         ({"timeout": timedelta()}, "has timeout = datetime.timedelta(0); expected a timedelta above 0, or None"),
         ({"timeout": 5}, "has timeout = 5; expected a timedelta above 0, or None"),
+        ({"timeout": timedelta.max}, "expected at most 366 days, or None: change it in Sample."),
+        ({"max_attempts": 10**30}, "expected at most 1000000: change it in Sample."),
         ({"jitter": timedelta(seconds=-1)}, "expected a timedelta of at least 0"),
         ({"jitter": 2 * HOUR}, "expected at most its period, 1:00:00: change it in Sample."),
         ({"jitter": None}, "has jitter = None; expected a timedelta of at least 0"),
@@ -164,6 +168,217 @@ def test_a_method_that_would_do_nothing_as_it_is_a_generator_is_refused(
     cls = worker(do_work=body) if method == "do_work" else type("Odd", (MessageWorker,), {"topic": "t", method: body})
     with pytest.raises(InvalidWorker, match="is a generator, of which a call does nothing; expected a method"):
         manager.add(cls)
+
+
+def handing_on(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A decorator as most are: it takes whatever it is given."""
+
+    @wraps(function)
+    def call(*arguments: object, **more: object) -> object:
+        return function(*arguments, **more)
+
+    return call
+
+
+def injecting(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A decorator that takes the context for a method which does without."""
+
+    @wraps(function)
+    def call(self: object, context: WorkerContext) -> object:
+        return function(self)
+
+    return call
+
+
+def alone(self: object) -> None:
+    pass
+
+
+def lonely() -> None:
+    pass
+
+
+def working(self: object, context: WorkerContext) -> None:
+    pass
+
+
+def taking(self: object, message: Message, context: WorkerContext) -> None:
+    pass
+
+
+def taker(**attributes: Any) -> Any:
+    return type("Taker", (MessageWorker,), {"topic": "things", **attributes})
+
+
+@pytest.mark.parametrize(
+    ("misspelt", "meant"),
+    [
+        ("max_attemps", "max_attempts"),
+        ("maxAttempts", "max_attempts"),
+        ("time_out", "timeout"),
+        ("tiemout", "timeout"),
+        ("enable", "enabled"),
+        ("catchup", "catch_up"),
+        ("on_loss", "on_lost"),
+        ("run_on_start", "run_on_first_start"),
+        ("nmae", "name"),
+        ("crno", "cron"),
+        ("time_zone", "timezone"),
+    ],
+)
+def test_a_misspelt_attribute_of_a_periodic_worker_is_refused_with_the_name_that_was_meant(
+    manager: BackgroundWorkerManager, misspelt: str, meant: str
+) -> None:
+    with pytest.raises(InvalidWorker, match=f"Sample has an attribute '{misspelt}'.* Did you mean '{meant}'?"):
+        manager.add(worker(**{misspelt: 5}))
+
+
+@pytest.mark.parametrize(
+    ("misspelt", "meant"),
+    [
+        ("batchsize", "batch_size"),
+        ("concurency", "concurrency"),
+        ("back_off", "backoff"),
+        ("max_attempt", "max_attempts"),
+        ("handle_mnay", "handle_many"),
+    ],
+)
+def test_a_misspelt_attribute_of_a_message_worker_is_refused_with_the_name_that_was_meant(
+    manager: BackgroundWorkerManager, misspelt: str, meant: str
+) -> None:
+    with pytest.raises(InvalidWorker, match=f"Taker has an attribute '{misspelt}'.* Did you mean '{meant}'?"):
+        manager.add(taker(handle=taking, **{misspelt: 5}))
+
+
+@pytest.mark.parametrize("misspelt", ["do_wrok", "dowork", "doWork"])
+def test_a_misspelt_method_is_told_before_the_one_that_is_missing(
+    manager: BackgroundWorkerManager, misspelt: str
+) -> None:
+    with pytest.raises(InvalidWorker, match=r"Did you mean 'do_work'\?"):
+        manager.add(type("Sample", (PeriodicWorker,), {"period": HOUR, misspelt: working}))
+
+
+def test_a_misspelt_attribute_of_a_base_class_is_found(manager: BackgroundWorkerManager) -> None:
+    with pytest.raises(InvalidWorker, match="Other has an attribute 'max_attemps'"):
+        manager.add(type("Other", (worker(max_attemps=5),), {}))
+
+
+class Busy(Tidy):
+    """Has names of its own, some of them near those of the engine, and uses these."""
+
+    PERIOD = HOUR
+    names = ("a", "b")
+    api_url = "https://example.com"
+    batch_size = 5
+    _max_attemps = 1
+
+    def do_work(self, context: WorkerContext) -> None:
+        self.handle_one(*self.names)
+
+    def handle_one(self, *names: str) -> None:
+        self.enable = names
+
+
+class Topical(MessageWorker):
+    topic = "topical"
+    topics = ("books", "users")
+    handler = None
+    retries = 3
+
+    def handle(self, message: Message, context: WorkerContext) -> None:
+        pass
+
+    def handle_all(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("cls", [Busy, Topical])
+def test_attributes_and_helpers_of_the_users_own_are_taken(manager: BackgroundWorkerManager, cls: Any) -> None:
+    manager.add(cls)
+    assert cls.name in manager.names
+
+
+@pytest.mark.parametrize(
+    ("method", "given"),
+    [
+        (alone, r"do_work\(self\)"),
+        (lonely, r"do_work\(\)"),
+        (lambda self: None, r"do_work\(self\)"),
+        (lambda self, one, two: None, r"do_work\(self, one, two\)"),
+        (staticmethod(working), "@staticmethod do_work"),
+        (classmethod(alone), r"do_work\(self\)"),
+        (handing_on(alone), r"do_work\(self\)"),
+    ],
+)
+def test_a_method_that_cannot_be_given_the_context_is_refused(
+    manager: BackgroundWorkerManager, method: Any, given: str
+) -> None:
+    with pytest.raises(InvalidWorker, match=rf"declared as {given}.*expected do_work\(self, context\): it is called"):
+        manager.add(worker(do_work=method))
+
+
+@pytest.mark.parametrize("name", ["handle", "handle_many"])
+@pytest.mark.parametrize("method", [alone, working, lambda self, message, context, more: None])
+def test_a_handler_that_cannot_be_given_the_message_and_the_context_is_refused(
+    manager: BackgroundWorkerManager, name: str, method: Any
+) -> None:
+    with pytest.raises(
+        InvalidWorker, match=rf"Taker.{name} is declared as .*expected {name}\(self, messages?, context\)"
+    ):
+        manager.add(taker(**{name: method}))
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        handing_on(some),
+        handing_on(handing_on(some_awaited)),
+        staticmethod(some),
+        partialmethod(some),
+        lambda *_: (yield),
+    ],
+)
+def test_a_generator_below_a_decorator_is_refused(manager: BackgroundWorkerManager, method: Any) -> None:
+    with pytest.raises(InvalidWorker, match=r"Sample\.do_work is a generator"):
+        manager.add(worker(do_work=method))
+    with pytest.raises(InvalidWorker, match=r"Taker\.handle is a generator"):
+        manager.add(taker(handle=method))
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        injecting(alone),
+        handing_on(working),
+        staticmethod(lambda context: None),
+        classmethod(working),
+        partialmethod(lambda self, number, context: None, 5),
+        lambda *_: None,
+        lambda self, context, more=1: None,
+    ],
+)
+def test_every_method_that_can_be_given_the_context_is_taken(manager: BackgroundWorkerManager, method: Any) -> None:
+    manager.add(worker(do_work=method))
+    assert "sample" in manager.names
+
+
+@pytest.mark.parametrize("method", [None, 5, property(alone)])
+def test_what_is_not_a_method_is_refused(manager: BackgroundWorkerManager, method: Any) -> None:
+    with pytest.raises(InvalidWorker, match=r"; expected a method: write def do_work\(self, context\)"):
+        manager.add(worker(do_work=method))
+
+
+def needing(self: object, users: object) -> None:
+    pass
+
+
+@pytest.mark.parametrize("make", [worker, lambda **more: taker(handle=taking, **more)])
+def test_a_constructor_that_needs_arguments_is_refused_and_another_one_is_taken(
+    manager: BackgroundWorkerManager, make: Callable[..., Any]
+) -> None:
+    with pytest.raises(InvalidWorker, match=r"\(users\) needs arguments to be made; expected a class"):
+        manager.add(make(__init__=needing))
+    manager.add(make(__init__=lambda self, users=None, *more: None))
 
 
 @pytest.mark.parametrize("thing", [Tidy(), "tidy", None, object, int, lambda: None])

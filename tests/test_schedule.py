@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from background.errors import InvalidSchedule
 from background.schedule import Cron, Every, Schedule, make_schedule, parse_schedule
+from background.typed_schedule import typed_schedule
 
 MINUTE, HOUR, DAY = timedelta(minutes=1), timedelta(hours=1), timedelta(days=1)
 MICROSECOND = timedelta(microseconds=1)
@@ -347,6 +348,39 @@ def test_a_worker_declares_a_cron_with_or_without_a_zone(zone) -> None:
             "cron '' has 0 field(s): expected five (minute, hour, day-of-month, month, day-of-week)",
         ),
         (None, "@daily", None, "cron '@daily' has 1 field(s): expected five"),
+        (None, "@hourly", None, "month, day-of-week); write '0 * * * *'."),
+        (None, "@every 5m", None, "write a period instead, such as period = timedelta(minutes=5)."),
+        (None, "@reboot", None, "a worker has ticks, and a start of the host is not one"),
+        (
+            None,
+            "CRON_TZ=Europe/Berlin 0 6 * * mon",
+            None,
+            "begins with a time zone: expected the five fields only; write cron = '0 6 * * mon' and "
+            "timezone = 'Europe/Berlin'.",
+        ),
+        (None, "TZ=UTC */5 * * * *", None, "write cron = '*/5 * * * *' and timezone = 'UTC'."),
+        (
+            None,
+            "*/90 * * * *",
+            None,
+            "cron '*/90 * * * *' has the minute '*/90', a step beyond the field: expected a step of at most 59; "
+            "write period = timedelta(minutes=90) or the first value alone, '0'.",
+        ),
+        (
+            None,
+            "0 8-18/36 * * *",
+            None,
+            "has the hour '8-18/36', a step beyond the field: expected a step",
+        ),
+        (None, "0 0 1,5/32 * *", None, "has the day-of-month '1,5/32', a step beyond the field"),
+        (None, "0 0 1 */13 *", None, "expected a step of at most 12; write the first value alone, '1'."),
+        (None, "0 0 * * */8", None, "has the day-of-week '*/8', a step beyond the field"),
+        (None, "0 22-6 * * *", None, "expected 0-23; the range goes downwards, so write '22-23,0-6'."),
+        (None, "50-10 * * * *", None, "the range goes downwards, so write '50-59,0-10'."),
+        (None, "0 22-6/2 * * *", None, "the range goes downwards, so write '22,0,2,4,6'."),
+        (None, "0 0 1 NOV-FEB *", None, "the range goes downwards, so write 'NOV-DEC,JAN-FEB'."),
+        (None, "0 0 * * FRI-MON", None, "the range goes downwards, so write 'FRI-SAT,SUN-MON'."),
+        (None, f"{','.join(['1'] * 100)} * * * *", None, "is 207 characters long: expected at most 150"),
         (None, 5, None, "cron 5 is not a string: write '30 2 * * *'"),
         (None, "60 2 * * *", None, "cron '60 2 * * *' has the minute '60': expected 0-59"),
         (None, "0 2 * foo *", None, "has the month 'FOO': expected 1-12 or JAN-DEC"),
@@ -426,3 +460,17 @@ def test_the_walked_clock_itself_jumps_where_it_is_said_to() -> None:
     for name in set(JUMPS) - {"Kathmandu, no jump"}:
         at = bisect_left([instant for instant, _ in clock(name)], JUMPS[name][1])
         assert clock(name)[at][1] - clock(name)[at - 1][1] != MINUTE, name
+
+
+@pytest.mark.parametrize("text", ["@hourly", "TZ=UTC 0 0 * * *", "*/90 * * * *", "0 22-6 * * *"])
+def test_a_typed_cron_is_refused_in_the_words_of_a_declared_one(text: str) -> None:
+    with pytest.raises(InvalidSchedule) as typed:
+        typed_schedule(text)
+    with pytest.raises(InvalidSchedule) as declared:
+        make_schedule("sample", None, text, None)
+    assert str(declared.value) == f"Worker 'sample': {typed.value}"
+
+
+def test_a_stored_schedule_with_a_step_beyond_its_field_means_what_it_meant() -> None:
+    schedule = parse_schedule("cron */90 * * * * UTC")
+    assert schedule.next(EPOCH) == EPOCH + HOUR

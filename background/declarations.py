@@ -1,0 +1,148 @@
+"""The checks of a worker class as it is written: its names, its methods' parameters, its constructor."""
+
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from difflib import get_close_matches
+from functools import partial
+from types import CodeType, FunctionType
+from typing import Any
+
+from .errors import InvalidWorker
+
+_MOST_LAYERS = 50  # a wrapper may wrap itself
+_ANYTHING = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
+_NEAR = 0.8  # of 1, by difflib: max_attemps and tiemout are near, handle_one and first_name are not
+
+
+def refuse_misspelt(cls: type, base: type) -> None:
+    """Raise InvalidWorker for an attribute of `cls` that is nearly one of `base`'s, which it would leave unset.
+
+    Every other attribute is the user's own. So is one that the class's methods use, and one that is like an attribute
+    which the class has besides.
+    """
+    own = [each for each in cls.__mro__ if each not in base.__mro__]
+    declared = {name for each in own for name in vars(each)}
+    if vars(cls)["name"] == snake_case(cls.__name__):  # the engine gave it
+        declared.discard("name")
+    known = {"name"} | {name for name in vars(base) if not name.startswith("_")}
+    for name in sorted(declared - known - _used(own)):
+        meant = None if name.startswith("_") else _meant(name, known - declared)
+        if meant is not None:
+            raise InvalidWorker(
+                f"{cls.__name__} has an attribute {name!r}, which the engine does not know. Did you mean {meant!r}? "
+                "If it is your own, give it a name that is less like that one."
+            )
+
+
+def _meant(name: str, known: set[str]) -> str | None:
+    """The one of `known` that `name` nearly is."""
+    plain = {each.replace("_", ""): each for each in sorted(known)}
+    spelt = name.replace("_", "").lower()
+    for at in range(len(spelt) - 1):  # two letters in each other's place, which difflib finds far in a short name
+        if (swapped := f"{spelt[:at]}{spelt[at + 1]}{spelt[at]}{spelt[at + 2 :]}") in plain:
+            return plain[swapped]
+    return next(iter(get_close_matches(name.lower(), known, n=1, cutoff=_NEAR)), plain.get(spelt))
+
+
+def _used(classes: list[type]) -> set[str]:
+    """The attributes that the methods of these classes name."""
+    values = (value for each in classes for value in vars(each).values())
+    return {name for value in values for code in _codes(value) for name in code.co_names}
+
+
+def _codes(value: Any) -> Iterator[CodeType]:
+    for part in (value, *(getattr(value, name, None) for name in ("fget", "func", "__func__", "__wrapped__"))):
+        found = [part.__code__] if isinstance(part, FunctionType) else []
+        while found:
+            code = found.pop()
+            yield code
+            found += [each for each in code.co_consts if isinstance(each, CodeType)]
+
+
+def check_method(cls: type, name: str, *parameters: str) -> None:
+    """Raise InvalidWorker unless the method can be called with `parameters`, and does its work in that call."""
+    found = inspect.getattr_static(cls, name)
+    expected = f"{name}({', '.join(('self', *parameters))})"
+    function, number = _function(found, cls), len(parameters) + (not isinstance(found, staticmethod))
+    if not callable(function):
+        raise InvalidWorker(f"{cls.__name__}.{name} is {found!r:.100}; expected a method: write def {expected}.")
+    if _is_generator(function):
+        raise InvalidWorker(
+            f"{cls.__name__}.{name} is a generator, of which a call does nothing; expected a method "
+            "that does its work when it is called: move what has the `yield` into another one, and loop over that."
+        )
+    if not isinstance(found, FunctionType | classmethod | staticmethod):
+        number = len(parameters)
+    if (signature := _signature(function)) and not _takes(signature, number):
+        kind = "@staticmethod " if isinstance(found, staticmethod) else ""
+        raise InvalidWorker(
+            f"{cls.__name__}.{name} is declared as {kind}{name}{signature}; expected {expected}: "
+            f"it is called with {' and '.join(f'the {each}' for each in parameters)} alone."
+        )
+
+
+def _function(found: Any, cls: type) -> Any:
+    """The function itself; of what is another kind of attribute, what an instance has of it."""
+    if isinstance(found, FunctionType | property):
+        return found
+    if isinstance(found, classmethod | staticmethod):
+        return found.__func__
+    return found.__get__(object(), cls) if hasattr(found, "__get__") else found
+
+
+def check_constructor(cls: type) -> None:
+    """Raise InvalidWorker for a class that cannot be called without arguments."""
+    signature = _signature(cls)
+    if signature and not _takes(signature, 0):
+        raise InvalidWorker(
+            f"{cls.__name__}{signature} needs arguments to be made; expected a class that is called without any: "
+            "ask for a service where it is used, by context.services.get(...)."
+        )
+
+
+def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
+    """The parameters it is called with; None for what does not tell, such as a built-in function.
+
+    A wrapper that hands on whatever it is given has those of what it wraps.
+    """
+    try:
+        signatures = [_bare(inspect.signature(each, follow_wrapped=False)) for each in _layers(function)]
+    except (TypeError, ValueError):
+        return None
+    own = (each for each in signatures if {one.kind for one in each.parameters.values()} - _ANYTHING)
+    return next(own, signatures[-1])
+
+
+def _bare(signature: inspect.Signature) -> inspect.Signature:
+    """The signature without types, as a sentence shows it."""
+    parameters = [each.replace(annotation=inspect.Parameter.empty) for each in signature.parameters.values()]
+    return inspect.Signature(parameters)
+
+
+def _takes(signature: inspect.Signature, number: int) -> bool:
+    try:
+        signature.bind(*range(number))
+    except TypeError:
+        return False
+    return True
+
+
+def _is_generator(function: Callable[..., Any]) -> bool:
+    """Whether it has a `yield`, or what is in it below decorators and partial functions."""
+    return any(inspect.isgeneratorfunction(each) or inspect.isasyncgenfunction(each) for each in _layers(function))
+
+
+def _layers(function: Any) -> list[Any]:
+    """The function, then what it wraps, and so on."""
+    layers: list[Any] = []
+    while function is not None and len(layers) < _MOST_LAYERS:
+        layers.append(function)
+        function = function.func if isinstance(function, partial) else getattr(function, "__wrapped__", None)
+    return layers
+
+
+def snake_case(name: str) -> str:
+    """PassiveUserCheckerWorker -> passive_user_checker_worker, HTTPPing2Worker -> http_ping2_worker."""
+    name = re.sub(r"([A-Z]+)([A-Z][a-z])", r"\1_\2", name)
+    return re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", name).lower()
