@@ -15,7 +15,7 @@ from sqlalchemy.exc import DBAPIError, DisconnectionError
 from sqlalchemy.pool import NullPool
 from sqlalchemy.schema import CreateTable
 
-from . import sqlite
+from . import postgresql, sqlite
 from .models import instances, locks
 
 Answer = TypeVar("Answer")
@@ -168,6 +168,7 @@ class Connections:
             connect_args=self._arguments,
         )
         event.listen(engine, "connect", self._opened)
+        postgresql.prepare(engine)
         self._close_strays(engine)
         return engine
 

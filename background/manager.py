@@ -17,7 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 from werkzeug.local import LocalProxy
 
-from . import models, serving, sqlite
+from . import models, postgresql, serving, sqlite
 from .context import fence, when_committed
 from .dependencies import refuse_driver
 from .errors import (
@@ -102,6 +102,7 @@ class BackgroundWorkerManager:
             sqlite.refuse_memory(db.engine)
             for engine in db.engines.values():
                 sqlite.prepare(engine)
+                postgresql.prepare(engine)
         fence(db)
         serving.attach(self, app)
 

@@ -1,0 +1,38 @@
+"""How a connection to PostgreSQL writes moments and text: as the driver reads them, whatever the server's default."""
+
+from typing import Any
+
+from sqlalchemy import Engine, event
+
+
+def prepare(engine: Engine) -> None:
+    """Have each new connection of a PostgreSQL engine pinned; other engines are left alone."""
+    if engine.dialect.name == "postgresql" and not event.contains(engine, "connect", _pin):
+        event.listen(engine, "first_connect", _pin, insert=True)  # before SQLAlchemy asks for the server's version
+        event.listen(engine, "connect", _pin)
+
+
+def _pin(connection: Any, _record: Any) -> None:
+    """Have psycopg's `connection` write moments by ISO 8601 and text in an encoding that the driver knows.
+
+    The server names its settings when it is connected to, so this sends nothing where they serve already. Poolers keep
+    these two settings with their client. The order of day and month, and the time zone, stay as they are.
+    """
+    wanted = []
+    if not _status(connection, "DateStyle").startswith("ISO"):
+        wanted.append("SET DateStyle = ISO")
+    if _is_foreign(_status(connection, "client_encoding"), _status(connection, "server_encoding")):
+        wanted.append("SET client_encoding = 'UTF8'")
+    for statement in wanted:
+        connection.execute(statement)
+    if wanted and not connection.autocommit:
+        connection.commit()
+
+
+def _is_foreign(client: str, server: str) -> bool:
+    """Whether text may get lost on the way, or cannot be read by the driver."""
+    return client == "SQL_ASCII" or client not in ("UTF8", server)  # of SQL_ASCII the driver gives bytes
+
+
+def _status(connection: Any, name: str) -> str:
+    return connection.info.parameter_status(name) or ""
