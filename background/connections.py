@@ -17,6 +17,7 @@ from sqlalchemy.schema import CreateTable
 
 from . import postgresql, sqlite
 from .models import instances, locks
+from .outages import Outages
 
 Answer = TypeVar("Answer")
 Made = TypeVar("Made")
@@ -36,8 +37,9 @@ class Connections:
     """Opened when they are asked for. No statement on them sets anything that outlives its transaction, and none
     is prepared by name, so a pooler that gives every transaction another connection may stand before PostgreSQL."""
 
-    def __init__(self, shared: Engine, arguments: Mapping[str, Any], lease: float) -> None:
-        self._shared = shared
+    def __init__(self, shared: Engine, arguments: Mapping[str, Any], lease: float, outages: Outages) -> None:
+        self._shared, self._outages = shared, outages
+        outages.emptied.append(self._deafen)
         # As long as a heartbeat may take: libpq does not wait for less than two seconds. Then a line is given up on
         # which nothing is acknowledged, as where a firewall forgot it; TCP alone would take a quarter of an hour.
         seconds = max(2, int(lease / 2))
@@ -45,6 +47,7 @@ class Connections:
         waiting |= {"keepalives_idle": seconds, "keepalives_interval": 1}
         self._arguments = {**arguments, **waiting, "prepare_threshold": None}
         self._open: WeakSet[Any] = WeakSet()
+        self._listening: WeakSet[Any] = WeakSet()
         self._opening = threading.Lock()
         self._closed = 0
 
@@ -114,8 +117,10 @@ class Connections:
         )
         event.listen(engine, "connect", self._opened)
         with engine.connect() as connection:
+            driver = connection.connection.driver_connection
+            self._listening.add(driver)
             try:
-                yield connection.connection.driver_connection
+                yield driver
             finally:
                 connection.invalidate()  # closed as it is: where it broke, a last rollback would fail aloud
 
@@ -133,9 +138,13 @@ class Connections:
         with self._opening:
             connections = list(self._open)
         for connection in connections:
-            with suppress(Exception), socket.socket(fileno=os.dup(connection.fileno())) as its_socket:
-                its_socket.shutdown(socket.SHUT_RDWR)
+            _shut_down(connection)
         self.close()
+
+    def _deafen(self) -> None:
+        """End the connection that listens, which hears nothing on a server that only reads; another is opened."""
+        for connection in list(self._listening):
+            _shut_down(connection)
 
     def close(self) -> None:
         """Close those that are not in use, and the others when they are given back; who asks for one gets a new one."""
@@ -169,8 +178,14 @@ class Connections:
         )
         event.listen(engine, "connect", self._opened)
         postgresql.prepare(engine)
+        self._outages.watch(engine)
         self._close_strays(engine)
         return engine
+
+
+def _shut_down(connection: Any) -> None:
+    with suppress(Exception), socket.socket(fileno=os.dup(connection.fileno())) as its_socket:
+        its_socket.shutdown(socket.SHUT_RDWR)
 
 
 def _is_file(path: str, opened: os.stat_result) -> bool:

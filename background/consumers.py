@@ -44,6 +44,7 @@ class Consumers:
         self._awaited: dict[str, float] = {}
         self._batches: set[str] = set()
         self._freeing: set[str] = set()
+        self._excused: Counter[int] = Counter()
         self._changed = threading.Lock()
 
     def wake(self, topic: str) -> None:
@@ -145,8 +146,8 @@ class Consumers:
         began = steady()
         self._batches.add(batch.id)
         try:
-            handling = Handling(worker, batch, self._ticks.messages, self._ticks.runs, instance, self._app, self._db)
-            pause = handling.run()
+            way = self._ticks.messages, self._ticks.runs, instance, self._app, self._db, self._excused
+            pause = Handling(worker, batch, *way).run()
         finally:
             self._batches.discard(batch.id)
         if pause is not None:

@@ -4,6 +4,7 @@ import logging
 import random
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from functools import partial
@@ -16,6 +17,7 @@ from .context import MessageContext
 from .errors import ClaimLost, RunStopped, first_line
 from .instances import Instance
 from .messages import Batch, Freed, Message, Messages
+from .outages import is_cut_off
 from .runs import Runs, finish, insist
 from .signals import message_buried, send
 from .worker import MessageWorker
@@ -23,6 +25,7 @@ from .worker import MessageWorker
 T = TypeVar("T")
 
 _LONGEST_PAUSE_SECONDS = 3600.0
+_MOST_EXCUSED = 5
 
 
 class Handling:
@@ -37,9 +40,10 @@ class Handling:
         instance: Instance,
         app: Flask,
         db: SQLAlchemy,
+        excused: Counter[int],
     ) -> None:
         self._worker, self._batch, self._messages, self._runs = worker, batch, messages, runs
-        self._instance, self._app, self._db = instance, app, db
+        self._instance, self._app, self._db, self._excused = instance, app, db, excused
         self._log = logging.getLogger(f"background.{worker.name}")
 
     def run(self) -> timedelta | None:
@@ -48,6 +52,8 @@ class Handling:
         error = self._handled(self._batch.messages)
         pause = self._after(error) if error else None
         if error is None:
+            for each in self._excused.keys() & self._batch.ids:
+                del self._excused[each]
             what = f"{number} messages" if number > 1 else f"the message {self._batch.messages[0].idempotency_key}"
             self._log.info("Handled %s in %.3f s", what, time.monotonic() - began)
         if self._runs.stopping.is_set():
@@ -63,11 +69,28 @@ class Handling:
         if not left:  # the reply to its commit got lost, or others have them
             self._log.warning("The messages are done, or not this instance's any more: %s", first_line(error))
             return None
+        if (pause := self._excuse(left, error)) is not None:
+            return pause
         if len(self._batch.messages) == 1:
             return self._settle(left[0], error)
         if not isinstance(error, RunStopped):
             self._log.info("Handling %d messages one by one, as together: %s", len(left), _summary(error))
         return min(filter(None, map(self._alone, left)), default=None)
+
+    def _excuse(self, left: Sequence[Message], error: BaseException) -> timedelta | None:
+        """Hand `left` back where the database failed them; return the pause before another instance may claim them.
+
+        That is no attempt. A message is excused a few times only: its handler may itself refuse to write.
+        """
+        times = max(self._excused[message.id] for message in left)
+        if times >= _MOST_EXCUSED or not is_cut_off(error):
+            return None
+        self._excused.update(message.id for message in left)
+        pause = _pause(self._worker, times) if times else timedelta()  # at first only the pool may have been old
+        ids = [message.id for message in left]
+        self._log.warning("Handed %d messages back, the database connection broke: %s", len(ids), _summary(error))
+        self._write("goes back", partial(self._messages.hand_back, self._batch, ids, pause))
+        return pause
 
     def _alone(self, message: Message) -> timedelta | None:
         if self._runs.stopping.is_set() or not self._instance.is_alive:
@@ -84,8 +107,8 @@ class Handling:
                     try:
                         self._call(messages, context)
                         context.finish()
-                    except BaseException:
-                        self._runs.roll_back()
+                    except BaseException as error:
+                        self._runs.roll_back(error)
                         raise
         except BaseException as error:  # also of what the application does at the end of a context
             return error
@@ -113,6 +136,8 @@ class Handling:
         if isinstance(error, ClaimLost):
             self._log.warning("Lost the message %s: %s", key, first_line(error))
             return None
+        if (excused := self._excuse([message], error)) is not None:
+            return excused
         pause = _pause(worker, message.attempt)
         text = "".join(traceback.format_exception(error))
         write = partial(self._messages.fail, self._batch, [message.id], text, worker.max_attempts, pause)

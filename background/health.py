@@ -6,12 +6,13 @@ has those. No session is looked at, and all but the migrations is asked on the e
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from flask import Blueprint, jsonify
 from flask.typing import ResponseReturnValue
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import ProgrammingError, SQLAlchemyError
 
 from .clock import steady
 from .connections import again_if_stale
@@ -133,9 +134,12 @@ def _checked(check: Callable[[], Check]) -> Check:
 
 
 def _database(manager: BackgroundWorkerManager) -> Check:
+    """Whether it takes writes: after a fail-over, connections may lead to a server that only reads."""
     manager.ticks.connections.refuse_missing()
     began = steady()
     manager.history.clock()
+    with suppress(ProgrammingError):  # without its tables the database answers, and its migrations are behind
+        manager.ticks.write()
     return Check(True, {"milliseconds": round((steady() - began) * 1000, 1)}, at=began)
 
 

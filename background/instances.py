@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import uuid4
 
-from sqlalchemy import ColumnElement, Engine, Float, and_, bindparam, delete, func, not_, or_, select, update
+from sqlalchemy import ColumnElement, Engine, Float, and_, bindparam, delete, false, func, not_, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from .clock import now, single_statements, steady
@@ -114,6 +114,11 @@ class Instances:
             upsert = row.on_conflict_do_update(index_elements=["id"], set_=renewed)
             self._upserts[topics] = upsert.returning(now(), *_pulse, *next_due(topics))
         return self._upserts[topics]
+
+    def write(self) -> None:
+        """Change nothing, by a statement that only a database that takes writes accepts."""
+        with self._single.begin() as connection:
+            connection.execute(update(instances).where(false()).values(pid=instances.c.pid))
 
     def sign_off(self, instance: Instance) -> None:
         """End this life; whatever it still holds counts as handed back, and it believes in none of it any more."""

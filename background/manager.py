@@ -33,6 +33,7 @@ from .errors import (
 from .history import History
 from .locks import Lock
 from .mailbox import Mailbox
+from .outages import Outages
 from .payloads import as_delay, draft, listed
 from .roster import Roster
 from .runs import Execution
@@ -91,7 +92,7 @@ class BackgroundWorkerManager:
         app.config.setdefault("WORKERS_HEARTBEAT_SECONDS", min(2, app.config["WORKERS_LEASE_SECONDS"] / 4))
         if "svcs_registry" not in app.extensions:
             svcs.flask.init_app(app)
-        self.ticks = Ticks(app, db, self._workers)
+        self.ticks = Ticks(app, db, self._workers, Outages())
         _managers.add(self)
         app.extensions["background_workers"] = self
         for name, table in models.metadata.tables.items():
@@ -103,6 +104,8 @@ class BackgroundWorkerManager:
             for engine in db.engines.values():
                 sqlite.prepare(engine)
                 postgresql.prepare(engine)
+                if engine.url.set(query={}) == db.engine.url.set(query={}):  # a bind may be of another database
+                    self.ticks.outages.watch(engine)
         fence(db)
         serving.attach(self, app)
 
@@ -110,7 +113,7 @@ class BackgroundWorkerManager:
         """In a fork: it has none of the threads that keep its parent in the fleet, and must not use its connections."""
         self._lock, self._membership = threading.RLock(), None
         self._of_parent = self.ticks  # kept, as to let go of its connections would close them
-        self.ticks = Ticks(self.app, self.db, self._workers)
+        self.ticks = Ticks(self.app, self.db, self._workers, self.ticks.outages)
 
     # -- registering ---------------------------------------------------------------------------
 

@@ -227,10 +227,11 @@ class Messages:
         ids = {row.id for row in self.read(select(messages.c.id).where(self._held(batch, batch.ids)))}
         return [message for message in batch.messages if message.id in ids]
 
-    def hand_back(self, batch: Batch, ids: Collection[int]) -> None:
-        """Let others have those of `ids` that are left, at once; they were not tried."""
+    def hand_back(self, batch: Batch, ids: Collection[int], pause: timedelta | None = None) -> None:
+        """Let any instance have those of `ids` that are left, at once or after `pause`; they were not tried."""
+        later = {"due_at": now(pause)} if pause else {}
         with self._ledger.begin() as connection:
-            freed = _release(connection, self._held(batch, ids), attempt=messages.c.attempt - 1)
+            freed = _release(connection, self._held(batch, ids), attempt=messages.c.attempt - 1, **later)
         if freed:
             self._ledger.ring()
 

@@ -18,12 +18,13 @@ from typing import Any, TypeVar
 
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import SQLAlchemyError
 
 from .context import TickContext, WorkerContext, current_run
 from .errors import ClaimLost, RunStopped, first_line
 from .instances import Instance
 from .ledger import Claim, Ledger
+from .outages import Outages, is_cut_off
 from .signals import execution_started, of_state, send
 from .worker import PeriodicWorker, attempt_after
 
@@ -43,8 +44,8 @@ class Execution:
 class Runs:
     """The runs of this process: who is told to stop, and who is waited for."""
 
-    def __init__(self, app: Flask, db: SQLAlchemy) -> None:
-        self._app, self._db = app, db
+    def __init__(self, app: Flask, db: SQLAlchemy, outages: Outages) -> None:
+        self._app, self._db, self._outages = app, db, outages
         self._contexts: set[WorkerContext] = set()
         self._changed = threading.Condition()
         self.stopping = threading.Event()
@@ -132,7 +133,7 @@ class Runs:
             finish(worker().do_work(context))
             context.finish()
         except BaseException as error:
-            self.roll_back()
+            self.roll_back(error)
             if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
                 ending.write("handed back", next_attempt=claim.attempt)  # a Ctrl-C: it reaches no other thread
                 raise
@@ -141,8 +142,9 @@ class Runs:
         ending.tell("succeeded")
         return "succeeded"
 
-    def roll_back(self) -> None:
+    def roll_back(self, why: BaseException) -> None:
         """Undo what the run that ended badly did since its last commit."""
+        self._outages.notice(why)
         try:
             self._db.session.rollback()
         except Exception as error:  # the connection broke, or a listener; the database rolls back by itself
@@ -163,7 +165,7 @@ def _unfinished(worker: type[PeriodicWorker], context: TickContext, ending: "End
         if state == "handed back":
             context.logger.info("Handed the tick %s back", tick)
         return state
-    if _is_cut_off(error):
+    if is_cut_off(error):
         again = attempt_after(worker, claim.attempt)
         state = ending.write("lost", f"its database connection broke: {first_line(error)}", again)
         if state == "lost":
@@ -181,19 +183,6 @@ def _unfinished(worker: type[PeriodicWorker], context: TickContext, ending: "End
 def follows(attempt: int | None) -> str:
     """What becomes of a lost tick, in words."""
     return f"attempt {attempt} follows" if attempt else "it is given up"
-
-
-def _is_cut_off(error: BaseException | None) -> bool:
-    """Whether the run ended because the database went away, and not by a fault of its own."""
-    while error is not None:
-        if isinstance(error, DBAPIError):
-            # The server gives its errors a code; that it cannot be connected to has none.
-            cannot_connect = error.statement is None and getattr(error.orig, "sqlstate", "") is None
-            if error.connection_invalidated or cannot_connect:
-                return True
-        # What was handled on the way is not why it ended, unless the session says so.
-        error = error.__cause__ or (error.__context__ if isinstance(error, SQLAlchemyError) else None)
-    return False
 
 
 def finish(result: Awaitable[None] | None) -> None:

@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 from sqlalchemy import Connection, Engine, event
+from sqlalchemy.exc import OperationalError
 
 from .errors import InvalidConfig
 
@@ -75,6 +76,21 @@ def _begin_before_savepoint(connection: Connection, _name: str) -> None:
     """The driver opens no transaction for a SAVEPOINT, so releasing it would commit on its own."""
     if not connection.connection.dbapi_connection.in_transaction:  # type: ignore[union-attr]
         connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def refuse_read_only(engine: Engine) -> None:
+    """Raise OperationalError where the database takes no writes; a lock that another process holds is fine."""
+    with engine.connect() as connection:
+        driver: Any = connection.connection.driver_connection
+        driver.execute("PRAGMA busy_timeout = 0")
+        try:
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+        except OperationalError as error:
+            if getattr(error.orig, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_BUSY:
+                raise
+        finally:
+            connection.rollback()
+            driver.execute(f"PRAGMA busy_timeout = {BUSY_SECONDS * 1000}")
 
 
 def lock_soon(connection: Connection) -> None:

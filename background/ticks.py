@@ -13,6 +13,7 @@ from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy.exc import SQLAlchemyError
 
+from . import sqlite
 from .claiming import DECIDED, NotClaimed
 from .connections import Connections, again_if_stale, made_once
 from .errors import first_line
@@ -21,6 +22,7 @@ from .ledger import Claim, Ledger, WorkerState
 from .listener import ring
 from .locks import Locks
 from .messages import Messages
+from .outages import Outages
 from .runs import Execution, Runs, follows
 from .schedule import MICROSECOND
 from .signals import execution_handed_back, execution_lost, send
@@ -33,9 +35,9 @@ log = logging.getLogger(__name__)
 class Ticks:
     """Takes ticks of `workers` (by name) to the ledger, and runs those that this process gets."""
 
-    def __init__(self, app: Flask, db: SQLAlchemy, workers: dict[str, type[PeriodicWorker]]) -> None:
-        self._app, self._db, self._workers = app, db, workers
-        self.runs = Runs(app, db)
+    def __init__(self, app: Flask, db: SQLAlchemy, workers: dict[str, type[PeriodicWorker]], outages: Outages) -> None:
+        self._app, self._db, self._workers, self.outages = app, db, workers, outages
+        self.runs = Runs(app, db, outages)
         self.instance: Instance | None = None
         """This process's, from joining the fleet to leaving it."""
         self.postponed: Callable[[str, datetime, str], None] = lambda name, tick, schedule: None
@@ -244,7 +246,8 @@ class Ticks:
     def connections(self) -> Connections:
         options = self._app.config.get("SQLALCHEMY_ENGINE_OPTIONS") or {}
         with self._app.app_context():
-            return Connections(self._db.engine, options.get("connect_args", {}), self._lease.total_seconds())
+            arguments = options.get("connect_args", {})
+            return Connections(self._db.engine, arguments, self._lease.total_seconds(), self.outages)
 
     @made_once
     def ledger(self) -> Ledger:
@@ -266,6 +269,12 @@ class Ticks:
     def locks(self) -> Locks:
         present = partial(self.present, forget=True)
         return Locks(self.connections.locks, self.instances, present, self._app.config["LOCK_PREFIX"])
+
+    def write(self) -> None:
+        """Change nothing, and raise what a database raises that takes no writes."""
+        self.instances.write()
+        if self.connections.heartbeat_file:  # on SQLite that was not the main database's file
+            sqlite.refuse_read_only(self.ledger.engine)
 
     def close(self) -> None:
         """Close the connections; they open again when they are asked for."""

@@ -151,6 +151,16 @@ MUTATIONS = (
         ["tests/test_messages.py", "-k", "whatever"],
     ),
     Mutation(
+        "no connection is used again that is older than an outage",
+        [Edit("background/outages.py", "if record.info.get(_STAMP, 0) != self._number:", "if False:")],
+        ["tests/test_outages.py", "-k", "emptied_by_an_error"],
+    ),
+    Mutation(
+        "an outage is no attempt at a message",
+        [Edit("background/handling.py", "times >= _MOST_EXCUSED or not is_cut_off(error)", "True")],
+        ["tests/test_outages.py", "-k", "was_not_tried"],
+    ),
+    Mutation(
         "an order is settled once",
         [Edit("models.py", ".where(Order.id == order_id, Order.status == status)", ".where(Order.id == order_id)")],
         ["tests/test_orders.py", "-k", "many_settle_at_once"],

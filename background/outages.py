@@ -1,0 +1,113 @@
+"""Errors that say that a connection is of no use; after one of them, no older connection is used again.
+
+A fail-over may close no socket. The connections that are open then lead to a server that only reads.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from sqlalchemy import Engine, ExceptionContext, event
+from sqlalchemy.exc import DBAPIError, DisconnectionError, SQLAlchemyError
+
+_READ_ONLY = "25006"
+_ENDED = ("57P01", "57P02", "57P03", "57P04", "57P05")  # shut down, crashed, starting or dropped; idle for too long
+_DURING_RECOVERY = ("0A000", "40001", "55000", "XX000")  # also the codes of other errors: the server must say it is one
+_STAMP = "outages"
+
+
+class Outages:
+    """The pools of one database's engines, which are emptied together."""
+
+    def __init__(self) -> None:
+        self.emptied: list[Callable[[], None]] = []
+        """Called each time, for connections that are in no pool."""
+        self._number = 0
+        self._counting = threading.Lock()
+
+    def watch(self, engine: Engine) -> None:
+        """Have an error on a connection of `engine` empty all pools, and empty its pool with the others'."""
+        if engine.dialect.name != "postgresql" or event.contains(engine, "handle_error", self._failed):
+            return
+        event.listen(engine, "connect", self._opened)
+        event.listen(engine, "checkout", self._asked_for)
+        event.listen(engine, "handle_error", self._failed)
+
+    def notice(self, error: BaseException) -> None:
+        """Empty the pools for an error that came from the driver itself: no engine has seen it."""
+        if any(_is_of_no_use(each, None) for each in causes(error) if not isinstance(each, SQLAlchemyError)):
+            self._empty(self._number)
+
+    def _opened(self, _connection: Any, record: Any) -> None:
+        record.info[_STAMP] = self._number
+
+    def _asked_for(self, _connection: Any, record: Any, _proxy: Any) -> None:
+        if record.info.get(_STAMP, 0) != self._number:
+            raise DisconnectionError("the connection is older than the last outage of its database")
+
+    def _failed(self, context: ExceptionContext) -> None:
+        pooled = context.connection.connection if context.connection is not None else None
+        driver = getattr(pooled, "driver_connection", None)
+        if pooled is None or not _is_of_no_use(context.original_exception, driver):
+            return
+        context.is_disconnect = True
+        self._empty(pooled.info.get(_STAMP, 0))
+
+    def _empty(self, opened: int) -> None:
+        """Concurrency: many threads meet one outage, and later errors of old connections empty no new pool."""
+        with self._counting:
+            if opened != self._number:
+                return
+            self._number += 1
+        for call in self.emptied:
+            call()
+
+
+def is_cut_off(error: BaseException) -> bool:
+    """Whether a run ended because the database went away or refused writes, and not by a fault of its own."""
+    for each in causes(error):
+        if not isinstance(each, DBAPIError):
+            if _is_of_no_use(each, None):
+                return True
+            continue
+        # The server gives its errors a code. A failure to connect has none.
+        cannot_connect = each.statement is None and getattr(each.orig, "sqlstate", "") is None
+        if each.connection_invalidated or cannot_connect:
+            return True
+    return False
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, and each that led to it; each of them once, and a driver's error as what SQLAlchemy made of it."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        # An error that was handled on the way is not the cause, unless the session says so.
+        led = error.__cause__ or (error.__context__ if isinstance(error, SQLAlchemyError) else None)
+        is_same = led is not None and isinstance(error, DBAPIError) and led is error.orig
+        error = led.__cause__ if led is not None and is_same else led
+
+
+def _is_of_no_use(error: BaseException | None, driver: Any) -> bool:
+    """Whether the server says by `error` that it can no longer serve the connection `driver` (None: not known)."""
+    code = getattr(error, "sqlstate", None)
+    if not isinstance(code, str):
+        return False
+    if code == _READ_ONLY:
+        return not _is_read_only_by_choice(driver)
+    is_standby = _reported(driver, "in_hot_standby") == "on"
+    return code.startswith("08") or code in _ENDED or (is_standby and code in _DURING_RECOVERY)
+
+
+def _is_read_only_by_choice(driver: Any) -> bool:
+    """Whether the server itself takes writes: then the user made the transaction read-only.
+
+    PostgreSQL reports both settings since version 14. Before that the answer is no.
+    """
+    return all(_reported(driver, name) == "off" for name in ("default_transaction_read_only", "in_hot_standby"))
+
+
+def _reported(driver: Any, name: str) -> str | None:
+    info = getattr(driver, "info", None)
+    return info.parameter_status(name) if info is not None and not driver.closed else None
