@@ -11,11 +11,11 @@ from typing import Any, TypeVar
 from weakref import WeakSet
 
 from sqlalchemy import Dialect, Engine, Table, create_engine, event
-from sqlalchemy.exc import DBAPIError, DisconnectionError
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 from sqlalchemy.schema import CreateTable
 
-from . import postgresql, sqlite
+from . import database_files, postgresql, sqlite
 from .models import instances, locks
 from .outages import Outages
 
@@ -75,19 +75,23 @@ class Connections:
         own, main = str(self.heartbeat_file), self._file
         engine = create_engine(self._shared.url.set(database=own), max_overflow=-1, hide_parameters=True)
 
-        @event.listens_for(engine, "checkout")
-        def still_there(_connection: Any, record: Any, _proxy: Any) -> None:
-            if not _is_file(own, record.info["file"]):  # whoever comes now makes another, and must meet us there
-                raise DisconnectionError(f"{own} is not the file any more that was opened")
+        @event.listens_for(engine, "do_connect")
+        def connecting(_dialect: Any, record: Any, _arguments: Any, _parameters: Any) -> None:
+            sqlite.expect_file(main)
+            database_files.make_private(own, like=main)
+            for path in (own, main):
+                database_files.expect(record, path)
 
         @event.listens_for(engine, "connect")
         def connected(connection: Any, record: Any) -> None:
-            sqlite.configure(connection, isolation_level=None)
-            for table in (instances, locks):
-                _make(connection, table, engine.dialect)
-            connection.execute("ATTACH DATABASE ? AS main_database", (main,))
-            record.info["file"] = os.stat(own)
+            with sqlite.closed_on_error(connection):
+                sqlite.configure(connection, isolation_level=None)
+                for table in (instances, locks):
+                    _make(connection, table, engine.dialect)
+                connection.execute("ATTACH DATABASE ? AS main_database", (main,))
+                database_files.note(record)
 
+        database_files.watch(engine)
         self._close_strays(engine)
         return engine
 
@@ -186,12 +190,6 @@ class Connections:
 def _shut_down(connection: Any) -> None:
     with suppress(Exception), socket.socket(fileno=os.dup(connection.fileno())) as its_socket:
         its_socket.shutdown(socket.SHUT_RDWR)
-
-
-def _is_file(path: str, opened: os.stat_result) -> bool:
-    with suppress(FileNotFoundError):
-        return os.path.samestat(os.stat(path), opened)
-    return False
 
 
 def _make(connection: Any, table: Table, dialect: Dialect) -> None:

@@ -4,16 +4,23 @@ import os
 import sqlite3
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
+from weakref import WeakSet
 
-from sqlalchemy import Connection, Engine, event
+from sqlalchemy import Connection, Dialect, Engine, event
 from sqlalchemy.exc import OperationalError
 
+from . import database_files
 from .errors import InvalidConfig
 
 BUSY_SECONDS = 30
+OPEN_SECONDS = 10
+"""How long a connection waits to be opened while another process keeps the file locked."""
 _MOMENT_SECONDS = 0.1
+# The dialects of the engines that have opened their file, and were not disposed of since.
+_have_opened: WeakSet[Dialect] = WeakSet()
 
 
 def prepare(engine: Engine) -> None:
@@ -24,8 +31,10 @@ def prepare(engine: Engine) -> None:
     time-out, if anybody committed in between.)
     """
     if engine.dialect.name == "sqlite" and not event.contains(engine, "connect", _connected):
-        event.listen(engine, "do_connect", _make_private)
+        event.listen(engine, "do_connect", _connecting)
         event.listen(engine, "connect", _connected)
+        event.listen(engine, "engine_disposed", _disposed)
+        database_files.watch(engine)
         event.listen(engine, "savepoint", _begin_before_savepoint)
 
 
@@ -41,35 +50,90 @@ def refuse_memory(engine: Engine) -> None:
 def configure(connection: Any, isolation_level: str | None) -> None:
     """Set one connection of the driver's up; `isolation_level` is the driver's, None to commit each statement."""
     connection.isolation_level = None
-    connection.execute(f"PRAGMA busy_timeout = {BUSY_SECONDS * 1000}")
+    connection.execute(f"PRAGMA busy_timeout = {OPEN_SECONDS * 1000:.0f}")
     _use_wal(connection)
+    connection.execute(f"PRAGMA busy_timeout = {BUSY_SECONDS * 1000}")
     connection.execute("PRAGMA synchronous = NORMAL")
     connection.execute("PRAGMA foreign_keys = ON")
     connection.isolation_level = isolation_level
 
 
 def _use_wal(connection: Any) -> None:
-    """Of several that open a new file at once one makes it a WAL; SQLite does not have the others wait for that."""
-    until = time.monotonic() + BUSY_SECONDS
+    """Turn the write-ahead log on, or raise InvalidConfig where the file system refuses it.
+
+    Concurrency: several processes may open a new file at once. One makes it a WAL; SQLite does not have the rest wait.
+    """
+    until = time.monotonic() + OPEN_SECONDS
     while True:
         try:
-            connection.execute("PRAGMA journal_mode = WAL")
-            return
-        except sqlite3.OperationalError:
+            mode = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
+        except sqlite3.OperationalError as error:
             if time.monotonic() > until:
+                if "locked" in str(error):
+                    raise sqlite3.OperationalError(_locked(_path(connection))) from error
                 raise
             threading.Event().wait(0.01)
+            continue
+        if mode != "wal" and (path := _path(connection)):
+            raise InvalidConfig(
+                f"The file system of {path} refuses SQLite's write-ahead log (journal_mode is {mode!r}); "
+                "expected one that supports it: move the database to a local disk, or use PostgreSQL."
+            )
+        return
 
 
-def _make_private(_dialect: Any, _record: Any, arguments: Any, _parameters: Any) -> None:
-    """A new file, which SQLite would let everybody on the machine read; one that is there stays as it is."""
-    with suppress(OSError):
-        if os.path.isabs(arguments[0]):  # it is no `:memory:`, and no URI
-            os.close(os.open(arguments[0], os.O_CREAT | os.O_EXCL, 0o600))
+def _path(connection: Any) -> str:
+    """The file of the connection; empty for a database in memory."""
+    return str(connection.execute("PRAGMA database_list").fetchone()[2])
 
 
-def _connected(connection: Any, _record: Any) -> None:
-    configure(connection, "IMMEDIATE")
+def _locked(path: str) -> str:
+    return (
+        f"database is locked: another process has kept {path} locked for {OPEN_SECONDS} s. "
+        f"Expected it free within that time: end that process (`fuser {path}` shows it)."
+    )
+
+
+def _connecting(dialect: Dialect, record: Any, arguments: Any, _parameters: Any) -> None:
+    """Make a new file, which SQLite would let every user of the machine read, and remember which one is opened."""
+    path = arguments[0]
+    if not os.path.isabs(path):  # `:memory:`, or a URI
+        return
+    if dialect in _have_opened:
+        expect_file(path)
+    database_files.make_private(path)
+    with suppress(FileNotFoundError):  # its folder is not there: SQLite says so
+        database_files.expect(record, path)
+        _have_opened.add(dialect)
+
+
+def expect_file(path: str) -> None:
+    """Raise sqlite3.OperationalError for a missing file. SQLite would make an empty one, which hides the loss."""
+    if not os.path.exists(path):
+        raise sqlite3.OperationalError(
+            f"The database file {path} was deleted; expected it at that path: restore it, or make another with "
+            "`flask db upgrade`."
+        )
+
+
+def _connected(connection: Any, record: Any) -> None:
+    with closed_on_error(connection):
+        configure(connection, "IMMEDIATE")
+        database_files.note(record)
+
+
+@contextmanager
+def closed_on_error(connection: Any) -> Iterator[None]:
+    """Close a connection that cannot be set up: the pool forgets it, and Python warns of one that is left open."""
+    try:
+        yield
+    except BaseException:
+        connection.close()
+        raise
+
+
+def _disposed(engine: Engine) -> None:
+    _have_opened.discard(engine.dialect)
 
 
 def _begin_before_savepoint(connection: Connection, _name: str) -> None:

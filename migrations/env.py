@@ -11,7 +11,7 @@ from sqlalchemy.exc import DBAPIError
 
 from background.clock import UtcDateTime
 from background.errors import DatabaseNotReady
-from migrations.schema import why_not
+from migrations.schema import LOCK_SECONDS, why_not
 
 database = current_app.extensions["sqlalchemy"]
 # What `schema.py` does in the same transaction, once the schema is there.
@@ -50,12 +50,20 @@ def run_on_sqlite(connection: Connection) -> None:
     connection.exec_driver_sql("PRAGMA foreign_keys = OFF")
     connection.commit()
     with connection.begin():
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
+        _take_write_lock(connection)
         migrate(connection)
         if broken := connection.exec_driver_sql("PRAGMA foreign_key_check").fetchmany(5):
             raise RuntimeError(f"The migrations broke foreign keys, so nothing was changed: {broken}")
     connection.exec_driver_sql("PRAGMA foreign_keys = ON")
     connection.commit()
+
+
+def _take_write_lock(connection: Connection) -> None:
+    connection.exec_driver_sql(f"PRAGMA busy_timeout = {LOCK_SECONDS * 1000:.0f}")
+    try:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+    except DBAPIError as error:
+        raise DatabaseNotReady(why_not(database.engine.url, error)) from None
 
 
 def connected() -> Connection:

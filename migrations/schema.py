@@ -6,21 +6,28 @@ operator's back: `DatabaseNotReady` says what is wrong, and the command that men
 
 import fcntl
 import logging
+import os
+import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from flask import current_app
 from sqlalchemy import URL, Connection, Engine, inspect, text
 from sqlalchemy.exc import DBAPIError
 
+from background.database_files import make_private
 from background.errors import DatabaseNotReady
 
 if TYPE_CHECKING:
     from alembic.config import Config
 
 logger = logging.getLogger(__name__)
+
+LOCK_SECONDS = 15
+"""How long a start waits for what another process keeps: the lock of the preparation, or SQLite's write lock."""
 
 
 def ensure_ready() -> None:
@@ -65,7 +72,7 @@ def _prepare(engine: Engine) -> None:
     """
     folder = Path(str(engine.url.database)).parent
     folder.mkdir(parents=True, exist_ok=True)
-    with _lock(folder / ".prepare.lock"):
+    with _lock(folder / ".prepare.lock", Path(str(engine.url.database))):
         found = _found_revision(engine) if Path(str(engine.url.database)).exists() else None
         if found is None:
             from migrations.demo import open_shop
@@ -136,6 +143,11 @@ def why_not(url: URL, error: DBAPIError) -> str:
         folder = Path(str(url.database)).parent
         if not folder.is_dir():
             return f"The folder {folder} of the database file does not exist: make it, or correct DATABASE_URL."
+        if "locked" in reason:
+            return (
+                f"The database file {url.database} cannot be used ({reason}): another process keeps it. "
+                f"End that process (`fuser {url.database}` shows it), and try again."
+            )
         return f"The database file {url.database} cannot be used ({reason}); expected a SQLite database."
     if getattr(error.orig, "sqlstate", None) == "3D000" or f'database "{url.database}" does not exist' in reason:
         return (
@@ -159,10 +171,32 @@ def _createdb(url: URL) -> str:
 
 
 @contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+def _lock(path: Path, database: Path) -> Iterator[None]:
+    """Hold the lock at `path`; raise DatabaseNotReady where another process keeps it for LOCK_SECONDS."""
+    make_private(str(path), like=str(database))
+    until = time.monotonic() + LOCK_SECONDS
+    with path.open("r+") as file:
+        while not _is_locked(file):
+            if time.monotonic() > until:
+                holder = file.read().strip()
+                raise DatabaseNotReady(
+                    f"{f'Process {holder}' if holder else 'Another process'} has kept the lock {path} for "
+                    f"{LOCK_SECONDS} s; expected it to have prepared {database} within that time: wait until it "
+                    "ends, or end it, and start again."
+                )
+            threading.Event().wait(0.05)
+        file.truncate()
+        file.write(str(os.getpid()))
+        file.flush()
         yield
+
+
+def _is_locked(file: TextIO) -> bool:
+    """Lock the file now; False where another process has it."""
+    with suppress(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    return False
 
 
 def _head() -> str | None:

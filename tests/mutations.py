@@ -44,6 +44,28 @@ MUTATIONS = (
         ["tests/test_ledger.py", "-k", "mark or claim_that_comes_after"],
     ),
     Mutation(
+        "nothing is committed into a SQLite file that was replaced",
+        [
+            Edit(
+                "background/database_files.py",
+                '    event.listen(engine, "commit", _refuse_commit)\n',
+                "",
+            )
+        ],
+        ["tests/test_database_files.py", "-k", "commits_nothing"],
+    ),
+    Mutation(
+        "no connection to a SQLite file that was replaced is used again",
+        [
+            Edit(
+                "background/database_files.py",
+                '    event.listen(engine, "checkout", _renew)\n',
+                "",
+            )
+        ],
+        ["tests/test_database_files.py", "-k", "goes_on_in_the_new_file"],
+    ),
+    Mutation(
         "a commit checks the token",
         [
             Edit(
