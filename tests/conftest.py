@@ -48,6 +48,9 @@ _numbers = count(1)
 on_sqlite = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 on_postgresql = pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 
+# The fixtures, parameters and markers of tests that take long.
+NOT_QUICK = {"postgresql", "postgresql_server", "server", "nursery", "browser", "fuzz"}
+
 # Compiled once, whatever the environment says: hundreds of interpreters are started from the same files.
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -56,6 +59,19 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "quick: given by conftest.py; needs only SQLite and this process")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as quick the tests that need no PostgreSQL, no nursery of processes, no browser and no nonsense."""
+    for item in items:
+        parameters = getattr(getattr(item, "callspec", None), "params", {}).values()
+        needs = {each for each in parameters if isinstance(each, str)} | {each.name for each in item.iter_markers()}
+        if not NOT_QUICK & needs.union(getattr(item, "fixturenames", ())):
+            item.add_marker("quick")
 
 
 def pytest_collection_finish() -> None:
