@@ -31,6 +31,7 @@ from flask_login import LoginManager, current_user, login_required, login_user, 
 from flask_wtf import CSRFProtect, FlaskForm
 from flask_wtf.csrf import CSRFError
 from sqlalchemy import Select, or_, select
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import InstrumentedAttribute, joinedload
 from werkzeug.datastructures import MultiDict
 from werkzeug.exceptions import BadHost, HTTPException, SecurityError
@@ -59,6 +60,7 @@ from wtforms.validators import (
 )
 
 from background import current_workers
+from background.away import unavailable
 from background.dashboard import dashboard
 from models import AuditEntry, Book, Order, OrderRepository, User, UserRepository, db
 
@@ -131,6 +133,7 @@ def register(app: Flask) -> None:
     for without_host in (BadHost, SecurityError):  # a page of ours could not name its own addresses
         app.register_error_handler(without_host, HTTPException.get_response)
     app.register_error_handler(HTTPException, show_error)
+    app.register_error_handler(SQLAlchemyError, unavailable)
     app.after_request(set_headers)
 
 
@@ -676,6 +679,7 @@ ERROR_SENTENCES = {
     404: "There is no such page. It may have moved, or the address may be mistyped.",
     405: "This page does not take requests of that kind.",
     413: "That was more than this page takes.",
+    503: "The shop's database does not answer at the moment. Please try again in a few seconds.",
     500: "Something went wrong on our side. It is in the log; please try again in a moment.",
 }
 

@@ -4,10 +4,11 @@ from collections.abc import Callable
 
 from flask import Blueprint, request
 from flask.typing import ResponseReturnValue
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from werkzeug.wrappers import Response
 
 from . import fleet_pages, message_pages, worker_actions, worker_pages
+from .away import is_away, unavailable
 from .errors import first_line
 from .origin import refuse_foreign
 from .pages import add_filters, back, say
@@ -26,7 +27,7 @@ def dashboard(allow: Callable[[], ResponseReturnValue | None]) -> Blueprint:
     blueprint.before_request(refuse_foreign)
     blueprint.before_request(allow)
     blueprint.after_request(refuse_frames)
-    blueprint.register_error_handler(OperationalError, not_taken)
+    blueprint.register_error_handler(SQLAlchemyError, not_taken)
     add_filters(blueprint)
     for part in (worker_pages, worker_actions, fleet_pages, message_pages):
         part.add_to(blueprint)
@@ -39,9 +40,12 @@ def refuse_frames(response: Response) -> Response:
     return response
 
 
-def not_taken(error: OperationalError) -> ResponseReturnValue:
-    """A button's change that the database did not take: a run may hold what it needs, for longer than one waits."""
-    if request.method != "POST":
-        raise error
+def not_taken(error: SQLAlchemyError) -> ResponseReturnValue:
+    """Answer for a database that is away, or that did not take a button's change.
+
+    A run may hold what the change needs, for longer than a page waits.
+    """
+    if request.method != "POST" or not isinstance(error, OperationalError) or is_away(error):
+        return unavailable(error)
     say(f"The database did not take that ({first_line(error)}); try again.", "error")
     return back()

@@ -1,0 +1,43 @@
+"""Pages while the database is away: 503 and one line in the log, not 500 and a traceback."""
+
+import logging
+import sqlite3
+
+from flask import current_app, request
+from flask.typing import ResponseReturnValue
+from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from werkzeug.exceptions import ServiceUnavailable
+
+from .errors import first_line
+from .outages import is_cut_off
+
+log = logging.getLogger(__name__)
+
+_RETRY_AFTER_SECONDS = 5
+_OF_SQLITE = (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR)  # the rest of a code says more about it
+_OF_POSTGRESQL = ("08", "28", "3D", "53", "57P")  # broken, refused, unknown, no room for one more, stops or starts
+
+
+def unavailable(error: SQLAlchemyError) -> ResponseReturnValue:
+    """Answer 503 with Retry-After in the application's own look; raise `error` where the database did answer.
+
+    Made to be registered as the error handler of an application or a blueprint.
+    """
+    if not is_away(error):
+        raise error
+    log.warning("The database is away, so %s is answered with 503: %s", request.endpoint, first_line(error))
+    sorry = ServiceUnavailable("The database does not answer at the moment.", retry_after=_RETRY_AFTER_SECONDS)
+    return current_app.handle_http_exception(sorry)
+
+
+def is_away(error: SQLAlchemyError) -> bool:
+    """Whether the database could not be asked: it cannot be reached, its connection broke, or no more are left."""
+    if isinstance(error, PoolTimeout) or is_cut_off(error):
+        return True
+    if not isinstance(error, DBAPIError):
+        return False
+    code, state = getattr(error.orig, "sqlite_errorcode", None), getattr(error.orig, "sqlstate", None)
+    if code is None and state is None:
+        return error.statement is None and isinstance(error, OperationalError)  # it cannot be opened
+    return (code is not None and code & 0xFF in _OF_SQLITE) or (state or "").startswith(_OF_POSTGRESQL)
