@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
+import click
 from flask import Flask
+from flask.cli import run_command
 from sqlalchemy import URL, Engine, ExceptionContext, event, make_url
 from sqlalchemy.exc import ArgumentError, DataError, IntegrityError
 from werkzeug.middleware.proxy_fix import ProxyFix
@@ -236,6 +238,18 @@ def trust_proxies(app: Flask) -> None:
     """Take the visitor's address, scheme and host from the last PROXIES entries of X-Forwarded-*, and no others."""
     if number := app.config["PROXIES"]:
         app.wsgi_app = ProxyFix(app.wsgi_app, number, number, number)  # type: ignore[method-assign]
+    elif app.config["PRODUCTION"] and may_serve():
+        logging.getLogger(__name__).warning(
+            "PROXIES is 0 in production; expected a proxy in front that buffers requests: without one, as many slow "
+            "clients as gunicorn has threads stop the shop, and all visitors of a proxy count as one network. Put a "
+            "proxy in front and say PROXIES=1, and run long work in `flask workers run`"
+        )
+
+
+def may_serve() -> bool:
+    """Whether this process may come to serve pages: no `flask` command does but `flask run`."""
+    context = click.get_current_context(silent=True)
+    return context is None or context.command is run_command
 
 
 def configure_logging(app: Flask) -> None:

@@ -77,6 +77,19 @@ def post_worker_init(worker):
     gc.freeze()  # else a full collection looks through all imports: 0.1 s in which no other thread runs
 
 
+def worker_abort(worker):
+    """A request took longer than `timeout`, as one of a slow client does: hand back what runs, and end.
+
+    Called within the handler of SIGABRT. A second later the master would kill the process, and its runs would count as
+    lost; or sooner, where another process ends meanwhile. A sign of life keeps it from that.
+    """
+    from background.hearing import give_up
+
+    worker.notify()
+    give_up(f"A request took longer than gunicorn's timeout of {worker.cfg.timeout} s, so this process ends", 0.9)
+    os._exit(1)  # gunicorn takes SystemExit for an error of the request, and waits for its client
+
+
 def worker_exit(server, worker):
     """Stop them, and hand back what does not end in time."""
     if manager := background_workers(worker):

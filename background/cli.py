@@ -29,7 +29,6 @@ from .manager import BackgroundWorkerManager, the_manager
 from .overview import overview
 from .roster import Seen
 from .runs import Execution
-from .serving import stop_when_told
 from .words import EARLIEST, LATEST, ahead, moment, moment_in, printable, progress, second, span, table
 from .worker import declared_schedule
 
@@ -257,7 +256,6 @@ def run(names: tuple[str, ...], once: bool) -> None:
 
 def _run_until_told(manager: BackgroundWorkerManager, names: tuple[str, ...]) -> None:
     _prepare(manager)
-    stop_when_told(manager)
     manager.start(names)
     gc.freeze()  # else a full collection looks through all imports: 0.1 s in which no other thread runs
     with suppress(KeyboardInterrupt):

@@ -17,7 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 from werkzeug.local import LocalProxy
 
-from . import models, postgresql, serving, sqlite
+from . import hearing, models, postgresql, serving, sqlite
 from .context import fence, when_committed
 from .dependencies import refuse_driver
 from .errors import (
@@ -101,7 +101,8 @@ class BackgroundWorkerManager:
         with app.app_context():
             refuse_driver(db.engine)
             sqlite.refuse_memory(db.engine)
-            for engine in db.engines.values():
+            self._engines = tuple(db.engines.values())
+            for engine in self._engines:
                 sqlite.prepare(engine)
                 postgresql.prepare(engine)
                 if engine.url.set(query={}) == db.engine.url.set(query={}):  # a bind may be of another database
@@ -228,7 +229,6 @@ class BackgroundWorkerManager:
             except (BackgroundError, SQLAlchemyError, OSError) as error:
                 log.log(logging.DEBUG if enabled else logging.ERROR, "%s", first_line(error))  # `start` says it too
             if enabled:
-                serving.stop_when_told(self)
                 self.start()
             else:
                 log.info("The background workers are off here: WORKERS_ENABLED is false")
@@ -259,6 +259,7 @@ class BackgroundWorkerManager:
             from .membership import Membership  # brings APScheduler, for those who start
 
             self._started_in = self._served_in = os.getpid()
+            hearing.stop_when_told(self)
             self.ticks.runs.open()
             workers, topics = self._workers, self._topics
             if names:  # the others stay known: a run may enqueue for them

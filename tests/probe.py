@@ -1,12 +1,15 @@
 """The shop with workers that leave traces: started by the tests as an operator starts the shop (FLASK_APP)."""
 
+import asyncio
 import atexit
 import ctypes
+import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from effects import leave, leave_each
 from flask import Flask
 from sqlalchemy import Connection, Engine, event, update
 from sqlalchemy.pool import Pool
+from werkzeug.serving import make_server
 
 import app as shop
 from background import ClaimLost, Message, MessageWorker, PeriodicWorker, WorkerContext, current_workers, listener
@@ -56,6 +60,54 @@ def count(path: Path, times: int) -> None:
             lines = path.read_text().splitlines()
             time.sleep(0.002)
             path.write_text("\n".join([*lines, f"{len(lines)} {lock.token}"]))
+
+
+def bridged(kind: str) -> Any:
+    """As behind a bridge from ASGI, which calls the application in threads."""
+    if kind == "a2wsgi":
+        from a2wsgi import WSGIMiddleware
+
+        return WSGIMiddleware(create_app())
+    from asgiref.wsgi import WsgiToAsgi
+
+    return WsgiToAsgi(create_app())
+
+
+def by_a2wsgi() -> Any:
+    return bridged("a2wsgi")
+
+
+def by_asgiref() -> Any:
+    return bridged("asgiref")
+
+
+def by_app_run() -> None:
+    create_app().run(port=0)
+
+
+def with_a_loop() -> None:
+    """As servers do that have asyncio hear the signals, once the application is made."""
+    server = make_server("127.0.0.1", 0, create_app(), threaded=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    print(f"Running on http://127.0.0.1:{server.port}", flush=True)
+
+    async def serve() -> None:
+        told = asyncio.Event()
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, told.set)
+        await told.wait()
+        print("The loop was told", flush=True)
+
+    asyncio.run(serve())
+    server.shutdown()
+
+
+def made_in_a_thread() -> None:
+    """As servers do that load the application late, in a thread of theirs."""
+    made: list[Flask] = []
+    making = threading.Thread(target=lambda: made.append(create_app()), name="loader")
+    making.start()
+    making.join()
+    made[0].run(port=0)
 
 
 def wrapped() -> Any:
@@ -195,6 +247,84 @@ class Forker(PeriodicWorker):
             os._exit(0)
 
 
+class Forking(PeriodicWorker):
+    """Forks in the middle of its transaction, and its child does what PROBE_CHILD says."""
+
+    name = "forking"
+    period = RARELY
+    run_on_first_start = True
+
+    def do_work(self, context: WorkerContext) -> None:
+        fork_amid(context)
+
+
+class AsyncForking(PeriodicWorker):
+    """Does the same in an event loop."""
+
+    name = "async_forking"
+    period = RARELY
+    run_on_first_start = True
+
+    async def do_work(self, context: WorkerContext) -> None:
+        if not fork_amid(context):
+            return
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(None, time.sleep, 0.01)  # the loop hears of its end on what a child might close
+
+
+def fork_amid(context: WorkerContext) -> bool:
+    """Fork as the forker does, between two ticks of the ticker. Return whether this is the parent."""
+    leave(context, os.getpid())
+    context.session.flush()
+    threading.Event().wait(0.75 - time.time() % 0.5)
+    if child := os.fork():
+        _, status = os.waitpid(child, 0)
+        context.logger.info("The child %d ended with %d", child, os.waitstatus_to_exitcode(status))
+        leave(context, os.getpid(), "after the child")
+        return True
+    _CHILDREN[os.environ["PROBE_CHILD"]](context)
+    return False
+
+
+def _commit_in_a_child(context: WorkerContext) -> None:
+    leave(context, os.getpid(), "of the child")
+    context.commit()
+
+
+def _roll_back_in_a_child(context: WorkerContext) -> None:
+    context.session.rollback()
+    context.session.close()
+    raise SystemExit(4)
+
+
+def _raise_in_a_child(_context: WorkerContext) -> None:
+    raise ValueError("the child's own")
+
+
+_CHILDREN: dict[str, Callable[[WorkerContext], object]] = {
+    "returns": lambda context: None,
+    "raises": _raise_in_a_child,
+    "exits": lambda context: sys.exit(3),
+    "commits": _commit_in_a_child,
+    "rolls back": _roll_back_in_a_child,
+}
+
+
+class Pooled(PeriodicWorker):
+    """Has processes of its own compute something, by the fork method, while its transaction is open."""
+
+    name = "pooled"
+    period = RARELY
+    run_on_first_start = True
+
+    def do_work(self, context: WorkerContext) -> None:
+        leave(context, os.getpid())
+        context.session.flush()
+        with multiprocessing.get_context("fork").Pool(2) as pool:
+            context.logger.info("The pool says %s", pool.map(abs, [-1, -2, -3]))
+        leave(context, os.getpid(), "after the pool")
+
+
 class Killer(PeriodicWorker):
     """Takes its process with it."""
 
@@ -257,6 +387,9 @@ class Notes(Letters, MessageWorker):
             leave(context, os.getpid())
             os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(_SECONDS)
+        if message.payload == "fork":
+            fork_amid(context)
+            return
         if message.payload == "wait" and message.attempt == 1:
             context.logger.info("The note waits")
             context.stopping.wait(_SECONDS)

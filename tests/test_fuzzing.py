@@ -220,7 +220,7 @@ def test_no_bytes_on_a_socket_break_the_server(server):
     assert "Worker exiting" not in server.output
 
 
-def test_a_client_that_never_ends_its_request_does_not_hold_the_others_up(server):
+def test_one_client_that_never_ends_its_request_holds_up_one_of_two_processes_only(server):
     port = int(server.wait_for(r"Listening at: http://127.0.0.1:(\d+)")[1])
     server.wait_for("Booting worker", times=2)
     with socket.create_connection(("127.0.0.1", port)) as slow:

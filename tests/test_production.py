@@ -201,6 +201,21 @@ def test_under_gunicorn_no_header_says_where_the_shop_is(sqlite_url: str, nurser
             assert b'href="//evil' not in answer, header
 
 
+@on_sqlite
+def test_production_without_a_proxy_warns_at_the_start(database_url: str, caplog: pytest.LogCaptureFixture) -> None:
+    for production, proxies, times in [(True, 0, 1), (True, 1, 0), (False, 0, 0), (False, 2, 0)]:
+        caplog.clear()
+        close(create_app(settings(database_url, SECRET_KEY=SECRET, PRODUCTION=production, PROXIES=proxies)))
+        assert caplog.text.count("PROXIES is 0 in production") == times, (production, proxies)
+
+
+def test_a_command_that_serves_nothing_does_not_warn_of_proxies(sqlite_url: str, nursery: Nursery) -> None:
+    env = environment(sqlite_url, FLASK_APP="app", PRODUCTION="true")
+    code, output = nursery.run(flask("workers", "list"), env)
+    assert code == 0
+    assert "PROXIES" not in output
+
+
 @pytest.mark.parametrize(("given", "kept"), [("0", 0), (0, 0), ("2", 2), (10, 10)])
 def test_the_number_of_proxies_may_be_none(tmp_path: Path, given: Any, kept: int) -> None:
     assert load(tmp_path, {"PROXIES": given})["PROXIES"] == kept

@@ -10,13 +10,18 @@ import time
 import urllib.request
 from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import close, on_sqlite
 from effects import Effects
+from flask.testing import FlaskClient
 from nursery import Nursery
 from processes import MARGIN, ROOT, Process, environment, eventually, flask, gunicorn, run, started
+from servers import served
 from sqlalchemy import make_url
+from werkzeug.middleware.proxy_fix import ProxyFix
+from werkzeug.test import Client
 
 from app import create_app
 
@@ -339,13 +344,31 @@ def test_a_database_command_starts_no_thread_and_joins_no_fleet(sqlite_url: str,
     assert effects.ticks() == []
 
 
-def test_the_test_client_never_starts_the_workers_even_without_testing(database_url: str) -> None:
-    app = create_app({"DATABASE_URL": database_url, "SECRET_KEY": "test"})
-    assert not app.testing
-    assert app.test_client().get("/").status_code == 200
+@pytest.mark.parametrize("agent", [None, "a reader's", "Mozilla/5.0"])
+@pytest.mark.parametrize("testing", [True, False])
+def test_a_test_client_never_starts_the_workers_whatever_it_says_and_whatever_testing_says(
+    sqlite_url: str, testing: bool, agent: str | None
+) -> None:
+    class Renamed(FlaskClient):
+        """A client that says of itself what a browser does."""
+
+        def open(self, *args: Any, **kwargs: Any) -> Any:
+            self.environ_base["HTTP_USER_AGENT"] = "Mozilla/5.0"
+            return super().open(*args, **kwargs)
+
+    app = create_app({"DATABASE_URL": sqlite_url, "SECRET_KEY": "test", "TESTING": testing})
     workers = app.extensions["background_workers"]
+    headers = {"User-Agent": agent} if agent else {}
+    assert app.test_client().get("/", headers=headers).status_code == 200
+    assert Client(app).get("/", headers=headers).status_code == 200
+    app.test_client_class = Renamed
+    with app.test_client() as client:
+        assert client.get("/", headers=headers).status_code == 200
+    app.wsgi_app = ProxyFix(app.wsgi_app)  # type: ignore[method-assign]
+    assert app.test_client().get("/", headers=headers).status_code == 200
     assert not workers.has_served
-    assert not workers.is_started
+    workers.serve()
+    assert workers.is_started
     close(app)
 
 
@@ -353,7 +376,8 @@ def test_the_first_request_starts_nothing_where_the_workers_are_disabled(
     sqlite_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     app = create_app({"DATABASE_URL": sqlite_url, "SECRET_KEY": "test", "WORKERS_ENABLED": False})
-    assert app.test_client().get("/", headers={"User-Agent": "a reader's"}).status_code == 200
+    with served(app) as address:
+        assert get(address) == 200
     workers = app.extensions["background_workers"]
     assert workers.has_served
     assert not workers.is_started

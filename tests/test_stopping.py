@@ -1,9 +1,11 @@
 """Ctrl-C and SIGTERM in mid-run: the run is told first, the process ends in time, and another instance takes over."""
 
+import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -156,6 +158,38 @@ def test_gunicorn_does_not_take_a_signal_for_haste_that_reaches_every_process(
         server.signal_group(number)
         assert server.wait() == 0
     assert effects.states("deaf") == [("succeeded", 1)], server.output
+
+
+@pytest.mark.parametrize("kind", ["sync", "gthread"])
+def test_as_many_slow_clients_as_processes_have_runs_handed_back_and_no_attempt_counted(
+    kind: str, effects: Effects, nursery: Nursery
+) -> None:
+    """gunicorn kills what does not answer for its timeout: a process of one thread that waits for a slow client."""
+    env = environment(effects.url, PROBE_WORKERS="listener,deaf", PROBE_SECONDS=60, WORKERS_SHUTDOWN_SECONDS=1)
+    command = gunicorn("-w", "2", "-k", kind, "--timeout", "2", "probe:create_app()")
+    with nursery.forked(command, env) as server, ExitStack() as clients:
+        address = "127.0.0.1", int(server.wait_for(r"Listening at: http://127\.0\.0\.1:(\d+)")[1])
+        server.wait_for("The listener began")
+        server.wait_for("The deaf one began")
+        if kind == "gthread":  # its main thread answers whatever its clients do; it hangs by another fault
+            for pid in effects.instances(alive=True):
+                os.kill(pid, signal.SIGABRT)
+        else:
+            for _ in range(2):
+                slow = clients.enter_context(socket.create_connection(address))
+                slow.sendall(b"POST /login HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n")
+        server.wait_for("so this process ends: what runs here is handed back", times=2)
+        server.wait_for("The listener began", times=2)
+        server.wait_for("The deaf one began", times=2)
+        clients.close()
+        server.signal(signal.SIGTERM)
+        server.wait()
+        assert "SIGKILL" not in server.output
+        assert "Traceback" not in server.output
+    for worker in ("listener", "deaf"):
+        (first, second) = effects.states(worker)
+        assert first == ("handed back", 1), server.output
+        assert second in [("handed back", 1), ("running", 1)], "nobody was there to see it given back"
 
 
 def test_ctrl_c_in_a_terminal_lets_the_reloaders_child_end_its_run(sqlite_url: str) -> None:

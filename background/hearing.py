@@ -1,0 +1,176 @@
+"""SIGTERM and SIGINT, heard before the server's own handlers, whichever of both was there first.
+
+Servers set their handlers at different times: before the application is made, after it, or around each start. So the
+engine's handler stays in place, and calls the one that would be there without it. Where no worker runs in the process,
+it does nothing else.
+"""
+
+import atexit
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from queue import SimpleQueue
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
+
+if TYPE_CHECKING:
+    from .manager import BackgroundWorkerManager
+
+log = logging.getLogger(__name__)
+
+_NUMBERS = (signal.SIGTERM, signal.SIGINT)
+_LAST_WAIT_SECONDS = 0.3
+
+_set, _get = signal.signal, signal.getsignal
+_others: dict[int, Any] = {}
+"""By signal: the handler that would be there without the engine's."""
+
+
+def listen() -> None:
+    """Hear the signals from now on, whatever handler is set later. Only the main thread can do that; see `is_heard`."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    signal.signal, signal.getsignal = _set_others, _get_others  # type: ignore[assignment]
+    for number in _NUMBERS:
+        before = _get(number)
+        if before is _hear or before is None or before == signal.SIG_IGN:  # None: it was not set by Python
+            continue
+        _others[number] = before
+        _set(number, _hear)
+        # A server that has a handler expects its system calls to go on.
+        signal.siginterrupt(number, before in (signal.SIG_DFL, signal.default_int_handler))
+
+
+def is_heard(number: int) -> bool:
+    """Whether `number` does not end this process before its runs were told."""
+    return _get(number) in (_hear, signal.SIG_IGN)
+
+
+def stop_when_told(manager: "BackgroundWorkerManager") -> None:
+    """Stop `manager` before the process exits; on a signal tell the runs first, whatever else the server does then."""
+    global _audience
+    if _audience is None or _audience.process != os.getpid():
+        _audience = _Audience()
+    _audience.managers.add(manager)
+    listen()
+    if not is_heard(signal.SIGTERM):
+        log.warning(
+            "SIGTERM is not heard in this process, so its runs are not told to stop: the application was made in the "
+            "thread %r, or the server handles the signal outside Python. Make the application in the main thread, or "
+            "run `flask workers run` beside the server with WORKERS_ENABLED=false",
+            threading.current_thread().name,
+        )
+
+
+def give_up(why: str, seconds: float) -> None:
+    """In a signal handler, shortly before the process is killed: hand back everything, for `seconds` at most."""
+    if _audience is not None and _audience.process == os.getpid() and _audience.is_attentive:
+        done = threading.Event()
+        _audience.calls.put(lambda: _audience.give_up(why, done))
+        done.wait(seconds)
+
+
+class _Audience:
+    """The managers of this process that are told, by a thread of its own.
+
+    A handler interrupts its thread anywhere, with any lock in its hands, so it takes none: another thread tells.
+    """
+
+    def __init__(self) -> None:
+        self.process = os.getpid()
+        self.managers: WeakSet[BackgroundWorkerManager] = WeakSet()
+        self.heard = 0
+        self.is_ending = False
+        self.calls: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        atexit.register(self._stop)
+        threading.Thread(target=self._call, name="signals", daemon=True).start()
+
+    @property
+    def is_attentive(self) -> bool:
+        """Whether a worker runs here, or the exit waits for one."""
+        return self.is_ending or any(manager.is_started for manager in self.managers)
+
+    def tell(self) -> None:
+        for manager in self._started():
+            manager.tell()
+
+    def hurry(self) -> None:
+        for manager in self._started():
+            manager.hurry()
+
+    def give_up(self, why: str, done: threading.Event) -> None:
+        log.warning("%s: what runs here is handed back", why)
+        self.tell()
+        for manager in self._started():
+            manager.stop(_LAST_WAIT_SECONDS)
+        done.set()
+
+    def _stop(self) -> None:
+        """At the exit of the process; not in a fork, which inherits what is called at the exit."""
+        if self.process == os.getpid():
+            self.is_ending = True
+            for manager in self._started():
+                manager.stop()
+
+    def _started(self) -> "list[BackgroundWorkerManager]":
+        return [manager for manager in self.managers if manager.is_started]
+
+    def _call(self) -> None:
+        while True:
+            call = self.calls.get()
+            try:
+                call()
+            except Exception:  # a thread that ended would hear no more
+                log.exception("Could not do what a signal asked for")
+
+
+_audience: _Audience | None = None
+
+
+def _hear(number: int, frame: FrameType | None) -> None:
+    """Tell the runs, and then do what would be done without the engine."""
+    follows, audience = _others[number], _audience
+    if audience is None or audience.process != os.getpid() or not audience.is_attentive:
+        _leave_to(follows, number, frame)
+        return
+    is_default = follows in (signal.SIG_DFL, signal.default_int_handler)
+    if is_default:  # a server that has a handler may raise the signal again, once it has shut down
+        audience.heard += 1
+    # The second is decided here: `stop` may have told the runs before the first call is made.
+    insists = is_default and (audience.heard > 1 or audience.is_ending)
+    audience.calls.put(audience.hurry if insists else audience.tell)
+    if is_default and (audience.is_ending or audience.heard == 2):  # the exit that the first began would trip over it
+        return
+    if follows == signal.SIG_DFL:
+        sys.exit(0)
+    follows(number, frame)
+
+
+def _leave_to(follows: Any, number: int, frame: FrameType | None) -> None:
+    if callable(follows):
+        follows(number, frame)
+        return
+    _set(number, follows)
+    signal.raise_signal(number)
+
+
+def _set_others(number: int, handler: Any, /) -> Any:
+    """`signal.signal` as everybody else calls it: theirs comes after ours."""
+    if number not in _NUMBERS:
+        return _set(number, handler)
+    before = _get_others(number)
+    _set(number, handler)  # raises what it raises for what is no handler, and outside the main thread
+    if handler != signal.SIG_IGN:
+        _others[number] = handler
+        _set(number, _hear)
+    return before
+
+
+def _get_others(number: int, /) -> Any:
+    """`signal.getsignal` as everybody else calls it."""
+    found = _get(number)
+    return _others[number] if found is _hear else found
