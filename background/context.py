@@ -1,6 +1,7 @@
 """What a run is given; and the fence: no commit of a run passes once its claim is gone."""
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -58,6 +59,7 @@ class WorkerContext:
         self.timed_out_after: timedelta | None = None
         self.database = db.engine.url
         self._db = db
+        self._process = os.getpid()
         self._lost: str | None = None
         self._finishing = False
         self._progress: dict[str, float | None] = {}
@@ -113,7 +115,13 @@ class WorkerContext:
         raise NotImplementedError
 
     def refuse_if_lost(self) -> None:
-        """Raise ClaimLost where this run knows that its claim is gone."""
+        """Raise ClaimLost where this run knows that its claim is gone, and in a forked child of its process."""
+        if os.getpid() != self._process:
+            raise ClaimLost(
+                f"Worker {self.worker!r} runs {self._what()} in the process {self._process}, and its forked child "
+                f"{os.getpid()} tried to commit; expected commits of the run's own process only. Hand the result to "
+                "that process, and commit there."
+            )
         if not self.instance.is_alive:
             self.lose(LEASE_IS_OVER)
         if self._lost:

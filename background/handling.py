@@ -15,6 +15,7 @@ from flask_sqlalchemy import SQLAlchemy
 
 from .context import MessageContext
 from .errors import ClaimLost, RunStopped, first_line
+from .forks import ended_in_a_fork
 from .instances import Instance
 from .messages import Batch, Freed, Message, Messages
 from .outages import is_cut_off
@@ -105,8 +106,9 @@ class Handling:
                 context = MessageContext(self._batch, messages, self._messages, self._instance, self._db)
                 with self._runs.entered(context):
                     try:
-                        self._call(messages, context)
-                        context.finish()
+                        with ended_in_a_fork(f"The batch of {self._worker.__name__}"):
+                            self._call(messages, context)
+                            context.finish()
                     except BaseException as error:
                         self._runs.roll_back(error)
                         raise
@@ -118,14 +120,16 @@ class Handling:
         worker = self._worker()
         if self._worker.handle_many is not MessageWorker.handle_many:
             context.begin(messages[0])
-            finish(worker.handle_many(messages, context))
+            with ended_in_a_fork(f"{self._worker.__name__}.handle_many"):
+                finish(worker.handle_many(messages, context))
             context.handled(*messages)
             return
         for message in messages:
             if context.stopping:
                 break  # what was handled is committed, the rest handed back
             context.begin(message)
-            finish(worker.handle(message, context))
+            with ended_in_a_fork(f"{self._worker.__name__}.handle"):
+                finish(worker.handle(message, context))
             context.handled(message)
 
     def _settle(self, message: Message, error: BaseException) -> timedelta | None:

@@ -17,8 +17,9 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 from werkzeug.local import LocalProxy
 
-from . import hearing, models, postgresql, serving, sqlite
-from .context import fence, when_committed
+from . import forks, hearing, models, postgresql, serving, sqlite
+from .connections import made_once
+from .context import current_run, fence, when_committed
 from .dependencies import refuse_driver
 from .errors import (
     BackgroundError,
@@ -107,13 +108,14 @@ class BackgroundWorkerManager:
                 postgresql.prepare(engine)
                 if engine.url.set(query={}) == db.engine.url.set(query={}):  # a bind may be of another database
                     self.ticks.outages.watch(engine)
+        forks.watch_sockets()
         fence(db)
         serving.attach(self, app)
 
     def begin_anew(self) -> None:
         """In a fork: it has none of the threads that keep its parent in the fleet, and must not use its connections."""
+        forks.begin_anew(self.db, self._engines, self.ticks, self._membership)
         self._lock, self._membership = threading.RLock(), None
-        self._of_parent = self.ticks  # kept, as to let go of its connections would close them
         self.ticks = Ticks(self.app, self.db, self._workers, self.ticks.outages)
 
     # -- registering ---------------------------------------------------------------------------
@@ -465,8 +467,11 @@ _managers: WeakSet[BackgroundWorkerManager] = WeakSet()
 
 
 def _forked() -> None:
+    made_once._making = threading.RLock()  # another thread of the parent may have held it
     for manager in _managers:
         manager.begin_anew()
+        if current_run.get() is not None:
+            forks.cut_off(manager._engines)
 
 
 os.register_at_fork(after_in_child=_forked)

@@ -22,6 +22,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from .context import TickContext, WorkerContext, current_run
 from .errors import ClaimLost, RunStopped, first_line
+from .forks import ended_in_a_fork
 from .instances import Instance
 from .ledger import Claim, Ledger
 from .outages import Outages, is_cut_off
@@ -130,8 +131,10 @@ class Runs:
         try:
             context.raise_if_stopping()
             context.refuse_if_lost()  # it may have timed out while the receivers of the signal ran
-            finish(worker().do_work(context))
-            context.finish()
+            with ended_in_a_fork(f"{worker.__name__}.do_work"):
+                finish(worker().do_work(context))
+            with ended_in_a_fork(f"The commit of {worker.__name__}"):
+                context.finish()
         except BaseException as error:
             self.roll_back(error)
             if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
@@ -199,7 +202,8 @@ def finish(result: Awaitable[None] | None) -> None:
 
 
 async def _awaited(result: Awaitable[None]) -> None:
-    await result
+    with ended_in_a_fork("An async method"):  # before the loop is closed, which would empty its parent's
+        await result
 
 
 class Ending:

@@ -12,6 +12,8 @@ from typing import Any
 from blinker import NamedSignal, Namespace
 from flask import Flask
 
+from .forks import ended_in_a_fork
+
 log = logging.getLogger(__name__)
 
 _signals = Namespace()
@@ -41,7 +43,7 @@ def send(app: Flask, signal: NamedSignal, **details: Any) -> None:
 
 def _call(app: Flask, signal: NamedSignal, receiver: Any, details: dict[str, Any]) -> None:
     try:
-        with app.app_context():
+        with app.app_context(), ended_in_a_fork(f"A receiver of the signal {signal.name!r}"):
             receiver(app, **details)
     except KeyboardInterrupt:
         raise

@@ -152,6 +152,16 @@ MUTATIONS = (
         ["tests/test_context.py", "-k", "deadline"],
     ),
     Mutation(
+        "a forked child of a run ends where it comes back",
+        [Edit("background/forks.py", "        os._exit(code & 0xFF)", "        pass")],
+        ["tests/test_forks.py", "-k", "sqlite and do_work and not async and returns"],
+    ),
+    Mutation(
+        "a forked child of a run commits nothing",
+        [Edit("background/context.py", "if os.getpid() != self._process:", "if False:")],
+        ["tests/test_forks.py", "-k", "postgresql and do_work and not async and commits"],
+    ),
+    Mutation(
         "an acknowledgement checks that the batch is still its own",
         [Edit("background/messages.py", 'messages.c.batch == bindparam("by"), _is_running', "True")],
         ["tests/test_message_handlers.py", "-k", "others_took"],
