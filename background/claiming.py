@@ -42,7 +42,11 @@ Values = Mapping[str, Any]
 _MOST_EARLY_SECONDS = 0.1
 _SERIALIZATION_FAILURE = "40001"
 IS_FREE = and_(workers.c.pending_tick.is_(None), workers.c.running.is_(None))
-NEW_TOKEN: dict[str, Any] = {"token": workers.c.token + 1, "running": workers.c.token + 1}
+
+# A token that was lowered by hand, or restored without the executions, goes on above the greatest one in the history.
+_newer = and_(executions.c.worker == workers.c.name, executions.c.token > workers.c.token)
+_greatest = select(func.max(executions.c.token)).where(_newer).correlate(workers).scalar_subquery()
+_next_token = func.coalesce(_greatest, workers.c.token) + 1
 
 
 def at_tick(name: str, tick: datetime, schedule: str) -> dict[str, Any]:
@@ -51,6 +55,7 @@ def at_tick(name: str, tick: datetime, schedule: str) -> dict[str, Any]:
 
 
 _tick, _previous = (bindparam(name, type_=UtcDateTime()) for name in ("at", "previous"))
+_id, _instance, _instance_name = (bindparam(name, type_=String()) for name in ("claim_id", "on", "on_name"))
 _of_worker = workers.c.name == bindparam("of", type_=String())
 _is_open = or_(workers.c.mark.is_(None), workers.c.mark < _tick)
 _is_in_force = workers.c.schedule == bindparam("by", type_=String())
@@ -59,16 +64,33 @@ _is_next = or_(workers.c.mark >= _previous, workers.c.scheduled_at >= _previous)
 _may_be_decided = and_(_tick <= now(), _is_in_force, _is_next)
 _is_claimable = and_(_may_be_decided, workers.c.paused_at.is_(None), IS_FREE)
 
+
+def claimed(attempt: ColumnElement[int], trigger: ColumnElement[str]) -> dict[str, Any]:
+    """The columns of the worker's row that a claim sets."""
+    return {
+        "token": _next_token,
+        "running": _next_token,
+        "claim": _id,
+        "claim_tick": _tick,
+        "claim_attempt": attempt,
+        "claim_trigger": trigger,
+        "claim_instance": _instance,
+        "claim_instance_name": _instance_name,
+        "claim_at": now(),
+    }
+
+
+_SCHEDULED = claimed(literal(1), literal("schedule"))
 CLAIM = (
     update(workers)
     .where(_of_worker, _is_open, _is_claimable)
-    .values(mark=_tick, **NEW_TOKEN)
+    .values(mark=_tick, **_SCHEDULED)
     .returning(workers.c.token)
 )
 CLAIM_PENDING = (
     update(workers)
     .where(_of_worker, workers.c.pending_tick == _tick, may_be_run_again, workers.c.running.is_(None))
-    .values(pending_tick=null(), **NEW_TOKEN)
+    .values(pending_tick=null(), **claimed(workers.c.pending_attempt, workers.c.pending_trigger))
     .returning(workers.c.token, workers.c.pending_attempt, workers.c.pending_trigger)
 )
 SKIP = (
@@ -98,9 +120,9 @@ def _look_and_claim() -> Select[Any]:
     """
     open_row = select(workers.c.name, _is_claimable.label("is_claimable"))
     seen = open_row.where(_of_worker, _is_open).with_for_update(of=workers, key_share=True).cte("seen")
-    claim = update(workers).where(workers.c.name == seen.c.name, seen.c.is_claimable).values(mark=_tick, **NEW_TOKEN)
-    claimed = claim.returning(workers.c.token).cte("claimed")
-    started = _start(claimed.c.token, literal(1), literal("schedule")).cte("started")
+    claim = update(workers).where(workers.c.name == seen.c.name, seen.c.is_claimable).values(mark=_tick, **_SCHEDULED)
+    won = claim.returning(workers.c.token).cte("claimed")
+    started = _start(won.c.token, literal(1), literal("schedule")).cte("started")
     known = select(workers.c.name).where(_of_worker).cte("known")
     is_open = seen.c.name.is_not(None).label("is_open")
     return select(is_open, *started.c).select_from(known.outerjoin(seen, true()).outerjoin(started, true()))
@@ -115,17 +137,18 @@ def _start(token: ColumnElement[int], attempt: ColumnElement[int], trigger: Colu
         "state": literal("running"),
         "attempt": attempt,
         "token": token,
-        "instance": bindparam("on", type_=String()),
-        "instance_name": bindparam("on_name", type_=String()),
+        "claim": _id,
+        "instance": _instance,
+        "instance_name": _instance_name,
         "started_at": now(),
     }
     new = insert(executions).from_select(list(row), select(*row.values()))
-    return new.returning(*(executions.c[name] for name in ("attempt", "token", "trigger", "id")))
+    return new.returning(*(executions.c[name] for name in ("attempt", "token", "trigger", "id", "started_at")))
 
 
 def _claim_pending_and_start() -> Select[Any]:
-    claimed = CLAIM_PENDING.cte("claimed")
-    return select(_start(claimed.c.token, claimed.c.pending_attempt, claimed.c.pending_trigger).cte("started"))
+    won = CLAIM_PENDING.cte("claimed")
+    return select(_start(won.c.token, won.c.pending_attempt, won.c.pending_trigger).cte("started"))
 
 
 LOOK_AND_CLAIM, CLAIM_PENDING_AND_START = _look_and_claim(), _claim_pending_and_start()
@@ -159,6 +182,7 @@ class Started(NamedTuple):
     token: int
     trigger: str
     execution: int
+    started_at: datetime
 
 
 def start(connection: Connection, values: Values, token: int, attempt: int, trigger: str) -> Started:

@@ -27,7 +27,7 @@ from sqlalchemy import (
 
 from .clock import now, single_statements
 from .errors import error_line
-from .ledger import Ledger, WorkerState
+from .ledger import Ledger, WorkerState, is_of_claim
 from .models import executions, workers
 from .roster import Roster, Seen
 
@@ -224,7 +224,7 @@ class History:
 
     def running(self) -> list[Record]:
         """What runs now, of every worker, without reasons."""
-        return self._marked(self._records(_brief.join(workers, _is_running).order_by(executions.c.id)))
+        return self._marked(self._records(_brief.join(workers, is_of_claim).order_by(executions.c.id)))
 
     def window(
         self, length: timedelta, until: datetime | None = None, worker: str | None = None, limit: int = 600
@@ -238,7 +238,7 @@ class History:
         until = until if until and is_past else clock
         since = until - length
         newest = self._records(_newest(worker, until, is_past).limit(limit + 1))
-        shown, running = newest[:limit], self._records(_brief.join(workers, _is_running))
+        shown, running = newest[:limit], self._records(_brief.join(workers, is_of_claim))
         found = {each.id: each for each in (*running, *shown) if worker in (None, each.worker)}
         records = [found[id] for id in sorted(found) if _overlaps(found[id], since, until)]
         began = [each.started_at for each in shown if each.started_at] if len(newest) > limit else []
@@ -317,7 +317,6 @@ _without_reason = [
 ]
 _whole: Select[Any] = select(*_columns, now().label("clock"))
 _brief: Select[Any] = select(*_without_reason, now().label("clock"))
-_is_running = and_(executions.c.worker == workers.c.name, executions.c.token == workers.c.running)
 
 
 def _last_begun(at: datetime) -> ColumnElement[int]:

@@ -11,12 +11,26 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import uuid4
 
-from sqlalchemy import ColumnElement, Engine, Float, and_, bindparam, delete, false, func, not_, or_, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Engine,
+    Float,
+    and_,
+    bindparam,
+    delete,
+    false,
+    func,
+    literal_column,
+    not_,
+    or_,
+    select,
+    update,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 
 from .clock import now, single_statements, steady
 from .messages import any_running, next_due
-from .models import instances, may_be_run_again, workers
+from .models import executions, instances, may_be_run_again, workers
 
 OFFSET_WARNED = timedelta(seconds=1)
 LEASE_IS_OVER = "its instance could not renew the lease in time"
@@ -190,6 +204,7 @@ _pulse = (
             )
         )
         .exists(),
+        select(executions.c.id).where(executions.c.state == literal_column("'running'")).exists(),
         any_running,
     ),
     select(func.min(instances.c.expires_at)).where(is_alive, instances.c.id != bindparam("its_id")).scalar_subquery(),

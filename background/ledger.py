@@ -1,11 +1,13 @@
 """Who runs what. Each race is one statement; those about one tick are in claiming.py."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+import logging
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from types import MappingProxyType
 from typing import Any
+from uuid import uuid4
 
 from sqlalchemy import (
     ColumnElement,
@@ -13,24 +15,43 @@ from sqlalchemy import (
     CursorResult,
     Engine,
     Row,
+    String,
     and_,
     bindparam,
     func,
     insert,
+    literal,
+    literal_column,
     null,
+    or_,
     select,
+    true,
     update,
 )
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from . import totals
-from .claiming import IS_FREE, MISS, NEW_TOKEN, SKIP, ClaimsOnPostgreSQL, ClaimsOnSQLite, NotClaimed, at_tick, start
+from .claiming import (
+    IS_FREE,
+    MISS,
+    SKIP,
+    ClaimsOnPostgreSQL,
+    ClaimsOnSQLite,
+    NotClaimed,
+    Started,
+    at_tick,
+    claimed,
+    start,
+)
 from .clock import now, single_statements
 from .errors import ClaimLost
 from .models import executions, workers
 from .schedule import MICROSECOND, Schedule, parse_schedule
 
+log = logging.getLogger(__name__)
+
+Values = Mapping[str, Any]
 Notes = Mapping[str, Any]
 NOTHING: Notes = MappingProxyType({})
 
@@ -39,14 +60,23 @@ _LOCK_SECONDS = 1.0  # whoever waits longer for a worker's row gives its thread 
 
 @dataclass(frozen=True)
 class Claim:
-    """The right to run one tick of one worker, as long as `token` is the worker's `running` one."""
+    """The right to run one tick of one worker, as long as the worker's row has this `id` and `token`.
+
+    The token can repeat where the database loses commits that it acknowledged. The id cannot.
+    """
 
     worker: str
     tick: datetime
     attempt: int
     token: int
     trigger: str
-    execution: int
+    execution: int | None
+    """The id of its row; None where that row was deleted by hand."""
+    started_at: datetime | None = None
+    id: str | None = None
+    """Random; None where an older release made the claim."""
+    instance: str | None = None
+    instance_name: str | None = None
 
     @property
     def idempotency_key(self) -> str:
@@ -75,6 +105,15 @@ class WorkerState:
     progress_total: float | None
     instance: str | None
     instance_name: str | None
+    is_bare: bool = False
+    """Whether a claim is in force whose execution has no row: that was deleted by hand."""
+    has_strays: bool = False
+    """Whether executions say "running" whose claim is not in force: that was ended by hand."""
+
+    @property
+    def is_damaged(self) -> bool:
+        """Whether the rows contradict each other, which only a change by hand brings about."""
+        return self.is_bare or self.has_strays
 
     @property
     def overridden(self) -> bool:
@@ -151,26 +190,25 @@ class Ledger:
         A lock puts them in a line: the row's on PostgreSQL, and only while the tick is open; the only one on SQLite.
         The first raises the mark, and the rest find it raised, by the statement that they waited with.
         """
-        started = self._claims.tick(at_tick(name, tick, schedule) | _values(name, tick, instance))
-        return Claim(name, tick, *started) if started else started
+        values = _values(name, tick, instance)
+        started = self._claims.tick(at_tick(name, tick, schedule) | values)
+        return _claim(values, started) if started else started
 
     def claim_pending(self, name: str, tick: datetime, instance: tuple[str, str]) -> Claim | None:
         """Claim a tick that was lost, handed back or requested. Others may be here: all that saw it pending."""
-        started = self._claims.pending(_values(name, tick, instance))
-        return Claim(name, tick, *started) if started else None
+        values = _values(name, tick, instance)
+        started = self._claims.pending(values)
+        return _claim(values, started) if started else None
 
     def claim_manual(self, name: str, tick: datetime, instance: tuple[str, str]) -> Claim | None:
         """Claim a run that no schedule asked for; `tick` is the moment of asking. The mark stays where it is.
 
         Others may be here: a second click, or the scheduled tick of the same moment; one of them waits its turn.
         """
+        values = _values(name, tick, instance)
         with self.begin() as connection:
-            token = connection.execute(
-                update(workers).where(workers.c.name == name, IS_FREE).values(**NEW_TOKEN).returning(workers.c.token)
-            ).scalar_one_or_none()
-            if token is None:
-                return None
-            return Claim(name, tick, *start(connection, _values(name, tick, instance), token, 1, "manual"))
+            token = connection.execute(_CLAIM_MANUAL, values).scalar_one_or_none()
+            return None if token is None else _claim(values, start(connection, values, token, 1, "manual"))
 
     def request(self, name: str) -> bool:
         """Have whichever instance comes first claim a manual run; False where it runs, or is to be run, already.
@@ -217,13 +255,13 @@ class Ledger:
     # -- ending --------------------------------------------------------------------------------
 
     def check(self, claim: Claim, session: Session, notes: Notes = NOTHING) -> None:
-        """Hold the worker's row in the session's transaction while its token is `claim`'s; else raise ClaimLost.
+        """Hold the worker's row in the session's transaction while `claim` is in force; else raise ClaimLost.
 
         `notes` are written into its execution's row, by column.
 
         Others may be here: whoever takes the claim over. They wait for this commit, or this finds them first.
         """
-        held = and_(workers.c.name == claim.worker, workers.c.running == claim.token)
+        held = in_force(claim)
         if session.get_bind().dialect.name == "sqlite":  # has no row locks; a write takes the only lock there is
             result = session.execute(update(workers).where(held).values(running=workers.c.running))
             ours = count(result) == 1
@@ -233,7 +271,7 @@ class Ledger:
         if not ours:
             raise _lost(claim)
         if notes:
-            session.execute(update(executions).where(executions.c.id == claim.execution).values(notes))
+            session.execute(update(executions).where(own(claim)).values(notes))
 
     def finish(self, claim: Claim, session: Session, notes: Notes = NOTHING) -> None:
         """Write "succeeded" into the run's own transaction; its commit makes the effects and the mark one."""
@@ -261,7 +299,7 @@ class Ledger:
     def outcome(self, claim: Claim) -> str:
         """The state of the claim's execution; "lost" where its row is gone."""
         with self._single.connect() as connection:
-            state = connection.scalar(select(executions.c.state).where(executions.c.id == claim.execution))
+            state = connection.scalar(select(executions.c.state).where(own(claim)))
             return str(state or "lost")
 
     # -- helpers -------------------------------------------------------------------------------
@@ -284,21 +322,46 @@ class Ledger:
             }
         released = connection.execute(
             update(workers)
-            .where(workers.c.name == claim.worker, workers.c.running == claim.token)
-            .values(running=null(), **pending)
+            .where(in_force(claim))
+            .values(running=null(), claim=null(), **pending)
             .returning(workers.c.token, *self.idle)
         )
         if released.first() is None:
             return False
-        ended = connection.execute(
-            update(executions)
-            .where(executions.c.id == claim.execution)
-            .values(state=state, finished_at=now(), reason=reason, **notes)
-            .returning(executions.c.started_at, executions.c.finished_at)
-        ).one_or_none()
-        if ended is not None:  # and not pruned while it ran
-            totals.add_execution(connection, claim, state, *ended)
+        outcome = {"state": state, "finished_at": now(), "reason": reason, **notes}
+        moments = executions.c.started_at, executions.c.finished_at
+        ended = connection.execute(update(executions).where(own(claim)).values(outcome).returning(*moments))
+        row = ended.one_or_none() or self.write_anew(
+            connection, claim, outcome, [claim.token, None] if claim.id else [None]
+        )
+        if row is not None:
+            totals.add_execution(connection, claim, state, row.started_at or row.finished_at, row.finished_at)
         return True
+
+    def write_anew(
+        self, connection: Connection | Session, claim: Claim, outcome: Values, tokens: Sequence[int | None]
+    ) -> Row[Any] | None:
+        """Write the row of an execution that is gone, with the first of `tokens` that no other row of the worker has.
+
+        Return its moments, or None where no row was written. The row was deleted by hand, or the database lost the
+        commit that wrote it. A claim without an id says nothing about its tick, which has an answer where any row has
+        that tick.
+        """
+        if claim.id is None:
+            same = executions.c.worker == claim.worker, executions.c.tick == claim.tick
+            if connection.execute(select(executions.c.id).where(*same).limit(1)).first() is not None:
+                return None
+        copied = ("worker", "tick", "trigger", "attempt", "instance", "instance_name", "started_at")
+        row = {name: getattr(claim, name) for name in copied} | {"claim": claim.id, **outcome}
+        moments = executions.c.started_at, executions.c.finished_at
+        for token in tokens:
+            new = self.insert(executions).values(row | {"token": token}).on_conflict_do_nothing()
+            written = connection.execute(new.returning(*moments)).one_or_none()
+            if written is not None:
+                tick, state = claim.tick.isoformat(), outcome["state"]
+                log.warning("%s: the row of the tick %s was gone; it is written anew: %s", claim.worker, tick, state)
+                return written
+        return None
 
     def _record_skipped(self, connection: Connection, name: str, tick: datetime, reason: str) -> None:
         """In a row of its own, or in the newest one if that says the same: a pause of a month is one row."""
@@ -343,9 +406,48 @@ class Ledger:
         totals.add_not_run(connection, name, state, at)
 
 
+def in_force(claim: Claim) -> ColumnElement[bool]:
+    """Whether the worker's row says that `claim` is the one in force."""
+    is_same = true() if claim.id is None else workers.c.claim == claim.id
+    return and_(workers.c.name == claim.worker, workers.c.running == claim.token, is_same)
+
+
+def own(claim: Claim) -> ColumnElement[bool]:
+    """Whether an execution is that of `claim`; its number alone may belong to another one after a restore."""
+    same = executions.c.worker == claim.worker, executions.c.token == claim.token
+    return and_(*same, executions.c.claim.is_(None) if claim.id is None else executions.c.claim == claim.id)
+
+
+# The execution of the claim in force. An older release knows no ids.
+is_of_claim = and_(
+    executions.c.worker == workers.c.name,
+    executions.c.token == workers.c.running,
+    or_(executions.c.claim == workers.c.claim, executions.c.claim.is_(None)),
+)
+# An execution that says "running" while its claim is not in force.
+strays = executions.alias("strays")
+is_stray = and_(
+    strays.c.state == literal_column("'running'"),
+    strays.c.worker == workers.c.name,
+    or_(
+        strays.c.token.is_(None),
+        strays.c.token.is_distinct_from(workers.c.running),
+        and_(strays.c.claim.is_not(None), strays.c.claim.is_distinct_from(workers.c.claim)),
+    ),
+)
+
+_CLAIM_MANUAL = (
+    update(workers)
+    .where(workers.c.name == bindparam("of", type_=String()), IS_FREE)
+    .values(claimed(literal(1), literal("manual")))
+    .returning(workers.c.token)
+)
+
 _states = select(
     workers,
     now().label("clock"),
+    select(strays.c.id).where(is_stray).correlate(workers).exists().label("has_strays"),
+    executions.c.claim.label("execution_claim"),
     executions.c.id.label("execution"),
     executions.c.tick,
     executions.c.attempt,
@@ -355,14 +457,12 @@ _states = select(
     executions.c.progress_total,
     executions.c.instance,
     executions.c.instance_name,
-).outerjoin(executions, and_(executions.c.worker == workers.c.name, executions.c.token == workers.c.running))
+).outerjoin(executions, is_of_claim)
 _one_state = _states.where(workers.c.name == bindparam("name"))  # built once: that takes as long as asking does
 
 
 def _state(row: Row[Any]) -> WorkerState:
-    running = None
-    if row.running is not None:
-        running = Claim(row.name, row.tick, row.attempt, row.running, row.trigger, row.execution)
+    running = _running(row) if row.running is not None else None
     return WorkerState(
         name=row.name,
         clock=row.clock,
@@ -375,16 +475,38 @@ def _state(row: Row[Any]) -> WorkerState:
         pending_tick=row.pending_tick,
         pending_trigger=row.pending_trigger,
         running=running,
-        started_at=row.started_at,
+        started_at=running.started_at if running else None,
         progress_done=row.progress_done,
         progress_total=row.progress_total,
-        instance=row.instance,
-        instance_name=row.instance_name,
+        instance=running.instance if running else None,
+        instance_name=running.instance_name if running else None,
+        is_bare=running is not None and running.execution is None,
+        has_strays=bool(row.has_strays),
     )
 
 
+def _running(row: Row[Any]) -> Claim:
+    """The claim in force, by its execution; where that was deleted by hand, by the copy in the worker's row.
+
+    A claim without either was made by hand. Its tick is the newest one that is decided.
+    """
+    name, token = row.name, row.running
+    if row.execution is not None:
+        began = row.started_at, row.execution_claim, row.instance, row.instance_name
+        return Claim(name, row.tick, row.attempt or 1, token, row.trigger, row.execution, *began)
+    if row.claim is not None and row.claim_tick is not None:
+        began = row.claim_at, row.claim, row.claim_instance, row.claim_instance_name
+        return Claim(name, row.claim_tick, row.claim_attempt or 1, token, row.claim_trigger, None, *began)
+    tick = row.mark or row.scheduled_at
+    return Claim(name, tick, 1, token, "schedule", None, instance_name="an unknown instance")
+
+
 def _values(name: str, tick: datetime, instance: tuple[str, str]) -> dict[str, Any]:
-    return {"of": name, "at": tick, "on": instance[0], "on_name": instance[1]}
+    return {"of": name, "at": tick, "on": instance[0], "on_name": instance[1], "claim_id": uuid4().hex}
+
+
+def _claim(values: Values, started: Started) -> Claim:
+    return Claim(values["of"], values["at"], *started, values["claim_id"], values["on"], values["on_name"])
 
 
 def _limit(setting: str, seconds: float) -> ColumnElement[str]:

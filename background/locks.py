@@ -11,7 +11,7 @@ from datetime import datetime
 from typing import Any
 from uuid import uuid4
 
-from sqlalchemy import Engine, Executable, Row, and_, bindparam, delete, func, null, or_, select, update
+from sqlalchemy import Engine, Executable, Row, String, and_, bindparam, delete, func, null, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -49,7 +49,10 @@ class Lock:
 
     name: str
     token: int
-    """Greater than that of whoever held the lock before: what the lock guards can refuse a smaller one."""
+    """Greater than the token of the holder before: what the lock guards can refuse a smaller one.
+
+    It repeats only where the database loses commits that it acknowledged.
+    """
     _holder: str = field(repr=False)
     _instance: Instance = field(repr=False)
     _locks: "Locks" = field(repr=False)
@@ -164,7 +167,7 @@ class Locks:
                 self._make(mine.name)
             elif self._is_taken(mine.name, seen):
                 return None
-            elif token := self._take(mine, seen.token):
+            elif token := self._take(mine, seen):
                 return replace(mine, token=token)
 
     def _look(self, name: str) -> Row[Any] | None:
@@ -188,13 +191,14 @@ class Locks:
         row = self._insert(locks).values(name=self._prefix + name, token=0, since=now())
         self._run(row.on_conflict_do_nothing())
 
-    def _take(self, mine: Lock, seen: int) -> int | None:
+    def _take(self, mine: Lock, seen: Row[Any]) -> int | None:
         """The new token, or None.
 
-        Others may be here: whoever saw the lock free, or its holder gone, at the token `seen`; also that holder,
+        Concurrency: every caller that saw the lock free, or its holder gone, in the row `seen`; also that holder,
         releasing it. The row's lock puts them in a line; the first raises the token, and the rest find it raised.
+        After lost commits the same token may be another holder's, so that must be the same, too.
         """
-        instance, values = mine._instance, self._mine(mine) | {"seen": seen}
+        instance, values = mine._instance, self._mine(mine) | {"seen": seen.token, "seen_by": seen.holder}
         try:
             with self._engine.begin() as connection:
                 acquiring = values | {"its_id": instance.id, "its_name": instance.name}
@@ -268,7 +272,10 @@ class Locks:
 _floor = locks.alias("floor")
 _FLOOR_TOKEN = select(_floor.c.token).where(_floor.c.name == _FLOOR).scalar_subquery()
 _of_name, _by_holder = locks.c.name == bindparam("of"), locks.c.holder == bindparam("by")
-_at_seen = locks.c.token == bindparam("seen")
+_at_seen = and_(
+    locks.c.token == bindparam("seen"),
+    locks.c.holder.is_not_distinct_from(bindparam("seen_by", type_=String())),
+)
 _SEEN = select(locks).where(_of_name)
 _HELD = select(locks.c.token).where(_of_name, _by_holder)
 _ALL_HELD = select(locks).where(locks.c.holder.is_not(None)).order_by(locks.c.name).limit(_MOST_SHOWN)

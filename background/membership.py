@@ -184,9 +184,12 @@ class Membership:
         gone = self._ticks.gone(ours)
         self.consumers.look()
         for state in ours:
-            if state.name in gone or self._owed(state):
+            if state.name in gone or state.is_damaged or self._owed(state):
                 self._settle_soon(state.name)
         self._follow_releases(ours)
+        if deleted := [name for name in self._declared if name in self._workers and name not in states]:
+            self._is_settled = False
+            self._scheduler.soon(self._declare, deleted)
 
     def _warn_of_marks(self, states: list[WorkerState]) -> None:
         ahead = {state.name: state.mark for state in states if state.mark and state.mark > state.clock + OFFSET_WARNED}

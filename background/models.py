@@ -46,9 +46,18 @@ workers = Table(
     Column("mark", UtcDateTime),
     # The mark before missed ticks were last recorded: an UPDATE returns no old values.
     Column("previous_mark", UtcDateTime),
-    # Grows by one at every claim. `running` is the token of the claim in force, or NULL.
+    # Grows with every claim. `running` is the token of the claim in force, or NULL. `claim` is the random id of that
+    # claim, or NULL: a token can repeat after a database lost commits, and an id cannot.
     Column("token", BigInteger, nullable=False, server_default="0"),
     Column("running", BigInteger),
+    Column("claim", String(32)),
+    # A copy of the newest claim, in case the row of its execution is deleted by hand while it is in force.
+    Column("claim_tick", UtcDateTime),
+    Column("claim_attempt", Integer),
+    Column("claim_trigger", String(10)),
+    Column("claim_instance", String(32)),
+    Column("claim_instance_name", String(255)),
+    Column("claim_at", UtcDateTime),
     # A tick that was lost or handed back and is to be claimed again, before any newer one; or a run that was requested.
     Column("pending_tick", UtcDateTime),
     Column("pending_attempt", Integer),
@@ -79,6 +88,8 @@ executions = Table(
     Column("state", String(12), nullable=False),
     Column("attempt", Integer),
     Column("token", BigInteger),
+    # The random id of the claim that this execution is of. NULL where an older release made the claim.
+    Column("claim", String(32)),
     Column("instance", String(32)),
     Column("instance_name", String(255)),
     Column("started_at", UtcDateTime),
@@ -91,6 +102,14 @@ executions = Table(
     Index("ix_background_executions_worker_tick", "worker", "tick"),
     Index("ix_background_executions_token", "worker", "token", unique=True),
 )
+
+
+def _where(condition: str) -> dict[str, Any]:
+    # Literals, not parameters: a database must see them to know that a partial index applies.
+    return {"postgresql_where": literal_column(condition), "sqlite_where": literal_column(condition)}
+
+
+Index("ix_background_executions_running", executions.c.worker, **_where("state = 'running'"))
 
 instances = Table(
     "background_instances",
@@ -141,11 +160,6 @@ messages = Table(
     Column("claimed_at", UtcDateTime),
     Column("finished_at", UtcDateTime),
 )
-
-
-def _where(condition: str) -> dict[str, Any]:
-    # Literals, not parameters: a database must see them to know that a partial index applies.
-    return {"postgresql_where": literal_column(condition), "sqlite_where": literal_column(condition)}
 
 
 Index("ix_background_messages_key", messages.c.topic, messages.c.key, unique=True, **_where("key IS NOT NULL"))

@@ -25,6 +25,7 @@ from .errors import ClaimLost, RunStopped, first_line
 from .forks import ended_in_a_fork
 from .instances import Instance
 from .ledger import Claim, Ledger
+from .mending import Mending
 from .outages import Outages, is_cut_off
 from .signals import execution_started, of_state, send
 from .worker import PeriodicWorker, attempt_after
@@ -86,7 +87,7 @@ class Runs:
     def has(self, claim: Claim) -> bool:
         """Whether `claim` runs in this process."""
         with self._changed:
-            return any(context.claim == claim for context in self._contexts)
+            return any(context.claim.id == claim.id for context in self._contexts)
 
     def wait(self, seconds: float) -> bool:
         """Wait until nothing runs; False when `seconds` went by since `tell`, or somebody is in a hurry."""
@@ -162,7 +163,8 @@ def _unfinished(worker: type[PeriodicWorker], context: TickContext, ending: "End
         return _time_out(context, ending)
     if context.is_lost or not context.instance.is_alive or isinstance(error, ClaimLost):
         context.logger.warning("Lost the tick %s: %s", tick, first_line(error))
-        return "lost"  # which is written by whoever finds this instance gone
+        ending.disown()
+        return "lost"  # which the instance writes that finds this one gone
     if isinstance(error, RunStopped):
         state = ending.write("handed back", next_attempt=claim.attempt)
         if state == "handed back":
@@ -235,6 +237,12 @@ class Ending:
             return found
 
         return insist(context.instance, f"that {context.worker} {state}", end) or "lost"
+
+    def disown(self) -> None:
+        """See that the tick of a claim that is gone gets an answer, also where its execution was deleted by hand."""
+        if self._context.instance.is_alive:
+            disown = partial(Mending(self._ledger).disown, self._context.claim)
+            insist(self._context.instance, f"that {self._context.worker} lost its claim", disown)
 
     def tell(self, state: str, **details: Any) -> None:
         """Send the signal of `state`."""

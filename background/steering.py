@@ -11,6 +11,7 @@ from sqlalchemy import and_, case, func, literal, null, select, update
 from .clock import UtcDateTime, now
 from .errors import InvalidSchedule
 from .ledger import Ledger, count
+from .mending import adopt
 from .models import executions, workers
 from .schedule import Schedule, parse_schedule
 
@@ -48,7 +49,8 @@ class Steering:
                         **_as_before(name, schedule.previous(min(begin, clock)) if begin else None),
                         **declared,
                     )
-                    connection.execute(new.on_conflict_do_nothing())
+                    if count(connection.execute(new.on_conflict_do_nothing())):
+                        adopt(connection, name, schedule.previous(clock))
                 elif row.declared != str(schedule):
                     if row.schedule == row.declared:
                         declared |= _in_force(schedule, row.schedule, row.clock)

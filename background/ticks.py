@@ -21,6 +21,7 @@ from .instances import LEASE_IS_OVER, Heartbeat, Instance, Instances
 from .ledger import Claim, Ledger, WorkerState
 from .listener import ring
 from .locks import Locks
+from .mending import GONE, Mending
 from .messages import Messages
 from .outages import Outages
 from .runs import Execution, Runs, follows
@@ -30,6 +31,8 @@ from .steering import Steering
 from .worker import PeriodicWorker, attempt_after, begins, declared_schedule
 
 log = logging.getLogger(__name__)
+
+_UNKNOWN = "its claim has neither an id nor an execution, so no instance can be found that runs it"
 
 
 class Ticks:
@@ -194,11 +197,29 @@ class Ticks:
             heartbeat.stop()
             self.sign_off(instance, forget)
 
-    # -- those who are gone --------------------------------------------------------------------
+    # -- claims without an instance -------------------------------------------------------------
 
     def freed(self, worker: type[PeriodicWorker], state: WorkerState) -> WorkerState:
-        """`state`, or the one after taking back a claim that nobody runs any more."""
+        """`state`, or the one after mending its rows and taking back a claim that no instance runs."""
+        if state.is_damaged:
+            self._mend(worker, state)
+            state = self.look(worker)
         return self.look(worker) if state.running and self.recover([state]) else state
+
+    def _mend(self, worker: type[PeriodicWorker], state: WorkerState) -> None:
+        if state.is_bare and state.running:
+            if state.running.id is not None:
+                self.mending.restore(state.running)
+            elif self.ledger.end(state.running, "lost", _UNKNOWN):
+                self._tell_of_loss(state.running, _UNKNOWN, None)
+        for claim in self.mending.strays(worker.name) if state.has_strays else ():
+            ended, again = self.mending.end_stray(claim, attempt_after(worker, claim.attempt))
+            if ended:
+                self._tell_of_loss(claim, GONE, again)
+
+    def _tell_of_loss(self, claim: Claim, reason: str, again: int | None) -> None:
+        log.warning("%s: lost the tick %s, %s: %s", claim.worker, claim.tick.isoformat(), reason, follows(again))
+        send(self._app, execution_lost, claim=claim, reason=reason)
 
     def recover(self, states: Collection[WorkerState]) -> bool:
         """End the claims that nobody runs any more; True if there were any."""
@@ -237,8 +258,7 @@ class Ticks:
         again = attempt_after(worker, claim.attempt)
         reason = f"{state.instance_name} stopped renewing its lease"
         if self.ledger.end(claim, "lost", reason, again):
-            log.warning("%s: lost the tick %s, %s: %s", claim.worker, claim.tick.isoformat(), reason, follows(again))
-            send(self._app, execution_lost, claim=claim, reason=reason)
+            self._tell_of_loss(claim, reason, again)
 
     # -- what it asks --------------------------------------------------------------------------
 
@@ -256,6 +276,10 @@ class Ticks:
     @made_once
     def steering(self) -> Steering:
         return Steering(self.ledger)
+
+    @made_once
+    def mending(self) -> Mending:
+        return Mending(self.ledger)
 
     @made_once
     def messages(self) -> Messages:

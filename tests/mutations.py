@@ -66,26 +66,61 @@ MUTATIONS = (
         ["tests/test_database_files.py", "-k", "goes_on_in_the_new_file"],
     ),
     Mutation(
-        "a commit checks the token",
-        [
-            Edit(
-                "background/ledger.py",
-                "held = and_(workers.c.name == claim.worker, workers.c.running == claim.token)",
-                "held = and_(workers.c.name == claim.worker)",
-            )
-        ],
+        "a commit checks the claim",
+        [Edit("background/ledger.py", "held = in_force(claim)", "held = workers.c.name == claim.worker")],
         ["tests/test_context.py", "-k", "token_moved_on"],
     ),
     Mutation(
-        "succeeding checks the token",
+        "succeeding checks the claim",
+        [Edit("background/ledger.py", ".where(in_force(claim))", ".where(workers.c.name == claim.worker)")],
+        ["tests/test_context.py", "-k", "token_moved_on"],
+    ),
+    Mutation(
+        "a claim is known by more than a token",
         [
             Edit(
                 "background/ledger.py",
-                ".where(workers.c.name == claim.worker, workers.c.running == claim.token)",
-                ".where(workers.c.name == claim.worker)",
+                "is_same = true() if claim.id is None else workers.c.claim == claim.id",
+                "is_same = true()",
             )
         ],
-        ["tests/test_context.py", "-k", "token_moved_on"],
+        ["tests/test_mending.py", "-k", "token_came_again"],
+    ),
+    Mutation(
+        "an ending touches its own execution only",
+        [Edit("background/ledger.py", "else executions.c.claim == claim.id)", "else true())")],
+        ["tests/test_mending.py", "-k", "not_its_own"],
+    ),
+    Mutation(
+        "a token goes on above the history",
+        [Edit("background/claiming.py", "func.coalesce(_greatest, workers.c.token) + 1", "workers.c.token + 1")],
+        ["tests/test_mending.py", "-k", "lowered"],
+    ),
+    Mutation(
+        "a claim without an execution gets one",
+        [Edit("background/ledger.py", "is_bare=running is not None and running.execution is None,", "")],
+        ["tests/test_mending.py", "-k", "process_is_killed"],
+    ),
+    Mutation(
+        "a worker's row that is made anew takes the claim up",
+        [Edit("background/steering.py", "adopt(connection, name, schedule.previous(clock))", "pass")],
+        ["tests/test_mending.py", "-k", "row_is_deleted"],
+    ),
+    Mutation(
+        "what is run again by hand's fault ran nowhere since",
+        [Edit("background/mending.py", "workers.c.token <= claim.token, IS_FREE)", "IS_FREE)")],
+        ["tests/test_mending.py", "-k", "claimed_since"],
+    ),
+    Mutation(
+        "a lock is taken from the holder that was seen only",
+        [
+            Edit(
+                "background/locks.py",
+                '    locks.c.holder.is_not_distinct_from(bindparam("seen_by", type_=String())),\n',
+                "",
+            )
+        ],
+        ["tests/test_locks.py", "-k", "token_came_again"],
     ),
     Mutation(
         "a new worker runs no tick from before it was registered",

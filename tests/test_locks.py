@@ -5,6 +5,7 @@ import math
 import signal
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from time import monotonic
@@ -302,6 +303,31 @@ def test_of_many_who_find_a_dead_holder_one_gets_the_lock(fleet: Fleet) -> None:
 
     tokens = in_threads(*[lambda manager=manager: take(manager) for manager in managers])
     assert sorted(tokens, key=str) == [2, None, None, None]
+
+
+@pytest.mark.parametrize("breaks", [False, True], ids=["in time", "called off"])
+def test_a_lock_whose_token_came_again_after_lost_commits_is_left_to_its_holder(fleet: Fleet, breaks: bool) -> None:
+    """The database forgets the last holder between another caller's look at the lock and its acquisition."""
+    manager, other = joined(fleet.manager(WORKERS_LEASE_SECONDS=600)), fleet.manager()
+    assert [token(manager), token(manager)] == [1, 2]
+    with ExitStack() as held:
+        locks: list[Lock] = []
+
+        def forget(_connection: Connection, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
+            if is_acquisition(statement) and not locks:
+                set_row(other, NAME, token=1)
+                locks.append(held.enter_context(other.lock(NAME)))
+                if breaks:
+                    raise OperationalError(statement, parameters, ConnectionError("it broke"))
+
+        event.listen(manager.ticks.connections.locks, "before_cursor_execute", forget)
+        if breaks:
+            with pytest.raises(LockNotAcquired):
+                token(manager)
+            wait_until(lambda: not [t for t in threading.enumerate() if t.name == "workers-lock"], "the calling off")
+        else:
+            assert token(manager) is None
+        assert (locks[0].token, locks[0].still_held()) == (2, True)
 
 
 # -- pruning ---------------------------------------------------------------------------------------

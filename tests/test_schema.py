@@ -29,7 +29,7 @@ from migrations import schema
 from models import User, db
 
 ROOT = Path(__file__).parent.parent
-HEAD = "0004"
+HEAD = "0005"
 
 
 @contextmanager

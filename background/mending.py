@@ -1,0 +1,146 @@
+"""Rows that were changed by hand, made to agree again: executions without a claim, claims without an execution.
+
+A claim and its execution begin and end in one transaction, so one read tells that a hand was at work.
+"""
+
+import logging
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Connection, Row, and_, case, exists, or_, select, update
+
+from . import totals
+from .claiming import IS_FREE
+from .clock import now
+from .ledger import Claim, Ledger, count, in_force, is_stray, strays
+from .models import executions, workers
+
+log = logging.getLogger(__name__)
+
+GONE = "its claim is gone: it was ended by hand, or the database lost its commit"
+_RUNNING = {"state": "running"}
+_OPEN = ("running", "lost", "handed back")
+
+
+class Mending:
+    """Mends the rows of one ledger. Each method is one transaction, and does nothing where nothing is wrong."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+
+    def restore(self, claim: Claim) -> bool:
+        """Write the execution of a claim in force anew; True for the instance that did.
+
+        Concurrency: every instance that misses the row, and the run's own end, which writes it too. The claim's token
+        is unique, so the first one writes the row.
+        """
+        with self._ledger.begin() as connection:
+            held = select(workers.c.name).where(in_force(claim)).with_for_update()
+            if connection.execute(held).first() is None:
+                return False
+            return self._ledger.write_anew(connection, claim, _RUNNING, [claim.token]) is not None
+
+    def disown(self, claim: Claim) -> bool:
+        """Write the execution of a claim that is not in force, so that its tick gets an answer; True if none was there.
+
+        Concurrency: instances that take the run over in the usual way. They leave a row, and this does nothing.
+        """
+        with self._ledger.begin() as connection:
+            row = and_(executions.c.worker == claim.worker, executions.c.tick == claim.tick)
+            is_known = exists().where(row, executions.c.claim == claim.id)
+            if connection.scalar(select(or_(is_known, exists().where(in_force(claim))))):
+                return False
+            return self._ledger.write_anew(connection, claim, _RUNNING, [claim.token, None]) is not None
+
+    def strays(self, worker: str) -> list[Claim]:
+        """The claims of the worker's executions that say "running" although another claim, or none, is in force."""
+        query = (
+            select(strays).join_from(strays, workers, is_stray).where(workers.c.name == worker).order_by(strays.c.id)
+        )
+        with self._ledger.begin() as connection:
+            return [_claim(row) for row in connection.execute(query)]
+
+    def end_stray(self, claim: Claim, next_attempt: int | None) -> tuple[bool, int | None]:
+        """End such an execution as lost. Return whether this call did, and the attempt that follows, if one does.
+
+        The tick is run again only if the worker's token says that nothing was claimed since.
+
+        Concurrency: every instance that sees the stray. The execution's row puts them in a line, and the first ends it.
+        """
+        with self._ledger.begin() as connection:
+            same = executions.c.id == claim.execution, executions.c.claim.is_not_distinct_from(claim.id)
+            ending = update(executions).where(*same, executions.c.state == "running", ~exists().where(in_force(claim)))
+            ending = ending.values(state="lost", finished_at=now(), reason=GONE)
+            moments = executions.c.started_at, executions.c.finished_at
+            ended = connection.execute(ending.returning(*moments)).one_or_none()
+            if ended is None:
+                return False, None
+            again = next_attempt if next_attempt and _run_again(connection, claim, next_attempt) else None
+            totals.add_execution(connection, claim, "lost", ended.started_at or ended.finished_at, ended.finished_at)
+        if again:
+            self._ledger.ring()
+        return True, again
+
+
+def adopt(connection: Connection, worker: str, latest: datetime) -> None:
+    """Give the row of `worker`, which was just made, the claim that the row before it had, by the newest execution.
+
+    A worker with a history is not new. Where the history decides nothing, its ticks up to `latest` count as decided.
+
+    Concurrency: this is the transaction that makes the row. No instance can claim before it commits.
+    """
+    claims = select(executions).where(executions.c.worker == worker, executions.c.token.is_not(None))
+    newest = connection.execute(claims.order_by(executions.c.token.desc()).limit(1)).one_or_none()
+    if newest is None:
+        return
+    if newest.state == "running":
+        again: dict[str, Any] = {
+            "running": newest.token,
+            "claim": newest.claim,
+            "claim_tick": newest.tick,
+            "claim_attempt": newest.attempt,
+            "claim_trigger": newest.trigger,
+            "claim_instance": newest.instance,
+            "claim_instance_name": newest.instance_name,
+            "claim_at": newest.started_at,
+        }
+    elif newest.state == "handed back":
+        again = _pending(newest.tick, newest.attempt, newest.trigger)
+    else:
+        again = {}
+    this = workers.c.name == worker
+    connection.execute(update(workers).where(this, workers.c.mark.is_(None)).values(mark=latest))
+    if again:
+        connection.execute(update(workers).where(this).values(again | _marked(newest.tick, newest.trigger)))
+    log.warning(
+        "%s: the worker's row was deleted by hand; it is made anew by its history, and the tick %s is %s",
+        worker,
+        newest.tick.isoformat(),
+        newest.state,
+    )
+
+
+def _run_again(connection: Connection, claim: Claim, attempt: int) -> bool:
+    others = executions.c.worker == claim.worker, executions.c.tick == claim.tick, executions.c.state.not_in(_OPEN)
+    nothing_since = and_(workers.c.name == claim.worker, workers.c.token <= claim.token, IS_FREE)
+    again = update(workers).where(nothing_since, ~exists().where(*others))
+    pending = _pending(claim.tick, attempt, claim.trigger) | _marked(claim.tick, claim.trigger)
+    return count(connection.execute(again.values(pending))) == 1
+
+
+def _pending(tick: datetime, attempt: int, trigger: str) -> dict[str, Any]:
+    return {"pending_tick": tick, "pending_attempt": attempt, "pending_trigger": trigger}
+
+
+def _marked(tick: datetime, trigger: str) -> dict[str, Any]:
+    """The mark at or above a scheduled tick: what runs again must not be claimed as a new tick after that."""
+    if trigger != "schedule":
+        return {}
+    is_below = or_(workers.c.mark.is_(None), workers.c.mark < tick)
+    return {"mark": case((is_below, tick), else_=workers.c.mark)}
+
+
+def _claim(row: Row[Any]) -> Claim:
+    """The claim that an execution is of; one that was made by hand may lack anything."""
+    began = row.started_at, row.claim, row.instance, row.instance_name
+    return Claim(row.worker, row.tick, row.attempt or 1, row.token or 0, row.trigger, row.id, *began)
