@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LOCK_SECONDS = 15
+LOCK_SECONDS = 30
 """How long a start waits for what another process keeps: the lock of the preparation, or SQLite's write lock."""
 
 
