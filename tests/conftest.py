@@ -40,6 +40,8 @@ PASSWORD_METHOD = User.password_method
 User.password_method = "pbkdf2:sha256:1"  # quick: it guards nothing
 PASSWORD_HASH = generate_password_hash(PASSWORD, User.password_method)
 
+PROCESSES = 6  # tests of real processes mostly wait for them
+
 HOUR_SECONDS = 3600
 TURN_SECONDS = 10  # longer than a test takes to whose outcome the hour matters
 
@@ -72,6 +74,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         needs = {each for each in parameters if isinstance(each, str)} | {each.name for each in item.iter_markers()}
         if not NOT_QUICK & needs.union(getattr(item, "fixturenames", ())):
             item.add_marker("quick")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Run the whole suite in several processes, if pytest-xdist is there. Tests named by path run in this process."""
+    is_whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    is_worker = hasattr(config, "workerinput")
+    is_undecided = getattr(config.option, "numprocesses", 0) is None
+    if is_whole and is_undecided and not is_worker and not config.option.usepdb:
+        config.option.numprocesses = PROCESSES
 
 
 def pytest_collection_finish() -> None:
