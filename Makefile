@@ -1,0 +1,39 @@
+.DEFAULT_GOAL := help
+.PHONY: help setup run test check fix browser soak ci
+bin := .venv/bin
+
+help: ## Show this list.
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+setup: .venv ## Install everything into .venv.
+
+.venv: requirements.txt requirements-dev.txt
+	python3 -m venv .venv
+	$(bin)/pip install -r requirements-dev.txt
+	touch .venv
+
+run: .venv ## Serve the demo shop, and reload it when a file changes.
+	$(bin)/flask run --debug
+
+test: .venv ## Run the tests, on SQLite and PostgreSQL.
+	$(bin)/pytest
+
+check: .venv ## Check style, types and prose, within a minute.
+	$(bin)/ruff check .
+	$(bin)/ruff format --check .
+	$(bin)/mypy
+	$(bin)/python .ci/prose
+
+fix: .venv ## Format the code, and mend what ruff can mend.
+	$(bin)/ruff check --fix .
+	$(bin)/ruff format .
+
+browser: .venv ## Run the tests in a Chromium.
+	$(bin)/pytest -m browser --dist loadfile
+
+soak: .venv ## Run workers under faults for a minute on each database.
+	$(bin)/python -m benchmarks.soak --engine sqlite --minutes 1
+	$(bin)/python -m benchmarks.soak --engine postgresql --minutes 1
+
+ci: ## Do what CI does. Needs Debian and root.
+	bash .ci/run
