@@ -5,7 +5,6 @@ when it is given nothing, `instance/config.py`.
 """
 
 import logging
-import math
 import os
 import re
 import secrets
@@ -15,9 +14,8 @@ import time
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import click
@@ -29,46 +27,23 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 
 from background import RunFields
 from background.errors import InvalidConfig, spelled_out
+from background.settings import (
+    BOOLEAN,
+    DAYS,
+    PREFIXES,
+    SETTINGS,
+    Setting,
+    boolean,
+    cast,
+    cast_all,
+    number,
+    refuse_misspelled,
+    settle,
+    whole,
+)
 
+_PREFIXES = (*PREFIXES, "PASSIVE_")
 TEXT_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
-
-
-class Key(NamedTuple):
-    default: Any
-    cast: Callable[[Any], Any]
-    expected: str
-    meaning: str
-
-
-_BOOLEANS = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "false", "no", "off"), False)
-
-
-def boolean(value: Any) -> bool:
-    if isinstance(value, bool):
-        return value
-    return _BOOLEANS[str(value).strip().lower()]
-
-
-def number(most: float, least: float = 0.0) -> Callable[[Any], float]:
-    def cast(value: Any) -> float:
-        if isinstance(value, bool):
-            raise ValueError(value)
-        amount = float(value)
-        if not (math.isfinite(amount) and amount > 0 and least <= amount <= most):
-            raise ValueError(value)
-        return int(amount) if amount.is_integer() else amount
-
-    return cast
-
-
-def whole(most: int) -> Callable[[Any], int]:
-    def cast(value: Any) -> int:
-        amount = number(most)(value)
-        if not isinstance(amount, int):
-            raise ValueError(value)
-        return amount
-
-    return cast
 
 
 def none_or_whole(most: int) -> Callable[[Any], int]:
@@ -92,7 +67,10 @@ def secret(value: Any) -> Any:
 
 
 def database_url(value: Any) -> URL:
-    return make_url(_encodable(value))
+    try:
+        return make_url(_encodable(value))
+    except ArgumentError as error:
+        raise ValueError(value) from error
 
 
 def _encodable(value: Any) -> Any:
@@ -100,15 +78,6 @@ def _encodable(value: Any) -> Any:
     if isinstance(value, str):
         value.encode()
     return value
-
-
-def printable(least: int, most: int) -> Callable[[Any], str]:
-    def cast(value: Any) -> str:
-        if not isinstance(value, str) or not least <= len(value) <= most or not value.isprintable():
-            raise ValueError(value)
-        return value
-
-    return cast
 
 
 def log_format(value: Any) -> str:
@@ -145,75 +114,40 @@ def address(value: Any) -> str:
     return str(value)
 
 
-def token(value: Any) -> str:
-    if not isinstance(value, str) or not re.fullmatch(r"[!-~]+", value):  # what a header can carry
-        raise ValueError(value)
-    return value
-
-
 _MAIL = (
     "smtp://host, smtp+starttls://user:password@host:587 (never without TLS) or smtps:// (TLS from the start), "
     "user and password in ASCII and percent-encoded"
 )
-_BOOLEAN = "true or false (also 1/0, yes/no, on/off)"
-_SECONDS = "a number of seconds above 0 and at most 86400"
-_DAYS = "a number of days above 0 and at most 36500"
 _DATABASE = "postgresql://user:password@host/name, or sqlite:/// and the path of a file"
 
-KEYS = {
-    "DATABASE_URL": Key(None, database_url, _DATABASE, "where the data is; unset: a SQLite file in instance/"),
-    "SECRET_KEY": Key(None, secret, "a text that is not empty", "signs the sessions; unset: made once, in instance/"),
-    "WORKERS_ENABLED": Key(True, boolean, _BOOLEAN, "whether a serving process runs the background workers"),
-    "WORKERS_HEARTBEAT_SECONDS": Key(
-        None,
-        number(86_400, least=0.01),
-        "a number of seconds from 0.01 to 86400",
-        "how often an instance says it is alive; unset: 2, or a quarter of the lease",
+_OWN = {
+    "DATABASE_URL": Setting(
+        None, database_url, _DATABASE, "where the data is; unset: a SQLite file in instance/", is_secret=True
     ),
-    "WORKERS_LEASE_SECONDS": Key(
-        10,
-        number(86_400, least=0.5),
-        "a number of seconds from 0.5 to 86400",
-        "how long it counts as alive without that",
+    "SECRET_KEY": Setting(
+        None, secret, "a text that is not empty", "signs the sessions; unset: made once, in instance/", is_secret=True
     ),
-    "WORKERS_SHUTDOWN_SECONDS": Key(20, number(86_400), _SECONDS, "how long a stop waits for running work"),
-    "WORKERS_HISTORY_DAYS": Key(14, number(36_500), _DAYS, "how long the executions of a worker are kept"),
-    "WORKERS_THREADS": Key(10, whole(1_000), "a whole number from 1 to 1000", "how many runs a process has at once"),
-    "MESSAGES_MAX_BYTES": Key(
-        262_144, whole(1_000_000_000), "a whole number of bytes from 1 to 1000000000", "how long a payload may be"
-    ),
-    "MESSAGES_KEY_DAYS": Key(14, number(36_500), _DAYS, "how long the key of a done message refuses another"),
-    "LOCK_PREFIX": Key("", printable(0, 100), "at most 100 printable characters", "goes before the name of every lock"),
-    "MAIL_URL": Key(None, mail_url, _MAIL, "where mail goes out; unset: files in instance/outbox/"),
-    "MAIL_FROM": Key("bookstore@localhost", address, "one e-mail address in ASCII", "whom the shop's mail is from"),
-    "PASSIVE_AFTER_DAYS": Key(30, number(36_500), _DAYS, "users not seen for longer become passive"),
-    "METRICS_TOKEN": Key(
-        None, token, "printable ASCII without spaces", "what a scrape of /metrics must bring; unset: anybody may"
-    ),
-    "RELEASE": Key(
-        None,
-        printable(1, 100),
-        "a text of 1 to 100 printable characters",
-        "what the list of instances calls this release; unset: its commit",
-    ),
-    "LOG_FORMAT": Key("text", log_format, "text or json", "one line, or one JSON object, for each record"),
-    "PRODUCTION": Key(
+    "MAIL_URL": Setting(None, mail_url, _MAIL, "where mail goes out; unset: files in instance/outbox/", is_secret=True),
+    "MAIL_FROM": Setting("bookstore@localhost", address, "one e-mail address in ASCII", "whom the shop's mail is from"),
+    "PASSIVE_AFTER_DAYS": Setting(30, number(36_500), DAYS, "users not seen for longer become passive"),
+    "LOG_FORMAT": Setting("text", log_format, "text or json", "one line, or one JSON object, for each record"),
+    "PRODUCTION": Setting(
         None,
         boolean,
-        _BOOLEAN,
+        BOOLEAN,
         "refuse to start with a weak SECRET_KEY, in debug mode or with the demo admin; unset: "
         "where gunicorn serves a DATABASE_URL",
     ),
-    "PROXIES": Key(0, none_or_whole(10), "a whole number from 0 to 10", "how many proxies of yours are in front"),
-    "PUBLIC_URL": Key(
+    "PROXIES": Setting(0, none_or_whole(10), "a whole number from 0 to 10", "how many proxies of yours are in front"),
+    "PUBLIC_URL": Setting(
         None, public_url, "https:// and a host", "where the shop is, for links in mails; unset: as the admin asked"
     ),
-    "SESSION_COOKIE_SECURE": Key(None, boolean, _BOOLEAN, "whether logging in needs HTTPS; unset: in production"),
-    "LOG_LEVEL": Key("INFO", level, "DEBUG, INFO, WARNING, ERROR or CRITICAL", "how much the log says"),
+    "SESSION_COOKIE_SECURE": Setting(None, boolean, BOOLEAN, "whether logging in needs HTTPS; unset: in production"),
+    "LOG_LEVEL": Setting("INFO", level, "DEBUG, INFO, WARNING, ERROR or CRITICAL", "how much the log says"),
 }
 
 
-_SECRETS = ("DATABASE_URL", "MAIL_URL", "METRICS_TOKEN", "SECRET_KEY")
+KEYS = SETTINGS | _OWN
 
 
 def load_config(app: Flask, given: Mapping[str, Any] | object | None = None) -> None:
@@ -221,11 +155,9 @@ def load_config(app: Flask, given: Mapping[str, Any] | object | None = None) -> 
     app.config.from_mapping({name: key.default for name, key in KEYS.items()}, SESSION_COOKIE_SAMESITE="Lax")
     app.config.from_mapping(_environment())
     _load_own(app, given)
-    _refuse_misspelled(app.config)
-    for name in KEYS:
-        if app.config[name] is not None or KEYS[name].default is not None:
-            app.config[name] = _cast(name, app.config[name])
-    _settle_heartbeat(app.config)
+    refuse_misspelled(app.config, KEYS, _PREFIXES)
+    settle(app.config)
+    cast_all(app.config, _OWN)
     _set_database(app)
     if app.config["RELEASE"] is None:
         app.config["RELEASE"] = _commit(Path(app.root_path) / ".git")
@@ -300,7 +232,7 @@ _SIGNED = re.compile(r"(?<![\w.-])[\w.-]{20,}\.[\w-]{6}\.[\w-]{27}")
 
 
 def _environment() -> dict[str, str]:
-    _refuse_misspelled(os.environ)
+    refuse_misspelled(os.environ, KEYS, _PREFIXES)
     return {name: os.environ[name] for name in KEYS if os.environ.get(name)}
 
 
@@ -311,39 +243,6 @@ def _load_own(app: Flask, given: Mapping[str, Any] | object | None) -> None:
         app.config.from_mapping(given)
     else:
         app.config.from_object(given)
-
-
-def _refuse_misspelled(names: Mapping[str, Any]) -> None:
-    for name in names:
-        if (
-            name.startswith(("WORKERS_", "MESSAGES_", "METRICS_", "PASSIVE_"))
-            and name not in KEYS
-            and (close := get_close_matches(name, KEYS, n=1))
-        ):
-            raise InvalidConfig(f"There is no setting {name}. Did you mean {close[0]}?")
-
-
-def _cast(name: str, value: Any) -> Any:
-    try:
-        return KEYS[name].cast(value)
-    except (ValueError, TypeError, KeyError, OverflowError, ArgumentError):
-        shown = "a value that is not shown" if name in _SECRETS else repr(value)
-        raise InvalidConfig(
-            f"{name} is {shown}; expected {KEYS[name].expected}. "
-            f"Correct it in the environment or in instance/config.py, or leave it out."
-        ) from None
-
-
-def _settle_heartbeat(config: dict[str, Any]) -> None:
-    if config["WORKERS_HEARTBEAT_SECONDS"] is None:
-        config["WORKERS_HEARTBEAT_SECONDS"] = min(2, config["WORKERS_LEASE_SECONDS"] / 4)
-    lease, heartbeat = config["WORKERS_LEASE_SECONDS"], config["WORKERS_HEARTBEAT_SECONDS"]
-    if lease <= 2 * heartbeat:
-        raise InvalidConfig(
-            f"WORKERS_LEASE_SECONDS is {lease}; expected more than twice "
-            f"WORKERS_HEARTBEAT_SECONDS ({heartbeat}), so that one late heartbeat does not cost an instance "
-            f"its claims. Raise the one or lower the other."
-        )
 
 
 # What tutorials say, and so everybody knows.
@@ -394,7 +293,11 @@ def _refuse_weak_secret(key: str | bytes | None) -> None:
 def _set_database(app: Flask) -> None:
     """Settle SQLALCHEMY_DATABASE_URI (one that was given itself wins), DATABASE_IS_EMBEDDED and .._TEMPORARY."""
     chosen = app.config.get("SQLALCHEMY_DATABASE_URI") or app.config["DATABASE_URL"]
-    asked = URL.create("sqlite", database="bookstore.sqlite") if chosen is None else _cast("DATABASE_URL", chosen)
+    asked = (
+        URL.create("sqlite", database="bookstore.sqlite")
+        if chosen is None
+        else cast("DATABASE_URL", chosen, _OWN["DATABASE_URL"])
+    )
     if asked.get_backend_name() == "sqlite" and asked.host:  # `sqlite://shop.sqlite` would be a database in memory
         raise InvalidConfig(
             f"DATABASE_URL is {asked}, whose {asked.host!r} is read as a host; expected three slashes before the path "

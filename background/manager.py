@@ -17,7 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 from werkzeug.local import LocalProxy
 
-from . import forks, hearing, models, postgresql, serving, sqlite
+from . import forks, hearing, models, postgresql, serving, settings, sqlite
 from .connections import made_once
 from .context import current_run, fence, when_committed
 from .dependencies import refuse_driver
@@ -48,17 +48,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-DEFAULTS = {
-    "WORKERS_ENABLED": True,
-    "WORKERS_LEASE_SECONDS": 10,
-    "WORKERS_SHUTDOWN_SECONDS": 20,
-    "WORKERS_HISTORY_DAYS": 14,
-    "WORKERS_THREADS": 10,
-    "MESSAGES_MAX_BYTES": 262_144,
-    "MESSAGES_KEY_DAYS": 14,
-    "LOCK_PREFIX": "",
-}
-
 
 class BackgroundWorkerManager:
     """Runs the workers of one application, once per tick of the fleet that shares its database.
@@ -85,12 +74,10 @@ class BackgroundWorkerManager:
     def init_app(self, app: Flask, db: SQLAlchemy) -> None:
         """Bind to `app` and its initialised `db`: tables, commit fence, `flask workers`; opens no connection.
 
-        A setting that `app.config` does not have gets its default; one that it has is taken as it is.
+        A setting that `app.config` does not have gets its default. Raises InvalidConfig for a wrong value.
         """
         self.app, self.db = app, db
-        for key, default in DEFAULTS.items():
-            app.config.setdefault(key, default)
-        app.config.setdefault("WORKERS_HEARTBEAT_SECONDS", min(2, app.config["WORKERS_LEASE_SECONDS"] / 4))
+        settings.settle(app.config)
         if "svcs_registry" not in app.extensions:
             svcs.flask.init_app(app)
         self.ticks = Ticks(app, db, self._workers, Outages())

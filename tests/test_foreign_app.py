@@ -1,5 +1,6 @@
 """The engine in an application that is not this shop: its own Flask, its own models, and no settings of ours."""
 
+import re
 import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -13,8 +14,7 @@ from fleet import wait_until
 from processes import environment, run
 
 from background import BackgroundWorkerManager, Message, MessageWorker, PeriodicWorker, WorkerContext
-from background.manager import DEFAULTS
-from config import KEYS
+from background.errors import InvalidConfig
 
 NOW = datetime.now(UTC)
 
@@ -61,7 +61,8 @@ class Taking(MessageWorker):
 def host(empty_database_url: str) -> Iterator[Host]:
     host = Host(empty_database_url)
     yield host
-    host.app.extensions["background_workers"].stop()
+    if "background_workers" in host.app.extensions:
+        host.app.extensions["background_workers"].stop()
     with host.app.app_context():
         host.db.engine.dispose()
     close()
@@ -87,8 +88,36 @@ def test_what_the_application_set_is_kept_and_the_heartbeat_follows_the_lease(ho
     assert host.app.config["WORKERS_HEARTBEAT_SECONDS"] == 1
 
 
-def test_the_engines_defaults_are_those_that_the_shop_documents() -> None:
-    assert {name: KEYS[name].default for name in DEFAULTS} == DEFAULTS
+def test_a_setting_that_is_written_as_text_is_cast(host: Host) -> None:
+    host.app.config |= {"WORKERS_LEASE_SECONDS": "10", "WORKERS_ENABLED": "no", "WORKERS_THREADS": "3"}
+    manager = host.bind()
+    assert host.app.config["WORKERS_LEASE_SECONDS"] == 10
+    assert host.app.config["WORKERS_ENABLED"] is False
+    assert host.app.config["WORKERS_THREADS"] == 3
+    assert manager.tick("noting", NOW).state == "succeeded"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"WORKERS_LEASE_SECONDS": "ten"}, "WORKERS_LEASE_SECONDS is 'ten'; expected a number of seconds from 0.5"),
+        ({"WORKERS_THREADS": 0}, "WORKERS_THREADS is 0; expected a whole number from 1 to 1000"),
+        ({"WORKERS_HEARTBEAT_SECONDS": 60, "WORKERS_LEASE_SECONDS": 4}, "WORKERS_LEASE_SECONDS is 4; expected more"),
+        ({"WORKERS_LEASE_SECOND": 4}, "There is no setting WORKERS_LEASE_SECOND. Did you mean WORKERS_LEASE_SECONDS?"),
+        ({"METRICS_TOKEN": "two words"}, "METRICS_TOKEN is a value that is not shown; expected printable ASCII"),
+    ],
+)
+def test_a_wrong_setting_stops_the_start_with_key_value_and_remedy(
+    host: Host, given: dict[str, object], said: str
+) -> None:
+    host.app.config |= given
+    with pytest.raises(InvalidConfig, match=re.escape(said)):
+        host.bind()
+
+
+def test_a_setting_of_the_hosts_own_may_begin_as_one_of_the_engines(host: Host) -> None:
+    host.app.config |= {"METRICS_PORT": 9100, "WORKERS_COMP": "a department", "MESSAGES_PER_PAGE": 20}
+    host.bind()
 
 
 def test_services_are_there_whether_or_not_the_application_uses_svcs(host: Host) -> None:
