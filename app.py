@@ -8,14 +8,16 @@ import svcs
 from flask import Flask
 from flask_migrate import Migrate
 
+import demo
 import routes
 from background import BackgroundWorkerManager, PruneHistoryWorker
 from background.health import health
 from background.metrics import metrics
 from config import configure_logging, load_config, trust_proxies
-from migrations import demo, schema
+from mail import Mailer
+from migrations import schema
 from models import OrderRepository, UserRepository, db
-from workers import Mailer, MailWorker, OrderWorker, PassiveUserCheckerWorker, SystemHealthWorker
+from workers import MailWorker, OrderWorker, PassiveUserCheckerWorker, SystemHealthWorker
 
 
 def create_app(config: Mapping[str, Any] | object | None = None) -> Flask:
@@ -35,7 +37,7 @@ def create_app(config: Mapping[str, Any] | object | None = None) -> Flask:
     svcs.flask.register_factory(app, Mailer, lambda: Mailer(*mail))
 
     workers = BackgroundWorkerManager(app, db)
-    workers.before_start(schema.ensure_ready, check=schema.check)
+    workers.before_start(demo.ensure_ready, check=schema.check)
     workers.before_start(demo.refuse_in_production)
     workers.add(PassiveUserCheckerWorker)
     workers.add(OrderWorker)

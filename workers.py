@@ -1,32 +1,18 @@
 """The application's background workers: this is the file to edit."""
 
-import os
 import shutil
-import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing, suppress
-from datetime import datetime, timedelta
-from ipaddress import ip_address
+from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
-from ssl import create_default_context
-from typing import TYPE_CHECKING, Any, NamedTuple
-from urllib.parse import unquote, urlsplit
 
-from flask import current_app, render_template
+from flask import current_app
 from sqlalchemy import ScalarSelect, delete, func, literal_column, select
 
 from background import Message, MessageWorker, PeriodicWorker, WorkerContext, current_workers
 from background.models import messages as queue
+from mail import MAILS, SENT_ONCE, Mailer
 from models import HealthSample, OrderRepository, UserRepository
-
-# Imported where they are used: a process that only serves sends no mail.
-if TYPE_CHECKING:
-    from email.message import EmailMessage
-    from smtplib import SMTP
-
-
-Payload = Mapping[str, Any]
 
 
 class PassiveUserCheckerWorker(PeriodicWorker):
@@ -61,14 +47,6 @@ class OrderWorker(MessageWorker):
         current_workers.enqueue_many("mail", [{"order": order_id} for order_id in settled])
 
 
-class Mail(NamedTuple):
-    """A mail's reader, subject and text."""
-
-    to: str
-    subject: str
-    text: str
-
-
 class MailWorker(MessageWorker):
     """Send the mails that payloads name: at least once, and always under the same Message-ID.
 
@@ -93,47 +71,6 @@ class MailWorker(MessageWorker):
             return
         place = context.services.get(Mailer).send(*mail, key=message.idempotency_key, at=message.enqueued_at)
         context.logger.info("The mail about %s %s is at %s.", kind, payload[kind], place)
-
-
-def about_order(order_id: int, _payload: Payload, context: WorkerContext) -> Mail | None:
-    order = context.services.get(OrderRepository).get(order_id)
-    if order is None:
-        return None
-    text = render_template("order_mail.txt", order=order)
-    return Mail(order.user.email, f"Your order {order.id}: {order.status}", text)
-
-
-def welcome(user_id: int, _payload: Payload, context: WorkerContext) -> Mail | None:
-    user = context.services.get(UserRepository).get(user_id)
-    return user and Mail(user.email, "Welcome to the Bookstore", render_template("welcome_mail.txt"))
-
-
-def registered_again(user_id: int, _payload: Payload, context: WorkerContext) -> Mail | None:
-    user = context.services.get(UserRepository).get(user_id)
-    return user and Mail(user.email, "You have an account already", render_template("again_mail.txt"))
-
-
-def password_link(user_id: int, payload: Payload, context: WorkerContext) -> Mail | None:
-    user = context.services.get(UserRepository).get(user_id)
-    if user is None:
-        return None
-    root = urlsplit(current_app.config["PUBLIC_URL"] or payload["root"])
-    shop = current_app.url_map.bind(root.netloc, root.path, url_scheme=root.scheme)
-    link = shop.build("account.reset_password", {"token": user.password_token()}, force_external=True)
-    return Mail(user.email, "Choose your password", render_template("password_mail.txt", link=link))
-
-
-# By the field of a payload that says what the mail is about, and has its id.
-MAILS: dict[str, Callable[[int, Payload, WorkerContext], Mail | None]] = {
-    "order": about_order,
-    "welcome": welcome,
-    "registered again": registered_again,
-    "password link": password_link,
-}
-
-# However often they are enqueued. `handle` gives them their key, not the request: one that found it taken would have
-# nothing to commit, and its time would tell a stranger so.
-SENT_ONCE = {"registered again"}
 
 
 class SystemHealthWorker(PeriodicWorker):
@@ -171,100 +108,3 @@ def _number_of(state: str) -> ScalarSelect[int]:
 def _disk_of(path: Path) -> "shutil._ntuple_diskusage":
     """Of the folder, or of the one above where it is not there (yet)."""
     return shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists()))
-
-
-class MailNotSent(Exception):
-    """The mail server did not take a mail, or did not say that it did."""
-
-
-class Mailer:
-    """Hands mails to the server of MAIL_URL; without one they become files in the outbox."""
-
-    timeout = 30.0  # seconds for each answer: some servers take their time to scan a mail
-
-    def __init__(self, url: str | None, sender: str, outbox: Path) -> None:
-        self.url = urlsplit(url or "")
-        self.sender, self.outbox = sender, outbox
-
-    def send(self, to: str, subject: str, text: str, key: str, at: datetime) -> str:
-        """Send a mail, and return where it is now; raises MailNotSent.
-
-        Who calls again with the same `key` and `at` (a message has both) sends it under the same Message-ID.
-        """
-        name = f"{key.replace(':', '.')}.{at:%Y%m%d%H%M%S}"  # with the time: a new database counts from 1 again
-        mail = self._compose(to, subject, text, name, at)
-        return self._deliver(mail) if self.url.hostname else self._keep(mail, self.outbox / f"{name}.eml")
-
-    def _compose(self, to: str, subject: str, text: str, name: str, at: datetime) -> "EmailMessage":
-        from email.headerregistry import Address
-        from email.message import EmailMessage
-        from email.policy import SMTPUTF8
-
-        from email_validator import validate_email
-
-        mail = EmailMessage(SMTPUTF8)
-        address = validate_email(to, check_deliverability=False)  # as the form that it came from does
-        mail["From"] = Address("Bookstore", addr_spec=self.sender)
-        mail["To"] = Address(username=address.local_part, domain=address.ascii_domain)
-        mail["Subject"] = subject
-        mail["Date"] = at
-        mail["Message-ID"] = f"<{name}@{self._domain}>"
-        mail["Auto-Submitted"] = "auto-generated"
-        mail.set_content(text, cte="quoted-printable")
-        return mail
-
-    def _keep(self, mail: "EmailMessage", path: Path) -> str:
-        """Whole or not at all, whoever else keeps the same mail now."""
-        self.outbox.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=self.outbox, prefix=".", delete=False) as draft:
-            draft.write(bytes(mail))
-        os.replace(draft.name, path)
-        return str(path)
-
-    def _deliver(self, mail: "EmailMessage") -> str:
-        from smtplib import SMTPAuthenticationError
-
-        server = f"{self.url.hostname}:{self._port}"
-        try:
-            with closing(self._connect()) as smtp:
-                self._begin(smtp)
-                smtp.send_message(mail)
-                with suppress(OSError):  # the server has it: for want of a goodbye it is not sent again
-                    smtp.quit()
-        except SMTPAuthenticationError as error:  # without the server's words, which might repeat the password
-            raise MailNotSent(f"{server} refuses the user and password of MAIL_URL ({error.smtp_code}).") from None
-        except OSError as error:  # as every error of smtplib is
-            raise MailNotSent(f"{server} did not take the mail: {type(error).__name__}: {error}") from error
-        return server
-
-    def _connect(self) -> "SMTP":
-        from smtplib import SMTP, SMTP_SSL
-
-        host, name = self.url.hostname or "", self._domain  # a name that is not given would be looked up
-        if self.url.scheme == "smtps":
-            return SMTP_SSL(host, self._port, name, timeout=self.timeout, context=create_default_context())
-        return SMTP(host, self._port, name, timeout=self.timeout)
-
-    def _begin(self, smtp: "SMTP") -> None:
-        """Encrypt where that is asked for or offered, and log in. What stays on this machine needs no encryption."""
-        is_local = ip_address(smtp.sock.getpeername()[0]).is_loopback  # type: ignore[union-attr]
-        is_encrypted = self.url.scheme == "smtps"
-        smtp.ehlo_or_helo_if_needed()
-        if self.url.scheme == "smtp+starttls" or (not (is_encrypted or is_local) and smtp.has_extn("starttls")):
-            smtp.starttls(context=create_default_context())
-            is_encrypted = True
-        if self.url.username and self.url.password:
-            if not (is_encrypted or is_local):
-                raise MailNotSent(
-                    f"{self.url.hostname} offers no STARTTLS, so the password of MAIL_URL is not sent to it; expected "
-                    f"an encrypted connection: use smtps://, or smtp:// without a user and password."
-                )
-            smtp.login(unquote(self.url.username), unquote(self.url.password))
-
-    @property
-    def _domain(self) -> str:
-        return self.sender.rpartition("@")[2]
-
-    @property
-    def _port(self) -> int:
-        return self.url.port or {"smtp": 25, "smtp+starttls": 587, "smtps": 465}[self.url.scheme]

@@ -23,7 +23,7 @@ from sqlalchemy import Connection, Engine, make_url, text
 from sqlalchemy.orm import Session
 
 from app import create_app
-from migrations.demo import add_users
+from demo import add_users
 from migrations.schema import upgrade
 from models import UserRepository, db
 

@@ -29,14 +29,19 @@ logger = logging.getLogger(__name__)
 LOCK_SECONDS = 30
 """How long a start waits for what another process keeps: the lock of the preparation, or SQLite's write lock."""
 
+Fill = Callable[[Connection], None]
 
-def ensure_ready() -> None:
-    """Prepare the embedded database, or check the one of DATABASE_URL. Needs an application context."""
+
+def ensure_ready(fill: Fill | None = None) -> None:
+    """Prepare the embedded database, or check the one of DATABASE_URL. Needs an application context.
+
+    `fill` writes the first content of a new embedded database, in the transaction that makes its tables.
+    """
     engine = current_app.extensions["sqlalchemy"].engine
     if current_app.config["DATABASE_IS_TEMPORARY"] and inspect(engine).has_table("users"):
         return  # by `db.create_all()`, as a test does; nobody will ever migrate it
     if current_app.config["DATABASE_IS_EMBEDDED"]:
-        _prepare(engine)
+        _prepare(engine, fill)
     else:
         _check(engine)
 
@@ -46,7 +51,7 @@ def check() -> None:
     _check(current_app.extensions["sqlalchemy"].engine)
 
 
-def upgrade(finish: Callable[[Connection], None] | None = None) -> None:
+def upgrade(finish: Fill | None = None) -> None:
     """Run the pending migrations, then `finish` in the same transaction. Needs an application context."""
     from alembic import command
 
@@ -65,19 +70,17 @@ def _check(engine: Engine) -> None:
     _compare(engine, found)
 
 
-def _prepare(engine: Engine) -> None:
+def _prepare(engine: Engine, fill: Fill | None) -> None:
     """Several processes may start at once: the first one prepares, the others wait and find it done.
 
-    Schema and demo shop are one transaction, so a process that is killed here leaves nothing behind.
+    Schema and first content are one transaction, so a process that is killed here leaves nothing behind.
     """
     folder = Path(str(engine.url.database)).parent
     folder.mkdir(parents=True, exist_ok=True)
     with _lock(folder / ".prepare.lock", Path(str(engine.url.database))):
         found = _found_revision(engine) if Path(str(engine.url.database)).exists() else None
         if found is None:
-            from migrations.demo import open_shop
-
-            upgrade(open_shop)
+            upgrade(fill)
         elif _is_behind(found):
             logger.info("Bringing %s from revision %s to %s.", engine.url.database, found, _head())
             upgrade()

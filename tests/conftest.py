@@ -27,8 +27,8 @@ from werkzeug.security import generate_password_hash
 
 from app import create_app
 from background import BackgroundWorkerManager
+from mail import Mailer
 from models import Book, User, db
-from workers import Mailer
 
 if TYPE_CHECKING:
     from effects import Effects

@@ -249,12 +249,12 @@ MUTATIONS = (
     ),
     Mutation(
         "a password does not leave the machine unencrypted",
-        [Edit("workers.py", "            if not (is_encrypted or is_local):\n", "            if False:\n")],
+        [Edit("mail.py", "            if not (is_encrypted or is_local):\n", "            if False:\n")],
         ["tests/test_mail.py", "-k", "unencrypted"],
     ),
     Mutation(
         "what a server says to a password is not repeated",
-        [Edit("workers.py", "except SMTPAuthenticationError as error:", "except ZeroDivisionError as error:")],
+        [Edit("mail.py", "except SMTPAuthenticationError as error:", "except ZeroDivisionError as error:")],
         ["tests/test_mail.py", "-k", "one_sentence_without_the_password"],
     ),
 )

@@ -21,7 +21,7 @@ from sqlalchemy import insert, select, update
 from visitors import Visitors, requests
 from werkzeug.routing import Rule
 
-import migrations.demo
+import demo
 from app import create_app
 from background import BackgroundWorkerManager, MessageWorker, PeriodicWorker
 from background.models import executions, instances, message_errors, messages
@@ -163,7 +163,7 @@ def arguments(draw, command: click.Command) -> list[str]:
 
 
 def test_no_argument_of_any_command_breaks_it(app, monkeypatch):
-    monkeypatch.setattr(migrations.demo, "MOST_USERS", 20)
+    monkeypatch.setattr(demo, "MOST_USERS", 20)
     codes = set()
     for path, command in commands(app.cli):
         first = ["--once"] if path == ("workers", "run") else []

@@ -27,8 +27,9 @@ from sqlalchemy import select
 from background import BackgroundWorkerManager, current_workers
 from background.handling import _LONGEST_PAUSE_SECONDS
 from background.models import message_errors, messages
+from mail import MAILS, Mailer, MailNotSent
 from models import Book, Order, User, db
-from workers import MAILS, Mailer, MailNotSent, MailWorker
+from workers import MailWorker
 
 AT = datetime(2026, 11, 21, 3, 30, tzinfo=UTC)
 PASSWORD = "s3:cr/t@%"
@@ -411,7 +412,7 @@ def test_a_mail_is_tried_until_the_server_takes_it_under_one_id(
     assert len({mail["Message-ID"] for mail in server.mails}) == 1
     assert len(set(server.raw)) == 1
     assert len(server.mails) == 3  # the two whose end was not answered, and the last
-    assert {error.splitlines()[-1].split(":")[0] for error in errors(app)} == {"workers.MailNotSent"}
+    assert {error.splitlines()[-1].split(":")[0] for error in errors(app)} == {"mail.MailNotSent"}
     assert len(errors(app)) >= 5  # more where a busy machine takes its half second to come to the hanging end
 
 

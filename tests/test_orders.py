@@ -19,8 +19,8 @@ from sqlalchemy import Engine, event, select, text, update
 from app import create_app
 from background import BackgroundWorkerManager, current_workers
 from background.models import message_errors, messages
+from mail import Mailer
 from models import Book, Order, OrderRepository, db
-from workers import Mailer
 
 Make = Callable[..., Any]
 

@@ -18,7 +18,7 @@ from test_config import load
 from app import create_app
 from background.errors import InvalidConfig
 from config import KEYS
-from migrations.demo import refuse_in_production
+from demo import refuse_in_production
 from models import User
 
 SECRET = secrets.token_hex()

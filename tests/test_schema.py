@@ -22,6 +22,7 @@ from flask import Flask
 from sqlalchemy import URL, Connection, Engine, create_engine, inspect, make_url, text
 from sqlalchemy.pool import NullPool
 
+import demo
 from app import create_app
 from background.errors import DatabaseNotReady
 from background.sqlite import prepare
@@ -104,7 +105,7 @@ def test_a_failed_migration_leaves_nothing_half_done(empty_database_url: str) ->
 
 def test_a_database_with_the_schema_is_ready(app: Flask) -> None:
     with app.app_context():
-        schema.ensure_ready()
+        demo.ensure_ready()
 
 
 def test_a_database_without_a_schema_names_the_command(empty_postgresql_url: str, tmp_path: Path) -> None:
@@ -112,7 +113,7 @@ def test_a_database_without_a_schema_names_the_command(empty_postgresql_url: str
     empty_file.touch()
     for url in (empty_postgresql_url, f"sqlite:///{empty_file}"):
         with app_context(url), pytest.raises(DatabaseNotReady, match=r"has no schema.*`flask db upgrade`"):
-            schema.ensure_ready()
+            demo.ensure_ready()
 
 
 def test_a_database_behind_the_migrations_names_both_revisions(
@@ -120,9 +121,9 @@ def test_a_database_behind_the_migrations_names_both_revisions(
 ) -> None:
     release_a_migration(tmp_path, monkeypatch)
     with pytest.raises(DatabaseNotReady, match=rf"revision {HEAD}, behind this release's 9000.*`flask db upgrade`"):
-        schema.ensure_ready()
+        demo.ensure_ready()
     schema.upgrade()
-    schema.ensure_ready()
+    demo.ensure_ready()
 
 
 def release_a_migration(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,7 +156,7 @@ def test_a_database_ahead_of_the_migrations_is_only_warned_about(
     with engine.begin() as connection:
         connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
     with caplog.at_level(logging.WARNING):
-        schema.ensure_ready()
+        demo.ensure_ready()
     assert f"revision 9999, which this release ({HEAD}) does not know" in caplog.text
 
 
@@ -165,7 +166,7 @@ def test_tables_that_create_all_made_are_enough_to_start(
     with app_context(empty_database_url):
         db.create_all()
         with caplog.at_level(logging.WARNING):
-            schema.ensure_ready()
+            demo.ensure_ready()
         assert "no record of its migrations; `flask db stamp head`" in caplog.text
 
 
@@ -174,13 +175,13 @@ def test_some_tables_without_a_record_of_migrations_are_not_touched(empty_databa
         db.create_all()
         db.metadata.tables["background_workers"].drop(db.engine)
         with pytest.raises(DatabaseNotReady, match=r"no record of its migrations, and lacks background_workers"):
-            schema.ensure_ready()
+            demo.ensure_ready()
 
 
 def test_the_check_does_not_create_a_missing_sqlite_file(tmp_path: Path) -> None:
     path = tmp_path / "missing.sqlite"
     with app_context(f"sqlite:///{path}"), pytest.raises(DatabaseNotReady, match=r"does not exist.*`flask db upgrade`"):
-        schema.ensure_ready()
+        demo.ensure_ready()
     assert not path.exists()
 
 
@@ -188,18 +189,18 @@ def test_a_file_that_is_no_database_is_called_so(tmp_path: Path) -> None:
     path = tmp_path / "text.sqlite"
     path.write_text("this is no database " * 1000)
     with app_context(f"sqlite:///{path}"), pytest.raises(DatabaseNotReady, match=r"expected a SQLite database"):
-        schema.ensure_ready()
+        demo.ensure_ready()
 
 
 def test_a_missing_postgresql_database_names_createdb(postgresql_server: URL) -> None:
     url = postgresql_server.set(database="nowhere").render_as_string(hide_password=False)
     with app_context(url), pytest.raises(DatabaseNotReady, match=r"does not exist.*`createdb -h .* nowhere`"):
-        schema.ensure_ready()
+        demo.ensure_ready()
 
 
 def test_an_unreachable_server_is_called_so_without_the_password() -> None:
     with app_context("postgresql://shop:hunter2@127.0.0.1:1/shop"), pytest.raises(DatabaseNotReady) as raised:
-        schema.ensure_ready()
+        demo.ensure_ready()
     message = str(raised.value)
     assert "shop:***@127.0.0.1:1/shop" in message
     assert "cannot be reached" in message
@@ -211,7 +212,7 @@ def test_an_unreachable_server_is_called_so_without_the_password() -> None:
 def test_a_wrong_password_is_called_so_without_the_password(postgresql_server: URL) -> None:
     asked = password_is_asked_for(postgresql_server)
     with asked as url, app_context(url), pytest.raises(DatabaseNotReady) as raised:
-        schema.ensure_ready()
+        demo.ensure_ready()
     message = str(raised.value)
     assert "password authentication failed" in message
     assert "hunter2" not in message
@@ -241,7 +242,7 @@ def file_of(server: URL, setting: str) -> str:
 PREPARE = """
 import multiprocessing, sys
 from app import create_app
-from migrations.schema import ensure_ready
+from demo import ensure_ready
 
 app = create_app({"SECRET_KEY": "test"})
 
@@ -268,9 +269,8 @@ def fresh_clone(tmp_path: Path) -> Path:
     """A folder that runs the shop's code, with an instance folder of its own."""
     clone = tmp_path / "clone"
     clone.mkdir()
-    for name in ("app.py", "config.py", "models.py", "workers.py", "routes.py"):
-        if (ROOT / name).exists():
-            (clone / name).write_text((ROOT / name).read_text())
+    for path in ROOT.glob("*.py"):
+        (clone / path.name).write_text(path.read_text())
     for name in ("background", "migrations", "templates", "static"):
         if (ROOT / name).exists():
             (clone / name).symlink_to(ROOT / name)
@@ -363,7 +363,7 @@ PREPARE_AND_STAND_STILL = """
 import sys
 from sqlalchemy import event
 from app import create_app
-from migrations.schema import ensure_ready
+from demo import ensure_ready
 from models import db
 
 def stand_still(connection, cursor, statement, *_):
@@ -382,7 +382,7 @@ def test_an_embedded_database_that_is_behind_is_upgraded_in_place(
 ) -> None:
     release_a_migration(tmp_path, monkeypatch)
     with make_embedded().app_context():
-        schema.ensure_ready()
+        demo.ensure_ready()
         assert "more" in tables(db.engine)
         assert db.session.scalar(db.select(db.func.count()).select_from(User)) == 0
         dispose()

@@ -14,7 +14,7 @@ from flask import Flask
 from sqlalchemy import Engine, event, select, text
 from sqlalchemy.orm import Session
 
-from migrations.demo import add_users
+from demo import add_users
 from models import User, UserRepository, db
 
 ROOT = Path(__file__).parent.parent

@@ -17,7 +17,7 @@ from werkzeug.security import generate_password_hash
 
 from background.errors import DatabaseNotReady, InvalidConfig
 from config import address
-from migrations.schema import ensure_ready
+from migrations import schema
 from models import Book, User
 
 ADMIN = "admin@example.com"  # of the demo shop alone: production refuses to start with it
@@ -176,6 +176,11 @@ def demo(number: str) -> None:
         if connection.scalar(select(func.count()).select_from(Book)) == 0:
             _stock_books(connection)
     add_users(engine, number_of_users, datetime.now(UTC))
+
+
+def ensure_ready() -> None:
+    """Prepare the embedded database with the demo shop, or check the one of DATABASE_URL."""
+    schema.ensure_ready(fill=open_shop)
 
 
 def open_shop(connection: Connection) -> None:
