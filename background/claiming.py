@@ -20,9 +20,11 @@ from sqlalchemy import (
     and_,
     bindparam,
     case,
+    false,
     func,
     insert,
     literal,
+    not_,
     null,
     or_,
     select,
@@ -62,7 +64,19 @@ _is_in_force = workers.c.schedule == bindparam("by", type_=String())
 # Between the mark and this tick there is none; else those are written down as missed first.
 _is_next = or_(workers.c.mark >= _previous, workers.c.scheduled_at >= _previous)
 _may_be_decided = and_(_tick <= now(), _is_in_force, _is_next)
-_is_claimable = and_(_may_be_decided, workers.c.paused_at.is_(None), IS_FREE)
+# It may have run while the clock was ahead: the mark was lowered since.
+_execution = (
+    select(executions.c.id)
+    .where(
+        executions.c.worker == bindparam("of", type_=String()),
+        executions.c.tick == _tick,
+        executions.c.trigger == "schedule",
+        executions.c.attempt.is_not(None),
+    )
+    .exists()
+)
+_has_run = case((workers.c.mark_ahead >= _tick, _execution), else_=false())
+_is_claimable = and_(_may_be_decided, workers.c.paused_at.is_(None), IS_FREE, not_(_has_run))
 
 
 def claimed(attempt: ColumnElement[int], trigger: ColumnElement[str]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from .commands import (
     row_limit,
 )
 from .errors import BackgroundError, UnknownWorker
+from .healing import what_goes_on
 from .history import STATES, Record
 from .ledger import WorkerState
 from .manager import BackgroundWorkerManager, the_manager
@@ -361,6 +362,22 @@ def resume(name: str) -> None:
     state = manager.ticks.ledger.look(name)
     following = f"; its next tick is {moment(state.schedule.next(state.clock))}" if state else ""
     click.echo(f"{name} is resumed{following}." if changed else f"{name} was not paused{following}.")
+
+
+@workers_cli.command()
+def repair() -> None:
+    """Let go on what a wrong clock put off.
+
+    Use it when the database's clock was ahead and is right again. Ticks and messages that lie in its future are due
+    again. No tick that ran while the clock was ahead runs a second time.
+    """
+    manager = checked_manager()
+    healed, number = manager.repair()
+    clock = second(manager.history.clock())
+    if healed or number:
+        click.echo(f"Due as before, by the database's clock {clock}: {what_goes_on(healed, number)}.")
+    else:
+        click.echo(f"No worker and no message lies in the future of the database's clock, {clock}.")
 
 
 # -- what the commands share ---------------------------------------------------------------------

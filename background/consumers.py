@@ -5,8 +5,8 @@ import math
 import random
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from datetime import timedelta
+from collections.abc import Collection, Mapping, Sequence
+from datetime import datetime, timedelta
 
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
@@ -46,6 +46,8 @@ class Consumers:
         self._freeing: set[str] = set()
         self._excused: Counter[int] = Counter()
         self._changed = threading.Lock()
+        self.outage: tuple[datetime, datetime] | None = None
+        """From the last heartbeat before the database was away last until the first one after it."""
 
     def wake(self, topic: str) -> None:
         """Have another consumer of `topic` look for messages; if all are busy, the first that is done looks again."""
@@ -161,7 +163,7 @@ class Consumers:
     def look(self) -> None:
         """Have messages freed that nobody handles any more. Writes nothing itself."""
         instance = self._ticks.instance
-        if instance is None or not self._workers:
+        if instance is None or not instance.is_alive or not self._workers:
             return
         holders = self._ticks.messages.holders(list(self._workers))
         others = holders - {instance.id}
@@ -173,8 +175,9 @@ class Consumers:
     def _free(self, instance: Instance, gone: Mapping[str, bool]) -> None:
         messages, most = self._ticks.messages, {topic: worker.max_attempts for topic, worker in self._workers.items()}
         try:
+            excused = self._excused_holders(gone)
             for holder, signed_off in gone.items():
-                freed = messages.take_back(holder, most, None if signed_off else _EXPIRED)
+                freed = messages.take_back(holder, most, None if signed_off or holder in excused else _EXPIRED)
                 if freed:
                     level = logging.INFO if signed_off else logging.WARNING
                     log.log(level, "Took back %d messages of an instance that is gone", len(freed))
@@ -187,6 +190,10 @@ class Consumers:
         finally:
             self._freeing.difference_update(gone, [instance.id])
         self.wake_all()
+
+    def _excused_holders(self, gone: Collection[str]) -> Collection[str]:
+        """Those whose leases ran out while the database was away: no instance could renew its lease then."""
+        return self._ticks.instances.expired(gone, *self.outage) if gone and self.outage else ()
 
     def _bury(self, freed: Sequence[Freed], error: str) -> None:
         if dead := [each for each in freed if each.state == "dead"]:

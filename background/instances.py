@@ -29,7 +29,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql, sqlite
 
 from .clock import now, single_statements, steady
-from .messages import any_running, next_due
+from .messages import any_put_off, any_running, next_due
 from .models import executions, instances, may_be_run_again, workers
 
 OFFSET_WARNED = timedelta(seconds=1)
@@ -77,6 +77,8 @@ class Pulse:
     """Changes with the schedule of any worker."""
     is_busy: bool
     """Whether any worker runs or is to be run again, or any message is being handled."""
+    is_ahead: bool
+    """Whether a moment of a worker or of a waiting message lies in the clock's future, which was ahead then."""
     was_set: bool
     """Whether the database's clock was set since it was read last."""
     clock: datetime = field(compare=False)
@@ -108,7 +110,7 @@ class Instances:
         upsert = self._upsert(tuple(topics))
         with self._single.begin() as connection:
             host_before = time.time()  # not before connecting, which may take long
-            clock, schedules, is_busy, expiry, *dues = connection.execute(upsert, values).one()
+            clock, schedules, is_busy, is_ahead, expiry, *dues = connection.execute(upsert, values).one()
             host_after = time.time()
         least, most = (clock - datetime.fromtimestamp(host, UTC) for host in (host_after, host_before))
         instance.clock_offset = min(max(instance.clock_offset, least), most)  # as before, unless that is impossible
@@ -116,7 +118,7 @@ class Instances:
         if expiry is not None:
             instance.first_expiry = steady() + (expiry - clock).total_seconds()
         due = {topic: at for topic, at in zip(topics, dues, strict=True) if at is not None}
-        return Pulse(schedules, bool(is_busy), self._was_set(clock, sent), clock, due)
+        return Pulse(schedules, bool(is_busy), bool(is_ahead), self._was_set(clock, sent), clock, due)
 
     def _upsert(self, topics: tuple[str, ...]) -> Any:
         """Built once for the same topics: that takes as long as running it."""
@@ -126,7 +128,7 @@ class Instances:
             who: dict[str, Any] = {name: bindparam(f"its_{name}") for name in _IDENTITY}
             row = self._insert(instances).values({**who, "started_at": now(), **renewed})
             upsert = row.on_conflict_do_update(index_elements=["id"], set_=renewed)
-            self._upserts[topics] = upsert.returning(now(), *_pulse, *next_due(topics))
+            self._upserts[topics] = upsert.returning(now(), *_pulse(topics), *next_due(topics))
         return self._upserts[topics]
 
     def write(self) -> None:
@@ -168,6 +170,17 @@ class Instances:
             spared.update(ids)
         return {each: each in signed_off for each in ids if each in signed_off or each not in spared}
 
+    def expired(self, ids: Collection[str], since: datetime, until: datetime) -> set[str]:
+        """Those of `ids` whose leases ran out between the two moments of the database's clock."""
+        query = select(instances.c.id).where(instances.c.id.in_(ids), instances.c.expires_at.between(since, until))
+        with self._single.connect() as connection:
+            return set(connection.scalars(query))
+
+    @property
+    def is_steady(self) -> bool:
+        """Whether this process has seen the database's clock go right for the length of a lease."""
+        return steady() >= max(self._judging_from, self._began + self._lease)
+
     def _was_set(self, clock: datetime, sent: float) -> bool:
         """Whether the database's `clock`, asked for at `sent`, went another way than the steady one since last time."""
         received = steady()
@@ -193,22 +206,29 @@ _lines = (
     .order_by(workers.c.name)
     .subquery()
 )
-_pulse = (
-    select(func.aggregate_strings(_lines.c.line, "\n")).scalar_subquery(),
-    or_(
-        select(workers.c.name)
-        .where(
-            or_(
-                workers.c.running.is_not(None),
-                and_(workers.c.pending_tick.is_not(None), may_be_run_again),
-            )
-        )
-        .exists(),
-        select(executions.c.id).where(executions.c.state == literal_column("'running'")).exists(),
-        any_running,
-    ),
-    select(func.min(instances.c.expires_at)).where(is_alive, instances.c.id != bindparam("its_id")).scalar_subquery(),
+_is_put_off = or_(
+    workers.c.mark > now(OFFSET_WARNED),
+    workers.c.scheduled_at > now(OFFSET_WARNED),
+    and_(workers.c.pending_tick > now(OFFSET_WARNED), workers.c.pending_trigger != "manual"),
 )
+
+
+def _pulse(topics: Sequence[str]) -> tuple[ColumnElement[Any], ...]:
+    """The columns of a pulse, between the clock and the messages that are due."""
+    is_pending = and_(workers.c.pending_tick.is_not(None), may_be_run_again)
+    is_busy = select(workers.c.name).where(or_(workers.c.running.is_not(None), is_pending)).exists()
+    is_ahead = select(workers.c.name).where(_is_put_off).exists()
+    others = select(func.min(instances.c.expires_at)).where(is_alive, instances.c.id != bindparam("its_id"))
+    return (
+        select(func.aggregate_strings(_lines.c.line, "\n")).scalar_subquery(),
+        or_(
+            is_busy,
+            select(executions.c.id).where(executions.c.state == literal_column("'running'")).exists(),
+            any_running,
+        ),
+        or_(is_ahead, *any_put_off(topics, OFFSET_WARNED)),
+        others.scalar_subquery(),
+    )
 
 
 class Heartbeat:

@@ -109,6 +109,8 @@ class WorkerState:
     """Whether a claim is in force whose execution has no row: that was deleted by hand."""
     has_strays: bool = False
     """Whether executions say "running" whose claim is not in force: that was ended by hand."""
+    mark_ahead: datetime | None = None
+    """The mark of a clock that was ahead: ticks up to it may have run."""
 
     @property
     def is_damaged(self) -> bool:
@@ -250,7 +252,27 @@ class Ledger:
             if raised is not None:
                 first = schedule.next(max(raised.previous_mark or raised.scheduled_at, raised.scheduled_at))
                 why = "no instance came to run it in time"
-                self._record_not_run(connection, "missed", state.name, first, last, why)
+                for one, other in self._gaps(connection, state, first, last):
+                    self._record_not_run(connection, "missed", state.name, one, other, why)
+
+    def _gaps(
+        self, connection: Connection, state: WorkerState, first: datetime, last: datetime
+    ) -> Iterator[tuple[datetime, datetime]]:
+        """The first and the last of the ticks in a row, from `first` to `last`, that did not run.
+
+        Those between ran while the database's clock was ahead.
+        """
+        if state.mark_ahead is None or state.mark_ahead < first:
+            yield first, last
+            return
+        attempts = (executions.c.worker == state.name, executions.c.trigger == "schedule", executions.c.attempt > 0)
+        ran = select(executions.c.tick).where(*attempts, executions.c.tick.between(first, last)).distinct()
+        for tick in connection.scalars(ran.order_by(executions.c.tick)).all():
+            if first <= (end := state.schedule.previous(tick - MICROSECOND)):
+                yield first, end
+            first = state.schedule.next(tick)
+        if first <= last:
+            yield first, last
 
     # -- ending --------------------------------------------------------------------------------
 
@@ -482,6 +504,7 @@ def _state(row: Row[Any]) -> WorkerState:
         instance_name=running.instance_name if running else None,
         is_bare=running is not None and running.execution is None,
         has_strays=bool(row.has_strays),
+        mark_ahead=row.mark_ahead,
     )
 
 

@@ -31,10 +31,11 @@ from .errors import (
     UnknownWorker,
     first_line,
 )
+from .healing import is_ahead
 from .history import History
 from .locks import Lock
 from .mailbox import Mailbox
-from .outages import Outages
+from .outages import Outages, place
 from .payloads import as_delay, draft, listed
 from .roster import Roster
 from .runs import Execution
@@ -93,7 +94,7 @@ class BackgroundWorkerManager:
             for engine in self._engines:
                 sqlite.prepare(engine)
                 postgresql.prepare(engine)
-                if engine.url.set(query={}) == db.engine.url.set(query={}):  # a bind may be of another database
+                if place(engine.url) == place(db.engine.url):  # a bind may lead to another database
                     self.ticks.outages.watch(engine)
         forks.watch_sockets()
         fence(db)
@@ -343,6 +344,17 @@ class BackgroundWorkerManager:
         )
         self._look()
         return changed
+
+    def repair(self) -> tuple[list[str], int]:
+        """Have go on what the database's clock put off while it was ahead; call it once the clock is right.
+
+        The fleet does this by itself after a lease, where the history goes back far enough to show that no tick runs
+        twice. Returns the workers, and the number of messages.
+        """
+        names = [name for name, state in self.ticks.ledger.states().items() if is_ahead(state)]
+        healed = [name for name in names if self.ticks.healing.worker(name)], self.ticks.healing.messages()
+        self._look()
+        return healed
 
     def _look(self) -> None:
         """Take in at once what the others see with their next heartbeat."""

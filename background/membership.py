@@ -4,7 +4,7 @@ import logging
 import math
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import datetime, timedelta
 from functools import partial
 
@@ -16,6 +16,7 @@ from .clock import steady
 from .connections import again_if_stale
 from .consumers import Consumers
 from .errors import first_line
+from .healing import is_ahead, what_goes_on
 from .instances import LEASE_IS_OVER, OFFSET_WARNED, Heartbeat, Instance, Pulse
 from .ledger import WorkerState
 from .listener import Listener
@@ -54,8 +55,10 @@ class Membership:
         self._pulse: Pulse | None = None
         self._ahead: set[str] = set()
         self._failing_since = 0.0
+        self._beat_at: datetime | None = None
         self._said = ""
         self._is_settled = self._is_looking = self._is_off = self._left = False
+        self._is_healed = self._is_healing = False
         self._refreshing, self._entering = threading.Lock(), threading.Lock()
         ticks.runs.hung = self._scheduler.replace
 
@@ -180,7 +183,7 @@ class Membership:
         states = self._ticks.ledger.states()
         self._wake_ups.follow(states, rearm)
         ours = [state for state in states.values() if state.name in self._workers]
-        self._warn_of_marks(ours)
+        self._warn_of_marks(states.values(), ours)
         gone = self._ticks.gone(ours)
         self.consumers.look()
         for state in ours:
@@ -191,16 +194,43 @@ class Membership:
             self._is_settled = False
             self._scheduler.soon(self._declare, deleted)
 
-    def _warn_of_marks(self, states: list[WorkerState]) -> None:
-        ahead = {state.name: state.mark for state in states if state.mark and state.mark > state.clock + OFFSET_WARNED}
+    def _warn_of_marks(self, states: Collection[WorkerState], ours: Collection[WorkerState]) -> None:
+        ahead = {state.name: state for state in ours if is_ahead(state)}
+        is_proven = self._ticks.healing.is_proven(states)
         for name in ahead.keys() - self._ahead:
+            until = max(filter(None, (ahead[name].mark, ahead[name].scheduled_at, ahead[name].pending_tick)))
             log.warning(
-                "%s: the database's clock was set back: its ticks are decided up to %s, and the next one comes after "
-                "that. If the clock is right now, lower background_workers.mark by hand",
+                "%s: the database's clock was ahead: its ticks are decided up to %s, and it says %s now. %s",
                 name,
-                ahead[name],
+                until.isoformat(),
+                ahead[name].clock.isoformat(),
+                "They, and messages of that time, go on once the clock has been right for the length of a lease"
+                if is_proven
+                else "The history does not go back as far. If the clock is right now, run `flask workers repair`",
             )
+        for name in self._ahead - ahead.keys():  # it goes on, perhaps by a command
+            self._wake_ups.arm_first(name)
         self._ahead = set(ahead)
+
+    def _heal(self) -> None:
+        """Have the ticks and messages go on that a clock which was ahead put off."""
+        try:
+            states = self._ticks.ledger.states()
+            ours = [state for state in states.values() if state.name in self._workers and is_ahead(state)]
+            if not self._ticks.healing.is_proven(states.values()):  # by a command only
+                ours = []
+            healed = [state.name for state in ours if self._ticks.healing.worker(state.name)]
+            number = self._ticks.healing.messages()
+            if healed or number:
+                log.warning("The database's clock is right again. Due as before: %s", what_goes_on(healed, number))
+            self.refresh()
+            if number:
+                self.consumers.wake_all()
+        except SQLAlchemyError as error:  # the next heartbeat tries again
+            self._is_healed = False
+            log.warning("Cannot let go on what a clock that was ahead put off: %s", first_line(error))
+        finally:
+            self._is_healing = False
 
     def _follow_releases(self, states: list[WorkerState]) -> None:
         """Of two releases at once the newest start declares the schedule; when it has left, those who stay do."""
@@ -281,14 +311,24 @@ class Membership:
         if self._failing_since:
             log.warning("Heartbeats go on after %.1f s", steady() - self._failing_since)
             self._failing_since = 0.0
+            self.consumers.outage = (self._beat_at or self._pulse.clock, self._pulse.clock)
+        self._beat_at = self._pulse.clock
         self._warn_of_offset(instance)
         is_moved = self._pulse.was_set or abs(instance.clock_offset - offset) > _OFFSET_REARMED
         if is_moved:
             self._is_looking = False  # the next look may be hours away by the clock that was set
         if is_moved or self._pulse != before or self._pulse.is_busy or not self._is_settled:
             self.refresh(is_moved)
+        self._heal_soon(self._pulse)
         self.consumers.follow(self._pulse, self._config["WORKERS_HEARTBEAT_SECONDS"])
         self._scheduler.look_again()
+
+    def _heal_soon(self, pulse: Pulse) -> None:
+        """Once after each time the clock was set, and whenever a heartbeat finds something that was put off."""
+        self._is_healed = self._is_healed and not (pulse.was_set or pulse.is_ahead)
+        if self._ticks.instances.is_steady and not (self._is_healed or self._is_healing):
+            self._is_healed = self._is_healing = True
+            self._scheduler.soon(self._heal)
 
     def _begin_anew(self, instance: Instance) -> bool:
         """Another life, which the fleet knows by now; False where `leave` came first."""

@@ -26,6 +26,7 @@ from sqlalchemy import (
     insert,
     literal,
     literal_column,
+    or_,
     select,
     text,
     tuple_,
@@ -285,7 +286,9 @@ class Messages:
 
     def batches(self, instance: str, older: timedelta) -> set[str]:
         """What `instance` claimed longer ago than that, and holds."""
-        old = and_(_is_running, messages.c.instance == instance, messages.c.claimed_at < now(-older))
+        # The clock may have been ahead when it was claimed.
+        is_old = or_(messages.c.claimed_at < now(-older), messages.c.claimed_at > now(older))
+        old = and_(_is_running, messages.c.instance == instance, is_old)
         return {row.batch for row in self.read(select(messages.c.batch).where(old).distinct())}
 
     def take_back_stranded(self, batches: Collection[str], topics: dict[str, int], error: str) -> list[Freed]:
@@ -443,6 +446,20 @@ def next_due(topics: Iterable[str]) -> Iterator[ColumnElement[datetime | None]]:
             .limit(1)
             .scalar_subquery()
         )
+
+
+def any_put_off(topics: Iterable[str], ahead: timedelta) -> list[ColumnElement[bool]]:
+    """For each topic, whether its first waiting message was enqueued by a clock that was `ahead` of what it says now.
+
+    Or was tried by it. The messages behind the first one may be of that kind too.
+    """
+    found: list[ColumnElement[bool]] = []
+    for topic in topics:
+        of_topic = select(messages).where(_is_waiting, messages.c.topic == topic)
+        first = of_topic.order_by(messages.c.due_at, messages.c.id).limit(1).subquery()
+        written = case((first.c.attempt == 0, first.c.enqueued_at), else_=first.c.claimed_at)
+        found.append(select(first.c.id).where(first.c.due_at > now(ahead), written > now(ahead)).exists())
+    return found
 
 
 any_running = select(messages.c.id).where(_is_running).exists()

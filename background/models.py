@@ -42,8 +42,11 @@ workers = Table(
     "background_workers",
     metadata,
     Column("name", String(200), primary_key=True),
-    # The high-water mark: no tick at or below it is ever claimed (again). Never pruned.
+    # The high-water mark: no tick at or below it is ever claimed (again). Never pruned. Lowered in one case only, after
+    # the database's clock was ahead: see healing.py.
     Column("mark", UtcDateTime),
+    # The mark before that. Ticks up to here may have run: the history says which, and those are not claimed again.
+    Column("mark_ahead", UtcDateTime),
     # The mark before missed ticks were last recorded: an UPDATE returns no old values.
     Column("previous_mark", UtcDateTime),
     # Grows with every claim. `running` is the token of the claim in force, or NULL. `claim` is the random id of that

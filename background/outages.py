@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from sqlalchemy import Engine, ExceptionContext, event
+from sqlalchemy import URL, Engine, ExceptionContext, event
 from sqlalchemy.exc import DBAPIError, DisconnectionError, SQLAlchemyError
 
 _READ_ONLY = "25006"
@@ -61,6 +61,11 @@ class Outages:
             self._number += 1
         for call in self.emptied:
             call()
+
+
+def place(url: URL) -> tuple[object, ...]:
+    """The host, the port and the name of a database, without the user and the options of a connection."""
+    return url.host or url.query.get("host"), url.port or url.query.get("port"), url.database
 
 
 def is_cut_off(error: BaseException) -> bool:

@@ -40,7 +40,7 @@ def _overview(
         "name": name,
         "schedule": schedule.describe() if schedule else None,
         "declared": declared_schedule(worker).describe() if worker else None,
-        "next_tick": schedule.next(clock) if runs and schedule else None,
+        "next_tick": schedule.next(_decided(clock, state)) if runs and schedule else None,
         "last": last.as_dict() if last else None,
         "running": _running(state, state.running, gone) if state and state.running else None,
         "pending_tick": state.pending_tick if state else None,
@@ -48,6 +48,11 @@ def _overview(
         "enabled": worker.enabled if worker else None,
         "in_this_release": worker is not None,
     }
+
+
+def _decided(clock: datetime, state: WorkerState | None) -> datetime:
+    """Now, or the mark where that lies in the future, as after a clock that was ahead."""
+    return max(clock, state.mark) if state and state.mark else clock
 
 
 def _running(state: WorkerState, claim: Claim, gone: set[str]) -> dict[str, Any]:

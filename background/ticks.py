@@ -17,6 +17,7 @@ from . import sqlite
 from .claiming import DECIDED, NotClaimed
 from .connections import Connections, again_if_stale, made_once
 from .errors import first_line
+from .healing import Healing
 from .instances import LEASE_IS_OVER, Heartbeat, Instance, Instances
 from .ledger import Claim, Ledger, WorkerState
 from .listener import ring
@@ -70,7 +71,7 @@ class Ticks:
                 state, again = self._cleared(worker, self._when_due(worker, tick, state))
                 if again and again.claim.tick == tick:
                     return again
-                if answer := _why_not(tick, state) or self._skipped_or_postponed(tick, state):
+                if answer := _why_not(tick, state) or self._passed_over(worker, tick, state):
                     why = answer
                     break
                 schedule = state.schedule_text
@@ -83,6 +84,12 @@ class Ticks:
             state = self.look(worker)
         log.debug("%s: not running the tick %s: %s", name, tick.isoformat(), why)
         return None
+
+    def _passed_over(self, worker: type[PeriodicWorker], tick: datetime, state: WorkerState) -> str | None:
+        """Why `tick` does not run now; None where it may be claimed."""
+        if self.healing.pass_over(state, tick, partial(attempt_after, worker)):
+            return "it ran while the database's clock was ahead"
+        return self._skipped_or_postponed(tick, state)
 
     def _skipped_or_postponed(self, tick: datetime, state: WorkerState) -> str | None:
         """Why `tick` is skipped now, or tried again later; None where it may be claimed."""
@@ -247,7 +254,7 @@ class Ticks:
         """Whether this instance holds a claim that it does not run: the reply to the claim got lost."""
         if state.running is None or state.started_at is None or self.runs.has(state.running):
             return False
-        return state.clock - state.started_at > self._lease
+        return abs(state.clock - state.started_at) > self._lease  # the clock may have been ahead when it was claimed
 
     def _take_back(self, worker: type[PeriodicWorker], claim: Claim, state: WorkerState, signed_off: bool) -> None:
         if signed_off:
@@ -272,6 +279,10 @@ class Ticks:
     @made_once
     def ledger(self) -> Ledger:
         return Ledger(self.connections.claims, self._lease.total_seconds(), partial(ring, self.connections))
+
+    @made_once
+    def healing(self) -> Healing:
+        return Healing(self.ledger, timedelta(days=self._app.config["WORKERS_HISTORY_DAYS"]))
 
     @made_once
     def steering(self) -> Steering:

@@ -168,9 +168,10 @@ def _by_whom(around: Surroundings) -> str:
 def _unrecorded(around: Surroundings, known: Known, tick: datetime) -> tuple[str, str]:
     state = around.state
     if state and state.mark and tick <= state.mark and around.clock < state.mark:
-        return "unrecorded", (
-            f"does not run: the worker's ticks are decided up to {moment(state.mark)}, as the database's clock was "
-            "ahead of what it says now; if it is right now, lower background_workers.mark by hand"
+        became = "unrecorded" if tick > around.clock else "overdue"
+        return became, (
+            f"waits: the database's clock was ahead, so the worker's ticks are decided up to {moment(state.mark)}; "
+            "they go on once the clock has been right for the length of a lease, or by `flask workers repair`"
         )
     if tick > around.clock:
         return "not due", f"is not due yet: it comes in {span(tick - around.clock)}{_unless(around, known)}"

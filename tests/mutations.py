@@ -228,6 +228,22 @@ MUTATIONS = (
         ["tests/test_outages.py", "-k", "was_not_tried"],
     ),
     Mutation(
+        "a tick that ran while the clock was ahead does not run again",
+        [
+            Edit(
+                "background/claiming.py",
+                "workers.c.paused_at.is_(None), IS_FREE, not_(_has_run))",
+                "workers.c.paused_at.is_(None), IS_FREE)",
+            )
+        ],
+        ["tests/test_healing.py", "-k", "mark_was_lowered"],
+    ),
+    Mutation(
+        "a mark goes back only as far as the history is sure to",
+        [Edit("background/membership.py", "if not self._ticks.healing.is_proven(states.values()):", "if False:")],
+        ["tests/test_healing.py", "-k", "ahead_of_all_history"],
+    ),
+    Mutation(
         "an order is settled once",
         [Edit("models.py", ".where(Order.id == order_id, Order.status == status)", ".where(Order.id == order_id)")],
         ["tests/test_orders.py", "-k", "many_settle_at_once"],

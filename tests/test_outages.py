@@ -168,6 +168,38 @@ def test_while_every_session_only_reads_no_process_is_ready_and_no_attempt_is_co
     wait_until(lambda: all(ready(app).values()), "a process that is ready")
 
 
+def test_a_message_whose_lease_ran_out_while_the_database_was_away_was_not_tried(
+    server: PostgreSQL, fleet: Fleet
+) -> None:
+    began, go_on = threading.Event(), threading.Event()
+
+    class Held(Noting):
+        max_attempts = 1
+
+        def handle(self, message: Message, context: WorkerContext) -> None:
+            if not began.is_set():
+                context.commit()
+                began.set()
+                assert go_on.wait(PATIENCE)
+            effect(context, message.payload)
+
+    managers = [fleet.manager(Held) for _ in range(2)]
+    for manager in managers:
+        manager.start()
+    wait_until(lambda: all(manager.ticks.instance for manager in managers), "both of them")
+    fleet.enqueue("notes", "a")
+    assert began.wait(PATIENCE)
+    turn(server, read_only=True)
+    instances = [manager.ticks.instance for manager in managers]
+    wait_until(lambda: not any(each.is_alive for each in instances), "the leases' end")
+    go_on.set()
+    wait_until(lambda: not [c for manager in managers for c in manager.ticks.runs._contexts], "the handler's end")
+    turn(server, read_only=False)
+    wait_until(lambda: {row.state for row in fleet.messages()} <= {"done", "dead"}, "its end")
+    assert [(row.state, row.attempt) for row in fleet.messages()] == [("done", 1)]
+    assert fleet.errors() == []
+
+
 @pytest.mark.parametrize("raw", [False, True], ids=["by SQLAlchemy", "by the driver"])
 def test_a_read_only_session_that_the_server_caused_is_told_by_any_way_to_the_driver(
     server: PostgreSQL, url: URL, fleet: Fleet, raw: bool
@@ -270,7 +302,8 @@ def test_a_run_whose_session_stays_read_only_by_its_own_doing_is_given_up(fleet:
 
 def test_another_databases_errors_empty_no_pool(server: PostgreSQL, url: URL, fleet: Fleet) -> None:
     other = server.database()
-    app = fleet.app(Hourly, SQLALCHEMY_BINDS={"same": text(url), "other": text(other)})
+    same = url.update_query_dict({"application_name": "another user of it"})
+    app = fleet.app(Hourly, SQLALCHEMY_BINDS={"same": text(same), "other": text(other)})
     outages = app.extensions["background_workers"].ticks.outages
     with app.app_context():
         for bind, number in (("other", 0), ("same", 1)):

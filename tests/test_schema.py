@@ -30,7 +30,7 @@ from migrations import schema
 from models import User, db
 
 ROOT = Path(__file__).parent.parent
-HEAD = "0005"
+HEAD = "0006"
 
 
 @contextmanager

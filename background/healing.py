@@ -1,0 +1,158 @@
+"""The way back after the database's clock was ahead: ticks and messages that it put off are due again.
+
+A moment in the clock's future is the trace that remains. The mark goes back to the newest tick that was decided by now.
+No tick runs twice by that, because up to the mark that was a tick that has an execution is not claimed again.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import Connection, Row, and_, case, delete, func, null, or_, select, true, update
+
+from .clock import elapsed, now
+from .errors import InvalidSchedule
+from .ledger import Ledger, WorkerState, count
+from .messages import is_in
+from .models import executions, messages, workers
+from .schedule import MICROSECOND, Schedule, parse_schedule
+
+AHEAD = timedelta(seconds=1)  # a clock that is set back by less puts nothing off for long
+_LONGEST_PAUSE = timedelta(hours=1, minutes=15)  # before another attempt at a message
+
+
+def is_ahead(state: WorkerState | Row[Any]) -> bool:
+    """Whether a moment of the worker's row lies in the future of the clock that was read with it."""
+    retried = state.pending_tick if state.pending_trigger != "manual" else None
+    return any(at is not None and at > state.clock + AHEAD for at in (state.mark, state.scheduled_at, retried))
+
+
+class Healing:
+    """Puts right what a clock that was ahead wrote into the rows of `ledger`."""
+
+    def __init__(self, ledger: Ledger, history: timedelta) -> None:
+        self._ledger, self._history = ledger, history
+
+    def is_proven(self, states: Iterable[WorkerState]) -> bool:
+        """Whether the history still has each tick that any worker ran after now.
+
+        Pruning goes by the clock. One that was ahead by more than the history is long may have cost these rows.
+        """
+        return all(state.mark is None or state.mark <= state.clock + self._history for state in states)
+
+    def worker(self, name: str) -> bool:
+        """Have the ticks of the worker go on by the clock as it is now; False where nothing lies in its future.
+
+        Concurrency: each instance that finds the worker ahead does this. They wait for its row, and the first does it.
+        """
+        with self._ledger.begin() as connection:
+            held = update(workers).where(workers.c.name == name).values(name=workers.c.name)
+            row = connection.execute(held.returning(*workers.c, now().label("clock"))).one_or_none()
+            if row is None or not is_ahead(row):
+                return False
+            try:
+                schedule = parse_schedule(row.schedule)
+            except InvalidSchedule:  # a newer release brought it, whose instances do this
+                return False
+            connection.execute(update(workers).where(workers.c.name == name).values(_healed(connection, row, schedule)))
+        return True
+
+    def messages(self) -> int:
+        """Have messages that wait by a moment of that clock be due as their callers asked; return how many there were.
+
+        A message that was never tried keeps its delay, from now on. Concurrency: each instance does this, and
+        consumers claim meanwhile. A message is changed once, and only while it waits.
+        """
+        with self._ledger.engine.connect() as connection:
+            if not connection.execute(select(messages.c.id).where(_is_put_off).limit(1)).first():
+                return 0  # without having taken SQLite's only write lock
+        delay = elapsed(messages.c.enqueued_at, messages.c.due_at)
+        due_at = case((messages.c.attempt == 0, now(func.coalesce(delay, 0.0))), else_=now())
+        enqueued_at = case((messages.c.enqueued_at > now(AHEAD), now()), else_=messages.c.enqueued_at)
+        with self._ledger.begin() as connection:
+            healed = update(messages).where(_is_put_off).values(due_at=due_at, enqueued_at=enqueued_at)
+            number = count(connection.execute(healed.execution_options(preserve_rowcount=True)))
+        self._ledger.ring()
+        return number
+
+    def pass_over(self, state: WorkerState, tick: datetime, attempt_after: Callable[[int], int | None]) -> bool:
+        """Raise the mark to a tick that an instance ran while the clock was ahead; False where the tick did not run.
+
+        Where its last attempt was lost or handed back, the tick is due again from now on.
+        Concurrency: each instance that comes to run the tick does this, and the first raises the mark.
+        """
+        if state.mark_ahead is None or state.mark_ahead < tick:
+            return False
+        last = _attempts(state.name).where(executions.c.tick == tick).order_by(executions.c.id.desc()).limit(1)
+        with self._ledger.engine.connect() as connection:
+            row = connection.execute(last).one_or_none()
+        if row is None:
+            return False
+        again = {"lost": attempt_after(row.attempt), "handed back": row.attempt}.get(row.state)
+        values: dict[str, Any] = {"mark": tick}
+        if again is not None:
+            values |= {"pending_tick": tick, "pending_attempt": again, "pending_trigger": "schedule"}
+        is_open = or_(workers.c.mark.is_(None), workers.c.mark < tick)
+        may = and_(is_open, workers.c.schedule == state.schedule_text)
+        is_free = workers.c.pending_tick.is_(None) if again is not None else true()
+        with self._ledger.begin() as connection:
+            connection.execute(update(workers).where(workers.c.name == state.name, may, is_free).values(values))
+        return True
+
+
+def what_goes_on(names: Sequence[str], number: int) -> str:
+    """The workers and the number of messages that were put off, in words."""
+    parts = [", ".join(sorted(names))] if names else []
+    if number:
+        parts.append(f"{number:,} message{'' if number == 1 else 's'}")
+    return " and ".join(parts)
+
+
+# A waiting message whose due time only a clock that was ahead can have written. One that was tried comes again after a
+# pause, which is never longer than that. One that was not tried comes after the delay that its caller asked for.
+_is_put_off = and_(
+    is_in("waiting"),
+    messages.c.due_at > now(AHEAD),
+    or_(
+        and_(messages.c.attempt == 0, messages.c.enqueued_at > now(AHEAD)),
+        and_(messages.c.attempt > 0, or_(messages.c.claimed_at > now(AHEAD), messages.c.due_at > now(_LONGEST_PAUSE))),
+    ),
+)
+_end = func.coalesce(executions.c.through, executions.c.tick)
+
+
+def _attempts(name: str) -> Any:
+    """The attempts at scheduled ticks of a worker, without the rows of ticks that did not run."""
+    ours = (executions.c.worker == name, executions.c.trigger == "schedule", executions.c.attempt.is_not(None))
+    return select(executions.c.tick, executions.c.attempt, executions.c.state).where(*ours)
+
+
+def _healed(connection: Connection, row: Row[Any], schedule: Schedule) -> dict[str, Any]:
+    """The columns to write; the history says by then that no tick after the clock was skipped or missed."""
+    values: dict[str, Any] = {}
+    last, latest = schedule.previous(row.clock), row.clock + AHEAD
+    if row.mark is not None and row.mark > latest:
+        _cut(connection, row, schedule, last)
+        scheduled = (executions.c.worker == row.name, executions.c.trigger == "schedule", _end <= row.clock)
+        newest = select(_end).where(*scheduled).order_by(executions.c.tick.desc(), executions.c.id.desc()).limit(1)
+        # Without a history the latest tick may have run.
+        values["mark"] = connection.execute(newest).scalar() or last
+        values["mark_ahead"] = max(row.mark, row.mark_ahead or row.mark)
+    if row.scheduled_at > latest:
+        values["scheduled_at"] = row.clock
+    if row.pending_tick is not None and row.pending_tick > latest and row.pending_trigger != "manual":
+        # It is due again when the clock reaches it: see `pass_over`.
+        values |= dict.fromkeys(("pending_tick", "pending_attempt", "pending_trigger"), null())
+    return values
+
+
+def _cut(connection: Connection, row: Row[Any], schedule: Schedule, last: datetime) -> None:
+    """Have no row say of a tick after the clock that it did not run, nor of the latest tick that it was missed."""
+    ahead = and_(executions.c.worker == row.name, executions.c.attempt.is_(None), _end > row.clock)
+    for each in connection.execute(select(executions.c.id, executions.c.tick, executions.c.state).where(ahead)).all():
+        through = last if each.state == "skipped" else schedule.previous(last - MICROSECOND)
+        one = executions.c.id == each.id
+        if each.tick <= through:
+            connection.execute(update(executions).where(one).values(through=through))
+        else:
+            connection.execute(delete(executions).where(one))
