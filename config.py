@@ -179,7 +179,7 @@ def trust_proxies(app: Flask) -> None:
 
 
 def may_serve() -> bool:
-    """Whether this process may come to serve pages: no `flask` command does but `flask run`."""
+    """Return whether this process may come to serve pages. Of the `flask` commands only `flask run` does."""
     context = click.get_current_context(silent=True)
     return context is None or context.command is run_command
 

@@ -20,7 +20,7 @@ _OF_POSTGRESQL = ("08", "28", "3D", "53", "57P")  # broken, refused, unknown, no
 
 
 def unavailable(error: SQLAlchemyError) -> ResponseReturnValue:
-    """Answer 503 with Retry-After in the application's own look; raise `error` where the database did answer.
+    """Answer 503 with Retry-After, in the application's own look. Raise `error` again where the database did answer.
 
     Made to be registered as the error handler of an application or a blueprint.
     """
@@ -32,7 +32,7 @@ def unavailable(error: SQLAlchemyError) -> ResponseReturnValue:
 
 
 def is_away(error: SQLAlchemyError) -> bool:
-    """Whether the database could not be asked: it cannot be reached, its connection broke, or no more are left."""
+    """Return whether the database could not be asked: out of reach, its connection broken, or none left in the pool."""
     if isinstance(error, PoolTimeout) or is_cut_off(error):
         return True
     if not isinstance(error, DBAPIError):

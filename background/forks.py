@@ -70,7 +70,7 @@ def _connected(connection: Any, _record: Any) -> None:
 
 
 def begin_anew(db: SQLAlchemy, engines: Iterable[Engine], *kept: object) -> None:
-    """In a forked child: have `db` open connections of the child's own, and a session of its own."""
+    """Give a forked child connections of its own, and a session of its own. Keep its parent's, and `kept`."""
     _of_parents.extend(kept)
     for engine in engines:
         _of_parents.append(engine.pool)
@@ -81,10 +81,10 @@ def begin_anew(db: SQLAlchemy, engines: Iterable[Engine], *kept: object) -> None
 
 
 def cut_off(engines: Iterable[Engine]) -> None:
-    """In a forked child of a run: put nothing in the place of each inherited socket.
+    """Put nothing in the place of each inherited socket, in a forked child of a run.
 
-    Whatever the child's code does with a connection of the parent's, the parent's server hears none of it. And when
-    the parent dies, its connections end, though the child lives on.
+    Whatever the child does with a connection of its parent's, the database server hears none of it. When the parent
+    dies, its connections end, though the child lives on.
     """
     for connection in list(_sockets):
         with suppress(Exception), socket.socket() as unconnected:  # it may be closed by now

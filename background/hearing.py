@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT, heard before the server's own handlers, whichever of both was there first.
+"""SIGTERM and SIGINT, heard before the server's own handlers, in whichever order they were set.
 
 Servers set their handlers at different times: before the application is made, after it, or around each start. So the
 engine's handler stays in place, and calls the one that would be there without it. Where no worker runs in the process,
@@ -31,7 +31,7 @@ _others: dict[int, Any] = {}
 
 
 def listen() -> None:
-    """Hear the signals from now on, whatever handler is set later. Only the main thread can do that; see `is_heard`."""
+    """Hear the signals from now on, whatever handler is set later. Outside the main thread, do nothing."""
     if threading.current_thread() is not threading.main_thread():
         return
     signal.signal, signal.getsignal = _set_others, _get_others  # type: ignore[assignment]
@@ -46,12 +46,12 @@ def listen() -> None:
 
 
 def is_heard(number: int) -> bool:
-    """Whether `number` does not end this process before its runs were told."""
+    """Return whether the runs of this process are told of the signal `number` before it ends the process."""
     return _get(number) in (_hear, signal.SIG_IGN)
 
 
 def stop_when_told(manager: "BackgroundWorkerManager") -> None:
-    """Stop `manager` before the process exits; on a signal tell the runs first, whatever else the server does then."""
+    """Stop `manager` before the process exits. On a signal tell the runs first, whatever else the server does then."""
     global _audience
     if _audience is None or _audience.process != os.getpid():
         _audience = _Audience()
@@ -67,7 +67,7 @@ def stop_when_told(manager: "BackgroundWorkerManager") -> None:
 
 
 def give_up(why: str, seconds: float) -> None:
-    """In a signal handler, shortly before the process is killed: hand back everything, for `seconds` at most."""
+    """Hand back everything, within `seconds`. Made to be called in a signal handler, before the process is killed."""
     if _audience is not None and _audience.process == os.getpid() and _audience.is_attentive:
         done = threading.Event()
         _audience.calls.put(lambda: _audience.give_up(why, done))
@@ -91,7 +91,7 @@ class _Audience:
 
     @property
     def is_attentive(self) -> bool:
-        """Whether a worker runs here, or the exit waits for one."""
+        """True while workers run here, or the exit waits for them."""
         return self.is_ending or any(manager.is_started for manager in self.managers)
 
     def tell(self) -> None:
@@ -110,7 +110,7 @@ class _Audience:
         done.set()
 
     def _stop(self) -> None:
-        """At the exit of the process; not in a fork, which inherits what is called at the exit."""
+        """Stop them at the exit of the process, but not at the exit of its forked child."""
         if self.process == os.getpid():
             self.is_ending = True
             for manager in self._started():
@@ -159,7 +159,7 @@ def _leave_to(follows: Any, number: int, frame: FrameType | None) -> None:
 
 
 def _set_others(number: int, handler: Any, /) -> Any:
-    """`signal.signal` as everybody else calls it: theirs comes after ours."""
+    """Stand in for `signal.signal`: the caller's handler follows the engine's."""
     if number not in _NUMBERS:
         return _set(number, handler)
     before = _get_others(number)
@@ -171,6 +171,6 @@ def _set_others(number: int, handler: Any, /) -> Any:
 
 
 def _get_others(number: int, /) -> Any:
-    """`signal.getsignal` as everybody else calls it."""
+    """Stand in for `signal.getsignal`: return the caller's handler, never the engine's."""
     found = _get(number)
     return _others[number] if found is _hear else found

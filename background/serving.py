@@ -61,7 +61,7 @@ def start_under_flask_run(manager: "BackgroundWorkerManager") -> None:
 
 
 def _is_test_client() -> bool:
-    """Whether a test client called the application: a test never starts the workers without saying so."""
+    """Look among the callers: a test must not start the workers without an explicit call."""
     frame: FrameType | None = sys._getframe()
     while frame is not None:
         if frame.f_globals.get("__name__") in _TEST_CLIENTS:

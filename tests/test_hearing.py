@@ -75,7 +75,7 @@ def test_a_process_without_workers_takes_a_signal_as_if_there_were_no_engine(sql
         assert "KeyboardInterrupt" in process.output
 
 
-def test_who_asks_for_a_handler_gets_the_one_that_was_set_and_none_of_the_engines(app: Flask) -> None:
+def test_a_caller_that_asks_for_a_handler_gets_the_one_that_was_set_and_not_the_engines(app: Flask) -> None:
     before = signal.getsignal(signal.SIGTERM)
     for handler in (lambda number, frame: None, signal.SIG_IGN, signal.SIG_DFL, signal.default_int_handler):
         last = signal.getsignal(signal.SIGTERM)

@@ -169,6 +169,7 @@ def test_as_many_slow_clients_as_processes_have_runs_handed_back_and_no_attempt_
     command = gunicorn("-w", "2", "-k", kind, "--timeout", "2", "probe:create_app()")
     with nursery.forked(command, env) as server, ExitStack() as clients:
         address = "127.0.0.1", int(server.wait_for(r"Listening at: http://127\.0\.0\.1:(\d+)")[1])
+        server.wait_for("joined", times=2)
         server.wait_for("The listener began")
         server.wait_for("The deaf one began")
         if kind == "gthread":  # its main thread answers whatever its clients do; it hangs by another fault
