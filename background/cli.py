@@ -22,6 +22,7 @@ from .commands import (
     print_json,
     row_limit,
 )
+from .condition import condition
 from .errors import BackgroundError, UnknownWorker
 from .healing import what_goes_on
 from .history import STATES, Record
@@ -30,7 +31,8 @@ from .manager import BackgroundWorkerManager, the_manager
 from .overview import overview
 from .roster import Seen
 from .runs import Execution
-from .words import EARLIEST, LATEST, ahead, moment, moment_in, printable, progress, second, span, table
+from .unmigrated import unmigrated
+from .words import EARLIEST, LATEST, ahead, moment, moment_in, printable, progress, second, silent, span, table
 from .worker import declared_schedule
 
 workers_cli = WorkersGroup(
@@ -53,11 +55,17 @@ workers_cli = WorkersGroup(
 @workers_cli.command("list")
 @as_json_option
 def list_workers(as_json: bool) -> None:
-    """Show every worker, its next tick and its last one."""
-    rows = overview(checked_manager())
+    """Show every worker, its next tick and its last one.
+
+    The first line says so where no instance is alive.
+    """
+    manager = checked_manager()
+    rows = overview(manager)
     if as_json:
         print_json(rows)
     else:
+        if silence := manager.roster.silence():
+            click.echo(silent(silence))
         headers = ("name", "schedule", "next tick", "last tick", "became", "running on", "note")
         _print_workers(headers, [_cells(row) for row in rows])
 
@@ -73,7 +81,9 @@ def _cells(row: dict[str, Any]) -> list[str]:
         "" if row["in_this_release"] else "not in this release",
         "disabled" if row["enabled"] is False else "",
         f"paused since {second(row['paused_at'])}" if row["paused_at"] else "",
-        f"{moment(row['pending_tick'])} is to be run first" if row["pending_tick"] else "",
+        f"overdue since {second(row['overdue_since'])}" if row["overdue_since"] else "",
+        f"stuck: {row['stuck']}" if row["stuck"] else "",
+        f"{moment(row['pending_tick'])} runs first" if row["pending_tick"] else "",
         f"declared: {row['declared']}" if row["declared"] not in (None, row["schedule"]) else "",
     ]
     schedule = row["schedule"] or "not one that this release can read"
@@ -122,23 +132,40 @@ def _instance_cells(seen: Seen, holds: list[str]) -> list[str]:
 @workers_cli.command()
 @as_json_option
 def check(as_json: bool) -> None:
-    """Validate settings, workers and database; change nothing.
+    """Validate settings, workers, database and fleet.
 
-    The settings and the workers were validated when the application was made: it would have ended there.
+    Changes nothing. Exits with 1 if there is a problem: no instance is alive, a worker is overdue or stuck, threads are
+    used up, or a model has no migration. The settings and the workers were validated when the application was made.
     """
-    manager, problems = the_manager(), []
+    manager = the_manager()
     states: dict[str, WorkerState] = {}
+    unseen = list(_NEVER_LOOKED_AT)
     try:
         states = checked_manager().ticks.ledger.states()
+        found = condition(manager)
+        problems, alive = found.problems(), found.alive
+        if (lacking := unmigrated(manager.app, manager.db)) is None:
+            unseen.insert(0, "whether a model has no migration")
+        else:
+            problems += lacking
     except (BackgroundError, DBAPIError) as error:
-        problems.append(str((error if isinstance(error, BackgroundError) else not_ready(error)).message))
+        problems = [str((error if isinstance(error, BackgroundError) else not_ready(error)).message)]
+        alive, unseen = 0, ["the fleet", "whether a model has no migration", *unseen]
     rows = [_next_ticks(manager, name, states.get(name), datetime.now(UTC)) for name in manager.workers]
     if as_json:
-        print_json({"workers": rows, "problems": problems})
+        print_json({"workers": rows, "problems": problems, "not_looked_at": unseen})
     else:
-        _print_checked(rows, problems)
+        _print_checked(rows, problems, alive, unseen)
     if problems:
         raise click.exceptions.Exit(1)
+
+
+_NEVER_LOOKED_AT = (
+    "whether a run would succeed",
+    "workers that only another release has",
+    "messages (see `flask messages stats`)",
+    "what is outside the database, as a mail server",
+)
 
 
 def _next_ticks(manager: BackgroundWorkerManager, name: str, state: WorkerState | None, at: datetime) -> dict[str, Any]:
@@ -155,14 +182,19 @@ def _next_ticks(manager: BackgroundWorkerManager, name: str, state: WorkerState 
     }
 
 
-def _print_checked(rows: list[dict[str, Any]], problems: list[str]) -> None:
+def _print_checked(rows: list[dict[str, Any]], problems: list[str], alive: int, unseen: list[str]) -> None:
     headers = ("name", "schedule", "next tick", "then", "then", "note")
     _print_workers(headers, [_checked_cells(row) for row in rows])
     for problem in problems:
-        click.echo(f"Problem: {problem}", err=True)
+        click.echo(f"Problem: {printable(problem)}", err=True)
+    click.echo(f"Not looked at: {'; '.join(unseen)}.")
     if not problems:
-        count = len(the_manager().names)
-        click.echo(f"Fine: the settings, {count} worker{'' if count == 1 else 's'}, and the database.")
+        workers, fleet = _count(len(the_manager().names), "worker"), _count(alive, "instance")
+        click.echo(f"Fine: the settings, {workers}, the database, its migrations, and the fleet of {fleet}.")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _checked_cells(row: dict[str, Any]) -> list[str]:

@@ -10,6 +10,7 @@ from werkzeug.wrappers import Response
 from . import fleet_pages, message_pages, worker_actions, worker_pages
 from .away import is_away, unavailable
 from .errors import first_line
+from .manager import the_manager
 from .origin import refuse_foreign
 from .pages import add_filters, back, say
 
@@ -28,6 +29,8 @@ def dashboard(allow: Callable[[], ResponseReturnValue | None]) -> Blueprint:
     blueprint.before_request(allow)
     blueprint.after_request(refuse_frames)
     blueprint.register_error_handler(SQLAlchemyError, not_taken)
+    # A function, which only the dashboard's own pages call: the host's error page must not ask the database.
+    blueprint.context_processor(lambda: {"silence": lambda: the_manager().roster.silence()})
     add_filters(blueprint)
     for part in (worker_pages, worker_actions, fleet_pages, message_pages):
         part.add_to(blueprint)

@@ -110,7 +110,8 @@ def instances_page() -> ResponseReturnValue:
     clock = the_manager().history.clock()
     holders = _holders(the_manager(), clock)
     alive = sum(each.seen.is_alive for each in holders)
-    return render_template("background/instances.html", holders=holders, alive=alive, clock=clock)
+    known = {"silence": lambda: None} if alive else {}  # else the page asks when the last instance left
+    return render_template("background/instances.html", holders=holders, alive=alive, clock=clock, **known)
 
 
 def _holders(manager: BackgroundWorkerManager, clock: datetime) -> list[Holder]:

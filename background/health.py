@@ -1,10 +1,12 @@
-"""Whether this process is alive, and whether it is ready: for whoever restarts it or sends it requests.
+"""Health of this process, for what restarts it or sends it requests; and of the fleet, for what wakes an operator.
 
-Nobody logs in for that, so an answer says what is wrong and never why: no name, no host, no text of an error. The log
-has those. No session is looked at, and all but the migrations is asked on the engine's own connections.
+No login is asked for, so an answer says what is wrong and never why: no host and no text of an error, and no name but
+those of workers, for the fleet. The log has the rest. No session is looked at. All but the migrations, and the
+application's own pool, is asked on the engine's own connections.
 """
 
 import logging
+import sqlite3
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,11 +17,13 @@ from flask.typing import ResponseReturnValue
 from sqlalchemy.exc import ProgrammingError, SQLAlchemyError
 
 from .clock import steady
+from .condition import condition, write_as_the_application
 from .connections import again_if_stale
 from .errors import BackgroundError, first_line
 from .manager import BackgroundWorkerManager, current_workers, the_manager
 from .prompt import Prompt
 from .standing import standings
+from .words import silent
 
 log = logging.getLogger(__name__)
 
@@ -44,9 +48,9 @@ class Check:
 
 
 def health() -> Blueprint:
-    """GET /health/live and /health/ready: 200 or 503, and JSON with each check."""
+    """GET /health/live, /health/ready and /health/workers: 200 or 503, and JSON with each check."""
     blueprint = Blueprint("health", __name__, url_prefix="/health")
-    readiness = Readiness()
+    readiness, fleet = Readiness(), FleetHealth()
 
     @blueprint.get("/live")
     def live() -> ResponseReturnValue:
@@ -57,6 +61,14 @@ def health() -> Blueprint:
     def ready() -> ResponseReturnValue:
         """Whether the database, its migrations, this instance's heartbeat and the workers are as they should be."""
         return _answer("ready", readiness.checks())
+
+    @blueprint.get("/workers")
+    def fleet_health() -> ResponseReturnValue:
+        """Whether the fleet runs: an instance is alive, no worker is overdue or stuck, and the application can write.
+
+        It is about the whole fleet, so the answer is the same from each of its processes.
+        """
+        return _answer("running", fleet.checks())
 
     return blueprint
 
@@ -85,12 +97,12 @@ class Readiness:
     def __init__(self) -> None:
         self._prompt = Prompt(self._ask, _ANSWER_SECONDS)
         self._migrated_at: float | None = None
-        self._said: tuple[str, ...] = ()
+        self._change = Change("Not ready", "Ready again")
 
     def checks(self) -> dict[str, Check]:
         """Each check by its name, within seconds even where the database hangs."""
         checks = {**self._asked(), "heartbeat": _heartbeat(current_workers)}
-        self._say(checks)
+        self._change.say(checks)
         return checks
 
     def _asked(self) -> dict[str, Check]:
@@ -115,15 +127,68 @@ class Readiness:
             self._migrated_at = steady()
         return Check(True, {}, at=self._migrated_at)
 
-    def _say(self, checks: dict[str, Check]) -> None:
-        """Once per change: a probe comes every few seconds."""
+
+class Change:
+    """Logs once when checks begin to fail, fail otherwise, or hold again: a probe comes every few seconds."""
+
+    def __init__(self, failing: str, good: str) -> None:
+        self._failing, self._good = failing, good
+        self._said: tuple[str, ...] = ()
+
+    def say(self, checks: dict[str, Check]) -> None:
+        """Log what changed since the last call."""
         failed = tuple(name for name, check in checks.items() if not check.ok)
         before, self._said = self._said, failed
         if failed and failed != before:
             reasons = (f"{name} ({check.reason})" for name, check in checks.items() if check.reason and not check.ok)
-            log.warning("Not ready: %s", "; ".join(reasons) or ", ".join(failed))
+            log.warning("%s: %s", self._failing, "; ".join(reasons) or ", ".join(failed))
         elif before and not failed:
-            log.info("Ready again")
+            log.info("%s", self._good)
+
+
+class FleetHealth:
+    """Asks how the fleet is, and whether the application's own pool can write; and logs when that changes."""
+
+    def __init__(self) -> None:
+        self._fleet = Prompt(_fleet, _ANSWER_SECONDS)
+        self._write = Prompt(_write, _ANSWER_SECONDS)
+        self._change = Change("The fleet does not run as it should", "The fleet runs as it should again")
+
+    def checks(self) -> dict[str, Check]:
+        """Each check by its name, within seconds even where the database hangs."""
+        checks: dict[str, Check] = {}
+        for prompt, names in ((self._fleet, ("instances", "overdue", "stuck")), (self._write, ("write",))):
+            try:
+                checks |= prompt.answer(the_manager())
+            except (BackgroundError, SQLAlchemyError, sqlite3.Error, OSError) as error:  # TimeoutError is one
+                checks |= dict.fromkeys(names, Check(False, {}, first_line(error)))
+        self._change.say(checks)
+        return checks
+
+
+def _fleet(manager: BackgroundWorkerManager) -> dict[str, Check]:
+    manager.ticks.connections.refuse_missing()
+    asked_at = steady()
+    found = again_if_stale(lambda: condition(manager))
+    silent_for = found.silence.length if found.silence else None
+    silence = {} if silent_for is None else {"silent_seconds": round(silent_for.total_seconds(), 1)}
+    return {
+        "instances": Check(
+            not found.silence,
+            {"alive": found.alive, **silence},
+            silent(found.silence) if found.silence else None,
+            asked_at,
+        ),
+        "overdue": Check(not found.overdue, {"workers": found.overdue}, f"{found.overdue}", asked_at),
+        "stuck": Check(not found.stuck, {"workers": sorted(found.stuck)}, f"{found.stuck}", asked_at),
+    }
+
+
+def _write(manager: BackgroundWorkerManager) -> dict[str, Check]:
+    manager.ticks.connections.refuse_missing()
+    began = steady()
+    again_if_stale(lambda: write_as_the_application(manager))
+    return {"write": Check(True, {"milliseconds": round((steady() - began) * 1000, 1)}, at=began)}
 
 
 def _checked(check: Callable[[], Check]) -> Check:

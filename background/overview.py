@@ -9,6 +9,7 @@ from .history import Record
 from .ledger import Claim, WorkerState
 from .manager import BackgroundWorkerManager
 from .schedule import Schedule
+from .standing import Standing, standings
 from .worker import PeriodicWorker, declared_schedule
 
 
@@ -17,10 +18,10 @@ def overview(manager: BackgroundWorkerManager, names: Collection[str] | None = N
     history = manager.history
     clock, states, latest = history.clock(), manager.ticks.ledger.states(names), history.latest(names)
     gone = manager.roster.gone({state.instance for state in states.values() if state.instance})
-    ours = manager.workers
+    ours, standing = manager.workers, {each.name: each for each in standings(manager)}
     known = ours.keys() if names is None else ours.keys() & names
     return [
-        _overview(name, ours.get(name), clock, states.get(name), latest.get(name), gone)
+        _overview(name, ours.get(name), clock, states.get(name), latest.get(name), gone) | _trouble(standing.get(name))
         for name in sorted(known | states.keys())
     ]
 
@@ -53,6 +54,16 @@ def _overview(
 def _decided(clock: datetime, state: WorkerState | None) -> datetime:
     """Now, or the mark where that lies in the future, as after a clock that was ahead."""
     return max(clock, state.mark) if state and state.mark else clock
+
+
+def _trouble(standing: Standing | None) -> dict[str, Any]:
+    """Since when a tick of the worker waits, and why its run is stuck; None where all is well."""
+    if standing is None:
+        return {"overdue_since": None, "stuck": None}
+    return {
+        "overdue_since": standing.waits_since if standing.is_late else None,
+        "stuck": standing.stuck,
+    }
 
 
 def _running(state: WorkerState, claim: Claim, gone: set[str]) -> dict[str, Any]:

@@ -2,12 +2,12 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass, fields
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Select, and_, not_, or_, select
+from sqlalchemy import Select, and_, func, not_, or_, select, true
 
-from .clock import single_statements
+from .clock import now, single_statements
 from .instances import Instances, is_alive
 from .models import instances
 
@@ -39,6 +39,24 @@ class Seen:
         return "alive" if self.is_alive else "signed off" if self.signed_off_at else "lost"
 
 
+@dataclass(frozen=True)
+class Silence:
+    """A fleet without an instance that is alive."""
+
+    last: Seen | None
+    """The instance that was seen last; None where none is known."""
+    clock: datetime
+
+    @property
+    def since(self) -> datetime | None:
+        """When the last instance signed off, or renewed its lease for the last time."""
+        return (self.last.signed_off_at or self.last.heartbeat_at) if self.last else None
+
+    @property
+    def length(self) -> timedelta | None:
+        return self.clock - self.since if self.since else None
+
+
 class Roster:
     """Reads the rows of the instances."""
 
@@ -60,6 +78,16 @@ class Roster:
             alive = connection.execute(newest.where(is_alive)).all()
             gone = connection.execute(newest.where(not_(is_alive)).limit(_MOST_GONE)).all()
         return [Seen(*row) for row in (*alive, *gone)]
+
+    def silence(self) -> Silence | None:
+        """The state of a fleet in which no instance is alive, in one read; None while one is."""
+        left = func.coalesce(instances.c.signed_off_at, instances.c.heartbeat_at)
+        latest = _seen.order_by(is_alive.desc(), left.desc()).limit(1).subquery()
+        one = select(now().label("clock")).subquery()
+        with self._reading.connect() as connection:
+            clock, *row = connection.execute(select(one.c.clock, latest).outerjoin_from(one, latest, true())).one()
+        last = None if row[0] is None else Seen(*row)
+        return None if last and last.is_alive else Silence(last, clock)
 
     def lived(self, since: datetime, until: datetime, ids: Collection[str]) -> tuple[Seen, ...]:
         """Those who lived between the two moments, and those of `ids`, the oldest first."""

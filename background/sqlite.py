@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 from weakref import WeakSet
 
-from sqlalchemy import Connection, Dialect, Engine, event
+from sqlalchemy import Connection, Dialect, Engine, Executable, event
 from sqlalchemy.exc import OperationalError
 
 from . import database_files
@@ -45,6 +45,22 @@ def refuse_memory(engine: Engine) -> None:
             f"The database {engine.url} is in the memory of one connection; expected one that several connections "
             "can share: use a file, in a test one of its temporary folder."
         )
+
+
+def try_to_write(engine: Engine, statement: Executable) -> None:
+    """Execute `statement` in a transaction that is rolled back, unless another connection writes at this moment."""
+    with engine.connect() as connection:
+        driver: Any = connection.connection.driver_connection
+        driver.execute("PRAGMA busy_timeout = 0")
+        try:
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+            connection.execute(statement)
+        except OperationalError as error:
+            if getattr(error.orig, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_BUSY:
+                raise
+        finally:
+            connection.rollback()
+            driver.execute(f"PRAGMA busy_timeout = {BUSY_SECONDS * 1000}")
 
 
 def configure(connection: Any, isolation_level: str | None) -> None:

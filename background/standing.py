@@ -3,17 +3,23 @@
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import lru_cache
+from math import inf
 from typing import Any
 
-from sqlalchemy import Row, bindparam, func, select
+from sqlalchemy import Row, and_, bindparam, case, func, select
 
-from .clock import now, single_statements
+from .clock import elapsed, now, single_statements
 from .errors import InvalidSchedule
 from .instances import OFFSET_WARNED, is_alive
 from .manager import BackgroundWorkerManager
-from .models import executions, instances, workers
+from .models import executions, instances, totals, workers
 from .schedule import parse_schedule
+from .words import span
 from .worker import PeriodicWorker
+
+LATE = timedelta(seconds=5)  # longer than an instance that has a free thread takes to begin a tick
+_LONG_SECONDS = 60.0
+_MANY_PERIODS, _MANY_RUNS = 3, 10
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,15 @@ class Standing:
     overdue_since: datetime | None
     """The first tick that waits, of a worker that is overdue; else None."""
     interval: timedelta | None
-    """From tick to tick; None where this release is not to run it."""
+    """From tick to tick; None where this release should not run it."""
+    waits_since: datetime | None
+    """The first tick that is due and waits, of a worker that this release should run; else None."""
+    waits_for: timedelta
+    """How long that tick has waited; nothing where none waits."""
+    is_late: bool
+    """Whether that tick waits for longer than an instance takes to begin it, or no instance is alive."""
+    stuck: str | None
+    """Why its run counts as stuck; None for a run that goes on as it should, and where nothing runs."""
 
 
 def standings(manager: BackgroundWorkerManager) -> list[Standing]:
@@ -42,10 +56,17 @@ def standings(manager: BackgroundWorkerManager) -> list[Standing]:
         rows = connection.execute(_query).all()
         ahead = [row.name for row in rows if row.mark and row.mark > row.clock + OFFSET_WARNED]
         decided = connection.execute(_decided_by_now, {"names": ahead}).all() if ahead else ()
+    lease = manager.app.config["WORKERS_LEASE_SECONDS"]
     marks = {row.name: row.mark for row in rows} | {each[0]: each[1] for each in decided}
-    return [_standing(row, marks[row.name], ours.get(row.name)) for row in rows]
+    return [_standing(row, marks[row.name], ours.get(row.name), lease) for row in rows]
 
 
+_age = elapsed(executions.c.started_at, now())
+_average = (
+    select(func.sum(totals.c.seconds) / func.sum(totals.c.count))
+    .where(totals.c.worker == workers.c.name, totals.c.kind == "duration")
+    .scalar_subquery()
+)
 _query = select(
     workers.c.name,
     workers.c.mark,
@@ -55,8 +76,20 @@ _query = select(
     workers.c.running,
     now().label("clock"),
     select(func.min(instances.c.started_at)).where(is_alive).scalar_subquery().label("alive_since"),
-).order_by(workers.c.name)
-
+    workers.c.pending_tick,
+    workers.c.pending_trigger,
+    executions.c.tick.label("running_tick"),
+    executions.c.instance_name,
+    _age.label("age"),
+    case((_age > _LONG_SECONDS, _average)).label("usual"),
+    is_alive.label("is_alive"),
+    elapsed(func.coalesce(instances.c.expires_at, executions.c.started_at), now()).label("gone_for"),
+)
+_query = (
+    _query.outerjoin(executions, and_(executions.c.worker == workers.c.name, executions.c.token == workers.c.running))
+    .outerjoin(instances, instances.c.id == executions.c.instance)
+    .order_by(workers.c.name)
+)
 # A mark that a clock left in its future says nothing of today. The history says which tick was decided last.
 _end = func.coalesce(executions.c.through, executions.c.tick)
 _last_end = (
@@ -69,16 +102,54 @@ _last_end = (
 _decided_by_now = select(workers.c.name, _last_end).where(workers.c.name.in_(bindparam("names", expanding=True)))
 
 
-def _standing(row: Row[Any], mark: datetime | None, worker: type[PeriodicWorker] | None) -> Standing:
+def _standing(row: Row[Any], mark: datetime | None, worker: type[PeriodicWorker] | None, lease: float) -> Standing:
     is_paused, is_running = row.paused_at is not None, row.running is not None
     ticks = _ticks(row, mark, worker) if worker and not is_paused else None
-    if ticks is None:
-        return Standing(row.name, is_running, is_paused, False, None, None)
-    first, third = ticks
+    interval = (ticks[1] - ticks[0]) / 2 if ticks else None
     # The claim of an instance that is gone is taken over only where another instance is alive.
     runs = is_running and row.alive_since is not None
-    is_overdue = third <= row.clock and not runs
-    return Standing(row.name, is_running, is_paused, is_overdue, first if is_overdue else None, (third - first) / 2)
+    is_overdue = ticks is not None and ticks[1] <= row.clock and not runs
+    waiting = None if runs or not worker else _waiting(row, ticks)
+    waits_for = row.clock - waiting if waiting else timedelta()
+    return Standing(
+        row.name,
+        is_running,
+        is_paused,
+        is_overdue,
+        ticks[0] if ticks and is_overdue else None,
+        interval,
+        waiting,
+        waits_for,
+        waiting is not None and (waits_for > LATE or row.alive_since is None),
+        _stuck(row, worker, interval, lease) if worker and is_running else None,
+    )
+
+
+def _waiting(row: Row[Any], ticks: tuple[datetime, datetime] | None) -> datetime | None:
+    """The first tick that is due and does not run: one to run again comes before any other."""
+    if row.pending_tick and (row.pending_trigger == "manual" or ticks):
+        return row.pending_tick if row.pending_tick <= row.clock else None
+    due = [at for at in (row.running_tick, ticks[0]) if at and at <= row.clock] if ticks else []
+    return min(due, default=None)
+
+
+def _stuck(row: Row[Any], worker: type[PeriodicWorker], interval: timedelta | None, lease: float) -> str | None:
+    """Why the run in force will not end by itself, as far as the rows tell; None where they do not."""
+    if row.age is None:
+        return "its claim has no execution"
+    if not row.is_alive:
+        is_taken_over = row.gone_for <= lease + LATE.total_seconds()
+        return None if is_taken_over else f"{row.instance_name}, which runs it, is gone, and no instance takes it over"
+    lasts = span(timedelta(seconds=row.age))
+    if worker.timeout is not None:
+        is_over = row.age > worker.timeout.total_seconds() + lease
+        return f"it runs for {lasts}, past its timeout of {span(worker.timeout)}" if is_over else None
+    longest = max(
+        _LONG_SECONDS, _MANY_PERIODS * interval.total_seconds() if interval else inf, _MANY_RUNS * (row.usual or 0)
+    )
+    if row.age <= longest:
+        return None
+    return f"it runs for {lasts}, longer than three periods and ten times its average, and has no timeout"
 
 
 def _ticks(row: Row[Any], mark: datetime | None, worker: type[PeriodicWorker]) -> tuple[datetime, datetime] | None:

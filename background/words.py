@@ -7,6 +7,7 @@ from typing import Any
 from zoneinfo import ZoneInfo
 
 from .history import Record
+from .roster import Silence
 from .schedule import check_timezone
 
 WIDEST = 120  # characters of one cell
@@ -54,6 +55,15 @@ def span(length: timedelta) -> str:
 def ahead(seconds: float | None) -> str:
     """How far a clock is ahead of the database's: +0.012 s; +0.000 s for one that was never compared."""
     return f"{round(seconds or 0.0, 3) + 0.0:+.3f} s"  # no -0.000
+
+
+def silent(silence: Silence) -> str:
+    """That no instance is alive, since when, and the command that mends it."""
+    if silence.last is None or silence.length is None:
+        return "No instance is alive, and none is known: no worker runs. `flask workers run` starts one."
+    left = f"{silence.last.name} {'signed off' if silence.last.signed_off_at else 'was last seen'}"
+    since = f"since {second(silence.since)} ({span(silence.length)}), when {left}"
+    return f"No instance is alive {since}: no worker runs. `flask workers run` starts one."
 
 
 def progress(record: Record) -> str:

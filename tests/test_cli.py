@@ -161,7 +161,8 @@ def test_the_instances_are_shown_with_what_they_hold_and_their_clocks(
 
 
 def test_a_fresh_database_lists_every_worker_of_the_release(flask: Callable[..., Result]) -> None:
-    *lines, messages = flask("list").stdout.splitlines()
+    silence, *lines, messages = flask("list").stdout.splitlines()
+    assert silence == "No instance is alive, and none is known: no worker runs. `flask workers run` starts one."
     assert messages.startswith("Messages: mail (mail_worker), orders (order_worker)")
     assert lines[0].split("  ")[0] == "NAME"
     assert [line.split()[0] for line in lines[1:]] == [
@@ -204,7 +205,7 @@ def test_the_list_shows_workers_that_another_release_left(
 ) -> None:
     manager.tick("greet", manager.history.clock())
     manager.remove("greet")
-    assert flask("list").stdout.splitlines()[1].endswith("not in this release")
+    assert flask("list").stdout.splitlines()[2].endswith("not in this release")
 
 
 @on_sqlite
@@ -212,7 +213,7 @@ def test_the_list_shows_the_schedule_in_force_and_the_declared_one(
     flask: Callable[..., Result], manager: BackgroundWorkerManager
 ) -> None:
     manager.reschedule("greet", period=7 * MINUTE)
-    line = flask("list").stdout.splitlines()[1]
+    line = flask("list").stdout.splitlines()[2]
     assert "every 7 minutes" in line
     assert line.endswith("declared: every 10 minutes")
 
@@ -224,7 +225,7 @@ def test_the_list_bears_a_schedule_that_a_newer_release_brought(
     manager.ticks.look(Greet)
     with manager.ticks.ledger.engine.begin() as connection:
         connection.execute(text("UPDATE background_workers SET schedule = 'on full moons'"))
-    assert "not one that this release can read" in flask("list").stdout.splitlines()[1]
+    assert "not one that this release can read" in flask("list").stdout.splitlines()[2]
     assert "The stored schedule 'on full moons' cannot be used" in flask("why", "greet", code=1).stderr
 
 
@@ -241,7 +242,7 @@ def test_the_list_costs_the_same_queries_whatever_there_is(
         with statements(Engine) as asked:
             flask("list")
         counts.append(len(asked))
-    assert counts[1] == counts[2] == 6, counts
+    assert counts[1] == counts[2] == 8, counts
 
 
 def leave_behind_one(manager: BackgroundWorkerManager, worker: type[PeriodicWorker]) -> None:
@@ -285,12 +286,15 @@ def test_check_prints_the_next_three_ticks_of_every_worker_and_writes_nothing(
     flask: Callable[..., Result], manager: BackgroundWorkerManager
 ) -> None:
     before = datetime.now(UTC)
+    manager.ticks.sign_on()
     result = json.loads(flask("check", "--json").stdout)
     assert result["problems"] == []
     greet = result["workers"][0]
     ticks = [datetime.fromisoformat(each) for each in greet["next_ticks"]]
     assert before < ticks[0] == ticks[1] - 10 * MINUTE == ticks[2] - 20 * MINUTE
-    assert flask("check").stdout.splitlines()[-1] == "Fine: the settings, 8 workers, and the database."
+    *_, unseen, fine = flask("check").stdout.splitlines()
+    assert fine == "Fine: the settings, 8 workers, the database, its migrations, and the fleet of 1 instance."
+    assert unseen == f"Not looked at: {'; '.join(result['not_looked_at'])}."
     assert manager.ticks.ledger.states() == {}
 
 

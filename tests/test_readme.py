@@ -75,7 +75,7 @@ def test_the_deploy_commands_are_all_about_the_one_database(tmp_path: Path) -> N
     url = f"sqlite:///{tmp_path / 'shop.sqlite'}"
     script, replaced = re.subn(r"postgresql://\S+", url, block)
     assert replaced == 1
-    script = re.sub(r"gunicorn\n", "flask workers check\n", script).replace("flask ", f"{sys.executable} -m flask ")
+    script = re.sub(r"gunicorn\n", "flask workers list\n", script).replace("flask ", f"{sys.executable} -m flask ")
     command = ["sh", "-ec", script]
     own = environment(FLASK_APP="app:create_app", WORKERS_LEASE_SECONDS=10)
     done = subprocess.run(command, env=own, cwd=ROOT, capture_output=True, text=True, timeout=120)

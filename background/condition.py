@@ -1,0 +1,109 @@
+"""The condition of the fleet: whether an instance is alive, and which workers wait or are stuck."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from sqlalchemy import Connection, String, cast, distinct, false, func, null, select, update
+
+from . import sqlite
+from .clock import single_statements
+from .instances import is_alive
+from .manager import BackgroundWorkerManager
+from .models import executions, instances, messages, workers
+from .roster import Silence
+from .standing import Standing, standings
+from .words import second, silent, span
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What is known about the fleet at one moment."""
+
+    silence: Silence | None
+    alive: int
+    standings: list[Standing]
+    full: dict[str, int]
+    """The instances, by name, all of whose threads are in use, and how many these are."""
+
+    @property
+    def overdue(self) -> list[str]:
+        """The workers of which a tick waits although two further ones have come."""
+        return [each.name for each in self.standings if each.is_overdue]
+
+    @property
+    def stuck(self) -> dict[str, str]:
+        """The workers whose run will not end by itself, and why it counts as stuck."""
+        return {each.name: each.stuck for each in self.standings if each.stuck}
+
+    @property
+    def late(self) -> list[Standing]:
+        """The workers of which a tick waits for longer than an instance takes to begin it."""
+        return [each for each in self.standings if each.is_late]
+
+    def problems(self) -> list[str]:
+        """One sentence for each thing that an operator must mend."""
+        found = [silent(self.silence)] if self.silence else []
+        for each in self.late:
+            since = f"since {second(each.waits_since)} ({span(each.waits_for)})"
+            alive = "" if self.silence else f", although {_are(self.alive)} alive: the log of an instance says why"
+            found.append(f"The worker {each.name} is overdue {since}{alive}.")
+        found += [f"The worker {name} is stuck: {why}." for name, why in self.stuck.items()]
+        if self.late:
+            found += [
+                f"The threads of {name} are used up ({count} of WORKERS_THREADS): raise it, or start another instance."
+                for name, count in self.full.items()
+            ]
+        return found
+
+
+def _are(count: int) -> str:
+    return "1 instance is" if count == 1 else f"{count} instances are"
+
+
+def condition(manager: BackgroundWorkerManager) -> Condition:
+    """The fleet's condition by the database's clock, in a constant number of queries."""
+    threads: int = manager.app.config["WORKERS_THREADS"]
+    # Where the instances are: on SQLite they have a file of their own, from which the other rows can be read too.
+    with single_statements(manager.ticks.instances.engine).connect() as connection:
+        alive: dict[str, str] = {row.id: row.name for row in connection.execute(_alive)}
+        busy = _busy(connection)
+    full = {alive[id]: count for id, count in busy.items() if id in alive and count >= threads}
+    return Condition(manager.roster.silence(), len(alive), standings(manager), full)
+
+
+_name = instances.c.host + ":" + cast(instances.c.pid, String)
+_alive = select(instances.c.id, _name.label("name")).where(is_alive)
+_runs = (
+    select(executions.c.instance, func.count())
+    .join(workers, (executions.c.worker == workers.c.name) & (executions.c.token == workers.c.running))
+    .group_by(executions.c.instance)
+)
+_batches = (
+    select(messages.c.instance, func.count(distinct(messages.c.batch)))
+    .where(messages.c.state == "running")
+    .group_by(messages.c.instance)
+)
+
+
+def _busy(connection: Connection) -> dict[str, int]:
+    """How many threads each instance uses for runs and for batches of messages."""
+    busy: Counter[str] = Counter()
+    for query in (_runs, _batches):
+        for instance, count in connection.execute(query):
+            busy[instance] += count
+    return busy
+
+
+def write_as_the_application(manager: BackgroundWorkerManager) -> None:
+    """Have a connection of the application's own pool write nothing; raises what a write of the application would.
+
+    Another connection that writes at this moment is no obstacle: on SQLite this does not wait for it.
+    """
+    with manager.app.app_context():
+        engine = manager.db.engine
+    nothing = update(workers).where(false()).values(paused_at=null())
+    if engine.dialect.name == "sqlite":
+        sqlite.try_to_write(engine, nothing)
+        return
+    with engine.begin() as connection:
+        connection.execute(nothing)
