@@ -4,8 +4,7 @@ The statements are built once, as building takes longer than asking. Their value
 instance's where an execution begins.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from enum import Enum
 from typing import Any, Literal, NamedTuple
@@ -31,7 +30,6 @@ from sqlalchemy import (
     true,
     update,
 )
-from sqlalchemy.exc import OperationalError
 from sqlalchemy.sql.dml import ReturningInsert
 
 from .clock import UtcDateTime, elapsed, now, single_statements
@@ -42,7 +40,6 @@ from .sqlite import lock_soon
 Values = Mapping[str, Any]
 
 _MOST_EARLY_SECONDS = 0.1
-_SERIALIZATION_FAILURE = "40001"
 IS_FREE = and_(workers.c.pending_tick.is_(None), workers.c.running.is_(None))
 
 # A token that was lowered by hand, or restored without the executions, goes on above the greatest one in the history.
@@ -241,7 +238,9 @@ class _Together:
 
     def __init__(self, engine: Engine, first: Select[*tuple[Any, ...]], second: Select[Any]) -> None:
         self.second = second
-        self._first, self._second = first.compile(engine), second.compile(engine)
+        tables = engine.get_execution_options().get("schema_translate_map")
+        options: dict[str, Any] = {"schema_translate_map": tables, "render_schema_translate": True} if tables else {}
+        self._first, self._second = first.compile(engine, **options), second.compile(engine, **options)
 
     def row(self, connection: Connection, values: Values) -> Any:
         """The second's only row as a tuple, or None."""
@@ -260,13 +259,8 @@ class _Together:
 class ClaimsOnPostgreSQL:
     """One request looks, locks, claims and writes the execution's row. `limits` go with it, for its transaction."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        limits: Sequence[ColumnElement[str]],
-        begin: Callable[[], AbstractContextManager[Connection]],
-    ) -> None:
-        self._single, self._begin = single_statements(engine), begin
+    def __init__(self, engine: Engine, limits: Sequence[ColumnElement[str]]) -> None:
+        self._single = single_statements(engine)
         self._tick = _Together(engine, select(WAIT, *limits), LOOK_AND_CLAIM)
         self._pending = _Together(engine, select(*limits), CLAIM_PENDING_AND_START)
 
@@ -281,11 +275,5 @@ class ClaimsOnPostgreSQL:
         return Started(*row) if row else None
 
     def _sent(self, together: _Together, values: Values) -> Any:
-        try:
-            with self._single.connect() as connection:
-                return together.row(connection, values)
-        except OperationalError as error:  # by default this database isolates more strictly, and somebody was here
-            if getattr(error.orig, "sqlstate", None) != _SERIALIZATION_FAILURE:
-                raise
-        with self._begin() as connection:
-            return connection.execute(together.second, values).one_or_none()
+        with self._single.begin() as connection:
+            return together.row(connection, values)

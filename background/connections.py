@@ -4,20 +4,22 @@ import os
 import socket
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeVar
 from weakref import WeakSet
 
-from sqlalchemy import Dialect, Engine, Table, create_engine, event
+from sqlalchemy import Connection, Dialect, Engine, Table, create_engine, event
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.pool import NullPool
+from sqlalchemy.pool import QueuePool
 from sqlalchemy.schema import CreateTable
 
 from . import database_files, postgresql, sqlite
 from .models import instances, locks
+from .opening import Opener, file_of, has_creator
 from .outages import Outages
+from .sessions import Sessions, autocommit_refused
 
 Answer = TypeVar("Answer")
 Made = TypeVar("Made")
@@ -34,32 +36,46 @@ class made_once(cached_property[Made]):
 
 
 class Connections:
-    """Opened when they are asked for. No statement on them sets anything that outlives its transaction, and none
-    is prepared by name, so a pooler that gives every transaction another connection may stand before PostgreSQL."""
+    """The engine's own pools, whose connections are opened as those of the application's engine are.
 
-    def __init__(self, shared: Engine, arguments: Mapping[str, Any], lease: float, outages: Outages) -> None:
-        self._shared, self._outages = shared, outages
+    No statement on them sets anything that outlives its transaction, and none is prepared by name, so a pooler that
+    gives every transaction another connection may stand before PostgreSQL. `schema` is where the application has the
+    engine's tables; None: where the database looks for a table without a schema.
+    """
+
+    def __init__(self, shared: Engine, lease: float, schema: str | None, outages: Outages) -> None:
+        self._shared, self._schema, self._outages = shared, schema, outages
         outages.emptied.append(self._deafen)
         # As long as a heartbeat may take: libpq does not wait for less than two seconds. Then a line is given up on
         # which nothing is acknowledged, as where a firewall forgot it; TCP alone would take a quarter of an hour.
         seconds = max(2, int(lease / 2))
-        waiting = {"connect_timeout": seconds, "tcp_user_timeout": seconds * 1000}
-        waiting |= {"keepalives_idle": seconds, "keepalives_interval": 1}
-        self._arguments = {**arguments, **waiting, "prepare_threshold": None}
+        waiting: dict[str, Any] = {"connect_timeout": seconds, "tcp_user_timeout": seconds * 1000}
+        waiting |= {"keepalives_idle": seconds, "keepalives_interval": 1, "prepare_threshold": None}
+        self._opener = Opener(shared, {} if self._on_sqlite else waiting)
         self._open: WeakSet[Any] = WeakSet()
         self._listening: WeakSet[Any] = WeakSet()
+        self._strict: WeakSet[Any] = WeakSet()
         self._opening = threading.Lock()
         self._closed = 0
+        self.sessions = Sessions(shared, schema)
+        """What the engine does in the sessions of the application."""
+
+    @property
+    def _on_sqlite(self) -> bool:
+        return self._shared.dialect.name == "sqlite"
 
     @made_once
     def claims(self) -> Engine:
         """For whatever decides who runs."""
-        if self._shared.dialect.name != "sqlite":
+        if not self._on_sqlite:
             return self._postgresql(pool_size=5)  # with 2, a busy instance opened four connections a second
         # However many claims wait for the write lock: the heartbeat's look at the others must not wait behind them.
-        engine = create_engine(self._shared.url, max_overflow=-1, hide_parameters=True)
+        engine = self._engine(
+            self._opener.open,
+            self._schema,
+            lambda dialect, record: sqlite.connecting(dialect, record, [self._path]),
+        )
         sqlite.prepare(engine)
-        self._close_strays(engine)
         return engine
 
     @made_once
@@ -69,18 +85,19 @@ class Connections:
         On SQLite a run that has written holds the only write lock until it commits, so the heartbeats have a small
         database of their own beside the main one (all its processes live on one host). No transaction may be
         opened here but that of a single statement: BEGIN IMMEDIATE would lock the main one as well.
+        SQLite looks for a table without a schema in this file first, then in the main one.
         """
-        if self._shared.dialect.name != "sqlite":
+        if not self._on_sqlite:
             return self._postgresql(pool_size=1)
         own, main = str(self.heartbeat_file), self._file
-        engine = create_engine(self._shared.url.set(database=own), max_overflow=-1, hide_parameters=True)
 
-        @event.listens_for(engine, "do_connect")
-        def connecting(_dialect: Any, record: Any, _arguments: Any, _parameters: Any) -> None:
+        def connecting(_dialect: Dialect, record: Any) -> None:
             sqlite.expect_file(main)
             database_files.make_private(own, like=main)
             for path in (own, main):
                 database_files.expect(record, path)
+
+        engine = self._engine(partial(self._open_beside, own), None, connecting)
 
         @event.listens_for(engine, "connect")
         def connected(connection: Any, record: Any) -> None:
@@ -92,41 +109,44 @@ class Connections:
                 database_files.note(record)
 
         database_files.watch(engine)
-        self._close_strays(engine)
         return engine
 
     @property
     def heartbeat_file(self) -> str | None:
         """The path of the heartbeats' small database on SQLite; None on PostgreSQL."""
-        return f"{self._file}-instances" if self._shared.dialect.name == "sqlite" else None
+        return f"{self._file}-instances" if self._on_sqlite else None
+
+    @made_once
+    def _path(self) -> str:
+        """The path of the database's file, as the application says it; of a `creator` its connection is asked."""
+        path = str(self._shared.url.database)
+        if has_creator(self._shared) or path.startswith("file:"):
+            connection = self._opener.open()
+            path = file_of(connection)
+            connection.close()
+            if not path:
+                raise sqlite.in_memory(self._shared)
+        return path
 
     @property
     def _file(self) -> str:
-        return os.path.realpath(str(self._shared.url.database))  # by whatever links the others come to it
+        return os.path.realpath(self._path)  # by whatever links another process comes to it
 
     def refuse_missing(self) -> None:
         """Raise FileNotFoundError for a SQLite file that is not there: whoever opened it would make an empty one."""
-        if self._shared.dialect.name == "sqlite":
-            os.stat(str(self._shared.url.database))
+        if self._on_sqlite:
+            os.stat(self._path)
 
     @contextmanager
     def listening(self) -> Iterator[Any]:
         """A connection of psycopg's own that commits each statement, and is closed at the end."""
-        engine = create_engine(
-            self._shared.url,
-            poolclass=NullPool,
-            isolation_level="AUTOCOMMIT",
-            hide_parameters=True,
-            connect_args=self._arguments,
-        )
-        event.listen(engine, "connect", self._opened)
-        with engine.connect() as connection:
-            driver = connection.connection.driver_connection
-            self._listening.add(driver)
-            try:
-                yield driver
-            finally:
-                connection.invalidate()  # closed as it is: where it broke, a last rollback would fail aloud
+        connection = self._open_postgresql()
+        try:
+            connection.autocommit = True
+            self._listening.add(connection)
+            yield connection
+        finally:
+            connection.close()
 
     @property
     def locks(self) -> Engine:
@@ -135,7 +155,7 @@ class Connections:
         On SQLite those of the heartbeats: whoever acquires or releases a lock may itself hold the main database's
         only write lock, by what its session has not committed yet, and would wait for itself.
         """
-        return self.heartbeats if self._shared.dialect.name == "sqlite" else self.claims
+        return self.heartbeats if self._on_sqlite else self.claims
 
     def cut(self) -> None:
         """Have whatever waits for PostgreSQL on them fail now, from any thread, and connect anew from now on."""
@@ -157,34 +177,87 @@ class Connections:
             if opened in self.__dict__:
                 self.__dict__[opened].pool.dispose()  # and not replaced: others may be asking it at this moment
 
-    def _close_strays(self, engine: Engine) -> None:
-        @event.listens_for(engine, "do_connect")
-        def connecting(_dialect: Any, record: Any, _arguments: Any, _parameters: Any) -> None:
-            record.info["closed"] = self._closed
+    def _engine(
+        self,
+        opened: Callable[[], Any],
+        schema: str | None,
+        connecting: Callable[[Dialect, Any], object] = lambda dialect, record: None,
+        **options: Any,
+    ) -> Engine:
+        """An engine whose connections `opened` opens; what `close` finds in use is closed when it is given back."""
+
+        def create(connection_record: Any = None) -> Any:
+            connection_record.info["closed"] = self._closed
+            connecting(engine.dialect, connection_record)
+            return opened()
+
+        tables = {"schema_translate_map": {None: schema}} if schema else {}
+        engine = create_engine(
+            self._shared.url,
+            creator=create,
+            module=self._shared.dialect.dbapi,
+            poolclass=QueuePool,
+            max_overflow=-1,
+            hide_parameters=True,
+            execution_options=tables,
+            **options,
+        )
 
         @event.listens_for(engine, "checkin")
         def returned(connection: Any, record: Any) -> None:
             if connection is not None and record.info["closed"] != self._closed:
                 record.invalidate()
 
-    def _opened(self, connection: Any, _record: Any) -> None:
-        with self._opening:
-            self._open.add(connection)
+        return engine
+
+    def _open_beside(self, file: str) -> Any:
+        """Open the small database of SQLite's, also where the application's own function knows only the main one."""
+        connection = self._opener.open(file)
+        if os.path.realpath(file_of(connection)) != os.path.realpath(file):
+            connection.close()
+            connection = self._shared.dialect.connect(file, check_same_thread=False)
+        return connection
 
     def _postgresql(self, pool_size: int) -> Engine:
-        engine = create_engine(
-            self._shared.url,
-            isolation_level="READ COMMITTED",
-            pool_size=pool_size,
-            max_overflow=-1,
-            hide_parameters=True,
-            connect_args=self._arguments,
+        """The engine's own statements run at READ COMMITTED, whatever the server's default."""
+        engine = self._engine(
+            self._open_postgresql, self._schema, isolation_level="READ COMMITTED", pool_size=pool_size
         )
-        event.listen(engine, "connect", self._opened)
         postgresql.prepare(engine)
         self._outages.watch(engine)
-        self._close_strays(engine)
+
+        @event.listens_for(engine, "connect")
+        def connected(connection: Any, _record: Any) -> None:
+            if connection in self._strict and not event.contains(engine, "begin", self._begin):
+                event.listen(engine, "begin", self._begin)
+
         return engine
+
+    def _begin(self, connection: Connection) -> None:
+        """Begin the transaction of a single statement, where it would be a strict one by the server's default."""
+        driver: Any = connection.connection.driver_connection
+        if driver.autocommit and driver in self._strict:
+            connection.exec_driver_sql("BEGIN ISOLATION LEVEL READ COMMITTED")
+
+    def _open_postgresql(self) -> Any:
+        connection = self._opener.open()
+        try:
+            if connection.autocommit:
+                raise autocommit_refused(self._shared.url)
+            connection.commit()  # what a `connect` listener began, such as SET ROLE
+            connection.prepare_threshold = None
+            connection.autocommit = True
+            (default,) = connection.execute("SHOW default_transaction_isolation").fetchone()
+            connection.autocommit = False
+        except BaseException:
+            connection.close()
+            raise
+        with self._opening:
+            self._open.add(connection)
+            if default in ("repeatable read", "serializable"):
+                self._strict.add(connection)
+                self.sessions.is_strict = True
+        return connection
 
 
 def _shut_down(connection: Any) -> None:

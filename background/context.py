@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from flask_sqlalchemy import SQLAlchemy
-from sqlalchemy import event
+from sqlalchemy import Connection, Engine, event
 from sqlalchemy.orm import Session, SessionTransaction
 from svcs import Container
 from svcs.flask import svcs_from
@@ -18,6 +18,7 @@ from svcs.flask import svcs_from
 from .errors import BatchRolledBack, ClaimLost, RunStopped
 from .instances import LEASE_IS_OVER, Instance
 from .log_lines import LogLines
+from .sessions import Sessions, Within
 
 if TYPE_CHECKING:
     from .ledger import Claim, Ledger
@@ -38,7 +39,9 @@ class Stopping(threading.Event):
 class WorkerContext:
     """One run: its tick, its session and services, and how it hears that it should end."""
 
-    def __init__(self, claim: "Claim | Batch", what: "Claim | Message", instance: Instance, db: SQLAlchemy) -> None:
+    def __init__(
+        self, claim: "Claim | Batch", what: "Claim | Message", instance: Instance, db: SQLAlchemy, sessions: Sessions
+    ) -> None:
         self.worker: str = claim.worker
         self.tick: datetime = what.tick
         """The scheduled moment (aware, UTC); for a manual run the moment it was asked for."""
@@ -58,7 +61,7 @@ class WorkerContext:
         self.logger = logging.LoggerAdapter(logging.getLogger(f"background.{claim.worker}"), self.log_fields)
         self.timed_out_after: timedelta | None = None
         self.database = db.engine.url
-        self._db = db
+        self._db, self._sessions = db, sessions
         self._process = os.getpid()
         self._lost: str | None = None
         self._finishing = False
@@ -106,6 +109,26 @@ class WorkerContext:
         self._lost = self._lost or why
         self.stopping.set()
 
+    def within(self, session: Session) -> Within:
+        """Where the engine's own statements in `session` go, whatever `get_bind` says: to where its tables are."""
+        return self._sessions.within(session, self._engine_of(session))
+
+    def is_at_home(self, session: Session) -> bool:
+        """Whether `session` is on this run's database; another application's, in its context, may be elsewhere."""
+        return bool(self._engine_of(session).url == self.database)
+
+    def began(self, session: Session, connection: Connection) -> None:
+        """Judge the transaction that `session` began on `connection`, before anything is sent in it."""
+        if connection.engine is self._engine_of(session):
+            self._sessions.begin(connection)
+        else:
+            self._sessions.watch(connection, self.worker)
+
+    def _engine_of(self, session: Session) -> Engine:
+        """The default engine of the session's own extension, in the application whose context is the current one."""
+        db: SQLAlchemy = getattr(session, "_db", self._db)
+        return db.engine
+
     def finish(self) -> None:
         """Commit the effects, and that it is done, together."""
         raise NotImplementedError
@@ -138,7 +161,7 @@ class TickContext(WorkerContext):
     """The run of a tick."""
 
     def __init__(self, claim: "Claim", ledger: "Ledger", instance: Instance, db: SQLAlchemy) -> None:
-        super().__init__(claim, claim, instance, db)
+        super().__init__(claim, claim, instance, db, ledger.sessions)
         self.claim: Claim = claim
         self.log_lines = LogLines(lambda: current_run.get() is self)
         self._ledger = ledger
@@ -160,7 +183,7 @@ class TickContext(WorkerContext):
         """Commit the effects and "succeeded" together."""
         self.refuse_if_lost()
         self.session.flush()  # first, so that the worker's row is held for the commit only
-        self._ledger.finish(self.claim, self.session, self.notes())
+        self._ledger.finish(self.claim, self.within(self.session), self.notes())
         self._finishing = True
         self.session.commit()
 
@@ -170,7 +193,7 @@ class TickContext(WorkerContext):
         if not self._finishing:
             session.flush()
             try:
-                self._ledger.check(self.claim, session, self._news())
+                self._ledger.check(self.claim, self.within(session), self._news())
             except ClaimLost:
                 self.lose("somebody else has it")
                 raise
@@ -183,7 +206,7 @@ class MessageContext(WorkerContext):
     def __init__(
         self, batch: "Batch", these: "Sequence[Message]", messages: "Messages", instance: Instance, db: SQLAlchemy
     ) -> None:
-        super().__init__(batch, these[0], instance, db)
+        super().__init__(batch, these[0], instance, db, messages.sessions)
         self.claim: Batch = batch
         self._messages = messages
         self._open = [message.id for message in these]
@@ -219,7 +242,7 @@ class MessageContext(WorkerContext):
         if done:
             self._refuse_if_rolled_back()
         try:
-            self._messages.acknowledge(self.claim, done, self._open, session)
+            self._messages.acknowledge(self.claim, done, self._open, self.within(session))
         except ClaimLost:
             self.lose("somebody else has it")
             raise
@@ -257,6 +280,7 @@ class RunFields(logging.Filter):
 def fence(db: SQLAlchemy) -> None:
     """Check the claim before every commit that a run makes on any session of `db`; and see `when_committed`."""
     for name, listener in (
+        ("after_begin", _after_begin),
         ("before_commit", _before_commit),
         ("after_commit", _after_commit),
         ("after_rollback", _after_rollback),
@@ -286,5 +310,11 @@ def _before_commit(session: Session) -> None:
     run = current_run.get()
     if run is None or session.in_nested_transaction():  # releasing a savepoint commits nothing
         return
-    if session.get_bind().engine.url == run.database:  # else it is another application's, which knows no claim of ours
+    if run.is_at_home(session):  # else it is another application's, which knows no claim of ours
         run.check(session)
+
+
+def _after_begin(session: Session, transaction: SessionTransaction, connection: Connection) -> None:
+    run = current_run.get()
+    if run is not None and not transaction.nested and run.is_at_home(session):
+        run.began(session, connection)

@@ -56,6 +56,14 @@ class ClaimLost(BackgroundError):
     """The run no longer holds its claim; what its session had not committed is rolled back."""
 
 
+class NotFenced(BackgroundError):
+    """A write of a run that no check of its claim would guard."""
+
+
+class CommitFirst(BackgroundError):
+    """A call that commits on its own, while the caller's own transaction holds what it would wait for."""
+
+
 class RunStopped(BackgroundError):
     """Raised by `context.raise_if_stopping()`: the run ends here and is handed back."""
 

@@ -29,7 +29,6 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.orm import Session
 
 from . import totals
 from .claiming import (
@@ -48,6 +47,7 @@ from .clock import now, single_statements
 from .errors import ClaimLost
 from .models import executions, workers
 from .schedule import MICROSECOND, Schedule, parse_schedule
+from .sessions import Executes, Sessions
 
 log = logging.getLogger(__name__)
 
@@ -144,8 +144,8 @@ class Ledger:
     `ring` is called once there is something in them for whoever comes first.
     """
 
-    def __init__(self, engine: Engine, lease: float, ring: Callable[[], None]) -> None:
-        self.engine, self.ring = engine, ring
+    def __init__(self, engine: Engine, lease: float, ring: Callable[[], None], sessions: Sessions) -> None:
+        self.engine, self.ring, self.sessions = engine, ring, sessions
         self._single = single_statements(engine)
         self.idle: tuple[ColumnElement[str], ...] = ()
         self._limits: tuple[ColumnElement[str], ...] = ()
@@ -159,7 +159,7 @@ class Ledger:
             self.idle = (_limit("idle_in_transaction_session_timeout", lease),)
             waiting = _limit("lock_timeout", min(lease, _LOCK_SECONDS))
             self._limits = (*self.idle, waiting, _limit("statement_timeout", lease))
-            self._claims = ClaimsOnPostgreSQL(engine, self._limits, self.begin)
+            self._claims = ClaimsOnPostgreSQL(engine, self._limits)
 
     @contextmanager
     def begin(self) -> Iterator[Connection]:
@@ -276,7 +276,7 @@ class Ledger:
 
     # -- ending --------------------------------------------------------------------------------
 
-    def check(self, claim: Claim, session: Session, notes: Notes = NOTHING) -> None:
+    def check(self, claim: Claim, session: Executes, notes: Notes = NOTHING) -> None:
         """Hold the worker's row in the session's transaction while `claim` is in force; else raise ClaimLost.
 
         `notes` are written into its execution's row, by column.
@@ -284,7 +284,7 @@ class Ledger:
         Others may be here: whoever takes the claim over. They wait for this commit, or this finds them first.
         """
         held = in_force(claim)
-        if session.get_bind().dialect.name == "sqlite":  # has no row locks; a write takes the only lock there is
+        if self.engine.dialect.name == "sqlite":  # has no row locks; a write takes the only lock there is
             result = session.execute(update(workers).where(held).values(running=workers.c.running))
             ours = count(result) == 1
         else:
@@ -295,7 +295,7 @@ class Ledger:
         if notes:
             session.execute(update(executions).where(own(claim)).values(notes))
 
-    def finish(self, claim: Claim, session: Session, notes: Notes = NOTHING) -> None:
+    def finish(self, claim: Claim, session: Executes, notes: Notes = NOTHING) -> None:
         """Write "succeeded" into the run's own transaction; its commit makes the effects and the mark one."""
         if not self._end(session, claim, "succeeded", notes=notes):
             raise _lost(claim)
@@ -328,7 +328,7 @@ class Ledger:
 
     def _end(
         self,
-        connection: Connection | Session,
+        connection: Executes,
         claim: Claim,
         state: str,
         reason: str | None = None,
@@ -361,7 +361,7 @@ class Ledger:
         return True
 
     def write_anew(
-        self, connection: Connection | Session, claim: Claim, outcome: Values, tokens: Sequence[int | None]
+        self, connection: Executes, claim: Claim, outcome: Values, tokens: Sequence[int | None]
     ) -> Row[Any] | None:
         """Write the row of an execution that is gone, with the first of `tokens` that no other row of the worker has.
 
@@ -378,7 +378,7 @@ class Ledger:
         moments = executions.c.started_at, executions.c.finished_at
         for token in tokens:
             new = self.insert(executions).values(row | {"token": token}).on_conflict_do_nothing()
-            written = connection.execute(new.returning(*moments)).one_or_none()
+            written: Row[Any] | None = connection.execute(new.returning(*moments)).one_or_none()
             if written is not None:
                 tick, state = claim.tick.isoformat(), outcome["state"]
                 log.warning("%s: the row of the tick %s was gone; it is written anew: %s", claim.worker, tick, state)

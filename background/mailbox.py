@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
@@ -120,8 +121,14 @@ class Flow:
 class Mailbox:
     """Reads the messages of one database, a constant number of queries for every question; and steers them."""
 
-    def __init__(self, messages: Messages, roster: Roster, workers: Mapping[str, type[MessageWorker]]) -> None:
-        self._messages, self._roster, self._workers = messages, roster, workers
+    def __init__(
+        self,
+        messages: Messages,
+        roster: Roster,
+        workers: Mapping[str, type[MessageWorker]],
+        on_its_own: Callable[[str], AbstractContextManager[None]],
+    ) -> None:
+        self._messages, self._roster, self._workers, self._on_its_own = messages, roster, workers, on_its_own
 
     # -- reading -------------------------------------------------------------------------------
 
@@ -198,16 +205,18 @@ class Mailbox:
     def retry(self, ids: Collection[int] | None, topic: str | None = None) -> int:
         """Let the dead or discarded messages `ids` be handled anew, all or none; None: all the dead ones (of `topic`).
 
-        Return how many. Raises UnknownMessage, WrongState and UnknownTopic.
+        Return how many. Raises UnknownMessage, WrongState, UnknownTopic and CommitFirst.
         """
-        return self._decide(self._messages.retry, ids, topic)
+        with self._on_its_own("messages.retry"):
+            return self._decide(self._messages.retry, ids, topic)
 
     def discard(self, ids: Collection[int] | None, topic: str | None = None) -> int:
         """Have the dead or waiting messages `ids` never be handled, all or none; None: all the dead ones (of `topic`).
 
         They stay, and their keys refuse others, as long as done ones. Returns and raises as `retry` does.
         """
-        return self._decide(self._messages.discard, ids, topic)
+        with self._on_its_own("messages.discard"):
+            return self._decide(self._messages.discard, ids, topic)
 
     def _decide(self, decide: Callable[..., int], ids: Collection[int] | None, topic: str | None) -> int:
         self._refuse_unknown(topic, _is_text(topic))

@@ -35,11 +35,13 @@ from .healing import is_ahead
 from .history import History
 from .locks import Lock
 from .mailbox import Mailbox
+from .open_transactions import OpenTransactions
 from .outages import Outages, place
 from .payloads import as_delay, draft, listed
 from .roster import Roster
 from .runs import Execution
 from .schedule import make_schedule
+from .sessions import refuse_autocommit_options
 from .ticks import Ticks
 from .why import Answer, why
 from .worker import AnyWorker, MessageWorker, PeriodicWorker, declared_schedule, declared_topic
@@ -84,12 +86,15 @@ class BackgroundWorkerManager:
         self.ticks = Ticks(app, db, self._workers, Outages())
         _managers.add(self)
         app.extensions["background_workers"] = self
+        schema = db.metadata.schema
         for name, table in models.metadata.tables.items():
-            if name not in db.metadata.tables:
-                table.to_metadata(db.metadata)
+            if (f"{schema}.{name}" if schema else name) not in db.metadata.tables:
+                table.to_metadata(db.metadata, schema=schema)  # type: ignore[arg-type]
         with app.app_context():
             refuse_driver(db.engine)
             sqlite.refuse_memory(db.engine)
+            refuse_autocommit_options(db.engine)
+            self._open = OpenTransactions(db.engine)
             self._engines = tuple(db.engines.values())
             for engine in self._engines:
                 sqlite.prepare(engine)
@@ -226,17 +231,28 @@ class BackgroundWorkerManager:
             return True
 
     def prepare(self) -> None:
-        """Call the `before_start` callbacks, once; raises what they raise."""
+        """Call the `before_start` callbacks, once; raises what they raise, and InvalidConfig for AUTOCOMMIT."""
         with self.app.app_context():
             while self._before_start:
                 self._before_start[0]()
                 del self._before_start[0]
+            self._refuse_autocommit()
 
     def check(self) -> None:
         """Call the `check` of every `before_start`; raises what they raise, and changes nothing."""
         with self.app.app_context():
             for check in self._checks:
                 check()
+            self._refuse_autocommit()
+
+    def _refuse_autocommit(self) -> None:
+        """Ask a session as the application has them; raises InvalidConfig where it keeps nothing together."""
+        refuse_autocommit_options(self.db.engine)
+        session = self.db.session()
+        try:
+            self.ticks.connections.sessions.within(session)
+        finally:
+            session.close()
 
     def start(self, names: Collection[str] = ()) -> None:
         """Join the fleet, from now until `stop`, to run all workers or those of `names` only.
@@ -282,7 +298,8 @@ class BackgroundWorkerManager:
         """Run the tick of worker `name` at `at` (aware; the latest tick up to then), unless an instance has or does.
 
         Returns the execution, or None where the tick was not this call's to run. Waits for the database's clock
-        to reach the tick, at most one lease. Raises UnknownWorker, and what the database raises.
+        to reach the tick, at most one lease. Raises UnknownWorker, CommitFirst amid a transaction of this thread that
+        has written, and what the database raises.
 
         A worker that is new to the database begins with the next tick (see `run_on_first_start`), so its latest one
         is not run. Only where `at` is a tick itself does the worker begin with that one.
@@ -295,19 +312,22 @@ class BackgroundWorkerManager:
         if not worker.enabled:
             log.debug("%s: not running a tick: it is disabled here (enabled = False)", name)
             return None
-        self._reopen()
-        at = at.astimezone(UTC)
-        state = self.ticks.look(worker, asked=at)
-        return self.ticks.run(worker, state.schedule.previous(at), state.schedule_text, state)
+        with self._on_its_own(f"tick({name!r})", runs=True):
+            self._reopen()
+            at = at.astimezone(UTC)
+            state = self.ticks.look(worker, asked=at)
+            return self.ticks.run(worker, state.schedule.previous(at), state.schedule_text, state)
 
     def trigger(self, name: str) -> Execution | None:
         """Run worker `name` now, here, whatever its schedule says; None where it is running already.
 
-        A manual run takes no tick away, and a pause does not hold it up. Raises UnknownWorker.
+        A manual run takes no tick away, and a pause does not hold it up. Raises UnknownWorker, and CommitFirst amid a
+        transaction of this thread that has written.
         """
         worker = self._known(name)
-        self._reopen()
-        return self.ticks.run_now(worker)
+        with self._on_its_own(f"trigger({name!r})", runs=True):
+            self._reopen()
+            return self.ticks.run_now(worker)
 
     def request(self, name: str) -> bool:
         """Have worker `name` run now, by whichever instance comes first, at once or with its next heartbeat.
@@ -315,20 +335,29 @@ class BackgroundWorkerManager:
         As with `trigger`, a pause does not hold it up. False where it runs, or is to be run, already. Raises
         UnknownWorker.
         """
-        self.ticks.look(self._known(name))
-        requested = self.ticks.ledger.request(name)
+        worker = self._known(name)
+        with self._on_its_own(f"request({name!r})"):
+            self.ticks.look(worker)
+            requested = self.ticks.ledger.request(name)
         self._look()
         return requested
 
     def pause(self, name: str) -> bool:
-        """Run no more ticks of `name`, anywhere, until `resume`; what runs goes on. False if paused already."""
-        self.ticks.look(self._known(name))
-        return self.ticks.steering.pause(name)
+        """Run no more ticks of `name`, anywhere, until `resume`; what runs goes on. False if paused already.
+
+        It commits on its own: raises CommitFirst where it would wait for the caller's own transaction.
+        """
+        worker = self._known(name)
+        with self._on_its_own(f"pause({name!r})"):
+            self.ticks.look(worker)
+            return self.ticks.steering.pause(name)
 
     def resume(self, name: str) -> bool:
-        """Run the ticks of `name` again, from the next one. False if it was not paused."""
-        self.ticks.look(self._known(name))
-        return self.ticks.steering.resume(name)
+        """Run the ticks of `name` again, from the next one. False if it was not paused. Raises as `pause` does."""
+        worker = self._known(name)
+        with self._on_its_own(f"resume({name!r})"):
+            self.ticks.look(worker)
+            return self.ticks.steering.resume(name)
 
     def reschedule(
         self, name: str, period: timedelta | None = None, cron: str | None = None, timezone: str | None = None
@@ -337,11 +366,12 @@ class BackgroundWorkerManager:
 
         A release that declares another schedule replaces it. False if that is its schedule already.
         """
-        self.ticks.look(self._known(name))
+        worker = self._known(name)
         declared = period is None and cron is None and timezone is None
-        changed = self.ticks.steering.reschedule(
-            name, None if declared else make_schedule(name, period, cron, timezone)
-        )
+        schedule = None if declared else make_schedule(name, period, cron, timezone)
+        with self._on_its_own(f"reschedule({name!r})"):
+            self.ticks.look(worker)
+            changed = self.ticks.steering.reschedule(name, schedule)
         self._look()
         return changed
 
@@ -351,10 +381,15 @@ class BackgroundWorkerManager:
         The fleet does this by itself after a lease, where the history goes back far enough to show that no tick runs
         twice. Returns the workers, and the number of messages.
         """
-        names = [name for name, state in self.ticks.ledger.states().items() if is_ahead(state)]
-        healed = [name for name in names if self.ticks.healing.worker(name)], self.ticks.healing.messages()
+        with self._on_its_own("repair"):
+            names = [name for name, state in self.ticks.ledger.states().items() if is_ahead(state)]
+            healed = [name for name in names if self.ticks.healing.worker(name)], self.ticks.healing.messages()
         self._look()
         return healed
+
+    def _on_its_own(self, call: str, runs: bool = False) -> AbstractContextManager[None]:
+        """In this block `call` commits by itself; raises CommitFirst where the caller would wait for itself."""
+        return self._open.refused(call, self.ticks.connections.claims, runs)
 
     def _look(self) -> None:
         """Take in at once what the others see with their next heartbeat."""
@@ -434,7 +469,7 @@ class BackgroundWorkerManager:
     @property
     def messages(self) -> Mailbox:
         """The messages, for people to read, to retry and to discard."""
-        return Mailbox(self.ticks.messages, self.roster, self._topics)
+        return Mailbox(self.ticks.messages, self.roster, self._topics, self._on_its_own)
 
     def why(self, name: str, at: datetime | None = None) -> Answer:
         """What became of the tick that `at` (aware; now, if not given) belongs to, and why: one sentence.

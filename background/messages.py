@@ -41,6 +41,7 @@ from .ledger import Ledger, count
 from .listener import CHANNEL
 from .models import message_errors, messages
 from .payloads import Draft
+from .sessions import Executes
 
 _BULK = 5_000
 
@@ -111,7 +112,7 @@ class Messages:
     """The message rows of one database: enqueued on the callers' sessions, claimed on the engine's connections."""
 
     def __init__(self, ledger: Ledger) -> None:
-        self._ledger = ledger
+        self._ledger, self.sessions = ledger, ledger.sessions
         self._single = single_statements(ledger.engine)
         self._on_sqlite = ledger.engine.dialect.name == "sqlite"
         # Built once: that takes longer than some of them do.
@@ -126,7 +127,8 @@ class Messages:
         """
         pause = delay.total_seconds() if delay else 0.0
         values = {"of": topic, "keyed": draft.key, "carried": draft.payload, "after": pause}
-        return session.execute(self._enqueue, values).scalar()
+        found: int | None = self.sessions.within(session).execute(self._enqueue, values).scalar()
+        return found
 
     def _enqueueing(self) -> Any:
         after = bindparam("after", type_=Float)
@@ -144,7 +146,7 @@ class Messages:
 
     def enqueue_many(self, session: Session, topic: str, drafts: Iterable[Draft], delay: timedelta | None) -> int:
         """Enqueue in bulk, in the order given; return how many were not enqueued before."""
-        enqueued, left = 0, iter(drafts)
+        enqueued, left, within = 0, iter(drafts), self.sessions.within(session)
         while some := list(islice(left, _BULK)):
             source = self._rows(some)
             values = select(literal(topic), source.c.payload, source.c.key, now(), now(delay)).order_by(source.c.place)
@@ -152,9 +154,9 @@ class Messages:
             # "WHERE true": without one, SQLite reads ON CONFLICT as the ON of a join.
             new = self._ledger.insert(messages).from_select(columns, values.where(text("true")))
             new = new.on_conflict_do_nothing(**_same_key).execution_options(preserve_rowcount=True)
-            enqueued += count(session.execute(new))
+            enqueued += count(within.execute(new))
         if enqueued and not (delay or self._on_sqlite):
-            session.execute(select(func.pg_notify(CHANNEL, topic)))
+            within.execute(select(func.pg_notify(CHANNEL, topic)))
         return enqueued
 
     def _rows(self, drafts: Sequence[Draft]) -> Any:
@@ -193,7 +195,7 @@ class Messages:
 
     # -- ending --------------------------------------------------------------------------------
 
-    def acknowledge(self, batch: Batch, done: Collection[int], ids: Collection[int], session: Session) -> None:
+    def acknowledge(self, batch: Batch, done: Collection[int], ids: Collection[int], session: Executes) -> None:
         """In the session's transaction, mark those of `ids` that are `done` and hold the rest, or raise ClaimLost.
 
         Others may be here: whoever takes the batch over, as its instance is gone. They wait for this commit, or this

@@ -65,7 +65,7 @@ class Outages:
 
 def place(url: URL) -> tuple[object, ...]:
     """The host, the port and the name of a database, without the user and the options of a connection."""
-    return url.host or url.query.get("host"), url.port or url.query.get("port"), url.database
+    return url.host or url.query.get("host"), str(url.port or url.query.get("port") or 5432), url.database
 
 
 def is_cut_off(error: BaseException) -> bool:

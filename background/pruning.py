@@ -36,11 +36,12 @@ def _prune_executions(context: WorkerContext) -> None:
     after, deleted = 0, 1
     while deleted:  # ids ascend with time, so the first slice without an old row ends it
         context.raise_if_stopping()
+        within = context.within(context.session)
         ids = select(executions.c.id).where(executions.c.id > after).order_by(executions.c.id).limit(SLICE)
-        last = context.session.scalar(select(func.max(ids.subquery().c.id))) or after
+        last = within.execute(select(func.max(ids.subquery().c.id))).scalar() or after
         in_slice = (executions.c.id > after, executions.c.id <= last)
         old = delete(executions).where(*in_slice, executions.c.finished_at < cutoff)
-        deleted = count(context.session.execute(old))
+        deleted = count(within.execute(old))
         context.commit()
         after = last
 
@@ -54,11 +55,12 @@ def _prune_messages(context: WorkerContext) -> None:
     ended, after = messages.c.finished_at, datetime(1900, 1, 1, tzinfo=UTC)
     while True:
         context.raise_if_stopping()
+        within = context.within(context.session)
         old = select(ended).where(ended > after, ended < cutoff).order_by(ended).limit(SLICE).subquery()
-        last = context.session.scalar(select(func.max(old.c.finished_at)))
+        last = within.execute(select(func.max(old.c.finished_at))).scalar()
         if last is None:
             break
-        context.session.execute(delete(messages).where(ended > after, ended <= last, is_forgotten))
+        within.execute(delete(messages).where(ended > after, ended <= last, is_forgotten))
         context.commit()
         after = last
 

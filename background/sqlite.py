@@ -31,7 +31,7 @@ def prepare(engine: Engine) -> None:
     time-out, if anybody committed in between.)
     """
     if engine.dialect.name == "sqlite" and not event.contains(engine, "connect", _connected):
-        event.listen(engine, "do_connect", _connecting)
+        event.listen(engine, "do_connect", connecting)
         event.listen(engine, "connect", _connected)
         event.listen(engine, "engine_disposed", _disposed)
         database_files.watch(engine)
@@ -41,10 +41,15 @@ def prepare(engine: Engine) -> None:
 def refuse_memory(engine: Engine) -> None:
     """A database in memory is a single connection, on which a heartbeat's read would roll a run back."""
     if engine.dialect.name == "sqlite" and engine.url.database in (None, "", ":memory:"):
-        raise InvalidConfig(
-            f"The database {engine.url} is in the memory of one connection; expected one that several connections "
-            "can share: use a file, in a test one of its temporary folder."
-        )
+        raise in_memory(engine)
+
+
+def in_memory(engine: Engine) -> InvalidConfig:
+    """The error for a database that only one connection has."""
+    return InvalidConfig(
+        f"The database {engine.url} is in the memory of one connection; expected one that several connections "
+        "can share: use a file, in a test one of its temporary folder."
+    )
 
 
 def try_to_write(engine: Engine, statement: Executable) -> None:
@@ -110,7 +115,7 @@ def _locked(path: str) -> str:
     )
 
 
-def _connecting(dialect: Dialect, record: Any, arguments: Any, _parameters: Any) -> None:
+def connecting(dialect: Dialect, record: Any, arguments: Any, _parameters: Any = None) -> None:
     """Make a new file, which SQLite would let every user of the machine read, and remember which one is opened."""
     path = arguments[0]
     if not os.path.isabs(path):  # `:memory:`, or a URI
@@ -180,3 +185,18 @@ def lock_soon(connection: Connection) -> None:
     with suppress(sqlite3.Error):  # whatever it is, the next statement meets it, and SQLAlchemy tells of it
         driver.execute("BEGIN IMMEDIATE")
     driver.execute(f"PRAGMA busy_timeout = {BUSY_SECONDS * 1000}")
+
+
+def is_locked(engine: Engine) -> bool:
+    """Whether a connection holds the write lock now."""
+    with engine.connect() as connection:
+        driver: Any = connection.connection.driver_connection
+        driver.execute("PRAGMA busy_timeout = 0")
+        try:
+            driver.execute("BEGIN IMMEDIATE")
+            driver.rollback()
+            return False
+        except sqlite3.OperationalError:
+            return True
+        finally:
+            driver.execute(f"PRAGMA busy_timeout = {BUSY_SECONDS * 1000}")

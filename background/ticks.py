@@ -27,6 +27,7 @@ from .messages import Messages
 from .outages import Outages
 from .runs import Execution, Runs, follows
 from .schedule import MICROSECOND
+from .sessions import schema_of
 from .signals import execution_handed_back, execution_lost, send
 from .steering import Steering
 from .worker import PeriodicWorker, attempt_after, begins, declared_schedule
@@ -271,14 +272,13 @@ class Ticks:
 
     @made_once
     def connections(self) -> Connections:
-        options = self._app.config.get("SQLALCHEMY_ENGINE_OPTIONS") or {}
         with self._app.app_context():
-            arguments = options.get("connect_args", {})
-            return Connections(self._db.engine, arguments, self._lease.total_seconds(), self.outages)
+            return Connections(self._db.engine, self._lease.total_seconds(), schema_of(self._db), self.outages)
 
     @made_once
     def ledger(self) -> Ledger:
-        return Ledger(self.connections.claims, self._lease.total_seconds(), partial(ring, self.connections))
+        connections = self.connections
+        return Ledger(connections.claims, self._lease.total_seconds(), partial(ring, connections), connections.sessions)
 
     @made_once
     def healing(self) -> Healing:

@@ -2,12 +2,13 @@
 
 from bisect import bisect_left
 from datetime import datetime, timedelta
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from sqlalchemy import Connection, TextClause, bindparam, text
-from sqlalchemy.orm import Session
+from sqlalchemy import TextClause, bindparam, text
 
 from .models import totals
+from .sessions import Executes
 
 if TYPE_CHECKING:
     from .ledger import Claim
@@ -20,7 +21,7 @@ Row = tuple[str, str, timedelta]
 
 
 def add_execution(
-    connection: Connection | Session, claim: "Claim", state: str, started_at: datetime, finished_at: datetime
+    connection: Executes, claim: "Claim", state: str, started_at: datetime, finished_at: datetime
 ) -> None:
     """Count one execution, which ended in `state`, in the transaction that ends it.
 
@@ -34,7 +35,7 @@ def add_execution(
     _add(connection, claim.worker, rows, finished_at)
 
 
-def add_not_run(connection: Connection, worker: str, state: str, at: datetime) -> None:
+def add_not_run(connection: Executes, worker: str, state: str, at: datetime) -> None:
     """Count one row of ticks that were skipped or missed, however many it stands for; alone, as above."""
     _add(connection, worker, [("state", state, timedelta())], at)
 
@@ -44,23 +45,24 @@ def _bucket(bounds: tuple[float, ...], length: timedelta) -> str:
     return f"{bounds[at]:g}" if at < len(bounds) else "inf"
 
 
-def _add(connection: Connection | Session, worker: str, rows: list[Row], at: datetime) -> None:
+def _add(connection: Executes, worker: str, rows: list[Row], at: datetime) -> None:
     values: dict[str, object] = {"worker": worker, "at": at}
     for number, (kind, label, length) in enumerate(rows):
         seconds = max(length.total_seconds(), 0.0)
         values |= {f"kind{number}": kind, f"label{number}": label, f"seconds{number}": seconds}
-    connection.execute(_statements[len(rows)], values)
+    tables = connection.get_execution_options().get("schema_translate_map") or {}
+    connection.execute(_statement(len(rows), tables.get(None)), values)
 
 
-def _statement(rows: int) -> TextClause:
+@lru_cache
+def _statement(rows: int, schema: str | None) -> TextClause:
     """One statement, in SQL: PostgreSQL does not end an idle transaction whose last one was an `executemany`, and
     SQLAlchemy compiles an INSERT of several rows anew each time."""
     values = ", ".join(f"(:worker, :kind{row}, :label{row}, 1, :seconds{row}, :at)" for row in range(rows))
+    place = '"' + schema.replace('"', '""').replace(":", "\\:") + '".' if schema else ""
     return text(
-        f"INSERT INTO background_totals (worker, kind, label, count, seconds, latest_at) VALUES {values} "  # noqa: S608
+        f"INSERT INTO {place}background_totals AS background_totals "  # noqa: S608
+        f"(worker, kind, label, count, seconds, latest_at) VALUES {values} "
         "ON CONFLICT (worker, kind, label) DO UPDATE SET count = background_totals.count + 1, "
         "seconds = background_totals.seconds + excluded.seconds, latest_at = excluded.latest_at"
     ).bindparams(bindparam("at", type_=totals.c.latest_at.type))
-
-
-_statements = {rows: _statement(rows) for rows in (1, 2, 3)}

@@ -213,6 +213,27 @@ MUTATIONS = (
         ["tests/test_message_faults.py", "-k", "kills"],
     ),
     Mutation(
+        "the fence asks the database itself, not a replica",
+        [
+            Edit(
+                "background/sessions.py",
+                'session.connection(bind_arguments={"bind": engine})',
+                "session.connection()",
+            )
+        ],
+        ["tests/test_hosts_connections.py", "-k", "engine_works_in_sessions"],
+    ),
+    Mutation(
+        "a run's write by another engine is refused",
+        [Edit("background/sessions.py", "if place(url) == place(self.engine.url):", "if False:")],
+        ["tests/test_hosts_connections.py", "-k", "by_another_engine"],
+    ),
+    Mutation(
+        "a transaction that keeps nothing together is refused",
+        [Edit("background/sessions.py", "        refuse_autocommit(connection)\n", "        pass\n")],
+        ["tests/test_hosts_connections.py", "-k", "keeps_nothing"],
+    ),
+    Mutation(
         "what one handler rolls back, its neighbours did not do",
         [Edit("background/context.py", "if self._transaction is not None and", "if False and")],
         ["tests/test_messages.py", "-k", "whatever"],

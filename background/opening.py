@@ -1,0 +1,54 @@
+"""Opens connections of the driver's in the way in which the application's own engine opens its connections."""
+
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+from sqlalchemy import Engine, event
+
+
+class Opener:
+    """Opens connections with the URL, the arguments, the `creator` and the listeners of the engine `shared`.
+
+    No connection comes from that engine's pool, so the engine never waits for the application's connections.
+    """
+
+    def __init__(self, shared: Engine, arguments: Mapping[str, Any]) -> None:
+        self._shared, self._arguments = shared, arguments
+        self._here = threading.local()
+        event.listen(shared, "do_connect", self._connect, insert=True)
+
+    def open(self, file: str | None = None) -> Any:
+        """Open one connection; on SQLite to `file` instead, unless the application's own function opens it."""
+        self._here.asked = {"file": file}
+        try:
+            pooled = self._shared.pool.recreate().connect()
+        finally:
+            self._here.asked = None
+        pooled.detach()
+        return pooled.dbapi_connection
+
+    def _connect(self, dialect: Any, record: Any, given: Any, named: Any) -> Any:
+        """Connect with our arguments, if this thread asked for it, after the application's `do_connect` listeners."""
+        asked, self._here.asked = getattr(self._here, "asked", None), None
+        if asked is None:
+            return None
+        given = [asked["file"], *given[1:]] if asked["file"] else given
+        named = {**named, **self._arguments}
+        listeners = list(dialect.dispatch.do_connect)
+        for later in listeners[listeners.index(self._connect) + 1 :]:
+            if (connection := later(dialect, record, given, named)) is not None:
+                return connection
+        return dialect.connect(*given, **named)
+
+
+def has_creator(engine: Engine) -> bool:
+    """Whether the application connects by a function of its own, so that the URL does not say where to."""
+    made_by = getattr(getattr(engine.pool, "_creator", None), "__module__", "")
+    return made_by != "sqlalchemy.engine.create"
+
+
+def file_of(connection: Any) -> str:
+    """Return the path of the file that a connection of SQLite's has open."""
+    _number, _name, path = connection.execute("PRAGMA database_list").fetchone()
+    return str(path or "")

@@ -1,0 +1,148 @@
+"""The application's sessions, in which the engine has statements of its own; and the settings that it refuses."""
+
+import logging
+import re
+from typing import Any, Protocol
+
+from flask_sqlalchemy import SQLAlchemy
+from sqlalchemy import URL, Connection, Engine, Executable, event
+from sqlalchemy.orm import Session
+
+from .errors import InvalidConfig, NotFenced
+from .outages import place
+
+log = logging.getLogger(__name__)
+
+_READS = re.compile(r"[\s(]*(select|show|explain|values|table|pragma|savepoint|release|rollback|set)\b", re.IGNORECASE)
+_WRITES = re.compile(r"\b(insert|update|delete|merge)\b", re.IGNORECASE)
+
+
+class Executes(Protocol):
+    """A connection, or the engine's part in a session."""
+
+    def execute(self, statement: Any, parameters: Any = None, /) -> Any:
+        """Run one statement; return its result."""
+
+    def get_execution_options(self) -> Any:
+        """The options with which each statement runs."""
+
+
+class Within:
+    """The engine's statements in one session, on the engine and in the schema that have its tables."""
+
+    def __init__(self, session: Session, engine: Engine, schema: str | None) -> None:
+        # Not `session.execute`: it asks `get_bind`, which may send a SELECT to a replica.
+        self._connection = session.connection(bind_arguments={"bind": engine})
+        refuse_autocommit(self._connection)
+        self._options = {"schema_translate_map": {None: schema} if schema else {}, "stream_results": False}
+
+    def execute(self, statement: Executable, parameters: Any = None, /) -> Any:
+        return self._connection.execute(statement, parameters, execution_options=self._options)
+
+    def get_execution_options(self) -> dict[str, Any]:
+        return self._options
+
+
+class Sessions:
+    """What the engine does in the sessions of one application, and what it does not let them do in a run."""
+
+    def __init__(self, engine: Engine, schema: str | None) -> None:
+        self.engine = engine
+        self._schema = schema
+        self.is_strict = False
+        """Whether the server isolates more strictly than READ COMMITTED by default."""
+        self._warned: set[tuple[str, str]] = set()
+
+    def within(self, session: Session, engine: Engine | None = None) -> Within:
+        """Where the engine's statements in `session` go; raises InvalidConfig if each would commit on its own.
+
+        `engine` is that of another application on the same database, whose session it is.
+        """
+        return Within(session, self.engine if engine is None else engine, self._schema)
+
+    def begin(self, connection: Connection) -> None:
+        """Begin a run's transaction: refuse one that keeps nothing together, and soften the server's default.
+
+        An isolation level that the application chose itself stays.
+        """
+        refuse_autocommit(connection)
+        driver: Any = connection.connection.driver_connection
+        if self.is_strict and connection.dialect.name != "sqlite" and driver.isolation_level is None:
+            connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL READ COMMITTED")
+
+    def watch(self, connection: Connection, worker: str) -> None:
+        """See what a run sends to another engine than the one whose transaction the fence guards.
+
+        What it reads there is its own business. A write to the same database is refused, as no check of the claim
+        would guard it. The first write to another database is warned about.
+        """
+        url = connection.engine.url
+
+        @event.listens_for(connection, "before_cursor_execute")
+        def sending(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+            if not _is_write(statement):
+                return
+            if place(url) == place(self.engine.url):
+                raise NotFenced(
+                    f"The run of {worker!r} writes to {url} by another engine or connection than db.engine, so no "
+                    "check of its claim would guard that; expected its writes on db.engine: have `get_bind` return "
+                    "db.engine for whatever is not a read."
+                )
+            if (worker, str(url)) not in self._warned:
+                self._warned.add((worker, str(url)))
+                log.warning(
+                    "%s wrote to the second database %s, which is not part of the run's transaction: its commit is "
+                    "neither fenced nor one with the outcome. Make that write idempotent",
+                    worker,
+                    url,
+                )
+
+
+def _is_write(statement: str) -> bool:
+    return not _READS.match(statement) and (
+        not statement.lstrip("( \n\t").lower().startswith("with") or bool(_WRITES.search(statement))
+    )
+
+
+def schema_of(db: SQLAlchemy) -> str | None:
+    """Where the application has the engine's tables: the schema of its MetaData, as its options translate that."""
+    translated: dict[str | None, str | None] = {}
+    for options in (db.engine.get_execution_options(), db.session.session_factory.kw.get("execution_options") or {}):
+        translated |= options.get("schema_translate_map") or {}
+    return translated.get(db.metadata.schema, db.metadata.schema)
+
+
+# -- isolation that keeps nothing together -----------------------------------------------------
+
+
+def refuse_autocommit_options(engine: Engine) -> None:
+    """Raise InvalidConfig for an engine that is told to commit each statement; opens no connection."""
+    # The second is the `isolation_level` of `create_engine`, which no public name shows.
+    asked = (
+        engine.get_execution_options().get("isolation_level"),
+        getattr(engine.dialect, "_on_connect_isolation_level", None),
+    )
+    if any(str(each).replace("_", " ").strip().upper() == "AUTOCOMMIT" for each in asked):
+        raise autocommit_refused(engine.url)
+
+
+def refuse_autocommit(connection: Connection) -> None:
+    """Raise InvalidConfig where the transaction that `connection` has begun would be none; asks the driver only."""
+    driver: Any = connection.connection.driver_connection
+    if connection.dialect.name == "sqlite":
+        # From Python 3.12 on, `autocommit` may be a bool, and overrules `isolation_level`.
+        setting = getattr(driver, "autocommit", None)
+        commits = driver.isolation_level is None if not isinstance(setting, bool) else setting
+        if commits and not driver.in_transaction:  # a `begin` listener may have begun it
+            raise autocommit_refused(connection.engine.url)
+    elif driver.autocommit and driver.info.transaction_status == 0:
+        raise autocommit_refused(connection.engine.url)
+
+
+def autocommit_refused(url: URL) -> InvalidConfig:
+    """The error for a database whose transactions hold nothing together."""
+    return InvalidConfig(
+        f"The application's sessions on {url} are in AUTOCOMMIT: each statement is committed at once, so a run's "
+        "effects and its outcome cannot be one transaction; expected real transactions. Take AUTOCOMMIT out of the "
+        "engine's options, its connect_args, its `connect` listeners and the session's options."
+    )
