@@ -12,10 +12,13 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from queue import SimpleQueue
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
+
+from werkzeug.serving import is_running_from_reloader
 
 if TYPE_CHECKING:
     from .manager import BackgroundWorkerManager
@@ -151,11 +154,23 @@ def _hear(number: int, frame: FrameType | None) -> None:
 
 
 def _leave_to(follows: Any, number: int, frame: FrameType | None) -> None:
+    if getattr(follows, "__module__", None) == "werkzeug._reloader" and _pass_on(number):
+        return
     if callable(follows):
         follows(number, frame)
         return
     _set(number, follows)
     signal.raise_signal(number)
+
+
+def _pass_on(number: int) -> bool:
+    """Pass a signal on to the debug reloader's child, which the reloader would kill at once. Both end by it."""
+    if is_running_from_reloader():  # this is the child
+        return False
+    lists = [each.read_text() for each in Path("/proc/self/task").glob("*/children")]  # Linux has them
+    for child in map(int, " ".join(lists).split()):
+        os.kill(child, number)
+    return any(lists)
 
 
 def _set_others(number: int, handler: Any, /) -> Any:

@@ -85,6 +85,10 @@ def by_app_run() -> None:
     create_app().run(port=0)
 
 
+def by_app_run_in_debug_mode() -> None:
+    create_app().run(port=0, debug=True)
+
+
 def with_a_loop() -> None:
     """As servers do that have asyncio hear the signals, once the application is made."""
     server = make_server("127.0.0.1", 0, create_app(), threaded=True)

@@ -7,7 +7,7 @@ import urllib.request
 import pytest
 from effects import Effects
 from flask import Flask
-from processes import environment, started
+from processes import environment, flask, started
 
 MARGIN = 5.0  # seconds; the time to hear of a busy machine
 
@@ -48,6 +48,25 @@ def test_a_signal_is_heard_under_any_server_though_the_workers_start_in_a_thread
         assert "is not heard" not in process.output
     assert effects.states("listener") == [("handed back", 1)]
     assert effects.states("deaf") == [("succeeded", 1)], "it was waited for"
+    assert effects.instances(alive=True) == set()
+
+
+@pytest.mark.parametrize("command", [flask("run", "--debug", "--port", "0"), script("by_app_run_in_debug_mode")])
+def test_the_debug_reloader_that_is_told_to_end_lets_its_child_hand_its_runs_back(
+    command: list[str], sqlite_url: str
+) -> None:
+    effects = Effects(sqlite_url)
+    with started(command, environment(sqlite_url, PROBE_WORKERS="listener,deaf", PROBE_SECONDS=2)) as process:
+        address = process.wait_for(r"Running on (http://127\.0\.0\.1:\d+)")[1]
+        with urllib.request.urlopen(address, timeout=30) as response:
+            assert response.status == 200
+        process.wait_for("The listener began")
+        process.wait_for("The deaf one began")
+        process.signal(signal.SIGTERM)
+        process.wait()
+        assert "The listener was told" in process.output
+        assert "Traceback" not in process.output
+    assert effects.states("listener") == [("handed back", 1)]
     assert effects.instances(alive=True) == set()
 
 
