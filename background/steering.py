@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import datetime
-from types import MappingProxyType
 from typing import Any
 
 from sqlalchemy import and_, case, func, literal, null, select, update
@@ -14,8 +13,6 @@ from .ledger import Ledger, count
 from .mending import adopt
 from .models import executions, workers
 from .schedule import Schedule, parse_schedule
-
-NO_PAST: Mapping[str, datetime | None] = MappingProxyType({})
 
 
 class Steering:
@@ -28,12 +25,13 @@ class Steering:
         self,
         schedules: dict[str, Schedule],
         instance: str | None = None,
-        first: Mapping[str, datetime | None] = NO_PAST,
+        first: Mapping[str, datetime | None] | None = None,
     ) -> None:
         """Make the rows of this release's workers; a changed declaration replaces the one in force.
 
-        What `reschedule` set stays in force, across deploys too. The first tick of a new worker is the next one. A
-        moment in `first` replaces the present: then it is the next one after that. None there allows every past tick.
+        What `reschedule` set stays in force, across deploys too. A new worker of `first` begins with the tick after
+        the moment there, or, where that is None, with any past tick; every other new worker with its next tick.
+        Without `first` they all may begin with a past tick.
         """
         with self._ledger.begin() as connection:
             known = {row.name: row for row in connection.execute(select(workers, now().label("clock")))}
@@ -41,7 +39,7 @@ class Steering:
             for name, schedule in sorted(schedules.items()):  # so that two of them wait for each other in one order
                 declared = {"declared": str(schedule), "declared_by": instance}
                 if (row := known.get(name)) is None:
-                    begin = first.get(name, clock)
+                    begin = first.get(name, clock) if first is not None else None
                     new = self._ledger.insert(workers).values(
                         name=name,
                         schedule=str(schedule),

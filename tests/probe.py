@@ -124,6 +124,7 @@ class Ticker(PeriodicWorker):
     name = "ticker"
     period = timedelta(seconds=float(os.environ.get("PROBE_PERIOD", "0.5")))
     jitter = timedelta(seconds=float(os.environ.get("PROBE_JITTER", "0")))
+    run_on_first_start = True
 
     def do_work(self, context: WorkerContext) -> None:
         reach("claimed")
