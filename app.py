@@ -13,7 +13,7 @@ import routes
 from background import BackgroundWorkerManager, PruneHistoryWorker
 from background.health import health
 from background.metrics import metrics
-from config import configure_logging, load_config, trust_proxies
+from config import StrictJSON, configure_logging, load_config, trust_proxies
 from mail import Mailer
 from migrations import schema
 from models import OrderRepository, UserRepository, db
@@ -23,6 +23,7 @@ from workers import MailWorker, OrderWorker, PassiveUserCheckerWorker, SystemHea
 def create_app(config: Mapping[str, Any] | object | None = None) -> Flask:
     """Make the application; `config` is a mapping, an object, or None (environment and instance/config.py)."""
     app = Flask(__name__, instance_relative_config=True)
+    app.json = StrictJSON(app)
     load_config(app, config)
     configure_logging(app)
     trust_proxies(app)

@@ -21,11 +21,12 @@ from urllib.parse import unquote, urlsplit
 import click
 from flask import Flask
 from flask.cli import run_command
+from flask.json.provider import DefaultJSONProvider
 from sqlalchemy import URL, Engine, ExceptionContext, event, make_url
 from sqlalchemy.exc import ArgumentError, DataError, IntegrityError
 from werkzeug.middleware.proxy_fix import ProxyFix
 
-from background import RunFields
+from background import RunFields, strict_json
 from background.errors import InvalidConfig, spelled_out
 from background.settings import (
     BOOLEAN,
@@ -205,15 +206,25 @@ def json_formatter() -> logging.Formatter:
 
     names = {"asctime": "time", "levelname": "level", "name": "logger"}
     formatter = JsonFormatter(
-        "%(asctime)s%(levelname)s%(name)s%(message)s", rename_fields=names, datefmt="%Y-%m-%dT%H:%M:%SZ"
+        "%(asctime)s%(levelname)s%(name)s%(message)s",
+        rename_fields=names,
+        datefmt="%Y-%m-%dT%H:%M:%SZ",
+        json_serializer=strict_json.dumps,
     )
     formatter.converter = time.gmtime
     return formatter
 
 
+class StrictJSON(DefaultJSONProvider):
+    """Flask's JSON, without the NaN and the Infinity that no other reader takes."""
+
+    def dumps(self, obj: Any, **options: Any) -> str:
+        return strict_json.without_nan(super().dumps(obj, **options), options.get("indent"))
+
+
 def hide_password_links(record: logging.LogRecord) -> bool:
     """Whoever reads the log may not choose the passwords of others; links are sought percent-encoded, too."""
-    message = unquote(record.getMessage())
+    message = unquote(_message(record))
     if _SIGNED.search(message):
         record.msg, record.args = _SIGNED.sub("...", spelled_out(message)), ()
     return True
@@ -221,9 +232,17 @@ def hide_password_links(record: logging.LogRecord) -> bool:
 
 def spell_failed_path_out(record: logging.LogRecord) -> bool:
     """Flask logs the path of a request that failed decoded, so that it might hold whole lines of a log."""
-    if record.funcName == "log_exception":
-        record.msg, record.args = spelled_out(record.getMessage()), ()
+    if record.funcName == "log_exception" and (message := _message(record)):
+        record.msg, record.args = spelled_out(message), ()
     return True
+
+
+def _message(record: logging.LogRecord) -> str:
+    """The text of the record; empty where its arguments do not fit, which its handler says on standard error."""
+    try:
+        return record.getMessage()
+    except Exception:  # whatever the arguments raise: a filter that raises would end the request
+        return ""
 
 
 # By its own form, and not by its path, which may be written in many ways: a second slash, %72eset, reset%2F.
@@ -313,6 +332,10 @@ def _set_database(app: Flask) -> None:
     app.config["SQLALCHEMY_DATABASE_URI"] = url.render_as_string(hide_password=False)
     # Or an error would carry password hashes and addresses into logs, executions and dead letters.
     options = {"hide_parameters": True, **(app.config.get("SQLALCHEMY_ENGINE_OPTIONS") or {})}
+    app.config["SQLALCHEMY_BINDS"] = {
+        key: {"hide_parameters": True, **(bind if isinstance(bind, Mapping) else {"url": bind})}
+        for key, bind in (app.config.get("SQLALCHEMY_BINDS") or {}).items()
+    }
     is_postgresql = url.get_backend_name() == "postgresql"
     app.config["SQLALCHEMY_ENGINE_OPTIONS"] = _postgresql_options(options) if is_postgresql else options
 

@@ -1,6 +1,5 @@
 """Pages while the database is away: 503 and one line in the log, not 500 and a traceback."""
 
-import logging
 import sqlite3
 
 from flask import current_app, request
@@ -10,9 +9,10 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from werkzeug.exceptions import ServiceUnavailable
 
 from .errors import first_line
+from .logs import logger_of
 from .outages import is_cut_off
 
-log = logging.getLogger(__name__)
+log = logger_of(__name__)
 
 _RETRY_AFTER_SECONDS = 5
 _OF_SQLITE = (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR)  # the rest of a code says more about it

@@ -1,14 +1,16 @@
 """What the groups of commands share: their errors, the manager they ask, the options they have, and their JSON."""
 
-import json
+import sys
 from collections.abc import Collection
 from datetime import datetime
+from io import TextIOWrapper
 from typing import Any
 
 import click
 from flask.cli import AppGroup, ScriptInfo
 from sqlalchemy.exc import DBAPIError
 
+from . import strict_json
 from .errors import DatabaseNotReady, first_line
 from .manager import BackgroundWorkerManager, the_manager
 from .words import moment, printable
@@ -23,6 +25,7 @@ class WorkersGroup(AppGroup):
     """
 
     def invoke(self, context: click.Context) -> Any:
+        write_anything()
         manager = context.ensure_object(ScriptInfo).load_app().extensions["background_workers"]
         try:
             return super().invoke(context)
@@ -33,6 +36,13 @@ class WorkersGroup(AppGroup):
         finally:
             if not manager.is_started:
                 manager.stop()
+
+
+def write_anything() -> None:
+    """Have this process's output escape what its terminal's encoding does not have, instead of ending by it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
 
 
 class WrongUsage(click.ClickException):
@@ -74,6 +84,8 @@ def one_state(text: str | None, states: Collection[str]) -> str | None:
 
 def print_json(value: Any) -> None:
     """With moments in ISO 8601."""
-    click.echo(
-        json.dumps(value, indent=2, default=lambda each: moment(each) if isinstance(each, datetime) else str(each))
-    )
+    click.echo(strict_json.dumps(value, indent=2, default=_as_text))
+
+
+def _as_text(value: object) -> str:
+    return moment(value) if isinstance(value, datetime) else str(value)

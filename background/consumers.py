@@ -16,12 +16,13 @@ from .clock import steady
 from .errors import first_line
 from .handling import Handling, tell_of_the_dead
 from .instances import Instance, Pulse
+from .logs import logger_of
 from .messages import Batch, Freed
 from .scheduler import Scheduler
 from .ticks import Ticks
 from .worker import MessageWorker
 
-log = logging.getLogger(__name__)
+log = logger_of(__name__)
 
 _EXPIRED = "its instance stopped renewing its lease"
 _STRANDED = "the reply to its claim got lost"

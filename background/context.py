@@ -1,12 +1,15 @@
 """What a run is given; and the fence: no commit of a run passes once its claim is gone."""
 
 import logging
+import math
 import os
 import threading
 import time
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from datetime import datetime, timedelta
+from decimal import Decimal
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from flask_sqlalchemy import SQLAlchemy
@@ -15,9 +18,10 @@ from sqlalchemy.orm import Session, SessionTransaction
 from svcs import Container
 from svcs.flask import svcs_from
 
-from .errors import BatchRolledBack, ClaimLost, RunStopped
+from .errors import BatchRolledBack, ClaimLost, InvalidProgress, RunStopped
 from .instances import LEASE_IS_OVER, Instance
 from .log_lines import LogLines
+from .logs import logger_of
 from .sessions import Sessions, Within
 
 if TYPE_CHECKING:
@@ -58,7 +62,7 @@ class WorkerContext:
             "execution": claim.execution,
             "instance": instance.name,
         }
-        self.logger = logging.LoggerAdapter(logging.getLogger(f"background.{claim.worker}"), self.log_fields)
+        self.logger = logging.LoggerAdapter(logger_of(f"background.{claim.worker}"), self.log_fields)
         self.timed_out_after: timedelta | None = None
         self.database = db.engine.url
         self._db, self._sessions = db, sessions
@@ -83,7 +87,11 @@ class WorkerContext:
         self.session.commit()
 
     def progress(self, done: float, total: float | None = None) -> None:
-        """Report `done` (of `total`): written with the next commit, logged every five seconds at most."""
+        """Report `done` (of `total`): written with the next commit, logged every five seconds at most.
+
+        Raises InvalidProgress for what is not a finite number.
+        """
+        done, total = _as_number("done", done), None if total is None else _as_number("total", total)
         self._progress = {"progress_done": done, "progress_total": total}
         if time.monotonic() - self._progress_logged >= _PROGRESS_SECONDS:
             self._progress_logged = time.monotonic()
@@ -155,6 +163,20 @@ class WorkerContext:
 
     def _what(self) -> str:
         return f"the tick {self.tick.isoformat()}"
+
+
+def _as_number(name: str, value: Any) -> float:
+    """The number as one that the database can hold. Raises InvalidProgress."""
+    try:
+        number = float(value) if isinstance(value, Real | Decimal) and not isinstance(value, bool) else math.nan
+    except (ArithmeticError, ValueError):  # a whole number beyond every float, or a signalling NaN
+        number = math.nan
+    if not math.isfinite(number):
+        raise InvalidProgress(
+            f"context.progress was given {name} = {value!r:.100}; expected a finite number: "
+            "write context.progress(2, 5), say, and put words into context.logger.info."
+        )
+    return int(number) if number.is_integer() else number
 
 
 class TickContext(WorkerContext):

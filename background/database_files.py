@@ -4,7 +4,6 @@ SQLite goes on writing into a file that was deleted or moved away. A process tha
 file at the same path, and the two would be two fleets.
 """
 
-import logging
 import os
 import sqlite3
 import stat
@@ -17,7 +16,9 @@ from weakref import WeakSet
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.exc import InvalidatePoolError, OperationalError
 
-log = logging.getLogger(__name__)
+from .logs import logger_of
+
+log = logger_of(__name__)
 
 _COMPANIONS = ("-wal", "-shm")
 _EXPECTED, _OPENED = "expected_files", "opened_files"

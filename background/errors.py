@@ -1,5 +1,6 @@
 """What can go wrong, in one shape: what (with the value), what was expected, what to do."""
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -99,6 +100,10 @@ class BatchRolledBack(BackgroundError):
     """A handler rolled back the transaction of a whole batch."""
 
 
+class InvalidProgress(BackgroundError):
+    """A `done` or a `total` that is not a finite number."""
+
+
 class InvalidLock(BackgroundError):
     """A name or a time-out that a lock cannot have."""
 
@@ -113,6 +118,9 @@ def _hint(name: object, known: Iterable[str], what: str) -> str:
     return f"Did you mean {close[0]!r}?" if close else f"The {what} are: {', '.join(known) or 'none'}."
 
 
+_LONGEST_LINE = 1_000
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's text: drivers add the statement and a link, which belong in a traceback.
 
@@ -122,6 +130,8 @@ def first_line(error: BaseException) -> str:
         line = str(error).strip().splitlines()[0]
     except Exception:  # it has no text, or none that can be had
         return type(error).__name__
+    if len(line) > _LONGEST_LINE:
+        line = f"{line[:_LONGEST_LINE]}... ({len(line) - _LONGEST_LINE:,} characters are cut)"
     return spelled_out(line)
 
 
@@ -131,8 +141,16 @@ def spelled_out(text: str) -> str:
 
 
 def error_line(text: str | None) -> str | None:
-    """The line of a traceback that has the error itself; other lines of its message, as drivers add, are left out."""
+    """The line of a traceback that has the error itself; other lines of its message, as drivers add, are left out.
+
+    Below the frame around an exception group, that is the last line.
+    """
     lines = (text or "").strip().splitlines()
+    if len(lines) > 1 and _END_OF_GROUP.fullmatch(lines[-2]):
+        return lines[-1].strip()
     frames = [at for at, line in enumerate(lines) if line.startswith('  File "')]
     behind = lines[frames[-1] + 1 :] if frames else []
     return next((line for line in behind if not line.startswith(" ")), lines[-1].strip() if lines else None)
+
+
+_END_OF_GROUP = re.compile(r" *\+-+")

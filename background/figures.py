@@ -17,13 +17,14 @@ from .clock import elapsed, now, single_statements
 from .connections import again_if_stale
 from .errors import first_line
 from .instances import is_alive
+from .logs import logger_of
 from .mailbox import Topic
 from .manager import BackgroundWorkerManager, the_manager
 from .models import instances, totals
 from .prompt import Prompt
 from .standing import Standing, standings
 
-log = logging.getLogger(__name__)
+log = logger_of(__name__)
 
 _ANSWER_SECONDS = 5.0  # Prometheus waits for ten
 

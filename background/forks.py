@@ -1,6 +1,5 @@
 """A forked child of a run: it is not the engine, and what its parent has open is not the child's."""
 
-import logging
 import os
 import socket
 from collections.abc import Iterable, Iterator
@@ -14,8 +13,9 @@ from sqlalchemy import Engine, event
 from sqlalchemy.pool import Pool
 
 from .errors import first_line
+from .logs import logger_of
 
-log = logging.getLogger(__name__)
+log = logger_of(__name__)
 
 _CHILDS_PATIENCE_SECONDS = 1.0
 

@@ -1,9 +1,7 @@
 """Handling one batch of messages: as one when all goes well, one by one when anything fails."""
 
-import logging
 import random
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
@@ -15,8 +13,10 @@ from flask_sqlalchemy import SQLAlchemy
 
 from .context import MessageContext
 from .errors import ClaimLost, RunStopped, first_line
+from .failures import in_short, told
 from .forks import ended_in_a_fork
 from .instances import Instance
+from .logs import logger_of
 from .messages import Batch, Freed, Message, Messages
 from .outages import is_cut_off
 from .runs import Runs, finish, insist
@@ -27,6 +27,7 @@ T = TypeVar("T")
 
 _LONGEST_PAUSE_SECONDS = 3600.0
 _MOST_EXCUSED = 5
+_UNWRITTEN = "The error could not be written: see the log of the instance."
 
 
 class Handling:
@@ -45,7 +46,7 @@ class Handling:
     ) -> None:
         self._worker, self._batch, self._messages, self._runs = worker, batch, messages, runs
         self._instance, self._app, self._db, self._excused = instance, app, db, excused
-        self._log = logging.getLogger(f"background.{worker.name}")
+        self._log = logger_of(f"background.{worker.name}")
 
     def run(self) -> timedelta | None:
         """Handle the batch; return the pause after which one of its messages is due again, if any is."""
@@ -75,7 +76,7 @@ class Handling:
         if len(self._batch.messages) == 1:
             return self._settle(left[0], error)
         if not isinstance(error, RunStopped):
-            self._log.info("Handling %d messages one by one, as together: %s", len(left), _summary(error))
+            self._log.info("Handling %d messages one by one, as together: %s", len(left), in_short(error))
         return min(filter(None, map(self._alone, left)), default=None)
 
     def _excuse(self, left: Sequence[Message], error: BaseException) -> timedelta | None:
@@ -89,7 +90,7 @@ class Handling:
         self._excused.update(message.id for message in left)
         pause = _pause(self._worker, times) if times else timedelta()  # at first only the pool may have been old
         ids = [message.id for message in left]
-        self._log.warning("Handed %d messages back, the database connection broke: %s", len(ids), _summary(error))
+        self._log.warning("Handed %d messages back, the database connection broke: %s", len(ids), in_short(error))
         self._write("goes back", partial(self._messages.hand_back, self._batch, ids, pause))
         return pause
 
@@ -143,20 +144,21 @@ class Handling:
         if (excused := self._excuse([message], error)) is not None:
             return excused
         pause = _pause(worker, message.attempt)
-        text = "".join(traceback.format_exception(error))
-        write = partial(self._messages.fail, self._batch, [message.id], text, worker.max_attempts, pause)
-        freed = self._write("failed", write)
+        text = told(error)
+        fail = partial(self._messages.fail, self._batch, [message.id])
+        write = partial(fail, text, worker.max_attempts, pause)
+        freed = self._write("failed", write, partial(fail, _UNWRITTEN, worker.max_attempts, pause))
         if freed and freed[0].state == "dead":
             self._log.error("Buried the message %s, attempt %d failed", key, message.attempt, exc_info=error)
             tell_of_the_dead(self._app, freed, text)
         elif freed:
-            said = (key, message.attempt, pause.total_seconds(), _summary(error))
+            said = (key, message.attempt, pause.total_seconds(), in_short(error))
             self._log.warning("The message %s failed, attempt %d; another in %.1f s: %s", *said)
             return pause
         return None
 
-    def _write(self, what: str, write: Callable[[], T]) -> T | None:
-        return insist(self._instance, f"what of {self._batch.worker} {what}", write)
+    def _write(self, what: str, *ways: Callable[[], T]) -> T | None:
+        return insist(self._instance, f"what of {self._batch.worker} {what}", *ways)
 
 
 def tell_of_the_dead(app: Flask, freed: Iterable[Freed], error: str) -> None:
@@ -170,7 +172,3 @@ def _pause(worker: type[MessageWorker], attempt: int) -> timedelta:
     """Doubled with each attempt, and spread, so that what failed together does not come back together."""
     seconds = min(worker.backoff.total_seconds() * 2.0 ** min(attempt - 1, 100), _LONGEST_PAUSE_SECONDS)
     return timedelta(seconds=seconds * random.uniform(0.75, 1.25))  # noqa: S311 - no secret
-
-
-def _summary(error: BaseException) -> str:
-    return f"{type(error).__name__}: {first_line(error)}"

@@ -5,7 +5,6 @@ those of workers, for the fleet. The log has the rest. No session is looked at. 
 application's own pool, is asked on the engine's own connections.
 """
 
-import logging
 import sqlite3
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,12 +19,13 @@ from .clock import steady
 from .condition import condition, write_as_the_application
 from .connections import again_if_stale
 from .errors import BackgroundError, first_line
+from .logs import logger_of
 from .manager import BackgroundWorkerManager, current_workers, the_manager
 from .prompt import Prompt
 from .standing import standings
 from .words import silent
 
-log = logging.getLogger(__name__)
+log = logger_of(__name__)
 
 _ANSWER_SECONDS = 3.0
 _MIGRATIONS_SECONDS = 10.0  # reading every migration takes longer than all the rest

@@ -6,7 +6,6 @@ it does nothing else.
 """
 
 import atexit
-import logging
 import os
 import signal
 import sys
@@ -23,7 +22,9 @@ from werkzeug.serving import is_running_from_reloader
 if TYPE_CHECKING:
     from .manager import BackgroundWorkerManager
 
-log = logging.getLogger(__name__)
+from .logs import logger_of
+
+log = logger_of(__name__)
 
 _NUMBERS = (signal.SIGTERM, signal.SIGINT)
 _LAST_WAIT_SECONDS = 0.3

@@ -30,7 +30,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from .clock import now, single_statements, steady
 from .messages import any_put_off, any_running, next_due
-from .models import executions, instances, may_be_run_again, workers
+from .models import LONGEST_RELEASE, AnyText, executions, instances, may_be_run_again, workers
 
 OFFSET_WARNED = timedelta(seconds=1)
 LEASE_IS_OVER = "its instance could not renew the lease in time"
@@ -45,7 +45,7 @@ class Instance:
     """One life of one process. `deadline` (of `steady()`): past it, this instance believes in none of its claims."""
 
     lease: timedelta
-    host: str = field(default_factory=socket.gethostname)
+    host: str = field(default_factory=lambda: ascii(socket.gethostname())[1:-1])
     pid: int = field(default_factory=os.getpid)
     id: str = field(default_factory=lambda: uuid4().hex)
     deadline: float = 0.0
@@ -126,6 +126,8 @@ class Instances:
             lease, offset = bindparam("lease", type_=Float), bindparam("offset", type_=Float)
             renewed = {"heartbeat_at": now(), "expires_at": now(lease), "clock_offset": offset}
             who: dict[str, Any] = {name: bindparam(f"its_{name}") for name in _IDENTITY}
+            # A release in characters that the database cannot hold grows by their escapes.
+            who["release"] = func.substr(bindparam("its_release", type_=AnyText()), 1, LONGEST_RELEASE)
             row = self._insert(instances).values({**who, "started_at": now(), **renewed})
             upsert = row.on_conflict_do_update(index_elements=["id"], set_=renewed)
             self._upserts[topics] = upsert.returning(now(), *_pulse(topics), *next_due(topics))

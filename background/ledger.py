@@ -1,6 +1,5 @@
 """Who runs what. Each race is one statement; those about one tick are in claiming.py."""
 
-import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,11 +44,12 @@ from .claiming import (
 )
 from .clock import now, single_statements
 from .errors import ClaimLost
+from .logs import logger_of
 from .models import executions, workers
 from .schedule import MICROSECOND, Schedule, parse_schedule
 from .sessions import Executes, Sessions
 
-log = logging.getLogger(__name__)
+log = logger_of(__name__)
 
 Values = Mapping[str, Any]
 Notes = Mapping[str, Any]

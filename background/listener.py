@@ -1,6 +1,5 @@
 """Tells every process at once that there is something for whoever comes first, so that nobody has to ask for it."""
 
-import logging
 import os
 import socket
 import threading
@@ -14,8 +13,9 @@ from sqlalchemy import Engine, func, select
 from sqlalchemy.exc import SQLAlchemyError
 
 from .connections import Connections, again_if_stale
+from .logs import logger_of
 
-log = logging.getLogger(__name__)
+log = logger_of(__name__)
 
 CHANNEL = "background_messages"
 _RETRY_SECONDS = 5.0

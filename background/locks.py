@@ -1,6 +1,5 @@
 """A named lock for the user's own critical sections: one holder in the whole fleet, for as long as its lease lasts."""
 
-import logging
 import os
 import threading
 import time
@@ -21,9 +20,10 @@ from .context import current_run
 from .errors import InvalidLock, LockNotAcquired, first_line
 from .instances import LEASE_IS_OVER, Instance, Instances
 from .ledger import count
+from .logs import logger_of
 from .models import locks
 
-log = logging.getLogger(__name__)
+log = logger_of(__name__)
 
 _LONGEST_NAME = 200
 _LONGEST_WAIT = 86_400

@@ -42,7 +42,9 @@ class LogLines(logging.Handler):
         except Exception:  # its arguments do not fit its text
             self.handleError(record)
             return
-        self._lines.append(line if len(line) <= _MOST_CHARACTERS else f"{line[:_MOST_CHARACTERS]}…")
+        if cut := len(line) - _MOST_CHARACTERS:
+            line = f"{line[:_MOST_CHARACTERS]}... ({cut:,} characters are cut)" if cut > 0 else line
+        self._lines.append(line)
         self._count += 1
 
     @property

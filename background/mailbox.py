@@ -76,7 +76,7 @@ class Letter:
     def value(self) -> Any:
         """What was enqueued; the text itself where somebody wrote a row whose payload is no JSON."""
         try:
-            return json.loads(self.payload)
+            return json.loads(self.payload, parse_constant=_refuse)
         except ValueError:
             return self.payload
 
@@ -239,6 +239,10 @@ class Mailbox:
         known = [each.topic for each in self.stats()]
         if topic not in known:
             raise UnknownTopic(topic, known)
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
 
 
 def _refuse_impossible(ids: Collection[int]) -> None:

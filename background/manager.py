@@ -34,6 +34,7 @@ from .errors import (
 from .healing import is_ahead
 from .history import History
 from .locks import Lock
+from .logs import logger_of
 from .mailbox import Mailbox
 from .open_transactions import OpenTransactions
 from .outages import Outages, place
@@ -49,7 +50,7 @@ from .worker import AnyWorker, MessageWorker, PeriodicWorker, declared_schedule,
 if TYPE_CHECKING:
     from .membership import Membership
 
-log = logging.getLogger(__name__)
+log = logger_of(__name__)
 
 
 class BackgroundWorkerManager:

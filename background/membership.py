@@ -20,12 +20,13 @@ from .healing import is_ahead, what_goes_on
 from .instances import LEASE_IS_OVER, OFFSET_WARNED, Heartbeat, Instance, Pulse
 from .ledger import WorkerState
 from .listener import Listener
+from .logs import logger_of
 from .scheduler import Scheduler
 from .ticks import Ticks
 from .wake_ups import WakeUps, unless_expected
 from .worker import MessageWorker, PeriodicWorker, begins, declared_schedule
 
-log = logging.getLogger(__name__)
+log = logger_of(__name__)
 
 _OFFSET_REARMED = timedelta(milliseconds=20)
 _LAST_CALLS_SECONDS = 1.0

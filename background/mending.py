@@ -3,7 +3,6 @@
 A claim and its execution begin and end in one transaction, so one read tells that a hand was at work.
 """
 
-import logging
 from datetime import datetime
 from typing import Any
 
@@ -13,9 +12,10 @@ from . import totals
 from .claiming import IS_FREE
 from .clock import now
 from .ledger import Claim, Ledger, count, in_force, is_stray, strays
+from .logs import logger_of
 from .models import executions, workers
 
-log = logging.getLogger(__name__)
+log = logger_of(__name__)
 
 GONE = "its claim is gone: it was ended by hand, or the database lost its commit"
 _RUNNING = {"state": "running"}

@@ -5,7 +5,6 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import cached_property
-from itertools import islice
 from typing import Any, NamedTuple
 from uuid import uuid4
 
@@ -36,6 +35,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.types import TypeEngine
 
 from .clock import now, single_statements
+from .encodings import storable_json
 from .errors import BackgroundError, ClaimLost, UnknownMessage, WrongState
 from .ledger import Ledger, count
 from .listener import CHANNEL
@@ -44,6 +44,7 @@ from .payloads import Draft
 from .sessions import Executes
 
 _BULK = 5_000
+_BULK_BYTES = 8_000_000  # of one statement: every server takes it, and the memory of both sides stays small
 
 
 def is_in(state: str) -> ColumnElement[bool]:
@@ -126,8 +127,9 @@ class Messages:
         Others may be here: whoever enqueues the same key. Until they have committed or rolled back, this waits.
         """
         pause = delay.total_seconds() if delay else 0.0
-        values = {"of": topic, "keyed": draft.key, "carried": draft.payload, "after": pause}
-        found: int | None = self.sessions.within(session).execute(self._enqueue, values).scalar()
+        within = self.sessions.within(session)
+        values = {"of": topic, "keyed": draft.key, "carried": self._carried(draft), "after": pause}
+        found: int | None = within.execute(self._enqueue, values).scalar()
         return found
 
     def _enqueueing(self) -> Any:
@@ -146,9 +148,9 @@ class Messages:
 
     def enqueue_many(self, session: Session, topic: str, drafts: Iterable[Draft], delay: timedelta | None) -> int:
         """Enqueue in bulk, in the order given; return how many were not enqueued before."""
-        enqueued, left, within = 0, iter(drafts), self.sessions.within(session)
-        while some := list(islice(left, _BULK)):
-            source = self._rows(some)
+        enqueued, within = 0, self.sessions.within(session)
+        for some in _portions(drafts):
+            source = self._rows([(self._carried(each), each.key) for each in some])
             values = select(literal(topic), source.c.payload, source.c.key, now(), now(delay)).order_by(source.c.place)
             columns = ["topic", "payload", "key", "enqueued_at", "due_at"]
             # "WHERE true": without one, SQLite reads ON CONFLICT as the ON of a join.
@@ -159,14 +161,18 @@ class Messages:
             within.execute(select(func.pg_notify(CHANNEL, topic)))
         return enqueued
 
-    def _rows(self, drafts: Sequence[Draft]) -> Any:
-        """The drafts as a table (place, payload, key): one parameter or two, whatever their number."""
+    def _carried(self, draft: Draft) -> str:
+        """The payload in characters that the database can hold."""
+        return draft.payload if draft.payload.isascii() else storable_json(draft.payload, self.sessions.engine.dialect)
+
+    def _rows(self, drafts: Sequence[tuple[str, str | None]]) -> Any:
+        """The payloads and keys as a table (place, payload, key): one parameter or two, whatever their number."""
         if self._on_sqlite:
-            values = json.dumps([(draft.payload, draft.key) for draft in drafts])
+            values = json.dumps(drafts)
             rows = func.json_each(values).table_valued("key", "value")
             payload, key = (func.json_extract(rows.c.value, f"$[{place}]", type_=Text) for place in (0, 1))
             return select(rows.c.key.label("place"), payload.label("payload"), key.label("key")).subquery()
-        payloads, keys = ([getattr(draft, name) for draft in drafts] for name in ("payload", "key"))
+        payloads, keys = map(list, zip(*drafts, strict=True))
         texts = (bindparam(None, each, type_=ARRAY(Text)) for each in (payloads, keys))
         rows = func.unnest(*texts).table_valued("payload", "key", with_ordinality="place").render_derived()
         return select(rows).subquery()
@@ -392,6 +398,21 @@ _same_key: dict[str, Any] = {
     "index_elements": [messages.c.topic, messages.c.key],
     "index_where": messages.c.key.is_not(None),
 }
+
+
+def _portions(drafts: Iterable[Draft]) -> Iterator[list[Draft]]:
+    """The drafts in slices, each of at most so many rows and so many bytes, or of a single larger draft."""
+    some: list[Draft] = []
+    size = 0
+    for draft in drafts:
+        longest = len(draft.payload) * 4 if not draft.payload.isascii() else len(draft.payload)
+        if some and (len(some) >= _BULK or size + longest > _BULK_BYTES):
+            yield some
+            some, size = [], 0
+        some.append(draft)
+        size += longest + len(draft.key or "") * 4
+    if some:
+        yield some
 
 
 def _due(topic: ColumnElement[str] | str) -> Any:

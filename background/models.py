@@ -21,21 +21,23 @@ from sqlalchemy import (
 )
 
 from .clock import UtcDateTime, now
+from .encodings import storable
 
 metadata = MetaData()
 
 
 class AnyText(TypeDecorator[str]):
-    """Text without what a database cannot hold: an error may quote the name of a file, which can be any bytes."""
+    """Text without characters that the database cannot hold: an error may quote the name of a file, or any language."""
 
     impl = Text
     cache_ok = True
 
     def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
-        return value and value.encode(errors="backslashreplace").decode().replace("\0", "\\x00")
+        return value and storable(value, dialect)
 
 
 LARGEST_ID = 2**63 - 1
+LONGEST_RELEASE = 100
 _Id = BigInteger().with_variant(Integer, "sqlite")
 
 workers = Table(
@@ -125,7 +127,7 @@ instances = Table(
     Column("expires_at", UtcDateTime, nullable=False),
     Column("signed_off_at", UtcDateTime),
     Column("clock_offset", Float),
-    Column("release", String(100)),
+    Column("release", String(LONGEST_RELEASE)),
 )
 
 # What a worker did since it is known: history is pruned, and these counts only grow. One row for each state its

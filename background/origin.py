@@ -1,13 +1,13 @@
 """Requests that a page of another site sent: the dashboard takes none that would change something."""
 
-import logging
 from urllib.parse import SplitResult, urlsplit
 
 from flask import abort, request
 
 from .errors import spelled_out
+from .logs import logger_of
 
-log = logging.getLogger(__name__)
+log = logger_of(__name__)
 
 _HARMLESS = ("GET", "HEAD", "OPTIONS")
 _OWN = ("same-origin", "none")  # "none": the user's own doing, which no page asked for

@@ -2,10 +2,8 @@
 
 import asyncio
 import inspect
-import logging
 import threading
 import time
-import traceback
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,16 +19,18 @@ from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy.exc import SQLAlchemyError
 
 from .context import TickContext, WorkerContext, current_run
-from .errors import ClaimLost, RunStopped, first_line
+from .errors import ClaimLost, InvalidWorker, RunStopped, first_line
+from .failures import may_pass, told
 from .forks import ended_in_a_fork
 from .instances import Instance
-from .ledger import Claim, Ledger
+from .ledger import NOTHING, Claim, Ledger, Notes
+from .logs import logger_of
 from .mending import Mending
 from .outages import Outages, is_cut_off
 from .signals import execution_started, of_state, send
 from .worker import PeriodicWorker, attempt_after
 
-log = logging.getLogger(__name__)
+log = logger_of(__name__)
 
 T = TypeVar("T")
 
@@ -176,7 +176,7 @@ def _unfinished(worker: type[PeriodicWorker], context: TickContext, ending: "End
         if state == "lost":
             context.logger.warning("Lost the tick %s, its database connection broke: %s", tick, follows(again))
     else:
-        state = ending.write("failed", "".join(traceback.format_exception(error)), error=error)
+        state = ending.write("failed", told(error), error=error)
         if state != "succeeded":
             context.logger.error("Failed at the tick %s", tick, exc_info=error)
     if state == "succeeded":  # the reply to its last commit got lost, or a listener to that failed
@@ -191,7 +191,15 @@ def follows(attempt: int | None) -> str:
 
 
 def finish(result: Awaitable[None] | None) -> None:
-    """Await what an `async` method returned; where the caller is within a loop, in one of its own beside it."""
+    """Await what an `async` method returned; where the caller is within a loop, in one of its own beside it.
+
+    Raises InvalidWorker for a generator, which has not done anything yet.
+    """
+    if inspect.isgenerator(result) or inspect.isasyncgen(result):
+        raise InvalidWorker(
+            f"{result.__qualname__} returned a generator, so nothing was done; expected a method that does its work "
+            "when it is called: loop over the generator in it."
+        )
     if not inspect.isawaitable(result):
         return
     try:
@@ -224,19 +232,24 @@ class Ending:
         """Write how the run ended and return that, or what was written before; "lost" where the lease was over."""
         context, is_in_doubt = self._context, False
 
-        def end() -> str:
+        def end(state: str, reason: str | None, notes: Notes) -> str:
             nonlocal is_in_doubt
             try:
-                ended = self._ledger.end(context.claim, state, reason, next_attempt, context.notes())
+                ended = self._ledger.end(context.claim, state, reason, next_attempt, notes)
             except SQLAlchemyError:
                 is_in_doubt = True  # perhaps only the reply got lost
                 raise
             found = state if ended else self._ledger.outcome(context.claim)
             if ended or (is_in_doubt and found == state):
-                self.tell(state, **({"error": error} if error else {"reason": reason}))
+                self.tell(state, **({"error": error} if error and state == "failed" else {"reason": reason}))
             return found
 
-        return insist(context.instance, f"that {context.worker} {state}", end) or "lost"
+        ways = (
+            lambda: end(state, reason, context.notes()),
+            lambda: end(state, None, NOTHING),
+            lambda: end("lost", None, NOTHING),  # the claim must end, or its worker would never run again
+        )
+        return insist(context.instance, f"that {context.worker} {state}", *ways) or "lost"
 
     def disown(self) -> None:
         """See that the tick of a claim that is gone gets an answer, also where its execution was deleted by hand."""
@@ -249,16 +262,27 @@ class Ending:
         send(self._app, of_state[state], claim=self._context.claim, **details)
 
 
-def insist(instance: Instance, what: str, write: Callable[[], T]) -> T | None:
-    """What `write` returns, tried as long as the lease lasts; None where that was over first."""
-    for delay in chain((0.1, 0.2, 0.5, 1.0), repeat(2.0)):
-        try:
-            return write()
-        except SQLAlchemyError as error:
-            if not instance.is_alive:
-                break
-            log.warning("Cannot write %s, trying again: %s", what, first_line(error))
-            threading.Event().wait(delay)
+def insist(instance: Instance, what: str, *ways: Callable[[], T]) -> T | None:
+    """What the first of `ways` to write returns that succeeds; None where the lease was over first, or none does.
+
+    One way is tried again while its error may pass by itself. Where the database refuses it for another reason, the
+    next one is tried, which writes less.
+    """
+    pauses = chain((0.1, 0.2, 0.5, 1.0), repeat(2.0))
+    for write in ways:
+        while True:
+            try:
+                return write()
+            except Exception as error:
+                if not may_pass(error):
+                    log.exception(
+                        "Cannot write %s%s", what, ", so less of it is written" if write is not ways[-1] else ""
+                    )
+                    break
+                if not instance.is_alive:
+                    return None
+                log.warning("Cannot write %s, trying again: %s", what, first_line(error))
+                threading.Event().wait(next(pauses))
     return None
 
 

@@ -1,6 +1,5 @@
 """Which process serves, and so runs the workers: registering is not starting."""
 
-import logging
 import os
 import signal
 import sys
@@ -15,11 +14,12 @@ from werkzeug.serving import is_running_from_reloader
 
 from . import hearing
 from .errors import BackgroundError
+from .logs import logger_of
 
 if TYPE_CHECKING:
     from .manager import BackgroundWorkerManager
 
-log = logging.getLogger(__name__)
+log = logger_of(__name__)
 
 _TEST_CLIENTS = ("werkzeug.test", "webtest.app", "httpx._transports.wsgi")  # Flask's is Werkzeug's
 

@@ -1,6 +1,5 @@
 """The application's sessions, in which the engine has statements of its own; and the settings that it refuses."""
 
-import logging
 import re
 from typing import Any, Protocol
 
@@ -9,9 +8,10 @@ from sqlalchemy import URL, Connection, Engine, Executable, event
 from sqlalchemy.orm import Session
 
 from .errors import InvalidConfig, NotFenced
+from .logs import logger_of
 from .outages import place
 
-log = logging.getLogger(__name__)
+log = logger_of(__name__)
 
 _READS = re.compile(r"[\s(]*(select|show|explain|values|table|pragma|savepoint|release|rollback|set)\b", re.IGNORECASE)
 _WRITES = re.compile(r"\b(insert|update|delete|merge)\b", re.IGNORECASE)

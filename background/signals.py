@@ -5,7 +5,6 @@ found it gone; what it raises is logged, and harms nobody. An instance that dies
 for what must happen, enqueue a message in the run itself.
 """
 
-import logging
 from contextvars import Context
 from typing import Any
 
@@ -13,8 +12,9 @@ from blinker import NamedSignal, Namespace
 from flask import Flask
 
 from .forks import ended_in_a_fork
+from .logs import logger_of
 
-log = logging.getLogger(__name__)
+log = logger_of(__name__)
 
 _signals = Namespace()
 

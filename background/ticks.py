@@ -3,7 +3,6 @@
 There is no other way.
 """
 
-import logging
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
@@ -22,6 +21,7 @@ from .instances import LEASE_IS_OVER, Heartbeat, Instance, Instances
 from .ledger import Claim, Ledger, WorkerState
 from .listener import ring
 from .locks import Locks
+from .logs import logger_of
 from .mending import GONE, Mending
 from .messages import Messages
 from .outages import Outages
@@ -32,7 +32,7 @@ from .signals import execution_handed_back, execution_lost, send
 from .steering import Steering
 from .worker import PeriodicWorker, attempt_after, begins, declared_schedule
 
-log = logging.getLogger(__name__)
+log = logger_of(__name__)
 
 _UNKNOWN = "its claim has neither an id nor an execution, so no instance can be found that runs it"
 

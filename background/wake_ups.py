@@ -9,11 +9,12 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from .errors import BackgroundError, InvalidSchedule, first_line
 from .ledger import WorkerState
+from .logs import logger_of
 from .scheduler import Scheduler
 from .ticks import Ticks
 from .worker import PeriodicWorker, declared_schedule
 
-log = logging.getLogger(__name__)
+log = logger_of(__name__)
 
 _RETRY_SECONDS = (0.2, 0.5, 1, 2, 5)
 _YIELDED_SECONDS = (0.01, 0.02)

@@ -6,6 +6,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from zoneinfo import ZoneInfo
 
+from . import strict_json
 from .history import Record
 from .roster import Silence
 from .schedule import check_timezone
@@ -81,7 +82,7 @@ def decided(count: int, one: str, many: str) -> str:
 
 def indented(value: Any) -> str:
     """As JSON over several lines; what cannot be seen, or steers a terminal, is written as an escape."""
-    text = json.dumps(value, indent=2, ensure_ascii=False)
+    text = strict_json.dumps(value, indent=2, ensure_ascii=False)
     return "".join(each if each.isprintable() or each == "\n" else json.dumps(each)[1:-1] for each in text)
 
 

@@ -1,0 +1,54 @@
+"""The characters that a database can hold: PostgreSQL may keep its text in an encoding other than UTF-8."""
+
+import codecs
+import json
+from typing import Any
+
+from sqlalchemy import Connection, Dialect, Engine, event
+
+_ATTRIBUTE = "background_encodings"
+
+
+def storable(text: str, dialect: Dialect) -> str:
+    """The text with each character that the database cannot hold written as an escape, such as `\\u0141`."""
+    for encoding in _encodings(dialect):
+        text = text.encode(encoding, "backslashreplace").decode(encoding)
+    return text.replace("\0", "\\x00")
+
+
+def storable_json(text: str, dialect: Dialect) -> str:
+    """The same JSON in characters that the database can hold."""
+    try:
+        for encoding in _encodings(dialect):
+            text.encode(encoding)
+    except UnicodeEncodeError:
+        return "".join(each if each.isascii() else json.dumps(each)[1:-1] for each in text)
+    return text
+
+
+def _encodings(dialect: Dialect) -> tuple[str, ...]:
+    found: tuple[str, ...] = getattr(dialect, _ATTRIBUTE, ("utf-8",))
+    return found
+
+
+@event.listens_for(Engine, "engine_connect")
+def _learn(connection: Connection) -> None:
+    """Keep the encodings of the server, and of the connections to it, with the dialect of the engine."""
+    dialect = connection.dialect
+    if dialect.name == "postgresql" and not hasattr(dialect, _ATTRIBUTE):
+        setattr(dialect, _ATTRIBUTE, _reported(connection.connection.driver_connection))
+
+
+def _reported(driver: Any) -> tuple[str, ...]:
+    """Python's names for the encodings that a server reported; of a driver that does not tell, UTF-8."""
+    report = getattr(getattr(driver, "info", None), "parameter_status", lambda _: None)
+    names = map(report, ("server_encoding", "client_encoding"))
+    return tuple({_codec(name) for name in names if name}) or ("utf-8",)
+
+
+def _codec(name: str) -> str:
+    """Python's name for an encoding of PostgreSQL's. Every one has ASCII, which stands for those that Python lacks."""
+    try:
+        return codecs.lookup(name.replace("WIN", "cp").replace("KOI8", "koi8_")).name
+    except LookupError:
+        return "ascii"
