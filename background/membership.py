@@ -59,7 +59,7 @@ class Membership:
         self._beat_at: datetime | None = None
         self._said = ""
         self._is_settled = self._is_looking = self._is_off = self._left = False
-        self._is_healed = self._is_healing = False
+        self._is_healed = self._is_healing = self._is_declaring = False
         self._refreshing, self._entering = threading.Lock(), threading.Lock()
         ticks.runs.hung = self._scheduler.replace
 
@@ -193,7 +193,7 @@ class Membership:
         self._follow_releases(ours)
         if deleted := [name for name in self._declared if name in self._workers and name not in states]:
             self._is_settled = False
-            self._scheduler.soon(self._declare, deleted)
+            self._declare_soon(deleted)
 
     def _warn_of_marks(self, states: Collection[WorkerState], ours: Collection[WorkerState]) -> None:
         ahead = {state.name: state for state in ours if is_ahead(state)}
@@ -239,14 +239,28 @@ class Membership:
         gone = self._ticks.instances.gone({str(state.declared_by) for state in others}) if others else {}
         self._is_settled = not others
         if stale := [state.name for state in others if str(state.declared_by) in gone]:
-            self._scheduler.soon(self._declare, stale)
+            self._declare_soon(stale)
+
+    def _declare_soon(self, names: list[str]) -> None:
+        if not self._is_declaring:  # since a heartbeat before, or since the start
+            self._is_declaring = True
+            self._scheduler.soon(self._declare_again, names)
+
+    def _declare_again(self, names: list[str]) -> None:
+        try:
+            self._declare(names)
+        except SQLAlchemyError as error:  # the next heartbeat has it tried again
+            log.warning("Cannot declare the schedules of %d workers yet: %s", len(names), first_line(error))
+        finally:
+            self._is_declaring = False
 
     def _declare(self, names: list[str]) -> None:
         ours = {name: self._workers[name] for name in names if name in self._workers}
         schedules = {name: declared_schedule(worker) for name, worker in ours.items()}
-        self._declared |= {name: str(schedule) for name, schedule in schedules.items()}
         instance = self._ticks.instance
         self._ticks.steering.register(schedules, instance.id if instance else None, begins(ours.values()))
+        # Not before: a heartbeat takes the row of a declared worker that is not there for one that was deleted.
+        self._declared |= {name: str(schedule) for name, schedule in schedules.items()}
 
     def _heard(self, topic: str) -> None:
         if topic:

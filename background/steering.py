@@ -47,7 +47,8 @@ class Steering:
                         **_as_before(name, schedule.previous(min(begin, clock)) if begin else None),
                         **declared,
                     )
-                    if count(connection.execute(new.on_conflict_do_nothing())):
+                    made = new.on_conflict_do_nothing().returning(workers.c.name)  # psycopg counts no INSERT's rows
+                    if connection.execute(made).first() is not None:
                         adopt(connection, name, schedule.previous(clock))
                 elif row.declared != str(schedule):
                     if row.schedule == row.declared:

@@ -18,6 +18,7 @@ from background import BackgroundWorkerManager, ClaimLost, Message, MessageWorke
 from background import models as tables
 from background.instances import Instance
 from background.ledger import Claim
+from background.schedule import Every
 from models import User
 
 GHOST = ("a dead one", "elsewhere:1")
@@ -393,3 +394,23 @@ def test_a_tick_that_was_handed_back_is_run_again_though_its_workers_row_is_dele
     manager.start()
     wait_until(lambda: fleet.states() == ["handed back", "succeeded"], "the second run")
     assert fleet.row("hourly").mark == last_hour()
+
+
+@on_postgresql
+def test_a_worker_whose_row_another_instance_makes_first_is_not_taken_for_one_that_was_deleted(
+    fleet: Fleet, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second = fleet.manager(Hourly), fleet.manager(Hourly)
+    claimed(first, last_hour(), alive(first))
+    row = {name: value for name, value in fleet.row("hourly")._mapping.items() if name != "running"}
+    execute(fleet, delete(tables.workers))
+    waiting = text("SELECT true FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'")
+    with fleet.engine.begin() as connection:
+        connection.execute(insert(tables.workers).values(row))
+        register = threading.Thread(target=second.ticks.steering.register, args=({"hourly": Every(HOUR)},))
+        register.start()
+        with fleet.engine.connect() as other:
+            wait_until(lambda: other.scalar(waiting), "the second instance's wait for the row")
+    register.join(PATIENCE)
+    assert fleet.row("hourly").running is None
+    assert "deleted by hand" not in caplog.text
