@@ -130,6 +130,8 @@ def migrate(database_url: str) -> None:
 
 
 def dispose() -> None:
+    """Close every connection of the application in whose context this is called, also the one that its session has."""
+    db.session.remove()
     for engine in db.engines.values():
         engine.dispose()
 
