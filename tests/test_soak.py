@@ -13,6 +13,7 @@ from background.schedule import Every
 from background.sqlite import prepare
 from benchmarks.soak import statements, tracebacks
 from benchmarks.soak_fleet import LEASE_SECONDS, Fault
+from benchmarks.soak_operator import Deleted
 from benchmarks.soak_oracle import Oracle, Spans, Verdict
 from benchmarks.soak_worker import effects, workers
 
@@ -69,7 +70,7 @@ class Soaked:
         self._insert(executions, row | {"finished_at": TICK})
 
     def judge(self, *faults: Fault, absences: Spans = (), standstills: Spans = ()) -> Verdict:
-        return Oracle(self.engine, absences, standstills).judge(TICK - MOMENT, TICK - MOMENT, TICK, faults)
+        return Oracle(self.engine, absences, standstills, faults).judge(TICK - MOMENT, TICK - MOMENT, TICK)
 
     def _insert(self, table: Any, row: dict[str, Any]) -> None:
         with self.engine.begin() as connection:
@@ -153,6 +154,59 @@ def test_a_missed_tick_is_excused_by_a_database_that_was_away_for_all_of_its_per
     assert soaked.judge(absences=[(began, ended - 0.1)]).lost == 1
     verdict = soaked.judge(absences=[(began, ended)])
     assert (verdict.lost, verdict.outage) == (0, 1)
+
+
+def deletion(at: datetime) -> Fault:
+    claim = Deleted("background_workers", QUICK.name, TICK, 1)
+    return Fault("delete", at.timestamp(), until=at.timestamp(), deleted=(claim,))
+
+
+def test_a_missed_tick_is_excused_by_a_crash_that_lost_commits_after_it_and_not_by_one_before_it(
+    soaked: Soaked,
+) -> None:
+    soaked.did_not_run("missed")
+    began = TICK.timestamp()
+    assert soaked.judge(Fault("crash", began - 2, until=began - 1)).lost == 1
+    assert soaked.judge(Fault("restart", began - 0.1, until=began + 1)).lost == 1
+    verdict = soaked.judge(Fault("crash", began - 0.1, until=began + 1))
+    assert (verdict.lost, verdict.undone) == (0, 1)
+
+
+def test_a_tick_whose_rows_were_deleted_is_excused_by_an_execution_that_says_that_it_was_lost(soaked: Soaked) -> None:
+    assert soaked.judge(deletion(TICK)).lost == 1
+    soaked.ran("lost")
+    assert soaked.judge().lost == 1
+    assert soaked.judge(deletion(TICK + SECOND)).lost == 1
+    verdict = soaked.judge(deletion(TICK))
+    assert (verdict.lost, verdict.deleted) == (0, 1)
+
+
+def test_a_tick_that_was_missed_right_after_the_row_of_its_worker_was_deleted_is_excused(soaked: Soaked) -> None:
+    soaked.did_not_run("missed")
+    assert soaked.judge(deletion(TICK - timedelta(seconds=LEASE_SECONDS + 2))).lost == 1
+    verdict = soaked.judge(deletion(TICK - SECOND))
+    assert (verdict.lost, verdict.deleted) == (0, 1)
+
+
+@pytest.mark.parametrize("state", ["skipped", "missed"])
+def test_an_effect_of_a_tick_that_was_told_not_to_have_run_is_a_violation(soaked: Soaked, state: str) -> None:
+    soaked.ran()
+    soaked.did_not_run(state)
+    assert sentences(soaked.judge()) == [f"done, and told {state}"]
+
+
+def test_an_effect_without_an_execution_is_a_violation(soaked: Soaked) -> None:
+    soaked.left()
+    assert sentences(soaked.judge()) == ["done by the token 0, which no execution has"]
+
+
+def test_a_taking_over_is_not_timed_where_rows_of_the_worker_were_deleted_meanwhile(soaked: Soaked) -> None:
+    late = TICK + timedelta(seconds=LEASE_SECONDS + 1.1)
+    soaked.ran("lost", finished_at=late)
+    soaked.ran(begun=late)
+    kill = Fault("kill", TICK.timestamp(), (1,))
+    assert sentences(soaked.judge(kill)) != []
+    assert sentences(soaked.judge(kill, deletion(late - SECOND))) == []
 
 
 @pytest.mark.parametrize(("kind", "left", "most"), [("kill", "lost", LEASE_SECONDS + 1), ("term", "handed back", 1.0)])
