@@ -30,6 +30,8 @@ from sqlalchemy import (
     true,
     update,
 )
+from sqlalchemy.engine.interfaces import Compiled
+from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.dml import ReturningInsert
 
 from .clock import UtcDateTime, elapsed, now, single_statements
@@ -230,13 +232,13 @@ class ClaimsOnSQLite:
             return start(connection, values, *row) if row else None
 
 
-class _Together:
+class Together:
     """Two statements of PostgreSQL's in one request, which is one transaction: the first sets limits to the second.
 
     A request with parameters has one statement only, so what they stand for is written into its text, by the driver.
     """
 
-    def __init__(self, engine: Engine, first: Select[*tuple[Any, ...]], second: Select[Any]) -> None:
+    def __init__(self, engine: Engine, first: Select[*tuple[Any, ...]], second: Any) -> None:
         self.second = second
         tables = engine.get_execution_options().get("schema_translate_map")
         options: dict[str, Any] = {"schema_translate_map": tables, "render_schema_translate": True} if tables else {}
@@ -248,7 +250,7 @@ class _Together:
 
         driver: Any = connection.connection.driver_connection
         cursor = ClientCursor(driver)
-        texts = (cursor.mogrify(str(each), each.construct_params(values)) for each in (self._first, self._second))
+        texts = (cursor.mogrify(*_written(each, values)) for each in (self._first, self._second))
         sent = connection.exec_driver_sql("; ".join(texts), execution_options={"no_parameters": True})
         sent.cursor.nextset()
         row = sent.cursor.fetchone()
@@ -256,13 +258,24 @@ class _Together:
         return row
 
 
+def _written(statement: Compiled, values: Values) -> tuple[str, Mapping[str, Any] | None]:
+    """The text of a statement and its parameters."""
+    if not isinstance(statement, SQLCompiler) or not statement.literal_execute_params:
+        return str(statement), statement.construct_params(values)
+    whole = statement.construct_expanded_state(values)  # of what SQLAlchemy itself writes into the text
+    made: Any = statement._bind_processors
+    return whole.statement, {
+        name: made[name](value) if name in made else value for name, value in (whole.parameters or {}).items()
+    }
+
+
 class ClaimsOnPostgreSQL:
     """One request looks, locks, claims and writes the execution's row. `limits` go with it, for its transaction."""
 
     def __init__(self, engine: Engine, limits: Sequence[ColumnElement[str]]) -> None:
         self._single = single_statements(engine)
-        self._tick = _Together(engine, select(WAIT, *limits), LOOK_AND_CLAIM)
-        self._pending = _Together(engine, select(*limits), CLAIM_PENDING_AND_START)
+        self._tick = Together(engine, select(WAIT, *limits), LOOK_AND_CLAIM)
+        self._pending = Together(engine, select(*limits), CLAIM_PENDING_AND_START)
 
     def tick(self, values: Values) -> Started | NotClaimed:
         """Claim a tick that may be claimed."""
@@ -274,6 +287,6 @@ class ClaimsOnPostgreSQL:
         row = self._sent(self._pending, values)
         return Started(*row) if row else None
 
-    def _sent(self, together: _Together, values: Values) -> Any:
+    def _sent(self, together: Together, values: Values) -> Any:
         with self._single.begin() as connection:
             return together.row(connection, values)

@@ -6,13 +6,15 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
 from sqlalchemy import (
     ColumnElement,
+    Connection,
     Engine,
     Float,
     and_,
@@ -22,12 +24,15 @@ from sqlalchemy import (
     func,
     literal_column,
     not_,
+    null,
     or_,
     select,
     update,
 )
 from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import OperationalError
 
+from .claiming import Together
 from .clock import now, single_statements, steady
 from .messages import any_put_off, any_running, next_due
 from .models import LONGEST_RELEASE, AnyText, executions, instances, may_be_run_again, workers
@@ -37,6 +42,8 @@ LEASE_IS_OVER = "its instance could not renew the lease in time"
 _LAST_BEAT_SECONDS = 1.0
 _FORGOTTEN_AFTER = timedelta(days=1)
 _STEP_SECONDS = 1.0
+_LEAST_PATIENCE, _MOST_PATIENCE = 0.05, 0.5  # seconds
+_LOCK_NOT_AVAILABLE = "55P03"
 _IDENTITY = ("id", "host", "pid", "release")
 
 
@@ -85,6 +92,8 @@ class Pulse:
     """The database's, when it was read."""
     due: Mapping[str, datetime] = field(compare=False)
     """When the first waiting message of each topic is due; without the topics of which none is waiting."""
+    is_blind: bool = False
+    """Whether it tells nothing of the fleet: another client kept a table locked, so the lease was renewed alone."""
 
 
 class Instances:
@@ -96,22 +105,40 @@ class Instances:
         self._single = single_statements(engine)
         self._insert = sqlite.insert if engine.dialect.name == "sqlite" else postgresql.insert
         self._upserts: dict[tuple[str, ...], Any] = {}
+        self._renewal = self._upsert(null(), false(), false(), _first_expiry)
+        # What a look may wait for a lock. The renewal has to come after that, and well within the lease.
+        self._patience = max(_LEAST_PATIENCE, min(_MOST_PATIENCE, lease / 10))
         self._pace: tuple[float, float] | None = None
         self._began, self._judging_from = steady(), 0.0
 
     def beat(self, instance: Instance, topics: Sequence[str] = ()) -> Pulse:
-        """Renew everything that `instance` holds, or sign it on: one statement either way.
+        """Renew everything that `instance` holds, or sign it on: one request either way.
 
-        The same statement looks for work: what runs, and what waits in `topics`.
+        The same request looks for work: what runs, and what waits in `topics`. The lease depends on no other table than
+        its own: where another client keeps one locked, a second request renews the lease alone.
         """
+        try:
+            return self._beat(instance, partial(self._look, tuple(topics)), topics)
+        except OperationalError as error:
+            if getattr(error.orig, "sqlstate", None) != _LOCK_NOT_AVAILABLE:
+                raise
+        return replace(self.renew(instance), is_blind=True)
+
+    def renew(self, instance: Instance) -> Pulse:
+        """Renew everything that `instance` holds, or sign it on, without a look for work."""
+        return self._beat(instance, lambda connection, values: connection.execute(self._renewal, values).one(), ())
+
+    def _beat(
+        self, instance: Instance, send: Callable[[Connection, dict[str, Any]], Sequence[Any]], topics: Sequence[str]
+    ) -> Pulse:
         sent, instance.first_expiry = steady(), math.inf
         values = {f"its_{name}": getattr(instance, name) for name in _IDENTITY}
         values |= {"lease": instance.lease.total_seconds(), "offset": instance.clock_offset.total_seconds()}
-        upsert = self._upsert(tuple(topics))
         with self._single.begin() as connection:
             host_before = time.time()  # not before connecting, which may take long
-            clock, schedules, is_busy, is_ahead, expiry, *dues = connection.execute(upsert, values).one()
+            clock, schedules, is_busy, is_ahead, expiry, *dues = send(connection, values)
             host_after = time.time()
+        clock = clock.astimezone(UTC)
         least, most = (clock - datetime.fromtimestamp(host, UTC) for host in (host_after, host_before))
         instance.clock_offset = min(max(instance.clock_offset, least), most)  # as before, unless that is impossible
         instance.deadline = sent + instance.lease.total_seconds()
@@ -120,18 +147,27 @@ class Instances:
         due = {topic: at for topic, at in zip(topics, dues, strict=True) if at is not None}
         return Pulse(schedules, bool(is_busy), bool(is_ahead), self._was_set(clock, sent), clock, due)
 
-    def _upsert(self, topics: tuple[str, ...]) -> Any:
+    def _look(self, topics: tuple[str, ...], connection: Connection, values: dict[str, Any]) -> Sequence[Any]:
         """Built once for the same topics: that takes as long as running it."""
         if topics not in self._upserts:
-            lease, offset = bindparam("lease", type_=Float), bindparam("offset", type_=Float)
-            renewed = {"heartbeat_at": now(), "expires_at": now(lease), "clock_offset": offset}
-            who: dict[str, Any] = {name: bindparam(f"its_{name}") for name in _IDENTITY}
-            # A release in characters that the database cannot hold grows by their escapes.
-            who["release"] = func.substr(bindparam("its_release", type_=AnyText()), 1, LONGEST_RELEASE)
-            row = self._insert(instances).values({**who, "started_at": now(), **renewed})
-            upsert = row.on_conflict_do_update(index_elements=["id"], set_=renewed)
-            self._upserts[topics] = upsert.returning(now(), *_pulse(topics), *next_due(topics))
-        return self._upserts[topics]
+            upsert = self._upsert(*_pulse(topics), *next_due(topics))
+            if self.engine.dialect.name != "sqlite":  # on which no reader waits for a lock
+                patience = func.set_config("lock_timeout", f"{self._patience * 1000:.0f}", True)
+                upsert = Together(self.engine, select(patience), upsert)
+            self._upserts[topics] = upsert
+        upsert = self._upserts[topics]
+        if isinstance(upsert, Together):
+            return upsert.row(connection, values)  # type: ignore[no-any-return]
+        return connection.execute(upsert, values).one()
+
+    def _upsert(self, *columns: ColumnElement[Any]) -> Any:
+        lease, offset = bindparam("lease", type_=Float), bindparam("offset", type_=Float)
+        renewed = {"heartbeat_at": now(), "expires_at": now(lease), "clock_offset": offset}
+        who: dict[str, Any] = {name: bindparam(f"its_{name}") for name in _IDENTITY}
+        # A release in characters that the database cannot hold grows by their escapes.
+        who["release"] = func.substr(bindparam("its_release", type_=AnyText()), 1, LONGEST_RELEASE)
+        row = self._insert(instances).values({**who, "started_at": now(), **renewed})
+        return row.on_conflict_do_update(index_elements=["id"], set_=renewed).returning(now(), *columns)
 
     def write(self) -> None:
         """Change nothing, by a statement that only a database that takes writes accepts."""
@@ -208,6 +244,8 @@ _lines = (
     .order_by(workers.c.name)
     .subquery()
 )
+_others = and_(is_alive, instances.c.id != bindparam("its_id"))
+_first_expiry = select(func.min(instances.c.expires_at)).where(_others).scalar_subquery()
 _is_put_off = or_(
     workers.c.mark > now(OFFSET_WARNED),
     workers.c.scheduled_at > now(OFFSET_WARNED),
@@ -220,7 +258,6 @@ def _pulse(topics: Sequence[str]) -> tuple[ColumnElement[Any], ...]:
     is_pending = and_(workers.c.pending_tick.is_not(None), may_be_run_again)
     is_busy = select(workers.c.name).where(or_(workers.c.running.is_not(None), is_pending)).exists()
     is_ahead = select(workers.c.name).where(_is_put_off).exists()
-    others = select(func.min(instances.c.expires_at)).where(is_alive, instances.c.id != bindparam("its_id"))
     return (
         select(func.aggregate_strings(_lines.c.line, "\n")).scalar_subquery(),
         or_(
@@ -229,7 +266,7 @@ def _pulse(topics: Sequence[str]) -> tuple[ColumnElement[Any], ...]:
             any_running,
         ),
         or_(is_ahead, *any_put_off(topics, OFFSET_WARNED)),
-        others.scalar_subquery(),
+        _first_expiry,
     )
 
 

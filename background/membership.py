@@ -21,6 +21,7 @@ from .instances import LEASE_IS_OVER, OFFSET_WARNED, Heartbeat, Instance, Pulse
 from .ledger import WorkerState
 from .listener import Listener
 from .logs import logger_of
+from .looking import Looking
 from .scheduler import Scheduler
 from .ticks import Ticks
 from .wake_ups import WakeUps, unless_expected
@@ -58,8 +59,9 @@ class Membership:
         self._failing_since = 0.0
         self._beat_at: datetime | None = None
         self._said = ""
-        self._is_settled = self._is_looking = self._is_off = self._left = False
+        self._is_settled = self._is_looking = self._is_off = self._left = self._is_blind = False
         self._is_healed = self._is_healing = self._is_declaring = False
+        self._looking = Looking(self._looked, self._look_failed)
         self._refreshing, self._entering = threading.Lock(), threading.Lock()
         ticks.runs.hung = self._scheduler.replace
 
@@ -87,7 +89,8 @@ class Membership:
         if self._ticks.runs.stopping.is_set():
             return {"scheduler": True, "heartbeat": True}
         heartbeat = self._heartbeat
-        return {"scheduler": self._scheduler.is_alive, "heartbeat": heartbeat is None or heartbeat.is_alive}
+        is_beating = heartbeat is None or (heartbeat.is_alive and self._looking.is_alive)
+        return {"scheduler": self._scheduler.is_alive, "heartbeat": is_beating}
 
     def admit(self, name: str) -> None:
         """Take up a worker that was added after the start."""
@@ -134,6 +137,7 @@ class Membership:
             self._ticks.instance = instance
             calls = self._beat, self._beat_failed, self._deadline, self._lost, self._until_expiry
             heartbeat = Heartbeat(self._config["WORKERS_HEARTBEAT_SECONDS"], *calls)
+            self._looking.start()
             heartbeat.start()
             self._heartbeat = heartbeat
         return True
@@ -165,6 +169,7 @@ class Membership:
             self._listener.stop()
         if self._heartbeat is not None:
             self._heartbeat.stop()
+            self._looking.stop()
         instance, self._ticks.instance = self._ticks.instance, None
         if instance is not None:
             self._ticks.sign_off(instance)
@@ -175,7 +180,7 @@ class Membership:
     def refresh(self, rearm: bool = False) -> None:
         """Take in what the fleet decided: schedules, claims whose instance is gone, ticks to be claimed again.
 
-        It only reads: a write could wait for a lock, and the heartbeat with it.
+        It only reads, and in a thread of its own: it may wait for a lock, and the heartbeat must not.
         """
         with self._refreshing:
             again_if_stale(partial(self._refresh, rearm))
@@ -272,11 +277,20 @@ class Membership:
     def _look(self) -> None:
         """See what became of the others, without waiting for a heartbeat."""
         self._is_looking = False
-        try:
-            self.refresh()
-            self.consumers.wake_all()
-        except SQLAlchemyError as error:  # the next heartbeat does
-            log.debug("Cannot look at the others: %s", first_line(error))
+        self._looking.want()
+        self.consumers.wake_all()
+
+    def _looked(self, rearm: bool) -> None:
+        self.refresh(rearm)
+        self._is_blind = False
+
+    def _look_failed(self, error: Exception) -> None:
+        """Have the next heartbeat ask again; that the database is away, the heartbeat itself says."""
+        self._pulse = None
+        is_known = self._is_blind or isinstance(error, SQLAlchemyError)
+        level = logging.DEBUG if is_known else logging.WARNING
+        log.log(level, "Cannot look at the fleet: %s", first_line(error), exc_info=unless_expected(error))
+        self._is_blind = True
 
     def _settle_soon(self, name: str) -> None:
         if name not in self._settling:  # since a heartbeat before: no thread was free, or the row was not
@@ -320,22 +334,25 @@ class Membership:
                 return
             instance = Instance(instance.lease, clock_offset=instance.clock_offset, release=instance.release)
         offset, before = instance.clock_offset, self._pulse
-        self._pulse = self._ticks.instances.beat(instance, sorted(self._topics))
+        self._pulse = pulse = self._ticks.instances.beat(instance, sorted(self._topics))
         if instance is not self._ticks.instance and not self._begin_anew(instance):
             return
         if self._failing_since:
             log.warning("Heartbeats go on after %.1f s", steady() - self._failing_since)
             self._failing_since = 0.0
-            self.consumers.outage = (self._beat_at or self._pulse.clock, self._pulse.clock)
-        self._beat_at = self._pulse.clock
+            self.consumers.outage = (self._beat_at or pulse.clock, pulse.clock)
+        self._beat_at = pulse.clock
         self._warn_of_offset(instance)
-        is_moved = self._pulse.was_set or abs(instance.clock_offset - offset) > _OFFSET_REARMED
+        is_moved = pulse.was_set or abs(instance.clock_offset - offset) > _OFFSET_REARMED
         if is_moved:
             self._is_looking = False  # the next look may be hours away by the clock that was set
-        if is_moved or self._pulse != before or self._pulse.is_busy or not self._is_settled:
-            self.refresh(is_moved)
-        self._heal_soon(self._pulse)
-        self.consumers.follow(self._pulse, self._config["WORKERS_HEARTBEAT_SECONDS"])
+        if pulse.is_blind:
+            self._warn_of_lock()
+        else:
+            if is_moved or pulse != before or pulse.is_busy or not self._is_settled:
+                self._looking.want(is_moved)
+            self._heal_soon(pulse)
+        self.consumers.follow(pulse, self._config["WORKERS_HEARTBEAT_SECONDS"])
         self._scheduler.look_again()
 
     def _heal_soon(self, pulse: Pulse) -> None:
@@ -361,6 +378,11 @@ class Membership:
         self._is_off = abs(instance.clock_offset) > least
         if self._is_off and not was_off:
             log.warning("This host's clock is %+.1f s off the database's", -instance.clock_offset.total_seconds())
+
+    def _warn_of_lock(self) -> None:
+        level = logging.DEBUG if self._is_blind else logging.WARNING
+        log.log(level, "The lease is renewed, but no work is found: another client keeps a table of the engine locked")
+        self._is_blind = True
 
     def _beat_failed(self, error: Exception) -> None:
         self._pulse = None  # what came with it may not have been taken in

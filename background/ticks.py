@@ -160,7 +160,7 @@ class Ticks:
     def sign_on(self) -> Instance:
         """A new life of this process, known to the fleet."""
         instance = Instance(self._lease, release=self._app.config.get("RELEASE"))
-        self.instances.beat(instance)
+        self.instances.renew(instance)
         return instance
 
     def sign_off(self, instance: Instance, forget: bool = False) -> None:
@@ -193,7 +193,7 @@ class Ticks:
         instance = again_if_stale(self.sign_on)
         heartbeat = Heartbeat(
             self._app.config["WORKERS_HEARTBEAT_SECONDS"],
-            lambda: self.instances.beat(instance) if instance.is_alive else None,
+            lambda: self.instances.renew(instance) if instance.is_alive else None,
             lambda error: log.warning("No heartbeat: %s", first_line(error)),
             lambda: instance.deadline,
             lambda: self.lose(instance),

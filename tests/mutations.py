@@ -76,6 +76,22 @@ MUTATIONS = (
         ["tests/test_context.py", "-k", "token_moved_on"],
     ),
     Mutation(
+        "a lease is renewed though another table is locked",
+        [
+            Edit(
+                "background/instances.py",
+                'func.set_config("lock_timeout", f"{self._patience * 1000:.0f}", True)',
+                'func.set_config("lock_timeout", "0", True)',
+            )
+        ],
+        ["tests/test_instances.py", "-k", "waits_for_no_other_table"],
+    ),
+    Mutation(
+        "a look for work does not hold the heartbeat up",
+        [Edit("background/membership.py", "self._looking.want(is_moved)", "self.refresh(is_moved)")],
+        ["tests/test_instances.py", "-k", "waits_for_no_other_table"],
+    ),
+    Mutation(
         "a claim is known by more than a token",
         [
             Edit(

@@ -12,18 +12,24 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import close, on_sqlite
+from conftest import close, on_postgresql, on_sqlite
 from fleet import HOUR, PATIENCE, Fleet, Hourly, effect, last_hour, make_app, statements, wait_until
 from processes import MARGIN
-from sqlalchemy import make_url, select, update
+from sqlalchemy import make_url, select, text, update
 
-from background import BackgroundWorkerManager, WorkerContext
+from background import BackgroundWorkerManager, Message, MessageWorker, WorkerContext
 from background import models as tables
 from background.clock import steady
 from background.instances import Instance, Pulse
 from background.ticks import Ticks
 
 LEASE = timedelta(seconds=5)
+
+
+class Noted(MessageWorker):
+    topic = "noted"
+
+    def handle(self, message: Message, context: WorkerContext) -> None: ...
 
 
 def row(fleet: Fleet, instance: Instance) -> object:
@@ -154,8 +160,38 @@ def test_an_idle_instance_is_one_statement_per_heartbeat(fleet: Fleet) -> None:
             return len(beats) >= 10
 
         wait_until(is_idle, "ten heartbeats that need no look")
-    assert {statement.split()[0] for statement in beats} == {"INSERT"}
+    assert all("INSERT INTO background_instances" in statement for statement in beats)
     assert looks == []
+
+
+@on_postgresql
+def test_renewing_a_lease_waits_for_no_other_table(fleet: Fleet, caplog: pytest.LogCaptureFixture) -> None:
+    working, go_on = threading.Event(), threading.Event()
+
+    class Long(Hourly):
+        def do_work(self, context: WorkerContext) -> None:
+            working.set()
+            assert go_on.wait(PATIENCE)
+            effect(context)
+
+    manager, lease = fleet.manager(Long, Noted, WORKERS_LEASE_SECONDS=1), 1
+    manager.start()
+    assert working.wait(PATIENCE)
+    first = manager.ticks.instance
+    others = [table.name for table in tables.metadata.sorted_tables if table is not tables.instances]
+    with fleet.engine.begin() as operator:
+        operator.execute(text(f"LOCK TABLE {', '.join(others)} IN ACCESS EXCLUSIVE MODE"))  # as VACUUM FULL does
+        until = first.deadline + 2 * lease
+        wait_until(lambda: first.deadline > until or not first.is_alive, "the heartbeats of two leases")
+        assert first.is_alive
+    go_on.set()
+    wait_until(lambda: fleet.states() == ["succeeded"], "the end of the run")
+    assert manager.ticks.instance is first
+    assert caplog.text.count("another client keeps a table of the engine locked") == 1
+    assert manager.request("long")
+    wait_until(lambda: fleet.states() == ["succeeded", "succeeded"], "a run that a heartbeat found")
+    fleet.enqueue("noted", 1)
+    wait_until(lambda: [each.state for each in fleet.messages()] == ["done"], "a message that was found")
 
 
 def test_who_was_not_first_at_a_tick_has_read_once_and_lets_the_others_go_first_at_the_next_one(fleet: Fleet) -> None:
