@@ -167,6 +167,9 @@ def _by_whom(around: Surroundings) -> str:
 
 def _unrecorded(around: Surroundings, known: Known, tick: datetime) -> tuple[str, str]:
     state = around.state
+    if state and state.running and state.is_bare and state.running.tick == tick:
+        where = f"is claimed by {_where(state, around)}"
+        return "running", f"{where}; its row was deleted by hand, and the fleet writes it anew within a lease"
     if state and state.mark and tick <= state.mark and around.clock < state.mark:
         became = "unrecorded" if tick > around.clock else "overdue"
         return became, (

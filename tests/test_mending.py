@@ -277,6 +277,8 @@ def test_what_a_hand_tore_apart_heals_with_a_line_and_a_row_and_every_page_works
     manager: BackgroundWorkerManager = admin.application.extensions["background_workers"]
     damage(fleet, manager)
     look(fleet, admin)
+    if damage is damage_claim:
+        assert "is claimed by elsewhere:1, which is gone" in manager.why("hourly", last_hour()).sentence
     manager.start()
     wait_until(lambda: fleet.states() == AGAIN[damage], "the healing")
     first = fleet.executions()[0]
