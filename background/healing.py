@@ -18,6 +18,7 @@ from .models import executions, messages, workers
 from .schedule import MICROSECOND, Schedule, parse_schedule
 
 AHEAD = timedelta(seconds=1)  # a clock that is set back by less puts nothing off for long
+_SLICE = 5_000  # messages that one statement changes
 _LONGEST_PAUSE = timedelta(hours=1, minutes=15)  # before another attempt at a message
 
 
@@ -63,17 +64,23 @@ class Healing:
         A message that was never tried keeps its delay, from now on. Concurrency: each instance does this, and
         consumers claim meanwhile. A message is changed once, and only while it waits.
         """
-        with self._ledger.engine.connect() as connection:
-            if not connection.execute(select(messages.c.id).where(_is_put_off).limit(1)).first():
-                return 0  # without having taken SQLite's only write lock
         delay = elapsed(messages.c.enqueued_at, messages.c.due_at)
         due_at = case((messages.c.attempt == 0, now(func.coalesce(delay, 0.0))), else_=now())
         enqueued_at = case((messages.c.enqueued_at > now(AHEAD), now()), else_=messages.c.enqueued_at)
-        with self._ledger.begin() as connection:
-            healed = update(messages).where(_is_put_off).values(due_at=due_at, enqueued_at=enqueued_at)
-            number = count(connection.execute(healed.execution_options(preserve_rowcount=True)))
-        self._ledger.ring()
+        number = 0
+        while some := self._put_off():
+            ours = and_(messages.c.id.in_(some), _is_put_off)
+            healed = update(messages).where(ours).values(due_at=due_at, enqueued_at=enqueued_at)
+            with self._ledger.begin() as connection:
+                number += count(connection.execute(healed))
+        if number:
+            self._ledger.ring()
         return number
+
+    def _put_off(self) -> Sequence[int]:
+        """The ids of some, found without SQLite's only write lock."""
+        with self._ledger.engine.connect() as connection:
+            return connection.scalars(select(messages.c.id).where(_is_put_off).limit(_SLICE)).all()
 
     def pass_over(self, state: WorkerState, tick: datetime, attempt_after: Callable[[int], int | None]) -> bool:
         """Raise the mark to a tick that an instance ran while the clock was ahead; False where the tick did not run.

@@ -262,7 +262,7 @@ MUTATIONS = (
     Mutation(
         "an outage is no attempt at a message",
         [Edit("background/handling.py", "times >= _MOST_EXCUSED or not is_cut_off(error)", "True")],
-        ["tests/test_outages.py", "-k", "was_not_tried"],
+        ["tests/test_outages.py", "-k", "connection_was_ended"],
     ),
     Mutation(
         "a tick that ran while the clock was ahead does not run again",

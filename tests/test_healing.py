@@ -16,7 +16,7 @@ from sqlalchemy import Engine, event, insert, make_url, update
 from test_clocks import Host, clock_ahead, end, faked, host, ticks_on  # noqa: F401 - fixtures
 from test_clocks import set_clock as set_host_clock
 
-from background import Message, MessageWorker, PeriodicWorker, WorkerContext
+from background import Message, MessageWorker, PeriodicWorker, WorkerContext, healing
 from background import models as tables
 from background.standing import standings
 
@@ -201,7 +201,10 @@ def test_messages_that_a_clock_ahead_put_off_are_handled_by_themselves(fleet: Fl
     wait_until(lambda: {row.state for row in fleet.messages()} == {"done"}, "those that were put off meanwhile")
 
 
-def test_a_delay_that_its_caller_asked_for_stays_and_an_attempt_put_off_comes_at_once(fleet: Fleet) -> None:
+def test_a_delay_that_its_caller_asked_for_stays_and_an_attempt_put_off_comes_at_once(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(healing, "_SLICE", 2)
     manager = fleet.manager(Noting)
     ids = fleet.enqueue("notes", "asked for", "delayed while ahead", "tried", "tried long ago", delay=2 * HOUR)
     asked, delayed, tried, long_ago = ids
