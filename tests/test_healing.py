@@ -96,9 +96,11 @@ def test_what_ran_while_the_clock_was_ahead_does_not_run_again_and_what_did_not_
 def test_a_tick_that_has_an_execution_is_not_claimed_although_its_mark_was_lowered(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
     assert manager.tick("hourly", now()).state == "succeeded"
-    lowered = {"mark": last_hour() - 3 * HOUR, "mark_ahead": last_hour(), "scheduled_at": last_hour() - DAY}
+    lowered = {"mark": last_hour() - HOUR, "mark_ahead": last_hour(), "scheduled_at": last_hour() - DAY}
     fleet.set("hourly", **lowered)
-    assert manager.tick("hourly", now()) is None
+    schedule = manager.ticks.look(Hourly).schedule_text
+    assert not manager.ticks.ledger.claim("hourly", last_hour(), schedule, ("id", "name"))
+    assert manager.ticks.run(Hourly, last_hour(), schedule) is None
     assert fleet.effects() == [""]
     assert fleet.row("hourly").mark == last_hour()
 
