@@ -17,7 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 from werkzeug.local import LocalProxy
 
-from . import forks, hearing, models, postgresql, serving, settings, sqlite
+from . import forks, hearing, models, opening, postgresql, serving, settings, sqlite
 from .connections import made_once
 from .context import current_run, fence, when_committed
 from .dependencies import refuse_driver
@@ -96,6 +96,7 @@ class BackgroundWorkerManager:
             sqlite.refuse_memory(db.engine)
             refuse_autocommit_options(db.engine)
             self._open = OpenTransactions(db.engine)
+            opening.prepare(db.engine)
             self._engines = tuple(db.engines.values())
             for engine in self._engines:
                 sqlite.prepare(engine)

@@ -6,6 +6,14 @@ from typing import Any
 
 from sqlalchemy import Engine, event
 
+_here = threading.local()
+
+
+def prepare(engine: Engine) -> None:
+    """Have later connections of `engine` opened by an Opener, too; a thread may not add this while another connects."""
+    if not event.contains(engine, "do_connect", _connect):
+        event.listen(engine, "do_connect", _connect)
+
 
 class Opener:
     """Opens connections with the URL, the arguments, the `creator` and the listeners of the engine `shared`.
@@ -15,31 +23,31 @@ class Opener:
 
     def __init__(self, shared: Engine, arguments: Mapping[str, Any]) -> None:
         self._shared, self._arguments = shared, arguments
-        self._here = threading.local()
-        event.listen(shared, "do_connect", self._connect, insert=True)
+        prepare(shared)
 
     def open(self, file: str | None = None) -> Any:
         """Open one connection; on SQLite to `file` instead, unless the application's own function opens it."""
-        self._here.asked = {"file": file}
+        _here.asked = file, self._arguments
         try:
             pooled = self._shared.pool.recreate().connect()
         finally:
-            self._here.asked = None
+            _here.asked = None
         pooled.detach()
         return pooled.dbapi_connection
 
-    def _connect(self, dialect: Any, record: Any, given: Any, named: Any) -> Any:
-        """Connect with our arguments, if this thread asked for it, after the application's `do_connect` listeners."""
-        asked, self._here.asked = getattr(self._here, "asked", None), None
-        if asked is None:
-            return None
-        given = [asked["file"], *given[1:]] if asked["file"] else given
-        named = {**named, **self._arguments}
-        listeners = list(dialect.dispatch.do_connect)
-        for later in listeners[listeners.index(self._connect) + 1 :]:
-            if (connection := later(dialect, record, given, named)) is not None:
-                return connection
-        return dialect.connect(*given, **named)
+
+def _connect(dialect: Any, record: Any, given: Any, named: Any) -> Any:
+    """Connect with an Opener's arguments, if this thread asked for it, after the application's own listeners."""
+    asked, _here.asked = getattr(_here, "asked", None), None
+    if asked is None:
+        return None
+    file, arguments = asked
+    given, named = [file, *given[1:]] if file else given, {**named, **arguments}
+    listeners = list(dialect.dispatch.do_connect)
+    for later in listeners[listeners.index(_connect) + 1 :]:
+        if (connection := later(dialect, record, given, named)) is not None:
+            return connection
+    return dialect.connect(*given, **named)
 
 
 def has_creator(engine: Engine) -> bool:
