@@ -8,6 +8,7 @@ from sqlalchemy import Connection, String, cast, distinct, false, func, null, se
 from . import sqlite
 from .clock import single_statements
 from .instances import is_alive
+from .ledger import is_of_claim
 from .manager import BackgroundWorkerManager
 from .models import executions, instances, messages, workers
 from .roster import Silence
@@ -73,11 +74,7 @@ def condition(manager: BackgroundWorkerManager) -> Condition:
 
 _name = instances.c.host + ":" + cast(instances.c.pid, String)
 _alive = select(instances.c.id, _name.label("name")).where(is_alive)
-_runs = (
-    select(executions.c.instance, func.count())
-    .join(workers, (executions.c.worker == workers.c.name) & (executions.c.token == workers.c.running))
-    .group_by(executions.c.instance)
-)
+_runs = select(executions.c.instance, func.count()).join(workers, is_of_claim).group_by(executions.c.instance)
 _batches = (
     select(messages.c.instance, func.count(distinct(messages.c.batch)))
     .where(messages.c.state == "running")

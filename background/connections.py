@@ -57,6 +57,8 @@ class Connections:
         self._strict: WeakSet[Any] = WeakSet()
         self._opening = threading.Lock()
         self._closed = 0
+        self.cuts = 0
+        """How often `cut` ended whatever waited: what fails then was not ended by the server."""
         self.sessions = Sessions(shared, schema)
         """What the engine does in the sessions of the application."""
 
@@ -159,6 +161,7 @@ class Connections:
 
     def cut(self) -> None:
         """Have whatever waits for PostgreSQL on them fail now, from any thread, and connect anew from now on."""
+        self.cuts += 1
         with self._opening:
             connections = list(self._open)
         for connection in connections:

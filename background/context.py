@@ -112,6 +112,11 @@ class WorkerContext:
         """Whether this run knows that its claim is gone."""
         return self._lost is not None
 
+    @property
+    def lost_because(self) -> str | None:
+        """Why the run may not commit; None while it may."""
+        return self._lost
+
     def lose(self, why: str) -> None:
         """From now on no commit passes, and the run is told to end."""
         self._lost = self._lost or why

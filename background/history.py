@@ -261,13 +261,18 @@ class History:
         records, before = self._belonging(name, at, state)
         if records:
             return Surroundings(name, at, clock, state, records, alive=alive, last_seen=last_seen)
-        after, oldest = self._behind(name, at)
+        after, oldest = self._behind(name, state.schedule.previous(at))
         return Surroundings(name, at, clock, state, (), before, after, oldest, alive, last_seen)
 
     def _belonging(self, name: str, at: datetime, state: WorkerState) -> tuple[tuple[Record, ...], Record | None]:
-        """The rows of the tick that `at` belongs to; where there are none, the newest row before it."""
-        exactly = or_(executions.c.trigger == "schedule", executions.c.tick == at)
-        query = _of(name).where(executions.c.tick <= at, exactly)
+        """The rows of the tick that `at` belongs to; where there are none, the newest row before it.
+
+        Once the schedule is in force that is its latest tick up to `at`, whichever moment after it is asked about. What
+        an older schedule did between the two belongs to moments of its own time.
+        """
+        until = at if at < state.scheduled_at else state.schedule.previous(at)
+        belongs = or_(executions.c.tick == at, and_(executions.c.trigger == "schedule", executions.c.tick <= until))
+        query = _of(name).where(executions.c.tick <= at, belongs)
         found = self._records(query.order_by(*_newest_first).limit(_MOST_ATTEMPTS))
         if not found:
             return (), None

@@ -189,6 +189,11 @@ class Instances:
         with self._single.begin() as connection:
             connection.execute(delete(instances).where(instances.c.id == instance.id))
 
+    def is_known(self, id: str) -> bool:
+        """Whether the instance has a row, alive or not."""
+        with self._single.connect() as connection:
+            return connection.scalar(select(instances.c.id).where(instances.c.id == id)) is not None
+
     def gone(self, ids: Collection[str]) -> dict[str, bool]:
         """Those of `ids` who are not alive: True for one that signed off, False for one that was lost.
 

@@ -31,6 +31,7 @@ log = logger_of(__name__)
 
 _OFFSET_REARMED = timedelta(milliseconds=20)
 _LAST_CALLS_SECONDS = 1.0
+_CUT = "no answer came before the lease ended, so this instance cut its connections"
 _SPREAD_SECONDS = (0.005, 0.05)  # else all who hear of something would come at the same instant
 
 
@@ -56,7 +57,7 @@ class Membership:
         self._settling: set[str] = set()
         self._pulse: Pulse | None = None
         self._ahead: set[str] = set()
-        self._failing_since = 0.0
+        self._failing_since, self._cuts = 0.0, 0
         self._beat_at: datetime | None = None
         self._said = ""
         self._is_settled = self._is_looking = self._is_off = self._left = self._is_blind = False
@@ -333,6 +334,7 @@ class Membership:
             if self._ticks.runs.stopping.is_set():
                 return
             instance = Instance(instance.lease, clock_offset=instance.clock_offset, release=instance.release)
+        self._cuts = self._ticks.connections.cuts
         offset, before = instance.clock_offset, self._pulse
         self._pulse = pulse = self._ticks.instances.beat(instance, sorted(self._topics))
         if instance is not self._ticks.instance and not self._begin_anew(instance):
@@ -388,7 +390,8 @@ class Membership:
         self._pulse = None  # what came with it may not have been taken in
         level = logging.DEBUG if self._failing_since else logging.WARNING  # once per outage
         self._failing_since = self._failing_since or steady()
-        log.log(level, "No heartbeat: %s", first_line(error), exc_info=unless_expected(error))
+        was_cut = self._cuts != self._ticks.connections.cuts
+        log.log(level, "No heartbeat: %s", _CUT if was_cut else first_line(error), exc_info=unless_expected(error))
 
     def _deadline(self) -> float:
         return instance.deadline if (instance := self._ticks.instance) else 0.0

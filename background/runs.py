@@ -162,7 +162,9 @@ def _unfinished(worker: type[PeriodicWorker], context: TickContext, ending: "End
     if context.timed_out_after:
         return _time_out(context, ending)
     if context.is_lost or not context.instance.is_alive or isinstance(error, ClaimLost):
-        context.logger.warning("Lost the tick %s: %s", tick, first_line(error))
+        # Once the claim is lost, whatever the code ran into, a cut connection too, follows from that.
+        why = None if isinstance(error, ClaimLost) else context.lost_because
+        context.logger.warning("Lost the tick %s: %s", tick, why or first_line(error))
         ending.disown()
         return "lost"  # which the instance writes that finds this one gone
     if isinstance(error, RunStopped):

@@ -6,11 +6,12 @@ from functools import lru_cache
 from math import inf
 from typing import Any
 
-from sqlalchemy import Row, and_, bindparam, case, func, select
+from sqlalchemy import Row, bindparam, case, func, select
 
 from .clock import elapsed, now, single_statements
 from .errors import InvalidSchedule
 from .instances import OFFSET_WARNED, is_alive
+from .ledger import is_of_claim
 from .manager import BackgroundWorkerManager
 from .models import executions, instances, totals, workers
 from .schedule import parse_schedule
@@ -86,7 +87,7 @@ _query = select(
     elapsed(func.coalesce(instances.c.expires_at, executions.c.started_at), now()).label("gone_for"),
 )
 _query = (
-    _query.outerjoin(executions, and_(executions.c.worker == workers.c.name, executions.c.token == workers.c.running))
+    _query.outerjoin(executions, is_of_claim)
     .outerjoin(instances, instances.c.id == executions.c.instance)
     .order_by(workers.c.name)
 )

@@ -3,6 +3,7 @@
 There is no other way.
 """
 
+import logging
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
@@ -191,10 +192,11 @@ class Ticks:
             yield instance
             return
         instance = again_if_stale(self.sign_on)
+        outage = Outage()
         heartbeat = Heartbeat(
             self._app.config["WORKERS_HEARTBEAT_SECONDS"],
-            lambda: self.instances.renew(instance) if instance.is_alive else None,
-            lambda error: log.warning("No heartbeat: %s", first_line(error)),
+            lambda: outage.ended(self.instances.renew(instance)) if instance.is_alive else None,
+            lambda error: log.log(outage.level(), "No heartbeat: %s", first_line(error)),
             lambda: instance.deadline,
             lambda: self.lose(instance),
         )
@@ -264,7 +266,9 @@ class Ticks:
                 send(self._app, execution_handed_back, claim=claim, reason=reason)
             return
         again = attempt_after(worker, claim.attempt)
-        reason = f"{state.instance_name} stopped renewing its lease"
+        is_known = self.instances.is_known(str(state.instance))
+        became = "stopped renewing its lease" if is_known else "is not known to the fleet: its row was deleted"
+        reason = f"{state.instance_name} {became}"
         if self.ledger.end(claim, "lost", reason, again):
             self._tell_of_loss(claim, reason, again)
 
@@ -315,6 +319,22 @@ class Ticks:
         """Close the connections; they open again when they are asked for."""
         if "connections" in self.__dict__:
             self.connections.close()
+
+
+class Outage:
+    """Has one thing of an outage logged as a warning, and the rest of it as details."""
+
+    def __init__(self) -> None:
+        self._is_on = False
+
+    def level(self) -> int:
+        """The level of the next line about it."""
+        was_on, self._is_on = self._is_on, True
+        return logging.DEBUG if was_on else logging.WARNING
+
+    def ended(self, _answer: object) -> None:
+        """Begin anew: there was an answer."""
+        self._is_on = False
 
 
 def _why_not(tick: datetime, state: WorkerState) -> str | None:

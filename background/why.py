@@ -183,11 +183,13 @@ def _unrecorded(around: Surroundings, known: Known, tick: datetime) -> tuple[str
             "unknown",
             f"did not run: no instance has ever started the worker on this database{_unless(around, known)}",
         )
-    if tick < state.scheduled_at and around.at < state.scheduled_at:
-        return "before", _before(around, state)
-    if tick < state.scheduled_at and not (state.mark is None and around.alive):
-        first = state.schedule.next(state.scheduled_at)
-        return "before", f"is older than its schedule ({_since(state)}), whose first tick is {moment(first)}"
+    if tick < state.scheduled_at:
+        has_followed = around.before is not None and state.mark is not None and tick <= state.mark
+        if has_followed or tick != state.schedule.previous(around.clock):
+            return "before", _before(around, state)
+        if not (state.mark is None and around.alive):
+            first = state.schedule.next(state.scheduled_at)
+            return "before", f"is older than its schedule ({_since(state)}), whose first tick is {moment(first)}"
     if state.mark is not None and tick <= state.mark:
         return _without_row(around, known, tick)
     return _untaken(around, known, tick, state)

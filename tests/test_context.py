@@ -607,7 +607,11 @@ def test_the_claim_of_an_instance_that_is_gone_is_run_again_under_the_same_key(f
     claimed_by_a_ghost(manager, "hourly")
     assert manager.tick("hourly", NOW()).state == "succeeded"
     lost, again, newest = fleet.executions()
-    assert (lost.state, lost.attempt, lost.reason) == ("lost", 1, "elsewhere:1 stopped renewing its lease")
+    assert (lost.state, lost.attempt, lost.reason) == (
+        "lost",
+        1,
+        "elsewhere:1 is not known to the fleet: its row was deleted",
+    )
     assert (again.state, again.attempt, again.tick) == ("succeeded", 2, lost.tick)
     assert (newest.state, newest.attempt, newest.tick) == ("succeeded", 1, NOW())
     assert fleet.keys()[0] == f"hourly:{lost.tick.isoformat()}"

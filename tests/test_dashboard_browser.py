@@ -3,7 +3,9 @@
 import os
 import re
 import shutil
+import sqlite3
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -311,6 +313,22 @@ def test_every_page_is_accessible_and_fits_a_phone(app, opened):
     assert page.get_by_label("Period or cron").locator("visible=true").bounding_box()["width"] > 300
     page.get_by_role("button", name="Reset to at 30 2 * * * (Europe/Berlin): price_check").click()
     page.get_by_text("price_check runs at 30 2 * * * (Europe/Berlin) from now on.").wait_for()
+
+
+def test_the_banner_of_a_fleet_without_an_instance_is_accessible_and_fits_a_phone(app, database, opened, tmp_path):
+    copy = sqlite3.connect(tmp_path / "copy.sqlite")
+    with closing(sqlite3.connect(database.removeprefix("sqlite:///"))) as original, closing(copy):
+        original.backup(copy)
+    silent = lively.create_app(f"sqlite:///{tmp_path / 'copy.sqlite'}")
+    with served(silent) as address:
+        page = opened("/workers/", address)
+        for path in PLACES:
+            page.goto(f"{address}{path}")
+            page.get_by_text("No instance is alive").wait_for()
+            assert violations(page) == [], path
+            page.set_viewport_size({"width": 390, "height": 844})
+            assert page.evaluate("document.documentElement.scrollWidth") <= 390, path
+    close(silent)
 
 
 def violations(page: "Page") -> list[str]:

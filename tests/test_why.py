@@ -538,3 +538,73 @@ def test_an_answer_costs_a_constant_number_of_queries_on_an_index(
     for number in range(200):
         write("succeeded", tick=NOON - number * DAY, token=number)
     assert len(queries(manager.ticks.ledger.engine)) == len(few) <= 5
+
+
+# -- one answer, however it is asked for ---------------------------------------------------------
+
+
+def both_ways(manager: BackgroundWorkerManager) -> Answer:
+    """The answer about the latest tick, which is the same for the moment of asking and for the tick itself."""
+    now = manager.why("tidy")
+    at_the_tick = manager.why("tidy", now.tick)
+    assert (now.state, now.sentence) == (at_the_tick.state, at_the_tick.sentence)
+    return now
+
+
+def test_a_tick_that_fell_before_its_schedule_was_changed_is_called_older_and_not_untaken(
+    manager: BackgroundWorkerManager, write: Callable[..., None]
+) -> None:
+    manager.remove("tidy")
+    manager.add(type("Daily", (Tidy,), {"name": "tidy", "period": DAY}))
+    assert manager.why("tidy").state in ("unknown", "before")
+    manager.ticks.look(manager.workers["tidy"])
+    clock = manager.history.clock()
+    ran = clock.replace(hour=0, minute=0, second=0, microsecond=0)
+    with manager.ticks.ledger.engine.begin() as connection:
+        values = {"mark": ran, "scheduled_at": ran - 9 * DAY}
+        connection.execute(update(workers).where(workers.c.name == "tidy").values(values))
+    write("succeeded", tick=ran, started_at=ran, finished_at=ran + MINUTE, instance_name="a:1", attempt=1)
+    assert both_ways(manager).state == "succeeded"
+    manager.reschedule("tidy", period=HOUR / 60)
+    answer = both_ways(manager)
+    assert answer.tick == ran if clock.hour == clock.minute == 0 else answer.state == "before"
+    assert "no instance took it" not in answer.sentence
+
+
+def test_what_an_older_schedule_did_later_does_not_change_the_answer(
+    manager: BackgroundWorkerManager, known: Callable[..., None], write: Callable[..., None]
+) -> None:
+    known(scheduled_at=NOON - MINUTE, mark=NOON)
+    write("succeeded", started_at=NOON, finished_at=NOON + MINUTE, instance_name="a:1", attempt=1)
+    write("succeeded", tick=NOON + 3 * MINUTE, trigger="manual", token=7)
+    write("missed", tick=NOON + 5 * MINUTE, finished_at=NOON + HOUR)  # of a schedule that a rollback brought
+    answers = [manager.why("tidy", NOON + minutes * MINUTE) for minutes in (0, 1, 4, 9)]
+    assert {answer.sentence for answer in answers} == {answers[0].sentence}
+    assert answers[0].state == "succeeded"
+    assert manager.why("tidy", NOON + 3 * MINUTE).sentence.startswith("The manual run")
+
+
+@pytest.mark.parametrize("alive", [(), (A,)])
+@pytest.mark.parametrize("mark", [None, NOON - 10 * MINUTE, NOON, NOON + DAY])
+@pytest.mark.parametrize("scheduled", [-DAY, -MINUTE, 3 * MINUTE])
+def test_the_answer_about_a_tick_does_not_depend_on_the_moment_by_which_it_is_asked_for(
+    alive: tuple[Seen, ...], mark: datetime | None, scheduled: timedelta
+) -> None:
+    known = state(mark=mark, scheduled_at=NOON + scheduled)
+    moments = (NOON, NOON + MINUTE, NOON + 5 * MINUTE)
+    answers = {answer(around(known=known, at=at, alive=alive)).sentence for at in moments}
+    assert len(answers) == 1
+
+
+def test_an_instance_whose_row_was_deleted_is_not_said_to_have_stopped_renewing_its_lease(
+    manager: BackgroundWorkerManager, known: Callable[..., None]
+) -> None:
+    known(mark=NOON - DAY, scheduled_at=NOON - 2 * DAY)
+    clock = manager.history.clock()
+    state = manager.ticks.look(Tidy)
+    tick = state.schedule.previous(clock)
+    manager.ticks.ledger.miss(state, tick)
+    assert manager.ticks.ledger.claim("tidy", tick, state.schedule_text, ("deleted", "web-1:7"))
+    assert manager.tick("tidy", clock)
+    lost = manager.history.executions("tidy", state="lost")[0]
+    assert lost.reason == "web-1:7 is not known to the fleet: its row was deleted"
