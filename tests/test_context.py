@@ -97,10 +97,10 @@ def test_an_interrupt_that_a_run_raises_itself_is_a_failure_and_not_run_again_fo
 
 
 def test_an_error_whose_text_no_database_can_hold_is_a_failed_run(
-    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+    fleet: Fleet, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It quotes the name of a file, say, which can be any bytes."""
-    monkeypatch.setattr(logging.getLogger("background.quoting"), "disabled", True)  # nor can a report of pytest-xdist
+    caplog.set_level(logging.CRITICAL, "background.quoting")  # nor can a report of pytest-xdist
 
     class Quoting(Hourly):
         def do_work(self, context: WorkerContext) -> None:
