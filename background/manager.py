@@ -303,8 +303,8 @@ class BackgroundWorkerManager:
         to reach the tick, at most one lease. Raises UnknownWorker, CommitFirst amid a transaction of this thread that
         has written, and what the database raises.
 
-        A worker that is new to the database begins with the next tick (see `run_on_first_start`), so its latest one
-        is not run. Only where `at` is a tick itself does the worker begin with that one.
+        This call asks for that tick, so it runs even if the worker is new to the database. A start does not: there a
+        new worker begins with its next tick (see `run_on_first_start`).
         """
         worker = self._known(name)
         if not isinstance(at, datetime) or at.tzinfo is None:

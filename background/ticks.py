@@ -118,15 +118,15 @@ class Ticks:
         return self._claim_and_run(worker, partial(self.ledger.claim_pending, worker.name, tick)) or None
 
     def look(self, worker: type[PeriodicWorker], asked: datetime | None = None) -> WorkerState:
-        """The worker's state, in one read once its row is there.
+        """Read the worker's state; make its row first where there is none.
 
-        A caller that names a tick, `asked`, of a worker without a row has the worker begin with that tick.
+        A worker without a row begins with its latest tick up to `asked`, where a caller asks for that tick.
         """
         state = self.ledger.look(worker.name)
         if state is None:
             schedule, first = declared_schedule(worker), begins([worker])
-            if asked is not None and schedule.previous(asked) == asked:
-                first = {worker.name: asked - MICROSECOND, **first}
+            if asked is not None:
+                first = {worker.name: schedule.previous(asked) - MICROSECOND, **first}
             self.steering.register({worker.name: schedule}, first=first)
             state = self.ledger.look(worker.name)
             assert state is not None  # noqa: S101 - the row was just written

@@ -569,12 +569,12 @@ def test_a_new_worker_runs_no_tick_from_before_it_was_registered(fleet: Fleet, w
     assert f"whose first tick is {moment(declared_schedule(worker).next(at))}" in answer.sentence
 
 
-def test_a_tick_of_now_does_not_make_a_new_worker_run_the_past(fleet: Fleet) -> None:
-    manager = fleet.manager(Yearly)
-    assert manager.tick("yearly", manager.history.clock()) is None
-    assert manager.trigger("yearly").state == "succeeded"
-    assert manager.tick("yearly", manager.history.clock()) is None
-    assert [row.trigger for row in fleet.executions()] == ["manual"]
+def test_a_caller_that_asks_for_the_latest_tick_of_a_new_worker_gets_it_once(fleet: Fleet) -> None:
+    first, second = fleet.manager(Yearly), fleet.manager(Yearly)
+    at = first.history.clock()
+    assert first.tick("yearly", at).claim.tick == declared_schedule(Yearly).previous(at)
+    assert second.tick("yearly", at) is None
+    assert fleet.states() == ["succeeded"]
 
 
 def test_a_new_worker_begins_with_a_past_tick_that_the_caller_names(fleet: Fleet) -> None:
