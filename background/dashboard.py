@@ -9,7 +9,7 @@ from werkzeug.wrappers import Response
 
 from . import fleet_pages, message_pages, worker_actions, worker_pages
 from .away import is_away, unavailable
-from .errors import first_line
+from .errors import CommitFirst, first_line
 from .manager import the_manager
 from .origin import refuse_foreign
 from .pages import add_filters, back, say
@@ -29,6 +29,7 @@ def dashboard(allow: Callable[[], ResponseReturnValue | None]) -> Blueprint:
     blueprint.before_request(allow)
     blueprint.after_request(refuse_frames)
     blueprint.register_error_handler(SQLAlchemyError, not_taken)
+    blueprint.register_error_handler(CommitFirst, held_up)
     # A function, which only the dashboard's own pages call: the host's error page must not ask the database.
     blueprint.context_processor(lambda: {"silence": lambda: the_manager().roster.silence()})
     add_filters(blueprint)
@@ -51,4 +52,10 @@ def not_taken(error: SQLAlchemyError) -> ResponseReturnValue:
     if request.method != "POST" or not isinstance(error, OperationalError) or is_away(error):
         return unavailable(error)
     say(f"The database did not take that ({first_line(error)}); try again.", "error")
+    return back()
+
+
+def held_up(_error: CommitFirst) -> ResponseReturnValue:
+    """Answer a button whose change waits for a transaction that the host application left open in this request."""
+    say("The database did not take that: this request has an open transaction of its own; try again.", "error")
     return back()

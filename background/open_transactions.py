@@ -41,7 +41,8 @@ class OpenTransactions:
         try:
             yield
         except OperationalError as error:
-            if getattr(error.orig, "sqlstate", None) != _LOCK_NOT_AVAILABLE:
+            is_refused = getattr(error.orig, "sqlstate", None) == _LOCK_NOT_AVAILABLE
+            if not is_refused or not any(map(_has_written, self._of_this_thread())):
                 raise
             raise CommitFirst(
                 f"{call} waited in vain for a row that an open transaction has locked, perhaps the caller's own; "

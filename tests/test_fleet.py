@@ -35,7 +35,7 @@ PERIOD = timedelta(seconds=float(os.environ.get("FLEET_PERIOD", "1")))
 def test_four_gunicorn_workers_run_consecutive_ticks_once_each(database_url: str, nursery: Nursery) -> None:
     effects = Effects(database_url)
     command = gunicorn("-w", "4", "--preload", "probe:create_app()")
-    with nursery.forked(command, environment(database_url, PROBE_PERIOD=PERIOD.total_seconds())) as server:
+    with nursery.forked(command, environment(database_url, PROBE_PERIOD=PERIOD.total_seconds(), PROXIES=1)) as server:
         server.wait_for("joined", times=4)
         # What the start caught up with may still run when the first tick after it is due, which is skipped then.
         assert eventually(lambda: effects.ticks(), 20)
