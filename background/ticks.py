@@ -245,7 +245,8 @@ class Ticks:
         It only reads. A worker unknown to this release is left alone.
         """
         held = [state for state in states if state.running and state.name in self._workers]
-        own = instance.id if (instance := self.instance) else None
+        # After its lease is over, this instance is judged as any other: a heartbeat of its next life may come later.
+        own = instance.id if (instance := self.instance) and instance.is_alive else None
         gone = self.instances.gone({str(state.instance) for state in held} - {own}) if held else {}
         return {
             state.name: gone.get(str(state.instance), True)
