@@ -15,14 +15,14 @@ from .outages import is_cut_off
 log = logger_of(__name__)
 
 _RETRY_AFTER_SECONDS = 5
-_OF_SQLITE = (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR)  # the rest of a code says more about it
-_OF_POSTGRESQL = ("08", "28", "3D", "53", "57P")  # broken, refused, unknown, no room for one more, stops or starts
+_OF_SQLITE = (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR)  # the low bytes of the codes, whose other bits are details
+_OF_POSTGRESQL = ("08", "28", "3D", "53", "57P")  # broken, refused, unknown, out of resources, stopping or starting
 
 
 def unavailable(error: SQLAlchemyError) -> ResponseReturnValue:
-    """Answer 503 with Retry-After, in the application's own look. Raise `error` again where the database did answer.
+    """Answer 503 with Retry-After, in the application's own look. Raise `error` again if the database did answer.
 
-    Made to be registered as the error handler of an application or a blueprint.
+    Register it as the error handler of an application or a blueprint.
     """
     if not is_away(error):
         raise error
@@ -39,5 +39,5 @@ def is_away(error: SQLAlchemyError) -> bool:
         return False
     code, state = getattr(error.orig, "sqlite_errorcode", None), getattr(error.orig, "sqlstate", None)
     if code is None and state is None:
-        return error.statement is None and isinstance(error, OperationalError)  # it cannot be opened
+        return error.statement is None and isinstance(error, OperationalError)  # no connection could be opened
     return (code is not None and code & 0xFF in _OF_SQLITE) or (state or "").startswith(_OF_POSTGRESQL)

@@ -44,7 +44,7 @@ Values = Mapping[str, Any]
 _MOST_EARLY_SECONDS = 0.1
 IS_FREE = and_(workers.c.pending_tick.is_(None), workers.c.running.is_(None))
 
-# A token that was lowered by hand, or restored without the executions, goes on above the greatest one in the history.
+# A lowered token (by hand, or by a restore without the executions) continues above the greatest one in the history.
 _newer = and_(executions.c.worker == workers.c.name, executions.c.token > workers.c.token)
 _greatest = select(func.max(executions.c.token)).where(_newer).correlate(workers).scalar_subquery()
 _next_token = func.coalesce(_greatest, workers.c.token) + 1
@@ -63,7 +63,7 @@ _is_in_force = workers.c.schedule == bindparam("by", type_=String())
 # Between the mark and this tick there is none; else those are written down as missed first.
 _is_next = or_(workers.c.mark >= _previous, workers.c.scheduled_at >= _previous)
 _may_be_decided = and_(_tick <= now(), _is_in_force, _is_next)
-# It may have run while the clock was ahead: the mark was lowered since.
+# The tick may have run while the clock was ahead. The mark was lowered since.
 _execution = (
     select(executions.c.id)
     .where(
@@ -79,7 +79,7 @@ _is_claimable = and_(_may_be_decided, workers.c.paused_at.is_(None), IS_FREE, no
 
 
 def claimed(attempt: ColumnElement[int], trigger: ColumnElement[str]) -> dict[str, Any]:
-    """The columns of the worker's row that a claim sets."""
+    """Return the columns of the worker's row that a claim sets."""
     return {
         "token": _next_token,
         "running": _next_token,
@@ -259,10 +259,10 @@ class Together:
 
 
 def _written(statement: Compiled, values: Values) -> tuple[str, Mapping[str, Any] | None]:
-    """The text of a statement and its parameters."""
+    """Return the text of a statement and its parameters."""
     if not isinstance(statement, SQLCompiler) or not statement.literal_execute_params:
         return str(statement), statement.construct_params(values)
-    whole = statement.construct_expanded_state(values)  # of what SQLAlchemy itself writes into the text
+    whole = statement.construct_expanded_state(values)  # with the values that SQLAlchemy itself writes into the text
     made: Any = statement._bind_processors
     return whole.statement, {
         name: made[name](value) if name in made else value for name, value in (whole.parameters or {}).items()

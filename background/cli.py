@@ -57,7 +57,7 @@ workers_cli = WorkersGroup(
 def list_workers(as_json: bool) -> None:
     """Show every worker, its next tick and its last one.
 
-    The first line says so where no instance is alive.
+    If no instance is alive, the first line says so.
     """
     manager = checked_manager()
     rows = overview(manager)
@@ -164,7 +164,7 @@ _NEVER_LOOKED_AT = (
     "whether a run would succeed",
     "workers that only another release has",
     "messages (see `flask messages stats`)",
-    "what is outside the database, as a mail server",
+    "systems outside the database, such as a mail server",
 )
 
 
@@ -398,7 +398,7 @@ def resume(name: str) -> None:
 
 @workers_cli.command()
 def repair() -> None:
-    """Let go on what a wrong clock put off.
+    """Resume what a wrong clock put off.
 
     Use it when the database's clock was ahead and is right again. Ticks and messages that lie in its future are due
     again. No tick that ran while the clock was ahead runs a second time.

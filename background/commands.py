@@ -1,4 +1,4 @@
-"""What the groups of commands share: their errors, the manager they ask, the options they have, and their JSON."""
+"""Shared parts of the command groups: their errors, the manager they ask, their options and their JSON."""
 
 import sys
 from collections.abc import Collection
@@ -39,7 +39,7 @@ class WorkersGroup(AppGroup):
 
 
 def write_anything() -> None:
-    """Have this process's output escape what its terminal's encoding does not have, instead of ending by it."""
+    """Escape the characters that the terminal's encoding lacks, instead of failing on them."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")
@@ -63,7 +63,7 @@ def checked_manager() -> BackgroundWorkerManager:
 
 
 def not_ready(error: Exception) -> DatabaseNotReady:
-    """What to raise in the place of an error of the database or its file."""
+    """Convert an error of the database or its file to DatabaseNotReady."""
     return DatabaseNotReady(f"The database cannot be used ({first_line(error)}). `flask workers check` tries again.")
 
 

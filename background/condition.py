@@ -18,31 +18,31 @@ from .words import second, silent, span
 
 @dataclass(frozen=True)
 class Condition:
-    """What is known about the fleet at one moment."""
+    """The known state of the fleet at one moment."""
 
     silence: Silence | None
     alive: int
     standings: list[Standing]
     full: dict[str, int]
-    """The instances, by name, all of whose threads are in use, and how many these are."""
+    """By the name of each instance whose threads are all in use: the number of these threads."""
 
     @property
     def overdue(self) -> list[str]:
-        """The workers of which a tick waits although two further ones have come."""
+        """The workers with a tick that waits although two later ticks came."""
         return [each.name for each in self.standings if each.is_overdue]
 
     @property
     def stuck(self) -> dict[str, str]:
-        """The workers whose run will not end by itself, and why it counts as stuck."""
+        """The workers whose run will not end by itself, each with the reason."""
         return {each.name: each.stuck for each in self.standings if each.stuck}
 
     @property
     def late(self) -> list[Standing]:
-        """The workers of which a tick waits for longer than an instance takes to begin it."""
+        """The workers with a tick that waits longer than an instance takes to begin it."""
         return [each for each in self.standings if each.is_late]
 
     def problems(self) -> list[str]:
-        """One sentence for each thing that an operator must mend."""
+        """Return one sentence for each thing that an operator must mend."""
         found = [silent(self.silence)] if self.silence else []
         for each in self.late:
             since = f"since {second(each.waits_since)} ({span(each.waits_for)})"
@@ -62,9 +62,9 @@ def _are(count: int) -> str:
 
 
 def condition(manager: BackgroundWorkerManager) -> Condition:
-    """The fleet's condition by the database's clock, in a constant number of queries."""
+    """Return the fleet's condition by the database's clock, in a constant number of queries."""
     threads: int = manager.app.config["WORKERS_THREADS"]
-    # Where the instances are: on SQLite they have a file of their own, from which the other rows can be read too.
+    # Read where the instances' rows are. On SQLite that is a file of its own, which can read the other rows too.
     with single_statements(manager.ticks.instances.engine).connect() as connection:
         alive: dict[str, str] = {row.id: row.name for row in connection.execute(_alive)}
         busy = _busy(connection)
@@ -83,7 +83,7 @@ _batches = (
 
 
 def _busy(connection: Connection) -> dict[str, int]:
-    """How many threads each instance uses for runs and for batches of messages."""
+    """Count the threads that each instance uses for runs and for batches of messages."""
     busy: Counter[str] = Counter()
     for query in (_runs, _batches):
         for instance, count in connection.execute(query):
@@ -92,9 +92,9 @@ def _busy(connection: Connection) -> dict[str, int]:
 
 
 def write_as_the_application(manager: BackgroundWorkerManager) -> None:
-    """Have a connection of the application's own pool write nothing; raises what a write of the application would.
+    """Write nothing, by a connection of the application's own pool. Raise what its writes would raise.
 
-    Another connection that writes at this moment is no obstacle: on SQLite this does not wait for it.
+    On SQLite this does not wait for another connection that writes at this moment.
     """
     with manager.app.app_context():
         engine = manager.db.engine

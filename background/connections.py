@@ -36,18 +36,18 @@ class made_once(cached_property[Made]):
 
 
 class Connections:
-    """The engine's own pools, whose connections are opened as those of the application's engine are.
+    """The engine's own pools. Their connections are opened as the application's engine opens its own.
 
-    No statement on them sets anything that outlives its transaction, and none is prepared by name, so a pooler that
+    No statement on them sets anything that outlives its transaction, and none is prepared by name. So a pooler that
     gives every transaction another connection may stand before PostgreSQL. `schema` is where the application has the
-    engine's tables; None: where the database looks for a table without a schema.
+    engine's tables. None means the place where the database looks for a table without a schema.
     """
 
     def __init__(self, shared: Engine, lease: float, schema: str | None, outages: Outages) -> None:
         self._shared, self._schema, self._outages = shared, schema, outages
         outages.emptied.append(self._deafen)
-        # As long as a heartbeat may take: libpq does not wait for less than two seconds. Then a line is given up on
-        # which nothing is acknowledged, as where a firewall forgot it; TCP alone would take a quarter of an hour.
+        # Time-outs of half a lease, at least 2 s (libpq's minimum). Without them TCP keeps a silently dropped
+        # connection for about 15 minutes.
         seconds = max(2, int(lease / 2))
         waiting: dict[str, Any] = {"connect_timeout": seconds, "tcp_user_timeout": seconds * 1000}
         waiting |= {"keepalives_idle": seconds, "keepalives_interval": 1, "prepare_threshold": None}
@@ -58,9 +58,9 @@ class Connections:
         self._opening = threading.Lock()
         self._closed = 0
         self.cuts = 0
-        """How often `cut` ended whatever waited: what fails then was not ended by the server."""
+        """The number of calls of `cut`. The server is not to blame for a failure that such a call causes."""
         self.sessions = Sessions(shared, schema)
-        """What the engine does in the sessions of the application."""
+        """The engine's statements in the sessions of the application."""
 
     @property
     def _on_sqlite(self) -> bool:
@@ -82,12 +82,12 @@ class Connections:
 
     @made_once
     def heartbeats(self) -> Engine:
-        """For who is alive, which nothing else can starve; the workers' rows can be read here too.
+        """The pool of the heartbeats, which no other work can starve. It can read the workers' rows too.
 
-        On SQLite a run that has written holds the only write lock until it commits, so the heartbeats have a small
-        database of their own beside the main one (all its processes live on one host). No transaction may be
-        opened here but that of a single statement: BEGIN IMMEDIATE would lock the main one as well.
-        SQLite looks for a table without a schema in this file first, then in the main one.
+        On SQLite a run that has written holds the only write lock until it commits. So the heartbeats have a small
+        database of their own beside the main one (all its processes live on one host). Open no transaction here but
+        that of a single statement: BEGIN IMMEDIATE would lock the main one as well. SQLite looks for a table without a
+        schema in this file first, then in the main one.
         """
         if not self._on_sqlite:
             return self._postgresql(pool_size=1)
@@ -120,7 +120,7 @@ class Connections:
 
     @made_once
     def _path(self) -> str:
-        """The path of the database's file, as the application says it; of a `creator` its connection is asked."""
+        """The path of the database's file, as the application wrote it. With a `creator`, its connection is asked."""
         path = str(self._shared.url.database)
         if has_creator(self._shared) or path.startswith("file:"):
             connection = self._opener.open()
@@ -132,10 +132,10 @@ class Connections:
 
     @property
     def _file(self) -> str:
-        return os.path.realpath(self._path)  # by whatever links another process comes to it
+        return os.path.realpath(self._path)  # another process may open it by other links
 
     def refuse_missing(self) -> None:
-        """Raise FileNotFoundError for a SQLite file that is not there: whoever opened it would make an empty one."""
+        """Raise FileNotFoundError for a missing SQLite file: opening it would make an empty one."""
         if self._on_sqlite:
             os.stat(self._path)
 
@@ -169,7 +169,7 @@ class Connections:
         self.close()
 
     def _deafen(self) -> None:
-        """End the connection that listens, which hears nothing on a server that only reads; another is opened."""
+        """End the connection that listens, so that another is opened. On a server that only reads it hears nothing."""
         for connection in list(self._listening):
             _shut_down(connection)
 
@@ -187,7 +187,10 @@ class Connections:
         connecting: Callable[[Dialect, Any], object] = lambda dialect, record: None,
         **options: Any,
     ) -> Engine:
-        """An engine whose connections `opened` opens; what `close` finds in use is closed when it is given back."""
+        """Return an engine whose connections `opened` opens.
+
+        A connection that is in use during `close` is closed when it is given back.
+        """
 
         def create(connection_record: Any = None) -> Any:
             connection_record.info["closed"] = self._closed
@@ -214,7 +217,7 @@ class Connections:
         return engine
 
     def _open_beside(self, file: str) -> Any:
-        """Open the small database of SQLite's, also where the application's own function knows only the main one."""
+        """Open the small database, also where the application's own function knows only the main one."""
         connection = self._opener.open(file)
         if os.path.realpath(file_of(connection)) != os.path.realpath(file):
             connection.close()
@@ -222,7 +225,7 @@ class Connections:
         return connection
 
     def _postgresql(self, pool_size: int) -> Engine:
-        """The engine's own statements run at READ COMMITTED, whatever the server's default."""
+        """Return an engine whose own statements run at READ COMMITTED, whatever the server's default."""
         engine = self._engine(
             self._open_postgresql, self._schema, isolation_level="READ COMMITTED", pool_size=pool_size
         )
@@ -237,7 +240,7 @@ class Connections:
         return engine
 
     def _begin(self, connection: Connection) -> None:
-        """Begin the transaction of a single statement, where it would be a strict one by the server's default."""
+        """Begin a single statement's transaction at READ COMMITTED, where the server's default is stricter."""
         driver: Any = connection.connection.driver_connection
         if driver.autocommit and driver in self._strict:
             connection.exec_driver_sql("BEGIN ISOLATION LEVEL READ COMMITTED")
@@ -247,7 +250,7 @@ class Connections:
         try:
             if connection.autocommit:
                 raise autocommit_refused(self._shared.url)
-            connection.commit()  # what a `connect` listener began, such as SET ROLE
+            connection.commit()  # keep what a `connect` listener set, such as a role
             connection.prepare_threshold = None
             connection.autocommit = True
             (default,) = connection.execute("SHOW default_transaction_isolation").fetchone()

@@ -48,7 +48,7 @@ class Consumers:
         self._excused: Counter[int] = Counter()
         self._changed = threading.Lock()
         self.outage: tuple[datetime, datetime] | None = None
-        """From the last heartbeat before the database was away last until the first one after it."""
+        """The last outage of the database: from the last heartbeat before it until the first one after it."""
 
     def wake(self, topic: str) -> None:
         """Have another consumer of `topic` look for messages; if all are busy, the first that is done looks again."""
@@ -162,7 +162,7 @@ class Consumers:
     # -- those who are gone --------------------------------------------------------------------
 
     def look(self) -> None:
-        """Have messages freed that nobody handles any more. Writes nothing itself."""
+        """Have messages freed that no instance handles. Writes nothing itself."""
         instance = self._ticks.instance
         if instance is None or not instance.is_alive or not self._workers:
             return
@@ -193,7 +193,7 @@ class Consumers:
         self.wake_all()
 
     def _excused_holders(self, gone: Collection[str]) -> Collection[str]:
-        """Those whose leases ran out while the database was away: no instance could renew its lease then."""
+        """Return the holders whose leases ran out during an outage, when no instance could renew its lease."""
         return self._ticks.instances.expired(gone, *self.outage) if gone and self.outage else ()
 
     def _bury(self, freed: Sequence[Freed], error: str) -> None:

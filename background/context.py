@@ -89,7 +89,7 @@ class WorkerContext:
     def progress(self, done: float, total: float | None = None) -> None:
         """Report `done` (of `total`): written with the next commit, logged every five seconds at most.
 
-        Raises InvalidProgress for what is not a finite number.
+        Raises InvalidProgress for a value that is not a finite number.
         """
         done, total = _as_number("done", done), None if total is None else _as_number("total", total)
         self._progress = {"progress_done": done, "progress_total": total}
@@ -114,7 +114,7 @@ class WorkerContext:
 
     @property
     def lost_because(self) -> str | None:
-        """Why the run may not commit; None while it may."""
+        """The reason why the run may not commit. None while it may."""
         return self._lost
 
     def lose(self, why: str) -> None:
@@ -123,11 +123,14 @@ class WorkerContext:
         self.stopping.set()
 
     def within(self, session: Session) -> Within:
-        """Where the engine's own statements in `session` go, whatever `get_bind` says: to where its tables are."""
+        """Return the engine's own statements in `session`. They go where its tables are, whatever `get_bind` says."""
         return self._sessions.within(session, self._engine_of(session))
 
     def is_at_home(self, session: Session) -> bool:
-        """Whether `session` is on this run's database; another application's, in its context, may be elsewhere."""
+        """Return whether `session` is on this run's database.
+
+        A session of another application, in that application's context, may be on another one.
+        """
         return bool(self._engine_of(session).url == self.database)
 
     def began(self, session: Session, connection: Connection) -> None:
@@ -138,7 +141,7 @@ class WorkerContext:
             self._sessions.watch(connection, self.worker)
 
     def _engine_of(self, session: Session) -> Engine:
-        """The default engine of the session's own extension, in the application whose context is the current one."""
+        """Return the default engine of the session's own extension, in the current application context."""
         db: SQLAlchemy = getattr(session, "_db", self._db)
         return db.engine
 
@@ -151,7 +154,7 @@ class WorkerContext:
         raise NotImplementedError
 
     def refuse_if_lost(self) -> None:
-        """Raise ClaimLost where this run knows that its claim is gone, and in a forked child of its process."""
+        """Raise ClaimLost if this run knows that its claim is gone, and in a forked child of its process."""
         if os.getpid() != self._process:
             raise ClaimLost(
                 f"Worker {self.worker!r} runs {self._what()} in the process {self._process}, and its forked child "
@@ -171,15 +174,15 @@ class WorkerContext:
 
 
 def _as_number(name: str, value: Any) -> float:
-    """The number as one that the database can hold. Raises InvalidProgress."""
+    """Return the number as one that the database can hold. Raises InvalidProgress."""
     try:
         number = float(value) if isinstance(value, Real | Decimal) and not isinstance(value, bool) else math.nan
-    except (ArithmeticError, ValueError):  # a whole number beyond every float, or a signalling NaN
+    except (ArithmeticError, ValueError):  # an int beyond the range of a float, or a signalling NaN
         number = math.nan
     if not math.isfinite(number):
         raise InvalidProgress(
             f"context.progress was given {name} = {value!r:.100}; expected a finite number: "
-            "write context.progress(2, 5), say, and put words into context.logger.info."
+            "write context.progress(2, 5), for example, and put words into context.logger.info."
         )
     return int(number) if number.is_integer() else number
 
@@ -337,7 +340,7 @@ def _before_commit(session: Session) -> None:
     run = current_run.get()
     if run is None or session.in_nested_transaction():  # releasing a savepoint commits nothing
         return
-    if run.is_at_home(session):  # else it is another application's, which knows no claim of ours
+    if run.is_at_home(session):  # the session of another application needs no claim of this one
         run.check(session)
 
 

@@ -1,4 +1,4 @@
-"""The five fields of a cron as a user writes them: read, or refused in a sentence with the remedy."""
+"""Reads the five fields of a cron as a user writes them, or refuses them in a sentence with the remedy."""
 
 import re
 from datetime import datetime
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from .errors import InvalidSchedule
 
-LONGEST = 150  # characters; with the longest zone they fit where schedules are kept
+LONGEST = 150  # characters. With the longest zone they fit into the column of a schedule
 
 
 class Field(NamedTuple):
@@ -18,13 +18,13 @@ class Field(NamedTuple):
     names: tuple[str, ...] = ()
 
     def number(self, text: str) -> int | None:
-        """The value that `text` stands for, or None."""
+        """Return the value that `text` stands for, or None."""
         if text in self.names:
             return self.first + self.names.index(text)
         return int(text) if text.isdecimal() and len(text) < 5 else None
 
     def text(self, number: int, like: str) -> str:
-        """The value as it is written: by its name where `like` is one."""
+        """Return the value as text: by its name if `like` is a name."""
         return self.names[number - self.first] if like in self.names else str(number)
 
 
@@ -47,12 +47,12 @@ _NICKNAMES = {
     "@MIDNIGHT": "write '0 0 * * *'",
     "@HOURLY": "write '0 * * * *'",
     "@EVERY": "write a period instead, such as period = timedelta(minutes=5)",
-    "@REBOOT": "a worker has ticks, and a start of the host is not one; write a period or a cron",
+    "@REBOOT": "a start of the host is not a tick, so write a period or a cron",
 }
 
 
 def canonical(expression: object) -> str:
-    """The expression as it is stored, if its five fields can be read. Raises InvalidSchedule."""
+    """Return the expression as it is stored, if its five fields can be read. Raises InvalidSchedule."""
     if not isinstance(expression, str):
         raise InvalidSchedule(f"cron {expression!r} is not a string: write '30 2 * * *', say.")
     if len(expression) > LONGEST:
@@ -97,7 +97,7 @@ def refuse_useless_steps(expression: object) -> None:
 
 
 def _bad_field(expression: str) -> str | None:
-    """The name of the first field that cannot be read, or None."""
+    """Return the name of the first field that cannot be read, or None."""
     from cronsim import CronSim, CronSimError
 
     try:
@@ -108,7 +108,7 @@ def _bad_field(expression: str) -> str | None:
 
 
 def _upwards(field: Field, value: str) -> str | None:
-    """The same values with each range upwards: 22-6 is 22-23,0-6; None where no range of it goes downwards."""
+    """Return the same values with each range upwards: 22-6 is 22-23,0-6. None if no range goes downwards."""
     terms = [_term_upwards(field, term) for term in value.split(",")]
     return ",".join(terms) if terms != value.split(",") else None
 
@@ -132,7 +132,7 @@ def _term_upwards(field: Field, term: str) -> str:
 
 
 def _mend(quartz: list[str]) -> str:
-    """The five fields to write instead of Quartz's six or seven (seconds first, a year last, 1 = Sunday)."""
+    """Return the remedy for Quartz's six or seven fields (seconds first, a year last, 1 = Sunday)."""
     seconds, *fields = quartz
     if not seconds.isdecimal():
         return "expected five; for less than a minute write a period, such as timedelta(seconds=10)."

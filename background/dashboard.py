@@ -16,11 +16,11 @@ from .pages import add_filters, back, say
 
 
 def dashboard(allow: Callable[[], ResponseReturnValue | None]) -> Blueprint:
-    """A blueprint at /workers; `allow` is asked before each of its requests, and answers those that it refuses.
+    """Return a blueprint at /workers. `allow` is asked before each request, and answers those that it refuses.
 
-    It refuses requests of another site's pages that would change something, with or without Flask-WTF, and it is not
-    shown in a frame of another site. Without a SECRET_KEY the pages and buttons work, and no message is shown.
-    An app that has a template `background/layout.html` shows the pages in its own look.
+    The blueprint refuses requests of another site's pages that would change something, with or without Flask-WTF. It is
+    not shown in a frame of another site. Without a SECRET_KEY the pages and buttons work, and no message is shown. An
+    app that has a template `background/layout.html` shows the pages in its own look.
     """
     blueprint = Blueprint(
         "background", __name__, url_prefix="/workers", template_folder="templates", static_folder="static"
@@ -30,7 +30,7 @@ def dashboard(allow: Callable[[], ResponseReturnValue | None]) -> Blueprint:
     blueprint.after_request(refuse_frames)
     blueprint.register_error_handler(SQLAlchemyError, not_taken)
     blueprint.register_error_handler(CommitFirst, held_up)
-    # A function, which only the dashboard's own pages call: the host's error page must not ask the database.
+    # Only the dashboard's own pages call this function: the host's error page must not ask the database.
     blueprint.context_processor(lambda: {"silence": lambda: the_manager().roster.silence()})
     add_filters(blueprint)
     for part in (worker_pages, worker_actions, fleet_pages, message_pages):
@@ -39,7 +39,7 @@ def dashboard(allow: Callable[[], ResponseReturnValue | None]) -> Blueprint:
 
 
 def refuse_frames(response: Response) -> Response:
-    """Keep another site from showing a page below its own: a click there would come from the dashboard itself."""
+    """Keep another site from framing a page: a click there would count as one on the dashboard itself."""
     response.headers.setdefault("X-Frame-Options", "SAMEORIGIN")
     return response
 
@@ -47,15 +47,15 @@ def refuse_frames(response: Response) -> Response:
 def not_taken(error: SQLAlchemyError) -> ResponseReturnValue:
     """Answer for a database that is away, or that did not take a button's change.
 
-    A run may hold what the change needs, for longer than a page waits.
+    A run may hold the rows of the change for longer than a page waits.
     """
     if request.method != "POST" or not isinstance(error, OperationalError) or is_away(error):
         return unavailable(error)
-    say(f"The database did not take that ({first_line(error)}); try again.", "error")
+    say(f"The database did not take that ({first_line(error)}). Try again.", "error")
     return back()
 
 
 def held_up(_error: CommitFirst) -> ResponseReturnValue:
     """Answer a button whose change waits for a transaction that the host application left open in this request."""
-    say("The database did not take that: this request has an open transaction of its own; try again.", "error")
+    say("The database did not take that: this request has an open transaction of its own. Try again.", "error")
     return back()

@@ -36,7 +36,7 @@ class Opened:
 
     @property
     def change(self) -> str | None:
-        """The change that took the file from its path; None while it is there.
+        """The change that took the file from its path. None while the file is there.
 
         SQLite itself keeps the log for as long as a connection is open.
         """
@@ -47,7 +47,7 @@ class Opened:
         return None
 
     def set_log_aside(self) -> None:
-        """Keep the log of a file that was replaced out of the new file, which SQLite would apply it to.
+        """Keep the log of a replaced file away from the new file, to which SQLite would apply it.
 
         Concurrency: other processes may do the same. Each of them renames only the log that it had open itself.
         """
@@ -61,13 +61,13 @@ class Opened:
                 os.unlink(f"{self.log_path.removesuffix('-wal')}-shm")
 
 
-# Of the connections that this process has open: the log of a closed one may be gone, and its number another file's.
+# Only for open connections: after a close, the log may be gone, and another file may have its number.
 _in_use: WeakSet[Opened] = WeakSet()
 _adding = threading.Lock()
 
 
 def watch(engine: Engine) -> None:
-    """Have no connection of `engine` used, nor committed, once a file that it has opened was replaced."""
+    """Refuse to use or commit a connection of `engine` once a file that it has opened was replaced."""
     event.listen(engine, "checkout", _renew)
     event.listen(engine, "commit", _refuse_commit)
     event.listen(engine, "close", _forget)
@@ -86,7 +86,7 @@ def expect(record: Any, path: str) -> None:
 def note(record: Any) -> None:
     """Note that the connection of this pool's record has opened the files that were expected."""
     for path, file in record.info.pop(_EXPECTED, []):
-        log_path = f"{os.path.realpath(path)}-wal"  # SQLite puts it beside the file that a link leads to
+        log_path = f"{os.path.realpath(path)}-wal"  # SQLite follows links and puts the log beside the file itself
         found = os.stat(log_path) if os.path.exists(log_path) else None
         opened = Opened(path, file, log_path, found)
         record.info.setdefault(_OPENED, []).append(opened)
@@ -95,10 +95,10 @@ def note(record: Any) -> None:
 
 
 def make_private(path: str, like: str | None = None) -> None:
-    """Make the file at `path` where there is none, and leave it and its companions no more rights than `like` has.
+    """Make a missing file at `path`. Give it and its companions no more rights than `like` has.
 
-    A new file has the mode and the owner of the file `like`. Without that file it is this user's alone. Without `like`
-    a file that exists stays as it is. Raises nothing: SQLite says it better.
+    A new file has the mode and the owner of the file `like`. Without that file it is this user's alone. If `like` is
+    None, a file that exists stays as it is. Raises nothing: SQLite's own error says it better.
     """
     with suppress(OSError):
         model = os.stat(like) if like is not None and os.path.exists(like) else None
@@ -113,7 +113,7 @@ def make_private(path: str, like: str | None = None) -> None:
                 os.close(descriptor)
         allowed = mode if like is not None else stat.S_IMODE(os.stat(path).st_mode)
         for each in (path, *(path + suffix for suffix in _COMPANIONS)):
-            with suppress(OSError):  # it is not there, or another user's
+            with suppress(OSError):  # the file is missing, or belongs to another user
                 found = stat.S_IMODE(os.stat(each).st_mode)
                 if found & ~allowed:
                     os.chmod(each, found & allowed)
@@ -130,7 +130,7 @@ def _forget(_connection: Any, record: Any) -> None:
 
 
 def _renew(_connection: Any, record: Any, _proxy: Any) -> None:
-    """Have the pool open its connections anew, where a file of this one was replaced."""
+    """Have the pool open new connections if a file of this one was replaced."""
     files: list[Opened] = record.info.get(_OPENED, [])
     if any(each.change for each in files):
         for each in files:

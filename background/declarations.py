@@ -1,4 +1,4 @@
-"""The checks of a worker class as it is written: its names, its methods' parameters, its constructor."""
+"""Checks of a worker class as it is written: its attributes' names, its methods' parameters, its constructor."""
 
 import inspect
 import re
@@ -12,18 +12,18 @@ from .errors import InvalidWorker
 
 _MOST_LAYERS = 50  # a wrapper may wrap itself
 _ANYTHING = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
-_NEAR = 0.8  # of 1, by difflib: max_attemps and tiemout are near, handle_one and first_name are not
+_NEAR = 0.8  # of 1, by difflib: max_attemps and tiemout count as near, handle_one and first_name do not
 
 
 def refuse_misspelt(cls: type, base: type) -> None:
-    """Raise InvalidWorker for an attribute of `cls` that is nearly one of `base`'s, which it would leave unset.
+    """Raise InvalidWorker for an attribute of `cls` that nearly has the name of an unset one of `base`.
 
-    Every other attribute is the user's own. So is one that the class's methods use, and one that is like an attribute
-    which the class has besides.
+    Every other attribute is the user's own. So is an attribute that the class's methods use. So is one that is like an
+    attribute which the class also sets.
     """
     own = [each for each in cls.__mro__ if each not in base.__mro__]
     declared = {name for each in own for name in vars(each)}
-    if vars(cls)["name"] == snake_case(cls.__name__):  # the engine gave it
+    if vars(cls)["name"] == snake_case(cls.__name__):  # the engine's own default
         declared.discard("name")
     known = {"name"} | {name for name in vars(base) if not name.startswith("_")}
     for name in sorted(declared - known - _used(own)):
@@ -31,22 +31,22 @@ def refuse_misspelt(cls: type, base: type) -> None:
         if meant is not None:
             raise InvalidWorker(
                 f"{cls.__name__} has an attribute {name!r}, which the engine does not know. Did you mean {meant!r}? "
-                "If it is your own, give it a name that is less like that one."
+                "If the attribute is your own, give it a name that is less similar."
             )
 
 
 def _meant(name: str, known: set[str]) -> str | None:
-    """The one of `known` that `name` nearly is."""
+    """Return the one of `known` that `name` nearly is."""
     plain = {each.replace("_", ""): each for each in sorted(known)}
     spelt = name.replace("_", "").lower()
-    for at in range(len(spelt) - 1):  # two letters in each other's place, which difflib finds far in a short name
+    for at in range(len(spelt) - 1):  # swapped letters, which difflib rates as far apart in a short name
         if (swapped := f"{spelt[:at]}{spelt[at + 1]}{spelt[at]}{spelt[at + 2 :]}") in plain:
             return plain[swapped]
     return next(iter(get_close_matches(name.lower(), known, n=1, cutoff=_NEAR)), plain.get(spelt))
 
 
 def _used(classes: list[type]) -> set[str]:
-    """The attributes that the methods of these classes name."""
+    """Return the attributes that the methods of these classes name."""
     values = (value for each in classes for value in vars(each).values())
     return {name for value in values for code in _codes(value) for name in code.co_names}
 
@@ -69,8 +69,8 @@ def check_method(cls: type, name: str, *parameters: str) -> None:
         raise InvalidWorker(f"{cls.__name__}.{name} is {found!r:.100}; expected a method: write def {expected}.")
     if _is_generator(function):
         raise InvalidWorker(
-            f"{cls.__name__}.{name} is a generator, of which a call does nothing; expected a method "
-            "that does its work when it is called: move what has the `yield` into another one, and loop over that."
+            f"{cls.__name__}.{name} is a generator, so calling it does nothing; expected a method "
+            "that does its work when it is called: move the generator into a helper, and loop over it."
         )
     if not isinstance(found, FunctionType | classmethod | staticmethod):
         number = len(parameters)
@@ -83,7 +83,7 @@ def check_method(cls: type, name: str, *parameters: str) -> None:
 
 
 def _function(found: Any, cls: type) -> Any:
-    """The function itself; of what is another kind of attribute, what an instance has of it."""
+    """Return the function itself. For another kind of attribute, return the value that an instance has."""
     if isinstance(found, FunctionType | property):
         return found
     if isinstance(found, classmethod | staticmethod):
@@ -96,15 +96,15 @@ def check_constructor(cls: type) -> None:
     signature = _signature(cls)
     if signature and not _takes(signature, 0):
         raise InvalidWorker(
-            f"{cls.__name__}{signature} needs arguments to be made; expected a class that is called without any: "
+            f"{cls.__name__}{signature} needs arguments; expected a class that is called without any: "
             "ask for a service where it is used, by context.services.get(...)."
         )
 
 
 def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
-    """The parameters it is called with; None for what does not tell, such as a built-in function.
+    """Return the parameters of a call. None if the function does not tell, such as a built-in one.
 
-    A wrapper that hands on whatever it is given has those of what it wraps.
+    A wrapper that passes on all its arguments has the parameters of the function that it wraps.
     """
     try:
         signatures = [_bare(inspect.signature(each, follow_wrapped=False)) for each in _layers(function)]
@@ -115,7 +115,7 @@ def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
 
 
 def _bare(signature: inspect.Signature) -> inspect.Signature:
-    """The signature without types, as a sentence shows it."""
+    """Return the signature without types, as a sentence shows it."""
     parameters = [each.replace(annotation=inspect.Parameter.empty) for each in signature.parameters.values()]
     return inspect.Signature(parameters)
 
@@ -129,12 +129,12 @@ def _takes(signature: inspect.Signature, number: int) -> bool:
 
 
 def _is_generator(function: Callable[..., Any]) -> bool:
-    """Whether it has a `yield`, or what is in it below decorators and partial functions."""
+    """Return whether the function has a `yield`, also below decorators and partial functions."""
     return any(inspect.isgeneratorfunction(each) or inspect.isasyncgenfunction(each) for each in _layers(function))
 
 
 def _layers(function: Any) -> list[Any]:
-    """The function, then what it wraps, and so on."""
+    """Return the function, then the one that it wraps, and so on."""
     layers: list[Any] = []
     while function is not None and len(layers) < _MOST_LAYERS:
         layers.append(function)
@@ -143,6 +143,6 @@ def _layers(function: Any) -> list[Any]:
 
 
 def snake_case(name: str) -> str:
-    """PassiveUserCheckerWorker -> passive_user_checker_worker, HTTPPing2Worker -> http_ping2_worker."""
+    """Convert PassiveUserCheckerWorker to passive_user_checker_worker, HTTPPing2Worker to http_ping2_worker."""
     name = re.sub(r"([A-Z]+)([A-Z][a-z])", r"\1_\2", name)
     return re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", name).lower()

@@ -1,4 +1,4 @@
-"""Packages that the engine needs: a missing one is said once, at the start, and not on each page."""
+"""Packages that the engine needs. The start reports a missing one once, instead of each page."""
 
 from collections.abc import Iterable
 from importlib import import_module
@@ -10,7 +10,7 @@ from .errors import InvalidConfig, MissingDependency
 if TYPE_CHECKING:
     from sqlalchemy import Engine
 
-# By the name of the module: the name of its package. These are imported at the start anyway.
+# Each module, and the name of its package. These are imported at the start anyway.
 _AT_ONCE = {
     "flask": "flask",
     "sqlalchemy": "sqlalchemy",
@@ -22,7 +22,7 @@ _LATER = {"apscheduler": "apscheduler", "cronsim": "cronsim"}
 
 
 def require(modules: Iterable[str], purpose: str) -> None:
-    """Raise MissingDependency unless each of the `modules` can be imported; it imports none of them."""
+    """Raise MissingDependency unless each of the `modules` can be imported. Imports none of them."""
     for module in modules:
         if not _is_there(module):
             raise missing(module, purpose)
@@ -39,7 +39,7 @@ def refuse_driver(engine: "Engine") -> None:
 
 
 def missing(module: str, purpose: str) -> MissingDependency:
-    """The error of a module that is not installed."""
+    """Return the error for a module that is not installed."""
     package = (_AT_ONCE | _LATER).get(module, module.replace("_", "-"))
     return MissingDependency(
         f"The package {package!r} is not installed; expected it, as {purpose} needs it. "

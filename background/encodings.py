@@ -10,14 +10,14 @@ _ATTRIBUTE = "background_encodings"
 
 
 def storable(text: str, dialect: Dialect) -> str:
-    """The text with each character that the database cannot hold written as an escape, such as `\\u0141`."""
+    r"""Return the text with an escape, such as `\u0141`, for each character that the database cannot hold."""
     for encoding in _encodings(dialect):
         text = text.encode(encoding, "backslashreplace").decode(encoding)
     return text.replace("\0", "\\x00")
 
 
 def storable_json(text: str, dialect: Dialect) -> str:
-    """The same JSON in characters that the database can hold."""
+    """Return the same JSON in characters that the database can hold."""
     try:
         for encoding in _encodings(dialect):
             text.encode(encoding)
@@ -40,14 +40,14 @@ def _learn(connection: Connection) -> None:
 
 
 def _reported(driver: Any) -> tuple[str, ...]:
-    """Python's names for the encodings that a server reported; of a driver that does not tell, UTF-8."""
+    """Return Python's names for the encodings that a server reported. A driver that reports none counts as UTF-8."""
     report = getattr(getattr(driver, "info", None), "parameter_status", lambda _: None)
     names = map(report, ("server_encoding", "client_encoding"))
     return tuple({_codec(name) for name in names if name}) or ("utf-8",)
 
 
 def _codec(name: str) -> str:
-    """Python's name for an encoding of PostgreSQL's. Every one has ASCII, which stands for those that Python lacks."""
+    """Return Python's name for an encoding of PostgreSQL's. ASCII, which each contains, stands for unknown ones."""
     try:
         return codecs.lookup(name.replace("WIN", "cp").replace("KOI8", "koi8_")).name
     except LookupError:

@@ -1,4 +1,4 @@
-"""A forked child of a run: it is not the engine, and what its parent has open is not the child's."""
+"""A forked child of a run: it is not the engine, and its parent's connections are not its own."""
 
 import os
 import socket
@@ -21,12 +21,12 @@ _CHILDS_PATIENCE_SECONDS = 1.0
 
 _sockets: WeakSet[Any] = WeakSet()
 _of_parents: list[object] = []
-"""Kept in the child for ever: a connection that is let go says goodbye on its socket, which the parent uses."""
+"""Kept in the child for ever: a freed connection would send a last packet on the socket that the parent uses."""
 
 
 @contextmanager
 def ended_in_a_fork(what: str) -> Iterator[None]:
-    """Run the user's code in this block. A forked child that comes out of the block ends there, at once.
+    """Run the user's code in this block. A forked child that leaves the block ends there, at once.
 
     The child must not go on as the engine: its parent does. `os._exit` runs no handler and closes no connection.
     """
@@ -70,7 +70,7 @@ def _connected(connection: Any, _record: Any) -> None:
 
 
 def begin_anew(db: SQLAlchemy, engines: Iterable[Engine], *kept: object) -> None:
-    """Give a forked child connections of its own, and a session of its own. Keep its parent's, and `kept`."""
+    """Give a forked child a session and connections of its own. Keep its parent's, and `kept`."""
     _of_parents.extend(kept)
     for engine in engines:
         _of_parents.append(engine.pool)
@@ -81,13 +81,13 @@ def begin_anew(db: SQLAlchemy, engines: Iterable[Engine], *kept: object) -> None
 
 
 def cut_off(engines: Iterable[Engine]) -> None:
-    """Put nothing in the place of each inherited socket, in a forked child of a run.
+    """Replace each inherited socket by an unconnected one, in a forked child of a run.
 
-    Whatever the child does with a connection of its parent's, the database server hears none of it. When the parent
-    dies, its connections end, though the child lives on.
+    Nothing that the child does with a connection of its parent's reaches the database server. When the parent dies, its
+    connections end, though the child lives on.
     """
     for connection in list(_sockets):
-        with suppress(Exception), socket.socket() as unconnected:  # it may be closed by now
+        with suppress(Exception), socket.socket() as unconnected:  # the connection may be closed by now
             os.dup2(unconnected.fileno(), connection.fileno(), inheritable=False)
     _sockets.clear()
     for engine in engines:
@@ -96,5 +96,8 @@ def cut_off(engines: Iterable[Engine]) -> None:
 
 
 def _be_impatient(connection: Any, _record: Any) -> None:
-    """SQLite keeps its locks in memory too: one that the parent held at the fork stays held in the child for ever."""
+    """Wait only briefly for a lock.
+
+    SQLite keeps its locks in memory too. A lock that the parent held at the fork stays held in the child for ever.
+    """
     connection.execute(f"PRAGMA busy_timeout = {_CHILDS_PATIENCE_SECONDS * 1000:.0f}")

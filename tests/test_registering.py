@@ -166,7 +166,7 @@ def test_a_method_that_would_do_nothing_as_it_is_a_generator_is_refused(
     manager: BackgroundWorkerManager, method: str, body: Any
 ) -> None:
     cls = worker(do_work=body) if method == "do_work" else type("Odd", (MessageWorker,), {"topic": "t", method: body})
-    with pytest.raises(InvalidWorker, match="is a generator, of which a call does nothing; expected a method"):
+    with pytest.raises(InvalidWorker, match="is a generator, so calling it does nothing; expected a method"):
         manager.add(cls)
 
 
@@ -376,7 +376,7 @@ def needing(self: object, users: object) -> None:
 def test_a_constructor_that_needs_arguments_is_refused_and_another_one_is_taken(
     manager: BackgroundWorkerManager, make: Callable[..., Any]
 ) -> None:
-    with pytest.raises(InvalidWorker, match=r"\(users\) needs arguments to be made; expected a class"):
+    with pytest.raises(InvalidWorker, match=r"\(users\) needs arguments; expected a class"):
         manager.add(make(__init__=needing))
     manager.add(make(__init__=lambda self, users=None, *more: None))
 

@@ -350,7 +350,7 @@ def test_a_worker_declares_a_cron_with_or_without_a_zone(zone) -> None:
         (None, "@daily", None, "cron '@daily' has 1 field(s): expected five"),
         (None, "@hourly", None, "month, day-of-week); write '0 * * * *'."),
         (None, "@every 5m", None, "write a period instead, such as period = timedelta(minutes=5)."),
-        (None, "@reboot", None, "a worker has ticks, and a start of the host is not one"),
+        (None, "@reboot", None, "a start of the host is not a tick"),
         (
             None,
             "CRON_TZ=Europe/Berlin 0 6 * * mon",
