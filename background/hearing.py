@@ -38,7 +38,7 @@ def listen() -> None:
     """Hear the signals from now on, whatever handler is set later. Outside the main thread, do nothing."""
     if threading.current_thread() is not threading.main_thread():
         return
-    signal.signal, signal.getsignal = _set_others, _get_others  # type: ignore[assignment]
+    signal.signal, signal.getsignal = _set_others, _get_others
     for number in _NUMBERS:
         before = _get(number)
         if before is _hear or before is None or before == signal.SIG_IGN:  # None: it was not set by Python
@@ -174,19 +174,19 @@ def _pass_on(number: int) -> bool:
     return any(lists)
 
 
-def _set_others(number: int, handler: Any, /) -> Any:
-    """Stand in for `signal.signal`: the caller's handler follows the engine's."""
-    if number not in _NUMBERS:
-        return _set(number, handler)
-    before = _get_others(number)
-    _set(number, handler)  # raises what it raises for what is no handler, and outside the main thread
+def _set_others(signalnum: int, handler: Any) -> Any:
+    """Stand in for `signal.signal`: the caller's handler follows the engine's. The parameters are named as there."""
+    if signalnum not in _NUMBERS:
+        return _set(signalnum, handler)
+    before = _get_others(signalnum)
+    _set(signalnum, handler)  # raises what it raises for what is no handler, and outside the main thread
     if handler != signal.SIG_IGN:
-        _others[number] = handler
-        _set(number, _hear)
+        _others[signalnum] = handler
+        _set(signalnum, _hear)
     return before
 
 
-def _get_others(number: int, /) -> Any:
+def _get_others(signalnum: int) -> Any:
     """Stand in for `signal.getsignal`: return the caller's handler, never the engine's."""
-    found = _get(number)
-    return _others[number] if found is _hear else found
+    found = _get(signalnum)
+    return _others[signalnum] if found is _hear else found

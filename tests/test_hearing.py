@@ -98,8 +98,8 @@ def test_a_caller_that_asks_for_a_handler_gets_the_one_that_was_set_and_not_the_
     before = signal.getsignal(signal.SIGTERM)
     for handler in (lambda number, frame: None, signal.SIG_IGN, signal.SIG_DFL, signal.default_int_handler):
         last = signal.getsignal(signal.SIGTERM)
-        assert signal.signal(signal.SIGTERM, handler) == last
-        assert signal.getsignal(signal.SIGTERM) == handler
+        assert signal.signal(signalnum=signal.SIGTERM, handler=handler) == last
+        assert signal.getsignal(signalnum=signal.SIGTERM) == handler
     assert signal.signal(signal.SIGTERM, before) == signal.default_int_handler
     with pytest.raises(TypeError):
         signal.signal(signal.SIGTERM, "no handler")  # type: ignore[arg-type]
