@@ -103,7 +103,7 @@ class Handling:
     def _handled(self, messages: Sequence[Message]) -> BaseException | None:
         """Run the handler, and commit its effects with the acknowledgement; what went wrong, if anything did."""
         try:
-            with self._app.app_context():
+            with ended_in_a_fork(f"The run of {self._worker.__name__}"), self._app.app_context():
                 context = MessageContext(self._batch, messages, self._messages, self._instance, self._db)
                 with self._runs.entered(context):
                     try:

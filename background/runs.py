@@ -99,7 +99,8 @@ class Runs:
     def run(self, worker: type[PeriodicWorker], claim: Claim, ledger: Ledger, instance: Instance) -> Execution:
         """Run `claim` to its end, whatever that is, and write it down; no error of the worker's comes out."""
         hung = partial(self.hung, threading.get_ident())
-        with self._app.app_context():
+        # Around the context, too: what the application does at its end may fork as well.
+        with ended_in_a_fork(f"The run of {worker.__name__}"), self._app.app_context():
             context = TickContext(claim, ledger, instance, self._db)
             ending = Ending(self._app, context, ledger)
             with (

@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 from effects import leave, leave_each
-from flask import Flask
+from flask import Flask, appcontext_tearing_down, current_app
 from sqlalchemy import Connection, Engine, event, update
 from sqlalchemy.pool import Pool
 from werkzeug.serving import make_server
@@ -289,6 +289,26 @@ def fork_amid(context: WorkerContext) -> bool:
         return True
     _CHILDREN[os.environ["PROBE_CHILD"]](context)
     return False
+
+
+class ForkingAtTheEnd(PeriodicWorker):
+    """Has its application fork when the context of the run ends, after the commit."""
+
+    name = "forking_at_the_end"
+    period = RARELY
+    run_on_first_start = True
+
+    def do_work(self, context: WorkerContext) -> None:
+        leave(context, os.getpid())
+        leave(context, os.getpid(), "after the child")
+        appcontext_tearing_down.connect(_fork_at_the_end, current_app._get_current_object())
+
+
+def _fork_at_the_end(app: Flask, **_more: object) -> None:
+    appcontext_tearing_down.disconnect(_fork_at_the_end, app)
+    if child := os.fork():
+        _, status = os.waitpid(child, 0)
+        app.logger.info("The child %d ended with %d", child, os.waitstatus_to_exitcode(status))
 
 
 def _commit_in_a_child(context: WorkerContext) -> None:

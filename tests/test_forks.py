@@ -35,6 +35,13 @@ def test_a_child_that_comes_back_from_do_work_ends_there_and_its_parents_run_suc
     goes_on(parent, effects)
 
 
+def test_a_child_of_what_the_application_does_at_the_end_of_a_run_ends_there(shops: Shops, effects: Effects) -> None:
+    (parent,) = shops.join(PROBE_WORKERS="forking_at_the_end,ticker", WORKERS_HEARTBEAT_SECONDS=1)
+    came_back(parent, "returns")
+    assert effects.states("forking_at_the_end") == [("succeeded", 1)]
+    goes_on(parent, effects)
+
+
 @pytest.mark.parametrize("child", ["returns", "raises", "exits", "commits"])
 def test_a_child_that_comes_back_from_a_handler_ends_there_and_the_message_is_handled_once(
     child: str, shops: Shops, effects: Effects
