@@ -22,7 +22,7 @@ from .errors import BatchRolledBack, ClaimLost, InvalidProgress, RunStopped
 from .instances import LEASE_IS_OVER, Instance
 from .log_lines import LogLines
 from .logs import logger_of
-from .sessions import Sessions, Within
+from .sessions import Sessions, Within, home
 
 if TYPE_CHECKING:
     from .ledger import Claim, Ledger
@@ -135,7 +135,7 @@ class WorkerContext:
 
     def began(self, session: Session, connection: Connection) -> None:
         """Judge the transaction that `session` began on `connection`, before anything is sent in it."""
-        if connection.engine is self._engine_of(session):
+        if connection.engine is home(session, self._engine_of(session)):
             self._sessions.begin(connection)
         else:
             self._sessions.watch(connection, self.worker)

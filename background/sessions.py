@@ -4,16 +4,18 @@ import re
 from typing import Any, Protocol
 
 from flask_sqlalchemy import SQLAlchemy
-from sqlalchemy import URL, Connection, Engine, Executable, event
+from sqlalchemy import URL, Connection, Engine, Executable, event, update
 from sqlalchemy.orm import Session
 
 from .errors import InvalidConfig, NotFenced
 from .logs import logger_of
+from .models import workers
 from .outages import place
 
 log = logger_of(__name__)
 
-_READS = re.compile(r"[\s(]*(select|show|explain|values|table|pragma|savepoint|release|rollback|set)\b", re.IGNORECASE)
+_BEFORE = re.compile(r"(?:[\s(]|--[^\n]*\n|/\*.*?\*/)*", re.DOTALL)  # what may stand before a statement: comments
+_READS = re.compile(r"(select|show|explain|values|table|pragma|savepoint|release|rollback|set)\b", re.IGNORECASE)
 _WRITES = re.compile(r"\b(insert|update|delete|merge)\b", re.IGNORECASE)
 
 
@@ -32,7 +34,7 @@ class Within:
 
     def __init__(self, session: Session, engine: Engine, schema: str | None) -> None:
         # Not `session.execute`: it asks `get_bind`, which may send a SELECT to a replica.
-        self._connection = session.connection(bind_arguments={"bind": engine})
+        self._connection = session.connection(bind_arguments={"bind": home(session, engine)})
         refuse_autocommit(self._connection)
         self._options = {"schema_translate_map": {None: schema} if schema else {}, "stream_results": False}
 
@@ -41,6 +43,21 @@ class Within:
 
     def get_execution_options(self) -> dict[str, Any]:
         return self._options
+
+
+_A_WRITE = update(workers)
+
+
+def home(session: Session, engine: Engine) -> Engine:
+    """Return the engine whose transaction has what `session` writes: `engine`, or the same with options of its own.
+
+    A session class may give each tenant such an engine. Two of them in one session would be two transactions.
+    """
+    try:
+        found: Any = session.get_bind(clause=_A_WRITE)
+    except Exception:  # the class needs to know more, such as a request; the engine's tables are on `engine` anyway
+        return engine
+    return found if isinstance(found, Engine) and found.pool is engine.pool else engine
 
 
 class Sessions:
@@ -99,9 +116,8 @@ class Sessions:
 
 
 def _is_write(statement: str) -> bool:
-    return not _READS.match(statement) and (
-        not statement.lstrip("( \n\t").lower().startswith("with") or bool(_WRITES.search(statement))
-    )
+    bare = _BEFORE.sub("", statement, count=1)
+    return not _READS.match(bare) and (not bare.lower().startswith("with") or bool(_WRITES.search(bare)))
 
 
 def schema_of(db: SQLAlchemy) -> str | None:

@@ -233,7 +233,7 @@ MUTATIONS = (
         [
             Edit(
                 "background/sessions.py",
-                'session.connection(bind_arguments={"bind": engine})',
+                'session.connection(bind_arguments={"bind": home(session, engine)})',
                 "session.connection()",
             )
         ],

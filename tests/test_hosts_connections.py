@@ -432,6 +432,73 @@ def test_a_write_to_the_database_by_another_engine_is_refused_before_it_is_sent(
     assert host.noted() == []
 
 
+class ByTenant(Session):
+    """Sends everything to the application's engine with the options of a tenant."""
+
+    made: Engine | None = None
+
+    def get_bind(self, mapper: Any = None, clause: Any = None, **more: Any) -> Any:
+        if type(self).made is None:
+            type(self).made = super().get_bind(mapper, clause=clause, **more).execution_options(tenant="one")
+        return type(self).made
+
+
+@pytest.fixture
+def tenants(hosts: Callable[..., Host]) -> Host:
+    ByTenant.made = None
+    host = hosts(db=SQLAlchemy(session_options={"class_": ByTenant}))
+    host.bind()
+    host.create()
+    return host
+
+
+def test_the_engine_works_in_sessions_that_have_the_engine_with_options_of_their_own(tenants: Host) -> None:
+    tenants.works()
+
+
+def test_a_session_that_has_the_engine_with_options_of_its_own_is_fenced(tenants: Host) -> None:
+    def take_over(context: WorkerContext) -> None:
+        context.session.rollback()
+        with tenants.manager.ticks.ledger.begin() as connection:
+            connection.execute(text("UPDATE background_workers SET running = running + 7"))
+        context.session.execute(tenants.notes.insert().values(text="of a zombie"))
+
+    Noting.then = take_over
+    assert tenants.manager.tick("noting", NOW).state == "lost"
+    assert tenants.noted() == []
+
+
+def test_a_message_in_a_session_with_options_of_its_own_is_rolled_back_with_what_its_caller_wrote(
+    tenants: Host,
+) -> None:
+    with tenants.app.app_context():
+        tenants.db.session.execute(tenants.notes.insert().values(text="the caller's"))
+        tenants.manager.enqueue("notes", "a message")
+        tenants.db.session.rollback()
+    assert tenants.noted() == []
+    assert tenants.manager.messages.stats()[0].waiting == 0
+
+
+@pytest.mark.parametrize(
+    "read", ["/* of: shop */ SELECT 1", "-- of: shop\nSELECT 1", "\n/* a */ -- b\n WITH a AS (SELECT 1) SELECT 1"]
+)
+def test_a_read_with_a_comment_before_it_goes_to_a_replica(
+    hosts: Callable[..., Host], empty_database_url: str, read: str
+) -> None:
+    host = routed(hosts, empty_database_url)
+    Noting.then = lambda context: context.session.execute(text(read))
+    assert host.manager.tick("noting", NOW).state == "succeeded"
+
+
+def test_a_write_with_a_comment_before_it_is_refused_like_any_other(
+    hosts: Callable[..., Host], empty_database_url: str
+) -> None:
+    host = routed(hosts, empty_database_url)
+    Noting.then = lambda context: context.session.execute(text("/* SELECT */ INSERT INTO notes (text) VALUES ('a')"))
+    assert host.manager.tick("noting", NOW).state == "failed"
+    assert host.noted() == []
+
+
 def test_a_run_that_writes_to_a_second_database_is_warned_about_once(
     hosts: Callable[..., Host], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
