@@ -141,9 +141,9 @@ def spelled_out(text: str) -> str:
 
 
 def error_line(text: str | None) -> str | None:
-    """The line of a traceback that has the error itself; other lines of its message, as drivers add, are left out.
+    """Return the line of a traceback that has the error itself, without further lines of its message.
 
-    Below the frame around an exception group, that is the last line.
+    Below the frame around an exception group, this is the last line.
     """
     lines = (text or "").strip().splitlines()
     if len(lines) > 1 and _END_OF_GROUP.fullmatch(lines[-2]):

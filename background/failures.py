@@ -1,4 +1,4 @@
-"""What a user's code raised, as text of a bounded length; and whether an error of the database may pass by itself."""
+"""Texts of bounded length for the errors of a user's code, and the database errors that may pass by themselves."""
 
 import traceback
 
@@ -9,17 +9,17 @@ from .errors import first_line
 _MOST = 16_000  # characters of one traceback with all its causes
 _MOST_OF_ONE = 4_000  # of one error's text within it
 _DEEPEST = 10  # groups within groups
-_TOO_LARGE = "54"  # the class of what PostgreSQL refuses for its size
+_TOO_LARGE = "54"  # the class of PostgreSQL's "program limit exceeded"
 
 
 def told(error: BaseException) -> str:
-    """The traceback of `error` as it is written down: at most about 16,000 characters, with a note of what was cut.
+    """Return the traceback of `error` to be written: at most about 16,000 characters, with a note of the cut.
 
-    Of an exception group the last line says the group and its first member.
+    For an exception group, the last line says the group and its first member.
     """
     try:
         parts = [cut(each, _MOST_OF_ONE) for each in traceback.format_exception(error)]
-    except Exception as failure:  # groups in many groups, or attributes that are not what they should be
+    except Exception as failure:  # deeply nested groups, or attributes of a wrong type
         parts = [f"{in_short(error)} (its traceback cannot be written: {type(failure).__name__})\n"]
     if isinstance(error, BaseExceptionGroup):
         parts.append(f"{in_short(error)}\n")
@@ -27,7 +27,7 @@ def told(error: BaseException) -> str:
 
 
 def in_short(error: BaseException, depth: int = 0) -> str:
-    """The type of `error` and the first line of its text; of an exception group also those of its first member."""
+    """Return the type of `error` and the first line of its text. Of an exception group, add its first member."""
     said = f"{type(error).__name__}: {first_line(error)}"
     if isinstance(error, BaseExceptionGroup) and error.exceptions and depth < _DEEPEST:
         return f"{said}, the first: {in_short(error.exceptions[0], depth + 1)}"
@@ -35,7 +35,7 @@ def in_short(error: BaseException, depth: int = 0) -> str:
 
 
 def cut(text: str, most: int) -> str:
-    """The text without its middle, where it has more than `most` characters, and how many were cut."""
+    """Return the text without its middle if it has more than `most` characters, with the number of cut ones."""
     if len(text) <= most:
         return text
     head, tail = most // 2, most - most // 2
@@ -43,7 +43,7 @@ def cut(text: str, most: int) -> str:
 
 
 def may_pass(error: BaseException) -> bool:
-    """Whether the same statement may succeed later: the database is away or busy, and refused nothing in it."""
+    """Return whether the same statement may succeed later: the database is away or busy, and refused no value."""
     if not isinstance(error, DBAPIError):
         return isinstance(error, TimeoutError | DisconnectionError | OSError)
     is_of_the_moment = isinstance(error, OperationalError | InterfaceError | InternalError)

@@ -76,21 +76,22 @@ class Handling:
         if len(self._batch.messages) == 1:
             return self._settle(left[0], error)
         if not isinstance(error, RunStopped):
-            self._log.info("Handling %d messages one by one, as together: %s", len(left), in_short(error))
+            self._log.info("Handling %d messages one by one, after they failed as one: %s", len(left), in_short(error))
         return min(filter(None, map(self._alone, left)), default=None)
 
     def _excuse(self, left: Sequence[Message], error: BaseException) -> timedelta | None:
-        """Hand `left` back where the database failed them; return the pause before another instance may claim them.
+        """Hand `left` back if the database failed them. Return the pause before another instance may claim them.
 
-        That is no attempt. A message is excused a few times only: its handler may itself refuse to write.
+        This does not count as an attempt. A message is excused a few times only: its handler may itself refuse to
+        write.
         """
         times = max(self._excused[message.id] for message in left)
         if times >= _MOST_EXCUSED or not is_cut_off(error):
             return None
         self._excused.update(message.id for message in left)
-        pause = _pause(self._worker, times) if times else timedelta()  # at first only the pool may have been old
+        pause = _pause(self._worker, times) if times else timedelta()  # perhaps only a pooled connection was old
         ids = [message.id for message in left]
-        self._log.warning("Handed %d messages back, the database connection broke: %s", len(ids), in_short(error))
+        self._log.warning("Handed %d messages back: the database connection broke: %s", len(ids), in_short(error))
         self._write("goes back", partial(self._messages.hand_back, self._batch, ids, pause))
         return pause
 

@@ -1,7 +1,7 @@
-"""The way back after the database's clock was ahead: ticks and messages that it put off are due again.
+"""Repairs the rows after the database's clock was ahead: ticks and messages that it put off are due again.
 
 A moment in the clock's future is the trace that remains. The mark goes back to the newest tick that was decided by now.
-No tick runs twice by that, because up to the mark that was a tick that has an execution is not claimed again.
+No tick runs twice by that: up to the old mark, a tick that has an execution is not claimed again.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -17,13 +17,13 @@ from .messages import is_in
 from .models import executions, messages, workers
 from .schedule import MICROSECOND, Schedule, parse_schedule
 
-AHEAD = timedelta(seconds=1)  # a clock that is set back by less puts nothing off for long
+AHEAD = timedelta(seconds=1)  # a smaller step back delays nothing for long
 _SLICE = 5_000  # messages that one statement changes
 _LONGEST_PAUSE = timedelta(hours=1, minutes=15)  # before another attempt at a message
 
 
 def is_ahead(state: WorkerState | Row[Any]) -> bool:
-    """Whether a moment of the worker's row lies in the future of the clock that was read with it."""
+    """Return whether a moment of the worker's row lies in the future of the clock that was read with it."""
     retried = state.pending_tick if state.pending_trigger != "manual" else None
     return any(at is not None and at > state.clock + AHEAD for at in (state.mark, state.scheduled_at, retried))
 
@@ -35,14 +35,15 @@ class Healing:
         self._ledger, self._history = ledger, history
 
     def is_proven(self, states: Iterable[WorkerState]) -> bool:
-        """Whether the history still has each tick that any worker ran after now.
+        """Return whether the history still has each tick that any worker ran after now.
 
-        Pruning goes by the clock. One that was ahead by more than the history is long may have cost these rows.
+        Pruning goes by the clock. If the clock was ahead by more than the length of the history, these rows may be
+        pruned.
         """
         return all(state.mark is None or state.mark <= state.clock + self._history for state in states)
 
     def worker(self, name: str) -> bool:
-        """Have the ticks of the worker go on by the clock as it is now; False where nothing lies in its future.
+        """Let the ticks of the worker go on by the clock as it is now. False if nothing lies in its future.
 
         Concurrency: each instance that finds the worker ahead does this. They wait for its row, and the first does it.
         """
@@ -59,10 +60,12 @@ class Healing:
         return True
 
     def messages(self) -> int:
-        """Have messages that wait by a moment of that clock be due as their callers asked; return how many there were.
+        """Make messages due as their callers asked, if that clock put them off. Return their number.
 
-        A message that was never tried keeps its delay, from now on. Concurrency: each instance does this, and
-        consumers claim meanwhile. A message is changed once, and only while it waits.
+        A message that was never tried keeps its delay, from now on.
+
+        Concurrency: each instance does this, and consumers claim meanwhile. A message is changed once, and only while
+        it waits.
         """
         delay = elapsed(messages.c.enqueued_at, messages.c.due_at)
         due_at = case((messages.c.attempt == 0, now(func.coalesce(delay, 0.0))), else_=now())
@@ -78,14 +81,15 @@ class Healing:
         return number
 
     def _put_off(self) -> Sequence[int]:
-        """The ids of some, found without SQLite's only write lock."""
+        """Return the ids of some such messages, found without SQLite's only write lock."""
         with self._ledger.engine.connect() as connection:
             return connection.scalars(select(messages.c.id).where(_is_put_off).limit(_SLICE)).all()
 
     def pass_over(self, state: WorkerState, tick: datetime, attempt_after: Callable[[int], int | None]) -> bool:
-        """Raise the mark to a tick that an instance ran while the clock was ahead; False where the tick did not run.
+        """Raise the mark to a tick that an instance ran while the clock was ahead. False if the tick did not run.
 
-        Where its last attempt was lost or handed back, the tick is due again from now on.
+        If its last attempt was lost or handed back, the tick is due again from now on.
+
         Concurrency: each instance that comes to run the tick does this, and the first raises the mark.
         """
         if state.mark_ahead is None or state.mark_ahead < tick:
@@ -108,15 +112,15 @@ class Healing:
 
 
 def what_goes_on(names: Sequence[str], number: int) -> str:
-    """The workers and the number of messages that were put off, in words."""
+    """Name the workers and count the messages that were put off, in words."""
     parts = [", ".join(sorted(names))] if names else []
     if number:
         parts.append(f"{number:,} message{'' if number == 1 else 's'}")
     return " and ".join(parts)
 
 
-# A waiting message whose due time only a clock that was ahead can have written. One that was tried comes again after a
-# pause, which is never longer than that. One that was not tried comes after the delay that its caller asked for.
+# A waiting message whose due time only a clock that was ahead can have written. A message that was tried comes again
+# after a pause of at most `_LONGEST_PAUSE`. One that was not tried comes after the delay that its caller asked for.
 _is_put_off = and_(
     is_in("waiting"),
     messages.c.due_at > now(AHEAD),
@@ -129,13 +133,16 @@ _end = func.coalesce(executions.c.through, executions.c.tick)
 
 
 def _attempts(name: str) -> Any:
-    """The attempts at scheduled ticks of a worker, without the rows of ticks that did not run."""
+    """Return the attempts at scheduled ticks of a worker, without the rows of ticks that did not run."""
     ours = (executions.c.worker == name, executions.c.trigger == "schedule", executions.c.attempt.is_not(None))
     return select(executions.c.tick, executions.c.attempt, executions.c.state).where(*ours)
 
 
 def _healed(connection: Connection, row: Row[Any], schedule: Schedule) -> dict[str, Any]:
-    """The columns to write; the history says by then that no tick after the clock was skipped or missed."""
+    """Return the columns to write.
+
+    Beforehand, correct rows that call ticks after the clock skipped or missed.
+    """
     values: dict[str, Any] = {}
     last, latest = schedule.previous(row.clock), row.clock + AHEAD
     if row.mark is not None and row.mark > latest:
@@ -148,13 +155,16 @@ def _healed(connection: Connection, row: Row[Any], schedule: Schedule) -> dict[s
     if row.scheduled_at > latest:
         values["scheduled_at"] = row.clock
     if row.pending_tick is not None and row.pending_tick > latest and row.pending_trigger != "manual":
-        # It is due again when the clock reaches it: see `pass_over`.
+        # The tick is due again when the clock reaches it: see `pass_over`.
         values |= dict.fromkeys(("pending_tick", "pending_attempt", "pending_trigger"), null())
     return values
 
 
 def _cut(connection: Connection, row: Row[Any], schedule: Schedule, last: datetime) -> None:
-    """Have no row say of a tick after the clock that it did not run, nor of the latest tick that it was missed."""
+    """Shorten the rows of skipped or missed ticks, so that they name no tick after the clock.
+
+    No row of missed ticks names the latest tick either.
+    """
     ahead = and_(executions.c.worker == row.name, executions.c.attempt.is_(None), _end > row.clock)
     for each in connection.execute(select(executions.c.id, executions.c.tick, executions.c.state).where(ahead)).all():
         through = last if each.state == "skipped" else schedule.previous(last - MICROSECOND)

@@ -1,8 +1,8 @@
-"""Health of this process, for what restarts it or sends it requests; and of the fleet, for what wakes an operator.
+"""Health of this process, for load balancers and restarts, and of the fleet, for alerts.
 
-No login is asked for, so an answer says what is wrong and never why: no host and no text of an error, and no name but
-those of workers, for the fleet. The log has the rest. No session is looked at. All but the migrations, and the
-application's own pool, is asked on the engine's own connections.
+No login is needed, so an answer names the failed check and never the reason. It has no host and no text of an error.
+The fleet's answer names workers. The log has the rest. No session is read. The engine's own connections serve every
+check but two: the migrations and the application's own pool.
 """
 
 import sqlite3
@@ -64,9 +64,9 @@ def health() -> Blueprint:
 
     @blueprint.get("/workers")
     def fleet_health() -> ResponseReturnValue:
-        """Whether the fleet runs: an instance is alive, no worker is overdue or stuck, and the application can write.
+        """Answer whether an instance is alive, no worker is overdue or stuck, and the application can write.
 
-        It is about the whole fleet, so the answer is the same from each of its processes.
+        The answer is about the whole fleet, so each of its processes gives the same one.
         """
         return _answer("running", fleet.checks())
 
@@ -129,7 +129,7 @@ class Readiness:
 
 
 class Change:
-    """Logs once when checks begin to fail, fail otherwise, or hold again: a probe comes every few seconds."""
+    """Logs when checks begin to fail, fail in another way, or hold again. A probe comes every few seconds."""
 
     def __init__(self, failing: str, good: str) -> None:
         self._failing, self._good = failing, good
@@ -147,7 +147,7 @@ class Change:
 
 
 class FleetHealth:
-    """Asks how the fleet is, and whether the application's own pool can write; and logs when that changes."""
+    """Asks how the fleet is, and whether the application's own pool can write. Logs when the answer changes."""
 
     def __init__(self) -> None:
         self._fleet = Prompt(_fleet, _ANSWER_SECONDS)
@@ -155,7 +155,7 @@ class FleetHealth:
         self._change = Change("The fleet does not run as it should", "The fleet runs as it should again")
 
     def checks(self) -> dict[str, Check]:
-        """Each check by its name, within seconds even where the database hangs."""
+        """Return each check by its name, within seconds even if the database hangs."""
         checks: dict[str, Check] = {}
         for prompt, names in ((self._fleet, ("instances", "overdue", "stuck")), (self._write, ("write",))):
             try:
@@ -199,11 +199,11 @@ def _checked(check: Callable[[], Check]) -> Check:
 
 
 def _database(manager: BackgroundWorkerManager) -> Check:
-    """Whether it takes writes: after a fail-over, connections may lead to a server that only reads."""
+    """Check that the database takes writes: after a fail-over, connections may lead to a read-only server."""
     manager.ticks.connections.refuse_missing()
     began = steady()
     manager.history.clock()
-    with suppress(ProgrammingError):  # without its tables the database answers, and its migrations are behind
+    with suppress(ProgrammingError):  # a database without tables answers, and its migrations are behind
         manager.ticks.write()
     return Check(True, {"milliseconds": round((steady() - began) * 1000, 1)}, at=began)
 

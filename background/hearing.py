@@ -1,8 +1,8 @@
-"""SIGTERM and SIGINT, heard before the server's own handlers, in whichever order they were set.
+"""Hears SIGTERM and SIGINT before the server's own handlers, in whichever order they were set.
 
 Servers set their handlers at different times: before the application is made, after it, or around each start. So the
-engine's handler stays in place, and calls the one that would be there without it. Where no worker runs in the process,
-it does nothing else.
+engine's handler stays in place, and calls the one that would be there without it. It does nothing else in a process
+without workers.
 """
 
 import atexit
@@ -31,7 +31,7 @@ _LAST_WAIT_SECONDS = 0.3
 
 _set, _get = signal.signal, signal.getsignal
 _others: dict[int, Any] = {}
-"""By signal: the handler that would be there without the engine's."""
+"""For each signal, the handler that would be there without the engine's."""
 
 
 def listen() -> None:
@@ -41,7 +41,7 @@ def listen() -> None:
     signal.signal, signal.getsignal = _set_others, _get_others
     for number in _NUMBERS:
         before = _get(number)
-        if before is _hear or before is None or before == signal.SIG_IGN:  # None: it was not set by Python
+        if before is _hear or before is None or before == signal.SIG_IGN:  # None: not set by Python
             continue
         _others[number] = before
         _set(number, _hear)
@@ -71,7 +71,7 @@ def stop_when_told(manager: "BackgroundWorkerManager") -> None:
 
 
 def give_up(why: str, seconds: float) -> None:
-    """Hand back everything, within `seconds`. Made to be called in a signal handler, before the process is killed."""
+    """Hand back everything, within `seconds`. Call this in a signal handler, before the process is killed."""
     if _audience is not None and _audience.process == os.getpid() and _audience.is_attentive:
         done = threading.Event()
         _audience.calls.put(lambda: _audience.give_up(why, done))
@@ -79,9 +79,10 @@ def give_up(why: str, seconds: float) -> None:
 
 
 class _Audience:
-    """The managers of this process that are told, by a thread of its own.
+    """The managers of this process, and the thread that tells them of signals.
 
-    A handler interrupts its thread anywhere, with any lock in its hands, so it takes none: another thread tells.
+    A handler interrupts its thread anywhere, while that holds any lock. So the handler takes no lock: another thread
+    tells.
     """
 
     def __init__(self) -> None:
@@ -114,7 +115,7 @@ class _Audience:
         done.set()
 
     def _stop(self) -> None:
-        """Stop them at the exit of the process, but not at the exit of its forked child."""
+        """Stop the managers at the exit of the process, but not at the exit of its forked child."""
         if self.process == os.getpid():
             self.is_ending = True
             for manager in self._started():
@@ -128,7 +129,7 @@ class _Audience:
             call = self.calls.get()
             try:
                 call()
-            except Exception:  # a thread that ended would hear no more
+            except Exception:  # the thread must live on for the next signal
                 log.exception("Could not do what a signal asked for")
 
 
@@ -136,7 +137,7 @@ _audience: _Audience | None = None
 
 
 def _hear(number: int, frame: FrameType | None) -> None:
-    """Tell the runs, and then do what would be done without the engine."""
+    """Tell the runs, then call the handler that would be there without the engine."""
     follows, audience = _others[number], _audience
     if audience is None or audience.process != os.getpid() or not audience.is_attentive:
         _leave_to(follows, number, frame)
@@ -144,10 +145,10 @@ def _hear(number: int, frame: FrameType | None) -> None:
     is_default = follows in (signal.SIG_DFL, signal.default_int_handler)
     if is_default:  # a server that has a handler may raise the signal again, once it has shut down
         audience.heard += 1
-    # The second is decided here: `stop` may have told the runs before the first call is made.
+    # Count the signals here: `stop` may have told the runs before the first call is made.
     insists = is_default and (audience.heard > 1 or audience.is_ending)
     audience.calls.put(audience.hurry if insists else audience.tell)
-    if is_default and (audience.is_ending or audience.heard == 2):  # the exit that the first began would trip over it
+    if is_default and (audience.is_ending or audience.heard == 2):  # another exit would disturb the first
         return
     if follows == signal.SIG_DFL:
         sys.exit(0)
@@ -166,7 +167,7 @@ def _leave_to(follows: Any, number: int, frame: FrameType | None) -> None:
 
 def _pass_on(number: int) -> bool:
     """Pass a signal on to the debug reloader's child, which the reloader would kill at once. Both end by it."""
-    if is_running_from_reloader():  # this is the child
+    if is_running_from_reloader():  # this process is the child
         return False
     lists = [each.read_text() for each in Path("/proc/self/task").glob("*/children")]  # Linux has them
     for child in map(int, " ".join(lists).split()):
@@ -175,11 +176,11 @@ def _pass_on(number: int) -> bool:
 
 
 def _set_others(signalnum: int, handler: Any) -> Any:
-    """Stand in for `signal.signal`: the caller's handler follows the engine's. The parameters are named as there."""
+    """Stand in for `signal.signal`, also in its parameters: the caller's handler follows the engine's."""
     if signalnum not in _NUMBERS:
         return _set(signalnum, handler)
     before = _get_others(signalnum)
-    _set(signalnum, handler)  # raises what it raises for what is no handler, and outside the main thread
+    _set(signalnum, handler)  # raises its own errors for a wrong handler, and outside the main thread
     if handler != signal.SIG_IGN:
         _others[signalnum] = handler
         _set(signalnum, _hear)

@@ -85,7 +85,7 @@ class Pulse:
     is_busy: bool
     """Whether any worker runs or is to be run again, or any message is being handled."""
     is_ahead: bool
-    """Whether a moment of a worker or of a waiting message lies in the clock's future, which was ahead then."""
+    """True if a moment of a worker or of a waiting message lies in the future of the clock, which was ahead then."""
     was_set: bool
     """Whether the database's clock was set since it was read last."""
     clock: datetime = field(compare=False)
@@ -93,7 +93,7 @@ class Pulse:
     due: Mapping[str, datetime] = field(compare=False)
     """When the first waiting message of each topic is due; without the topics of which none is waiting."""
     is_blind: bool = False
-    """Whether it tells nothing of the fleet: another client kept a table locked, so the lease was renewed alone."""
+    """True if it says nothing of the fleet: another client kept a table locked, so only the lease was renewed."""
 
 
 class Instances:
@@ -106,16 +106,16 @@ class Instances:
         self._insert = sqlite.insert if engine.dialect.name == "sqlite" else postgresql.insert
         self._upserts: dict[tuple[str, ...], Any] = {}
         self._renewal = self._upsert(null(), false(), false(), _first_expiry)
-        # What a look may wait for a lock. The renewal has to come after that, and well within the lease.
+        # The longest wait of a look for a lock. The renewal comes after it, and well within the lease.
         self._patience = max(_LEAST_PATIENCE, min(_MOST_PATIENCE, lease / 10))
         self._pace: tuple[float, float] | None = None
         self._began, self._judging_from = steady(), 0.0
 
     def beat(self, instance: Instance, topics: Sequence[str] = ()) -> Pulse:
-        """Renew everything that `instance` holds, or sign it on: one request either way.
+        """Renew everything that `instance` holds, or sign it on, in one request.
 
-        The same request looks for work: what runs, and what waits in `topics`. The lease depends on no other table than
-        its own: where another client keeps one locked, a second request renews the lease alone.
+        The same request looks for work: running claims, and messages that wait in `topics`. The lease depends on no
+        table other than its own. If another client keeps one locked, a second request renews the lease alone.
         """
         try:
             return self._beat(instance, partial(self._look, tuple(topics)), topics)
@@ -148,10 +148,10 @@ class Instances:
         return Pulse(schedules, bool(is_busy), bool(is_ahead), self._was_set(clock, sent), clock, due)
 
     def _look(self, topics: tuple[str, ...], connection: Connection, values: dict[str, Any]) -> Sequence[Any]:
-        """Built once for the same topics: that takes as long as running it."""
+        """Send the statement for these `topics`. It is built once, as that takes as long as running it."""
         if topics not in self._upserts:
             upsert = self._upsert(*_pulse(topics), *next_due(topics))
-            if self.engine.dialect.name != "sqlite":  # on which no reader waits for a lock
+            if self.engine.dialect.name != "sqlite":  # on SQLite no reader waits for a lock
                 patience = func.set_config("lock_timeout", f"{self._patience * 1000:.0f}", True)
                 upsert = Together(self.engine, select(patience), upsert)
             self._upserts[topics] = upsert
@@ -164,13 +164,13 @@ class Instances:
         lease, offset = bindparam("lease", type_=Float), bindparam("offset", type_=Float)
         renewed = {"heartbeat_at": now(), "expires_at": now(lease), "clock_offset": offset}
         who: dict[str, Any] = {name: bindparam(f"its_{name}") for name in _IDENTITY}
-        # A release in characters that the database cannot hold grows by their escapes.
+        # Escapes for characters that the database cannot hold make a release longer.
         who["release"] = func.substr(bindparam("its_release", type_=AnyText()), 1, LONGEST_RELEASE)
         row = self._insert(instances).values({**who, "started_at": now(), **renewed})
         return row.on_conflict_do_update(index_elements=["id"], set_=renewed).returning(now(), *columns)
 
     def write(self) -> None:
-        """Change nothing, by a statement that only a database that takes writes accepts."""
+        """Change nothing, by a statement that only a writable database accepts."""
         with self._single.begin() as connection:
             connection.execute(update(instances).where(false()).values(pid=instances.c.pid))
 
@@ -190,7 +190,7 @@ class Instances:
             connection.execute(delete(instances).where(instances.c.id == instance.id))
 
     def is_known(self, id: str) -> bool:
-        """Whether the instance has a row, alive or not."""
+        """Return whether the instance has a row, alive or not."""
         with self._single.connect() as connection:
             return connection.scalar(select(instances.c.id).where(instances.c.id == id)) is not None
 
@@ -214,14 +214,14 @@ class Instances:
         return {each: each in signed_off for each in ids if each in signed_off or each not in spared}
 
     def expired(self, ids: Collection[str], since: datetime, until: datetime) -> set[str]:
-        """Those of `ids` whose leases ran out between the two moments of the database's clock."""
+        """Return those of `ids` whose leases ran out between the two moments of the database's clock."""
         query = select(instances.c.id).where(instances.c.id.in_(ids), instances.c.expires_at.between(since, until))
         with self._single.connect() as connection:
             return set(connection.scalars(query))
 
     @property
     def is_steady(self) -> bool:
-        """Whether this process has seen the database's clock go right for the length of a lease."""
+        """True once this process has seen the database's clock go right for the length of a lease."""
         return steady() >= max(self._judging_from, self._began + self._lease)
 
     def _was_set(self, clock: datetime, sent: float) -> bool:
@@ -259,7 +259,7 @@ _is_put_off = or_(
 
 
 def _pulse(topics: Sequence[str]) -> tuple[ColumnElement[Any], ...]:
-    """The columns of a pulse, between the clock and the messages that are due."""
+    """Return the columns of a pulse, between the clock and the messages that are due."""
     is_pending = and_(workers.c.pending_tick.is_not(None), may_be_run_again)
     is_busy = select(workers.c.name).where(or_(workers.c.running.is_not(None), is_pending)).exists()
     is_ahead = select(workers.c.name).where(_is_put_off).exists()

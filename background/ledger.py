@@ -71,10 +71,10 @@ class Claim:
     token: int
     trigger: str
     execution: int | None
-    """The id of its row; None where that row was deleted by hand."""
+    """The id of its row. None if that row was deleted by hand."""
     started_at: datetime | None = None
     id: str | None = None
-    """Random; None where an older release made the claim."""
+    """Random. None if an older release made the claim."""
     instance: str | None = None
     instance_name: str | None = None
 
@@ -106,15 +106,15 @@ class WorkerState:
     instance: str | None
     instance_name: str | None
     is_bare: bool = False
-    """Whether a claim is in force whose execution has no row: that was deleted by hand."""
+    """True if the claim in force has no execution's row: that row was deleted by hand."""
     has_strays: bool = False
-    """Whether executions say "running" whose claim is not in force: that was ended by hand."""
+    """True if an execution says "running" and its claim is not in force: the claim was ended by hand."""
     mark_ahead: datetime | None = None
-    """The mark of a clock that was ahead: ticks up to it may have run."""
+    """The mark that a clock which was ahead left. Ticks up to it may have run."""
 
     @property
     def is_damaged(self) -> bool:
-        """Whether the rows contradict each other, which only a change by hand brings about."""
+        """True while the rows contradict each other, which only a change by hand can cause."""
         return self.is_bare or self.has_strays
 
     @property
@@ -197,15 +197,18 @@ class Ledger:
         return _claim(values, started) if started else started
 
     def claim_pending(self, name: str, tick: datetime, instance: tuple[str, str]) -> Claim | None:
-        """Claim a tick that was lost, handed back or requested. Others may be here: all that saw it pending."""
+        """Claim a tick that was lost, handed back or requested.
+
+        Concurrency: every instance that saw the tick pending may do this, and the first claims it.
+        """
         values = _values(name, tick, instance)
         started = self._claims.pending(values)
         return _claim(values, started) if started else None
 
     def claim_manual(self, name: str, tick: datetime, instance: tuple[str, str]) -> Claim | None:
-        """Claim a run that no schedule asked for; `tick` is the moment of asking. The mark stays where it is.
+        """Claim a run that no schedule asked for. `tick` is the moment of asking. The mark stays where it is.
 
-        Others may be here: a second click, or the scheduled tick of the same moment; one of them waits its turn.
+        Concurrency: a second click, or the scheduled tick of the same moment. One of them waits its turn.
         """
         values = _values(name, tick, instance)
         with self.begin() as connection:
@@ -258,9 +261,9 @@ class Ledger:
     def _gaps(
         self, connection: Connection, state: WorkerState, first: datetime, last: datetime
     ) -> Iterator[tuple[datetime, datetime]]:
-        """The first and the last of the ticks in a row, from `first` to `last`, that did not run.
+        """Yield the first and the last tick of each gap from `first` to `last`: ticks in a row that did not run.
 
-        Those between ran while the database's clock was ahead.
+        The ticks between the gaps ran while the database's clock was ahead.
         """
         if state.mark_ahead is None or state.mark_ahead < first:
             yield first, last
@@ -277,14 +280,15 @@ class Ledger:
     # -- ending --------------------------------------------------------------------------------
 
     def check(self, claim: Claim, session: Executes, notes: Notes = NOTHING) -> None:
-        """Hold the worker's row in the session's transaction while `claim` is in force; else raise ClaimLost.
+        """Hold the worker's row in the session's transaction while `claim` is in force, else raise ClaimLost.
 
         `notes` are written into its execution's row, by column.
 
-        Others may be here: whoever takes the claim over. They wait for this commit, or this finds them first.
+        Concurrency: another instance may take the claim over. It waits for this commit, or this call finds the claim
+        gone.
         """
         held = in_force(claim)
-        if self.engine.dialect.name == "sqlite":  # has no row locks; a write takes the only lock there is
+        if self.engine.dialect.name == "sqlite":  # has no row locks: a write takes the only lock
             result = session.execute(update(workers).where(held).values(running=workers.c.running))
             ours = count(result) == 1
         else:
@@ -363,11 +367,10 @@ class Ledger:
     def write_anew(
         self, connection: Executes, claim: Claim, outcome: Values, tokens: Sequence[int | None]
     ) -> Row[Any] | None:
-        """Write the row of an execution that is gone, with the first of `tokens` that no other row of the worker has.
+        """Write the row of a missing execution, with the first of `tokens` that no other row of the worker has.
 
-        Return its moments, or None where no row was written. The row was deleted by hand, or the database lost the
-        commit that wrote it. A claim without an id says nothing about its tick, which has an answer where any row has
-        that tick.
+        Return its moments, or None if no row was written. The row was deleted by hand, or the database lost the commit
+        that wrote it. A claim without an id says nothing about its tick. Such a tick has an answer if any row names it.
         """
         if claim.id is None:
             same = executions.c.worker == claim.worker, executions.c.tick == claim.tick
@@ -381,7 +384,7 @@ class Ledger:
             written: Row[Any] | None = connection.execute(new.returning(*moments)).one_or_none()
             if written is not None:
                 tick, state = claim.tick.isoformat(), outcome["state"]
-                log.warning("%s: the row of the tick %s was gone; it is written anew: %s", claim.worker, tick, state)
+                log.warning("%s: the row of the tick %s was gone. It is written anew: %s", claim.worker, tick, state)
                 return written
         return None
 
@@ -429,13 +432,13 @@ class Ledger:
 
 
 def in_force(claim: Claim) -> ColumnElement[bool]:
-    """Whether the worker's row says that `claim` is the one in force."""
+    """Return the condition that the worker's row says that `claim` is in force."""
     is_same = true() if claim.id is None else workers.c.claim == claim.id
     return and_(workers.c.name == claim.worker, workers.c.running == claim.token, is_same)
 
 
 def own(claim: Claim) -> ColumnElement[bool]:
-    """Whether an execution is that of `claim`; its number alone may belong to another one after a restore."""
+    """Return the condition that an execution belongs to `claim`. After a restore, its number may belong to another."""
     same = executions.c.worker == claim.worker, executions.c.token == claim.token
     return and_(*same, executions.c.claim.is_(None) if claim.id is None else executions.c.claim == claim.id)
 
@@ -509,7 +512,7 @@ def _state(row: Row[Any]) -> WorkerState:
 
 
 def _running(row: Row[Any]) -> Claim:
-    """The claim in force, by its execution; where that was deleted by hand, by the copy in the worker's row.
+    """Return the claim in force, by its execution, or by the copy in the worker's row if that was deleted by hand.
 
     A claim without either was made by hand. Its tick is the newest one that is decided.
     """

@@ -49,9 +49,9 @@ class Lock:
 
     name: str
     token: int
-    """Greater than the token of the holder before: what the lock guards can refuse a smaller one.
+    """Greater than the token of the previous holder, so the guarded resource can refuse a smaller one.
 
-    It repeats only where the database loses commits that it acknowledged.
+    It repeats only if the database loses commits that it acknowledged.
     """
     _holder: str = field(repr=False)
     _instance: Instance = field(repr=False)
@@ -192,11 +192,11 @@ class Locks:
         self._run(row.on_conflict_do_nothing())
 
     def _take(self, mine: Lock, seen: Row[Any]) -> int | None:
-        """The new token, or None.
+        """Return the new token, or None.
 
-        Concurrency: every caller that saw the lock free, or its holder gone, in the row `seen`; also that holder,
-        releasing it. The row's lock puts them in a line; the first raises the token, and the rest find it raised.
-        After lost commits the same token may be another holder's, so that must be the same, too.
+        Concurrency: every caller that saw the lock free, or its holder gone, in the row `seen`, and that holder, which
+        releases it. The row's lock puts them in order: the first raises the token, and the others find it raised. After
+        lost commits another holder may have the same token, so the holder must be the same, too.
         """
         instance, values = mine._instance, self._mine(mine) | {"seen": seen.token, "seen_by": seen.holder}
         try:

@@ -1,12 +1,12 @@
-"""The engine's loggers, which no `logging.config.dictConfig` of the application silences by the way."""
+"""The engine's loggers, which no `dictConfig` of the application silences by accident."""
 
 import logging
 
 
 def logger_of(name: str) -> logging.Logger:
-    """The logger `name`. Its level and its handlers silence it; that it was made before a `dictConfig` does not.
+    """Return the logger `name`, which only its level and its handlers silence, not a later `dictConfig`.
 
-    By default, that function disables every logger which it does not name and which is there already.
+    By default, `dictConfig` disables every existing logger that it does not name.
     """
     logger = logging.getLogger(name)
     if not isinstance(logger, _Enabled):
@@ -28,5 +28,5 @@ _kinds: dict[str, type[logging.Logger]] = {}
 
 
 def _enabled(kind: type[logging.Logger]) -> type[logging.Logger]:
-    """Made once for each class of loggers, which the application may have chosen."""
+    """Return the class of loggers for `kind`, made once. The application may have chosen `kind`."""
     return _kinds.setdefault(f"{kind.__module__}.{kind.__qualname__}", type(kind.__name__, (_Enabled, kind), {}))

@@ -1,4 +1,4 @@
-"""The thread that takes in what the fleet decided: unlike the heartbeat's, it may wait for a lock."""
+"""The thread that takes in the fleet's decisions. Unlike the heartbeat's, it may wait for a lock."""
 
 import threading
 from collections.abc import Callable
@@ -8,7 +8,7 @@ _LAST_LOOK_SECONDS = 1.0
 
 
 class Looking:
-    """Calls `look` in a thread of its own whenever a look is wanted; several that are wanted at once are one."""
+    """Calls `look` in a thread of its own whenever a look is wanted. Looks that wait at the same time become one."""
 
     def __init__(self, look: Callable[[bool], None], failed: Callable[[Exception], None]) -> None:
         self._look, self._failed = look, failed
@@ -23,11 +23,11 @@ class Looking:
         return self._thread.is_alive()
 
     def want(self, rearm: bool = False) -> None:
-        """Have the thread look soon; with `rearm` it also sets every wake-up anew."""
+        """Have the thread look soon. With `rearm` it also sets every wake-up again."""
         self._wanted.put(rearm)
 
     def stop(self) -> None:
-        """Begin no other look; wait for one that goes on, but not for long."""
+        """Begin no other look. Wait for a look that goes on, but not for long."""
         self._wanted.put(None)
         if threading.current_thread() is not self._thread:
             self._thread.join(_LAST_LOOK_SECONDS)
@@ -41,5 +41,5 @@ class Looking:
                 rearm = rearm or wanted
             try:
                 self._look(rearm)
-            except Exception as error:  # a thread that ended would look no more
+            except Exception as error:  # the thread must live on for the next look
                 self._failed(error)

@@ -203,7 +203,7 @@ class Mailbox:
     # -- steering ------------------------------------------------------------------------------
 
     def retry(self, ids: Collection[int] | None, topic: str | None = None) -> int:
-        """Let the dead or discarded messages `ids` be handled anew, all or none; None: all the dead ones (of `topic`).
+        """Let the dead or discarded messages `ids` be handled again, all or none. None: all dead ones (of `topic`).
 
         Return how many. Raises UnknownMessage, WrongState, UnknownTopic and CommitFirst.
         """

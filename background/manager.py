@@ -76,7 +76,7 @@ class BackgroundWorkerManager:
             )
 
     def init_app(self, app: Flask, db: SQLAlchemy) -> None:
-        """Bind to `app` and its initialised `db`: tables, commit fence, `flask workers`; opens no connection.
+        """Bind to `app` and its initialised `db`: tables, commit fence, `flask workers`. Opens no connection.
 
         A setting that `app.config` does not have gets its default. Raises InvalidConfig for a wrong value.
         """
@@ -233,7 +233,7 @@ class BackgroundWorkerManager:
             return True
 
     def prepare(self) -> None:
-        """Call the `before_start` callbacks, once; raises what they raise, and InvalidConfig for AUTOCOMMIT."""
+        """Call the `before_start` callbacks, once. Raises their errors, and InvalidConfig for AUTOCOMMIT."""
         with self.app.app_context():
             while self._before_start:
                 self._before_start[0]()
@@ -248,7 +248,7 @@ class BackgroundWorkerManager:
             self._refuse_autocommit()
 
     def _refuse_autocommit(self) -> None:
-        """Ask a session as the application has them; raises InvalidConfig where it keeps nothing together."""
+        """Open a session as the application does. Raises InvalidConfig if it commits each statement."""
         refuse_autocommit_options(self.db.engine)
         session = self.db.session()
         try:
@@ -299,12 +299,12 @@ class BackgroundWorkerManager:
     def tick(self, name: str, at: datetime) -> Execution | None:
         """Run the tick of worker `name` at `at` (aware; the latest tick up to then), unless an instance has or does.
 
-        Returns the execution, or None where the tick was not this call's to run. Waits for the database's clock
-        to reach the tick, at most one lease. Raises UnknownWorker, CommitFirst amid a transaction of this thread that
-        has written, and what the database raises.
+        Returns the execution, or None if the tick was not this call's to run. Waits for the database's clock to reach
+        the tick, at most one lease. Raises UnknownWorker, and what the database raises. Raises CommitFirst amid a
+        transaction of this thread that has written.
 
-        This call asks for that tick, so it runs even if the worker is new to the database. A start does not: there a
-        new worker begins with its next tick (see `run_on_first_start`).
+        This call asks for that tick, so it runs even if the worker is new to the database. A start does not ask: there
+        a new worker begins with its next tick (see `run_on_first_start`).
         """
         worker = self._known(name)
         if not isinstance(at, datetime) or at.tzinfo is None:
@@ -321,9 +321,9 @@ class BackgroundWorkerManager:
             return self.ticks.run(worker, state.schedule.previous(at), state.schedule_text, state)
 
     def trigger(self, name: str) -> Execution | None:
-        """Run worker `name` now, here, whatever its schedule says; None where it is running already.
+        """Run worker `name` now, here, whatever its schedule says. None if it is running already.
 
-        A manual run takes no tick away, and a pause does not hold it up. Raises UnknownWorker, and CommitFirst amid a
+        A manual run takes no tick away, and a pause does not delay it. Raises UnknownWorker. Raises CommitFirst amid a
         transaction of this thread that has written.
         """
         worker = self._known(name)
@@ -345,9 +345,9 @@ class BackgroundWorkerManager:
         return requested
 
     def pause(self, name: str) -> bool:
-        """Run no more ticks of `name`, anywhere, until `resume`; what runs goes on. False if paused already.
+        """Run no more ticks of `name`, anywhere, until `resume`. A run in progress goes on. False if paused already.
 
-        It commits on its own: raises CommitFirst where it would wait for the caller's own transaction.
+        Commits on its own. Raises CommitFirst if it would wait for the caller's own transaction.
         """
         worker = self._known(name)
         with self._on_its_own(f"pause({name!r})"):
@@ -378,10 +378,10 @@ class BackgroundWorkerManager:
         return changed
 
     def repair(self) -> tuple[list[str], int]:
-        """Have go on what the database's clock put off while it was ahead; call it once the clock is right.
+        """Resume what the database's clock put off while it was ahead. Call this once the clock is right.
 
-        The fleet does this by itself after a lease, where the history goes back far enough to show that no tick runs
-        twice. Returns the workers, and the number of messages.
+        The fleet does this by itself after a lease, if the history is long enough to prove that no tick runs twice.
+        Returns the workers, and the number of messages.
         """
         with self._on_its_own("repair"):
             names = [name for name, state in self.ticks.ledger.states().items() if is_ahead(state)]
@@ -390,7 +390,7 @@ class BackgroundWorkerManager:
         return healed
 
     def _on_its_own(self, call: str, runs: bool = False) -> AbstractContextManager[None]:
-        """In this block `call` commits by itself; raises CommitFirst where the caller would wait for itself."""
+        """Guard `call`, which commits by itself. Raises CommitFirst if the caller would wait for itself."""
         return self._open.refused(call, self.ticks.connections.claims, runs)
 
     def _look(self) -> None:
@@ -503,7 +503,7 @@ _managers: WeakSet[BackgroundWorkerManager] = WeakSet()
 
 
 def _forked() -> None:
-    made_once._making = threading.RLock()  # another thread of the parent may have held it
+    made_once._making = threading.RLock()  # another thread of the parent may have held the old lock
     for manager in _managers:
         manager.begin_anew()
         if current_run.get() is not None:

@@ -179,9 +179,9 @@ class Membership:
     # -- the heartbeat -------------------------------------------------------------------------
 
     def refresh(self, rearm: bool = False) -> None:
-        """Take in what the fleet decided: schedules, claims whose instance is gone, ticks to be claimed again.
+        """Take in the fleet's decisions: schedules, claims whose instance is gone, ticks to claim again.
 
-        It only reads, and in a thread of its own: it may wait for a lock, and the heartbeat must not.
+        Only reads, in a thread of its own: this may wait for a lock, and the heartbeat must not.
         """
         with self._refreshing:
             again_if_stale(partial(self._refresh, rearm))
@@ -207,20 +207,20 @@ class Membership:
         for name in ahead.keys() - self._ahead:
             until = max(filter(None, (ahead[name].mark, ahead[name].scheduled_at, ahead[name].pending_tick)))
             log.warning(
-                "%s: the database's clock was ahead: its ticks are decided up to %s, and it says %s now. %s",
+                "%s: the database's clock was ahead: the ticks are decided up to %s, and the clock says %s now. %s",
                 name,
                 until.isoformat(),
                 ahead[name].clock.isoformat(),
-                "They, and messages of that time, go on once the clock has been right for the length of a lease"
+                "Ticks and messages of that time go on once the clock has been right for the length of a lease"
                 if is_proven
-                else "The history does not go back as far. If the clock is right now, run `flask workers repair`",
+                else "The history is shorter than that. If the clock is right now, run `flask workers repair`",
             )
-        for name in self._ahead - ahead.keys():  # it goes on, perhaps by a command
+        for name in self._ahead - ahead.keys():  # its ticks go on, perhaps by a command
             self._wake_ups.arm_first(name)
         self._ahead = set(ahead)
 
     def _heal(self) -> None:
-        """Have the ticks and messages go on that a clock which was ahead put off."""
+        """Make due again the ticks and messages that a clock which was ahead put off."""
         try:
             states = self._ticks.ledger.states()
             ours = [state for state in states.values() if state.name in self._workers and is_ahead(state)]
@@ -235,12 +235,15 @@ class Membership:
                 self.consumers.wake_all()
         except SQLAlchemyError as error:  # the next heartbeat tries again
             self._is_healed = False
-            log.warning("Cannot let go on what a clock that was ahead put off: %s", first_line(error))
+            log.warning("Cannot resume yet what a clock that was ahead put off: %s", first_line(error))
         finally:
             self._is_healing = False
 
     def _follow_releases(self, states: list[WorkerState]) -> None:
-        """Of two releases at once the newest start declares the schedule; when it has left, those who stay do."""
+        """Follow the schedule of the most recently started instance when two releases run side by side.
+
+        After it leaves, the remaining instances set the schedule.
+        """
         others = [state for state in states if state.declared != self._declared.get(state.name, state.declared)]
         gone = self._ticks.instances.gone({str(state.declared_by) for state in others}) if others else {}
         self._is_settled = not others
@@ -248,7 +251,7 @@ class Membership:
             self._declare_soon(stale)
 
     def _declare_soon(self, names: list[str]) -> None:
-        if not self._is_declaring:  # since a heartbeat before, or since the start
+        if not self._is_declaring:  # else an earlier heartbeat, or the start, still waits for a thread
             self._is_declaring = True
             self._scheduler.soon(self._declare_again, names)
 
@@ -265,7 +268,7 @@ class Membership:
         schedules = {name: declared_schedule(worker) for name, worker in ours.items()}
         instance = self._ticks.instance
         self._ticks.steering.register(schedules, instance.id if instance else None, begins(ours.values()))
-        # Not before: a heartbeat takes the row of a declared worker that is not there for one that was deleted.
+        # Afterwards: to a heartbeat, a declared worker without a row is one whose row was deleted.
         self._declared |= {name: str(schedule) for name, schedule in schedules.items()}
 
     def _heard(self, topic: str) -> None:
@@ -276,7 +279,7 @@ class Membership:
             self._scheduler.after(_spread(), "look", self._look)
 
     def _look(self) -> None:
-        """See what became of the others, without waiting for a heartbeat."""
+        """Look at the fleet without waiting for a heartbeat."""
         self._is_looking = False
         self._looking.want()
         self.consumers.wake_all()
@@ -286,7 +289,7 @@ class Membership:
         self._is_blind = False
 
     def _look_failed(self, error: Exception) -> None:
-        """Have the next heartbeat ask again; that the database is away, the heartbeat itself says."""
+        """Have the next heartbeat ask again. The heartbeat itself reports a database that is away."""
         self._pulse = None
         is_known = self._is_blind or isinstance(error, SQLAlchemyError)
         level = logging.DEBUG if is_known else logging.WARNING
@@ -358,7 +361,7 @@ class Membership:
         self._scheduler.look_again()
 
     def _heal_soon(self, pulse: Pulse) -> None:
-        """Once after each time the clock was set, and whenever a heartbeat finds something that was put off."""
+        """Heal once after each change of the clock, and whenever a heartbeat finds something that was put off."""
         self._is_healed = self._is_healed and not (pulse.was_set or pulse.is_ahead)
         if self._ticks.instances.is_steady and not (self._is_healed or self._is_healing):
             self._is_healed = self._is_healing = True

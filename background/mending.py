@@ -1,6 +1,6 @@
-"""Rows that were changed by hand, made to agree again: executions without a claim, claims without an execution.
+"""Mends rows that were changed by hand: executions without a claim, claims without an execution.
 
-A claim and its execution begin and end in one transaction, so one read tells that a hand was at work.
+A claim and its execution begin and end in one transaction, so one read shows a change by hand.
 """
 
 from datetime import datetime
@@ -29,7 +29,7 @@ class Mending:
         self._ledger = ledger
 
     def restore(self, claim: Claim) -> bool:
-        """Write the execution of a claim in force anew; True for the instance that did.
+        """Write the execution of a claim in force again. True for the instance that did.
 
         Concurrency: every instance that misses the row, and the run's own end, which writes it too. The claim's token
         is unique, so the first one writes the row.
@@ -41,7 +41,9 @@ class Mending:
             return self._ledger.write_anew(connection, claim, _RUNNING, [claim.token]) is not None
 
     def disown(self, claim: Claim) -> bool:
-        """Write the execution of a claim that is not in force, so that its tick gets an answer; True if none was there.
+        """Write the missing execution of a claim that is not in force, so that its tick gets an answer.
+
+        Return whether the execution was missing.
 
         Concurrency: instances that take the run over in the usual way. They leave a row, and this does nothing.
         """
@@ -53,7 +55,7 @@ class Mending:
             return self._ledger.write_anew(connection, claim, _RUNNING, [claim.token, None]) is not None
 
     def strays(self, worker: str) -> list[Claim]:
-        """The claims of the worker's executions that say "running" although another claim, or none, is in force."""
+        """Return the claims of the worker's executions that say "running" while another claim, or none, is in force."""
         query = (
             select(strays).join_from(strays, workers, is_stray).where(workers.c.name == worker).order_by(strays.c.id)
         )
@@ -63,9 +65,9 @@ class Mending:
     def end_stray(self, claim: Claim, next_attempt: int | None) -> tuple[bool, int | None]:
         """End such an execution as lost. Return whether this call did, and the attempt that follows, if one does.
 
-        The tick is run again only if the worker's token says that nothing was claimed since.
+        The tick runs again only if the worker's token says that nothing was claimed since.
 
-        Concurrency: every instance that sees the stray. The execution's row puts them in a line, and the first ends it.
+        Concurrency: every instance that sees the stray. They wait for the execution's row, and the first ends it.
         """
         with self._ledger.begin() as connection:
             same = executions.c.id == claim.execution, executions.c.claim.is_not_distinct_from(claim.id)
@@ -83,9 +85,9 @@ class Mending:
 
 
 def adopt(connection: Connection, worker: str, latest: datetime) -> None:
-    """Give the row of `worker`, which was just made, the claim that the row before it had, by the newest execution.
+    """Give the new row of `worker` the claim that its predecessor had, by the newest execution.
 
-    A worker with a history is not new. Where the history decides nothing, its ticks up to `latest` count as decided.
+    A worker with a history is not new. If the history decides nothing, its ticks up to `latest` count as decided.
 
     Concurrency: this is the transaction that makes the row. No instance can claim before it commits.
     """
@@ -113,7 +115,7 @@ def adopt(connection: Connection, worker: str, latest: datetime) -> None:
     if again:
         connection.execute(update(workers).where(this).values(again | _marked(newest.tick, newest.trigger)))
     log.warning(
-        "%s: the worker's row was deleted by hand; it is made anew by its history, and the tick %s is %s",
+        "%s: the worker's row was deleted by hand, so its history makes a new one. The tick %s is %s",
         worker,
         newest.tick.isoformat(),
         newest.state,
@@ -133,7 +135,7 @@ def _pending(tick: datetime, attempt: int, trigger: str) -> dict[str, Any]:
 
 
 def _marked(tick: datetime, trigger: str) -> dict[str, Any]:
-    """The mark at or above a scheduled tick: what runs again must not be claimed as a new tick after that."""
+    """Return a mark at or above a scheduled tick, so that a tick to run again is not claimed as new afterwards."""
     if trigger != "schedule":
         return {}
     is_below = or_(workers.c.mark.is_(None), workers.c.mark < tick)
@@ -141,6 +143,6 @@ def _marked(tick: datetime, trigger: str) -> dict[str, Any]:
 
 
 def _claim(row: Row[Any]) -> Claim:
-    """The claim that an execution is of; one that was made by hand may lack anything."""
+    """Return the claim of an execution. One that was made by hand may lack any value."""
     began = row.started_at, row.claim, row.instance, row.instance_name
     return Claim(row.worker, row.tick, row.attempt or 1, row.token or 0, row.trigger, row.id, *began)

@@ -104,7 +104,7 @@ def _decide_all(decide: Callable[..., int], one: str, many: str) -> ResponseRetu
     """All dead ones of the topic, including those that died since the page was drawn."""
     topic = request.form.get("topic") or abort(400, "The form names no topic.")
     if not request.form.get("confirmed"):
-        say("Nothing was changed: tick the box first, to say that all of them are meant.", "error")
+        say("Nothing was changed. Tick the box first, to confirm all of them.", "error")
         return back("background.messages")
     try:
         count = decide(None, topic)

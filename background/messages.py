@@ -44,7 +44,7 @@ from .payloads import Draft
 from .sessions import Executes
 
 _BULK = 5_000
-_BULK_BYTES = 8_000_000  # of one statement: every server takes it, and the memory of both sides stays small
+_BULK_BYTES = 8_000_000  # of one statement: every server accepts it, and it needs little memory
 
 
 def is_in(state: str) -> ColumnElement[bool]:
@@ -162,11 +162,11 @@ class Messages:
         return enqueued
 
     def _carried(self, draft: Draft) -> str:
-        """The payload in characters that the database can hold."""
+        """Return the payload in characters that the database can hold."""
         return draft.payload if draft.payload.isascii() else storable_json(draft.payload, self.sessions.engine.dialect)
 
     def _rows(self, drafts: Sequence[tuple[str, str | None]]) -> Any:
-        """The payloads and keys as a table (place, payload, key): one parameter or two, whatever their number."""
+        """Return the payloads and keys as a table (place, payload, key): one or two parameters for all rows."""
         if self._on_sqlite:
             values = json.dumps(drafts)
             rows = func.json_each(values).table_valued("key", "value")
@@ -237,7 +237,7 @@ class Messages:
         return [message for message in batch.messages if message.id in ids]
 
     def hand_back(self, batch: Batch, ids: Collection[int], pause: timedelta | None = None) -> None:
-        """Let any instance have those of `ids` that are left, at once or after `pause`; they were not tried."""
+        """Let any instance claim those of `ids` that are left, at once or after `pause`. This counts no attempt."""
         later = {"due_at": now(pause)} if pause else {}
         with self._ledger.begin() as connection:
             freed = _release(connection, self._held(batch, ids), attempt=messages.c.attempt - 1, **later)
@@ -294,7 +294,7 @@ class Messages:
 
     def batches(self, instance: str, older: timedelta) -> set[str]:
         """What `instance` claimed longer ago than that, and holds."""
-        # The clock may have been ahead when it was claimed.
+        # The clock may have been ahead at the claim.
         is_old = or_(messages.c.claimed_at < now(-older), messages.c.claimed_at > now(older))
         old = and_(_is_running, messages.c.instance == instance, is_old)
         return {row.batch for row in self.read(select(messages.c.batch).where(old).distinct())}
@@ -401,7 +401,7 @@ _same_key: dict[str, Any] = {
 
 
 def _portions(drafts: Iterable[Draft]) -> Iterator[list[Draft]]:
-    """The drafts in slices, each of at most so many rows and so many bytes, or of a single larger draft."""
+    """Yield the drafts in slices, each of limited rows and bytes, or of a single larger draft."""
     some: list[Draft] = []
     size = 0
     for draft in drafts:
@@ -472,9 +472,9 @@ def next_due(topics: Iterable[str]) -> Iterator[ColumnElement[datetime | None]]:
 
 
 def any_put_off(topics: Iterable[str], ahead: timedelta) -> list[ColumnElement[bool]]:
-    """For each topic, whether its first waiting message was enqueued by a clock that was `ahead` of what it says now.
+    """Return, for each topic, whether a clock that was `ahead` of now enqueued or tried its first waiting message.
 
-    Or was tried by it. The messages behind the first one may be of that kind too.
+    The messages behind the first one may be of that kind too.
     """
     found: list[ColumnElement[bool]] = []
     for topic in topics:

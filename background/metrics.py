@@ -11,9 +11,10 @@ from .traffic import Traffic
 
 
 def metrics() -> Blueprint:
-    """GET /metrics: open to all or, where METRICS_TOKEN is set, to a request that has it as its bearer token.
+    """Return a blueprint for GET /metrics.
 
-    Raises MissingDependency where prometheus-client is not installed.
+    It is open to all or, with METRICS_TOKEN, to a request that has it as its bearer token. Raises MissingDependency if
+    prometheus-client is not installed.
     """
     require(["prometheus_client"], "/metrics")
     blueprint = Blueprint("metrics", __name__)

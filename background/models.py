@@ -27,7 +27,7 @@ metadata = MetaData()
 
 
 class AnyText(TypeDecorator[str]):
-    """Text without characters that the database cannot hold: an error may quote the name of a file, or any language."""
+    """Text with escapes for the characters that the database cannot hold: an error may quote any file name."""
 
     impl = Text
     cache_ok = True
@@ -44,10 +44,10 @@ workers = Table(
     "background_workers",
     metadata,
     Column("name", String(200), primary_key=True),
-    # The high-water mark: no tick at or below it is ever claimed (again). Never pruned. Lowered in one case only, after
-    # the database's clock was ahead: see healing.py.
+    # The high-water mark: no tick at or below it is ever claimed (again). Never pruned. Lowered only after the
+    # database's clock was ahead: see healing.py.
     Column("mark", UtcDateTime),
-    # The mark before that. Ticks up to here may have run: the history says which, and those are not claimed again.
+    # The mark before it was lowered. Ticks up to here may have run: a tick with an execution is not claimed again.
     Column("mark_ahead", UtcDateTime),
     # The mark before missed ticks were last recorded: an UPDATE returns no old values.
     Column("previous_mark", UtcDateTime),
@@ -56,7 +56,7 @@ workers = Table(
     Column("token", BigInteger, nullable=False, server_default="0"),
     Column("running", BigInteger),
     Column("claim", String(32)),
-    # A copy of the newest claim, in case the row of its execution is deleted by hand while it is in force.
+    # A copy of the newest claim, in case its execution's row is deleted by hand while the claim is in force.
     Column("claim_tick", UtcDateTime),
     Column("claim_attempt", Integer),
     Column("claim_trigger", String(10)),
@@ -93,7 +93,7 @@ executions = Table(
     Column("state", String(12), nullable=False),
     Column("attempt", Integer),
     Column("token", BigInteger),
-    # The random id of the claim that this execution is of. NULL where an older release made the claim.
+    # The random id of this execution's claim. NULL if an older release made the claim.
     Column("claim", String(32)),
     Column("instance", String(32)),
     Column("instance_name", String(255)),
@@ -110,7 +110,7 @@ executions = Table(
 
 
 def _where(condition: str) -> dict[str, Any]:
-    # Literals, not parameters: a database must see them to know that a partial index applies.
+    # Literals, not parameters: a database must see the values to know that a partial index applies.
     return {"postgresql_where": literal_column(condition), "sqlite_where": literal_column(condition)}
 
 

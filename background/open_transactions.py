@@ -1,4 +1,4 @@
-"""The transactions that the calling thread has open: a call that commits on its own may wait for them for ever."""
+"""Open transactions of the calling thread. A call that commits on its own could wait for them for ever."""
 
 import threading
 from collections.abc import Iterator
@@ -28,15 +28,15 @@ class OpenTransactions:
 
     @contextmanager
     def refused(self, call: str, own: Engine, runs: bool = False) -> Iterator[None]:
-        """Refuse `call` at once, which commits on the engine `own`, where this thread would wait for itself.
+        """Refuse `call`, which commits on the engine `own`, if this thread would wait for itself.
 
-        With `runs` it runs a worker, in a session of its own, which could wait for any row that this thread holds.
+        With `runs` it runs a worker in a session of its own, which could wait for any row that this thread holds.
         """
         for driver in self._of_this_thread():
             if driver.in_transaction and is_locked(own) if self._on_sqlite else runs and _has_written(driver):
                 raise CommitFirst(
                     f"{call} was called amid a transaction of the same thread that has written; expected none, as the "
-                    "call commits on its own and would wait for that one: call db.session.commit() first."
+                    "call commits on its own and would wait for it: call db.session.commit() first."
                 )
         try:
             yield
@@ -65,7 +65,7 @@ class OpenTransactions:
 
 
 def _has_written(driver: Any) -> bool:
-    """Whether the transaction of PostgreSQL's has written, or locked, any row."""
+    """Return whether a transaction of PostgreSQL has written, or locked, any row."""
     if driver.info.transaction_status != _IN_TRANSACTION:
         return False
     with driver.cursor() as cursor:

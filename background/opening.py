@@ -1,4 +1,4 @@
-"""Opens connections of the driver's in the way in which the application's own engine opens its connections."""
+"""Opens the driver's connections in the same way as the application's own engine."""
 
 import threading
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ _here = threading.local()
 
 
 def prepare(engine: Engine) -> None:
-    """Have later connections of `engine` opened by an Opener, too; a thread may not add this while another connects."""
+    """Let an Opener open later connections of `engine`, too. No thread may connect while another adds this."""
     if not event.contains(engine, "do_connect", _connect):
         event.listen(engine, "do_connect", _connect)
 
@@ -26,7 +26,7 @@ class Opener:
         prepare(shared)
 
     def open(self, file: str | None = None) -> Any:
-        """Open one connection; on SQLite to `file` instead, unless the application's own function opens it."""
+        """Open one connection. On SQLite open `file` instead, unless the application's own function connects."""
         _here.asked = file, self._arguments
         try:
             pooled = self._shared.pool.recreate().connect()
@@ -37,7 +37,7 @@ class Opener:
 
 
 def _connect(dialect: Any, record: Any, given: Any, named: Any) -> Any:
-    """Connect with an Opener's arguments, if this thread asked for it, after the application's own listeners."""
+    """Connect with an Opener's arguments, after the application's own listeners, if this thread asked for it."""
     asked, _here.asked = getattr(_here, "asked", None), None
     if asked is None:
         return None
@@ -51,12 +51,12 @@ def _connect(dialect: Any, record: Any, given: Any, named: Any) -> Any:
 
 
 def has_creator(engine: Engine) -> bool:
-    """Whether the application connects by a function of its own, so that the URL does not say where to."""
+    """Return whether the application connects by a function of its own, so that the URL does not name the place."""
     made_by = getattr(getattr(engine.pool, "_creator", None), "__module__", "")
     return made_by != "sqlalchemy.engine.create"
 
 
 def file_of(connection: Any) -> str:
-    """Return the path of the file that a connection of SQLite's has open."""
+    """Return the path of the file that a SQLite connection has open."""
     _number, _name, path = connection.execute("PRAGMA database_list").fetchone()
     return str(path or "")

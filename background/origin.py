@@ -1,4 +1,4 @@
-"""Requests that a page of another site sent: the dashboard takes none that would change something."""
+"""Refuses requests that a page of another site sent and that would change something."""
 
 from urllib.parse import SplitResult, urlsplit
 
@@ -10,16 +10,16 @@ from .logs import logger_of
 log = logger_of(__name__)
 
 _HARMLESS = ("GET", "HEAD", "OPTIONS")
-_OWN = ("same-origin", "none")  # "none": the user's own doing, which no page asked for
+_OWN = ("same-origin", "none")  # "none": the user's own action, without a page
 _PORTS = {"http": 80, "https": 443}
 _LONGEST = 200
 
 
 def refuse_foreign() -> None:
-    """End a request with 403 if a page of another site (another scheme, host or port) sent it to change something.
+    """Answer 403 if a page of another site (another scheme, host or port) sent a request to change something.
 
-    A browser says where a request is from: by Sec-Fetch-Site, else by Origin, else by Referer. No page can forge these.
-    A client that sends none of them is not a browser of our time, and no page can press its buttons.
+    A browser names the sender: by Sec-Fetch-Site, else by Origin, else by Referer. No page can forge these. A client
+    that sends none of them is not a modern browser, and no page can press its buttons.
     """
     if request.method in _HARMLESS:
         return
@@ -28,13 +28,13 @@ def refuse_foreign() -> None:
         abort(
             403,
             f"This request came with {sender}; expected one of a page at {request.host_url}. "
-            "Press the button on the dashboard itself. Behind a proxy, have it pass the Host header on.",
+            "Press the button on the dashboard itself. A proxy in front must pass the Host header on.",
         )
 
 
 def _foreign_sender() -> str | None:
-    """The header that shows a foreign page; None where no header does."""
-    if site := request.headers.get("Sec-Fetch-Site"):  # whatever a proxy made of the Host, the browser knew it
+    """Return the header that shows a foreign page. None if no header does."""
+    if site := request.headers.get("Sec-Fetch-Site"):  # the browser knew the Host, which a proxy may have changed
         return None if site in _OWN else _shown("Sec-Fetch-Site", site)
     for header in ("Origin", "Referer"):
         if (sent := request.headers.get(header)) is not None:
@@ -47,9 +47,9 @@ def _shown(header: str, value: str) -> str:
 
 
 def _is_own(sender: str) -> bool:
-    """Whether that address has this request's host and port; "null", as of a sandbox, has none.
+    """Return whether that address has this request's host and port. "null", as of a sandbox, has none.
 
-    A proxy may have taken the encryption away, so only a scheme that is less secure than this request's is foreign.
+    A proxy may have removed the encryption. So only a scheme that is less secure than this request's is foreign.
     """
     try:
         theirs, ours = urlsplit(sender), urlsplit(f"//{request.host}")

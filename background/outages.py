@@ -1,4 +1,4 @@
-"""Errors that say that a connection is of no use; after one of them, no older connection is used again.
+"""Outages of the database. After an error that says so, no older connection is used again.
 
 A fail-over may close no socket. The connections that are open then lead to a server that only reads.
 """
@@ -11,8 +11,8 @@ from sqlalchemy import URL, Engine, ExceptionContext, event
 from sqlalchemy.exc import DBAPIError, DisconnectionError, SQLAlchemyError
 
 _READ_ONLY = "25006"
-_ENDED = ("57P01", "57P02", "57P03", "57P04", "57P05")  # shut down, crashed, starting or dropped; idle for too long
-_DURING_RECOVERY = ("0A000", "40001", "55000", "XX000")  # also the codes of other errors: the server must say it is one
+_ENDED = ("57P01", "57P02", "57P03", "57P04", "57P05")  # shut down, crashed, starting, dropped, or idle for too long
+_DURING_RECOVERY = ("0A000", "40001", "55000", "XX000")  # and other errors: the server must say that it recovers
 _STAMP = "outages"
 
 
@@ -21,7 +21,7 @@ class Outages:
 
     def __init__(self) -> None:
         self.emptied: list[Callable[[], None]] = []
-        """Called each time, for connections that are in no pool."""
+        """Called at each outage, for connections that are in no pool."""
         self._number = 0
         self._counting = threading.Lock()
 
@@ -34,7 +34,7 @@ class Outages:
         event.listen(engine, "handle_error", self._failed)
 
     def notice(self, error: BaseException) -> None:
-        """Empty the pools for an error that came from the driver itself: no engine has seen it."""
+        """Empty the pools for an error that came from the driver itself, past any engine."""
         if any(_is_of_no_use(each, None) for each in causes(error) if not isinstance(each, SQLAlchemyError)):
             self._empty(self._number)
 
@@ -54,7 +54,10 @@ class Outages:
         self._empty(pooled.info.get(_STAMP, 0))
 
     def _empty(self, opened: int) -> None:
-        """Concurrency: many threads meet one outage, and later errors of old connections empty no new pool."""
+        """Empty the pools once per outage.
+
+        Concurrency: many threads meet one outage. Later errors of old connections empty no new pool.
+        """
         with self._counting:
             if opened != self._number:
                 return
@@ -64,12 +67,12 @@ class Outages:
 
 
 def place(url: URL) -> tuple[object, ...]:
-    """The host, the port and the name of a database, without the user and the options of a connection."""
+    """Return the host, the port and the name of a database, without the user and the options of a connection."""
     return url.host or url.query.get("host"), str(url.port or url.query.get("port") or 5432), url.database
 
 
 def is_cut_off(error: BaseException) -> bool:
-    """Whether a run ended because the database went away or refused writes, and not by a fault of its own."""
+    """Return whether a run ended because the database went away or refused writes, not by a fault of its own."""
     for each in causes(error):
         if not isinstance(each, DBAPIError):
             if _is_of_no_use(each, None):
@@ -83,7 +86,7 @@ def is_cut_off(error: BaseException) -> bool:
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error, and each that led to it; each of them once, and a driver's error as what SQLAlchemy made of it."""
+    """Yield the error and each error that led to it, once. A driver's error comes as SQLAlchemy's error for it."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -95,7 +98,7 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _is_of_no_use(error: BaseException | None, driver: Any) -> bool:
-    """Whether the server says by `error` that it can no longer serve the connection `driver` (None: not known)."""
+    """Return whether `error` says that the server can no longer serve the connection `driver` (None: not known)."""
     code = getattr(error, "sqlstate", None)
     if not isinstance(code, str):
         return False
@@ -106,7 +109,7 @@ def _is_of_no_use(error: BaseException | None, driver: Any) -> bool:
 
 
 def _is_read_only_by_choice(driver: Any) -> bool:
-    """Whether the server itself takes writes: then the user made the transaction read-only.
+    """Return whether the server itself takes writes: then the user made the transaction read-only.
 
     PostgreSQL reports both settings since version 14. Before that the answer is no.
     """

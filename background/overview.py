@@ -52,12 +52,12 @@ def _overview(
 
 
 def _decided(clock: datetime, state: WorkerState | None) -> datetime:
-    """Now, or the mark where that lies in the future, as after a clock that was ahead."""
+    """Return now, or the mark if it lies in the future, as after a clock that was ahead."""
     return max(clock, state.mark) if state and state.mark else clock
 
 
 def _trouble(standing: Standing | None) -> dict[str, Any]:
-    """Since when a tick of the worker waits, and why its run is stuck; None where all is well."""
+    """Return since when a tick of the worker waits, and why its run is stuck. None if all is well."""
     if standing is None:
         return {"overdue_since": None, "stuck": None}
     return {

@@ -23,7 +23,7 @@ def _is_ours(path: str) -> bool:
 
 
 def say(text: str, category: str) -> None:
-    """Show `text` on the next page. An app without a SECRET_KEY keeps no message; its page shows what changed."""
+    """Show `text` on the next page. An app without a SECRET_KEY keeps no message: its page shows the change."""
     if not isinstance(session, NullSession):
         flash(text, category)
 

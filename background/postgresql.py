@@ -1,4 +1,4 @@
-"""How a connection to PostgreSQL writes moments and text: as the driver reads them, whatever the server's default."""
+"""Has PostgreSQL's connections write moments and text as the driver reads them, whatever the server's default."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from sqlalchemy import Engine, event
 
 
 def prepare(engine: Engine) -> None:
-    """Have each new connection of a PostgreSQL engine pinned; other engines are left alone."""
+    """Pin each new connection of a PostgreSQL engine. Leave other engines alone."""
     if engine.dialect.name == "postgresql" and not event.contains(engine, "connect", _pin):
         event.listen(engine, "first_connect", _pin, insert=True)  # before SQLAlchemy asks for the server's version
         event.listen(engine, "connect", _pin)
@@ -15,8 +15,8 @@ def prepare(engine: Engine) -> None:
 def _pin(connection: Any, _record: Any) -> None:
     """Have psycopg's `connection` write moments by ISO 8601 and text in an encoding that the driver knows.
 
-    The server names its settings when it is connected to, so this sends nothing where they serve already. Poolers keep
-    these two settings with their client. The order of day and month, and the time zone, stay as they are.
+    The server reports its settings at the connect, so nothing is sent if they already fit. Poolers keep these two
+    settings with their client. The order of day and month, and the time zone, stay as they are.
     """
     wanted = []
     if not _status(connection, "DateStyle").startswith("ISO"):
@@ -30,7 +30,7 @@ def _pin(connection: Any, _record: Any) -> None:
 
 
 def _is_foreign(client: str, server: str) -> bool:
-    """Whether text may get lost on the way, or cannot be read by the driver."""
+    """Return whether text may get lost on the way, or cannot be read by the driver."""
     return client == "SQL_ASCII" or client not in ("UTF8", server)  # of SQL_ASCII the driver gives bytes
 
 

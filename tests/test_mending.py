@@ -222,7 +222,7 @@ def test_a_worker_whose_executions_are_deleted_before_its_process_is_killed_runs
     wait_until(lambda: [row.state for row in fleet.executions()] == ["lost", "succeeded"], "the second attempt")
     lost, again = fleet.executions()
     assert (lost.tick, lost.attempt, again.attempt) == (again.tick, 1, 2)
-    other.wait_for("was gone; it is written anew: running")
+    other.wait_for("was gone. It is written anew: running")
 
 
 @pytest.fixture
@@ -346,7 +346,7 @@ def test_a_run_whose_execution_is_deleted_goes_on_and_has_a_row_in_the_end(
     assert row.started_at
     assert row.instance
     assert fleet.effects() == [""]
-    assert "was gone; it is written anew" in caplog.text
+    assert "was gone. It is written anew" in caplog.text
 
 
 def test_a_run_whose_workers_row_is_deleted_keeps_its_claim_by_the_row_that_comes_anew(
