@@ -123,13 +123,13 @@ _DATABASE = "postgresql://user:password@host/name, or sqlite:/// and the path of
 
 _OWN = {
     "DATABASE_URL": Setting(
-        None, database_url, _DATABASE, "where the data is; unset: a SQLite file in instance/", is_secret=True
+        None, database_url, _DATABASE, "where the data is (unset: a SQLite file in instance/)", is_secret=True
     ),
     "SECRET_KEY": Setting(
-        None, secret, "a text that is not empty", "signs the sessions; unset: made once, in instance/", is_secret=True
+        None, secret, "a text that is not empty", "signs the sessions (unset: made once, in instance/)", is_secret=True
     ),
-    "MAIL_URL": Setting(None, mail_url, _MAIL, "where mail goes out; unset: files in instance/outbox/", is_secret=True),
-    "MAIL_FROM": Setting("bookstore@localhost", address, "one e-mail address in ASCII", "whom the shop's mail is from"),
+    "MAIL_URL": Setting(None, mail_url, _MAIL, "the mail server (unset: files in instance/outbox/)", is_secret=True),
+    "MAIL_FROM": Setting("bookstore@localhost", address, "one e-mail address in ASCII", "the sender of the mails"),
     "PASSIVE_AFTER_DAYS": Setting(30, number(36_500), DAYS, "users not seen for longer become passive"),
     "LOG_FORMAT": Setting("text", log_format, "text or json", "one line, or one JSON object, for each record"),
     "PRODUCTION": Setting(
@@ -143,7 +143,7 @@ _OWN = {
     "PUBLIC_URL": Setting(
         None, public_url, "https:// and a host", "where the shop is, for links in mails; unset: as the admin asked"
     ),
-    "SESSION_COOKIE_SECURE": Setting(None, boolean, BOOLEAN, "whether logging in needs HTTPS; unset: in production"),
+    "SESSION_COOKIE_SECURE": Setting(None, boolean, BOOLEAN, "whether logging in needs HTTPS (unset: in production)"),
     "LOG_LEVEL": Setting("INFO", level, "DEBUG, INFO, WARNING, ERROR or CRITICAL", "how much the log says"),
 }
 
@@ -238,7 +238,7 @@ def spell_failed_path_out(record: logging.LogRecord) -> bool:
 
 
 def _message(record: logging.LogRecord) -> str:
-    """The text of the record; empty where its arguments do not fit, which its handler says on standard error."""
+    """Return the text of the record. Empty if its arguments do not fit: its handler reports that."""
     try:
         return record.getMessage()
     except Exception:  # whatever the arguments raise: a filter that raises would end the request

@@ -21,7 +21,7 @@ from migrations import schema
 from models import Book, User
 
 ADMIN = "admin@example.com"  # of the demo shop alone: production refuses to start with it
-NO_PASSWORD = "!"  # noqa: S105 - no hash is like this, so nobody logs in as a demo user
+NO_PASSWORD = "!"  # noqa: S105 - this is not a hash, so no demo user can log in
 MOST_USERS = 100_000_000
 
 BOOKS = [
@@ -83,7 +83,7 @@ USERS = [
     ("Srinivasa Ramanujan", 5, None),
 ]
 
-# The columns as text that both databases read; "None" is a user who never logged in.
+# The columns as text that both databases read. "None" is a user who never logged in.
 DemoUser = tuple[str, str, str, str, str]
 COLUMNS = "email, name, password_hash, created_at, last_login_at"
 FIRST_NAMES = [
@@ -158,7 +158,7 @@ def init_db(admin: str) -> None:
                 f"{email} has an account that is not an admin's; expected an e-mail without an account, or an admin's. "
                 f"An admin can make them one on the page of users."
             ) from None
-        click.echo(f"The admin {email} exists already; nothing was changed.")
+        click.echo(f"The admin {email} exists already. Nothing was changed.")
     with engine.begin() as connection:
         retire = update(User).where(User.email == ADMIN, User.is_admin).values(is_admin=False)
         if connection.execute(retire).rowcount:
@@ -184,7 +184,7 @@ def ensure_ready() -> None:
 
 
 def open_shop(connection: Connection) -> None:
-    """The embedded database's first content, in the transaction that makes its tables."""
+    """Write the embedded database's first content, in the transaction that makes its tables."""
     at = datetime.now(UTC)
     _stock_books(connection)
     _welcome_users(connection, at)
@@ -249,7 +249,7 @@ def _welcome_users(connection: Connection, at: datetime) -> None:
 
 
 def _create_admin(connection: Connection, email: str) -> None:
-    """Shown before the transaction ends: better a password that never counted than one never seen."""
+    """Show the password before the transaction ends: a lost one would be worse than one that never counted."""
     password = secrets.token_urlsafe(12)
     password_hash = generate_password_hash(password, User.password_method)
     connection.execute(insert(User).values(email=email, name="Admin", is_admin=True, password_hash=password_hash))
@@ -282,7 +282,7 @@ def _copy(connection: Connection, users: Iterable[DemoUser]) -> Iterator[int]:
 
 
 def _insert_many(connection: Connection, users: Iterable[DemoUser]) -> Iterator[int]:
-    """A batch, a transaction: SQLite has one writer, and others may be here."""
+    """Insert a batch per transaction. Concurrency: SQLite has one writer, so other processes wait for a batch."""
     driver: Any = connection.connection.driver_connection
     driver.execute("PRAGMA cache_size = -262144")  # KiB: the indexes are not written in order
     for some in _in_batches(users):
@@ -302,7 +302,7 @@ def _in_batches(users: Iterable[DemoUser], size: int = 10_000) -> Iterator[list[
 
 
 def _demo_users(first: int, count: int, at: datetime) -> Iterator[DemoUser]:
-    """The number in the e-mail is above every id, hence above the number of every demo user that there is."""
+    """Yield users whose e-mail has a number above every id, hence above that of every demo user so far."""
     random = Random(first)  # noqa: S311 - the same numbers give the same users
     days = [f"{at - timedelta(days=ago):%Y-%m-%d}" for ago in range(1_000)]
     names = [(f"{one}.{other}".lower(), f"{one} {other}") for one in FIRST_NAMES for other in LAST_NAMES]

@@ -78,16 +78,16 @@ def post_worker_init(worker):
 
 
 def worker_abort(worker):
-    """A request took longer than `timeout`, as one of a slow client does: hand back what runs, and end.
+    """Hand back the runs and end, after a request took longer than `timeout`, as a slow client's does.
 
-    Called within the handler of SIGABRT. A second later the master would kill the process, and its runs would count as
-    lost; or sooner, where another process ends meanwhile. A sign of life keeps it from that.
+    gunicorn calls this within the handler of SIGABRT. A second later the master would kill the process, and its runs
+    would count as lost. The kill comes sooner if another process ends meanwhile. A sign of life prevents that.
     """
     from background.hearing import give_up
 
     worker.notify()
     give_up(f"A request took longer than gunicorn's timeout of {worker.cfg.timeout} s, so this process ends", 0.9)
-    os._exit(1)  # gunicorn takes SystemExit for an error of the request, and waits for its client
+    os._exit(1)  # gunicorn treats SystemExit as an error of the request, and waits for the client
 
 
 def worker_exit(server, worker):

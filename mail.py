@@ -16,7 +16,7 @@ from flask import current_app, render_template
 from background import WorkerContext
 from models import OrderRepository, UserRepository
 
-# Imported where they are used: a process that only serves sends no mail.
+# Imported where needed: a process that only serves sends no mail.
 if TYPE_CHECKING:
     from email.message import EmailMessage
     from smtplib import SMTP
@@ -79,7 +79,7 @@ class MailNotSent(Exception):
 
 
 class Mailer:
-    """Hands mails to the server of MAIL_URL; without one they become files in the outbox."""
+    """Hands mails to the server of MAIL_URL. Without one, mails become files in the outbox."""
 
     timeout = 30.0  # seconds for each answer: some servers take their time to scan a mail
 
@@ -88,9 +88,9 @@ class Mailer:
         self.sender, self.outbox = sender, outbox
 
     def send(self, to: str, subject: str, text: str, key: str, at: datetime) -> str:
-        """Send a mail, and return where it is now; raises MailNotSent.
+        """Send a mail, and return its place. Raises MailNotSent.
 
-        Who calls again with the same `key` and `at` (a message has both) sends it under the same Message-ID.
+        Calls with the same `key` and `at` (a message has both) use the same Message-ID.
         """
         name = f"{key.replace(':', '.')}.{at:%Y%m%d%H%M%S}"  # with the time: a new database counts from 1 again
         mail = self._compose(to, subject, text, name, at)
@@ -115,7 +115,7 @@ class Mailer:
         return mail
 
     def _keep(self, mail: "EmailMessage", path: Path) -> str:
-        """Whole or not at all, whoever else keeps the same mail now."""
+        """Write the file whole or not at all, whatever other process keeps the same mail now."""
         self.outbox.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=self.outbox, prefix=".", delete=False) as draft:
             draft.write(bytes(mail))
@@ -130,7 +130,7 @@ class Mailer:
             with closing(self._connect()) as smtp:
                 self._begin(smtp)
                 smtp.send_message(mail)
-                with suppress(OSError):  # the server has it: for want of a goodbye it is not sent again
+                with suppress(OSError):  # the server has the mail: a missing goodbye is no reason to send it again
                     smtp.quit()
         except SMTPAuthenticationError as error:  # without the server's words, which might repeat the password
             raise MailNotSent(f"{server} refuses the user and password of MAIL_URL ({error.smtp_code}).") from None

@@ -41,15 +41,15 @@ class Seen:
 
 @dataclass(frozen=True)
 class Silence:
-    """A fleet without an instance that is alive."""
+    """A fleet in which no instance is alive."""
 
     last: Seen | None
-    """The instance that was seen last; None where none is known."""
+    """The instance that was seen last. None if none is known."""
     clock: datetime
 
     @property
     def since(self) -> datetime | None:
-        """When the last instance signed off, or renewed its lease for the last time."""
+        """The moment when the last instance signed off, or renewed its lease for the last time."""
         return (self.last.signed_off_at or self.last.heartbeat_at) if self.last else None
 
     @property
@@ -80,7 +80,7 @@ class Roster:
         return [Seen(*row) for row in (*alive, *gone)]
 
     def silence(self) -> Silence | None:
-        """The state of a fleet in which no instance is alive, in one read; None while one is."""
+        """Return the state of a fleet in which no instance is alive, in one read. None while an instance is alive."""
         left = func.coalesce(instances.c.signed_off_at, instances.c.heartbeat_at)
         latest = _seen.order_by(is_alive.desc(), left.desc()).limit(1).subquery()
         one = select(now().label("clock")).subquery()

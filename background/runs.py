@@ -163,11 +163,11 @@ def _unfinished(worker: type[PeriodicWorker], context: TickContext, ending: "End
     if context.timed_out_after:
         return _time_out(context, ending)
     if context.is_lost or not context.instance.is_alive or isinstance(error, ClaimLost):
-        # Once the claim is lost, whatever the code ran into, a cut connection too, follows from that.
+        # Once the claim is lost, the code's error follows from that, even a broken connection.
         why = None if isinstance(error, ClaimLost) else context.lost_because
         context.logger.warning("Lost the tick %s: %s", tick, why or first_line(error))
         ending.disown()
-        return "lost"  # which the instance writes that finds this one gone
+        return "lost"  # an instance that finds this one gone writes it
     if isinstance(error, RunStopped):
         state = ending.write("handed back", next_attempt=claim.attempt)
         if state == "handed back":
@@ -194,7 +194,7 @@ def follows(attempt: int | None) -> str:
 
 
 def finish(result: Awaitable[None] | None) -> None:
-    """Await what an `async` method returned; where the caller is within a loop, in one of its own beside it.
+    """Await the result of an `async` method. If the caller runs in a loop, use another loop beside it.
 
     Raises InvalidWorker for a generator, which has not done anything yet.
     """
@@ -215,7 +215,7 @@ def finish(result: Awaitable[None] | None) -> None:
 
 
 async def _awaited(result: Awaitable[None]) -> None:
-    with ended_in_a_fork("An async method"):  # before the loop is closed, which would empty its parent's
+    with ended_in_a_fork("An async method"):  # before the child closes the loop, which would disturb its parent's
         await result
 
 
@@ -255,7 +255,7 @@ class Ending:
         return insist(context.instance, f"that {context.worker} {state}", *ways) or "lost"
 
     def disown(self) -> None:
-        """See that the tick of a claim that is gone gets an answer, also where its execution was deleted by hand."""
+        """Give the tick of a lost claim an answer, also if its execution was deleted by hand."""
         if self._context.instance.is_alive:
             disown = partial(Mending(self._ledger).disown, self._context.claim)
             insist(self._context.instance, f"that {self._context.worker} lost its claim", disown)
@@ -266,10 +266,10 @@ class Ending:
 
 
 def insist(instance: Instance, what: str, *ways: Callable[[], T]) -> T | None:
-    """What the first of `ways` to write returns that succeeds; None where the lease was over first, or none does.
+    """Return the result of the first of `ways` to write that succeeds. None if the lease ends first, or none does.
 
-    One way is tried again while its error may pass by itself. Where the database refuses it for another reason, the
-    next one is tried, which writes less.
+    One way is tried again while its error may pass by itself. If the database refuses it for another reason, the next
+    way is tried, which writes less.
     """
     pauses = chain((0.1, 0.2, 0.5, 1.0), repeat(2.0))
     for write in ways:

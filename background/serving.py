@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 log = logger_of(__name__)
 
-_TEST_CLIENTS = ("werkzeug.test", "webtest.app", "httpx._transports.wsgi")  # Flask's is Werkzeug's
+_TEST_CLIENTS = ("werkzeug.test", "webtest.app", "httpx._transports.wsgi")  # Flask uses Werkzeug's
 
 
 def attach(manager: "BackgroundWorkerManager", app: Flask) -> None:
-    """Give `app` its commands, its ear for signals and, under an unknown WSGI server, the start with a request."""
+    """Give `app` its commands, its signal handlers and, under an unknown WSGI server, the start with a request."""
     from .cli import workers_cli
     from .messages_cli import messages_cli
 
@@ -61,7 +61,7 @@ def start_under_flask_run(manager: "BackgroundWorkerManager") -> None:
 
 
 def _is_test_client() -> bool:
-    """Look among the callers: a test must not start the workers without an explicit call."""
+    """Look for a test client among the callers: a test must not start the workers without an explicit call."""
     frame: FrameType | None = sys._getframe()
     while frame is not None:
         if frame.f_globals.get("__name__") in _TEST_CLIENTS:

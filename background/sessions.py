@@ -1,4 +1,4 @@
-"""The application's sessions, in which the engine has statements of its own; and the settings that it refuses."""
+"""The engine's statements in the application's sessions, and the sessions' settings that it refuses."""
 
 import re
 from typing import Any, Protocol
@@ -23,10 +23,10 @@ class Executes(Protocol):
     """A connection, or the engine's part in a session."""
 
     def execute(self, statement: Any, parameters: Any = None, /) -> Any:
-        """Run one statement; return its result."""
+        """Run one statement. Return its result."""
 
     def get_execution_options(self) -> Any:
-        """The options with which each statement runs."""
+        """Return the options with which each statement runs."""
 
 
 class Within:
@@ -61,24 +61,24 @@ def home(session: Session, engine: Engine) -> Engine:
 
 
 class Sessions:
-    """What the engine does in the sessions of one application, and what it does not let them do in a run."""
+    """Adds the engine's statements to the sessions of one application, and guards its runs' sessions."""
 
     def __init__(self, engine: Engine, schema: str | None) -> None:
         self.engine = engine
         self._schema = schema
         self.is_strict = False
-        """Whether the server isolates more strictly than READ COMMITTED by default."""
+        """True if the server isolates more strictly than READ COMMITTED by default."""
         self._warned: set[tuple[str, str]] = set()
 
     def within(self, session: Session, engine: Engine | None = None) -> Within:
-        """Where the engine's statements in `session` go; raises InvalidConfig if each would commit on its own.
+        """Return the engine's statements in `session`. Raises InvalidConfig if each would commit on its own.
 
-        `engine` is that of another application on the same database, whose session it is.
+        `engine` belongs to the session of another application on the same database.
         """
         return Within(session, self.engine if engine is None else engine, self._schema)
 
     def begin(self, connection: Connection) -> None:
-        """Begin a run's transaction: refuse one that keeps nothing together, and soften the server's default.
+        """Begin a run's transaction: refuse AUTOCOMMIT, and replace a stricter default of the server.
 
         An isolation level that the application chose itself stays.
         """
@@ -88,10 +88,10 @@ class Sessions:
             connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL READ COMMITTED")
 
     def watch(self, connection: Connection, worker: str) -> None:
-        """See what a run sends to another engine than the one whose transaction the fence guards.
+        """Watch the statements of a run to another engine than the one that the fence guards.
 
-        What it reads there is its own business. A write to the same database is refused, as no check of the claim
-        would guard it. The first write to another database is warned about.
+        Its reads are allowed. A write to the same database is refused, because no check of the claim would guard it.
+        The first write to another database is warned about.
         """
         url = connection.engine.url
 
@@ -121,19 +121,19 @@ def _is_write(statement: str) -> bool:
 
 
 def schema_of(db: SQLAlchemy) -> str | None:
-    """Where the application has the engine's tables: the schema of its MetaData, as its options translate that."""
+    """Return the schema of the engine's tables: that of the application's MetaData, as its options translate it."""
     translated: dict[str | None, str | None] = {}
     for options in (db.engine.get_execution_options(), db.session.session_factory.kw.get("execution_options") or {}):
         translated |= options.get("schema_translate_map") or {}
     return translated.get(db.metadata.schema, db.metadata.schema)
 
 
-# -- isolation that keeps nothing together -----------------------------------------------------
+# -- AUTOCOMMIT --------------------------------------------------------------------------------
 
 
 def refuse_autocommit_options(engine: Engine) -> None:
-    """Raise InvalidConfig for an engine that is told to commit each statement; opens no connection."""
-    # The second is the `isolation_level` of `create_engine`, which no public name shows.
+    """Raise InvalidConfig for an engine that is told to commit each statement. Opens no connection."""
+    # The second is the `isolation_level` of `create_engine`, which has no public name.
     asked = (
         engine.get_execution_options().get("isolation_level"),
         getattr(engine.dialect, "_on_connect_isolation_level", None),
@@ -143,20 +143,20 @@ def refuse_autocommit_options(engine: Engine) -> None:
 
 
 def refuse_autocommit(connection: Connection) -> None:
-    """Raise InvalidConfig where the transaction that `connection` has begun would be none; asks the driver only."""
+    """Raise InvalidConfig if `connection` commits each statement. Asks the driver only."""
     driver: Any = connection.connection.driver_connection
     if connection.dialect.name == "sqlite":
-        # From Python 3.12 on, `autocommit` may be a bool, and overrules `isolation_level`.
+        # Since Python 3.12, `autocommit` may be a bool, which overrules `isolation_level`.
         setting = getattr(driver, "autocommit", None)
         commits = driver.isolation_level is None if not isinstance(setting, bool) else setting
-        if commits and not driver.in_transaction:  # a `begin` listener may have begun it
+        if commits and not driver.in_transaction:  # a `begin` listener may have begun one
             raise autocommit_refused(connection.engine.url)
     elif driver.autocommit and driver.info.transaction_status == 0:
         raise autocommit_refused(connection.engine.url)
 
 
 def autocommit_refused(url: URL) -> InvalidConfig:
-    """The error for a database whose transactions hold nothing together."""
+    """Return the error for a database whose transactions hold nothing together."""
     return InvalidConfig(
         f"The application's sessions on {url} are in AUTOCOMMIT: each statement is committed at once, so a run's "
         "effects and its outcome cannot be one transaction; expected real transactions. Take AUTOCOMMIT out of the "

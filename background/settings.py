@@ -1,4 +1,4 @@
-"""The engine's settings: the default, the cast and the meaning of each, checked in every application."""
+"""The engine's settings: each has a default, a cast and a meaning, and is checked in every application."""
 
 import math
 import re
@@ -82,7 +82,7 @@ SETTINGS = {
         None,
         number(86_400, least=0.01),
         "a number of seconds from 0.01 to 86400",
-        "how often an instance renews its lease; unset: 2, or a quarter of the lease",
+        "how often an instance renews its lease (unset: 2, or a quarter of the lease)",
     ),
     "WORKERS_LEASE_SECONDS": Setting(
         10,
@@ -109,7 +109,7 @@ SETTINGS = {
         None,
         token,
         "printable ASCII without spaces",
-        "the bearer token that a scrape of /metrics must send; unset: none is asked for",
+        "the bearer token that a scrape of /metrics must send (unset: none)",
         is_secret=True,
     ),
     "RELEASE": Setting(

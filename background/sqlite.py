@@ -17,9 +17,9 @@ from .errors import InvalidConfig
 
 BUSY_SECONDS = 30
 OPEN_SECONDS = 10
-"""How long a connection waits to be opened while another process keeps the file locked."""
+"""The longest wait for a new connection while another process keeps the file locked."""
 _MOMENT_SECONDS = 0.1
-# The dialects of the engines that have opened their file, and were not disposed of since.
+# The dialects of engines that have opened their file since they were last disposed of.
 _have_opened: WeakSet[Dialect] = WeakSet()
 
 
@@ -39,13 +39,13 @@ def prepare(engine: Engine) -> None:
 
 
 def refuse_memory(engine: Engine) -> None:
-    """A database in memory is a single connection, on which a heartbeat's read would roll a run back."""
+    """Raise InvalidConfig for a database in memory: a heartbeat's read would roll a run back on its only connection."""
     if engine.dialect.name == "sqlite" and engine.url.database in (None, "", ":memory:"):
         raise in_memory(engine)
 
 
 def in_memory(engine: Engine) -> InvalidConfig:
-    """The error for a database that only one connection has."""
+    """Return the error for a database that only one connection has."""
     return InvalidConfig(
         f"The database {engine.url} is in the memory of one connection; expected one that several connections "
         "can share: use a file, in a test one of its temporary folder."
@@ -80,9 +80,10 @@ def configure(connection: Any, isolation_level: str | None) -> None:
 
 
 def _use_wal(connection: Any) -> None:
-    """Turn the write-ahead log on, or raise InvalidConfig where the file system refuses it.
+    """Turn the write-ahead log on, or raise InvalidConfig if the file system refuses it.
 
-    Concurrency: several processes may open a new file at once. One makes it a WAL; SQLite does not have the rest wait.
+    Concurrency: several processes may open a new file at once. One turns the log on. SQLite does not have the others
+    wait.
     """
     until = time.monotonic() + OPEN_SECONDS
     while True:
@@ -104,7 +105,7 @@ def _use_wal(connection: Any) -> None:
 
 
 def _path(connection: Any) -> str:
-    """The file of the connection; empty for a database in memory."""
+    """Return the file of the connection. Empty for a database in memory."""
     return str(connection.execute("PRAGMA database_list").fetchone()[2])
 
 
@@ -116,14 +117,14 @@ def _locked(path: str) -> str:
 
 
 def connecting(dialect: Dialect, record: Any, arguments: Any, _parameters: Any = None) -> None:
-    """Make a new file, which SQLite would let every user of the machine read, and remember which one is opened."""
+    """Make a new file private, which SQLite would let every user read. Remember which file is opened."""
     path = arguments[0]
     if not os.path.isabs(path):  # `:memory:`, or a URI
         return
     if dialect in _have_opened:
         expect_file(path)
     database_files.make_private(path)
-    with suppress(FileNotFoundError):  # its folder is not there: SQLite says so
+    with suppress(FileNotFoundError):  # the folder is missing: SQLite reports it
         database_files.expect(record, path)
         _have_opened.add(dialect)
 
@@ -145,7 +146,7 @@ def _connected(connection: Any, record: Any) -> None:
 
 @contextmanager
 def closed_on_error(connection: Any) -> Iterator[None]:
-    """Close a connection that cannot be set up: the pool forgets it, and Python warns of one that is left open."""
+    """Close a connection that cannot be set up: the pool forgets it, and Python warns of an open one."""
     try:
         yield
     except BaseException:
@@ -164,7 +165,7 @@ def _begin_before_savepoint(connection: Connection, _name: str) -> None:
 
 
 def refuse_read_only(engine: Engine) -> None:
-    """Raise OperationalError where the database takes no writes; a lock that another process holds is fine."""
+    """Raise OperationalError if the database takes no writes. A lock that another process holds is no error."""
     with engine.connect() as connection:
         driver: Any = connection.connection.driver_connection
         driver.execute("PRAGMA busy_timeout = 0")
@@ -188,7 +189,7 @@ def lock_soon(connection: Connection) -> None:
 
 
 def is_locked(engine: Engine) -> bool:
-    """Whether a connection holds the write lock now."""
+    """Return whether a connection holds the write lock now."""
     with engine.connect() as connection:
         driver: Any = connection.connection.driver_connection
         driver.execute("PRAGMA busy_timeout = 0")

@@ -18,7 +18,7 @@ from .schedule import parse_schedule
 from .words import span
 from .worker import PeriodicWorker
 
-LATE = timedelta(seconds=5)  # longer than an instance that has a free thread takes to begin a tick
+LATE = timedelta(seconds=5)  # longer than an instance with a free thread needs to begin a tick
 _LONG_SECONDS = 60.0
 _MANY_PERIODS, _MANY_RUNS = 3, 10
 
@@ -31,25 +31,25 @@ class Standing:
     is_running: bool
     is_paused: bool
     is_overdue: bool
-    """Whether this release should run it, and a tick of it waits although two further ones have come."""
+    """True if this release should run it, and a tick of it waits although two later ticks came."""
     overdue_since: datetime | None
-    """The first tick that waits, of a worker that is overdue; else None."""
+    """The first tick that waits, if the worker is overdue."""
     interval: timedelta | None
-    """From tick to tick; None where this release should not run it."""
+    """From tick to tick. None if this release should not run it."""
     waits_since: datetime | None
-    """The first tick that is due and waits, of a worker that this release should run; else None."""
+    """The first tick that is due and waits, if this release should run the worker."""
     waits_for: timedelta
-    """How long that tick has waited; nothing where none waits."""
+    """The time that this tick has waited. Zero if none waits."""
     is_late: bool
-    """Whether that tick waits for longer than an instance takes to begin it, or no instance is alive."""
+    """True if this tick waits for longer than an instance needs to begin it, or no instance is alive."""
     stuck: str | None
-    """Why its run counts as stuck; None for a run that goes on as it should, and where nothing runs."""
+    """The reason why its run counts as stuck. None if the run is in order, or nothing runs."""
 
 
 def standings(manager: BackgroundWorkerManager) -> list[Standing]:
-    """Of every worker of the database by the database's clock, sorted by name.
+    """Return the standing of every worker by the database's clock, sorted by name.
 
-    A constant number of queries: one, and another while marks lie in the clock's future.
+    Takes one query, and another while marks lie in the clock's future.
     """
     ours = {name: worker for name, worker in manager.workers.items() if worker.enabled}
     # Where the instances are: on SQLite they have a file of their own, from which the workers' rows can be read too.
@@ -91,7 +91,7 @@ _query = (
     .outerjoin(instances, instances.c.id == executions.c.instance)
     .order_by(workers.c.name)
 )
-# A mark that a clock left in its future says nothing of today. The history says which tick was decided last.
+# A mark in the clock's future says nothing of today. The history says which tick was decided last.
 _end = func.coalesce(executions.c.through, executions.c.tick)
 _last_end = (
     select(_end)
@@ -127,7 +127,7 @@ def _standing(row: Row[Any], mark: datetime | None, worker: type[PeriodicWorker]
 
 
 def _waiting(row: Row[Any], ticks: tuple[datetime, datetime] | None) -> datetime | None:
-    """The first tick that is due and does not run: one to run again comes before any other."""
+    """Return the first tick that is due and does not run. A tick to run again comes before any other."""
     if row.pending_tick and (row.pending_trigger == "manual" or ticks):
         return row.pending_tick if row.pending_tick <= row.clock else None
     due = [at for at in (row.running_tick, ticks[0]) if at and at <= row.clock] if ticks else []
@@ -135,7 +135,7 @@ def _waiting(row: Row[Any], ticks: tuple[datetime, datetime] | None) -> datetime
 
 
 def _stuck(row: Row[Any], worker: type[PeriodicWorker], interval: timedelta | None, lease: float) -> str | None:
-    """Why the run in force will not end by itself, as far as the rows tell; None where they do not."""
+    """Return why the run in force will not end by itself, as far as the rows tell. None if it may."""
     if row.age is None:
         return "its claim has no execution"
     if not row.is_alive:
@@ -154,7 +154,7 @@ def _stuck(row: Row[Any], worker: type[PeriodicWorker], interval: timedelta | No
 
 
 def _ticks(row: Row[Any], mark: datetime | None, worker: type[PeriodicWorker]) -> tuple[datetime, datetime] | None:
-    """The first and the third tick that are not decided yet; None for a schedule that a newer release brought.
+    """Return the first and the third undecided tick. None for a schedule that a newer release brought.
 
     Only moments up to now count: a later one was written while the clock was ahead.
     """

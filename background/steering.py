@@ -27,11 +27,11 @@ class Steering:
         instance: str | None = None,
         first: Mapping[str, datetime | None] | None = None,
     ) -> None:
-        """Make the rows of this release's workers; a changed declaration replaces the one in force.
+        """Make the rows of this release's workers. A changed declaration replaces the one in force.
 
-        What `reschedule` set stays in force, across deploys too. A new worker of `first` begins with the tick after
-        the moment there, or, where that is None, with any past tick; every other new worker with its next tick.
-        Without `first` they all may begin with a past tick.
+        The schedule that `reschedule` set stays in force, across deploys too. A new worker begins with its next tick.
+        If it is in `first`, it begins with the tick after that moment, or, for None, with any past tick. Without
+        `first`, every new worker may begin with a past tick.
         """
         with self._ledger.begin() as connection:
             known = {row.name: row for row in connection.execute(select(workers, now().label("clock")))}
@@ -83,10 +83,10 @@ class Steering:
 
 
 def _as_before(name: str, mark: datetime | None) -> dict[str, Any]:
-    """The token and the mark of a worker without a row.
+    """Return the token and the mark of a worker without a row.
 
-    A row that was deleted by hand comes back with what the history says: no token and no tick repeats. Without a
-    history the worker is new, and `mark` is its mark.
+    After a row was deleted by hand, the history gives both: no token and no tick repeats. Without a history the worker
+    is new, and `mark` is its mark.
     """
     own = executions.c.worker == name
     decided = own, executions.c.trigger == "schedule", executions.c.state.not_in(("running", "lost", "handed back"))

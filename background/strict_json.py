@@ -1,16 +1,16 @@
-"""JSON as every reader takes it: Python writes NaN and Infinity, which are none of it."""
+"""JSON that every reader accepts: Python writes NaN and Infinity, which are not JSON."""
 
 import json
 from typing import Any
 
 
 def dumps(value: Any, **options: Any) -> str:
-    """`json.dumps`, with null in the place of a number that is not finite."""
+    """Return the value as JSON, with null for a number that is not finite."""
     return without_nan(json.dumps(value, **options), indent=options.get("indent"))
 
 
 def without_nan(text: str, indent: int | str | None = None) -> str:
-    """The JSON `text` of Python's with null in the place of NaN and Infinity."""
+    """Return Python's JSON `text` with null for NaN and Infinity."""
     if "NaN" not in text and "Infinity" not in text:
         return text
     value = json.loads(text, parse_constant=lambda _: None)

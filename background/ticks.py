@@ -35,7 +35,7 @@ from .worker import PeriodicWorker, attempt_after, begins, declared_schedule
 
 log = logger_of(__name__)
 
-_UNKNOWN = "its claim has neither an id nor an execution, so no instance can be found that runs it"
+_UNKNOWN = "its claim has neither an id nor an execution, so the instance that runs it is unknown"
 
 
 class Ticks:
@@ -88,7 +88,7 @@ class Ticks:
         return None
 
     def _passed_over(self, worker: type[PeriodicWorker], tick: datetime, state: WorkerState) -> str | None:
-        """Why `tick` does not run now; None where it may be claimed."""
+        """Return why `tick` does not run now. None if it may be claimed."""
         if self.healing.pass_over(state, tick, partial(attempt_after, worker)):
             return "it ran while the database's clock was ahead"
         return self._skipped_or_postponed(tick, state)
@@ -118,9 +118,9 @@ class Ticks:
         return self._claim_and_run(worker, partial(self.ledger.claim_pending, worker.name, tick)) or None
 
     def look(self, worker: type[PeriodicWorker], asked: datetime | None = None) -> WorkerState:
-        """Read the worker's state; make its row first where there is none.
+        """Read the worker's state. If it has no row, make the row first.
 
-        A worker without a row begins with its latest tick up to `asked`, where a caller asks for that tick.
+        A worker without a row begins with its latest tick up to `asked`, if a caller asks for that tick.
         """
         state = self.ledger.look(worker.name)
         if state is None:
@@ -210,7 +210,7 @@ class Ticks:
     # -- claims without an instance -------------------------------------------------------------
 
     def freed(self, worker: type[PeriodicWorker], state: WorkerState) -> WorkerState:
-        """`state`, or the one after mending its rows and taking back a claim that no instance runs."""
+        """Return `state`, or the one after mending its rows and taking back a claim that no instance runs."""
         if state.is_damaged:
             self._mend(worker, state)
             state = self.look(worker)
@@ -258,7 +258,7 @@ class Ticks:
         """Whether this instance holds a claim that it does not run: the reply to the claim got lost."""
         if state.running is None or state.started_at is None or self.runs.has(state.running):
             return False
-        return abs(state.clock - state.started_at) > self._lease  # the clock may have been ahead when it was claimed
+        return abs(state.clock - state.started_at) > self._lease  # the clock may have been ahead at the claim
 
     def _take_back(self, worker: type[PeriodicWorker], claim: Claim, state: WorkerState, signed_off: bool) -> None:
         if signed_off:
@@ -311,9 +311,9 @@ class Ticks:
         return Locks(self.connections.locks, self.instances, present, self._app.config["LOCK_PREFIX"])
 
     def write(self) -> None:
-        """Change nothing, and raise what a database raises that takes no writes."""
+        """Change nothing, and raise the errors of a database that takes no writes."""
         self.instances.write()
-        if self.connections.heartbeat_file:  # on SQLite that was not the main database's file
+        if self.connections.heartbeat_file:  # on SQLite the instances are not in the main database's file
             sqlite.refuse_read_only(self.ledger.engine)
 
     def close(self) -> None:
@@ -323,18 +323,18 @@ class Ticks:
 
 
 class Outage:
-    """Has one thing of an outage logged as a warning, and the rest of it as details."""
+    """Has the first failure of an outage logged as a warning, and the later ones as details."""
 
     def __init__(self) -> None:
         self._is_on = False
 
     def level(self) -> int:
-        """The level of the next line about it."""
+        """Return the level of the next line about the outage."""
         was_on, self._is_on = self._is_on, True
         return logging.DEBUG if was_on else logging.WARNING
 
     def ended(self, _answer: object) -> None:
-        """Begin anew: there was an answer."""
+        """End the outage: there was an answer."""
         self._is_on = False
 
 

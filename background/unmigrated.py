@@ -1,4 +1,4 @@
-"""Models that the database does not have: a changed table without a migration, or one that was not run."""
+"""Finds models that the database lacks: a changed table without a migration, or a migration that did not run."""
 
 import warnings
 from collections.abc import Iterator
@@ -13,10 +13,10 @@ _MOST = 10
 
 
 def unmigrated(app: Flask, db: SQLAlchemy) -> list[str] | None:
-    """One sentence for each thing that the models have and the database lacks; at most ten.
+    """Return one sentence for each thing that the models have and the database lacks, at most ten.
 
-    None where they cannot be compared: Alembic is not installed, or the application translates schemas. What only the
-    database has is left alone: it may be another application's, or a newer release's.
+    None if they cannot be compared: Alembic is not installed, or the application translates schemas. Things that only
+    the database has are ignored. They may belong to another application, or to a newer release.
     """
     if find_spec("alembic") is None:
         return None
@@ -42,7 +42,7 @@ def _lacking(engine: Engine, models: MetaData | None) -> Iterator[str]:
     if models is None:
         return
     with engine.connect() as connection, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*expression-based index")  # SQLite's, which cannot be compared
+        warnings.filterwarnings("ignore", ".*expression-based index")  # such an index of SQLite cannot be compared
         schemas = any(table.schema for table in models.tables.values())
         options = {"include_object": _is_ours, "include_schemas": schemas}
         context = MigrationContext.configure(connection, opts=options)
@@ -57,13 +57,13 @@ def _is_ours(_thing: Any, _name: str | None, _kind: str, is_reflected: bool, mod
 
 
 def _is_there(connection: Connection, difference: Any) -> bool:
-    """Whether it is a table that is there: Alembic misses one whose model names the default schema."""
+    """Return whether an added table exists: Alembic misses one whose model names the default schema."""
     kind, thing = difference[:2]
     return kind == "add_table" and inspect(connection).has_table(thing.name, schema=thing.schema)
 
 
 def _said(difference: Any) -> str:
-    """What Alembic calls ("add_column", schema, table, column), in words."""
+    """Describe one difference of Alembic's, such as ("add_column", schema, table, column)."""
     kind, *what = difference
     match kind:
         case "add_table":

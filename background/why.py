@@ -169,12 +169,12 @@ def _unrecorded(around: Surroundings, known: Known, tick: datetime) -> tuple[str
     state = around.state
     if state and state.running and state.is_bare and state.running.tick == tick:
         where = f"is claimed by {_where(state, around)}"
-        return "running", f"{where}; its row was deleted by hand, and the fleet writes it anew within a lease"
+        return "running", f"{where}, but its row was deleted by hand, and the fleet writes it anew within a lease"
     if state and state.mark and tick <= state.mark and around.clock < state.mark:
         became = "unrecorded" if tick > around.clock else "overdue"
         return became, (
-            f"waits: the database's clock was ahead, so the worker's ticks are decided up to {moment(state.mark)}; "
-            "they go on once the clock has been right for the length of a lease, or by `flask workers repair`"
+            f"waits: the database's clock was ahead, so the worker's ticks are decided up to {moment(state.mark)}, "
+            "and go on once the clock has been right for the length of a lease, or by `flask workers repair`"
         )
     if tick > around.clock:
         return "not due", f"is not due yet: it comes in {span(tick - around.clock)}{_unless(around, known)}"

@@ -59,7 +59,7 @@ def ahead(seconds: float | None) -> str:
 
 
 def silent(silence: Silence) -> str:
-    """That no instance is alive, since when, and the command that mends it."""
+    """Say that no instance is alive, since when, and the command that starts one."""
     if silence.last is None or silence.length is None:
         return "No instance is alive, and none is known: no worker runs. `flask workers run` starts one."
     left = f"{silence.last.name} {'signed off' if silence.last.signed_off_at else 'was last seen'}"

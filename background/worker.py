@@ -29,9 +29,9 @@ class PeriodicWorker:
     enabled: ClassVar[bool] = True
     """False: registered and shown, but never started by a tick."""
     catch_up: ClassVar[bool] = True
-    """Whether a start runs the latest tick if no instance did; False waits for the next one."""
+    """True: a start runs the latest tick if no instance did. False: it waits for the next one."""
     run_on_first_start: ClassVar[bool] = False
-    """Whether a worker that is new to the database begins with its latest tick; by default it begins with the next."""
+    """True: a worker that is new to the database begins with its latest tick. False: with its next one."""
     max_attempts: ClassVar[int] = 3
     """How often a tick is tried whose instance died, or lost the database; one that was handed back does not count."""
     on_lost: ClassVar[Literal["retry", "skip"]] = "retry"
@@ -181,7 +181,7 @@ def attempt_after(cls: type[PeriodicWorker], attempt: int) -> int | None:
 
 
 def begins(workers: Iterable[type[PeriodicWorker]]) -> dict[str, datetime | None]:
-    """By name, for a database that is new to them: None for each worker that may begin with a past tick."""
+    """Return None, by name, for each worker that may begin with a past tick on a database that is new to it."""
     return {worker.name: None for worker in workers if worker.run_on_first_start}
 
 

@@ -22,11 +22,11 @@ def add_to(blueprint: Blueprint) -> None:
 def run(name: str) -> ResponseReturnValue:
     manager = _steered(name)
     if not manager.request(name):
-        say(f"{name} is running already, or is to be run next.", "info")
+        say(f"{name} is running already, or will run next.", "info")
     elif any(seen.is_alive for seen in manager.roster.seen()):
         say(f"{name} will run within {manager.app.config['WORKERS_HEARTBEAT_SECONDS']:g} s.", "success")
     else:
-        say(f"{name} will run as soon as an instance is there: none is alive now.", "warning")
+        say(f"{name} will run as soon as an instance is alive. None is alive now.", "warning")
     return back()
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LOCK_SECONDS = 30
-"""How long a start waits for what another process keeps: the lock of the preparation, or SQLite's write lock."""
+"""The longest wait of a start for another process: for the lock of the preparation, or SQLite's write lock."""
 
 Fill = Callable[[Connection], None]
 
@@ -71,9 +71,10 @@ def _check(engine: Engine) -> None:
 
 
 def _prepare(engine: Engine, fill: Fill | None) -> None:
-    """Several processes may start at once: the first one prepares, the others wait and find it done.
+    """Make the schema and the first content, once.
 
-    Schema and first content are one transaction, so a process that is killed here leaves nothing behind.
+    Concurrency: several processes may start at once. The first one prepares, the others wait and find it done. Schema
+    and first content are one transaction, so a process that is killed here leaves nothing behind.
     """
     folder = Path(str(engine.url.database)).parent
     folder.mkdir(parents=True, exist_ok=True)
@@ -175,7 +176,7 @@ def _createdb(url: URL) -> str:
 
 @contextmanager
 def _lock(path: Path, database: Path) -> Iterator[None]:
-    """Hold the lock at `path`; raise DatabaseNotReady where another process keeps it for LOCK_SECONDS."""
+    """Hold the lock at `path`. Raise DatabaseNotReady if another process keeps it for LOCK_SECONDS."""
     make_private(str(path), like=str(database))
     until = time.monotonic() + LOCK_SECONDS
     with path.open("r+") as file:
@@ -195,7 +196,7 @@ def _lock(path: Path, database: Path) -> Iterator[None]:
 
 
 def _is_locked(file: TextIO) -> bool:
-    """Lock the file now; False where another process has it."""
+    """Lock the file now. False if another process has it."""
     with suppress(BlockingIOError):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True

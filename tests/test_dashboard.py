@@ -309,10 +309,10 @@ def test_a_page_costs_as_many_statements_with_60_workers_as_with_3(admin, manage
 
 
 def test_a_request_is_run_by_the_first_instance_that_sees_it(admin, manager):
-    assert "talker will run as soon as an instance is there: none is alive now." in press(
+    assert "talker will run as soon as an instance is alive. None is alive now." in press(
         admin, "/workers/worker/talker/run"
     )
-    assert "talker is running already, or is to be run next." in press(admin, "/workers/worker/talker/run")
+    assert "talker is running already, or will run next." in press(admin, "/workers/worker/talker/run")
     with manager.ticks.present():
         assert "system_health_worker will run within" in press(admin, "/workers/worker/system_health_worker/run")
 

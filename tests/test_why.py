@@ -261,7 +261,7 @@ def test_a_tick_of_the_future_that_will_not_run_says_so(
 def test_a_tick_that_a_clock_set_back_brings_again_says_so() -> None:
     known = state(mark=NOON + 2 * HOUR)
     assert said(around(known=known, clock=NOON - HOUR, at=NOON)) == (
-        "waits: the database's clock was ahead, so the worker's ticks are decided up to 2026-11-20T14:00:00Z; they "
+        "waits: the database's clock was ahead, so the worker's ticks are decided up to 2026-11-20T14:00:00Z, and "
         "go on once the clock has been right for the length of a lease, or by `flask workers repair`"
     )
 
