@@ -12,6 +12,7 @@ from .errors import InvalidWorker
 
 _MOST_LAYERS = 50  # a wrapper may wrap itself
 _ANYTHING = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
+_POSITIONAL = {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD}
 _NEAR = 0.8  # of 1, by difflib: max_attemps and tiemout count as near, handle_one and first_name do not
 
 
@@ -74,7 +75,7 @@ def check_method(cls: type, name: str, *parameters: str) -> None:
         )
     if not isinstance(found, FunctionType | classmethod | staticmethod):
         number = len(parameters)
-    if (signature := _signature(function)) and not _takes(signature, number):
+    if (signature := _signature(function)) and not _can_be_given(function, signature, number):
         kind = "@staticmethod " if isinstance(found, staticmethod) else ""
         raise InvalidWorker(
             f"{cls.__name__}.{name} is declared as {kind}{name}{signature}; expected {expected}: "
@@ -118,6 +119,18 @@ def _bare(signature: inspect.Signature) -> inspect.Signature:
     """Return the signature without types, as a sentence shows it."""
     parameters = [each.replace(annotation=inspect.Parameter.empty) for each in signature.parameters.values()]
     return inspect.Signature(parameters)
+
+
+def _can_be_given(function: Any, signature: inspect.Signature, number: int) -> bool:
+    """Return whether a call with `number` arguments suits `signature`.
+
+    A wrapper may add arguments of its own, so the function below it may need more.
+    """
+    if _bare(inspect.signature(function, follow_wrapped=False)) == signature:
+        return _takes(signature, number)
+    kinds = [each.kind for each in signature.parameters.values()]
+    positional = [kind for kind in kinds if kind in _POSITIONAL]
+    return len(positional) >= number or inspect.Parameter.VAR_POSITIONAL in kinds
 
 
 def _takes(signature: inspect.Signature, number: int) -> bool:

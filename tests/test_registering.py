@@ -6,7 +6,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import timedelta
-from functools import partialmethod, wraps
+from functools import partialmethod, singledispatchmethod, wraps
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +190,16 @@ def injecting(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def adding(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A decorator that gives the method one more argument."""
+
+    @wraps(function)
+    def call(*arguments: object) -> object:
+        return function(*arguments, "more")
+
+    return call
+
+
 def alone(self: object) -> None:
     pass
 
@@ -355,6 +365,8 @@ def test_a_generator_below_a_decorator_is_refused(manager: BackgroundWorkerManag
         partialmethod(lambda self, number, context: None, 5),
         lambda *_: None,
         lambda self, context, more=1: None,
+        adding(lambda self, context, more: None),
+        singledispatchmethod(working),
     ],
 )
 def test_every_method_that_can_be_given_the_context_is_taken(manager: BackgroundWorkerManager, method: Any) -> None:
