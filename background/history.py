@@ -265,10 +265,10 @@ class History:
         return Surroundings(name, at, clock, state, (), before, after, oldest, alive, last_seen)
 
     def _belonging(self, name: str, at: datetime, state: WorkerState) -> tuple[tuple[Record, ...], Record | None]:
-        """The rows of the tick that `at` belongs to; where there are none, the newest row before it.
+        """Return the rows of the tick that `at` belongs to. If it has none, return the newest row before it.
 
-        Once the schedule is in force that is its latest tick up to `at`, whichever moment after it is asked about. What
-        an older schedule did between the two belongs to moments of its own time.
+        Once the schedule is in force, this is its latest tick up to `at`. Rows of an older schedule belong to moments
+        of that schedule's time.
         """
         until = at if at < state.scheduled_at else state.schedule.previous(at)
         belongs = or_(executions.c.tick == at, and_(executions.c.trigger == "schedule", executions.c.tick <= until))

@@ -512,9 +512,10 @@ def _state(row: Row[Any]) -> WorkerState:
 
 
 def _running(row: Row[Any]) -> Claim:
-    """Return the claim in force, by its execution, or by the copy in the worker's row if that was deleted by hand.
+    """Return the claim in force, by its execution, else by the copy in the worker's row.
 
-    A claim without either was made by hand. Its tick is the newest one that is decided.
+    The copy serves if the execution was deleted by hand. A claim without either was made by hand. Its tick is the
+    newest one that is decided.
     """
     name, token = row.name, row.running
     if row.execution is not None:

@@ -297,7 +297,7 @@ class BackgroundWorkerManager:
     # -- ticking and steering ------------------------------------------------------------------
 
     def tick(self, name: str, at: datetime) -> Execution | None:
-        """Run the tick of worker `name` at `at` (aware; the latest tick up to then), unless an instance has or does.
+        """Run the latest tick of worker `name` up to `at` (aware), unless an instance has or does.
 
         Returns the execution, or None if the tick was not this call's to run. Waits for the database's clock to reach
         the tick, at most one lease. Raises UnknownWorker, and what the database raises. Raises CommitFirst amid a

@@ -135,7 +135,7 @@ def _pending(tick: datetime, attempt: int, trigger: str) -> dict[str, Any]:
 
 
 def _marked(tick: datetime, trigger: str) -> dict[str, Any]:
-    """Return a mark at or above a scheduled tick, so that a tick to run again is not claimed as new afterwards."""
+    """Return a mark at or above a scheduled tick. A tick to run again must not be claimed as new afterwards."""
     if trigger != "schedule":
         return {}
     is_below = or_(workers.c.mark.is_(None), workers.c.mark < tick)

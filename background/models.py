@@ -56,7 +56,7 @@ workers = Table(
     Column("token", BigInteger, nullable=False, server_default="0"),
     Column("running", BigInteger),
     Column("claim", String(32)),
-    # A copy of the newest claim, in case its execution's row is deleted by hand while the claim is in force.
+    # A copy of the newest claim. It serves if its execution's row is deleted by hand while the claim is in force.
     Column("claim_tick", UtcDateTime),
     Column("claim_attempt", Integer),
     Column("claim_trigger", String(10)),

@@ -30,7 +30,7 @@ class OpenTransactions:
     def refused(self, call: str, own: Engine, runs: bool = False) -> Iterator[None]:
         """Refuse `call`, which commits on the engine `own`, if this thread would wait for itself.
 
-        With `runs` it runs a worker in a session of its own, which could wait for any row that this thread holds.
+        With `runs` it runs a worker in a session of its own. That could wait for any row that this thread holds.
         """
         for driver in self._of_this_thread():
             if driver.in_transaction and is_locked(own) if self._on_sqlite else runs and _has_written(driver):

@@ -55,7 +55,7 @@ def home(session: Session, engine: Engine) -> Engine:
     """
     try:
         found: Any = session.get_bind(clause=_A_WRITE)
-    except Exception:  # the class needs to know more, such as a request; the engine's tables are on `engine` anyway
+    except Exception:  # the class needs more, such as a request, and `engine` has the engine's tables anyway
         return engine
     return found if isinstance(found, Engine) and found.pool is engine.pool else engine
 

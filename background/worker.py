@@ -181,7 +181,7 @@ def attempt_after(cls: type[PeriodicWorker], attempt: int) -> int | None:
 
 
 def begins(workers: Iterable[type[PeriodicWorker]]) -> dict[str, datetime | None]:
-    """Return None, by name, for each worker that may begin with a past tick on a database that is new to it."""
+    """Return, by name, None for each worker that may begin with a past tick on a new database."""
     return {worker.name: None for worker in workers if worker.run_on_first_start}
 
 

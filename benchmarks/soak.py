@@ -1,12 +1,13 @@
-"""The promise under faults, in numbers: real processes of the shop are killed, stopped and told to end, and their
-database is restarted or held, crashes, fails over, or loses its connections or rows. Meanwhile its workers leave an
-effect for each of their ticks.
+"""The promise under faults, in numbers.
+
+Real processes of the shop are killed, stopped and told to end. Their database is restarted or held, crashes, fails
+over, or loses its connections or rows. Meanwhile the workers leave an effect for each of their ticks.
 
     python -m benchmarks.soak --engine postgresql --minutes 10 --processes 6 --seed 1
 
-Prints a table; exits with 1 if the promise was broken, or a take-over or a hand-over came too late; by how much the
-machine stood still meanwhile, or is late without any fault, does not count. It needs requirements-dev.txt, and starts a
-PostgreSQL of its own; with libfaketime some processes have a wrong clock there.
+Prints a table. Exits with 1 if the promise was broken, or a take-over or a hand-over came too late. The time for which
+the machine stood still, or is late without any fault, does not count. It needs requirements-dev.txt, and starts a
+PostgreSQL of its own. With libfaketime some processes have a wrong clock there.
 """
 
 import argparse

@@ -70,7 +70,7 @@ class Sqlite:
 
 
 class Postgresql:
-    """A server of its own. Its troubles: connections are cut; it restarts, in both ways; it crashes; it fails over."""
+    """A server of its own. Its faults: its connections are cut, it restarts in two ways, it crashes, it fails over."""
 
     faults = ("cut", "cut", "restart", "crash", "fail_over")
     noted_seconds = 0.1
@@ -93,9 +93,9 @@ class Postgresql:
         self._closed = threading.Event()
         self._failing_over: threading.Thread | None = None
         self._administer(
-            "ALTER SYSTEM SET fsync = off",  # no power cut is played here, so what was written is kept
+            "ALTER SYSTEM SET fsync = off",  # this simulates no power cut, so written data is kept
             "ALTER SYSTEM SET max_connections = 300",
-            "ALTER SYSTEM SET wal_writer_delay = '1s'",  # for as long a crash may lose acknowledged commits
+            "ALTER SYSTEM SET wal_writer_delay = '1s'",  # how long a crash may lose acknowledged commits
         )
         self._pg_ctl("restart", "-m", "fast")
         _metadata.create_all(self.engine)
@@ -126,7 +126,7 @@ class Postgresql:
         time.sleep(random.uniform(0.2, 0.8))
         with self.engine.connect() as connection:
             last = connection.execute(insert(_crashes).returning(_crashes.c.id)).scalar_one()
-            os.kill(self._postmaster(), signal.SIGQUIT)  # at once, while that row is not written yet
+            os.kill(self._postmaster(), signal.SIGQUIT)  # at once, before that row is written
         self._pg_ctl("restart", "-m", "immediate")
         with self.engine.connect() as connection:
             is_kept = connection.scalar(select(_crashes.c.id).where(_crashes.c.id == last))
@@ -134,10 +134,10 @@ class Postgresql:
         return "lost nothing" if is_kept else LOST_COMMITS
 
     def fail_over(self, random: Random) -> str | None:
-        """Turn the server read-only; after a while it accepts writes at the same address, but from new sessions only.
+        """Turn the server read-only. After a while it takes writes at the same address, from new sessions only.
 
         The sessions that were open stay open and read-only for some seconds, as those of an old primary do. None while
-        the fail-over before goes on.
+        the previous fail-over goes on.
         """
         if self._failing_over is not None and self._failing_over.is_alive():
             return None

@@ -260,7 +260,10 @@ class Fleet:
         return life is not None
 
     def _trouble(self) -> bool:
-        """One of the database's own, each in turn, in another order each time: a short soak has them all."""
+        """Cause one fault of the database's own.
+
+        The faults take turns, each time in another order, so a short soak has them all.
+        """
         if not self._troubles:
             self._troubles = self._random.sample(self._database.faults, len(self._database.faults))
         kind = self._troubles.pop()

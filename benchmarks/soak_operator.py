@@ -27,7 +27,7 @@ class Deleted(NamedTuple):
 
 
 def delete_rows(engine: Engine, random: Random) -> tuple[Deleted, ...]:
-    """Delete the executions or the workers' rows of some claims in force; empty where none could be deleted."""
+    """Delete the executions or the workers' rows of some claims in force. Empty if none could be deleted."""
     forget = random.choice([_forget_execution, _forget_worker])
     try:
         with engine.connect() as connection:
@@ -37,7 +37,7 @@ def delete_rows(engine: Engine, random: Random) -> tuple[Deleted, ...]:
             ]
             gone = tuple(each for claim in chosen if (each := forget(connection, claim)))
             connection.commit()
-    except SQLAlchemyError:  # the database is away, or a process that stands still has locked the row
+    except SQLAlchemyError:  # the database is away, or a frozen process has locked the row
         return ()
     return gone
 

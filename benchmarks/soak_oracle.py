@@ -131,7 +131,7 @@ class Oracle:
                     verdict.violations.append((key, "lost"))
 
     def _excuse(self, key: Key) -> str | None:
-        """The reason for which a tick may have no effect, if the history says that it has none.
+        """Return the reason why a tick may have no effect, if the history says that it has none.
 
         `skipped`: the run before was in force. `outage`: the database was away until the next tick. `undone`: a crash
         lost commits after the tick. `deleted`: rows of the worker were deleted then.
@@ -149,7 +149,7 @@ class Oracle:
         return next(("deleted" for row in lost if self._loss(worker, tick, row.finished_at) == "deleted"), None)
 
     def _loss(self, worker: str, tick: datetime, noted: datetime) -> str | None:
-        """The loss that was met between the tick and the note that it has no effect."""
+        """Return the kind of loss between the tick and the note that it has no effect."""
         since, until = tick.timestamp(), noted.timestamp()
         if any(since <= back and gone <= until for gone, back in self._crashes):
             return "undone"
@@ -187,7 +187,7 @@ class Oracle:
             last[row.worker] = row.tick
 
     def _judge_words(self, verdict: Verdict) -> None:
-        """No tick that was done is said not to have run, and each has the execution that did it."""
+        """Check that no note denies a tick that was done, and that each such tick has its execution."""
         told = {(row.worker, row.token) for rows in self._runs.values() for row in rows}
         for key, rows in self._done.items():
             worker, tick = key
@@ -215,7 +215,7 @@ class Oracle:
                     verdict.not_final += 1
                     verdict.violations.append((key, f"an execution that {row.state}"))
                 tokens = [done.token for done in self._done[key]]
-                # A row that was written anew has no token where another one has it.
+                # A row that was written anew has no token if another row has that token.
                 has_effect = row.token in tokens if row.token else row.state == "succeeded" and bool(tokens)
                 if (row.state == "succeeded") != has_effect:
                     verdict.not_final += 1
@@ -259,7 +259,7 @@ class Oracle:
         return fault.kind == "kill" and any(0 <= other.at - taken_back < MET_SECONDS for other in others)
 
     def _is_met_by_deletion(self, fault: Fault, row: Row[Any], seconds: float) -> bool:
-        """Find a deletion of rows of the worker meanwhile: they must heal first."""
+        """Return whether rows of the worker were deleted meanwhile: they must heal first."""
         return any(row.started_at.timestamp() <= at <= fault.at + seconds for at in self._deletions[row.worker])
 
     def _take_time(self, verdict: Verdict, key: Key, fault: Fault, seconds: float) -> None:

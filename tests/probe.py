@@ -63,7 +63,7 @@ def count(path: Path, times: int) -> None:
 
 
 def bridged(kind: str) -> Any:
-    """As behind a bridge from ASGI, which calls the application in threads."""
+    """Serve behind a bridge from ASGI, which calls the application in threads."""
     if kind == "a2wsgi":
         from a2wsgi import WSGIMiddleware
 
@@ -90,7 +90,7 @@ def by_app_run_in_debug_mode() -> None:
 
 
 def with_a_loop() -> None:
-    """As servers do that have asyncio hear the signals, once the application is made."""
+    """Serve as servers do that have asyncio hear the signals, once the application is made."""
     server = make_server("127.0.0.1", 0, create_app(), threaded=True)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     print(f"Running on http://127.0.0.1:{server.port}", flush=True)
@@ -106,7 +106,7 @@ def with_a_loop() -> None:
 
 
 def made_in_a_thread() -> None:
-    """As servers do that load the application late, in a thread of theirs."""
+    """Serve as servers do that load the application late, in a thread of their own."""
     made: list[Flask] = []
     making = threading.Thread(target=lambda: made.append(create_app()), name="loader")
     making.start()

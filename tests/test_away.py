@@ -1,4 +1,4 @@
-"""While the database is away each page says so: 503, Retry-After and one line in the log; and it works again after."""
+"""Pages while the database is away: 503, Retry-After and one line in the log. Afterwards they work again."""
 
 import logging
 import os
@@ -41,7 +41,7 @@ def server() -> Iterator[PostgreSQL]:
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def database(request: pytest.FixtureRequest) -> tuple[str, Away]:
-    """The URL of a database with the schema, and a block in which it is away."""
+    """Give the URL of a database with the schema, and a block in which it is away."""
     if request.param == "sqlite":
         url: str = request.getfixturevalue("sqlite_url")
         folder = Path(url.removeprefix("sqlite:///")).parent
@@ -70,12 +70,12 @@ def stopped(server: PostgreSQL) -> Iterator[None]:
 
 @pytest.fixture
 def shop(database: tuple[str, Away]) -> Iterator[tuple[Flask, Away]]:
-    """The shop with one book, and a block in which its database is away."""
+    """Give the shop with one book, and a block in which its database is away."""
     app = create_app(settings(database[0], TESTING=False))
 
     @contextmanager
     def away() -> Iterator[None]:
-        if database[0].startswith("sqlite"):  # its connections would go on with the file that was moved
+        if database[0].startswith("sqlite"):  # else the connections go on with the file that was moved
             app.extensions["background_workers"].stop()
             with app.app_context():
                 db.engine.dispose()
@@ -118,14 +118,14 @@ def test_every_page_is_a_503_with_one_line_in_the_log_and_works_again_afterwards
 
 
 def eventually_is(client: FlaskClient, path: str) -> int:
-    """The answer once no pool has a connection of before: each page may meet one in each of the engine's pools."""
+    """Return the answer once no pool has an old connection: a page may meet one in each of the engine's pools."""
     return eventually(lambda: code if (code := client.get(path).status_code) != 503 else 0, timeout=5)
 
 
 def is_away(caplog: pytest.LogCaptureFixture, client: FlaskClient, method: str, path: str) -> None:
     caplog.clear()
     response = client.open(path, method=method, data={"quantity": 1} if method == "POST" else None)
-    lost = "background.database_files"  # it tells once of a file that was lost, besides
+    lost = "background.database_files"  # once, another line reports the lost file
     said = [record for record in caplog.records if record.levelno >= logging.WARNING and record.name != lost]
     assert response.status_code == 503, (path, response.text)
     assert int(response.headers["Retry-After"]) >= 1
@@ -196,7 +196,7 @@ def test_a_pool_that_has_no_connection_left_is_a_database_that_is_away(app: Flas
     assert app.test_client().get("/full").status_code == 503
 
 
-def test_a_button_that_a_locked_table_refuses_is_no_database_that_is_away(tmp_path: Path) -> None:
+def test_a_button_that_a_locked_table_refuses_does_not_count_as_an_outage(tmp_path: Path) -> None:
     engine = create_engine(f"sqlite:///{tmp_path / 'locked.sqlite'}", connect_args={"timeout": 0})
     with engine.connect() as one, engine.connect() as other:
         one.exec_driver_sql("BEGIN IMMEDIATE")

@@ -1,4 +1,4 @@
-"""A fleet that does not run is seen: on each page, on the command line, and by a probe; a fleet that runs is fine."""
+"""Each page, the commands and a probe show a fleet that does not run, and call a fleet that runs fine."""
 
 import json
 import re
@@ -44,7 +44,7 @@ def manager_of(app: Flask) -> BackgroundWorkerManager:
 
 
 def asked(app: Flask) -> tuple[int, dict[str, Any]]:
-    """The status of /health/workers, and its checks without their ages."""
+    """Return the status of /health/workers, and its checks without their ages."""
     response = app.test_client().get("/health/workers")
     assert response.headers["Cache-Control"] == "no-store"
     assert response.json["status"] == ("running" if response.status_code == 200 else "not running")
@@ -66,7 +66,7 @@ def command(app: Flask, *arguments: str) -> Result:
 
 
 def joined(fleet: Fleet, *workers: type[PeriodicWorker], **config: Any) -> Flask:
-    """An application that has joined the fleet, and whose workers are known."""
+    """Give an application that has joined the fleet, and whose workers are known."""
     app = fleet.app(*workers, **config)
     manager_of(app).start()
     wait_until(lambda: manager_of(app)._membership._heartbeat, "joining")
@@ -76,7 +76,7 @@ def joined(fleet: Fleet, *workers: type[PeriodicWorker], **config: Any) -> Flask
 
 
 def left(fleet: Fleet, **columns: Any) -> None:
-    """As if every instance had been gone since a quarter of an hour."""
+    """Pretend that the last instance left a quarter of an hour ago."""
     ago = datetime.now(UTC) - timedelta(minutes=15)
     manager = manager_of(fleet.apps[0])
     with manager.ticks.instances.engine.begin() as connection:
@@ -84,7 +84,7 @@ def left(fleet: Fleet, **columns: Any) -> None:
 
 
 def running(fleet: Fleet, app: Flask, name: str, since: timedelta, instance: str | None = None) -> None:
-    """As if the worker ran for that long, on an instance of that id; on the application's own, if it is not given."""
+    """Pretend that the worker has run for that long, on the instance `id` or on the application's own."""
     manager = manager_of(app)
     own = manager.ticks.instance
     fleet.set(name, token=7, running=7, mark=datetime.now(UTC))
@@ -99,7 +99,7 @@ def running(fleet: Fleet, app: Flask, name: str, since: timedelta, instance: str
 
 @pytest.fixture
 def silent_app(fleet: Fleet) -> Flask:
-    """A web whose workers run elsewhere, and ran there until a quarter of an hour ago."""
+    """Give a web process whose workers ran elsewhere until a quarter of an hour ago."""
     app = fleet.app(Hourly, WORKERS_ENABLED=False, WORKERS_LEASE_SECONDS=60)
     gone = fleet.manager(Hourly)
     gone.ticks.look(Hourly)
@@ -125,7 +125,7 @@ def test_every_page_has_a_banner_with_the_time_since_and_the_command_that_mends_
 
 @pytest.fixture
 def make_admin() -> Callable[[Flask], FlaskClient]:
-    """A client that the dashboard lets in."""
+    """Make a client that the dashboard lets in."""
 
     def make(app: Flask) -> FlaskClient:
         app.before_request_funcs["background"].clear()
@@ -201,7 +201,7 @@ def test_a_probe_names_the_workers_that_are_overdue_by_two_periods(fleet: Fleet)
     fleet.set("hourly", mark=hour - 3 * HOUR)
     assert failed(web) == ["overdue"]
     assert asked(web)[1]["overdue"] == {"ok": False, "workers": ["hourly"]}
-    assert failed(app) == []  # which does not have the worker
+    assert failed(app) == []  # this process does not have the worker
 
 
 @pytest.mark.parametrize(
@@ -322,7 +322,7 @@ def test_a_probe_of_the_fleet_waits_for_no_writer_and_fails_where_the_file_is_re
 
 @pytest.fixture
 def changed_models() -> Iterator[None]:
-    """The shop's models with a column, an index and a table that no migration makes."""
+    """Give the shop's models a column, an index and a table that no migration makes."""
     books = db.metadata.tables["books"]
     column = Column("shelf", Integer)
     books.append_column(column)

@@ -100,7 +100,7 @@ def test_an_error_whose_text_no_database_can_hold_is_a_failed_run(
     fleet: Fleet, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It quotes the name of a file, say, which can be any bytes."""
-    caplog.set_level(logging.CRITICAL, "background.quoting")  # nor can a report of pytest-xdist
+    caplog.set_level(logging.CRITICAL, "background.quoting")  # a report of pytest-xdist cannot either
 
     class Quoting(Hourly):
         def do_work(self, context: WorkerContext) -> None:

@@ -1,4 +1,4 @@
-"""The dashboard in an application that is not this shop: it protects itself, and says at the start what is missing."""
+"""The dashboard in another application: it protects itself, and the start names a missing package."""
 
 import logging
 import sys
@@ -71,7 +71,7 @@ OWN = "http://shop.example:8000"
 
 
 def pressed(app: Flask, headers: dict[str, str], base_url: str = OWN) -> bool:
-    """Whether a press of "pause" that comes with these headers was taken; if not, nothing may have changed."""
+    """Return whether a press of "pause" with these headers was taken. A refused one must change nothing."""
     response = app.test_client().post(PAUSE, base_url=base_url, headers=headers)
     taken = is_paused(app)
     assert response.status_code == (303 if taken else 403), response.text
@@ -173,7 +173,7 @@ def test_no_page_is_shown_in_a_frame_of_another_site(make_host) -> None:
 
 
 def buried(app: Flask) -> int:
-    """The id of a message."""
+    """Enqueue a message. Return its id."""
     with app.app_context():
         id = app.extensions["background_workers"].enqueue("notes", "a message")
         app.extensions["sqlalchemy"].session.commit()
@@ -230,7 +230,7 @@ with app.app_context():
 
 
 def looked(tmp_path, *absent: str) -> tuple[int, str]:
-    """How `flask workers list` ends in a host where those packages are not installed, and what it says."""
+    """Return how `flask workers list` ends in a host without those packages, and its output."""
     url = f"sqlite:///{tmp_path / 'host.sqlite'}"
     (tmp_path / "host.py").write_text(HOST.format(absent=absent, folder=tmp_path, url=url))
     return run(flask("workers", "list"), environment(FLASK_APP="host", PYTHONPATH=f"{ROOT}:{tmp_path}"))

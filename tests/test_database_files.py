@@ -55,7 +55,7 @@ class Often(PeriodicWorker):
 
 
 def backup(path: Path) -> Path:
-    """A copy of the database as it is now, in one file."""
+    """Copy the database as it is now, into one file."""
     copy = path.with_name("backup.sqlite")
     with closing(sqlite3.connect(path)) as source, closing(sqlite3.connect(copy)) as target:
         source.backup(target)
@@ -235,7 +235,7 @@ def test_files_that_root_makes_beside_the_database_are_its_owners(fleet: Fleet, 
 
 @pytest.fixture
 def embedded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Flask:
-    """The application on the embedded file of a folder of its own."""
+    """Give the application on the embedded file of a folder of its own."""
     app = create_app(settings(f"sqlite:///{tmp_path / 'folder' / 'bookstore.sqlite'}", DATABASE_IS_EMBEDDED=True))
     app.config["DATABASE_IS_EMBEDDED"] = True
     monkeypatch.setattr(schema, "LOCK_SECONDS", 0.3)

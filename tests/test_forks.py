@@ -1,4 +1,4 @@
-"""A worker forks: its child is not the engine, and the run of its parent goes on as if there were no child."""
+"""Forks of a worker: the child is not the engine, and the run of its parent goes on without it."""
 
 import re
 import signal
@@ -69,7 +69,7 @@ NOTES = ("done", "after the child", "of the child")
 
 
 def came_back(parent: Member, child: str) -> None:
-    """One line tells of the child, and it ended as a process with that ending does."""
+    """Check that one log line names the child, and that it ended as a process with that ending does."""
     said, code = ENDINGS[child]
     line = parent.wait_for(rf"forked, and the child process (\d+) came back \({said}.*{NEVER_COMMITTED}")
     parent.wait_for(rf"The child {line[1]} ended with {code}")

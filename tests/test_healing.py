@@ -1,4 +1,4 @@
-"""After the database's clock was ahead and is right again, ticks and messages go on, and no tick runs twice."""
+"""Ticks and messages go on after the database's clock was ahead and is right again. No tick runs twice."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -43,7 +43,7 @@ def now() -> datetime:
 
 
 def write(fleet: Fleet, worker: str, state: str, tick: datetime, through: datetime | None = None, **more: Any) -> None:
-    """A row of the history."""
+    """Write a row of the history."""
     ran = {"attempt": 1, "started_at": tick, "finished_at": tick} if state not in ("skipped", "missed") else {}
     row = {"worker": worker, "tick": tick, "through": through, "state": state, "trigger": "schedule", **ran, **more}
     with fleet.engine.begin() as connection:
@@ -77,7 +77,7 @@ def test_what_ran_while_the_clock_was_ahead_does_not_run_again_and_what_did_not_
     manager.ticks.look(Hourly)
     last = last_hour()
     write(fleet, "hourly", "succeeded", last - HOUR)
-    write(fleet, "hourly", "missed", last, last + 3 * HOUR)  # of the moment when the clock was set forth
+    write(fleet, "hourly", "missed", last, last + 3 * HOUR)  # the moment when the clock was set ahead
     write(fleet, "hourly", "succeeded", last + 4 * HOUR)
     fleet.set("hourly", mark=last + 4 * HOUR, scheduled_at=last - DAY)
     assert manager.repair() == (["hourly"], 0)
@@ -105,7 +105,7 @@ def test_a_tick_that_has_an_execution_is_not_claimed_although_its_mark_was_lower
     assert fleet.row("hourly").mark == last_hour()
 
 
-def test_of_ticks_that_ran_while_the_clock_was_ahead_none_is_told_as_missed(fleet: Fleet) -> None:
+def test_no_tick_that_ran_while_the_clock_was_ahead_is_recorded_as_missed(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
     manager.ticks.look(Hourly)
     last = last_hour()
@@ -133,7 +133,7 @@ def test_a_pause_that_was_skipped_into_the_future_is_cut_at_the_latest_tick(flee
 
 
 @pytest.mark.parametrize(("state", "attempt"), [("handed back", 1), ("lost", 2)])
-def test_a_tick_that_was_to_be_run_again_holds_no_other_up_and_is_run_when_it_is_due(
+def test_a_tick_to_run_again_delays_no_other_tick_and_runs_when_it_is_due(
     fleet: Fleet, state: str, attempt: int
 ) -> None:
     manager = fleet.manager(Often)
@@ -194,7 +194,7 @@ def test_messages_that_a_clock_ahead_put_off_are_handled_by_themselves(fleet: Fl
     manager.ticks.messages  # noqa: B018 - the tables are there
     fleet.enqueue("notes", *range(20))
     put_off(fleet, 400 * DAY)
-    fleet.enqueue("notes", "much later", delay=HOUR)  # comes before them now
+    fleet.enqueue("notes", "much later", delay=HOUR)  # the next tick comes before them now
     manager.start()
     wait_until(lambda: sorted(fleet.effects()) == sorted(map(str, range(20))), "the messages")
     fleet.enqueue("notes", "another", delay=30)
@@ -229,7 +229,7 @@ def test_a_delay_that_its_caller_asked_for_stays_and_an_attempt_put_off_comes_at
 
 @pytest.fixture
 def set_clock(database_url: str) -> Iterator[Callable[[float], None]]:
-    """Set the database's clock so many seconds ahead of the host's, by a function in the place of its own."""
+    """Set the database's clock so many seconds ahead of the host's, by a function that replaces its own."""
     if database_url.startswith("sqlite"):
         ahead = [0.0]
 
@@ -309,7 +309,7 @@ def test_on_sqlite_ticks_go_on_after_the_hosts_clock_was_an_hour_ahead_and_none_
             end(process)
     ticks = effects.ticks()
     assert len(ticks) == len(set(ticks))
-    assert min(ticks[ahead:]) < max(ticks[:ahead])  # it did not wait for the clock to come there again
+    assert min(ticks[ahead:]) < max(ticks[:ahead])  # the tick did not wait for the clock to come there again
     assert all(each.at >= each.tick for each in effects.all())
     told = [row for row in effects.history("ticker") if row["state"] == "missed"]
     assert not [tick for tick in ticks for row in told if row["tick"] <= tick <= (row["through"] or row["tick"])]

@@ -1,4 +1,4 @@
-"""Signals under servers that know nothing of the engine: the runs are told, waited for, and handed back."""
+"""Signals under servers that know nothing of the engine. Runs get a stop request, then time to finish."""
 
 import signal
 import sys
@@ -9,7 +9,7 @@ from effects import Effects
 from flask import Flask
 from processes import environment, flask, started
 
-MARGIN = 5.0  # seconds; the time to hear of a busy machine
+MARGIN = 5.0  # seconds, which a busy machine needs to hear a signal
 
 
 def script(call: str) -> list[str]:

@@ -186,7 +186,7 @@ def test_a_password_that_is_fetched_for_each_connection_opens_the_engines_connec
 
 @pytest.fixture
 def role(empty_database_url: str, postgresql_server: Any) -> Iterator[str]:
-    """A role of the server that has a schema, "books", in the test's database."""
+    """Give a role of the server that has a schema, "books", in the test's database."""
     database = postgresql_server.set(database=make_url(empty_database_url).database)
     role = f"clerk_{database.database}"
     administer(database, f"CREATE ROLE {role}", f"CREATE SCHEMA books AUTHORIZATION {role}")
@@ -269,7 +269,7 @@ def test_the_engine_uses_the_tables_in_the_schema_that_the_application_has_them_
         assert connection.execute(query).scalar() >= 3
 
 
-# -- settings under which nothing can be kept --------------------------------------------------
+# -- AUTOCOMMIT --------------------------------------------------------------------------------
 
 
 def set_by_a_listener(host: Host) -> None:
@@ -321,7 +321,7 @@ def test_a_session_that_commits_each_statement_is_refused_at_the_start_and_keeps
     host = hosts(db=db, **options)
     host.bind()
     host.create()
-    if how in ("a connect listener", "the driver's argument") and not options:  # SQLite's argument is set anew by us
+    if how in ("a connect listener", "the driver's argument") and not options:  # SQLite's is set by the engine
         set_by_a_listener(host)
     if how == "set later":
         host.engine.update_execution_options(isolation_level="AUTOCOMMIT")
@@ -337,8 +337,8 @@ def test_a_session_that_commits_each_statement_is_refused_at_the_start_and_keeps
 
 
 @on_sqlite
-def test_a_listener_that_begins_transactions_by_itself_is_no_autocommit(hosts: Callable[..., Host]) -> None:
-    """As SQLAlchemy's documentation has SQLite's savepoints mended."""
+def test_a_listener_that_begins_transactions_by_itself_is_not_autocommit(hosts: Callable[..., Host]) -> None:
+    """Check the listener by which SQLAlchemy's documentation mends SQLite's savepoints."""
     host = hosts()
     host.bind()
     set_by_a_listener(host)
@@ -351,7 +351,7 @@ def test_a_listener_that_begins_transactions_by_itself_is_no_autocommit(hosts: C
 
 
 class Routing(Session):
-    """Sends reads to a replica, whatever bind is named; and writes where the test says."""
+    """Sends reads to a replica, whatever bind is named. Sends writes where the test says."""
 
     writes: Callable[[SQLAlchemy], Engine] | None = None
 
@@ -539,7 +539,7 @@ def test_ticks_heartbeats_messages_and_locks_work_where_the_server_isolates_stri
     host.create()
 
     def outlasted(context: WorkerContext) -> None:
-        """Its row is changed by a skipped tick meanwhile, as that of a run that is still on at its next tick is."""
+        """Have a skipped tick change the worker's row meanwhile, as when a run is still on at its next tick."""
         seen.append(context.session.scalar(text("SHOW transaction_isolation")))
         with host.manager.ticks.ledger.begin() as connection:
             connection.execute(text("UPDATE background_workers SET scheduled_at = scheduled_at"))
@@ -550,7 +550,7 @@ def test_ticks_heartbeats_messages_and_locks_work_where_the_server_isolates_stri
     assert set(seen) == {"read committed"}
     with host.manager.ticks.instances._single.connect() as connection:
         assert connection.scalar(text("SHOW transaction_isolation")) == "read committed"
-    with host.app.app_context():  # the application's own are as the server says
+    with host.app.app_context():  # the application's own sessions have the server's default
         assert host.db.session.scalar(text("SHOW transaction_isolation")) == level
 
 
@@ -601,8 +601,8 @@ def test_a_call_after_a_write_that_is_not_committed_says_so_at_once(hosts: Calla
         host.db.session.commit()
         CALLS[call](host.manager)
         host.db.session.execute(select(host.notes)).all()
-        CALLS[call](host.manager)  # a read holds nothing up
-    with host.engine.begin() as connection:  # nor need it be the session that has written
+        CALLS[call](host.manager)  # a read blocks nothing
+    with host.engine.begin() as connection:  # another session of the thread may have written
         connection.execute(host.notes.insert().values(text="not committed"))
         refused_at_once(host, call)
     assert "not committed" in host.noted()

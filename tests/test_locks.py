@@ -307,7 +307,7 @@ def test_of_many_who_find_a_dead_holder_one_gets_the_lock(fleet: Fleet) -> None:
 
 @pytest.mark.parametrize("breaks", [False, True], ids=["in time", "called off"])
 def test_a_lock_whose_token_came_again_after_lost_commits_is_left_to_its_holder(fleet: Fleet, breaks: bool) -> None:
-    """The database forgets the last holder between another caller's look at the lock and its acquisition."""
+    """Have the database forget the last holder between another caller's look at the lock and its acquisition."""
     manager, other = joined(fleet.manager(WORKERS_LEASE_SECONDS=600)), fleet.manager()
     assert [token(manager), token(manager)] == [1, 2]
     with ExitStack() as held:

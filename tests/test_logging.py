@@ -1,4 +1,4 @@
-"""The log, the terminal and the JSON: nothing that is said ends a request, a command or a reader."""
+"""The log, the terminal and the JSON: no text ends a request, a command or a reader."""
 
 import io
 import json
@@ -104,10 +104,10 @@ print("all:", len(names))
     )
     *heard, last = done.stdout.splitlines()
     assert len(heard) == int(last.removeprefix("all: "))
-    assert "heard elsewhere" not in heard  # the configuration did disable what it found
+    assert "heard elsewhere" not in heard  # the configuration did disable the loggers that it found
 
 
-def test_every_module_of_the_engine_has_a_logger_that_cannot_be_disabled_by_the_way() -> None:
+def test_every_module_of_the_engine_has_a_logger_that_cannot_be_disabled_by_accident() -> None:
     for module in pkgutil.iter_modules(background.__path__):
         import_module(f"background.{module.name}")
     loggers = [each for name, each in logging.root.manager.loggerDict.items() if name.startswith("background.")]
@@ -156,7 +156,7 @@ def test_a_terminal_of_another_encoding_is_shown_escapes(
     said = done.stdout.decode("latin-1")
     assert b"Traceback" not in done.stderr, done.stderr
     assert "ukasz" in said
-    assert "\\u5c71" in said or encoding == "ascii"  # to such a terminal Click itself sends UTF-8
+    assert "\\u5c71" in said or encoding == "ascii"  # Click itself sends UTF-8 to such a terminal
 
 
 # -- values in errors -------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ def claimed(manager: BackgroundWorkerManager, tick: datetime, instance: tuple[st
 
 
 def alive(manager: BackgroundWorkerManager) -> tuple[str, str]:
-    """An instance that lives for an hour."""
+    """Give an instance that lives for an hour."""
     instance = Instance(HOUR)
     manager.ticks.instances.beat(instance)
     return instance.id, instance.name
@@ -49,7 +49,7 @@ def execute(fleet: Fleet, *statements: Any) -> None:
 
 @contextmanager
 def lost_commits(fleet: Fleet) -> Iterator[None]:
-    """What is committed in the block to the engine's tables is lost at its end, and ids come again."""
+    """Lose at the end of the block what it commits to the engine's tables, so that ids come again."""
     kept = (tables.workers, tables.executions, tables.messages)
     with fleet.engine.connect() as connection:
         before = {table: [dict(row._mapping) for row in connection.execute(select(table))] for table in kept}
@@ -66,7 +66,7 @@ def lost_commits(fleet: Fleet) -> Iterator[None]:
 
 
 class Amnesiac(Hourly):
-    """The database forgets its first claim in mid-run, and another instance makes the same one; then as `how` says."""
+    """Has the database forget a claim in mid-run, which another instance then makes. Ends as `how` says."""
 
     name = "hourly"
     how: str
@@ -74,7 +74,7 @@ class Amnesiac(Hourly):
 
     def do_work(self, context: WorkerContext) -> None:
         effect(context)
-        context.session.rollback()  # on SQLite it would keep the lock from the others
+        context.session.rollback()  # on SQLite the open transaction would block the others
         type(self).forget(context)
         effect(context)
         match self.how:
@@ -121,7 +121,7 @@ def test_a_run_whose_token_came_again_after_lost_commits_leaves_the_next_one_alo
     assert other.ticks.ledger.end(repeated[0], "failed", "of its own")
 
 
-def test_a_tick_whose_claim_the_database_forgot_gets_a_word_and_is_run_again(
+def test_a_tick_whose_claim_the_database_forgot_gets_a_row_and_runs_again(
     fleet: Fleet, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Forgotten(Amnesiac):
@@ -171,7 +171,7 @@ def test_a_batch_that_the_database_forgot_acknowledges_nothing_of_the_next_one(f
 
 
 def test_an_ending_leaves_an_execution_alone_that_is_not_its_own(fleet: Fleet) -> None:
-    """As after a restore of one table: the number and the token of the execution are another claim's."""
+    """Give the execution's number and token to another claim, as a restore of one table does."""
     manager = fleet.manager(Hourly)
     claim = claimed(manager, last_hour())
     execute(fleet, update(tables.executions).values(claim="another", state="succeeded", reason="of its own"))
@@ -197,7 +197,7 @@ def test_a_claim_by_a_release_that_knows_no_ids_is_shown_taken_back_and_run_agai
     manager = fleet.manager(Hourly)
     claim = claimed(manager, last_hour())
     assert manager.ticks.ledger.end(claim, "failed")
-    fleet.set("hourly", running=2, token=2, claim=claim.id, mark=last_hour())  # the id is left of a claim before
+    fleet.set("hourly", running=2, token=2, claim=claim.id, mark=last_hour())  # the id is that of an earlier claim
     old = {"worker": "hourly", "tick": last_hour(), "trigger": "manual", "state": "running", "attempt": 1, "token": 2}
     execute(fleet, insert(tables.executions).values(**old, instance="old", instance_name="old:1"))
     state = manager.ticks.ledger.look("hourly")
@@ -207,7 +207,7 @@ def test_a_claim_by_a_release_that_knows_no_ids_is_shown_taken_back_and_run_agai
     wait_until(lambda: fleet.states() == ["failed", "lost", "succeeded"], "the run after it")
 
 
-# -- changed by hand -------------------------------------------------------------------------------
+# -- changes by hand -------------------------------------------------------------------------------
 
 
 def test_a_worker_whose_executions_are_deleted_before_its_process_is_killed_runs_again(
@@ -227,7 +227,10 @@ def test_a_worker_whose_executions_are_deleted_before_its_process_is_killed_runs
 
 @pytest.fixture
 def admin(fleet: Fleet, make_user: Callable[..., User], login: Callable[..., None]) -> FlaskClient:
-    """A browser in which an admin has logged in, of an instance that has the hourly worker and has not started."""
+    """Give a browser in which an admin has logged in.
+
+    Its instance has the hourly worker and has not started.
+    """
     client = fleet.app(Hourly).test_client()
     login(client, make_user(is_admin=True))
     return client
@@ -271,7 +274,7 @@ AGAIN = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_what_a_hand_tore_apart_heals_with_a_line_and_a_row_and_every_page_works_meanwhile(
+def test_rows_changed_by_hand_heal_with_a_line_and_a_row_and_every_page_works_meanwhile(
     fleet: Fleet, damage: Callable[..., None], admin: FlaskClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     manager: BackgroundWorkerManager = admin.application.extensions["background_workers"]
@@ -292,7 +295,7 @@ def test_what_a_hand_tore_apart_heals_with_a_line_and_a_row_and_every_page_works
 
 
 def look(fleet: Fleet, admin: FlaskClient) -> None:
-    """Read all that people read of the workers; none of it fails."""
+    """Read all that people read of the workers. None of it fails."""
     for page in ("", "worker/hourly", "timeline", "instances"):
         answer = admin.get(f"/workers/{page}")
         assert answer.status_code == 200, (page, answer.text)
@@ -320,7 +323,7 @@ class Pausing(Hourly):
 
 @contextmanager
 def in_mid_run(fleet: Fleet) -> Iterator[BackgroundWorkerManager]:
-    """An instance whose run, which was asked for by hand, goes on until the end of the block."""
+    """Give an instance whose manual run goes on until the end of the block."""
     Pausing.working, Pausing.go_on = threading.Event(), threading.Event()
     manager = fleet.manager(Pausing)
     manager.start()

@@ -1,4 +1,4 @@
-"""A fail-over that closes no socket: the old primary turns read-only, and what was on it is done on the new one."""
+"""A fail-over that closes no socket: the old primary turns read-only, and its work is done on the new one."""
 
 import threading
 from collections.abc import Iterator
@@ -40,13 +40,13 @@ def fleet(url: URL) -> Iterator[Fleet]:
 
 
 def turn(server: PostgreSQL, read_only: bool) -> None:
-    """Have every session, open ones and new ones, only read from its next transaction on; or write again."""
+    """Have every session, open and new ones, only read from its next transaction on, or write again."""
     setting = "SET default_transaction_read_only = on" if read_only else "RESET default_transaction_read_only"
     administer(server.url, f"ALTER SYSTEM {setting}", "SELECT pg_reload_conf()")
 
 
 def fail_over(server: PostgreSQL, url: URL) -> None:
-    """Have the sessions that are open only read, and new ones write; no socket is closed."""
+    """Have the open sessions only read, and new ones write. No socket is closed."""
     administer(server.url, f"ALTER DATABASE {url.database} SET default_transaction_read_only = off")
     turn(server, read_only=True)
 

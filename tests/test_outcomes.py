@@ -1,4 +1,4 @@
-"""Every run ends with an outcome that is written, whatever its errors, its log and its progress are."""
+"""Outcomes: every run's is written, whatever its errors, its log and its progress are."""
 
 import asyncio
 import gc
@@ -38,7 +38,7 @@ class Raising(Hourly):
 
 
 def outcome(fleet: Fleet, worker: type[Hourly]) -> Any:
-    """The only execution of `worker`, run once."""
+    """Run `worker` once. Return its only execution."""
     manager = fleet.manager(worker)
     assert manager.tick(worker.name, last_hour()) is not None
     (row,) = fleet.executions(worker.name)
@@ -241,7 +241,7 @@ def test_every_finite_number_is_taken_as_progress(
 def other_fleet(
     request: pytest.FixtureRequest, postgresql_server: URL, databases: Callable[[str], object]
 ) -> Iterator[Fleet]:
-    """A fleet on a database of another encoding."""
+    """Give a fleet on a database of another encoding."""
     name = f"encoded_{request.param.lower()}"
     databases(f"CREATE DATABASE {name} ENCODING '{request.param}' TEMPLATE template0 LC_COLLATE 'C' LC_CTYPE 'C'")
     url = text(postgresql_server.set(database=name))

@@ -171,7 +171,7 @@ def test_a_method_that_would_do_nothing_as_it_is_a_generator_is_refused(
 
 
 def handing_on(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A decorator as most are: it takes whatever it is given."""
+    """Decorate as most decorators do: pass on all arguments."""
 
     @wraps(function)
     def call(*arguments: object, **more: object) -> object:
@@ -181,7 +181,7 @@ def handing_on(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def injecting(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A decorator that takes the context for a method which does without."""
+    """Add the context to a method that does without it."""
 
     @wraps(function)
     def call(self: object, context: WorkerContext) -> object:
@@ -261,9 +261,7 @@ def test_a_misspelt_attribute_of_a_message_worker_is_refused_with_the_name_that_
 
 
 @pytest.mark.parametrize("misspelt", ["do_wrok", "dowork", "doWork"])
-def test_a_misspelt_method_is_told_before_the_one_that_is_missing(
-    manager: BackgroundWorkerManager, misspelt: str
-) -> None:
+def test_a_misspelt_method_is_reported_before_the_missing_one(manager: BackgroundWorkerManager, misspelt: str) -> None:
     with pytest.raises(InvalidWorker, match=r"Did you mean 'do_work'\?"):
         manager.add(type("Sample", (PeriodicWorker,), {"period": HOUR, misspelt: working}))
 

@@ -1,4 +1,4 @@
-"""A PostgreSQL whose defaults are another country's, or another time's: the engine and the shop do not notice."""
+"""A PostgreSQL with the defaults of another country and time zone: the engine and the shop do not notice."""
 
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -38,7 +38,7 @@ class Naming(Hourly):
 
 @pytest.fixture(params=DEFAULTS, ids=lambda each: " ".join(each.values()))
 def odd_url(request: pytest.FixtureRequest, postgresql_url: str, databases: Callable[[str], object]) -> str:
-    """A database with those defaults."""
+    """Give a database with those defaults."""
     for name, value in request.param.items():
         databases(f"ALTER DATABASE {make_url(postgresql_url).database} SET {name} = {value}")
     return postgresql_url
@@ -58,7 +58,7 @@ def manager_of(app: Flask) -> BackgroundWorkerManager:
     return manager
 
 
-def test_workers_run_and_the_command_line_looks_on_whatever_the_servers_defaults_are(odd: Flask) -> None:
+def test_workers_run_and_the_commands_work_whatever_the_servers_defaults_are(odd: Flask) -> None:
     tick = datetime.now(UTC)
     manager_of(odd).start()
     assert manager_of(odd).request("naming")

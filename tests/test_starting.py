@@ -350,7 +350,7 @@ def test_a_test_client_never_starts_the_workers_whatever_it_says_and_whatever_te
     sqlite_url: str, testing: bool, agent: str | None
 ) -> None:
     class Renamed(FlaskClient):
-        """A client that says of itself what a browser does."""
+        """A client that names itself as a browser does."""
 
         def open(self, *args: Any, **kwargs: Any) -> Any:
             self.environ_base["HTTP_USER_AGENT"] = "Mozilla/5.0"

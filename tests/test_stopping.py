@@ -164,7 +164,7 @@ def test_gunicorn_does_not_take_a_signal_for_haste_that_reaches_every_process(
 def test_as_many_slow_clients_as_processes_have_runs_handed_back_and_no_attempt_counted(
     kind: str, effects: Effects, nursery: Nursery
 ) -> None:
-    """gunicorn kills what does not answer for its timeout: a process of one thread that waits for a slow client."""
+    """gunicorn kills a process that does not answer for its timeout, such as one of one thread with a slow client."""
     env = environment(effects.url, PROBE_WORKERS="listener,deaf", PROBE_SECONDS=60, WORKERS_SHUTDOWN_SECONDS=1)
     command = gunicorn("-w", "2", "-k", kind, "--timeout", "2", "probe:create_app()")
     with nursery.forked(command, env) as server, ExitStack() as clients:
@@ -172,7 +172,7 @@ def test_as_many_slow_clients_as_processes_have_runs_handed_back_and_no_attempt_
         server.wait_for("joined", times=2)
         server.wait_for("The listener began")
         server.wait_for("The deaf one began")
-        if kind == "gthread":  # its main thread answers whatever its clients do; it hangs by another fault
+        if kind == "gthread":  # its main thread answers whatever its clients do. It hangs by another fault
             for pid in effects.instances(alive=True):
                 os.kill(pid, signal.SIGABRT)
         else:
