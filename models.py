@@ -417,8 +417,11 @@ class UserRepository:
         return [(ids, size) for ids, size in rows]
 
     def _set_passive(self, ids: str, cutoff: datetime) -> int:
-        """Others may be here: a user of the slice may log in between the look and this statement, or hold the
-        row now. So it asks again whether the user is stale, and whoever logged in meanwhile stays active."""
+        """Set stale users of the slice passive. Return how many.
+
+        Concurrency: a user may log in between the look and this statement, or hold the row now. So the statement asks
+        again whether the user is stale, and a user who logged in meanwhile stays active.
+        """
         among = "= ANY(CAST(:ids AS integer[]))" if self._postgresql else "IN (SELECT value FROM json_each(:ids))"
         statement = (
             update(User)

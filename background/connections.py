@@ -272,7 +272,7 @@ def _shut_down(connection: Any) -> None:
 
 
 def _make(connection: Any, table: Table, dialect: Dialect) -> None:
-    """The table and its later columns, where they are not there. Others may be here, doing the same."""
+    """Make the table and its later columns, if they are missing. Concurrency: other processes may do the same."""
     connection.execute(str(CreateTable(table, if_not_exists=True).compile(dialect=dialect)))
     known = {row[1] for row in connection.execute(f"PRAGMA table_info({table.name})")}
     for column in table.columns:

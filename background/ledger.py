@@ -188,9 +188,9 @@ class Ledger:
     def claim(self, name: str, tick: datetime, schedule: str, instance: tuple[str, str]) -> Claim | NotClaimed:
         """Claim `tick`, or say why not.
 
-        Others may be here: every instance that knows this worker, at the same instant, and late ones.
-        A lock puts them in a line: the row's on PostgreSQL, and only while the tick is open; the only one on SQLite.
-        The first raises the mark, and the rest find it raised, by the statement that they waited with.
+        Concurrency: every instance that knows this worker may run this at the same moment, or late. The row lock
+        (PostgreSQL, while the tick is open) or the write lock (SQLite) orders them. The first raises the mark. The
+        others read the raised mark in the same statement.
         """
         values = _values(name, tick, instance)
         started = self._claims.tick(at_tick(name, tick, schedule) | values)
@@ -216,9 +216,9 @@ class Ledger:
             return None if token is None else _claim(values, start(connection, values, token, 1, "manual"))
 
     def request(self, name: str) -> bool:
-        """Have whichever instance comes first claim a manual run; False where it runs, or is to be run, already.
+        """Have any instance claim a manual run. False if the worker runs, or will run next, already.
 
-        Others may be here: a second click, and every claim. The worker has one pending tick, and one claim in force.
+        Concurrency: a second click, and every claim. The worker has one pending tick, and one claim in force.
         """
         with self.begin() as connection:
             asked = (
@@ -232,9 +232,9 @@ class Ledger:
         return requested
 
     def skip(self, name: str, tick: datetime, schedule: str, reason: str) -> bool:
-        """Record that `tick` is not run because the worker is paused or still running; True for the one who did.
+        """Record that `tick` does not run because the worker is paused or still running. True for the caller that did.
 
-        Others may be here: every instance finds the same obstacle. Whoever raises the mark writes the row.
+        Concurrency: every instance finds the same obstacle. The one that raises the mark writes the row.
         """
         with self.begin() as connection:
             is_first = count(connection.execute(SKIP, at_tick(name, tick, schedule))) == 1
@@ -245,7 +245,7 @@ class Ledger:
     def miss(self, state: WorkerState, tick: datetime) -> None:
         """Record the ticks between the mark and `tick`, which no instance came to run, if there are any.
 
-        Others may be here: every instance that comes to run `tick`. Whoever raises the mark writes the row.
+        Concurrency: every instance that comes to run `tick` may do this. The one that raises the mark writes the row.
         """
         schedule, last = state.schedule, state.schedule.previous(tick - MICROSECOND)
         if max(state.mark or state.scheduled_at, state.scheduled_at) >= last:
@@ -312,9 +312,9 @@ class Ledger:
         next_attempt: int | None = None,
         notes: Notes = NOTHING,
     ) -> bool:
-        """End a claim that did not succeed; with `next_attempt` its tick is claimed again.
+        """End a claim that did not succeed. With `next_attempt` its tick is claimed again.
 
-        Others may be here: the run itself, its time-out, and the instances that believe it lost. The first wins.
+        Concurrency: the run itself, its time-out, and the instances that believe it lost. The first wins.
         """
         with self.begin() as connection:
             ended = self._end(connection, claim, state, reason, next_attempt, notes)

@@ -115,10 +115,11 @@ class Locks:
         ]
 
     def prune(self, before: datetime, most: int) -> int:
-        """Delete `most` of the locks that nobody has held since `before`; returns how many there were.
+        """Delete `most` of the locks that no caller has held since `before`. Return how many there were.
 
-        The floor is raised first, so that their names begin above it when they are made anew. Others may be here:
-        whoever acquires one meanwhile moves its `since`, and it stays.
+        The floor is raised first, so that a lock of the same name begins above it.
+
+        Concurrency: a caller that acquires a lock meanwhile moves its `since`, and the lock stays.
         """
         old = and_(locks.c.name != _FLOOR, locks.c.since < before)
         holders = self._all(select(locks.c.instance).distinct().where(old, locks.c.holder.is_not(None)))
@@ -184,9 +185,9 @@ class Locks:
         return not gone
 
     def _make(self, name: str) -> None:
-        """A free row, if there is none yet. Others may be here: one of them makes it.
+        """Make a free row, if there is none yet. Concurrency: one of the callers makes it.
 
-        Its first token is settled when it is taken, by a statement that sees whatever deleted the one before.
+        Its first token is set when it is taken, by a statement that sees the deletion of the row before.
         """
         row = self._insert(locks).values(name=self._prefix + name, token=0, since=now())
         self._run(row.on_conflict_do_nothing())
@@ -194,8 +195,8 @@ class Locks:
     def _take(self, mine: Lock, seen: Row[Any]) -> int | None:
         """Return the new token, or None.
 
-        Concurrency: every caller that saw the lock free, or its holder gone, in the row `seen`, and that holder, which
-        releases it. The row's lock puts them in order: the first raises the token, and the others find it raised. After
+        Concurrency: every caller that saw the lock free, or its holder gone, in the row `seen`. That holder may release
+        it, too. The row's lock puts them in order: the first raises the token, and the others find it raised. After
         lost commits another holder may have the same token, so the holder must be the same, too.
         """
         instance, values = mine._instance, self._mine(mine) | {"seen": seen.token, "seen_by": seen.holder}
@@ -210,7 +211,10 @@ class Locks:
     # -- releasing -----------------------------------------------------------------------------
 
     def _release(self, lock: Lock) -> None:
-        """Others may be here: whoever took it over when our lease was over. Theirs it stays."""
+        """Release the lock.
+
+        Concurrency: when the lease was over, another holder may have taken it. The lock stays with that holder.
+        """
         try:
             self._run(_RELEASED, self._mine(lock))
         except BaseException as error:

@@ -380,8 +380,8 @@ class BackgroundWorkerManager:
     def repair(self) -> tuple[list[str], int]:
         """Resume what the database's clock put off while it was ahead. Call this once the clock is right.
 
-        The fleet does this by itself after a lease, if the history is long enough to prove that no tick runs twice.
-        Returns the workers, and the number of messages.
+        The fleet does this by itself after a lease, if the history can prove that no tick runs twice. Returns the
+        workers, and the number of messages.
         """
         with self._on_its_own("repair"):
             names = [name for name, state in self.ticks.ledger.states().items() if is_ahead(state)]

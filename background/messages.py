@@ -122,9 +122,9 @@ class Messages:
     # -- enqueueing ----------------------------------------------------------------------------
 
     def enqueue(self, session: Session, topic: str, draft: Draft, delay: timedelta | None) -> int | None:
-        """Enqueue on the caller's session, without committing; None where the key was enqueued before.
+        """Enqueue on the caller's session, without committing. None if the key was enqueued before.
 
-        Others may be here: whoever enqueues the same key. Until they have committed or rolled back, this waits.
+        Concurrency: another session may enqueue the same key. Until it has committed or rolled back, this waits.
         """
         pause = delay.total_seconds() if delay else 0.0
         within = self.sessions.within(session)
@@ -182,10 +182,9 @@ class Messages:
     def claim(self, worker: str, topic: str, size: int, instance: tuple[str, str]) -> Batch | None:
         """Claim up to `size` messages that are due, in the order in which they fell due; None where there is none.
 
-        A message that was tried before is claimed alone: it may be the one that kills its process, and its
-        neighbours' attempts are counted with its own.
+        A message that failed before is claimed on its own: if it crashes the process, only its own attempt is counted.
 
-        Others may be here: every consumer of the topic. Each takes messages that no other has locked.
+        Concurrency: every consumer of the topic may do this. Each takes messages that no other has locked.
         """
         if self._on_sqlite and not self._any_due(topic):
             return None  # without having taken the only lock there is
@@ -204,8 +203,8 @@ class Messages:
     def acknowledge(self, batch: Batch, done: Collection[int], ids: Collection[int], session: Executes) -> None:
         """In the session's transaction, mark those of `ids` that are `done` and hold the rest, or raise ClaimLost.
 
-        Others may be here: whoever takes the batch over, as its instance is gone. They wait for this commit, or this
-        finds them first.
+        Concurrency: if this instance is gone, another one may take the batch over. It waits for this commit, or this
+        call finds the batch gone.
         """
         values = {"done": self._packed(done), "these": self._packed(ids), "by": batch.id}
         result = session.execute(self._acknowledge, values)
@@ -245,9 +244,9 @@ class Messages:
             self._ledger.ring()
 
     def fail(self, batch: Batch, ids: Collection[int], error: str, most: int, pause: timedelta) -> list[Freed]:
-        """Write an error of each of `ids` that is left; try it again after `pause`, or bury it at its `most`th attempt.
+        """Write an error of each of `ids` that is left. Try it again after `pause`, or bury it at its `most`th attempt.
 
-        Others may be here: whoever takes them over, as this instance is believed to be gone.
+        Concurrency: an instance that believes this one gone may take the messages over.
         """
         with self._ledger.begin() as connection:
             return self._fail(connection, self._held(batch, ids), error, most, pause)
@@ -285,10 +284,12 @@ class Messages:
         return {row.instance for row in self.read(select(messages.c.instance).where(held).distinct())}
 
     def take_back(self, instance: str, topics: dict[str, int], error: str | None) -> list[Freed]:
-        """Free what a gone instance holds of `topics` (with their `max_attempts`).
+        """Free the messages of `topics` (with their `max_attempts`) that a gone instance holds.
 
-        Without an `error` it signed off: that was no attempt. Others may be here: every instance that finds it gone,
-        and the instance itself, if it only seemed to be; whoever comes second finds nothing.
+        `error=None` means that the instance signed off, which does not count as an attempt.
+
+        Concurrency: any instance that finds it gone may do this, and the instance itself, if it was wrongly believed
+        gone. The second caller changes nothing.
         """
         return self._take_back(messages.c.instance == instance, topics, error)
 
@@ -320,17 +321,19 @@ class Messages:
     # -- what people decide --------------------------------------------------------------------
 
     def retry(self, ids: Collection[int] | None, topic: str | None = None) -> int:
-        """Have dead or discarded ones handled again, or waiting ones at once; their errors stay.
+        """Have dead or discarded messages handled again, or waiting ones at once. Their errors stay.
 
-        Without `ids` all the dead (of `topic`). Return how many. Others may be here: whoever retries, discards, claims
-        or prunes them too; each is changed once. Of `ids` all are changed or, where one is in another state, none.
+        Without `ids`: all the dead ones (of `topic`). Return how many. If one of `ids` is in another state, none is
+        changed.
+
+        Concurrency: other callers may retry, discard, claim or prune them, too. Each message is changed once.
         """
         return self._decide(ids, topic, ("dead", "discarded", "waiting"), attempt=0, due_at=now(), finished_at=None)
 
     def discard(self, ids: Collection[int] | None, topic: str | None = None) -> int:
-        """Have dead or waiting ones never be handled. Without `ids` all the dead (of `topic`). Return how many.
+        """Have dead or waiting ones never be handled. Without `ids`: all the dead ones (of `topic`). Return how many.
 
-        Others may be here: as above, and whoever claims what waits; it is running then, if they came first.
+        Concurrency: as `retry`. A claim may also come first, and then the message is running.
         """
         return self._decide(ids, topic, ("dead", "waiting"), state="discarded", finished_at=now())
 

@@ -1,4 +1,4 @@
-"""Each page, the commands and a probe show a fleet that does not run, and call a fleet that runs fine."""
+"""Condition of the fleet: each page, the commands and a probe show when it does not run."""
 
 import json
 import re

@@ -191,7 +191,7 @@ def injecting(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def adding(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A decorator that gives the method one more argument."""
+    """Decorate the method with one more argument."""
 
     @wraps(function)
     def call(*arguments: object) -> object:

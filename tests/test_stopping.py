@@ -190,7 +190,7 @@ def test_as_many_slow_clients_as_processes_have_runs_handed_back_and_no_attempt_
     for worker in ("listener", "deaf"):
         (first, second) = effects.states(worker)
         assert first == ("handed back", 1), server.output
-        assert second in [("handed back", 1), ("running", 1)], "nobody was there to see it given back"
+        assert second in [("handed back", 1), ("running", 1)], "no instance was there to see it handed back"
 
 
 def test_ctrl_c_in_a_terminal_lets_the_reloaders_child_end_its_run(sqlite_url: str) -> None:

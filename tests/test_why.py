@@ -544,7 +544,7 @@ def test_an_answer_costs_a_constant_number_of_queries_on_an_index(
 
 
 def both_ways(manager: BackgroundWorkerManager) -> Answer:
-    """Return the answer about the latest tick, which is the same for the moment of asking and for the tick itself."""
+    """Return the answer about the latest tick. It is the same for the moment of asking and for the tick itself."""
     now = manager.why("tidy")
     at_the_tick = manager.why("tidy", now.tick)
     assert (now.state, now.sentence) == (at_the_tick.state, at_the_tick.sentence)
