@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check fix browser soak ci
+.PHONY: help setup run test promise check fix browser soak ci
 bin := .venv/bin
 
 help: ## Show this list.
@@ -27,6 +27,9 @@ check: .venv ## Check style, types and prose, within a minute.
 fix: .venv ## Format the code, and mend what ruff can mend.
 	$(bin)/ruff check --fix .
 	$(bin)/ruff format .
+
+promise: .venv ## Run the tests with real fleets under faults, for some minutes.
+	$(bin)/pytest -m promise
 
 browser: .venv ## Run the tests in a Chromium.
 	$(bin)/pytest -m browser --dist loadfile

@@ -51,7 +51,14 @@ on_sqlite = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 on_postgresql = pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 
 # The fixtures, parameters and markers of tests that take long.
-NOT_QUICK = {"postgresql", "postgresql_server", "server", "nursery", "browser", "fuzz"}
+NOT_QUICK = {"postgresql", "postgresql_server", "server", "nursery", "browser", "fuzz", "promise"}
+
+# Real fleets under faults: minutes of waiting for leases, heartbeats and processes.
+PROMISE = {
+    *("test_clocks", "test_database_trouble", "test_deploys", "test_faults", "test_fleet", "test_forks"),
+    *("test_hand_over", "test_healing", "test_hearing", "test_message_faults", "test_outages", "test_pooler"),
+    *("test_starting", "test_stopping"),
+}
 
 # Compiled once, whatever the environment says: hundreds of interpreters are started from the same files.
 sys.dont_write_bytecode = False
@@ -65,11 +72,14 @@ for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "quick: given by conftest.py; needs only SQLite and this process")
+    config.addinivalue_line("markers", "promise: given by conftest.py; real fleets, run by -m promise or by their path")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as quick the tests that need no PostgreSQL, no nursery of processes, no browser and no nonsense."""
+    """Mark the tests of the promise; and as quick those without PostgreSQL, a nursery, a browser and bad input."""
     for item in items:
+        if item.path.stem in PROMISE:
+            item.add_marker("promise")
         parameters = getattr(getattr(item, "callspec", None), "params", {}).values()
         needs = {each for each in parameters if isinstance(each, str)} | {each.name for each in item.iter_markers()}
         if not NOT_QUICK & needs.union(getattr(item, "fixturenames", ())):
@@ -78,11 +88,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """Run the whole suite in several processes, if pytest-xdist is there. Tests named by path run in this process."""
-    is_whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
-    is_worker = hasattr(config, "workerinput")
-    is_undecided = getattr(config.option, "numprocesses", 0) is None
-    if is_whole and is_undecided and not is_worker and not config.option.usepdb:
+    """Run the whole suite without the promise, in several processes if pytest-xdist is there.
+
+    Tests that are named by their path run as they are, in this process.
+    """
+    if config.args_source is not pytest.Config.ArgsSource.TESTPATHS or hasattr(config, "workerinput"):
+        return
+    if "promise" not in config.option.markexpr:
+        chosen = config.option.markexpr
+        config.option.markexpr = f"({chosen}) and not promise" if chosen else "not promise"
+    if getattr(config.option, "numprocesses", 0) is None and not config.option.usepdb:
         config.option.numprocesses = PROCESSES
 
 
