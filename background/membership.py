@@ -257,17 +257,18 @@ class Membership:
 
     def _declare_again(self, names: list[str]) -> None:
         try:
-            self._declare(names)
+            self._declare(names, again=True)
         except SQLAlchemyError as error:  # the next heartbeat has it tried again
             log.warning("Cannot declare the schedules of %d workers yet: %s", len(names), first_line(error))
         finally:
             self._is_declaring = False
 
-    def _declare(self, names: list[str]) -> None:
+    def _declare(self, names: list[str], again: bool = False) -> None:
         ours = {name: self._workers[name] for name in names if name in self._workers}
         schedules = {name: declared_schedule(worker) for name, worker in ours.items()}
         instance = self._ticks.instance
-        self._ticks.steering.register(schedules, instance.id if instance else None, begins(ours.values()))
+        by, known = instance.id if instance else None, schedules.keys() if again else ()
+        self._ticks.steering.register(schedules, by, begins(ours.values()), known)
         # Afterwards: to a heartbeat, a declared worker without a row is one whose row was deleted.
         self._declared |= {name: str(schedule) for name, schedule in schedules.items()}
 

@@ -84,16 +84,22 @@ class Mending:
         return True, again
 
 
-def adopt(connection: Connection, worker: str, latest: datetime) -> None:
+def adopt(connection: Connection, worker: str, latest: datetime, is_known: bool) -> None:
     """Give the new row of `worker` the claim that its predecessor had, by the newest execution.
 
     A worker with a history is not new. If the history decides nothing, its ticks up to `latest` count as decided.
+    `is_known` says that this instance knew the row of a worker that has no history now.
 
     Concurrency: this is the transaction that makes the row. No instance can claim before it commits.
     """
     claims = select(executions).where(executions.c.worker == worker, executions.c.token.is_not(None))
     newest = connection.execute(claims.order_by(executions.c.token.desc()).limit(1)).one_or_none()
     if newest is None:
+        if is_known:
+            log.warning(
+                "%s: the worker's row was deleted by hand, and no history of it is left. It begins with its next tick",
+                worker,
+            )
         return
     if newest.state == "running":
         again: dict[str, Any] = {

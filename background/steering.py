@@ -1,6 +1,6 @@
 """What releases and people decide for the whole fleet, schedules and pauses; the workers' rows tell everybody."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from datetime import datetime
 from typing import Any
@@ -26,20 +26,23 @@ class Steering:
         schedules: dict[str, Schedule],
         instance: str | None = None,
         first: Mapping[str, datetime | None] | None = None,
+        known: Collection[str] = (),
     ) -> None:
         """Make the rows of this release's workers. A changed declaration replaces the one in force.
 
         The schedule that `reschedule` set stays in force, across deploys too. A new worker begins with its next tick.
         If it is in `first`, it begins with the tick after that moment, or, for None, with any past tick. Without
-        `first`, every new worker may begin with a past tick.
+        `first`, every new worker may begin with a past tick. A row of a worker in `known` was there before: a hand
+        deleted it.
         """
         with self._ledger.begin() as connection:
-            known = {row.name: row for row in connection.execute(select(workers, now().label("clock")))}
+            there = {row.name: row for row in connection.execute(select(workers, now().label("clock")))}
             clock = connection.execute(select(now())).scalar_one()
             for name, schedule in sorted(schedules.items()):  # so that two of them wait for each other in one order
                 declared = {"declared": str(schedule), "declared_by": instance}
-                if (row := known.get(name)) is None:
-                    begin = first.get(name, clock) if first is not None else None
+                if (row := there.get(name)) is None:
+                    asked = first.get(name, clock) if first is not None else None
+                    begin = clock if name in known else asked
                     new = self._ledger.insert(workers).values(
                         name=name,
                         schedule=str(schedule),
@@ -49,7 +52,7 @@ class Steering:
                     )
                     made = new.on_conflict_do_nothing().returning(workers.c.name)  # psycopg counts no INSERT's rows
                     if connection.execute(made).first() is not None:
-                        adopt(connection, name, schedule.previous(clock))
+                        adopt(connection, name, schedule.previous(clock), name in known)
                 elif row.declared != str(schedule):
                     if row.schedule == row.declared:
                         declared |= _in_force(schedule, row.schedule, row.clock)

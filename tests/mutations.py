@@ -119,8 +119,13 @@ MUTATIONS = (
     ),
     Mutation(
         "a worker's row that is made anew takes the claim up",
-        [Edit("background/steering.py", "adopt(connection, name, schedule.previous(clock))", "pass")],
+        [Edit("background/steering.py", "adopt(connection, name, schedule.previous(clock), name in known)", "pass")],
         ["tests/test_mending.py", "-k", "row_is_deleted"],
+    ),
+    Mutation(
+        "a worker whose rows are all deleted begins with its next tick",
+        [Edit("background/steering.py", "begin = clock if name in known else asked", "begin = asked")],
+        ["tests/test_mending.py", "-k", "all_of_whose_rows"],
     ),
     Mutation(
         "what is run again by hand's fault ran nowhere since",

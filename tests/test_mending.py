@@ -375,6 +375,21 @@ def test_a_run_all_of_whose_rows_are_deleted_is_refused_and_run_again(
     assert fleet.effects() == [""]
 
 
+def test_a_worker_all_of_whose_rows_are_deleted_begins_with_its_next_tick_and_a_line_in_the_log(
+    fleet: Fleet, caplog: pytest.LogCaptureFixture
+) -> None:
+    manager = fleet.manager(Hourly)
+    assert Hourly.run_on_first_start
+    manager.start()
+    wait_until(lambda: fleet.states() == ["succeeded"], "the first tick")
+    wait_until(lambda: fleet.row("hourly").running is None, "its end")
+    execute(fleet, delete(tables.workers), delete(tables.executions))
+    wait_until(lambda: "no history of it is left" in caplog.text, "the healing")
+    assert fleet.row("hourly").mark == last_hour()
+    assert "overdue" not in manager.why("hourly").sentence
+    assert fleet.effects() == [""]
+
+
 def is_there(fleet: Fleet) -> bool:
     with fleet.engine.connect() as connection:
         return connection.execute(select(tables.workers)).first() is not None
