@@ -223,7 +223,7 @@ class StrictJSON(DefaultJSONProvider):
 
 
 def hide_password_links(record: logging.LogRecord) -> bool:
-    """Whoever reads the log may not choose the passwords of others; links are sought percent-encoded, too."""
+    """Mask password-reset tokens in log lines, percent-encoded ones too."""
     message = unquote(_message(record))
     if _SIGNED.search(message):
         record.msg, record.args = _SIGNED.sub("...", spelled_out(message)), ()

@@ -170,13 +170,13 @@ START = _start(
 )
 
 
-# Whoever woke up a little early, by a wrong idea of the database's clock, waits there: asking again would cost more.
+# If this process woke up to 100 ms early, it sleeps inside the database: cheaper than a second round trip.
 _left = elapsed(now(), _tick)
 WAIT = func.pg_sleep(case((_left.between(0.0, _MOST_EARLY_SECONDS), _left), else_=0.0))
 
 
 class NotClaimed(Enum):
-    """What a claim of a tick is answered where there is none; it counts as false."""
+    """Why a claim was refused. Falsy, so `if claim:` works."""
 
     DECIDED = "somebody was here before"
     HINDERED = "something is in the way"
@@ -205,11 +205,11 @@ def start(connection: Connection, values: Values, token: int, attempt: int, trig
 
 
 def _why_not(seen: Sequence[Any] | None) -> NotClaimed:
-    return HINDERED if seen is None or seen[0] else DECIDED  # None: nobody registered the worker yet
+    return HINDERED if seen is None or seen[0] else DECIDED  # None: no instance has registered the worker yet
 
 
 class ClaimsOnSQLite:
-    """The only write lock there is comes first: whoever waited for it sees by one look what became of the tick."""
+    """Takes SQLite's single write lock first. After the wait, one read shows whether the tick is still open."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -222,11 +222,11 @@ class ClaimsOnSQLite:
             if seen is None or not seen.is_claimable:
                 return _why_not(seen)
             token = connection.execute(CLAIM, values).scalar_one_or_none()
-            # None: somebody was here while this waited for the lock for longer.
+            # None: another instance claimed while this call waited longer for the lock.
             return HINDERED if token is None else start(connection, values, token, 1, "schedule")
 
     def pending(self, values: Values) -> Started | None:
-        """Claim a tick that is to be run again."""
+        """Claim a tick that must run again."""
         with self._engine.begin() as connection:
             row = connection.execute(CLAIM_PENDING, values).one_or_none()
             return start(connection, values, *row) if row else None
@@ -283,7 +283,7 @@ class ClaimsOnPostgreSQL:
         return _why_not(row) if row is None or row[-1] is None else Started(*row[1:])
 
     def pending(self, values: Values) -> Started | None:
-        """Claim a tick that is to be run again."""
+        """Claim a tick that must run again."""
         row = self._sent(self._pending, values)
         return Started(*row) if row else None
 

@@ -26,7 +26,7 @@ Made = TypeVar("Made")
 
 
 class made_once(cached_property[Made]):
-    """A `cached_property` of which threads that come at once get the same: the standard one's lock went in 3.12."""
+    """A thread-safe `cached_property` (Python 3.12 removed the lock of `functools.cached_property`)."""
 
     _making = threading.RLock()
 

@@ -1,4 +1,4 @@
-"""Who is woken for which messages: an enqueue, a pause that is over, or a heartbeat that finds some due."""
+"""Wakes the consumers of a topic: after an enqueue, when a retry delay ends, or when a heartbeat finds messages due."""
 
 import logging
 import math
@@ -103,7 +103,7 @@ class Consumers:
     # -- handling ------------------------------------------------------------------------------
 
     def _consume(self, worker: type[MessageWorker]) -> None:
-        """Handle batch after batch, until none is due; whoever waits for a thread is let in between two."""
+        """Handle batch after batch, until none is due. Between two batches, let others that wait for a thread in."""
         is_over = False
         self._yielding.add(worker.topic)  # until it finds one
         try:
@@ -120,7 +120,7 @@ class Consumers:
                     self._active[worker.topic] -= 1
 
     def _ends(self, topic: str) -> bool:
-        """Whether this consumer is one less now; not if somebody woke it up while it was looking."""
+        """Return whether this consumer ends now. It goes on if it was woken while it looked."""
         with self._changed:
             if topic in self._again:
                 self._again.discard(topic)

@@ -40,7 +40,7 @@ class Check:
     figures: dict[str, Any]
     reason: str | None = None
     at: float | None = None
-    """Of which moment it tells, for the answer: its age; None where it tells of none."""
+    """The moment of the finding, whose age is in the answer. None if it has none."""
 
     def as_dict(self) -> dict[str, Any]:
         age = {} if self.at is None else {"age_seconds": round(steady() - self.at, 3)}
@@ -217,7 +217,7 @@ def _workers(manager: BackgroundWorkerManager) -> Check:
 
 
 def _heartbeat(manager: BackgroundWorkerManager) -> Check:
-    """That of this instance. Where none is to be here, there is nothing to wait for."""
+    """Check the heartbeat of this instance. If the process should have none, there is nothing to wait for."""
     if not manager.is_to_run:
         return Check(True, {"here": False})
     instance = manager.ticks.instance

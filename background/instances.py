@@ -83,7 +83,7 @@ class Pulse:
     schedules: str | None
     """Changes with the schedule of any worker."""
     is_busy: bool
-    """Whether any worker runs or is to be run again, or any message is being handled."""
+    """True if any worker runs or must run again, or any message is being handled."""
     is_ahead: bool
     """True if a moment of a worker or of a waiting message lies in the future of the clock, which was ahead then."""
     was_set: bool
@@ -91,7 +91,7 @@ class Pulse:
     clock: datetime = field(compare=False)
     """The database's, when it was read."""
     due: Mapping[str, datetime] = field(compare=False)
-    """When the first waiting message of each topic is due; without the topics of which none is waiting."""
+    """The moment when the first waiting message of each topic is due. Topics without one are left out."""
     is_blind: bool = False
     """True if it says nothing of the fleet: another client kept a table locked, so only the lease was renewed."""
 
@@ -175,7 +175,7 @@ class Instances:
             connection.execute(update(instances).where(false()).values(pid=instances.c.pid))
 
     def sign_off(self, instance: Instance) -> None:
-        """End this life; whatever it still holds counts as handed back, and it believes in none of it any more."""
+        """Sign off. Everything still held counts as handed back, and later commits are refused."""
         instance.deadline = 0.0
         with self._single.begin() as connection:
             connection.execute(
@@ -184,7 +184,7 @@ class Instances:
             connection.execute(delete(instances).where(instances.c.expires_at < now(-_FORGOTTEN_AFTER)))
 
     def forget(self, instance: Instance) -> None:
-        """End a life that no execution tells of: without a trace, as there may be one for each lock."""
+        """Delete the row of an instance that ran nothing (one may exist per lock taken outside a worker)."""
         instance.deadline = 0.0
         with self._single.begin() as connection:
             connection.execute(delete(instances).where(instances.c.id == instance.id))

@@ -55,7 +55,7 @@ Values = Mapping[str, Any]
 Notes = Mapping[str, Any]
 NOTHING: Notes = MappingProxyType({})
 
-_LOCK_SECONDS = 1.0  # whoever waits longer for a worker's row gives its thread to another worker, and tries again
+_LOCK_SECONDS = 1.0  # after waiting this long for a row lock, free the thread and try again later
 
 
 @dataclass(frozen=True)
@@ -124,9 +124,9 @@ class WorkerState:
 
     @property
     def owed(self) -> datetime | None:
-        """The tick that is to be run before any other.
+        """The tick that must run before any other.
 
-        Unless somebody asked for it by hand, a pause holds it up, and a clock that was set back: until it is due again.
+        A pause delays it, unless a user asked for it. So does a clock that was set back, until the tick is due again.
         """
         tick = self.pending_tick
         is_held_up = self.paused_at or (tick and tick > self.clock)
@@ -141,7 +141,7 @@ class WorkerState:
 class Ledger:
     """The worker and execution rows of one database, written on the engine's own connections.
 
-    `ring` is called once there is something in them for whoever comes first.
+    `ring` is called when a row becomes available to any instance.
     """
 
     def __init__(self, engine: Engine, lease: float, ring: Callable[[], None], sessions: Sessions) -> None:
@@ -172,7 +172,7 @@ class Ledger:
     # -- what is known -------------------------------------------------------------------------
 
     def look(self, name: str) -> WorkerState | None:
-        """One read that takes no lock; None where nobody registered the worker yet."""
+        """Read the worker's state without a lock. None if no instance has registered the worker yet."""
         with self._single.connect() as connection:
             row = connection.execute(_one_state, {"name": name}).one_or_none()
         return _state(row) if row else None

@@ -1,4 +1,4 @@
-"""Tells every process at once that there is something for whoever comes first, so that nobody has to ask for it."""
+"""Notifies all processes of new work, so that none has to poll."""
 
 import os
 import socket

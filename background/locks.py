@@ -58,9 +58,9 @@ class Lock:
     _locks: "Locks" = field(repr=False)
 
     def still_held(self) -> bool:
-        """Whether nobody else can have it yet: asks the database, unless the lease is known to be over.
+        """Ask the database whether no other caller can have the lock yet. False once the lease is known to be over.
 
-        Raises LockNotAcquired where the database does not answer.
+        Raises LockNotAcquired if the database does not answer.
         """
         if self._instance.pid != os.getpid():  # a fork: it is its parent's
             return False
@@ -101,14 +101,14 @@ class Locks:
             yield lock
 
     def has(self, lock: Lock) -> bool:
-        """Whether it is nobody else's by now."""
+        """Return whether the lock is still this holder's."""
         try:
             return bool(self._all(_HELD, self._mine(lock)))
         except SQLAlchemyError as error:
             raise _unknown(lock.name, error) from error
 
     def held(self) -> list[Holding]:
-        """Those that are held, also by an instance that is gone: whoever wants such a one takes it."""
+        """Return all held locks, including those of dead instances, which the next caller may take over."""
         return [
             Holding(row.name.removeprefix(self._prefix), row.instance, row.instance_name, row.since)
             for row in self._all(_ALL_HELD)
@@ -161,7 +161,7 @@ class Locks:
         return lock
 
     def _try(self, mine: Lock) -> Lock | None:
-        """None only if an instance that is alive was seen to hold it; whoever was just too late looks again."""
+        """Return None only if a live instance holds the lock. After losing a race, look again."""
         while True:
             seen = self._look(mine.name)
             if seen is None:

@@ -1,4 +1,4 @@
-"""What is logged while a run is on, whoever logs it: kept with the execution, for people to read."""
+"""Keeps the log lines of a run, from any logger, with its execution, for people to read."""
 
 import logging
 import time

@@ -55,7 +55,7 @@ class Letter:
     finished_at: datetime | None
     instance: str | None
     instance_name: str | None
-    """Of whoever claimed it last."""
+    """Of the instance that claimed it last."""
     error: str | None
     """What its last failure was, with the traceback."""
     clock: datetime

@@ -332,10 +332,10 @@ class BackgroundWorkerManager:
             return self.ticks.run_now(worker)
 
     def request(self, name: str) -> bool:
-        """Have worker `name` run now, by whichever instance comes first, at once or with its next heartbeat.
+        """Have any instance run worker `name` now, at once or with its next heartbeat.
 
-        As with `trigger`, a pause does not hold it up. False where it runs, or is to be run, already. Raises
-        UnknownWorker.
+        As with `trigger`, a pause does not delay it. False if it runs, or will run next, already. Raises UnknownWorker
+        and CommitFirst.
         """
         worker = self._known(name)
         with self._on_its_own(f"request({name!r})"):
@@ -474,7 +474,7 @@ class BackgroundWorkerManager:
         return Mailbox(self.ticks.messages, self.roster, self._topics, self._on_its_own)
 
     def why(self, name: str, at: datetime | None = None) -> Answer:
-        """What became of the tick that `at` (aware; now, if not given) belongs to, and why: one sentence.
+        """Say in one sentence how the tick that `at` (aware; now, if not given) belongs to went, and why.
 
         Answers for a worker that only the database knows, too. Raises UnknownWorker.
         """
@@ -484,7 +484,7 @@ class BackgroundWorkerManager:
         return why(around, worker, self.app.config["WORKERS_HISTORY_DAYS"])
 
     def _reopen(self) -> None:
-        """After a stop, whoever calls `tick` or `trigger` means it."""
+        """Open the runs again: a call of `tick` or `trigger` after a stop is meant."""
         if not self.is_started:
             self.ticks.runs.open()
 

@@ -115,7 +115,7 @@ class Membership:
             if self._heartbeat is None and not self._enter():
                 return
             self._admit(list(self._workers))
-        except Exception as error:  # nobody else would try again
+        except Exception as error:  # no other thread would try again
             level = logging.ERROR if first_line(error) != self._said else logging.DEBUG
             log.log(level, "The workers cannot start yet: %s", first_line(error), exc_info=unless_expected(error))
             self._said = first_line(error)
@@ -303,7 +303,7 @@ class Membership:
             self._scheduler.soon(self._settle, name)
 
     def _settle(self, name: str, failures: int = 0) -> None:
-        """Take the claim of a gone instance back, and run the tick that is to be run again."""
+        """Take the claim of a gone instance back, and run the tick that must run again."""
         worker = self._workers.get(name)
         if worker is None or self._ticks.runs.stopping.is_set():
             self._settling.discard(name)
@@ -317,7 +317,7 @@ class Membership:
             self._wake_ups.later(f"settle:{name}", failures, self._settle, name)
 
     def _freed(self, worker: type[PeriodicWorker]) -> datetime | None:
-        """The tick of the worker that is to be run again, once nobody who is gone holds it any more."""
+        """Return the tick of the worker that must run again, once no gone instance holds it."""
         try:
             state = self._ticks.freed(worker, self._ticks.look(worker))
             return self._owed(state)

@@ -102,7 +102,7 @@ class Batch:
 
 
 class Freed(NamedTuple):
-    """A message that nobody holds any more: "waiting" for another attempt, or "dead"."""
+    """A message that no instance holds: "waiting" for another attempt, or "dead"."""
 
     id: int
     topic: str
@@ -231,7 +231,7 @@ class Messages:
         return select(func.count(rows.c.id), *self._ledger.idle)
 
     def left(self, batch: Batch) -> list[Message]:
-        """Those of the batch that are neither acknowledged nor taken over by anybody."""
+        """Return those of the batch that are neither acknowledged nor taken over by another instance."""
         ids = {row.id for row in self.read(select(messages.c.id).where(self._held(batch, batch.ids)))}
         return [message for message in batch.messages if message.id in ids]
 

@@ -63,7 +63,7 @@ workers = Table(
     Column("claim_instance", String(32)),
     Column("claim_instance_name", String(255)),
     Column("claim_at", UtcDateTime),
-    # A tick that was lost or handed back and is to be claimed again, before any newer one; or a run that was requested.
+    # A tick that was lost or handed back and must be claimed again before any newer one. Or a run that was requested.
     Column("pending_tick", UtcDateTime),
     Column("pending_attempt", Integer),
     Column("pending_trigger", String(10)),
@@ -197,7 +197,7 @@ locks = Table(
     # Grows each time anybody acquires the lock, also if its row was pruned meanwhile: the row with the empty name keeps
     # the greatest token of those that were pruned.
     Column("token", BigInteger, nullable=False),
-    # One acquisition's own id, or NULL where nobody holds it; and the instance whose lease it lives by.
+    # One acquisition's own id, or NULL if the lock is free. And the instance whose lease it lives by.
     Column("holder", String(32)),
     Column("instance", String(32)),
     Column("instance_name", String(255)),

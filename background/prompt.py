@@ -14,7 +14,7 @@ _GIVEN_UP_SECONDS = 30.0
 
 
 class Prompt(Generic[Whom, Answer]):
-    """Asks on a thread of its own, one question at a time; whoever comes meanwhile is given the same answer."""
+    """Asks on a thread of its own, one question at a time. A caller that comes meanwhile gets the same answer."""
 
     def __init__(self, ask: Callable[[Whom], Answer], seconds: float) -> None:
         self._ask, self._seconds = ask, seconds

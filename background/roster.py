@@ -97,7 +97,7 @@ class Roster:
             return tuple(Seen(*row) for row in connection.execute(query.limit(_MOST_LIVED)).all())
 
     def alive_and_last(self) -> tuple[tuple[Seen, ...], Seen | None]:
-        """Who is alive, oldest first, and whoever was seen last."""
+        """Return the living instances, oldest first, and the one that was seen last."""
         newest = instances.c.heartbeat_at.desc()
         with self._reading.connect() as connection:
             living = connection.execute(_seen.where(is_alive).order_by(instances.c.started_at)).all()

@@ -90,7 +90,7 @@ class Runs:
             return any(context.claim.id == claim.id for context in self._contexts)
 
     def wait(self, seconds: float) -> bool:
-        """Wait until nothing runs; False when `seconds` went by since `tell`, or somebody is in a hurry."""
+        """Wait until nothing runs. False when `seconds` went by since `tell`, or a second signal hurries."""
         with self._changed:
             left = self._told_at + seconds - time.monotonic()
             self._changed.wait_for(lambda: not self._contexts or self._hurried, max(left, 0.0))
@@ -108,13 +108,13 @@ class Runs:
                 context.log_lines.attached(),
                 _timed_out_after(worker.timeout, context, ending, hung),
             ):
-                # Not before: a run that nobody knows of counts as stranded, and is given to others.
+                # Afterwards: a run that is not registered counts as stranded, and another instance takes it.
                 send(self._app, execution_started, claim=claim)
                 return Execution(claim, self._outcome(worker, context, ending))
 
     @contextmanager
     def entered(self, context: WorkerContext) -> Iterator[None]:
-        """In this block `context` is told to stop when the others are, is waited for, and its commits are fenced."""
+        """Register `context` as running: it receives stop requests, `wait` waits for it, and its commits are fenced."""
         with self._changed:
             self._contexts.add(context)
             if self.stopping.is_set():
@@ -220,7 +220,7 @@ async def _awaited(result: Awaitable[None]) -> None:
 
 
 class Ending:
-    """How one run ends: written once, and signalled to the application by whoever wrote it."""
+    """Writes once how a run ends. The writer signals it to the application."""
 
     def __init__(self, app: Flask, context: TickContext, ledger: Ledger) -> None:
         self._app, self._context, self._ledger = app, context, ledger

@@ -180,7 +180,7 @@ def refuse_read_only(engine: Engine) -> None:
 
 
 def lock_soon(connection: Connection) -> None:
-    """Take the write lock now, unless somebody keeps it for longer than a moment: then the first write waits for it."""
+    """Take the write lock now, unless another connection keeps it for long: then the first write waits for it."""
     driver: Any = connection.connection.driver_connection
     driver.execute(f"PRAGMA busy_timeout = {_MOMENT_SECONDS * 1000:.0f}")
     with suppress(sqlite3.Error):  # whatever it is, the next statement meets it, and SQLAlchemy tells of it

@@ -58,10 +58,10 @@ class Ticks:
     def run(
         self, worker: type[PeriodicWorker], tick: datetime, schedule: str, state: WorkerState | None = None
     ) -> Execution | None:
-        """Run `tick` of `schedule`, if nobody has or does; None where it is not ours to run.
+        """Run `tick` of `schedule`, unless an instance has or does. None if it is not this instance's to run.
 
-        A loser learns that by one statement. `state`, if given, was read lately, and is looked at first: so that a tick
-        that was lost or handed back, whose mark is up already, is run again, and not taken for decided.
+        Losing costs one statement. Pass `state` to have pending work checked first: a tick that was lost or handed back
+        is not above the mark, and must not be mistaken for decided.
         """
         name, why = worker.name, "stopping"
         while not self.runs.stopping.is_set():
@@ -114,7 +114,7 @@ class Ticks:
         return self._claim_and_run(worker, partial(self.ledger.claim_manual, worker.name, state.clock)) or None
 
     def run_pending(self, worker: type[PeriodicWorker], tick: datetime) -> Execution | None:
-        """A tick that was lost or handed back, if nobody else has taken it meanwhile."""
+        """Run a tick that was lost or handed back, unless another instance has taken it meanwhile."""
         return self._claim_and_run(worker, partial(self.ledger.claim_pending, worker.name, tick)) or None
 
     def look(self, worker: type[PeriodicWorker], asked: datetime | None = None) -> WorkerState:
@@ -140,7 +140,7 @@ class Ticks:
         return state
 
     def _cleared(self, worker: type[PeriodicWorker], state: WorkerState) -> tuple[WorkerState, Execution | None]:
-        """Out of the way of a new tick: a claim whose instance is gone, and a tick that is to be run again."""
+        """Clear the way of a new tick: a claim whose instance is gone, and a tick that must run again."""
         state, again = self.freed(worker, state), None
         if state.owed:
             again = self.run_pending(worker, state.owed)
@@ -232,7 +232,7 @@ class Ticks:
         send(self._app, execution_lost, claim=claim, reason=reason)
 
     def recover(self, states: Collection[WorkerState]) -> bool:
-        """End the claims that nobody runs any more; True if there were any."""
+        """End the claims that no instance runs. True if there were any."""
         gone = self.gone(states)
         for state in states:
             if state.name in gone and state.running:
@@ -240,9 +240,9 @@ class Ticks:
         return bool(gone)
 
     def gone(self, states: Collection[WorkerState]) -> dict[str, bool]:
-        """The workers with a claim that nobody runs: True where it was handed back, False where it was lost.
+        """Return the workers with a claim that no instance runs: True if it was handed back, False if it was lost.
 
-        It only reads. A worker unknown to this release is left alone.
+        Only reads. A worker unknown to this release is left alone.
         """
         held = [state for state in states if state.running and state.name in self._workers]
         # After its lease is over, this instance is judged as any other: a heartbeat of its next life may come later.
@@ -339,7 +339,7 @@ class Outage:
 
 
 def _why_not(tick: datetime, state: WorkerState) -> str | None:
-    """Why `tick` is not to be claimed by anybody (any more), or None."""
+    """Return why no instance may claim `tick`, or None."""
     if state.clock < tick:
         return "it is not due yet"
     if state.mark is not None and state.mark >= tick:

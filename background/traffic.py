@@ -1,4 +1,4 @@
-"""What this process was asked for and how long that took: counted in its memory, for the next scrape of it."""
+"""Counts and times the requests of this process, in memory, for Prometheus."""
 
 import os
 import socket

@@ -273,7 +273,7 @@ def _alive(around: Surroundings) -> str:
 
 
 def _nobody(around: Surroundings) -> str:
-    """That nobody is there, since when, and how to change that."""
+    """Say that no instance is alive, since when, and how to change that."""
     seen = around.last_seen
     since = ""
     if seen:
