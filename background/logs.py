@@ -14,6 +14,13 @@ def logger_of(name: str) -> logging.Logger:
     return logger
 
 
+def quieten(library: str) -> None:
+    """Have a library log warnings only, unless the application gave its logger a level."""
+    logger = logging.getLogger(library)
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.WARNING)
+
+
 class _Enabled:
     @property
     def disabled(self) -> bool:

@@ -14,6 +14,8 @@ from apscheduler.jobstores.base import JobLookupError
 from apscheduler.schedulers.background import BackgroundScheduler
 from apscheduler.schedulers.base import STATE_STOPPED
 
+from .logs import quieten
+
 
 class Scheduler:
     """Calls functions at given times, each on one of `threads` daemon threads; late rather than never."""
@@ -29,6 +31,7 @@ class Scheduler:
         )
 
     def start(self) -> None:
+        quieten("apscheduler")  # it says several lines for each tick
         self._scheduler.start()
 
     @property

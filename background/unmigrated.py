@@ -9,6 +9,8 @@ from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy import Connection, Engine, MetaData, inspect
 
+from .logs import quieten
+
 _MOST = 10
 
 
@@ -36,6 +38,7 @@ def unmigrated(app: Flask, db: SQLAlchemy) -> list[str] | None:
 
 
 def _lacking(engine: Engine, models: MetaData | None) -> Iterator[str]:
+    quieten("alembic")
     from alembic.autogenerate import compare_metadata  # late: only this command needs it
     from alembic.migration import MigrationContext
 

@@ -22,7 +22,7 @@ from sqlalchemy.exc import DBAPIError
 import background
 from app import create_app
 from background import MessageWorker, WorkerContext, models
-from background.logs import logger_of
+from background.logs import logger_of, quieten
 from config import hide_password_links, json_formatter, spell_failed_path_out
 from models import db
 
@@ -125,6 +125,55 @@ def test_a_level_silences_a_logger_of_the_engine(caplog: pytest.LogCaptureFixtur
     logger.warning("unheard")
     logger.error("heard")
     assert [each.message for each in caplog.records] == ["heard"]
+
+
+HOST = """
+import logging
+from datetime import timedelta
+from flask import Flask
+from flask_sqlalchemy import SQLAlchemy
+from background import BackgroundWorkerManager, PeriodicWorker
+
+class HelloWorker(PeriodicWorker):
+    period = timedelta(hours=1)
+
+    def do_work(self, context):
+        pass
+
+logging.basicConfig(level=logging.INFO)
+app, db = Flask("host"), SQLAlchemy()
+app.config["SQLALCHEMY_DATABASE_URI"] = "sqlite:///{path}"
+db.init_app(app)
+manager = BackgroundWorkerManager(app, db)
+manager.add(HelloWorker)
+with app.app_context():
+    db.create_all()
+manager.start()
+checked = app.test_cli_runner().invoke(args=["workers", "check"])
+assert checked.exit_code == 0, checked.output
+manager.stop()
+"""
+
+
+def test_the_libraries_below_the_engine_are_quiet_in_a_host_that_logs_at_info(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", HOST.replace("{path}", str(tmp_path / "host.sqlite"))],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        check=True,
+        timeout=60,
+    )
+    loggers = {line.split(":")[1] for line in done.stderr.splitlines()}
+    assert "background.membership" in loggers
+    assert all(name.startswith("background.") for name in loggers), done.stderr
+
+
+def test_a_level_that_the_application_gave_to_a_library_stays() -> None:
+    logger = logging.getLogger("a_library")
+    logger.setLevel(logging.DEBUG)
+    quieten("a_library")
+    assert logger.level == logging.DEBUG
 
 
 # -- a terminal of another encoding -----------------------------------------------------------------
