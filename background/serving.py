@@ -63,11 +63,13 @@ def start_under_flask_run(manager: "BackgroundWorkerManager") -> None:
 def _is_test_client() -> bool:
     """Look for a test client among the callers: a test must not start the workers without an explicit call."""
     frame: FrameType | None = sys._getframe()
+    is_served = False
     while frame is not None:
         if frame.f_globals.get("__name__") in _TEST_CLIENTS:
             return True
+        is_served = is_served or frame.f_code.co_name == "wsgi_app"
         frame = frame.f_back
-    return False
+    return not is_served  # a test may call `preprocess_request` in a test request's context
 
 
 def _let_the_child_end() -> None:

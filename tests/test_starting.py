@@ -366,6 +366,10 @@ def test_a_test_client_never_starts_the_workers_whatever_it_says_and_whatever_te
         assert client.get("/", headers=headers).status_code == 200
     app.wsgi_app = ProxyFix(app.wsgi_app)  # type: ignore[method-assign]
     assert app.test_client().get("/", headers=headers).status_code == 200
+    with app.test_request_context("/", headers=headers):
+        app.preprocess_request()
+    with app.test_request_context("/", headers=headers):
+        assert app.full_dispatch_request().status_code == 200
     assert not workers.has_served
     workers.serve()
     assert workers.is_started
