@@ -14,6 +14,7 @@ from .outages import place
 
 log = logger_of(__name__)
 
+_READ_COMMITTED = 2  # of psycopg's IsolationLevel
 _BEFORE = re.compile(r"(?:[\s(]|--[^\n]*\n|/\*.*?\*/)*", re.DOTALL)  # what may stand before a statement: comments
 _READS = re.compile(r"(select|show|explain|values|table|pragma|savepoint|release|rollback|set)\b", re.IGNORECASE)
 _WRITES = re.compile(r"\b(insert|update|delete|merge)\b", re.IGNORECASE)
@@ -69,6 +70,7 @@ class Sessions:
         self.is_strict = False
         """True if the server isolates more strictly than READ COMMITTED by default."""
         self._warned: set[tuple[str, str]] = set()
+        self._is_strictness_known = False
 
     def within(self, session: Session, engine: Engine | None = None) -> Within:
         """Return the engine's statements in `session`. Raises InvalidConfig if each would commit on its own.
@@ -80,12 +82,22 @@ class Sessions:
     def begin(self, connection: Connection) -> None:
         """Begin a run's transaction: refuse AUTOCOMMIT, and replace a stricter default of the server.
 
-        An isolation level that the application chose itself stays.
+        An isolation level that the application chose itself stays. A stricter one is warned about once.
         """
         refuse_autocommit(connection)
+        if connection.dialect.name == "sqlite":
+            return
         driver: Any = connection.connection.driver_connection
-        if self.is_strict and connection.dialect.name != "sqlite" and driver.isolation_level is None:
+        chosen = driver.isolation_level
+        if chosen is None and self.is_strict:
             connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL READ COMMITTED")
+        if chosen is not None and chosen > _READ_COMMITTED and not self._is_strictness_known:
+            self._is_strictness_known = True
+            log.warning(
+                "The application's sessions run at %s. There a run fails if the row of its worker changes meanwhile: "
+                "by a tick that falls during the run, a pause or a request. Prefer READ COMMITTED for runs",
+                chosen.name.replace("_", " "),
+            )
 
     def watch(self, connection: Connection, worker: str) -> None:
         """Watch the statements of a run to another engine than the one that the fence guards.

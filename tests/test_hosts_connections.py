@@ -555,13 +555,18 @@ def test_ticks_heartbeats_messages_and_locks_work_where_the_server_isolates_stri
 
 
 @on_postgresql
-def test_the_level_that_an_application_chose_itself_stays_that_of_its_runs(hosts: Callable[..., Host]) -> None:
+def test_the_level_that_an_application_chose_itself_stays_that_of_its_runs_and_is_warned_about_once(
+    hosts: Callable[..., Host], caplog: pytest.LogCaptureFixture
+) -> None:
     host, seen = hosts(SQLALCHEMY_ENGINE_OPTIONS={"isolation_level": "REPEATABLE READ"}), []
     host.bind()
     host.create()
     Noting.then = lambda context: seen.append(context.session.scalar(text("SHOW transaction_isolation")))
     assert host.manager.tick("noting", NOW).state == "succeeded"
-    assert seen == ["repeatable read"]
+    assert host.manager.trigger("noting").state == "succeeded"
+    assert seen == ["repeatable read"] * 2
+    (warned,) = [each.getMessage() for each in caplog.records if "run at" in each.getMessage()]
+    assert "run at REPEATABLE READ. There a run fails if the row of its worker changes meanwhile" in warned
     with host.manager.ticks.ledger.begin() as connection:
         assert connection.scalar(text("SHOW transaction_isolation")) == "read committed"
 
