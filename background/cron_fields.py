@@ -1,4 +1,4 @@
-"""Reads the five fields of a cron as a user writes them, or refuses them in a sentence with the remedy."""
+"""Reads the five fields of a user's cron, or refuses them in a sentence with the remedy."""
 
 import re
 from datetime import datetime

@@ -180,7 +180,7 @@ class Messages:
     # -- claiming ------------------------------------------------------------------------------
 
     def claim(self, worker: str, topic: str, size: int, instance: tuple[str, str]) -> Batch | None:
-        """Claim up to `size` messages that are due, in the order in which they fell due; None where there is none.
+        """Claim up to `size` due messages, in the order in which they fell due. None if no message is due.
 
         A message that failed before is claimed on its own: if it crashes the process, only its own attempt is counted.
 
@@ -201,7 +201,7 @@ class Messages:
     # -- ending --------------------------------------------------------------------------------
 
     def acknowledge(self, batch: Batch, done: Collection[int], ids: Collection[int], session: Executes) -> None:
-        """In the session's transaction, mark those of `ids` that are `done` and hold the rest, or raise ClaimLost.
+        """Mark those of `ids` that are `done` and hold the rest, in the session's transaction. Raises ClaimLost.
 
         Concurrency: if this instance is gone, another one may take the batch over. It waits for this commit, or this
         call finds the batch gone.
