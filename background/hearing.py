@@ -30,6 +30,7 @@ _NUMBERS = (signal.SIGTERM, signal.SIGINT)
 _LAST_WAIT_SECONDS = 0.3
 
 _set, _get = signal.signal, signal.getsignal
+_held = threading.local()
 _others: dict[int, Any] = {}
 """For each signal, the handler that would be there without the engine's."""
 
@@ -76,6 +77,31 @@ def give_up(why: str, seconds: float) -> None:
         done = threading.Event()
         _audience.calls.put(lambda: _audience.give_up(why, done))
         done.wait(seconds)
+
+
+def hold_back() -> None:
+    """Keep the signals waiting until `let_through`, in this thread: Python forgets one that comes amid a fork."""
+    _held.mask = signal.pthread_sigmask(signal.SIG_BLOCK, _NUMBERS)
+
+
+def let_through() -> None:
+    """Let the signals through again, and those that came since `hold_back`."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, _held.mask)
+
+
+def let_through_in_a_child(is_in_a_run: bool) -> None:
+    """Let the signals through in a forked child. If its parent runs workers, they end it as any process of Python's.
+
+    The server's handlers are of no use there: they may only note the signal, or tell the parent by a shared pipe.
+    """
+    is_of_workers = is_in_a_run or (_audience is not None and _audience.process != os.getpid())
+    if is_of_workers:
+        signal.set_wakeup_fd(-1)
+        for number in _NUMBERS:
+            _set(number, signal.SIG_DFL)
+    let_through()
+    if is_of_workers:  # a KeyboardInterrupt amid the fork would be lost
+        _set(signal.SIGINT, signal.default_int_handler)
 
 
 class _Audience:

@@ -503,14 +503,18 @@ _managers: WeakSet[BackgroundWorkerManager] = WeakSet()
 
 
 def _forked() -> None:
-    made_once._making = threading.RLock()  # another thread of the parent may have held the old lock
-    for manager in _managers:
-        manager.begin_anew()
-        if current_run.get() is not None:
-            forks.cut_off(manager._engines)
+    is_in_a_run = current_run.get() is not None
+    try:
+        made_once._making = threading.RLock()  # another thread of the parent may have held the old lock
+        for manager in _managers:
+            manager.begin_anew()
+            if is_in_a_run:
+                forks.cut_off(manager._engines)
+    finally:
+        hearing.let_through_in_a_child(is_in_a_run)
 
 
-os.register_at_fork(after_in_child=_forked)
+os.register_at_fork(before=hearing.hold_back, after_in_parent=hearing.let_through, after_in_child=_forked)
 
 
 def _path(worker: AnyWorker) -> str:

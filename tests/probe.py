@@ -350,6 +350,33 @@ class Pooled(PeriodicWorker):
         leave(context, os.getpid(), "after the pool")
 
 
+class Terminator(PeriodicWorker):
+    """Forks children that would sleep for long, and ends each of them at once."""
+
+    name = "terminator"
+    period = RARELY
+    run_on_first_start = True
+
+    def do_work(self, context: WorkerContext) -> None:
+        endings = [_ended_by(number) for number in (signal.SIGTERM, signal.SIGINT) for _ in range(20)]
+        context.logger.info("The children ended with %s", sorted(set(endings)))
+
+
+def _ended_by(number: int) -> int:
+    parent = os.getpid()
+    try:
+        if child := os.fork():
+            os.kill(child, number)
+            return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        time.sleep(_SECONDS)
+    except KeyboardInterrupt:  # the signal came when the child was past the fork
+        if os.getpid() == parent:
+            raise
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
+    os._exit(0)
+
+
 class Killer(PeriodicWorker):
     """Takes its process with it."""
 

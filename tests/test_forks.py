@@ -7,8 +7,8 @@ import pytest
 from conftest import close
 from effects import Effects
 from letterbox import Letterbox
-from nursery import Member, Shops
-from processes import eventually
+from nursery import Member, Nursery, Shops
+from processes import environment, eventually, gunicorn
 
 NEVER_COMMITTED = "It ends here, and nothing that it did is committed"
 ENDINGS = {
@@ -63,6 +63,22 @@ def test_a_pool_of_forked_processes_works_within_a_run(shops: Shops, effects: Ef
     assert eventually(lambda: effects.states("pooled") == [("succeeded", 1)]), parent.output
     assert [effect.pid for effect in effects.all("pooled", "after the pool")] == [parent.pid]
     goes_on(parent, effects)
+
+
+def test_a_child_ends_by_a_signal_that_comes_right_after_the_fork(shops: Shops, effects: Effects) -> None:
+    (parent,) = shops.join(PROBE_WORKERS="terminator,ticker", WORKERS_HEARTBEAT_SECONDS=1)
+    assert parent.wait_for(r"The children ended with (.*)")[1] == "[-15, -2]"
+    goes_on(parent, effects)
+
+
+def test_a_child_of_a_server_ends_by_a_signal_as_no_server_does(nursery: Nursery, effects: Effects) -> None:
+    env = environment(effects.url, PROBE_WORKERS="terminator,ticker", WORKERS_HEARTBEAT_SECONDS=1)
+    with nursery.forked(gunicorn("probe:create_app()"), env) as parent:
+        assert parent.wait_for(r"The children ended with (.*)")[1] == "[-15, -2]"
+        assert eventually(lambda: len(effects.ticks()) >= 2), parent.output
+        assert "Traceback" not in parent.output
+        parent.signal(signal.SIGTERM)
+        assert parent.wait() == 0, parent.output
 
 
 NOTES = ("done", "after the child", "of the child")
