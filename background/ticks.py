@@ -262,7 +262,8 @@ class Ticks:
 
     def _take_back(self, worker: type[PeriodicWorker], claim: Claim, state: WorkerState, signed_off: bool) -> None:
         if signed_off:
-            reason = f"{state.instance_name} did not run it"
+            is_own = (own := self.instance) is not None and state.instance == own.id  # else it may have run it in part
+            reason = f"{state.instance_name} {'did not run it' if is_own else 'signed off before the run ended'}"
             if self.ledger.end(claim, "handed back", reason, claim.attempt):
                 send(self._app, execution_handed_back, claim=claim, reason=reason)
             return
