@@ -474,7 +474,7 @@ class BackgroundWorkerManager:
         return Mailbox(self.ticks.messages, self.roster, self._topics, self._on_its_own)
 
     def why(self, name: str, at: datetime | None = None) -> Answer:
-        """Say in one sentence how the tick that `at` (aware; now, if not given) belongs to went, and why.
+        """Say in one sentence what happened to the tick that `at` (aware, by default now) belongs to, and why.
 
         Answers for a worker that only the database knows, too. Raises UnknownWorker.
         """

@@ -76,7 +76,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of the promise; and as quick those without PostgreSQL, a nursery, a browser and bad input."""
+    """Mark the tests of the promise. Mark as quick the tests without PostgreSQL, a nursery, a browser and bad input."""
     for item in items:
         if item.path.stem in PROMISE:
             item.add_marker("promise")
