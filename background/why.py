@@ -172,9 +172,15 @@ def _unrecorded(around: Surroundings, known: Known, tick: datetime) -> tuple[str
         return "running", f"{where}, but its row was deleted by hand, and the fleet writes it anew within a lease"
     if state and state.mark and tick <= state.mark and around.clock < state.mark:
         became = "unrecorded" if tick > around.clock else "overdue"
+        is_proven = state.mark <= around.clock + timedelta(days=known.history_days)  # as Healing decides
+        go_on = (
+            "go on once the clock has been right for the length of a lease, or by `flask workers repair`"
+            if is_proven
+            else "go on by `flask workers repair` only, because the history is shorter than that"
+        )
         return became, (
             f"waits: the database's clock was ahead, so the worker's ticks are decided up to {moment(state.mark)}, "
-            "and go on once the clock has been right for the length of a lease, or by `flask workers repair`"
+            f"and {go_on}"
         )
     if tick > around.clock:
         return "not due", f"is not due yet: it comes in {span(tick - around.clock)}{_unless(around, known)}"

@@ -266,6 +266,13 @@ def test_a_tick_that_a_clock_set_back_brings_again_says_so() -> None:
     )
 
 
+def test_a_tick_behind_a_mark_that_the_history_does_not_reach_says_that_only_the_command_helps() -> None:
+    known = state(mark=NOON + timedelta(days=400))
+    assert said(around(known=known, clock=NOON - HOUR, at=NOON)).endswith(
+        "and go on by `flask workers repair` only, because the history is shorter than that"
+    )
+
+
 def test_a_worker_that_no_instance_ever_started_says_so() -> None:
     seen = Surroundings("tidy", NOON, NOON, None)
     assert said(seen) == (
