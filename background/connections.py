@@ -17,7 +17,7 @@ from sqlalchemy.schema import CreateTable
 
 from . import database_files, postgresql, sqlite
 from .models import instances, locks
-from .opening import Opener, file_of, has_creator
+from .opening import Opener, has_creator
 from .outages import Outages
 from .sessions import Sessions, autocommit_refused
 
@@ -124,7 +124,7 @@ class Connections:
         path = str(self._shared.url.database)
         if has_creator(self._shared) or path.startswith("file:"):
             connection = self._opener.open()
-            path = file_of(connection)
+            path = sqlite.file_of(connection)
             connection.close()
             if not path:
                 raise sqlite.in_memory(self._shared)
@@ -219,7 +219,7 @@ class Connections:
     def _open_beside(self, file: str) -> Any:
         """Open the small database, also where the application's own function knows only the main one."""
         connection = self._opener.open(file)
-        if os.path.realpath(file_of(connection)) != os.path.realpath(file):
+        if os.path.realpath(sqlite.file_of(connection)) != os.path.realpath(file):
             connection.close()
             connection = self._shared.dialect.connect(file, check_same_thread=False)
         return connection

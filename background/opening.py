@@ -54,9 +54,3 @@ def has_creator(engine: Engine) -> bool:
     """Return whether the application connects by a function of its own, so that the URL does not name the place."""
     made_by = getattr(getattr(engine.pool, "_creator", None), "__module__", "")
     return made_by != "sqlalchemy.engine.create"
-
-
-def file_of(connection: Any) -> str:
-    """Return the path of the file that a SQLite connection has open."""
-    _number, _name, path = connection.execute("PRAGMA database_list").fetchone()
-    return str(path or "")

@@ -52,20 +52,36 @@ def in_memory(engine: Engine) -> InvalidConfig:
     )
 
 
-def try_to_write(engine: Engine, statement: Executable) -> None:
-    """Execute `statement` in a transaction that is rolled back, unless another connection writes at this moment."""
+def try_to_write(engine: Engine, *statements: Executable) -> None:
+    """Execute `statements` in a transaction that is rolled back, unless another connection writes at this moment.
+
+    Raises OperationalError where the database takes no writes, also without any statement.
+    """
     with engine.connect() as connection:
-        driver: Any = connection.connection.driver_connection
-        driver.execute("PRAGMA busy_timeout = 0")
-        try:
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
-            connection.execute(statement)
-        except OperationalError as error:
-            if getattr(error.orig, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_BUSY:
-                raise
-        finally:
-            connection.rollback()
-            driver.execute(f"PRAGMA busy_timeout = {BUSY_SECONDS * 1000}")
+        if _is_lock_taken(connection):
+            for statement in statements:
+                connection.execute(statement)
+
+
+def is_locked(engine: Engine) -> bool:
+    """Return whether a connection holds the write lock now."""
+    with engine.connect() as connection:
+        return not _is_lock_taken(connection)
+
+
+def _is_lock_taken(connection: Connection) -> bool:
+    """Take the write lock without waiting for it, until the connection is given back; False where another has it."""
+    driver: Any = connection.connection.driver_connection
+    driver.execute("PRAGMA busy_timeout = 0")
+    try:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+    except OperationalError as error:
+        if getattr(error.orig, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_BUSY:
+            raise
+        return False
+    finally:
+        driver.execute(f"PRAGMA busy_timeout = {BUSY_SECONDS * 1000}")
+    return True
 
 
 def configure(connection: Any, isolation_level: str | None) -> None:
@@ -92,11 +108,11 @@ def _use_wal(connection: Any) -> None:
         except sqlite3.OperationalError as error:
             if time.monotonic() > until:
                 if "locked" in str(error):
-                    raise sqlite3.OperationalError(_locked(_path(connection))) from error
+                    raise sqlite3.OperationalError(_locked(file_of(connection))) from error
                 raise
             threading.Event().wait(0.01)
             continue
-        if mode != "wal" and (path := _path(connection)):
+        if mode != "wal" and (path := file_of(connection)):
             raise InvalidConfig(
                 f"The file system of {path} refuses SQLite's write-ahead log (journal_mode is {mode!r}); "
                 "expected one that supports it: move the database to a local disk, or use PostgreSQL."
@@ -104,9 +120,10 @@ def _use_wal(connection: Any) -> None:
         return
 
 
-def _path(connection: Any) -> str:
-    """Return the file of the connection. Empty for a database in memory."""
-    return str(connection.execute("PRAGMA database_list").fetchone()[2])
+def file_of(connection: Any) -> str:
+    """Return the path of the file that a connection of the driver's has open; empty for a database in memory."""
+    _number, _name, path = connection.execute("PRAGMA database_list").fetchone()
+    return str(path or "")
 
 
 def _locked(path: str) -> str:
@@ -164,21 +181,6 @@ def _begin_before_savepoint(connection: Connection, _name: str) -> None:
         connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
-def refuse_read_only(engine: Engine) -> None:
-    """Raise OperationalError if the database takes no writes. A lock that another process holds is no error."""
-    with engine.connect() as connection:
-        driver: Any = connection.connection.driver_connection
-        driver.execute("PRAGMA busy_timeout = 0")
-        try:
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
-        except OperationalError as error:
-            if getattr(error.orig, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_BUSY:
-                raise
-        finally:
-            connection.rollback()
-            driver.execute(f"PRAGMA busy_timeout = {BUSY_SECONDS * 1000}")
-
-
 def lock_soon(connection: Connection) -> None:
     """Take the write lock now, unless another connection keeps it for long: then the first write waits for it."""
     driver: Any = connection.connection.driver_connection
@@ -186,18 +188,3 @@ def lock_soon(connection: Connection) -> None:
     with suppress(sqlite3.Error):  # whatever it is, the next statement meets it, and SQLAlchemy tells of it
         driver.execute("BEGIN IMMEDIATE")
     driver.execute(f"PRAGMA busy_timeout = {BUSY_SECONDS * 1000}")
-
-
-def is_locked(engine: Engine) -> bool:
-    """Return whether a connection holds the write lock now."""
-    with engine.connect() as connection:
-        driver: Any = connection.connection.driver_connection
-        driver.execute("PRAGMA busy_timeout = 0")
-        try:
-            driver.execute("BEGIN IMMEDIATE")
-            driver.rollback()
-            return False
-        except sqlite3.OperationalError:
-            return True
-        finally:
-            driver.execute(f"PRAGMA busy_timeout = {BUSY_SECONDS * 1000}")
