@@ -6,6 +6,8 @@ from typing import Any
 
 from sqlalchemy import Connection, Dialect, Engine, event
 
+from .postgresql import reported
+
 _ATTRIBUTE = "background_encodings"
 
 
@@ -36,13 +38,12 @@ def _learn(connection: Connection) -> None:
     """Keep the encodings of the server, and of the connections to it, with the dialect of the engine."""
     dialect = connection.dialect
     if dialect.name == "postgresql" and not hasattr(dialect, _ATTRIBUTE):
-        setattr(dialect, _ATTRIBUTE, _reported(connection.connection.driver_connection))
+        setattr(dialect, _ATTRIBUTE, _known(connection.connection.driver_connection))
 
 
-def _reported(driver: Any) -> tuple[str, ...]:
+def _known(driver: Any) -> tuple[str, ...]:
     """Return Python's names for the encodings that a server reported. A driver that reports none counts as UTF-8."""
-    report = getattr(getattr(driver, "info", None), "parameter_status", lambda _: None)
-    names = map(report, ("server_encoding", "client_encoding"))
+    names = (reported(driver, name) for name in ("server_encoding", "client_encoding"))
     return tuple({_codec(name) for name in names if name}) or ("utf-8",)
 
 

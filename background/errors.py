@@ -130,9 +130,12 @@ def first_line(error: BaseException) -> str:
         line = str(error).strip().splitlines()[0]
     except Exception:  # it has no text, or none that can be had
         return type(error).__name__
-    if len(line) > _LONGEST_LINE:
-        line = f"{line[:_LONGEST_LINE]}... ({len(line) - _LONGEST_LINE:,} characters are cut)"
-    return spelled_out(line)
+    return spelled_out(shortened(line, _LONGEST_LINE))
+
+
+def shortened(text: str, most: int) -> str:
+    """The first `most` characters of the text, and how many were cut; the whole text where it has no more."""
+    return text if len(text) <= most else f"{text[:most]}... ({len(text) - most:,} characters are cut)"
 
 
 def spelled_out(text: str) -> str:

@@ -9,7 +9,8 @@ from .errors import first_line
 _MOST = 16_000  # characters of one traceback with all its causes
 _MOST_OF_ONE = 4_000  # of one error's text within it
 _DEEPEST = 10  # groups within groups
-_TOO_LARGE = "54"  # the class of PostgreSQL's "program limit exceeded"
+_LOCK_NOT_AVAILABLE = "55P03"
+_TOO_LARGE = "54"  # the class of what PostgreSQL refuses for its size
 
 
 def told(error: BaseException) -> str:
@@ -40,6 +41,11 @@ def cut(text: str, most: int) -> str:
         return text
     head, tail = most // 2, most - most // 2
     return f"{text[:head]}\n... ({len(text) - most:,} characters are cut) ...\n{text[-tail:]}"
+
+
+def waited_in_vain(error: DBAPIError) -> bool:
+    """Whether PostgreSQL ended a statement because another transaction kept a lock for too long."""
+    return getattr(error.orig, "sqlstate", None) == _LOCK_NOT_AVAILABLE
 
 
 def may_pass(error: BaseException) -> bool:

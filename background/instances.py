@@ -34,6 +34,7 @@ from sqlalchemy.exc import OperationalError
 
 from .claiming import Together
 from .clock import now, single_statements, steady
+from .failures import waited_in_vain
 from .messages import any_put_off, any_running, next_due
 from .models import LONGEST_RELEASE, AnyText, executions, instances, may_be_run_again, workers
 
@@ -43,7 +44,6 @@ _LAST_BEAT_SECONDS = 1.0
 _FORGOTTEN_AFTER = timedelta(days=1)
 _STEP_SECONDS = 1.0
 _LEAST_PATIENCE, _MOST_PATIENCE = 0.05, 0.5  # seconds
-_LOCK_NOT_AVAILABLE = "55P03"
 _IDENTITY = ("id", "host", "pid", "release")
 
 
@@ -120,7 +120,7 @@ class Instances:
         try:
             return self._beat(instance, partial(self._look, tuple(topics)), topics)
         except OperationalError as error:
-            if getattr(error.orig, "sqlstate", None) != _LOCK_NOT_AVAILABLE:
+            if not waited_in_vain(error):
                 raise
         return replace(self.renew(instance), is_blind=True)
 

@@ -6,6 +6,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from .errors import shortened
+
 _MOST_LINES = 500
 _FEW_LINES = 20
 _MOST_CHARACTERS = 2_000  # of one line, or of one traceback
@@ -42,9 +44,7 @@ class LogLines(logging.Handler):
         except Exception:  # its arguments do not fit its text
             self.handleError(record)
             return
-        if cut := len(line) - _MOST_CHARACTERS:
-            line = f"{line[:_MOST_CHARACTERS]}... ({cut:,} characters are cut)" if cut > 0 else line
-        self._lines.append(line)
+        self._lines.append(shortened(line, _MOST_CHARACTERS))
         self._count += 1
 
     @property

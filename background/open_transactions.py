@@ -10,10 +10,10 @@ from sqlalchemy import Engine, event
 from sqlalchemy.exc import OperationalError
 
 from .errors import CommitFirst
+from .failures import waited_in_vain
 from .sqlite import is_locked
 
 _IN_TRANSACTION = 2  # of libpq's PQtransactionStatus
-_LOCK_NOT_AVAILABLE = "55P03"
 
 
 class OpenTransactions:
@@ -41,8 +41,7 @@ class OpenTransactions:
         try:
             yield
         except OperationalError as error:
-            is_refused = getattr(error.orig, "sqlstate", None) == _LOCK_NOT_AVAILABLE
-            if not is_refused or not any(map(_has_written, self._of_this_thread())):
+            if not waited_in_vain(error) or not any(map(_has_written, self._of_this_thread())):
                 raise
             raise CommitFirst(
                 f"{call} waited in vain for a row that an open transaction has locked, perhaps the caller's own; "

@@ -10,6 +10,8 @@ from typing import Any
 from sqlalchemy import URL, Engine, ExceptionContext, event
 from sqlalchemy.exc import DBAPIError, DisconnectionError, SQLAlchemyError
 
+from .postgresql import reported
+
 _READ_ONLY = "25006"
 _ENDED = ("57P01", "57P02", "57P03", "57P04", "57P05")  # shut down, crashed, starting, dropped, or idle for too long
 _DURING_RECOVERY = ("0A000", "40001", "55000", "XX000")  # and other errors: the server must say that it recovers
@@ -104,7 +106,7 @@ def _is_of_no_use(error: BaseException | None, driver: Any) -> bool:
         return False
     if code == _READ_ONLY:
         return not _is_read_only_by_choice(driver)
-    is_standby = _reported(driver, "in_hot_standby") == "on"
+    is_standby = reported(driver, "in_hot_standby") == "on"
     return code.startswith("08") or code in _ENDED or (is_standby and code in _DURING_RECOVERY)
 
 
@@ -113,9 +115,4 @@ def _is_read_only_by_choice(driver: Any) -> bool:
 
     PostgreSQL reports both settings since version 14. Before that the answer is no.
     """
-    return all(_reported(driver, name) == "off" for name in ("default_transaction_read_only", "in_hot_standby"))
-
-
-def _reported(driver: Any, name: str) -> str | None:
-    info = getattr(driver, "info", None)
-    return info.parameter_status(name) if info is not None and not driver.closed else None
+    return all(reported(driver, name) == "off" for name in ("default_transaction_read_only", "in_hot_standby"))

@@ -19,9 +19,9 @@ def _pin(connection: Any, _record: Any) -> None:
     settings with their client. The order of day and month, and the time zone, stay as they are.
     """
     wanted = []
-    if not _status(connection, "DateStyle").startswith("ISO"):
+    if not (reported(connection, "DateStyle") or "").startswith("ISO"):
         wanted.append("SET DateStyle = ISO")
-    if _is_foreign(_status(connection, "client_encoding"), _status(connection, "server_encoding")):
+    if _is_foreign(reported(connection, "client_encoding"), reported(connection, "server_encoding")):
         wanted.append("SET client_encoding = 'UTF8'")
     for statement in wanted:
         connection.execute(statement)
@@ -29,10 +29,12 @@ def _pin(connection: Any, _record: Any) -> None:
         connection.commit()
 
 
-def _is_foreign(client: str, server: str) -> bool:
-    """Return whether text may get lost on the way, or cannot be read by the driver."""
+def _is_foreign(client: str | None, server: str | None) -> bool:
+    """Whether text may get lost on the way, or cannot be read by the driver."""
     return client == "SQL_ASCII" or client not in ("UTF8", server)  # of SQL_ASCII the driver gives bytes
 
 
-def _status(connection: Any, name: str) -> str:
-    return connection.info.parameter_status(name) or ""
+def reported(connection: Any, name: str) -> str | None:
+    """Return the setting `name` as the server last told it; None of a driver or a server that does not tell it."""
+    info = getattr(connection, "info", None)
+    return info.parameter_status(name) if info is not None and not connection.closed else None
