@@ -4,7 +4,6 @@ Each time it is a constant number of queries, whatever the number of workers, an
 messages that are done: `background_totals` has their sums.
 """
 
-import logging
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from .clock import elapsed, now, single_statements
 from .connections import again_if_stale
 from .errors import first_line
 from .instances import is_alive
-from .logs import logger_of
+from .logs import Outage, logger_of
 from .mailbox import Topic
 from .manager import BackgroundWorkerManager, the_manager
 from .models import instances, totals
@@ -61,18 +60,17 @@ class Fleet:
 
     def __init__(self) -> None:
         self._prompt = Prompt(_figures, _ANSWER_SECONDS)
-        self._is_up = True
+        self._outage = Outage()
 
     def figures(self) -> Figures | None:
         """None where the database does not answer in time."""
-        was_up, self._is_up = self._is_up, True
         try:
-            return self._prompt.answer(the_manager())
+            found = self._prompt.answer(the_manager())
         except (SQLAlchemyError, OSError) as error:  # TimeoutError is one
-            self._is_up = False
-            level = logging.WARNING if was_up else logging.DEBUG  # once per outage
-            log.log(level, "No figures of the fleet: %s", first_line(error))
+            log.log(self._outage.level(), "No figures of the fleet: %s", first_line(error))
             return None
+        self._outage.ended()
+        return found
 
 
 def _figures(manager: BackgroundWorkerManager) -> Figures:

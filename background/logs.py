@@ -2,6 +2,8 @@
 
 import logging
 
+from .clock import steady
+
 
 def logger_of(name: str) -> logging.Logger:
     """Return the logger `name`, which only its level and its handlers silence, not a later `dictConfig`.
@@ -19,6 +21,25 @@ def quieten(library: str) -> None:
     logger = logging.getLogger(library)
     if logger.level == logging.NOTSET:
         logger.setLevel(logging.WARNING)
+
+
+class Outage:
+    """Has the first line about an outage logged as a warning, and the rest of its lines as details."""
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+
+    def level(self) -> int:
+        """The level of the next line about it."""
+        if self._since is not None:
+            return logging.DEBUG
+        self._since = steady()
+        return logging.WARNING
+
+    def ended(self) -> float | None:
+        """Begin anew, as there was an answer; return how many seconds the outage lasted, None where there was none."""
+        since, self._since = self._since, None
+        return None if since is None else steady() - since
 
 
 class _Enabled:

@@ -20,7 +20,7 @@ from .healing import is_ahead, what_goes_on
 from .instances import LEASE_IS_OVER, OFFSET_WARNED, Heartbeat, Instance, Pulse
 from .ledger import WorkerState
 from .listener import Listener
-from .logs import logger_of
+from .logs import Outage, logger_of
 from .looking import Looking
 from .scheduler import Scheduler
 from .ticks import Ticks
@@ -54,14 +54,13 @@ class Membership:
         self._listener: Listener | None = None
         self._heartbeat: Heartbeat | None = None
         self._declared: dict[str, str] = {}
-        self._settling: set[str] = set()
+        self._under_way: set[str] = set()
         self._pulse: Pulse | None = None
         self._ahead: set[str] = set()
-        self._failing_since, self._cuts = 0.0, 0
+        self._outage, self._blindness, self._cuts = Outage(), Outage(), 0
         self._beat_at: datetime | None = None
         self._said = ""
-        self._is_settled = self._is_looking = self._is_off = self._left = self._is_blind = False
-        self._is_healed = self._is_healing = self._is_declaring = False
+        self._is_settled = self._is_looking = self._is_off = self._left = self._is_healed = False
         self._looking = Looking(self._looked, self._look_failed)
         self._refreshing, self._entering = threading.Lock(), threading.Lock()
         ticks.runs.hung = self._scheduler.replace
@@ -195,11 +194,11 @@ class Membership:
         self.consumers.look()
         for state in ours:
             if state.name in gone or state.is_damaged or self._owed(state):
-                self._settle_soon(state.name)
+                self._soon_once(f"settle:{state.name}", self._settle, state.name)
         self._follow_releases(ours)
         if deleted := [name for name in self._declared if name in self._workers and name not in states]:
             self._is_settled = False
-            self._declare_soon(deleted)
+            self._soon_once("declare", self._declare_again, deleted)
 
     def _warn_of_marks(self, states: Collection[WorkerState], ours: Collection[WorkerState]) -> None:
         ahead = {state.name: state for state in ours if is_ahead(state)}
@@ -237,7 +236,7 @@ class Membership:
             self._is_healed = False
             log.warning("Cannot resume yet what a clock that was ahead put off: %s", first_line(error))
         finally:
-            self._is_healing = False
+            self._under_way.discard("heal")
 
     def _follow_releases(self, states: list[WorkerState]) -> None:
         """Follow the schedule of the most recently started instance when two releases run side by side.
@@ -248,12 +247,13 @@ class Membership:
         gone = self._ticks.instances.gone({str(state.declared_by) for state in others}) if others else {}
         self._is_settled = not others
         if stale := [state.name for state in others if str(state.declared_by) in gone]:
-            self._declare_soon(stale)
+            self._soon_once("declare", self._declare_again, stale)
 
-    def _declare_soon(self, names: list[str]) -> None:
-        if not self._is_declaring:  # else an earlier heartbeat, or the start, still waits for a thread
-            self._is_declaring = True
-            self._scheduler.soon(self._declare_again, names)
+    def _soon_once(self, key: str, call: Callable[..., object], *args: object) -> None:
+        """Have `call` called, unless an earlier heartbeat's call is under way: no thread was free, or a row was not."""
+        if key not in self._under_way:
+            self._under_way.add(key)
+            self._scheduler.soon(call, *args)
 
     def _declare_again(self, names: list[str]) -> None:
         try:
@@ -261,7 +261,7 @@ class Membership:
         except SQLAlchemyError as error:  # the next heartbeat has it tried again
             log.warning("Cannot declare the schedules of %d workers yet: %s", len(names), first_line(error))
         finally:
-            self._is_declaring = False
+            self._under_way.discard("declare")
 
     def _declare(self, names: list[str], again: bool = False) -> None:
         ours = {name: self._workers[name] for name in names if name in self._workers}
@@ -287,26 +287,20 @@ class Membership:
 
     def _looked(self, rearm: bool) -> None:
         self.refresh(rearm)
-        self._is_blind = False
+        self._blindness.ended()
 
     def _look_failed(self, error: Exception) -> None:
         """Have the next heartbeat ask again. The heartbeat itself reports a database that is away."""
         self._pulse = None
-        is_known = self._is_blind or isinstance(error, SQLAlchemyError)
-        level = logging.DEBUG if is_known else logging.WARNING
+        level = self._blindness.level()
+        level = logging.DEBUG if isinstance(error, SQLAlchemyError) else level
         log.log(level, "Cannot look at the fleet: %s", first_line(error), exc_info=unless_expected(error))
-        self._is_blind = True
-
-    def _settle_soon(self, name: str) -> None:
-        if name not in self._settling:  # since a heartbeat before: no thread was free, or the row was not
-            self._settling.add(name)
-            self._scheduler.soon(self._settle, name)
 
     def _settle(self, name: str, failures: int = 0) -> None:
         """Take the claim of a gone instance back, and run the tick that must run again."""
         worker = self._workers.get(name)
         if worker is None or self._ticks.runs.stopping.is_set():
-            self._settling.discard(name)
+            self._under_way.discard(f"settle:{name}")
             return
         try:
             if pending := self._freed(worker):
@@ -322,7 +316,7 @@ class Membership:
             state = self._ticks.freed(worker, self._ticks.look(worker))
             return self._owed(state)
         finally:
-            self._settling.discard(worker.name)
+            self._under_way.discard(f"settle:{worker.name}")
 
     def _owed(self, state: WorkerState) -> datetime | None:
         """The tick to run before any other here: of a worker that is disabled only what was asked for by hand."""
@@ -343,9 +337,8 @@ class Membership:
         self._pulse = pulse = self._ticks.instances.beat(instance, sorted(self._topics))
         if instance is not self._ticks.instance and not self._begin_anew(instance):
             return
-        if self._failing_since:
-            log.warning("Heartbeats go on after %.1f s", steady() - self._failing_since)
-            self._failing_since = 0.0
+        if (lasted := self._outage.ended()) is not None:
+            log.warning("Heartbeats go on after %.1f s", lasted)
             self.consumers.outage = (self._beat_at or pulse.clock, pulse.clock)
         self._beat_at = pulse.clock
         self._warn_of_offset(instance)
@@ -364,9 +357,9 @@ class Membership:
     def _heal_soon(self, pulse: Pulse) -> None:
         """Heal once after each change of the clock, and whenever a heartbeat finds something that was put off."""
         self._is_healed = self._is_healed and not (pulse.was_set or pulse.is_ahead)
-        if self._ticks.instances.is_steady and not (self._is_healed or self._is_healing):
-            self._is_healed = self._is_healing = True
-            self._scheduler.soon(self._heal)
+        if self._ticks.instances.is_steady and not (self._is_healed or "heal" in self._under_way):
+            self._is_healed = True
+            self._soon_once("heal", self._heal)
 
     def _begin_anew(self, instance: Instance) -> bool:
         """Another life, which the fleet knows by now; False where `leave` came first."""
@@ -386,15 +379,12 @@ class Membership:
             log.warning("This host's clock is %+.1f s off the database's", -instance.clock_offset.total_seconds())
 
     def _warn_of_lock(self) -> None:
-        level = logging.DEBUG if self._is_blind else logging.WARNING
+        level = self._blindness.level()
         log.log(level, "The lease is renewed, but no work is found: another client keeps a table of the engine locked")
-        self._is_blind = True
 
     def _beat_failed(self, error: Exception) -> None:
         self._pulse = None  # what came with it may not have been taken in
-        level = logging.DEBUG if self._failing_since else logging.WARNING  # once per outage
-        self._failing_since = self._failing_since or steady()
-        was_cut = self._cuts != self._ticks.connections.cuts
+        was_cut, level = self._cuts != self._ticks.connections.cuts, self._outage.level()
         log.log(level, "No heartbeat: %s", _CUT if was_cut else first_line(error), exc_info=unless_expected(error))
 
     def _deadline(self) -> float:

@@ -3,7 +3,6 @@
 There is no other way.
 """
 
-import logging
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
@@ -22,7 +21,7 @@ from .instances import LEASE_IS_OVER, Heartbeat, Instance, Instances
 from .ledger import Claim, Ledger, WorkerState
 from .listener import ring
 from .locks import Locks
-from .logs import logger_of
+from .logs import Outage, logger_of
 from .mending import GONE, Mending
 from .messages import Messages
 from .outages import Outages
@@ -193,9 +192,15 @@ class Ticks:
             return
         instance = again_if_stale(self.sign_on)
         outage = Outage()
+
+        def beat() -> None:
+            if instance.is_alive:
+                self.instances.renew(instance)
+                outage.ended()
+
         heartbeat = Heartbeat(
             self._app.config["WORKERS_HEARTBEAT_SECONDS"],
-            lambda: outage.ended(self.instances.renew(instance)) if instance.is_alive else None,
+            beat,
             lambda error: log.log(outage.level(), "No heartbeat: %s", first_line(error)),
             lambda: instance.deadline,
             lambda: self.lose(instance),
@@ -321,22 +326,6 @@ class Ticks:
         """Close the connections; they open again when they are asked for."""
         if "connections" in self.__dict__:
             self.connections.close()
-
-
-class Outage:
-    """Has the first failure of an outage logged as a warning, and the later ones as details."""
-
-    def __init__(self) -> None:
-        self._is_on = False
-
-    def level(self) -> int:
-        """Return the level of the next line about the outage."""
-        was_on, self._is_on = self._is_on, True
-        return logging.DEBUG if was_on else logging.WARNING
-
-    def ended(self, _answer: object) -> None:
-        """End the outage: there was an answer."""
-        self._is_on = False
 
 
 def _why_not(tick: datetime, state: WorkerState) -> str | None:

@@ -408,7 +408,7 @@ def test_a_connection_that_the_instance_cut_itself_is_not_said_to_be_closed_by_t
     assert membership is not None
     membership._heartbeat.stop()
     caplog.clear()
-    membership._failing_since = 0.0
+    membership._outage.ended()
     membership._beat()
     connections.cut()
     membership._beat_failed(OperationalError("SELECT 1", {}, Exception("server closed the connection unexpectedly")))
