@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Connection, Row, and_, case, delete, func, null, or_, select, true, update
+from sqlalchemy import Connection, Row, and_, case, delete, func, or_, select, true, update
 
 from .clock import elapsed, now
 from .errors import InvalidSchedule
-from .ledger import Ledger, WorkerState, count
+from .ledger import Ledger, WorkerState, count, pending
 from .messages import is_in
 from .models import executions, messages, workers
 from .schedule import MICROSECOND, Schedule, parse_schedule
@@ -102,7 +102,7 @@ class Healing:
         again = {"lost": attempt_after(row.attempt), "handed back": row.attempt}.get(row.state)
         values: dict[str, Any] = {"mark": tick}
         if again is not None:
-            values |= {"pending_tick": tick, "pending_attempt": again, "pending_trigger": "schedule"}
+            values |= pending(tick, again, "schedule")
         is_open = or_(workers.c.mark.is_(None), workers.c.mark < tick)
         may = and_(is_open, workers.c.schedule == state.schedule_text)
         is_free = workers.c.pending_tick.is_(None) if again is not None else true()
@@ -155,8 +155,8 @@ def _healed(connection: Connection, row: Row[Any], schedule: Schedule) -> dict[s
     if row.scheduled_at > latest:
         values["scheduled_at"] = row.clock
     if row.pending_tick is not None and row.pending_tick > latest and row.pending_trigger != "manual":
-        # The tick is due again when the clock reaches it: see `pass_over`.
-        values |= dict.fromkeys(("pending_tick", "pending_attempt", "pending_trigger"), null())
+        # It is due again when the clock reaches it: see `pass_over`.
+        values |= pending(None, None, None)
     return values
 
 

@@ -51,6 +51,8 @@ from .sessions import Executes, Sessions
 
 log = logger_of(__name__)
 
+MOMENTS = executions.c.started_at, executions.c.finished_at
+
 Values = Mapping[str, Any]
 Notes = Mapping[str, Any]
 NOTHING: Notes = MappingProxyType({})
@@ -105,12 +107,15 @@ class WorkerState:
     progress_total: float | None
     instance: str | None
     instance_name: str | None
-    is_bare: bool = False
-    """True if the claim in force has no execution's row: that row was deleted by hand."""
     has_strays: bool = False
     """True if an execution says "running" and its claim is not in force: the claim was ended by hand."""
     mark_ahead: datetime | None = None
     """The mark that a clock which was ahead left. Ticks up to it may have run."""
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether a claim is in force whose execution has no row: that was deleted by hand."""
+        return self.running is not None and self.running.execution is None
 
     @property
     def is_damaged(self) -> bool:
@@ -221,11 +226,7 @@ class Ledger:
         Concurrency: a second click, and every claim. The worker has one pending tick, and one claim in force.
         """
         with self.begin() as connection:
-            asked = (
-                update(workers)
-                .where(workers.c.name == name, IS_FREE)
-                .values(pending_tick=now(), pending_attempt=1, pending_trigger="manual")
-            )
+            asked = update(workers).where(workers.c.name == name, IS_FREE).values(pending(now(), 1, "manual"))
             requested = count(connection.execute(asked)) == 1
         if requested:
             self.ring()
@@ -339,29 +340,22 @@ class Ledger:
         next_attempt: int | None = None,
         notes: Notes = NOTHING,
     ) -> bool:
-        pending: dict[str, Any] = {}
-        if next_attempt is not None:
-            pending = {
-                "pending_tick": claim.tick,
-                "pending_attempt": next_attempt,
-                "pending_trigger": claim.trigger,
-            }
+        again = {} if next_attempt is None else pending(claim.tick, next_attempt, claim.trigger)
         released = connection.execute(
             update(workers)
             .where(in_force(claim))
-            .values(running=null(), claim=null(), **pending)
+            .values(running=null(), claim=null(), **again)
             .returning(workers.c.token, *self.idle)
         )
         if released.first() is None:
             return False
         outcome = {"state": state, "finished_at": now(), "reason": reason, **notes}
-        moments = executions.c.started_at, executions.c.finished_at
-        ended = connection.execute(update(executions).where(own(claim)).values(outcome).returning(*moments))
+        ended = connection.execute(update(executions).where(own(claim)).values(outcome).returning(*MOMENTS))
         row = ended.one_or_none() or self.write_anew(
             connection, claim, outcome, [claim.token, None] if claim.id else [None]
         )
         if row is not None:
-            totals.add_execution(connection, claim, state, row.started_at or row.finished_at, row.finished_at)
+            totals.add_execution(connection, claim, state, *row)
         return True
 
     def write_anew(
@@ -378,10 +372,9 @@ class Ledger:
                 return None
         copied = ("worker", "tick", "trigger", "attempt", "instance", "instance_name", "started_at")
         row = {name: getattr(claim, name) for name in copied} | {"claim": claim.id, **outcome}
-        moments = executions.c.started_at, executions.c.finished_at
         for token in tokens:
             new = self.insert(executions).values(row | {"token": token}).on_conflict_do_nothing()
-            written: Row[Any] | None = connection.execute(new.returning(*moments)).one_or_none()
+            written: Row[Any] | None = connection.execute(new.returning(*MOMENTS)).one_or_none()
             if written is not None:
                 tick, state = claim.tick.isoformat(), outcome["state"]
                 log.warning("%s: the row of the tick %s was gone. It is written anew: %s", claim.worker, tick, state)
@@ -429,6 +422,11 @@ class Ledger:
             .returning(executions.c.finished_at)
         ).scalar_one()
         totals.add_not_run(connection, name, state, at)
+
+
+def pending(tick: Any, attempt: int | None, trigger: str | None) -> dict[str, Any]:
+    """The columns of a worker's row that say which tick is claimed next, before any other."""
+    return {"pending_tick": tick, "pending_attempt": attempt, "pending_trigger": trigger}
 
 
 def in_force(claim: Claim) -> ColumnElement[bool]:
@@ -505,7 +503,6 @@ def _state(row: Row[Any]) -> WorkerState:
         progress_total=row.progress_total,
         instance=running.instance if running else None,
         instance_name=running.instance_name if running else None,
-        is_bare=running is not None and running.execution is None,
         has_strays=bool(row.has_strays),
         mark_ahead=row.mark_ahead,
     )

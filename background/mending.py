@@ -11,7 +11,7 @@ from sqlalchemy import Connection, Row, and_, case, exists, or_, select, update
 from . import totals
 from .claiming import IS_FREE
 from .clock import now
-from .ledger import Claim, Ledger, count, in_force, is_stray, strays
+from .ledger import MOMENTS, Claim, Ledger, count, in_force, is_stray, pending, strays
 from .logs import logger_of
 from .models import executions, workers
 
@@ -73,12 +73,11 @@ class Mending:
             same = executions.c.id == claim.execution, executions.c.claim.is_not_distinct_from(claim.id)
             ending = update(executions).where(*same, executions.c.state == "running", ~exists().where(in_force(claim)))
             ending = ending.values(state="lost", finished_at=now(), reason=GONE)
-            moments = executions.c.started_at, executions.c.finished_at
-            ended = connection.execute(ending.returning(*moments)).one_or_none()
+            ended = connection.execute(ending.returning(*MOMENTS)).one_or_none()
             if ended is None:
                 return False, None
             again = next_attempt if next_attempt and _run_again(connection, claim, next_attempt) else None
-            totals.add_execution(connection, claim, "lost", ended.started_at or ended.finished_at, ended.finished_at)
+            totals.add_execution(connection, claim, "lost", *ended)
         if again:
             self._ledger.ring()
         return True, again
@@ -113,7 +112,7 @@ def adopt(connection: Connection, worker: str, latest: datetime, is_known: bool)
             "claim_at": newest.started_at,
         }
     elif newest.state == "handed back":
-        again = _pending(newest.tick, newest.attempt, newest.trigger)
+        again = pending(newest.tick, newest.attempt, newest.trigger)
     else:
         again = {}
     this = workers.c.name == worker
@@ -132,12 +131,8 @@ def _run_again(connection: Connection, claim: Claim, attempt: int) -> bool:
     others = executions.c.worker == claim.worker, executions.c.tick == claim.tick, executions.c.state.not_in(_OPEN)
     nothing_since = and_(workers.c.name == claim.worker, workers.c.token <= claim.token, IS_FREE)
     again = update(workers).where(nothing_since, ~exists().where(*others))
-    pending = _pending(claim.tick, attempt, claim.trigger) | _marked(claim.tick, claim.trigger)
-    return count(connection.execute(again.values(pending))) == 1
-
-
-def _pending(tick: datetime, attempt: int, trigger: str) -> dict[str, Any]:
-    return {"pending_tick": tick, "pending_attempt": attempt, "pending_trigger": trigger}
+    values = pending(claim.tick, attempt, claim.trigger) | _marked(claim.tick, claim.trigger)
+    return count(connection.execute(again.values(values))) == 1
 
 
 def _marked(tick: datetime, trigger: str) -> dict[str, Any]:

@@ -21,14 +21,15 @@ Row = tuple[str, str, timedelta]
 
 
 def add_execution(
-    connection: Executes, claim: "Claim", state: str, started_at: datetime, finished_at: datetime
+    connection: Executes, claim: "Claim", state: str, started_at: datetime | None, finished_at: datetime
 ) -> None:
-    """Count one execution, which ended in `state`, in the transaction that ends it.
+    """Count one execution, which ended in `state`, in the transaction that ends it; `started_at` may be unknown.
 
     Nobody else counts for this worker now: whoever does holds its row. Only the first attempt at a scheduled tick
     counts towards the lateness.
     """
-    took, late = finished_at - started_at, started_at - claim.tick
+    began = started_at or finished_at
+    took, late = finished_at - began, began - claim.tick
     rows = [("state", state, took), ("duration", _bucket(DURATIONS, took), took)]
     if claim.trigger == "schedule" and claim.attempt == 1:
         rows.append(("lateness", _bucket(LATENESSES, late), late))
