@@ -96,6 +96,10 @@ def _elapsed_on_sqlite(element: elapsed, compiler: SQLCompiler, **kwargs: Any) -
     return f"round((julianday({until}) - julianday({since})) * 86400, 3)"
 
 
+AHEAD = timedelta(seconds=1)
+"""A moment further in the clock's future than this was written while the clock was ahead."""
+
+
 def steady() -> float:
     """Seconds on a clock that nobody sets; on Linux it also counts the time that the host slept."""
     return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()

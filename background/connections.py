@@ -30,6 +30,11 @@ class made_once(cached_property[Made]):
 
     _making = threading.RLock()
 
+    @classmethod
+    def begin_anew(cls) -> None:
+        """Have a new lock in a forked child: another thread of the parent may have held the inherited one."""
+        made_once._making = threading.RLock()
+
     def __get__(self, instance: object, owner: type[Any] | None = None) -> Made:  # type: ignore[override]
         with self._making:
             return super().__get__(instance, owner)

@@ -108,11 +108,6 @@ class WorkerContext:
     # -- the engine's side -----------------------------------------------------------------------
 
     @property
-    def is_lost(self) -> bool:
-        """Whether this run knows that its claim is gone."""
-        return self._lost is not None
-
-    @property
     def lost_because(self) -> str | None:
         """The reason why the run may not commit. None while it may."""
         return self._lost

@@ -104,19 +104,27 @@ def make_private(path: str, like: str | None = None) -> None:
         model = os.stat(like) if like is not None and os.path.exists(like) else None
         mode = 0o600 if model is None else stat.S_IMODE(model.st_mode) & 0o666
         with suppress(FileExistsError):
-            descriptor = os.open(path, os.O_CREAT | os.O_EXCL, mode)
-            try:
-                os.fchmod(descriptor, mode)  # whatever the umask is
-                if model is not None:
-                    os.fchown(descriptor, model.st_uid, model.st_gid)
-            finally:
-                os.close(descriptor)
+            _make(path, mode, model)
         allowed = mode if like is not None else stat.S_IMODE(os.stat(path).st_mode)
         for each in (path, *(path + suffix for suffix in _COMPANIONS)):
             with suppress(OSError):  # the file is missing, or belongs to another user
-                found = stat.S_IMODE(os.stat(each).st_mode)
-                if found & ~allowed:
-                    os.chmod(each, found & allowed)
+                _narrow(each, allowed)
+
+
+def _make(path: str, mode: int, model: os.stat_result | None) -> None:
+    descriptor = os.open(path, os.O_CREAT | os.O_EXCL, mode)
+    try:
+        os.fchmod(descriptor, mode)  # whatever the umask is
+        if model is not None:
+            os.fchown(descriptor, model.st_uid, model.st_gid)
+    finally:
+        os.close(descriptor)
+
+
+def _narrow(path: str, allowed: int) -> None:
+    found = stat.S_IMODE(os.stat(path).st_mode)
+    if found & ~allowed:
+        os.chmod(path, found & allowed)
 
 
 def _is_file(path: str, opened: os.stat_result) -> bool:

@@ -10,14 +10,13 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, and_, case, delete, func, or_, select, true, update
 
-from .clock import elapsed, now
+from .clock import AHEAD, elapsed, now
 from .errors import InvalidSchedule
 from .ledger import Ledger, WorkerState, count, pending
 from .messages import is_in
 from .models import executions, messages, workers
 from .schedule import MICROSECOND, Schedule, parse_schedule
 
-AHEAD = timedelta(seconds=1)  # a smaller step back delays nothing for long
 _SLICE = 5_000  # messages that one statement changes
 _LONGEST_PAUSE = timedelta(hours=1, minutes=15)  # before another attempt at a message
 

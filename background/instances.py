@@ -33,7 +33,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import OperationalError
 
 from .claiming import Together
-from .clock import now, single_statements, steady
+from .clock import AHEAD, now, single_statements, steady
 from .failures import waited_in_vain
 from .messages import any_put_off, any_running, next_due
 from .models import LONGEST_RELEASE, AnyText, executions, instances, may_be_run_again, workers
@@ -252,9 +252,9 @@ _lines = (
 _others = and_(is_alive, instances.c.id != bindparam("its_id"))
 _first_expiry = select(func.min(instances.c.expires_at)).where(_others).scalar_subquery()
 _is_put_off = or_(
-    workers.c.mark > now(OFFSET_WARNED),
-    workers.c.scheduled_at > now(OFFSET_WARNED),
-    and_(workers.c.pending_tick > now(OFFSET_WARNED), workers.c.pending_trigger != "manual"),
+    workers.c.mark > now(AHEAD),
+    workers.c.scheduled_at > now(AHEAD),
+    and_(workers.c.pending_tick > now(AHEAD), workers.c.pending_trigger != "manual"),
 )
 
 
@@ -270,7 +270,7 @@ def _pulse(topics: Sequence[str]) -> tuple[ColumnElement[Any], ...]:
             select(executions.c.id).where(executions.c.state == literal_column("'running'")).exists(),
             any_running,
         ),
-        or_(is_ahead, *any_put_off(topics, OFFSET_WARNED)),
+        or_(is_ahead, *any_put_off(topics)),
         _first_expiry,
     )
 

@@ -34,7 +34,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import Session
 from sqlalchemy.types import TypeEngine
 
-from .clock import now, single_statements
+from .clock import AHEAD, now, single_statements
 from .encodings import storable_json
 from .errors import BackgroundError, ClaimLost, UnknownMessage, WrongState
 from .ledger import Ledger, count
@@ -474,8 +474,8 @@ def next_due(topics: Iterable[str]) -> Iterator[ColumnElement[datetime | None]]:
         )
 
 
-def any_put_off(topics: Iterable[str], ahead: timedelta) -> list[ColumnElement[bool]]:
-    """Return, for each topic, whether a clock that was `ahead` of now enqueued or tried its first waiting message.
+def any_put_off(topics: Iterable[str]) -> list[ColumnElement[bool]]:
+    """For each topic, whether its first waiting message was enqueued by a clock that was ahead of what it says now.
 
     The messages behind the first one may be of that kind too.
     """
@@ -484,7 +484,7 @@ def any_put_off(topics: Iterable[str], ahead: timedelta) -> list[ColumnElement[b
         of_topic = select(messages).where(_is_waiting, messages.c.topic == topic)
         first = of_topic.order_by(messages.c.due_at, messages.c.id).limit(1).subquery()
         written = case((first.c.attempt == 0, first.c.enqueued_at), else_=first.c.claimed_at)
-        found.append(select(first.c.id).where(first.c.due_at > now(ahead), written > now(ahead)).exists())
+        found.append(select(first.c.id).where(first.c.due_at > now(AHEAD), written > now(AHEAD)).exists())
     return found
 
 

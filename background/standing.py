@@ -8,9 +8,9 @@ from typing import Any
 
 from sqlalchemy import Row, bindparam, case, func, select
 
-from .clock import elapsed, now, single_statements
+from .clock import AHEAD, elapsed, now, single_statements
 from .errors import InvalidSchedule
-from .instances import OFFSET_WARNED, is_alive
+from .instances import is_alive
 from .ledger import is_of_claim
 from .manager import BackgroundWorkerManager
 from .models import executions, instances, totals, workers
@@ -30,10 +30,8 @@ class Standing:
     name: str
     is_running: bool
     is_paused: bool
-    is_overdue: bool
-    """True if this release should run it, and a tick of it waits although two later ticks came."""
     overdue_since: datetime | None
-    """The first tick that waits, if the worker is overdue."""
+    """The first tick that waits although two further ones have come, and this release should run it; else None."""
     interval: timedelta | None
     """From tick to tick. None if this release should not run it."""
     waits_since: datetime | None
@@ -45,6 +43,11 @@ class Standing:
     stuck: str | None
     """The reason why its run counts as stuck. None if the run is in order, or nothing runs."""
 
+    @property
+    def is_overdue(self) -> bool:
+        """Whether this release should run it, and a tick of it waits although two further ones have come."""
+        return self.overdue_since is not None
+
 
 def standings(manager: BackgroundWorkerManager) -> list[Standing]:
     """Return the standing of every worker by the database's clock, sorted by name.
@@ -55,7 +58,7 @@ def standings(manager: BackgroundWorkerManager) -> list[Standing]:
     # Where the instances are: on SQLite they have a file of their own, from which the workers' rows can be read too.
     with single_statements(manager.ticks.instances.engine).connect() as connection:
         rows = connection.execute(_query).all()
-        ahead = [row.name for row in rows if row.mark and row.mark > row.clock + OFFSET_WARNED]
+        ahead = [row.name for row in rows if row.mark and row.mark > row.clock + AHEAD]
         decided = connection.execute(_decided_by_now, {"names": ahead}).all() if ahead else ()
     lease = manager.app.config["WORKERS_LEASE_SECONDS"]
     marks = {row.name: row.mark for row in rows} | {each[0]: each[1] for each in decided}
@@ -109,15 +112,13 @@ def _standing(row: Row[Any], mark: datetime | None, worker: type[PeriodicWorker]
     interval = (ticks[1] - ticks[0]) / 2 if ticks else None
     # The claim of an instance that is gone is taken over only where another instance is alive.
     runs = is_running and row.alive_since is not None
-    is_overdue = ticks is not None and ticks[1] <= row.clock and not runs
     waiting = None if runs or not worker else _waiting(row, ticks)
     waits_for = row.clock - waiting if waiting else timedelta()
     return Standing(
         row.name,
         is_running,
         is_paused,
-        is_overdue,
-        ticks[0] if ticks and is_overdue else None,
+        ticks[0] if ticks and ticks[1] <= row.clock and not runs else None,
         interval,
         waiting,
         waits_for,
@@ -161,7 +162,7 @@ def _ticks(row: Row[Any], mark: datetime | None, worker: type[PeriodicWorker]) -
     known = [mark, row.scheduled_at]
     if not worker.catch_up:  # ticks that fell while no instance was up are not run
         known.append(row.alive_since)
-    since = max((at for at in known if at and at <= row.clock + OFFSET_WARNED), default=row.clock)
+    since = max((at for at in known if at and at <= row.clock + AHEAD), default=row.clock)
     try:
         return _first_and_third(row.schedule, since)
     except InvalidSchedule:
