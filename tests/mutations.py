@@ -114,7 +114,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a claim without an execution gets one",
-        [Edit("background/ledger.py", "is_bare=running is not None and running.execution is None,", "")],
+        [Edit("background/ledger.py", "return self.running is not None and self.running.execution is None", "")],
         ["tests/test_mending.py", "-k", "process_is_killed"],
     ),
     Mutation(
