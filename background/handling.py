@@ -107,16 +107,19 @@ class Handling:
             with ended_in_a_fork(f"The run of {self._worker.__name__}"), self._app.app_context():
                 context = MessageContext(self._batch, messages, self._messages, self._instance, self._db)
                 with self._runs.entered(context):
-                    try:
-                        with ended_in_a_fork(f"The batch of {self._worker.__name__}"):
-                            self._call(messages, context)
-                            context.finish()
-                    except BaseException as error:
-                        self._runs.roll_back(error)
-                        raise
+                    self._run(messages, context)
         except BaseException as error:  # also of what the application does at the end of a context
             return error
         return None
+
+    def _run(self, messages: Sequence[Message], context: MessageContext) -> None:
+        try:
+            with ended_in_a_fork(f"The batch of {self._worker.__name__}"):
+                self._call(messages, context)
+                context.finish()
+        except BaseException as error:
+            self._runs.roll_back(error)
+            raise
 
     def _call(self, messages: Sequence[Message], context: MessageContext) -> None:
         worker = self._worker()

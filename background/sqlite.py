@@ -101,23 +101,27 @@ def _use_wal(connection: Any) -> None:
     Concurrency: several processes may open a new file at once. One turns the log on. SQLite does not have the others
     wait.
     """
+    mode = _made_wal(connection)
+    if mode != "wal" and (path := file_of(connection)):
+        raise InvalidConfig(
+            f"The file system of {path} refuses SQLite's write-ahead log (journal_mode is {mode!r}); "
+            "expected one that supports it: move the database to a local disk, or use PostgreSQL."
+        )
+
+
+def _made_wal(connection: Any) -> str:
+    """Return the journal's mode after the attempt, which is repeated while the file is locked."""
     until = time.monotonic() + OPEN_SECONDS
     while True:
         try:
-            mode = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
+            return str(connection.execute("PRAGMA journal_mode = WAL").fetchone()[0])
         except sqlite3.OperationalError as error:
-            if time.monotonic() > until:
-                if "locked" in str(error):
-                    raise sqlite3.OperationalError(_locked(file_of(connection))) from error
+            if time.monotonic() <= until:
+                threading.Event().wait(0.01)
+            elif "locked" in str(error):
+                raise sqlite3.OperationalError(_locked(file_of(connection))) from error
+            else:
                 raise
-            threading.Event().wait(0.01)
-            continue
-        if mode != "wal" and (path := file_of(connection)):
-            raise InvalidConfig(
-                f"The file system of {path} refuses SQLite's write-ahead log (journal_mode is {mode!r}); "
-                "expected one that supports it: move the database to a local disk, or use PostgreSQL."
-            )
-        return
 
 
 def file_of(connection: Any) -> str:

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator
 from importlib.util import find_spec
+from itertools import chain
 from typing import Any
 
 from flask import Flask
@@ -49,10 +50,9 @@ def _lacking(engine: Engine, models: MetaData | None) -> Iterator[str]:
         schemas = any(table.schema for table in models.tables.values())
         options = {"include_object": _is_ours, "include_schemas": schemas}
         context = MigrationContext.configure(connection, opts=options)
-        for difference in compare_metadata(context, models):
-            for each in difference if isinstance(difference, list) else [difference]:
-                if not (schemas and _is_there(connection, each)):
-                    yield _said(each)
+        found = compare_metadata(context, models)
+        differences = chain.from_iterable(each if isinstance(each, list) else [each] for each in found)
+        yield from (_said(each) for each in differences if not (schemas and _is_there(connection, each)))
 
 
 def _is_ours(_thing: Any, _name: str | None, _kind: str, is_reflected: bool, model: Any) -> bool:
