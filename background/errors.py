@@ -134,7 +134,7 @@ def first_line(error: BaseException) -> str:
 
 
 def shortened(text: str, most: int) -> str:
-    """The first `most` characters of the text, and how many were cut; the whole text where it has no more."""
+    """Return the first `most` characters of a longer text, and how many were cut. A shorter text stays whole."""
     return text if len(text) <= most else f"{text[:most]}... ({len(text) - most:,} characters are cut)"
 
 

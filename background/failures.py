@@ -44,7 +44,7 @@ def cut(text: str, most: int) -> str:
 
 
 def waited_in_vain(error: DBAPIError) -> bool:
-    """Whether PostgreSQL ended a statement because another transaction kept a lock for too long."""
+    """Return whether PostgreSQL ended a statement because another transaction kept a lock for too long."""
     return getattr(error.orig, "sqlstate", None) == _LOCK_NOT_AVAILABLE
 
 

@@ -114,7 +114,7 @@ class WorkerState:
 
     @property
     def is_bare(self) -> bool:
-        """Whether a claim is in force whose execution has no row: that was deleted by hand."""
+        """Return whether the claim in force has no execution, whose row was deleted by hand then."""
         return self.running is not None and self.running.execution is None
 
     @property
@@ -425,7 +425,7 @@ class Ledger:
 
 
 def pending(tick: Any, attempt: int | None, trigger: str | None) -> dict[str, Any]:
-    """The columns of a worker's row that say which tick is claimed next, before any other."""
+    """Return the columns of a worker's row that say which tick is claimed next, before any other."""
     return {"pending_tick": tick, "pending_attempt": attempt, "pending_trigger": trigger}
 
 

@@ -30,7 +30,7 @@ class Outage:
         self._since: float | None = None
 
     def level(self) -> int:
-        """The level of the next line about it."""
+        """Return the level of the next line about it."""
         if self._since is not None:
             return logging.DEBUG
         self._since = steady()

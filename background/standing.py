@@ -45,7 +45,7 @@ class Standing:
 
     @property
     def is_overdue(self) -> bool:
-        """Whether this release should run it, and a tick of it waits although two further ones have come."""
+        """Return whether this release should run it, and a tick waits although two further ones have come."""
         return self.overdue_since is not None
 
 
