@@ -12,7 +12,7 @@ from sqlalchemy import Connection, Row, and_, case, delete, func, or_, select, t
 
 from .clock import AHEAD, elapsed, now
 from .errors import InvalidSchedule
-from .ledger import Ledger, WorkerState, count, pending
+from .ledger import Ledger, WorkerState, attempted, count, pending
 from .messages import is_in
 from .models import executions, messages, workers
 from .schedule import MICROSECOND, Schedule, parse_schedule
@@ -93,9 +93,9 @@ class Healing:
         """
         if state.mark_ahead is None or state.mark_ahead < tick:
             return False
-        last = _attempts(state.name).where(executions.c.tick == tick).order_by(executions.c.id.desc()).limit(1)
+        ran = select(executions.c.attempt, executions.c.state).where(attempted(state.name), executions.c.tick == tick)
         with self._ledger.engine.connect() as connection:
-            row = connection.execute(last).one_or_none()
+            row = connection.execute(ran.order_by(executions.c.id.desc()).limit(1)).one_or_none()
         if row is None:
             return False
         again = {"lost": attempt_after(row.attempt), "handed back": row.attempt}.get(row.state)
@@ -129,12 +129,6 @@ _is_put_off = and_(
     ),
 )
 _end = func.coalesce(executions.c.through, executions.c.tick)
-
-
-def _attempts(name: str) -> Any:
-    """Return the attempts at scheduled ticks of a worker, without the rows of ticks that did not run."""
-    ours = (executions.c.worker == name, executions.c.trigger == "schedule", executions.c.attempt.is_not(None))
-    return select(executions.c.tick, executions.c.attempt, executions.c.state).where(*ours)
 
 
 def _healed(connection: Connection, row: Row[Any], schedule: Schedule) -> dict[str, Any]:

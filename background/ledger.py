@@ -269,8 +269,7 @@ class Ledger:
         if state.mark_ahead is None or state.mark_ahead < first:
             yield first, last
             return
-        attempts = (executions.c.worker == state.name, executions.c.trigger == "schedule", executions.c.attempt > 0)
-        ran = select(executions.c.tick).where(*attempts, executions.c.tick.between(first, last)).distinct()
+        ran = select(executions.c.tick).where(attempted(state.name), executions.c.tick.between(first, last)).distinct()
         for tick in connection.scalars(ran.order_by(executions.c.tick)).all():
             if first <= (end := state.schedule.previous(tick - MICROSECOND)):
                 yield first, end
@@ -439,6 +438,12 @@ def own(claim: Claim) -> ColumnElement[bool]:
     """Return the condition that an execution belongs to `claim`. After a restore, its number may belong to another."""
     same = executions.c.worker == claim.worker, executions.c.token == claim.token
     return and_(*same, executions.c.claim.is_(None) if claim.id is None else executions.c.claim == claim.id)
+
+
+def attempted(worker: str) -> ColumnElement[bool]:
+    """Return which executions are attempts at scheduled ticks, not the rows of ticks that did not run."""
+    of_ticks = executions.c.worker == worker, executions.c.trigger == "schedule"
+    return and_(*of_ticks, executions.c.attempt.is_not(None))
 
 
 # The execution of the claim in force. An older release knows no ids.
