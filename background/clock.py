@@ -97,7 +97,10 @@ def _elapsed_on_sqlite(element: elapsed, compiler: SQLCompiler, **kwargs: Any) -
 
 
 AHEAD = timedelta(seconds=1)
-"""A moment further in the clock's future than this was written while the clock was ahead."""
+"""A moment further in the clock's future than this was written while the clock was ahead.
+
+A smaller step back delays nothing for long.
+"""
 
 
 def steady() -> float:

@@ -10,7 +10,7 @@ _MOST = 16_000  # characters of one traceback with all its causes
 _MOST_OF_ONE = 4_000  # of one error's text within it
 _DEEPEST = 10  # groups within groups
 _LOCK_NOT_AVAILABLE = "55P03"
-_TOO_LARGE = "54"  # the class of what PostgreSQL refuses for its size
+_TOO_LARGE = "54"  # the class of PostgreSQL's "program limit exceeded"
 
 
 def told(error: BaseException) -> str:

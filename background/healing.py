@@ -148,7 +148,7 @@ def _healed(connection: Connection, row: Row[Any], schedule: Schedule) -> dict[s
     if row.scheduled_at > latest:
         values["scheduled_at"] = row.clock
     if row.pending_tick is not None and row.pending_tick > latest and row.pending_trigger != "manual":
-        # It is due again when the clock reaches it: see `pass_over`.
+        # The tick is due again when the clock reaches it: see `pass_over`.
         values |= pending(None, None, None)
     return values
 

@@ -114,7 +114,7 @@ class WorkerState:
 
     @property
     def is_bare(self) -> bool:
-        """Return whether the claim in force has no execution, whose row was deleted by hand then."""
+        """True if the claim in force has no execution's row: that row was deleted by hand."""
         return self.running is not None and self.running.execution is None
 
     @property

@@ -30,14 +30,14 @@ class Outage:
         self._since: float | None = None
 
     def level(self) -> int:
-        """Return the level of the next line about it."""
+        """Return the level of the next line about the outage."""
         if self._since is not None:
             return logging.DEBUG
         self._since = steady()
         return logging.WARNING
 
     def ended(self) -> float | None:
-        """Begin anew, as there was an answer; return how many seconds the outage lasted, None where there was none."""
+        """End the outage, as there was an answer. Return how many seconds it lasted. None if there was no outage."""
         since, self._since = self._since, None
         return None if since is None else steady() - since
 

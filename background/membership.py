@@ -250,7 +250,7 @@ class Membership:
             self._soon_once("declare", self._declare_again, stale)
 
     def _soon_once(self, key: str, call: Callable[..., object], *args: object) -> None:
-        """Have `call` called, unless an earlier heartbeat's call is under way: no thread was free, or a row was not."""
+        """Have `call` called, unless an earlier call is under way: it waits for a thread, or for a row."""
         if key not in self._under_way:
             self._under_way.add(key)
             self._scheduler.soon(call, *args)

@@ -475,7 +475,7 @@ def next_due(topics: Iterable[str]) -> Iterator[ColumnElement[datetime | None]]:
 
 
 def any_put_off(topics: Iterable[str]) -> list[ColumnElement[bool]]:
-    """For each topic, whether its first waiting message was enqueued by a clock that was ahead of what it says now.
+    """Return, for each topic, whether a clock that was ahead of now enqueued or tried its first waiting message.
 
     The messages behind the first one may be of that kind too.
     """

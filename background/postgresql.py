@@ -30,11 +30,11 @@ def _pin(connection: Any, _record: Any) -> None:
 
 
 def _is_foreign(client: str | None, server: str | None) -> bool:
-    """Whether text may get lost on the way, or cannot be read by the driver."""
+    """Return whether text may get lost on the way, or cannot be read by the driver."""
     return client == "SQL_ASCII" or client not in ("UTF8", server)  # of SQL_ASCII the driver gives bytes
 
 
 def reported(connection: Any, name: str) -> str | None:
-    """Return the setting `name` as the server last told it; None of a driver or a server that does not tell it."""
+    """Return the setting `name` as the server last reported it. None if the server or the driver does not report it."""
     info = getattr(connection, "info", None)
     return info.parameter_status(name) if info is not None and not connection.closed else None

@@ -163,7 +163,7 @@ def _unfinished(worker: type[PeriodicWorker], context: TickContext, ending: "End
     if context.timed_out_after:
         return _time_out(context, ending)
     if context.lost_because or not context.instance.is_alive or isinstance(error, ClaimLost):
-        # Once the claim is lost, whatever the code ran into, a cut connection too, follows from that.
+        # Once the claim is lost, the code's error follows from that, even a broken connection.
         why = None if isinstance(error, ClaimLost) else context.lost_because
         context.logger.warning("Lost the tick %s: %s", tick, why or first_line(error))
         ending.disown()

@@ -70,7 +70,7 @@ def is_locked(engine: Engine) -> bool:
 
 
 def _is_lock_taken(connection: Connection) -> bool:
-    """Take the write lock without waiting for it, until the connection is given back; False where another has it."""
+    """Take the write lock without waiting, until the connection is given back. False if another connection has it."""
     driver: Any = connection.connection.driver_connection
     driver.execute("PRAGMA busy_timeout = 0")
     try:
@@ -125,7 +125,7 @@ def _made_wal(connection: Any) -> str:
 
 
 def file_of(connection: Any) -> str:
-    """Return the path of the file that a connection of the driver's has open; empty for a database in memory."""
+    """Return the path of the file that a connection has open. Empty for a database in memory."""
     _number, _name, path = connection.execute("PRAGMA database_list").fetchone()
     return str(path or "")
 

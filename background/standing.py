@@ -31,7 +31,7 @@ class Standing:
     is_running: bool
     is_paused: bool
     overdue_since: datetime | None
-    """The first tick that waits although two further ones have come, and this release should run it; else None."""
+    """The first tick that waits, if the worker is overdue."""
     interval: timedelta | None
     """From tick to tick. None if this release should not run it."""
     waits_since: datetime | None
@@ -45,7 +45,7 @@ class Standing:
 
     @property
     def is_overdue(self) -> bool:
-        """Return whether this release should run it, and a tick waits although two further ones have come."""
+        """True if this release should run it, and a tick of it waits although two later ticks came."""
         return self.overdue_since is not None
 
 

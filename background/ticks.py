@@ -319,7 +319,7 @@ class Ticks:
     def write(self) -> None:
         """Change nothing, and raise the errors of a database that takes no writes."""
         self.instances.write()
-        if self.connections.heartbeat_file:  # on SQLite that was not the main database's file
+        if self.connections.heartbeat_file:  # on SQLite the instances are not in the main database's file
             sqlite.try_to_write(self.ledger.engine)
 
     def close(self) -> None:
