@@ -1,10 +1,13 @@
 """Is every guard of the promise held by a test? Take one away at a time, and see that the tests notice.
 
-    python tests/mutations.py
+    python tests/mutations.py            all of them
+    python tests/mutations.py -k WORDS   those with WORDS in the name of the guard, or in an edited file's
+    python tests/mutations.py --look     only whether each guard is where it was; runs no test
 
 Works on a copy of the tree. Exits with 1 if a guard can be taken away unnoticed, or is not where it was.
 """
 
+import argparse
 import re
 import shutil
 import subprocess
@@ -319,8 +322,31 @@ MUTATIONS = (
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-k", metavar="WORDS", default="", dest="words")
+    parser.add_argument("--look", action="store_true")
+    given = parser.parse_args()
+    chosen = [mutation for mutation in MUTATIONS if given.words in " ".join([mutation.guard, *files_of(mutation)])]
+    if not chosen:
+        parser.error(f"no guard has {given.words!r} in its name or file")
+    return look(chosen) if given.look else try_out(chosen)
+
+
+def files_of(mutation: Mutation) -> list[str]:
+    return [edit.file for edit in mutation.edits]
+
+
+def look(chosen: Sequence[Mutation]) -> int:
+    """Say which edits do not fit; return the exit code."""
+    misfits = [misfit for mutation in chosen for edit in mutation.edits if (misfit := misfit_of(edit, ROOT))]
+    print("\n".join(misfits) or f"All {len(chosen)} guards are where they were.")
+    return 1 if misfits else 0
+
+
+def try_out(chosen: Sequence[Mutation]) -> int:
+    """Take each guard away; return the exit code."""
     with tempfile.TemporaryDirectory(prefix="bookstore-mutations-") as folder:
-        unnoticed = [mutation for mutation in MUTATIONS if not is_noticed(mutation, Path(folder) / "tree")]
+        unnoticed = [mutation for mutation in chosen if not is_noticed(mutation, Path(folder) / "tree")]
     for mutation in unnoticed:
         print(f"Nothing fails without this guard: {mutation.guard}. Write the test that does.")
     return 1 if unnoticed else 0
@@ -358,13 +384,18 @@ def first_failure(guard: str, tree: Path, chosen: Sequence[str]) -> str | None:
 
 
 def take_away(edit: Edit, tree: Path) -> None:
+    if misfit := misfit_of(edit, tree):
+        sys.exit(misfit)
     path = tree / edit.file
-    text = path.read_text()
-    if text.count(edit.before) != edit.times:
-        sys.exit(
-            f"{edit.file} has {text.count(edit.before)} times what was expected {edit.times} times: {edit.before!r}"
-        )
-    path.write_text(text.replace(edit.before, edit.after))
+    path.write_text(path.read_text().replace(edit.before, edit.after))
+
+
+def misfit_of(edit: Edit, tree: Path) -> str | None:
+    """A sentence if the guard is not where it was; else None."""
+    found = (tree / edit.file).read_text().count(edit.before)
+    if found == edit.times:
+        return None
+    return f"{edit.file} has {found} times what was expected {edit.times} times: {edit.before!r}"
 
 
 if __name__ == "__main__":
