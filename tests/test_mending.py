@@ -399,11 +399,14 @@ def test_a_stray_execution_is_not_run_again_where_anything_was_claimed_since(fle
     manager = fleet.manager(Hourly)
     claimed(manager, last_hour() - HOUR)
     fleet.set("hourly", running=None)
-    assert manager.tick("hourly", last_hour()) is not None
+    assert manager.ticks.ledger.end(claimed(manager, last_hour()), "failed")
     manager.start()
     wait_until(lambda: "running" not in fleet.states(), "the healing")
-    fleet.set("hourly", running=None)
-    assert next((row.state, row.tick) for row in fleet.executions()) == ("lost", last_hour() - HOUR)
+    assert fleet.row("hourly").pending_tick is None  # a run of it would have a third execution by now
+    assert [(row.state, row.tick) for row in fleet.executions()] == [
+        ("lost", last_hour() - HOUR),
+        ("failed", last_hour()),
+    ]
 
 
 def test_a_tick_that_was_handed_back_is_run_again_though_its_workers_row_is_deleted(fleet: Fleet) -> None:
