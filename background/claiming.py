@@ -51,7 +51,7 @@ _next_token = func.coalesce(_greatest, workers.c.token) + 1
 
 
 def at_tick(name: str, tick: datetime, schedule: str) -> dict[str, Any]:
-    """What the statements are given: the worker, its `tick`, the text of the schedule which that is one of."""
+    """The parameters of the statements: the worker, its `tick`, the text of the schedule which that is one of."""
     return {"of": name, "at": tick, "by": schedule, "previous": parse_schedule(schedule).previous(tick - MICROSECOND)}
 
 

@@ -288,7 +288,7 @@ def _make(connection: Any, table: Table, dialect: Dialect) -> None:
 
 
 def again_if_stale(ask: Callable[[], Answer]) -> Answer:
-    """What `ask` returns, which does no harm if it is called twice.
+    """Return the answer of `ask`, which does no harm if it is called twice.
 
     A pooled connection may be older than the server's last restart, which shows when it is used: then ask once more.
     """

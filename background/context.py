@@ -193,11 +193,11 @@ class TickContext(WorkerContext):
         self._log_written = float("-inf")
 
     def notes(self) -> dict[str, Any]:
-        """What its execution is to say about it, besides how it ended."""
+        """The words of its execution about it, besides how it ended."""
         return {**self._progress, "log": self.log_lines.text()}
 
     def _news(self) -> dict[str, Any]:
-        """What a commit on the way writes. All of the log is written each time: a long one once a second at most."""
+        """A commit on the way. All of the log is written each time: a long one once a second at most."""
         is_due = self.log_lines.is_short or time.monotonic() - self._log_written >= _LOG_SECONDS
         if not (self.log_lines.is_news and is_due):
             return self._progress

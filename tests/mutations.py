@@ -395,7 +395,7 @@ def misfit_of(edit: Edit, tree: Path) -> str | None:
     found = (tree / edit.file).read_text().count(edit.before)
     if found == edit.times:
         return None
-    return f"{edit.file} has {found} times what was expected {edit.times} times: {edit.before!r}"
+    return f"{edit.file} has this {found} times, not {edit.times} times: {edit.before!r}"
 
 
 if __name__ == "__main__":
