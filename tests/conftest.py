@@ -92,12 +92,13 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
     Tests that are named by their path run as they are, in this process.
     """
-    if config.args_source is not pytest.Config.ArgsSource.TESTPATHS or hasattr(config, "workerinput"):
+    if config.args_source is not pytest.Config.ArgsSource.TESTPATHS:
         return
     if "promise" not in config.option.markexpr:
         chosen = config.option.markexpr
         config.option.markexpr = f"({chosen}) and not promise" if chosen else "not promise"
-    if getattr(config.option, "numprocesses", 0) is None and not config.option.usepdb:
+    is_undecided = getattr(config.option, "numprocesses", 0) is None and not hasattr(config, "workerinput")
+    if is_undecided and not config.option.usepdb:
         config.option.numprocesses = PROCESSES
 
 
