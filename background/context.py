@@ -112,6 +112,11 @@ class WorkerContext:
         """The reason why the run may not commit. None while it may."""
         return self._lost
 
+    @property
+    def is_lost(self) -> bool:
+        """True once this run knows that its claim is gone."""
+        return self._lost is not None
+
     def lose(self, why: str) -> None:
         """From now on no commit passes, and the run is told to end."""
         self._lost = self._lost or why
