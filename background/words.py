@@ -62,7 +62,7 @@ def silent(silence: Silence) -> str:
     """Say that no instance is alive, since when, and the command that starts one."""
     if silence.last is None or silence.length is None:
         return "No instance is alive, and none is known: no worker runs. `flask workers run` starts one."
-    left = f"{silence.last.name} {'signed off' if silence.last.signed_off_at else 'was last seen'}"
+    left = f"{printable(silence.last.name)} {'signed off' if silence.last.signed_off_at else 'was last seen'}"
     since = f"since {second(silence.since)} ({span(silence.length)}), when {left}"
     return f"No instance is alive {since}: no worker runs. `flask workers run` starts one."
 

@@ -10,12 +10,13 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from conftest import close, on_postgresql, on_sqlite
 from fleet import HOUR, PATIENCE, Fleet, Hourly, effect, last_hour, make_app, statements, wait_until
 from processes import MARGIN
-from sqlalchemy import make_url, select, text, update
+from sqlalchemy import event, make_url, select, text, update
 
 from background import BackgroundWorkerManager, Message, MessageWorker, WorkerContext
 from background import models as tables
@@ -192,6 +193,36 @@ def test_renewing_a_lease_waits_for_no_other_table(fleet: Fleet, caplog: pytest.
     wait_until(lambda: fleet.states() == ["succeeded", "succeeded"], "a run that a heartbeat found")
     fleet.enqueue("noted", 1)
     wait_until(lambda: [each.state for each in fleet.messages()] == ["done"], "a message that was found")
+
+
+@on_postgresql
+def test_a_table_that_is_locked_right_after_a_heartbeat_does_not_hold_the_next_one_up(fleet: Fleet) -> None:
+    working, go_on, locked = threading.Event(), threading.Event(), threading.Event()
+
+    class Long(Hourly):
+        def do_work(self, context: WorkerContext) -> None:
+            working.set()
+            assert go_on.wait(PATIENCE)
+
+    manager, lease = fleet.manager(Long, WORKERS_LEASE_SECONDS=1), 1
+    manager.start()
+    assert working.wait(PATIENCE)
+    first, beats = manager.ticks.instance, manager.ticks.instances.engine
+    with fleet.engine.connect() as operator:
+
+        def lock(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+            if "INSERT INTO background_instances" in statement and not locked.is_set():
+                operator.execute(text("LOCK TABLE background_workers, background_executions IN ACCESS EXCLUSIVE MODE"))
+                locked.set()
+
+        event.listen(beats, "after_cursor_execute", lock)
+        assert locked.wait(PATIENCE)
+        event.remove(beats, "after_cursor_execute", lock)
+        until = first.deadline + 2 * lease
+        wait_until(lambda: first.deadline > until or not first.is_alive, "the heartbeats of two leases")
+        assert first.is_alive
+    go_on.set()
+    wait_until(lambda: fleet.states() == ["succeeded"], "the end of the run")
 
 
 def test_who_was_not_first_at_a_tick_has_read_once_and_lets_the_others_go_first_at_the_next_one(fleet: Fleet) -> None:
