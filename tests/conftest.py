@@ -280,6 +280,8 @@ def close(*apps: Flask) -> None:
         app.extensions["background_workers"].stop()
         with app.app_context():
             dispose()
+        for name in app.config.get("SQLALCHEMY_BINDS") or ():
+            db.metadatas.pop(name, None)  # `db` is one for all tests, and would make tables on these binds too
     gc.collect()
 
 

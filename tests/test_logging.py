@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import settings
+from conftest import close, settings
 from fleet import Fleet, Hourly, last_hour
 from processes import environment
 from sqlalchemy import insert, text, update
@@ -223,7 +223,7 @@ def test_the_errors_of_every_bind_hide_their_values(tmp_path: Path) -> None:
             with engine.connect() as connection, pytest.raises(DBAPIError) as raised:
                 connection.execute(text("SELECT * FROM missing WHERE password = :password"), {"password": "hunter2"})
             assert ("hunter2" in str(raised.value)) == (name == "open")
-            engine.dispose()
+    close(app)
 
 
 # -- JSON -------------------------------------------------------------------------------------------
