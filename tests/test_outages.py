@@ -136,6 +136,7 @@ def test_the_applications_pool_is_emptied_by_an_error_on_the_engines_own_connect
     fill_pools(app)
     app.extensions["background_workers"].start()
     instance = wait_until(lambda: app.extensions["background_workers"].ticks.instance, "the joining")
+    wait_until(lambda: fleet.states() == ["succeeded"], "the run, whose own error would empty the pool")
     number = app.extensions["background_workers"].ticks.outages._number
     fail_over(server, url)
     wait_until(lambda: app.extensions["background_workers"].ticks.outages._number > number, "a heartbeat's error")
