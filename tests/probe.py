@@ -5,6 +5,7 @@ import atexit
 import ctypes
 import multiprocessing
 import os
+import select
 import signal
 import sys
 import threading
@@ -282,13 +283,26 @@ def fork_amid(context: WorkerContext) -> bool:
     leave(context, os.getpid())
     context.session.flush()
     threading.Event().wait(0.75 - time.time() % 0.5)
-    if child := os.fork():
-        _, status = os.waitpid(child, 0)
-        context.logger.info("The child %d ended with %d", child, os.waitstatus_to_exitcode(status))
-        leave(context, os.getpid(), "after the child")
-        return True
+    while child := os.fork():
+        if (code := _ended_with(child)) is not None:
+            context.logger.info("The child %d ended with %d", child, code)
+            leave(context, os.getpid(), "after the child")
+            return True
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
     _CHILDREN[os.environ["PROBE_CHILD"]](context)
     return False
+
+
+def _ended_with(child: int) -> int | None:
+    """Return the exit code of a child. None if it hangs, as another thread was within SQLite's library at the fork."""
+    handle = os.pidfd_open(child)
+    try:
+        if not select.select([handle], [], [], 5)[0]:
+            return None
+    finally:
+        os.close(handle)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 class ForkingAtTheEnd(PeriodicWorker):
