@@ -24,7 +24,6 @@ from .worker import MessageWorker
 
 log = logger_of(__name__)
 
-_EXPIRED = "its instance stopped renewing its lease"
 _STRANDED = "the reply to its claim got lost"
 _SLOT_SECONDS = 0.02
 _LONGEST_REST_SECONDS = 0.02
@@ -178,11 +177,15 @@ class Consumers:
         try:
             excused = self._excused_holders(gone)
             for holder, signed_off in gone.items():
-                freed = messages.take_back(holder, most, None if signed_off or holder in excused else _EXPIRED)
+                error = None
+                if not (signed_off or holder in excused):
+                    error = f"its instance {self._ticks.instances.ending(holder)}"
+                freed = messages.take_back(holder, most, error)
                 if freed:
                     level = logging.INFO if signed_off else logging.WARNING
                     log.log(level, "Took back %d messages of an instance that is gone", len(freed))
-                self._bury(freed, _EXPIRED)
+                if error is not None:
+                    self._bury(freed, error)
             # Asked for first, and named: while a write waits for its lock, another may be claimed and grow old.
             if stranded := messages.batches(instance.id, instance.lease) - self._batches:
                 self._bury(messages.take_back_stranded(stranded, most, _STRANDED), _STRANDED)

@@ -189,10 +189,11 @@ class Instances:
         with self._single.begin() as connection:
             connection.execute(delete(instances).where(instances.c.id == instance.id))
 
-    def is_known(self, id: str) -> bool:
-        """Return whether the instance has a row, alive or not."""
+    def ending(self, id: str) -> str:
+        """Return what ended the lease of an instance that did not sign off, for the history and the log."""
         with self._single.connect() as connection:
-            return connection.scalar(select(instances.c.id).where(instances.c.id == id)) is not None
+            is_known = connection.scalar(select(instances.c.id).where(instances.c.id == id)) is not None
+        return "stopped renewing its lease" if is_known else "is not known to the fleet: its row was deleted"
 
     def gone(self, ids: Collection[str]) -> dict[str, bool]:
         """Those of `ids` who are not alive: True for one that signed off, False for one that was lost.

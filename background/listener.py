@@ -18,7 +18,7 @@ from .logs import logger_of
 log = logger_of(__name__)
 
 CHANNEL = "background_messages"
-_RETRY_SECONDS = 5.0
+_RETRY_SECONDS = 0.5
 _LOOK_SECONDS = 0.25
 
 

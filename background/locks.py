@@ -181,7 +181,8 @@ class Locks:
         if not gone:
             log.debug("Lock %r: %s has held it since %s", name, seen.instance_name, seen.since.isoformat())
         elif not gone[seen.instance]:
-            log.warning("Lock %r: %s stopped renewing its lease while it held it", name, seen.instance_name)
+            ending = self._instances.ending(seen.instance)
+            log.warning("Lock %r: %s held it and %s", name, seen.instance_name, ending)
         return not gone
 
     def _make(self, name: str) -> None:

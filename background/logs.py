@@ -29,6 +29,11 @@ class Outage:
     def __init__(self) -> None:
         self._since: float | None = None
 
+    @property
+    def is_on(self) -> bool:
+        """True from the first line about the outage until its end."""
+        return self._since is not None
+
     def level(self) -> int:
         """Return the level of the next line about the outage."""
         if self._since is not None:

@@ -290,10 +290,9 @@ class Membership:
         self._blindness.ended()
 
     def _look_failed(self, error: Exception) -> None:
-        """Have the next heartbeat ask again. The heartbeat itself reports a database that is away."""
+        """Have the next heartbeat ask again. The first heartbeat that fails reports a database that is away."""
         self._pulse = None
-        level = self._blindness.level()
-        level = logging.DEBUG if isinstance(error, SQLAlchemyError) else level
+        level = logging.DEBUG if self._outage.is_on else self._blindness.level()
         log.log(level, "Cannot look at the fleet: %s", first_line(error), exc_info=unless_expected(error))
 
     def _settle(self, name: str, failures: int = 0) -> None:

@@ -273,9 +273,7 @@ class Ticks:
                 send(self._app, execution_handed_back, claim=claim, reason=reason)
             return
         again = attempt_after(worker, claim.attempt)
-        is_known = self.instances.is_known(str(state.instance))
-        became = "stopped renewing its lease" if is_known else "is not known to the fleet: its row was deleted"
-        reason = f"{state.instance_name} {became}"
+        reason = f"{state.instance_name} {self.instances.ending(str(state.instance))}"
         if self.ledger.end(claim, "lost", reason, again):
             self._tell_of_loss(claim, reason, again)
 

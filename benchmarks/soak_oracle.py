@@ -18,6 +18,7 @@ from .soak_worker import effects, workers
 Key = tuple[str, datetime]
 Spans = Sequence[tuple[float, float]]  # in Unix seconds
 
+CATCHING_UP_SECONDS = 2.0  # after an outage
 MET_SECONDS = 0.1  # from taking a tick back to having claimed it
 _MOST_USUAL_SECONDS = 0.5  # what is later than that is no machine's fault
 
@@ -271,7 +272,9 @@ class Oracle:
     def _take_time(self, verdict: Verdict, key: Key, fault: Fault, seconds: float) -> None:
         # Before the lease may have run out, nobody asks.
         matters = fault.at if fault.kind == "term" else fault.at + LEASE_SECONDS - 2 * HEARTBEAT_SECONDS
-        if any(gone < fault.at + seconds and matters < back for gone, back in self._absences):
+        # After an outage, the ticks that it put off are run first.
+        absences = ((gone, back + CATCHING_UP_SECONDS) for gone, back in self._absences)
+        if any(gone < fault.at + seconds and matters < caught_up for gone, caught_up in absences):
             verdict.excused.append(seconds)
             return
         times, most = {

@@ -1,6 +1,7 @@
 """Who is alive, by whose clock, and for how long."""
 
 import glob
+import logging
 import os
 import threading
 import time
@@ -17,11 +18,13 @@ from conftest import close, on_postgresql, on_sqlite
 from fleet import HOUR, PATIENCE, Fleet, Hourly, effect, last_hour, make_app, statements, wait_until
 from processes import MARGIN
 from sqlalchemy import event, make_url, select, text, update
+from sqlalchemy.exc import OperationalError
 
 from background import BackgroundWorkerManager, Message, MessageWorker, WorkerContext
 from background import models as tables
 from background.clock import steady
 from background.instances import Instance, Pulse
+from background.listener import ring
 from background.ticks import Ticks
 
 LEASE = timedelta(seconds=5)
@@ -193,6 +196,28 @@ def test_renewing_a_lease_waits_for_no_other_table(fleet: Fleet, caplog: pytest.
     wait_until(lambda: fleet.states() == ["succeeded", "succeeded"], "a run that a heartbeat found")
     fleet.enqueue("noted", 1)
     wait_until(lambda: [each.state for each in fleet.messages()] == ["done"], "a message that was found")
+
+
+def test_looks_that_fail_while_heartbeats_go_on_are_told_of_once(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    manager = fleet.manager(Noted, WORKERS_LEASE_SECONDS=1)
+    failures: list[int] = []
+    caplog.set_level(logging.DEBUG)
+    manager.start()
+    wait_until(lambda: manager.ticks.instance, "the joining")
+
+    def states(*_: object) -> None:
+        failures.append(1)
+        raise OperationalError("SELECT", {}, Exception("no connection is free"))
+
+    with monkeypatch.context() as away:
+        away.setattr(manager.ticks.ledger, "states", states)
+        ring(manager.ticks.connections)
+        wait_until(lambda: len(failures) >= 3, "three looks that fail")
+    told = [each for each in caplog.records if "Cannot look at the fleet" in each.getMessage()]
+    assert [each.levelname for each in told if each.levelno > logging.DEBUG] == ["WARNING"]
+    assert manager.ticks.instance.is_alive
 
 
 @on_postgresql

@@ -242,7 +242,7 @@ def test_the_lock_of_a_process_that_is_killed_is_free_when_its_lease_is_over_and
     with manager.lock(NAME, timeout=PATIENCE) as lock:
         assert lock.token == 2
         assert row(manager).since >= until
-    assert f"{victim.pid} stopped renewing its lease while it held it" in caplog.text
+    assert f"{victim.pid} held it and stopped renewing its lease" in caplog.text
 
 
 def test_a_process_that_wakes_after_its_lease_knows_that_it_lost_the_lock_and_leaves_the_next_holders_alone(

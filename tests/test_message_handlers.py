@@ -347,6 +347,8 @@ def test_of_a_batch_that_others_took_a_message_of_nothing_is_committed_and_all_i
     assert f"no longer holds {len(taken)} of its 3 messages" in caplog.text
     assert sorted(fleet.effects()) == ["one", "three", "two"]
     assert [row.attempt for row in fleet.messages()] == [2, 2, 2]
+    reasons = {row.error for row in fleet.errors()}
+    assert "its instance is not known to the fleet: its row was deleted" in reasons
 
 
 # -- what it is given ------------------------------------------------------------------------------
