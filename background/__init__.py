@@ -1,6 +1,7 @@
 """Background workers that run once per tick, however many processes, machines and releases run them."""
 
 from . import dependencies  # noqa: F401 - the first import: it refuses a missing package with a sentence
+from .cli import workers_cli
 from .context import RunFields, WorkerContext
 from .errors import (
     BackgroundError,
@@ -26,6 +27,7 @@ from .errors import (
 from .locks import Lock
 from .manager import BackgroundWorkerManager, current_workers
 from .messages import Message
+from .messages_cli import messages_cli
 from .pruning import PruneHistoryWorker
 from .worker import MessageWorker, PeriodicWorker
 
@@ -59,3 +61,5 @@ __all__ = [
     "WrongState",
     "current_workers",
 ]
+
+BackgroundWorkerManager.commands = (workers_cli, messages_cli)

@@ -60,7 +60,7 @@ def list_workers(as_json: bool) -> None:
     If no instance is alive, the first line says so.
     """
     manager = checked_manager()
-    rows = overview(manager)
+    rows = overview(manager.stores, manager.workers)
     if as_json:
         print_json(rows)
     else:
@@ -106,7 +106,7 @@ def instances(as_json: bool) -> None:
     Also what they hold, and how far their clocks are off.
     """
     manager = checked_manager()
-    states, seen = manager.ticks.ledger.states().values(), manager.roster.seen()
+    states, seen = manager.stores.ledger.states().values(), manager.roster.seen()
     holds = {each.id: [state.name for state in states if state.instance == each.id] for each in seen}
     if as_json:
         print_json([{**asdict(each), "holds": holds[each.id]} for each in seen])
@@ -141,8 +141,8 @@ def check(as_json: bool) -> None:
     states: dict[str, WorkerState] = {}
     unseen = list(_NEVER_LOOKED_AT)
     try:
-        states = checked_manager().ticks.ledger.states()
-        found = condition(manager)
+        states = checked_manager().stores.ledger.states()
+        found = condition(manager.stores, manager.workers, manager.app.config["WORKERS_THREADS"])
         problems, alive = found.problems(), found.alive
         if (lacking := unmigrated(manager.app, manager.db)) is None:
             unseen.insert(0, "whether a model has no migration")
@@ -328,7 +328,7 @@ def trigger(name: str) -> None:
 
 
 def _why_not_triggered(manager: BackgroundWorkerManager, name: str) -> str:
-    state = manager.ticks.ledger.look(name)
+    state = manager.stores.ledger.look(name)
     if state and state.running:
         tick = moment(state.running.tick)
         return f"{name} is running already, the tick {tick} on {state.instance_name}; try again when it has ended."
@@ -380,7 +380,7 @@ def pause(name: str) -> None:
     """
     manager = _manager_of(name)
     changed = checked_manager().pause(name)
-    state = manager.ticks.ledger.look(name)
+    state = manager.stores.ledger.look(name)
     since = f", since {second(state.paused_at)}" if state else ""
     click.echo(f"{name} is paused{since}." if changed else f"{name} was paused already{since}.")
 
@@ -391,7 +391,7 @@ def resume(name: str) -> None:
     """Run the ticks of NAME again, from the next one."""
     manager = _manager_of(name)
     changed = checked_manager().resume(name)
-    state = manager.ticks.ledger.look(name)
+    state = manager.stores.ledger.look(name)
     following = f"; its next tick is {moment(state.schedule.next(state.clock))}" if state else ""
     click.echo(f"{name} is resumed{following}." if changed else f"{name} was not paused{following}.")
 
@@ -433,8 +433,8 @@ def _manager_of(name: str) -> BackgroundWorkerManager:
 def _stored(manager: BackgroundWorkerManager, name: str) -> None:
     """Raise UnknownWorker for a name that neither this release nor the database has."""
     is_text = name.isascii() or name.isprintable()  # what a terminal sent in another encoding is no text
-    if name not in manager.workers and not (is_text and manager.ticks.ledger.look(name)):
-        known = manager.names | manager.ticks.ledger.states().keys()
+    if name not in manager.workers and not (is_text and manager.stores.ledger.look(name)):
+        known = manager.names | manager.stores.ledger.states().keys()
         raise UnknownWorker(name, known, manager.topic_of(name))
 
 

@@ -1,19 +1,20 @@
 """The condition of the fleet: whether an instance is alive, and which workers wait or are stuck."""
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, String, cast, distinct, false, func, null, select, update
+from sqlalchemy import Connection, String, cast, distinct, func, select
 
-from . import sqlite
 from .clock import single_statements
 from .instances import is_alive
 from .ledger import is_of_claim
-from .manager import BackgroundWorkerManager
 from .models import executions, instances, messages, workers
-from .roster import Silence
+from .roster import Roster, Silence
 from .standing import Standing, standings
+from .stores import Stores
 from .words import second, silent, span
+from .worker import PeriodicWorker
 
 
 @dataclass(frozen=True)
@@ -61,15 +62,17 @@ def _are(count: int) -> str:
     return "1 instance is" if count == 1 else f"{count} instances are"
 
 
-def condition(manager: BackgroundWorkerManager) -> Condition:
-    """Return the fleet's condition by the database's clock, in a constant number of queries."""
-    threads: int = manager.app.config["WORKERS_THREADS"]
+def condition(stores: Stores, ours: Mapping[str, type[PeriodicWorker]], threads: int) -> Condition:
+    """Return the fleet's condition by the database's clock, in a constant number of queries.
+
+    `ours` are the workers of this release, and `threads` is the number of threads of an instance.
+    """
     # Read where the instances' rows are. On SQLite that is a file of its own, which can read the other rows too.
-    with single_statements(manager.ticks.instances.engine).connect() as connection:
+    with single_statements(stores.instances.engine).connect() as connection:
         alive: dict[str, str] = {row.id: row.name for row in connection.execute(_alive)}
         busy = _busy(connection)
     full = {alive[id]: count for id, count in busy.items() if id in alive and count >= threads}
-    return Condition(manager.roster.silence(), len(alive), standings(manager), full)
+    return Condition(Roster(stores.instances).silence(), len(alive), standings(stores, ours), full)
 
 
 _name = instances.c.host + ":" + cast(instances.c.pid, String)
@@ -89,18 +92,3 @@ def _busy(connection: Connection) -> dict[str, int]:
         for instance, count in connection.execute(query):
             busy[instance] += count
     return busy
-
-
-def write_as_the_application(manager: BackgroundWorkerManager) -> None:
-    """Write nothing, by a connection of the application's own pool. Raise what its writes would raise.
-
-    On SQLite this does not wait for another connection that writes at this moment.
-    """
-    with manager.app.app_context():
-        engine = manager.db.engine
-    nothing = update(workers).where(false()).values(paused_at=null())
-    if engine.dialect.name == "sqlite":
-        sqlite.try_to_write(engine, nothing)
-        return
-    with engine.begin() as connection:
-        connection.execute(nothing)

@@ -18,8 +18,10 @@ from .handling import Handling, tell_of_the_dead
 from .instances import Instance, Pulse
 from .logs import logger_of
 from .messages import Batch, Freed
+from .presence import Presence
+from .runs import Runs
 from .scheduler import Scheduler
-from .ticks import Ticks
+from .stores import Stores
 from .worker import MessageWorker
 
 log = logger_of(__name__)
@@ -35,9 +37,17 @@ class Consumers:
     """Handles the messages of `workers` (by topic) as long as there are any, on the scheduler's threads."""
 
     def __init__(
-        self, app: Flask, db: SQLAlchemy, ticks: Ticks, scheduler: Scheduler, workers: Mapping[str, type[MessageWorker]]
+        self,
+        app: Flask,
+        db: SQLAlchemy,
+        stores: Stores,
+        presence: Presence,
+        runs: Runs,
+        scheduler: Scheduler,
+        workers: Mapping[str, type[MessageWorker]],
     ) -> None:
-        self._app, self._db, self._ticks, self._scheduler, self._workers = app, db, ticks, scheduler, workers
+        self._app, self._db, self._scheduler, self._workers = app, db, scheduler, workers
+        self._stores, self._presence, self._runs = stores, presence, runs
         self._active: Counter[str] = Counter()
         self._again: set[str] = set()
         self._yielding: set[str] = set()
@@ -52,7 +62,7 @@ class Consumers:
     def wake(self, topic: str) -> None:
         """Have another consumer of `topic` look for messages; if all are busy, the first that is done looks again."""
         worker = self._workers.get(topic)
-        if worker is None or self._ticks.runs.stopping.is_set():
+        if worker is None or self._runs.stopping.is_set():
             return
         with self._changed:
             if self._active[topic] >= worker.concurrency:
@@ -86,7 +96,7 @@ class Consumers:
         seconds = pause.total_seconds() if pause else 0.0
         if not seconds:
             self.wake(topic)
-        elif seconds <= self._app.config["WORKERS_HEARTBEAT_SECONDS"] and not self._ticks.runs.stopping.is_set():
+        elif seconds <= self._app.config["WORKERS_HEARTBEAT_SECONDS"] and not self._runs.stopping.is_set():
             slot = math.ceil((steady() + seconds) / _SLOT_SECONDS)  # shared by all that are due in it, woken at its end
             self._scheduler.after(slot * _SLOT_SECONDS - steady(), f"messages:{topic}:{slot}", self.wake, topic)
 
@@ -128,14 +138,14 @@ class Consumers:
             return True
 
     def _next(self, worker: type[MessageWorker]) -> bool:
-        instance, topic = self._ticks.instance, worker.topic
-        if instance is None or not instance.is_alive or self._ticks.runs.stopping.is_set():
+        instance, topic = self._presence.instance, worker.topic
+        if instance is None or not instance.is_alive or self._runs.stopping.is_set():
             return False
         if self._workers.get(topic) is not worker:  # it was removed
             return False
         # Where there is no second attempt, a neighbour's death would bury the whole batch.
         size = worker.batch_size if worker.max_attempts > 1 else 1
-        batch = self._ticks.messages.claim(worker.name, topic, size, (instance.id, instance.name))
+        batch = self._stores.messages.claim(worker.name, topic, size, (instance.id, instance.name))
         if batch is None:
             return False
         self._yielding.discard(topic)
@@ -148,38 +158,38 @@ class Consumers:
         began = steady()
         self._batches.add(batch.id)
         try:
-            way = self._ticks.messages, self._ticks.runs, instance, self._app, self._db, self._excused
+            way = self._stores.messages, self._runs, instance, self._app, self._db, self._excused
             pause = Handling(worker, batch, *way).run()
         finally:
             self._batches.discard(batch.id)
         if pause is not None:
             self.wake_after(worker.topic, pause)
-        if self._ticks.ledger.engine.dialect.name == "sqlite":
+        if self._stores.main.on_sqlite:
             # Who waits for its write lock asks now and again, and would hardly find it free between two batches.
-            self._ticks.runs.stopping.wait(min((steady() - began) / 4, _LONGEST_REST_SECONDS))
+            self._runs.stopping.wait(min((steady() - began) / 4, _LONGEST_REST_SECONDS))
 
     # -- those who are gone --------------------------------------------------------------------
 
     def look(self) -> None:
         """Have messages freed that no instance handles. Writes nothing itself."""
-        instance = self._ticks.instance
+        instance = self._presence.instance
         if instance is None or not instance.is_alive or not self._workers:
             return
-        holders = self._ticks.messages.holders(list(self._workers))
+        holders = self._stores.messages.holders(list(self._workers))
         others = holders - {instance.id}
-        gone = self._ticks.instances.gone(others) if others else {}
+        gone = self._stores.instances.gone(others) if others else {}
         if news := (gone.keys() | {instance.id} & holders) - self._freeing:
             self._freeing |= news
             self._scheduler.soon(self._free, instance, {each: gone[each] for each in gone.keys() & news})
 
     def _free(self, instance: Instance, gone: Mapping[str, bool]) -> None:
-        messages, most = self._ticks.messages, {topic: worker.max_attempts for topic, worker in self._workers.items()}
+        messages, most = self._stores.messages, {topic: worker.max_attempts for topic, worker in self._workers.items()}
         try:
             excused = self._excused_holders(gone)
             for holder, signed_off in gone.items():
                 error = None
                 if not (signed_off or holder in excused):
-                    error = f"its instance {self._ticks.instances.ending(holder)}"
+                    error = f"its instance {self._stores.instances.ending(holder)}"
                 freed = messages.take_back(holder, most, error)
                 if freed:
                     level = logging.INFO if signed_off else logging.WARNING
@@ -197,7 +207,7 @@ class Consumers:
 
     def _excused_holders(self, gone: Collection[str]) -> Collection[str]:
         """Return the holders whose leases ran out during an outage, when no instance could renew its lease."""
-        return self._ticks.instances.expired(gone, *self.outage) if gone and self.outage else ()
+        return self._stores.instances.expired(gone, *self.outage) if gone and self.outage else ()
 
     def _bury(self, freed: Sequence[Freed], error: str) -> None:
         if dead := [each for each in freed if each.state == "dead"]:

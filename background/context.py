@@ -191,7 +191,7 @@ class TickContext(WorkerContext):
     """The run of a tick."""
 
     def __init__(self, claim: "Claim", ledger: "Ledger", instance: Instance, db: SQLAlchemy) -> None:
-        super().__init__(claim, claim, instance, db, ledger.sessions)
+        super().__init__(claim, claim, instance, db, ledger.store.sessions)
         self.claim: Claim = claim
         self.log_lines = LogLines(lambda: current_run.get() is self)
         self._ledger = ledger
@@ -293,6 +293,15 @@ class MessageContext(WorkerContext):
 
 
 current_run: ContextVar[WorkerContext | None] = ContextVar("background_run", default=None)
+
+
+def is_stopping_within(seconds: float) -> bool:
+    """Wait that long. In a run, wait only until the run is told to stop, and return whether it was."""
+    run = current_run.get()
+    if run is None:
+        time.sleep(seconds)
+        return False
+    return run.stopping.wait(seconds)
 
 
 class RunFields(logging.Filter):

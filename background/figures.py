@@ -78,15 +78,15 @@ def _figures(manager: BackgroundWorkerManager) -> Figures:
 
 
 def _read(manager: BackgroundWorkerManager) -> Figures:
-    manager.ticks.connections.refuse_missing()
-    with single_statements(manager.ticks.ledger.engine).connect() as connection:
+    manager.stores.connections.refuse_missing()
+    with single_statements(manager.stores.main.engine).connect() as connection:
         sums = _read_totals(connection)
-    with single_statements(manager.ticks.instances.engine).connect() as connection:
+    with single_statements(manager.stores.instances.engine).connect() as connection:
         alive = connection.execute(_alive).all()
     # Where containers share a host name and a process id, the one that is furthest off has the last word.
     known = sorted((row for row in alive if row.clock_offset is not None), key=lambda row: abs(row.clock_offset))
     offsets = {f"{row.host}:{row.pid}": -row.clock_offset for row in known}
-    return Figures(sums, standings(manager), offsets, len(alive), manager.messages.depths())
+    return Figures(sums, standings(manager.stores, manager.workers), offsets, len(alive), manager.messages.depths())
 
 
 def _read_totals(connection: Connection) -> Totals:

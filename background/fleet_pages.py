@@ -117,7 +117,7 @@ def instances_page() -> ResponseReturnValue:
 def _holders(manager: BackgroundWorkerManager, clock: datetime) -> list[Holder]:
     """Those who are alive first."""
     messages = manager.messages.held()
-    runs, locks = _by_instance(manager.history.running()), _by_instance(manager.ticks.locks.held())
+    runs, locks = _by_instance(manager.history.running()), _by_instance(manager.locks.held())
     return [
         Holder(each, clock - each.heartbeat_at, runs[each.id], locks[each.id], messages.get(each.id, 0))
         for each in manager.roster.seen()

@@ -12,10 +12,11 @@ from sqlalchemy import Connection, Row, and_, case, delete, func, or_, select, t
 
 from .clock import AHEAD, elapsed, now
 from .errors import InvalidSchedule
-from .ledger import Ledger, WorkerState, attempted, count, pending
+from .ledger import WorkerState, attempted, pending
 from .messages import is_in
 from .models import executions, messages, workers
 from .schedule import MICROSECOND, Schedule, parse_schedule
+from .store import Store, count
 
 _SLICE = 5_000  # messages that one statement changes
 _LONGEST_PAUSE = timedelta(hours=1, minutes=15)  # before another attempt at a message
@@ -30,8 +31,8 @@ def is_ahead(state: WorkerState | Row[Any]) -> bool:
 class Healing:
     """Puts right what a clock that was ahead wrote into the rows of `ledger`."""
 
-    def __init__(self, ledger: Ledger, history: timedelta) -> None:
-        self._ledger, self._history = ledger, history
+    def __init__(self, store: Store, history: timedelta) -> None:
+        self._store, self._history = store, history
 
     def is_proven(self, states: Iterable[WorkerState]) -> bool:
         """Return whether the history still has each tick that any worker ran after now.
@@ -46,7 +47,7 @@ class Healing:
 
         Concurrency: each instance that finds the worker ahead does this. They wait for its row, and the first does it.
         """
-        with self._ledger.begin() as connection:
+        with self._store.begin() as connection:
             held = update(workers).where(workers.c.name == name).values(name=workers.c.name)
             row = connection.execute(held.returning(*workers.c, now().label("clock"))).one_or_none()
             if row is None or not is_ahead(row):
@@ -73,15 +74,15 @@ class Healing:
         while some := self._put_off():
             ours = and_(messages.c.id.in_(some), _is_put_off)
             healed = update(messages).where(ours).values(due_at=due_at, enqueued_at=enqueued_at)
-            with self._ledger.begin() as connection:
+            with self._store.begin() as connection:
                 number += count(connection.execute(healed))
         if number:
-            self._ledger.ring()
+            self._store.ring()
         return number
 
     def _put_off(self) -> Sequence[int]:
         """Return the ids of some such messages, found without SQLite's only write lock."""
-        with self._ledger.engine.connect() as connection:
+        with self._store.engine.connect() as connection:
             return connection.scalars(select(messages.c.id).where(_is_put_off).limit(_SLICE)).all()
 
     def pass_over(self, state: WorkerState, tick: datetime, attempt_after: Callable[[int], int | None]) -> bool:
@@ -94,7 +95,7 @@ class Healing:
         if state.mark_ahead is None or state.mark_ahead < tick:
             return False
         ran = select(executions.c.attempt, executions.c.state).where(attempted(state.name), executions.c.tick == tick)
-        with self._ledger.engine.connect() as connection:
+        with self._store.engine.connect() as connection:
             row = connection.execute(ran.order_by(executions.c.id.desc()).limit(1)).one_or_none()
         if row is None:
             return False
@@ -105,7 +106,7 @@ class Healing:
         is_open = or_(workers.c.mark.is_(None), workers.c.mark < tick)
         may = and_(is_open, workers.c.schedule == state.schedule_text)
         is_free = workers.c.pending_tick.is_(None) if again is not None else true()
-        with self._ledger.begin() as connection:
+        with self._store.begin() as connection:
             connection.execute(update(workers).where(workers.c.name == state.name, may, is_free).values(values))
         return True
 

@@ -13,14 +13,17 @@ from typing import Any
 
 from flask import Blueprint, jsonify
 from flask.typing import ResponseReturnValue
+from sqlalchemy import false, null, update
 from sqlalchemy.exc import ProgrammingError, SQLAlchemyError
 
+from . import sqlite
 from .clock import steady
-from .condition import condition, write_as_the_application
+from .condition import condition
 from .connections import again_if_stale
 from .errors import BackgroundError, first_line
 from .logs import logger_of
 from .manager import BackgroundWorkerManager, current_workers, the_manager
+from .models import workers
 from .prompt import Prompt
 from .standing import standings
 from .words import silent
@@ -167,9 +170,9 @@ class FleetHealth:
 
 
 def _fleet(manager: BackgroundWorkerManager) -> dict[str, Check]:
-    manager.ticks.connections.refuse_missing()
+    manager.stores.connections.refuse_missing()
     asked_at = steady()
-    found = again_if_stale(lambda: condition(manager))
+    found = again_if_stale(lambda: condition(manager.stores, manager.workers, manager.app.config["WORKERS_THREADS"]))
     silent_for = found.silence.length if found.silence else None
     silence = {} if silent_for is None else {"silent_seconds": round(silent_for.total_seconds(), 1)}
     return {
@@ -185,9 +188,9 @@ def _fleet(manager: BackgroundWorkerManager) -> dict[str, Check]:
 
 
 def _write(manager: BackgroundWorkerManager) -> dict[str, Check]:
-    manager.ticks.connections.refuse_missing()
+    manager.stores.connections.refuse_missing()
     began = steady()
-    again_if_stale(lambda: write_as_the_application(manager))
+    again_if_stale(lambda: _write_as_the_application(manager))
     return {"write": Check(True, {"milliseconds": round((steady() - began) * 1000, 1)}, at=began)}
 
 
@@ -200,18 +203,18 @@ def _checked(check: Callable[[], Check]) -> Check:
 
 def _database(manager: BackgroundWorkerManager) -> Check:
     """Check that the database takes writes: after a fail-over, connections may lead to a read-only server."""
-    manager.ticks.connections.refuse_missing()
+    manager.stores.connections.refuse_missing()
     began = steady()
     manager.history.clock()
     with suppress(ProgrammingError):  # a database without tables answers, and its migrations are behind
-        manager.ticks.write()
+        manager.stores.write()
     return Check(True, {"milliseconds": round((steady() - began) * 1000, 1)}, at=began)
 
 
 def _workers(manager: BackgroundWorkerManager) -> Check:
     """Where WORKERS_ENABLED is false they are others' business: a web that serves is not to be taken away for them."""
     asked_at = steady()
-    overdue = [each.name for each in standings(manager) if each.is_overdue]
+    overdue = [each.name for each in standings(manager.stores, manager.workers) if each.is_overdue]
     is_ours = manager.is_started or manager.app.config["WORKERS_ENABLED"]
     return Check(not (overdue and is_ours), {"overdue": len(overdue)}, f"overdue: {overdue}", asked_at)
 
@@ -220,8 +223,23 @@ def _heartbeat(manager: BackgroundWorkerManager) -> Check:
     """Check the heartbeat of this instance. If the process should have none, there is nothing to wait for."""
     if not manager.is_to_run:
         return Check(True, {"here": False})
-    instance = manager.ticks.instance
+    instance = manager.presence.instance
     if instance is None or not instance.deadline:
         return Check(False, {"here": True}, "this process has not joined the fleet, or has left it")
     sent_at = instance.deadline - instance.lease.total_seconds()
     return Check(instance.is_alive, {"here": True}, f"{steady() - sent_at:.1f} s old", sent_at)
+
+
+def _write_as_the_application(manager: BackgroundWorkerManager) -> None:
+    """Write nothing, by a connection of the application's own pool. Raise what its writes would raise.
+
+    On SQLite this does not wait for another connection that writes at this moment.
+    """
+    with manager.app.app_context():
+        engine = manager.db.engine
+    nothing = update(workers).where(false()).values(paused_at=null())
+    if engine.dialect.name == "sqlite":
+        sqlite.try_to_write(engine, nothing)
+        return
+    with engine.begin() as connection:
+        connection.execute(nothing)

@@ -14,13 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from queue import SimpleQueue
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 from weakref import WeakSet
 
 from werkzeug.serving import is_running_from_reloader
-
-if TYPE_CHECKING:
-    from .manager import BackgroundWorkerManager
 
 from .logs import logger_of
 
@@ -28,6 +25,24 @@ log = logger_of(__name__)
 
 _NUMBERS = (signal.SIGTERM, signal.SIGINT)
 _LAST_WAIT_SECONDS = 0.3
+
+
+class Stoppable(Protocol):
+    """What a signal stops: the manager of one application."""
+
+    @property
+    def is_started(self) -> bool:
+        """True while its workers run in this process."""
+
+    def tell(self) -> None:
+        """Tell its runs to stop."""
+
+    def hurry(self) -> None:
+        """Tell its runs to stop, and wait for them no longer."""
+
+    def stop(self, timeout: float | None = None) -> None:
+        """Stop it within so many seconds."""
+
 
 _set, _get = signal.signal, signal.getsignal
 _held = threading.local()
@@ -55,7 +70,7 @@ def is_heard(number: int) -> bool:
     return _get(number) in (_hear, signal.SIG_IGN)
 
 
-def stop_when_told(manager: "BackgroundWorkerManager") -> None:
+def stop_when_told(manager: Stoppable) -> None:
     """Stop `manager` before the process exits. On a signal tell the runs first, whatever else the server does then."""
     global _audience
     if _audience is None or _audience.process != os.getpid():
@@ -113,7 +128,7 @@ class _Audience:
 
     def __init__(self) -> None:
         self.process = os.getpid()
-        self.managers: WeakSet[BackgroundWorkerManager] = WeakSet()
+        self.managers: WeakSet[Stoppable] = WeakSet()
         self.heard = 0
         self.is_ending = False
         self.calls: SimpleQueue[Callable[[], None]] = SimpleQueue()
@@ -147,7 +162,7 @@ class _Audience:
             for manager in self._started():
                 manager.stop()
 
-    def _started(self) -> "list[BackgroundWorkerManager]":
+    def _started(self) -> list[Stoppable]:
         return [manager for manager in self.managers if manager.is_started]
 
     def _call(self) -> None:

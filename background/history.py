@@ -25,7 +25,7 @@ from sqlalchemy import (
     union_all,
 )
 
-from .clock import now, single_statements
+from .clock import now
 from .errors import error_line
 from .ledger import Ledger, WorkerState, is_of_claim
 from .models import executions, workers
@@ -146,7 +146,7 @@ class History:
 
     def __init__(self, ledger: Ledger, roster: Roster) -> None:
         self._ledger, self._roster = ledger, roster
-        self._reading = single_statements(ledger.engine)
+        self._reading = ledger.store.single
 
     def clock(self) -> datetime:
         """The database's clock."""

@@ -1,7 +1,6 @@
 """Who runs what. Each race is one statement; those about one tick are in claiming.py."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from types import MappingProxyType
@@ -11,13 +10,11 @@ from uuid import uuid4
 from sqlalchemy import (
     ColumnElement,
     Connection,
-    CursorResult,
-    Engine,
     Row,
     String,
     and_,
     bindparam,
-    func,
+    case,
     insert,
     literal,
     literal_column,
@@ -27,7 +24,6 @@ from sqlalchemy import (
     true,
     update,
 )
-from sqlalchemy.dialects import postgresql, sqlite
 
 from . import totals
 from .claiming import (
@@ -42,12 +38,13 @@ from .claiming import (
     claimed,
     start,
 )
-from .clock import now, single_statements
+from .clock import now
 from .errors import ClaimLost
 from .logs import logger_of
 from .models import executions, workers
 from .schedule import MICROSECOND, Schedule, parse_schedule
-from .sessions import Executes, Sessions
+from .sessions import Executes
+from .store import Store, count
 
 log = logger_of(__name__)
 
@@ -56,8 +53,6 @@ MOMENTS = executions.c.started_at, executions.c.finished_at
 Values = Mapping[str, Any]
 Notes = Mapping[str, Any]
 NOTHING: Notes = MappingProxyType({})
-
-_LOCK_SECONDS = 1.0  # after waiting this long for a row lock, free the thread and try again later
 
 
 @dataclass(frozen=True)
@@ -144,48 +139,25 @@ class WorkerState:
 
 
 class Ledger:
-    """The worker and execution rows of one database, written on the engine's own connections.
+    """The worker and execution rows of one database, written on the engine's own connections."""
 
-    `ring` is called when a row becomes available to any instance.
-    """
-
-    def __init__(self, engine: Engine, lease: float, ring: Callable[[], None], sessions: Sessions) -> None:
-        self.engine, self.ring, self.sessions = engine, ring, sessions
-        self._single = single_statements(engine)
-        self.idle: tuple[ColumnElement[str], ...] = ()
-        self._limits: tuple[ColumnElement[str], ...] = ()
-        self.insert = sqlite.insert if engine.dialect.name == "sqlite" else postgresql.insert
-        self._claims: ClaimsOnSQLite | ClaimsOnPostgreSQL
-        if engine.dialect.name == "sqlite":
-            self._claims = ClaimsOnSQLite(engine)
-        else:
-            # No transaction that holds a worker's row outlasts a lease, even if its process is frozen in the middle of
-            # it: PostgreSQL ends it. Set for one transaction, a run's last too: a pooler may stand in between.
-            self.idle = (_limit("idle_in_transaction_session_timeout", lease),)
-            waiting = _limit("lock_timeout", min(lease, _LOCK_SECONDS))
-            self._limits = (*self.idle, waiting, _limit("statement_timeout", lease))
-            self._claims = ClaimsOnPostgreSQL(engine, self._limits)
-
-    @contextmanager
-    def begin(self) -> Iterator[Connection]:
-        """A transaction that neither waits long for a row nor holds one for longer than a lease."""
-        with self.engine.begin() as connection:
-            if self._limits:
-                connection.execute(select(*self._limits))
-            yield connection
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        on_sqlite = store.on_sqlite
+        self._claims = ClaimsOnSQLite(store.engine) if on_sqlite else ClaimsOnPostgreSQL(store.engine, store.limits)
 
     # -- what is known -------------------------------------------------------------------------
 
     def look(self, name: str) -> WorkerState | None:
         """Read the worker's state without a lock. None if no instance has registered the worker yet."""
-        with self._single.connect() as connection:
+        with self.store.single.connect() as connection:
             row = connection.execute(_one_state, {"name": name}).one_or_none()
         return _state(row) if row else None
 
     def states(self, names: Collection[str] | None = None) -> dict[str, WorkerState]:
         """The state of every worker (or of those of `names`), of this release or not, in one read."""
         query = _states if names is None else _states.where(workers.c.name.in_(names))
-        with self._single.connect() as connection:
+        with self.store.single.connect() as connection:
             return {row.name: _state(row) for row in connection.execute(query)}
 
     # -- claiming ------------------------------------------------------------------------------
@@ -216,7 +188,7 @@ class Ledger:
         Concurrency: a second click, or the scheduled tick of the same moment. One of them waits its turn.
         """
         values = _values(name, tick, instance)
-        with self.begin() as connection:
+        with self.store.begin() as connection:
             token = connection.execute(_CLAIM_MANUAL, values).scalar_one_or_none()
             return None if token is None else _claim(values, start(connection, values, token, 1, "manual"))
 
@@ -225,11 +197,11 @@ class Ledger:
 
         Concurrency: a second click, and every claim. The worker has one pending tick, and one claim in force.
         """
-        with self.begin() as connection:
+        with self.store.begin() as connection:
             asked = update(workers).where(workers.c.name == name, IS_FREE).values(pending(now(), 1, "manual"))
             requested = count(connection.execute(asked)) == 1
         if requested:
-            self.ring()
+            self.store.ring()
         return requested
 
     def skip(self, name: str, tick: datetime, schedule: str, reason: str) -> bool:
@@ -237,7 +209,7 @@ class Ledger:
 
         Concurrency: every instance finds the same obstacle. The one that raises the mark writes the row.
         """
-        with self.begin() as connection:
+        with self.store.begin() as connection:
             is_first = count(connection.execute(SKIP, at_tick(name, tick, schedule))) == 1
             if is_first:
                 self._record_skipped(connection, name, tick, reason)
@@ -251,7 +223,7 @@ class Ledger:
         schedule, last = state.schedule, state.schedule.previous(tick - MICROSECOND)
         if max(state.mark or state.scheduled_at, state.scheduled_at) >= last:
             return
-        with self.begin() as connection:
+        with self.store.begin() as connection:
             raised = connection.execute(MISS, at_tick(state.name, last, state.schedule_text)).one_or_none()
             if raised is not None:
                 first = schedule.next(max(raised.previous_mark or raised.scheduled_at, raised.scheduled_at))
@@ -288,11 +260,11 @@ class Ledger:
         gone.
         """
         held = in_force(claim)
-        if self.engine.dialect.name == "sqlite":  # has no row locks: a write takes the only lock
+        if self.store.on_sqlite:  # has no row locks: a write takes the only lock
             result = session.execute(update(workers).where(held).values(running=workers.c.running))
             ours = count(result) == 1
         else:
-            row = select(workers.c.token, *self.idle).where(held).with_for_update(read=True)
+            row = select(workers.c.token, *self.store.idle).where(held).with_for_update(read=True)
             ours = session.execute(row).first() is not None
         if not ours:
             raise _lost(claim)
@@ -316,15 +288,15 @@ class Ledger:
 
         Concurrency: the run itself, its time-out, and the instances that believe it lost. The first wins.
         """
-        with self.begin() as connection:
+        with self.store.begin() as connection:
             ended = self._end(connection, claim, state, reason, next_attempt, notes)
         if ended and state == "handed back":  # not "lost": while the database is away, its attempts would soon be over
-            self.ring()
+            self.store.ring()
         return ended
 
     def outcome(self, claim: Claim) -> str:
         """The state of the claim's execution; "lost" where its row is gone."""
-        with self._single.connect() as connection:
+        with self.store.single.connect() as connection:
             state = connection.scalar(select(executions.c.state).where(own(claim)))
             return str(state or "lost")
 
@@ -344,7 +316,7 @@ class Ledger:
             update(workers)
             .where(in_force(claim))
             .values(running=null(), claim=null(), **again)
-            .returning(workers.c.token, *self.idle)
+            .returning(workers.c.token, *self.store.idle)
         )
         if released.first() is None:
             return False
@@ -372,7 +344,7 @@ class Ledger:
         copied = ("worker", "tick", "trigger", "attempt", "instance", "instance_name", "started_at")
         row = {name: getattr(claim, name) for name in copied} | {"claim": claim.id, **outcome}
         for token in tokens:
-            new = self.insert(executions).values(row | {"token": token}).on_conflict_do_nothing()
+            new = self.store.insert(executions).values(row | {"token": token}).on_conflict_do_nothing()
             written: Row[Any] | None = connection.execute(new.returning(*MOMENTS)).one_or_none()
             if written is not None:
                 tick, state = claim.tick.isoformat(), outcome["state"]
@@ -426,6 +398,14 @@ class Ledger:
 def pending(tick: Any, attempt: int | None, trigger: str | None) -> dict[str, Any]:
     """Return the columns of a worker's row that say which tick is claimed next, before any other."""
     return {"pending_tick": tick, "pending_attempt": attempt, "pending_trigger": trigger}
+
+
+def marked(tick: datetime, trigger: str) -> dict[str, Any]:
+    """Return a mark at or above a scheduled tick. A tick to run again must not be claimed as new afterwards."""
+    if trigger != "schedule":
+        return {}
+    is_below = or_(workers.c.mark.is_(None), workers.c.mark < tick)
+    return {"mark": case((is_below, tick), else_=workers.c.mark)}
 
 
 def in_force(claim: Claim) -> ColumnElement[bool]:
@@ -536,16 +516,6 @@ def _values(name: str, tick: datetime, instance: tuple[str, str]) -> dict[str, A
 
 def _claim(values: Values, started: Started) -> Claim:
     return Claim(values["of"], values["at"], *started, values["claim_id"], values["on"], values["on_name"])
-
-
-def _limit(setting: str, seconds: float) -> ColumnElement[str]:
-    return func.set_config(setting, f"{seconds * 1000:.0f}", True)
-
-
-def count(result: Any) -> int:
-    """How many rows an INSERT, an UPDATE or a DELETE changed."""
-    assert isinstance(result, CursorResult)  # noqa: S101 - for the type checker: they give no other
-    return result.rowcount
 
 
 def _lost(claim: Claim) -> ClaimLost:

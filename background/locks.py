@@ -16,12 +16,11 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from .clock import now, single_statements, steady
 from .connections import again_if_stale
-from .context import current_run
 from .errors import InvalidLock, LockNotAcquired, first_line
 from .instances import LEASE_IS_OVER, Instance, Instances
-from .ledger import count
 from .logs import logger_of
 from .models import locks
+from .store import count
 
 log = logger_of(__name__)
 
@@ -68,7 +67,11 @@ class Lock:
 
 
 class Locks:
-    """The locks of one database. Each statement is a transaction of its own: no frozen process can sit on a row."""
+    """The locks of one database. Each statement is a transaction of its own, so a frozen process holds no row.
+
+    `present` gives the caller's instance. `waits` waits for so many seconds, and returns True if the caller must stop
+    waiting.
+    """
 
     def __init__(
         self,
@@ -76,9 +79,10 @@ class Locks:
         instances: Instances,
         present: Callable[[], AbstractContextManager[Instance]],
         prefix: str,
+        waits: Callable[[float], bool],
     ) -> None:
         self._engine, self._instances = single_statements(engine), instances
-        self._present, self._prefix = present, prefix
+        self._present, self._prefix, self._waits = present, prefix, waits
         self._insert = sqlite.insert if engine.dialect.name == "sqlite" else postgresql.insert
         self._held_here: set[tuple[str, int, int]] = set()
 
@@ -155,7 +159,7 @@ class Locks:
         until, pause = steady() + timeout, _FIRST_PAUSE
         while (lock := self._try(mine)) is None:
             left = until - steady()
-            if left <= 0 or _is_stopping_within(min(pause, left)):
+            if left <= 0 or self._waits(min(pause, left)):
                 break
             pause = min(pause * 1.5, _LAST_PAUSE)
         return lock
@@ -304,15 +308,6 @@ _CALLED_OFF = update(locks).where(_of_name, or_(_by_holder, _at_seen)).values(_f
 
 def _here(name: str) -> tuple[str, int, int]:
     return name, os.getpid(), threading.get_ident()
-
-
-def _is_stopping_within(seconds: float) -> bool:
-    """Wait that long, but in a run only until it is told to stop; return whether it was."""
-    run = current_run.get()
-    if run is None:
-        time.sleep(seconds)
-        return False
-    return run.stopping.wait(seconds)
 
 
 def _unknown(name: str, why: SQLAlchemyError | str) -> LockNotAcquired:

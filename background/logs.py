@@ -1,8 +1,7 @@
 """The engine's loggers, which no `dictConfig` of the application silences by accident."""
 
 import logging
-
-from .clock import steady
+from time import monotonic
 
 
 def logger_of(name: str) -> logging.Logger:
@@ -38,13 +37,13 @@ class Outage:
         """Return the level of the next line about the outage."""
         if self._since is not None:
             return logging.DEBUG
-        self._since = steady()
+        self._since = monotonic()
         return logging.WARNING
 
     def ended(self) -> float | None:
         """End the outage, as there was an answer. Return how many seconds it lasted. None if there was no outage."""
         since, self._since = self._since, None
-        return None if since is None else steady() - since
+        return None if since is None else monotonic() - since
 
 
 class _Enabled:

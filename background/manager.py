@@ -7,10 +7,11 @@ from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakSet
 
 import svcs.flask
+from click import Command
 from flask import Flask, current_app
 from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy.exc import SQLAlchemyError
@@ -19,7 +20,7 @@ from werkzeug.local import LocalProxy
 
 from . import forks, hearing, models, opening, postgresql, serving, settings, sqlite
 from .connections import made_once
-from .context import current_run, fence, when_committed
+from .context import current_run, fence, is_stopping_within, when_committed
 from .dependencies import refuse_driver
 from .errors import (
     BackgroundError,
@@ -33,16 +34,19 @@ from .errors import (
 )
 from .healing import is_ahead
 from .history import History
-from .locks import Lock
+from .locks import Lock, Locks
 from .logs import logger_of
 from .mailbox import Mailbox
 from .open_transactions import OpenTransactions
 from .outages import Outages, place
 from .payloads import as_delay, draft, listed
+from .presence import Presence
+from .recovery import Recovery
 from .roster import Roster
-from .runs import Execution
+from .runs import Execution, Runs
 from .schedule import make_schedule
 from .sessions import refuse_autocommit_options
+from .stores import Stores
 from .ticks import Ticks
 from .why import Answer, why
 from .worker import AnyWorker, MessageWorker, PeriodicWorker, declared_schedule, declared_topic
@@ -58,6 +62,9 @@ class BackgroundWorkerManager:
 
     `add` registers; nothing is opened or started by that. `start` joins the fleet and `stop` leaves it.
     """
+
+    commands: ClassVar[tuple[Command, ...]] = ()
+    """The command groups that each application gets: `flask workers` and `flask messages`."""
 
     def __init__(self, app: Flask | None = None, db: SQLAlchemy | None = None) -> None:
         self._workers: dict[str, type[PeriodicWorker]] = {}
@@ -84,7 +91,7 @@ class BackgroundWorkerManager:
         settings.settle(app.config)
         if "svcs_registry" not in app.extensions:
             svcs.flask.init_app(app)
-        self.ticks = Ticks(app, db, self._workers, Outages())
+        self._assemble(Outages())
         _managers.add(self)
         app.extensions["background_workers"] = self
         schema = db.metadata.schema
@@ -102,16 +109,33 @@ class BackgroundWorkerManager:
                 sqlite.prepare(engine)
                 postgresql.prepare(engine)
                 if place(engine.url) == place(db.engine.url):  # a bind may lead to another database
-                    self.ticks.outages.watch(engine)
+                    self.stores.outages.watch(engine)
         forks.watch_sockets()
         fence(db)
         serving.attach(self, app)
+        for command in self.commands:
+            app.cli.add_command(command)
 
     def begin_anew(self) -> None:
         """In a fork: it has none of the threads that keep its parent in the fleet, and must not use its connections."""
         forks.begin_anew(self.db, self._engines, self.ticks, self._membership)
         self._lock, self._membership = threading.RLock(), None
-        self.ticks = Ticks(self.app, self.db, self._workers, self.ticks.outages)
+        self._assemble(self.stores.outages)
+
+    def _assemble(self, outages: Outages) -> None:
+        """Make the parts of one process. Nothing is opened by that."""
+        self.__dict__.pop("locks", None)
+        self.stores = Stores(self.app, self.db, outages)
+        self.runs = Runs(self.app, self.db, outages)
+        self.presence = Presence(self.app, self.stores, self.runs)
+        self.recovery = Recovery(self.app, self.stores, self.presence, self.runs, self._workers)
+        self.ticks = Ticks(self.stores, self.presence, self.recovery, self.runs)
+
+    @made_once
+    def locks(self) -> Locks:
+        """The named locks of the fleet."""
+        present, prefix = partial(self.presence.present, forget=True), self.app.config["LOCK_PREFIX"]
+        return Locks(self.stores.connections.locks, self.stores.instances, present, prefix, is_stopping_within)
 
     # -- registering ---------------------------------------------------------------------------
 
@@ -252,7 +276,7 @@ class BackgroundWorkerManager:
         refuse_autocommit_options(self.db.engine)
         session = self.db.session()
         try:
-            self.ticks.connections.sessions.within(session)
+            self.stores.connections.sessions.within(session)
         finally:
             session.close()
 
@@ -268,21 +292,32 @@ class BackgroundWorkerManager:
 
             self._started_in = self._served_in = os.getpid()
             hearing.stop_when_told(self)
-            self.ticks.runs.open()
+            self.runs.open()
             workers, topics = self._workers, self._topics
             if names:  # the others stay known: a run may enqueue for them
                 workers = {name: worker for name, worker in workers.items() if name in names}
                 topics = {topic: worker for topic, worker in topics.items() if worker.name in names}
-            self._membership = Membership(self.app, self.db, self.ticks, workers, topics, self.prepare)
+            self._membership = Membership(
+                self.app,
+                self.db,
+                self.stores,
+                self.runs,
+                self.presence,
+                self.recovery,
+                self.ticks,
+                workers,
+                topics,
+                self.prepare,
+            )
             self._membership.join()
 
     def tell(self) -> None:
         """Set `stopping` in every run, and begin no other: `stop` follows."""
-        self.ticks.runs.tell()
+        self.runs.tell()
 
     def hurry(self) -> None:
         """Tell them, and let `stop` wait for them no longer."""
-        self.ticks.runs.hurry()
+        self.runs.hurry()
 
     def stop(self, timeout: float | None = None) -> None:
         """Leave the fleet: tell the runs, wait until `timeout` seconds after that, and hand back the rest."""
@@ -292,7 +327,7 @@ class BackgroundWorkerManager:
                     self._membership.leave(self.app.config["WORKERS_SHUTDOWN_SECONDS"] if timeout is None else timeout)
                 finally:
                     self._started_in, self._membership = 0, None
-            self.ticks.close()
+            self.stores.close()
 
     # -- ticking and steering ------------------------------------------------------------------
 
@@ -317,7 +352,7 @@ class BackgroundWorkerManager:
         with self._on_its_own(f"tick({name!r})", runs=True):
             self._reopen()
             at = at.astimezone(UTC)
-            state = self.ticks.look(worker, asked=at)
+            state = self.recovery.look(worker, asked=at)
             return self.ticks.run(worker, state.schedule.previous(at), state.schedule_text, state)
 
     def trigger(self, name: str) -> Execution | None:
@@ -339,8 +374,8 @@ class BackgroundWorkerManager:
         """
         worker = self._known(name)
         with self._on_its_own(f"request({name!r})"):
-            self.ticks.look(worker)
-            requested = self.ticks.ledger.request(name)
+            self.recovery.look(worker)
+            requested = self.stores.ledger.request(name)
         self._look()
         return requested
 
@@ -351,15 +386,15 @@ class BackgroundWorkerManager:
         """
         worker = self._known(name)
         with self._on_its_own(f"pause({name!r})"):
-            self.ticks.look(worker)
-            return self.ticks.steering.pause(name)
+            self.recovery.look(worker)
+            return self.stores.steering.pause(name)
 
     def resume(self, name: str) -> bool:
         """Run the ticks of `name` again, from the next one. False if it was not paused. Raises as `pause` does."""
         worker = self._known(name)
         with self._on_its_own(f"resume({name!r})"):
-            self.ticks.look(worker)
-            return self.ticks.steering.resume(name)
+            self.recovery.look(worker)
+            return self.stores.steering.resume(name)
 
     def reschedule(
         self, name: str, period: timedelta | None = None, cron: str | None = None, timezone: str | None = None
@@ -372,8 +407,8 @@ class BackgroundWorkerManager:
         declared = period is None and cron is None and timezone is None
         schedule = None if declared else make_schedule(name, period, cron, timezone)
         with self._on_its_own(f"reschedule({name!r})"):
-            self.ticks.look(worker)
-            changed = self.ticks.steering.reschedule(name, schedule)
+            self.recovery.look(worker)
+            changed = self.stores.steering.reschedule(name, schedule)
         self._look()
         return changed
 
@@ -384,14 +419,14 @@ class BackgroundWorkerManager:
         workers, and the number of messages.
         """
         with self._on_its_own("repair"):
-            names = [name for name, state in self.ticks.ledger.states().items() if is_ahead(state)]
-            healed = [name for name in names if self.ticks.healing.worker(name)], self.ticks.healing.messages()
+            names = [name for name, state in self.stores.ledger.states().items() if is_ahead(state)]
+            healed = [name for name in names if self.stores.healing.worker(name)], self.stores.healing.messages()
         self._look()
         return healed
 
     def _on_its_own(self, call: str, runs: bool = False) -> AbstractContextManager[None]:
         """Guard `call`, which commits by itself. Raises CommitFirst if the caller would wait for itself."""
-        return self._open.refused(call, self.ticks.connections.claims, runs)
+        return self._open.refused(call, self.stores.connections.claims, runs)
 
     def _look(self) -> None:
         """Take in at once what the others see with their next heartbeat."""
@@ -412,7 +447,7 @@ class BackgroundWorkerManager:
         self._known_topic(topic)
         drafted, delay = draft(payload, key, self.app.config["MESSAGES_MAX_BYTES"]), as_delay(delay)
         session = self.db.session()
-        found = self.ticks.messages.enqueue(session, topic, drafted, delay)
+        found = self.stores.messages.enqueue(session, topic, drafted, delay)
         if found is not None:
             self._wake_when_committed(session, topic, delay)
         return found
@@ -435,7 +470,7 @@ class BackgroundWorkerManager:
             raise InvalidMessage(f"There are {len(names)} keys for {len(each)} payloads; expected one for each.")
         drafts = [draft(payload, key, most) for payload, key in zip(each, names, strict=True)]
         session = self.db.session()
-        count = self.ticks.messages.enqueue_many(session, topic, drafts, delay)
+        count = self.stores.messages.enqueue_many(session, topic, drafts, delay)
         if count:
             self._wake_when_committed(session, topic, delay)
         return count
@@ -453,25 +488,25 @@ class BackgroundWorkerManager:
         re-entrant: the thread that has it gets None at once. Those who wait come in no order, and a run that is told
         to stop waits no longer. Raises InvalidLock, and LockNotAcquired where the database does not answer.
         """
-        self.ticks.locks.check(name, timeout)
-        return self.ticks.locks.hold(name, timeout)
+        self.locks.check(name, timeout)
+        return self.locks.hold(name, timeout)
 
     # -- looking -------------------------------------------------------------------------------
 
     @property
     def history(self) -> History:
         """What is written down about the executions, for people to read."""
-        return History(self.ticks.ledger, self.roster)
+        return History(self.stores.ledger, self.roster)
 
     @property
     def roster(self) -> Roster:
         """Who is alive and who was, for people to read."""
-        return Roster(self.ticks.instances)
+        return Roster(self.stores.instances)
 
     @property
     def messages(self) -> Mailbox:
         """The messages, for people to read, to retry and to discard."""
-        return Mailbox(self.ticks.messages, self.roster, self._topics, self._on_its_own)
+        return Mailbox(self.stores.messages, self.roster, self._topics, self._on_its_own)
 
     def why(self, name: str, at: datetime | None = None) -> Answer:
         """Say in one sentence what happened to the tick that `at` (aware, by default now) belongs to, and why.
@@ -486,7 +521,7 @@ class BackgroundWorkerManager:
     def _reopen(self) -> None:
         """Open the runs again: a call of `tick` or `trigger` after a stop is meant."""
         if not self.is_started:
-            self.ticks.runs.open()
+            self.runs.open()
 
     def _known_topic(self, topic: str) -> None:
         if not isinstance(topic, str) or topic not in self._topics:

@@ -22,7 +22,11 @@ from .ledger import WorkerState
 from .listener import Listener
 from .logs import Outage, logger_of
 from .looking import Looking
+from .presence import Presence
+from .recovery import Recovery
+from .runs import Runs
 from .scheduler import Scheduler
+from .stores import Stores
 from .ticks import Ticks
 from .wake_ups import WakeUps, unless_expected
 from .worker import MessageWorker, PeriodicWorker, begins, declared_schedule
@@ -42,15 +46,20 @@ class Membership:
         self,
         app: Flask,
         db: SQLAlchemy,
+        stores: Stores,
+        runs: Runs,
+        presence: Presence,
+        recovery: Recovery,
         ticks: Ticks,
         workers: dict[str, type[PeriodicWorker]],
         topics: dict[str, type[MessageWorker]],
         prepare: Callable[[], None],
     ) -> None:
-        self._config, self._ticks, self._workers, self._prepare = app.config, ticks, workers, prepare
+        self._config, self._workers, self._prepare = app.config, workers, prepare
+        self._stores, self._runs, self._presence, self._recovery, self._ticks = stores, runs, presence, recovery, ticks
         self._scheduler = Scheduler(app.config["WORKERS_THREADS"])
-        self._wake_ups = WakeUps(self._scheduler, ticks, workers)
-        self._topics, self.consumers = topics, Consumers(app, db, ticks, self._scheduler, topics)
+        self._wake_ups = WakeUps(self._scheduler, ticks, presence, runs, workers)
+        self._topics, self.consumers = topics, Consumers(app, db, stores, presence, runs, self._scheduler, topics)
         self._listener: Listener | None = None
         self._heartbeat: Heartbeat | None = None
         self._declared: dict[str, str] = {}
@@ -63,7 +72,7 @@ class Membership:
         self._is_settled = self._is_looking = self._is_off = self._left = self._is_healed = False
         self._looking = Looking(self._looked, self._look_failed)
         self._refreshing, self._entering = threading.Lock(), threading.Lock()
-        ticks.runs.hung = self._scheduler.replace
+        runs.hung = self._scheduler.replace
 
     def join(self) -> None:
         """Join in the background, as soon as the database lets us."""
@@ -72,7 +81,7 @@ class Membership:
 
     def leave(self, seconds: float) -> None:
         """Tell the runs, wait until `seconds` after that, and sign off; what still runs is handed back by that."""
-        runs = self._ticks.runs
+        runs = self._runs
         runs.tell()
         self._scheduler.stop()
         try:
@@ -86,7 +95,7 @@ class Membership:
 
     def threads_alive(self) -> dict[str, bool]:
         """Whether the threads live without which nothing runs here; while it joins or leaves, none is missing."""
-        if self._ticks.runs.stopping.is_set():
+        if self._runs.stopping.is_set():
             return {"scheduler": True, "heartbeat": True}
         heartbeat = self._heartbeat
         is_beating = heartbeat is None or (heartbeat.is_alive and self._looking.is_alive)
@@ -120,21 +129,21 @@ class Membership:
             self._said = first_line(error)
             self._wake_ups.later("join", failures, self._join)
             return
-        if (instance := self._ticks.instance) is not None:
+        if (instance := self._presence.instance) is not None:
             self._listen()
             count = len(self._workers) + len(self._topics)
             log.info("Instance %s joined with %d worker%s", instance.name, count, "" if count == 1 else "s")
 
     def _enter(self) -> bool:
         """Sign on, and keep the lease; False where `leave` came first."""
-        instance = self._ticks.sign_on()
+        instance = self._presence.sign_on()
         self._warn_of_offset(instance)
         with self._entering:
             if self._left:
-                self._ticks.sign_off(instance)
-                self._ticks.close()
+                self._presence.sign_off(instance)
+                self._stores.close()
                 return False
-            self._ticks.instance = instance
+            self._presence.instance = instance
             calls = self._beat, self._beat_failed, self._deadline, self._lost, self._until_expiry
             heartbeat = Heartbeat(self._config["WORKERS_HEARTBEAT_SECONDS"], *calls)
             self._looking.start()
@@ -159,7 +168,7 @@ class Membership:
         self.consumers.wake_all()
         with self._entering:
             if not (self._left or self._listener):
-                self._listener = Listener(self._ticks.connections, self._heard)
+                self._listener = Listener(self._stores.connections, self._heard)
                 self._listener.start()
 
     def _leave(self) -> None:
@@ -170,9 +179,9 @@ class Membership:
         if self._heartbeat is not None:
             self._heartbeat.stop()
             self._looking.stop()
-        instance, self._ticks.instance = self._ticks.instance, None
+        instance, self._presence.instance = self._presence.instance, None
         if instance is not None:
-            self._ticks.sign_off(instance)
+            self._presence.sign_off(instance)
             log.info("Instance %s left", instance.name)
 
     # -- the heartbeat -------------------------------------------------------------------------
@@ -186,11 +195,11 @@ class Membership:
             again_if_stale(partial(self._refresh, rearm))
 
     def _refresh(self, rearm: bool) -> None:
-        states = self._ticks.ledger.states()
+        states = self._stores.ledger.states()
         self._wake_ups.follow(states, rearm)
         ours = [state for state in states.values() if state.name in self._workers]
         self._warn_of_marks(states.values(), ours)
-        gone = self._ticks.gone(ours)
+        gone = self._recovery.gone(ours)
         self.consumers.look()
         for state in ours:
             if state.name in gone or state.is_damaged or self._owed(state):
@@ -202,7 +211,7 @@ class Membership:
 
     def _warn_of_marks(self, states: Collection[WorkerState], ours: Collection[WorkerState]) -> None:
         ahead = {state.name: state for state in ours if is_ahead(state)}
-        is_proven = self._ticks.healing.is_proven(states)
+        is_proven = self._stores.healing.is_proven(states)
         for name in ahead.keys() - self._ahead:
             until = max(filter(None, (ahead[name].mark, ahead[name].scheduled_at, ahead[name].pending_tick)))
             log.warning(
@@ -221,12 +230,12 @@ class Membership:
     def _heal(self) -> None:
         """Make due again the ticks and messages that a clock which was ahead put off."""
         try:
-            states = self._ticks.ledger.states()
+            states = self._stores.ledger.states()
             ours = [state for state in states.values() if state.name in self._workers and is_ahead(state)]
-            if not self._ticks.healing.is_proven(states.values()):  # by a command only
+            if not self._stores.healing.is_proven(states.values()):  # by a command only
                 ours = []
-            healed = [state.name for state in ours if self._ticks.healing.worker(state.name)]
-            number = self._ticks.healing.messages()
+            healed = [state.name for state in ours if self._stores.healing.worker(state.name)]
+            number = self._stores.healing.messages()
             if healed or number:
                 log.warning("The database's clock is right again. Due as before: %s", what_goes_on(healed, number))
             self.refresh()
@@ -244,7 +253,7 @@ class Membership:
         After it leaves, the remaining instances set the schedule.
         """
         others = [state for state in states if state.declared != self._declared.get(state.name, state.declared)]
-        gone = self._ticks.instances.gone({str(state.declared_by) for state in others}) if others else {}
+        gone = self._stores.instances.gone({str(state.declared_by) for state in others}) if others else {}
         self._is_settled = not others
         if stale := [state.name for state in others if str(state.declared_by) in gone]:
             self._soon_once("declare", self._declare_again, stale)
@@ -266,9 +275,9 @@ class Membership:
     def _declare(self, names: list[str], again: bool = False) -> None:
         ours = {name: self._workers[name] for name in names if name in self._workers}
         schedules = {name: declared_schedule(worker) for name, worker in ours.items()}
-        instance = self._ticks.instance
+        instance = self._presence.instance
         by, known = instance.id if instance else None, schedules.keys() if again else ()
-        self._ticks.steering.register(schedules, by, begins(ours.values()), known)
+        self._stores.steering.register(schedules, by, begins(ours.values()), known)
         # Afterwards: to a heartbeat, a declared worker without a row is one whose row was deleted.
         self._declared |= {name: str(schedule) for name, schedule in schedules.items()}
 
@@ -298,7 +307,7 @@ class Membership:
     def _settle(self, name: str, failures: int = 0) -> None:
         """Take the claim of a gone instance back, and run the tick that must run again."""
         worker = self._workers.get(name)
-        if worker is None or self._ticks.runs.stopping.is_set():
+        if worker is None or self._runs.stopping.is_set():
             self._under_way.discard(f"settle:{name}")
             return
         try:
@@ -312,7 +321,7 @@ class Membership:
     def _freed(self, worker: type[PeriodicWorker]) -> datetime | None:
         """Return the tick of the worker that must run again, once no gone instance holds it."""
         try:
-            state = self._ticks.freed(worker, self._ticks.look(worker))
+            state = self._recovery.freed(worker, self._recovery.look(worker))
             return self._owed(state)
         finally:
             self._under_way.discard(f"settle:{worker.name}")
@@ -323,18 +332,18 @@ class Membership:
         return state.owed if worker and (worker.enabled or state.pending_trigger == "manual") else None
 
     def _beat(self) -> None:
-        instance = self._ticks.instance
+        instance = self._presence.instance
         if instance is None:
             return
         if not instance.is_alive:
-            self._ticks.runs.lose(LEASE_IS_OVER, instance)
-            if self._ticks.runs.stopping.is_set():
+            self._runs.lose(LEASE_IS_OVER, instance)
+            if self._runs.stopping.is_set():
                 return
             instance = Instance(instance.lease, clock_offset=instance.clock_offset, release=instance.release)
-        self._cuts = self._ticks.connections.cuts
+        self._cuts = self._stores.connections.cuts
         offset, before = instance.clock_offset, self._pulse
-        self._pulse = pulse = self._ticks.instances.beat(instance, sorted(self._topics))
-        if instance is not self._ticks.instance and not self._begin_anew(instance):
+        self._pulse = pulse = self._stores.instances.beat(instance, sorted(self._topics))
+        if instance is not self._presence.instance and not self._begin_anew(instance):
             return
         if (lasted := self._outage.ended()) is not None:
             log.warning("Heartbeats go on after %.1f s", lasted)
@@ -356,7 +365,7 @@ class Membership:
     def _heal_soon(self, pulse: Pulse) -> None:
         """Heal once after each change of the clock, and whenever a heartbeat finds something that was put off."""
         self._is_healed = self._is_healed and not (pulse.was_set or pulse.is_ahead)
-        if self._ticks.instances.is_steady and not (self._is_healed or "heal" in self._under_way):
+        if self._stores.instances.is_steady and not (self._is_healed or "heal" in self._under_way):
             self._is_healed = True
             self._soon_once("heal", self._heal)
 
@@ -364,9 +373,9 @@ class Membership:
         """Another life, which the fleet knows by now; False where `leave` came first."""
         with self._entering:
             if self._left:
-                self._ticks.sign_off(instance)
+                self._presence.sign_off(instance)
                 return False
-            self._ticks.instance = instance
+            self._presence.instance = instance
         log.warning("Instance %s could not renew its lease in time; it begins anew", instance.name)
         return True
 
@@ -383,19 +392,19 @@ class Membership:
 
     def _beat_failed(self, error: Exception) -> None:
         self._pulse = None  # what came with it may not have been taken in
-        was_cut, level = self._cuts != self._ticks.connections.cuts, self._outage.level()
+        was_cut, level = self._cuts != self._stores.connections.cuts, self._outage.level()
         log.log(level, "No heartbeat: %s", _CUT if was_cut else first_line(error), exc_info=unless_expected(error))
 
     def _deadline(self) -> float:
-        return instance.deadline if (instance := self._ticks.instance) else 0.0
+        return instance.deadline if (instance := self._presence.instance) else 0.0
 
     def _until_expiry(self) -> float:
-        left = instance.first_expiry - steady() if (instance := self._ticks.instance) else math.inf
+        left = instance.first_expiry - steady() if (instance := self._presence.instance) else math.inf
         return max(left, 0.0) + _spread()
 
     def _lost(self) -> None:
-        if (instance := self._ticks.instance) is not None:
-            self._ticks.lose(instance)
+        if (instance := self._presence.instance) is not None:
+            self._presence.lose(instance)
 
 
 def _spread() -> float:

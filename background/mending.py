@@ -3,17 +3,17 @@
 A claim and its execution begin and end in one transaction, so one read shows a change by hand.
 """
 
-from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, Row, and_, case, exists, or_, select, update
+from sqlalchemy import Connection, Row, and_, exists, or_, select, update
 
 from . import totals
 from .claiming import IS_FREE
 from .clock import now
-from .ledger import MOMENTS, Claim, Ledger, count, in_force, is_stray, pending, strays
+from .ledger import MOMENTS, Claim, Ledger, in_force, is_stray, marked, pending, strays
 from .logs import logger_of
 from .models import executions, workers
+from .store import count
 
 log = logger_of(__name__)
 
@@ -26,7 +26,7 @@ class Mending:
     """Mends the rows of one ledger. Each method is one transaction, and does nothing where nothing is wrong."""
 
     def __init__(self, ledger: Ledger) -> None:
-        self._ledger = ledger
+        self._ledger, self._store = ledger, ledger.store
 
     def restore(self, claim: Claim) -> bool:
         """Write the execution of a claim in force again. True for the instance that did.
@@ -34,7 +34,7 @@ class Mending:
         Concurrency: every instance that misses the row, and the run's own end, which writes it too. The claim's token
         is unique, so the first one writes the row.
         """
-        with self._ledger.begin() as connection:
+        with self._store.begin() as connection:
             held = select(workers.c.name).where(in_force(claim)).with_for_update()
             if connection.execute(held).first() is None:
                 return False
@@ -47,7 +47,7 @@ class Mending:
 
         Concurrency: instances that take the run over in the usual way. They leave a row, and this does nothing.
         """
-        with self._ledger.begin() as connection:
+        with self._store.begin() as connection:
             row = and_(executions.c.worker == claim.worker, executions.c.tick == claim.tick)
             is_known = exists().where(row, executions.c.claim == claim.id)
             if connection.scalar(select(or_(is_known, exists().where(in_force(claim))))):
@@ -59,7 +59,7 @@ class Mending:
         query = (
             select(strays).join_from(strays, workers, is_stray).where(workers.c.name == worker).order_by(strays.c.id)
         )
-        with self._ledger.begin() as connection:
+        with self._store.begin() as connection:
             return [_claim(row) for row in connection.execute(query)]
 
     def end_stray(self, claim: Claim, next_attempt: int | None) -> tuple[bool, int | None]:
@@ -69,7 +69,7 @@ class Mending:
 
         Concurrency: every instance that sees the stray. They wait for the execution's row, and the first ends it.
         """
-        with self._ledger.begin() as connection:
+        with self._store.begin() as connection:
             same = executions.c.id == claim.execution, executions.c.claim.is_not_distinct_from(claim.id)
             ending = update(executions).where(*same, executions.c.state == "running", ~exists().where(in_force(claim)))
             ending = ending.values(state="lost", finished_at=now(), reason=GONE)
@@ -79,68 +79,16 @@ class Mending:
             again = next_attempt if next_attempt and _run_again(connection, claim, next_attempt) else None
             totals.add_execution(connection, claim, "lost", *ended)
         if again:
-            self._ledger.ring()
+            self._store.ring()
         return True, again
-
-
-def adopt(connection: Connection, worker: str, latest: datetime, is_known: bool) -> None:
-    """Give the new row of `worker` the claim that its predecessor had, by the newest execution.
-
-    A worker with a history is not new. If the history decides nothing, its ticks up to `latest` count as decided.
-    `is_known` says that this instance knew the row of a worker that has no history now.
-
-    Concurrency: this is the transaction that makes the row. No instance can claim before it commits.
-    """
-    claims = select(executions).where(executions.c.worker == worker, executions.c.token.is_not(None))
-    newest = connection.execute(claims.order_by(executions.c.token.desc()).limit(1)).one_or_none()
-    if newest is None:
-        if is_known:
-            log.warning(
-                "%s: the worker's row was deleted by hand, and no history of it is left. It begins with its next tick",
-                worker,
-            )
-        return
-    if newest.state == "running":
-        again: dict[str, Any] = {
-            "running": newest.token,
-            "claim": newest.claim,
-            "claim_tick": newest.tick,
-            "claim_attempt": newest.attempt,
-            "claim_trigger": newest.trigger,
-            "claim_instance": newest.instance,
-            "claim_instance_name": newest.instance_name,
-            "claim_at": newest.started_at,
-        }
-    elif newest.state == "handed back":
-        again = pending(newest.tick, newest.attempt, newest.trigger)
-    else:
-        again = {}
-    this = workers.c.name == worker
-    connection.execute(update(workers).where(this, workers.c.mark.is_(None)).values(mark=latest))
-    if again:
-        connection.execute(update(workers).where(this).values(again | _marked(newest.tick, newest.trigger)))
-    log.warning(
-        "%s: the worker's row was deleted by hand, so its history makes a new one. The tick %s is %s",
-        worker,
-        newest.tick.isoformat(),
-        newest.state,
-    )
 
 
 def _run_again(connection: Connection, claim: Claim, attempt: int) -> bool:
     others = executions.c.worker == claim.worker, executions.c.tick == claim.tick, executions.c.state.not_in(_OPEN)
     nothing_since = and_(workers.c.name == claim.worker, workers.c.token <= claim.token, IS_FREE)
     again = update(workers).where(nothing_since, ~exists().where(*others))
-    values = pending(claim.tick, attempt, claim.trigger) | _marked(claim.tick, claim.trigger)
+    values = pending(claim.tick, attempt, claim.trigger) | marked(claim.tick, claim.trigger)
     return count(connection.execute(again.values(values))) == 1
-
-
-def _marked(tick: datetime, trigger: str) -> dict[str, Any]:
-    """Return a mark at or above a scheduled tick. A tick to run again must not be claimed as new afterwards."""
-    if trigger != "schedule":
-        return {}
-    is_below = or_(workers.c.mark.is_(None), workers.c.mark < tick)
-    return {"mark": case((is_below, tick), else_=workers.c.mark)}
 
 
 def _claim(row: Row[Any]) -> Claim:

@@ -34,14 +34,14 @@ from sqlalchemy import (
 from sqlalchemy.orm import Session
 from sqlalchemy.types import TypeEngine
 
-from .clock import AHEAD, now, single_statements
+from .clock import AHEAD, now
 from .encodings import storable_json
 from .errors import BackgroundError, ClaimLost, UnknownMessage, WrongState
-from .ledger import Ledger, count
 from .listener import CHANNEL
 from .models import message_errors, messages
 from .payloads import Draft
 from .sessions import Executes
+from .store import Store, count
 
 _BULK = 5_000
 _BULK_BYTES = 8_000_000  # of one statement: every server accepts it, and it needs little memory
@@ -112,10 +112,8 @@ class Freed(NamedTuple):
 class Messages:
     """The message rows of one database: enqueued on the callers' sessions, claimed on the engine's connections."""
 
-    def __init__(self, ledger: Ledger) -> None:
-        self._ledger, self.sessions = ledger, ledger.sessions
-        self._single = single_statements(ledger.engine)
-        self._on_sqlite = ledger.engine.dialect.name == "sqlite"
+    def __init__(self, store: Store) -> None:
+        self._store, self.sessions, self._on_sqlite = store, store.sessions, store.on_sqlite
         # Built once: that takes longer than some of them do.
         self._enqueue, self._claim, self._acknowledge = self._enqueueing(), _claim(), self._acknowledgement()
 
@@ -141,7 +139,7 @@ class Messages:
             "enqueued_at": now(),
             "due_at": now(after),
         }
-        new = self._ledger.insert(messages).values(row).on_conflict_do_nothing(**_same_key)
+        new = self._store.insert(messages).values(row).on_conflict_do_nothing(**_same_key)
         # PostgreSQL tells those who listen when the caller commits, and not if it does not.
         told = () if self._on_sqlite else (case((after == 0.0, func.pg_notify(CHANNEL, bindparam("of")))),)
         return new.returning(messages.c.id, *told)
@@ -154,7 +152,7 @@ class Messages:
             values = select(literal(topic), source.c.payload, source.c.key, now(), now(delay)).order_by(source.c.place)
             columns = ["topic", "payload", "key", "enqueued_at", "due_at"]
             # "WHERE true": without one, SQLite reads ON CONFLICT as the ON of a join.
-            new = self._ledger.insert(messages).from_select(columns, values.where(text("true")))
+            new = self._store.insert(messages).from_select(columns, values.where(text("true")))
             new = new.on_conflict_do_nothing(**_same_key).execution_options(preserve_rowcount=True)
             enqueued += count(within.execute(new))
         if enqueued and not (delay or self._on_sqlite):
@@ -190,7 +188,7 @@ class Messages:
             return None  # without having taken the only lock there is
         batch = uuid4().hex
         values = {"of": topic, "size": size, "by": batch, "on": instance[0], "on_name": instance[1]}
-        with self._single.begin() as connection:
+        with self._store.single.begin() as connection:
             rows = connection.execute(self._claim, values).all()
         found = sorted((Message(*row) for row in rows), key=lambda message: (message.due_at, message.id))
         return Batch(batch, worker, tuple(found)) if found else None
@@ -228,7 +226,7 @@ class Messages:
         if self._on_sqlite:
             return acknowledged
         rows = acknowledged.returning(messages.c.id).cte()
-        return select(func.count(rows.c.id), *self._ledger.idle)
+        return select(func.count(rows.c.id), *self._store.idle)
 
     def left(self, batch: Batch) -> list[Message]:
         """Return those of the batch that are neither acknowledged nor taken over by another instance."""
@@ -238,17 +236,17 @@ class Messages:
     def hand_back(self, batch: Batch, ids: Collection[int], pause: timedelta | None = None) -> None:
         """Let any instance claim those of `ids` that are left, at once or after `pause`. This counts no attempt."""
         later = {"due_at": now(pause)} if pause else {}
-        with self._ledger.begin() as connection:
+        with self._store.begin() as connection:
             freed = _release(connection, self._held(batch, ids), attempt=messages.c.attempt - 1, **later)
         if freed:
-            self._ledger.ring()
+            self._store.ring()
 
     def fail(self, batch: Batch, ids: Collection[int], error: str, most: int, pause: timedelta) -> list[Freed]:
         """Write an error of each of `ids` that is left. Try it again after `pause`, or bury it at its `most`th attempt.
 
         Concurrency: an instance that believes this one gone may take the messages over.
         """
-        with self._ledger.begin() as connection:
+        with self._store.begin() as connection:
             return self._fail(connection, self._held(batch, ids), error, most, pause)
 
     def _fail(
@@ -306,7 +304,7 @@ class Messages:
 
     def _take_back(self, held: ColumnElement[bool], topics: dict[str, int], error: str | None) -> list[Freed]:
         freed: list[Freed] = []
-        with self._ledger.begin() as connection:
+        with self._store.begin() as connection:
             for topic, most in topics.items():
                 which = and_(_is_running, held, messages.c.topic == topic)
                 # A frozen process may have them locked in the middle of its commit; they come later then.
@@ -343,7 +341,7 @@ class Messages:
         return self._change(set(ids), states, values, refuse=True)
 
     def _change(self, ids: Collection[int], states: Sequence[str], values: dict[str, Any], refuse: bool) -> int:
-        with self._ledger.begin() as connection:
+        with self._store.begin() as connection:
             changed = _release(connection, and_(self._among(ids), messages.c.state.in_(states)), **values)
             if refuse and (others := set(ids) - {row.id for row in changed}):
                 raise self._refusal(connection, others, states)
@@ -374,7 +372,7 @@ class Messages:
 
     def read(self, query: Select[Any], values: dict[str, Any] | None = None) -> Sequence[Row[Any]]:
         """The rows that `query` finds, in a transaction of its own."""
-        with self._single.connect() as connection:
+        with self._store.single.connect() as connection:
             return connection.execute(query, values).all()
 
     def _held(self, batch: Batch, ids: Collection[int]) -> ColumnElement[bool]:

@@ -1,24 +1,28 @@
 """Every worker at a glance: its schedule, its next tick, its last one, and what runs."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from datetime import datetime
 from typing import Any
 
 from .errors import InvalidSchedule
-from .history import Record
+from .history import History, Record
 from .ledger import Claim, WorkerState
-from .manager import BackgroundWorkerManager
+from .roster import Roster
 from .schedule import Schedule
 from .standing import Standing, standings
+from .stores import Stores
 from .worker import PeriodicWorker, declared_schedule
 
 
-def overview(manager: BackgroundWorkerManager, names: Collection[str] | None = None) -> list[dict[str, Any]]:
+def overview(
+    stores: Stores, ours: Mapping[str, type[PeriodicWorker]], names: Collection[str] | None = None
+) -> list[dict[str, Any]]:
     """Every worker of this release and of the database (or those of `names`), in a constant number of queries."""
-    history = manager.history
-    clock, states, latest = history.clock(), manager.ticks.ledger.states(names), history.latest(names)
-    gone = manager.roster.gone({state.instance for state in states.values() if state.instance})
-    ours, standing = manager.workers, {each.name: each for each in standings(manager)}
+    roster = Roster(stores.instances)
+    history = History(stores.ledger, roster)
+    clock, states, latest = history.clock(), stores.ledger.states(names), history.latest(names)
+    gone = roster.gone({state.instance for state in states.values() if state.instance})
+    standing = {each.name: each for each in standings(stores, ours)}
     known = ours.keys() if names is None else ours.keys() & names
     return [
         _overview(name, ours.get(name), clock, states.get(name), latest.get(name), gone) | _trouble(standing.get(name))

@@ -6,9 +6,9 @@ from flask import current_app
 from sqlalchemy import delete, func, or_, select
 
 from .context import WorkerContext
-from .ledger import count
 from .manager import current_workers
 from .models import executions, messages
+from .store import count
 from .worker import PeriodicWorker
 
 SLICE = 5_000
@@ -27,7 +27,7 @@ class PruneHistoryWorker(PeriodicWorker):
     def do_work(self, context: WorkerContext) -> None:
         _prune_executions(context)
         _prune_messages(context)
-        while current_workers.ticks.locks.prune(_ago(context, "WORKERS_HISTORY_DAYS"), SLICE):
+        while current_workers.locks.prune(_ago(context, "WORKERS_HISTORY_DAYS"), SLICE):
             context.raise_if_stopping()
 
 

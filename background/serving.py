@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import click
 from flask import Flask
@@ -16,21 +16,31 @@ from . import hearing
 from .errors import BackgroundError
 from .logs import logger_of
 
-if TYPE_CHECKING:
-    from .manager import BackgroundWorkerManager
-
 log = logger_of(__name__)
 
 _TEST_CLIENTS = ("werkzeug.test", "webtest.app", "httpx._transports.wsgi")  # Flask uses Werkzeug's
 
 
-def attach(manager: "BackgroundWorkerManager", app: Flask) -> None:
-    """Give `app` its commands, its signal handlers and, under an unknown WSGI server, the start with a request."""
-    from .cli import workers_cli
-    from .messages_cli import messages_cli
+class Servable(Protocol):
+    """The manager of one application, as a serving process starts it."""
 
-    app.cli.add_command(workers_cli)
-    app.cli.add_command(messages_cli)
+    @property
+    def is_started(self) -> bool:
+        """True while its workers run in this process."""
+
+    @property
+    def has_served(self) -> bool:
+        """True once this process has begun to serve."""
+
+    def prepare(self) -> None:
+        """Make the database ready. Raises BackgroundError if that fails."""
+
+    def serve(self) -> bool:
+        """Begin to serve. False if this process did before."""
+
+
+def attach(manager: Servable, app: Flask) -> None:
+    """Give `app` its signal handlers and, under an unknown WSGI server, the start with a request."""
     hearing.listen()
 
     @app.before_request
@@ -44,7 +54,7 @@ def attach(manager: "BackgroundWorkerManager", app: Flask) -> None:
             )
 
 
-def start_under_flask_run(manager: "BackgroundWorkerManager") -> None:
+def start_under_flask_run(manager: Servable) -> None:
     """The last line of the factory: start where `flask run` serves; do nothing anywhere else."""
     context = click.get_current_context(silent=True)
     if context is None or context.command is not run_command:

@@ -1,5 +1,6 @@
 """How every worker stands: whether it runs, is paused, or is overdue; for those who watch, in one read."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import lru_cache
@@ -12,9 +13,9 @@ from .clock import AHEAD, elapsed, now, single_statements
 from .errors import InvalidSchedule
 from .instances import is_alive
 from .ledger import is_of_claim
-from .manager import BackgroundWorkerManager
 from .models import executions, instances, totals, workers
 from .schedule import parse_schedule
+from .stores import Stores
 from .words import span
 from .worker import PeriodicWorker
 
@@ -49,18 +50,18 @@ class Standing:
         return self.overdue_since is not None
 
 
-def standings(manager: BackgroundWorkerManager) -> list[Standing]:
+def standings(stores: Stores, workers_here: Mapping[str, type[PeriodicWorker]]) -> list[Standing]:
     """Return the standing of every worker by the database's clock, sorted by name.
 
-    Takes one query, and another while marks lie in the clock's future.
+    `workers_here` are those of this release. Takes one query, and another while marks lie in the clock's future.
     """
-    ours = {name: worker for name, worker in manager.workers.items() if worker.enabled}
+    ours = {name: worker for name, worker in workers_here.items() if worker.enabled}
     # Where the instances are: on SQLite they have a file of their own, from which the workers' rows can be read too.
-    with single_statements(manager.ticks.instances.engine).connect() as connection:
+    with single_statements(stores.instances.engine).connect() as connection:
         rows = connection.execute(_query).all()
         ahead = [row.name for row in rows if row.mark and row.mark > row.clock + AHEAD]
         decided = connection.execute(_decided_by_now, {"names": ahead}).all() if ahead else ()
-    lease = manager.app.config["WORKERS_LEASE_SECONDS"]
+    lease = stores.lease.total_seconds()
     marks = {row.name: row.mark for row in rows} | {each[0]: each[1] for each in decided}
     return [_standing(row, marks[row.name], ours.get(row.name), lease) for row in rows]
 

@@ -5,21 +5,24 @@ from contextlib import suppress
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import and_, case, func, literal, null, select, update
+from sqlalchemy import Connection, and_, case, func, literal, null, select, update
 
 from .clock import UtcDateTime, now
 from .errors import InvalidSchedule
-from .ledger import Ledger, count
-from .mending import adopt
+from .ledger import Ledger, marked, pending
+from .logs import logger_of
 from .models import executions, workers
 from .schedule import Schedule, parse_schedule
+from .store import count
+
+log = logger_of(__name__)
 
 
 class Steering:
     """Writes the schedules and pauses of one ledger's workers. Each change is one conditional UPDATE."""
 
     def __init__(self, ledger: Ledger) -> None:
-        self._ledger = ledger
+        self._ledger, self._store = ledger, ledger.store
 
     def register(
         self,
@@ -35,7 +38,7 @@ class Steering:
         `first`, every new worker may begin with a past tick. A row of a worker in `known` was there before: a hand
         deleted it.
         """
-        with self._ledger.begin() as connection:
+        with self._store.begin() as connection:
             there = {row.name: row for row in connection.execute(select(workers, now().label("clock")))}
             clock = connection.execute(select(now())).scalar_one()
             for name, schedule in sorted(schedules.items()):  # so that two of them wait for each other in one order
@@ -43,7 +46,7 @@ class Steering:
                 if (row := there.get(name)) is None:
                     asked = first.get(name, clock) if first is not None else None
                     begin = clock if name in known else asked
-                    new = self._ledger.insert(workers).values(
+                    new = self._store.insert(workers).values(
                         name=name,
                         schedule=str(schedule),
                         scheduled_at=now(),
@@ -52,7 +55,7 @@ class Steering:
                     )
                     made = new.on_conflict_do_nothing().returning(workers.c.name)  # psycopg counts no INSERT's rows
                     if connection.execute(made).first() is not None:
-                        adopt(connection, name, schedule.previous(clock), name in known)
+                        _adopt(connection, name, schedule.previous(clock), name in known)
                 elif row.declared != str(schedule):
                     if row.schedule == row.declared:
                         declared |= _in_force(schedule, row.schedule, row.clock)
@@ -81,8 +84,52 @@ class Steering:
         )
 
     def _write(self, statement: Any) -> bool:
-        with self._ledger.begin() as connection:
+        with self._store.begin() as connection:
             return count(connection.execute(statement)) == 1
+
+
+def _adopt(connection: Connection, worker: str, latest: datetime, is_known: bool) -> None:
+    """Give the new row of `worker` the claim that its predecessor had, by the newest execution.
+
+    A worker with a history is not new. If the history decides nothing, its ticks up to `latest` count as decided.
+    `is_known` says that this instance knew the row of a worker that has no history now.
+
+    Concurrency: this is the transaction that makes the row. No instance can claim before it commits.
+    """
+    claims = select(executions).where(executions.c.worker == worker, executions.c.token.is_not(None))
+    newest = connection.execute(claims.order_by(executions.c.token.desc()).limit(1)).one_or_none()
+    if newest is None:
+        if is_known:
+            log.warning(
+                "%s: the worker's row was deleted by hand, and no history of it is left. It begins with its next tick",
+                worker,
+            )
+        return
+    if newest.state == "running":
+        again: dict[str, Any] = {
+            "running": newest.token,
+            "claim": newest.claim,
+            "claim_tick": newest.tick,
+            "claim_attempt": newest.attempt,
+            "claim_trigger": newest.trigger,
+            "claim_instance": newest.instance,
+            "claim_instance_name": newest.instance_name,
+            "claim_at": newest.started_at,
+        }
+    elif newest.state == "handed back":
+        again = pending(newest.tick, newest.attempt, newest.trigger)
+    else:
+        again = {}
+    this = workers.c.name == worker
+    connection.execute(update(workers).where(this, workers.c.mark.is_(None)).values(mark=latest))
+    if again:
+        connection.execute(update(workers).where(this).values(again | marked(newest.tick, newest.trigger)))
+    log.warning(
+        "%s: the worker's row was deleted by hand, so its history makes a new one. The tick %s is %s",
+        worker,
+        newest.tick.isoformat(),
+        newest.state,
+    )
 
 
 def _as_before(name: str, mark: datetime | None) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from .errors import BackgroundError, InvalidSchedule, first_line
 from .ledger import WorkerState
 from .logs import logger_of
+from .presence import Presence
+from .runs import Runs
 from .scheduler import Scheduler
 from .ticks import Ticks
 from .worker import PeriodicWorker, declared_schedule
@@ -24,8 +26,16 @@ _NEVER = datetime.max.replace(tzinfo=UTC)
 class WakeUps:
     """One armed tick per worker of `workers`: the next one, or the latest where that is due already."""
 
-    def __init__(self, scheduler: Scheduler, ticks: Ticks, workers: Mapping[str, type[PeriodicWorker]]) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        ticks: Ticks,
+        presence: Presence,
+        runs: Runs,
+        workers: Mapping[str, type[PeriodicWorker]],
+    ) -> None:
         self._scheduler, self._ticks, self._workers = scheduler, ticks, workers
+        self._presence, self._runs = presence, runs
         self._states: Mapping[str, WorkerState] = {}
         self._armed: dict[str, datetime] = {}
         self._yielding: set[str] = set()
@@ -59,7 +69,7 @@ class WakeUps:
 
     def later(self, key: str, failures: int, function: Callable[..., None], *args: object) -> None:
         """Call `function(*args, failures + 1)` after a pause that grows with them; replaces what has that `key`."""
-        if not self._ticks.runs.stopping.is_set():
+        if not self._runs.stopping.is_set():
             seconds = _RETRY_SECONDS[min(failures, len(_RETRY_SECONDS) - 1)]
             self._scheduler.after(seconds, key, function, *args, failures + 1)
 
@@ -80,7 +90,7 @@ class WakeUps:
         latest = schedule.previous(self._now())
         tick = latest if after is None else max(schedule.next(after), latest)
         self._armed[name] = tick = min(tick, no_later_than or tick)
-        offset = instance.clock_offset if (instance := self._ticks.instance) else timedelta()
+        offset = instance.clock_offset if (instance := self._presence.instance) else timedelta()
         spread = random.uniform(0, worker.jitter.total_seconds())  # noqa: S311 - no secret
         if name in self._yielding:
             spread += random.uniform(*_YIELDED_SECONDS)  # noqa: S311
@@ -88,7 +98,7 @@ class WakeUps:
 
     def _fire(self, name: str, tick: datetime, schedule: str, failures: int = 0) -> None:
         worker = self._workers.get(name)
-        if worker is None or self._ticks.runs.stopping.is_set():
+        if worker is None or self._runs.stopping.is_set():
             return
         if not failures:
             self._arm(name, after=tick)
@@ -106,7 +116,7 @@ class WakeUps:
             self.later(f"retry:{name}", failures, self._fire, name, tick, schedule)
 
     def _now(self) -> datetime:
-        return instance.database_time() if (instance := self._ticks.instance) else datetime.now(UTC)
+        return instance.database_time() if (instance := self._presence.instance) else datetime.now(UTC)
 
 
 def unless_expected(error: Exception) -> Exception | None:

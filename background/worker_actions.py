@@ -61,7 +61,7 @@ def reschedule(name: str) -> ResponseReturnValue:
             changed = manager.reschedule(name, cron=schedule.expression, timezone=schedule.timezone)
         elif isinstance(schedule, Every):
             changed = manager.reschedule(name, schedule.period)
-    state = manager.ticks.ledger.look(name)
+    state = manager.stores.ledger.look(name)
     runs = f"{name} runs {state.schedule.describe()}" if state else name
     say(f"{runs} from now on." if changed else f"{runs} already.", "success" if changed else "info")
     return back()

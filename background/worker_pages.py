@@ -51,7 +51,7 @@ def overview_page() -> ResponseReturnValue:
 
 def rows(manager: BackgroundWorkerManager, names: list[str]) -> list[dict[str, Any]]:
     """What is shown of each of those workers, in their order; of one for messages only its topic."""
-    found = {row["name"]: row for row in overview(manager, names)}
+    found = {row["name"]: row for row in overview(manager.stores, manager.workers, names)}
     glances = manager.history.recent(found, COUNT)
     ours, topics = manager.workers, {worker.name: worker for worker in manager.topics.values()}
     for name, row in found.items():
@@ -81,7 +81,7 @@ def worker_page(name: str) -> ResponseReturnValue:
         "background/worker.html",
         row=found[0],
         worker=manager.workers.get(name),
-        state=manager.ticks.ledger.look(name),
+        state=manager.stores.ledger.look(name),
         clock=manager.history.clock(),
         executions=executions,
         following=_place(following) if following else None,
@@ -98,7 +98,7 @@ def worker_page(name: str) -> ResponseReturnValue:
 def known(manager: BackgroundWorkerManager, name: str) -> str:
     """The name, if this release or the database has a worker of that name; else there is no such page."""
     is_name = name.isprintable() and len(name) <= _LONGEST_NAME
-    if name not in manager.workers and not (is_name and manager.ticks.ledger.look(name)):
+    if name not in manager.workers and not (is_name and manager.stores.ledger.look(name)):
         abort(404)
     return name
 

@@ -190,7 +190,7 @@ def fill(app: Flask, size: Size) -> None:
     admin.set_password(PASSWORD)
     db.session.add(admin)
     db.session.commit()
-    heartbeats = app.extensions["background_workers"].ticks.connections.heartbeats
+    heartbeats = app.extensions["background_workers"].stores.connections.heartbeats
     with heartbeats.begin() as connection:
         fill_instances(connection, size)
     with db.engine.begin() as connection:

@@ -33,7 +33,7 @@ class Losses:
     """Counts in one process. An instance loses a tick that it neither runs, skips nor puts off."""
 
     def __init__(self, workers: BackgroundWorkerManager) -> None:
-        self._ticks, self._call, self._counted = workers.ticks, threading.local(), Counter[int]()
+        self._stores, self._call, self._counted = workers.stores, threading.local(), Counter[int]()
         self._counting = threading.Lock()
         self._run, self._pass_over = workers.ticks.run, workers.ticks._skipped_or_postponed
         workers.ticks.run = self._count  # type: ignore[method-assign]
@@ -41,7 +41,7 @@ class Losses:
 
     def listen(self) -> None:
         """From when the engine's connections may be opened."""
-        event.listen(self._ticks.ledger.engine, "before_cursor_execute", self._sent)
+        event.listen(self._stores.main.engine, "before_cursor_execute", self._sent)
 
     def _sent(self, *_: Any) -> None:
         self._call.statements = getattr(self._call, "statements", 0) + 1

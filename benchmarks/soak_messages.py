@@ -97,7 +97,7 @@ class Producer(threading.Thread):
 
     def run(self) -> None:
         self._losses.listen()
-        while not self._workers.ticks.runs.stopping.wait(self._random.uniform(0, 2 / TRANSACTIONS_A_SECOND)):
+        while not self._workers.runs.stopping.wait(self._random.uniform(0, 2 / TRANSACTIONS_A_SECOND)):
             try:
                 with self._app.app_context():
                     self._transact()

@@ -287,7 +287,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a mark goes back only as far as the history is sure to",
-        [Edit("background/membership.py", "if not self._ticks.healing.is_proven(states.values()):", "if False:")],
+        [Edit("background/membership.py", "if not self._stores.healing.is_proven(states.values()):", "if False:")],
         ["tests/test_healing.py", "-k", "ahead_of_all_history"],
     ),
     Mutation(

@@ -661,7 +661,7 @@ def test_a_form_is_taken_over_https_where_the_browser_says_what_our_policy_lets_
 
 def test_an_error_of_the_database_shows_no_parameters(app: Flask, manager: BackgroundWorkerManager) -> None:
     with app.app_context():
-        engines = [db.engine, manager.ticks.ledger.engine]
+        engines = [db.engine, manager.stores.main.engine]
         for engine in engines:
             with engine.connect() as connection, pytest.raises(DBAPIError) as raised:
                 connection.execute(
@@ -674,7 +674,7 @@ def test_an_error_of_the_database_shows_no_parameters(app: Flask, manager: Backg
 def test_an_error_of_the_database_shows_no_row(app: Flask, manager: BackgroundWorkerManager, make_user: Make) -> None:
     user = make_user()
     with app.app_context():
-        for engine in (db.engine, manager.ticks.ledger.engine):
+        for engine in (db.engine, manager.stores.main.engine):
             for change in ("status = 'gone'", "name = NULL", "id = id + 1, email = 'other', status = NULL"):
                 with engine.connect() as connection, pytest.raises(DBAPIError) as raised:
                     connection.execute(text(f"UPDATE users SET {change}"))

@@ -113,7 +113,7 @@ def write(manager: BackgroundWorkerManager) -> Callable[..., None]:
 
     def write(name: str, state: str, tick: datetime, **columns: Any) -> None:
         row = {"worker": name, "state": state, "tick": tick, "trigger": "schedule", **columns}
-        with manager.ticks.ledger.engine.begin() as connection:
+        with manager.stores.main.engine.begin() as connection:
             connection.execute(insert(executions).values(row))
 
     return write
@@ -121,20 +121,20 @@ def write(manager: BackgroundWorkerManager) -> Callable[..., None]:
 
 def leave_behind(manager: BackgroundWorkerManager, name: str, tick: datetime, lease: float = -60) -> None:
     """A run of the tick, on an instance that has that much left of its lease: its power was cut a minute ago."""
-    manager.ticks.look(manager.workers[name])
+    manager.recovery.look(manager.workers[name])
     clock = manager.history.clock()
     expires_at = clock + timedelta(seconds=lease)
     long_ago = min(clock, expires_at)
-    with manager.ticks.instances.engine.begin() as connection:
+    with manager.stores.instances.engine.begin() as connection:
         row = {"id": "dead", "host": "far", "pid": 7, "started_at": long_ago, "heartbeat_at": long_ago}
         connection.execute(insert(instances).values(**row, expires_at=expires_at))
-    assert manager.ticks.ledger.claim(
-        name, tick, manager.ticks.look(manager.workers[name]).schedule_text, ("dead", "far:7")
+    assert manager.stores.ledger.claim(
+        name, tick, manager.recovery.look(manager.workers[name]).schedule_text, ("dead", "far:7")
     )
 
 
 def due(manager: BackgroundWorkerManager, name: str) -> datetime:
-    state = manager.ticks.look(manager.workers[name])
+    state = manager.recovery.look(manager.workers[name])
     return state.schedule.previous(state.clock)
 
 
@@ -146,9 +146,9 @@ def test_the_instances_are_shown_with_what_they_hold_and_their_clocks(
 ) -> None:
     assert "No instance was here" in flask("instances").stdout
     leave_behind(manager, "greet", due(manager, "greet"))
-    instance = manager.ticks.sign_on()
+    instance = manager.presence.sign_on()
     instance.clock_offset = timedelta(seconds=-7)
-    manager.ticks.instances.beat(instance)
+    manager.stores.instances.beat(instance)
     header, ours, theirs = flask("instances").stdout.splitlines()
     assert header.split() == ["INSTANCE", "STATE", "RELEASE", "STARTED", "HEARTBEAT", "CLOCK", "HOLDS"]
     assert re.match(rf"{re.escape(instance.name)} +alive .*\+7.000 s$", ours)
@@ -222,8 +222,8 @@ def test_the_list_shows_the_schedule_in_force_and_the_declared_one(
 def test_the_list_bears_a_schedule_that_a_newer_release_brought(
     flask: Callable[..., Result], manager: BackgroundWorkerManager
 ) -> None:
-    manager.ticks.look(Greet)
-    with manager.ticks.ledger.engine.begin() as connection:
+    manager.recovery.look(Greet)
+    with manager.stores.main.engine.begin() as connection:
         connection.execute(text("UPDATE background_workers SET schedule = 'on full moons'"))
     assert "not one that this release can read" in flask("list").stdout.splitlines()[2]
     assert "The stored schedule 'on full moons' cannot be used" in flask("why", "greet", code=1).stderr
@@ -246,15 +246,15 @@ def test_the_list_costs_the_same_queries_whatever_there_is(
 
 
 def leave_behind_one(manager: BackgroundWorkerManager, worker: type[PeriodicWorker]) -> None:
-    state = manager.ticks.look(worker)
+    state = manager.recovery.look(worker)
     tick = state.schedule.previous(state.clock)
-    assert manager.ticks.ledger.claim(worker.name, tick, state.schedule_text, (worker.name, "far:7"))
+    assert manager.stores.ledger.claim(worker.name, tick, state.schedule_text, (worker.name, "far:7"))
 
 
 def test_no_statement_about_executions_reads_more_than_a_range_of_an_index(
     flask: Callable[..., Result], manager: BackgroundWorkerManager
 ) -> None:
-    engine = manager.ticks.ledger.engine
+    engine = manager.stores.main.engine
     manager.tick("greet", manager.history.clock())
     asked: list[tuple[str, Any]] = []
 
@@ -286,7 +286,7 @@ def test_check_prints_the_next_three_ticks_of_every_worker_and_writes_nothing(
     flask: Callable[..., Result], manager: BackgroundWorkerManager
 ) -> None:
     before = datetime.now(UTC)
-    manager.ticks.sign_on()
+    manager.presence.sign_on()
     result = json.loads(flask("check", "--json").stdout)
     assert result["problems"] == []
     greet = result["workers"][0]
@@ -295,7 +295,7 @@ def test_check_prints_the_next_three_ticks_of_every_worker_and_writes_nothing(
     *_, unseen, fine = flask("check").stdout.splitlines()
     assert fine == "Fine: the settings, 8 workers, the database, its migrations, and the fleet of 1 instance."
     assert unseen == f"Not looked at: {'; '.join(result['not_looked_at'])}."
-    assert manager.ticks.ledger.states() == {}
+    assert manager.stores.ledger.states() == {}
 
 
 def test_check_of_a_database_without_a_schema_names_the_command_that_mends_it(empty_database_url: str) -> None:
@@ -419,7 +419,7 @@ def test_a_signal_during_a_manual_run_hands_it_back(
     handler = signal.getsignal(signal.SIGTERM)
     assert "was handed back by" in flask("trigger", worker.name, code=1).stdout
     assert signal.getsignal(signal.SIGTERM) is handler
-    state = manager.ticks.look(worker)
+    state = manager.recovery.look(worker)
     assert state.running is None
     assert state.pending_tick == manager.history.executions(worker.name)[0].tick
 
@@ -583,10 +583,10 @@ def test_run_on_a_database_that_is_not_ready_ends_with_its_sentence(
 def test_pause_and_resume_say_what_they_changed(flask: Callable[..., Result], manager: BackgroundWorkerManager) -> None:
     assert flask("resume", "greet").stdout.startswith("greet was not paused; its next tick is 20")
     assert re.fullmatch(r"greet is paused, since \S+Z\.\n", flask("pause", "greet").stdout)
-    assert manager.ticks.look(Greet).paused_at
+    assert manager.recovery.look(Greet).paused_at
     assert re.fullmatch(r"greet was paused already, since \S+Z\.\n", flask("pause", "greet").stdout)
     assert flask("resume", "greet").stdout.startswith("greet is resumed; its next tick is 20")
-    assert manager.ticks.look(Greet).paused_at is None
+    assert manager.recovery.look(Greet).paused_at is None
 
 
 @on_sqlite
@@ -663,7 +663,7 @@ def test_why_answers_for_a_worker_that_only_the_database_knows(
 def test_a_name_of_a_host_steers_no_terminal(app: Flask, manager: BackgroundWorkerManager) -> None:
     manager.add(Weekly)
     assert manager.tick("weekly", manager.history.clock())
-    with manager.ticks.ledger.engine.begin() as connection:
+    with manager.stores.main.engine.begin() as connection:
         connection.execute(update(executions).values(instance_name="evil\x1b[2J:7"))
     for arguments in (["why", "weekly"], ["history", "weekly"], ["history", "weekly", "--json"]):
         result = app.test_cli_runner().invoke(args=["workers", *arguments], color=True)
@@ -765,7 +765,7 @@ def test_a_command_in_a_process_that_runs_the_workers_leaves_them_running(
 def test_a_table_that_vanishes_meanwhile_is_one_sentence(
     flask: Callable[..., Result], manager: BackgroundWorkerManager
 ) -> None:
-    with manager.ticks.ledger.engine.begin() as connection:
+    with manager.stores.main.engine.begin() as connection:
         connection.execute(text("DROP TABLE background_executions"))
     result = flask("history", "greet", code=1)
     assert result.stderr.startswith("Error: The database cannot be used (")

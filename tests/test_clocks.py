@@ -71,7 +71,7 @@ def clock_ahead(folder: Path, seconds: float) -> Path:
 
 def test_what_is_to_be_run_again_waits_until_a_clock_that_was_set_back_reaches_it_once_more(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
-    tick = manager.ticks.look(Hourly).clock + timedelta(seconds=1)
+    tick = manager.recovery.look(Hourly).clock + timedelta(seconds=1)
     fleet.set("hourly", mark=tick, pending_tick=tick, pending_attempt=2, pending_trigger="schedule")
     assert manager.ticks.run_pending(Hourly, tick) is None
     manager.start()
@@ -91,7 +91,7 @@ def test_what_was_asked_for_by_hand_does_not_wait_for_a_clock_that_was_set_back(
 
 def test_a_mark_that_was_lowered_lets_no_tick_pass_the_one_that_is_to_be_run_again(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
-    tick = manager.ticks.look(Hourly).clock + MINUTES
+    tick = manager.recovery.look(Hourly).clock + MINUTES
     fleet.set("hourly", mark=None, pending_tick=tick, pending_attempt=2, pending_trigger="schedule")
     assert manager.tick("hourly", datetime.now(UTC)) is None
     assert fleet.executions() == []
@@ -246,11 +246,11 @@ def test_a_host_that_slept_past_its_lease_commits_nothing_and_begins_anew(
     manager, slept, read = fleet.manager(Asleep), threading.Event(), time.clock_gettime
     manager.start()
     assert working.wait(PATIENCE)
-    instance = manager.ticks.instance
+    instance = manager.presence.instance
     # What a suspended host finds when it wakes up; no other clock of it has gone on so far, so nobody was told.
     monkeypatch.setattr(time, "clock_gettime", lambda clock: read(clock) + 3600 * (clock == time.CLOCK_BOOTTIME))
     slept.set()
     assert refused.wait(PATIENCE)
     wait_until(lambda: fleet.effects() == ["2"], "the second attempt")
     assert fleet.states() == ["lost", "succeeded"]
-    assert manager.ticks.instance is not instance
+    assert manager.presence.instance is not instance

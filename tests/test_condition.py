@@ -71,7 +71,7 @@ def joined(fleet: Fleet, *workers: type[PeriodicWorker], **config: Any) -> Flask
     manager_of(app).start()
     wait_until(lambda: manager_of(app)._membership._heartbeat, "joining")
     for worker in workers:
-        manager_of(app).ticks.look(worker)
+        manager_of(app).recovery.look(worker)
     return app
 
 
@@ -79,18 +79,18 @@ def left(fleet: Fleet, **columns: Any) -> None:
     """Pretend that the last instance left a quarter of an hour ago."""
     ago = datetime.now(UTC) - timedelta(minutes=15)
     manager = manager_of(fleet.apps[0])
-    with manager.ticks.instances.engine.begin() as connection:
+    with manager.stores.instances.engine.begin() as connection:
         connection.execute(update(tables.instances).values(**{"heartbeat_at": ago, "expires_at": ago} | columns))
 
 
 def running(fleet: Fleet, app: Flask, name: str, since: timedelta, instance: str | None = None) -> None:
     """Pretend that the worker has run for that long, on the instance `id` or on the application's own."""
     manager = manager_of(app)
-    own = manager.ticks.instance
+    own = manager.presence.instance
     fleet.set(name, token=7, running=7, mark=datetime.now(UTC))
     row = {"worker": name, "tick": datetime.now(UTC) - since, "trigger": "schedule", "state": "running", "attempt": 1}
     row |= {"token": 7, "instance": instance or (own and own.id), "instance_name": "web-1:7"}
-    with manager.ticks.ledger.engine.begin() as connection:
+    with manager.stores.main.engine.begin() as connection:
         connection.execute(insert(tables.executions).values(**row, started_at=datetime.now(UTC) - since))
 
 
@@ -102,8 +102,8 @@ def silent_app(fleet: Fleet) -> Flask:
     """Give a web process whose workers ran elsewhere until a quarter of an hour ago."""
     app = fleet.app(Hourly, WORKERS_ENABLED=False, WORKERS_LEASE_SECONDS=60)
     gone = fleet.manager(Hourly)
-    gone.ticks.look(Hourly)
-    gone.ticks.sign_on()
+    gone.recovery.look(Hourly)
+    gone.presence.sign_on()
     left(fleet)
     return app
 
@@ -119,7 +119,7 @@ def test_every_page_has_a_banner_with_the_time_since_and_the_command_that_mends_
             path
         )
         assert "Start one with <code>flask workers run</code>" in alarm
-    manager_of(silent_app).ticks.sign_on()
+    manager_of(silent_app).presence.sign_on()
     assert [path for path in PAGES if "bw-alarm" in client.get(f"/workers/{path}").text] == []
 
 
@@ -154,7 +154,7 @@ def test_a_probe_of_the_fleet_fails_while_no_instance_is_alive_and_this_process_
     assert 900 <= silence < 900 + PATIENCE
     assert checks["instances"] == {"ok": False, "alive": 0}
     assert silent_app.test_client().get("/health/ready").status_code == 200
-    manager_of(silent_app).ticks.sign_on()
+    manager_of(silent_app).presence.sign_on()
     status, checks = asked(silent_app)
     assert status == 200
     assert checks["write"].pop("milliseconds") > 0
@@ -192,7 +192,7 @@ def test_a_row_says_since_when_its_tick_waits(silent_app: Flask, fleet: Fleet, m
 
 def test_a_probe_names_the_workers_that_are_overdue_by_two_periods(fleet: Fleet) -> None:
     web, app = fleet.app(Hourly), joined(fleet)
-    manager_of(web).ticks.look(Hourly)
+    manager_of(web).recovery.look(Hourly)
     hour = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
     fleet.set("hourly", mark=hour - 2 * HOUR, scheduled_at=hour - 9 * HOUR)
     assert failed(web) == []  # by one period only
@@ -219,7 +219,7 @@ def test_a_run_that_does_not_end_is_stuck(
     fleet: Fleet, worker: type[PeriodicWorker], since: timedelta, why: str, make_admin
 ) -> None:
     web, app = fleet.app(worker), joined(fleet)
-    manager_of(web).ticks.look(worker)
+    manager_of(web).recovery.look(worker)
     running(fleet, app, worker.name, timedelta(seconds=20))
     assert failed(web) == []
     with fleet.engine.begin() as connection:
@@ -236,7 +236,7 @@ def test_a_run_that_does_not_end_is_stuck(
 @on_sqlite
 def test_a_run_is_not_stuck_that_lasts_as_long_as_those_before_it(fleet: Fleet) -> None:
     web, app = fleet.app(Hourly), joined(fleet)
-    manager_of(web).ticks.look(Hourly)
+    manager_of(web).recovery.look(Hourly)
     running(fleet, app, "hourly", timedelta(hours=5))
     row = {"worker": "hourly", "kind": "duration", "label": "inf", "count": 4, "latest_at": datetime.now(UTC)}
     with fleet.engine.begin() as connection:
@@ -246,7 +246,7 @@ def test_a_run_is_not_stuck_that_lasts_as_long_as_those_before_it(fleet: Fleet) 
 
 def test_a_claim_of_an_instance_that_is_gone_is_stuck_once_another_should_have_taken_it(fleet: Fleet) -> None:
     web, app = fleet.app(Hourly), joined(fleet)
-    manager_of(web).ticks.look(Hourly)
+    manager_of(web).recovery.look(Hourly)
     running(fleet, app, "hourly", timedelta(seconds=3), instance="nobody")
     assert failed(web) == []
     with fleet.engine.begin() as connection:
@@ -261,12 +261,12 @@ def test_threads_that_are_used_up_are_a_problem_while_a_worker_waits(fleet: Flee
 
     web, app = fleet.app(Hourly, Other, WORKERS_THREADS=1), joined(fleet)
     for worker in (Hourly, Other):
-        manager_of(web).ticks.look(worker)
+        manager_of(web).recovery.look(worker)
     running(fleet, app, "hourly", timedelta(seconds=20))
     assert command(web, "check").exit_code == 0, command(web, "check").output
     day_ago = datetime.now(UTC) - timedelta(days=1)
     fleet.set("other", mark=day_ago, scheduled_at=day_ago)
-    own = manager_of(app).ticks.instance
+    own = manager_of(app).presence.instance
     assert own is not None
     assert f"The threads of {own.name} are used up (1 of WORKERS_THREADS)" in command(web, "check").stderr
 
@@ -274,12 +274,12 @@ def test_threads_that_are_used_up_are_a_problem_while_a_worker_waits(fleet: Flee
 def test_the_fleet_is_seen_in_a_constant_number_of_queries(fleet: Fleet) -> None:
     workers = [type(f"Extra{number}", (Hourly,), {}) for number in range(30)]
     manager = manager_of(fleet.app(*workers))
-    manager.ticks.steering.register({})
-    with statements(manager.ticks.instances.engine) as few:
+    manager.stores.steering.register({})
+    with statements(manager.stores.instances.engine) as few:
         condition(manager)
     for worker in workers:
-        manager.ticks.look(worker)
-    with statements(manager.ticks.instances.engine) as many:
+        manager.recovery.look(worker)
+    with statements(manager.stores.instances.engine) as many:
         assert len(condition(manager).standings) == 30
     assert len(few) == len(many) == 5
 
@@ -337,7 +337,7 @@ def changed_models() -> Iterator[None]:
 def test_check_names_what_the_models_have_and_the_database_lacks(
     app: Flask, manager: BackgroundWorkerManager, changed_models: None
 ) -> None:
-    manager.ticks.sign_on()
+    manager.presence.sign_on()
     checked = command(app, "check")
     assert checked.exit_code == 1
     assert [line.partition(", which")[0] for line in checked.stderr.splitlines()] == [
@@ -350,7 +350,7 @@ def test_check_names_what_the_models_have_and_the_database_lacks(
 
 
 def test_check_leaves_alone_what_only_the_database_has(app: Flask, manager: BackgroundWorkerManager) -> None:
-    manager.ticks.sign_on()
+    manager.presence.sign_on()
     with app.app_context(), db.engine.begin() as connection:
         connection.execute(sql("CREATE TABLE of_another_application (id INTEGER)"))
         connection.execute(sql("ALTER TABLE books ADD COLUMN of_a_newer_release INTEGER"))
@@ -404,7 +404,7 @@ def test_a_connection_that_the_instance_cut_itself_is_not_said_to_be_closed_by_t
     fleet: Fleet, caplog: pytest.LogCaptureFixture
 ) -> None:
     app = joined(fleet, Hourly)
-    membership, connections = manager_of(app)._membership, manager_of(app).ticks.connections
+    membership, connections = manager_of(app)._membership, manager_of(app).stores.connections
     assert membership is not None
     membership._heartbeat.stop()
     caplog.clear()

@@ -93,7 +93,7 @@ def test_an_interrupt_that_a_run_raises_itself_is_a_failure_and_not_run_again_fo
     manager = fleet.manager(Interrupting)
     with ThreadPoolExecutor(1) as pool:  # a Ctrl-C reaches the main thread alone
         assert pool.submit(manager.tick, "interrupting", NOW()).result().state == "failed"
-    assert manager.ticks.ledger.look("interrupting").pending_tick is None
+    assert manager.stores.ledger.look("interrupting").pending_tick is None
 
 
 def test_an_error_whose_text_no_database_can_hold_is_a_failed_run(
@@ -594,12 +594,12 @@ def test_a_run_that_does_not_stop_in_time_is_handed_back_and_cannot_commit(fleet
 
 def claimed_by_a_ghost(manager: BackgroundWorkerManager, name: str, ghost: str = "ghost") -> None:
     """As if an instance that nobody knows, or that is gone, had begun the tick (or its next attempt)."""
-    manager.ticks.steering.register({name: declared_schedule(manager.workers[name])})
-    pending = manager.ticks.ledger.look(name).pending_tick
+    manager.stores.steering.register({name: declared_schedule(manager.workers[name])})
+    pending = manager.stores.ledger.look(name).pending_tick
     if pending:
-        assert manager.ticks.ledger.claim_pending(name, pending, (ghost, "elsewhere:1"))
+        assert manager.stores.ledger.claim_pending(name, pending, (ghost, "elsewhere:1"))
     else:
-        assert manager.ticks.ledger.claim(name, NOW() - HOUR, "every 3600s", (ghost, "elsewhere:1"))
+        assert manager.stores.ledger.claim(name, NOW() - HOUR, "every 3600s", (ghost, "elsewhere:1"))
 
 
 def test_the_claim_of_an_instance_that_is_gone_is_run_again_under_the_same_key(fleet: Fleet) -> None:
@@ -621,7 +621,7 @@ def test_a_tick_whose_instances_keep_dying_is_given_up_after_max_attempts(fleet:
     manager = fleet.manager(Hourly)
     for _ in range(3):
         claimed_by_a_ghost(manager, "hourly")
-        assert manager.ticks.recover([manager.ticks.ledger.look("hourly")])
+        assert manager.recovery.recover([manager.stores.ledger.look("hourly")])
     assert [(execution.state, execution.attempt) for execution in fleet.executions()] == [
         ("lost", 1),
         ("lost", 2),
@@ -648,7 +648,7 @@ def test_a_worker_unknown_to_this_release_is_left_alone(fleet: Fleet) -> None:
 
     newer, older = fleet.manager(Newer), fleet.manager(Hourly)
     claimed_by_a_ghost(newer, "newer")
-    assert not older.ticks.recover(list(older.ticks.ledger.states().values()))
+    assert not older.recovery.recover(list(older.stores.ledger.states().values()))
     assert fleet.states("newer") == ["running"]
 
 
@@ -661,7 +661,7 @@ def test_a_schedule_that_this_release_cannot_read_stops_nobody_else(fleet: Fleet
     older = fleet.manager(Hourly, Newer)
     older.start()
     wait_until(lambda: fleet.states("hourly") == ["succeeded"], "the run")
-    instance = older.ticks.instance
+    instance = older.presence.instance
     renewed = instance.deadline
     wait_until(lambda: instance.deadline > renewed, "the next heartbeat")
 
@@ -674,7 +674,7 @@ def test_a_worker_whose_schedule_this_release_could_not_read_for_a_while_runs_ag
         period = timedelta(seconds=0.3)
 
     manager = fleet.manager(Changing)
-    manager.ticks.look(Changing)
+    manager.recovery.look(Changing)
     if when == "later":
         manager.start()
         wait_until(lambda: "succeeded" in fleet.states(), "the first run")
@@ -691,10 +691,10 @@ def test_a_worker_whose_schedule_this_release_could_not_read_for_a_while_runs_ag
 def test_what_an_instance_that_signed_off_still_held_was_handed_back(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
     ghost = Instance(timedelta(seconds=10))
-    manager.ticks.instances.beat(ghost)
+    manager.stores.instances.beat(ghost)
     claimed_by_a_ghost(manager, "hourly", ghost.id)
     assert manager.tick("hourly", NOW()) is None  # the ghost lives: overlap
-    manager.ticks.instances.sign_off(ghost)
+    manager.stores.instances.sign_off(ghost)
     assert manager.tick("hourly", NOW()) is None  # skipped, but the older tick is run
     assert [(execution.state, execution.attempt) for execution in fleet.executions()] == [
         ("handed back", 1),
@@ -712,7 +712,7 @@ def test_a_run_that_holds_the_write_lock_longer_than_the_lease_keeps_its_claim(f
             effect(context)
             context.session.flush()
             ghost.lease = timedelta()
-            manager.ticks.instances.beat(ghost)
+            manager.stores.instances.beat(ghost)
             threading.Event().wait(2.5)
 
     class Orphaned(Hourly):
@@ -720,7 +720,7 @@ def test_a_run_that_holds_the_write_lock_longer_than_the_lease_keeps_its_claim(f
         run_on_first_start = False
 
     manager, ghost = fleet.manager(Holding, Orphaned, WORKERS_LEASE_SECONDS=1.5), Instance(HOUR)
-    manager.ticks.instances.beat(ghost)
+    manager.stores.instances.beat(ghost)
     claimed_by_a_ghost(manager, "orphaned", ghost.id)
     manager.start()
     wait_until(lambda: fleet.states("holding") not in ([], ["running"]), "the long run")
@@ -730,11 +730,11 @@ def test_a_run_that_holds_the_write_lock_longer_than_the_lease_keeps_its_claim(f
 
 def test_a_claim_whose_reply_got_lost_is_run_after_all(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly, WORKERS_LEASE_SECONDS=1.5)
-    manager.ticks.steering.register({"hourly": declared_schedule(Hourly)})
+    manager.stores.steering.register({"hourly": declared_schedule(Hourly)})
 
     lost = []
 
-    @event.listens_for(manager.ticks.ledger.engine, "after_cursor_execute")
+    @event.listens_for(manager.stores.main.engine, "after_cursor_execute")
     def commit_and_hang_up(connection: Connection, cursor: object, statement: str, *_: object) -> None:
         if "INSERT INTO background_executions" in statement and not lost:
             lost.append(statement)
@@ -752,12 +752,12 @@ def test_an_instance_that_comes_back_after_its_lease_begins_anew(fleet: Fleet) -
     manager = fleet.manager(Hourly)
     manager.start()
     wait_until(lambda: fleet.states() == ["succeeded"], "the run")
-    first = manager.ticks.instance
+    first = manager.presence.instance
 
     def another_life() -> bool:
         first.deadline = steady()  # again at every look: a heartbeat that was under way renews it
-        return manager.ticks.instance is not first and manager.ticks.instance.is_alive
+        return manager.presence.instance is not first and manager.presence.instance.is_alive
 
     wait_until(another_life, "the new life")
-    with manager.ticks.instances.engine.connect() as connection:
+    with manager.stores.instances.engine.connect() as connection:
         assert connection.scalar(select(text("count(*) FROM background_instances"))) >= 2

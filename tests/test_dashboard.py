@@ -101,7 +101,7 @@ def test_a_running_worker_is_shown_with_its_instance_and_how_far_it_is(admin, ma
             seen.extend(said(page(admin, path)) for path in ("/workers/", "/workers/worker/looker"))
 
     manager.add(Looker)
-    with manager.ticks.present():
+    with manager.presence.present():
         manager.trigger("looker")
     assert all("30 of 120" in text and re.search(r"running on \S+:\d+, since", text) for text in seen)
     assert len(seen) == 2
@@ -109,7 +109,7 @@ def test_a_running_worker_is_shown_with_its_instance_and_how_far_it_is(admin, ma
 
 @on_sqlite
 def test_the_last_outcome_says_at_which_attempt_it_came(admin, manager, engine):
-    manager.ticks.look(Talker)
+    manager.recovery.look(Talker)
     at = last_hour()
     run = {"tick": at, "started_at": at, "finished_at": at + timedelta(seconds=9)}
     add_executions(engine, {**run, "state": "lost"}, {**run, "attempt": 2})
@@ -152,7 +152,7 @@ def test_the_worker_page_pages_through_the_executions_and_keeps_to_one_state(adm
 
 @on_sqlite
 def test_executions_are_found_by_their_moment_in_any_zone(admin, manager, engine):
-    manager.ticks.look(Talker)
+    manager.recovery.look(Talker)
     noon = datetime(2026, 1, 20, 12, tzinfo=UTC)
     add_executions(engine, *({"tick": noon + timedelta(hours=n)} for n in range(40)))
 
@@ -173,7 +173,7 @@ def test_executions_are_found_by_their_moment_in_any_zone(admin, manager, engine
 
 def test_a_rare_state_is_looked_for_so_far_and_then_further_back(admin, manager, engine, monkeypatch):
     monkeypatch.setattr("background.history.MOST_SEARCHED", 10)
-    manager.ticks.look(Talker)
+    manager.recovery.look(Talker)
     first = last_hour() - timedelta(days=10)
     add_executions(
         engine, *({"tick": first + timedelta(hours=n), "state": "failed" if n == 3 else "lost"} for n in range(25))
@@ -313,7 +313,7 @@ def test_a_request_is_run_by_the_first_instance_that_sees_it(admin, manager):
         admin, "/workers/worker/talker/run"
     )
     assert "talker is running already, or will run next." in press(admin, "/workers/worker/talker/run")
-    with manager.ticks.present():
+    with manager.presence.present():
         assert "system_health_worker will run within" in press(admin, "/workers/worker/system_health_worker/run")
 
 
@@ -321,7 +321,7 @@ def test_a_request_is_run_by_the_first_instance_that_sees_it(admin, manager):
 def test_pause_and_resume_say_what_they_did_and_twice_changes_nothing(admin, manager):
     assert "talker is paused" in press(admin, "/workers/worker/talker/pause")
     assert "was paused already" in press(admin, "/workers/worker/talker/pause")
-    assert manager.ticks.ledger.look("talker").paused_at
+    assert manager.stores.ledger.look("talker").paused_at
     assert "talker is resumed" in press(admin, "/workers/worker/talker/resume")
     assert "was not paused" in press(admin, "/workers/worker/talker/resume")
 
@@ -338,12 +338,12 @@ def test_a_schedule_is_changed_and_reset_with_one_click(admin, manager):
     text = press(admin, path, declared="1")
     assert "talker runs every 10 minutes from now on." in text
     assert "Reset to" not in text
-    assert not manager.ticks.ledger.look("talker").overridden
+    assert not manager.stores.ledger.look("talker").overridden
 
 
 @on_postgresql
 def test_a_change_that_the_database_does_not_take_is_said(admin, manager, engine):
-    manager.ticks.look(Talker)
+    manager.recovery.look(Talker)
     with engine.begin() as connection:
         connection.execute(select(tables.workers).where(tables.workers.c.name == "talker").with_for_update())
         assert "The database did not take that" in press(admin, "/workers/worker/talker/pause")
@@ -370,7 +370,7 @@ WRONG = [
 
 @on_sqlite
 def test_a_wrong_schedule_comes_back_with_a_sentence_beside_it(admin, manager):
-    manager.ticks.look(Talker)
+    manager.recovery.look(Talker)
     for schedule, timezone, sentence in WRONG:
         here = "/workers/worker/talker?state=failed"
         text = press(admin, "/workers/worker/talker/reschedule", schedule=schedule, timezone=timezone, next=here)
@@ -383,7 +383,7 @@ def test_a_wrong_schedule_comes_back_with_a_sentence_beside_it(admin, manager):
         assert EVIL not in text
         assert re.search(r'name="next" value="([^"]*)"', text)[1] == here
     assert 'id="error-talker"' in press(admin, "/workers/worker/talker/reschedule", schedule="?")
-    assert not manager.ticks.ledger.look("talker").overridden
+    assert not manager.stores.ledger.look("talker").overridden
 
 
 @pytest.mark.parametrize(

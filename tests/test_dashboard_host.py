@@ -52,7 +52,7 @@ def make_host(tmp_path) -> Iterator[Callable[..., Flask]]:
         app.register_blueprint(dashboard(lambda: None))
         with app.app_context():
             db.create_all()
-        manager.ticks.look(Noting)
+        manager.recovery.look(Noting)
         hosts.append((app, db))
         return app
 
@@ -64,7 +64,7 @@ def make_host(tmp_path) -> Iterator[Callable[..., Flask]]:
 
 
 def is_paused(app: Flask) -> bool:
-    return app.extensions["background_workers"].ticks.ledger.look("noting").paused_at is not None
+    return app.extensions["background_workers"].stores.ledger.look("noting").paused_at is not None
 
 
 OWN = "http://shop.example:8000"

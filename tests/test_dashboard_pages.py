@@ -66,15 +66,15 @@ def post(client: FlaskClient, path: str, **form: str) -> str:
 
 def claim(manager: BackgroundWorkerManager, instance: Instance, at: datetime) -> Any:
     """That instance's claim of a tick of the Ticker."""
-    schedule = manager.ticks.look(Ticker).schedule_text
-    found = manager.ticks.ledger.claim("ticker", at, schedule, (instance.id, instance.name))
+    schedule = manager.recovery.look(Ticker).schedule_text
+    found = manager.stores.ledger.claim("ticker", at, schedule, (instance.id, instance.name))
     assert found is not None
     return found
 
 
 def signed_on(manager: BackgroundWorkerManager, host: str, lease: timedelta = LEASE, pid: int = 1) -> Instance:
     instance = Instance(lease, host=host, pid=pid)
-    manager.ticks.instances.beat(instance)
+    manager.stores.instances.beat(instance)
     return instance
 
 
@@ -100,8 +100,8 @@ def test_a_run_that_was_handed_back_points_to_where_it_went_on(
     fleet: Fleet, manager: BackgroundWorkerManager, admin: FlaskClient
 ) -> None:
     left = signed_on(manager, "left-host")
-    manager.ticks.ledger.end(claim(manager, left, last_hour()), "handed back", next_attempt=1)
-    manager.ticks.instances.sign_off(left)
+    manager.stores.ledger.end(claim(manager, left, last_hour()), "handed back", next_attempt=1)
+    manager.stores.instances.sign_off(left)
     manager.start()
     wait_until(lambda: fleet.states("ticker")[:2] == ["handed back", "succeeded"], "the hand-over")
     page = see(admin, "timeline")
@@ -113,7 +113,7 @@ def test_a_run_that_was_handed_back_points_to_where_it_went_on(
 @on_sqlite
 def test_the_timeline_of_one_worker_has_no_other(manager: BackgroundWorkerManager, admin: FlaskClient) -> None:
     claim(manager, signed_on(manager, "one-host"), last_hour())
-    with manager.ticks.ledger.engine.begin() as connection:
+    with manager.stores.main.engine.begin() as connection:
         connection.execute(insert(tables.workers).values(schedule_of("other")))
     assert "one-host:1" in see(admin, "timeline?worker=ticker")
     assert "running for" not in see(admin, "timeline?worker=other")
@@ -132,7 +132,7 @@ def ran(manager: BackgroundWorkerManager, *starts: datetime, length: timedelta =
         | more
         for at in starts
     ]
-    with manager.ticks.ledger.engine.begin() as connection:
+    with manager.stores.main.engine.begin() as connection:
         connection.execute(insert(tables.executions), rows)
 
 
@@ -166,7 +166,7 @@ def test_of_more_than_can_be_shown_the_newest_are_and_it_says_since_when(manager
 
 def test_a_run_from_long_ago_that_is_still_going_on_is_seen(manager: BackgroundWorkerManager) -> None:
     ran(manager, NOON, state="running", finished_at=None, worker="long", token=1)
-    with manager.ticks.ledger.engine.begin() as connection:
+    with manager.stores.main.engine.begin() as connection:
         connection.execute(insert(tables.workers).values(schedule_of("long") | {"token": 1, "running": 1}))
     ran(manager, *(NOON + HOURS + number * SECOND for number in range(5)))
     for until in (None, NOON + HOURS + MINUTE):
@@ -258,18 +258,18 @@ def test_the_instances_show_what_they_hold_and_which_are_gone(
 ) -> None:
     holder, left = signed_on(manager, "holder"), signed_on(manager, "left")
     signed_on(manager, "lost-host", -LEASE)
-    manager.ticks.instances.sign_off(left)
+    manager.stores.instances.sign_off(left)
     execution = claim(manager, holder, last_hour()).execution
     fleet.enqueue("orders", 1, 2)
-    manager.ticks.messages.claim("order_worker", "orders", 2, (holder.id, holder.name))
-    with manager.ticks.ledger.engine.begin() as connection:
+    manager.stores.messages.claim("order_worker", "orders", 2, (holder.id, holder.name))
+    with manager.stores.main.engine.begin() as connection:
         progress = {"progress_done": 700, "progress_total": 1000}
         connection.execute(update(tables.executions).where(tables.executions.c.id == execution).values(progress))
-    with manager.ticks.instances.engine.begin() as connection:
+    with manager.stores.instances.engine.begin() as connection:
         of_holder = tables.instances.c.id == holder.id
         connection.execute(update(tables.instances).where(of_holder).values(clock_offset=-1.5, release="3f2a91c"))
         locked = {"instance": holder.id, "instance_name": holder.name, "since": NOON}
-    with manager.ticks.locks._engine.begin() as connection:
+    with manager.locks._engine.begin() as connection:
         connection.execute(insert(tables.locks).values(name="invoice-42", token=1, holder="h", **locked))
     rows = {
         row.partition("</th>")[0].rpartition('"row">')[2].split(" ")[0]: row
@@ -392,12 +392,12 @@ def test_nothing_that_anybody_named_is_read_as_html(
 ) -> None:
     evil = signed_on(manager, EVIL)
     (id,) = bury(fleet, 1, topic=EVIL, error=EVIL)
-    with manager.ticks.ledger.engine.begin() as connection:
+    with manager.stores.main.engine.begin() as connection:
         connection.execute(insert(tables.workers).values(schedule_of(EVIL) | {"token": 1, "running": 1}))
     running = {"state": "running", "finished_at": None, "token": 1, "worker": EVIL}
     ran(manager, NOON, instance=evil.id, instance_name=evil.name, **running)
     ran(manager, NOON + MINUTE, worker=f'w" onload="{EVIL}', instance=None, instance_name=f"{EVIL}:1")
-    with manager.ticks.instances.engine.begin() as connection:
+    with manager.stores.instances.engine.begin() as connection:
         connection.execute(update(tables.instances).values(release=EVIL[:100]))
     for path in (*PAGES, f"messages/{id}", "timeline?worker=%3Cscript%3Ealert('x')%3C/script%3E"):
         page = see(admin, path)
@@ -466,7 +466,7 @@ def test_a_page_costs_as_many_queries_with_much_in_the_database_as_with_little(
             bury(fleet, 1, topic=f"topic {number % 7}")
             running = {"state": "running", "finished_at": None, "token": 1, "worker": f"worker-{number}"}
             row = schedule_of(running["worker"]) | {"token": 1, "running": 1}
-            with manager.ticks.ledger.engine.begin() as connection:
+            with manager.stores.main.engine.begin() as connection:
                 connection.execute(insert(tables.workers).values(row))
             ran(manager, NOON + number * SECOND, instance=instance.id, instance_name=instance.name, **running)
 

@@ -131,7 +131,7 @@ def test_nothing_is_claimed_while_the_database_is_away_and_the_next_tick_runs_wh
     wait_until(lambda: time.monotonic() > back, "two ticks")
     server.start()
     runs_on(effects)
-    assert all(manager.ticks.instance is not None for manager in managers)
+    assert all(manager.presence.instance is not None for manager in managers)
     effects.check_answered(PERIOD)
     assert not [tick for tick in effects.ticks() if away + PERIOD < tick < away + 1.5 * PERIOD]
 
@@ -166,7 +166,7 @@ def test_connections_that_are_terminated_again_and_again_repeat_no_effect_and_le
 def test_connections_that_are_cut_are_made_anew(proxy: Proxy, effects: Effects, join: Join, heals: bool) -> None:
     manager = join(proxy.url, Ticker)
     runs_on(effects, 1)
-    instance = manager.ticks.instance
+    instance = manager.presence.instance
     assert instance is not None
     proxy.refuse()
     if not heals:
@@ -230,8 +230,8 @@ def test_who_is_in_a_black_hole_is_told_refused_taken_over_and_works_again_after
     inside = join(proxy.url, Listener, Ticker)
     assert working.wait(PATIENCE)
     outside = join(url, Listener, Ticker)
-    wait_until(lambda: outside.ticks.instance, "the joining")
-    first = inside.ticks.instance
+    wait_until(lambda: outside.presence.instance, "the joining")
+    first = inside.presence.instance
     began = time.monotonic()
     proxy.silence()
     wait_until(lambda: effects.all("listener"), "the taking over")
@@ -240,7 +240,7 @@ def test_who_is_in_a_black_hole_is_told_refused_taken_over_and_works_again_after
     assert effects.states("listener") == [("lost", 1), ("succeeded", 2)]
     runs_on(effects)
     proxy.heal()
-    wait_until(lambda: (now := inside.ticks.instance) and now is not first and now.is_alive, "the new life")
+    wait_until(lambda: (now := inside.presence.instance) and now is not first and now.is_alive, "the new life")
     outside.stop()
     runs_on(effects)
     assert len(effects.check_once("listener")) == 1
@@ -261,7 +261,9 @@ def test_a_line_that_is_dead_is_given_up_by_the_engine_in_time_whatever_the_appl
     proxy: Proxy, join: Join
 ) -> None:
     """A firewall may forget an idle connection: nobody is told, and no answer comes to what is sent on it."""
-    connections = join(proxy.url, SQLALCHEMY_ENGINE_OPTIONS={"connect_args": {"tcp_user_timeout": 0}}).ticks.connections
+    connections = join(
+        proxy.url, SQLALCHEMY_ENGINE_OPTIONS={"connect_args": {"tcp_user_timeout": 0}}
+    ).stores.connections
     for engine in (connections.claims, connections.heartbeats):
         with engine.connect() as connection:
             descriptor = connection.connection.dbapi_connection.fileno()  # type: ignore[union-attr]
@@ -273,7 +275,7 @@ def test_a_line_that_is_dead_is_given_up_by_the_engine_in_time_whatever_the_appl
 
 
 def test_a_connection_in_use_while_the_others_are_closed_is_closed_when_it_is_given_back(url: URL, join: Join) -> None:
-    connections = join(url).ticks.connections
+    connections = join(url).stores.connections
     for engine in (connections.claims, connections.heartbeats):
         with engine.connect() as connection:
             in_use = connection.connection.dbapi_connection
@@ -284,7 +286,7 @@ def test_a_connection_in_use_while_the_others_are_closed_is_closed_when_it_is_gi
 
 
 def test_who_asked_the_pool_just_before_the_connections_were_closed_gets_one_that_is_open(url: URL, join: Join) -> None:
-    connections = join(url).ticks.connections
+    connections = join(url).stores.connections
     for engine in (connections.claims, connections.heartbeats):
         asked = engine.pool
         with engine.connect():
@@ -354,16 +356,16 @@ def test_whoever_holds_the_write_lock_of_sqlite_makes_ticks_late_but_takes_no_le
 ) -> None:
     effects = Effects(sqlite_url)
     managers = [join(sqlite_url, Ticker) for _ in range(2)]
-    wait_until(lambda: all(manager.ticks.instance for manager in managers), "both of them signed on")
+    wait_until(lambda: all(manager.presence.instance for manager in managers), "both of them signed on")
     runs_on(effects)
-    instances = [manager.ticks.instance for manager in managers]
+    instances = [manager.presence.instance for manager in managers]
     writer = create_engine(sqlite_url, poolclass=NullPool)
     with writer.connect() as stalled:
         stalled.exec_driver_sql("BEGIN IMMEDIATE")
         until = [instance.deadline + LEASE for instance in instances if instance]
         wait_until(lambda: all(i and i.deadline > u for i, u in zip(instances, until, strict=True)), "two leases")
     runs_on(effects)
-    assert [manager.ticks.instance for manager in managers] == instances
+    assert [manager.presence.instance for manager in managers] == instances
     assert {state for state, _ in effects.states("ticker")} <= {"succeeded", "missed", "skipped", "running"}
     effects.check_answered(PERIOD)
 

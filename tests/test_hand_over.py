@@ -47,10 +47,10 @@ def test_a_run_that_is_handed_back_is_taken_at_once_and_nobody_asks_for_it_meanw
 
 def wait_until_quiet(manager: BackgroundWorkerManager) -> None:
     """Until its engines are asked nothing for half a second, in which a listener that watches a file looks twice."""
-    ticks = manager.ticks
+    stores = manager.stores
 
     def is_quiet() -> bool:
-        with statements(ticks.ledger.engine) as looks, statements(ticks.instances.engine) as beats:
+        with statements(stores.main.engine) as looks, statements(stores.instances.engine) as beats:
             threading.Event().wait(0.6)
             return not looks + beats
 
@@ -108,17 +108,17 @@ def test_those_who_leave_while_the_messages_of_another_are_taken_back_are_not_fo
 
         def handle(self, message: Message, context: WorkerContext) -> None: ...
 
-    ticks = fleet.manager(Notes, **SLOW).ticks
+    former = fleet.manager(Notes, **SLOW)
     fleet.enqueue("notes", 1, 2)
-    leaving = [ticks.sign_on() for _ in range(2)]
-    assert all(ticks.messages.claim("notes", "notes", 1, (each.id, each.name)) for each in leaving)
+    leaving = [former.presence.sign_on() for _ in range(2)]
+    assert all(former.stores.messages.claim("notes", "notes", 1, (each.id, each.name)) for each in leaving)
     manager = joined(fleet, Notes)
     wait_until_quiet(manager)
-    with ticks.ledger.engine.connect() as connection:
+    with former.stores.main.engine.connect() as connection:
         connection.exec_driver_sql("BEGIN IMMEDIATE")  # as a run that has written
         for each in leaving:
-            with statements(manager.ticks.instances.engine) as looks:
-                ticks.sign_off(each)
+            with statements(manager.stores.instances.engine) as looks:
+                former.presence.sign_off(each)
                 wait_until(partial(len, looks), "the look")
     wait_until(lambda: [each.state for each in fleet.messages()] == ["done", "done"], "the handling of both")
 
@@ -151,9 +151,9 @@ def test_leases_that_end_one_after_another_before_the_first_heartbeat_are_each_n
 
 def claimed_by_one_that_dies(manager: BackgroundWorkerManager, worker: type[Hourly], lease: timedelta) -> None:
     """A run asked for by hand, whose instance renews its lease no more."""
-    dead, now = Instance(lease), manager.ticks.look(worker).clock
-    manager.ticks.instances.beat(dead)
-    assert manager.ticks.ledger.claim_manual(worker.name, now, (dead.id, dead.name))
+    dead, now = Instance(lease), manager.recovery.look(worker).clock
+    manager.stores.instances.beat(dead)
+    assert manager.stores.ledger.claim_manual(worker.name, now, (dead.id, dead.name))
 
 
 @on_postgresql
@@ -178,11 +178,11 @@ def test_what_a_process_still_runs_when_it_signs_off_is_taken_at_once_though_its
 
 def break_connections(manager: BackgroundWorkerManager) -> None:
     """Those that it keeps for its claims, as where the server or a firewall ends what is idle."""
-    engine = manager.ticks.ledger.engine
+    engine = manager.stores.main.engine
     with ExitStack() as kept:
         each = [kept.enter_context(engine.connect()) for _ in range(engine.pool.size())]  # type: ignore[attr-defined]
         pids = [connection.scalar(select(func.pg_backend_pid())) for connection in each]
-    with manager.ticks.instances.engine.connect() as connection:
+    with manager.stores.instances.engine.connect() as connection:
         for pid in pids:
             assert connection.scalar(select(func.pg_terminate_backend(pid, int(PATIENCE * 1000))))
 

@@ -74,7 +74,7 @@ def test_ticks_go_on_by_themselves_after_a_clock_that_was_ahead(fleet: Fleet, ah
 
 def test_what_ran_while_the_clock_was_ahead_does_not_run_again_and_what_did_not_runs(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
-    manager.ticks.look(Hourly)
+    manager.recovery.look(Hourly)
     last = last_hour()
     write(fleet, "hourly", "succeeded", last - HOUR)
     write(fleet, "hourly", "missed", last, last + 3 * HOUR)  # the moment when the clock was set ahead
@@ -86,11 +86,11 @@ def test_what_ran_while_the_clock_was_ahead_does_not_run_again_and_what_did_not_
     assert manager.tick("hourly", now()).state == "succeeded"
     assert rows(fleet) == [("succeeded", at, None) for at in (last - HOUR, last + 4 * HOUR, last)]
     # Four hours later, by the worker's row and by the tick that is asked for.
-    state = manager.ticks.look(Hourly)
-    passed = manager.ticks.healing.pass_over(state, last + 4 * HOUR, lambda attempt: attempt + 1)
+    state = manager.recovery.look(Hourly)
+    passed = manager.stores.healing.pass_over(state, last + 4 * HOUR, lambda attempt: attempt + 1)
     assert passed
     assert fleet.row("hourly").mark == last + 4 * HOUR
-    assert not manager.ticks.healing.pass_over(state, last + 5 * HOUR, lambda attempt: attempt + 1)
+    assert not manager.stores.healing.pass_over(state, last + 5 * HOUR, lambda attempt: attempt + 1)
 
 
 def test_a_tick_that_has_an_execution_is_not_claimed_although_its_mark_was_lowered(fleet: Fleet) -> None:
@@ -98,8 +98,8 @@ def test_a_tick_that_has_an_execution_is_not_claimed_although_its_mark_was_lower
     assert manager.tick("hourly", now()).state == "succeeded"
     lowered = {"mark": last_hour() - HOUR, "mark_ahead": last_hour(), "scheduled_at": last_hour() - DAY}
     fleet.set("hourly", **lowered)
-    schedule = manager.ticks.look(Hourly).schedule_text
-    assert not manager.ticks.ledger.claim("hourly", last_hour(), schedule, ("id", "name"))
+    schedule = manager.recovery.look(Hourly).schedule_text
+    assert not manager.stores.ledger.claim("hourly", last_hour(), schedule, ("id", "name"))
     assert manager.ticks.run(Hourly, last_hour(), schedule) is None
     assert fleet.effects() == [""]
     assert fleet.row("hourly").mark == last_hour()
@@ -107,7 +107,7 @@ def test_a_tick_that_has_an_execution_is_not_claimed_although_its_mark_was_lower
 
 def test_no_tick_that_ran_while_the_clock_was_ahead_is_recorded_as_missed(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
-    manager.ticks.look(Hourly)
+    manager.recovery.look(Hourly)
     last = last_hour()
     for hours in (7, 4, 3):
         write(fleet, "hourly", "succeeded", last - hours * HOUR)
@@ -122,7 +122,7 @@ def test_no_tick_that_ran_while_the_clock_was_ahead_is_recorded_as_missed(fleet:
 
 def test_a_pause_that_was_skipped_into_the_future_is_cut_at_the_latest_tick(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
-    manager.ticks.look(Hourly)
+    manager.recovery.look(Hourly)
     last = last_hour()
     write(fleet, "hourly", "skipped", last - HOUR, last + 5 * HOUR)
     write(fleet, "hourly", "skipped", last + 7 * HOUR)
@@ -137,8 +137,8 @@ def test_a_tick_to_run_again_delays_no_other_tick_and_runs_when_it_is_due(
     fleet: Fleet, state: str, attempt: int
 ) -> None:
     manager = fleet.manager(Often)
-    manager.ticks.look(Often)
-    later = manager.ticks.look(Often).schedule.previous(now() + timedelta(seconds=8))
+    manager.recovery.look(Often)
+    later = manager.recovery.look(Often).schedule.previous(now() + timedelta(seconds=8))
     write(fleet, "often", state, later)
     fleet.set(
         "often", mark=later, pending_tick=later, pending_attempt=attempt, pending_trigger="schedule", scheduled_at=now()
@@ -155,7 +155,7 @@ def test_a_tick_to_run_again_delays_no_other_tick_and_runs_when_it_is_due(
 
 def test_without_a_history_the_latest_tick_counts_as_run(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
-    manager.ticks.look(Hourly)
+    manager.recovery.look(Hourly)
     fleet.set("hourly", mark=now() + DAY, scheduled_at=now() - 40 * DAY)
     manager.repair()
     assert fleet.row("hourly").mark == last_hour()
@@ -172,7 +172,7 @@ def test_a_clock_that_was_ahead_of_all_history_waits_for_the_command(
     fleet.set("often", mark=now() + 400 * DAY)
     wait_until(lambda: "run `flask workers repair`" in caplog.text, "the warning")
     wait_until(lambda: [each for each in standings(manager) if each.is_overdue], "an overdue worker")
-    assert manager.ticks.instances.is_steady
+    assert manager.stores.instances.is_steady
     before = len(fleet.effects())
     result = app.test_cli_runner().invoke(args=["workers", "repair"])
     assert (result.exit_code, result.output.endswith(": often.\n")) == (0, True), result.output
@@ -191,7 +191,7 @@ def put_off(fleet: Fleet, by: timedelta, **more: Any) -> None:
 def test_messages_that_a_clock_ahead_put_off_are_handled_by_themselves(fleet: Fleet) -> None:
     app = fleet.app(Noting)
     manager = app.extensions["background_workers"]
-    manager.ticks.messages  # noqa: B018 - the tables are there
+    manager.stores.messages  # noqa: B018 - the tables are there
     fleet.enqueue("notes", *range(20))
     put_off(fleet, 400 * DAY)
     fleet.enqueue("notes", "much later", delay=HOUR)  # the next tick comes before them now

@@ -146,7 +146,7 @@ def test_an_answer_names_nobody_and_explains_nothing(fleet: Fleet, caplog: pytes
 def overdue(fleet: Fleet, app: Flask, name: str = "hourly", **more: Any) -> None:
     """As if nobody had run the worker for a day."""
     for worker in manager_of(app).workers.values():
-        manager_of(app).ticks.look(worker)
+        manager_of(app).recovery.look(worker)
     day_ago = datetime.now(UTC) - timedelta(days=1)
     fleet.set(name, **{"scheduled_at": day_ago - HOUR, "mark": day_ago} | more)
 
@@ -207,7 +207,7 @@ def test_a_running_worker_is_not_overdue_unless_nobody_is_left_to_run_it(fleet: 
     day_ago = datetime.now(UTC) - timedelta(days=1)
     fleet.set("lasting", mark=day_ago, scheduled_at=day_ago)
     assert failed(app) == []
-    with runs.ticks.instances.engine.begin() as connection:
+    with runs.stores.instances.engine.begin() as connection:
         connection.execute(update(tables.instances).values(signed_off_at=datetime.now(UTC)))
     assert failed(app) == ["workers"]
     lasting.go_on.set()
@@ -238,10 +238,10 @@ def test_the_workers_are_one_read_and_a_cron_is_reckoned_once_per_tick(fleet: Fl
 
     app = fleet.app(*(worker(number) for number in range(30)))
     manager = manager_of(app)
-    manager.ticks.steering.register({name: standing.parse_schedule("cron 0 3 * * * UTC") for name in manager.workers})
+    manager.stores.steering.register({name: standing.parse_schedule("cron 0 3 * * * UTC") for name in manager.workers})
     assert failed(app) == []
     reckoned = standing._first_and_third.cache_info().misses
-    with statements(manager.ticks.instances.engine) as seen:
+    with statements(manager.stores.instances.engine) as seen:
         assert len(standing.standings(manager)) == 30
     assert len(seen) == 1
     assert standing._first_and_third.cache_info().misses == reckoned

@@ -221,7 +221,7 @@ def test_what_a_listener_sets_and_does_not_commit_outlasts_the_engines_rollbacks
 ) -> None:
     host = hosts()
     event.listen(host.engine, "connect", lambda connection, _record: connection.execute(f"SET ROLE {role}"))
-    own = host.bind().ticks.connections
+    own = host.bind().stores.connections
     for engine in (own.claims, own.heartbeats):
         for _ in range(2):
             with engine.connect() as connection:
@@ -395,7 +395,7 @@ def test_the_fence_of_a_session_that_reads_from_a_replica_asks_the_database_itse
 
     def take_over(context: WorkerContext) -> None:
         context.session.rollback()
-        with host.manager.ticks.ledger.begin() as connection:
+        with host.manager.stores.main.begin() as connection:
             connection.execute(text("UPDATE background_workers SET running = running + 7"))
         context.session.execute(host.notes.insert().values(text="of a zombie"))
 
@@ -459,7 +459,7 @@ def test_the_engine_works_in_sessions_that_have_the_engine_with_options_of_their
 def test_a_session_that_has_the_engine_with_options_of_its_own_is_fenced(tenants: Host) -> None:
     def take_over(context: WorkerContext) -> None:
         context.session.rollback()
-        with tenants.manager.ticks.ledger.begin() as connection:
+        with tenants.manager.stores.main.begin() as connection:
             connection.execute(text("UPDATE background_workers SET running = running + 7"))
         context.session.execute(tenants.notes.insert().values(text="of a zombie"))
 
@@ -541,14 +541,14 @@ def test_ticks_heartbeats_messages_and_locks_work_where_the_server_isolates_stri
     def outlasted(context: WorkerContext) -> None:
         """Have a skipped tick change the worker's row meanwhile, as when a run is still on at its next tick."""
         seen.append(context.session.scalar(text("SHOW transaction_isolation")))
-        with host.manager.ticks.ledger.begin() as connection:
+        with host.manager.stores.main.begin() as connection:
             connection.execute(text("UPDATE background_workers SET scheduled_at = scheduled_at"))
             seen.append(connection.scalar(text("SHOW transaction_isolation")))
 
     Noting.then = outlasted
     host.works()
     assert set(seen) == {"read committed"}
-    with host.manager.ticks.instances._single.connect() as connection:
+    with host.manager.stores.instances._single.connect() as connection:
         assert connection.scalar(text("SHOW transaction_isolation")) == "read committed"
     with host.app.app_context():  # the application's own sessions have the server's default
         assert host.db.session.scalar(text("SHOW transaction_isolation")) == level
@@ -567,7 +567,7 @@ def test_the_level_that_an_application_chose_itself_stays_that_of_its_runs_and_i
     assert seen == ["repeatable read"] * 2
     (warned,) = [each.getMessage() for each in caplog.records if "run at" in each.getMessage()]
     assert "run at REPEATABLE READ. There a run fails if the row of its worker changes meanwhile" in warned
-    with host.manager.ticks.ledger.begin() as connection:
+    with host.manager.stores.main.begin() as connection:
         assert connection.scalar(text("SHOW transaction_isolation")) == "read committed"
 
 

@@ -25,7 +25,7 @@ from background import models as tables
 from background.clock import steady
 from background.instances import Instance, Pulse
 from background.listener import ring
-from background.ticks import Ticks
+from background.presence import Presence
 
 LEASE = timedelta(seconds=5)
 
@@ -37,13 +37,13 @@ class Noted(MessageWorker):
 
 
 def row(fleet: Fleet, instance: Instance) -> object:
-    instances = fleet.manager().ticks.instances
+    instances = fleet.manager().stores.instances
     with instances.engine.connect() as connection:
         return connection.execute(select(tables.instances).where(tables.instances.c.id == instance.id)).one()
 
 
 def test_a_heartbeat_is_one_statement_and_renews_the_lease(fleet: Fleet) -> None:
-    instances, instance = fleet.manager().ticks.instances, Instance(LEASE)
+    instances, instance = fleet.manager().stores.instances, Instance(LEASE)
     with statements(instances.engine) as seen:
         instances.beat(instance)
         instances.beat(instance)
@@ -60,7 +60,7 @@ def test_two_lives_of_one_process_are_two_instances(fleet: Fleet) -> None:
 
 
 def test_the_deadline_counts_from_before_the_heartbeat_was_sent(fleet: Fleet) -> None:
-    instances, instance = fleet.manager().ticks.instances, Instance(LEASE)
+    instances, instance = fleet.manager().stores.instances, Instance(LEASE)
     before = steady()
     instances.beat(instance)
     after = steady()
@@ -68,7 +68,7 @@ def test_the_deadline_counts_from_before_the_heartbeat_was_sent(fleet: Fleet) ->
 
 
 def test_the_living_the_lost_and_those_who_signed_off_are_told_apart(fleet: Fleet) -> None:
-    instances = fleet.manager().ticks.instances
+    instances = fleet.manager().stores.instances
     alive, lost, left = Instance(LEASE), Instance(timedelta(seconds=-1)), Instance(LEASE)
     for instance in (alive, lost, left):
         instances.beat(instance)
@@ -81,7 +81,7 @@ def test_the_living_the_lost_and_those_who_signed_off_are_told_apart(fleet: Flee
 
 
 def test_a_heartbeat_that_comes_after_the_signing_off_revives_nobody(fleet: Fleet) -> None:
-    instances, instance = fleet.manager().ticks.instances, Instance(LEASE)
+    instances, instance = fleet.manager().stores.instances, Instance(LEASE)
     instances.beat(instance)
     instances.sign_off(instance)
     instances.beat(instance)
@@ -89,7 +89,7 @@ def test_a_heartbeat_that_comes_after_the_signing_off_revives_nobody(fleet: Flee
 
 
 def test_those_who_left_long_ago_are_forgotten(fleet: Fleet) -> None:
-    instances = fleet.manager().ticks.instances
+    instances = fleet.manager().stores.instances
     old, new = Instance(LEASE), Instance(LEASE)
     for instance in (old, new):
         instances.beat(instance)
@@ -103,7 +103,7 @@ def test_those_who_left_long_ago_are_forgotten(fleet: Fleet) -> None:
 
 
 def test_the_databases_clock_is_taken_in_with_every_heartbeat(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
-    instances, instance = fleet.manager().ticks.instances, Instance(LEASE)
+    instances, instance = fleet.manager().stores.instances, Instance(LEASE)
     instances.beat(instance)
     assert abs(instance.clock_offset) < timedelta(seconds=1)
     monkeypatch.setattr("background.instances.time", SimpleNamespace(time=lambda: time.time() - 3600))
@@ -125,8 +125,8 @@ def test_one_heartbeat_renews_everything_that_an_instance_runs(fleet: Fleet) -> 
     manager = fleet.manager(First, second, WORKERS_LEASE_SECONDS=1.5)
     manager.start()
     assert all(working.acquire(timeout=PATIENCE) for _ in range(2))
-    began = manager.ticks.instance.deadline
-    wait_until(lambda: manager.ticks.instance.deadline > began + 2, "more than a lease")
+    began = manager.presence.instance.deadline
+    wait_until(lambda: manager.presence.instance.deadline > began + 2, "more than a lease")
     go_on.set()
     wait_until(lambda: fleet.states() == ["succeeded", "succeeded"], "the end of both")
 
@@ -141,12 +141,12 @@ def test_a_run_outside_any_started_instance_is_alive_as_long_as_it_takes(fleet: 
     manager = fleet.manager(Long, WORKERS_LEASE_SECONDS=1.5)
     assert manager.trigger("long").state == "succeeded"
     (execution,) = fleet.executions()
-    assert manager.ticks.instances.gone({execution.instance}) == {execution.instance: True}
+    assert manager.stores.instances.gone({execution.instance}) == {execution.instance: True}
 
 
 def test_an_instance_that_was_not_started_says_nothing(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
-    with statements(manager.ticks.instances.engine) as beats, statements(manager.ticks.ledger.engine) as looks:
+    with statements(manager.stores.instances.engine) as beats, statements(manager.stores.main.engine) as looks:
         threading.Event().wait(0.3)
     assert beats == looks == []
 
@@ -155,7 +155,7 @@ def test_an_idle_instance_is_one_statement_per_heartbeat(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
     manager.start()
     wait_until(lambda: fleet.states() == ["succeeded"], "the first run")
-    with statements(manager.ticks.instances.engine) as beats, statements(manager.ticks.ledger.engine) as looks:
+    with statements(manager.stores.instances.engine) as beats, statements(manager.stores.main.engine) as looks:
 
         def is_idle() -> bool:  # from when it has taken the start in, and what came before it listened
             if looks:
@@ -181,7 +181,7 @@ def test_renewing_a_lease_waits_for_no_other_table(fleet: Fleet, caplog: pytest.
     manager, lease = fleet.manager(Long, Noted, WORKERS_LEASE_SECONDS=1), 1
     manager.start()
     assert working.wait(PATIENCE)
-    first = manager.ticks.instance
+    first = manager.presence.instance
     others = [table.name for table in tables.metadata.sorted_tables if table is not tables.instances]
     with fleet.engine.begin() as operator:
         operator.execute(text(f"LOCK TABLE {', '.join(others)} IN ACCESS EXCLUSIVE MODE"))  # as VACUUM FULL does
@@ -190,7 +190,7 @@ def test_renewing_a_lease_waits_for_no_other_table(fleet: Fleet, caplog: pytest.
         assert first.is_alive
     go_on.set()
     wait_until(lambda: fleet.states() == ["succeeded"], "the end of the run")
-    assert manager.ticks.instance is first
+    assert manager.presence.instance is first
     assert caplog.text.count("another client keeps a table of the engine locked") == 1
     assert manager.request("long")
     wait_until(lambda: fleet.states() == ["succeeded", "succeeded"], "a run that a heartbeat found")
@@ -205,19 +205,19 @@ def test_looks_that_fail_while_heartbeats_go_on_are_told_of_once(
     failures: list[int] = []
     caplog.set_level(logging.DEBUG)
     manager.start()
-    wait_until(lambda: manager.ticks.instance, "the joining")
+    wait_until(lambda: manager.presence.instance, "the joining")
 
     def states(*_: object) -> None:
         failures.append(1)
         raise OperationalError("SELECT", {}, Exception("no connection is free"))
 
     with monkeypatch.context() as away:
-        away.setattr(manager.ticks.ledger, "states", states)
-        ring(manager.ticks.connections)
+        away.setattr(manager.stores.ledger, "states", states)
+        ring(manager.stores.connections)
         wait_until(lambda: len(failures) >= 3, "three looks that fail")
     told = [each for each in caplog.records if "Cannot look at the fleet" in each.getMessage()]
     assert [each.levelname for each in told if each.levelno > logging.DEBUG] == ["WARNING"]
-    assert manager.ticks.instance.is_alive
+    assert manager.presence.instance.is_alive
 
 
 @on_postgresql
@@ -232,7 +232,7 @@ def test_a_table_that_is_locked_right_after_a_heartbeat_does_not_hold_the_next_o
     manager, lease = fleet.manager(Long, WORKERS_LEASE_SECONDS=1), 1
     manager.start()
     assert working.wait(PATIENCE)
-    first, beats = manager.ticks.instance, manager.ticks.instances.engine
+    first, beats = manager.presence.instance, manager.stores.instances.engine
     with fleet.engine.connect() as operator:
 
         def lock(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
@@ -255,13 +255,13 @@ def test_who_was_not_first_at_a_tick_has_read_once_and_lets_the_others_go_first_
     for manager in managers:
         manager.start()
     wait_until(
-        lambda: fleet.states() == ["succeeded"] and all(each.ticks.instance for each in managers), "the first run"
+        lambda: fleet.states() == ["succeeded"] and all(each.presence.instance for each in managers), "the first run"
     )
     [execution] = fleet.executions()
-    [loser] = [each for each in managers if each.ticks.instance.id != execution.instance]
+    [loser] = [each for each in managers if each.presence.instance.id != execution.instance]
     wake_ups = loser._membership._wake_ups
     wait_until(lambda: "hourly" in wake_ups._yielding, "the look of the one that comes second")
-    with statements(loser.ticks.ledger.engine) as seen:
+    with statements(loser.stores.main.engine) as seen:
         wake_ups._fire("hourly", execution.tick, "every 3600s")
     of_one = [each for each in seen if "background_workers.name = " in each]  # a heartbeat's look is at all
     assert len(of_one) == 1
@@ -272,13 +272,13 @@ def armed_after(manager: BackgroundWorkerManager) -> timedelta:
     """How long after its tick the next wake-up is, by the database's clock."""
     membership = manager._membership
     job = membership._scheduler._scheduler.get_job("tick:hourly")
-    return job.trigger.run_date + manager.ticks.instance.clock_offset - membership._wake_ups._armed["hourly"]
+    return job.trigger.run_date + manager.presence.instance.clock_offset - membership._wake_ups._armed["hourly"]
 
 
 def test_nobody_counts_as_lost_within_a_lease_after_the_databases_clock_was_set(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    instances = fleet.manager(WORKERS_LEASE_SECONDS=1.5).ticks.instances
+    instances = fleet.manager(WORKERS_LEASE_SECONDS=1.5).stores.instances
     lost, left, us = Instance(timedelta(seconds=-1)), Instance(LEASE), Instance(LEASE)
     for instance in (lost, left, us):
         instances.beat(instance)
@@ -293,7 +293,7 @@ def test_nobody_counts_as_lost_within_a_lease_after_the_databases_clock_was_set(
 
 
 def test_slow_replies_are_not_taken_for_a_clock_that_was_set(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
-    instances, us = fleet.manager().ticks.instances, Instance(LEASE)
+    instances, us = fleet.manager().stores.instances, Instance(LEASE)
     instances.beat(us)
     for _ in range(3):
         readings = iter((steady(), steady() + 2.6))  # asked now, and answered 2.6 s later by this
@@ -304,7 +304,7 @@ def test_slow_replies_are_not_taken_for_a_clock_that_was_set(fleet: Fleet, monke
 
 
 def test_a_lease_of_before_the_databases_clock_was_set_back_is_none(fleet: Fleet) -> None:
-    instances, instance = fleet.manager(WORKERS_LEASE_SECONDS=1.5).ticks.instances, Instance(LEASE)
+    instances, instance = fleet.manager(WORKERS_LEASE_SECONDS=1.5).stores.instances, Instance(LEASE)
     instances.beat(instance)
     later = datetime.now(UTC) + timedelta(minutes=2)
     with instances.engine.begin() as connection:
@@ -328,15 +328,15 @@ def test_a_lease_that_runs_out_while_a_heartbeat_hangs_is_noticed(fleet: Fleet) 
     manager = fleet.manager(Long, WORKERS_LEASE_SECONDS=0.5)
     manager.start()
     assert working.wait(PATIENCE)
-    beat, released = manager.ticks.instances.beat, threading.Event()
+    beat, released = manager.stores.instances.beat, threading.Event()
 
     def hang(instance: Instance, topics: Sequence[str]) -> Pulse:
         assert released.wait(PATIENCE)
         return beat(instance, topics)
 
-    manager.ticks.instances.beat = hang  # type: ignore[method-assign]
+    manager.stores.instances.beat = hang  # type: ignore[method-assign]
     assert told.wait(PATIENCE)
-    manager.ticks.instances.beat = beat  # type: ignore[method-assign]
+    manager.stores.instances.beat = beat  # type: ignore[method-assign]
     released.set()
     go_on.set()
     wait_until(lambda: fleet.states()[0] != "running" and fleet.states()[-1] == "succeeded", "the second run")
@@ -347,22 +347,22 @@ def test_a_life_whose_lease_is_over_begins_no_run_until_the_fleet_knows_the_next
     manager = fleet.manager(Hourly)
     manager.start()
     wait_until(lambda: fleet.states() == ["succeeded"], "the first run")
-    beat, went = manager.ticks.instances.beat, threading.Event()
+    beat, went = manager.stores.instances.beat, threading.Event()
 
     def fail(_instance: Instance, _topics: object) -> Pulse:
         went.set()
         raise RuntimeError("no answer")
 
-    manager.ticks.instances.beat = fail  # type: ignore[method-assign]
+    manager.stores.instances.beat = fail  # type: ignore[method-assign]
     assert went.wait(PATIENCE)
-    before = manager.ticks.instance
+    before = manager.presence.instance
     before.deadline = steady()
     fleet.set("hourly", mark=last_hour() - HOUR)
     assert manager.tick("hourly", last_hour()) is None
     assert fleet.states() == ["succeeded"]
-    manager.ticks.instances.beat = beat  # type: ignore[method-assign]
+    manager.stores.instances.beat = beat  # type: ignore[method-assign]
     wait_until(lambda: fleet.states() == ["succeeded", "succeeded"], "the postponed tick")
-    assert fleet.executions()[1].instance == manager.ticks.instance.id != before.id
+    assert fleet.executions()[1].instance == manager.presence.instance.id != before.id
 
 
 def test_a_process_that_leaves_while_its_threads_ask_who_it_is_ends_in_peace(
@@ -371,25 +371,25 @@ def test_a_process_that_leaves_while_its_threads_ask_who_it_is_ends_in_peace(
     manager = fleet.manager(Hourly)
     manager.start()
     wait_until(lambda: fleet.states() == ["succeeded"], "the first run")
-    membership, instance = manager._membership, manager.ticks.instance
+    membership, instance = manager._membership, manager.presence.instance
     manager.stop()
     asked: list[Instance | None] = []
 
-    def leaving(_ticks: Ticks) -> Instance | None:
+    def leaving(_presence: Presence) -> Instance | None:
         """Known to the first who asks, and gone for the second."""
         asked.append(None if asked else instance)
         return asked[-1]
 
-    monkeypatch.delattr(manager.ticks, "instance")
-    monkeypatch.setattr(Ticks, "instance", property(leaving), raising=False)
+    monkeypatch.delattr(manager.presence, "instance")
+    monkeypatch.setattr(Presence, "instance", property(leaving), raising=False)
     questions = [
         membership._deadline,
         membership._lost,
         partial(membership._declare, ["hourly"]),
         membership._wake_ups._now,
         partial(membership._wake_ups.arm_first, "hourly"),
-        partial(manager.ticks.gone, []),
-        partial(ExitStack().enter_context, manager.ticks.present()),
+        partial(manager.recovery.gone, []),
+        partial(ExitStack().enter_context, manager.presence.present()),
     ]
     for ask in questions:
         asked.clear()
@@ -404,7 +404,7 @@ def test_what_an_instance_held_when_its_lease_ran_out_is_lost_and_not_handed_bac
         def do_work(self, context: WorkerContext) -> None:
             effect(context)
             context.instance.lease = timedelta()
-            manager.ticks.instances.beat(context.instance)  # the last one, and its lease is over at once
+            manager.stores.instances.beat(context.instance)  # the last one, and its lease is over at once
 
     manager = fleet.manager(Once, WORKERS_HEARTBEAT_SECONDS=60, WORKERS_LEASE_SECONDS=200)
     assert manager.tick("once", last_hour()).state == "lost"
@@ -432,11 +432,11 @@ def test_after_somebody_deleted_the_file_of_the_instances_they_meet_in_the_next_
 ) -> None:
     manager, newcomer = fleet.manager(), fleet.manager()
     manager.start()
-    instance = wait_until(lambda: manager.ticks.instance, "the joining")
+    instance = wait_until(lambda: manager.presence.instance, "the joining")
     with manager.lock("invoice-42") as lock:
         for path in glob.glob(f"{make_url(sqlite_url).database}-instances*"):
             os.unlink(path)
-        wait_until(lambda: newcomer.ticks.instances.gone({instance.id}) == {}, "a heartbeat into the new file")
+        wait_until(lambda: newcomer.stores.instances.gone({instance.id}) == {}, "a heartbeat into the new file")
         with newcomer.lock("invoice-42") as other:
             assert other is not None
             assert not lock.still_held()

@@ -48,15 +48,15 @@ def test_a_tick_below_the_mark_is_refused_though_its_history_is_pruned(fleet: Fl
 
 def test_a_claim_that_comes_after_the_tick_ran_is_refused_though_it_looked_before(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
-    schedule = manager.ticks.look(Hourly).schedule_text
+    schedule = manager.recovery.look(Hourly).schedule_text
     assert manager.tick("hourly", last_hour()).state == "succeeded"
-    assert manager.ticks.ledger.claim("hourly", last_hour(), schedule, ("late", "elsewhere:1")) is DECIDED
+    assert manager.stores.ledger.claim("hourly", last_hour(), schedule, ("late", "elsewhere:1")) is DECIDED
 
 
 def test_a_future_tick_is_not_run_early(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
     assert manager.tick("hourly", datetime.now(UTC) + 2 * HOUR) is None
-    assert manager.ticks.ledger.claim("hourly", last_hour() + HOUR, "every 3600s", ("id", "name")) is HINDERED
+    assert manager.stores.ledger.claim("hourly", last_hour() + HOUR, "every 3600s", ("id", "name")) is HINDERED
     assert fleet.row("hourly").mark is None
     assert fleet.executions() == []
 
@@ -66,8 +66,8 @@ def test_a_tick_just_ahead_is_waited_for_and_claimed_once_the_databases_clock_is
         period = timedelta(seconds=0.5)
 
     manager = fleet.manager(Quick)
-    manager.ticks.steering.register({"quick": declared_schedule(Quick)})
-    clock = manager.ticks.ledger.look("quick").clock
+    manager.stores.steering.register({"quick": declared_schedule(Quick)})
+    clock = manager.stores.ledger.look("quick").clock
     at = declared_schedule(Quick).next(clock + timedelta(seconds=0.2))
     assert manager.tick("quick", at).claim.tick == at
     execution = fleet.executions()[-1]
@@ -78,7 +78,7 @@ def test_a_tick_just_ahead_is_waited_for_and_claimed_once_the_databases_clock_is
 def test_whoever_comes_after_the_winner_does_one_read(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
     manager.tick("hourly", last_hour())
-    with statements(manager.ticks.ledger.engine) as seen, statements(fleet.engine) as shared:
+    with statements(manager.stores.main.engine) as seen, statements(fleet.engine) as shared:
         assert manager.tick("hourly", last_hour()) is None
     assert len(seen) == 1
     assert seen[0].startswith("SELECT")
@@ -257,7 +257,7 @@ def test_a_tick_of_a_schedule_that_was_replaced_before_it_is_not_run(fleet: Flee
     """As an instance does that has not heard of the new schedule yet."""
     manager, other = fleet.manager(Hourly), fleet.manager(Hourly)
     manager.tick("hourly", last_hour() - 3 * HOUR)
-    known = manager.ticks.look(Hourly).schedule_text
+    known = manager.recovery.look(Hourly).schedule_text
     other.reschedule("hourly", cron="30 * * * *")
     fleet.set("hourly", scheduled_at=last_hour() - 2 * HOUR)
     assert manager.ticks.run(Hourly, last_hour(), known) is None
@@ -270,7 +270,7 @@ def test_a_tick_of_a_schedule_that_was_replaced_before_it_is_not_run(fleet: Flee
     [
         lambda manager: manager.pause("hourly"),
         lambda manager: manager.reschedule("hourly", period=2 * HOUR),
-        lambda manager: manager.ticks.ledger.claim_manual("hourly", last_hour(), ("other", "elsewhere:2")),
+        lambda manager: manager.stores.ledger.claim_manual("hourly", last_hour(), ("other", "elsewhere:2")),
         lambda manager: manager.request("hourly"),
     ],
     ids=["paused", "rescheduled", "run by hand", "requested"],
@@ -279,16 +279,20 @@ def test_a_claim_is_refused_where_something_changed_since_it_looked(
     fleet: Fleet, change: Callable[[BackgroundWorkerManager], object]
 ) -> None:
     manager = fleet.manager(Hourly)
-    schedule = manager.ticks.look(Hourly).schedule_text
+    schedule = manager.recovery.look(Hourly).schedule_text
     assert change(manager)
     before = fleet.row("hourly")
-    assert manager.ticks.ledger.claim("hourly", last_hour(), schedule, ("late", "elsewhere:1")) is HINDERED
+    assert manager.stores.ledger.claim("hourly", last_hour(), schedule, ("late", "elsewhere:1")) is HINDERED
     assert fleet.row("hourly") == before
 
 
 def test_nobody_runs_again_what_was_paused_or_taken_since_it_was_seen(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
-    ledger, schedule, ghost = manager.ticks.ledger, manager.ticks.look(Hourly).schedule_text, ("ghost", "elsewhere:1")
+    ledger, schedule, ghost = (
+        manager.stores.ledger,
+        manager.recovery.look(Hourly).schedule_text,
+        ("ghost", "elsewhere:1"),
+    )
     tick = last_hour()
     assert ledger.end(ledger.claim("hourly", tick, schedule, ghost), "lost", next_attempt=2)
     assert manager.pause("hourly")
@@ -303,11 +307,11 @@ def test_nobody_runs_again_what_was_paused_or_taken_since_it_was_seen(fleet: Fle
 def test_no_newer_tick_is_claimed_while_an_older_one_is_to_be_run_again(fleet: Fleet) -> None:
     """As an instance does that looked before the older one was lost."""
     manager = fleet.manager(Hourly)
-    schedule, ghost = manager.ticks.look(Hourly).schedule_text, ("ghost", "elsewhere:1")
-    claim = manager.ticks.ledger.claim("hourly", last_hour() - HOUR, schedule, ghost)
-    assert manager.ticks.ledger.end(claim, "lost", next_attempt=2)
-    assert manager.ticks.ledger.claim("hourly", last_hour(), schedule, ghost) is HINDERED
-    assert manager.ticks.ledger.claim_manual("hourly", last_hour(), ghost) is None
+    schedule, ghost = manager.recovery.look(Hourly).schedule_text, ("ghost", "elsewhere:1")
+    claim = manager.stores.ledger.claim("hourly", last_hour() - HOUR, schedule, ghost)
+    assert manager.stores.ledger.end(claim, "lost", next_attempt=2)
+    assert manager.stores.ledger.claim("hourly", last_hour(), schedule, ghost) is HINDERED
+    assert manager.stores.ledger.claim_manual("hourly", last_hour(), ghost) is None
     assert manager.tick("hourly", last_hour()).state == "succeeded"
     ran = [(execution.state, execution.tick) for execution in fleet.executions()[1:]]
     assert ran == [("succeeded", last_hour() - HOUR), ("succeeded", last_hour())]
@@ -316,9 +320,9 @@ def test_no_newer_tick_is_claimed_while_an_older_one_is_to_be_run_again(fleet: F
 @on_postgresql
 def test_whoever_waits_for_the_winners_row_learns_by_the_same_statement_that_it_lost(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
-    schedule = manager.ticks.look(Hourly).schedule_text
+    schedule = manager.recovery.look(Hourly).schedule_text
     waiting = text("SELECT true FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'")
-    with ThreadPoolExecutor(1) as beside, statements(manager.ticks.ledger.engine) as seen:
+    with ThreadPoolExecutor(1) as beside, statements(manager.stores.main.engine) as seen:
         with fleet.engine.begin() as winner:
             winner.execute(update(tables.workers).values(mark=last_hour(), token=1, running=1))
             lost = beside.submit(manager.ticks.run, Hourly, last_hour(), schedule)
@@ -347,8 +351,8 @@ def test_whoever_waits_for_the_write_lock_learns_by_one_look_afterwards_that_it_
 ) -> None:
     monkeypatch.setattr("background.sqlite._MOMENT_SECONDS", PATIENCE)
     manager = fleet.manager(Hourly)
-    schedule = manager.ticks.look(Hourly).schedule_text
-    with ThreadPoolExecutor(1) as beside, statements(manager.ticks.ledger.engine) as seen:
+    schedule = manager.recovery.look(Hourly).schedule_text
+    with ThreadPoolExecutor(1) as beside, statements(manager.stores.main.engine) as seen:
         with writing(fleet) as winner:
             lost = beside.submit(manager.ticks.run, Hourly, last_hour(), schedule)
             time.sleep(0.3)  # for the others' way to their first statement
@@ -361,9 +365,9 @@ def test_whoever_waits_for_the_write_lock_learns_by_one_look_afterwards_that_it_
 @on_sqlite
 def test_whoever_comes_too_late_does_not_wait_for_a_run_that_keeps_the_write_lock(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
-    schedule = manager.ticks.look(Hourly).schedule_text
+    schedule = manager.recovery.look(Hourly).schedule_text
     fleet.set("hourly", mark=last_hour())
-    with writing(fleet), statements(manager.ticks.ledger.engine) as seen:
+    with writing(fleet), statements(manager.stores.main.engine) as seen:
         assert manager.ticks.run(Hourly, last_hour(), schedule) is None
     assert [each.split()[0] for each in seen] == ["SELECT"]
     assert patience_of_pooled(manager) == 30_000
@@ -374,12 +378,12 @@ def test_whoever_finds_a_tick_open_while_the_write_lock_is_kept_claims_it_afterw
     fleet: Fleet,
 ) -> None:
     manager = fleet.manager(Hourly)
-    schedule = manager.ticks.look(Hourly).schedule_text
+    schedule = manager.recovery.look(Hourly).schedule_text
     for mark, claimed in ((last_hour(), False), (last_hour() - HOUR, True)):
         fleet.set("hourly", mark=None)
-        with ThreadPoolExecutor(1) as beside, statements(manager.ticks.ledger.engine) as seen:
+        with ThreadPoolExecutor(1) as beside, statements(manager.stores.main.engine) as seen:
             with writing(fleet) as first:
-                second = beside.submit(manager.ticks.ledger.claim, "hourly", last_hour(), schedule, ("id", "name"))
+                second = beside.submit(manager.stores.ledger.claim, "hourly", last_hour(), schedule, ("id", "name"))
                 wait_until(lambda: len(seen) == 2, "the claim's wait")
                 first.execute(update(tables.workers).values(mark=mark))
             assert bool(second.result(PATIENCE)) is claimed
@@ -387,7 +391,7 @@ def test_whoever_finds_a_tick_open_while_the_write_lock_is_kept_claims_it_afterw
 
 def patience_of_pooled(manager: BackgroundWorkerManager) -> object:
     """How long (ms) the connection that claims waits for the lock in other statements."""
-    with manager.ticks.ledger.engine.connect() as connection:
+    with manager.stores.main.engine.connect() as connection:
         return connection.exec_driver_sql("PRAGMA busy_timeout").scalar()
 
 
@@ -396,7 +400,7 @@ def test_a_claim_of_a_file_that_is_no_database_for_a_moment_fails_as_any_other_a
     fleet: Fleet,
 ) -> None:
     manager = fleet.manager(Hourly)
-    schedule, path = manager.ticks.look(Hourly).schedule_text, Path(str(fleet.engine.url.database))
+    schedule, path = manager.recovery.look(Hourly).schedule_text, Path(str(fleet.engine.url.database))
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
         write = "UPDATE background_workers SET token = token + 1"  # whoever reads next reads the file anew
         other.execute(write)
@@ -404,11 +408,11 @@ def test_a_claim_of_a_file_that_is_no_database_for_a_moment_fails_as_any_other_a
         page = path.read_bytes()[:4096]
         overwrite(path, bytes(4096))
         with pytest.raises(DatabaseError, match="not a database"):
-            manager.ticks.ledger.claim("hourly", last_hour(), schedule, ("id", "name"))
+            manager.stores.ledger.claim("hourly", last_hour(), schedule, ("id", "name"))
         overwrite(path, page)
         other.execute(write)
     assert patience_of_pooled(manager) == 30_000
-    assert manager.ticks.ledger.claim("hourly", last_hour(), schedule, ("id", "name"))
+    assert manager.stores.ledger.claim("hourly", last_hour(), schedule, ("id", "name"))
 
 
 def overwrite(path: Path, page: bytes) -> None:
@@ -418,17 +422,17 @@ def overwrite(path: Path, page: bytes) -> None:
 
 def test_a_winner_claims_with_one_request_of_postgresqls_and_a_look_and_two_writes_of_sqlites(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
-    schedule = manager.ticks.look(Hourly).schedule_text
-    with statements(manager.ticks.ledger.engine) as seen:
-        assert manager.ticks.ledger.claim("hourly", last_hour(), schedule, ("id", "name"))
-    is_sqlite = manager.ticks.ledger.engine.dialect.name == "sqlite"
+    schedule = manager.recovery.look(Hourly).schedule_text
+    with statements(manager.stores.main.engine) as seen:
+        assert manager.stores.ledger.claim("hourly", last_hour(), schedule, ("id", "name"))
+    is_sqlite = manager.stores.main.engine.dialect.name == "sqlite"
     assert [each.split()[0] for each in seen] == (["SELECT", "UPDATE", "INSERT"] if is_sqlite else ["SELECT"])
     assert "INSERT INTO background_executions" in seen[-1]
 
 
 @on_postgresql
 def test_no_statement_that_decides_who_runs_takes_longer_than_a_lease(fleet: Fleet) -> None:
-    ledger = fleet.manager(WORKERS_LEASE_SECONDS=0.5).ticks.ledger
+    ledger = fleet.manager(WORKERS_LEASE_SECONDS=0.5).stores.ledger
     with pytest.raises(OperationalError, match="statement timeout"), ledger.begin() as connection:
         connection.execute(text("SELECT pg_sleep(:seconds)"), {"seconds": PATIENCE})
 
@@ -437,7 +441,7 @@ def test_a_tick_whose_obstacle_goes_away_while_it_is_being_skipped_is_run(fleet:
     manager = fleet.manager(Hourly)
     manager.pause("hourly")
 
-    @event.listens_for(manager.ticks.ledger.engine, "before_cursor_execute")
+    @event.listens_for(manager.stores.main.engine, "before_cursor_execute")
     def resume_just_before(_connection: object, _cursor: object, statement: str, *_: object) -> None:
         if statement.startswith("UPDATE background_workers SET mark") and fleet.row("hourly").paused_at:
             fleet.set("hourly", paused_at=None)
@@ -468,13 +472,13 @@ def test_a_name_that_nobody_has_is_answered_with_the_nearest_one(fleet: Fleet) -
 def test_no_claim_waits_longer_for_a_table_than_for_a_row(fleet: Fleet, table: str) -> None:
     """As while an index is made."""
     manager = fleet.manager(Hourly)
-    schedule = manager.ticks.look(Hourly).schedule_text
+    schedule = manager.recovery.look(Hourly).schedule_text
     with fleet.engine.begin() as connection:
         connection.execute(text(f"LOCK TABLE {table} IN SHARE MODE"))
         with pytest.raises(OperationalError, match="lock timeout"):
-            manager.ticks.ledger.claim("hourly", last_hour(), schedule, ("id", "name"))
-    assert manager.ticks.ledger.claim("hourly", last_hour(), schedule, ("id", "name"))
-    with manager.ticks.ledger.engine.connect() as connection:
+            manager.stores.ledger.claim("hourly", last_hour(), schedule, ("id", "name"))
+    assert manager.stores.ledger.claim("hourly", last_hour(), schedule, ("id", "name"))
+    with manager.stores.main.engine.connect() as connection:
         assert connection.scalar(text("SHOW lock_timeout")) == "0"
 
 
@@ -487,8 +491,8 @@ def test_of_several_that_claim_at_once_one_wins_also_where_the_database_isolates
     with fleet.engine.begin() as connection:
         connection.execute(text(f"ALTER DATABASE \"{database}\" SET default_transaction_isolation = '{level}'"))
     fleet.engine.dispose()
-    ledgers = [fleet.manager(Hourly).ticks.ledger for _ in range(8)]
-    fleet.manager(Hourly).ticks.look(Hourly)
+    ledgers = [fleet.manager(Hourly).stores.ledger for _ in range(8)]
+    fleet.manager(Hourly).recovery.look(Hourly)
     claims = at_once(8, lambda number: ledgers[number].claim("hourly", last_hour(), "every 3600s", ("id", "name")))
     assert len([claim for claim in claims if claim]) == 1
     assert claims.count(DECIDED) == 7
@@ -500,12 +504,12 @@ def test_whoever_comes_a_little_early_is_held_up_by_the_request_that_claims(flee
         period = timedelta(seconds=0.5)
 
     manager = fleet.manager(Quick)
-    schedule, clock = declared_schedule(Quick), manager.ticks.look(Quick).clock
+    schedule, clock = declared_schedule(Quick), manager.recovery.look(Quick).clock
     tick = schedule.next(clock)
     fleet.set("quick", mark=schedule.previous(clock))
     threading.Event().wait((tick - datetime.now(UTC)).total_seconds() - 0.05)
-    with statements(manager.ticks.ledger.engine) as seen:
-        claim = manager.ticks.ledger.claim("quick", tick, str(schedule), ("id", "name"))
+    with statements(manager.stores.main.engine) as seen:
+        claim = manager.stores.ledger.claim("quick", tick, str(schedule), ("id", "name"))
     assert claim
     assert len(seen) == 1
     [execution] = fleet.executions()

@@ -37,18 +37,18 @@ NAME = "invoice-42"
 
 
 def row(manager: BackgroundWorkerManager, name: str = NAME) -> Any:
-    with manager.ticks.connections.locks.connect() as connection:
+    with manager.stores.connections.locks.connect() as connection:
         return connection.execute(select(tables.locks).where(tables.locks.c.name == name)).one_or_none()
 
 
 def set_row(manager: BackgroundWorkerManager, name: str, **columns: Any) -> None:
-    with manager.ticks.connections.locks.begin() as connection:
+    with manager.stores.connections.locks.begin() as connection:
         connection.execute(update(tables.locks).where(tables.locks.c.name == name).values(**columns))
 
 
 def joined(manager: BackgroundWorkerManager) -> BackgroundWorkerManager:
     manager.start()
-    wait_until(lambda: manager.ticks.instance, "the joining")
+    wait_until(lambda: manager.presence.instance, "the joining")
     return manager
 
 
@@ -227,7 +227,7 @@ def test_two_shops_on_one_database_have_locks_of_their_own_by_a_prefix(fleet: Fl
 
 
 def expiry(manager: BackgroundWorkerManager, instance: str) -> Any:
-    with manager.ticks.instances.engine.connect() as connection:
+    with manager.stores.instances.engine.connect() as connection:
         query = select(tables.instances.c.expires_at).where(tables.instances.c.id == instance)
         return connection.scalar(query)
 
@@ -283,7 +283,7 @@ def test_a_life_whose_lease_is_over_gets_no_lock_until_it_begins_anew(fleet: Fle
     slow = {"WORKERS_HEARTBEAT_SECONDS": 100, "WORKERS_LEASE_SECONDS": 600}
     manager = joined(fleet.manager(**slow))
     with manager.lock(NAME) as lock:
-        manager.ticks.instance.deadline = 0.0
+        manager.presence.instance.deadline = 0.0
         assert not lock.still_held()
     with pytest.raises(LockNotAcquired, match="could not renew the lease in time"), manager.lock(NAME):
         pass
@@ -320,7 +320,7 @@ def test_a_lock_whose_token_came_again_after_lost_commits_is_left_to_its_holder(
                 if breaks:
                     raise OperationalError(statement, parameters, ConnectionError("it broke"))
 
-        event.listen(manager.ticks.connections.locks, "before_cursor_execute", forget)
+        event.listen(manager.stores.connections.locks, "before_cursor_execute", forget)
         if breaks:
             with pytest.raises(LockNotAcquired):
                 token(manager)
@@ -361,7 +361,7 @@ def test_a_lock_that_is_acquired_while_it_is_forgotten_is_not_forgotten_or_goes_
     def forget() -> None:
         pruned = 0
         while pruned < 20:
-            pruned += other.ticks.locks.prune(last_hour() + timedelta(days=1), 5)
+            pruned += other.locks.prune(last_hour() + timedelta(days=1), 5)
         over.set()
 
     def acquire() -> list[list[int | None]]:
@@ -382,7 +382,7 @@ def test_a_lock_that_is_acquired_while_it_is_forgotten_is_not_forgotten_or_goes_
 def test_a_lock_is_one_read_and_two_writes(fleet: Fleet) -> None:
     manager = joined(fleet.manager(WORKERS_HEARTBEAT_SECONDS=100, WORKERS_LEASE_SECONDS=600))
     assert token(manager) == 1
-    with statements(manager.ticks.connections.locks) as seen:
+    with statements(manager.stores.connections.locks) as seen:
         assert token(manager) == 2
     assert [each.split()[0] for each in seen if "background_locks" in each] == ["SELECT", "UPDATE", "UPDATE"]
 
@@ -390,7 +390,7 @@ def test_a_lock_is_one_read_and_two_writes(fleet: Fleet) -> None:
 def test_a_process_that_has_not_joined_leaves_no_instance_behind_with_each_lock(fleet: Fleet) -> None:
     manager = fleet.manager()
     assert [token(manager) for _ in range(3)] == [1, 2, 3]
-    with manager.ticks.instances.engine.connect() as connection:
+    with manager.stores.instances.engine.connect() as connection:
         assert connection.execute(select(tables.instances)).all() == []
 
 
@@ -456,11 +456,11 @@ def test_a_lock_whose_acquisition_was_not_answered_does_not_stay_held(
         wait_until(lambda: row(near).token == 2, "the acquisition")
         proxy.heal()
 
-    event.listen(far.ticks.connections.locks, "before_cursor_execute", lose)
+    event.listen(far.stores.connections.locks, "before_cursor_execute", lose)
     with pytest.raises(LockNotAcquired), far.lock(NAME):
         pass
     assert token(near, timeout=PATIENCE) == 4  # it was given up after it had been acquired
-    assert far.ticks.instance.is_alive
+    assert far.presence.instance.is_alive
 
 
 def test_an_acquisition_that_arrives_after_it_was_given_up_acquires_nothing(fleet: Fleet) -> None:
@@ -474,11 +474,11 @@ def test_an_acquisition_that_arrives_after_it_was_given_up_acquires_nothing(flee
             under_way.append((statement, parameters))
             raise OperationalError(statement, parameters, ConnectionError("it broke"))
 
-    event.listen(manager.ticks.connections.locks, "before_cursor_execute", delay)
+    event.listen(manager.stores.connections.locks, "before_cursor_execute", delay)
     with pytest.raises(LockNotAcquired), manager.lock(NAME):
         pass
     wait_until(lambda: row(other).token == 2, "the calling off")
-    with other.ticks.connections.locks.begin() as connection:
+    with other.stores.connections.locks.begin() as connection:
         assert connection.exec_driver_sql(*under_way[0]).all() == []
     assert token(other) == 3
 
@@ -502,4 +502,4 @@ def test_a_release_that_fails_masks_nothing_and_is_made_up_for(
     assert token(near) is None
     proxy.heal()
     assert token(near, timeout=PATIENCE) == 2
-    assert far.ticks.instance.is_alive
+    assert far.presence.instance.is_alive

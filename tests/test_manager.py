@@ -72,7 +72,7 @@ def test_without_catch_up_a_start_waits_for_the_next_tick(fleet: Fleet) -> None:
 
     manager = fleet.manager(Patient)
     manager.tick("patient", last_hour())
-    began = manager.ticks.look(Patient).clock
+    began = manager.recovery.look(Patient).clock
     manager.start()
     wait_until(lambda: len(ticks(fleet, "patient")) >= 2, "the next tick")
     assert ticks(fleet, "patient")[1] > began
@@ -102,7 +102,7 @@ def test_what_is_to_be_run_again_is_left_to_the_releases_that_do_not_disable_the
 
     tick = last_hour()
     manager = fleet.manager(Off, Quick)
-    manager.ticks.look(Off)
+    manager.recovery.look(Off)
     fleet.set("off", mark=tick, pending_tick=tick, pending_attempt=1, pending_trigger="schedule")
     manager.start()
     wait_until(lambda: len(ticks(fleet, "quick")) >= 3, "three runs of the other")
@@ -147,13 +147,13 @@ def test_a_reschedule_is_followed_within_two_heartbeats(fleet: Fleet) -> None:
     manager = fleet.manager(Rarely)
     manager.start()
     membership = wait_until(lambda: ticks(fleet, "rarely") and manager._membership, "the first run")
-    beat, armed = manager.ticks.instances.beat, []
+    beat, armed = manager.stores.instances.beat, []
 
     def note(instance: Instance, topics: Sequence[str] = ()) -> Pulse:
         armed.append(membership._wake_ups._armed["rarely"])
         return beat(instance, topics)
 
-    manager.ticks.instances.beat = note  # type: ignore[method-assign]
+    manager.stores.instances.beat = note  # type: ignore[method-assign]
     assert fleet.manager(Rarely).reschedule("rarely", period=2 * HOUR)
     began = len(armed)  # the next one to begin is the first of the two
     wait_until(lambda: len(armed) > began + 2, "the beginning of the third")
@@ -190,17 +190,17 @@ def test_a_worker_whose_row_alone_is_gone_repeats_no_tick_and_runs_the_next_one(
 def test_an_instance_outlives_an_error_that_is_not_the_databases(fleet: Fleet) -> None:
     """Such as a time that somebody wrote by hand, in another form."""
     manager = fleet.manager(Quick, WORKERS_LEASE_SECONDS=PATIENCE)
-    beat, failures = manager.ticks.instances.beat, []
+    beat, failures = manager.stores.instances.beat, []
 
     def fail(instance: Instance, topics: Sequence[str] = ()) -> Pulse:
-        if len(failures) < 3 and manager.ticks.instance is not None:
+        if len(failures) < 3 and manager.presence.instance is not None:
             failures.append(instance)
             raise ValueError("time data does not match format")
         return beat(instance, topics)
 
-    manager.ticks.instances.beat = fail  # type: ignore[method-assign]
+    manager.stores.instances.beat = fail  # type: ignore[method-assign]
     manager.start()
-    instance = wait_until(lambda: len(failures) == 3 and manager.ticks.instance, "the third failure")
+    instance = wait_until(lambda: len(failures) == 3 and manager.presence.instance, "the third failure")
     deadline = instance.deadline
     wait_until(lambda: instance.deadline > deadline, "the next heartbeat")
 
@@ -223,14 +223,14 @@ def test_a_tick_whose_claim_fails_by_what_nobody_expects_is_claimed_again(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     manager = fleet.manager(Rarely)
-    claim, failures = manager.ticks.ledger.claim, [ZeroDivisionError("out of nowhere")]
+    claim, failures = manager.stores.ledger.claim, [ZeroDivisionError("out of nowhere")]
 
     def fail_once(*what: Any) -> Any:
         if failures:
             raise failures.pop()
         return claim(*what)
 
-    monkeypatch.setattr(manager.ticks.ledger, "claim", fail_once)
+    monkeypatch.setattr(manager.stores.ledger, "claim", fail_once)
     manager.start()
     wait_until(lambda: fleet.states() == ["succeeded"], "the run")
     assert "cannot claim the tick" in caplog.text
@@ -239,10 +239,10 @@ def test_a_tick_whose_claim_fails_by_what_nobody_expects_is_claimed_again(
 
 def test_a_tick_that_was_fired_by_a_wrong_clock_is_fired_again(fleet: Fleet) -> None:
     membership, tick = joined(fleet)
-    schedule = membership._ticks.look(Rarely).schedule_text
+    schedule = membership._recovery.look(Rarely).schedule_text
     membership._wake_ups._fire("rarely", tick, schedule)  # what a host clock does that is set ahead
     assert membership._wake_ups._armed["rarely"] > tick
-    instance = membership._ticks.instance
+    instance = membership._presence.instance
     assert instance is not None
 
     def is_armed() -> bool:
@@ -289,8 +289,8 @@ def test_a_pause_and_a_resume_reach_the_other_instances(fleet: Fleet) -> None:
 
 def test_a_pause_does_not_hold_up_what_is_to_be_run_again_after_it(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
-    manager.ticks.look(Hourly)
-    manager.ticks.ledger.claim("hourly", last_hour(), "every 3600s", ("ghost", "elsewhere:1"))
+    manager.recovery.look(Hourly)
+    manager.stores.ledger.claim("hourly", last_hour(), "every 3600s", ("ghost", "elsewhere:1"))
     manager.pause("hourly")
     manager.start()
     wait_until(lambda: fleet.states() == ["lost"], "the taking back")
@@ -301,8 +301,8 @@ def test_a_pause_does_not_hold_up_what_is_to_be_run_again_after_it(fleet: Fleet)
 @on_postgresql
 def test_a_row_that_somebody_frozen_holds_does_not_use_up_the_threads(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly, Quick, WORKERS_THREADS=2)
-    manager.ticks.look(Hourly)
-    manager.ticks.ledger.claim("hourly", last_hour(), "every 3600s", ("ghost", "elsewhere:1"))
+    manager.recovery.look(Hourly)
+    manager.stores.ledger.claim("hourly", last_hour(), "every 3600s", ("ghost", "elsewhere:1"))
     with fleet.engine.connect() as frozen:
         frozen.execute(select(tables.workers).where(tables.workers.c.name == "hourly").with_for_update(read=True))
         manager.start()
@@ -345,7 +345,7 @@ def test_when_the_release_that_came_last_has_left_the_one_that_stays_has_the_las
 
 def test_what_somebody_set_outlives_a_release_with_another_schedule(fleet: Fleet) -> None:
     old = fleet.manager(type("Changing", (Hourly,), {"period": 2 * HOUR}))
-    old.ticks.look(old.workers["changing"])
+    old.recovery.look(old.workers["changing"])
     assert old.reschedule("changing", period=3 * HOUR)
     new = fleet.manager(type("Changing", (Hourly,), {"period": 4 * HOUR}))
     new.start()
@@ -379,7 +379,7 @@ def test_a_manual_run_does_not_take_the_tick_of_a_started_instance_away(fleet: F
     manual.start()
     assert working.wait(PATIENCE)
     started.start()
-    wait_until(lambda: started.ticks.instance is not None and started._membership._wake_ups._armed, "the start")
+    wait_until(lambda: started.presence.instance is not None and started._membership._wake_ups._armed, "the start")
     go_on.set()
     manual.join(PATIENCE)
     wait_until(lambda: fleet.states() == ["succeeded", "succeeded"], "the tick")
@@ -391,9 +391,9 @@ def test_started_and_stopped_at_once_nothing_stays_behind(fleet: Fleet) -> None:
     for _ in range(5):
         manager.start()
         manager.stop()
-    assert manager.ticks.instance is None
+    assert manager.presence.instance is None
     wait_until(lambda: not [t for t in threading.enumerate() if t.name.startswith("workers-")], "the threads' end")
-    with manager.ticks.instances.engine.connect() as connection:
+    with manager.stores.instances.engine.connect() as connection:
         alive = select(tables.instances.c.id).where(tables.instances.c.signed_off_at.is_(None))
         assert connection.scalars(alive).all() == []
 
@@ -454,7 +454,7 @@ def test_a_requested_run_is_done_by_an_instance_of_the_fleet_and_takes_no_tick_a
     wait_until(lambda: fleet.states() == ["succeeded"], "the catching up")
     asking = fleet.manager(Hourly)
     assert asking.request("hourly")
-    assert asking.ticks.instance is None
+    assert asking.presence.instance is None
     wait_until(lambda: fleet.states() == ["succeeded", "succeeded"], "the requested run")
     assert [row.trigger for row in fleet.executions()] == ["schedule", "manual"]
     assert len({row.instance for row in fleet.executions()}) == 1
@@ -471,7 +471,7 @@ def test_a_second_request_is_refused_until_the_first_has_ended(fleet: Fleet) -> 
 
 def test_of_many_requests_at_once_one_is_granted(fleet: Fleet) -> None:
     managers = [fleet.manager(Hourly) for _ in range(4)]
-    managers[0].ticks.look(Hourly)
+    managers[0].recovery.look(Hourly)
     assert sorted(in_threads(*[partial(each.request, "hourly") for each in managers])) == [False, False, False, True]
 
 
@@ -506,10 +506,10 @@ def test_a_requested_run_whose_instance_died_is_run_again(fleet: Fleet) -> None:
     manager.pause("reluctant")
     manager.request("reluctant")
     ghost = Instance(timedelta(seconds=-1))
-    manager.ticks.instances.beat(ghost)
-    tick = manager.ticks.look(Reluctant).owed
+    manager.stores.instances.beat(ghost)
+    tick = manager.recovery.look(Reluctant).owed
     assert tick is not None
-    assert manager.ticks.ledger.claim_pending("reluctant", tick, (ghost.id, ghost.name))
+    assert manager.stores.ledger.claim_pending("reluctant", tick, (ghost.id, ghost.name))
     manager.start()
     wait_until(lambda: fleet.states() == ["lost", "succeeded"], "the second attempt")
     assert [(row.trigger, row.tick, row.attempt) for row in fleet.executions()] == [
@@ -592,12 +592,12 @@ def test_a_new_worker_runs_its_first_tick_after_it_was_registered(fleet: Fleet) 
     manager = fleet.manager(Brief)
     manager.start()
     wait_until(lambda: ticks(fleet, "brief"), "the first run")
-    state = manager.ticks.look(Brief)
+    state = manager.recovery.look(Brief)
     assert ticks(fleet, "brief")[0] == state.schedule.next(state.scheduled_at)
 
 
 def test_a_worker_that_is_known_makes_up_for_the_tick_that_an_outage_missed(fleet: Fleet) -> None:
-    fleet.manager(Yearly).ticks.look(Yearly)
+    fleet.manager(Yearly).recovery.look(Yearly)
     tick = datetime(2026, 1, 1, 9, tzinfo=UTC)
     fleet.set("yearly", scheduled_at=tick - timedelta(days=1), mark=tick.replace(year=2025))
     fleet.manager(Yearly).start()

@@ -25,8 +25,8 @@ GHOST = ("a dead one", "elsewhere:1")
 
 
 def claimed(manager: BackgroundWorkerManager, tick: datetime, instance: tuple[str, str] = GHOST) -> Claim:
-    schedule = manager.ticks.look(Hourly, tick).schedule_text
-    claim = manager.ticks.ledger.claim("hourly", tick, schedule, instance)
+    schedule = manager.recovery.look(Hourly, tick).schedule_text
+    claim = manager.stores.ledger.claim("hourly", tick, schedule, instance)
     assert isinstance(claim, Claim)
     return claim
 
@@ -34,7 +34,7 @@ def claimed(manager: BackgroundWorkerManager, tick: datetime, instance: tuple[st
 def alive(manager: BackgroundWorkerManager) -> tuple[str, str]:
     """Give an instance that lives for an hour."""
     instance = Instance(HOUR)
-    manager.ticks.instances.beat(instance)
+    manager.stores.instances.beat(instance)
     return instance.id, instance.name
 
 
@@ -99,7 +99,7 @@ def test_a_run_whose_token_came_again_after_lost_commits_leaves_the_next_one_alo
 
     manager, other = fleet.manager(Forgotten), fleet.manager(Hourly)
     Forgotten.how = how
-    manager.ticks.look(Forgotten, last_hour())
+    manager.recovery.look(Forgotten, last_hour())
     second, repeated = alive(other), []
 
     def forget(context: WorkerContext) -> None:
@@ -118,7 +118,7 @@ def test_a_run_whose_token_came_again_after_lost_commits_leaves_the_next_one_alo
     assert (row.running, row.claim) == (repeated[0].token, repeated[0].id)
     assert (running.state, running.claim, running.instance) == ("running", repeated[0].id, second[0])
     assert [(each.token, each.claim) for each in others if each.claim != execution.claim.id] == []
-    assert other.ticks.ledger.end(repeated[0], "failed", "of its own")
+    assert other.stores.ledger.end(repeated[0], "failed", "of its own")
 
 
 def test_a_tick_whose_claim_the_database_forgot_gets_a_row_and_runs_again(
@@ -135,7 +135,7 @@ def test_a_tick_whose_claim_the_database_forgot_gets_a_row_and_runs_again(
                 effect(context, "again")
 
     manager = fleet.manager(Forgotten)
-    manager.ticks.look(Forgotten, last_hour())
+    manager.recovery.look(Forgotten, last_hour())
     Forgotten.forget = staticmethod(lambda context: forgetting.__exit__(None, None, None))  # type: ignore[assignment]
     forgetting = lost_commits(fleet)
     forgetting.__enter__()
@@ -157,7 +157,7 @@ def test_a_batch_that_the_database_forgot_acknowledges_nothing_of_the_next_one(f
 
     manager = fleet.manager(Notes)
     fleet.enqueue("notes", 1)
-    queue, app = manager.ticks.messages, manager.app
+    queue, app = manager.stores.messages, manager.app
     with lost_commits(fleet):
         first = queue.claim("notes", "notes", 10, GHOST)
     second = queue.claim("notes", "notes", 10, GHOST)
@@ -175,7 +175,7 @@ def test_an_ending_leaves_an_execution_alone_that_is_not_its_own(fleet: Fleet) -
     manager = fleet.manager(Hourly)
     claim = claimed(manager, last_hour())
     execute(fleet, update(tables.executions).values(claim="another", state="succeeded", reason="of its own"))
-    assert manager.ticks.ledger.end(claim, "lost", "not its own", 2)
+    assert manager.stores.ledger.end(claim, "lost", "not its own", 2)
     assert [(row.state, row.reason) for row in fleet.executions()] == [
         ("succeeded", "of its own"),
         ("lost", "not its own"),
@@ -196,11 +196,11 @@ def test_a_token_that_was_lowered_goes_on_above_the_history(fleet: Fleet) -> Non
 def test_a_claim_by_a_release_that_knows_no_ids_is_shown_taken_back_and_run_again(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
     claim = claimed(manager, last_hour())
-    assert manager.ticks.ledger.end(claim, "failed")
+    assert manager.stores.ledger.end(claim, "failed")
     fleet.set("hourly", running=2, token=2, claim=claim.id, mark=last_hour())  # the id is that of an earlier claim
     old = {"worker": "hourly", "tick": last_hour(), "trigger": "manual", "state": "running", "attempt": 1, "token": 2}
     execute(fleet, insert(tables.executions).values(**old, instance="old", instance_name="old:1"))
-    state = manager.ticks.ledger.look("hourly")
+    state = manager.stores.ledger.look("hourly")
     assert (state.running.token, state.running.id, state.instance) == (2, None, "old")
     assert not state.is_damaged
     manager.start()
@@ -242,7 +242,7 @@ def damage_claim(fleet: Fleet, manager: BackgroundWorkerManager) -> None:
 
 
 def damage_by_token(fleet: Fleet, manager: BackgroundWorkerManager) -> None:
-    manager.ticks.look(Hourly)
+    manager.recovery.look(Hourly)
     fleet.set("hourly", running=5, token=5, mark=last_hour())
 
 
@@ -252,7 +252,7 @@ def damage_execution(fleet: Fleet, manager: BackgroundWorkerManager) -> None:
 
 
 def damage_by_row(fleet: Fleet, manager: BackgroundWorkerManager) -> None:
-    manager.ticks.look(Hourly)
+    manager.recovery.look(Hourly)
     row = {"worker": "hourly", "tick": last_hour(), "trigger": "schedule", "state": "running"}
     fleet.set("hourly", mark=last_hour())
     execute(fleet, insert(tables.executions).values(row))
@@ -338,7 +338,7 @@ def test_a_run_whose_execution_is_deleted_goes_on_and_has_a_row_in_the_end(
     fleet: Fleet, seen: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     if not seen:
-        monkeypatch.setattr("background.ticks.Ticks._mend", lambda *_: None)
+        monkeypatch.setattr("background.recovery.Recovery._mend", lambda *_: None)
     with in_mid_run(fleet):
         execute(fleet, delete(tables.executions))
         if seen:
@@ -399,7 +399,7 @@ def test_a_stray_execution_is_not_run_again_where_anything_was_claimed_since(fle
     manager = fleet.manager(Hourly)
     claimed(manager, last_hour() - HOUR)
     fleet.set("hourly", running=None)
-    assert manager.ticks.ledger.end(claimed(manager, last_hour()), "failed")
+    assert manager.stores.ledger.end(claimed(manager, last_hour()), "failed")
     manager.start()
     wait_until(lambda: "running" not in fleet.states(), "the healing")
     assert fleet.row("hourly").pending_tick is None  # a run of it would have a third execution by now
@@ -412,7 +412,7 @@ def test_a_stray_execution_is_not_run_again_where_anything_was_claimed_since(fle
 def test_a_tick_that_was_handed_back_is_run_again_though_its_workers_row_is_deleted(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
     claim = claimed(manager, last_hour())
-    assert manager.ticks.ledger.end(claim, "handed back", next_attempt=1)
+    assert manager.stores.ledger.end(claim, "handed back", next_attempt=1)
     execute(fleet, delete(tables.workers))
     manager.start()
     wait_until(lambda: fleet.states() == ["handed back", "succeeded"], "the second run")
@@ -430,7 +430,7 @@ def test_a_worker_whose_row_another_instance_makes_first_is_not_taken_for_one_th
     waiting = text("SELECT true FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'")
     with fleet.engine.begin() as connection:
         connection.execute(insert(tables.workers).values(row))
-        register = threading.Thread(target=second.ticks.steering.register, args=({"hourly": Every(HOUR)},))
+        register = threading.Thread(target=second.stores.steering.register, args=({"hourly": Every(HOUR)},))
         register.start()
         with fleet.engine.connect() as other:
             wait_until(lambda: other.scalar(waiting), "the second instance's wait for the row")

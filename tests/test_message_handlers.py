@@ -314,7 +314,7 @@ def test_what_a_periodic_worker_enqueues_is_fenced_with_its_run(fleet: Fleet) ->
     assert began.wait(PATIENCE)
     fleet.take_over("sender")
     go_on.set()
-    wait_until(lambda: not manager.ticks.runs._contexts, "the end of the run")
+    wait_until(lambda: not manager.runs._contexts, "the end of the run")
     assert fleet.messages() == []
 
 
@@ -416,7 +416,7 @@ def test_a_worker_that_is_added_after_the_start_handles_what_waits_and_one_that_
     fleet.enqueue("notes", *range(6))
     manager = fleet.manager()
     manager.start()
-    wait_until(lambda: manager.ticks.instance, "the start")
+    wait_until(lambda: manager.presence.instance, "the start")
     manager.add(Removing)
     assert removed.wait(PATIENCE)
     wait_until(lambda: len(fleet.effects()) == 3, "the third")
@@ -499,9 +499,9 @@ def test_what_was_claimed_and_never_arrived_is_handled_once_a_lease_has_passed(f
     fleet.enqueue("notes", "lost on its way")
     manager = fleet.manager()
     manager.start()
-    wait_until(lambda: manager.ticks.instance, "the start")
-    instance = manager.ticks.instance
-    assert manager.ticks.messages.claim("notes", "notes", 1, (instance.id, instance.name))
+    wait_until(lambda: manager.presence.instance, "the start")
+    instance = manager.presence.instance
+    assert manager.stores.messages.claim("notes", "notes", 1, (instance.id, instance.name))
     manager.add(Notes)
     wait_until(lambda: is_over(fleet), "the end")
     assert fleet.effects() == ["lost on its way"]
@@ -539,12 +539,12 @@ def test_what_a_gone_instance_holds_of_a_topic_that_this_release_does_not_have_k
 
     former = fleet.manager(Former)
     fleet.enqueue("former", 1)
-    gone = former.ticks.sign_on()
-    assert former.ticks.messages.claim("former", "former", 1, (gone.id, gone.name))
-    former.ticks.sign_off(gone)
+    gone = former.presence.sign_on()
+    assert former.stores.messages.claim("former", "former", 1, (gone.id, gone.name))
+    former.presence.sign_off(gone)
     manager = fleet.manager(Notes)
     manager.start()
-    wait_until(lambda: manager.ticks.instance, "the start")
+    wait_until(lambda: manager.presence.instance, "the start")
     manager._membership.consumers.look()
     assert not manager._membership.consumers._freeing
     assert states(fleet) == ["running"]

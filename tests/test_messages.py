@@ -300,7 +300,7 @@ def test_a_message_whose_transaction_ends_late_is_handled_after_those_that_were_
 def test_an_enqueue_wakes_its_own_process_up_without_a_heartbeat(fleet: Fleet) -> None:
     manager = fleet.manager(Notes, WORKERS_HEARTBEAT_SECONDS=MINUTE, WORKERS_LEASE_SECONDS=5 * MINUTE)
     manager.start()
-    wait_until(lambda: manager.ticks.instance is not None, "the start")
+    wait_until(lambda: manager.presence.instance is not None, "the start")
     with manager.app.app_context():
         manager.enqueue("notes", "now")
         with db.session.begin_nested():
@@ -318,7 +318,7 @@ def test_what_others_enqueue_is_handled_at_once_on_postgresql_and_at_the_next_he
     )
     manager.start()
     fleet.manager(Notes)
-    wait_until(lambda: manager.ticks.instance is not None, "the start")
+    wait_until(lambda: manager.presence.instance is not None, "the start")
     for number in range(3):
         fleet.enqueue("notes", number)
         all_are(fleet, "done", number + 1)
@@ -327,7 +327,7 @@ def test_what_others_enqueue_is_handled_at_once_on_postgresql_and_at_the_next_he
 @on_postgresql
 def test_others_are_told_of_what_is_due_and_not_of_what_is_delayed(fleet: Fleet) -> None:
     manager = fleet.manager(Notes)
-    with manager.ticks.connections.listening() as connection:
+    with manager.stores.connections.listening() as connection:
         connection.execute(f"LISTEN {CHANNEL}")
         fleet.enqueue("notes", "later", delay=HOUR)
         with manager.app.app_context():
@@ -506,10 +506,10 @@ def test_an_idle_instance_with_delayed_messages_is_one_statement_per_heartbeat(f
     manager = fleet.manager(Notes)
     fleet.enqueue("notes", "later", delay=HOUR)
     manager.start()
-    wait_until(lambda: manager.ticks.instance is not None, "the start")
+    wait_until(lambda: manager.presence.instance is not None, "the start")
 
     def five_heartbeats() -> tuple[set[str], list[str]]:
-        with statements(manager.ticks.instances.engine) as beats, statements(manager.ticks.ledger.engine) as others:
+        with statements(manager.stores.instances.engine) as beats, statements(manager.stores.main.engine) as others:
             wait_until(lambda: len(beats) >= 5, "five heartbeats")
         return {"INSERT INTO background_instances" in statement for statement in beats}, others
 

@@ -82,10 +82,10 @@ def handle_all(fleet: Fleet, manager: BackgroundWorkerManager) -> None:
 
 def leave_behind(manager: BackgroundWorkerManager, topic: str) -> None:
     """A batch of the topic, claimed by an instance that has been gone for a minute."""
-    assert manager.ticks.messages.claim("order_worker", topic, 1, ("dead", "far:7"))
+    assert manager.stores.messages.claim("order_worker", topic, 1, ("dead", "far:7"))
     clock = manager.history.clock()
     gone = {"started_at": clock, "heartbeat_at": clock, "expires_at": clock - timedelta(minutes=1)}
-    with manager.ticks.instances.engine.begin() as connection:
+    with manager.stores.instances.engine.begin() as connection:
         connection.execute(insert(tables.instances).values(id="dead", host="far", pid=7, **gone))
 
 
@@ -256,7 +256,7 @@ def test_all_the_dead_are_retried_once_even_if_they_die_again_meanwhile(
     handle_all(fleet, manager)
     fleet.enqueue("orders", "later", delay=3600)
     retried: list[int] = []
-    for some in manager.ticks.messages._dead(None):  # what `retry --all` does; between its slices they die again
+    for some in manager.stores.messages._dead(None):  # what `retry --all` does; between its slices they die again
         retried += some
         assert manager.messages.retry(some) == len(some) <= 2
         with fleet.engine.begin() as connection:
@@ -431,7 +431,7 @@ def test_the_answers_cost_the_same_statements_whatever_there_is(
     counts = []
     for number in (0, 1, 20):
         fleet.enqueue("orders", *["x"] * number)
-        with statements(manager.ticks.ledger.engine) as seen:
+        with statements(manager.stores.main.engine) as seen:
             flask("list")
             flask("stats")
         counts.append(len(seen))
@@ -457,7 +457,7 @@ def test_what_is_open_is_counted_and_listed_by_the_index_of_its_state(
     def remember(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_more: Any) -> None:
         asked.append((statement, parameters))
 
-    engine = manager.ticks.ledger.engine
+    engine = manager.stores.main.engine
     event.listen(engine, "before_cursor_execute", remember)
     manager.messages.stats()
     manager.messages.letters(state="dead")
@@ -536,7 +536,7 @@ def test_the_list_and_the_check_of_workers_name_those_that_handle_messages(
     manager: BackgroundWorkerManager, flask: Callable[..., Result]
 ) -> None:
     line = "Messages: mail (mail_worker), orders (order_worker); see `flask messages stats`."
-    manager.ticks.sign_on()
+    manager.presence.sign_on()
     assert flask("list", group="workers").stdout == f"{line}\n"
     manager.add(Hourly)
     assert flask("list", group="workers").stdout.splitlines()[2] == line

@@ -69,7 +69,7 @@ def count(app: Flask, *rows: tuple[str, str, str, int, float], age: timedelta = 
     """Rows of the totals: worker, kind, label, count, seconds."""
     latest = {"latest_at": datetime.now(UTC) - age}
     names = ("worker", "kind", "label", "count", "seconds")
-    with manager_of(app).ticks.ledger.engine.begin() as connection:
+    with manager_of(app).stores.main.engine.begin() as connection:
         connection.execute(insert(tables.totals), [dict(zip(names, row, strict=True)) | latest for row in rows])
 
 
@@ -115,7 +115,7 @@ def test_the_totals_are_counters_and_histograms_with_the_same_buckets_for_every_
 
 def test_a_worker_is_counted_from_before_its_first_run(fleet: Fleet) -> None:
     app = fleet.app(Hourly)
-    manager_of(app).ticks.look(Hourly)
+    manager_of(app).recovery.look(Hourly)
     samples = scrape(app)
     assert samples.value("background_executions_total", worker="hourly", state="missed") == 0
     assert samples.value("background_seconds_since_last_success", worker="hourly") is None
@@ -123,7 +123,7 @@ def test_a_worker_is_counted_from_before_its_first_run(fleet: Fleet) -> None:
 
 def test_a_worker_is_running_or_paused_or_overdue(fleet: Fleet) -> None:
     app = fleet.app(Hourly)
-    manager_of(app).ticks.look(Hourly)
+    manager_of(app).recovery.look(Hourly)
     day_ago = datetime.now(UTC) - timedelta(days=1)
 
     def gauges() -> list[float | None]:
@@ -150,7 +150,7 @@ def test_the_living_and_their_clocks_are_named_and_the_others_are_not(fleet: Fle
         each | {"id": "c", "host": "b", "clock_offset": -0.25},  # containers may share a host name and a process id
         each | {"id": "d", "host": "d", "clock_offset": 9.0, "expires_at": now - HOUR},
     ]
-    with manager_of(app).ticks.instances.engine.begin() as connection:
+    with manager_of(app).stores.instances.engine.begin() as connection:
         connection.execute(insert(tables.instances), rows)
     samples = scrape(app)
     assert samples.value("background_instances") == 3
@@ -193,7 +193,7 @@ def test_a_scrape_costs_as_many_queries_for_many_workers_as_for_one(fleet: Fleet
     for number in range(40):
         worker = type(f"Worker{number}", (Hourly,), {})
         manager_of(app).add(worker)
-        manager_of(app).ticks.look(worker)
+        manager_of(app).recovery.look(worker)
         count(app, (worker.name, "state", "succeeded", 1, 1.0), (worker.name, "duration", str(number), 1, 1.0))
     assert queries() == before <= 4
     assert len(scrape(app).labels("background_executions_total", "worker")) == 41
@@ -394,8 +394,8 @@ def promtool(*arguments: str, reads: str = "") -> tuple[int, str]:
 def test_promtool_finds_nothing_wrong_with_a_scrape(fleet: Fleet) -> None:
     app = fleet.app(Hourly, Letters)
     manager_of(app).start()
-    wait_until(lambda: manager_of(app).ticks.instance, "joining")
-    manager_of(app).ticks.look(Hourly)
+    wait_until(lambda: manager_of(app).presence.instance, "joining")
+    manager_of(app).recovery.look(Hourly)
     fleet.enqueue("letters", 1)
     count(
         app,

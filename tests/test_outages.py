@@ -135,16 +135,16 @@ def test_the_applications_pool_is_emptied_by_an_error_on_the_engines_own_connect
     app = fleet.app(Hourly, WORKERS_LEASE_SECONDS=PATIENCE)
     fill_pools(app)
     app.extensions["background_workers"].start()
-    instance = wait_until(lambda: app.extensions["background_workers"].ticks.instance, "the joining")
+    instance = wait_until(lambda: app.extensions["background_workers"].presence.instance, "the joining")
     wait_until(lambda: fleet.states() == ["succeeded"], "the run, whose own error would empty the pool")
-    number = app.extensions["background_workers"].ticks.outages._number
+    number = app.extensions["background_workers"].stores.outages._number
     fail_over(server, url)
-    wait_until(lambda: app.extensions["background_workers"].ticks.outages._number > number, "a heartbeat's error")
+    wait_until(lambda: app.extensions["background_workers"].stores.outages._number > number, "a heartbeat's error")
     with app.app_context():
         db.session.execute(sql("INSERT INTO effects (key, note) VALUES ('a', 'a request')"))
         db.session.commit()
     assert "a request" in fleet.effects()
-    assert app.extensions["background_workers"].ticks.instance is instance
+    assert app.extensions["background_workers"].presence.instance is instance
 
 
 def test_while_every_session_only_reads_no_process_is_ready_and_no_attempt_is_counted(
@@ -156,7 +156,7 @@ def test_while_every_session_only_reads_no_process_is_ready_and_no_attempt_is_co
     wait_until(lambda: fleet.effects().count("often") >= 2, "two runs")
     turn(server, read_only=True)
     wait_until(lambda: not ready(app)["database"], "a process that is not ready")
-    instance = manager.ticks.instance
+    instance = manager.presence.instance
     wait_until(lambda: not instance.is_alive, "the lease's end")
     turn(server, read_only=False)
     fleet.enqueue("notes", *range(5))
@@ -187,14 +187,14 @@ def test_a_message_whose_lease_ran_out_while_the_database_was_away_was_not_tried
     managers = [fleet.manager(Held) for _ in range(2)]
     for manager in managers:
         manager.start()
-    wait_until(lambda: all(manager.ticks.instance for manager in managers), "both of them")
+    wait_until(lambda: all(manager.presence.instance for manager in managers), "both of them")
     fleet.enqueue("notes", "a")
     assert began.wait(PATIENCE)
     turn(server, read_only=True)
-    instances = [manager.ticks.instance for manager in managers]
+    instances = [manager.presence.instance for manager in managers]
     wait_until(lambda: not any(each.is_alive for each in instances), "the leases' end")
     go_on.set()
-    wait_until(lambda: not [c for manager in managers for c in manager.ticks.runs._contexts], "the handler's end")
+    wait_until(lambda: not [c for manager in managers for c in manager.runs._contexts], "the handler's end")
     turn(server, read_only=False)
     wait_until(lambda: {row.state for row in fleet.messages()} <= {"done", "dead"}, "its end")
     assert [(row.state, row.attempt) for row in fleet.messages()] == [("done", 1)]
@@ -207,7 +207,7 @@ def test_a_read_only_session_that_the_server_caused_is_told_by_any_way_to_the_dr
 ) -> None:
     app = fleet.app(Hourly)
     outages, insert = (
-        app.extensions["background_workers"].ticks.outages,
+        app.extensions["background_workers"].stores.outages,
         "INSERT INTO effects (key, note) VALUES ('', '')",
     )
     with app.app_context():
@@ -243,7 +243,7 @@ def test_a_run_that_made_its_own_transaction_read_only_has_failed_and_the_next_o
     manager.start()
     wait_until(lambda: fleet.states("reader").count("failed") >= 2, "two failures")
     assert set(fleet.states("reader")) <= {"failed", "running", "skipped", "missed"}
-    assert manager.ticks.outages._number == 0
+    assert manager.stores.outages._number == 0
 
 
 def test_a_message_whose_connection_was_ended_was_not_tried(fleet: Fleet) -> None:
@@ -295,7 +295,7 @@ def test_a_run_whose_session_stays_read_only_by_its_own_doing_is_given_up(fleet:
 
     manager = fleet.manager(Stubborn)
     manager.start()
-    wait_until(lambda: manager.ticks.instance, "the joining")
+    wait_until(lambda: manager.presence.instance, "the joining")
     manager.tick("stubborn", datetime.now(UTC))
     wait_until(lambda: fleet.states("stubborn") == ["lost", "lost"], "the last attempt")
     wait_until(lambda: fleet.row("stubborn").pending_tick is None, "the end")
@@ -305,7 +305,7 @@ def test_another_databases_errors_empty_no_pool(server: PostgreSQL, url: URL, fl
     other = server.database()
     same = url.update_query_dict({"application_name": "another user of it"})
     app = fleet.app(Hourly, SQLALCHEMY_BINDS={"same": text(same), "other": text(other)})
-    outages = app.extensions["background_workers"].ticks.outages
+    outages = app.extensions["background_workers"].stores.outages
     with app.app_context():
         for bind, number in (("other", 0), ("same", 1)):
             engine = db.engines[bind]

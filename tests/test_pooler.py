@@ -84,7 +84,7 @@ def test_a_lock_is_held_and_released_behind_a_pooler(pooled: str) -> None:
     joined, alone = make_app(pooled), make_app(pooled)
     one, other = (app.extensions["background_workers"] for app in (joined, alone))
     one.start()
-    assert eventually(lambda: one.ticks.instance)
+    assert eventually(lambda: one.presence.instance)
     for held in range(1, 10, 2):
         with one.lock("invoice-42") as lock, other.lock("invoice-42") as refused:
             assert (lock.token, lock.still_held(), refused) == (held, True, None)

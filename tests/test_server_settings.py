@@ -121,7 +121,7 @@ def test_a_database_in_another_encoding_serves(
         execution = manager.trigger("hourly")
         assert execution is not None
         assert execution.state == "succeeded"
-        with manager.ticks.ledger.engine.connect() as connection:
+        with manager.stores.main.engine.connect() as connection:
             assert connection.scalars(select(tables.workers.c.name)).all() == ["hourly"]
     finally:
         close(app)

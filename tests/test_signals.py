@@ -105,9 +105,9 @@ def test_a_failure_comes_with_its_error(fleet: Fleet, heard: Heard) -> None:
 def test_who_finds_an_instance_gone_tells_of_its_lost_run(fleet: Fleet, heard: Heard) -> None:
     manager = fleet.manager(Hourly)
     ghost = Instance(timedelta(seconds=-1))
-    manager.ticks.instances.beat(ghost)
-    state = manager.ticks.look(Hourly)
-    claim = manager.ticks.ledger.claim("hourly", last_hour(), state.schedule_text, (ghost.id, ghost.name))
+    manager.stores.instances.beat(ghost)
+    state = manager.recovery.look(Hourly)
+    claim = manager.stores.ledger.claim("hourly", last_hour(), state.schedule_text, (ghost.id, ghost.name))
     assert claim is not None
     manager.tick("hourly", datetime.now(UTC))
     assert heard.names == ["execution lost", "execution started", "execution succeeded"]

@@ -236,13 +236,13 @@ def test_a_run_that_is_claimed_while_its_process_stops_does_not_begin(app: Flask
 
     workers = app.extensions["background_workers"]
     workers.add(Eager)
-    ticks = workers.ticks
-    state = ticks.look(Eager)
-    instance = ticks.sign_on()
-    claim = ticks.ledger.claim_manual("eager", state.clock, (instance.id, instance.name))
+    ledger = workers.stores.ledger
+    state = workers.recovery.look(Eager)
+    instance = workers.presence.sign_on()
+    claim = ledger.claim_manual("eager", state.clock, (instance.id, instance.name))
     workers.tell()
-    assert ticks.runs.run(Eager, claim, ticks.ledger, instance).state == "handed back"
+    assert workers.runs.run(Eager, claim, ledger, instance).state == "handed back"
     assert ran == []
-    state = ticks.look(Eager)
+    state = workers.recovery.look(Eager)
     assert (state.running, state.pending_tick) == (None, claim.tick)
     workers.stop()

@@ -29,7 +29,7 @@ class Moody(Hourly):
 def test_each_execution_is_counted_by_its_outcome_and_by_how_long_it_took(fleet: Fleet) -> None:
     manager = fleet.manager(Moody)
     for hours in range(5, 1, -1):  # more than the last bucket ago, whenever this runs
-        manager.ticks.look(Moody)
+        manager.recovery.look(Moody)
         fleet.set("moody", mark=last_hour() - timedelta(hours=hours), scheduled_at=last_hour() - DAY)
         manager.tick("moody", last_hour() - timedelta(hours=hours - 1))
     states = fleet.states()

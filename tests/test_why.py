@@ -424,7 +424,7 @@ def write(manager: BackgroundWorkerManager) -> Callable[..., None]:
 
     def write(state: str, **columns: Any) -> None:
         row = {"worker": "tidy", "tick": NOON, "trigger": "schedule", "state": state, **columns}
-        with manager.ticks.ledger.engine.begin() as connection:
+        with manager.stores.main.engine.begin() as connection:
             connection.execute(insert(executions).values(row))
 
     return write
@@ -435,9 +435,9 @@ def known(manager: BackgroundWorkerManager) -> Callable[..., None]:
     """Have tidy known since the day before, and its ticks until noon decided, if not said otherwise."""
 
     def known(**columns: Any) -> None:
-        manager.ticks.look(Tidy)
+        manager.recovery.look(Tidy)
         values = {"scheduled_at": NOON - DAY, "mark": NOON, **columns}
-        with manager.ticks.ledger.engine.begin() as connection:
+        with manager.stores.main.engine.begin() as connection:
             connection.execute(update(workers).where(workers.c.name == "tidy").values(values))
 
     return known
@@ -541,10 +541,10 @@ def test_an_answer_costs_a_constant_number_of_queries_on_an_index(
             manager.why("tidy", NOON - 5 * MINUTE)
         return asked
 
-    few = queries(manager.ticks.ledger.engine)
+    few = queries(manager.stores.main.engine)
     for number in range(200):
         write("succeeded", tick=NOON - number * DAY, token=number)
-    assert len(queries(manager.ticks.ledger.engine)) == len(few) <= 5
+    assert len(queries(manager.stores.main.engine)) == len(few) <= 5
 
 
 # -- one answer, however it is asked for ---------------------------------------------------------
@@ -564,10 +564,10 @@ def test_a_tick_that_fell_before_its_schedule_was_changed_is_called_older_and_no
     manager.remove("tidy")
     manager.add(type("Daily", (Tidy,), {"name": "tidy", "period": DAY}))
     assert manager.why("tidy").state in ("unknown", "before")
-    manager.ticks.look(manager.workers["tidy"])
+    manager.recovery.look(manager.workers["tidy"])
     clock = manager.history.clock()
     ran = clock.replace(hour=0, minute=0, second=0, microsecond=0)
-    with manager.ticks.ledger.engine.begin() as connection:
+    with manager.stores.main.engine.begin() as connection:
         values = {"mark": ran, "scheduled_at": ran - 9 * DAY}
         connection.execute(update(workers).where(workers.c.name == "tidy").values(values))
     write("succeeded", tick=ran, started_at=ran, finished_at=ran + MINUTE, instance_name="a:1", attempt=1)
@@ -608,10 +608,10 @@ def test_an_instance_whose_row_was_deleted_is_not_said_to_have_stopped_renewing_
 ) -> None:
     known(mark=NOON - DAY, scheduled_at=NOON - 2 * DAY)
     clock = manager.history.clock()
-    state = manager.ticks.look(Tidy)
+    state = manager.recovery.look(Tidy)
     tick = state.schedule.previous(clock)
-    manager.ticks.ledger.miss(state, tick)
-    assert manager.ticks.ledger.claim("tidy", tick, state.schedule_text, ("deleted", "web-1:7"))
+    manager.stores.ledger.miss(state, tick)
+    assert manager.stores.ledger.claim("tidy", tick, state.schedule_text, ("deleted", "web-1:7"))
     assert manager.tick("tidy", clock)
     lost = manager.history.executions("tidy", state="lost")[0]
     assert lost.reason == "web-1:7 is not known to the fleet: its row was deleted"

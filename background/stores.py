@@ -1,0 +1,85 @@
+"""One of each: the connections of one application, and what reads and writes rows by them."""
+
+from datetime import timedelta
+from functools import partial
+
+from flask import Flask
+from flask_sqlalchemy import SQLAlchemy
+
+from . import sqlite
+from .connections import Connections, made_once
+from .healing import Healing
+from .instances import Instances
+from .ledger import Ledger
+from .listener import ring
+from .mending import Mending
+from .messages import Messages
+from .outages import Outages
+from .sessions import schema_of
+from .steering import Steering
+from .store import Store
+
+
+class Stores:
+    """What the engine keeps in one database. Nothing is opened before it is asked for."""
+
+    def __init__(self, app: Flask, db: SQLAlchemy, outages: Outages) -> None:
+        self._app, self._db, self.outages = app, db, outages
+
+    @property
+    def lease(self) -> timedelta:
+        """How long an instance counts as alive without a heartbeat."""
+        return timedelta(seconds=self._app.config["WORKERS_LEASE_SECONDS"])
+
+    @made_once
+    def connections(self) -> Connections:
+        """The engine's own pools."""
+        with self._app.app_context():
+            return Connections(self._db.engine, self.lease.total_seconds(), schema_of(self._db), self.outages)
+
+    @made_once
+    def main(self) -> Store:
+        """The transactions on the main database."""
+        connections, lease = self.connections, self.lease.total_seconds()
+        return Store(connections.claims, lease, partial(ring, connections), connections.sessions)
+
+    @made_once
+    def ledger(self) -> Ledger:
+        """Claims and executions."""
+        return Ledger(self.main)
+
+    @made_once
+    def steering(self) -> Steering:
+        """Schedules and pauses."""
+        return Steering(self.ledger)
+
+    @made_once
+    def mending(self) -> Mending:
+        """Rows that were changed by hand."""
+        return Mending(self.ledger)
+
+    @made_once
+    def healing(self) -> Healing:
+        """Rows from a time when the database's clock was ahead."""
+        return Healing(self.main, timedelta(days=self._app.config["WORKERS_HISTORY_DAYS"]))
+
+    @made_once
+    def messages(self) -> Messages:
+        """Messages and their errors."""
+        return Messages(self.main)
+
+    @made_once
+    def instances(self) -> Instances:
+        """Leases and heartbeats."""
+        return Instances(self.connections.heartbeats, self.lease.total_seconds())
+
+    def write(self) -> None:
+        """Change nothing, and raise the errors of a database that takes no writes."""
+        self.instances.write()
+        if self.connections.heartbeat_file:  # on SQLite the instances are not in the main database's file
+            sqlite.try_to_write(self.main.engine)
+
+    def close(self) -> None:
+        """Close the connections. They open again when they are asked for."""
+        if "connections" in self.__dict__:
+            self.connections.close()
