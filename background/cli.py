@@ -2,6 +2,7 @@
 
 import gc
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -291,9 +292,12 @@ def _run_until_told(manager: BackgroundWorkerManager, names: tuple[str, ...]) ->
     _prepare(manager)
     manager.start(names)
     gc.freeze()  # else a full collection looks through all imports: 0.1 s in which no other thread runs
+    told, tell = socket.socketpair()
+    tell.setblocking(False)
+    signal.set_wakeup_fd(tell.fileno(), warn_on_full_buffer=False)
     with suppress(KeyboardInterrupt):
         while True:
-            threading.Event().wait(1)  # not signal.pause(): a signal may arrive at another thread
+            told.recv(1)  # a signal wakes this thread, also if it arrives at another one
 
 
 def _run_once(manager: BackgroundWorkerManager, name: str) -> None:

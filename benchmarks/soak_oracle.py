@@ -225,12 +225,15 @@ class Oracle:
             numbered = sorted((row for row in rows if row.token), key=lambda row: row.token)
             for one, following in pairwise(numbered):
                 is_over = one.finished_at is not None and one.finished_at <= following.started_at
-                if not (is_over or self._lost_its_claim(one)):
+                if not (is_over or self._lost_its_claim(one) or self._lost_its_claim(following)):
                     verdict.out_of_order += 1
                     verdict.violations.append(((worker, following.tick), "begun while another was in force"))
 
     def _lost_its_claim(self, row: Any) -> bool:
-        """Return whether a crash lost the claim of a run that went on: another may begin until that one is refused."""
+        """Return whether a crash lost the claim of a run that went on.
+
+        Another run may begin until this one is refused. The crash may also lose the end of the run before.
+        """
         is_refused = row.state == "lost" and (row.reason or "").startswith("its claim is gone")
         return is_refused and any(gone <= row.finished_at and row.started_at <= back for gone, back in self._crashes)
 
