@@ -11,8 +11,7 @@ from flask_migrate import Migrate
 import demo
 import routes
 from background import BackgroundWorkerManager, PruneHistoryWorker
-from background.health import health
-from background.metrics import metrics
+from background.monitoring import health, metrics
 from config import StrictJSON, configure_logging, load_config, trust_proxies
 from mail import Mailer
 from migrations import schema

@@ -26,8 +26,9 @@ from sqlalchemy import URL, Engine, ExceptionContext, event, make_url
 from sqlalchemy.exc import ArgumentError, DataError, IntegrityError
 from werkzeug.middleware.proxy_fix import ProxyFix
 
-from background import RunFields, strict_json
+from background import RunFields
 from background.errors import InvalidConfig, spelled_out
+from background.host import strict_json
 from background.settings import (
     BOOLEAN,
     DAYS,

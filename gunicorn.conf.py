@@ -83,7 +83,7 @@ def worker_abort(worker):
     gunicorn calls this within the handler of SIGABRT. A second later the master would kill the process, and its runs
     would count as lost. The kill comes sooner if another process ends meanwhile. A sign of life prevents that.
     """
-    from background.hearing import give_up
+    from background.host.stop_signals import give_up
 
     worker.notify()
     give_up(f"A request took longer than gunicorn's timeout of {worker.cfg.timeout} s, so this process ends", 0.9)

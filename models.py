@@ -59,7 +59,7 @@ from sqlalchemy.orm import (
 )
 from werkzeug.security import check_password_hash, generate_password_hash
 
-from background.clock import UtcDateTime, elapsed, now, single_statements
+from background.database.clock import UtcDateTime, elapsed, now, single_statements
 
 
 class Base(DeclarativeBase):

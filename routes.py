@@ -60,8 +60,8 @@ from wtforms.validators import (
 )
 
 from background import current_workers
-from background.away import unavailable
 from background.dashboard import dashboard
+from background.monitoring.unavailable import unavailable
 from models import AuditEntry, Book, Order, OrderRepository, User, UserRepository, db
 
 PAGE_SIZE = 20

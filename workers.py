@@ -10,7 +10,7 @@ from flask import current_app
 from sqlalchemy import ScalarSelect, delete, func, literal_column, select
 
 from background import Message, MessageWorker, PeriodicWorker, WorkerContext, current_workers
-from background.models import messages as queue
+from background.database.tables import messages as queue
 from mail import MAILS, SENT_ONCE, Mailer
 from models import HealthSample, OrderRepository, UserRepository
 

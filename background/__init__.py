@@ -1,8 +1,8 @@
 """Background workers that run once per tick, however many processes, machines and releases run them."""
 
-from . import dependencies  # noqa: F401 - the first import: it refuses a missing package with a sentence
-from .cli import workers_cli
-from .context import RunFields, WorkerContext
+from .cli.messages import messages_cli
+from .cli.workers import workers_cli
+from .context import WorkerContext
 from .errors import (
     BackgroundError,
     ClaimLost,
@@ -24,11 +24,12 @@ from .errors import (
     UnknownWorker,
     WrongState,
 )
-from .locks import Lock
+from .host import dependencies  # noqa: F401 - the first import: it refuses a missing package with a sentence
+from .ledger.locks import Lock
 from .manager import BackgroundWorkerManager, current_workers
-from .messages import Message
-from .messages_cli import messages_cli
+from .messages.message import Message
 from .pruning import PruneHistoryWorker
+from .runs.fence import RunFields
 from .worker import MessageWorker, PeriodicWorker
 
 __all__ = [

@@ -5,32 +5,25 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextvars import ContextVar
 from datetime import datetime, timedelta
 from decimal import Decimal
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from flask_sqlalchemy import SQLAlchemy
-from sqlalchemy import Connection, Engine, event
-from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy import Connection, Engine
+from sqlalchemy.orm import Session
 from svcs import Container
 from svcs.flask import svcs_from
 
-from .errors import BatchRolledBack, ClaimLost, InvalidProgress, RunStopped
-from .instances import LEASE_IS_OVER, Instance
-from .log_lines import LogLines
-from .logs import logger_of
-from .sessions import Sessions, Within, home
-
-if TYPE_CHECKING:
-    from .ledger import Claim, Ledger
-    from .messages import Batch, Message, Messages
+from .database.sessions import Sessions, Within, home
+from .errors import ClaimLost, InvalidProgress, RunStopped
+from .host.logs import logger_of
+from .ledger.claim import Claim
+from .ledger.leases import LEASE_IS_OVER, Instance
+from .messages.message import Batch, Message
 
 _PROGRESS_SECONDS = 5.0
-_LOG_SECONDS = 1.0
-_WHEN_COMMITTED = "background_when_committed"
 
 
 class Stopping(threading.Event):
@@ -185,175 +178,3 @@ def _as_number(name: str, value: Any) -> float:
             "write context.progress(2, 5), for example, and put words into context.logger.info."
         )
     return int(number) if number.is_integer() else number
-
-
-class TickContext(WorkerContext):
-    """The run of a tick."""
-
-    def __init__(self, claim: "Claim", ledger: "Ledger", instance: Instance, db: SQLAlchemy) -> None:
-        super().__init__(claim, claim, instance, db, ledger.store.sessions)
-        self.claim: Claim = claim
-        self.log_lines = LogLines(lambda: current_run.get() is self)
-        self._ledger = ledger
-        self._log_written = float("-inf")
-
-    def notes(self) -> dict[str, Any]:
-        """The words of its execution about it, besides how it ended."""
-        return {**self._progress, "log": self.log_lines.text()}
-
-    def _news(self) -> dict[str, Any]:
-        """A commit on the way. All of the log is written each time: a long one once a second at most."""
-        is_due = self.log_lines.is_short or time.monotonic() - self._log_written >= _LOG_SECONDS
-        if not (self.log_lines.is_news and is_due):
-            return self._progress
-        self._log_written = time.monotonic()
-        return self.notes()
-
-    def finish(self) -> None:
-        """Commit the effects and "succeeded" together."""
-        self.refuse_if_lost()
-        self.session.flush()  # first, so that the worker's row is held for the commit only
-        self._ledger.finish(self.claim, self.within(self.session), self.notes())
-        self._finishing = True
-        self.session.commit()
-
-    def check(self, session: Session) -> None:
-        """Before every commit of the run: is its claim still the one in force?"""
-        self.refuse_if_lost()
-        if not self._finishing:
-            session.flush()
-            try:
-                self._ledger.check(self.claim, self.within(session), self._news())
-            except ClaimLost:
-                self.lose("somebody else has it")
-                raise
-            self._progress = {}
-
-
-class MessageContext(WorkerContext):
-    """The run of a batch of messages, or of one of it."""
-
-    def __init__(
-        self, batch: "Batch", these: "Sequence[Message]", messages: "Messages", instance: Instance, db: SQLAlchemy
-    ) -> None:
-        super().__init__(batch, these[0], instance, db, messages.sessions)
-        self.claim: Batch = batch
-        self._messages = messages
-        self._open = [message.id for message in these]
-        self._handled: list[int] = []
-        self._transaction: SessionTransaction | None = None
-
-    def begin(self, message: "Message") -> None:
-        """From here on this run is that of `message`; raises ClaimLost where its lease is over."""
-        self.refuse_if_lost()
-        self.tick, self.attempt, self.token = message.tick, message.attempt, message.token
-        self.idempotency_key = message.idempotency_key
-        self.log_fields |= {"tick": message.tick.isoformat(), "execution": message.idempotency_key}
-
-    def handled(self, *messages: "Message") -> None:
-        """The next commit acknowledges them, together with what the session holds."""
-        self.session.flush()  # `book.stock = Book.stock + 1` by the next one would replace this one's
-        self._refuse_if_rolled_back()
-        self._handled += [message.id for message in messages]
-        self._transaction = self._transaction or self.session.get_transaction()
-
-    def finish(self) -> None:
-        self.session.flush()
-        self.check(self.session)
-        self._finishing = True
-        self.session.commit()
-
-    def check(self, session: Session) -> None:
-        self.refuse_if_lost()
-        if self._finishing:
-            return
-        session.flush()
-        done = self._handled if session is self.session else []
-        if done:
-            self._refuse_if_rolled_back()
-        try:
-            self._messages.acknowledge(self.claim, done, self._open, self.within(session))
-        except ClaimLost:
-            self.lose("somebody else has it")
-            raise
-        self._open = [each for each in self._open if each not in done]
-        if done:
-            self._handled, self._transaction = [], None
-
-    def _refuse_if_rolled_back(self) -> None:
-        """What one message of a batch rolls back is the work of those before it, too."""
-        if self._transaction is not None and self.session.get_transaction() is not self._transaction:
-            raise BatchRolledBack(
-                f"Worker {self.worker!r} rolled back what it had done for other messages of the batch; they are "
-                "handled again one by one. Let the exception pass, or set batch_size = 1."
-            )
-
-    def _what(self) -> str:
-        return f"{len(self._open)} messages" if len(self._open) > 1 else f"the message {self.idempotency_key}"
-
-
-current_run: ContextVar[WorkerContext | None] = ContextVar("background_run", default=None)
-
-
-def is_stopping_within(seconds: float) -> bool:
-    """Wait that long. In a run, wait only until the run is told to stop, and return whether it was."""
-    run = current_run.get()
-    if run is None:
-        time.sleep(seconds)
-        return False
-    return run.stopping.wait(seconds)
-
-
-class RunFields(logging.Filter):
-    """Gives every log record of a run, whoever logs it, the run's fields: for logs that machines read."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        run = current_run.get()
-        if run is not None:
-            for name, value in run.log_fields.items():
-                if not hasattr(record, name):
-                    setattr(record, name, value)
-        return True
-
-
-def fence(db: SQLAlchemy) -> None:
-    """Check the claim before every commit that a run makes on any session of `db`; and see `when_committed`."""
-    for name, listener in (
-        ("after_begin", _after_begin),
-        ("before_commit", _before_commit),
-        ("after_commit", _after_commit),
-        ("after_rollback", _after_rollback),
-    ):
-        if not event.contains(db.session, name, listener):
-            event.listen(db.session, name, listener)
-
-
-def when_committed(session: Session, key: str, call: Callable[[], None]) -> None:
-    """Call `call` when `session` has committed what it holds, but not if it rolls back; once per `key`."""
-    session.info.setdefault(_WHEN_COMMITTED, {})[key] = call
-
-
-def _after_commit(session: Session) -> None:
-    if session.in_nested_transaction():  # releasing a savepoint commits nothing
-        return
-    for call in session.info.pop(_WHEN_COMMITTED, {}).values():
-        call()
-
-
-def _after_rollback(session: Session) -> None:
-    if not session.in_nested_transaction():  # what came before the savepoint may still be committed
-        session.info.pop(_WHEN_COMMITTED, None)
-
-
-def _before_commit(session: Session) -> None:
-    run = current_run.get()
-    if run is None or session.in_nested_transaction():  # releasing a savepoint commits nothing
-        return
-    if run.is_at_home(session):  # the session of another application needs no claim of this one
-        run.check(session)
-
-
-def _after_begin(session: Session, transaction: SessionTransaction, connection: Connection) -> None:
-    run = current_run.get()
-    if run is not None and not transaction.nested and run.is_at_home(session):
-        run.began(session, connection)

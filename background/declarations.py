@@ -1,7 +1,6 @@
 """Checks of a worker class as it is written: its attributes' names, its methods' parameters, its constructor."""
 
 import inspect
-import re
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
 from functools import partial
@@ -9,6 +8,7 @@ from types import CodeType, FunctionType
 from typing import Any
 
 from .errors import InvalidWorker
+from .worker import snake_case
 
 _MOST_LAYERS = 50  # a wrapper may wrap itself
 _ANYTHING = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
@@ -153,9 +153,3 @@ def _layers(function: Any) -> list[Any]:
         layers.append(function)
         function = function.func if isinstance(function, partial) else getattr(function, "__wrapped__", None)
     return layers
-
-
-def snake_case(name: str) -> str:
-    """Convert PassiveUserCheckerWorker to passive_user_checker_worker, HTTPPing2Worker to http_ping2_worker."""
-    name = re.sub(r"([A-Z]+)([A-Z][a-z])", r"\1_\2", name)
-    return re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", name).lower()

@@ -18,10 +18,14 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 from werkzeug.local import LocalProxy
 
-from . import forks, hearing, models, opening, postgresql, serving, settings, sqlite
-from .connections import made_once
-from .context import current_run, fence, is_stopping_within, when_committed
-from .dependencies import refuse_driver
+from . import settings
+from .database import opening
+from .database import tables as models
+from .database.connections import made_once
+from .database.dialects import postgresql, sqlite
+from .database.dialects.open_transactions import OpenTransactions
+from .database.outages import Outages, place
+from .database.sessions import refuse_autocommit_options
 from .errors import (
     BackgroundError,
     DuplicateWorker,
@@ -32,27 +36,31 @@ from .errors import (
     UnknownWorker,
     first_line,
 )
-from .healing import is_ahead
-from .history import History
-from .locks import Lock, Locks
-from .logs import logger_of
-from .mailbox import Mailbox
-from .open_transactions import OpenTransactions
-from .outages import Outages, place
-from .payloads import as_delay, draft, listed
-from .presence import Presence
-from .recovery import Recovery
-from .roster import Roster
-from .runs import Execution, Runs
-from .schedule import make_schedule
-from .sessions import refuse_autocommit_options
+from .history.executions import History
+from .history.instances import Roster
+from .history.messages import Mailbox
+from .history.why import Answer, why
+from .host import forks
+from .host import stop_signals as hearing
+from .host.dependencies import refuse_driver
+from .host.logs import logger_of
+from .ledger.locks import Lock, Locks
+from .messages.payloads import as_delay, draft, listed
+from .process import serving
+from .process.presence import Presence
+from .process.recovery import Recovery
+from .process.ticks import Ticks
+from .registry import declared_schedule, declared_topic
+from .repair.clock_ahead import is_ahead
+from .runs.execution import Execution
+from .runs.fence import current_run, fence, is_stopping_within, when_committed
+from .runs.running import Runs
+from .schedule.parsing import make_schedule
 from .stores import Stores
-from .ticks import Ticks
-from .why import Answer, why
-from .worker import AnyWorker, MessageWorker, PeriodicWorker, declared_schedule, declared_topic
+from .worker import AnyWorker, MessageWorker, PeriodicWorker
 
 if TYPE_CHECKING:
-    from .membership import Membership
+    from .process.supervisor import Membership
 
 log = logger_of(__name__)
 
@@ -288,7 +296,7 @@ class BackgroundWorkerManager:
         with self._lock:
             if self.is_started:
                 return
-            from .membership import Membership  # brings APScheduler, for those who start
+            from .process.supervisor import Membership  # brings APScheduler, for those who start
 
             self._started_in = self._served_in = os.getpid()
             hearing.stop_when_told(self)

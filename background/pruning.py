@@ -6,9 +6,9 @@ from flask import current_app
 from sqlalchemy import delete, func, or_, select
 
 from .context import WorkerContext
+from .database.store import count
+from .database.tables import executions, messages
 from .manager import current_workers
-from .models import executions, messages
-from .store import count
 from .worker import PeriodicWorker
 
 SLICE = 5_000

@@ -11,8 +11,8 @@ from typing import Any
 from blinker import NamedSignal, Namespace
 from flask import Flask
 
-from .forks import ended_in_a_fork
-from .logs import logger_of
+from .host.forks import ended_in_a_fork
+from .host.logs import logger_of
 
 log = logger_of(__name__)
 

@@ -6,18 +6,18 @@ from functools import partial
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 
-from . import sqlite
-from .connections import Connections, made_once
-from .healing import Healing
-from .instances import Instances
-from .ledger import Ledger
-from .listener import ring
-from .mending import Mending
-from .messages import Messages
-from .outages import Outages
-from .sessions import schema_of
-from .steering import Steering
-from .store import Store
+from .database.connections import Connections, made_once
+from .database.dialects import sqlite
+from .database.notifications import ring
+from .database.outages import Outages
+from .database.sessions import schema_of
+from .database.store import Store
+from .ledger.controls import Steering
+from .ledger.leases import Instances
+from .ledger.ledger import Ledger
+from .messages.queue import Messages
+from .repair.clock_ahead import Healing
+from .repair.edited_rows import Mending
 
 
 class Stores:

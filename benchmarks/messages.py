@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from sqlalchemy import Column, Integer, MetaData, Table, insert, literal_column, or_, select, text
 
 from background import BackgroundWorkerManager, Message, MessageWorker, WorkerContext, current_workers
-from background import models as tables
+from background.database import tables
 from models import db
 
 from .sweep import context, database

@@ -125,16 +125,16 @@ def pages(app: Flask, size: Size) -> Iterator[str]:
         "background.execution": {"name": "worker_7", "id": round_number - size.workers + 7},
     }
     more = {
-        "background.overview": ["page=2", "q=worker_7"],
-        "background.worker": ["state=failed", f"until={ago(3_600)}", f"at={ago(3_600)}"],
-        "background.timeline": [
+        "background.history.overview": ["page=2", "q=worker_7"],
+        "background.registry": ["state=failed", f"until={ago(3_600)}", f"at={ago(3_600)}"],
+        "background.dashboard.timeline": [
             "window=1m",
             "window=1h",
             "window=6h",
             f"until={ago(7_200)}",
             "worker=worker_7&window=6h",
         ],
-        "background.messages": ["topic=orders", f"topic=orders&before={size.messages}"],
+        "background.messages.queue": ["topic=orders", f"topic=orders&before={size.messages}"],
     }
     with app.test_request_context():
         for rule in app.url_map.iter_rules():

@@ -15,8 +15,8 @@ from sqlalchemy import Column, Integer, MetaData, Table, create_engine, insert, 
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
-from background.sqlite import prepare
-from tests.proxy import Proxy
+from background.database.dialects.sqlite import prepare
+from tests.support.proxy import Proxy
 
 PROBE_SECONDS = 0.05
 PACE_SECONDS, LATE_SECONDS = 0.02, 0.1

@@ -15,7 +15,7 @@ from typing import Any
 from sqlalchemy import BigInteger, Column, Engine, Integer, MetaData, Row, String, Table, insert, select, update
 
 from background import Lock, WorkerContext, current_workers
-from background.clock import UtcDateTime, now
+from background.database.clock import UtcDateTime, now
 from models import db
 
 NAMES = ("left", "middle", "right")

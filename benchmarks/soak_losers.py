@@ -12,7 +12,7 @@ from sqlalchemy import Column, Engine, Integer, MetaData, Table, event, func, in
 from sqlalchemy.orm import Session
 
 from background import BackgroundWorkerManager
-from background.clock import UtcDateTime, now
+from background.database.clock import UtcDateTime, now
 
 WRITTEN_AT_ONCE = 50  # ticks
 

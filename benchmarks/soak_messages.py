@@ -14,7 +14,7 @@ from sqlalchemy import BigInteger, Boolean, Column, Integer, MetaData, String, T
 from sqlalchemy.exc import SQLAlchemyError
 
 from background import BackgroundWorkerManager, Message, MessageWorker, WorkerContext
-from background.clock import UtcDateTime, now
+from background.database.clock import UtcDateTime, now
 from models import db
 
 from .soak_losers import Losses

@@ -9,7 +9,7 @@ from typing import Any
 
 from sqlalchemy import Engine, Row, select
 
-from background.models import message_errors, messages
+from background.database.tables import message_errors, messages
 
 from .soak_messages import POISON, TOPICS, Letters, letters, receipts
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from sqlalchemy import Connection, Engine, delete, select
 from sqlalchemy.exc import SQLAlchemyError
 
-from background.models import executions, workers
+from background.database.tables import executions, workers
 
 from .soak_worker import workers as soak_workers
 

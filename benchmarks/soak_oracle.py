@@ -9,8 +9,8 @@ from typing import Any
 
 from sqlalchemy import Engine, Row, select
 
-from background.models import executions
-from background.schedule import Every
+from background.database.tables import executions
+from background.schedule.periods import Every
 
 from .soak_fleet import HEARTBEAT_SECONDS, LEASE_SECONDS, Fault
 from .soak_worker import effects, workers

@@ -15,7 +15,7 @@ from sqlalchemy import Column, Integer, MetaData, String, Table, func, insert, s
 
 import app as shop
 from background import PeriodicWorker, WorkerContext
-from background.clock import UtcDateTime, now
+from background.database.clock import UtcDateTime, now
 
 from . import soak_locks, soak_messages
 

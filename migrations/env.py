@@ -9,7 +9,7 @@ from flask import current_app
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
-from background.clock import UtcDateTime
+from background.database.clock import UtcDateTime
 from background.errors import DatabaseNotReady
 from migrations.schema import LOCK_SECONDS, why_not
 
@@ -20,7 +20,7 @@ finish: Callable[[Connection], None] | None = context.config.attributes.get("fin
 
 def render_item(kind: str, item: Any, autogenerate: Any) -> str | Literal[False]:
     if kind == "type" and isinstance(item, UtcDateTime):
-        autogenerate.imports.add("from background.clock import UtcDateTime")
+        autogenerate.imports.add("from background.database.clock import UtcDateTime")
         return "UtcDateTime()"
     return False
 

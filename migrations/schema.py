@@ -18,7 +18,7 @@ from flask import current_app
 from sqlalchemy import URL, Connection, Engine, inspect, text
 from sqlalchemy.exc import DBAPIError
 
-from background.database_files import make_private
+from background.database.dialects.sqlite_files import make_private
 from background.errors import DatabaseNotReady
 
 if TYPE_CHECKING:

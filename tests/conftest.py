@@ -1,29 +1,36 @@
 """Real databases for every test: SQLite files, and a PostgreSQL that is started from a wheel and stopped again."""
 
-import gc
 import os
 import shutil
 import signal
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import rules  # noqa: F401 - makes applications quickly
 import svcs
 from flask import Flask
 from flask.testing import FlaskClient, FlaskCliRunner
 from jinja2 import FileSystemBytecodeCache
-from sqlalchemy import URL, Engine, create_engine, make_url
-from sqlalchemy.pool import NullPool
-from werkzeug.security import generate_password_hash
+from sqlalchemy import URL, Engine, make_url
+from support import cached_url_rules as rules  # noqa: F401 - makes applications quickly
+from support.databases import (
+    PASSWORD,
+    PASSWORD_HASH,
+    administer,
+    administration,
+    close,
+    freeze,
+    migrate,
+    server_folder,
+    settings,
+    text,
+)
 
 from app import create_app
 from background import BackgroundWorkerManager
@@ -31,34 +38,19 @@ from mail import Mailer
 from models import Book, User, db
 
 if TYPE_CHECKING:
-    from effects import Effects
-    from fleet import Fleet
-    from nursery import Nursery, Shops
-
-PASSWORD = "correct horse battery staple"
-PASSWORD_METHOD = User.password_method
-User.password_method = "pbkdf2:sha256:1"  # quick: it guards nothing
-PASSWORD_HASH = generate_password_hash(PASSWORD, User.password_method)
+    from support.fleet import Fleet
+    from support.fork_server import Nursery, Shops
+    from support.run_traces import Effects
 
 PROCESSES = 6  # tests of real processes mostly wait for them
 
 HOUR_SECONDS = 3600
 TURN_SECONDS = 10  # longer than a test takes to whose outcome the hour matters
 
-_numbers = count(1)
-
-on_sqlite = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
-on_postgresql = pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
-
 # The fixtures, parameters and markers of tests that take long.
 NOT_QUICK = {"postgresql", "postgresql_server", "server", "nursery", "browser", "fuzz", "promise"}
 
-# Real fleets under faults: minutes of waiting for leases, heartbeats and processes.
-PROMISE = {
-    *("test_clocks", "test_database_trouble", "test_deploys", "test_faults", "test_fleet", "test_forks"),
-    *("test_hand_over", "test_healing", "test_hearing", "test_message_faults", "test_outages", "test_pooler"),
-    *("test_starting", "test_stopping"),
-}
+_numbers = count(1)
 
 # Compiled once, whatever the environment says: hundreds of interpreters are started from the same files.
 sys.dont_write_bytecode = False
@@ -76,9 +68,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of the promise. Mark as quick the tests without PostgreSQL, a nursery, a browser and bad input."""
+    """Mark the tests of the promise: real fleets under faults, which wait for leases and processes.
+
+    Mark as quick the tests without PostgreSQL, a nursery, a browser and bad input.
+    """
     for item in items:
-        if item.path.stem in PROMISE:
+        if item.path.parent.name == "promise":
             item.add_marker("promise")
         parameters = getattr(getattr(item, "callspec", None), "params", {}).values()
         needs = {each for each in parameters if isinstance(each, str)} | {each.name for each in item.iter_markers()}
@@ -113,43 +108,10 @@ def pytest_runtest_setup() -> None:
         time.sleep(left)
 
 
-def freeze() -> None:
-    """What is there by now stays: without it each `gc.collect` would take a quarter of a second."""
-    gc.collect()
-    gc.freeze()
-
-
 @pytest.fixture(scope="module", autouse=True)
 def frozen() -> None:
     """So does what the tests of the files before have left in caches."""
     freeze()
-
-
-def settings(database_url: str, **more: Any) -> dict[str, Any]:
-    return {
-        "DATABASE_URL": database_url,
-        "TESTING": True,
-        "WTF_CSRF_ENABLED": False,
-        "SECRET_KEY": "test",
-        "RELEASE": "tested",
-        **more,
-    }
-
-
-def migrate(database_url: str) -> None:
-    from migrations.schema import upgrade
-
-    app = create_app(settings(database_url))
-    with app.app_context():
-        upgrade()
-        dispose()
-
-
-def dispose() -> None:
-    """Close every connection of the application in whose context this is called, also the one that its session has."""
-    db.session.remove()
-    for engine in db.engines.values():
-        engine.dispose()
 
 
 @pytest.fixture(scope="session")
@@ -167,27 +129,6 @@ def postgresql_server() -> Iterator[URL]:
     yield url
     server.cleanup()
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def server_folder() -> Path:
-    """For the files of a server: in memory, where there is plenty, as a new database for each test is much to write."""
-    memory = Path("/dev/shm")
-    is_plenty = memory.exists() and shutil.disk_usage(memory).free > 4 * 10**9  # a container may have 64 MB
-    return Path(tempfile.mkdtemp(prefix="bookstore-postgresql-", dir=memory if is_plenty else None))
-
-
-def administer(server: URL, *statements: str) -> None:
-    with administration(server) as execute:
-        for statement in statements:
-            execute(statement)
-
-
-@contextmanager
-def administration(server: URL) -> Iterator[Callable[[str], object]]:
-    """Execute statements on the server outside any transaction, all on one connection."""
-    engine = create_engine(server, poolclass=NullPool, isolation_level="AUTOCOMMIT")
-    with engine.connect() as connection:
-        yield connection.exec_driver_sql
 
 
 @pytest.fixture(scope="session")
@@ -212,10 +153,6 @@ def migrated_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
     migrate(f"sqlite:///{path}")
     freeze()
     return path
-
-
-def text(url: URL) -> str:
-    return url.render_as_string(hide_password=False)
 
 
 @pytest.fixture
@@ -272,17 +209,6 @@ def app(database_url: str, compiled_templates: FileSystemBytecodeCache) -> Itera
     app.jinja_env.bytecode_cache = compiled_templates
     yield app
     close(app)
-
-
-def close(*apps: Flask) -> None:
-    """Stop their workers and leave no connection open; one that was left warns in the test that left it."""
-    for app in apps:
-        app.extensions["background_workers"].stop()
-        with app.app_context():
-            dispose()
-        for name in app.config.get("SQLALCHEMY_BINDS") or ():
-            db.metadatas.pop(name, None)  # `db` is one for all tests, and would make tables on these binds too
-    gc.collect()
 
 
 @pytest.fixture
@@ -368,7 +294,7 @@ def login() -> Callable[[FlaskClient, User], None]:
 @pytest.fixture
 def fleet(database_url: str) -> Iterator["Fleet"]:
     """Instances on one database, stopped at the end; see fleet.py."""
-    from fleet import Fleet
+    from support.fleet import Fleet
 
     fleet = Fleet(database_url)
     yield fleet
@@ -377,7 +303,7 @@ def fleet(database_url: str) -> Iterator["Fleet"]:
 
 @pytest.fixture(scope="session")
 def nursery() -> Iterator["Nursery"]:
-    from nursery import Nursery
+    from support.fork_server import Nursery
 
     nursery = Nursery()
     yield nursery
@@ -387,15 +313,15 @@ def nursery() -> Iterator["Nursery"]:
 @pytest.fixture
 def effects(database_url: str) -> "Effects":
     """What the probes' workers leave in this test's database."""
-    from effects import Effects
+    from support.run_traces import Effects
 
     return Effects(database_url)
 
 
 @pytest.fixture
 def shops(nursery: "Nursery", effects: "Effects") -> Iterator["Shops"]:
-    """Processes on this test's database, all gone at its end; see nursery.py."""
-    from nursery import Shops
+    """Processes on this test's database, all gone at its end; see fork_server.py."""
+    from support.fork_server import Shops
 
     shops = Shops(nursery, effects.url)
     yield shops

@@ -7,7 +7,7 @@ Revises:
 import sqlalchemy as sa
 from alembic import op
 
-from background.clock import UtcDateTime
+from background.database.clock import UtcDateTime
 
 revision = "0001"
 down_revision = None

@@ -9,7 +9,7 @@ from typing import Any
 import sqlalchemy as sa
 from alembic import op
 
-from background.clock import UtcDateTime
+from background.database.clock import UtcDateTime
 
 revision = "0003"
 down_revision = "0002"

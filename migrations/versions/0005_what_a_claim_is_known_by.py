@@ -7,7 +7,7 @@ Revises: 0004
 import sqlalchemy as sa
 from alembic import op
 
-from background.clock import UtcDateTime
+from background.database.clock import UtcDateTime
 
 revision = "0005"
 down_revision = "0004"

@@ -1,0 +1,454 @@
+"""`flask workers ...`: the commands read, ask or steer the manager, and print."""
+
+import gc
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import click
+from sqlalchemy.exc import DBAPIError
+
+from ..errors import BackgroundError, UnknownWorker
+from ..history.condition import condition
+from ..history.overview import overview
+from ..history.records import STATES, Record, Seen
+from ..history.text import EARLIEST, LATEST, ahead, moment, moment_in, printable, progress, second, silent, span, table
+from ..ledger.claim import WorkerState
+from ..manager import BackgroundWorkerManager, the_manager
+from ..registry import declared_schedule
+from ..repair.clock_ahead import what_goes_on
+from ..runs.execution import Execution
+from .shared import (
+    WorkersGroup,
+    WrongUsage,
+    as_json_option,
+    checked_manager,
+    not_ready,
+    one_state,
+    print_json,
+    row_limit,
+)
+from .unmigrated import unmigrated
+
+workers_cli = WorkersGroup(
+    "workers",
+    help="""See and steer the background workers. Times are ISO 8601, in UTC.
+
+    \b
+    Exit codes:
+      0  fine
+      1  the answer is no, or it failed: a run that did not succeed, a tick that did not
+         run, a problem that was found, a database that is not ready
+      2  wrong usage, or a name that no worker has
+    """,
+)
+
+
+# -- looking -------------------------------------------------------------------------------------
+
+
+@workers_cli.command("list")
+@as_json_option
+def list_workers(as_json: bool) -> None:
+    """Show every worker, its next tick and its last one.
+
+    If no instance is alive, the first line says so.
+    """
+    manager = checked_manager()
+    rows = overview(manager.stores, manager.workers)
+    if as_json:
+        print_json(rows)
+    else:
+        if silence := manager.roster.silence():
+            click.echo(silent(silence))
+        headers = ("name", "schedule", "next tick", "last tick", "became", "running on", "note")
+        _print_workers(headers, [_cells(row) for row in rows])
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    last, running = row["last"], row["running"]
+    tick = moment(last["through"] or last["tick"]) if last else "-"
+    became = last["state"] if last else "-"
+    if last and last["seconds"] is not None:
+        became += f" in {span(timedelta(seconds=last['seconds']))}"
+    on = running["instance"] + (", which is gone" if running["is_gone"] else "") if running else "-"
+    notes = [
+        "" if row["in_this_release"] else "not in this release",
+        "disabled" if row["enabled"] is False else "",
+        f"paused since {second(row['paused_at'])}" if row["paused_at"] else "",
+        f"overdue since {second(row['overdue_since'])}" if row["overdue_since"] else "",
+        f"stuck: {row['stuck']}" if row["stuck"] else "",
+        f"{moment(row['pending_tick'])} runs first" if row["pending_tick"] else "",
+        f"declared: {row['declared']}" if row["declared"] not in (None, row["schedule"]) else "",
+    ]
+    schedule = row["schedule"] or "not one that this release can read"
+    return [row["name"], schedule, moment(row["next_tick"]), tick, became, on, "; ".join(filter(None, notes))]
+
+
+def _print_workers(headers: tuple[str, ...], rows: list[list[str]]) -> None:
+    """The periodic ones in a table, and the others in a line."""
+    parts = [table(headers, rows)] if rows else []
+    if others := ", ".join(f"{topic} ({worker.name})" for topic, worker in the_manager().topics.items()):
+        parts.append(f"Messages: {others}; see `flask messages stats`.")
+    click.echo("\n".join(parts) or "There is no worker; write workers.add(MyWorker) in create_app.")
+
+
+@workers_cli.command()
+@as_json_option
+def instances(as_json: bool) -> None:
+    """Show who is alive, and who left within a day.
+
+    Also what they hold, and how far their clocks are off.
+    """
+    manager = checked_manager()
+    states, seen = manager.stores.ledger.states().values(), manager.roster.seen()
+    holds = {each.id: [state.name for state in states if state.instance == each.id] for each in seen}
+    if as_json:
+        print_json([{**asdict(each), "holds": holds[each.id]} for each in seen])
+    elif seen:
+        headers = ("instance", "state", "release", "started", "heartbeat", "clock", "holds")
+        click.echo(table(headers, [_instance_cells(each, holds[each.id]) for each in seen]))
+    else:
+        click.echo("No instance was here within a day; `flask workers run` starts one.")
+
+
+def _instance_cells(seen: Seen, holds: list[str]) -> list[str]:
+    return [
+        seen.name,
+        seen.state,
+        seen.release or "",
+        second(seen.started_at),
+        second(seen.heartbeat_at),
+        ahead(seen.clock_ahead),
+        ", ".join(holds),
+    ]
+
+
+@workers_cli.command()
+@as_json_option
+def check(as_json: bool) -> None:
+    """Validate settings, workers, database and fleet.
+
+    Changes nothing. Exits with 1 if there is a problem: no instance is alive, a worker is overdue or stuck, threads are
+    used up, or a model has no migration. The settings and the workers were validated when the application was made.
+    """
+    manager = the_manager()
+    states: dict[str, WorkerState] = {}
+    unseen = list(_NEVER_LOOKED_AT)
+    try:
+        states = checked_manager().stores.ledger.states()
+        found = condition(manager.stores, manager.workers, manager.app.config["WORKERS_THREADS"])
+        problems, alive = found.problems(), found.alive
+        if (lacking := unmigrated(manager.app, manager.db)) is None:
+            unseen.insert(0, "whether a model has no migration")
+        else:
+            problems += lacking
+    except (BackgroundError, DBAPIError) as error:
+        problems = [str((error if isinstance(error, BackgroundError) else not_ready(error)).message)]
+        alive, unseen = 0, ["the fleet", "whether a model has no migration", *unseen]
+    rows = [_next_ticks(manager, name, states.get(name), datetime.now(UTC)) for name in manager.workers]
+    if as_json:
+        print_json({"workers": rows, "problems": problems, "not_looked_at": unseen})
+    else:
+        _print_checked(rows, problems, alive, unseen)
+    if problems:
+        raise click.exceptions.Exit(1)
+
+
+_NEVER_LOOKED_AT = (
+    "whether a run would succeed",
+    "workers that only another release has",
+    "messages (see `flask messages stats`)",
+    "systems outside the database, such as a mail server",
+)
+
+
+def _next_ticks(manager: BackgroundWorkerManager, name: str, state: WorkerState | None, at: datetime) -> dict[str, Any]:
+    schedule = state.schedule if state and state.overridden else declared_schedule(manager.workers[name])
+    ticks: list[datetime] = []
+    for _ in range(3):
+        ticks.append(schedule.next(ticks[-1] if ticks else at))
+    return {
+        "name": name,
+        "schedule": schedule.describe(),
+        "next_ticks": ticks,
+        "enabled": manager.workers[name].enabled,
+        "paused_at": state.paused_at if state else None,
+    }
+
+
+def _print_checked(rows: list[dict[str, Any]], problems: list[str], alive: int, unseen: list[str]) -> None:
+    headers = ("name", "schedule", "next tick", "then", "then", "note")
+    _print_workers(headers, [_checked_cells(row) for row in rows])
+    for problem in problems:
+        click.echo(f"Problem: {printable(problem)}", err=True)
+    click.echo(f"Not looked at: {'; '.join(unseen)}.")
+    if not problems:
+        workers, fleet = _count(len(the_manager().names), "worker"), _count(alive, "instance")
+        click.echo(f"Fine: the settings, {workers}, the database, its migrations, and the fleet of {fleet}.")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _checked_cells(row: dict[str, Any]) -> list[str]:
+    note = f"paused since {second(row['paused_at'])}" if row["paused_at"] else "" if row["enabled"] else "disabled"
+    return [row["name"], row["schedule"], *map(moment, row["next_ticks"]), note]
+
+
+@workers_cli.command()
+@click.argument("name")
+@click.option("--limit", default="20", show_default=True, help="How many at most.")
+@click.option("--state", help=f"Only those which are: {', '.join(STATES)}.")
+@as_json_option
+def history(name: str, limit: str, state: str | None, as_json: bool) -> None:
+    """Show the executions of NAME, newest first.
+
+    With --json every traceback is shown in full.
+    """
+    number, state = row_limit(limit), one_state(state, STATES)
+    manager = checked_manager()
+    _stored(manager, name)
+    records = manager.history.executions(name, number, state)
+    if as_json:
+        print_json([record.as_dict() for record in records])
+    elif records:
+        headers = ("tick", "state", "attempt", "started", "took", "instance", "note")
+        click.echo(table(headers, map(_history_cells, records)))
+    else:
+        click.echo(f"{name} has no executions{f' that are {state}' if state else ' yet'}.")
+
+
+def _history_cells(record: Record) -> list[str]:
+    tick = moment(record.tick)
+    if record.through and record.through != record.tick:
+        tick += f" to {moment(record.through)}"
+    took = span(record.duration) if record.duration is not None else "-"
+    note = record.last_line or progress(record).strip(" ()")
+    if record.is_gone:
+        note = f"running on {record.instance_name}, which is gone: will be taken over"
+    if record.trigger != "schedule":
+        note = f"{record.trigger}; {note}" if note else record.trigger
+    started, on = second(record.started_at), record.instance_name or "-"
+    return [tick, record.state, str(record.attempt or "-"), started, took, on, note]
+
+
+@workers_cli.command()
+@click.argument("name")
+@click.option("--at", "text", metavar="T", help="A moment in ISO 8601, in UTC where it names no zone; default: now.")
+@as_json_option
+def why(name: str, text: str | None, as_json: bool) -> None:
+    """Say what became of a tick of NAME, and why.
+
+    It is the latest tick at or before T. Exits with 0 if it succeeded, is running, or is not due yet; else with 1.
+    """
+    at = _moment(text) if text is not None else None
+    manager = checked_manager()
+    _stored(manager, name)
+    answer = manager.why(name, at)
+    if as_json:
+        records = [record.as_dict() for record in answer.records]
+        print_json({**vars(answer), "is_fine": answer.is_fine, "records": records})
+    else:
+        click.echo(answer.sentence)
+    if not answer.is_fine:
+        raise click.exceptions.Exit(1)
+
+
+# -- running -------------------------------------------------------------------------------------
+
+
+@workers_cli.command()
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+@click.option("--once", is_flag=True, help="Run the latest due tick of NAME here, if nobody has, and end.")
+def run(names: tuple[str, ...], once: bool) -> None:
+    """Run the workers, or only those named, in this process.
+
+    It serves nothing else, and ends on SIGINT or SIGTERM. The web can run with WORKERS_ENABLED=false beside it; here
+    that setting is ignored. A stop waits at most WORKERS_SHUTDOWN_SECONDS for what runs, and hands the rest back;
+    a second signal ends the wait.
+
+    With --once, made for cron: exits with 1 if the run failed, with 0 if it succeeded or was not this call's to run.
+    """
+    manager = the_manager()
+    if unknown := set(names) - manager.names:
+        raise UnknownWorker(min(unknown), manager.names)
+    if not once:
+        _run_until_told(manager, names)
+    elif len(names) == 1:
+        _run_once(_manager_of(names[0]), names[0])
+    else:
+        raise WrongUsage("--once expects the name of one worker: write `flask workers run NAME --once`.")
+
+
+def _run_until_told(manager: BackgroundWorkerManager, names: tuple[str, ...]) -> None:
+    _prepare(manager)
+    manager.start(names)
+    gc.freeze()  # else a full collection looks through all imports: 0.1 s in which no other thread runs
+    told, tell = socket.socketpair()
+    tell.setblocking(False)
+    signal.set_wakeup_fd(tell.fileno(), warn_on_full_buffer=False)
+    with suppress(KeyboardInterrupt):
+        while True:
+            told.recv(1)  # a signal wakes this thread, also if it arrives at another one
+
+
+def _run_once(manager: BackgroundWorkerManager, name: str) -> None:
+    _prepare(manager)
+    if not manager.workers[name].enabled:
+        click.echo(f"Not run: {name} is disabled in this release (enabled = False).")
+        return
+    at = manager.history.clock()
+    with _handed_back_on_signals(manager, name):
+        execution = manager.tick(name, at)
+    if execution is None:
+        click.echo(f"Not run here. {manager.why(name, at).sentence}")
+    else:
+        _report(manager, execution)
+
+
+@workers_cli.command()
+@click.argument("name")
+def trigger(name: str) -> None:
+    """Run NAME now, here, whatever its schedule says.
+
+    Exits with 1 if it did not succeed. Ctrl-C hands the run back: another instance does it.
+    """
+    manager = _manager_of(name)
+    _prepare(manager)
+    with _handed_back_on_signals(manager, name):
+        execution = manager.trigger(name)
+    if execution is None:
+        click.echo(printable(f"Not run: {_why_not_triggered(manager, name)}"))
+        raise click.exceptions.Exit(1)
+    _report(manager, execution)
+
+
+def _why_not_triggered(manager: BackgroundWorkerManager, name: str) -> str:
+    state = manager.stores.ledger.look(name)
+    if state and state.running:
+        tick = moment(state.running.tick)
+        return f"{name} is running already, the tick {tick} on {state.instance_name}; try again when it has ended."
+    if state and state.pending_tick:
+        held_up = "the worker is paused" if state.paused_at else "the database's clock was set back"
+        return f"the tick {moment(state.pending_tick)} of {name} is to be run first, and {held_up}."
+    return f"{name} was running at that moment; try again."
+
+
+def _report(manager: BackgroundWorkerManager, execution: Execution) -> None:
+    click.echo(manager.why(execution.claim.worker, execution.claim.tick).sentence)
+    if execution.state != "succeeded":
+        raise click.exceptions.Exit(1)
+
+
+@contextmanager
+def _handed_back_on_signals(manager: BackgroundWorkerManager, name: str) -> Iterator[None]:
+    try:
+        with _sigterm_as_sigint():
+            yield
+    except KeyboardInterrupt:
+        newest = manager.history.executions(name, limit=1)
+        click.echo(manager.why(name, newest[0].tick).sentence if newest else f"{name} was not run.")
+        raise click.exceptions.Exit(1) from None
+
+
+@contextmanager
+def _sigterm_as_sigint() -> Iterator[None]:
+    """Whoever sends SIGTERM means what Ctrl-C means: KeyboardInterrupt, in the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+# -- steering ------------------------------------------------------------------------------------
+
+
+@workers_cli.command()
+@click.argument("name")
+def pause(name: str) -> None:
+    """Run no more ticks of NAME until it is resumed.
+
+    That holds for every instance; what runs already goes on.
+    """
+    manager = _manager_of(name)
+    changed = checked_manager().pause(name)
+    state = manager.stores.ledger.look(name)
+    since = f", since {second(state.paused_at)}" if state else ""
+    click.echo(f"{name} is paused{since}." if changed else f"{name} was paused already{since}.")
+
+
+@workers_cli.command()
+@click.argument("name")
+def resume(name: str) -> None:
+    """Run the ticks of NAME again, from the next one."""
+    manager = _manager_of(name)
+    changed = checked_manager().resume(name)
+    state = manager.stores.ledger.look(name)
+    following = f"; its next tick is {moment(state.schedule.next(state.clock))}" if state else ""
+    click.echo(f"{name} is resumed{following}." if changed else f"{name} was not paused{following}.")
+
+
+@workers_cli.command()
+def repair() -> None:
+    """Resume what a wrong clock put off.
+
+    Use it when the database's clock was ahead and is right again. Ticks and messages that lie in its future are due
+    again. No tick that ran while the clock was ahead runs a second time.
+    """
+    manager = checked_manager()
+    healed, number = manager.repair()
+    clock = second(manager.history.clock())
+    if healed or number:
+        click.echo(f"Due as before, by the database's clock {clock}: {what_goes_on(healed, number)}.")
+    else:
+        click.echo(f"No worker and no message lies in the future of the database's clock, {clock}.")
+
+
+# -- what the commands share ---------------------------------------------------------------------
+
+
+def _prepare(manager: BackgroundWorkerManager) -> None:
+    try:
+        manager.prepare()
+    except OSError as error:
+        raise not_ready(error) from None
+
+
+def _manager_of(name: str) -> BackgroundWorkerManager:
+    """The manager, which has a periodic worker of that name. Raises UnknownWorker."""
+    manager = the_manager()
+    if name not in manager.workers:
+        raise UnknownWorker(name, manager.names, manager.topic_of(name))
+    return manager
+
+
+def _stored(manager: BackgroundWorkerManager, name: str) -> None:
+    """Raise UnknownWorker for a name that neither this release nor the database has."""
+    is_text = name.isascii() or name.isprintable()  # what a terminal sent in another encoding is no text
+    if name not in manager.workers and not (is_text and manager.stores.ledger.look(name)):
+        known = manager.names | manager.stores.ledger.states().keys()
+        raise UnknownWorker(name, known, manager.topic_of(name))
+
+
+def _moment(text: str) -> datetime:
+    try:
+        at = moment_in(text)
+    except ValueError:
+        raise WrongUsage(
+            f"--at is {text!r}; expected a moment from {EARLIEST.year} to {LATEST.year - 1} in ISO 8601: "
+            f"write 2026-11-20T12:00Z, say."
+        ) from None
+    if datetime.fromisoformat(text.strip()).tzinfo is None:
+        click.echo(f"{text} names no time zone, so it is taken as UTC.", err=True)
+    return at

@@ -1,0 +1,5 @@
+"""The pages for people who operate a fleet."""
+
+from .blueprint import dashboard
+
+__all__ = ["dashboard"]

@@ -1,0 +1,61 @@
+"""The dashboard: one blueprint, made for an app that says who may see it."""
+
+from collections.abc import Callable
+
+from flask import Blueprint, request
+from flask.typing import ResponseReturnValue
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
+from werkzeug.wrappers import Response
+
+from ..errors import CommitFirst, first_line
+from ..manager import the_manager
+from ..monitoring.unavailable import is_away, unavailable
+from . import fleet_pages, message_pages, worker_actions, worker_pages
+from .filters import add_filters, back, say
+from .origin import refuse_foreign
+
+
+def dashboard(allow: Callable[[], ResponseReturnValue | None]) -> Blueprint:
+    """Return a blueprint at /workers. `allow` is asked before each request, and answers those that it refuses.
+
+    The blueprint refuses requests of another site's pages that would change something, with or without Flask-WTF. It is
+    not shown in a frame of another site. Without a SECRET_KEY the pages and buttons work, and no message is shown. An
+    app that has a template `background/layout.html` shows the pages in its own look.
+    """
+    blueprint = Blueprint(
+        "background", __name__, url_prefix="/workers", template_folder="templates", static_folder="static"
+    )
+    blueprint.before_request(refuse_foreign)
+    blueprint.before_request(allow)
+    blueprint.after_request(refuse_frames)
+    blueprint.register_error_handler(SQLAlchemyError, not_taken)
+    blueprint.register_error_handler(CommitFirst, held_up)
+    # Only the dashboard's own pages call this function: the host's error page must not ask the database.
+    blueprint.context_processor(lambda: {"silence": lambda: the_manager().roster.silence()})
+    add_filters(blueprint)
+    for part in (worker_pages, worker_actions, fleet_pages, message_pages):
+        part.add_to(blueprint)
+    return blueprint
+
+
+def refuse_frames(response: Response) -> Response:
+    """Keep another site from framing a page: a click there would count as one on the dashboard itself."""
+    response.headers.setdefault("X-Frame-Options", "SAMEORIGIN")
+    return response
+
+
+def not_taken(error: SQLAlchemyError) -> ResponseReturnValue:
+    """Answer for a database that is away, or that did not take a button's change.
+
+    A run may hold the rows of the change for longer than a page waits.
+    """
+    if request.method != "POST" or not isinstance(error, OperationalError) or is_away(error):
+        return unavailable(error)
+    say(f"The database did not take that ({first_line(error)}). Try again.", "error")
+    return back()
+
+
+def held_up(_error: CommitFirst) -> ResponseReturnValue:
+    """Answer a button whose change waits for a transaction that the host application left open in this request."""
+    say("The database did not take that: this request has an open transaction of its own. Try again.", "error")
+    return back()

@@ -1,0 +1,87 @@
+"""What the dashboard's pages share: the way back from a button, and how values are written."""
+
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+
+from flask import Blueprint, flash, redirect, request, session, url_for
+from flask.sessions import NullSession
+from markupsafe import Markup
+from werkzeug.wrappers import Response
+
+from ..history.text import ahead, span
+
+
+def back(otherwise: str = "background.overview") -> Response:
+    """To the page of ours that the pressed button was on: its form names it in `next`."""
+    target = request.form.get("next", "")
+    return redirect(target if _is_ours(target) else url_for(otherwise), 303)
+
+
+def _is_ours(path: str) -> bool:
+    """A path below the dashboard, without what a browser would read as another host's."""
+    return path.startswith(url_for("background.overview")) and "\\" not in path and path.isprintable()
+
+
+def say(text: str, category: str) -> None:
+    """Show `text` on the next page. An app without a SECRET_KEY keeps no message: its page shows the change."""
+    if not isinstance(session, NullSession):
+        flash(text, category)
+
+
+# -- how values are written ----------------------------------------------------------------------
+
+
+def add_filters(blueprint: Blueprint) -> None:
+    for name, function in FILTERS.items():
+        blueprint.add_app_template_filter(function, name)
+
+
+def time_tag(at: datetime | None) -> str:
+    """A moment, to the second; the script shows it in the viewer's zone."""
+    if at is None:
+        return "–"
+    at = at.astimezone(UTC)
+    text = utc_text(at)
+    return Markup(f'<time datetime="{at.isoformat()}" title="{text}">{text}</time>')  # noqa: S704 - digits and signs
+
+
+def utc_text(at: datetime) -> str:
+    return at.astimezone(UTC).isoformat(" ", "seconds").replace("+00:00", " UTC")
+
+
+def state_tag(state: str) -> str:
+    return Markup('<span class="state {}">{}</span>').format(state_class(state), state)
+
+
+def state_class(state: str) -> str:
+    return "state-" + state.replace(" ", "-")
+
+
+def span_text(length: timedelta | float | None) -> str:
+    """A length of time (a number: of seconds) in words."""
+    if length is None:
+        return "–"
+    return span(length if isinstance(length, timedelta) else timedelta(seconds=length))
+
+
+def countdown_tag(at: datetime, clock: datetime) -> str:
+    """How long it is until then; the script counts down."""
+    seconds = int((at - clock).total_seconds())
+    left = "now" if seconds < 1 else f"in {span(timedelta(seconds=seconds)) if seconds >= 60 else f'{seconds} s'}"
+    return Markup(f'<time datetime="{at.isoformat()}" title="{utc_text(at)}" data-countdown>{left}</time>')  # noqa: S704
+
+
+def number_text(value: float) -> str:
+    return f"{value:,.0f}" if value == int(value) else f"{value:,.2f}"
+
+
+FILTERS: dict[str, Callable[..., str]] = {
+    "time_tag": time_tag,
+    "utc_text": utc_text,
+    "state_tag": state_tag,
+    "state_class": state_class,
+    "span_text": span_text,
+    "countdown_tag": countdown_tag,
+    "number_text": number_text,
+    "ahead_text": ahead,
+}

@@ -1,0 +1,130 @@
+"""The dashboard's pages of the fleet: who ran what when, and the instances."""
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import TypeVar
+from urllib.parse import quote
+
+from flask import Blueprint, abort, render_template, request, url_for
+from flask.typing import ResponseReturnValue
+
+from ..history.records import STATES, Record, Seen, Window
+from ..history.text import moment, moment_in
+from ..ledger.leases import OFFSET_WARNED
+from ..ledger.locks import Holding
+from ..manager import BackgroundWorkerManager, the_manager
+from .filters import state_class
+from .timeline import SIGNS, draw
+
+LENGTHS = {
+    "1m": ("1 minute", timedelta(minutes=1)),
+    "5m": ("5 minutes", timedelta(minutes=5)),
+    "1h": ("1 hour", timedelta(hours=1)),
+    "6h": ("6 hours", timedelta(hours=6)),
+}
+_USUAL = "5m"
+_MOST_BARS = 300
+
+Held = TypeVar("Held", Record, Holding)
+
+
+def add_to(blueprint: Blueprint) -> None:
+    blueprint.add_url_rule("/timeline", "timeline", timeline_page)
+    blueprint.add_url_rule("/instances", "instances", instances_page)
+
+
+# -- the timeline --------------------------------------------------------------------------------
+
+
+def timeline_page() -> ResponseReturnValue:
+    history = the_manager().history
+    names = sorted({*the_manager().workers, *history.names()})
+    worker = request.args.get("worker") or None
+    if worker is not None and worker not in names:
+        abort(404, f"There is no worker {worker!r}.")
+    key = request.args.get("window", _USUAL)
+    key = key if key in LENGTHS else _USUAL
+    window = history.window(LENGTHS[key][1], _until(), worker, _MOST_BARS)
+    return render_template(
+        "background/timeline.html",
+        picture=draw(window),
+        window=window,
+        is_live=window.until == window.clock,
+        with_table="table" in request.args,
+        lengths=LENGTHS,
+        here={"window": key, "worker": worker} if worker else {"window": key},
+        names=names,
+        earlier=moment(window.since),
+        later=_later(window),
+        rest=moment(window.complete_since),
+        most=_MOST_BARS,
+        addresses=_addresses({each.worker for each in window.records}),
+        classes={state: state_class(state) for state in STATES},
+        signs=SIGNS,
+    )
+
+
+def _addresses(names: Collection[str]) -> dict[str, str]:
+    """The workers' pages; each address made by itself would take longer than all the rest."""
+    start, end = url_for("background.worker", name="~").split("~")
+    return {name: f"{start}{quote(name, safe='')}{end}" for name in names}
+
+
+def _until() -> datetime | None:
+    """The end that the address asks for; None, which is now, where it asks for none or for nonsense."""
+    with suppress(ValueError):
+        return moment_in(request.args.get("until", ""))
+    return None
+
+
+def _later(window: Window) -> str | None:
+    """The end of the next picture; None where that is now."""
+    until = window.until + (window.until - window.since)
+    return moment(until) if until < window.clock else None
+
+
+# -- the instances -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Holder:
+    """An instance, and what it holds."""
+
+    seen: Seen
+    age: timedelta
+    """Of its last heartbeat."""
+    runs: list[Record]
+    locks: list[Holding]
+    messages: int
+
+    @property
+    def is_skewed(self) -> bool:
+        return abs(self.seen.clock_ahead or 0.0) > OFFSET_WARNED.total_seconds()
+
+
+def instances_page() -> ResponseReturnValue:
+    clock = the_manager().history.clock()
+    holders = _holders(the_manager(), clock)
+    alive = sum(each.seen.is_alive for each in holders)
+    known = {"silence": lambda: None} if alive else {}  # else the page asks when the last instance left
+    return render_template("background/instances.html", holders=holders, alive=alive, clock=clock, **known)
+
+
+def _holders(manager: BackgroundWorkerManager, clock: datetime) -> list[Holder]:
+    """Those who are alive first."""
+    messages = manager.messages.held()
+    runs, locks = _by_instance(manager.history.running()), _by_instance(manager.locks.held())
+    return [
+        Holder(each, clock - each.heartbeat_at, runs[each.id], locks[each.id], messages.get(each.id, 0))
+        for each in manager.roster.seen()
+    ]
+
+
+def _by_instance(each: Iterable[Held]) -> dict[str | None, list[Held]]:
+    found: dict[str | None, list[Held]] = defaultdict(list)
+    for one in each:
+        found[one.instance].append(one)
+    return found

@@ -1,0 +1,65 @@
+"""Refuses requests that a page of another site sent and that would change something."""
+
+from urllib.parse import SplitResult, urlsplit
+
+from flask import abort, request
+
+from ..errors import spelled_out
+from ..host.logs import logger_of
+
+log = logger_of(__name__)
+
+_HARMLESS = ("GET", "HEAD", "OPTIONS")
+_OWN = ("same-origin", "none")  # "none": the user's own action, without a page
+_PORTS = {"http": 80, "https": 443}
+_LONGEST = 200
+
+
+def refuse_foreign() -> None:
+    """Answer 403 if a page of another site (another scheme, host or port) sent a request to change something.
+
+    A browser names the sender: by Sec-Fetch-Site, else by Origin, else by Referer. No page can forge these. A client
+    that sends none of them is not a modern browser, and no page can press its buttons.
+    """
+    if request.method in _HARMLESS:
+        return
+    if (sender := _foreign_sender()) is not None:
+        log.warning("Refused %s %s: sent with %s", request.method, spelled_out(request.path[:_LONGEST]), sender)
+        abort(
+            403,
+            f"This request came with {sender}; expected one of a page at {request.host_url}. "
+            "Press the button on the dashboard itself. A proxy in front must pass the Host header on.",
+        )
+
+
+def _foreign_sender() -> str | None:
+    """Return the header that shows a foreign page. None if no header does."""
+    if site := request.headers.get("Sec-Fetch-Site"):  # the browser knew the Host, which a proxy may have changed
+        return None if site in _OWN else _shown("Sec-Fetch-Site", site)
+    for header in ("Origin", "Referer"):
+        if (sent := request.headers.get(header)) is not None:
+            return None if _is_own(sent) else _shown(header, sent)
+    return None
+
+
+def _shown(header: str, value: str) -> str:
+    return f"{header} {spelled_out(value[:_LONGEST])!r}"
+
+
+def _is_own(sender: str) -> bool:
+    """Return whether that address has this request's host and port. "null", as of a sandbox, has none.
+
+    A proxy may have removed the encryption. So only a scheme that is less secure than this request's is foreign.
+    """
+    try:
+        theirs, ours = urlsplit(sender), urlsplit(f"//{request.host}")
+        usual = _PORTS.get(theirs.scheme)
+        if usual is None or not theirs.hostname or (request.is_secure and theirs.scheme == "http"):
+            return False
+        return _place(theirs, usual) == _place(ours, usual)
+    except ValueError:  # not a port, or not an address
+        return False
+
+
+def _place(address: SplitResult, usual_port: int) -> tuple[str | None, int]:
+    return address.hostname, usual_port if address.port is None else address.port

@@ -1,0 +1,85 @@
+"""The dashboard's buttons of the workers. Each changes the whole fleet, and goes back to the page that it was on."""
+
+from urllib.parse import urlencode
+
+from flask import Blueprint, abort, request
+from flask.typing import ResponseReturnValue
+from werkzeug.wrappers import Response
+
+from ..errors import InvalidSchedule
+from ..manager import BackgroundWorkerManager, the_manager
+from ..schedule.cron import Cron
+from ..schedule.parsing import typed_schedule
+from ..schedule.periods import Every
+from .filters import back, say
+from .worker_pages import known
+
+
+def add_to(blueprint: Blueprint) -> None:
+    for action in (run, pause, resume, reschedule):
+        blueprint.add_url_rule(f"/worker/<name>/{action.__name__}", action.__name__, action, methods=["POST"])
+
+
+def run(name: str) -> ResponseReturnValue:
+    manager = _steered(name)
+    if not manager.request(name):
+        say(f"{name} is running already, or will run next.", "info")
+    elif any(seen.is_alive for seen in manager.roster.seen()):
+        say(f"{name} will run within {manager.app.config['WORKERS_HEARTBEAT_SECONDS']:g} s.", "success")
+    else:
+        say(f"{name} will run as soon as an instance is alive. None is alive now.", "warning")
+    return back()
+
+
+def pause(name: str) -> ResponseReturnValue:
+    if _steered(name).pause(name):
+        say(f"{name} is paused: no instance runs its ticks until it is resumed.", "success")
+    else:
+        say(f"{name} was paused already.", "info")
+    return back()
+
+
+def resume(name: str) -> ResponseReturnValue:
+    if _steered(name).resume(name):
+        say(f"{name} is resumed: it runs again from its next tick.", "success")
+    else:
+        say(f"{name} was not paused.", "info")
+    return back()
+
+
+def reschedule(name: str) -> ResponseReturnValue:
+    """To the schedule that was typed in, or to the declared one."""
+    manager = _steered(name)
+    if "declared" in request.form:
+        changed = manager.reschedule(name)
+    else:
+        text, timezone = request.form.get("schedule", ""), request.form.get("timezone", "")
+        try:
+            schedule = typed_schedule(text, timezone)
+        except InvalidSchedule:
+            return _refused(name, text, timezone)
+        if isinstance(schedule, Cron):
+            changed = manager.reschedule(name, cron=schedule.expression, timezone=schedule.timezone)
+        elif isinstance(schedule, Every):
+            changed = manager.reschedule(name, schedule.period)
+    state = manager.stores.ledger.look(name)
+    runs = f"{name} runs {state.schedule.describe()}" if state else name
+    say(f"{runs} from now on." if changed else f"{runs} already.", "success" if changed else "info")
+    return back()
+
+
+def _refused(name: str, text: str, timezone: str) -> Response:
+    """Back to the form, which shows again what was typed, and what is wrong with it."""
+    response = back()
+    more = urlencode({"edit": name, "schedule": text[:200], "timezone": timezone[:200]})
+    response.location += ("&" if "?" in response.location else "?") + more
+    return response
+
+
+def _steered(name: str) -> BackgroundWorkerManager:
+    """The manager, if this release has a periodic worker of that name, which alone can be steered."""
+    manager = the_manager()
+    if name not in manager.workers:
+        known(manager, name)
+        abort(409, f"The worker {name!r} is not in this release; expected one that is: ask an instance that has it.")
+    return manager

@@ -1,0 +1,301 @@
+"""The engine's own connections: a claim neither joins nor waits for what the application does on its own."""
+
+import os
+import socket
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cached_property, partial
+from typing import Any, TypeVar
+from weakref import WeakSet
+
+from sqlalchemy import Connection, Dialect, Engine, Table, create_engine, event
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.pool import QueuePool
+from sqlalchemy.schema import CreateTable
+
+from ..database.dialects import postgresql, sqlite
+from ..database.dialects import sqlite_files as database_files
+from .opening import Opener, has_creator
+from .outages import Outages
+from .sessions import Sessions, autocommit_refused
+from .tables import instances, locks
+
+Answer = TypeVar("Answer")
+Made = TypeVar("Made")
+
+
+class made_once(cached_property[Made]):
+    """A thread-safe `cached_property` (Python 3.12 removed the lock of `functools.cached_property`)."""
+
+    _making = threading.RLock()
+
+    @classmethod
+    def begin_anew(cls) -> None:
+        """Have a new lock in a forked child: another thread of the parent may have held the inherited one."""
+        made_once._making = threading.RLock()
+
+    def __get__(self, instance: object, owner: type[Any] | None = None) -> Made:  # type: ignore[override]
+        with self._making:
+            return super().__get__(instance, owner)
+
+
+class Connections:
+    """The engine's own pools. Their connections are opened as the application's engine opens its own.
+
+    No statement on them sets anything that outlives its transaction, and none is prepared by name. So a pooler that
+    gives every transaction another connection may stand before PostgreSQL. `schema` is where the application has the
+    engine's tables. None means the place where the database looks for a table without a schema.
+    """
+
+    def __init__(self, shared: Engine, lease: float, schema: str | None, outages: Outages) -> None:
+        self._shared, self._schema, self._outages = shared, schema, outages
+        outages.emptied.append(self._deafen)
+        # Time-outs of half a lease, at least 2 s (libpq's minimum). Without them TCP keeps a silently dropped
+        # connection for about 15 minutes.
+        seconds = max(2, int(lease / 2))
+        waiting: dict[str, Any] = {"connect_timeout": seconds, "tcp_user_timeout": seconds * 1000}
+        waiting |= {"keepalives_idle": seconds, "keepalives_interval": 1, "prepare_threshold": None}
+        self._opener = Opener(shared, {} if self._on_sqlite else waiting)
+        self._open: WeakSet[Any] = WeakSet()
+        self._listening: WeakSet[Any] = WeakSet()
+        self._strict: WeakSet[Any] = WeakSet()
+        self._opening = threading.Lock()
+        self._closed = 0
+        self.cuts = 0
+        """The number of calls of `cut`. The server is not to blame for a failure that such a call causes."""
+        self.sessions = Sessions(shared, schema)
+        """The engine's statements in the sessions of the application."""
+
+    @property
+    def _on_sqlite(self) -> bool:
+        return self._shared.dialect.name == "sqlite"
+
+    @made_once
+    def claims(self) -> Engine:
+        """For whatever decides who runs."""
+        if not self._on_sqlite:
+            return self._postgresql(pool_size=5)  # with 2, a busy instance opened four connections a second
+        # However many claims wait for the write lock: the heartbeat's look at the others must not wait behind them.
+        engine = self._engine(
+            self._opener.open,
+            self._schema,
+            lambda dialect, record: sqlite.connecting(dialect, record, [self._path]),
+        )
+        sqlite.prepare(engine)
+        return engine
+
+    @made_once
+    def heartbeats(self) -> Engine:
+        """The pool of the heartbeats, which no other work can starve. It can read the workers' rows too.
+
+        On SQLite a run that has written holds the only write lock until it commits. So the heartbeats have a small
+        database of their own beside the main one (all its processes live on one host). Open no transaction here but
+        that of a single statement: BEGIN IMMEDIATE would lock the main one as well. SQLite looks for a table without a
+        schema in this file first, then in the main one.
+        """
+        if not self._on_sqlite:
+            return self._postgresql(pool_size=1)
+        own, main = str(self.heartbeat_file), self._file
+
+        def connecting(_dialect: Dialect, record: Any) -> None:
+            sqlite.expect_file(main)
+            database_files.make_private(own, like=main)
+            for path in (own, main):
+                database_files.expect(record, path)
+
+        engine = self._engine(partial(self._open_beside, own), None, connecting)
+
+        @event.listens_for(engine, "connect")
+        def connected(connection: Any, record: Any) -> None:
+            with sqlite.closed_on_error(connection):
+                sqlite.configure(connection, isolation_level=None)
+                for table in (instances, locks):
+                    _make(connection, table, engine.dialect)
+                connection.execute("ATTACH DATABASE ? AS main_database", (main,))
+                database_files.note(record)
+
+        database_files.watch(engine)
+        return engine
+
+    @property
+    def heartbeat_file(self) -> str | None:
+        """The path of the heartbeats' small database on SQLite; None on PostgreSQL."""
+        return f"{self._file}-instances" if self._on_sqlite else None
+
+    @made_once
+    def _path(self) -> str:
+        """The path of the database's file, as the application wrote it. With a `creator`, its connection is asked."""
+        path = str(self._shared.url.database)
+        if has_creator(self._shared) or path.startswith("file:"):
+            connection = self._opener.open()
+            path = sqlite.file_of(connection)
+            connection.close()
+            if not path:
+                raise sqlite.in_memory(self._shared)
+        return path
+
+    @property
+    def _file(self) -> str:
+        return os.path.realpath(self._path)  # another process may open it by other links
+
+    def refuse_missing(self) -> None:
+        """Raise FileNotFoundError for a missing SQLite file: opening it would make an empty one."""
+        if self._on_sqlite:
+            os.stat(self._path)
+
+    @contextmanager
+    def listening(self) -> Iterator[Any]:
+        """A connection of psycopg's own that commits each statement, and is closed at the end."""
+        connection = self._open_postgresql()
+        try:
+            connection.autocommit = True
+            self._listening.add(connection)
+            yield connection
+        finally:
+            connection.close()
+
+    @property
+    def locks(self) -> Engine:
+        """For the user's locks, one statement at a time.
+
+        On SQLite those of the heartbeats: whoever acquires or releases a lock may itself hold the main database's
+        only write lock, by what its session has not committed yet, and would wait for itself.
+        """
+        return self.heartbeats if self._on_sqlite else self.claims
+
+    def cut(self) -> None:
+        """Have whatever waits for PostgreSQL on them fail now, from any thread, and connect anew from now on."""
+        self.cuts += 1
+        with self._opening:
+            connections = list(self._open)
+        for connection in connections:
+            _shut_down(connection)
+        self.close()
+
+    def _deafen(self) -> None:
+        """End the connection that listens, so that another is opened. On a server that only reads it hears nothing."""
+        for connection in list(self._listening):
+            _shut_down(connection)
+
+    def close(self) -> None:
+        """Close those that are not in use, and the others when they are given back; who asks for one gets a new one."""
+        self._closed += 1
+        for opened in ("claims", "heartbeats"):
+            if opened in self.__dict__:
+                self.__dict__[opened].pool.dispose()  # and not replaced: others may be asking it at this moment
+
+    def _engine(
+        self,
+        opened: Callable[[], Any],
+        schema: str | None,
+        connecting: Callable[[Dialect, Any], object] = lambda dialect, record: None,
+        **options: Any,
+    ) -> Engine:
+        """Return an engine whose connections `opened` opens.
+
+        A connection that is in use during `close` is closed when it is given back.
+        """
+
+        def create(connection_record: Any = None) -> Any:
+            connection_record.info["closed"] = self._closed
+            connecting(engine.dialect, connection_record)
+            return opened()
+
+        tables = {"schema_translate_map": {None: schema}} if schema else {}
+        engine = create_engine(
+            self._shared.url,
+            creator=create,
+            module=self._shared.dialect.dbapi,
+            poolclass=QueuePool,
+            max_overflow=-1,
+            hide_parameters=True,
+            execution_options=tables,
+            **options,
+        )
+
+        @event.listens_for(engine, "checkin")
+        def returned(connection: Any, record: Any) -> None:
+            if connection is not None and record.info["closed"] != self._closed:
+                record.invalidate()
+
+        return engine
+
+    def _open_beside(self, file: str) -> Any:
+        """Open the small database, also where the application's own function knows only the main one."""
+        connection = self._opener.open(file)
+        if os.path.realpath(sqlite.file_of(connection)) != os.path.realpath(file):
+            connection.close()
+            connection = self._shared.dialect.connect(file, check_same_thread=False)
+        return connection
+
+    def _postgresql(self, pool_size: int) -> Engine:
+        """Return an engine whose own statements run at READ COMMITTED, whatever the server's default."""
+        engine = self._engine(
+            self._open_postgresql, self._schema, isolation_level="READ COMMITTED", pool_size=pool_size
+        )
+        postgresql.prepare(engine)
+        self._outages.watch(engine)
+
+        @event.listens_for(engine, "connect")
+        def connected(connection: Any, _record: Any) -> None:
+            if connection in self._strict and not event.contains(engine, "begin", self._begin):
+                event.listen(engine, "begin", self._begin)
+
+        return engine
+
+    def _begin(self, connection: Connection) -> None:
+        """Begin a single statement's transaction at READ COMMITTED, where the server's default is stricter."""
+        driver: Any = connection.connection.driver_connection
+        if driver.autocommit and driver in self._strict:
+            connection.exec_driver_sql("BEGIN ISOLATION LEVEL READ COMMITTED")
+
+    def _open_postgresql(self) -> Any:
+        connection = self._opener.open()
+        try:
+            if connection.autocommit:
+                raise autocommit_refused(self._shared.url)
+            connection.commit()  # keep what a `connect` listener set, such as a role
+            connection.prepare_threshold = None
+            connection.autocommit = True
+            (default,) = connection.execute("SHOW default_transaction_isolation").fetchone()
+            connection.autocommit = False
+        except BaseException:
+            connection.close()
+            raise
+        with self._opening:
+            self._open.add(connection)
+            if default in ("repeatable read", "serializable"):
+                self._strict.add(connection)
+                self.sessions.is_strict = True
+        return connection
+
+
+def _shut_down(connection: Any) -> None:
+    with suppress(Exception), socket.socket(fileno=os.dup(connection.fileno())) as its_socket:
+        its_socket.shutdown(socket.SHUT_RDWR)
+
+
+def _make(connection: Any, table: Table, dialect: Dialect) -> None:
+    """Make the table and its later columns, if they are missing. Concurrency: other processes may do the same."""
+    connection.execute(str(CreateTable(table, if_not_exists=True).compile(dialect=dialect)))
+    known = {row[1] for row in connection.execute(f"PRAGMA table_info({table.name})")}
+    for column in table.columns:
+        if column.name not in known:
+            with suppress(sqlite3.OperationalError):  # another process was first
+                kind = column.type.compile(dialect)
+                connection.execute(f"ALTER TABLE {table.name} ADD COLUMN {column.name} {kind}")
+
+
+def again_if_stale(ask: Callable[[], Answer]) -> Answer:
+    """Return the answer of `ask`, which does no harm if it is called twice.
+
+    A pooled connection may be older than the server's last restart, which shows when it is used: then ask once more.
+    """
+    try:
+        return ask()
+    except DBAPIError as error:
+        if not error.connection_invalidated:
+            raise
+        return ask()

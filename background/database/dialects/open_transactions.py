@@ -1,0 +1,72 @@
+"""Open transactions of the calling thread. A call that commits on its own could wait for them for ever."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from sqlalchemy import Engine, event
+from sqlalchemy.exc import OperationalError
+
+from ...errors import CommitFirst
+from .postgresql import waited_in_vain
+from .sqlite import is_locked
+
+_IN_TRANSACTION = 2  # of libpq's PQtransactionStatus
+
+
+class OpenTransactions:
+    """Knows which thread has which connection of the application's engine."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._on_sqlite = engine.dialect.name == "sqlite"
+        self._threads: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+        self._changing = threading.Lock()
+        event.listen(engine, "checkout", self._taken)
+        event.listen(engine, "checkin", self._returned)
+
+    @contextmanager
+    def refused(self, call: str, own: Engine, runs: bool = False) -> Iterator[None]:
+        """Refuse `call`, which commits on the engine `own`, if this thread would wait for itself.
+
+        With `runs` it runs a worker in a session of its own. That could wait for any row that this thread holds.
+        """
+        for driver in self._of_this_thread():
+            if driver.in_transaction and is_locked(own) if self._on_sqlite else runs and _has_written(driver):
+                raise CommitFirst(
+                    f"{call} was called amid a transaction of the same thread that has written; expected none, as the "
+                    "call commits on its own and would wait for it: call db.session.commit() first."
+                )
+        try:
+            yield
+        except OperationalError as error:
+            if not waited_in_vain(error) or not any(map(_has_written, self._of_this_thread())):
+                raise
+            raise CommitFirst(
+                f"{call} waited in vain for a row that an open transaction has locked, perhaps the caller's own; "
+                "expected it free: call db.session.commit() first, or try again when the other transaction has ended."
+            ) from error
+
+    def _of_this_thread(self) -> list[Any]:
+        here = threading.get_ident()
+        with self._changing:
+            records = [record for record, thread in self._threads.items() if thread == here]
+        return [record.driver_connection for record in records if record.dbapi_connection is not None]
+
+    def _taken(self, _connection: Any, record: Any, _proxy: Any) -> None:
+        with self._changing:
+            self._threads[record] = threading.get_ident()
+
+    def _returned(self, _connection: Any, record: Any) -> None:
+        with self._changing:
+            self._threads.pop(record, None)
+
+
+def _has_written(driver: Any) -> bool:
+    """Return whether a transaction of PostgreSQL has written, or locked, any row."""
+    if driver.info.transaction_status != _IN_TRANSACTION:
+        return False
+    with driver.cursor() as cursor:
+        cursor.execute("SELECT txid_current_if_assigned() IS NOT NULL")
+        return bool(cursor.fetchone()[0])

@@ -1,0 +1,194 @@
+"""SQLite has one writer: what every connection needs so that "database is locked" reaches nobody."""
+
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+from weakref import WeakSet
+
+from sqlalchemy import Connection, Dialect, Engine, Executable, event
+from sqlalchemy.exc import OperationalError
+
+from ...errors import InvalidConfig
+from . import sqlite_files as database_files
+
+BUSY_SECONDS = 30
+OPEN_SECONDS = 10
+"""The longest wait for a new connection while another process keeps the file locked."""
+_MOMENT_SECONDS = 0.1
+# The dialects of engines that have opened their file since they were last disposed of.
+_have_opened: WeakSet[Dialect] = WeakSet()
+
+
+def prepare(engine: Engine) -> None:
+    """Set every later connection of a SQLite `engine` up; any other engine is left alone.
+
+    The driver's legacy transactions with BEGIN IMMEDIATE: a read keeps no snapshot, and the first write
+    waits for the lock. (A read and then a write in one deferred transaction fails at once, whatever the
+    time-out, if anybody committed in between.)
+    """
+    if engine.dialect.name == "sqlite" and not event.contains(engine, "connect", _connected):
+        event.listen(engine, "do_connect", connecting)
+        event.listen(engine, "connect", _connected)
+        event.listen(engine, "engine_disposed", _disposed)
+        database_files.watch(engine)
+        event.listen(engine, "savepoint", _begin_before_savepoint)
+
+
+def refuse_memory(engine: Engine) -> None:
+    """Raise InvalidConfig for a database in memory: a heartbeat's read would roll a run back on its only connection."""
+    if engine.dialect.name == "sqlite" and engine.url.database in (None, "", ":memory:"):
+        raise in_memory(engine)
+
+
+def in_memory(engine: Engine) -> InvalidConfig:
+    """Return the error for a database that only one connection has."""
+    return InvalidConfig(
+        f"The database {engine.url} is in the memory of one connection; expected one that several connections "
+        "can share: use a file, in a test one of its temporary folder."
+    )
+
+
+def try_to_write(engine: Engine, *statements: Executable) -> None:
+    """Execute `statements` in a transaction that is rolled back, unless another connection writes at this moment.
+
+    Raises OperationalError where the database takes no writes, also without any statement.
+    """
+    with engine.connect() as connection:
+        if _is_lock_taken(connection):
+            for statement in statements:
+                connection.execute(statement)
+
+
+def is_locked(engine: Engine) -> bool:
+    """Return whether a connection holds the write lock now."""
+    with engine.connect() as connection:
+        return not _is_lock_taken(connection)
+
+
+def _is_lock_taken(connection: Connection) -> bool:
+    """Take the write lock without waiting, until the connection is given back. False if another connection has it."""
+    driver: Any = connection.connection.driver_connection
+    driver.execute("PRAGMA busy_timeout = 0")
+    try:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+    except OperationalError as error:
+        if getattr(error.orig, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_BUSY:
+            raise
+        return False
+    finally:
+        driver.execute(f"PRAGMA busy_timeout = {BUSY_SECONDS * 1000}")
+    return True
+
+
+def configure(connection: Any, isolation_level: str | None) -> None:
+    """Set one connection of the driver's up; `isolation_level` is the driver's, None to commit each statement."""
+    connection.isolation_level = None
+    connection.execute(f"PRAGMA busy_timeout = {OPEN_SECONDS * 1000:.0f}")
+    _use_wal(connection)
+    connection.execute(f"PRAGMA busy_timeout = {BUSY_SECONDS * 1000}")
+    connection.execute("PRAGMA synchronous = NORMAL")
+    connection.execute("PRAGMA foreign_keys = ON")
+    connection.isolation_level = isolation_level
+
+
+def _use_wal(connection: Any) -> None:
+    """Turn the write-ahead log on, or raise InvalidConfig if the file system refuses it.
+
+    Concurrency: several processes may open a new file at once. One turns the log on. SQLite does not have the others
+    wait.
+    """
+    mode = _made_wal(connection)
+    if mode != "wal" and (path := file_of(connection)):
+        raise InvalidConfig(
+            f"The file system of {path} refuses SQLite's write-ahead log (journal_mode is {mode!r}); "
+            "expected one that supports it: move the database to a local disk, or use PostgreSQL."
+        )
+
+
+def _made_wal(connection: Any) -> str:
+    """Return the journal's mode after the attempt, which is repeated while the file is locked."""
+    until = time.monotonic() + OPEN_SECONDS
+    while True:
+        try:
+            return str(connection.execute("PRAGMA journal_mode = WAL").fetchone()[0])
+        except sqlite3.OperationalError as error:
+            if time.monotonic() <= until:
+                threading.Event().wait(0.01)
+            elif "locked" in str(error):
+                raise sqlite3.OperationalError(_locked(file_of(connection))) from error
+            else:
+                raise
+
+
+def file_of(connection: Any) -> str:
+    """Return the path of the file that a connection has open. Empty for a database in memory."""
+    _number, _name, path = connection.execute("PRAGMA database_list").fetchone()
+    return str(path or "")
+
+
+def _locked(path: str) -> str:
+    return (
+        f"database is locked: another process has kept {path} locked for {OPEN_SECONDS} s. "
+        f"Expected it free within that time: end that process (`fuser {path}` shows it)."
+    )
+
+
+def connecting(dialect: Dialect, record: Any, arguments: Any, _parameters: Any = None) -> None:
+    """Make a new file private, which SQLite would let every user read. Remember which file is opened."""
+    path = arguments[0]
+    if not os.path.isabs(path):  # `:memory:`, or a URI
+        return
+    if dialect in _have_opened:
+        expect_file(path)
+    database_files.make_private(path)
+    with suppress(FileNotFoundError):  # the folder is missing: SQLite reports it
+        database_files.expect(record, path)
+        _have_opened.add(dialect)
+
+
+def expect_file(path: str) -> None:
+    """Raise sqlite3.OperationalError for a missing file. SQLite would make an empty one, which hides the loss."""
+    if not os.path.exists(path):
+        raise sqlite3.OperationalError(
+            f"The database file {path} was deleted; expected it at that path: restore it, or make another with "
+            "`flask db upgrade`."
+        )
+
+
+def _connected(connection: Any, record: Any) -> None:
+    with closed_on_error(connection):
+        configure(connection, "IMMEDIATE")
+        database_files.note(record)
+
+
+@contextmanager
+def closed_on_error(connection: Any) -> Iterator[None]:
+    """Close a connection that cannot be set up: the pool forgets it, and Python warns of an open one."""
+    try:
+        yield
+    except BaseException:
+        connection.close()
+        raise
+
+
+def _disposed(engine: Engine) -> None:
+    _have_opened.discard(engine.dialect)
+
+
+def _begin_before_savepoint(connection: Connection, _name: str) -> None:
+    """The driver opens no transaction for a SAVEPOINT, so releasing it would commit on its own."""
+    if not connection.connection.dbapi_connection.in_transaction:  # type: ignore[union-attr]
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def lock_soon(connection: Connection) -> None:
+    """Take the write lock now, unless another connection keeps it for long: then the first write waits for it."""
+    driver: Any = connection.connection.driver_connection
+    driver.execute(f"PRAGMA busy_timeout = {_MOMENT_SECONDS * 1000:.0f}")
+    with suppress(sqlite3.Error):  # whatever it is, the next statement meets it, and SQLAlchemy tells of it
+        driver.execute("BEGIN IMMEDIATE")
+    driver.execute(f"PRAGMA busy_timeout = {BUSY_SECONDS * 1000}")

@@ -1,0 +1,176 @@
+"""The engine's statements in the application's sessions, and the sessions' settings that it refuses."""
+
+import re
+from typing import Any, Protocol
+
+from flask_sqlalchemy import SQLAlchemy
+from sqlalchemy import URL, Connection, Engine, Executable, event, update
+from sqlalchemy.orm import Session
+
+from ..errors import InvalidConfig, NotFenced
+from ..host.logs import logger_of
+from .outages import place
+from .tables import workers
+
+log = logger_of(__name__)
+
+_READ_COMMITTED = 2  # of psycopg's IsolationLevel
+_BEFORE = re.compile(r"(?:[\s(]|--[^\n]*\n|/\*.*?\*/)*", re.DOTALL)  # what may stand before a statement: comments
+_READS = re.compile(r"(select|show|explain|values|table|pragma|savepoint|release|rollback|set)\b", re.IGNORECASE)
+_WRITES = re.compile(r"\b(insert|update|delete|merge)\b", re.IGNORECASE)
+
+
+class Executes(Protocol):
+    """A connection, or the engine's part in a session."""
+
+    def execute(self, statement: Any, parameters: Any = None, /) -> Any:
+        """Run one statement. Return its result."""
+
+    def get_execution_options(self) -> Any:
+        """Return the options with which each statement runs."""
+
+
+class Within:
+    """The engine's statements in one session, on the engine and in the schema that have its tables."""
+
+    def __init__(self, session: Session, engine: Engine, schema: str | None) -> None:
+        # Not `session.execute`: it asks `get_bind`, which may send a SELECT to a replica.
+        self._connection = session.connection(bind_arguments={"bind": home(session, engine)})
+        refuse_autocommit(self._connection)
+        self._options = {"schema_translate_map": {None: schema} if schema else {}, "stream_results": False}
+
+    def execute(self, statement: Executable, parameters: Any = None, /) -> Any:
+        return self._connection.execute(statement, parameters, execution_options=self._options)
+
+    def get_execution_options(self) -> dict[str, Any]:
+        return self._options
+
+
+_A_WRITE = update(workers)
+
+
+def home(session: Session, engine: Engine) -> Engine:
+    """Return the engine whose transaction has what `session` writes: `engine`, or the same with options of its own.
+
+    A session class may give each tenant such an engine. Two of them in one session would be two transactions.
+    """
+    try:
+        found: Any = session.get_bind(clause=_A_WRITE)
+    except Exception:  # the class needs more, such as a request, and `engine` has the engine's tables anyway
+        return engine
+    return found if isinstance(found, Engine) and found.pool is engine.pool else engine
+
+
+class Sessions:
+    """Adds the engine's statements to the sessions of one application, and guards its runs' sessions."""
+
+    def __init__(self, engine: Engine, schema: str | None) -> None:
+        self.engine = engine
+        self._schema = schema
+        self.is_strict = False
+        """True if the server isolates more strictly than READ COMMITTED by default."""
+        self._warned: set[tuple[str, str]] = set()
+        self._is_strictness_known = False
+
+    def within(self, session: Session, engine: Engine | None = None) -> Within:
+        """Return the engine's statements in `session`. Raises InvalidConfig if each would commit on its own.
+
+        `engine` belongs to the session of another application on the same database.
+        """
+        return Within(session, self.engine if engine is None else engine, self._schema)
+
+    def begin(self, connection: Connection) -> None:
+        """Begin a run's transaction: refuse AUTOCOMMIT, and replace a stricter default of the server.
+
+        An isolation level that the application chose itself stays. A stricter one is warned about once.
+        """
+        refuse_autocommit(connection)
+        if connection.dialect.name == "sqlite":
+            return
+        driver: Any = connection.connection.driver_connection
+        chosen = driver.isolation_level
+        if chosen is None and self.is_strict:
+            connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL READ COMMITTED")
+        if chosen is not None and chosen > _READ_COMMITTED and not self._is_strictness_known:
+            self._is_strictness_known = True
+            log.warning(
+                "The application's sessions run at %s. There a run fails if the row of its worker changes meanwhile: "
+                "by a tick that falls during the run, a pause or a request. Prefer READ COMMITTED for runs",
+                chosen.name.replace("_", " "),
+            )
+
+    def watch(self, connection: Connection, worker: str) -> None:
+        """Watch the statements of a run to another engine than the one that the fence guards.
+
+        Its reads are allowed. A write to the same database is refused, because no check of the claim would guard it.
+        The first write to another database is warned about.
+        """
+        url = connection.engine.url
+
+        @event.listens_for(connection, "before_cursor_execute")
+        def sending(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+            if not _is_write(statement):
+                return
+            if place(url) == place(self.engine.url):
+                raise NotFenced(
+                    f"The run of {worker!r} writes to {url} by another engine or connection than db.engine, so no "
+                    "check of its claim would guard that; expected its writes on db.engine: have `get_bind` return "
+                    "db.engine for whatever is not a read."
+                )
+            if (worker, str(url)) not in self._warned:
+                self._warned.add((worker, str(url)))
+                log.warning(
+                    "%s wrote to the second database %s, which is not part of the run's transaction: its commit is "
+                    "neither fenced nor one with the outcome. Make that write idempotent",
+                    worker,
+                    url,
+                )
+
+
+def _is_write(statement: str) -> bool:
+    bare = _BEFORE.sub("", statement, count=1)
+    return not _READS.match(bare) and (not bare.lower().startswith("with") or bool(_WRITES.search(bare)))
+
+
+def schema_of(db: SQLAlchemy) -> str | None:
+    """Return the schema of the engine's tables: that of the application's MetaData, as its options translate it."""
+    translated: dict[str | None, str | None] = {}
+    for options in (db.engine.get_execution_options(), db.session.session_factory.kw.get("execution_options") or {}):
+        translated |= options.get("schema_translate_map") or {}
+    return translated.get(db.metadata.schema, db.metadata.schema)
+
+
+# -- AUTOCOMMIT --------------------------------------------------------------------------------
+
+
+def refuse_autocommit_options(engine: Engine) -> None:
+    """Raise InvalidConfig for an engine that is told to commit each statement. Opens no connection."""
+    # The second is the `isolation_level` of `create_engine`, which has no public name.
+    asked = (
+        engine.get_execution_options().get("isolation_level"),
+        getattr(engine.dialect, "_on_connect_isolation_level", None),
+    )
+    if any(str(each).replace("_", " ").strip().upper() == "AUTOCOMMIT" for each in asked):
+        raise autocommit_refused(engine.url)
+
+
+def refuse_autocommit(connection: Connection) -> None:
+    """Raise InvalidConfig if `connection` commits each statement. Asks the driver only."""
+    driver: Any = connection.connection.driver_connection
+    if connection.dialect.name == "sqlite":
+        # Since Python 3.12, `autocommit` may be a bool, which overrules `isolation_level`.
+        setting = getattr(driver, "autocommit", None)
+        commits = driver.isolation_level is None if not isinstance(setting, bool) else setting
+        if commits and not driver.in_transaction:  # a `begin` listener may have begun one
+            raise autocommit_refused(connection.engine.url)
+    elif driver.autocommit and driver.info.transaction_status == 0:
+        raise autocommit_refused(connection.engine.url)
+
+
+def autocommit_refused(url: URL) -> InvalidConfig:
+    """Return the error for a database whose transactions hold nothing together."""
+    return InvalidConfig(
+        f"The application's sessions on {url} are in AUTOCOMMIT: each statement is committed at once, so a run's "
+        "effects and its outcome cannot be one transaction; expected real transactions. Take AUTOCOMMIT out of the "
+        "engine's options, its connect_args, its `connect` listeners and the session's options."
+    )

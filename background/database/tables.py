@@ -1,0 +1,247 @@
+"""The engine's tables. `BackgroundWorkerManager.init_app` copies them into the application's metadata."""
+
+from collections.abc import Iterable, Iterator
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    ColumnElement,
+    Dialect,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    TypeDecorator,
+    and_,
+    case,
+    literal_column,
+    or_,
+    select,
+)
+
+from ..database.dialects.encodings import storable
+from .clock import AHEAD, UtcDateTime, now
+
+metadata = MetaData()
+
+
+class AnyText(TypeDecorator[str]):
+    """Text with escapes for the characters that the database cannot hold: an error may quote any file name."""
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
+        return value and storable(value, dialect)
+
+
+LARGEST_ID = 2**63 - 1
+LONGEST_RELEASE = 100
+_Id = BigInteger().with_variant(Integer, "sqlite")
+
+workers = Table(
+    "background_workers",
+    metadata,
+    Column("name", String(200), primary_key=True),
+    # The high-water mark: no tick at or below it is ever claimed (again). Never pruned. Lowered only after the
+    # database's clock was ahead: see healing.py.
+    Column("mark", UtcDateTime),
+    # The mark before it was lowered. Ticks up to here may have run: a tick with an execution is not claimed again.
+    Column("mark_ahead", UtcDateTime),
+    # The mark before missed ticks were last recorded: an UPDATE returns no old values.
+    Column("previous_mark", UtcDateTime),
+    # Grows with every claim. `running` is the token of the claim in force, or NULL. `claim` is the random id of that
+    # claim, or NULL: a token can repeat after a database lost commits, and an id cannot.
+    Column("token", BigInteger, nullable=False, server_default="0"),
+    Column("running", BigInteger),
+    Column("claim", String(32)),
+    # A copy of the newest claim. It serves if its execution's row is deleted by hand while the claim is in force.
+    Column("claim_tick", UtcDateTime),
+    Column("claim_attempt", Integer),
+    Column("claim_trigger", String(10)),
+    Column("claim_instance", String(32)),
+    Column("claim_instance_name", String(255)),
+    Column("claim_at", UtcDateTime),
+    # A tick that was lost or handed back and must be claimed again before any newer one. Or a run that was requested.
+    Column("pending_tick", UtcDateTime),
+    Column("pending_attempt", Integer),
+    Column("pending_trigger", String(10)),
+    # The schedule in force, as text; `declared` is what a release brought, before any `reschedule`, and
+    # `declared_by` the instance that wrote it: of two releases at once, the one that stays has the last word.
+    Column("schedule", String(200), nullable=False),
+    Column("declared", String(200), nullable=False),
+    Column("declared_by", String(32)),
+    Column("scheduled_at", UtcDateTime, nullable=False),
+    Column("paused_at", UtcDateTime),
+)
+
+# Not due any more: the database's clock was set back since.
+may_be_run_again = or_(
+    and_(workers.c.paused_at.is_(None), workers.c.pending_tick <= now()), workers.c.pending_trigger == "manual"
+)
+
+executions = Table(
+    "background_executions",
+    metadata,
+    Column("id", _Id, primary_key=True),
+    Column("worker", String(200), nullable=False),
+    Column("tick", UtcDateTime, nullable=False),
+    # The last tick that a skipped or missed row stands for; `tick` is the first.
+    Column("through", UtcDateTime),
+    Column("trigger", String(10), nullable=False),
+    Column("state", String(12), nullable=False),
+    Column("attempt", Integer),
+    Column("token", BigInteger),
+    # The random id of this execution's claim. NULL if an older release made the claim.
+    Column("claim", String(32)),
+    Column("instance", String(32)),
+    Column("instance_name", String(255)),
+    Column("started_at", UtcDateTime),
+    Column("finished_at", UtcDateTime),
+    Column("progress_done", Float),
+    Column("progress_total", Float),
+    Column("reason", AnyText),
+    # What was logged meanwhile, one line each; written with the outcome, and with each commit on the way.
+    Column("log", AnyText),
+    Index("ix_background_executions_worker_tick", "worker", "tick"),
+    Index("ix_background_executions_token", "worker", "token", unique=True),
+)
+
+
+def _where(condition: str) -> dict[str, Any]:
+    # Literals, not parameters: a database must see the values to know that a partial index applies.
+    return {"postgresql_where": literal_column(condition), "sqlite_where": literal_column(condition)}
+
+
+Index("ix_background_executions_running", executions.c.worker, **_where("state = 'running'"))
+
+instances = Table(
+    "background_instances",
+    metadata,
+    Column("id", String(32), primary_key=True),
+    Column("host", String(255), nullable=False),
+    Column("pid", Integer, nullable=False),
+    Column("started_at", UtcDateTime, nullable=False),
+    Column("heartbeat_at", UtcDateTime, nullable=False),
+    Column("expires_at", UtcDateTime, nullable=False),
+    Column("signed_off_at", UtcDateTime),
+    Column("clock_offset", Float),
+    Column("release", String(LONGEST_RELEASE)),
+)
+
+# What a worker did since it is known: history is pruned, and these counts only grow. One row for each state its
+# executions ended in ("state"), and for each bucket of how long they took ("duration") and of how long after its
+# tick they began ("lateness"), named by the bucket's upper bound in seconds.
+totals = Table(
+    "background_totals",
+    metadata,
+    Column("worker", String(200), primary_key=True),
+    Column("kind", String(10), primary_key=True),
+    Column("label", String(12), primary_key=True),
+    Column("count", BigInteger, nullable=False),
+    Column("seconds", Float, nullable=False),
+    Column("latest_at", UtcDateTime, nullable=False),
+)
+
+messages = Table(
+    "background_messages",
+    metadata,
+    Column("id", _Id, primary_key=True),
+    Column("topic", String(100), nullable=False),
+    Column("key", String(200)),
+    Column("payload", Text, nullable=False),
+    # waiting -> running -> done; or back to waiting for another attempt, or dead, and then waiting again or discarded.
+    Column("state", String(10), nullable=False, server_default="waiting"),
+    Column("enqueued_at", UtcDateTime, nullable=False),
+    Column("due_at", UtcDateTime, nullable=False),
+    # Counted by the claim, before the handler runs; a message that was handed back was not tried.
+    Column("attempt", Integer, nullable=False, server_default="0"),
+    # Grows by one at every claim. `batch` is what that claim took at once: its fence.
+    Column("token", BigInteger, nullable=False, server_default="0"),
+    Column("batch", String(32)),
+    Column("instance", String(32)),
+    Column("instance_name", String(255)),
+    Column("claimed_at", UtcDateTime),
+    Column("finished_at", UtcDateTime),
+)
+
+
+Index("ix_background_messages_key", messages.c.topic, messages.c.key, unique=True, **_where("key IS NOT NULL"))
+Index(
+    "ix_background_messages_due",
+    messages.c.topic,
+    messages.c.due_at,
+    messages.c.id,
+    **_where("state = 'waiting'"),
+)
+Index("ix_background_messages_running", messages.c.instance, **_where("state = 'running'"))
+Index("ix_background_messages_dead", messages.c.topic, messages.c.id, **_where("state = 'dead'"))
+Index("ix_background_messages_finished", messages.c.finished_at, **_where("finished_at IS NOT NULL"))
+
+message_errors = Table(
+    "background_message_errors",
+    metadata,
+    Column("id", _Id, primary_key=True),
+    Column("message", _Id, ForeignKey(messages.c.id, ondelete="CASCADE"), nullable=False, index=True),
+    Column("attempt", Integer, nullable=False),
+    Column("at", UtcDateTime, nullable=False),
+    Column("instance_name", String(255)),
+    Column("error", AnyText, nullable=False),
+)
+
+locks = Table(
+    "background_locks",
+    metadata,
+    Column("name", String(200), primary_key=True),
+    # Grows each time anybody acquires the lock, also if its row was pruned meanwhile: the row with the empty name keeps
+    # the greatest token of those that were pruned.
+    Column("token", BigInteger, nullable=False),
+    # One acquisition's own id, or NULL if the lock is free. And the instance whose lease it lives by.
+    Column("holder", String(32)),
+    Column("instance", String(32)),
+    Column("instance_name", String(255)),
+    Column("since", UtcDateTime, nullable=False),
+)
+
+
+def is_in(state: str) -> ColumnElement[bool]:
+    """A literal, not a parameter: a database must see it to know that a partial index applies."""
+    return messages.c.state == literal_column(f"'{state}'")
+
+
+is_waiting, is_running, is_dead = is_in("waiting"), is_in("running"), is_in("dead")
+
+
+def next_due(topics: Iterable[str]) -> Iterator[ColumnElement[datetime | None]]:
+    """For each topic, when its first waiting message is or was due."""
+    for topic in topics:
+        yield (
+            select(messages.c.due_at)
+            .where(is_waiting, messages.c.topic == topic)
+            .order_by(messages.c.due_at, messages.c.id)
+            .limit(1)
+            .scalar_subquery()
+        )
+
+
+def any_put_off(topics: Iterable[str]) -> list[ColumnElement[bool]]:
+    """Return, for each topic, whether a clock that was ahead of now enqueued or tried its first waiting message.
+
+    The messages behind the first one may be of that kind too.
+    """
+    found: list[ColumnElement[bool]] = []
+    for topic in topics:
+        of_topic = select(messages).where(is_waiting, messages.c.topic == topic)
+        first = of_topic.order_by(messages.c.due_at, messages.c.id).limit(1).subquery()
+        written = case((first.c.attempt == 0, first.c.enqueued_at), else_=first.c.claimed_at)
+        found.append(select(first.c.id).where(first.c.due_at > now(AHEAD), written > now(AHEAD)).exists())
+    return found
+
+
+any_running = select(messages.c.id).where(is_running).exists()

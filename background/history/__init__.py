@@ -1,0 +1,1 @@
+"""For people to read: executions, instances, messages, and why a tick did not run."""

@@ -1,0 +1,94 @@
+"""The condition of the fleet: whether an instance is alive, and which workers wait or are stuck."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from sqlalchemy import Connection, String, cast, distinct, func, select
+
+from ..database.clock import single_statements
+from ..database.tables import executions, instances, messages, workers
+from ..ledger.leases import is_alive
+from ..ledger.ledger import is_of_claim
+from ..stores import Stores
+from ..worker import PeriodicWorker
+from .instances import Roster, Silence
+from .status import Standing, standings
+from .text import second, silent, span
+
+
+@dataclass(frozen=True)
+class Condition:
+    """The known state of the fleet at one moment."""
+
+    silence: Silence | None
+    alive: int
+    standings: list[Standing]
+    full: dict[str, int]
+    """By the name of each instance whose threads are all in use: the number of these threads."""
+
+    @property
+    def overdue(self) -> list[str]:
+        """The workers with a tick that waits although two later ticks came."""
+        return [each.name for each in self.standings if each.is_overdue]
+
+    @property
+    def stuck(self) -> dict[str, str]:
+        """The workers whose run will not end by itself, each with the reason."""
+        return {each.name: each.stuck for each in self.standings if each.stuck}
+
+    @property
+    def late(self) -> list[Standing]:
+        """The workers with a tick that waits longer than an instance takes to begin it."""
+        return [each for each in self.standings if each.is_late]
+
+    def problems(self) -> list[str]:
+        """Return one sentence for each thing that an operator must mend."""
+        found = [silent(self.silence)] if self.silence else []
+        for each in self.late:
+            since = f"since {second(each.waits_since)} ({span(each.waits_for)})"
+            alive = "" if self.silence else f", although {_are(self.alive)} alive: the log of an instance says why"
+            found.append(f"The worker {each.name} is overdue {since}{alive}.")
+        found += [f"The worker {name} is stuck: {why}." for name, why in self.stuck.items()]
+        if self.late:
+            found += [
+                f"The threads of {name} are used up ({count} of WORKERS_THREADS): raise it, or start another instance."
+                for name, count in self.full.items()
+            ]
+        return found
+
+
+def _are(count: int) -> str:
+    return "1 instance is" if count == 1 else f"{count} instances are"
+
+
+def condition(stores: Stores, ours: Mapping[str, type[PeriodicWorker]], threads: int) -> Condition:
+    """Return the fleet's condition by the database's clock, in a constant number of queries.
+
+    `ours` are the workers of this release, and `threads` is the number of threads of an instance.
+    """
+    # Read where the instances' rows are. On SQLite that is a file of its own, which can read the other rows too.
+    with single_statements(stores.instances.engine).connect() as connection:
+        alive: dict[str, str] = {row.id: row.name for row in connection.execute(_alive)}
+        busy = _busy(connection)
+    full = {alive[id]: count for id, count in busy.items() if id in alive and count >= threads}
+    return Condition(Roster(stores.instances).silence(), len(alive), standings(stores, ours), full)
+
+
+_name = instances.c.host + ":" + cast(instances.c.pid, String)
+_alive = select(instances.c.id, _name.label("name")).where(is_alive)
+_runs = select(executions.c.instance, func.count()).join(workers, is_of_claim).group_by(executions.c.instance)
+_batches = (
+    select(messages.c.instance, func.count(distinct(messages.c.batch)))
+    .where(messages.c.state == "running")
+    .group_by(messages.c.instance)
+)
+
+
+def _busy(connection: Connection) -> dict[str, int]:
+    """Count the threads that each instance uses for runs and for batches of messages."""
+    busy: Counter[str] = Counter()
+    for query in (_runs, _batches):
+        for instance, count in connection.execute(query):
+            busy[instance] += count
+    return busy

@@ -1,0 +1,253 @@
+"""What is written down about the executions, read for people: nothing here decides who runs."""
+
+from collections.abc import Collection
+from datetime import datetime, timedelta
+from functools import lru_cache
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    CompoundSelect,
+    Select,
+    String,
+    and_,
+    bindparam,
+    case,
+    func,
+    literal,
+    null,
+    or_,
+    select,
+    true,
+    type_coerce,
+    union_all,
+)
+
+from ..database.clock import now
+from ..database.tables import executions, workers
+from ..ledger.claim import WorkerState
+from ..ledger.ledger import Ledger, is_of_claim
+from .instances import Roster
+from .records import Glance, Place, Record, Surroundings, Window
+
+MOST_SEARCHED = 5_000
+_MOST_ATTEMPTS = 50
+_HIGHEST_BIT = 2**40  # of an id
+
+
+class History:
+    """Reads the rows of one database; every question is a constant number of queries, each on an index."""
+
+    def __init__(self, ledger: Ledger, roster: Roster) -> None:
+        self._ledger, self._roster = ledger, roster
+        self._reading = ledger.store.single
+
+    def clock(self) -> datetime:
+        """The database's clock."""
+        with self._reading.connect() as connection:
+            return connection.execute(select(now())).scalar_one()
+
+    def names(self) -> list[str]:
+        """The workers that the database knows."""
+        with self._reading.connect() as connection:
+            return list(connection.scalars(select(workers.c.name).order_by(workers.c.name)).all())
+
+    def latest(self, names: Collection[str] | None = None) -> dict[str, Record]:
+        """Of every worker (or of those of `names`) the newest execution that has ended, or row that says why not."""
+        each = executions.alias()
+        newest = (
+            select(each.c.id)
+            .where(each.c.worker == workers.c.name, each.c.state != "running")
+            .order_by(each.c.tick.desc(), each.c.id.desc())
+            .limit(1)
+            .scalar_subquery()
+        )
+        query = _whole.select_from(executions).join(workers, executions.c.id == newest)
+        if names is not None:
+            query = query.where(workers.c.name.in_(names))
+        return {record.worker: record for record in self._records(query)}
+
+    def executions(self, name: str, limit: int = 20, state: str | None = None) -> list[Record]:
+        """The newest executions of `name` (of one state), newest first."""
+        query = _of(name).order_by(*_newest_first).limit(limit)
+        return self._marked(self._records(query if state is None else query.where(executions.c.state == state)))
+
+    def page(
+        self, name: str, limit: int, state: str | None = None, before: Place | None = None
+    ) -> tuple[list[Record], Place | None]:
+        """The newest executions of `name` before that place, and where the next page begins, if there is one.
+
+        No index knows the states, so for one of them only the newest MOST_SEARCHED are looked through.
+        """
+        older = and_(executions.c.worker == name, true() if before is None else _is_before(before))
+        places = select(executions.c.tick, executions.c.id, executions.c.state).where(older).order_by(*_newest_first)
+        query = _of(name).where(older)
+        if state is not None:
+            searched = places.limit(MOST_SEARCHED).subquery()
+            query = _of(name).where(executions.c.id.in_(select(searched.c.id).where(searched.c.state == state)))
+        found = self._marked(self._records(query.order_by(*_newest_first).limit(limit + 1)))
+        if len(found) > limit:
+            return found[:limit], (found[limit - 1].tick, found[limit - 1].id)
+        return found, self._last_of(places) if state is not None else None
+
+    def _last_of(self, places: Select[Any]) -> Place | None:
+        """The last of MOST_SEARCHED that were looked through; None where there are fewer."""
+        with self._reading.connect() as connection:
+            last = connection.execute(places.offset(MOST_SEARCHED - 1).limit(1)).one_or_none()
+        return (last.tick, last.id) if last else None
+
+    def recent(self, names: Collection[str], count: int) -> dict[str, list[Glance]]:
+        """The newest `count` executions of each worker of `names`, oldest first."""
+        found: dict[str, list[Glance]] = {name: [] for name in names}
+        if found:
+            asked = {f"worker_{number}": name for number, name in enumerate(found)}
+            with self._reading.connect() as connection:
+                glances = map(Glance._make, connection.execute(_glances(len(found), count), asked).all())
+            for glance in glances:
+                found[glance.worker].append(glance)
+        return {name: glances[::-1] for name, glances in found.items()}
+
+    def execution(self, id: int) -> Record | None:
+        """The execution `id`; None where it is not kept (any more)."""
+        return next(iter(self._marked(self._records(_whole.where(executions.c.id == id)))), None)
+
+    def log(self, execution: int) -> str | None:
+        """What was logged during that execution, a line each; None where nothing was, or it is not kept."""
+        with self._reading.connect() as connection:
+            return connection.scalar(select(executions.c.log).where(executions.c.id == execution))
+
+    def running(self) -> list[Record]:
+        """What runs now, of every worker, without reasons."""
+        return self._marked(self._records(_brief.join(workers, is_of_claim).order_by(executions.c.id)))
+
+    def window(
+        self, length: timedelta, until: datetime | None = None, worker: str | None = None, limit: int = 600
+    ) -> Window:
+        """What was done (by `worker`) in that length of time up to `until`, which is now if it is not given.
+
+        At most the newest `limit`, and whichever of the others still run.
+        """
+        clock = self.clock()
+        is_past = until is not None and until < clock
+        until = until if until and is_past else clock
+        since = until - length
+        newest = self._records(_newest(worker, until, is_past).limit(limit + 1))
+        shown, running = newest[:limit], self._records(_brief.join(workers, is_of_claim))
+        found = {each.id: each for each in (*running, *shown) if worker in (None, each.worker)}
+        records = [found[id] for id in sorted(found) if _overlaps(found[id], since, until)]
+        began = [each.started_at for each in shown if each.started_at] if len(newest) > limit else []
+        complete_since = max(since, min(began)) if began else since
+        seen = self._roster.lived(since, until, {each.instance for each in records if each.instance})
+        alive = {each.id for each in seen if each.is_alive}
+        marked = [
+            each if each.state != "running" else each._replace(is_gone=each.instance not in alive) for each in records
+        ]
+        return Window(since, until, clock, tuple(marked), complete_since, seen)
+
+    def around(self, name: str, at: datetime | None = None) -> Surroundings:
+        """What there is to know about the tick that `at` belongs to; now, if it is not given."""
+        state = self._ledger.look(name)
+        clock = state.clock if state else self.clock()
+        at = at or clock
+        alive, last_seen = self._roster.alive_and_last()
+        if state is None:
+            return Surroundings(name, at, clock, None, alive=alive, last_seen=last_seen)
+        records, before = self._belonging(name, at, state)
+        if records:
+            return Surroundings(name, at, clock, state, records, alive=alive, last_seen=last_seen)
+        after, oldest = self._behind(name, state.schedule.previous(at))
+        return Surroundings(name, at, clock, state, (), before, after, oldest, alive, last_seen)
+
+    def _belonging(self, name: str, at: datetime, state: WorkerState) -> tuple[tuple[Record, ...], Record | None]:
+        """Return the rows of the tick that `at` belongs to. If it has none, return the newest row before it.
+
+        Once the schedule is in force, this is its latest tick up to `at`. Rows of an older schedule belong to moments
+        of that schedule's time.
+        """
+        until = at if at < state.scheduled_at else state.schedule.previous(at)
+        belongs = or_(executions.c.tick == at, and_(executions.c.trigger == "schedule", executions.c.tick <= until))
+        query = _of(name).where(executions.c.tick <= at, belongs)
+        found = self._records(query.order_by(*_newest_first).limit(_MOST_ATTEMPTS))
+        if not found:
+            return (), None
+        newest = found[0]
+        if newest.tick != at and not newest.covers(state.schedule.previous(at)):
+            return (), newest
+        same = [each for each in reversed(found) if (each.tick, each.trigger) == (newest.tick, newest.trigger)]
+        return tuple(self._marked(same)), None
+
+    def _behind(self, name: str, at: datetime) -> tuple[Record | None, datetime | None]:
+        later = _of(name).where(executions.c.tick > at, executions.c.trigger == "schedule")
+        after = self._records(later.order_by(executions.c.tick, executions.c.id).limit(1))
+        with self._reading.connect() as connection:
+            oldest = connection.execute(
+                select(func.min(executions.c.tick)).where(executions.c.worker == name)
+            ).scalar_one()
+        return (after[0] if after else None), oldest
+
+    def _records(self, query: Select[Any]) -> list[Record]:
+        with self._reading.connect() as connection:
+            return [Record(*row) for row in connection.execute(query).all()]
+
+    def _marked(self, records: list[Record]) -> list[Record]:
+        """The same with `is_gone` filled in."""
+        running = {each.instance for each in records if each.state == "running" and each.instance}
+        gone = self._roster.gone(running)
+        return [each._replace(is_gone=each.state == "running" and each.instance in gone) for each in records]
+
+
+_columns = [executions.c[field] for field in Record._fields if field in executions.c]
+_newest_first = (executions.c.tick.desc(), executions.c.id.desc())
+
+
+def _newest(worker: str | None, until: datetime, is_past: bool) -> Select[Any]:
+    """Those before `until`, newest first, in the order of the index that serves."""
+    if worker is not None:
+        return _brief.where(executions.c.worker == worker, executions.c.tick <= until).order_by(*_newest_first)
+    return (_brief.where(executions.c.id <= _last_begun(until)) if is_past else _brief).order_by(executions.c.id.desc())
+
+
+def _of(name: str) -> Select[Any]:
+    return _whole.where(executions.c.worker == name)
+
+
+_without_reason = [
+    type_coerce(null(), String).label("reason") if column.name == "reason" else column for column in _columns
+]
+_whole: Select[Any] = select(*_columns, now().label("clock"))
+_brief: Select[Any] = select(*_without_reason, now().label("clock"))
+
+
+def _last_begun(at: datetime) -> ColumnElement[int]:
+    """The greatest id of those that had begun by that moment.
+
+    Ids grow with the start, so a search by halves on the primary key finds it, whatever the number of rows.
+    """
+    step = select(literal(0, BigInteger).label("place"), literal(_HIGHEST_BIT, BigInteger).label("bit"))
+    search = step.cte("search", recursive=True)
+    ahead = search.c.place + search.c.bit
+    began = select(executions.c.started_at).where(executions.c.id >= ahead, executions.c.started_at.is_not(None))
+    first = began.order_by(executions.c.id).limit(1).correlate(search).scalar_subquery()
+    place = case((first <= at, ahead), else_=search.c.place)
+    search = search.union_all(select(place, search.c.bit // 2).where(search.c.bit > 0))
+    return select(func.max(search.c.place)).scalar_subquery()
+
+
+def _overlaps(record: Record, since: datetime, until: datetime) -> bool:
+    return record.began_at <= until and record.ended_at >= since
+
+
+def _is_before(place: Place) -> ColumnElement[bool]:
+    tick, id = place
+    return and_(executions.c.tick <= tick, or_(executions.c.tick < tick, executions.c.id < id))
+
+
+@lru_cache  # it takes longer to put together than to run
+def _glances(names: int, count: int) -> CompoundSelect[Any]:
+    """A query for each of so many names, so that the database reads no more than `count` entries of the index."""
+    each = executions.c
+    glance = select(each.worker, each.tick, each.state, each.started_at, func.coalesce(each.finished_at, now()))
+    newest = glance.order_by(*_newest_first).limit(count)
+    asked = (each.worker == bindparam(f"worker_{number}") for number in range(names))
+    return union_all(*(select(newest.where(is_asked).subquery()) for is_asked in asked))

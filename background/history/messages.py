@@ -1,0 +1,333 @@
+"""The messages as people see and steer them: what there is, what went wrong, how much waits and for how long."""
+
+import json
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import Row, Select, func, literal, null, select, union_all
+
+from ..database.clock import elapsed, now
+from ..database.tables import LARGEST_ID, is_in, message_errors, messages
+from ..errors import UnknownMessage, UnknownTopic, error_line
+from ..messages.queue import Messages
+from ..worker import MessageWorker
+from .instances import Roster
+
+STATES = ("waiting", "running", "done", "dead", "discarded")
+_OPEN = ("waiting", "running", "dead")
+_SHORT = 200  # characters of a payload
+_RECENTLY, _JUST_NOW = timedelta(hours=1), timedelta(minutes=1)
+_SAMPLE = 5_000  # messages, from which a great throughput is estimated
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One attempt that failed."""
+
+    attempt: int
+    at: datetime
+    instance_name: str | None
+    error: str
+
+    @property
+    def last_line(self) -> str | None:
+        """Of the traceback the error itself."""
+        return error_line(self.error)
+
+
+@dataclass(frozen=True)
+class Letter:
+    """One row of the messages."""
+
+    id: int
+    topic: str
+    state: str
+    attempt: int
+    key: str | None
+    payload: str
+    """JSON; in a list only its beginning, unless the whole was asked for."""
+    enqueued_at: datetime
+    due_at: datetime
+    claimed_at: datetime | None
+    finished_at: datetime | None
+    instance: str | None
+    instance_name: str | None
+    """Of the instance that claimed it last."""
+    error: str | None
+    """What its last failure was, with the traceback."""
+    clock: datetime
+    """The database's clock when this was read."""
+    is_gone: bool = False
+    """Whether it says "running" and its instance is not alive: another one will take it over."""
+
+    @property
+    def is_delayed(self) -> bool:
+        return self.state == "waiting" and self.due_at > self.clock
+
+    @property
+    def last_line(self) -> str | None:
+        """Of the last error's traceback the error itself."""
+        return error_line(self.error)
+
+    @property
+    def value(self) -> Any:
+        """What was enqueued; the text itself where somebody wrote a row whose payload is no JSON."""
+        try:
+            return json.loads(self.payload, parse_constant=_refuse)
+        except ValueError:
+            return self.payload
+
+    def as_dict(self) -> dict[str, Any]:
+        """Its columns, with the payload as what was enqueued."""
+        row = {**asdict(self), "payload": self.value}
+        del row["clock"]
+        return row
+
+
+@dataclass(frozen=True)
+class Topic:
+    """One topic at a glance."""
+
+    topic: str
+    worker: str | None
+    """The name of the worker that handles it; None where this release has none."""
+    waiting: int = 0
+    delayed: int = 0
+    """Those of the waiting that are due later."""
+    running: int = 0
+    dead: int = 0
+    oldest_seconds: float | None = None
+    """How long ago the first of the waiting was due; None where none is due yet."""
+    handled: int = 0
+    """How many were done within the last hour."""
+    mean_seconds: float | None = None
+    """Of those: the time from when they were due until they were done."""
+    longest_seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Flow:
+    """How many messages of one topic were done."""
+
+    minute: int
+    hour: int
+    is_estimate: bool = False
+    """Whether there were so many that the hour's number is extrapolated from the newest ones."""
+
+
+class Mailbox:
+    """Reads the messages of one database, a constant number of queries for every question; and steers them."""
+
+    def __init__(
+        self,
+        messages: Messages,
+        roster: Roster,
+        workers: Mapping[str, type[MessageWorker]],
+        on_its_own: Callable[[str], AbstractContextManager[None]],
+    ) -> None:
+        self._messages, self._roster, self._workers, self._on_its_own = messages, roster, workers, on_its_own
+
+    # -- reading -------------------------------------------------------------------------------
+
+    def letters(
+        self,
+        topic: str | None = None,
+        state: str | None = None,
+        limit: int = 20,
+        whole: bool = False,
+        before: int | None = None,
+    ) -> list[Letter]:
+        """The newest messages (of one topic, of one state, enqueued before one), newest first. Raises UnknownTopic."""
+        self._refuse_unknown(topic, _is_text(topic))
+        # The few that are open are found by an index of their own, however many came after them.
+        newest = select(messages.c.id).order_by(-messages.c.id if state in _OPEN else messages.c.id.desc()).limit(limit)
+        if topic is not None:
+            newest = newest.where(messages.c.topic == topic)
+        if state is not None:
+            newest = newest.where(is_in(state))
+        if before is not None:
+            newest = newest.where(messages.c.id < before)
+        found = self._found(_letters(whole).where(messages.c.id.in_(newest)).order_by(messages.c.id.desc()))
+        self._refuse_unknown(topic, found)
+        return found
+
+    def letter(self, id: int) -> tuple[Letter, list[Failure]]:
+        """One message, and every attempt at it that failed, oldest first. Raises UnknownMessage."""
+        _refuse_impossible([id])
+        found = self._found(_letters(whole=True).where(messages.c.id == id))
+        if not found:
+            raise UnknownMessage(id)
+        columns = [message_errors.c[name] for name in Failure.__dataclass_fields__]
+        query = select(*columns).where(message_errors.c.message == id).order_by(message_errors.c.id)
+        return found[0], [Failure(**row._mapping) for row in self._messages.read(query)]
+
+    def stats(self) -> list[Topic]:
+        """Every topic of this release, and those that only the database has something of."""
+        found = self._depths()
+        for row in self._messages.read(_handled):
+            found.setdefault(row.topic, {}).update(
+                handled=row.handled, mean_seconds=row.mean, longest_seconds=row.longest
+            )
+        return self._topics(found)
+
+    def depths(self) -> list[Topic]:
+        """The same without what was done, none of which is read, however much it is."""
+        return self._topics(self._depths())
+
+    def flows(self) -> dict[str, Flow]:
+        """How much of each topic was done lately, where any was; the cost does not grow with it."""
+        return {row.topic: _flow(row) for row in self._messages.read(_finished)}
+
+    def held(self) -> dict[str, int]:
+        """How many messages each instance is handling, by its id."""
+        query = select(messages.c.instance, func.count().label("number")).where(is_in("running"))
+        return {row.instance: row.number for row in self._messages.read(query.group_by(messages.c.instance))}
+
+    def _depths(self) -> dict[str, dict[str, Any]]:
+        found: dict[str, dict[str, Any]] = {topic: {} for topic in self._workers}
+        for row in self._messages.read(_depths):
+            of_topic = found.setdefault(row.topic, {})
+            of_topic[row.state] = row.count
+            if row.state == "waiting":
+                waited = (row.clock - row.first_due_at).total_seconds()
+                of_topic |= {"delayed": row.delayed, "oldest_seconds": waited if waited >= 0 else None}
+        return found
+
+    def _topics(self, found: Mapping[str, dict[str, Any]]) -> list[Topic]:
+        names = {topic: worker.name for topic, worker in self._workers.items()}
+        return [Topic(topic, names.get(topic), **more) for topic, more in sorted(found.items())]
+
+    # -- steering ------------------------------------------------------------------------------
+
+    def retry(self, ids: Collection[int] | None, topic: str | None = None) -> int:
+        """Let the dead or discarded messages `ids` be handled again, all or none. None: all dead ones (of `topic`).
+
+        Return how many. Raises UnknownMessage, WrongState, UnknownTopic and CommitFirst.
+        """
+        with self._on_its_own("messages.retry"):
+            return self._decide(self._messages.retry, ids, topic)
+
+    def discard(self, ids: Collection[int] | None, topic: str | None = None) -> int:
+        """Have the dead or waiting messages `ids` never be handled, all or none; None: all the dead ones (of `topic`).
+
+        They stay, and their keys refuse others, as long as done ones. Returns and raises as `retry` does.
+        """
+        with self._on_its_own("messages.discard"):
+            return self._decide(self._messages.discard, ids, topic)
+
+    def _decide(self, decide: Callable[..., int], ids: Collection[int] | None, topic: str | None) -> int:
+        self._refuse_unknown(topic, _is_text(topic))
+        _refuse_impossible(ids or ())
+        count = decide(ids, topic)
+        self._refuse_unknown(topic, count)
+        return count
+
+    # -- helpers -------------------------------------------------------------------------------
+
+    def _found(self, query: Select[Any]) -> list[Letter]:
+        found = [Letter(**row._mapping) for row in self._messages.read(query)]
+        gone = self._roster.gone({each.instance for each in found if each.instance and each.state == "running"})
+        return [replace(each, is_gone=each.state == "running" and each.instance in gone) for each in found]
+
+    def _refuse_unknown(self, topic: str | None, is_found: object) -> None:
+        """A topic is known by its worker, or by the messages that there are of it."""
+        if topic is None or topic in self._workers or is_found:
+            return
+        known = [each.topic for each in self.stats()]
+        if topic not in known:
+            raise UnknownTopic(topic, known)
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _refuse_impossible(ids: Collection[int]) -> None:
+    for id in ids:
+        if not 0 < id <= LARGEST_ID:
+            raise UnknownMessage(id)
+
+
+def _is_text(topic: str | None) -> bool:
+    """What a terminal or a browser sent in another encoding is none, and no database takes it."""
+    return topic is not None and topic.isprintable()
+
+
+def _letters(whole: bool) -> Select[Any]:
+    named = [messages.c[name] for name in Letter.__dataclass_fields__ if name in messages.c and name != "payload"]
+    payload = messages.c.payload if whole else func.substr(messages.c.payload, 1, _SHORT)
+    newest = (
+        select(message_errors.c.error)
+        .where(message_errors.c.message == messages.c.id)
+        .order_by(message_errors.c.id.desc())
+        .limit(1)
+        .scalar_subquery()
+    )
+    return select(*named, payload.label("payload"), newest.label("error"), now().label("clock"))
+
+
+def _depth(state: str, *more: Any) -> Select[Any]:
+    """How many there are of one state, by topic; each state has an index of its own, which is all that is read."""
+    columns = (messages.c.topic, literal(state).label("state"), func.count().label("count"), *more)
+    return select(*columns).where(is_in(state)).group_by(messages.c.topic)
+
+
+_clock = select(now()).scalar_subquery()  # read once
+_delayed = func.count().filter(messages.c.due_at > _clock)
+_open = union_all(
+    _depth("waiting", _delayed.label("delayed"), func.min(messages.c.due_at).label("first_due_at")),
+    _depth("running", null(), null()),
+    _depth("dead", null(), null()),
+).subquery()
+_depths = select(_open, now().label("clock"))
+
+_newest = (
+    select(messages.c.topic, messages.c.state, messages.c.finished_at)
+    .where(messages.c.finished_at.is_not(None))
+    .order_by(messages.c.finished_at.desc())
+    .limit(_SAMPLE)
+    .cte("newest")
+)
+
+
+def _since(length: timedelta) -> Any:
+    return func.count().filter(_newest.c.finished_at > select(now(-length)).scalar_subquery())
+
+
+_finished = (
+    select(
+        _newest.c.topic,
+        _since(_JUST_NOW).label("minute"),
+        _since(_RECENTLY).label("hour"),
+        select(func.count()).select_from(_newest).scalar_subquery().label("sample"),
+        select(func.min(_newest.c.finished_at)).scalar_subquery().label("oldest"),
+        now().label("clock"),
+    )
+    .where(_newest.c.state == "done")
+    .group_by(_newest.c.topic)
+)
+
+
+def _flow(row: Row[Any]) -> Flow:
+    covered = row.clock - row.oldest
+    if row.sample < _SAMPLE or covered >= _RECENTLY:
+        return Flow(row.minute, row.hour)
+    share = max(covered, timedelta(milliseconds=1))
+    minute = row.minute if covered >= _JUST_NOW else round(row.minute * (_JUST_NOW / share))
+    return Flow(minute, round(row.hour * (_RECENTLY / share)), is_estimate=True)
+
+
+_took = elapsed(messages.c.due_at, messages.c.finished_at)
+_handled = (
+    select(
+        messages.c.topic,
+        func.count().label("handled"),
+        func.avg(_took).label("mean"),
+        func.max(_took).label("longest"),
+    )
+    .where(messages.c.state == "done", messages.c.finished_at > select(now(-_RECENTLY)).scalar_subquery())
+    .group_by(messages.c.topic)
+)

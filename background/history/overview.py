@@ -1,0 +1,96 @@
+"""Every worker at a glance: its schedule, its next tick, its last one, and what runs."""
+
+from collections.abc import Collection, Mapping
+from datetime import datetime
+from typing import Any
+
+from ..errors import InvalidSchedule
+from ..ledger.claim import Claim, WorkerState
+from ..registry import declared_schedule
+from ..schedule.periods import Schedule
+from ..stores import Stores
+from ..worker import PeriodicWorker
+from .executions import History
+from .instances import Roster
+from .records import Record
+from .status import Standing, standings
+
+
+def overview(
+    stores: Stores, ours: Mapping[str, type[PeriodicWorker]], names: Collection[str] | None = None
+) -> list[dict[str, Any]]:
+    """Every worker of this release and of the database (or those of `names`), in a constant number of queries."""
+    roster = Roster(stores.instances)
+    history = History(stores.ledger, roster)
+    clock, states, latest = history.clock(), stores.ledger.states(names), history.latest(names)
+    gone = roster.gone({state.instance for state in states.values() if state.instance})
+    standing = {each.name: each for each in standings(stores, ours)}
+    known = ours.keys() if names is None else ours.keys() & names
+    return [
+        _overview(name, ours.get(name), clock, states.get(name), latest.get(name), gone) | _trouble(standing.get(name))
+        for name in sorted(known | states.keys())
+    ]
+
+
+def _overview(
+    name: str,
+    worker: type[PeriodicWorker] | None,
+    clock: datetime,
+    state: WorkerState | None,
+    last: Record | None,
+    gone: set[str],
+) -> dict[str, Any]:
+    schedule = _schedule(worker, state)
+    paused_at = state.paused_at if state else None
+    runs = worker is not None and worker.enabled and not paused_at
+    return {
+        "name": name,
+        "schedule": schedule.describe() if schedule else None,
+        "declared": declared_schedule(worker).describe() if worker else None,
+        "next_tick": schedule.next(_decided(clock, state)) if runs and schedule else None,
+        "last": last.as_dict() if last else None,
+        "running": _running(state, state.running, gone) if state and state.running else None,
+        "pending_tick": state.pending_tick if state else None,
+        "paused_at": paused_at,
+        "enabled": worker.enabled if worker else None,
+        "in_this_release": worker is not None,
+    }
+
+
+def _decided(clock: datetime, state: WorkerState | None) -> datetime:
+    """Return now, or the mark if it lies in the future, as after a clock that was ahead."""
+    return max(clock, state.mark) if state and state.mark else clock
+
+
+def _trouble(standing: Standing | None) -> dict[str, Any]:
+    """Return since when a tick of the worker waits, and why its run is stuck. None if all is well."""
+    if standing is None:
+        return {"overdue_since": None, "stuck": None}
+    return {
+        "overdue_since": standing.waits_since if standing.is_late else None,
+        "stuck": standing.stuck,
+    }
+
+
+def _running(state: WorkerState, claim: Claim, gone: set[str]) -> dict[str, Any]:
+    return {
+        "tick": claim.tick,
+        "attempt": claim.attempt,
+        "execution": claim.execution,
+        "started_at": state.started_at,
+        "progress_done": state.progress_done,
+        "progress_total": state.progress_total,
+        "instance": state.instance_name,
+        "instance_id": state.instance,
+        "is_gone": state.instance in gone,
+    }
+
+
+def _schedule(worker: type[PeriodicWorker] | None, state: WorkerState | None) -> Schedule | None:
+    """The schedule in force; None for one that this release cannot read: a newer one may have brought it."""
+    if state is None:
+        return declared_schedule(worker) if worker else None
+    try:
+        return state.schedule
+    except InvalidSchedule:
+        return None

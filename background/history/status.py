@@ -1,0 +1,177 @@
+"""How every worker stands: whether it runs, is paused, or is overdue; for those who watch, in one read."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from functools import lru_cache
+from math import inf
+from typing import Any
+
+from sqlalchemy import Row, bindparam, case, func, select
+
+from ..database.clock import AHEAD, elapsed, now, single_statements
+from ..database.tables import executions, instances, totals, workers
+from ..errors import InvalidSchedule
+from ..ledger.leases import is_alive
+from ..ledger.ledger import is_of_claim
+from ..schedule.parsing import parse_schedule
+from ..stores import Stores
+from ..worker import PeriodicWorker
+from .text import span
+
+LATE = timedelta(seconds=5)  # longer than an instance with a free thread needs to begin a tick
+_LONG_SECONDS = 60.0
+_MANY_PERIODS, _MANY_RUNS = 3, 10
+
+
+@dataclass(frozen=True)
+class Standing:
+    """One worker that the database knows."""
+
+    name: str
+    is_running: bool
+    is_paused: bool
+    overdue_since: datetime | None
+    """The first tick that waits, if the worker is overdue."""
+    interval: timedelta | None
+    """From tick to tick. None if this release should not run it."""
+    waits_since: datetime | None
+    """The first tick that is due and waits, if this release should run the worker."""
+    waits_for: timedelta
+    """The time that this tick has waited. Zero if none waits."""
+    is_late: bool
+    """True if this tick waits for longer than an instance needs to begin it, or no instance is alive."""
+    stuck: str | None
+    """The reason why its run counts as stuck. None if the run is in order, or nothing runs."""
+
+    @property
+    def is_overdue(self) -> bool:
+        """True if this release should run it, and a tick of it waits although two later ticks came."""
+        return self.overdue_since is not None
+
+
+def standings(stores: Stores, workers_here: Mapping[str, type[PeriodicWorker]]) -> list[Standing]:
+    """Return the standing of every worker by the database's clock, sorted by name.
+
+    `workers_here` are those of this release. Takes one query, and another while marks lie in the clock's future.
+    """
+    ours = {name: worker for name, worker in workers_here.items() if worker.enabled}
+    # Where the instances are: on SQLite they have a file of their own, from which the workers' rows can be read too.
+    with single_statements(stores.instances.engine).connect() as connection:
+        rows = connection.execute(_query).all()
+        ahead = [row.name for row in rows if row.mark and row.mark > row.clock + AHEAD]
+        decided = connection.execute(_decided_by_now, {"names": ahead}).all() if ahead else ()
+    lease = stores.lease.total_seconds()
+    marks = {row.name: row.mark for row in rows} | {each[0]: each[1] for each in decided}
+    return [_standing(row, marks[row.name], ours.get(row.name), lease) for row in rows]
+
+
+_age = elapsed(executions.c.started_at, now())
+_average = (
+    select(func.sum(totals.c.seconds) / func.sum(totals.c.count))
+    .where(totals.c.worker == workers.c.name, totals.c.kind == "duration")
+    .scalar_subquery()
+)
+_query = select(
+    workers.c.name,
+    workers.c.mark,
+    workers.c.schedule,
+    workers.c.scheduled_at,
+    workers.c.paused_at,
+    workers.c.running,
+    now().label("clock"),
+    select(func.min(instances.c.started_at)).where(is_alive).scalar_subquery().label("alive_since"),
+    workers.c.pending_tick,
+    workers.c.pending_trigger,
+    executions.c.tick.label("running_tick"),
+    executions.c.instance_name,
+    _age.label("age"),
+    case((_age > _LONG_SECONDS, _average)).label("usual"),
+    is_alive.label("is_alive"),
+    elapsed(func.coalesce(instances.c.expires_at, executions.c.started_at), now()).label("gone_for"),
+)
+_query = (
+    _query.outerjoin(executions, is_of_claim)
+    .outerjoin(instances, instances.c.id == executions.c.instance)
+    .order_by(workers.c.name)
+)
+# A mark in the clock's future says nothing of today. The history says which tick was decided last.
+_end = func.coalesce(executions.c.through, executions.c.tick)
+_last_end = (
+    select(_end)
+    .where(executions.c.worker == workers.c.name, executions.c.trigger == "schedule", _end <= now())
+    .order_by(executions.c.tick.desc(), executions.c.id.desc())
+    .limit(1)
+    .scalar_subquery()
+)
+_decided_by_now = select(workers.c.name, _last_end).where(workers.c.name.in_(bindparam("names", expanding=True)))
+
+
+def _standing(row: Row[Any], mark: datetime | None, worker: type[PeriodicWorker] | None, lease: float) -> Standing:
+    is_paused, is_running = row.paused_at is not None, row.running is not None
+    ticks = _ticks(row, mark, worker) if worker and not is_paused else None
+    interval = (ticks[1] - ticks[0]) / 2 if ticks else None
+    # The claim of an instance that is gone is taken over only where another instance is alive.
+    runs = is_running and row.alive_since is not None
+    waiting = None if runs or not worker else _waiting(row, ticks)
+    waits_for = row.clock - waiting if waiting else timedelta()
+    return Standing(
+        row.name,
+        is_running,
+        is_paused,
+        ticks[0] if ticks and ticks[1] <= row.clock and not runs else None,
+        interval,
+        waiting,
+        waits_for,
+        waiting is not None and (waits_for > LATE or row.alive_since is None),
+        _stuck(row, worker, interval, lease) if worker and is_running else None,
+    )
+
+
+def _waiting(row: Row[Any], ticks: tuple[datetime, datetime] | None) -> datetime | None:
+    """Return the first tick that is due and does not run. A tick to run again comes before any other."""
+    if row.pending_tick and (row.pending_trigger == "manual" or ticks):
+        return row.pending_tick if row.pending_tick <= row.clock else None
+    due = [at for at in (row.running_tick, ticks[0]) if at and at <= row.clock] if ticks else []
+    return min(due, default=None)
+
+
+def _stuck(row: Row[Any], worker: type[PeriodicWorker], interval: timedelta | None, lease: float) -> str | None:
+    """Return why the run in force will not end by itself, as far as the rows tell. None if it may."""
+    if row.age is None:
+        return "its claim has no execution"
+    if not row.is_alive:
+        is_taken_over = row.gone_for <= lease + LATE.total_seconds()
+        return None if is_taken_over else f"{row.instance_name}, which runs it, is gone, and no instance takes it over"
+    lasts = span(timedelta(seconds=row.age))
+    if worker.timeout is not None:
+        is_over = row.age > worker.timeout.total_seconds() + lease
+        return f"it runs for {lasts}, past its timeout of {span(worker.timeout)}" if is_over else None
+    longest = max(
+        _LONG_SECONDS, _MANY_PERIODS * interval.total_seconds() if interval else inf, _MANY_RUNS * (row.usual or 0)
+    )
+    if row.age <= longest:
+        return None
+    return f"it runs for {lasts}, longer than three periods and ten times its average, and has no timeout"
+
+
+def _ticks(row: Row[Any], mark: datetime | None, worker: type[PeriodicWorker]) -> tuple[datetime, datetime] | None:
+    """Return the first and the third undecided tick. None for a schedule that a newer release brought.
+
+    Only moments up to now count: a later one was written while the clock was ahead.
+    """
+    known = [mark, row.scheduled_at]
+    if not worker.catch_up:  # ticks that fell while no instance was up are not run
+        known.append(row.alive_since)
+    since = max((at for at in known if at and at <= row.clock + AHEAD), default=row.clock)
+    try:
+        return _first_and_third(row.schedule, since)
+    except InvalidSchedule:
+        return None
+
+
+@lru_cache(maxsize=10_000)  # a cron's arithmetic takes its time, and is the same until the next tick has run
+def _first_and_third(schedule: str, since: datetime) -> tuple[datetime, datetime]:
+    ticks = parse_schedule(schedule)
+    first = ticks.next(since)
+    return first, ticks.next(ticks.next(first))

@@ -1,0 +1,108 @@
+"""How moments, lengths of time and rows are written for people, and how people write moments."""
+
+import json
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from zoneinfo import ZoneInfo
+
+from ..host import strict_json
+from ..schedule.cron import check_timezone
+from .instances import Silence
+from .records import Record
+
+WIDEST = 120  # characters of one cell
+EARLIEST, LATEST = datetime(1970, 1, 2, tzinfo=UTC), datetime(9000, 1, 1, tzinfo=UTC)  # that can be asked about
+
+
+def moment(at: datetime | None) -> str:
+    """ISO 8601 in UTC, as `why --at` reads it; a fraction only where there is one."""
+    if at is None:
+        return "-"
+    return at.astimezone(UTC).isoformat().removesuffix("+00:00").removesuffix("000") + "Z"
+
+
+def moment_in(text: str, zone: str = "UTC") -> datetime:
+    """The moment of ISO 8601, in `zone` where it names none. Raises ValueError, and InvalidSchedule for the zone."""
+    check_timezone(zone)
+    try:
+        given = datetime.fromisoformat(text.strip())
+        at = (given if given.tzinfo else given.replace(tzinfo=ZoneInfo(zone))).astimezone(UTC)
+    except OverflowError as error:
+        raise ValueError(text) from error
+    if not EARLIEST <= at <= LATEST:
+        raise ValueError(text)
+    return at
+
+
+def second(at: datetime | None) -> str:
+    """`moment`, cut to whole seconds: for what is not a tick."""
+    return moment(at.replace(microsecond=0) if at else None)
+
+
+def span(length: timedelta) -> str:
+    """0.031 s, 12.3 s, 5 min 3 s, 2 h 5 min or 3 d 4 h."""
+    seconds = max(length.total_seconds(), 0.0)
+    if seconds < 60:
+        return f"{seconds:.3f} s" if seconds < 10 else f"{seconds:.1f} s"
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    parts = [(days, "d"), (hours, "h"), (minutes, "min"), (rest, "s")]
+    largest = next(index for index, (count, _) in enumerate(parts) if count)
+    return " ".join(f"{count} {unit}" for count, unit in parts[largest : largest + 2] if count)
+
+
+def ahead(seconds: float | None) -> str:
+    """How far a clock is ahead of the database's: +0.012 s; +0.000 s for one that was never compared."""
+    return f"{round(seconds or 0.0, 3) + 0.0:+.3f} s"  # no -0.000
+
+
+def silent(silence: Silence) -> str:
+    """Say that no instance is alive, since when, and the command that starts one."""
+    if silence.last is None or silence.length is None:
+        return "No instance is alive, and none is known: no worker runs. `flask workers run` starts one."
+    left = f"{printable(silence.last.name)} {'signed off' if silence.last.signed_off_at else 'was last seen'}"
+    since = f"since {second(silence.since)} ({span(silence.length)}), when {left}"
+    return f"No instance is alive {since}: no worker runs. `flask workers run` starts one."
+
+
+def progress(record: Record) -> str:
+    """How far it says it is."""
+    if record.progress_done is None:
+        return ""
+    total = f" of {record.progress_total:,.0f}" if record.progress_total else ""
+    return f" ({record.progress_done:,.0f}{total} done)"
+
+
+def decided(count: int, one: str, many: str) -> str:
+    """What became of the dead messages that were decided about: "1 message waits again.", "3 messages wait again."."""
+    return f"{count:,} message{f' {one}' if count == 1 else f's {many}'}." if count else "No message is dead."
+
+
+def indented(value: Any) -> str:
+    """As JSON over several lines; what cannot be seen, or steers a terminal, is written as an escape."""
+    text = strict_json.dumps(value, indent=2, ensure_ascii=False)
+    return "".join(each if each.isprintable() or each == "\n" else json.dumps(each)[1:-1] for each in text)
+
+
+def printable(text: str) -> str:
+    """Without what would steer a terminal: the text of an error may hold anything."""
+    return text if text.isprintable() else "".join(each if each.isprintable() else "?" for each in text)
+
+
+def table(headers: Sequence[str], rows: Iterable[list[str]]) -> str:
+    """Left-aligned columns, two spaces apart; a column in which nothing stands is left out, but for the first."""
+    lines = [[header.upper() for header in headers], *([clipped(cell) for cell in row] for row in rows)]
+    columns = [column for column in zip(*lines, strict=True) if any(column[1:])]
+    widths = [max(map(len, column)) for column in columns]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in zip(*columns, strict=True)
+    )
+
+
+def clipped(text: str, most: int = WIDEST) -> str:
+    """The text in at most `most` printable characters."""
+    text = printable(text)
+    return text if len(text) <= most else f"{text[: most - 1]}…"

@@ -1,0 +1,302 @@
+"""Why did it not run? One sentence about any tick, made of what the rows say; time is an argument."""
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from ..ledger.claim import WorkerState
+from ..registry import declared_schedule
+from ..schedule.periods import Schedule
+from ..worker import PeriodicWorker
+from .records import Record, Surroundings
+from .text import moment, printable, progress, second, span
+
+FINE = ("succeeded", "running", "not due")
+# What else an answer can be than the state of an execution: it may still run, it did not, or nothing is known.
+WITHOUT_A_ROW = (
+    "not due",
+    "waiting",
+    "overdue",
+    "paused",
+    "disabled",
+    "missed",
+    "before",
+    "pruned",
+    "unrecorded",
+    "unknown",
+)
+_JUST = timedelta(seconds=5)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """`state` is that of the execution, or one of WITHOUT_A_ROW."""
+
+    worker: str
+    at: datetime
+    tick: datetime
+    state: str
+    sentence: str
+    records: tuple[Record, ...] = ()
+
+    @property
+    def is_fine(self) -> bool:
+        """Whether nothing is wrong: it succeeded, it runs, or its time has not come."""
+        return self.state in FINE
+
+
+@dataclass(frozen=True)
+class Known:
+    """What this release and its settings say about the worker; `worker` is None for one that it does not have."""
+
+    worker: type[PeriodicWorker] | None
+    history_days: float
+
+
+def why(around: Surroundings, worker: type[PeriodicWorker] | None, history_days: float) -> Answer:
+    """What became of the tick that `around.at` belongs to: the latest at or before it.
+
+    `worker` is None where this release does not have it; then `around.state` is not.
+    """
+    known = Known(worker, history_days)
+    tick = _schedule(around, worker).previous(around.at)
+    last = around.records[-1] if around.records else None
+    if last and not last.covers(tick):
+        tick = last.tick
+    state, said = (last.state, _recorded(around, known)) if last else _unrecorded(around, known, tick)
+    subject = f"The tick {moment(tick)} of {around.name}"
+    if last and last.trigger == "manual":
+        subject = f"The manual run of {around.name} asked for at {moment(tick)}"
+    return Answer(around.name, around.at, tick, state, printable(f"{subject} {said}."), around.records)
+
+
+def _schedule(around: Surroundings, worker: type[PeriodicWorker] | None) -> Schedule:
+    if around.state is not None:
+        return around.state.schedule
+    assert worker is not None  # noqa: S101 - nobody asks about a worker that neither has
+    return declared_schedule(worker)
+
+
+# -- what has a row ------------------------------------------------------------------------------
+
+
+def _recorded(around: Surroundings, known: Known) -> str:
+    record = around.records[-1]
+    began = f"at {second(record.started_at)} on {record.instance_name}" if record.started_at else ""
+    took = span(record.duration) if record.duration is not None else ""
+    match record.state:
+        case "succeeded":
+            return f"ran {began} and succeeded in {took}{_tries(around.records)}"
+        case "failed":
+            return f"ran {began} and failed after {took}{_tries(around.records)}: {_clause(record.last_line)}"
+        case "timed out":
+            return f"ran {began} and timed out after {took}{_tries(around.records)}: it {_clause(record.last_line)}"
+        case "running":
+            return _running(around, record, began, took)
+        case "lost":
+            return _given_up(around, known, record)
+        case "handed back":
+            return _handed_back(around, record)
+        case "skipped":
+            return f"was skipped, as the worker was {_clause(record.last_line)}{_range(record)}"
+        case _:
+            return _missed(record)
+
+
+def _running(around: Surroundings, record: Record, began: str, took: str) -> str:
+    if record.is_gone:
+        return f"began {began}, which is gone: will be taken over{_by_whom(around)}"
+    return f"has been running for {took}, since {began.removeprefix('at ')}{progress(record)}{_tries(around.records)}"
+
+
+def _given_up(around: Surroundings, known: Known, record: Record) -> str:
+    lost = f"was lost at {second(record.finished_at)} ({_clause(record.last_line)})"
+    if _is_pending(around, record):
+        return f"{lost}; attempt {(record.attempt or 0) + 1} follows{_by_whom(around)}"
+    if known.worker and known.worker.on_lost == "skip":
+        return f"{lost} and is given up, as {known.worker.__name__} has on_lost = 'skip'"
+    most = f" of {known.worker.max_attempts}" if known.worker else ""
+    return f"{lost} and is given up after attempt {record.attempt}{most}"
+
+
+def _handed_back(around: Surroundings, record: Record) -> str:
+    back = f"was handed back by {record.instance_name} at {second(record.finished_at)}"
+    if _is_pending(around, record):
+        return f"{back}; it will be run again{_by_whom(around)}"
+    return f"{back} and was not run again"
+
+
+def _missed(record: Record) -> str:
+    found = f"one did at {second(record.finished_at)}, and of several that are due only the latest tick runs"
+    if record.through is None or record.through == record.tick:
+        return f"was missed, as no instance came to run it in time: {found}"
+    until = f"between {moment(record.tick)} and {moment(record.through)}"
+    return f"was missed, as no instance came to run it in time, nor any other tick {until}: {found}"
+
+
+def _tries(records: tuple[Record, ...]) -> str:
+    """What became of the attempts before the last one."""
+    *earlier, last = records
+    if not earlier:
+        return ""
+    before = earlier[-1]
+    reason = f" ({_clause(before.last_line)})" if before.last_line else ""
+    times = f"{len(earlier)} times it ended before, the last was" if len(earlier) > 1 else "the one before was"
+    return f" (attempt {last.attempt}; {times} {before.state} on {before.instance_name}{reason})"
+
+
+def _range(record: Record) -> str:
+    if record.through is None or record.through == record.tick:
+        return ""
+    return f", like every tick from {moment(record.tick)} to {moment(record.through)}"
+
+
+def _is_pending(around: Surroundings, record: Record) -> bool:
+    return around.state is not None and around.state.pending_tick == record.tick
+
+
+def _by_whom(around: Surroundings) -> str:
+    """Who will run it, or what stands in the way of that."""
+    if around.state and around.state.paused_at and not around.state.owed:
+        return f", once the worker is resumed (it is paused since {second(around.state.paused_at)})"
+    if around.alive:
+        return f" by {_alive(around)}"
+    return f" by the next instance that starts: {_nobody(around)}"
+
+
+# -- what has none -------------------------------------------------------------------------------
+
+
+def _unrecorded(around: Surroundings, known: Known, tick: datetime) -> tuple[str, str]:
+    state = around.state
+    if state and state.running and state.is_bare and state.running.tick == tick:
+        where = f"is claimed by {_where(state, around)}"
+        return "running", f"{where}, but its row was deleted by hand, and the fleet writes it anew within a lease"
+    if state and state.mark and tick <= state.mark and around.clock < state.mark:
+        became = "unrecorded" if tick > around.clock else "overdue"
+        is_proven = state.mark <= around.clock + timedelta(days=known.history_days)  # as Healing decides
+        go_on = (
+            "go on once the clock has been right for the length of a lease, or by `flask workers repair`"
+            if is_proven
+            else "go on by `flask workers repair` only, because the history is shorter than that"
+        )
+        return became, (
+            f"waits: the database's clock was ahead, so the worker's ticks are decided up to {moment(state.mark)}, "
+            f"and {go_on}"
+        )
+    if tick > around.clock:
+        return "not due", f"is not due yet: it comes in {span(tick - around.clock)}{_unless(around, known)}"
+    if state is None:
+        return (
+            "unknown",
+            f"did not run: no instance has ever started the worker on this database{_unless(around, known)}",
+        )
+    if tick < state.scheduled_at:
+        has_followed = around.before is not None and state.mark is not None and tick <= state.mark
+        if has_followed or tick != state.schedule.previous(around.clock):
+            return "before", _before(around, state)
+        if not (state.mark is None and around.alive):
+            first = state.schedule.next(state.scheduled_at)
+            return "before", f"is older than its schedule ({_since(state)}), whose first tick is {moment(first)}"
+    if state.mark is not None and tick <= state.mark:
+        return _without_row(around, known, tick)
+    return _untaken(around, known, tick, state)
+
+
+def _before(around: Surroundings, state: WorkerState) -> str:
+    if around.before is not None:
+        last = around.before
+        what = f"the last tick of the schedule before it, {moment(last.through or last.tick)}, is {last.state}"
+        return f"is none that was due: the schedule in force is newer ({_since(state)}); {what}"
+    if around.oldest is not None and around.oldest < state.schedule.previous(state.scheduled_at):
+        return f"is older than everything that is kept of this worker, which begins with {moment(around.oldest)}"
+    return f"was before this database knew the worker or its schedule ({_since(state)})"
+
+
+def _without_row(around: Surroundings, known: Known, tick: datetime) -> tuple[str, str]:
+    if around.clock - tick > timedelta(days=known.history_days) and around.before is None:
+        kept = f"goes back to {moment(around.oldest)}" if around.oldest else "is empty"
+        return "pruned", (
+            f"is decided, but what became of it is no longer kept: the history of the worker {kept} "
+            f"(WORKERS_HISTORY_DAYS is {known.history_days:g})"
+        )
+    between = "nothing is written about it"
+    if around.before and around.after:
+        last, first = moment(around.before.through or around.before.tick), moment(around.after.tick)
+        between = f"the history goes from {last} ({around.before.state}) straight to {first} ({around.after.state})"
+    return "unrecorded", f"did not run: no instance took it when it was due, and it is too late now; {between}"
+
+
+def _untaken(around: Surroundings, known: Known, tick: datetime, state: WorkerState) -> tuple[str, str]:
+    late = span(around.clock - tick)
+    if known.worker and not known.worker.enabled:
+        return "disabled", f"did not run: {known.worker.__name__} is disabled in this release (enabled = False)"
+    if state.paused_at:
+        return "paused", f"did not run: the worker is paused since {second(state.paused_at)}"
+    if state.pending_tick:
+        cause = "asked for by hand" if state.pending_trigger == "manual" else "lost or handed back"
+        first = f"the tick {moment(state.pending_tick)}, which was {cause}, runs first"
+        return "waiting", f"has waited for {late}: {first}{_by_whom(around)}"
+    if state.running:
+        return (
+            "waiting",
+            f"has waited for {late}: the tick {moment(state.running.tick)} is still running on {_where(state, around)}",
+        )
+    if not around.alive:
+        return "overdue", f"is overdue by {late}: {_nobody(around)}"
+    return _late_though_alive(around, known, tick, late)
+
+
+def _late_though_alive(around: Surroundings, known: Known, tick: datetime, late: str) -> tuple[str, str]:
+    if known.worker is None:
+        return "overdue", f"is overdue by {late}: this release does not have the worker, nor took another one it up"
+    if around.clock - tick <= _JUST:
+        return "waiting", f"came due {late} ago; {_alive(around)} will take it"
+    if not known.worker.catch_up and all(each.started_at > tick for each in around.alive):
+        began = second(around.alive[0].started_at)
+        return "missed", (
+            f"did not run: no instance was up when it was due (the oldest started at {began}), and "
+            f"{known.worker.__name__} has catch_up = False"
+        )
+    return "overdue", (
+        f"is overdue by {late} although {_alive(around)} is alive: its log says why "
+        "(another release, all its WORKERS_THREADS busy, or it cannot ask the database)"
+    )
+
+
+def _unless(around: Surroundings, known: Known) -> str:
+    """What will keep a tick from running, as things are now."""
+    if known.worker and not known.worker.enabled:
+        return f", and {known.worker.__name__} is disabled (enabled = False)"
+    if around.state and around.state.paused_at:
+        return f", and the worker is paused since {second(around.state.paused_at)}"
+    if not around.alive:
+        return f", and {_nobody(around)}"
+    return ""
+
+
+def _alive(around: Surroundings) -> str:
+    first, *others = around.alive
+    return f"{first.name} or {len(others)} more" if others else first.name
+
+
+def _nobody(around: Surroundings) -> str:
+    """Say that no instance is alive, since when, and how to change that."""
+    seen = around.last_seen
+    since = ""
+    if seen:
+        what = "signed off" if seen.signed_off_at else "was last seen"
+        since = f" ({seen.name} {what} at {second(seen.signed_off_at or seen.heartbeat_at)})"
+    return f"no instance is alive now{since}; `flask workers run` starts one"
+
+
+def _where(state: WorkerState, around: Surroundings) -> str:
+    is_alive = any(each.id == state.instance for each in around.alive)
+    return f"{state.instance_name}" + ("" if is_alive else ", which is gone: will be taken over")
+
+
+def _since(state: WorkerState) -> str:
+    return f"{state.schedule.describe()}, since {second(state.scheduled_at)}"
+
+
+def _clause(text: str | None) -> str:
+    return (text or "no reason is written down").rstrip(".")

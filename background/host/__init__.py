@@ -1,0 +1,1 @@
+"""The interpreter and the operating system: packages, logging, forks, signals."""

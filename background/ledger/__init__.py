@@ -1,0 +1,1 @@
+"""Who runs a tick: claims, leases, locks, and what an operator sets."""

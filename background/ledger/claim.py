@@ -1,0 +1,115 @@
+"""Who runs what. Each race is one statement; those about one tick are in claiming.py."""
+
+from dataclasses import dataclass
+from datetime import datetime
+from enum import Enum
+from typing import Literal, NamedTuple
+
+from ..schedule.parsing import parse_schedule
+from ..schedule.periods import Schedule
+
+
+@dataclass(frozen=True)
+class Claim:
+    """The right to run one tick of one worker, as long as the worker's row has this `id` and `token`.
+
+    The token can repeat where the database loses commits that it acknowledged. The id cannot.
+    """
+
+    worker: str
+    tick: datetime
+    attempt: int
+    token: int
+    trigger: str
+    execution: int | None
+    """The id of its row. None if that row was deleted by hand."""
+    started_at: datetime | None = None
+    id: str | None = None
+    """Random. None if an older release made the claim."""
+    instance: str | None = None
+    instance_name: str | None = None
+
+    @property
+    def idempotency_key(self) -> str:
+        """The same for every attempt at this tick, and for no other tick."""
+        kind = "" if self.trigger == "schedule" else f"{self.trigger}:"
+        return f"{self.worker}:{kind}{self.tick.isoformat()}"
+
+
+@dataclass(frozen=True)
+class WorkerState:
+    """One worker's row, the claim in force (if any) and the database's clock, all of one read."""
+
+    name: str
+    clock: datetime
+    mark: datetime | None
+    schedule_text: str
+    scheduled_at: datetime
+    declared: str
+    declared_by: str | None
+    paused_at: datetime | None
+    pending_tick: datetime | None
+    pending_trigger: str | None
+    running: Claim | None
+    started_at: datetime | None
+    progress_done: float | None
+    progress_total: float | None
+    instance: str | None
+    instance_name: str | None
+    has_strays: bool = False
+    """True if an execution says "running" and its claim is not in force: the claim was ended by hand."""
+    mark_ahead: datetime | None = None
+    """The mark that a clock which was ahead left. Ticks up to it may have run."""
+
+    @property
+    def is_bare(self) -> bool:
+        """True if the claim in force has no execution's row: that row was deleted by hand."""
+        return self.running is not None and self.running.execution is None
+
+    @property
+    def is_damaged(self) -> bool:
+        """True while the rows contradict each other, which only a change by hand can cause."""
+        return self.is_bare or self.has_strays
+
+    @property
+    def overridden(self) -> bool:
+        """Whether `reschedule` put another schedule in force than the declared one."""
+        return self.schedule_text != self.declared
+
+    @property
+    def owed(self) -> datetime | None:
+        """The tick that must run before any other.
+
+        A pause delays it, unless a user asked for it. So does a clock that was set back, until the tick is due again.
+        """
+        tick = self.pending_tick
+        is_held_up = self.paused_at or (tick and tick > self.clock)
+        return None if is_held_up and self.pending_trigger != "manual" else tick
+
+    @property
+    def schedule(self) -> Schedule:
+        """Raises InvalidSchedule for a text that this release cannot read."""
+        return parse_schedule(self.schedule_text)
+
+
+class NotClaimed(Enum):
+    """Why a claim was refused. Falsy, so `if claim:` works."""
+
+    DECIDED = "somebody was here before"
+    HINDERED = "something is in the way"
+
+    def __bool__(self) -> Literal[False]:
+        return False
+
+
+DECIDED, HINDERED = NotClaimed.DECIDED, NotClaimed.HINDERED
+
+
+class Started(NamedTuple):
+    """The execution of a claim that was won."""
+
+    attempt: int
+    token: int
+    trigger: str
+    execution: int
+    started_at: datetime

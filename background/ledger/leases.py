@@ -1,0 +1,283 @@
+"""Who is alive: one row per life of a process, renewed by one heartbeat statement for all that it holds."""
+
+import math
+import os
+import socket
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from typing import Any
+from uuid import uuid4
+
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Engine,
+    Float,
+    and_,
+    bindparam,
+    delete,
+    false,
+    func,
+    literal_column,
+    not_,
+    null,
+    or_,
+    select,
+    update,
+)
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import OperationalError
+
+from ..database.clock import AHEAD, now, single_statements, steady
+from ..database.dialects.postgresql import waited_in_vain
+from ..database.tables import (
+    LONGEST_RELEASE,
+    AnyText,
+    any_put_off,
+    any_running,
+    executions,
+    instances,
+    may_be_run_again,
+    next_due,
+    workers,
+)
+from .on_postgresql import Together
+
+OFFSET_WARNED = timedelta(seconds=1)
+LEASE_IS_OVER = "its instance could not renew the lease in time"
+_FORGOTTEN_AFTER = timedelta(days=1)
+_STEP_SECONDS = 1.0
+_LEAST_PATIENCE, _MOST_PATIENCE = 0.05, 0.5  # seconds
+_IDENTITY = ("id", "host", "pid", "release")
+
+
+@dataclass
+class Instance:
+    """One life of one process. `deadline` (of `steady()`): past it, this instance believes in none of its claims."""
+
+    lease: timedelta
+    host: str = field(default_factory=lambda: ascii(socket.gethostname())[1:-1])
+    pid: int = field(default_factory=os.getpid)
+    id: str = field(default_factory=lambda: uuid4().hex)
+    deadline: float = 0.0
+    """0 before the first heartbeat."""
+    first_expiry: float = math.inf
+    """When (of `steady()`) the first lease of another instance would run out, by the last heartbeat that succeeded."""
+    clock_offset: timedelta = timedelta()
+    release: str | None = None
+    """Of the application, where it says which it is."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.host}:{self.pid}"
+
+    @property
+    def is_alive(self) -> bool:
+        return steady() < self.deadline
+
+    def database_time(self) -> datetime:
+        """This host's clock, corrected by the offset that the last heartbeat measured."""
+        return datetime.now(UTC) + self.clock_offset
+
+
+@dataclass(frozen=True)
+class Pulse:
+    """What a heartbeat learns about the fleet, so that it need not read more where nothing happens."""
+
+    schedules: str | None
+    """Changes with the schedule of any worker."""
+    is_busy: bool
+    """True if any worker runs or must run again, or any message is being handled."""
+    is_ahead: bool
+    """True if a moment of a worker or of a waiting message lies in the future of the clock, which was ahead then."""
+    was_set: bool
+    """Whether the database's clock was set since it was read last."""
+    clock: datetime = field(compare=False)
+    """The database's, when it was read."""
+    due: Mapping[str, datetime] = field(compare=False)
+    """The moment when the first waiting message of each topic is due. Topics without one are left out."""
+    is_blind: bool = False
+    """True if it says nothing of the fleet: another client kept a table locked, so only the lease was renewed."""
+
+
+class Instances:
+    """The rows of the living and of those who died lately."""
+
+    def __init__(self, engine: Engine, lease: float) -> None:
+        self.engine = engine
+        self._lease = lease
+        self._single = single_statements(engine)
+        self._insert = sqlite.insert if engine.dialect.name == "sqlite" else postgresql.insert
+        self._upserts: dict[tuple[str, ...], Any] = {}
+        self._renewal = self._upsert(null(), false(), false(), _first_expiry)
+        # The longest wait of a look for a lock. The renewal comes after it, and well within the lease.
+        self._patience = max(_LEAST_PATIENCE, min(_MOST_PATIENCE, lease / 10))
+        self._pace: tuple[float, float] | None = None
+        self._began, self._judging_from = steady(), 0.0
+
+    def beat(self, instance: Instance, topics: Sequence[str] = ()) -> Pulse:
+        """Renew everything that `instance` holds, or sign it on, in one request.
+
+        The same request looks for work: running claims, and messages that wait in `topics`. The lease depends on no
+        table other than its own. If another client keeps one locked, a second request renews the lease alone.
+        """
+        try:
+            return self._beat(instance, partial(self._look, tuple(topics)), topics)
+        except OperationalError as error:
+            if not waited_in_vain(error):
+                raise
+        return replace(self.renew(instance), is_blind=True)
+
+    def renew(self, instance: Instance) -> Pulse:
+        """Renew everything that `instance` holds, or sign it on, without a look for work."""
+        return self._beat(instance, lambda connection, values: connection.execute(self._renewal, values).one(), ())
+
+    def _beat(
+        self, instance: Instance, send: Callable[[Connection, dict[str, Any]], Sequence[Any]], topics: Sequence[str]
+    ) -> Pulse:
+        sent, instance.first_expiry = steady(), math.inf
+        values = {f"its_{name}": getattr(instance, name) for name in _IDENTITY}
+        values |= {"lease": instance.lease.total_seconds(), "offset": instance.clock_offset.total_seconds()}
+        with self._single.begin() as connection:
+            host_before = time.time()  # not before connecting, which may take long
+            clock, schedules, is_busy, is_ahead, expiry, *dues = send(connection, values)
+            host_after = time.time()
+        clock = clock.astimezone(UTC)
+        least, most = (clock - datetime.fromtimestamp(host, UTC) for host in (host_after, host_before))
+        instance.clock_offset = min(max(instance.clock_offset, least), most)  # as before, unless that is impossible
+        instance.deadline = sent + instance.lease.total_seconds()
+        if expiry is not None:
+            instance.first_expiry = steady() + (expiry - clock).total_seconds()
+        due = {topic: at for topic, at in zip(topics, dues, strict=True) if at is not None}
+        return Pulse(schedules, bool(is_busy), bool(is_ahead), self._was_set(clock, sent), clock, due)
+
+    def _look(self, topics: tuple[str, ...], connection: Connection, values: dict[str, Any]) -> Sequence[Any]:
+        """Send the statement for these `topics`. It is built once, as that takes as long as running it."""
+        if topics not in self._upserts:
+            upsert = self._upsert(*_pulse(topics), *next_due(topics))
+            if self.engine.dialect.name != "sqlite":  # on SQLite no reader waits for a lock
+                patience = func.set_config("lock_timeout", f"{self._patience * 1000:.0f}", True)
+                upsert = Together(self.engine, select(patience), upsert)
+            self._upserts[topics] = upsert
+        upsert = self._upserts[topics]
+        if isinstance(upsert, Together):
+            return upsert.row(connection, values)  # type: ignore[no-any-return]
+        return connection.execute(upsert, values).one()
+
+    def _upsert(self, *columns: ColumnElement[Any]) -> Any:
+        lease, offset = bindparam("lease", type_=Float), bindparam("offset", type_=Float)
+        renewed = {"heartbeat_at": now(), "expires_at": now(lease), "clock_offset": offset}
+        who: dict[str, Any] = {name: bindparam(f"its_{name}") for name in _IDENTITY}
+        # Escapes for characters that the database cannot hold make a release longer.
+        who["release"] = func.substr(bindparam("its_release", type_=AnyText()), 1, LONGEST_RELEASE)
+        row = self._insert(instances).values({**who, "started_at": now(), **renewed})
+        return row.on_conflict_do_update(index_elements=["id"], set_=renewed).returning(now(), *columns)
+
+    def write(self) -> None:
+        """Change nothing, by a statement that only a writable database accepts."""
+        with self._single.begin() as connection:
+            connection.execute(update(instances).where(false()).values(pid=instances.c.pid))
+
+    def sign_off(self, instance: Instance) -> None:
+        """Sign off. Everything still held counts as handed back, and later commits are refused."""
+        instance.deadline = 0.0
+        with self._single.begin() as connection:
+            connection.execute(
+                update(instances).where(instances.c.id == instance.id).values(signed_off_at=now(), expires_at=now())
+            )
+            connection.execute(delete(instances).where(instances.c.expires_at < now(-_FORGOTTEN_AFTER)))
+
+    def forget(self, instance: Instance) -> None:
+        """Delete the row of an instance that ran nothing (one may exist per lock taken outside a worker)."""
+        instance.deadline = 0.0
+        with self._single.begin() as connection:
+            connection.execute(delete(instances).where(instances.c.id == instance.id))
+
+    def ending(self, id: str) -> str:
+        """Return what ended the lease of an instance that did not sign off, for the history and the log."""
+        with self._single.connect() as connection:
+            is_known = connection.scalar(select(instances.c.id).where(instances.c.id == id)) is not None
+        return "stopped renewing its lease" if is_known else "is not known to the fleet: its row was deleted"
+
+    def gone(self, ids: Collection[str]) -> dict[str, bool]:
+        """Those of `ids` who are not alive: True for one that signed off, False for one that was lost.
+
+        Once the database's clock was set, nobody counts as lost for the length of a lease, in which all renew theirs.
+        A process that began after that did not see it, so for as long it spares those whose heartbeat is in the future.
+        """
+        sent = steady()
+        columns = (instances.c.id, instances.c.signed_off_at, is_alive.label("is_alive"), _is_ahead.label("is_ahead"))
+        query = select(*columns, now().label("clock")).where(instances.c.id.in_(ids))
+        with self._single.connect() as connection:
+            rows = connection.execute(query).all()
+        if rows:
+            self._was_set(rows[0].clock, sent)
+        signed_off = {row.id for row in rows if row.signed_off_at is not None}
+        spared = {row.id for row in rows if row.is_alive or (row.is_ahead and sent < self._began + self._lease)}
+        if sent < self._judging_from:
+            spared.update(ids)
+        return {each: each in signed_off for each in ids if each in signed_off or each not in spared}
+
+    def expired(self, ids: Collection[str], since: datetime, until: datetime) -> set[str]:
+        """Return those of `ids` whose leases ran out between the two moments of the database's clock."""
+        query = select(instances.c.id).where(instances.c.id.in_(ids), instances.c.expires_at.between(since, until))
+        with self._single.connect() as connection:
+            return set(connection.scalars(query))
+
+    @property
+    def is_steady(self) -> bool:
+        """True once this process has seen the database's clock go right for the length of a lease."""
+        return steady() >= max(self._judging_from, self._began + self._lease)
+
+    def _was_set(self, clock: datetime, sent: float) -> bool:
+        """Whether the database's `clock`, asked for at `sent`, went another way than the steady one since last time."""
+        received = steady()
+        before, self._pace = self._pace, (clock.timestamp() - received, clock.timestamp() - sent)
+        if before is None:
+            return False
+        least, most = before
+        was_set = self._pace[0] > most + _STEP_SECONDS or self._pace[1] < least - _STEP_SECONDS
+        if was_set:
+            self._judging_from = received + self._lease
+        return was_set
+
+
+_is_ahead = instances.c.heartbeat_at > now(timedelta(seconds=_STEP_SECONDS))  # from before the clock was set back
+is_alive: ColumnElement[bool] = and_(
+    instances.c.signed_off_at.is_(None),
+    instances.c.expires_at > now(),
+    not_(_is_ahead),
+)
+
+_lines = (
+    select((workers.c.name + " " + workers.c.schedule + " " + workers.c.declared).label("line"))
+    .order_by(workers.c.name)
+    .subquery()
+)
+_others = and_(is_alive, instances.c.id != bindparam("its_id"))
+_first_expiry = select(func.min(instances.c.expires_at)).where(_others).scalar_subquery()
+_is_put_off = or_(
+    workers.c.mark > now(AHEAD),
+    workers.c.scheduled_at > now(AHEAD),
+    and_(workers.c.pending_tick > now(AHEAD), workers.c.pending_trigger != "manual"),
+)
+
+
+def _pulse(topics: Sequence[str]) -> tuple[ColumnElement[Any], ...]:
+    """Return the columns of a pulse, between the clock and the messages that are due."""
+    is_pending = and_(workers.c.pending_tick.is_not(None), may_be_run_again)
+    is_busy = select(workers.c.name).where(or_(workers.c.running.is_not(None), is_pending)).exists()
+    is_ahead = select(workers.c.name).where(_is_put_off).exists()
+    return (
+        select(func.aggregate_strings(_lines.c.line, "\n")).scalar_subquery(),
+        or_(
+            is_busy,
+            select(executions.c.id).where(executions.c.state == literal_column("'running'")).exists(),
+            any_running,
+        ),
+        or_(is_ahead, *any_put_off(topics)),
+        _first_expiry,
+    )

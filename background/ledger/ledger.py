@@ -1,0 +1,434 @@
+"""Who runs what. Each race is one statement; those about one tick are in claiming.py."""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from datetime import datetime
+from types import MappingProxyType
+from typing import Any
+from uuid import uuid4
+
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Row,
+    String,
+    and_,
+    bindparam,
+    case,
+    insert,
+    literal,
+    literal_column,
+    null,
+    or_,
+    select,
+    true,
+    update,
+)
+
+from ..database.clock import now
+from ..database.sessions import Executes
+from ..database.store import Store, count
+from ..database.tables import executions, workers
+from ..errors import ClaimLost
+from ..host.logs import logger_of
+from ..schedule.periods import MICROSECOND
+from . import counters as totals
+from .claim import Claim, NotClaimed, Started, WorkerState
+from .on_postgresql import ClaimsOnPostgreSQL
+from .on_sqlite import ClaimsOnSQLite
+from .statements import IS_FREE, MISS, SKIP, at_tick, claimed, start
+
+log = logger_of(__name__)
+
+MOMENTS = executions.c.started_at, executions.c.finished_at
+
+Values = Mapping[str, Any]
+Notes = Mapping[str, Any]
+NOTHING: Notes = MappingProxyType({})
+
+
+class Ledger:
+    """The worker and execution rows of one database, written on the engine's own connections."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        on_sqlite = store.on_sqlite
+        self._claims = ClaimsOnSQLite(store.engine) if on_sqlite else ClaimsOnPostgreSQL(store.engine, store.limits)
+
+    # -- what is known -------------------------------------------------------------------------
+
+    def look(self, name: str) -> WorkerState | None:
+        """Read the worker's state without a lock. None if no instance has registered the worker yet."""
+        with self.store.single.connect() as connection:
+            row = connection.execute(_one_state, {"name": name}).one_or_none()
+        return _state(row) if row else None
+
+    def states(self, names: Collection[str] | None = None) -> dict[str, WorkerState]:
+        """The state of every worker (or of those of `names`), of this release or not, in one read."""
+        query = _states if names is None else _states.where(workers.c.name.in_(names))
+        with self.store.single.connect() as connection:
+            return {row.name: _state(row) for row in connection.execute(query)}
+
+    # -- claiming ------------------------------------------------------------------------------
+
+    def claim(self, name: str, tick: datetime, schedule: str, instance: tuple[str, str]) -> Claim | NotClaimed:
+        """Claim `tick`, or say why not.
+
+        Concurrency: every instance that knows this worker may run this at the same moment, or late. The row lock
+        (PostgreSQL, while the tick is open) or the write lock (SQLite) orders them. The first raises the mark. The
+        others read the raised mark in the same statement.
+        """
+        values = _values(name, tick, instance)
+        started = self._claims.tick(at_tick(name, tick, schedule) | values)
+        return _claim(values, started) if started else started
+
+    def claim_pending(self, name: str, tick: datetime, instance: tuple[str, str]) -> Claim | None:
+        """Claim a tick that was lost, handed back or requested.
+
+        Concurrency: every instance that saw the tick pending may do this, and the first claims it.
+        """
+        values = _values(name, tick, instance)
+        started = self._claims.pending(values)
+        return _claim(values, started) if started else None
+
+    def claim_manual(self, name: str, tick: datetime, instance: tuple[str, str]) -> Claim | None:
+        """Claim a run that no schedule asked for. `tick` is the moment of asking. The mark stays where it is.
+
+        Concurrency: a second click, or the scheduled tick of the same moment. One of them waits its turn.
+        """
+        values = _values(name, tick, instance)
+        with self.store.begin() as connection:
+            token = connection.execute(_CLAIM_MANUAL, values).scalar_one_or_none()
+            return None if token is None else _claim(values, start(connection, values, token, 1, "manual"))
+
+    def request(self, name: str) -> bool:
+        """Have any instance claim a manual run. False if the worker runs, or will run next, already.
+
+        Concurrency: a second click, and every claim. The worker has one pending tick, and one claim in force.
+        """
+        with self.store.begin() as connection:
+            asked = update(workers).where(workers.c.name == name, IS_FREE).values(pending(now(), 1, "manual"))
+            requested = count(connection.execute(asked)) == 1
+        if requested:
+            self.store.ring()
+        return requested
+
+    def skip(self, name: str, tick: datetime, schedule: str, reason: str) -> bool:
+        """Record that `tick` does not run because the worker is paused or still running. True for the caller that did.
+
+        Concurrency: every instance finds the same obstacle. The one that raises the mark writes the row.
+        """
+        with self.store.begin() as connection:
+            is_first = count(connection.execute(SKIP, at_tick(name, tick, schedule))) == 1
+            if is_first:
+                self._record_skipped(connection, name, tick, reason)
+            return is_first
+
+    def miss(self, state: WorkerState, tick: datetime) -> None:
+        """Record the ticks between the mark and `tick`, which no instance came to run, if there are any.
+
+        Concurrency: every instance that comes to run `tick` may do this. The one that raises the mark writes the row.
+        """
+        schedule, last = state.schedule, state.schedule.previous(tick - MICROSECOND)
+        if max(state.mark or state.scheduled_at, state.scheduled_at) >= last:
+            return
+        with self.store.begin() as connection:
+            raised = connection.execute(MISS, at_tick(state.name, last, state.schedule_text)).one_or_none()
+            if raised is not None:
+                first = schedule.next(max(raised.previous_mark or raised.scheduled_at, raised.scheduled_at))
+                why = "no instance came to run it in time"
+                for one, other in self._gaps(connection, state, first, last):
+                    self._record_not_run(connection, "missed", state.name, one, other, why)
+
+    def _gaps(
+        self, connection: Connection, state: WorkerState, first: datetime, last: datetime
+    ) -> Iterator[tuple[datetime, datetime]]:
+        """Yield the first and the last tick of each gap from `first` to `last`: ticks in a row that did not run.
+
+        The ticks between the gaps ran while the database's clock was ahead.
+        """
+        if state.mark_ahead is None or state.mark_ahead < first:
+            yield first, last
+            return
+        ran = select(executions.c.tick).where(attempted(state.name), executions.c.tick.between(first, last)).distinct()
+        for tick in connection.scalars(ran.order_by(executions.c.tick)).all():
+            if first <= (end := state.schedule.previous(tick - MICROSECOND)):
+                yield first, end
+            first = state.schedule.next(tick)
+        if first <= last:
+            yield first, last
+
+    # -- ending --------------------------------------------------------------------------------
+
+    def check(self, claim: Claim, session: Executes, notes: Notes = NOTHING) -> None:
+        """Hold the worker's row in the session's transaction while `claim` is in force, else raise ClaimLost.
+
+        `notes` are written into its execution's row, by column.
+
+        Concurrency: another instance may take the claim over. It waits for this commit, or this call finds the claim
+        gone.
+        """
+        held = in_force(claim)
+        if self.store.on_sqlite:  # has no row locks: a write takes the only lock
+            result = session.execute(update(workers).where(held).values(running=workers.c.running))
+            ours = count(result) == 1
+        else:
+            row = select(workers.c.token, *self.store.idle).where(held).with_for_update(read=True)
+            ours = session.execute(row).first() is not None
+        if not ours:
+            raise _lost(claim)
+        if notes:
+            session.execute(update(executions).where(own(claim)).values(notes))
+
+    def finish(self, claim: Claim, session: Executes, notes: Notes = NOTHING) -> None:
+        """Write "succeeded" into the run's own transaction; its commit makes the effects and the mark one."""
+        if not self._end(session, claim, "succeeded", notes=notes):
+            raise _lost(claim)
+
+    def end(
+        self,
+        claim: Claim,
+        state: str,
+        reason: str | None = None,
+        next_attempt: int | None = None,
+        notes: Notes = NOTHING,
+    ) -> bool:
+        """End a claim that did not succeed. With `next_attempt` its tick is claimed again.
+
+        Concurrency: the run itself, its time-out, and the instances that believe it lost. The first wins.
+        """
+        with self.store.begin() as connection:
+            ended = self._end(connection, claim, state, reason, next_attempt, notes)
+        if ended and state == "handed back":  # not "lost": while the database is away, its attempts would soon be over
+            self.store.ring()
+        return ended
+
+    def outcome(self, claim: Claim) -> str:
+        """The state of the claim's execution; "lost" where its row is gone."""
+        with self.store.single.connect() as connection:
+            state = connection.scalar(select(executions.c.state).where(own(claim)))
+            return str(state or "lost")
+
+    # -- helpers -------------------------------------------------------------------------------
+
+    def _end(
+        self,
+        connection: Executes,
+        claim: Claim,
+        state: str,
+        reason: str | None = None,
+        next_attempt: int | None = None,
+        notes: Notes = NOTHING,
+    ) -> bool:
+        again = {} if next_attempt is None else pending(claim.tick, next_attempt, claim.trigger)
+        released = connection.execute(
+            update(workers)
+            .where(in_force(claim))
+            .values(running=null(), claim=null(), **again)
+            .returning(workers.c.token, *self.store.idle)
+        )
+        if released.first() is None:
+            return False
+        outcome = {"state": state, "finished_at": now(), "reason": reason, **notes}
+        ended = connection.execute(update(executions).where(own(claim)).values(outcome).returning(*MOMENTS))
+        row = ended.one_or_none() or self.write_anew(
+            connection, claim, outcome, [claim.token, None] if claim.id else [None]
+        )
+        if row is not None:
+            totals.add_execution(connection, claim, state, *row)
+        return True
+
+    def write_anew(
+        self, connection: Executes, claim: Claim, outcome: Values, tokens: Sequence[int | None]
+    ) -> Row[Any] | None:
+        """Write the row of a missing execution, with the first of `tokens` that no other row of the worker has.
+
+        Return its moments, or None if no row was written. The row was deleted by hand, or the database lost the commit
+        that wrote it. A claim without an id says nothing about its tick. Such a tick has an answer if any row names it.
+        """
+        if claim.id is None:
+            same = executions.c.worker == claim.worker, executions.c.tick == claim.tick
+            if connection.execute(select(executions.c.id).where(*same).limit(1)).first() is not None:
+                return None
+        copied = ("worker", "tick", "trigger", "attempt", "instance", "instance_name", "started_at")
+        row = {name: getattr(claim, name) for name in copied} | {"claim": claim.id, **outcome}
+        for token in tokens:
+            new = self.store.insert(executions).values(row | {"token": token}).on_conflict_do_nothing()
+            written: Row[Any] | None = connection.execute(new.returning(*MOMENTS)).one_or_none()
+            if written is not None:
+                tick, state = claim.tick.isoformat(), outcome["state"]
+                log.warning("%s: the row of the tick %s was gone. It is written anew: %s", claim.worker, tick, state)
+                return written
+        return None
+
+    def _record_skipped(self, connection: Connection, name: str, tick: datetime, reason: str) -> None:
+        """In a row of its own, or in the newest one if that says the same: a pause of a month is one row."""
+        newest = (
+            select(executions.c.id)
+            .where(executions.c.worker == name)
+            .order_by(executions.c.tick.desc(), executions.c.id.desc())
+            .limit(1)
+            .scalar_subquery()
+        )
+        extended_at = connection.execute(
+            update(executions)
+            .where(
+                executions.c.id == newest,
+                executions.c.state == "skipped",
+                executions.c.reason == reason,
+            )
+            .values(through=tick, finished_at=now())
+            .returning(executions.c.finished_at)
+        ).scalar_one_or_none()
+        if extended_at is None:
+            self._record_not_run(connection, "skipped", name, tick, tick, reason)
+        else:
+            totals.add_not_run(connection, name, "skipped", extended_at)
+
+    def _record_not_run(
+        self, connection: Connection, state: str, name: str, first: datetime, last: datetime, reason: str
+    ) -> None:
+        at = connection.execute(
+            insert(executions)
+            .values(
+                worker=name,
+                tick=first,
+                through=last,
+                trigger="schedule",
+                state=state,
+                reason=reason,
+                finished_at=now(),
+            )
+            .returning(executions.c.finished_at)
+        ).scalar_one()
+        totals.add_not_run(connection, name, state, at)
+
+
+def pending(tick: Any, attempt: int | None, trigger: str | None) -> dict[str, Any]:
+    """Return the columns of a worker's row that say which tick is claimed next, before any other."""
+    return {"pending_tick": tick, "pending_attempt": attempt, "pending_trigger": trigger}
+
+
+def marked(tick: datetime, trigger: str) -> dict[str, Any]:
+    """Return a mark at or above a scheduled tick. A tick to run again must not be claimed as new afterwards."""
+    if trigger != "schedule":
+        return {}
+    is_below = or_(workers.c.mark.is_(None), workers.c.mark < tick)
+    return {"mark": case((is_below, tick), else_=workers.c.mark)}
+
+
+def in_force(claim: Claim) -> ColumnElement[bool]:
+    """Return the condition that the worker's row says that `claim` is in force."""
+    is_same = true() if claim.id is None else workers.c.claim == claim.id
+    return and_(workers.c.name == claim.worker, workers.c.running == claim.token, is_same)
+
+
+def own(claim: Claim) -> ColumnElement[bool]:
+    """Return the condition that an execution belongs to `claim`. After a restore, its number may belong to another."""
+    same = executions.c.worker == claim.worker, executions.c.token == claim.token
+    return and_(*same, executions.c.claim.is_(None) if claim.id is None else executions.c.claim == claim.id)
+
+
+def attempted(worker: str) -> ColumnElement[bool]:
+    """Return which executions are attempts at scheduled ticks, not the rows of ticks that did not run."""
+    of_ticks = executions.c.worker == worker, executions.c.trigger == "schedule"
+    return and_(*of_ticks, executions.c.attempt.is_not(None))
+
+
+# The execution of the claim in force. An older release knows no ids.
+is_of_claim = and_(
+    executions.c.worker == workers.c.name,
+    executions.c.token == workers.c.running,
+    or_(executions.c.claim == workers.c.claim, executions.c.claim.is_(None)),
+)
+# An execution that says "running" while its claim is not in force.
+strays = executions.alias("strays")
+is_stray = and_(
+    strays.c.state == literal_column("'running'"),
+    strays.c.worker == workers.c.name,
+    or_(
+        strays.c.token.is_(None),
+        strays.c.token.is_distinct_from(workers.c.running),
+        and_(strays.c.claim.is_not(None), strays.c.claim.is_distinct_from(workers.c.claim)),
+    ),
+)
+
+_CLAIM_MANUAL = (
+    update(workers)
+    .where(workers.c.name == bindparam("of", type_=String()), IS_FREE)
+    .values(claimed(literal(1), literal("manual")))
+    .returning(workers.c.token)
+)
+
+_states = select(
+    workers,
+    now().label("clock"),
+    select(strays.c.id).where(is_stray).correlate(workers).exists().label("has_strays"),
+    executions.c.claim.label("execution_claim"),
+    executions.c.id.label("execution"),
+    executions.c.tick,
+    executions.c.attempt,
+    executions.c.trigger,
+    executions.c.started_at,
+    executions.c.progress_done,
+    executions.c.progress_total,
+    executions.c.instance,
+    executions.c.instance_name,
+).outerjoin(executions, is_of_claim)
+_one_state = _states.where(workers.c.name == bindparam("name"))  # built once: that takes as long as asking does
+
+
+def _state(row: Row[Any]) -> WorkerState:
+    running = _running(row) if row.running is not None else None
+    return WorkerState(
+        name=row.name,
+        clock=row.clock,
+        mark=row.mark,
+        schedule_text=row.schedule,
+        scheduled_at=row.scheduled_at,
+        declared=row.declared,
+        declared_by=row.declared_by,
+        paused_at=row.paused_at,
+        pending_tick=row.pending_tick,
+        pending_trigger=row.pending_trigger,
+        running=running,
+        started_at=running.started_at if running else None,
+        progress_done=row.progress_done,
+        progress_total=row.progress_total,
+        instance=running.instance if running else None,
+        instance_name=running.instance_name if running else None,
+        has_strays=bool(row.has_strays),
+        mark_ahead=row.mark_ahead,
+    )
+
+
+def _running(row: Row[Any]) -> Claim:
+    """Return the claim in force, by its execution, else by the copy in the worker's row.
+
+    The copy serves if the execution was deleted by hand. A claim without either was made by hand. Its tick is the
+    newest one that is decided.
+    """
+    name, token = row.name, row.running
+    if row.execution is not None:
+        began = row.started_at, row.execution_claim, row.instance, row.instance_name
+        return Claim(name, row.tick, row.attempt or 1, token, row.trigger, row.execution, *began)
+    if row.claim is not None and row.claim_tick is not None:
+        began = row.claim_at, row.claim, row.claim_instance, row.claim_instance_name
+        return Claim(name, row.claim_tick, row.claim_attempt or 1, token, row.claim_trigger, None, *began)
+    tick = row.mark or row.scheduled_at
+    return Claim(name, tick, 1, token, "schedule", None, instance_name="an unknown instance")
+
+
+def _values(name: str, tick: datetime, instance: tuple[str, str]) -> dict[str, Any]:
+    return {"of": name, "at": tick, "on": instance[0], "on_name": instance[1], "claim_id": uuid4().hex}
+
+
+def _claim(values: Values, started: Started) -> Claim:
+    return Claim(values["of"], values["at"], *started, values["claim_id"], values["on"], values["on_name"])
+
+
+def _lost(claim: Claim) -> ClaimLost:
+    return ClaimLost(
+        f"Worker {claim.worker!r} no longer holds its claim of the tick {claim.tick.isoformat()} "
+        f"(token {claim.token}): it was taken over, timed out or handed back. "
+        "What this run had not committed is not kept; let the exception pass."
+    )

@@ -1,0 +1,35 @@
+"""What decides about one tick of one worker: claim it, skip it, or record as missed those before it.
+
+The statements are built once, as building takes longer than asking. Their values are those of `at_tick`, with the
+instance's where an execution begins.
+"""
+
+from sqlalchemy import Engine
+
+from ..database.dialects.sqlite import lock_soon
+from .claim import HINDERED, NotClaimed, Started
+from .statements import CLAIM, CLAIM_PENDING, LOOK, Values, start, why_not
+
+
+class ClaimsOnSQLite:
+    """Takes SQLite's single write lock first. After the wait, one read shows whether the tick is still open."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def tick(self, values: Values) -> Started | NotClaimed:
+        """Claim a tick that may be claimed."""
+        with self._engine.begin() as connection:
+            lock_soon(connection)
+            seen = connection.execute(LOOK, values).one_or_none()
+            if seen is None or not seen.is_claimable:
+                return why_not(seen)
+            token = connection.execute(CLAIM, values).scalar_one_or_none()
+            # None: another instance claimed while this call waited longer for the lock.
+            return HINDERED if token is None else start(connection, values, token, 1, "schedule")
+
+    def pending(self, values: Values) -> Started | None:
+        """Claim a tick that must run again."""
+        with self._engine.begin() as connection:
+            row = connection.execute(CLAIM_PENDING, values).one_or_none()
+            return start(connection, values, *row) if row else None

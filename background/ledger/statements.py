@@ -1,0 +1,182 @@
+"""What decides about one tick of one worker: claim it, skip it, or record as missed those before it.
+
+The statements are built once, as building takes longer than asking. Their values are those of `at_tick`, with the
+instance's where an execution begins.
+"""
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Integer,
+    Select,
+    String,
+    and_,
+    bindparam,
+    case,
+    false,
+    func,
+    insert,
+    literal,
+    not_,
+    null,
+    or_,
+    select,
+    true,
+    update,
+)
+from sqlalchemy.sql.dml import ReturningInsert
+
+from ..database.clock import UtcDateTime, elapsed, now
+from ..database.tables import executions, may_be_run_again, workers
+from ..schedule.parsing import parse_schedule
+from ..schedule.periods import MICROSECOND
+from .claim import DECIDED, HINDERED, NotClaimed, Started
+
+Values = Mapping[str, Any]
+
+_MOST_EARLY_SECONDS = 0.1
+IS_FREE = and_(workers.c.pending_tick.is_(None), workers.c.running.is_(None))
+
+# A lowered token (by hand, or by a restore without the executions) continues above the greatest one in the history.
+_newer = and_(executions.c.worker == workers.c.name, executions.c.token > workers.c.token)
+_greatest = select(func.max(executions.c.token)).where(_newer).correlate(workers).scalar_subquery()
+_next_token = func.coalesce(_greatest, workers.c.token) + 1
+
+
+def at_tick(name: str, tick: datetime, schedule: str) -> dict[str, Any]:
+    """The parameters of the statements: the worker, its `tick`, the text of the schedule which that is one of."""
+    return {"of": name, "at": tick, "by": schedule, "previous": parse_schedule(schedule).previous(tick - MICROSECOND)}
+
+
+_tick, _previous = (bindparam(name, type_=UtcDateTime()) for name in ("at", "previous"))
+_id, _instance, _instance_name = (bindparam(name, type_=String()) for name in ("claim_id", "on", "on_name"))
+_of_worker = workers.c.name == bindparam("of", type_=String())
+_is_open = or_(workers.c.mark.is_(None), workers.c.mark < _tick)
+_is_in_force = workers.c.schedule == bindparam("by", type_=String())
+# Between the mark and this tick there is none; else those are written down as missed first.
+_is_next = or_(workers.c.mark >= _previous, workers.c.scheduled_at >= _previous)
+_may_be_decided = and_(_tick <= now(), _is_in_force, _is_next)
+# The tick may have run while the clock was ahead. The mark was lowered since.
+_execution = (
+    select(executions.c.id)
+    .where(
+        executions.c.worker == bindparam("of", type_=String()),
+        executions.c.tick == _tick,
+        executions.c.trigger == "schedule",
+        executions.c.attempt.is_not(None),
+    )
+    .exists()
+)
+_has_run = case((workers.c.mark_ahead >= _tick, _execution), else_=false())
+_is_claimable = and_(_may_be_decided, workers.c.paused_at.is_(None), IS_FREE, not_(_has_run))
+
+
+def claimed(attempt: ColumnElement[int], trigger: ColumnElement[str]) -> dict[str, Any]:
+    """Return the columns of the worker's row that a claim sets."""
+    return {
+        "token": _next_token,
+        "running": _next_token,
+        "claim": _id,
+        "claim_tick": _tick,
+        "claim_attempt": attempt,
+        "claim_trigger": trigger,
+        "claim_instance": _instance,
+        "claim_instance_name": _instance_name,
+        "claim_at": now(),
+    }
+
+
+_SCHEDULED = claimed(literal(1), literal("schedule"))
+CLAIM = (
+    update(workers)
+    .where(_of_worker, _is_open, _is_claimable)
+    .values(mark=_tick, **_SCHEDULED)
+    .returning(workers.c.token)
+)
+CLAIM_PENDING = (
+    update(workers)
+    .where(_of_worker, workers.c.pending_tick == _tick, may_be_run_again, workers.c.running.is_(None))
+    .values(pending_tick=null(), **claimed(workers.c.pending_attempt, workers.c.pending_trigger))
+    .returning(workers.c.token, workers.c.pending_attempt, workers.c.pending_trigger)
+)
+SKIP = (
+    update(workers)
+    .where(_of_worker, _is_open, _may_be_decided, or_(workers.c.paused_at.is_not(None), workers.c.running.is_not(None)))
+    .values(mark=_tick)
+)
+MISS = (
+    update(workers)
+    .where(_of_worker, _is_open, _is_in_force, workers.c.scheduled_at < _tick)
+    .values(previous_mark=workers.c.mark, mark=_tick)
+    .returning(workers.c.previous_mark, workers.c.scheduled_at)
+)
+
+LOOK = select(
+    _is_open.label("is_open"),
+    and_(_is_open, _is_claimable).label("is_claimable"),
+).where(_of_worker)
+
+
+def _look_and_claim() -> Select[Any]:
+    """The same look with the claim and its execution's row, in one statement of PostgreSQL's.
+
+    Its row is whether the tick is open, and a `Started`, of which all is null where it was not claimed.
+
+    While the tick is open, the worker's row is locked before it is judged: whoever waited sees it as it is then.
+    """
+    open_row = select(workers.c.name, _is_claimable.label("is_claimable"))
+    seen = open_row.where(_of_worker, _is_open).with_for_update(of=workers, key_share=True).cte("seen")
+    claim = update(workers).where(workers.c.name == seen.c.name, seen.c.is_claimable).values(mark=_tick, **_SCHEDULED)
+    won = claim.returning(workers.c.token).cte("claimed")
+    started = _start(won.c.token, literal(1), literal("schedule")).cte("started")
+    known = select(workers.c.name).where(_of_worker).cte("known")
+    is_open = seen.c.name.is_not(None).label("is_open")
+    return select(is_open, *started.c).select_from(known.outerjoin(seen, true()).outerjoin(started, true()))
+
+
+def _start(token: ColumnElement[int], attempt: ColumnElement[int], trigger: ColumnElement[str]) -> ReturningInsert[Any]:
+    """The execution's row of a claim that was won."""
+    row: dict[str, ColumnElement[Any]] = {
+        "worker": bindparam("of", type_=String()),
+        "tick": _tick,
+        "trigger": trigger,
+        "state": literal("running"),
+        "attempt": attempt,
+        "token": token,
+        "claim": _id,
+        "instance": _instance,
+        "instance_name": _instance_name,
+        "started_at": now(),
+    }
+    new = insert(executions).from_select(list(row), select(*row.values()))
+    return new.returning(*(executions.c[name] for name in ("attempt", "token", "trigger", "id", "started_at")))
+
+
+def _claim_pending_and_start() -> Select[Any]:
+    won = CLAIM_PENDING.cte("claimed")
+    return select(_start(won.c.token, won.c.pending_attempt, won.c.pending_trigger).cte("started"))
+
+
+LOOK_AND_CLAIM, CLAIM_PENDING_AND_START = _look_and_claim(), _claim_pending_and_start()
+START = _start(
+    bindparam("token", type_=Integer()), bindparam("attempt", type_=Integer()), bindparam("trigger", type_=String())
+)
+
+
+# If this process woke up to 100 ms early, it sleeps inside the database: cheaper than a second round trip.
+_left = elapsed(now(), _tick)
+WAIT = func.pg_sleep(case((_left.between(0.0, _MOST_EARLY_SECONDS), _left), else_=0.0))
+
+
+def start(connection: Connection, values: Values, token: int, attempt: int, trigger: str) -> Started:
+    """Write the execution's row of a claim that was won in this transaction."""
+    more = {"token": token, "attempt": attempt, "trigger": trigger}
+    return Started(*connection.execute(START, {**values, **more}).one())
+
+
+def why_not(seen: Sequence[Any] | None) -> NotClaimed:
+    return HINDERED if seen is None or seen[0] else DECIDED  # None: no instance has registered the worker yet

@@ -1,0 +1,1 @@
+"""What waits: messages, their queue, and the dead letters."""

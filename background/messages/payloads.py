@@ -1,0 +1,118 @@
+"""What a message may carry: JSON, and not too much of it."""
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from ..errors import InvalidMessage
+
+T = TypeVar("T")
+
+LONGEST_KEY = 200
+LONGEST_DELAY = timedelta(days=36_500)
+_DEEPEST = 100
+_LONGEST_NUMBER = 13_000  # bits: about as much as Python writes out
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A message that was not enqueued yet: its payload as JSON text, and its key."""
+
+    payload: str
+    key: str | None
+
+
+def draft(payload: Any, key: str | None, most_bytes: int) -> Draft:
+    """Raises InvalidMessage for what is not JSON (with the path to it), too long, or no key."""
+    if key is not None and not (isinstance(key, str) and 1 <= len(key) <= LONGEST_KEY and key.isprintable()):
+        raise InvalidMessage(
+            f"The key of a message is {key!r:.100}; expected 1 to {LONGEST_KEY} printable characters, or None."
+        )
+    try:
+        text = json.dumps(payload, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+        size = len(text.encode())
+        is_plain = _is_carried(payload)
+    except (TypeError, ValueError, RecursionError):
+        is_plain = False
+    if not is_plain:
+        path, problem = next(_problems(payload, "payload", ()), ("payload", f"nested more than {_DEEPEST} deep"))
+        raise InvalidMessage(
+            f"{path} is {problem}, which JSON cannot carry; expected None, a bool, a finite number, a str, or lists "
+            "and dicts (with str keys) of them: convert it before you enqueue it."
+        )
+    if size > most_bytes:
+        raise InvalidMessage(
+            f"The payload is {size:,} bytes of JSON; expected at most {most_bytes:,} (MESSAGES_MAX_BYTES): "
+            "enqueue a reference to the data instead, or raise that setting."
+        )
+    return Draft(text, key)
+
+
+def listed(values: Iterable[T], what: str) -> list[T]:
+    """Raises InvalidMessage for a single one in the place of many: a text and a dict can be iterated over, too."""
+    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+        raise InvalidMessage(
+            f"The {what} of many messages are {values!r:.100}; expected a list, or whatever else has one for each: "
+            "write [...] around a single one."
+        )
+    return list(values)
+
+
+def as_delay(delay: timedelta | float | None) -> timedelta | None:
+    """A delay (seconds, if it is a number) as a timedelta; raises InvalidMessage."""
+    try:
+        found = delay if isinstance(delay, timedelta | None) else timedelta(seconds=delay)
+        if isinstance(delay, bool) or (found is not None and not timedelta() <= found <= LONGEST_DELAY):
+            raise ValueError(delay)
+    except (TypeError, ValueError, OverflowError):
+        raise InvalidMessage(
+            f"The delay of a message is {delay!r}; expected a timedelta or a number of seconds, at least 0 and at "
+            f"most {LONGEST_DELAY.days:,} days: leave it out to have the message handled at once."
+        ) from None
+    return found
+
+
+def _is_carried(value: Any, depth: int = 0) -> bool:
+    """Whether all keys within are texts (`json` makes a text of any number), and nothing is nested too deeply."""
+    if isinstance(value, dict):
+        each: Any = value.values()
+        if not all(isinstance(key, str) for key in value):
+            return False
+    elif isinstance(value, list | tuple):
+        each = value
+    else:
+        return True
+    return depth < _DEEPEST and all(_is_carried(one, depth + 1) for one in each)
+
+
+def _problems(value: Any, path: str, within: tuple[int, ...]) -> Iterator[tuple[str, str]]:
+    """Where `value` is no JSON, as (path, what is there)."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield path, str(value)
+    elif isinstance(value, str) and not _is_encodable(value):
+        yield path, f"the text {value!a} with half a character"
+    elif isinstance(value, int) and value.bit_length() > _LONGEST_NUMBER:
+        yield path, "a whole number of thousands of digits"
+    elif not (value is None or isinstance(value, str | float | int | dict | list | tuple)):
+        yield path, f"of type {type(value).__name__}"
+    elif id(value) in within:
+        yield path, "a container that contains itself"
+    elif isinstance(value, dict | list | tuple) and len(within) < _DEEPEST:
+        for key, each in value.items() if isinstance(value, dict) else enumerate(value):
+            if isinstance(value, dict) and not isinstance(key, str):
+                yield f"{path}[{key!r}]", f"under a key of type {type(key).__name__}"
+            elif not _is_encodable(str(key)):
+                yield path, f"a dict with the key {key!a}, half a character"
+            else:
+                yield from _problems(each, f"{path}[{key!r}]", (*within, id(value)))
+
+
+def _is_encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

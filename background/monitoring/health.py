@@ -1,0 +1,245 @@
+"""Health of this process, for load balancers and restarts, and of the fleet, for alerts.
+
+No login is needed, so an answer names the failed check and never the reason. It has no host and no text of an error.
+The fleet's answer names workers. The log has the rest. No session is read. The engine's own connections serve every
+check but two: the migrations and the application's own pool.
+"""
+
+import sqlite3
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from flask import Blueprint, jsonify
+from flask.typing import ResponseReturnValue
+from sqlalchemy import false, null, update
+from sqlalchemy.exc import ProgrammingError, SQLAlchemyError
+
+from ..database.clock import steady
+from ..database.connections import again_if_stale
+from ..database.dialects import sqlite
+from ..database.tables import workers
+from ..errors import BackgroundError, first_line
+from ..history.condition import condition
+from ..history.status import standings
+from ..history.text import silent
+from ..host.logs import logger_of
+from ..manager import BackgroundWorkerManager, current_workers, the_manager
+from .timebox import Prompt
+
+log = logger_of(__name__)
+
+_ANSWER_SECONDS = 3.0
+_MIGRATIONS_SECONDS = 10.0  # reading every migration takes longer than all the rest
+_ASKED = ("database", "migrations", "workers")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at; `figures` are for the answer, `reason` is for the log."""
+
+    ok: bool
+    figures: dict[str, Any]
+    reason: str | None = None
+    at: float | None = None
+    """The moment of the finding, whose age is in the answer. None if it has none."""
+
+    def as_dict(self) -> dict[str, Any]:
+        age = {} if self.at is None else {"age_seconds": round(steady() - self.at, 3)}
+        return {"ok": self.ok, **self.figures, **age}
+
+
+def health() -> Blueprint:
+    """GET /health/live, /health/ready and /health/workers: 200 or 503, and JSON with each check."""
+    blueprint = Blueprint("health", __name__, url_prefix="/health")
+    readiness, fleet = Readiness(), FleetHealth()
+
+    @blueprint.get("/live")
+    def live() -> ResponseReturnValue:
+        """Whether the process and its threads are alive; the database is not asked."""
+        return _answer("alive", {"process": Check(True, {}), **_threads(current_workers)})
+
+    @blueprint.get("/ready")
+    def ready() -> ResponseReturnValue:
+        """Whether the database, its migrations, this instance's heartbeat and the workers are as they should be."""
+        return _answer("ready", readiness.checks())
+
+    @blueprint.get("/workers")
+    def fleet_health() -> ResponseReturnValue:
+        """Answer whether an instance is alive, no worker is overdue or stuck, and the application can write.
+
+        The answer is about the whole fleet, so each of its processes gives the same one.
+        """
+        return _answer("running", fleet.checks())
+
+    return blueprint
+
+
+def _answer(word: str, checks: dict[str, Check]) -> ResponseReturnValue:
+    is_ok = all(check.ok for check in checks.values())
+    answer = jsonify(
+        status=word if is_ok else f"not {word}",
+        checks={name: check.as_dict() for name, check in checks.items()},
+    )
+    answer.headers["Cache-Control"] = "no-store"
+    answer.status_code = 200 if is_ok else 503
+    return answer
+
+
+def _threads(manager: BackgroundWorkerManager) -> dict[str, Check]:
+    alive = manager.threads_alive()
+    if alive is None:
+        return {name: Check(True, {"here": False}) for name in ("scheduler", "heartbeat")}
+    return {name: Check(is_alive, {"here": True}) for name, is_alive in alive.items()}
+
+
+class Readiness:
+    """Asks what readiness depends on, and logs when that changes."""
+
+    def __init__(self) -> None:
+        self._prompt = Prompt(self._ask, _ANSWER_SECONDS)
+        self._migrated_at: float | None = None
+        self._change = Change("Not ready", "Ready again")
+
+    def checks(self) -> dict[str, Check]:
+        """Each check by its name, within seconds even where the database hangs."""
+        checks = {**self._asked(), "heartbeat": _heartbeat(current_workers)}
+        self._change.say(checks)
+        return checks
+
+    def _asked(self) -> dict[str, Check]:
+        try:
+            return self._prompt.answer(the_manager())
+        except TimeoutError as error:
+            return dict.fromkeys(_ASKED, Check(False, {}, first_line(error)))
+
+    def _ask(self, manager: BackgroundWorkerManager) -> dict[str, Check]:
+        checks = {"database": _checked(lambda: _database(manager))}
+        if not checks["database"].ok:  # nor would it answer the rest
+            return checks | dict.fromkeys(_ASKED[1:], Check(False, {}))
+        checks["migrations"] = _checked(lambda: self._migrations(manager))
+        checks["workers"] = _checked(lambda: _workers(manager))
+        return checks
+
+    def _migrations(self, manager: BackgroundWorkerManager) -> Check:
+        """Asked again some seconds after they were found at head, and at once where they were not."""
+        if self._migrated_at is None or steady() - self._migrated_at > _MIGRATIONS_SECONDS:
+            self._migrated_at = None
+            manager.check()
+            self._migrated_at = steady()
+        return Check(True, {}, at=self._migrated_at)
+
+
+class Change:
+    """Logs when checks begin to fail, fail in another way, or hold again. A probe comes every few seconds."""
+
+    def __init__(self, failing: str, good: str) -> None:
+        self._failing, self._good = failing, good
+        self._said: tuple[str, ...] = ()
+
+    def say(self, checks: dict[str, Check]) -> None:
+        """Log what changed since the last call."""
+        failed = tuple(name for name, check in checks.items() if not check.ok)
+        before, self._said = self._said, failed
+        if failed and failed != before:
+            reasons = (f"{name} ({check.reason})" for name, check in checks.items() if check.reason and not check.ok)
+            log.warning("%s: %s", self._failing, "; ".join(reasons) or ", ".join(failed))
+        elif before and not failed:
+            log.info("%s", self._good)
+
+
+class FleetHealth:
+    """Asks how the fleet is, and whether the application's own pool can write. Logs when the answer changes."""
+
+    def __init__(self) -> None:
+        self._fleet = Prompt(_fleet, _ANSWER_SECONDS)
+        self._write = Prompt(_write, _ANSWER_SECONDS)
+        self._change = Change("The fleet does not run as it should", "The fleet runs as it should again")
+
+    def checks(self) -> dict[str, Check]:
+        """Return each check by its name, within seconds even if the database hangs."""
+        checks: dict[str, Check] = {}
+        for prompt, names in ((self._fleet, ("instances", "overdue", "stuck")), (self._write, ("write",))):
+            try:
+                checks |= prompt.answer(the_manager())
+            except (BackgroundError, SQLAlchemyError, sqlite3.Error, OSError) as error:  # TimeoutError is one
+                checks |= dict.fromkeys(names, Check(False, {}, first_line(error)))
+        self._change.say(checks)
+        return checks
+
+
+def _fleet(manager: BackgroundWorkerManager) -> dict[str, Check]:
+    manager.stores.connections.refuse_missing()
+    asked_at = steady()
+    found = again_if_stale(lambda: condition(manager.stores, manager.workers, manager.app.config["WORKERS_THREADS"]))
+    silent_for = found.silence.length if found.silence else None
+    silence = {} if silent_for is None else {"silent_seconds": round(silent_for.total_seconds(), 1)}
+    return {
+        "instances": Check(
+            not found.silence,
+            {"alive": found.alive, **silence},
+            silent(found.silence) if found.silence else None,
+            asked_at,
+        ),
+        "overdue": Check(not found.overdue, {"workers": found.overdue}, f"{found.overdue}", asked_at),
+        "stuck": Check(not found.stuck, {"workers": sorted(found.stuck)}, f"{found.stuck}", asked_at),
+    }
+
+
+def _write(manager: BackgroundWorkerManager) -> dict[str, Check]:
+    manager.stores.connections.refuse_missing()
+    began = steady()
+    again_if_stale(lambda: _write_as_the_application(manager))
+    return {"write": Check(True, {"milliseconds": round((steady() - began) * 1000, 1)}, at=began)}
+
+
+def _checked(check: Callable[[], Check]) -> Check:
+    try:
+        return again_if_stale(check)
+    except (BackgroundError, SQLAlchemyError, OSError) as error:
+        return Check(False, {}, first_line(error))
+
+
+def _database(manager: BackgroundWorkerManager) -> Check:
+    """Check that the database takes writes: after a fail-over, connections may lead to a read-only server."""
+    manager.stores.connections.refuse_missing()
+    began = steady()
+    manager.history.clock()
+    with suppress(ProgrammingError):  # a database without tables answers, and its migrations are behind
+        manager.stores.write()
+    return Check(True, {"milliseconds": round((steady() - began) * 1000, 1)}, at=began)
+
+
+def _workers(manager: BackgroundWorkerManager) -> Check:
+    """Where WORKERS_ENABLED is false they are others' business: a web that serves is not to be taken away for them."""
+    asked_at = steady()
+    overdue = [each.name for each in standings(manager.stores, manager.workers) if each.is_overdue]
+    is_ours = manager.is_started or manager.app.config["WORKERS_ENABLED"]
+    return Check(not (overdue and is_ours), {"overdue": len(overdue)}, f"overdue: {overdue}", asked_at)
+
+
+def _heartbeat(manager: BackgroundWorkerManager) -> Check:
+    """Check the heartbeat of this instance. If the process should have none, there is nothing to wait for."""
+    if not manager.is_to_run:
+        return Check(True, {"here": False})
+    instance = manager.presence.instance
+    if instance is None or not instance.deadline:
+        return Check(False, {"here": True}, "this process has not joined the fleet, or has left it")
+    sent_at = instance.deadline - instance.lease.total_seconds()
+    return Check(instance.is_alive, {"here": True}, f"{steady() - sent_at:.1f} s old", sent_at)
+
+
+def _write_as_the_application(manager: BackgroundWorkerManager) -> None:
+    """Write nothing, by a connection of the application's own pool. Raise what its writes would raise.
+
+    On SQLite this does not wait for another connection that writes at this moment.
+    """
+    with manager.app.app_context():
+        engine = manager.db.engine
+    nothing = update(workers).where(false()).values(paused_at=null())
+    if engine.dialect.name == "sqlite":
+        sqlite.try_to_write(engine, nothing)
+        return
+    with engine.begin() as connection:
+        connection.execute(nothing)

@@ -1,0 +1,45 @@
+"""Metrics for Prometheus: those of the fleet, and of the requests to this process."""
+
+import hmac
+
+from flask import Blueprint, Response, current_app, request
+from flask.typing import ResponseReturnValue
+
+from ..host.dependencies import require
+from .fleet_figures import Fleet
+from .request_timing import Traffic
+
+
+def metrics() -> Blueprint:
+    """Return a blueprint for GET /metrics.
+
+    It is open to all or, with METRICS_TOKEN, to a request that has it as its bearer token. Raises MissingDependency if
+    prometheus-client is not installed.
+    """
+    require(["prometheus_client"], "/metrics")
+    blueprint = Blueprint("metrics", __name__)
+    traffic, fleet = Traffic(), Fleet()
+    blueprint.record_once(lambda state: traffic.watch(state.app))  # type: ignore[arg-type]  # it is a Flask
+
+    @blueprint.get("/metrics")
+    def scrape() -> ResponseReturnValue:
+        if not _is_allowed():
+            return Response("A bearer token is asked for.\n", 401, {"WWW-Authenticate": "Bearer"}, "text/plain")
+        from .prometheus import (
+            CONTENT_TYPE,
+            text,  # brings the client library, for those who are scraped
+        )
+
+        answer = text(fleet.figures(), traffic.registry)
+        return Response(answer, headers={"Cache-Control": "no-store"}, content_type=CONTENT_TYPE)
+
+    return blueprint
+
+
+def _is_allowed() -> bool:
+    token = current_app.config.get("METRICS_TOKEN")
+    if not token:
+        return True
+    # Not `request.authorization`, which takes a token with a "=" inside for parameters.
+    scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+    return scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), token.encode())

@@ -1,0 +1,120 @@
+"""The figures in the text format that Prometheus reads, by its own client library."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
+
+from prometheus_client import CollectorRegistry, Metric, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.registry import Collector
+
+from ..history.messages import Topic
+from ..history.records import STATES
+from ..history.status import Standing
+from ..ledger.counters import DURATIONS, LATENESSES
+from .fleet_figures import NOTHING, Figures, Total
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+Sample = tuple[dict[str, str], float]
+
+_ENDED = STATES[1:]
+
+
+class _Fleet(Collector):
+    def __init__(self, figures: Figures | None) -> None:
+        self._figures = figures
+
+    def collect(self) -> Iterator[Metric]:
+        up = int(self._figures is not None)
+        yield _gauge("background_up", "Whether the database answered; if not, there are no figures of the fleet.", up)
+        if self._figures is not None:
+            yield from _executions(self._figures)
+            yield from _workers(self._figures.standings)
+            yield from _instances(self._figures)
+            yield from _messages(self._figures.topics)
+
+
+def text(figures: Figures | None, traffic: CollectorRegistry) -> bytes:
+    """The fleet's `figures` (None where the database is away), and this process's `traffic`."""
+    fleet = CollectorRegistry()
+    fleet.register(_Fleet(figures))
+    return generate_latest(fleet) + generate_latest(traffic)
+
+
+def _executions(figures: Figures) -> Iterator[Metric]:
+    states = figures.totals.get("state", {})
+    ended = CounterMetricFamily(
+        "background_executions",
+        "Executions by how they ended; a row of ticks that were missed counts once.",
+        labels=("worker", "state"),
+    )
+    since = GaugeMetricFamily(
+        "background_seconds_since_last_success",
+        "Since the worker last succeeded; none for one that never did.",
+        labels=("worker",),
+    )
+    for name in sorted({standing.name for standing in figures.standings} | states.keys()):
+        total = states.get(name, NOTHING)
+        for state in _ENDED:  # from the first scrape on: to Prometheus a series that begins with 1 did not grow
+            ended.add_metric((name, state), total.numbers.get(state, 0))
+        if total.age is not None:
+            since.add_metric((name,), max(total.age, 0))
+    yield ended
+    yield since
+    took, late = figures.totals.get("duration", {}), figures.totals.get("lateness", {})
+    yield _histogram("background_execution_duration_seconds", "How long executions took.", DURATIONS, took)
+    lateness = "How long after its tick the first attempt at it began."
+    yield _histogram("background_execution_lateness_seconds", lateness, LATENESSES, late)
+
+
+def _histogram(name: str, meaning: str, bounds_now: Iterable[float], found: Mapping[str, Total]) -> Metric:
+    """All with the same buckets, or they could not be added up: those of today, and those that others counted in."""
+    today = {*map("{:g}".format, bounds_now), "inf"}
+    bounds = sorted(today.union(*(total.numbers for total in found.values())), key=float)
+    family = HistogramMetricFamily(name, meaning, labels=("worker",))
+    for worker, total in sorted(found.items()):
+        sums = accumulate(total.numbers.get(bound, 0) for bound in bounds)
+        family.add_metric((worker,), list(zip([*bounds[:-1], "+Inf"], sums, strict=True)), total.seconds)
+    return family
+
+
+def _workers(found: Sequence[Standing]) -> Iterator[Metric]:
+    overdue = "Whether a tick waits although two further ones have come."
+    yield _gauges("background_worker_running", "Whether an instance runs it.", _by_worker(found, "is_running"))
+    yield _gauges("background_worker_paused", "Whether it is paused.", _by_worker(found, "is_paused"))
+    yield _gauges("background_worker_overdue", overdue, _by_worker(found, "is_overdue"))
+    intervals = [({"worker": each.name}, each.interval.total_seconds()) for each in found if each.interval]
+    yield _gauges("background_worker_interval_seconds", "From tick to tick, of those that are to run.", intervals)
+
+
+def _by_worker(found: Iterable[Standing], name: str) -> list[Sample]:
+    return [({"worker": each.name}, int(getattr(each, name))) for each in found]
+
+
+def _instances(figures: Figures) -> Iterator[Metric]:
+    yield _gauge("background_instances", "How many instances are alive.", figures.alive)
+    ahead = "How far the clock of the process's host is ahead of the database's."
+    # Not `instance`: to Prometheus that is what it scraped.
+    offsets: list[Sample] = [({"process": name}, offset) for name, offset in sorted(figures.offsets.items())]
+    yield _gauges("background_clock_offset_seconds", ahead, offsets)
+
+
+def _messages(topics: Sequence[Topic]) -> Iterator[Metric]:
+    depths: list[Sample] = [
+        ({"topic": topic.topic, "state": state}, getattr(topic, state))
+        for topic in topics
+        for state in ("waiting", "running", "dead")
+    ]
+    yield _gauges("background_messages", "Messages that are not done, by state.", depths)
+    oldest: list[Sample] = [({"topic": topic.topic}, topic.oldest_seconds or 0) for topic in topics]
+    yield _gauges("background_message_oldest_seconds", "How long ago the first of those that wait was due.", oldest)
+
+
+def _gauge(name: str, meaning: str, value: float) -> Metric:
+    return _gauges(name, meaning, [({}, value)])
+
+
+def _gauges(name: str, meaning: str, samples: Iterable[Sample]) -> Metric:
+    family = Metric(name, meaning, "gauge")
+    for labels, value in samples:
+        family.add_sample(name, labels, value)
+    return family

@@ -1,0 +1,70 @@
+"""Counts and times the requests of this process, in memory, for Prometheus."""
+
+import os
+import socket
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+from flask import Flask, Response, request
+
+from ..database.connections import made_once
+
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry, Counter, Histogram
+
+_METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"))
+_LABELS = ("method", "endpoint", "process")
+_BEGAN, _STATUS = "background.traffic.began", "background.traffic.status"
+
+
+class Traffic:
+    """The requests to one app in this process.
+
+    Each series is named after the process: several behind one port would look like one that jumps.
+    """
+
+    def watch(self, app: Flask) -> None:
+        """Measure every request, from before all that `app` does about it until all of that is done."""
+        app.before_request_funcs.setdefault(None, []).insert(0, self._began)
+        app.after_request(self._answered)
+        app.teardown_request(self._ended)
+
+    @made_once
+    def registry(self) -> "CollectorRegistry":
+        from prometheus_client import CollectorRegistry, disable_created_metrics
+
+        disable_created_metrics()  # type: ignore[no-untyped-call]
+        return CollectorRegistry()
+
+    @made_once
+    def _requests(self) -> "Counter":
+        from prometheus_client import Counter
+
+        said = "Requests that this process answered."
+        return Counter("http_requests", said, (*_LABELS, "status"), registry=self.registry)
+
+    @made_once
+    def _durations(self) -> "Histogram":
+        from prometheus_client import Histogram
+
+        said = "How long this process took for them."
+        return Histogram("http_request_duration_seconds", said, _LABELS, registry=self.registry)
+
+    def _began(self) -> None:
+        request.environ[_BEGAN] = perf_counter()
+
+    def _answered(self, response: Response) -> Response:
+        request.environ[_STATUS] = response.status_code
+        return response
+
+    def _ended(self, _error: BaseException | None) -> None:
+        environ, rule = request.environ, request.url_rule
+        began = environ.pop(_BEGAN, None)
+        if began is None:
+            return
+        seconds = perf_counter() - began
+        method = request.method if request.method in _METHODS else "other"
+        # The rule, such as "/books/<id>", and not the path: whatever somebody makes up would be another series.
+        labels = (method, rule.rule if rule else "none", f"{socket.gethostname()}:{os.getpid()}")
+        self._requests.labels(*labels, str(environ.get(_STATUS, 500))).inc()
+        self._durations.labels(*labels).observe(seconds)

@@ -1,0 +1,1 @@
+"""One process's threads: its timers, its heartbeat, its consumers, its start and its stop."""

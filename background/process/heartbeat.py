@@ -1,0 +1,106 @@
+"""Who is alive: one row per life of a process, renewed by one heartbeat statement for all that it holds."""
+
+import math
+import threading
+from collections.abc import Callable
+from queue import SimpleQueue
+
+from ..database.clock import steady
+
+_LAST_BEAT_SECONDS = 1.0
+
+
+class Heartbeat:
+    """Calls `beat` every `interval` seconds, whatever it raises; and `lost` whenever the `deadline` has passed.
+
+    It beats before that where fewer seconds are `left` until a lease would run out: whoever has not renewed it is gone.
+    Two threads, as a beat may hang: in a network that swallows everything nothing else would notice.
+    """
+
+    def __init__(
+        self,
+        interval: float,
+        beat: Callable[[], object],
+        failed: Callable[[Exception], None],
+        deadline: Callable[[], float],
+        lost: Callable[[], None],
+        left: Callable[[], float] = lambda: math.inf,
+    ) -> None:
+        self._interval, self._beat, self._failed, self._deadline, self._lost = interval, beat, failed, deadline, lost
+        self._left = left
+        self._stopped = threading.Event()
+        self._beating = threading.Thread(target=self._renew, name="workers-heartbeat", daemon=True)
+        self._watching = threading.Thread(target=self._watch, name="workers-lease", daemon=True)
+
+    def start(self) -> None:
+        self._beating.start()
+        self._watching.start()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether both threads are."""
+        return self._beating.is_alive() and self._watching.is_alive()
+
+    def stop(self) -> None:
+        """Begin no other beat; waits for one that is on its way, but not for long."""
+        self._stopped.set()
+        if threading.current_thread() is not self._beating:
+            self._beating.join(_LAST_BEAT_SECONDS)
+
+    def _renew(self) -> None:
+        while not self._stopped.wait(min(self._left(), self._interval)):
+            try:
+                self._beat()
+            except Exception as error:  # a thread that ended would stop this instance for good
+                self._failed(error)
+
+    def _watch(self) -> None:
+        lost = 0.0
+        while not self._stopped.wait(max(self._deadline() - steady(), self._interval / 4)):
+            if lost != (deadline := self._deadline()) and steady() >= deadline:
+                lost = deadline
+                try:
+                    self._lost()
+                except Exception as error:  # as above
+                    self._failed(error)
+
+
+_LAST_LOOK_SECONDS = 1.0
+
+
+class Looking:
+    """Calls `look` in a thread of its own whenever a look is wanted. Looks that wait at the same time become one."""
+
+    def __init__(self, look: Callable[[bool], None], failed: Callable[[Exception], None]) -> None:
+        self._look, self._failed = look, failed
+        self._wanted: SimpleQueue[bool | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._serve, name="workers-look", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def want(self, rearm: bool = False) -> None:
+        """Have the thread look soon. With `rearm` it also sets every wake-up again."""
+        self._wanted.put(rearm)
+
+    def stop(self) -> None:
+        """Begin no other look. Wait for a look that goes on, but not for long."""
+        self._wanted.put(None)
+        if threading.current_thread() is not self._thread:
+            self._thread.join(_LAST_LOOK_SECONDS)
+
+    def _serve(self) -> None:
+        while (wanted := self._wanted.get()) is not None:
+            rearm = wanted
+            while not self._wanted.empty():
+                if (wanted := self._wanted.get()) is None:
+                    return
+                rearm = rearm or wanted
+            try:
+                self._look(rearm)
+            except Exception as error:  # the thread must live on for the next look
+                self._failed(error)

@@ -1,0 +1,163 @@
+"""APScheduler, and the only importer of it: it wakes the manager up; the ledger decides."""
+
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from queue import SimpleQueue
+from typing import Any
+
+from apscheduler.executors.base import BaseExecutor, run_job
+from apscheduler.job import Job
+from apscheduler.jobstores.base import JobLookupError
+from apscheduler.schedulers.background import BackgroundScheduler
+from apscheduler.schedulers.base import STATE_STOPPED
+
+from ..host.logs import quieten
+
+
+class Scheduler:
+    """Calls functions at given times, each on one of `threads` daemon threads; late rather than never."""
+
+    def __init__(self, threads: int) -> None:
+        self._threads = _DaemonThreads(threads)
+        self._scheduler = _Scheduler(
+            executors={"default": self._threads},
+            # Nothing is dropped for being late or for overlapping itself: that is for the ledger to decide.
+            job_defaults={"misfire_grace_time": None, "coalesce": True, "max_instances": 1_000_000},
+            timezone=UTC,
+            daemon=True,
+        )
+
+    def start(self) -> None:
+        quieten("apscheduler")  # it says several lines for each tick
+        self._scheduler.start()
+
+    @property
+    def is_alive(self) -> bool:
+        """False once the thread has died that calls what is due."""
+        thread: threading.Thread | None = self._scheduler._thread
+        return thread is None or thread.is_alive()
+
+    def stop(self) -> None:
+        """Call nothing any more. Does not wait for what is being called."""
+        self._scheduler.shutdown(wait=False)
+
+    def wait(self, seconds: float) -> bool:
+        """Wait until nothing is being called, so that the connections in use can be closed; False if it still is."""
+        return self._threads.wait(seconds)
+
+    def replace(self, thread: int) -> None:
+        """Have another thread in the place of this one, if it is one of them: it hangs."""
+        self._threads.replace(thread)
+
+    def at(self, when: datetime, key: str, function: Callable[..., object], *args: Any) -> None:
+        """Call `function(*args)` at `when` (this host's clock); replaces what was set under `key`."""
+        self._scheduler.add_job(function, "date", run_date=when, args=args, id=key, replace_existing=True)
+
+    def after(self, seconds: float, key: str, function: Callable[..., object], *args: Any) -> None:
+        """Call `function(*args)` that many seconds from now; replaces what was set under `key`."""
+        self.at(datetime.now(UTC) + timedelta(seconds=seconds), key, function, *args)
+
+    def soon(self, function: Callable[..., object], *args: Any) -> None:
+        """Call `function(*args)` as soon as a thread is free, without the way through APScheduler's own thread."""
+        self._threads.call(partial(function, *args))
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether something that is to be called by now waits for a thread."""
+        return self._threads.is_awaited
+
+    def look_again(self) -> None:
+        """Call what is due by now: APScheduler does not notice that the host slept, or that its clock was set."""
+        self._scheduler.wakeup()
+
+    def forget(self, key: str) -> None:
+        """Unset `key`, where it is set."""
+        with suppress(JobLookupError):
+            self._scheduler.remove_job(key)
+
+
+class _Scheduler(BackgroundScheduler):  # type: ignore[misc]
+    def _process_jobs(self) -> float | None:
+        """A shutdown meanwhile may have removed the job that this is about to remove: that is not an error."""
+        try:
+            return super()._process_jobs()  # type: ignore[no-any-return]
+        except JobLookupError:
+            if self.state != STATE_STOPPED:
+                raise
+            return None
+
+
+class _DaemonThreads(BaseExecutor):  # type: ignore[misc]
+    """A pool whose threads do not hold the interpreter's exit up.
+
+    Python joins the threads of `concurrent.futures` before it calls `atexit` handlers, so with APScheduler's
+    own pool a Ctrl-C would wait for the longest run before anybody could tell it to stop.
+    """
+
+    def __init__(self, threads: int) -> None:
+        super().__init__()
+        self._threads_left = threads
+        self._idle = threading.Semaphore(0)
+        self._queue: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
+        self._started = self._calls = 0
+        self._serving: set[int] = set()
+        self._is_shut_down = False
+        self._called = threading.Condition()
+
+    def _do_submit_job(self, job: Job, run_times: list[datetime]) -> None:
+        self.call(partial(self._run, job, run_times))
+
+    def _run(self, job: Job, run_times: list[datetime]) -> None:
+        self._run_job_success(job.id, run_job(job, job._jobstore_alias, run_times, self._logger.name))
+
+    def call(self, function: Callable[[], object]) -> None:
+        with self._called:
+            if self._is_shut_down:
+                return
+            self._calls += 1
+            self._queue.put(function)
+            if not self._idle.acquire(blocking=False) and self._threads_left:
+                self._threads_left -= 1
+                self._start()
+
+    def _start(self) -> None:
+        self._started += 1
+        threading.Thread(target=self._serve, name=f"workers-{self._started}", daemon=True).start()
+
+    def replace(self, thread: int) -> None:
+        with self._called:
+            if thread in self._serving and not self._is_shut_down:
+                self._serving.discard(thread)
+                self._start()
+
+    def _serve(self) -> None:
+        own = threading.get_ident()
+        self._serving.add(own)
+        while function := self._queue.get():
+            try:
+                function()
+            except BaseException:  # what is called tells of its own errors; a thread that ended would call no more
+                self._logger.exception("Unexpected error in %r", function)
+            with self._called:
+                self._calls -= 1
+                self._called.notify_all()
+            if own not in self._serving:  # it was replaced, and has come back after all
+                return
+            self._idle.release()
+
+    @property
+    def is_awaited(self) -> bool:
+        return not self._queue.empty()
+
+    def wait(self, seconds: float) -> bool:
+        with self._called:
+            return self._called.wait_for(lambda: not self._calls, seconds)
+
+    def shutdown(self, wait: bool = True) -> None:
+        with self._called:
+            self._is_shut_down = True
+            for _ in range(self._started):
+                self._queue.put(None)

@@ -1,0 +1,412 @@
+"""A started process's part in the fleet, from joining to leaving: its heartbeat, and what it learns by that."""
+
+import logging
+import math
+import random
+import threading
+from collections.abc import Callable, Collection
+from datetime import datetime, timedelta
+from functools import partial
+
+from flask import Flask
+from flask_sqlalchemy import SQLAlchemy
+from sqlalchemy.exc import SQLAlchemyError
+
+from ..database.clock import steady
+from ..database.connections import again_if_stale
+from ..database.notifications import Listener
+from ..errors import first_line
+from ..host.logs import Outage, logger_of
+from ..ledger.claim import WorkerState
+from ..ledger.leases import LEASE_IS_OVER, OFFSET_WARNED, Instance, Pulse
+from ..registry import begins, declared_schedule
+from ..repair.clock_ahead import is_ahead, what_goes_on
+from ..runs.running import Runs
+from ..stores import Stores
+from ..worker import MessageWorker, PeriodicWorker
+from .consumers import Consumers
+from .heartbeat import Heartbeat, Looking
+from .presence import Presence
+from .recovery import Recovery
+from .scheduler import Scheduler
+from .ticks import Ticks
+from .timers import WakeUps, unless_expected
+
+log = logger_of(__name__)
+
+_OFFSET_REARMED = timedelta(milliseconds=20)
+_LAST_CALLS_SECONDS = 1.0
+_CUT = "no answer came before the lease ended, so this instance cut its connections"
+_SPREAD_SECONDS = (0.005, 0.05)  # else all who hear of something would come at the same instant
+
+
+class Membership:
+    """Keeps this process alive in the fleet, and its wake-ups in line with what the fleet decides."""
+
+    def __init__(
+        self,
+        app: Flask,
+        db: SQLAlchemy,
+        stores: Stores,
+        runs: Runs,
+        presence: Presence,
+        recovery: Recovery,
+        ticks: Ticks,
+        workers: dict[str, type[PeriodicWorker]],
+        topics: dict[str, type[MessageWorker]],
+        prepare: Callable[[], None],
+    ) -> None:
+        self._config, self._workers, self._prepare = app.config, workers, prepare
+        self._stores, self._runs, self._presence, self._recovery, self._ticks = stores, runs, presence, recovery, ticks
+        self._scheduler = Scheduler(app.config["WORKERS_THREADS"])
+        self._wake_ups = WakeUps(self._scheduler, ticks, presence, runs, workers)
+        self._topics, self.consumers = topics, Consumers(app, db, stores, presence, runs, self._scheduler, topics)
+        self._listener: Listener | None = None
+        self._heartbeat: Heartbeat | None = None
+        self._declared: dict[str, str] = {}
+        self._under_way: set[str] = set()
+        self._pulse: Pulse | None = None
+        self._ahead: set[str] = set()
+        self._outage, self._blindness, self._cuts = Outage(), Outage(), 0
+        self._beat_at: datetime | None = None
+        self._said = ""
+        self._is_settled = self._is_looking = self._is_off = self._left = self._is_healed = False
+        self._looking = Looking(self._looked, self._look_failed)
+        self._refreshing, self._entering = threading.Lock(), threading.Lock()
+        runs.hung = self._scheduler.replace
+
+    def join(self) -> None:
+        """Join in the background, as soon as the database lets us."""
+        self._scheduler.start()
+        self._scheduler.soon(self._join)
+
+    def leave(self, seconds: float) -> None:
+        """Tell the runs, wait until `seconds` after that, and sign off; what still runs is handed back by that."""
+        runs = self._runs
+        runs.tell()
+        self._scheduler.stop()
+        try:
+            if not runs.wait(seconds):
+                log.warning("Not everything ended in time; what still runs is handed back")
+            elif self._heartbeat is not None:  # what is being joined sees by itself that it is too late
+                self._scheduler.wait(_LAST_CALLS_SECONDS)
+        finally:
+            runs.lose("its instance stopped")
+            self._leave()
+
+    def threads_alive(self) -> dict[str, bool]:
+        """Whether the threads live without which nothing runs here; while it joins or leaves, none is missing."""
+        if self._runs.stopping.is_set():
+            return {"scheduler": True, "heartbeat": True}
+        heartbeat = self._heartbeat
+        is_beating = heartbeat is None or (heartbeat.is_alive and self._looking.is_alive)
+        return {"scheduler": self._scheduler.is_alive, "heartbeat": is_beating}
+
+    def admit(self, name: str) -> None:
+        """Take up a worker that was added after the start."""
+        if self._heartbeat is not None:
+            self._scheduler.soon(self._take_up, name)
+
+    def listen(self) -> None:
+        """Take up a topic that was added after the start."""
+        if self._heartbeat is not None:
+            self._scheduler.soon(self._listen)
+
+    def dismiss(self, name: str) -> None:
+        """Wake up for a worker no more."""
+        self._wake_ups.disarm(name)
+
+    # -- joining and leaving -------------------------------------------------------------------
+
+    def _join(self, failures: int = 0) -> None:
+        try:
+            self._prepare()
+            if self._heartbeat is None and not self._enter():
+                return
+            self._admit(list(self._workers))
+        except Exception as error:  # no other thread would try again
+            level = logging.ERROR if first_line(error) != self._said else logging.DEBUG
+            log.log(level, "The workers cannot start yet: %s", first_line(error), exc_info=unless_expected(error))
+            self._said = first_line(error)
+            self._wake_ups.later("join", failures, self._join)
+            return
+        if (instance := self._presence.instance) is not None:
+            self._listen()
+            count = len(self._workers) + len(self._topics)
+            log.info("Instance %s joined with %d worker%s", instance.name, count, "" if count == 1 else "s")
+
+    def _enter(self) -> bool:
+        """Sign on, and keep the lease; False where `leave` came first."""
+        instance = self._presence.sign_on()
+        self._warn_of_offset(instance)
+        with self._entering:
+            if self._left:
+                self._presence.sign_off(instance)
+                self._stores.close()
+                return False
+            self._presence.instance = instance
+            calls = self._beat, self._beat_failed, self._deadline, self._lost, self._until_expiry
+            heartbeat = Heartbeat(self._config["WORKERS_HEARTBEAT_SECONDS"], *calls)
+            self._looking.start()
+            heartbeat.start()
+            self._heartbeat = heartbeat
+        return True
+
+    def _admit(self, names: list[str]) -> None:
+        self._declare(names)
+        self.refresh()
+        for name in names:
+            self._wake_ups.arm_first(name)
+
+    def _take_up(self, name: str, failures: int = 0) -> None:
+        try:
+            self._admit([name])
+        except SQLAlchemyError as error:
+            log.warning("%s: cannot take it up yet: %s", name, first_line(error))
+            self._wake_ups.later(f"admit:{name}", failures, self._take_up, name)
+
+    def _listen(self) -> None:
+        self.consumers.wake_all()
+        with self._entering:
+            if not (self._left or self._listener):
+                self._listener = Listener(self._stores.connections, self._heard)
+                self._listener.start()
+
+    def _leave(self) -> None:
+        with self._entering:
+            self._left = True
+        if self._listener is not None:
+            self._listener.stop()
+        if self._heartbeat is not None:
+            self._heartbeat.stop()
+            self._looking.stop()
+        instance, self._presence.instance = self._presence.instance, None
+        if instance is not None:
+            self._presence.sign_off(instance)
+            log.info("Instance %s left", instance.name)
+
+    # -- the heartbeat -------------------------------------------------------------------------
+
+    def refresh(self, rearm: bool = False) -> None:
+        """Take in the fleet's decisions: schedules, claims whose instance is gone, ticks to claim again.
+
+        Only reads, in a thread of its own: this may wait for a lock, and the heartbeat must not.
+        """
+        with self._refreshing:
+            again_if_stale(partial(self._refresh, rearm))
+
+    def _refresh(self, rearm: bool) -> None:
+        states = self._stores.ledger.states()
+        self._wake_ups.follow(states, rearm)
+        ours = [state for state in states.values() if state.name in self._workers]
+        self._warn_of_marks(states.values(), ours)
+        gone = self._recovery.gone(ours)
+        self.consumers.look()
+        for state in ours:
+            if state.name in gone or state.is_damaged or self._owed(state):
+                self._soon_once(f"settle:{state.name}", self._settle, state.name)
+        self._follow_releases(ours)
+        if deleted := [name for name in self._declared if name in self._workers and name not in states]:
+            self._is_settled = False
+            self._soon_once("declare", self._declare_again, deleted)
+
+    def _warn_of_marks(self, states: Collection[WorkerState], ours: Collection[WorkerState]) -> None:
+        ahead = {state.name: state for state in ours if is_ahead(state)}
+        is_proven = self._stores.healing.is_proven(states)
+        for name in ahead.keys() - self._ahead:
+            until = max(filter(None, (ahead[name].mark, ahead[name].scheduled_at, ahead[name].pending_tick)))
+            log.warning(
+                "%s: the database's clock was ahead: the ticks are decided up to %s, and the clock says %s now. %s",
+                name,
+                until.isoformat(),
+                ahead[name].clock.isoformat(),
+                "Ticks and messages of that time go on once the clock has been right for the length of a lease"
+                if is_proven
+                else "The history is shorter than that. If the clock is right now, run `flask workers repair`",
+            )
+        for name in self._ahead - ahead.keys():  # its ticks go on, perhaps by a command
+            self._wake_ups.arm_first(name)
+        self._ahead = set(ahead)
+
+    def _heal(self) -> None:
+        """Make due again the ticks and messages that a clock which was ahead put off."""
+        try:
+            states = self._stores.ledger.states()
+            ours = [state for state in states.values() if state.name in self._workers and is_ahead(state)]
+            if not self._stores.healing.is_proven(states.values()):  # by a command only
+                ours = []
+            healed = [state.name for state in ours if self._stores.healing.worker(state.name)]
+            number = self._stores.healing.messages()
+            if healed or number:
+                log.warning("The database's clock is right again. Due as before: %s", what_goes_on(healed, number))
+            self.refresh()
+            if number:
+                self.consumers.wake_all()
+        except SQLAlchemyError as error:  # the next heartbeat tries again
+            self._is_healed = False
+            log.warning("Cannot resume yet what a clock that was ahead put off: %s", first_line(error))
+        finally:
+            self._under_way.discard("heal")
+
+    def _follow_releases(self, states: list[WorkerState]) -> None:
+        """Follow the schedule of the most recently started instance when two releases run side by side.
+
+        After it leaves, the remaining instances set the schedule.
+        """
+        others = [state for state in states if state.declared != self._declared.get(state.name, state.declared)]
+        gone = self._stores.instances.gone({str(state.declared_by) for state in others}) if others else {}
+        self._is_settled = not others
+        if stale := [state.name for state in others if str(state.declared_by) in gone]:
+            self._soon_once("declare", self._declare_again, stale)
+
+    def _soon_once(self, key: str, call: Callable[..., object], *args: object) -> None:
+        """Have `call` called, unless an earlier call is under way: it waits for a thread, or for a row."""
+        if key not in self._under_way:
+            self._under_way.add(key)
+            self._scheduler.soon(call, *args)
+
+    def _declare_again(self, names: list[str]) -> None:
+        try:
+            self._declare(names, again=True)
+        except SQLAlchemyError as error:  # the next heartbeat has it tried again
+            log.warning("Cannot declare the schedules of %d workers yet: %s", len(names), first_line(error))
+        finally:
+            self._under_way.discard("declare")
+
+    def _declare(self, names: list[str], again: bool = False) -> None:
+        ours = {name: self._workers[name] for name in names if name in self._workers}
+        schedules = {name: declared_schedule(worker) for name, worker in ours.items()}
+        instance = self._presence.instance
+        by, known = instance.id if instance else None, schedules.keys() if again else ()
+        self._stores.steering.register(schedules, by, begins(ours.values()), known)
+        # Afterwards: to a heartbeat, a declared worker without a row is one whose row was deleted.
+        self._declared |= {name: str(schedule) for name, schedule in schedules.items()}
+
+    def _heard(self, topic: str) -> None:
+        if topic:
+            self.consumers.hear(topic)
+        elif not self._is_looking:
+            self._is_looking = True
+            self._scheduler.after(_spread(), "look", self._look)
+
+    def _look(self) -> None:
+        """Look at the fleet without waiting for a heartbeat."""
+        self._is_looking = False
+        self._looking.want()
+        self.consumers.wake_all()
+
+    def _looked(self, rearm: bool) -> None:
+        self.refresh(rearm)
+        self._blindness.ended()
+
+    def _look_failed(self, error: Exception) -> None:
+        """Have the next heartbeat ask again. The first heartbeat that fails reports a database that is away."""
+        self._pulse = None
+        level = logging.DEBUG if self._outage.is_on else self._blindness.level()
+        log.log(level, "Cannot look at the fleet: %s", first_line(error), exc_info=unless_expected(error))
+
+    def _settle(self, name: str, failures: int = 0) -> None:
+        """Take the claim of a gone instance back, and run the tick that must run again."""
+        worker = self._workers.get(name)
+        if worker is None or self._runs.stopping.is_set():
+            self._under_way.discard(f"settle:{name}")
+            return
+        try:
+            if pending := self._freed(worker):
+                self._ticks.run_pending(worker, pending)
+        except SQLAlchemyError as error:
+            level = logging.DEBUG if failures else logging.WARNING
+            log.log(level, "%s: cannot take its tick over yet: %s", name, first_line(error))
+            self._wake_ups.later(f"settle:{name}", failures, self._settle, name)
+
+    def _freed(self, worker: type[PeriodicWorker]) -> datetime | None:
+        """Return the tick of the worker that must run again, once no gone instance holds it."""
+        try:
+            state = self._recovery.freed(worker, self._recovery.look(worker))
+            return self._owed(state)
+        finally:
+            self._under_way.discard(f"settle:{worker.name}")
+
+    def _owed(self, state: WorkerState) -> datetime | None:
+        """The tick to run before any other here: of a worker that is disabled only what was asked for by hand."""
+        worker = self._workers.get(state.name)
+        return state.owed if worker and (worker.enabled or state.pending_trigger == "manual") else None
+
+    def _beat(self) -> None:
+        instance = self._presence.instance
+        if instance is None:
+            return
+        if not instance.is_alive:
+            self._runs.lose(LEASE_IS_OVER, instance)
+            if self._runs.stopping.is_set():
+                return
+            instance = Instance(instance.lease, clock_offset=instance.clock_offset, release=instance.release)
+        self._cuts = self._stores.connections.cuts
+        offset, before = instance.clock_offset, self._pulse
+        self._pulse = pulse = self._stores.instances.beat(instance, sorted(self._topics))
+        if instance is not self._presence.instance and not self._begin_anew(instance):
+            return
+        if (lasted := self._outage.ended()) is not None:
+            log.warning("Heartbeats go on after %.1f s", lasted)
+            self.consumers.outage = (self._beat_at or pulse.clock, pulse.clock)
+        self._beat_at = pulse.clock
+        self._warn_of_offset(instance)
+        is_moved = pulse.was_set or abs(instance.clock_offset - offset) > _OFFSET_REARMED
+        if is_moved:
+            self._is_looking = False  # the next look may be hours away by the clock that was set
+        if pulse.is_blind:
+            self._warn_of_lock()
+        else:
+            if is_moved or pulse != before or pulse.is_busy or not self._is_settled:
+                self._looking.want(is_moved)
+            self._heal_soon(pulse)
+        self.consumers.follow(pulse, self._config["WORKERS_HEARTBEAT_SECONDS"])
+        self._scheduler.look_again()
+
+    def _heal_soon(self, pulse: Pulse) -> None:
+        """Heal once after each change of the clock, and whenever a heartbeat finds something that was put off."""
+        self._is_healed = self._is_healed and not (pulse.was_set or pulse.is_ahead)
+        if self._stores.instances.is_steady and not (self._is_healed or "heal" in self._under_way):
+            self._is_healed = True
+            self._soon_once("heal", self._heal)
+
+    def _begin_anew(self, instance: Instance) -> bool:
+        """Another life, which the fleet knows by now; False where `leave` came first."""
+        with self._entering:
+            if self._left:
+                self._presence.sign_off(instance)
+                return False
+            self._presence.instance = instance
+        log.warning("Instance %s could not renew its lease in time; it begins anew", instance.name)
+        return True
+
+    def _warn_of_offset(self, instance: Instance) -> None:
+        """Once, until the offset has fallen to half the limit: around the limit itself it would come and go."""
+        was_off, least = self._is_off, OFFSET_WARNED / (2 if self._is_off else 1)
+        self._is_off = abs(instance.clock_offset) > least
+        if self._is_off and not was_off:
+            log.warning("This host's clock is %+.1f s off the database's", -instance.clock_offset.total_seconds())
+
+    def _warn_of_lock(self) -> None:
+        level = self._blindness.level()
+        log.log(level, "The lease is renewed, but no work is found: another client keeps a table of the engine locked")
+
+    def _beat_failed(self, error: Exception) -> None:
+        self._pulse = None  # what came with it may not have been taken in
+        was_cut, level = self._cuts != self._stores.connections.cuts, self._outage.level()
+        log.log(level, "No heartbeat: %s", _CUT if was_cut else first_line(error), exc_info=unless_expected(error))
+
+    def _deadline(self) -> float:
+        return instance.deadline if (instance := self._presence.instance) else 0.0
+
+    def _until_expiry(self) -> float:
+        left = instance.first_expiry - steady() if (instance := self._presence.instance) else math.inf
+        return max(left, 0.0) + _spread()
+
+    def _lost(self) -> None:
+        if (instance := self._presence.instance) is not None:
+            self._presence.lose(instance)
+
+
+def _spread() -> float:
+    return random.uniform(*_SPREAD_SECONDS)  # noqa: S311 - no secret

@@ -1,0 +1,125 @@
+"""When this process wakes up for which tick. Every instance does, and the ledger decides which one runs it."""
+
+import logging
+import random
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime, timedelta
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from ..errors import BackgroundError, InvalidSchedule, first_line
+from ..host.logs import logger_of
+from ..ledger.claim import WorkerState
+from ..registry import declared_schedule
+from ..runs.running import Runs
+from ..worker import PeriodicWorker
+from .presence import Presence
+from .scheduler import Scheduler
+from .ticks import Ticks
+
+log = logger_of(__name__)
+
+_RETRY_SECONDS = (0.2, 0.5, 1, 2, 5)
+_YIELDED_SECONDS = (0.01, 0.02)
+_NEVER = datetime.max.replace(tzinfo=UTC)
+
+
+class WakeUps:
+    """One armed tick per worker of `workers`: the next one, or the latest where that is due already."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        ticks: Ticks,
+        presence: Presence,
+        runs: Runs,
+        workers: Mapping[str, type[PeriodicWorker]],
+    ) -> None:
+        self._scheduler, self._ticks, self._workers = scheduler, ticks, workers
+        self._presence, self._runs = presence, runs
+        self._states: Mapping[str, WorkerState] = {}
+        self._armed: dict[str, datetime] = {}
+        self._yielding: set[str] = set()
+        ticks.postponed = lambda name, *what: self.later(f"retry:{name}", 1, self._fire, name, *what)
+
+    def follow(self, states: Mapping[str, WorkerState], rearm: bool) -> None:
+        """Follow the schedules in force; with `rearm` arm every worker again, as one of the clocks was set."""
+        before, self._states = self._states, states
+        for name in self._armed.keys() & before.keys() & states.keys():
+            if before[name].schedule_text != states[name].schedule_text:
+                if self._armed[name] > self._now():  # else it is on its way, still owed, and arms the next one
+                    self._arm(name, after=states[name].scheduled_at)
+            elif rearm:
+                # While the clock was wrong, a tick may have been fired before its time, and passed over.
+                self._arm(name, after=self._now(), no_later_than=self._armed[name])
+
+    def arm_first(self, name: str) -> None:
+        """Begin with the latest tick, or with the next one where the worker does not catch up.
+
+        The latest tick of a worker without a row counts as decided, unless the worker asks for it.
+        """
+        worker, state = self._workers.get(name), self._states.get(name)
+        if worker is not None and worker.enabled:
+            is_first = worker.run_on_first_start and (state is None or state.mark is None)
+            self._arm(name, after=None if worker.catch_up or is_first else self._now())
+
+    def disarm(self, name: str) -> None:
+        """Wake up for a worker no more."""
+        if self._armed.pop(name, None):
+            self._scheduler.forget(f"tick:{name}")
+
+    def later(self, key: str, failures: int, function: Callable[..., None], *args: object) -> None:
+        """Call `function(*args, failures + 1)` after a pause that grows with them; replaces what has that `key`."""
+        if not self._runs.stopping.is_set():
+            seconds = _RETRY_SECONDS[min(failures, len(_RETRY_SECONDS) - 1)]
+            self._scheduler.after(seconds, key, function, *args, failures + 1)
+
+    def _arm(self, name: str, after: datetime | None, no_later_than: datetime | None = None) -> None:
+        """Wake up at the first tick after `after`, or at the latest one if that is due already (or `after` is None)."""
+        worker, state = self._workers.get(name), self._states.get(name)
+        if worker is None:  # removed meanwhile
+            return
+        try:
+            # Without a row (deleted, or not in the backup that was restored), none is claimed; `look` makes it anew.
+            schedule = state.schedule if state else declared_schedule(worker)
+        except InvalidSchedule as error:  # a newer release's; `follow` takes up the one that comes after it
+            log.error("%s: %s", name, error)
+            self.disarm(name)
+            self._armed[name] = _NEVER
+            return
+        text = state.schedule_text if state else str(schedule)
+        latest = schedule.previous(self._now())
+        tick = latest if after is None else max(schedule.next(after), latest)
+        self._armed[name] = tick = min(tick, no_later_than or tick)
+        offset = instance.clock_offset if (instance := self._presence.instance) else timedelta()
+        spread = random.uniform(0, worker.jitter.total_seconds())  # noqa: S311 - no secret
+        if name in self._yielding:
+            spread += random.uniform(*_YIELDED_SECONDS)  # noqa: S311
+        self._scheduler.at(tick - offset + timedelta(seconds=spread), f"tick:{name}", self._fire, name, tick, text)
+
+    def _fire(self, name: str, tick: datetime, schedule: str, failures: int = 0) -> None:
+        worker = self._workers.get(name)
+        if worker is None or self._runs.stopping.is_set():
+            return
+        if not failures:
+            self._arm(name, after=tick)
+        try:
+            is_ours = self._ticks.run(worker, tick, schedule) is not None
+            # After losing a tick, start 10 to 20 ms later next time. Otherwise every loser would wait for the winner's
+            # row lock only to learn that it lost.
+            (self._yielding.discard if is_ours else self._yielding.add)(name)
+        except InvalidSchedule as error:  # read just now; the next heartbeat says so
+            log.debug("%s: not running the tick %s: %s", name, tick.isoformat(), error)
+        except Exception as error:  # no other thread here would try again
+            level = logging.DEBUG if failures else logging.WARNING  # once per tick
+            said = name, tick.isoformat(), first_line(error)
+            log.log(level, "%s: cannot claim the tick %s yet: %s", *said, exc_info=unless_expected(error))
+            self.later(f"retry:{name}", failures, self._fire, name, tick, schedule)
+
+    def _now(self) -> datetime:
+        return instance.database_time() if (instance := self._presence.instance) else datetime.now(UTC)
+
+
+def unless_expected(error: Exception) -> Exception | None:
+    """The error itself, for the log to show its traceback, where its text alone says too little."""
+    return None if isinstance(error, BackgroundError | SQLAlchemyError | OSError) else error

@@ -1,0 +1,114 @@
+"""The two base classes of a user's workers, and the checks of their attributes."""
+
+import re
+from collections.abc import Iterable
+from datetime import datetime, timedelta
+
+from .declarations import check_constructor, check_method, refuse_misspelt
+from .errors import InvalidWorker
+from .schedule.parsing import make_schedule
+from .schedule.periods import LONGEST, Schedule
+from .worker import AnyWorker, MessageWorker, PeriodicWorker
+
+
+def declared_schedule(cls: type[PeriodicWorker]) -> Schedule:
+    """The schedule that the class declares, after checking everything else it declares; one sentence if wrong."""
+    if not (isinstance(cls, type) and issubclass(cls, PeriodicWorker)):
+        raise InvalidWorker(
+            f"{cls!r} is not a worker class; expected a subclass of PeriodicWorker or MessageWorker: "
+            "write workers.add(MyWorker), without parentheses behind the class."
+        )
+    refuse_misspelt(cls, PeriodicWorker)
+    _check_class(cls, "do_work(self, context)", cls.do_work is PeriodicWorker.do_work)
+    check_method(cls, "do_work", "context")
+    schedule = make_schedule(cls.name, cls.period, cls.cron, cls.timezone)
+    _check_attributes(
+        cls,
+        ("max_attempts", *_COUNT, _is_count(cls.max_attempts)),
+        ("on_lost", "'retry' or 'skip'", cls.on_lost in ("retry", "skip")),
+        ("timeout", "a timedelta above 0, or None", cls.timeout is None or _is_duration(cls.timeout, least=1)),
+        ("jitter", *_DURATION, _is_duration(cls.jitter, least=0)),
+        ("enabled", "True or False", isinstance(cls.enabled, bool)),
+        ("catch_up", "True or False", isinstance(cls.catch_up, bool)),
+        ("run_on_first_start", "True or False", isinstance(cls.run_on_first_start, bool)),
+    )
+    _check_attributes(
+        cls,
+        ("max_attempts", *_MOST_ATTEMPTS, cls.max_attempts <= MOST_ATTEMPTS),
+        ("timeout", "at most 366 days, or None", cls.timeout is None or cls.timeout <= LONGEST),
+    )
+    if cls.period is not None:
+        _check_attributes(cls, ("jitter", f"at most its period, {cls.period}", cls.jitter <= cls.period))
+    return schedule
+
+
+def declared_topic(cls: type[MessageWorker]) -> str:
+    """The topic that the class declares, after checking everything else it declares; one sentence if wrong."""
+    refuse_misspelt(cls, MessageWorker)
+    handlers = [name for name in ("handle", "handle_many") if getattr(cls, name) is not getattr(MessageWorker, name)]
+    _check_class(cls, "either handle(self, message, context) or handle_many(self, messages, context)", not handlers)
+    for name in handlers:
+        check_method(cls, name, "message" if name == "handle" else "messages", "context")
+    if len(handlers) == 2:
+        raise InvalidWorker(f"{cls.__name__} has both handle and handle_many; expected one of them: remove the other.")
+    if misplaced := sorted(_OF_TICKS & set(dir(cls))):
+        raise InvalidWorker(
+            f"{cls.__name__}.{misplaced[0]} is for a PeriodicWorker only; expected topic, batch_size, max_attempts, "
+            f"backoff and concurrency on a MessageWorker: remove it."
+        )
+    _check_attributes(
+        cls,
+        ("topic", _NAME, _is_name(cls.topic)),
+        ("batch_size", "a whole number from 1 to 10000", _is_count(cls.batch_size) and cls.batch_size <= 10_000),
+        ("max_attempts", *_COUNT, _is_count(cls.max_attempts)),
+        ("backoff", *_DURATION, _is_duration(cls.backoff, least=0)),
+        ("concurrency", *_COUNT, _is_count(cls.concurrency)),
+    )
+    _check_attributes(
+        cls,
+        ("max_attempts", *_MOST_ATTEMPTS, cls.max_attempts <= MOST_ATTEMPTS),
+        ("concurrency", f"at most {MOST_CONCURRENCY}", cls.concurrency <= MOST_CONCURRENCY),
+    )
+    return cls.topic
+
+
+MOST_ATTEMPTS, MOST_CONCURRENCY = 1_000_000, 1_000
+_OF_TICKS = {"period", "cron", "timeout", "on_lost", "catch_up", "run_on_first_start", "jitter", "enabled"}
+_NAME = "1 to 100 letters, digits, '_', '-' or '.'"
+_COUNT = ("a whole number of at least 1",)
+_MOST_ATTEMPTS = (f"at most {MOST_ATTEMPTS}",)
+_DURATION = ("a timedelta of at least 0",)
+
+
+def _check_class(cls: AnyWorker, method: str, is_missing: bool) -> None:
+    if is_missing or getattr(cls, "__abstractmethods__", None):
+        raise InvalidWorker(f"{cls.__name__} is abstract; expected a class that can run: give it {method}.")
+    if not _is_name(cls.name):
+        raise InvalidWorker(f"{cls.__name__}.name is {cls.name!r}; expected {_NAME}: rename it.")
+    check_constructor(cls)
+
+
+def _check_attributes(cls: AnyWorker, *checked: tuple[str, str, bool]) -> None:
+    for attribute, expected, is_right in checked:
+        if not is_right:
+            value = getattr(cls, attribute)
+            raise InvalidWorker(
+                f"Worker {cls.name!r} has {attribute} = {value!r}; expected {expected}: change it in {cls.__name__}."
+            )
+
+
+def begins(workers: Iterable[type[PeriodicWorker]]) -> dict[str, datetime | None]:
+    """Return, by name, None for each worker that may begin with a past tick on a new database."""
+    return {worker.name: None for worker in workers if worker.run_on_first_start}
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9][\w.-]{0,99}", value) is not None
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_duration(value: object, least: int) -> bool:
+    return isinstance(value, timedelta) and value >= timedelta(microseconds=least)

@@ -1,0 +1,1 @@
+"""Rows that contradict each other, and how they are mended."""

@@ -1,0 +1,170 @@
+"""Repairs the rows after the database's clock was ahead: ticks and messages that it put off are due again.
+
+A moment in the clock's future is the trace that remains. The mark goes back to the newest tick that was decided by now.
+No tick runs twice by that: up to the old mark, a tick that has an execution is not claimed again.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import Connection, Row, and_, case, delete, func, or_, select, true, update
+
+from ..database.clock import AHEAD, elapsed, now
+from ..database.store import Store, count
+from ..database.tables import executions, is_in, messages, workers
+from ..errors import InvalidSchedule
+from ..ledger.claim import WorkerState
+from ..ledger.ledger import attempted, pending
+from ..schedule.parsing import parse_schedule
+from ..schedule.periods import MICROSECOND, Schedule
+
+_SLICE = 5_000  # messages that one statement changes
+_LONGEST_PAUSE = timedelta(hours=1, minutes=15)  # before another attempt at a message
+
+
+def is_ahead(state: WorkerState | Row[Any]) -> bool:
+    """Return whether a moment of the worker's row lies in the future of the clock that was read with it."""
+    retried = state.pending_tick if state.pending_trigger != "manual" else None
+    return any(at is not None and at > state.clock + AHEAD for at in (state.mark, state.scheduled_at, retried))
+
+
+class Healing:
+    """Puts right what a clock that was ahead wrote into the rows of `ledger`."""
+
+    def __init__(self, store: Store, history: timedelta) -> None:
+        self._store, self._history = store, history
+
+    def is_proven(self, states: Iterable[WorkerState]) -> bool:
+        """Return whether the history still has each tick that any worker ran after now.
+
+        Pruning goes by the clock. If the clock was ahead by more than the length of the history, these rows may be
+        pruned.
+        """
+        return all(state.mark is None or state.mark <= state.clock + self._history for state in states)
+
+    def worker(self, name: str) -> bool:
+        """Let the ticks of the worker go on by the clock as it is now. False if nothing lies in its future.
+
+        Concurrency: each instance that finds the worker ahead does this. They wait for its row, and the first does it.
+        """
+        with self._store.begin() as connection:
+            held = update(workers).where(workers.c.name == name).values(name=workers.c.name)
+            row = connection.execute(held.returning(*workers.c, now().label("clock"))).one_or_none()
+            if row is None or not is_ahead(row):
+                return False
+            try:
+                schedule = parse_schedule(row.schedule)
+            except InvalidSchedule:  # a newer release brought it, whose instances do this
+                return False
+            connection.execute(update(workers).where(workers.c.name == name).values(_healed(connection, row, schedule)))
+        return True
+
+    def messages(self) -> int:
+        """Make messages due as their callers asked, if that clock put them off. Return their number.
+
+        A message that was never tried keeps its delay, from now on.
+
+        Concurrency: each instance does this, and consumers claim meanwhile. A message is changed once, and only while
+        it waits.
+        """
+        delay = elapsed(messages.c.enqueued_at, messages.c.due_at)
+        due_at = case((messages.c.attempt == 0, now(func.coalesce(delay, 0.0))), else_=now())
+        enqueued_at = case((messages.c.enqueued_at > now(AHEAD), now()), else_=messages.c.enqueued_at)
+        number = 0
+        while some := self._put_off():
+            ours = and_(messages.c.id.in_(some), _is_put_off)
+            healed = update(messages).where(ours).values(due_at=due_at, enqueued_at=enqueued_at)
+            with self._store.begin() as connection:
+                number += count(connection.execute(healed))
+        if number:
+            self._store.ring()
+        return number
+
+    def _put_off(self) -> Sequence[int]:
+        """Return the ids of some such messages, found without SQLite's only write lock."""
+        with self._store.engine.connect() as connection:
+            return connection.scalars(select(messages.c.id).where(_is_put_off).limit(_SLICE)).all()
+
+    def pass_over(self, state: WorkerState, tick: datetime, attempt_after: Callable[[int], int | None]) -> bool:
+        """Raise the mark to a tick that an instance ran while the clock was ahead. False if the tick did not run.
+
+        If its last attempt was lost or handed back, the tick is due again from now on.
+
+        Concurrency: each instance that comes to run the tick does this, and the first raises the mark.
+        """
+        if state.mark_ahead is None or state.mark_ahead < tick:
+            return False
+        ran = select(executions.c.attempt, executions.c.state).where(attempted(state.name), executions.c.tick == tick)
+        with self._store.engine.connect() as connection:
+            row = connection.execute(ran.order_by(executions.c.id.desc()).limit(1)).one_or_none()
+        if row is None:
+            return False
+        again = {"lost": attempt_after(row.attempt), "handed back": row.attempt}.get(row.state)
+        values: dict[str, Any] = {"mark": tick}
+        if again is not None:
+            values |= pending(tick, again, "schedule")
+        is_open = or_(workers.c.mark.is_(None), workers.c.mark < tick)
+        may = and_(is_open, workers.c.schedule == state.schedule_text)
+        is_free = workers.c.pending_tick.is_(None) if again is not None else true()
+        with self._store.begin() as connection:
+            connection.execute(update(workers).where(workers.c.name == state.name, may, is_free).values(values))
+        return True
+
+
+def what_goes_on(names: Sequence[str], number: int) -> str:
+    """Name the workers and count the messages that were put off, in words."""
+    parts = [", ".join(sorted(names))] if names else []
+    if number:
+        parts.append(f"{number:,} message{'' if number == 1 else 's'}")
+    return " and ".join(parts)
+
+
+# A waiting message whose due time only a clock that was ahead can have written. A message that was tried comes again
+# after a pause of at most `_LONGEST_PAUSE`. One that was not tried comes after the delay that its caller asked for.
+_is_put_off = and_(
+    is_in("waiting"),
+    messages.c.due_at > now(AHEAD),
+    or_(
+        and_(messages.c.attempt == 0, messages.c.enqueued_at > now(AHEAD)),
+        and_(messages.c.attempt > 0, or_(messages.c.claimed_at > now(AHEAD), messages.c.due_at > now(_LONGEST_PAUSE))),
+    ),
+)
+_end = func.coalesce(executions.c.through, executions.c.tick)
+
+
+def _healed(connection: Connection, row: Row[Any], schedule: Schedule) -> dict[str, Any]:
+    """Return the columns to write.
+
+    Beforehand, correct rows that call ticks after the clock skipped or missed.
+    """
+    values: dict[str, Any] = {}
+    last, latest = schedule.previous(row.clock), row.clock + AHEAD
+    if row.mark is not None and row.mark > latest:
+        _cut(connection, row, schedule, last)
+        scheduled = (executions.c.worker == row.name, executions.c.trigger == "schedule", _end <= row.clock)
+        newest = select(_end).where(*scheduled).order_by(executions.c.tick.desc(), executions.c.id.desc()).limit(1)
+        # Without a history the latest tick may have run.
+        values["mark"] = connection.execute(newest).scalar() or last
+        values["mark_ahead"] = max(row.mark, row.mark_ahead or row.mark)
+    if row.scheduled_at > latest:
+        values["scheduled_at"] = row.clock
+    if row.pending_tick is not None and row.pending_tick > latest and row.pending_trigger != "manual":
+        # The tick is due again when the clock reaches it: see `pass_over`.
+        values |= pending(None, None, None)
+    return values
+
+
+def _cut(connection: Connection, row: Row[Any], schedule: Schedule, last: datetime) -> None:
+    """Shorten the rows of skipped or missed ticks, so that they name no tick after the clock.
+
+    No row of missed ticks names the latest tick either.
+    """
+    ahead = and_(executions.c.worker == row.name, executions.c.attempt.is_(None), _end > row.clock)
+    for each in connection.execute(select(executions.c.id, executions.c.tick, executions.c.state).where(ahead)).all():
+        through = last if each.state == "skipped" else schedule.previous(last - MICROSECOND)
+        one = executions.c.id == each.id
+        if each.tick <= through:
+            connection.execute(update(executions).where(one).values(through=through))
+        else:
+            connection.execute(delete(executions).where(one))

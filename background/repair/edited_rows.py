@@ -1,0 +1,95 @@
+"""Mends rows that were changed by hand: executions without a claim, claims without an execution.
+
+A claim and its execution begin and end in one transaction, so one read shows a change by hand.
+"""
+
+from typing import Any
+
+from sqlalchemy import Connection, Row, and_, exists, or_, select, update
+
+from ..database.clock import now
+from ..database.store import count
+from ..database.tables import executions, workers
+from ..ledger import counters as totals
+from ..ledger.claim import Claim
+from ..ledger.ledger import MOMENTS, Ledger, in_force, is_stray, marked, pending, strays
+from ..ledger.statements import IS_FREE
+
+GONE = "its claim is gone: it was ended by hand, or the database lost its commit"
+_RUNNING = {"state": "running"}
+_OPEN = ("running", "lost", "handed back")
+
+
+class Mending:
+    """Mends the rows of one ledger. Each method is one transaction, and does nothing where nothing is wrong."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger, self._store = ledger, ledger.store
+
+    def restore(self, claim: Claim) -> bool:
+        """Write the execution of a claim in force again. True for the instance that did.
+
+        Concurrency: every instance that misses the row, and the run's own end, which writes it too. The claim's token
+        is unique, so the first one writes the row.
+        """
+        with self._store.begin() as connection:
+            held = select(workers.c.name).where(in_force(claim)).with_for_update()
+            if connection.execute(held).first() is None:
+                return False
+            return self._ledger.write_anew(connection, claim, _RUNNING, [claim.token]) is not None
+
+    def disown(self, claim: Claim) -> bool:
+        """Write the missing execution of a claim that is not in force, so that its tick gets an answer.
+
+        Return whether the execution was missing.
+
+        Concurrency: instances that take the run over in the usual way. They leave a row, and this does nothing.
+        """
+        with self._store.begin() as connection:
+            row = and_(executions.c.worker == claim.worker, executions.c.tick == claim.tick)
+            is_known = exists().where(row, executions.c.claim == claim.id)
+            if connection.scalar(select(or_(is_known, exists().where(in_force(claim))))):
+                return False
+            return self._ledger.write_anew(connection, claim, _RUNNING, [claim.token, None]) is not None
+
+    def strays(self, worker: str) -> list[Claim]:
+        """Return the claims of the worker's executions that say "running" while another claim, or none, is in force."""
+        query = (
+            select(strays).join_from(strays, workers, is_stray).where(workers.c.name == worker).order_by(strays.c.id)
+        )
+        with self._store.begin() as connection:
+            return [_claim(row) for row in connection.execute(query)]
+
+    def end_stray(self, claim: Claim, next_attempt: int | None) -> tuple[bool, int | None]:
+        """End such an execution as lost. Return whether this call did, and the attempt that follows, if one does.
+
+        The tick runs again only if the worker's token says that nothing was claimed since.
+
+        Concurrency: every instance that sees the stray. They wait for the execution's row, and the first ends it.
+        """
+        with self._store.begin() as connection:
+            same = executions.c.id == claim.execution, executions.c.claim.is_not_distinct_from(claim.id)
+            ending = update(executions).where(*same, executions.c.state == "running", ~exists().where(in_force(claim)))
+            ending = ending.values(state="lost", finished_at=now(), reason=GONE)
+            ended = connection.execute(ending.returning(*MOMENTS)).one_or_none()
+            if ended is None:
+                return False, None
+            again = next_attempt if next_attempt and _run_again(connection, claim, next_attempt) else None
+            totals.add_execution(connection, claim, "lost", *ended)
+        if again:
+            self._store.ring()
+        return True, again
+
+
+def _run_again(connection: Connection, claim: Claim, attempt: int) -> bool:
+    others = executions.c.worker == claim.worker, executions.c.tick == claim.tick, executions.c.state.not_in(_OPEN)
+    nothing_since = and_(workers.c.name == claim.worker, workers.c.token <= claim.token, IS_FREE)
+    again = update(workers).where(nothing_since, ~exists().where(*others))
+    values = pending(claim.tick, attempt, claim.trigger) | marked(claim.tick, claim.trigger)
+    return count(connection.execute(again.values(values))) == 1
+
+
+def _claim(row: Row[Any]) -> Claim:
+    """Return the claim of an execution. One that was made by hand may lack any value."""
+    began = row.started_at, row.claim, row.instance, row.instance_name
+    return Claim(row.worker, row.tick, row.attempt or 1, row.token or 0, row.trigger, row.id, *began)

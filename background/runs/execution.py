@@ -1,0 +1,253 @@
+"""What a run is given; and the fence: no commit of a run passes once its claim is gone."""
+
+import asyncio
+import inspect
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import copy_context
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from itertools import chain, repeat
+from typing import Any, TypeVar
+
+from flask import Flask
+from flask_sqlalchemy import SQLAlchemy
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session
+
+from ..context import WorkerContext
+from ..database.outages import is_cut_off, may_pass
+from ..errors import ClaimLost, InvalidWorker, RunStopped, first_line
+from ..host.forks import ended_in_a_fork
+from ..host.logs import logger_of
+from ..ledger.claim import Claim
+from ..ledger.leases import Instance
+from ..ledger.ledger import NOTHING, Ledger, Notes
+from ..repair.edited_rows import Mending
+from ..signals import of_state, send
+from ..worker import PeriodicWorker, attempt_after
+from .failures import told
+from .fence import current_run
+from .run_log import LogLines
+
+log = logger_of(__name__)
+
+T = TypeVar("T")
+_LOG_SECONDS = 1.0
+
+
+class TickContext(WorkerContext):
+    """The run of a tick."""
+
+    def __init__(self, claim: "Claim", ledger: "Ledger", instance: Instance, db: SQLAlchemy) -> None:
+        super().__init__(claim, claim, instance, db, ledger.store.sessions)
+        self.claim: Claim = claim
+        self.log_lines = LogLines(lambda: current_run.get() is self)
+        self._ledger = ledger
+        self._log_written = float("-inf")
+
+    def notes(self) -> dict[str, Any]:
+        """The words of its execution about it, besides how it ended."""
+        return {**self._progress, "log": self.log_lines.text()}
+
+    def _news(self) -> dict[str, Any]:
+        """A commit on the way. All of the log is written each time: a long one once a second at most."""
+        is_due = self.log_lines.is_short or time.monotonic() - self._log_written >= _LOG_SECONDS
+        if not (self.log_lines.is_news and is_due):
+            return self._progress
+        self._log_written = time.monotonic()
+        return self.notes()
+
+    def finish(self) -> None:
+        """Commit the effects and "succeeded" together."""
+        self.refuse_if_lost()
+        self.session.flush()  # first, so that the worker's row is held for the commit only
+        self._ledger.finish(self.claim, self.within(self.session), self.notes())
+        self._finishing = True
+        self.session.commit()
+
+    def check(self, session: Session) -> None:
+        """Before every commit of the run: is its claim still the one in force?"""
+        self.refuse_if_lost()
+        if not self._finishing:
+            session.flush()
+            try:
+                self._ledger.check(self.claim, self.within(session), self._news())
+            except ClaimLost:
+                self.lose("somebody else has it")
+                raise
+            self._progress = {}
+
+
+@dataclass(frozen=True)
+class Execution:
+    """What this instance did about one tick; `state` is how it ended."""
+
+    claim: Claim
+    state: str
+
+
+def unfinished(worker: type[PeriodicWorker], context: TickContext, ending: "Ending", error: BaseException) -> str:
+    """Write down why the run did not succeed, and return that."""
+    claim, tick = context.claim, context.tick.isoformat()
+    if context.timed_out_after:
+        return _time_out(context, ending)
+    if context.lost_because or not context.instance.is_alive or isinstance(error, ClaimLost):
+        # Once the claim is lost, the code's error follows from that, even a broken connection.
+        why = None if isinstance(error, ClaimLost) else context.lost_because
+        context.logger.warning("Lost the tick %s: %s", tick, why or first_line(error))
+        ending.disown()
+        return "lost"  # an instance that finds this one gone writes it
+    if isinstance(error, RunStopped):
+        state = ending.write("handed back", next_attempt=claim.attempt)
+        if state == "handed back":
+            context.logger.info("Handed the tick %s back", tick)
+        return state
+    if is_cut_off(error):
+        again = attempt_after(worker, claim.attempt)
+        state = ending.write("lost", f"its database connection broke: {first_line(error)}", again)
+        if state == "lost":
+            context.logger.warning("Lost the tick %s, its database connection broke: %s", tick, follows(again))
+    else:
+        state = ending.write("failed", told(error), error=error)
+        if state != "succeeded":
+            context.logger.error("Failed at the tick %s", tick, exc_info=error)
+    if state == "succeeded":  # the reply to its last commit got lost, or a listener to that failed
+        context.logger.warning("Succeeded at the tick %s, but afterwards: %s", tick, first_line(error))
+        ending.tell("succeeded")
+    return state
+
+
+def follows(attempt: int | None) -> str:
+    """What becomes of a lost tick, in words."""
+    return f"attempt {attempt} follows" if attempt else "it is given up"
+
+
+def finish(result: Awaitable[None] | None) -> None:
+    """Await the result of an `async` method. If the caller runs in a loop, use another loop beside it.
+
+    Raises InvalidWorker for a generator, which has not done anything yet.
+    """
+    if inspect.isgenerator(result) or inspect.isasyncgen(result):
+        raise InvalidWorker(
+            f"{result.__qualname__} returned a generator, so nothing was done; expected a method that does its work "
+            "when it is called: loop over the generator in it."
+        )
+    if not inspect.isawaitable(result):
+        return
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        asyncio.run(_awaited(result))
+    else:
+        with ThreadPoolExecutor(1) as beside:
+            beside.submit(copy_context().run, asyncio.run, _awaited(result)).result()
+
+
+async def _awaited(result: Awaitable[None]) -> None:
+    with ended_in_a_fork("An async method"):  # before the child closes the loop, which would disturb its parent's
+        await result
+
+
+class Ending:
+    """Writes once how a run ends. The writer signals it to the application."""
+
+    def __init__(self, app: Flask, context: TickContext, ledger: Ledger) -> None:
+        self._app, self._context, self._ledger = app, context, ledger
+
+    def write(
+        self,
+        state: str,
+        reason: str | None = None,
+        next_attempt: int | None = None,
+        error: BaseException | None = None,
+    ) -> str:
+        """Write how the run ended and return that, or what was written before; "lost" where the lease was over."""
+        context, is_in_doubt = self._context, False
+
+        def end(state: str, reason: str | None, notes: Notes) -> str:
+            nonlocal is_in_doubt
+            try:
+                ended = self._ledger.end(context.claim, state, reason, next_attempt, notes)
+            except SQLAlchemyError:
+                is_in_doubt = True  # perhaps only the reply got lost
+                raise
+            found = state if ended else self._ledger.outcome(context.claim)
+            if ended or (is_in_doubt and found == state):
+                self.tell(state, **({"error": error} if error and state == "failed" else {"reason": reason}))
+            return found
+
+        ways = (
+            lambda: end(state, reason, context.notes()),
+            lambda: end(state, None, NOTHING),
+            lambda: end("lost", None, NOTHING),  # the claim must end, or its worker would never run again
+        )
+        return insist(context.instance, f"that {context.worker} {state}", *ways) or "lost"
+
+    def disown(self) -> None:
+        """Give the tick of a lost claim an answer, also if its execution was deleted by hand."""
+        if self._context.instance.is_alive:
+            disown = partial(Mending(self._ledger).disown, self._context.claim)
+            insist(self._context.instance, f"that {self._context.worker} lost its claim", disown)
+
+    def tell(self, state: str, **details: Any) -> None:
+        """Send the signal of `state`."""
+        send(self._app, of_state[state], claim=self._context.claim, **details)
+
+
+def insist(instance: Instance, what: str, *ways: Callable[[], T]) -> T | None:
+    """Return the result of the first of `ways` to write that succeeds. None if the lease ends first, or none does.
+
+    One way is tried again while its error may pass by itself. If the database refuses it for another reason, the next
+    way is tried, which writes less.
+    """
+    pauses = chain((0.1, 0.2, 0.5, 1.0), repeat(2.0))
+    for write in ways:
+        while True:
+            try:
+                return write()
+            except Exception as error:
+                if not may_pass(error):
+                    log.exception(
+                        "Cannot write %s%s", what, ", so less of it is written" if write is not ways[-1] else ""
+                    )
+                    break
+                if not instance.is_alive:
+                    return None
+                log.warning("Cannot write %s, trying again: %s", what, first_line(error))
+                threading.Event().wait(next(pauses))
+    return None
+
+
+@contextmanager
+def timed_out_after(
+    timeout: timedelta | None, context: TickContext, ending: Ending, hung: Callable[[], None]
+) -> Iterator[None]:
+    """After `timeout`, end the run in the ledger, so that the next ticks go on; the hung one can commit no more."""
+    if timeout is None:
+        yield
+        return
+
+    def time_out() -> None:
+        context.timed_out_after = timeout
+        context.lose(f"it ran longer than its timeout of {timeout}")
+        hung()
+        if _time_out(context, ending) == "timed out":
+            context.logger.warning("Timed out: the tick %s ran longer than %s", context.tick.isoformat(), timeout)
+
+    timer = threading.Timer(timeout.total_seconds(), time_out)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _time_out(context: TickContext, ending: Ending) -> str:
+    """Called when the time is up, and again by the run when it ends: on SQLite it may hold the lock until then."""
+    return ending.write("timed out", f"ran longer than its timeout of {context.timed_out_after}")

@@ -1,0 +1,81 @@
+"""What a run is given; and the fence: no commit of a run passes once its claim is gone."""
+
+import logging
+import time
+from collections.abc import Callable
+from contextvars import ContextVar
+
+from flask_sqlalchemy import SQLAlchemy
+from sqlalchemy import Connection, event
+from sqlalchemy.orm import Session, SessionTransaction
+
+from ..context import WorkerContext
+
+_WHEN_COMMITTED = "background_when_committed"
+
+
+current_run: ContextVar[WorkerContext | None] = ContextVar("background_run", default=None)
+
+
+def is_stopping_within(seconds: float) -> bool:
+    """Wait that long. In a run, wait only until the run is told to stop, and return whether it was."""
+    run = current_run.get()
+    if run is None:
+        time.sleep(seconds)
+        return False
+    return run.stopping.wait(seconds)
+
+
+class RunFields(logging.Filter):
+    """Gives every log record of a run, whoever logs it, the run's fields: for logs that machines read."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        run = current_run.get()
+        if run is not None:
+            for name, value in run.log_fields.items():
+                if not hasattr(record, name):
+                    setattr(record, name, value)
+        return True
+
+
+def fence(db: SQLAlchemy) -> None:
+    """Check the claim before every commit that a run makes on any session of `db`; and see `when_committed`."""
+    for name, listener in (
+        ("after_begin", _after_begin),
+        ("before_commit", _before_commit),
+        ("after_commit", _after_commit),
+        ("after_rollback", _after_rollback),
+    ):
+        if not event.contains(db.session, name, listener):
+            event.listen(db.session, name, listener)
+
+
+def when_committed(session: Session, key: str, call: Callable[[], None]) -> None:
+    """Call `call` when `session` has committed what it holds, but not if it rolls back; once per `key`."""
+    session.info.setdefault(_WHEN_COMMITTED, {})[key] = call
+
+
+def _after_commit(session: Session) -> None:
+    if session.in_nested_transaction():  # releasing a savepoint commits nothing
+        return
+    for call in session.info.pop(_WHEN_COMMITTED, {}).values():
+        call()
+
+
+def _after_rollback(session: Session) -> None:
+    if not session.in_nested_transaction():  # what came before the savepoint may still be committed
+        session.info.pop(_WHEN_COMMITTED, None)
+
+
+def _before_commit(session: Session) -> None:
+    run = current_run.get()
+    if run is None or session.in_nested_transaction():  # releasing a savepoint commits nothing
+        return
+    if run.is_at_home(session):  # the session of another application needs no claim of this one
+        run.check(session)
+
+
+def _after_begin(session: Session, transaction: SessionTransaction, connection: Connection) -> None:
+    run = current_run.get()
+    if run is not None and not transaction.nested and run.is_at_home(session):
+        run.began(session, connection)

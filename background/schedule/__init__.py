@@ -1,0 +1,1 @@
+"""When a tick is: periods, cron expressions, and how they are written as text."""

@@ -1,0 +1,367 @@
+"""The dashboard in a real browser: it lives, it leaves who uses it alone, and everybody can use it."""
+
+import os
+import re
+import shutil
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from flask import Flask
+from sqlalchemy import insert
+from support import busy_app as lively
+from support.databases import PASSWORD, PASSWORD_HASH, close
+from support.fleet import wait_until
+from support.processes import PATIENCE
+from support.servers import served
+
+from background import PeriodicWorker
+from background.database import tables
+from background.registry import declared_schedule
+from models import User, db
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, BrowserContext, Page
+
+CHROMIUM = shutil.which("chromium")
+AXE = Path(__file__).parents[2] / "support" / "axe.min.js"
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on the PATH (apt install chromium)"),
+]
+
+
+@pytest.fixture(scope="module")
+def database(migrated_sqlite, tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("dashboard") / "bookstore.sqlite"
+    shutil.copyfile(migrated_sqlite, path)
+    return f"sqlite:///{path}"
+
+
+@pytest.fixture(scope="module")
+def other_address(nursery, database) -> Iterator[str]:
+    """Where another process serves the same shop."""
+    with nursery.started(database, "run", "--port", "0", FLASK_APP=lively.__file__) as process:
+        yield process.wait_for(r"Running on (http://\S+)")[1]
+
+
+@pytest.fixture(scope="module")
+def app(database) -> Iterator[Flask]:
+    app = lively.create_app(database)
+    with app.app_context():
+        db.session.add(User(email="admin@example.com", name="Ada", password_hash=PASSWORD_HASH, is_admin=True))
+        db.session.commit()
+    app.extensions["background_workers"].start()
+    yield app
+    lively.steps.release(lively.STEPS)
+    close(app)
+
+
+@pytest.fixture(scope="module")
+def address(app) -> Iterator[str]:
+    with served(app) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def browser() -> "Iterator[Browser]":
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def session(browser, address) -> Any:
+    """The cookies of an admin who is logged in; a cookie is the host's, so they are good for both servers."""
+    context = browser.new_context(base_url=address)
+    log_in(context.new_page())
+    state = context.storage_state()
+    context.close()
+    return state
+
+
+@pytest.fixture
+def opened(browser, address, session) -> "Iterator[Callable[..., Page]]":
+    """Open a page of the dashboard as an admin; at the end the browser must not have complained about any."""
+    contexts: list[BrowserContext] = []
+    complaints: list[str] = []
+
+    def open_page(path: str, base_url: str = address, **options: Any) -> "Page":
+        context = browser.new_context(**{"base_url": base_url, "storage_state": session, **options})
+        contexts.append(context)
+        context.set_default_timeout(PATIENCE * 1000)
+        page = context.new_page()
+        page.on("console", lambda message: complaints.append(f"{page.url}: {message.text}"))
+        page.on("pageerror", lambda error: complaints.append(f"{page.url}: {error}"))
+        if options.get("java_script_enabled", True):
+            page.clock.install()  # it goes on, and can be hurried
+        page.goto(path)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert complaints == []
+
+
+def log_in(page: "Page") -> None:
+    page.goto("/login?next=/workers/")
+    page.get_by_label("E-mail").fill("admin@example.com")
+    page.get_by_label("Password").fill(PASSWORD)
+    page.get_by_role("main").get_by_role("button", name="Log in").click()
+    page.get_by_role("heading", name="Background workers").wait_for()
+
+
+def row(page: "Page", name: str) -> Any:
+    return page.locator(f"#row-{name}")
+
+
+def wait_for_refresh(page: "Page") -> None:
+    clock = page.locator("[data-live]").get_attribute("data-clock")
+    hurry(page, lambda: page.locator("[data-live]").get_attribute("data-clock") != clock)
+
+
+def hurry(page: "Page", is_true: Callable[[], bool]) -> None:
+    """Let the page's time fly until `is_true()`, but not while it waits for an answer, which it would give up."""
+    asking: set[Any] = set()
+    page.on("request", lambda request: asking.add(request))
+    for over in ("requestfinished", "requestfailed"):
+        page.on(over, lambda request: asking.discard(request))
+
+    def look() -> bool:
+        if not asking:
+            page.clock.run_for(2_000)
+        return is_true()
+
+    wait_until(look)
+
+
+def focused(page: "Page") -> str:
+    return page.evaluate("document.activeElement.getAttribute('aria-label') || document.activeElement.id")
+
+
+# -- it lives ------------------------------------------------------------------------------------
+
+
+def test_an_admin_runs_a_worker_and_watches_its_progress(opened):
+    page = opened("/", storage_state=None)
+    log_in(page)
+    page.get_by_role("button", name="Run now: catalogue_import").click()
+    page.get_by_text("catalogue_import will run within").wait_for()
+    bar = page.get_by_role("progressbar", name="Progress of catalogue_import")
+    for step in range(lively.STEPS):
+        hurry(page, page.get_by_text(f"{step * 1000:,} of 4,000").is_visible)
+        assert bar.evaluate("bar => bar.position") == step / lively.STEPS
+        lively.steps.release()
+    hurry(page, bar.is_hidden)
+    row(page, "catalogue_import").get_by_text("succeeded in").wait_for()
+    assert re.search(r"^now$|^in \d+ (min|s)", row(page, "stock_count").locator("[data-countdown]").inner_text())
+
+
+def test_a_pause_is_seen_on_the_page_of_another_instance(opened, other_address):
+    here, there = opened("/workers/"), opened("/workers/worker/stock_count", other_address)
+    there.get_by_role("button", name="Pause stock_count").wait_for()
+    here.get_by_role("button", name="Pause stock_count").click()
+    here.get_by_text("stock_count is paused").wait_for()
+    there.get_by_role("button", name="Resume stock_count").click()  # it came without a click
+    there.get_by_text("stock_count is resumed").wait_for()
+    here.get_by_role("button", name="Pause stock_count").wait_for()
+
+
+def test_times_are_shown_in_the_viewers_zone(opened):
+    page = opened("/workers/worker/price_check", timezone_id="Asia/Tokyo", locale="en-GB")
+    tick = page.locator("time[data-countdown]")
+    hour, minute = re.search(r"(\d\d):(\d\d):00 UTC", tick.get_attribute("title") or "").groups()
+    shown = page.locator(f'time[datetime="{tick.get_attribute("datetime")}"]:not([data-countdown])').inner_text()
+    assert f"{(int(hour) + 9) % 24:02}:{minute}:00" in shown
+    page.get_by_label("Up to the tick, in Asia/Tokyo").fill("2026-01-20T12:00:00")
+    wait_for_refresh(page)
+    page.get_by_role("button", name="Show these executions").click()
+    page.get_by_text("None up to then.").wait_for()
+    page.get_by_label("At which moment, in Asia/Tokyo?").fill("2026-01-20T12:00:00")
+    page.get_by_role("button", name="Ask").click()
+    page.get_by_text("The tick 2026-01-20T01:30:00Z of price_check").wait_for()
+
+
+def test_a_hidden_page_asks_nothing_and_one_that_is_seen_again_asks_at_once(opened):
+    page = opened("/workers/")
+    show(page, "hidden")
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.clock.run_for(60_000)
+    assert asked == []
+    with page.expect_response("/workers/"):
+        show(page, "visible")
+
+
+def show(page: "Page", state: str) -> None:
+    page.evaluate(
+        "state => { Object.defineProperty(document, 'visibilityState', { value: state, configurable: true });"
+        "document.dispatchEvent(new Event('visibilitychange')); }",
+        state,
+    )
+
+
+def test_a_server_that_does_not_answer_and_a_session_that_ended_are_said(opened):
+    page = opened("/workers/")
+    page.route("**/workers/", lambda route: route.fulfill(status=200, body="Not this page"))
+    status = page.get_by_role("status")
+    hurry(page, status.get_by_text("Not refreshed since").is_visible)
+    page.unroute("**/workers/")
+    hurry(page, status.get_by_text("Not refreshed since").is_hidden)
+    page.context.clear_cookies()
+    hurry(page, status.get_by_text("You are no longer logged in").is_visible)
+    page.get_by_role("link", name="Log in again").click()
+    page.get_by_label("E-mail").wait_for()
+
+
+# -- it leaves who uses it alone -----------------------------------------------------------------
+
+
+def test_what_is_typed_and_opened_and_focused_stays_over_a_refresh(opened):
+    page = opened("/workers/")
+    page.get_by_label("Change the schedule of newsletter_preview").click()
+    field = row(page, "newsletter_preview").get_by_label("Period or cron")
+    field.fill("1 fort")
+    wait_for_refresh(page)
+    page.keyboard.type("night")
+    assert field.input_value() == "1 fortnight"
+    row(page, "newsletter_preview").get_by_label("Time zone of a cron").focus()
+    wait_for_refresh(page)
+    assert field.input_value() == "1 fortnight"
+    assert focused(page) == "timezone-newsletter_preview"
+    page.keyboard.press("Enter")
+    page.get_by_text("'1 fortnight' is neither a period nor a cron").wait_for()
+    assert field.input_value() == "1 fortnight"
+    wait_for_refresh(page)
+    field.fill("1 s")
+    page.keyboard.press("Enter")
+    page.get_by_text("newsletter_preview runs every second already.").wait_for()
+    wait_until(lambda: focused(page) == "Change the schedule of newsletter_preview", "the focus on what opens the form")
+
+
+def test_everything_is_done_by_keyboard_alone(opened):
+    page = opened("/workers/")
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.textContent") == "Skip to the content"
+    page.keyboard.press("Enter")
+    order = ["Run now: price_check", "Pause price_check", "Change the schedule of price_check"]
+    seen: list[str] = []
+    while focused(page) != order[-1]:
+        page.keyboard.press("Tab")
+        seen.append(focused(page))
+        assert len(seen) < 60
+    assert seen[-3:] == order
+    page.keyboard.press("Shift+Tab")
+    wait_for_refresh(page)
+    assert focused(page) == "Pause price_check"
+    assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    page.keyboard.press("Enter")
+    page.get_by_text("price_check is paused").wait_for()
+    page.locator("#pause-price_check:focus").wait_for()
+    assert focused(page) == "Resume price_check"
+    page.keyboard.press("Space")
+    page.get_by_text("price_check is resumed").wait_for()
+    page.locator("#pause-price_check:focus").wait_for()
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    page.keyboard.press("Tab")
+    assert focused(page) == "schedule-price_check"
+
+
+# -- everybody can use it ------------------------------------------------------------------------
+
+
+def test_without_a_script_a_worker_is_run_and_rescheduled_by_forms(opened):
+    page = opened("/workers/", java_script_enabled=False)
+    assert " UTC" in row(page, "stock_count").locator("time:not([data-countdown])").first.inner_text()
+    page.get_by_role("button", name="Run now: stock_count").click()
+    page.get_by_text("stock_count will run within").wait_for()
+    wait_until(lambda: page.reload() and "succeeded in" in row(page, "stock_count").inner_text(), "the run")
+    page.get_by_role("link", name="stock_count").click()
+    page.get_by_label("Change the schedule of stock_count").click()
+    page.get_by_label("Period or cron").fill("20 min")
+    page.get_by_role("button", name="Save the schedule of stock_count").click()
+    page.get_by_text("stock_count runs every 20 minutes from now on.").wait_for()
+    page.get_by_role("button", name="Reset to every 30 minutes: stock_count").click()
+    page.get_by_text("stock_count runs every 30 minutes from now on.").wait_for()
+
+
+PLACES = ("/workers/", "/workers/timeline", "/workers/instances", "/workers/messages", "/workers/worker/stock_count")
+
+
+def test_every_page_is_accessible_and_fits_a_phone(app, opened):
+    app.extensions["background_workers"].reschedule("price_check", timedelta(minutes=20))
+    page = opened("/workers/worker/newsletter_preview")
+    execution = page.locator("tbody th a").first.get_attribute("href")
+    for path in (*PLACES, execution, "/workers/?edit=stock_count&schedule=soon"):
+        page.set_viewport_size({"width": 1200, "height": 800})
+        page.goto(path)
+        assert violations(page) == [], path
+        for width in (1024, 900, 390):
+            page.set_viewport_size({"width": width, "height": 844})
+            assert page.evaluate("document.documentElement.scrollWidth") <= width, path
+    assert violations(page) == []  # the last one, narrow
+    assert page.get_by_label("Period or cron").locator("visible=true").bounding_box()["width"] > 300
+    page.get_by_role("button", name="Reset to at 30 2 * * * (Europe/Berlin): price_check").click()
+    page.get_by_text("price_check runs at 30 2 * * * (Europe/Berlin) from now on.").wait_for()
+
+
+def test_the_banner_of_a_fleet_without_an_instance_is_accessible_and_fits_a_phone(app, database, opened, tmp_path):
+    copy = sqlite3.connect(tmp_path / "copy.sqlite")
+    with closing(sqlite3.connect(database.removeprefix("sqlite:///"))) as original, closing(copy):
+        original.backup(copy)
+    silent = lively.create_app(f"sqlite:///{tmp_path / 'copy.sqlite'}")
+    with served(silent) as address:
+        page = opened("/workers/", address)
+        for path in PLACES:
+            page.goto(f"{address}{path}")
+            page.get_by_text("No instance is alive").wait_for()
+            assert violations(page) == [], path
+            page.set_viewport_size({"width": 390, "height": 844})
+            assert page.evaluate("document.documentElement.scrollWidth") <= 390, path
+    close(silent)
+
+
+def violations(page: "Page") -> list[str]:
+    """What axe-core finds against WCAG 2 A and AA."""
+    page.evaluate(AXE.read_text(encoding="utf-8"))
+    found = page.evaluate("axe.run({ runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa'] })")["violations"]
+    return [f"{each['id']}: {node['html']} {node['failureSummary']}" for each in found for node in each["nodes"]]
+
+
+@pytest.mark.skipif("SCREENSHOT" not in os.environ, reason="SCREENSHOT names no file to write the picture to")
+def test_the_readme_has_a_picture(app, opened):
+    for worker in lively.WORKERS:
+        live_through_a_day(app, worker)
+    page = opened("/workers/", viewport={"width": 1200, "height": 900})
+    page.get_by_role("button", name="Pause price_check").click()
+    page.get_by_role("button", name="Run now: catalogue_import").click()
+    lively.steps.release(3)
+    hurry(page, page.get_by_text("3,000 of 4,000").is_visible)
+    page.goto("/workers/")
+    page.screenshot(path=os.environ["SCREENSHOT"])
+    lively.steps.release()
+    page.get_by_role("button", name="Resume price_check").click()
+
+
+def live_through_a_day(app: Flask, worker: type[PeriodicWorker]) -> None:
+    """Executions of the past, as if it had been running all the time."""
+    schedule, at = declared_schedule(worker), datetime.now(UTC) - timedelta(minutes=1)
+    rows: list[dict[str, Any]] = []
+    for number in range(60):
+        at = schedule.previous(at - timedelta(microseconds=1))
+        state = {7: "failed", 23: "failed", 24: "lost", 41: "timed out"}.get((number + len(worker.name) * 5) % 60)
+        took = timedelta(milliseconds=90 + (number * 7919 % 31) ** 2)
+        row = {"worker": worker.name, "tick": at, "trigger": "schedule", "state": state or "succeeded", "attempt": 1}
+        rows.append({**row, "instance_name": "web-1:41", "started_at": at, "finished_at": at + took})
+    with app.app_context(), db.engine.begin() as connection:
+        connection.execute(insert(tables.executions), rows)

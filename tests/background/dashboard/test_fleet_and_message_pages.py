@@ -1,0 +1,476 @@
+"""The dashboard's pages of the fleet and of the messages: what they show, and what their buttons do."""
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from flask.testing import FlaskClient
+from sqlalchemy import Engine, insert, update
+from support.databases import on_sqlite
+from support.fleet import Fleet, Hourly, last_hour, statements, states, wait_until
+
+from background import BackgroundWorkerManager, Message, MessageWorker, WorkerContext
+from background.dashboard.timeline import Bar, Timeline, draw
+from background.database import tables
+from background.history.records import Record, Seen, Window
+from background.ledger.leases import Instance
+from models import User
+
+LEASE = timedelta(seconds=30)
+EVIL = "<script>alert('x')</script>"
+NOON = datetime(2024, 6, 1, 12, tzinfo=UTC)
+MINUTE, SECOND = timedelta(minutes=1), timedelta(seconds=1)
+
+
+class Ticker(Hourly):
+    """Leaves an effect."""
+
+
+class OrderWorker(MessageWorker):
+    topic = "orders"
+    max_attempts = 1
+
+    def handle(self, message: Message, context: WorkerContext) -> None:
+        raise ValueError(f"no such book: {EVIL}")
+
+
+@pytest.fixture
+def manager(fleet: Fleet) -> BackgroundWorkerManager:
+    return fleet.manager(Ticker, OrderWorker)
+
+
+@pytest.fixture
+def admin(manager: BackgroundWorkerManager, make_user: Callable[..., User], login: Callable[..., None]) -> FlaskClient:
+    """A browser in which an admin has logged in."""
+    client = manager.app.test_client()
+    login(client, make_user(is_admin=True))
+    return client
+
+
+def see(client: FlaskClient, path: str) -> str:
+    answer = client.get(f"/workers/{path}")
+    assert answer.status_code == 200, answer.text
+    return str(answer.text)
+
+
+def post(client: FlaskClient, path: str, **form: str) -> str:
+    answer = client.post(f"/workers/{path}", data=form, follow_redirects=True)
+    assert answer.status_code == 200, answer.text
+    return str(answer.text)
+
+
+def claim(manager: BackgroundWorkerManager, instance: Instance, at: datetime) -> Any:
+    """That instance's claim of a tick of the Ticker."""
+    schedule = manager.recovery.look(Ticker).schedule_text
+    found = manager.stores.ledger.claim("ticker", at, schedule, (instance.id, instance.name))
+    assert found is not None
+    return found
+
+
+def signed_on(manager: BackgroundWorkerManager, host: str, lease: timedelta = LEASE, pid: int = 1) -> Instance:
+    instance = Instance(lease, host=host, pid=pid)
+    manager.stores.instances.beat(instance)
+    return instance
+
+
+# -- the timeline --------------------------------------------------------------------------------
+
+
+def test_a_lost_run_and_the_one_that_took_it_over_stand_in_two_lanes_with_an_arrow(
+    fleet: Fleet, manager: BackgroundWorkerManager, admin: FlaskClient
+) -> None:
+    died = signed_on(manager, "dead-host", timedelta(seconds=-1))
+    claim(manager, died, last_hour())
+    manager.start()
+    wait_until(lambda: fleet.states("ticker")[:2] == ["lost", "succeeded"], "the take-over")
+    page = see(admin, "timeline?window=5m")
+    assert "dead-host:1 †" in page
+    assert re.search(r"ticker: tick \S+, lost after \S+ s on dead-host:1", page)
+    assert re.search(r"ticker: tick \S+, attempt 2, succeeded after", page)
+    assert page.count('<line class="bw-arrow state-lost"') == 1
+
+
+@on_sqlite
+def test_a_run_that_was_handed_back_points_to_where_it_went_on(
+    fleet: Fleet, manager: BackgroundWorkerManager, admin: FlaskClient
+) -> None:
+    left = signed_on(manager, "left-host")
+    manager.stores.ledger.end(claim(manager, left, last_hour()), "handed back", next_attempt=1)
+    manager.stores.instances.sign_off(left)
+    manager.start()
+    wait_until(lambda: fleet.states("ticker")[:2] == ["handed back", "succeeded"], "the hand-over")
+    page = see(admin, "timeline")
+    assert page.count('<line class="bw-arrow state-handed-back"') == 1
+    assert "signed off" in page
+    assert "†" not in page.partition("bw-legend")[0]
+
+
+@on_sqlite
+def test_the_timeline_of_one_worker_has_no_other(manager: BackgroundWorkerManager, admin: FlaskClient) -> None:
+    claim(manager, signed_on(manager, "one-host"), last_hour())
+    with manager.stores.main.engine.begin() as connection:
+        connection.execute(insert(tables.workers).values(schedule_of("other")))
+    assert "one-host:1" in see(admin, "timeline?worker=ticker")
+    assert "running for" not in see(admin, "timeline?worker=other")
+    assert admin.get("/workers/timeline?worker=nobody").status_code == 404
+
+
+def schedule_of(name: str) -> dict[str, Any]:
+    return {"name": name, "schedule": "every 60 s", "declared": "every 60 s", "scheduled_at": NOON}
+
+
+def ran(manager: BackgroundWorkerManager, *starts: datetime, length: timedelta = SECOND, **more: Any) -> None:
+    """Runs that began then, one of them after the other, by an instance that nobody knows any more."""
+    rows = [
+        {"worker": "w", "tick": at, "trigger": "schedule", "state": "succeeded", "attempt": 1}
+        | {"instance": "old", "instance_name": "old-host:1", "started_at": at, "finished_at": at + length}
+        | more
+        for at in starts
+    ]
+    with manager.stores.main.engine.begin() as connection:
+        connection.execute(insert(tables.executions), rows)
+
+
+@on_sqlite
+def test_a_note_has_its_moments_as_the_commands_have_them(manager: BackgroundWorkerManager, admin: FlaskClient) -> None:
+    ran(manager, NOON, worker="ticker", state="skipped", reason=f"still running the tick {NOON.isoformat()} on a:1")
+    page = see(admin, "worker/ticker")
+    assert f"still running the tick {NOON:%Y-%m-%dT%H:%M:%S}Z on a:1" in page
+
+
+def test_an_earlier_window_shows_what_ran_then_and_nothing_else(manager: BackgroundWorkerManager) -> None:
+    minutes = [NOON + number * MINUTE for number in range(60)]
+    ran(manager, *minutes)
+    found = manager.history.window(5 * MINUTE, NOON + timedelta(minutes=30, seconds=30))
+    assert [record.tick for record in found.records] == minutes[26:31]
+    assert found.is_complete
+    assert manager.history.window(5 * MINUTE, NOON - MINUTE).records == ()
+    assert manager.history.window(5 * MINUTE, worker="w").records == ()
+    before = manager.history.window(5 * MINUTE, minutes[20] + SECOND / 2, worker="w")
+    assert [record.tick for record in before.records] == minutes[15:21]
+
+
+def test_of_more_than_can_be_shown_the_newest_are_and_it_says_since_when(manager: BackgroundWorkerManager) -> None:
+    ran(manager, *(NOON + number * SECOND for number in range(60)))
+    found = manager.history.window(MINUTE, NOON + 50 * SECOND, limit=10)
+    assert [record.tick for record in found.records] == [NOON + number * SECOND for number in range(41, 51)]
+    assert not found.is_complete
+    assert found.complete_since == NOON + 41 * SECOND
+    assert 0 < draw(found).veil < 100
+
+
+def test_a_run_from_long_ago_that_is_still_going_on_is_seen(manager: BackgroundWorkerManager) -> None:
+    ran(manager, NOON, state="running", finished_at=None, worker="long", token=1)
+    with manager.stores.main.engine.begin() as connection:
+        connection.execute(insert(tables.workers).values(schedule_of("long") | {"token": 1, "running": 1}))
+    ran(manager, *(NOON + HOURS + number * SECOND for number in range(5)))
+    for until in (None, NOON + HOURS + MINUTE):
+        assert "long" in {each.worker for each in manager.history.window(5 * MINUTE, until, limit=2).records}
+
+
+HOURS = timedelta(hours=5)
+
+
+# -- the drawing ---------------------------------------------------------------------------------
+
+RUN = Record(1, "w", NOON, None, "schedule", "succeeded", 1, 1, "a", "a:1", NOON, NOON, None, None, None, NOON + MINUTE)
+SEEN = Seen("a", "a", 1, NOON - HOURS, NOON + MINUTE, None)
+
+
+def drawn(*records: Record, seen: tuple[Seen, ...] = (SEEN,)) -> Timeline:
+    """The picture of the minute after noon."""
+    return draw(Window(NOON, NOON + MINUTE, NOON + MINUTE, records, NOON, seen))
+
+
+def bars(picture: Timeline) -> list[Bar]:
+    return [bar for lane in picture.lanes for bar in lane.bars]
+
+
+def run(number: int, start: float, seconds: float | None, **more: Any) -> Record:
+    started = NOON + start * SECOND
+    finished = None if seconds is None else started + seconds * SECOND
+    times = {"tick": started, "started_at": started, "finished_at": finished}
+    return RUN._replace(id=number, token=number, **times | more)
+
+
+def test_a_bar_goes_from_the_start_to_the_end_and_that_of_a_running_one_to_now() -> None:
+    ended, running = bars(drawn(run(1, 15, 30), run(2, 30, None, worker="x", state="running")))
+    assert ended.x == pytest.approx(0.6 + 97.8 / 4)
+    assert ended.width == pytest.approx(97.8 / 2)
+    assert running.x + running.width == pytest.approx(98.4)
+
+
+def test_what_is_shorter_than_a_pixel_is_seen_and_what_began_before_begins_at_the_edge() -> None:
+    short, early = bars(drawn(run(1, 15, 0.001), run(2, -600, 610, worker="x")))
+    assert short.width > 0.3
+    assert (early.x, early.tick_x) == (0.6, None)
+
+
+def test_the_bar_of_a_lost_one_ends_where_its_instance_was_heard_of_last() -> None:
+    gone = replace(SEEN, heartbeat_at=NOON + 20 * SECOND, is_alive=False)
+    (lost,) = bars(drawn(run(1, 10, 40, state="lost"), seen=(gone,)))
+    assert lost.x + lost.width == pytest.approx(0.6 + 97.8 / 3)
+    assert lost.end_x == pytest.approx(0.6 + 97.8 * 50 / 60)
+
+
+def test_attempts_at_one_tick_are_connected_and_those_at_two_are_not() -> None:
+    first, second = run(1, 0, 10, state="failed"), run(2, 20, 5, attempt=2, tick=NOON)
+    assert len(drawn(first, second).arrows) == 1
+    assert not drawn(first, second._replace(tick=NOON + SECOND)).arrows
+    assert not drawn(first._replace(state="succeeded"), second).arrows
+
+
+def test_few_workers_have_a_row_each_and_many_share_rows_without_an_overlap() -> None:
+    few = drawn(run(1, 0, 10), run(2, 20, 10, worker="x"))
+    assert [name for name, _ in few.lanes[0].rows] == ["w", "x"]
+    many = drawn(*(run(number, number % 30, 1.5, worker=f"w{number}") for number in range(1, 60)))
+    assert many.lanes[0].rows == ()
+    spans = sorted((bar.y, bar.record.began_at, bar.record.ended_at) for bar in bars(many))
+    assert all(one[0] < two[0] or one[2] <= two[1] for one, two in pairwise(spans))
+    assert len({y for y, _, _ in spans}) == 4  # as many as ran at once
+
+
+def test_many_instances_have_a_lane_only_if_they_did_something() -> None:
+    seen = tuple(replace(SEEN, id=f"i{number}", pid=number) for number in range(100))
+    picture = drawn(run(1, 0, 1, instance="i7"), seen=seen)
+    assert [lane.label for lane in picture.lanes] == ["a:7"]
+    assert picture.idle == 99
+    assert len(drawn(run(1, 0, 1, instance="i7"), seen=seen[5:10]).lanes) == 5
+
+
+def test_ticks_that_nobody_ran_have_a_lane_of_their_own() -> None:
+    missed = RUN._replace(state="missed", instance=None, started_at=None, through=NOON + 30 * SECOND, attempt=None)
+    lane = drawn(run(1, 0, 1), missed).lanes[-1]
+    assert lane.label == "not run"
+    assert lane.bars[0].title == "w: tick 2024-06-01T12:00:00Z to 2024-06-01T12:00:30Z, missed"
+
+
+# -- the instances -------------------------------------------------------------------------------
+
+
+def test_the_instances_show_what_they_hold_and_which_are_gone(
+    fleet: Fleet, manager: BackgroundWorkerManager, admin: FlaskClient
+) -> None:
+    holder, left = signed_on(manager, "holder"), signed_on(manager, "left")
+    signed_on(manager, "lost-host", -LEASE)
+    manager.stores.instances.sign_off(left)
+    execution = claim(manager, holder, last_hour()).execution
+    fleet.enqueue("orders", 1, 2)
+    manager.stores.messages.claim("order_worker", "orders", 2, (holder.id, holder.name))
+    with manager.stores.main.engine.begin() as connection:
+        progress = {"progress_done": 700, "progress_total": 1000}
+        connection.execute(update(tables.executions).where(tables.executions.c.id == execution).values(progress))
+    with manager.stores.instances.engine.begin() as connection:
+        of_holder = tables.instances.c.id == holder.id
+        connection.execute(update(tables.instances).where(of_holder).values(clock_offset=-1.5, release="3f2a91c"))
+        locked = {"instance": holder.id, "instance_name": holder.name, "since": NOON}
+    with manager.locks._engine.begin() as connection:
+        connection.execute(insert(tables.locks).values(name="invoice-42", token=1, holder="h", **locked))
+    rows = {
+        row.partition("</th>")[0].rpartition('"row">')[2].split(" ")[0]: row
+        for row in see(admin, "instances").split("<tr")
+    }
+    alive = rows["holder:1"]
+    for text in ("alive", "3f2a91c", "+1.500 s: set it right", "ticker", "700 of 1,000", "2 messages", "invoice-42"):
+        assert text in alive
+    assert ">lost<" in rows["lost-host:1"]
+    assert ">signed off<" in rows["left:1"]
+
+
+# -- the messages --------------------------------------------------------------------------------
+
+
+def bury(fleet: Fleet, count: int, topic: str = "orders", error: str = "ValueError: bad") -> list[int]:
+    """So many dead letters; their ids."""
+    ids = [id for id in fleet.enqueue("orders", *range(count)) if id]
+    with fleet.engine.begin() as connection:
+        dead = update(tables.messages).where(tables.messages.c.id.in_(ids))
+        connection.execute(dead.values(state="dead", attempt=1, finished_at=datetime.now(UTC), topic=topic))
+        rows = [{"message": id, "attempt": 1, "at": datetime.now(UTC), "error": error} for id in ids]
+        connection.execute(insert(tables.message_errors), rows)
+    return ids
+
+
+@on_sqlite
+def test_a_message_that_died_is_shown_with_its_error_and_can_be_retried(
+    fleet: Fleet, manager: BackgroundWorkerManager, admin: FlaskClient
+) -> None:
+    (id,) = fleet.enqueue("orders", {"note": EVIL}, key="k-1")
+    manager.start()
+    wait_until(lambda: states(fleet) == ["dead"], "its death")
+    manager.stop()
+    assert "ValueError: no such book: &lt;script&gt;" in see(admin, "messages?topic=orders")
+    page = see(admin, f"messages/{id}")
+    for text in ("Traceback (most recent call last)", "k-1", "order_worker", "&#34;note&#34;: &#34;&lt;script&gt;"):
+        assert text in page
+    assert f"Message {id} waits again." in post(admin, f"messages/{id}/retry")
+    assert states(fleet) == ["waiting"]
+    assert f"Message {id} is discarded." in post(admin, f"messages/{id}/discard", next=f"/workers/messages/{id}")
+    assert states(fleet) == ["discarded"]
+    assert "Nothing was changed: message" in post(admin, f"messages/{id}/discard")
+
+
+@on_sqlite
+def test_all_of_a_topic_are_retried_or_discarded_once_the_box_is_ticked(
+    fleet: Fleet, manager: BackgroundWorkerManager, admin: FlaskClient
+) -> None:
+    bury(fleet, 3)
+    bury(fleet, 1, topic="old topic")
+    assert "Yes, all 3 of orders" in see(admin, "messages")
+    assert "Nothing was changed" in post(admin, "messages/discard", topic="orders")
+    assert states(fleet) == ["dead"] * 4
+    assert "3 messages wait again." in post(admin, "messages/retry", topic="orders", confirmed="yes")
+    assert "1 message is discarded." in post(admin, "messages/discard", topic="old topic", confirmed="yes")
+    assert states(fleet) == ["waiting"] * 3 + ["discarded"]
+    assert admin.post("/workers/messages/retry", data={"confirmed": "yes"}).status_code == 400
+    assert admin.post("/workers/messages/retry", data={"confirmed": "yes", "topic": "\0"}).status_code == 404
+
+
+def test_the_dead_letters_are_paged_from_the_newest_to_the_oldest(
+    fleet: Fleet, manager: BackgroundWorkerManager, admin: FlaskClient
+) -> None:
+    ids, seen, path = bury(fleet, 60), [], "messages?topic=orders"
+    while path:
+        page = see(admin, path)
+        seen += [int(id) for id in re.findall(r'<tr id="message-(\d+)"', page)]
+        following = re.search(r'href="/workers/(messages\?[^"#]*)[^"]*">Older', page)
+        path = following[1].replace("&amp;", "&") if following else ""
+    assert seen == ids[::-1]
+
+
+def test_the_topics_show_their_depth_who_handles_them_and_what_was_done(
+    fleet: Fleet, manager: BackgroundWorkerManager, admin: FlaskClient
+) -> None:
+    fleet.enqueue("orders", 1, 2)
+    fleet.enqueue("orders", 3, delay=60)
+    bury(fleet, 2, topic="old topic")
+    done(fleet, 30, SECOND)
+    (orders, old) = (topic_row(see(admin, "messages"), topic) for topic in ("orders", "old topic"))
+    assert orders == ["order_worker", "3", "1", "0", "ago", "30", "30", "0"]
+    assert old == ["nobody handles it in this release", "0", "0", "0", "", "0", "0", "2 dead"]
+
+
+def topic_row(page: str, topic: str) -> list[str]:
+    row = page.partition(f'<th scope="row">{topic}</th>')[2].partition("</tr>")[0]
+    cells = [" ".join(re.sub(r"<[^>]*>", "", cell).split()) for cell in re.findall(r"<td.*?</td>", row, re.S)]
+    return [re.sub(r"^\S+ s ago$", "ago", cell) for cell in cells]
+
+
+def done(fleet: Fleet, count: int, apart: timedelta) -> None:
+    """So many done messages, the newest of them a moment ago."""
+    now = datetime.now(UTC) - SECOND
+    rows = [
+        {"topic": "orders", "payload": "1", "state": "done", "enqueued_at": now, "due_at": now}
+        | {"finished_at": now - number * apart}
+        for number in range(count)
+    ]
+    with fleet.engine.begin() as connection:
+        connection.execute(insert(tables.messages), rows)
+
+
+def test_a_great_throughput_is_reckoned_from_the_newest(fleet: Fleet, manager: BackgroundWorkerManager) -> None:
+    done(fleet, 6_000, timedelta(milliseconds=20))
+    flow = manager.messages.flows()["orders"]
+    assert flow.is_estimate
+    assert flow.minute == pytest.approx(3_000, rel=0.2)  # they took a while to be written
+    assert flow.hour == pytest.approx(180_000, rel=0.2)
+
+
+# -- all of them ---------------------------------------------------------------------------------
+
+PAGES = ["timeline", "timeline?until=2024-06-01T12:05:00Z&window=1h", "instances", "messages", "messages?topic=orders"]
+
+
+@on_sqlite
+def test_nothing_that_anybody_named_is_read_as_html(
+    fleet: Fleet, manager: BackgroundWorkerManager, admin: FlaskClient
+) -> None:
+    evil = signed_on(manager, EVIL)
+    (id,) = bury(fleet, 1, topic=EVIL, error=EVIL)
+    with manager.stores.main.engine.begin() as connection:
+        connection.execute(insert(tables.workers).values(schedule_of(EVIL) | {"token": 1, "running": 1}))
+    running = {"state": "running", "finished_at": None, "token": 1, "worker": EVIL}
+    ran(manager, NOON, instance=evil.id, instance_name=evil.name, **running)
+    ran(manager, NOON + MINUTE, worker=f'w" onload="{EVIL}', instance=None, instance_name=f"{EVIL}:1")
+    with manager.stores.instances.engine.begin() as connection:
+        connection.execute(update(tables.instances).values(release=EVIL[:100]))
+    for path in (*PAGES, f"messages/{id}", "timeline?worker=%3Cscript%3Ealert('x')%3C/script%3E"):
+        page = see(admin, path)
+        assert EVIL not in page, path
+        assert 'onload="' not in page, path
+        assert "&lt;script&gt;" in page or path.endswith("orders"), path
+
+
+FINE = [
+    "timeline?until=nonsense",
+    "timeline?until=0001-01-01T00:00:00%2B23:59",
+    "timeline?until=9999-12-31T23:59:59-23:59",
+    "timeline?until=1900-01-01&window=6h",
+    "timeline?window=abc",
+    "timeline?window=",
+    "timeline?worker=",
+    "instances?x=%00%ff",
+    "timeline?until=2024-06-01T12:00:00+00:00",
+    "messages?before=abc",
+    "messages?before=-1",
+    "messages?topic=",
+    "messages?before=99999999999999999999999",
+    "messages?before=9223372036854775807&topic=orders",
+]
+MISSING = [
+    "timeline?worker=%00",
+    "timeline?worker=<script>",
+    "messages?topic=<script>",
+    "messages?topic=%00",
+    "messages/0",
+    "messages/1",
+    "messages/-1",
+    "messages/9223372036854775808",
+    "messages/99999999999999999999999999",
+    "messages/x",
+]
+
+
+def test_nonsense_in_an_address_is_the_usual_page_or_none(admin: FlaskClient) -> None:
+    answers = {query: admin.get(f"/workers/{query}").status_code for query in (*FINE, *MISSING)}
+    assert answers == dict.fromkeys(FINE, 200) | dict.fromkeys(MISSING, 404)
+
+
+@on_sqlite
+def test_an_id_that_no_message_has_can_be_neither_retried_nor_discarded(admin: FlaskClient) -> None:
+    for id in ("0", "7", "99999999999999999999999"):
+        for what in ("retry", "discard"):
+            assert admin.post(f"/workers/messages/{id}/{what}").status_code == 404
+
+
+def test_a_page_costs_as_many_queries_with_much_in_the_database_as_with_little(
+    fleet: Fleet, manager: BackgroundWorkerManager, admin: FlaskClient
+) -> None:
+    def queries() -> dict[str, int]:
+        counts = {}
+        for path in PAGES:
+            with statements(Engine) as seen:
+                see(admin, path)
+            counts[path] = len(seen)
+        return counts
+
+    def fill(count: int) -> None:
+        for _ in range(count):
+            number = len(fleet.messages())
+            instance = signed_on(manager, f"host-{number}")
+            bury(fleet, 1, topic=f"topic {number % 7}")
+            running = {"state": "running", "finished_at": None, "token": 1, "worker": f"worker-{number}"}
+            row = schedule_of(running["worker"]) | {"token": 1, "running": 1}
+            with manager.stores.main.engine.begin() as connection:
+                connection.execute(insert(tables.workers).values(row))
+            ran(manager, NOON + number * SECOND, instance=instance.id, instance_name=instance.name, **running)
+
+    fill(1)
+    few = queries()
+    fill(20)
+    assert queries() == few
+    assert max(few.values()) <= 8

@@ -1,0 +1,130 @@
+"""The pages of the fleet and of the messages in a real browser."""
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import insert, select, update
+from support.fleet import last_hour
+
+from background.database import tables
+from background.ledger.leases import Instance
+from models import db
+from tests.background.dashboard.test_browser import (  # the same shop, served anew for this file
+    CHROMIUM,
+    address,
+    app,
+    browser,
+    database,
+    focused,
+    hurry,
+    opened,
+    session,
+    violations,
+)
+
+__all__ = ["address", "app", "browser", "database", "opened", "session"]
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on the PATH (apt install chromium)"),
+]
+
+LEASE = timedelta(minutes=5)
+
+
+def bury(app: Any, count: int, topic: str) -> list[int]:
+    """So many dead letters of a topic that nobody handles; their ids."""
+    now = datetime.now(UTC)
+    row = {"topic": topic, "payload": '{"order": 7}', "state": "dead", "attempt": 3, "enqueued_at": now, "due_at": now}
+    with app.app_context(), db.engine.begin() as connection:
+        new = insert(tables.messages).values([{**row, "finished_at": now}] * count).returning(tables.messages.c.id)
+        ids = list(connection.execute(new).scalars())
+        failure = {"attempt": 3, "at": now, "instance_name": "web-1:41", "error": "Traceback\nOSError: <no> mail"}
+        connection.execute(insert(tables.message_errors), [{"message": id, **failure} for id in ids])
+    return ids
+
+
+def states_of(app: Any, topic: str) -> list[str]:
+    query = select(tables.messages.c.state).where(tables.messages.c.topic == topic).order_by(tables.messages.c.id)
+    with app.app_context(), db.engine.connect() as connection:
+        return list(connection.execute(query).scalars())
+
+
+def test_a_dead_letter_is_retried_and_the_others_are_discarded_at_once(app, opened):
+    first, *_ = bury(app, 3, "returns")
+    page = opened("/workers/messages?topic=returns")
+    assert violations(page) == []
+    page.get_by_role("link", name=str(first), exact=True).click()
+    page.get_by_text("OSError: <no> mail").first.wait_for()
+    assert violations(page) == []
+    page.get_by_role("button", name="Retry").click()
+    page.get_by_text(f"Message {first} waits again.").wait_for()
+    assert states_of(app, "returns") == ["waiting", "dead", "dead"]
+
+    page.goto("/workers/messages?topic=returns")
+    page.get_by_text("Retry or discard all 2 of returns").click()
+    page.get_by_role("button", name="Discard all").click()  # which asks for the box first
+    box = page.get_by_label("Yes, all 2 of returns")
+    box.check()
+    page.clock.run_for(6_000)
+    assert box.is_checked()
+    page.get_by_role("button", name="Discard all").click()
+    page.get_by_text("2 messages are discarded.").wait_for()
+    assert states_of(app, "returns") == ["waiting", "discarded", "discarded"]
+
+
+def test_a_run_that_was_taken_over_appears_in_two_lanes_with_an_arrow(app, opened):
+    tick = last_hour()
+    add_worker(app, scheduled_at=tick - timedelta(hours=1))
+    page = opened("/workers/timeline")
+    page.get_by_role("heading", name="Timeline").wait_for()
+    assert page.locator(".bw-arrow.state-lost").count() == 0
+    take_over(app, tick)
+    hurry(page, lambda: page.locator(".bw-picture .bw-arrow.state-lost").count() == 1)
+    names = page.locator(".bw-lanes .bw-lane-name")
+    assert {"first-host:1 †", "second-host:1"} <= set(names.all_text_contents())
+    assert "attempt 2, succeeded" in "".join(page.locator(".bw-picture a title").all_text_contents())
+    page.get_by_text("The same as a table").click()
+    page.get_by_role("row").filter(has_text="first-host:1").get_by_text("lost").wait_for()
+    assert violations(page) == []
+    page.get_by_label("Worker", exact=True).select_option(OTHERS)
+    page.get_by_role("button", name="Show").click()
+    page.wait_for_url(f"**worker={OTHERS}**")
+    assert page.get_by_role("row").filter(has_text="newsletter_preview").count() == 0
+
+
+OTHERS = "recommendations"  # another release's worker: one of its own the app would take over by itself
+
+
+def add_worker(app: Any, scheduled_at: datetime) -> None:
+    row = {"name": OTHERS, "schedule": "every 3600s", "declared": "every 3600s", "scheduled_at": scheduled_at}
+    with app.app_context(), db.engine.begin() as connection:
+        connection.execute(insert(tables.workers).values(row))
+
+
+def take_over(app: Any, tick: datetime) -> None:
+    """The run of one instance that dies, and of the next that comes, at the same tick."""
+    manager = app.extensions["background_workers"]
+    ledger, first, second = manager.stores.ledger, Instance(LEASE, "first-host", 1), Instance(LEASE, "second-host", 1)
+    manager.stores.instances.beat(first)
+    claim = ledger.claim(OTHERS, tick, "every 3600s", (first.id, first.name))
+    with manager.stores.instances.engine.begin() as connection:
+        gone = update(tables.instances).where(tables.instances.c.id == first.id)
+        connection.execute(gone.values(expires_at=tables.instances.c.heartbeat_at))
+    ledger.end(claim, "lost", "its instance is gone", next_attempt=2)
+    manager.stores.instances.beat(second)
+    again = ledger.claim_pending(OTHERS, tick, (second.id, second.name))
+    ledger.end(again, "succeeded")
+
+
+def test_on_a_phone_the_picture_scrolls_in_its_own_box_also_by_keyboard(opened):
+    page = opened("/workers/timeline", viewport={"width": 390, "height": 844})
+    box = page.get_by_role("region", name="Picture of the executions")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert box.evaluate("box => box.scrollWidth > box.clientWidth + 300")
+    box.focus()
+    assert focused(page).startswith("Picture of the executions")
+    page.keyboard.press("End")
+    page.keyboard.press("ArrowRight")
+    hurry(page, lambda: box.evaluate("box => box.scrollLeft") > 0)

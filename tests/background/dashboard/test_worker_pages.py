@@ -1,0 +1,466 @@
+"""The dashboard of the workers, as its server answers: on both engines, for every role, whatever is typed in."""
+
+import re
+from datetime import UTC, datetime, timedelta
+from html import unescape
+
+import pytest
+from flask import Flask
+from sqlalchemy import Engine, insert, select
+from support.databases import on_postgresql, on_sqlite
+from support.fleet import Hourly, last_hour, statements
+
+from background import InvalidSchedule, PeriodicWorker, WorkerContext
+from background.dashboard import dashboard
+from background.database import tables
+from background.schedule.parsing import typed_schedule
+
+EVIL = '<script>alert("1")</script>'
+
+
+class Talker(PeriodicWorker):
+    """Says something <b>bold</b>."""
+
+    period = timedelta(minutes=10)
+    ends_well = True
+    run_on_first_start = True
+
+    def do_work(self, context: WorkerContext) -> None:
+        context.logger.warning("Saying %s", EVIL)
+        if not self.ends_well:
+            raise ValueError(EVIL)
+
+
+@pytest.fixture
+def admin(app, manager, client, make_user, login):
+    """The client, logged in as an admin; there is one more worker."""
+    manager.add(Talker)
+    login(client, make_user(is_admin=True))
+    return client
+
+
+def page(client, path: str, status: int = 200) -> str:
+    response = client.get(path)
+    assert response.status_code == status, path
+    return response.text
+
+
+def press(client, path: str, **form: str) -> str:
+    """What the page says that a form leads to."""
+    response = client.post(path, data={"next": "/workers/", **form})
+    assert response.status_code == 303, response.text
+    return client.get(response.location).text
+
+
+def said(text: str) -> str:
+    """What the page shows, without its markup."""
+    return re.sub(r"\s+", " ", unescape(re.sub(r"<[^>]*>", " ", text))).strip()
+
+
+def add_executions(engine, *rows: dict) -> None:
+    usual = {
+        "worker": "talker", "trigger": "schedule", "state": "succeeded", "attempt": 1, "instance_name": "host:1",
+        "instance": "abc", "started_at": None, "finished_at": None, "token": None, "through": None, "reason": None,
+        "log": None,
+    }  # fmt: skip
+    with engine.begin() as connection:
+        connection.execute(insert(tables.executions), [usual | row for row in rows])
+
+
+def add_workers(engine, *names: str) -> None:
+    row = {"schedule": "every 60s", "declared": "every 60s", "scheduled_at": datetime.now(UTC)}
+    with engine.begin() as connection:
+        connection.execute(insert(tables.workers), [{"name": name, **row} for name in names])
+
+
+# -- looking -------------------------------------------------------------------------------------
+
+
+@on_sqlite
+def test_the_overview_shows_every_worker_its_schedule_and_its_last_run(admin, manager):
+    manager.trigger("talker")
+    manager.pause("system_health_worker")
+    text = said(page(admin, "/workers/"))
+    assert "talker Says something <b>bold</b>. Runs every 10 minutes." in text
+    assert "succeeded" in text
+    assert "paused since" in text
+    assert "order_worker" in text
+    assert "Handles the messages of orders" in text
+    assert "in " in re.search(r"<time [^>]*data-countdown>([^<]*)", page(admin, "/workers/"))[1]
+    assert admin.get("/workers").location.endswith("/workers/")
+
+
+@on_sqlite
+def test_a_running_worker_is_shown_with_its_instance_and_how_far_it_is(admin, manager):
+    seen: list[str] = []
+
+    class Looker(Hourly):
+        def do_work(self, context):
+            context.progress(30, 120)
+            context.commit()
+            seen.extend(said(page(admin, path)) for path in ("/workers/", "/workers/worker/looker"))
+
+    manager.add(Looker)
+    with manager.presence.present():
+        manager.trigger("looker")
+    assert all("30 of 120" in text and re.search(r"running on \S+:\d+, since", text) for text in seen)
+    assert len(seen) == 2
+
+
+@on_sqlite
+def test_the_last_outcome_says_at_which_attempt_it_came(admin, manager, engine):
+    manager.recovery.look(Talker)
+    at = last_hour()
+    run = {"tick": at, "started_at": at, "finished_at": at + timedelta(seconds=9)}
+    add_executions(engine, {**run, "state": "lost"}, {**run, "attempt": 2})
+    for path in ("/workers/", "/workers/worker/talker"):
+        assert "succeeded in 9.000 s, attempt 2" in said(page(admin, path))
+
+
+@on_sqlite
+def test_the_picture_says_in_words_what_it_shows(admin, manager, engine):
+    manager.trigger("talker")
+    at = last_hour()
+    add_executions(
+        engine,
+        {"tick": at, "started_at": at, "finished_at": at + timedelta(seconds=9), "state": "failed"},
+        {"tick": at - timedelta(hours=1), "state": "missed", "attempt": None},
+    )
+    text = page(admin, "/workers/worker/talker")
+    assert "The last 3 executions: 1 missed, 1 failed, 1 succeeded; the longest took 9.000 s" in text
+    assert f"<title>{at:%Y-%m-%d %H}:00:00 UTC: failed, 9.000 s</title>" in text
+
+
+def test_the_worker_page_pages_through_the_executions_and_keeps_to_one_state(admin, manager, engine):
+    manager.trigger("talker")
+    first = last_hour() - timedelta(days=10)
+    add_executions(
+        engine,
+        *({"tick": first + timedelta(hours=n // 2), "state": "failed" if n % 3 else "lost"} for n in range(60)),
+    )
+    ids: list[str] = []
+    address: str | None = "/workers/worker/talker?state=failed"
+    while address:
+        text = page(admin, address)
+        ids += re.findall(r'id="execution-(\d+)"', text)
+        link = re.search(r'rel="next" href="([^"#]*)', text)
+        address = unescape(link[1]) if link else None
+    assert len(ids) == len(set(ids)) == 40
+    assert ids == sorted(ids, key=int, reverse=True)
+    assert "No executions" not in page(admin, "/workers/worker/talker?before=nonsense&state=nonsense")
+
+
+@on_sqlite
+def test_executions_are_found_by_their_moment_in_any_zone(admin, manager, engine):
+    manager.recovery.look(Talker)
+    noon = datetime(2026, 1, 20, 12, tzinfo=UTC)
+    add_executions(engine, *({"tick": noon + timedelta(hours=n)} for n in range(40)))
+
+    def newest(**asked: str) -> str:
+        text = admin.get("/workers/worker/talker", query_string=asked).text
+        assert 'rel="next"' not in text
+        return re.search(r'id="execution-\d+">.*?datetime="([^"]*)"', text, re.DOTALL)[1]
+
+    assert newest(until="2026-01-20T15:00") == "2026-01-20T15:00:00+00:00"
+    assert newest(until="2026-01-20T15:00", zone="Europe/Berlin") == "2026-01-20T14:00:00+00:00"
+    text = page(admin, "/workers/worker/talker?until=2026-01-22T00:00&state=succeeded")
+    assert 'name="until" value="2026-01-22T00:00"' in text
+    older = page(admin, unescape(re.search(r'rel="next" href="([^"#]*)', text)[1]))
+    assert len(re.findall('id="execution-', text)) + len(re.findall('id="execution-', older)) == 37
+    for nonsense in ("until=x", "until=2026-01-20T15:00&zone=x", "until=%00&zone=%00", "until=0001-01-01T00:00"):
+        assert "2026-01-22T03:00:00+00:00" in page(admin, f"/workers/worker/talker?{nonsense}")
+
+
+def test_a_rare_state_is_looked_for_so_far_and_then_further_back(admin, manager, engine, monkeypatch):
+    monkeypatch.setattr("background.history.executions.MOST_SEARCHED", 10)
+    manager.recovery.look(Talker)
+    first = last_hour() - timedelta(days=10)
+    add_executions(
+        engine, *({"tick": first + timedelta(hours=n), "state": "failed" if n == 3 else "lost"} for n in range(25))
+    )
+    address, pages = "/workers/worker/talker?state=failed", []
+    while address:
+        pages.append(page(admin, address))
+        link = re.search(r'rel="next" href="([^"#]*)', pages[-1])
+        address = unescape(link[1]) if link else None
+    assert [len(re.findall(r'id="execution-', text)) for text in pages] == [0, 0, 1]
+    assert "None of these" in pages[0]
+    assert "None is failed." not in pages[0]
+
+
+@on_sqlite
+def test_an_execution_shows_its_error_and_its_log_and_nothing_of_it_is_markup(admin, manager, engine, monkeypatch):
+    monkeypatch.setattr(Talker, "ends_well", False)
+    manager.trigger("talker")
+    add_workers(engine, EVIL)
+    pages = [page(admin, "/workers/"), page(admin, "/workers/worker/talker")]
+    link = re.search(r'href="(/workers/worker/talker/\d+)"', pages[1])[1]
+    pages.append(page(admin, link))
+    assert f"ValueError: {EVIL}" in said(pages[1]).replace("...", "")
+    shown = unescape(pages[2])
+    assert "Traceback (most recent call last)" in shown
+    assert f"Saying {EVIL}" in shown
+    assert not any(EVIL in text or "<b>bold" in text for text in pages)
+    assert "&lt;script&gt;" in pages[0]
+    page(admin, link.replace("talker", "system_health_worker"), 404)
+    page(admin, "/workers/worker/talker/999999", 404)
+    page(admin, f"/workers/worker/talker/{2**63}", 404)
+
+
+@on_sqlite
+def test_why_is_answered_for_a_moment_in_any_zone(admin, manager):
+    manager.trigger("talker")
+    text = said(page(admin, "/workers/worker/talker?at=2026-01-20T13:00&zone=Europe/Berlin"))
+    assert "The tick 2026-01-20T12:00:00Z of talker" in text
+    assert "The tick 2026-01-20T13:00:00Z" in said(page(admin, "/workers/worker/talker?at=2026-01-20T13:00"))
+
+
+@on_sqlite
+def test_a_question_about_no_moment_is_answered_beside_the_field(admin, manager):
+    manager.trigger("talker")
+
+    def ask(**question: str) -> str:
+        response = admin.get("/workers/worker/talker", query_string=question)
+        assert response.status_code == 200
+        return said(response.text)
+
+    for at in ("yesterday", "0001-01-01T00:00", "9999-12-31T23:59:59-23:59", "\0", EVIL, "2026"):
+        assert f"{at!r} is not a moment" in ask(at=at)
+    for zone in ("../etc", "Europe", "\0", EVIL):
+        assert "is not in the time zone database" in ask(at="2026-01-01", zone=zone)
+
+
+@on_sqlite
+def test_an_unknown_worker_is_a_page_that_is_not_there(admin, manager):
+    for name in ("nobody", "%00", "a" * 300, "%F0%9F%90%A2", "%ff", "order_workers"):
+        page(admin, f"/workers/worker/{name}", 404)
+        for action in ("run", "pause", "resume", "reschedule"):
+            assert admin.post(f"/workers/worker/{name}/{action}").status_code == 404
+
+
+@on_sqlite
+def test_a_worker_of_another_release_is_shown_without_buttons(admin, manager, engine):
+    add_workers(engine, "stranger")
+    text = page(admin, "/workers/worker/stranger")
+    assert "not in this release" in text
+    assert "Another release has it" in text
+    assert "/workers/worker/stranger/run" not in text + page(admin, "/workers/")
+    response = admin.post("/workers/worker/stranger/pause")
+    assert response.status_code == 409
+    assert "is not in this release" in response.text
+
+
+@on_sqlite
+def test_a_message_worker_leads_to_its_messages(admin):
+    assert admin.get("/workers/worker/mail_worker").location == "/workers/messages?topic=mail"
+    assert admin.post("/workers/worker/mail_worker/pause").status_code == 404
+
+
+def test_nonsense_in_an_address_is_no_error(admin, manager):
+    manager.trigger("talker")
+    nonsense = (
+        "endpoint=x&_scheme=x&_external=1&_method=x&_anchor=x&name=x&id=x",
+        "before=2026-01-01~-99999999999999999999",
+    )
+    more = (
+        "before=2026-01-01~999999999999999999999",
+        f"state={EVIL}&edit={EVIL}&schedule={EVIL}&timezone=%00",
+        "q=%00",
+    )
+    for query in (*nonsense, *more, "page=-1", "page=99999999999999999999", "at=%00&zone=%00", "%ff=%ff"):
+        for path in ("/workers/", "/workers/worker/talker"):
+            assert EVIL not in page(admin, f"{path}?{query}")
+
+
+@on_sqlite
+def test_many_workers_are_paged_and_found_by_name(admin, engine):
+    add_workers(engine, *(f"worker_{number:03}" for number in range(60)))
+    first, last = page(admin, "/workers/"), page(admin, "/workers/?page=999")
+    assert "worker_059" in last
+    assert "worker_059" not in first
+    assert "Page 1 of 4" in first
+    assert re.findall(r'id="row-([^"]*)"', page(admin, "/workers/?q=_02")) == [f"worker_{n:03}" for n in range(20, 30)]
+    assert "No worker&#39;s name contains" in page(admin, f"/workers/?q={EVIL}").replace("'", "&#39;")
+    page(admin, "/workers/?page=-1&q=%00")
+    page(admin, "/workers/?page=1e999")
+
+
+def test_a_page_costs_as_many_statements_with_60_workers_as_with_3(admin, manager, engine):
+    def cost(path: str) -> int:
+        page(admin, path)
+        with statements(Engine) as seen:
+            page(admin, path)
+        return len(seen)
+
+    manager.trigger("talker")
+    paths = ("/workers/", "/workers/worker/talker", "/workers/worker/talker?state=failed")
+    before = [cost(path) for path in paths]
+    names = [f"worker_{number:03}" for number in range(57)]
+    add_workers(engine, *names)
+    at = last_hour()
+    add_executions(
+        engine, *({"worker": name, "tick": at - timedelta(hours=n)} for name in (*names, "talker") for n in range(30))
+    )
+    assert [cost(path) for path in paths] == before
+    assert max(before) <= 12
+
+
+# -- steering ------------------------------------------------------------------------------------
+
+
+def test_a_request_is_run_by_the_first_instance_that_sees_it(admin, manager):
+    assert "talker will run as soon as an instance is alive. None is alive now." in press(
+        admin, "/workers/worker/talker/run"
+    )
+    assert "talker is running already, or will run next." in press(admin, "/workers/worker/talker/run")
+    with manager.presence.present():
+        assert "system_health_worker will run within" in press(admin, "/workers/worker/system_health_worker/run")
+
+
+@on_sqlite
+def test_pause_and_resume_say_what_they_did_and_twice_changes_nothing(admin, manager):
+    assert "talker is paused" in press(admin, "/workers/worker/talker/pause")
+    assert "was paused already" in press(admin, "/workers/worker/talker/pause")
+    assert manager.stores.ledger.look("talker").paused_at
+    assert "talker is resumed" in press(admin, "/workers/worker/talker/resume")
+    assert "was not paused" in press(admin, "/workers/worker/talker/resume")
+
+
+@on_sqlite
+def test_a_schedule_is_changed_and_reset_with_one_click(admin, manager):
+    path = "/workers/worker/talker/reschedule"
+    assert "talker runs every 90 seconds from now on." in press(admin, path, schedule="1m30s")
+    assert "talker runs every 90 seconds already." in press(admin, path, schedule="90")
+    assert "schedule changed" in page(admin, "/workers/worker/talker")
+    text = press(admin, path, schedule="30 2 * * *", timezone="Europe/Berlin")
+    assert "talker runs at 30 2 * * * (Europe/Berlin) from now on." in text
+    assert "Reset to every 10 minutes" in text
+    text = press(admin, path, declared="1")
+    assert "talker runs every 10 minutes from now on." in text
+    assert "Reset to" not in text
+    assert not manager.stores.ledger.look("talker").overridden
+
+
+@on_postgresql
+def test_a_change_that_the_database_does_not_take_is_said(admin, manager, engine):
+    manager.recovery.look(Talker)
+    with engine.begin() as connection:
+        connection.execute(select(tables.workers).where(tables.workers.c.name == "talker").with_for_update())
+        assert "The database did not take that" in press(admin, "/workers/worker/talker/pause")
+    assert "talker is paused" in press(admin, "/workers/worker/talker/pause")
+
+
+WRONG = [
+    ("", "", "There is nothing here"),
+    ("soon", "", "'soon' is neither a period nor a cron"),
+    ("0", "", "'0' is out of range"),
+    ("9" * 100, "", "is out of range"),
+    ("1 fortnight", "", "is neither a period"),
+    ("-5 min", "", "is neither a period"),
+    ("10 min", "Europe/Berlin", "A period has no time zone"),
+    ("61 * * * *", "", "has the minute '61'"),
+    ("30 2 31 2 *", "", "a day that one of its months has"),
+    ("0 0 * * *", "Europe/Berln", "Did you mean 'Europe/Berlin'?"),
+    ("0 0 * * *", "\0", "is not in the time zone database"),
+    ("* " * 100, "", "expected at most 150"),
+    (EVIL, "", "is neither a period"),
+    ("\0", "", "is neither a period"),
+]
+
+
+@on_sqlite
+def test_a_wrong_schedule_comes_back_with_a_sentence_beside_it(admin, manager):
+    manager.recovery.look(Talker)
+    for schedule, timezone, sentence in WRONG:
+        here = "/workers/worker/talker?state=failed"
+        text = press(admin, "/workers/worker/talker/reschedule", schedule=schedule, timezone=timezone, next=here)
+        error = re.search(r'<p class="bw-error" id="error-talker">(.*?)</p>', text)
+        assert error, schedule
+        assert sentence in unescape(error[1])
+        field = re.search(r'<input [^>]*id="schedule-talker"[^>]*>', text)[0]
+        assert 'aria-invalid="true"' in field
+        assert unescape(re.search(r'value="([^"]*)"', field)[1]).strip() == schedule.strip()[:200]
+        assert EVIL not in text
+        assert re.search(r'name="next" value="([^"]*)"', text)[1] == here
+    assert 'id="error-talker"' in press(admin, "/workers/worker/talker/reschedule", schedule="?")
+    assert not manager.stores.ledger.look("talker").overridden
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("90", 90), ("90s", 90), ("1.5", 1.5), ("10 min", 600), ("10 minutes", 600), ("1h30m", 5400),
+        ("1 h, 30 min", 5400),
+        ("every 2 hours", 7200), ("every minute", 60), ("1d", 86_400), ("1 week", 604_800), ("1500 ms", 1.5),
+        (" 5 SEC ", 5), ("1h 2m 3s 4ms 5ms", 3723.009),
+    ],
+)  # fmt: skip
+def test_a_period_is_read_as_people_write_it(text, seconds):
+    assert typed_schedule(text).period == timedelta(seconds=seconds)
+
+
+def test_a_cron_is_read_with_its_zone():
+    assert str(typed_schedule("*/5 8-17 * * mon-fri", " Europe/Berlin ")) == "cron */5 8-17 * * MON-FRI Europe/Berlin"
+    with pytest.raises(InvalidSchedule, match="has 6 fields"):
+        typed_schedule("0 0 2 * * *")
+
+
+@on_sqlite
+def test_a_button_leads_back_to_pages_of_the_dashboard_only(admin):
+    path = "/workers/worker/talker/pause"
+    for target in (
+        "//evil.example/workers/",
+        "https://evil.example/",
+        "/workers/\\evil",
+        "/workers/\r\nX: y",
+        "/users",
+    ):
+        assert admin.post(path, data={"next": target}).location == "/workers/"
+    assert admin.post(path).location == "/workers/"
+    assert admin.post(path, data={"next": "/workers/?page=2"}).location == "/workers/?page=2"
+
+
+# -- who may -------------------------------------------------------------------------------------
+
+
+@on_sqlite
+def test_only_admins_see_and_steer_the_workers(app, client, make_user, login):
+    values = {"name": "talker", "id": 1, "filename": "dashboard.css"}
+    rules = [rule for rule in app.url_map.iter_rules() if rule.endpoint.startswith("background.")]
+    assert len(rules) >= 11
+    with app.test_request_context():
+        requests = [
+            (app.url_for(rule.endpoint, **{key: values[key] for key in rule.arguments}), method)
+            for rule in rules
+            for method in (rule.methods or set()) - {"OPTIONS", "HEAD"}
+        ]
+    for path, method in requests:
+        assert client.open(path, method=method).location.startswith("/login"), path
+    login(client, make_user())
+    for path, method in requests:
+        assert client.open(path, method=method).status_code == 403, path
+    assert "/workers/" not in page(client, "/books")
+
+
+@on_sqlite
+def test_every_form_has_the_token_that_it_needs(app, admin):
+    app.config["WTF_CSRF_ENABLED"] = True
+    text = page(admin, "/workers/")
+    assert text.count('method="post"') == text.count('name="csrf_token" value="ey') + text.count(
+        'name="csrf_token" value="I'
+    )
+    assert admin.post("/workers/worker/talker/pause").status_code == 400
+
+
+@on_sqlite
+def test_the_dashboard_stands_alone_in_an_app_without_a_layout_of_its_own(app, manager, tmp_path):
+    manager.add(Talker)
+    bare = Flask("bare", root_path=str(tmp_path))
+    bare.secret_key = "test"
+    bare.config.update(app.config)
+    bare.extensions["background_workers"] = manager
+    bare.register_blueprint(dashboard(lambda: None))
+    text = page(bare.test_client(), "/workers/")
+    assert "<title>Workers · Background workers</title>" in text
+    assert "talker" in text
+    assert "Bookstore" not in text

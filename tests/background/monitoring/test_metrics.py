@@ -1,0 +1,434 @@
+"""What Prometheus scrapes: the fleet's figures from any instance, and the requests of the process that answers."""
+
+import re
+import shutil
+import signal
+import subprocess
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from flask import Flask, abort, request
+from flask.testing import FlaskClient
+from prometheus_client.parser import text_string_to_metric_families
+from sqlalchemy import Engine, insert, make_url, update
+from support.databases import close, on_sqlite, settings, text
+from support.fleet import HOUR, Fleet, Hourly, make_app, statements, stop, wait_until
+from support.fork_server import Nursery, Shops
+from support.processes import MARGIN, ROOT, environment, eventually, gunicorn
+from support.proxy import Proxy
+
+from app import create_app
+from background import BackgroundWorkerManager, MessageWorker
+from background.database import tables
+from background.database.clock import steady
+from background.ledger.counters import DURATIONS
+from background.monitoring import fleet_figures as figures
+from models import User
+
+PROMTOOL = shutil.which("promtool")
+promtool_is_there = pytest.mark.skipif(PROMTOOL is None, reason="needs promtool, of Debian's package prometheus")
+
+Labels = frozenset[tuple[str, str]]
+
+
+class Letters(MessageWorker):
+    topic = "letters"
+
+    def handle(self, message: Any, context: Any) -> None: ...
+
+
+class Samples:
+    """The samples of a scrape, by the reader of Prometheus' own Python client."""
+
+    def __init__(self, exposition: str) -> None:
+        self.families = {family.name: family for family in text_string_to_metric_families(exposition)}
+        self._found: dict[str, dict[Labels, float]] = {}
+        for family in self.families.values():
+            for sample in family.samples:
+                series = self._found.setdefault(sample.name, {})
+                assert frozenset(sample.labels.items()) not in series, f"{sample} is there twice"
+                series[frozenset(sample.labels.items())] = sample.value
+
+    def value(self, name: str, /, **labels: str) -> float | None:
+        return self._found.get(name, {}).get(frozenset(labels.items()))
+
+    def labels(self, name: str, label: str) -> set[str]:
+        return {dict(series)[label] for series in self._found.get(name, {})}
+
+
+def scrape(app: Flask) -> Samples:
+    response = app.test_client().get("/metrics")
+    assert response.status_code == 200
+    assert response.content_type == "text/plain; version=0.0.4; charset=utf-8"
+    return Samples(response.text)
+
+
+def count(app: Flask, *rows: tuple[str, str, str, int, float], age: timedelta = timedelta()) -> None:
+    """Rows of the totals: worker, kind, label, count, seconds."""
+    latest = {"latest_at": datetime.now(UTC) - age}
+    names = ("worker", "kind", "label", "count", "seconds")
+    with manager_of(app).stores.main.engine.begin() as connection:
+        connection.execute(insert(tables.totals), [dict(zip(names, row, strict=True)) | latest for row in rows])
+
+
+def manager_of(app: Flask) -> BackgroundWorkerManager:
+    manager: BackgroundWorkerManager = app.extensions["background_workers"]
+    return manager
+
+
+# -- the fleet -------------------------------------------------------------------------------------
+
+
+def test_the_totals_are_counters_and_histograms_with_the_same_buckets_for_every_worker(fleet: Fleet) -> None:
+    app = fleet.app(Hourly)
+    count(
+        app,
+        ("sweep", "state", "succeeded", 7, 40.0),
+        ("sweep", "state", "timed out", 2, 0.5),
+        ("sweep", "duration", "0.1", 6, 0.25),
+        ("sweep", "duration", "inf", 3, 40.25),
+        ("sweep", "lateness", "5", 9, 18.0),
+        ("other", "duration", "7", 1, 6.5),  # of a release with other buckets
+        age=timedelta(hours=1),
+    )
+    samples = scrape(app)
+    ended = {
+        state: samples.value("background_executions_total", worker="sweep", state=state)
+        for state in samples.labels("background_executions_total", "state")
+    }
+    assert ended.pop("succeeded") == 7
+    assert ended.pop("timed out") == 2
+    assert ended == dict.fromkeys(["failed", "lost", "handed back", "skipped", "missed"], 0)
+    took = "background_execution_duration_seconds"
+    bounds = ["0.05", "0.1", "5", "7", "10", "3600", "+Inf"]
+    assert [samples.value(f"{took}_bucket", worker="sweep", le=le) for le in bounds] == [0, 6, 6, 6, 6, 6, 9]
+    assert [samples.value(f"{took}_bucket", worker="other", le=le) for le in bounds] == [0, 0, 0, 1, 1, 1, 1]
+    assert len(samples.labels(f"{took}_bucket", "le")) == len(DURATIONS) + 2
+    assert samples.value(f"{took}_sum", worker="sweep") == 40.5
+    assert samples.value(f"{took}_count", worker="sweep") == 9
+    assert samples.value("background_execution_lateness_seconds_sum", worker="sweep") == 18
+    assert 3600 <= (samples.value("background_seconds_since_last_success", worker="sweep") or 0) < 3630
+    assert samples.value("background_seconds_since_last_success", worker="other") is None
+
+
+def test_a_worker_is_counted_from_before_its_first_run(fleet: Fleet) -> None:
+    app = fleet.app(Hourly)
+    manager_of(app).recovery.look(Hourly)
+    samples = scrape(app)
+    assert samples.value("background_executions_total", worker="hourly", state="missed") == 0
+    assert samples.value("background_seconds_since_last_success", worker="hourly") is None
+
+
+def test_a_worker_is_running_or_paused_or_overdue(fleet: Fleet) -> None:
+    app = fleet.app(Hourly)
+    manager_of(app).recovery.look(Hourly)
+    day_ago = datetime.now(UTC) - timedelta(days=1)
+
+    def gauges() -> list[float | None]:
+        samples = scrape(app)
+        states = ("running", "paused", "overdue", "interval_seconds")
+        return [samples.value(f"background_worker_{state}", worker="hourly") for state in states]
+
+    assert gauges() == [0, 0, 0, 3600]
+    fleet.set("hourly", mark=day_ago, scheduled_at=day_ago)
+    assert gauges() == [0, 0, 1, 3600]
+    manager_of(app).pause("hourly")
+    assert gauges() == [0, 1, 0, None]
+    fleet.take_over("hourly")
+    assert gauges() == [1, 1, 0, None]
+
+
+def test_the_living_and_their_clocks_are_named_and_the_others_are_not(fleet: Fleet) -> None:
+    app = fleet.app(Hourly)
+    now = datetime.now(UTC)
+    each = {"pid": 1, "started_at": now, "heartbeat_at": now, "expires_at": now + HOUR}
+    rows = [
+        each | {"id": "a", "host": "a", "clock_offset": -2.5},  # what the host lacks is added to it
+        each | {"id": "b", "host": "b", "clock_offset": 0.5},
+        each | {"id": "c", "host": "b", "clock_offset": -0.25},  # containers may share a host name and a process id
+        each | {"id": "d", "host": "d", "clock_offset": 9.0, "expires_at": now - HOUR},
+    ]
+    with manager_of(app).stores.instances.engine.begin() as connection:
+        connection.execute(insert(tables.instances), rows)
+    samples = scrape(app)
+    assert samples.value("background_instances") == 3
+    assert samples.labels("background_clock_offset_seconds", "process") == {"a:1", "b:1"}
+    assert samples.value("background_clock_offset_seconds", process="a:1") == 2.5
+    assert samples.value("background_clock_offset_seconds", process="b:1") == -0.5
+
+
+def test_messages_are_counted_while_they_are_open_and_the_oldest_is_timed(fleet: Fleet) -> None:
+    app = fleet.app(Letters)
+    fleet.enqueue("letters", 1, 2, 3, 4, 5)
+    fleet.enqueue("letters", 6, delay=HOUR)
+    with fleet.engine.begin() as connection:
+        for id, state in ((1, "running"), (2, "dead"), (3, "done")):
+            connection.execute(update(tables.messages).where(tables.messages.c.id == id).values(state=state))
+        long_ago = datetime.now(UTC) - timedelta(minutes=10)
+        connection.execute(update(tables.messages).where(tables.messages.c.id == 4).values(due_at=long_ago))
+    samples = scrape(app)
+    found = {
+        state: samples.value("background_messages", topic="letters", state=state)
+        for state in samples.labels("background_messages", "state")
+    }
+    assert found == {"waiting": 3, "running": 1, "dead": 1}
+    assert 600 <= (samples.value("background_message_oldest_seconds", topic="letters") or 0) < 630
+
+
+def test_a_scrape_costs_as_many_queries_for_many_workers_as_for_one(fleet: Fleet) -> None:
+    app = fleet.app(Hourly, Letters)
+
+    def queries() -> int:
+        with statements(Engine) as seen:
+            scrape(app)
+        # An execution is read by the claim in force only, never by the history.
+        assert not [statement for statement in seen if f"FROM {tables.executions.name}" in statement]
+        return len(seen)
+
+    count(app, ("hourly", "state", "succeeded", 1, 1.0))
+    scrape(app)
+    before = queries()
+    for number in range(40):
+        worker = type(f"Worker{number}", (Hourly,), {})
+        manager_of(app).add(worker)
+        manager_of(app).recovery.look(worker)
+        count(app, (worker.name, "state", "succeeded", 1, 1.0), (worker.name, "duration", str(number), 1, 1.0))
+    assert queries() == before <= 4
+    assert len(scrape(app).labels("background_executions_total", "worker")) == 41
+
+
+# -- a database that is away -----------------------------------------------------------------------
+
+
+def test_while_the_database_is_away_a_scrape_says_so_and_has_the_requests_of_the_process(
+    postgresql_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(figures, "_ANSWER_SECONDS", 0.3)
+    proxy = Proxy(make_url(postgresql_url))
+    app = make_app(text(proxy.url), Hourly)
+    try:
+        wait_until(lambda: scrape(app).value("background_up") == 1, "its first figures")
+        caplog.clear()
+        for away in (proxy.refuse, proxy.silence):
+            away()
+            for _ in range(2):
+                began = steady()
+                samples = scrape(app)
+                assert steady() - began < 0.3 + MARGIN
+                assert samples.value("background_up") == 0
+                assert {name.partition("_")[0] for name in samples.families} == {"background", "http"}
+                assert "background_instances" not in samples.families
+            proxy.heal()
+            wait_until(lambda: scrape(app).value("background_up") == 1, "the database's return")
+        said = [record.message for record in caplog.records if record.levelname == "WARNING"]
+        assert len([line for line in said if line.startswith("No figures of the fleet")]) == 2
+    finally:
+        proxy.heal()
+        stop(app)
+        proxy.close()
+
+
+# -- the requests of a process ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def process(app: Flask) -> str:
+    """How this process is named."""
+    [name] = scrape(app).labels("http_requests_total", "process") or scrape(app).labels(
+        "http_requests_total", "process"
+    )
+    return name
+
+
+@on_sqlite
+def test_requests_are_counted_by_rule_and_never_by_what_somebody_made_up(
+    app: Flask, client: FlaskClient, make_book: Callable[..., int], process: str
+) -> None:
+    book = make_book()
+    for path in (f"/books/{book}", f"/books/{book}", "/books/99", "/made/up", "/made/up/too"):
+        client.get(path)
+    client.open("/books", method="MADEUP")
+    samples = scrape(app)
+
+    def requests(method: str, endpoint: str, status: str) -> float | None:
+        labels = {"method": method, "endpoint": endpoint, "status": status, "process": process}
+        return samples.value("http_requests_total", **labels)
+
+    assert requests("GET", "/books/<id:book_id>", "200") == 2
+    assert requests("GET", "/books/<id:book_id>", "404") == 1
+    assert requests("GET", "none", "404") == 2
+    assert requests("other", "none", "405") == 1
+    of_books = {"method": "GET", "endpoint": "/books/<id:book_id>", "process": process}
+    assert samples.value("http_request_duration_seconds_count", **of_books) == 3
+    assert samples.value("http_request_duration_seconds_bucket", **of_books, le="+Inf") == 3
+    assert 0 < (samples.value("http_request_duration_seconds_sum", **of_books) or 0) < 30
+
+
+@on_sqlite
+def test_a_request_that_fails_or_is_refused_before_its_view_is_counted_too(database_url: str) -> None:
+    app = create_app(settings(database_url, TESTING=False))
+    app.add_url_rule("/fails", "fails", lambda: 1 / 0)
+    app.add_url_rule("/refuses", "refuses", lambda: "never")
+
+    @app.before_request
+    def refuse() -> None:
+        if request.path == "/refuses":
+            abort(403)
+
+    client = app.test_client()
+    assert client.get("/fails").status_code == 500
+    app.config["PROPAGATE_EXCEPTIONS"] = True
+    with pytest.raises(ZeroDivisionError):
+        client.get("/fails")
+    assert client.get("/refuses").status_code == 403
+    samples = scrape(app)
+    [process] = samples.labels("http_requests_total", "process")
+    seen = {
+        (endpoint, status): samples.value(
+            "http_requests_total", method="GET", endpoint=endpoint, status=status, process=process
+        )
+        for endpoint, status in (("/fails", "500"), ("/refuses", "403"))
+    }
+    assert seen == {("/fails", "500"): 2, ("/refuses", "403"): 1}
+    close(app)
+
+
+@on_sqlite
+def test_two_apps_of_one_process_count_their_own_requests(database_url: str) -> None:
+    one, other = create_app(settings(database_url)), create_app(settings(database_url))
+    one.test_client().get("/books")
+    scrape(one)
+    assert "/books" in scrape(one).labels("http_requests_total", "endpoint")
+    scrape(other)
+    assert scrape(other).labels("http_requests_total", "endpoint") == {"/metrics"}
+    close(one, other)
+
+
+# -- who may scrape --------------------------------------------------------------------------------
+
+
+@on_sqlite
+def test_with_a_token_only_who_brings_it_may_scrape(app: Flask, client: FlaskClient) -> None:
+    assert client.get("/metrics").status_code == 200
+    app.config["METRICS_TOKEN"] = "s3cret"
+    wrong = (
+        None,
+        "Bearer",
+        "Bearer ",
+        "Bearer s3cre",
+        "Bearer s3cret!",
+        "Bearer ä",
+        "Basic s3cret",
+        "Basic Zm9vOmJhcg==",
+    )
+    for header in wrong:
+        refused = client.get("/metrics", headers={"Authorization": header} if header else {})
+        assert (refused.status_code, refused.headers["WWW-Authenticate"]) == (401, "Bearer"), header
+        assert "http_requests_total" not in refused.text
+        assert "Set-Cookie" not in refused.headers
+    for token, header in (("s3cret", "bearer s3cret"), ("abc=def==", "Bearer abc=def==")):
+        app.config["METRICS_TOKEN"] = token
+        assert client.get("/metrics", headers={"Authorization": header}).status_code == 200
+
+
+@on_sqlite
+def test_a_scrape_needs_no_login_and_leaves_session_and_cookies_alone(
+    client: FlaskClient, make_user: Callable[..., User], login: Callable[..., None]
+) -> None:
+    login(client, make_user())
+    response = client.get("/metrics")
+    assert response.headers["Cache-Control"] == "no-store"
+    assert "Set-Cookie" not in response.headers
+    assert client.post("/metrics").status_code == 405
+
+
+# -- real processes --------------------------------------------------------------------------------
+
+
+@on_sqlite
+def test_any_process_answers_for_the_fleet_and_for_its_own_requests_by_name(
+    database_url: str, shops: Shops, nursery: Nursery
+) -> None:
+    [member] = shops.join(PROBE_WORKERS="listener,quick")
+    member.wait_for("The listener began")
+    member.wait_for("quick: Ran the tick")
+    web = gunicorn("-w", "2", "support.traced_app:create_app()")
+    env = environment(database_url, WORKERS_ENABLED="false", PROBE_WORKERS="listener,quick")
+    with nursery.forked(web, env) as server:
+        address = server.wait_for(r"Listening at: (http://\S+)")[1]
+        found = [get(f"{address}/metrics")]
+        assert found[0].value("background_worker_running", worker="listener") == 1
+        assert found[0].value("background_instances") == 1
+        assert (found[0].value("background_executions_total", worker="quick", state="succeeded") or 0) >= 1
+        assert (found[0].value("background_execution_lateness_seconds_count", worker="quick") or 0) >= 1
+        assert 0 <= (found[0].value("background_seconds_since_last_success", worker="quick") or 0) < 30
+
+        def processes() -> set[str]:
+            found.append(get(f"{address}/metrics"))
+            return {name for each in found for name in each.labels("http_requests_total", "process")}
+
+        assert eventually(lambda: len(processes()) == 2)
+        assert not [name for name in processes() if name.endswith(f":{member.pid}")]
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 0
+
+
+def get(url: str) -> Samples:
+    with urllib.request.urlopen(url, timeout=30) as response:
+        return Samples(response.read().decode())
+
+
+# -- promtool --------------------------------------------------------------------------------------
+
+
+def promtool(*arguments: str, reads: str = "") -> tuple[int, str]:
+    done = subprocess.run(
+        [str(PROMTOOL), *arguments], input=reads, capture_output=True, text=True, cwd=ROOT, timeout=60, check=False
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+@promtool_is_there
+def test_promtool_finds_nothing_wrong_with_a_scrape(fleet: Fleet) -> None:
+    app = fleet.app(Hourly, Letters)
+    manager_of(app).start()
+    wait_until(lambda: manager_of(app).presence.instance, "joining")
+    manager_of(app).recovery.look(Hourly)
+    fleet.enqueue("letters", 1)
+    count(
+        app,
+        ("retired", "state", "succeeded", 7, 40.0),  # of a worker that is not here to count, too
+        ("retired", "duration", "0.1", 7, 0.25),
+        ("retired", "lateness", "inf", 7, 0.25),
+    )
+    app.test_client().get("/books")
+    exposition = app.test_client().get("/metrics").text
+    assert promtool("check", "metrics", reads=exposition) == (0, "")
+    assert len(Samples(exposition).families) >= 14
+
+
+@promtool_is_there
+@pytest.mark.parametrize(
+    "arguments", ["check rules background/alerts.yml", "test rules tests/background/monitoring/alerts_test.yml"]
+)
+def test_the_alerts_are_as_promtool_expects(arguments: str) -> None:
+    code, said = promtool(*arguments.split())
+    assert code == 0, said
+
+
+@on_sqlite
+def test_every_figure_that_an_alert_is_about_is_in_a_scrape(fleet: Fleet) -> None:
+    app = fleet.app(Hourly, Letters)
+    manager_of(app).start()
+    wait_until(lambda: "succeeded" in fleet.states(), "the first run")
+    names = {sample.name for family in scrape(app).families.values() for sample in family.samples}
+    assert set(figures_of((ROOT / "background" / "alerts.yml").read_text().splitlines())) <= names
+
+
+def figures_of(lines: Iterable[str]) -> Iterator[str]:
+    for line in lines:
+        if "name:" not in line and "rule_files" not in line:
+            yield from re.findall(r"background_\w+", line)

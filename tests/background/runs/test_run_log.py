@@ -1,0 +1,204 @@
+"""What is logged while a run is on: kept with its execution, and marked as the run's in logs that machines read."""
+
+import json
+import logging
+import re
+import subprocess
+import sys
+import threading
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from support.fleet import Fleet, Hourly, effect, statements, states, wait_until
+from support.processes import ROOT
+
+from background import Message, MessageWorker, WorkerContext
+from background.runs.fence import RunFields
+from models import db
+
+
+@pytest.fixture(autouse=True)
+def _everything(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+
+
+def logged(fleet: Fleet, worker: type[Hourly]) -> tuple[str, list[str]]:
+    """The state of a run of `worker`, and the lines that its execution keeps."""
+    manager = fleet.manager(worker)
+    execution = manager.tick(worker.name, datetime.now(UTC))
+    assert execution is not None
+    return execution.state, (manager.history.log(execution.claim.execution) or "").splitlines()
+
+
+class Talking(Hourly):
+    def do_work(self, context: WorkerContext) -> None:
+        context.logger.info("Counting %s", "sheep")
+        logging.getLogger("a.library").warning("One of them \x00 sleeps")
+        thread = threading.Thread(target=logging.getLogger("elsewhere").warning, args=("Not ours",))
+        thread.start()
+        thread.join()
+
+
+def test_an_execution_keeps_what_was_logged_by_whomever_while_it_ran(fleet: Fleet) -> None:
+    state, lines = logged(fleet, Talking)
+    assert state == "succeeded"
+    assert [re.sub(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z ", "", line) for line in lines] == [
+        "INFO    Counting sheep",
+        r"WARNING One of them \x00 sleeps",
+    ]
+
+
+def test_a_run_that_failed_keeps_its_lines_too(fleet: Fleet) -> None:
+    class Failing(Hourly):
+        def do_work(self, context: WorkerContext) -> None:
+            context.logger.info("On my way")
+            raise ValueError("out of paper")
+
+    state, lines = logged(fleet, Failing)
+    assert state == "failed"
+    assert [line.endswith("On my way") for line in lines] == [True]
+
+
+def test_lines_are_there_with_each_commit_on_the_way(fleet: Fleet) -> None:
+    seen: list[str | None] = []
+
+    class Slicing(Hourly):
+        def do_work(self, context: WorkerContext) -> None:
+            for number in range(2):
+                context.logger.info("Slice %d", number)
+                effect(context)
+                context.commit()
+                seen.append(manager.history.log(context.claim.execution))
+
+    manager = fleet.manager(Slicing)
+    manager.tick("slicing", datetime.now(UTC))
+    assert [(log or "").count("Slice") for log in seen] == [1, 2]
+
+
+def test_a_long_log_is_not_written_anew_with_each_commit(fleet: Fleet) -> None:
+    class Talkative(Hourly):
+        def do_work(self, context: WorkerContext) -> None:
+            for number in range(200):
+                context.logger.info("Slice %d", number)
+                effect(context)
+                context.commit()
+
+    manager = fleet.manager(Talkative)
+    with manager.app.app_context(), statements(db.engine) as seen:
+        manager.tick("talkative", datetime.now(UTC))
+    written = [
+        statement for statement in seen if statement.startswith("UPDATE background_executions") and "log" in statement
+    ]
+    assert len(written) < 100
+    assert (fleet.executions()[0].log or "").count("Slice") == 200
+
+
+def test_of_a_run_that_logs_without_end_the_latest_lines_are_kept(fleet: Fleet) -> None:
+    class Chattering(Hourly):
+        def do_work(self, context: WorkerContext) -> None:
+            for number in range(1_000):
+                context.logger.info("Line %d", number)
+            context.logger.info("x" * 100_000)
+
+    _, lines = logged(fleet, Chattering)
+    assert len(lines) == 501
+    assert lines[0] == "(501 earlier lines are not kept)"
+    assert lines[1].endswith("Line 501")
+    assert len(lines[-1]) < 2_100
+
+
+def test_a_line_that_cannot_be_written_harms_nobody(fleet: Fleet, capsys: pytest.CaptureFixture[str]) -> None:
+    class Misspelling(Hourly):
+        def do_work(self, context: WorkerContext) -> None:
+            logging.raiseExceptions = False
+            context.logger.info("%d sheep", "many")
+
+    try:
+        assert logged(fleet, Misspelling) == ("succeeded", [])
+    finally:
+        logging.raiseExceptions = True
+
+
+def test_runs_side_by_side_keep_their_lines_apart(fleet: Fleet) -> None:
+    both = threading.Barrier(2)
+
+    class First(Hourly):
+        def do_work(self, context: WorkerContext) -> None:
+            both.wait(60)
+            context.logger.info("I am %s", self.name)
+            both.wait(60)
+
+    class Second(First):
+        pass
+
+    manager = fleet.manager(First, Second)
+    threads = [threading.Thread(target=manager.tick, args=(name, datetime.now(UTC))) for name in ("first", "second")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    lines = {row.worker: row.log.splitlines() for row in fleet.executions()}
+    assert {name: [line.split()[-1] for line in kept] for name, kept in lines.items()} == {
+        "first": ["first"],
+        "second": ["second"],
+    }
+
+
+def test_a_line_of_a_handler_names_the_message(
+    fleet: Fleet, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Reading(MessageWorker):
+        topic = "letters"
+
+        def handle(self, message: Message, context: WorkerContext) -> None:
+            context.logger.info("Reading")
+            logging.getLogger("a.library").info("Reading aloud")
+
+    manager = fleet.manager(Reading)
+    monkeypatch.setattr(caplog.handler, "filters", [RunFields()])
+    ids = fleet.enqueue("letters", 1, 2)
+    manager.start()
+    wait_until(lambda: states(fleet) == ["done", "done"], "the handling")
+    lines = [each for each in caplog.records if each.message.startswith("Reading")]
+    assert [each.execution for each in lines] == [f"letters:{id}" for id in ids for _ in range(2)]  # type: ignore[attr-defined]
+
+
+PROGRAM = """
+import logging
+from datetime import UTC, datetime, timedelta
+from app import create_app
+from background import PeriodicWorker
+
+class Talking(PeriodicWorker):
+    period = timedelta(hours=1)
+    run_on_first_start = True
+    def do_work(self, context):
+        context.logger.info("Counting %s", "sheep")
+        logging.getLogger("a.library").warning("Wolf")
+        raise ValueError("eaten")
+
+app = create_app({"DATABASE_URL": "sqlite://", "LOG_FORMAT": "json"})
+workers = app.extensions["background_workers"]
+workers.add(Talking)
+workers.prepare()
+workers.tick("talking", datetime.now(UTC))
+app.logger.info("Outside")
+workers.stop()
+"""
+
+
+def test_a_log_in_json_names_worker_tick_execution_and_instance_in_every_line_of_a_run(tmp_path: Path) -> None:
+    environment = {"PYTHONPATH": str(ROOT), "PATH": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, cwd=tmp_path, env=environment, check=True
+    )
+    lines = [json.loads(line) for line in done.stderr.splitlines()]
+    ours = [line for line in lines if "worker" in line]
+    assert [line["message"] for line in ours[:2]] == ["Counting sheep", "Wolf"]
+    assert ours[2]["exc_info"].endswith("ValueError: eaten")
+    assert {(line["worker"], line["execution"]) for line in ours} == {("talking", 1)}
+    assert all(datetime.fromisoformat(line["tick"]).tzinfo and ":" in line["instance"] for line in ours)
+    outside = next(line for line in lines if line["message"] == "Outside")
+    assert not {"worker", "tick", "execution", "instance"} & outside.keys()
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", outside["time"])

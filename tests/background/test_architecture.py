@@ -1,0 +1,165 @@
+"""The arrow goes one way: the application knows the engine, and the engine knows no application."""
+
+import ast
+import inspect
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import background
+
+ROOT = Path(__file__).parents[2]
+ENGINE = sorted((ROOT / "background").rglob("*.py"))
+APPLICATION = {path.stem for path in ROOT.glob("*.py")} | {"migrations", "tests", "benchmarks"}
+
+
+ORDER = (
+    "errors", "host", "signals", "settings", "schedule", "database", "messages", "ledger", "repair", "context",
+    "worker", "declarations", "registry", "stores", "runs", "process", "history", "manager", "pruning",
+    "cli", "monitoring", "dashboard",
+)  # fmt: skip
+"""The rooms and the files at the top of the engine, from the bottom up."""
+
+
+def nodes(path: Path) -> Iterator[ast.Import | ast.ImportFrom]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield node
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Yield the first name of every absolute import of a file, wherever in it."""
+    for node in nodes(path):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif node.module and not node.level:
+            yield node.module.split(".")[0]
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT / "background").with_suffix("").as_posix()
+
+
+def arrows(path: Path) -> Iterator[str]:
+    """Yield each file of the engine that the file imports, as "ledger/claim"."""
+    package = path.relative_to(ROOT / "background").parts[:-1]
+    for node in nodes(path):
+        if not isinstance(node, ast.ImportFrom) or not node.level:
+            continue
+        assert node.level <= len(package) + 1, f"{path} imports from outside the engine"
+        base = [*package[: len(package) + 1 - node.level], *(node.module or "").split(".")]
+        found = "/".join(filter(None, base))
+        if found in FILES:
+            yield found
+        else:  # names of files, or of a room's __init__
+            yield from (name for each in node.names if (name := f"{found}/{each.name}".lstrip("/")) in FILES)
+
+
+FILES = {name_of(path): path for path in ENGINE if path.stem != "__init__"}
+ARROWS = {name: set(arrows(path)) for name, path in FILES.items()}
+
+
+def room(name: str) -> str:
+    return name.split("/")[0]
+
+
+@pytest.mark.parametrize("path", ENGINE, ids=lambda path: name_of(path))
+def test_the_engine_never_imports_the_application(path: Path) -> None:
+    assert {"app", "routes", "models", "workers", "config", "migrations"} <= APPLICATION
+    assert not set(imports(path)) & APPLICATION
+
+
+def test_every_room_has_its_place_in_the_order() -> None:
+    assert {room(name) for name in FILES} == set(ORDER)
+
+
+def test_arrows_between_rooms_point_down_only() -> None:
+    up = [
+        f"{name} -> {target}"
+        for name, targets in ARROWS.items()
+        for target in targets
+        if ORDER.index(room(target)) > ORDER.index(room(name))
+    ]
+    assert up == []
+
+
+def test_no_circle_is_among_the_files() -> None:
+    left = {name: set(targets) for name, targets in ARROWS.items()}
+    while free := {name for name, targets in left.items() if not targets & left.keys()}:
+        left = {name: targets for name, targets in left.items() if name not in free}
+    assert left == {}
+
+
+def test_no_folder_has_more_files_than_a_reader_keeps_in_mind() -> None:
+    sizes = Counter(path.parent for path in FILES.values())
+    top = sizes.pop(ROOT / "background")
+    assert top <= 11
+    assert {path.name: size for path, size in sizes.items() if size > 9} == {}
+
+
+def test_no_import_is_hidden_from_the_arrows() -> None:
+    """An import for the types alone, or inside a function, must point down as well, and says why it is deferred."""
+    for name, path in FILES.items():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        for node in nodes(path):
+            if node.col_offset and isinstance(node, ast.ImportFrom) and node.level:
+                is_typed = any("if TYPE_CHECKING" in line for line in lines[max(0, node.lineno - 4) : node.lineno])
+                statement = "".join(lines[node.lineno - 1 : node.end_lineno])
+                assert is_typed or "#" in statement, f"{name}:{node.lineno} does not say why"
+
+
+def test_one_file_alone_imports_apscheduler() -> None:
+    others = (path for folder in ("migrations", "benchmarks", "tests") for path in (ROOT / folder).rglob("*.py"))
+    importers = {path.name for path in [*ROOT.glob("*.py"), *ENGINE, *others] if "apscheduler" in imports(path)}
+    assert importers == {"scheduler.py"}
+
+
+def test_the_public_names_are_all_there() -> None:
+    promised = {
+        "BackgroundError",
+        "BackgroundWorkerManager",
+        "ClaimLost",
+        "DuplicateWorker",
+        "InvalidLock",
+        "InvalidSchedule",
+        "Lock",
+        "LockNotAcquired",
+        "PeriodicWorker",
+        "UnknownWorker",
+        "WorkerContext",
+        "current_workers",
+    }
+    assert promised <= set(background.__all__)
+    assert all(hasattr(background, name) for name in background.__all__)
+
+
+@pytest.mark.parametrize(
+    ("owner", "names"),
+    [
+        (
+            background.PeriodicWorker,
+            "name period cron timezone enabled catch_up run_on_first_start max_attempts on_lost timeout jitter do_work",
+        ),
+        (background.WorkerContext, "services session commit progress raise_if_stopping"),
+        (
+            background.BackgroundWorkerManager,
+            "init_app add remove start stop tick trigger pause resume reschedule lock before_start",
+        ),
+    ],
+)
+def test_the_public_face_is_as_promised(owner: type, names: str) -> None:
+    assert not [name for name in names.split() if not hasattr(owner, name)]
+
+
+def test_a_context_has_what_is_promised() -> None:
+    source = inspect.getsource(background.WorkerContext.__init__)
+    promised = ("worker", "tick", "attempt", "token", "idempotency_key", "logger", "stopping")
+    assert not [name for name in promised if f"self.{name}" not in source]
+
+
+def test_every_error_of_the_engine_is_a_background_error() -> None:
+    errors = [value for value in vars(background).values() if isinstance(value, type) and issubclass(value, Exception)]
+    assert len(errors) > 5
+    assert all(issubclass(error, background.BackgroundError) for error in errors)

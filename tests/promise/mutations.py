@@ -1,0 +1,439 @@
+"""Is every guard of the promise held by a test? Take one away at a time, and see that the tests notice.
+
+    python tests/promise/mutations.py            all of them
+    python tests/promise/mutations.py -k WORDS   those with WORDS in the name of the guard, or in an edited file's
+    python tests/promise/mutations.py --look     only whether each guard is where it was; runs no test
+
+Works on a copy of the tree. Exits with 1 if a guard can be taken away unnoticed, or is not where it was.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[2]
+SHORT_PATIENCE = 15  # seconds: without its guard, a test often waits in vain
+
+
+class Edit(NamedTuple):
+    file: str
+    before: str
+    after: str
+    times: int = 1
+
+
+class Mutation(NamedTuple):
+    guard: str
+    edits: Sequence[Edit]
+    tests: Sequence[str]
+
+
+MUTATIONS = (
+    Mutation(
+        "a tick is claimed above the mark only",
+        [
+            Edit(
+                "background/ledger/statements.py",
+                "_is_open = or_(workers.c.mark.is_(None), workers.c.mark < _tick)",
+                "_is_open = true()",
+            )
+        ],
+        ["tests/background/ledger/test_ledger.py", "-k", "mark or claim_that_comes_after"],
+    ),
+    Mutation(
+        "nothing is committed into a SQLite file that was replaced",
+        [
+            Edit(
+                "background/database/dialects/sqlite_files.py",
+                '    event.listen(engine, "commit", _refuse_commit)\n',
+                "",
+            )
+        ],
+        ["tests/background/database/dialects/test_sqlite_files.py", "-k", "commits_nothing"],
+    ),
+    Mutation(
+        "no connection to a SQLite file that was replaced is used again",
+        [
+            Edit(
+                "background/database/dialects/sqlite_files.py",
+                '    event.listen(engine, "checkout", _renew)\n',
+                "",
+            )
+        ],
+        ["tests/background/database/dialects/test_sqlite_files.py", "-k", "goes_on_in_the_new_file"],
+    ),
+    Mutation(
+        "a commit checks the claim",
+        [Edit("background/ledger/ledger.py", "held = in_force(claim)", "held = workers.c.name == claim.worker")],
+        ["tests/background/runs/test_execution.py", "-k", "token_moved_on"],
+    ),
+    Mutation(
+        "succeeding checks the claim",
+        [Edit("background/ledger/ledger.py", ".where(in_force(claim))", ".where(workers.c.name == claim.worker)")],
+        ["tests/background/runs/test_execution.py", "-k", "token_moved_on"],
+    ),
+    Mutation(
+        "a lease is renewed though another table is locked",
+        [
+            Edit(
+                "background/ledger/leases.py",
+                'func.set_config("lock_timeout", f"{self._patience * 1000:.0f}", True)',
+                'func.set_config("lock_timeout", "0", True)',
+            )
+        ],
+        ["tests/background/ledger/test_leases.py", "-k", "waits_for_no_other_table"],
+    ),
+    Mutation(
+        "a look for work does not hold the heartbeat up",
+        [Edit("background/process/supervisor.py", "self._looking.want(is_moved)", "self.refresh(is_moved)")],
+        ["tests/background/ledger/test_leases.py", "-k", "locked_right_after_a_heartbeat"],
+    ),
+    Mutation(
+        "a claim is known by more than a token",
+        [
+            Edit(
+                "background/ledger/ledger.py",
+                "is_same = true() if claim.id is None else workers.c.claim == claim.id",
+                "is_same = true()",
+            )
+        ],
+        ["tests/background/repair/test_edited_rows.py", "-k", "token_came_again"],
+    ),
+    Mutation(
+        "an ending touches its own execution only",
+        [Edit("background/ledger/ledger.py", "else executions.c.claim == claim.id)", "else true())")],
+        ["tests/background/repair/test_edited_rows.py", "-k", "not_its_own"],
+    ),
+    Mutation(
+        "a token goes on above the history",
+        [
+            Edit(
+                "background/ledger/statements.py",
+                "func.coalesce(_greatest, workers.c.token) + 1",
+                "workers.c.token + 1",
+            )
+        ],
+        ["tests/background/repair/test_edited_rows.py", "-k", "lowered"],
+    ),
+    Mutation(
+        "a claim without an execution gets one",
+        [Edit("background/ledger/claim.py", "return self.running is not None and self.running.execution is None", "")],
+        ["tests/background/repair/test_edited_rows.py", "-k", "process_is_killed"],
+    ),
+    Mutation(
+        "a worker's row that is made anew takes the claim up",
+        [
+            Edit(
+                "background/ledger/controls.py",
+                "adopt(connection, name, schedule.previous(clock), name in known)",
+                "pass",
+            )
+        ],
+        ["tests/background/repair/test_edited_rows.py", "-k", "row_is_deleted"],
+    ),
+    Mutation(
+        "a worker whose rows are all deleted begins with its next tick",
+        [Edit("background/ledger/controls.py", "begin = clock if name in known else asked", "begin = asked")],
+        ["tests/background/repair/test_edited_rows.py", "-k", "all_of_whose_rows"],
+    ),
+    Mutation(
+        "what is run again by hand's fault ran nowhere since",
+        [Edit("background/repair/edited_rows.py", "workers.c.token <= claim.token, IS_FREE)", "IS_FREE)")],
+        ["tests/background/repair/test_edited_rows.py", "-k", "claimed_since"],
+    ),
+    Mutation(
+        "a lock is taken from the holder that was seen only",
+        [
+            Edit(
+                "background/ledger/locks.py",
+                '    locks.c.holder.is_not_distinct_from(bindparam("seen_by", type_=String())),\n',
+                "",
+            )
+        ],
+        ["tests/background/ledger/test_locks.py", "-k", "token_came_again"],
+    ),
+    Mutation(
+        "a new worker runs no tick from before it was registered",
+        [Edit("background/ledger/controls.py", "schedule.previous(min(begin, clock)) if begin else None", "None")],
+        ["tests/background/process/test_supervisor.py", "-k", "from_before_it_was_registered"],
+    ),
+    Mutation(
+        "ticks are aligned to the epoch",
+        [
+            Edit(
+                "background/schedule/periods.py",
+                "EPOCH = datetime(1970, 1, 1, tzinfo=UTC)",
+                "EPOCH = datetime.now(UTC)",
+            )
+        ],
+        ["tests/background/schedule/test_periods.py", "-k", "epoch"],
+    ),
+    Mutation(
+        "the database's clock decides what is due",
+        [
+            Edit("background/ledger/statements.py", "and_(_tick <= now(), ", "and_("),
+            Edit(
+                "background/ledger/statements.py",
+                "case((_left.between(0.0, _MOST_EARLY_SECONDS), _left), else_=0.0)",
+                "0.0",
+            ),
+            Edit("background/ledger/ledger.py", "clock=row.clock,", "clock=__import__('datetime').datetime.now(UTC),"),
+            Edit("background/ledger/ledger.py", "from datetime import datetime", "from datetime import UTC, datetime"),
+        ],
+        ["tests/background/ledger/test_ledger.py", "tests/promise/test_clocks.py", "-k", "future_tick or 7s"],
+    ),
+    Mutation(
+        "pruning leaves the mark alone",
+        [
+            Edit(
+                "background/pruning.py",
+                "    after, deleted = 0, 1\n",
+                "    after, deleted = 0, 1\n"
+                "    from .models import workers\n"
+                "    context.session.execute(workers.update().values(mark=None))\n",
+            ),
+        ],
+        ["tests/background/test_pruning.py"],
+    ),
+    Mutation(
+        "of those who saw a lock free one takes it",
+        [Edit("background/ledger/locks.py", ".where(_of_name, _at_seen)", ".where(_of_name)")],
+        ["tests/background/ledger/test_locks.py", "-k", "dead_holder or count_right"],
+    ),
+    Mutation(
+        "a lock is released by its holder only",
+        [
+            Edit(
+                "background/ledger/locks.py",
+                "_RELEASED = update(locks).where(_of_name, _by_holder)",
+                "_RELEASED = update(locks).where(_of_name)",
+            )
+        ],
+        ["tests/background/ledger/test_locks.py", "-k", "wakes_after_its_lease"],
+    ),
+    Mutation(
+        "a lock is held as long as its holder's lease",
+        [Edit("background/ledger/locks.py", "return not gone", "return False")],
+        ["tests/background/ledger/test_locks.py", "-k", "held_elsewhere"],
+    ),
+    Mutation(
+        "the token of a lock that was pruned never goes back",
+        [
+            Edit(
+                "background/ledger/locks.py",
+                "nullif(locks.c.token, 0), _FLOOR_TOKEN, 0)",
+                "nullif(locks.c.token, 0), 0)",
+            )
+        ],
+        ["tests/background/ledger/test_locks.py", "-k", "forgotten"],
+    ),
+    Mutation(
+        "past the monotonic deadline nothing is committed",
+        [Edit("background/ledger/leases.py", "return steady() < self.deadline", "return True")],
+        ["tests/background/runs/test_execution.py", "-k", "deadline"],
+    ),
+    Mutation(
+        "a forked child of a run ends where it comes back",
+        [Edit("background/host/forks.py", "        os._exit(code & 0xFF)", "        pass")],
+        ["tests/promise/test_forks.py", "-k", "sqlite and do_work and not async and returns"],
+    ),
+    Mutation(
+        "a forked child of a run commits nothing",
+        [Edit("background/context.py", "if os.getpid() != self._process:", "if False:")],
+        ["tests/promise/test_forks.py", "-k", "postgresql and do_work and not async and commits"],
+    ),
+    Mutation(
+        "an acknowledgement checks that the batch is still its own",
+        [Edit("background/messages/queue.py", 'messages.c.batch == bindparam("by"), is_running', "True")],
+        ["tests/background/runs/test_batch.py", "-k", "others_took"],
+    ),
+    Mutation(
+        "a message that was tried before is claimed alone",
+        [
+            Edit(
+                "background/messages/queue.py",
+                "case((first.c.attempt > 0, due.c.id == first.c.id), else_=due.c.attempt == 0)",
+                "True",
+            )
+        ],
+        ["tests/promise/test_message_faults.py", "-k", "kills"],
+    ),
+    Mutation(
+        "the fence asks the database itself, not a replica",
+        [
+            Edit(
+                "background/database/sessions.py",
+                'session.connection(bind_arguments={"bind": home(session, engine)})',
+                "session.connection()",
+            )
+        ],
+        ["tests/background/database/test_connections.py", "-k", "engine_works_in_sessions"],
+    ),
+    Mutation(
+        "a run's write by another engine is refused",
+        [Edit("background/database/sessions.py", "if place(url) == place(self.engine.url):", "if False:")],
+        ["tests/background/database/test_connections.py", "-k", "by_another_engine"],
+    ),
+    Mutation(
+        "a transaction that keeps nothing together is refused",
+        [Edit("background/database/sessions.py", "        refuse_autocommit(connection)\n", "        pass\n")],
+        ["tests/background/database/test_connections.py", "-k", "keeps_nothing"],
+    ),
+    Mutation(
+        "what one handler rolls back, its neighbours did not do",
+        [Edit("background/runs/batch.py", "if self._transaction is not None and", "if False and")],
+        ["tests/background/messages/test_queue.py", "-k", "whatever"],
+    ),
+    Mutation(
+        "no connection is used again that is older than an outage",
+        [Edit("background/database/outages.py", "if record.info.get(_STAMP, 0) != self._number:", "if False:")],
+        ["tests/promise/test_outages.py", "-k", "emptied_by_an_error"],
+    ),
+    Mutation(
+        "an outage is no attempt at a message",
+        [Edit("background/runs/batch.py", "times >= _MOST_EXCUSED or not is_cut_off(error)", "True")],
+        ["tests/promise/test_outages.py", "-k", "connection_was_ended"],
+    ),
+    Mutation(
+        "a tick that ran while the clock was ahead does not run again",
+        [
+            Edit(
+                "background/ledger/statements.py",
+                "workers.c.paused_at.is_(None), IS_FREE, not_(_has_run))",
+                "workers.c.paused_at.is_(None), IS_FREE)",
+            )
+        ],
+        ["tests/promise/test_healing.py", "-k", "mark_was_lowered"],
+    ),
+    Mutation(
+        "a mark goes back only as far as the history is sure to",
+        [
+            Edit(
+                "background/process/supervisor.py",
+                "if not self._stores.healing.is_proven(states.values()):",
+                "if False:",
+            )
+        ],
+        ["tests/promise/test_healing.py", "-k", "ahead_of_all_history"],
+    ),
+    Mutation(
+        "an order is settled once",
+        [Edit("models.py", ".where(Order.id == order_id, Order.status == status)", ".where(Order.id == order_id)")],
+        ["tests/shop/test_orders.py", "-k", "many_settle_at_once"],
+    ),
+    Mutation(
+        "no book is sold that is not there",
+        [Edit("models.py", ".where(Book.id == book_id, Book.stock >= quantity)\n", ".where(Book.id == book_id)\n")],
+        ["tests/shop/test_orders.py", "-k", "two_instances"],
+    ),
+    Mutation(
+        "books are held in one order",
+        [Edit("models.py", "books.with_for_update(key_share=True)", "books")],
+        ["tests/shop/test_orders.py", "-k", "holds_no_book"],
+    ),
+    Mutation(
+        "a book that is held can be ordered",
+        [Edit("models.py", "books.with_for_update(key_share=True)", "books.with_for_update()")],
+        ["tests/shop/test_orders.py", "-k", "not_held_up"],
+    ),
+    Mutation(
+        "a password does not leave the machine unencrypted",
+        [Edit("mail.py", "            if not (is_encrypted or is_local):\n", "            if False:\n")],
+        ["tests/shop/test_mail.py", "-k", "unencrypted"],
+    ),
+    Mutation(
+        "what a server says to a password is not repeated",
+        [Edit("mail.py", "except SMTPAuthenticationError as error:", "except ZeroDivisionError as error:")],
+        ["tests/shop/test_mail.py", "-k", "one_sentence_without_the_password"],
+    ),
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-k", metavar="WORDS", default="", dest="words")
+    parser.add_argument("--look", action="store_true")
+    given = parser.parse_args()
+    chosen = [mutation for mutation in MUTATIONS if given.words in " ".join([mutation.guard, *files_of(mutation)])]
+    if not chosen:
+        parser.error(f"no guard has {given.words!r} in its name or file")
+    return look(chosen) if given.look else try_out(chosen)
+
+
+def files_of(mutation: Mutation) -> list[str]:
+    return [edit.file for edit in mutation.edits]
+
+
+def look(chosen: Sequence[Mutation]) -> int:
+    """Say which edits do not fit; return the exit code."""
+    misfits = [misfit for mutation in chosen for edit in mutation.edits if (misfit := misfit_of(edit, ROOT))]
+    print("\n".join(misfits) or f"All {len(chosen)} guards are where they were.")
+    return 1 if misfits else 0
+
+
+def try_out(chosen: Sequence[Mutation]) -> int:
+    """Take each guard away; return the exit code."""
+    with tempfile.TemporaryDirectory(prefix="bookstore-mutations-") as folder:
+        unnoticed = [mutation for mutation in chosen if not is_noticed(mutation, Path(folder) / "tree")]
+    for mutation in unnoticed:
+        print(f"Nothing fails without this guard: {mutation.guard}. Write the test that does.")
+    return 1 if unnoticed else 0
+
+
+def is_noticed(mutation: Mutation, tree: Path) -> bool:
+    """Whether a test fails without the guard, which passes with it."""
+    copy_to(tree)
+    for edit in mutation.edits:
+        take_away(edit, tree)
+    began = time.monotonic()
+    failed = first_failure(mutation.guard, tree, mutation.tests, SHORT_PATIENCE)
+    print(f"{time.monotonic() - began:5.1f} s  without '{mutation.guard}': {failed or 'all pass'}")
+    if failed is None:
+        return False
+    copy_to(tree)
+    if first_failure(mutation.guard, tree, [failed]):
+        sys.exit(f"{mutation.guard}: {failed} fails with this guard, too, so it tells nothing of it")
+    return True
+
+
+def copy_to(tree: Path) -> None:
+    shutil.rmtree(tree, ignore_errors=True)
+    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".*_cache", "__pycache__", ".git", ".venv", "instance"))
+
+
+def first_failure(guard: str, tree: Path, chosen: Sequence[str], patience: int = 60) -> str | None:
+    """The name of the first of the tests that fails; None if all pass. They wait `patience` seconds for an event."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-n0", "--no-header", *chosen]
+    env = os.environ | {"TEST_PATIENCE": str(patience)}
+    tests = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, check=False)
+    failed = re.findall(r"^FAILED (.+?)(?: - .*)?$", tests.stdout, re.MULTILINE)
+    if tests.returncode not in (0, 1) or len(failed) != tests.returncode:  # else it says nothing, as an error does
+        sys.exit(f"{guard}: pytest ended with {tests.returncode}\n{tests.stdout}{tests.stderr}")
+    return failed[0] if failed else None
+
+
+def take_away(edit: Edit, tree: Path) -> None:
+    if misfit := misfit_of(edit, tree):
+        sys.exit(misfit)
+    path = tree / edit.file
+    path.write_text(path.read_text().replace(edit.before, edit.after))
+
+
+def misfit_of(edit: Edit, tree: Path) -> str | None:
+    """A sentence if the guard is not where it was; else None."""
+    found = (tree / edit.file).read_text().count(edit.before)
+    if found == edit.times:
+        return None
+    return f"{edit.file} has this {found} times, not {edit.times} times: {edit.before!r}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,204 @@
+"""What one instance hands back another takes at once: it is told, and asks for nothing meanwhile.
+
+The heartbeats here are so far apart that none comes to help.
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from functools import partial
+
+from sqlalchemy import func, select
+from support.databases import on_postgresql, on_sqlite
+from support.fleet import PATIENCE, Fleet, Hourly, statements, wait_until
+
+from background import BackgroundWorkerManager, Message, MessageWorker, WorkerContext
+from background.ledger.leases import Instance
+from background.worker import AnyWorker
+
+SLOW = {"WORKERS_HEARTBEAT_SECONDS": 3 * PATIENCE, "WORKERS_LEASE_SECONDS": 9 * PATIENCE}
+
+
+class UntilTold(Hourly):
+    """The first run goes on until it is told to stop; the one after it succeeds."""
+
+    def do_work(self, context: WorkerContext) -> None:
+        if context.token == 1:
+            assert context.stopping.wait(PATIENCE)
+        context.raise_if_stopping()
+
+
+def joined(fleet: Fleet, *workers: AnyWorker) -> BackgroundWorkerManager:
+    manager = fleet.manager(*workers, **SLOW)
+    manager.start()
+    wait_until(lambda: manager._membership._listener, "the start")  # type: ignore[union-attr]
+    return manager
+
+
+def test_a_run_that_is_handed_back_is_taken_at_once_and_nobody_asks_for_it_meanwhile(fleet: Fleet) -> None:
+    first = joined(fleet, UntilTold)
+    wait_until(lambda: fleet.states() == ["running"], "the first run")
+    second = joined(fleet, UntilTold)
+    wait_until_quiet(second)
+    first.stop()
+    wait_until(lambda: fleet.states() == ["handed back", "succeeded"], "the run on the second one")
+
+
+def wait_until_quiet(manager: BackgroundWorkerManager) -> None:
+    """Until its engines are asked nothing for half a second, in which a listener that watches a file looks twice."""
+    stores = manager.stores
+
+    def is_quiet() -> bool:
+        with statements(stores.main.engine) as looks, statements(stores.instances.engine) as beats:
+            threading.Event().wait(0.6)
+            return not looks + beats
+
+    wait_until(is_quiet, "half a second without a question")
+
+
+def test_what_a_process_still_runs_when_it_signs_off_is_taken_at_once(fleet: Fleet) -> None:
+    with deaf_run(fleet) as first:
+        first.stop(timeout=0)
+        wait_until(lambda: fleet.states() == ["handed back", "succeeded"], "the run on the second one")
+
+
+@contextmanager
+def deaf_run(fleet: Fleet) -> Iterator[BackgroundWorkerManager]:
+    """The instance of a run that ends with the block, whatever it is told; another one has joined."""
+    go_on = threading.Event()
+
+    class Deaf(Hourly):
+        def do_work(self, context: WorkerContext) -> None:
+            assert context.token > 1 or go_on.wait(PATIENCE)
+
+    first = joined(fleet, Deaf)
+    wait_until(lambda: fleet.states() == ["running"], "the first run")
+    joined(fleet, Deaf)
+    yield first
+    go_on.set()
+
+
+def test_messages_that_are_handed_back_are_taken_at_once(fleet: Fleet) -> None:
+    working, seen = threading.Event(), []
+
+    class Notes(MessageWorker):
+        topic = "notes"
+
+        def handle(self, message: Message, context: WorkerContext) -> None:
+            seen.append(message.attempt)
+            if len(seen) == 1:
+                working.set()
+                assert context.stopping.wait(PATIENCE)
+                context.raise_if_stopping()
+
+    first = joined(fleet, Notes)
+    fleet.enqueue("notes", 1)
+    assert working.wait(PATIENCE)
+    joined(fleet, Notes)
+    first.stop()
+    wait_until(lambda: [each.state for each in fleet.messages()] == ["done"], "the second one")
+    assert seen == [1, 1]
+
+
+@on_sqlite
+def test_those_who_leave_while_the_messages_of_another_are_taken_back_are_not_forgotten(fleet: Fleet) -> None:
+    class Notes(MessageWorker):
+        topic = "notes"
+
+        def handle(self, message: Message, context: WorkerContext) -> None: ...
+
+    former = fleet.manager(Notes, **SLOW)
+    fleet.enqueue("notes", 1, 2)
+    leaving = [former.presence.sign_on() for _ in range(2)]
+    assert all(former.stores.messages.claim("notes", "notes", 1, (each.id, each.name)) for each in leaving)
+    manager = joined(fleet, Notes)
+    wait_until_quiet(manager)
+    with former.stores.main.engine.connect() as connection:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")  # as a run that has written
+        for each in leaving:
+            with statements(manager.stores.instances.engine) as looks:
+                former.presence.sign_off(each)
+                wait_until(partial(len, looks), "the look")
+    wait_until(lambda: [each.state for each in fleet.messages()] == ["done", "done"], "the handling of both")
+
+
+def test_a_run_that_was_asked_for_elsewhere_begins_at_once(fleet: Fleet) -> None:
+    joined(fleet, Hourly)
+    wait_until(lambda: fleet.states() == ["succeeded"], "the first run")
+    assert fleet.manager(Hourly, **SLOW).request("hourly")
+    wait_until(lambda: fleet.states() == ["succeeded", "succeeded"], "the one that was asked for")
+
+
+class Asked(Hourly):
+    """Runs when somebody asks for it, and at the next tick."""
+
+    catch_up = False
+    run_on_first_start = False
+
+
+def test_leases_that_end_one_after_another_before_the_first_heartbeat_are_each_noticed_when_they_do(
+    fleet: Fleet,
+) -> None:
+    second = type("Second", (Asked,), {})
+    manager = fleet.manager(Asked, second, **SLOW)
+    claimed_by_one_that_dies(manager, Asked, timedelta(seconds=1))
+    claimed_by_one_that_dies(manager, second, timedelta(seconds=3))
+    manager.start()
+    wait_until(lambda: fleet.states("asked") == ["lost", "succeeded"], "the taking over of the first")
+    wait_until(lambda: fleet.states("second") == ["lost", "succeeded"], "the taking over of the second")
+
+
+def claimed_by_one_that_dies(manager: BackgroundWorkerManager, worker: type[Hourly], lease: timedelta) -> None:
+    """A run asked for by hand, whose instance renews its lease no more."""
+    dead, now = Instance(lease), manager.recovery.look(worker).clock
+    manager.stores.instances.beat(dead)
+    assert manager.stores.ledger.claim_manual(worker.name, now, (dead.id, dead.name))
+
+
+@on_postgresql
+def test_one_whose_idle_connections_broke_hears_at_once_what_was_asked_for(fleet: Fleet) -> None:
+    manager = joined(fleet, Hourly)
+    wait_until(lambda: fleet.states() == ["succeeded"], "the first run")
+    wait_until_quiet(manager)
+    break_connections(manager)
+    assert fleet.manager(Hourly, **SLOW).request("hourly")
+    wait_until(lambda: fleet.states() == ["succeeded", "succeeded"], "the one that was asked for")
+
+
+@on_postgresql
+def test_what_a_process_still_runs_when_it_signs_off_is_taken_at_once_though_its_idle_connections_broke(
+    fleet: Fleet,
+) -> None:
+    with deaf_run(fleet) as first:
+        break_connections(first)
+        first.stop(timeout=0)
+        wait_until(lambda: fleet.states() == ["handed back", "succeeded"], "the run on the second one")
+
+
+def break_connections(manager: BackgroundWorkerManager) -> None:
+    """Those that it keeps for its claims, as where the server or a firewall ends what is idle."""
+    engine = manager.stores.main.engine
+    with ExitStack() as kept:
+        each = [kept.enter_context(engine.connect()) for _ in range(engine.pool.size())]  # type: ignore[attr-defined]
+        pids = [connection.scalar(select(func.pg_backend_pid())) for connection in each]
+    with manager.stores.instances.engine.connect() as connection:
+        for pid in pids:
+            assert connection.scalar(select(func.pg_terminate_backend(pid, int(PATIENCE * 1000))))
+
+
+@on_postgresql
+def test_a_run_whose_connection_breaks_is_not_tried_again_until_a_heartbeat_as_that_may_go_on(fleet: Fleet) -> None:
+    began = threading.Semaphore(0)
+
+    class Broken(Asked):
+        def do_work(self, context: WorkerContext) -> None:
+            began.release()
+            context.session.execute(select(func.pg_terminate_backend(func.pg_backend_pid())))
+
+    manager = joined(fleet, Broken)
+    wait_until_quiet(manager)
+    assert fleet.manager(Broken, **SLOW).request("broken")
+    assert began.acquire(timeout=PATIENCE)
+    wait_until(lambda: fleet.states() == ["lost"], "the loss")
+    assert not began.acquire(timeout=0.5)

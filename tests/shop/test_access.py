@@ -1,0 +1,130 @@
+"""Who may do what: every route that there is, asked by a stranger, a customer and an admin."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from flask import Flask
+from flask.testing import FlaskClient
+from sqlalchemy import func, select
+from support.databases import on_sqlite
+from werkzeug.routing import Rule
+
+from background.database.tables import messages
+from models import AuditEntry, User, db
+
+# A route that nobody has put here fails these tests. Of the admins' blueprints everything is theirs alone.
+ANYBODYS = {
+    *("static", "bootstrap.static", "health.live", "health.ready", "health.fleet_health", "metrics.scrape"),
+    *("shop.home", "shop.catalogue", "shop.book", "api.books_json", "api.book_json"),
+    *("account.register_user", "account.login", "account.logout", "account.reset_password"),
+}
+CUSTOMERS = {"shop.order", "shop.orders", "account.profile", "account.change_password"}
+ADMINS_BLUEPRINTS = {"admin", "background"}
+
+ONLY_READ = {"GET", "HEAD", "OPTIONS"}
+Make = Callable[..., Any]
+
+
+@pytest.fixture
+def app(app: Flask, make_user: Make, make_book: Make) -> Flask:
+    """With a book and two users of the number 1 and 2, so that the routes find what they are asked for."""
+    make_book()
+    make_user(email="reader@example.com")
+    make_user(email="admin@example.com", is_admin=True)
+    return app
+
+
+@pytest.fixture
+def clients(app: Flask) -> dict[str, FlaskClient]:
+    """Of a stranger, a customer and an admin."""
+    clients = {name: app.test_client() for name in ("stranger", "customer", "admin")}
+    for client, user_id in ((clients["customer"], 1), (clients["admin"], 2)):
+        with app.app_context():
+            known_as = db.session.get_one(User, user_id).get_id()
+        with client.session_transaction() as session:
+            session["_user_id"] = known_as
+    return clients
+
+
+def whose(endpoint: str) -> str:
+    if endpoint in ANYBODYS:
+        return "anybody's"
+    if endpoint in CUSTOMERS:
+        return "customers'"
+    assert endpoint.split(".")[0] in ADMINS_BLUEPRINTS, f"Nobody has said in this file whose the route {endpoint} is."
+    return "admins'"
+
+
+def routes(app: Flask) -> Iterator[tuple[str, str, str]]:
+    """Method, path and owner of every route."""
+    adapter = app.url_map.bind("localhost")
+    for rule in app.url_map.iter_rules():
+        path = adapter.build(rule.endpoint, sample(rule))
+        for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}:
+            yield method, path, whose(rule.endpoint)
+
+
+def sample(rule: Rule) -> dict[str, Any]:
+    given = {"filename": "bookstore.css", "name": "passive_user_checker_worker", "token": "x"}
+    return {argument: given.get(argument, 1) for argument in rule.arguments}
+
+
+def verdict(client: FlaskClient, method: str, path: str) -> str:
+    """As the visitor is told: to log in, that it is for others, or anything else."""
+    response = client.open(path, method=method, buffered=True)
+    if response.status_code == 302 and response.location.startswith("/login?next="):
+        return "log in"
+    return "for others" if response.status_code == 403 else "welcome"
+
+
+@on_sqlite
+@pytest.mark.parametrize(
+    ("visitor", "expected"),
+    [
+        ("stranger", {"anybody's": "welcome", "customers'": "log in", "admins'": "log in"}),
+        ("customer", {"anybody's": "welcome", "customers'": "welcome", "admins'": "for others"}),
+        ("admin", {"anybody's": "welcome", "customers'": "welcome", "admins'": "welcome"}),
+    ],
+)
+def test_every_route_lets_by_whom_it_should_and_nobody_else(
+    app: Flask, clients: dict[str, FlaskClient], visitor: str, expected: dict[str, str]
+) -> None:
+    asked = list(routes(app))
+    assert {owner for *_, owner in asked} == set(expected)
+    for method, path, owner in asked:
+        if path != "/logout":
+            assert verdict(clients[visitor], method, path) == expected[owner], f"{method} {path}"
+    if visitor != "admin":
+        assert traces(app) == [0, 0, 1]
+
+
+@on_sqlite
+def test_nothing_is_changed_without_a_token_whoever_asks(app: Flask, clients: dict[str, FlaskClient]) -> None:
+    app.config["WTF_CSRF_ENABLED"] = True
+    changing = [(method, path) for method, path, _ in routes(app) if method not in ONLY_READ]
+    assert len(changing) >= 10
+    for method, path in changing:
+        for visitor, client in clients.items():
+            response = client.open(path, method=method, data={"quantity": "1", "name": "Nat"})
+            assert response.status_code == 400, f"{visitor}: {method} {path}"
+            assert "Please go back, reload and try again." in response.text
+    assert traces(app) == [0, 0, 1]
+
+
+def traces(app: Flask) -> list[int | None]:
+    """How many messages, audit entries and admins there are."""
+    counted = (
+        select(func.count()).select_from(messages),
+        select(func.count(AuditEntry.id)),
+        select(func.count(User.id)).where(User.is_admin),
+    )
+    with app.app_context():
+        return [db.session.scalar(each) for each in counted]
+
+
+@on_sqlite
+def test_an_admins_route_refuses_every_method_before_its_view(clients: dict[str, FlaskClient]) -> None:
+    for method in ("GET", "HEAD", "OPTIONS"):
+        assert clients["stranger"].open("/admin/users", method=method).status_code == 302
+        assert clients["customer"].open("/admin/users", method=method).status_code == 403

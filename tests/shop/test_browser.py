@@ -1,0 +1,154 @@
+"""The shop in a real browser, mostly on a phone's narrow screen."""
+
+import shutil
+from collections.abc import Iterator
+
+import pytest
+from sqlalchemy import select
+from support.databases import PASSWORD
+from support.fleet import wait_until
+from support.servers import served
+
+from models import Book, User, db
+from tests.background.dashboard.test_browser import violations
+
+CHROMIUM = shutil.which("chromium")
+GAVE_UP = "net::ERR_ABORTED"  # by the browser itself, as it went on to another page
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on the PATH (apt install chromium)"),
+]
+
+
+@pytest.fixture
+def address(app) -> Iterator[str]:
+    """Where a server of the app answers, with the forms' tokens on."""
+    app.config["WTF_CSRF_ENABLED"] = True
+    with served(app) as address:
+        yield address
+
+
+@pytest.fixture
+def complaints() -> list[str]:
+    """What the browser wrote to its console, and what it was refused."""
+    return []
+
+
+@pytest.fixture
+def page(address, complaints):
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(base_url=address, viewport={"width": 390, "height": 844})
+        page.set_default_timeout(30_000)
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("requestfailed", lambda request: complaints.extend([request.url] * (request.failure != GAVE_UP)))
+        yield page
+        browser.close()
+
+
+def assert_usable(page) -> None:
+    """It fits screens of several widths, and everybody can read and use it."""
+    page.wait_for_load_state("load")
+    for width in (1024, 768, 390):
+        page.set_viewport_size({"width": width, "height": 844})
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, page.url
+    assert violations(page) == [], page.url
+
+
+def press(page, name: str) -> None:
+    """The button or link of that name in the page's content."""
+    main = page.get_by_role("main")
+    main.get_by_role("button", name=name, exact=True).or_(main.get_by_role("link", name=name)).first.click()
+
+
+def test_a_new_reader_registers_logs_in_and_orders_and_the_admin_sees_it(
+    app, manager, page, make_user, outbox, complaints
+):
+    make_user(email="admin@example.com", is_admin=True)
+    make_user(email="a.very.long.address.of.some.reader@a.department.of.a.company.example.com", name="N" * 120)
+    with app.app_context():
+        db.session.add(Book(title="Middlemarch", author="George Eliot", price_cents=1250, stock=2))
+        db.session.commit()
+
+    page.goto("/")
+    assert_usable(page)
+    press(page, "See the books")
+    assert_usable(page)
+    press(page, "Middlemarch")
+    press(page, "Log in and order")
+    press(page, "Register")
+    assert_usable(page)
+    page.get_by_label("Name").fill("Nat")
+    page.get_by_label("E-mail").fill("Nat@Example.com")
+    page.get_by_label("Password", exact=True).fill(PASSWORD)
+    page.get_by_label("Password again").fill(PASSWORD)
+    press(page, "Register")
+    log_in(page, "nat@example.com")
+
+    page.get_by_label("Quantity").fill("2")
+    press(page, "Order")
+    page.get_by_text("Thank you, your order is placed.").wait_for()
+    page.get_by_text("being processed").wait_for()
+    assert_usable(page)
+    manager.start()
+    wait_until(lambda: outbox.exists() and len(list(outbox.glob("*.eml"))) == 2, "the mails")
+    page.reload()
+    page.get_by_text("confirmed").wait_for()
+    assert_usable(page)
+    press(page, "Middlemarch")
+    page.get_by_text("sold out").wait_for()
+    assert_usable(page)
+
+    page.get_by_role("button", name="Log out").click()
+    page.get_by_role("link", name="Log in").click()
+    log_in(page, "admin@example.com")
+    page.get_by_role("link", name="Users", exact=True).click()
+    assert_usable(page)
+    page.get_by_label("Search by the beginning of the e-mail or name").fill("nat")
+    page.get_by_label("Status").select_option("Active")
+    press(page, "Search")
+    page.get_by_text("nat@example.com").wait_for()
+    assert_usable(page)
+    press(page, "Send a password link to Nat")
+    page.get_by_text("A password link is on its way").wait_for()
+    page.get_by_role("link", name="Audit").click()
+    page.get_by_text("admin.send_password_link").wait_for()
+    assert_usable(page)
+    page.get_by_role("link", name="My account").click()
+    page.get_by_text("Last login").wait_for()
+    assert_usable(page)
+
+    assert complaints == []
+    with app.app_context():
+        user = db.session.scalars(select(User).where(User.email == "nat@example.com")).one()
+        assert [order.quantity for order in user.orders] == [2]
+
+
+def log_in(page, email: str) -> None:
+    page.get_by_label("E-mail").fill(email)
+    page.get_by_label("Password").fill(PASSWORD)
+    press(page, "Log in")
+    page.get_by_role("button", name="Log out").wait_for()
+
+
+def test_the_shop_is_used_by_keyboard_alone(app, page, make_user, complaints):
+    make_user(email="nat@example.com")
+    page.goto("/login")
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.textContent") == "Skip to the content"
+    page.keyboard.press("Enter")
+    page.keyboard.press("Tab")
+    page.keyboard.type("nat@example.com")
+    page.keyboard.press("Tab")
+    page.keyboard.type(PASSWORD)
+    page.keyboard.press("Enter")
+    page.get_by_role("button", name="Log out").wait_for()
+    page.wait_for_load_state()  # what loads may take the focus
+    page.get_by_role("button", name="Log out").focus()
+    page.keyboard.press("Enter")
+    page.get_by_text("You are logged out.").wait_for()
+    assert complaints == []

@@ -1,0 +1,103 @@
+"""The commands that fill a database."""
+
+import re
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from flask import Flask
+from flask.testing import FlaskCliRunner
+from sqlalchemy import Engine, text
+from support.databases import settings
+
+from app import create_app
+from models import User, UserRepository, db
+
+
+def count(engine: Engine, condition: str = "true") -> int:
+    with engine.connect() as connection:
+        return int(connection.execute(text(f"SELECT count(*) FROM users WHERE {condition}")).scalar_one())
+
+
+def test_demo_adds_so_many_users_a_tenth_of_them_stale(runner: FlaskCliRunner, engine: Engine) -> None:
+    result = runner.invoke(args=["demo", "--users", "1000"])
+    assert result.exit_code == 0, result.output
+    assert count(engine) == 1000
+    assert 0 < count(engine, "last_login_at IS NULL") < 300
+    users = UserRepository(db.session)
+    assert users.update_inactive_user_statuses(datetime.now(UTC) - timedelta(days=30)) == 100
+    user = db.session.get(User, 1)
+    assert user is not None
+    assert user.created_at < datetime.now(UTC)
+    assert not user.check_password("!")
+    db.session.remove()
+
+
+def test_demo_can_be_run_again(runner: FlaskCliRunner, engine: Engine) -> None:
+    for number in (10, 25):
+        result = runner.invoke(args=["demo", "--users", str(number)])
+        assert result.exit_code == 0, result.output
+    assert count(engine) == 35
+    with engine.connect() as connection:
+        assert connection.execute(text("SELECT count(*) FROM books")).scalar_one() == 12
+
+
+def test_demo_refuses_a_nonsense_number_in_one_sentence(runner: FlaskCliRunner, engine: Engine) -> None:
+    for number in ("0", "-3", "many", "1.5", "1000000000000", "9" * 5_000, "", "²"):
+        result = runner.invoke(args=["demo", f"--users={number}"])
+        assert result.exit_code == 1
+        assert result.output == f"Error: --users is {number!r}; expected a whole number from 1 to 100000000.\n"
+    assert count(engine) == 0
+
+
+def test_init_db_makes_the_admin_once_and_shows_the_password_once(runner: FlaskCliRunner, engine: Engine) -> None:
+    first, second = (runner.invoke(args=["init-db"]) for _ in range(2))
+    assert (first.exit_code, second.exit_code) == (0, 0), first.output + second.output
+    found = re.search(r"the password (\S+) ", first.output)
+    assert found
+    assert "exists already" in second.output
+    admin = UserRepository(db.session).by_email("admin@localhost")
+    assert admin is not None
+    assert admin.is_admin
+    assert admin.check_password(found[1])
+    assert count(engine) == 1
+    db.session.remove()
+
+
+def test_init_db_makes_an_admin_of_ones_own_and_takes_the_rights_of_the_demo_shops_away(
+    runner: FlaskCliRunner, engine: Engine, make_user: Callable[..., User]
+) -> None:
+    make_user(email="admin@example.com", is_admin=True)
+    result = runner.invoke(args=["init-db", "--admin", " You@Your.Shop"])
+    assert result.exit_code == 0, result.output
+    assert "The admin is you@your.shop, the password" in result.output
+    assert "The demo shop's admin@example.com is no longer an admin." in result.output
+    assert count(engine, "is_admin AND email = 'you@your.shop'") == count(engine, "is_admin") == 1
+
+
+def test_init_db_takes_no_address_that_is_none_the_demo_shops_or_a_customers(
+    runner: FlaskCliRunner, engine: Engine, make_user: Callable[..., User]
+) -> None:
+    make_user(email="admin@example.com", is_admin=True)
+    make_user(email="nat@example.com")
+    for given, complaint in [
+        ("", "expected an e-mail address of yours"),
+        ("me", "expected an e-mail address of yours"),
+        ("Admin@example.com", "expected an e-mail address of yours"),
+        ("nat@example.com", "has an account that is not an admin's"),
+    ]:
+        result = runner.invoke(args=["init-db", "--admin", given])
+        assert result.exit_code == 1
+        assert complaint in result.output
+    assert count(engine) == 2
+    assert count(engine, "is_admin") == 1
+
+
+@pytest.mark.parametrize("command", ["init-db", "demo"])
+def test_a_command_says_how_to_make_a_missing_schema(tmp_path: Path, command: str) -> None:
+    app: Flask = create_app(settings(f"sqlite:///{tmp_path / 'missing.sqlite'}"))
+    result = app.test_cli_runner().invoke(args=[command])
+    assert result.exit_code == 1
+    assert "does not exist. Make it with `flask db upgrade`." in result.output
+    assert not (tmp_path / "missing.sqlite").exists()

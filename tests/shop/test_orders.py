@@ -1,0 +1,233 @@
+"""Placed orders are settled by the workers: each once, and never more than there is."""
+
+import threading
+from collections.abc import Callable, Iterator
+from email import message_from_bytes
+from email.policy import default
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import svcs
+from flask import Flask
+from flask.testing import FlaskClient
+from sqlalchemy import Engine, event, select, text, update
+from support.databases import close, on_postgresql, on_sqlite, settings
+from support.fleet import in_threads, wait_until
+
+from app import create_app
+from background import BackgroundWorkerManager, current_workers
+from background.database.tables import message_errors, messages
+from mail import Mailer
+from models import Book, Order, OrderRepository, db
+
+Make = Callable[..., Any]
+
+
+@pytest.fixture
+def place(app: Flask, make_user: Make) -> Callable[..., int]:
+    """Place an order as the shop does, and have a message for it; its id."""
+    user = make_user(email="nat@example.com", name="Nat")
+
+    def place(book_id: int, quantity: int = 1, times: int = 1) -> int:
+        with app.app_context():
+            order_id = OrderRepository(db.session).place(user.id, book_id, quantity)
+            for _ in range(times):
+                current_workers.enqueue("orders", {"order": order_id})
+            db.session.commit()
+        assert order_id is not None
+        return order_id
+
+    return place
+
+
+@pytest.fixture
+def other(app: Flask, database_url: str, outbox: Path) -> Iterator[BackgroundWorkerManager]:
+    """Another instance of the shop on the same database, with the same outbox."""
+    other = create_app(settings(database_url))
+    svcs.flask.register_factory(other, Mailer, lambda: Mailer(None, "shop@example.com", outbox))
+    yield other.extensions["background_workers"]
+    close(other)
+
+
+def statuses(app: Flask) -> list[str]:
+    with app.app_context():
+        return list(db.session.scalars(select(Order.status).order_by(Order.id)))
+
+
+def stock_of(app: Flask, book_id: int) -> int:
+    with app.app_context():
+        return db.session.get_one(Book, book_id).stock
+
+
+def queue(app: Flask) -> list[tuple[str, str]]:
+    """The topic and state of every message."""
+    with app.app_context():
+        return [tuple(row) for row in db.session.execute(select(messages.c.topic, messages.c.state))]
+
+
+def settle_and_commit(app: Flask, orders: list[int]) -> list[int]:
+    with app.app_context():
+        settled = OrderRepository(db.session).settle(orders)
+        db.session.commit()
+        return settled
+
+
+def wait_until_all_is_done(app: Flask) -> None:
+    wait_until(lambda: {state for _, state in queue(app)} <= {"done", "dead"}, "every message")
+    with app.app_context():
+        assert list(db.session.scalars(select(message_errors.c.error))) == []
+
+
+def subjects(outbox: Path) -> list[str]:
+    mails = outbox.glob("*.eml")  # not the drafts, which come and go
+    return sorted(message_from_bytes(path.read_bytes(), policy=default)["Subject"] for path in mails)
+
+
+def test_an_order_is_confirmed_takes_the_stock_and_is_mailed_about(
+    app: Flask,
+    client: FlaskClient,
+    manager: BackgroundWorkerManager,
+    make_user: Make,
+    login: Make,
+    make_book: Make,
+    outbox: Path,
+) -> None:
+    login(client, make_user(email="nat@example.com"))
+    book_id = make_book(stock=5)
+    client.post(f"/books/{book_id}", data={"quantity": "2"})
+    assert (statuses(app), stock_of(app, book_id)) == (["received"], 5)
+    manager.start()
+    wait_until(lambda: subjects(outbox), "the mail")
+    wait_until_all_is_done(app)
+    assert (statuses(app), stock_of(app, book_id)) == (["confirmed"], 3)
+    assert subjects(outbox) == ["Your order 1: confirmed"]
+    assert "confirmed" in client.get("/orders").text
+
+
+def test_an_order_that_comes_too_late_is_sold_out_and_mailed_about(
+    app: Flask, manager: BackgroundWorkerManager, make_book: Make, place: Make, outbox: Path
+) -> None:
+    book_id = make_book(stock=5)
+    for quantity in (4, 2, 1):
+        place(book_id, quantity)
+    manager.start()
+    wait_until_all_is_done(app)
+    assert (statuses(app), stock_of(app, book_id)) == (["confirmed", "sold out", "confirmed"], 0)
+    assert subjects(outbox) == ["Your order 1: confirmed", "Your order 2: sold out", "Your order 3: confirmed"]
+
+
+def test_two_instances_sell_what_there_is_and_no_more(
+    app: Flask,
+    manager: BackgroundWorkerManager,
+    other: BackgroundWorkerManager,
+    make_book: Make,
+    place: Make,
+    outbox: Path,
+) -> None:
+    """In both orders of the books and each order twice, so that who is careless is stuck or sells too much."""
+    first, second = make_book(stock=20), make_book(stock=13)
+    for index in range(60):
+        place((first, second, second, first)[index % 4], 1 + index % 3, times=2)
+    manager.start()
+    other.start()
+    wait_until_all_is_done(app)
+    with app.app_context():
+        sold = select(Order.book_id, Order.quantity).where(Order.status == "confirmed")
+        taken = list(db.session.execute(sold))
+    for book_id, stock in ((first, 20), (second, 13)):
+        left = stock - sum(quantity for book, quantity in taken if book == book_id)
+        assert left == stock_of(app, book_id) == 0
+    assert statuses(app).count("received") == 0
+    assert len(subjects(outbox)) == 60
+
+
+def test_an_order_that_many_settle_at_once_takes_its_books_once(app: Flask, make_book: Make, place: Make) -> None:
+    book_id = make_book(stock=5)
+    order_id = place(book_id, 2)
+
+    settled = in_threads(*[partial(settle_and_commit, app, [order_id])] * 6)
+    assert sorted(settled) == [[]] * 5 + [[order_id]]
+    assert stock_of(app, book_id) == 3
+
+
+@on_postgresql
+def test_who_settles_orders_holds_no_book_while_it_waits_for_one_before_it(
+    app: Flask, engine: Engine, make_book: Make, place: Make
+) -> None:
+    """So two batches that name the same books in opposite order cannot wait for each other."""
+    first, second = make_book(), make_book()
+    orders = [place(second), place(first)]
+    thread = threading.Thread(target=settle_and_commit, args=(app, orders))
+    with engine.begin() as holder:
+        holder.execute(update(Book).where(Book.id == first).values(stock=5))
+        thread.start()
+        is_waiting = text("SELECT count(*) FROM pg_locks WHERE NOT granted")
+        with engine.connect() as connection:
+            wait_until(lambda: connection.scalar(is_waiting), "the wait")
+            assert connection.scalar(select(Book.id).where(Book.id == second).with_for_update(nowait=True)) == second
+    thread.join()
+    assert statuses(app) == ["confirmed", "confirmed"]
+
+
+@on_postgresql
+def test_who_places_an_order_is_not_held_up_by_those_who_settle_others(
+    app: Flask, make_book: Make, place: Make
+) -> None:
+    book_id = make_book()
+    order_id = place(book_id)
+    with app.app_context():
+        OrderRepository(db.session).settle([order_id])
+        with app.app_context():
+            db.session.execute(text("SET LOCAL lock_timeout = '5s'"))
+            assert OrderRepository(db.session).place(1, book_id, 1)
+            db.session.rollback()
+        db.session.rollback()
+
+
+def test_a_request_that_fails_leaves_neither_order_nor_message(
+    app: Flask, client: FlaskClient, make_user: Make, login: Make, make_book: Make
+) -> None:
+    login(client, make_user())
+    book_id = make_book()
+
+    def fail(_session: Any) -> None:
+        raise ZeroDivisionError
+
+    event.listen(db.session, "before_commit", fail)
+    try:
+        with pytest.raises(ZeroDivisionError):
+            client.post(f"/books/{book_id}", data={"quantity": "1"})
+    finally:
+        event.remove(db.session, "before_commit", fail)
+    assert (statuses(app), queue(app)) == ([], [])
+
+
+@on_sqlite
+def test_an_order_that_is_gone_is_passed_over(
+    app: Flask, manager: BackgroundWorkerManager, make_book: Make, place: Make, outbox: Path
+) -> None:
+    book_id = make_book(stock=5)
+    gone, kept = place(book_id), place(book_id)
+    with app.app_context():
+        db.session.delete(db.session.get_one(Order, gone))
+        db.session.commit()
+    manager.start()
+    wait_until_all_is_done(app)
+    assert (statuses(app), stock_of(app, book_id)) == (["confirmed"], 4)
+    assert subjects(outbox) == [f"Your order {kept}: confirmed"]
+
+
+@on_sqlite
+def test_a_message_that_names_no_order_does_not_keep_its_neighbours(
+    app: Flask, manager: BackgroundWorkerManager, make_book: Make, place: Make, outbox: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(manager.topics["orders"], "max_attempts", 1)
+    place(make_book())
+    with app.app_context():
+        current_workers.enqueue("orders", {"ordre": 1})
+        db.session.commit()
+    manager.start()
+    wait_until(lambda: sorted(queue(app)) == [("mail", "done"), ("orders", "dead"), ("orders", "done")])
+    assert statuses(app) == ["confirmed"]

@@ -1,0 +1,552 @@
+"""The shop's pages and JSON, asked for as a browser asks, on both databases."""
+
+import re
+from datetime import UTC, datetime, timedelta
+from html import unescape
+from io import BytesIO
+
+import pytest
+from flask import Flask
+from sqlalchemy import Engine, select
+from support.databases import PASSWORD, PASSWORD_METHOD, on_sqlite
+from support.fleet import at_once, statements
+
+from models import Book, Order, User, db
+
+# ---- Helpers
+
+
+@pytest.fixture
+def reader(client, make_user, login):
+    """A user who is logged in with `client`."""
+    user = make_user(email="reader@example.com", name="Reader")
+    login(client, user)
+    return user
+
+
+@pytest.fixture
+def admin(client, make_user, login):
+    user = make_user(email="admin@example.com", name="Admin", is_admin=True)
+    login(client, user)
+    return user
+
+
+def text_of(response) -> str:
+    """What a reader sees of the page, in one line."""
+    return " ".join(unescape(re.sub(r"<[^>]*>", " ", response.text)).split())
+
+
+def user_of(app, email: str) -> User | None:
+    with app.app_context():
+        return db.session.scalar(select(User).where(User.email == email))
+
+
+def stock_of(app, book_id: int) -> int:
+    with app.app_context():
+        return db.session.get_one(Book, book_id).stock
+
+
+def orders_of(app) -> list[Order]:
+    with app.app_context():
+        return list(db.session.scalars(select(Order).order_by(Order.id)))
+
+
+def register(client, **fields):
+    form = {"name": "Nat", "email": "nat@example.com", "password": PASSWORD, "repeated": PASSWORD} | fields
+    return client.post("/register", data=form)
+
+
+def log_in(client, email: str, password: str = PASSWORD, target: str = ""):
+    query = {"next": target} if target else None
+    return client.post("/login", query_string=query, data={"email": email, "password": password})
+
+
+def walk(client, path: str, pattern: str) -> list[str]:
+    """Every match of the pattern on the page and all those that its `Next page` leads to."""
+    found: list[str] = []
+    while path:
+        page = client.get(path)
+        assert page.status_code == 200
+        found += re.findall(pattern, page.text)
+        link = re.search(r'rel="next" href="([^"]*)"', page.text)
+        path = unescape(link[1]) if link else ""
+    return found
+
+
+# ---- Home
+
+
+@on_sqlite
+def test_the_home_page_says_where_to_watch_the_worker(client):
+    text = text_of(client.get("/"))
+    assert "PassiveUserCheckerWorker" in text
+    assert "have not logged in for 30 days" in text
+    for place in ("The log output", "The passive users", "flask workers list"):
+        assert place in text
+
+
+def test_the_home_page_asks_the_database_nothing_for_a_stranger(app, client):
+    with statements(Engine) as asked:
+        assert client.get("/").status_code == 200
+    assert asked == []
+
+
+# ---- Register
+
+
+def test_registering_makes_an_active_user_with_a_lower_case_email_and_a_scrypt_hash(app, client, monkeypatch):
+    monkeypatch.setattr(User, "password_method", PASSWORD_METHOD)
+    response = register(client, name="  Nat ", email=" Nat@Example.COM ")
+    assert response.location == "/login"
+    user = user_of(app, "nat@example.com")
+    assert (user.name, user.status, user.is_admin, user.last_login_at) == ("Nat", "active", False, None)
+    assert user.password_hash.startswith("scrypt:32768:8:1$")
+
+
+def test_of_those_who_register_one_email_at_once_one_gets_the_account_and_all_the_same_answer(app):
+    responses = at_once(6, lambda index: register(app.test_client(), name=f"Nat {index}"))
+    assert {(response.status_code, response.location) for response in responses} == {(302, "/login")}
+    with app.app_context():
+        [name] = db.session.scalars(select(User.name))
+    assert re.fullmatch(r"Nat \d", name)
+
+
+def test_what_the_database_could_not_keep_is_a_form_error(app, client):
+    for field, value, complaint in [
+        ("name", "", "This field is required."),
+        ("name", "   ", "This field is required."),
+        ("name", "Nat\0", "leave out control characters"),
+        ("name", "Nat\nBcc: everyone", "leave out control characters"),
+        ("name", "N" * 121, "longer than 120 characters"),
+        ("name", "N" * 400_000, "longer than 120 characters"),
+        ("email", "nobody", "Invalid email address."),
+        ("email", "nat\0@example.com", "leave out control characters"),
+        ("email", "n" * 400_000 + "@example.com", "longer than 254 characters"),
+        ("password", "short", "use 8 to 128 characters"),
+        ("password", "p" * 400_000, "use 8 to 128 characters"),
+        ("repeated", "correct house", "The two passwords differ."),
+    ]:
+        response = register(client, **{field: value})
+        assert response.status_code == 200
+        assert complaint in text_of(response), (field, value[:20])
+    assert user_of(app, "nat@example.com") is None
+
+
+def test_what_is_too_long_for_an_email_is_not_looked_at_any_closer(client):
+    complaints = text_of(register(client, email="n" * 400_000 + "@example.com"))
+    assert "longer than 254 characters" in complaints
+    assert "Invalid email address." not in complaints
+
+
+def test_a_name_may_be_in_any_script_and_is_shown_as_text(app, client):
+    register(client, name="<b>Ңąţ</b> 🙂")
+    log_in(client, "nat@example.com")
+    page = client.get("/account")
+    assert 'value="&lt;b&gt;Ңąţ&lt;/b&gt; 🙂"' in page.text
+
+
+@on_sqlite
+def test_an_uploaded_file_or_json_is_no_text_of_a_field(client):
+    file = (BytesIO(b"Nat"), "name.txt")
+    assert client.post("/register", data={"name": file}).status_code == 200
+    for json in ([1], {"name": 5}, "text"):
+        assert client.post("/register", json=json).status_code == 200
+
+
+@on_sqlite
+def test_a_megabyte_is_refused_before_it_is_read(client):
+    assert register(client, name="N" * 1_000_000).status_code == 413
+
+
+# ---- Log in and out
+
+
+def test_logging_in_records_the_time_and_makes_a_passive_user_active(app, client, make_user):
+    long_ago = datetime.now(UTC) - timedelta(days=90)
+    make_user(email="nat@example.com", status="passive", last_login_at=long_ago)
+    before = datetime.now(UTC)
+    assert log_in(client, "NAT@example.com ").location == "/"
+    user = user_of(app, "nat@example.com")
+    assert user.status == "active"
+    assert before <= user.last_login_at <= datetime.now(UTC)
+
+
+def test_a_wrong_password_and_an_unknown_email_give_the_same_answer(app, client, make_user):
+    make_user(email="nat@example.com")
+    wrong = log_in(client, "nat@example.com", "wrong horse")
+    unknown = log_in(client, "tan@example.com")
+    assert "do not belong together" in text_of(wrong)
+    assert wrong.text.replace("nat@", "") == unknown.text.replace("tan@", "")
+    assert user_of(app, "nat@example.com").last_login_at is None
+
+
+def test_logging_in_with_a_nul_is_a_form_error(client):
+    assert "leave out control characters" in text_of(log_in(client, "nat\0@example.com"))
+
+
+@on_sqlite
+def test_logging_in_leads_to_the_page_that_was_asked_for(client, make_user):
+    make_user(email="nat@example.com")
+    asked = client.get("/orders?after=7")
+    assert asked.status_code == 302
+    response = client.post(asked.location, data={"email": "nat@example.com", "password": PASSWORD})
+    assert response.location == "/orders?after=7"
+
+
+@on_sqlite
+def test_logging_in_never_leads_to_another_host(client, make_user):
+    make_user(email="nat@example.com")
+    for target in [
+        "https://evil.example/",
+        "//evil.example/",
+        "/\\evil.example/",
+        "\\\\evil.example/",
+        "/\t/evil.example/",
+        "/\n/evil.example/",
+        " //evil.example/",
+        "javascript:alert(1)",
+        "orders",
+    ]:
+        assert log_in(client, "nat@example.com", target=target).location == "/", target
+        client.post("/logout")
+
+
+@on_sqlite
+def test_registering_keeps_the_page_that_was_asked_for(client):
+    form = {"name": "Nat", "email": "nat@example.com", "password": PASSWORD, "repeated": PASSWORD}
+    response = client.post("/register", query_string={"next": "/books/3"}, data=form)
+    assert response.location == "/login?next=/books/3"
+
+
+@on_sqlite
+def test_logging_out_takes_a_post(client, reader):
+    assert client.get("/logout").status_code == 405
+    assert client.get("/account").status_code == 200
+    assert client.post("/logout").location == "/"
+    assert client.get("/account").location == "/login?next=%2Faccount"
+
+
+# ---- My account
+
+
+@on_sqlite
+def test_my_account_shows_the_status_and_the_last_login(client, make_user):
+    make_user(email="nat@example.com", status="passive")
+    log_in(client, "nat@example.com")
+    text = text_of(client.get("/account"))
+    assert "Status active" in text
+    assert re.search(r"Last login \d\d \w{3} \d{4}, \d\d:\d\d UTC", text)
+
+
+def test_a_user_can_change_the_name_and_nothing_else(app, client, reader):
+    client.post("/account", data={"name": " New Name ", "is_admin": "1", "status": "passive"})
+    user = user_of(app, "reader@example.com")
+    assert (user.name, user.is_admin, user.status) == ("New Name", False, "active")
+
+
+def test_a_name_with_a_nul_is_not_taken(app, client, reader):
+    assert "leave out control" in text_of(client.post("/account", data={"name": "N\0"}))
+    assert user_of(app, "reader@example.com").name == "Reader"
+
+
+# ---- The catalogue
+
+
+def test_the_catalogue_is_searched_by_title_and_author(client, make_book):
+    make_book(title="Middlemarch", author="George Eliot")
+    make_book(title="Beloved", author="Toni Morrison")
+    make_book(title="100% Wool", author="A_B")
+    for text, titles in {
+        "middle": ["Middlemarch"],
+        "MORRISON": ["Beloved"],
+        "0%": ["100% Wool"],
+        "a_b": ["100% Wool"],
+        "%": ["100% Wool"],
+        " ": ["100% Wool", "Beloved", "Middlemarch"],
+        "nothing": [],
+    }.items():
+        page = client.get("/books", query_string={"q": text})
+        assert re.findall(r'<a href="/books/\d+">([^<]*)</a>', page.text) == titles, text
+
+
+def test_paging_shows_every_book_once_the_newest_first(client, make_book):
+    ids: list[str] = []
+    for number in (0, 19, 20, 21, 45):
+        ids += [str(make_book(title=f"Book {index}")) for index in range(len(ids), number)]
+        assert walk(client, "/books", r'<a href="/books/(\d+)">') == ids[::-1]
+
+
+@on_sqlite
+def test_paging_keeps_the_search(client, make_book):
+    for index in range(50):
+        make_book(title=("Odd & odd" if index % 2 else "Even") + f" {index}")
+    titles = walk(client, "/books?q=odd+%26", r'<a href="/books/\d+">([^<]*)</a>')
+    assert titles == [f"Odd &amp; odd {index}" for index in range(49, 0, -2)]
+
+
+def test_a_search_that_no_database_should_see_is_a_form_error(client, admin):
+    for path in ("/books", "/admin/users"):
+        for query in ("q=%00", "q=" + "x" * 101):
+            page = client.get(f"{path}?{query}")
+            assert page.status_code == 200
+            assert "invalid-feedback" in page.text, query
+
+
+def test_a_nonsense_start_is_the_first_page(client, make_book, admin):
+    book_id = make_book()
+    for start in ["x", "-1", "0", "1e3", "9" * 30, "9" * 5000, "%00", "²", "name:", "email:0", "name:²:x"]:
+        assert f'href="/books/{book_id}"' in client.get(f"/books?after={start}").text, start
+        assert client.get(f"/orders?after={start}").status_code == 200, start
+        assert "admin@example.com" in client.get(f"/admin/users?after={start}").text, start
+
+
+def test_a_book_that_is_not_there_is_not_found(client):
+    for book_id in ["0", "-1", "7", "2147483647", "2147483648", "9" * 30, "x"]:
+        assert client.get(f"/books/{book_id}").status_code == 404, book_id
+        assert client.get(f"/api/books/{book_id}").status_code == 404, book_id
+
+
+# ---- Orders
+
+
+def test_an_order_keeps_the_price_of_its_moment_and_is_being_processed(app, client, reader, make_book):
+    book_id = make_book(stock=5, price_cents=1250)
+    assert client.post(f"/books/{book_id}", data={"quantity": "2"}).location == "/orders"
+    [order] = orders_of(app)
+    assert (order.user_id, order.book_id, order.quantity, order.price_cents, order.status) == (
+        reader.id,
+        book_id,
+        2,
+        1250,
+        "received",
+    )
+    text = text_of(client.get("/orders"))
+    assert "Thank you, your order is placed. We will confirm it by e-mail." in text
+    assert re.search(r"Middlemarch 2 €25.00 .* being processed", text)
+
+
+def test_the_orders_page_says_what_became_of_each(app, client, reader, make_book):
+    book_id = make_book()
+    with app.app_context():
+        for status in ("received", "placed", "confirmed", "sold out"):
+            db.session.add(Order(user_id=reader.id, book_id=book_id, quantity=1, price_cents=900, status=status))
+        db.session.commit()
+    found = re.findall(r'data-label="Status">([^<]*)<', client.get("/orders").text)
+    assert found == ["sold out", "confirmed", "confirmed", "being processed"]
+
+
+def test_more_than_the_stock_cannot_be_ordered(app, client, reader, make_book):
+    book_id = make_book(stock=2)
+    response = client.post(f"/books/{book_id}", data={"quantity": "3"})
+    assert "Only 2 left: please order fewer." in text_of(response)
+    assert stock_of(app, book_id) == 2
+    assert orders_of(app) == []
+
+
+def test_a_book_that_is_sold_out_says_so(app, client, reader, make_book):
+    book_id = make_book(stock=0)
+    assert "sold out" in text_of(client.get("/books"))
+    assert 'name="quantity"' not in client.get(f"/books/{book_id}").text
+    response = client.post(f"/books/{book_id}", data={"quantity": "1"})
+    assert "Sorry, this book has just been sold out." in text_of(response)
+    assert orders_of(app) == []
+
+
+@on_sqlite
+def test_a_quantity_is_a_number_from_1_to_100(app, client, reader, make_book):
+    book_id = make_book(stock=500)
+    for quantity in ["", "0", "-1", "101", "1.5", "two", "9" * 30, "9" * 5000, "\0"]:
+        response = client.post(f"/books/{book_id}", data={"quantity": quantity})
+        assert response.status_code == 200
+        assert "invalid-feedback" in response.text, quantity
+    assert stock_of(app, book_id) == 500
+
+
+@on_sqlite
+def test_a_stranger_who_orders_logs_in_and_is_back_at_the_book(app, client, make_user, make_book):
+    book_id = make_book()
+    make_user(email="nat@example.com")
+    response = client.post(f"/books/{book_id}", data={"quantity": "1"})
+    assert orders_of(app) == []
+    response = client.post(response.location, data={"email": "nat@example.com", "password": PASSWORD})
+    assert response.location == f"/books/{book_id}"
+
+
+def test_a_book_that_is_not_there_cannot_be_ordered(app, client, reader):
+    assert client.post("/books/7", data={"quantity": "1"}).status_code == 404
+    assert orders_of(app) == []
+
+
+def test_my_orders_are_mine_alone_the_newest_first(app, client, reader, make_user, make_book):
+    other = make_user(email="other@example.com")
+    book_id = make_book(stock=100)
+    with app.app_context():
+        for index in range(45):
+            for user, price in ((reader, 100 + index), (other, 900)):
+                db.session.add(Order(user_id=user.id, book_id=book_id, quantity=1, price_cents=price))
+        db.session.commit()
+    totals = walk(client, "/orders", r"€(\d\.\d\d)")
+    assert totals == [f"{(100 + index) / 100:.2f}" for index in range(44, -1, -1)]
+
+
+# ---- The admin's users
+
+
+@on_sqlite
+def test_only_an_admin_sees_the_users(client, make_user, login):
+    asked = client.get("/admin/users?status=passive")
+    assert asked.location == "/login?next=%2Fadmin%2Fusers%3Fstatus%3Dpassive"
+    assert client.options("/admin/users").location.startswith("/login?")
+    login(client, make_user(email="nat@example.com"))
+    assert client.get("/admin/users").status_code == 403
+    assert "Users" not in text_of(client.get("/"))
+
+
+def test_the_admin_filters_users_by_status_and_searches_them(client, admin, make_user):
+    make_user(email="nat@example.com", name="Nat Turner")
+    make_user(email="pat@example.com", name="Pat Turner", status="passive")
+    make_user(email="turner@example.com", name="Zoe", status="passive")
+
+    def found(query):
+        return re.findall(r">([^<]*)@example.com<", client.get(f"/admin/users?{query}").text)
+
+    assert found("") == ["admin", "nat", "pat", "turner"]
+    assert found("status=passive") == ["pat", "turner"]
+    assert found("status=active") == ["admin", "nat"]
+    assert found("q=NAT") == ["nat"]
+    assert found("q=pat+t&status=passive") == ["pat"]
+    assert found("q=pat+t&status=active") == []
+    assert found("status=unknown") == []
+
+
+def test_paging_shows_every_user_once(client, admin, make_user):
+    for index in range(45):
+        make_user(email=f"u{index:02}@example.com", name=f"Reader {index}", status="passive")
+    for query in ("", "?status=passive", "?q=u", "?q=reader", "?q=reader&status=passive"):
+        emails = walk(client, f"/admin/users{query}", r">(u\d\d)@example.com<")
+        assert sorted(emails) == [f"u{index:02}" for index in range(45)], query
+
+
+# ---- JSON
+
+
+def test_the_books_are_there_as_json_page_by_page(client, make_book):
+    ids = [make_book(title=f"Book {index}") for index in range(45)]
+    found, path = [], "/api/books?q=book"
+    while path:
+        answer = client.get(path).json
+        found += [book["id"] for book in answer["books"]]
+        path = answer["next"]
+    assert found == ids[::-1]
+
+
+@on_sqlite
+def test_a_book_is_there_as_json(client, make_book):
+    book_id = make_book(description="Long.", isbn="9780141439549")
+    assert client.get(f"/api/books/{book_id}").json == {
+        "id": book_id,
+        "title": "Middlemarch",
+        "author": "George Eliot",
+        "isbn": "9780141439549",
+        "description": "Long.",
+        "price_cents": 1250,
+        "stock": 5,
+    }
+
+
+@on_sqlite
+def test_an_error_below_api_is_json(client):
+    missing = client.get("/api/books/7")
+    assert (missing.status_code, missing.json["error"]) == (404, "Not Found")
+    wrong = client.get("/api/books?q=%00")
+    assert (wrong.status_code, wrong.json["message"]) == (400, "q: Please leave out control characters.")
+    assert set(client.post("/api/books").allow) == {"GET", "HEAD", "OPTIONS"}
+
+
+# ---- Errors, and what holds for every page
+
+
+@on_sqlite
+def test_an_error_has_a_page_with_a_sentence(client, reader):
+    for path, code, sentence in [
+        ("/nowhere", 404, "There is no such page."),
+        ("/logout", 405, "This page does not take requests of that kind."),
+        ("/admin/users", 403, "You may not see this page."),
+    ]:
+        response = client.get(path)
+        assert response.status_code == code
+        assert sentence in text_of(response)
+        assert "My account" in text_of(response)
+
+
+@on_sqlite
+def test_a_host_that_is_none_is_a_bad_request(client):
+    for host in ("a..b", "x" * 64):
+        assert client.get("/", headers={"Host": host}).status_code == 400, host
+
+
+def test_a_fault_of_ours_has_a_page_even_without_a_database(app, client, reader):
+    app.config["PROPAGATE_EXCEPTIONS"] = False
+    with app.app_context():
+        db.drop_all()
+    response = client.get("/orders")
+    assert response.status_code == 500
+    assert "Something went wrong on our side." in text_of(response)
+
+
+PAGES = [
+    *("/", "/books", "/books/1", "/login", "/register", "/account", "/account/password", "/account/reset/x", "/orders"),
+    *("/admin/users", "/admin/audit", "/nowhere"),
+]
+
+
+@on_sqlite
+def test_no_page_has_an_inline_script_or_style_or_a_foreign_address(client, admin, make_book):
+    assert make_book() == 1
+    for path in PAGES:
+        html = client.get(path).text
+        assert not re.search(r"<script|<style|\sstyle=|\son\w+=|javascript:", html), path
+        assert not re.search(r"""(src|href|action)=["'](https?:)?//""", html), path
+
+
+def test_a_page_costs_as_many_queries_for_many_rows_as_for_one(app, client, admin, make_user, make_book):
+    def queries(path):
+        with statements(Engine) as asked:
+            assert client.get(path).status_code == 200
+        return len(asked)
+
+    def add_an_order_of_a_new_book(index):
+        book_id = make_book(title=f"Book {index}")
+        user = make_user(email=f"u{index}@example.com")
+        client.post(f"/admin/users/{user.id}/make-admin")
+        client.post(f"/books/{book_id}", data={"quantity": "1"})
+
+    paths = ["/", "/books", "/api/books", "/orders", "/account", "/admin/users", "/admin/users?q=u", "/admin/audit"]
+    add_an_order_of_a_new_book(0)
+    client.get("/orders")
+    with_one_row = {path: queries(path) for path in paths}
+    for index in range(1, 15):
+        add_an_order_of_a_new_book(index)
+    client.get("/orders")
+    assert {path: queries(path) for path in paths} == with_one_row
+    assert max(with_one_row.values()) <= 3
+
+
+def test_a_session_of_a_user_who_cannot_be_is_a_strangers(client):
+    for user_id in ("x", "-1", "9" * 40):
+        with client.session_transaction() as session:
+            session["_user_id"] = user_id
+        assert client.get("/account").status_code == 302, user_id
+
+
+@on_sqlite
+def test_a_form_by_plain_http_where_sessions_need_https_is_told_so(
+    app: Flask, caplog: pytest.LogCaptureFixture
+) -> None:
+    app.config.update(WTF_CSRF_ENABLED=True, SESSION_COOKIE_SECURE=True)
+    answer = app.test_client().post("/login", data={"email": "a@example.com", "password": "b"})
+    assert answer.status_code == 400
+    assert "This shop is to be visited by HTTPS" in answer.text
+    assert "PROXIES=1" in caplog.text
+    by_https = app.test_client().post("/login", base_url="https://localhost", data={"email": "a@example.com"})
+    assert "HTTPS" not in by_https.text

@@ -1,0 +1,423 @@
+"""The schema: what the migrations make, and what a start says of a database that is not ready."""
+
+import logging
+import os
+import re
+import sqlite3
+import stat
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from alembic import command
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from flask import Flask
+from sqlalchemy import URL, Connection, Engine, create_engine, inspect, make_url, text
+from sqlalchemy.pool import NullPool
+from support.databases import administer, dispose, settings
+
+import demo
+from app import create_app
+from background.database.dialects.sqlite import prepare
+from background.errors import DatabaseNotReady
+from migrations import schema
+from models import User, db
+
+ROOT = Path(__file__).parents[2]
+HEAD = "0006"
+
+
+@contextmanager
+def app_context(database_url: str, **more: Any) -> Iterator[Flask]:
+    app = create_app(settings(database_url, **more))
+    with app.app_context():
+        try:
+            yield app
+        finally:
+            db.session.remove()
+            dispose()
+
+
+def tables(engine: Engine) -> set[str]:
+    return set(inspect(engine).get_table_names())
+
+
+def definitions(connection: Connection) -> list[str]:
+    """Every table, column, index and constraint, as the engine itself writes them down."""
+    if connection.dialect.name == "sqlite":
+        rows = connection.execute(text("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL"))
+    else:
+        rows = connection.execute(
+            text(
+                "SELECT indexdef FROM pg_indexes WHERE schemaname = 'public' "
+                "UNION ALL SELECT conrelid::regclass || ' ' || conname || ' ' || pg_get_constraintdef(oid)"
+                " FROM pg_constraint WHERE connamespace = 'public'::regnamespace "
+                "UNION ALL SELECT concat_ws(' ', table_name, column_name, data_type, character_maximum_length,"
+                " collation_name, is_nullable, column_default)"
+                " FROM information_schema.columns WHERE table_schema = 'public'"
+            )
+        )
+    parts = [re.split(r"\s*,\s*|\s*\n\s*", row[0]) for row in rows if "alembic_version" not in row[0]]
+    return sorted(" ".join(sorted(some)) for some in parts)
+
+
+@pytest.mark.filterwarnings("ignore:.*expression-based")  # SQLite's: the next test compares those
+def test_the_migrations_make_what_the_models_say(engine: Engine) -> None:
+    with engine.connect() as connection:
+        context = MigrationContext.configure(connection)
+        assert compare_metadata(context, db.metadata) == []
+
+
+def test_create_all_makes_the_same_schema_as_the_migrations(empty_database_url: str) -> None:
+    with app_context(empty_database_url):
+        db.create_all()
+        with db.engine.begin() as connection:
+            by_the_models = definitions(connection)
+            db.metadata.drop_all(connection)
+        schema.upgrade()
+        with db.engine.connect() as connection:
+            assert definitions(connection) == by_the_models
+
+
+def test_a_downgrade_leaves_nothing_and_an_upgrade_brings_it_back(engine: Engine) -> None:
+    before = tables(engine)
+    command.downgrade(schema._config(), "base")
+    assert tables(engine) == {"alembic_version"}
+    schema.upgrade()
+    assert tables(engine) == before
+
+
+def test_a_failed_migration_leaves_nothing_half_done(empty_database_url: str) -> None:
+    def fail(connection: Connection) -> None:
+        raise ZeroDivisionError
+
+    with app_context(empty_database_url):
+        with pytest.raises(ZeroDivisionError):
+            schema.upgrade(fail)
+        assert tables(db.engine) == set()
+
+
+def test_a_database_with_the_schema_is_ready(app: Flask) -> None:
+    with app.app_context():
+        demo.ensure_ready()
+
+
+def test_a_database_without_a_schema_names_the_command(empty_postgresql_url: str, tmp_path: Path) -> None:
+    empty_file = tmp_path / "empty.sqlite"
+    empty_file.touch()
+    for url in (empty_postgresql_url, f"sqlite:///{empty_file}"):
+        with app_context(url), pytest.raises(DatabaseNotReady, match=r"has no schema.*`flask db upgrade`"):
+            demo.ensure_ready()
+
+
+def test_a_database_behind_the_migrations_names_both_revisions(
+    app: Flask, engine: Engine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    release_a_migration(tmp_path, monkeypatch)
+    with pytest.raises(DatabaseNotReady, match=rf"revision {HEAD}, behind this release's 9000.*`flask db upgrade`"):
+        demo.ensure_ready()
+    schema.upgrade()
+    demo.ensure_ready()
+
+
+def release_a_migration(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the release have a revision 9000 that adds a table."""
+    versions = folder / "versions"
+    versions.mkdir()
+    (versions / "9000_more.py").write_text(
+        textwrap.dedent(f"""
+            import sqlalchemy as sa
+            from alembic import op
+            revision, down_revision = "9000", "{HEAD}"
+            def upgrade():
+                op.create_table("more", sa.Column("id", sa.Integer, primary_key=True))
+        """)
+    )
+    original = schema._config
+
+    def config() -> Any:
+        made = original()
+        here = ROOT / "migrations" / "versions"
+        made.set_main_option("version_locations", f"{here}{os.pathsep}{versions}")
+        return made
+
+    monkeypatch.setattr(schema, "_config", config)
+
+
+def test_a_database_ahead_of_the_migrations_is_only_warned_about(
+    engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    with caplog.at_level(logging.WARNING):
+        demo.ensure_ready()
+    assert f"revision 9999, which this release ({HEAD}) does not know" in caplog.text
+
+
+def test_tables_that_create_all_made_are_enough_to_start(
+    empty_database_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with app_context(empty_database_url):
+        db.create_all()
+        with caplog.at_level(logging.WARNING):
+            demo.ensure_ready()
+        assert "no record of its migrations; `flask db stamp head`" in caplog.text
+
+
+def test_some_tables_without_a_record_of_migrations_are_not_touched(empty_database_url: str) -> None:
+    with app_context(empty_database_url):
+        db.create_all()
+        db.metadata.tables["background_workers"].drop(db.engine)
+        with pytest.raises(DatabaseNotReady, match=r"no record of its migrations, and lacks background_workers"):
+            demo.ensure_ready()
+
+
+def test_the_check_does_not_create_a_missing_sqlite_file(tmp_path: Path) -> None:
+    path = tmp_path / "missing.sqlite"
+    with app_context(f"sqlite:///{path}"), pytest.raises(DatabaseNotReady, match=r"does not exist.*`flask db upgrade`"):
+        demo.ensure_ready()
+    assert not path.exists()
+
+
+def test_a_file_that_is_no_database_is_called_so(tmp_path: Path) -> None:
+    path = tmp_path / "text.sqlite"
+    path.write_text("this is no database " * 1000)
+    with app_context(f"sqlite:///{path}"), pytest.raises(DatabaseNotReady, match=r"expected a SQLite database"):
+        demo.ensure_ready()
+
+
+def test_a_missing_postgresql_database_names_createdb(postgresql_server: URL) -> None:
+    url = postgresql_server.set(database="nowhere").render_as_string(hide_password=False)
+    with app_context(url), pytest.raises(DatabaseNotReady, match=r"does not exist.*`createdb -h .* nowhere`"):
+        demo.ensure_ready()
+
+
+def test_an_unreachable_server_is_called_so_without_the_password() -> None:
+    with app_context("postgresql://shop:hunter2@127.0.0.1:1/shop"), pytest.raises(DatabaseNotReady) as raised:
+        demo.ensure_ready()
+    message = str(raised.value)
+    assert "shop:***@127.0.0.1:1/shop" in message
+    assert "cannot be reached" in message
+    assert "refused" in message
+    assert "hunter2" not in message
+    assert raised.value.__suppress_context__
+
+
+def test_a_wrong_password_is_called_so_without_the_password(postgresql_server: URL) -> None:
+    asked = password_is_asked_for(postgresql_server)
+    with asked as url, app_context(url), pytest.raises(DatabaseNotReady) as raised:
+        demo.ensure_ready()
+    message = str(raised.value)
+    assert "password authentication failed" in message
+    assert "hunter2" not in message
+
+
+@contextmanager
+def password_is_asked_for(server: URL) -> Iterator[str]:
+    """Let the running server ask one role for a password, by its own access file."""
+    administer(server, "CREATE ROLE careful LOGIN PASSWORD 'right'")
+    access = Path(file_of(server, "hba_file"))
+    original = access.read_text()
+    access.write_text("local all careful scram-sha-256\n" + original)
+    administer(server, "SELECT pg_reload_conf()")
+    yield server.set(username="careful", password="hunter2").render_as_string(hide_password=False)
+    access.write_text(original)
+    administer(server, "SELECT pg_reload_conf()", "DROP ROLE careful")
+
+
+def file_of(server: URL, setting: str) -> str:
+    with create_engine(server, poolclass=NullPool).connect() as connection:
+        return str(connection.scalar(text(f"SHOW {setting}")))
+
+
+# The embedded database, in processes of their own.
+
+
+PREPARE = """
+import multiprocessing, sys
+from app import create_app
+from demo import ensure_ready
+
+app = create_app({"SECRET_KEY": "test"})
+
+number = int(sys.argv[1])
+context = multiprocessing.get_context("fork")  # nothing is opened yet, no thread runs: as under gunicorn --preload
+barrier = context.Barrier(number)
+
+def member():
+    barrier.wait()
+    with app.app_context():
+        ensure_ready()
+
+members = [context.Process(target=member) for _ in range(number)]
+for process in members:
+    process.start()
+for process in members:
+    process.join()
+sys.exit(any(process.exitcode for process in members))
+"""
+
+
+@pytest.fixture
+def fresh_clone(tmp_path: Path) -> Path:
+    """A folder that runs the shop's code, with an instance folder of its own."""
+    clone = tmp_path / "clone"
+    clone.mkdir()
+    for path in ROOT.glob("*.py"):
+        (clone / path.name).write_text(path.read_text())
+    for name in ("background", "migrations", "templates", "static"):
+        if (ROOT / name).exists():
+            (clone / name).symlink_to(ROOT / name)
+    return clone
+
+
+def start(clone: Path, program: str, *arguments: str) -> subprocess.Popen[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "DATABASE_URL"}
+    return subprocess.Popen(
+        [sys.executable, "-c", program, *arguments],
+        cwd=clone,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def prepare_at_once(clone: Path, number: int) -> tuple[str, str]:
+    """What so many processes say that prepare it at the same instant, and what they complain of."""
+    process = start(clone, PREPARE, str(number))
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    return out, errors
+
+
+def ask(clone: Path, question: str) -> Any:
+    connection = sqlite3.connect(clone / "instance" / "bookstore.sqlite")
+    answer = connection.execute(question).fetchone()[0]
+    connection.close()
+    return answer
+
+
+def test_a_new_file_is_read_by_nobody_else_on_the_machine_and_one_that_is_there_stays_as_it_is(tmp_path: Path) -> None:
+    for name, mode in (("new.sqlite", 0o600), ("there.sqlite", 0o640)):
+        path = tmp_path / name
+        if name == "there.sqlite":
+            path.touch()
+            path.chmod(mode)
+        with app_context(f"sqlite:///{path}"):
+            schema.upgrade()
+            found = {each.name: stat.S_IMODE(each.stat().st_mode) for each in tmp_path.glob(f"{name}*")}
+        assert found == dict.fromkeys((name, f"{name}-shm", f"{name}-wal"), mode)
+
+
+@pytest.mark.parametrize("url", ["sqlite://", "sqlite:///file:other?mode=memory&uri=true"])
+def test_a_database_that_is_no_file_makes_none(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    engine = create_engine(url, poolclass=NullPool)
+    prepare(engine)
+    with engine.connect():
+        assert not list(tmp_path.iterdir())
+    engine.dispose()
+
+
+def test_four_processes_at_once_prepare_the_embedded_shop_once_and_it_is_left_as_it_is(fresh_clone: Path) -> None:
+    out, errors = prepare_at_once(fresh_clone, 4)
+    assert out.count("the password") == 1
+    assert "the password" not in errors
+    assert ask(fresh_clone, "SELECT count(*) FROM books") == 12
+    assert ask(fresh_clone, "SELECT count(*) FROM users") == 11
+    found = re.search(r"admin@example.com, the password (\S+) ", out)
+    assert found
+    with app_context(f"sqlite:///{fresh_clone / 'instance' / 'bookstore.sqlite'}"):
+        admin = db.session.scalars(db.select(User).where(User.email == "admin@example.com")).one()
+        assert admin.is_admin
+        assert admin.check_password(found[1])
+        other = db.session.scalars(db.select(User).where(User.email == "user1@example.com")).one()
+        assert not other.check_password("!")
+    before = (fresh_clone / "instance" / "bookstore.sqlite").read_bytes()
+    out, _ = prepare_at_once(fresh_clone, 1)
+    assert "password" not in out
+    assert (fresh_clone / "instance" / "bookstore.sqlite").read_bytes() == before
+
+
+def test_a_process_killed_while_it_prepares_leaves_nothing_half_done(fresh_clone: Path) -> None:
+    killed = start(fresh_clone, PREPARE_AND_STAND_STILL)
+    assert killed.stdout is not None
+    assert killed.stdout.readline() == "standing still\n"
+    killed.kill()
+    killed.communicate()
+    out, _ = prepare_at_once(fresh_clone, 1)
+    assert out.count("the password") == 1
+    assert ask(fresh_clone, "SELECT count(*) FROM books") == 12
+    assert ask(fresh_clone, "PRAGMA integrity_check") == "ok"
+
+
+PREPARE_AND_STAND_STILL = """
+import sys
+from sqlalchemy import event
+from app import create_app
+from demo import ensure_ready
+from models import db
+
+def stand_still(connection, cursor, statement, *_):
+    if statement.startswith("INSERT INTO users"):
+        print("standing still", flush=True)
+        sys.stdin.readline()
+
+with create_app({"SECRET_KEY": "test"}).app_context():
+    event.listen(db.engine, "before_cursor_execute", stand_still)
+    ensure_ready()
+"""
+
+
+def test_an_embedded_database_that_is_behind_is_upgraded_in_place(
+    sqlite_url: str, make_embedded: Callable[[], Flask], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    release_a_migration(tmp_path, monkeypatch)
+    with make_embedded().app_context():
+        demo.ensure_ready()
+        assert "more" in tables(db.engine)
+        assert db.session.scalar(db.select(db.func.count()).select_from(User)) == 0
+        dispose()
+
+
+@pytest.fixture
+def make_embedded(sqlite_url: str) -> Callable[[], Flask]:
+    def make() -> Flask:
+        app = create_app(settings(sqlite_url))
+        app.config["DATABASE_IS_EMBEDDED"] = True
+        return app
+
+    return make
+
+
+def test_a_password_in_the_url_is_hidden_in_every_sentence() -> None:
+    url = make_url("postgresql+psycopg://shop:hunter2@db/shop")
+    assert "hunter2" not in schema._createdb(url)
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("postgresql://reader:sekrit@127.0.0.1:1/shop", r"^Error: The database postgresql://.* cannot be reached"),
+        ("sqlite:///{folder}", r"^Error: The database file .* cannot be used"),
+        (
+            "sqlite:///{folder}/none/shop.sqlite",
+            r"^Error: The folder .*/none of the database file does not exist: make",
+        ),
+    ],
+)
+def test_migrating_a_database_that_cannot_be_used_is_a_sentence(tmp_path: Path, url: str, said: str) -> None:
+    app = create_app({"DATABASE_URL": url.format(folder=tmp_path), "SECRET_KEY": "x"})
+    result = app.test_cli_runner().invoke(args=["db", "upgrade"])
+    assert result.exit_code == 1
+    assert re.search(said, result.stderr, re.MULTILINE), result.output
+    assert "Traceback" not in result.output
+    assert "sekrit" not in result.output

@@ -1,0 +1,241 @@
+"""Passwords are guessed slowly: one count for all processes, and nobody locks anybody else out."""
+
+import multiprocessing
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from flask import Flask
+from flask.testing import FlaskClient
+from limits.storage import storage_from_string
+from sqlalchemy import select, update
+from sqlalchemy.exc import DBAPIError
+from support.databases import PASSWORD, close, on_postgresql, on_sqlite, settings
+from support.fleet import at_once
+from support.processes import MARGIN
+from werkzeug.test import TestResponse
+
+import routes
+from app import create_app
+from models import RateLimit, RateLimits, User, db
+
+context = multiprocessing.get_context("fork")  # nothing is opened yet, no thread runs: as under gunicorn --preload
+
+
+@pytest.fixture
+def nat(make_user: Callable[..., User]) -> User:
+    return make_user(email="nat@example.com")
+
+
+def log_in(
+    client: FlaskClient, password: str = "wrong", email: str = "nat@example.com", address: str = "192.0.2.1"
+) -> TestResponse:
+    origin = {"REMOTE_ADDR": address}
+    return client.post("/login", data={"email": email, "password": password}, environ_overrides=origin)
+
+
+def codes(client: FlaskClient, times: int, **more: Any) -> list[int]:
+    return [log_in(client, **more).status_code for _ in range(times)]
+
+
+def counts(app: Flask) -> list[int]:
+    with app.app_context():
+        return list(db.session.scalars(select(RateLimit.hits).order_by(RateLimit.hits)))
+
+
+# ---- Logging in
+
+
+@pytest.mark.usefixtures("nat")
+def test_the_eleventh_wrong_password_is_not_looked_at_and_neither_is_a_right_one(client: FlaskClient) -> None:
+    assert codes(client, 12) == [200] * 10 + [429] * 2
+    response = log_in(client, PASSWORD)
+    assert response.status_code == 429
+    assert "tried too often from where you are. Please wait for 10 minutes, then try again." in response.text
+    assert 500 < int(response.headers["Retry-After"]) <= 601
+
+
+@pytest.mark.usefixtures("nat")
+@on_sqlite
+def test_nobody_locks_an_account_for_its_owner_elsewhere_or_other_accounts_here(client: FlaskClient) -> None:
+    assert codes(client, 11)[-1] == 429
+    assert log_in(client, email="pat@example.com").status_code == 200
+    assert log_in(client, PASSWORD, address="192.0.2.2").status_code == 302
+
+
+@pytest.mark.usefixtures("nat")
+@on_sqlite
+def test_an_account_is_the_same_however_its_email_is_written(client: FlaskClient) -> None:
+    assert codes(client, 10) == [200] * 10
+    assert log_in(client, email=" NAT@Example.com ").status_code == 429
+
+
+@on_sqlite
+def test_fifty_wrong_passwords_are_enough_for_one_network(client: FlaskClient) -> None:
+    found = [log_in(client, email=f"{index // 5}@example.com").status_code for index in range(51)]
+    assert found == [200] * 50 + [429]
+
+
+@on_sqlite
+@pytest.mark.usefixtures("nat")
+def test_a_network_is_an_address_or_what_a_visitor_has_of_ipv6(client: FlaskClient) -> None:
+    for one, same, other in [
+        ("2001:db8::1", "2001:db8::ffff:1", "2001:db8:0:1::1"),
+        ("::ffff:192.0.2.7", "192.0.2.7", "::ffff:192.0.2.8"),
+        ("", "unix:", "192.0.2.9"),
+    ]:
+        assert codes(client, 10, address=one) == [200] * 10
+        assert [log_in(client, address=address).status_code for address in (same, other)] == [429, 200], one
+
+
+@pytest.mark.usefixtures("nat")
+def test_logging_in_rightly_costs_nothing(app: Flask, client: FlaskClient) -> None:
+    assert codes(client, 3) == [200] * 3
+    for _ in range(12):
+        assert log_in(client, PASSWORD).status_code == 302
+        client.post("/logout")
+    assert counts(app) == [3, 3]
+
+
+@pytest.mark.usefixtures("nat")
+def test_of_many_guesses_at_once_no_more_are_looked_at_than_one_after_the_other(app: Flask) -> None:
+    found = sorted(at_once(16, lambda _: log_in(app.test_client()).status_code))
+    assert found == [200] * 10 + [429] * 6
+
+
+@on_postgresql
+def test_processes_share_one_count(app: Flask, database_url: str) -> None:
+    children = [context.Process(target=hit, args=(database_url, 40)) for _ in range(3)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(30)
+        assert child.exitcode == 0
+    assert counts(app) == [120]
+
+
+def hit(url: str, times: int) -> None:
+    app = create_app(settings(url))
+    with app.app_context():
+        for _ in range(times):
+            RateLimits().incr("LIMITER/x", 600)
+    close(app)
+
+
+# ---- What else is throttled
+
+
+@on_sqlite
+def test_registering_and_choosing_a_password_by_link_are_throttled(client: FlaskClient) -> None:
+    for path in ("/register", "/account/reset/x"):
+        assert client.get(path).status_code in (200, 404)
+        assert [client.post(path).status_code for _ in range(21)][-1] == 429
+        assert client.get(path).status_code in (200, 404)
+
+
+@on_sqlite
+def test_the_current_password_is_not_guessed_in_a_session_that_was_left_open(
+    client: FlaskClient, nat: User, login: Callable[..., None]
+) -> None:
+    login(client, nat)
+    wrong = {"current": "wrong horse", "password": PASSWORD, "repeated": PASSWORD}
+    assert [client.post("/account/password", data=wrong).status_code for _ in range(11)] == [200] * 10 + [429]
+
+
+# ---- Where it is counted
+
+
+@pytest.fixture
+def limits(app: Flask) -> Any:
+    with app.app_context():
+        yield storage_from_string("database://")
+        db.session.remove()
+
+
+def expire(key: str) -> None:
+    past = datetime.now(UTC) - timedelta(minutes=1)
+    db.session.execute(update(RateLimit).where(RateLimit.key == key).values(expires_at=past))
+    db.session.commit()
+
+
+def test_a_window_begins_with_its_first_hit_and_ends_on_the_databases_clock(limits: RateLimits) -> None:
+    assert [limits.incr("a", 600), limits.incr("a", 5), limits.incr("a", 600, amount=3)] == [1, 2, 5]
+    assert limits.get("a") == 5
+    assert 590 < limits.get_expiry("a") - time.time() <= 600.5
+    expire("a")
+    assert limits.get("a") == 0
+    assert limits.get_expiry("a") == pytest.approx(time.time(), abs=MARGIN)
+    assert limits.incr("a", 600) == 1
+
+
+def test_a_new_window_forgets_those_that_are_over(limits: RateLimits) -> None:
+    for key in ("a", "b", "c"):
+        limits.incr(key, 600)
+    expire("a")
+    expire("b")
+    limits.incr("d", 600)
+    assert sorted(db.session.scalars(select(RateLimit.key))) == ["c", "d"]
+
+
+def test_what_is_given_back_after_the_window_is_no_credit_for_the_next(limits: RateLimits) -> None:
+    limits.incr("a", 600)
+    expire("a")
+    assert limits.incr("a", 600, amount=-1) == 0
+    assert limits.incr("a", 600) == 1
+
+
+def test_counts_can_be_cleared(limits: RateLimits) -> None:
+    limits.incr("a", 600)
+    limits.incr("b", 600)
+    limits.clear("a")
+    assert (limits.get("a"), limits.get("b"), limits.check()) == (0, 1, True)
+    assert limits.reset() == 1
+    assert limits.get("b") == 0
+
+
+def test_a_count_is_kept_whatever_becomes_of_the_request(limits: RateLimits) -> None:
+    db.session.execute(select(RateLimit.key)).all()
+    limits.incr("a", 600)
+    db.session.rollback()
+    assert limits.get("a") == 1
+
+
+def test_many_windows_that_begin_and_end_at_once_wait_for_nobody(app: Flask) -> None:
+    def begin(index: int) -> None:
+        with app.app_context():
+            for number in range(20):
+                RateLimits().incr(f"{(index + number) % 7}", 600)
+                if number % 5 == 0:
+                    expire(f"{number % 7}")
+
+    at_once(4, begin)
+    assert len(counts(app)) <= 7
+
+
+def test_a_database_that_does_not_answer_lets_nobody_guess(app: Flask, client: FlaskClient) -> None:
+    with app.app_context():
+        RateLimit.__table__.drop(db.engine)
+    with pytest.raises(DBAPIError):
+        log_in(client)
+    app.config["PROPAGATE_EXCEPTIONS"] = False
+    assert log_in(client).status_code == 500
+
+
+@on_sqlite
+@pytest.mark.parametrize(
+    ("address", "known_as"),
+    [
+        ("192.0.2.7", "192.0.2.7"),
+        ("192.0.2.7:4711", "192.0.2.7"),
+        ("::ffff:192.0.2.7", "192.0.2.7"),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
+        ("[2001:db8:1:2:3:4:5:6]:4711", "2001:db8:1:2::/64"),
+        ("nonsense", "nowhere"),
+        ("", "nowhere"),
+    ],
+)
+def test_a_visitor_is_known_by_the_network_however_a_proxy_writes_it(app: Flask, address: str, known_as: str) -> None:
+    with app.test_request_context(environ_base={"REMOTE_ADDR": address}):
+        assert routes.network() == known_as

@@ -1,0 +1,250 @@
+"""What the engine's tests share: instances on one database, in this process or others, and what their runs leave."""
+
+import multiprocessing
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from typing import Any
+
+from flask import Flask
+from sqlalchemy import Column, Engine, Integer, MetaData, String, Table, event, insert, select, update
+from support.databases import close, settings
+from support.processes import PATIENCE, eventually
+
+from app import create_app
+from background import BackgroundWorkerManager, PeriodicWorker, WorkerContext
+from background.database import tables
+from background.worker import AnyWorker
+from models import db
+
+HOUR = timedelta(hours=1)
+
+effects = Table(
+    "effects",
+    MetaData(),
+    Column("id", Integer, primary_key=True),
+    Column("key", String(300), nullable=False),
+    Column("note", String(100), nullable=False),
+    Column("unique", Integer, unique=True),
+)
+
+
+def effect(context: WorkerContext, note: object = "") -> None:
+    """An effect of the run in its own session: kept if and only if the run's commit is."""
+    context.session.execute(insert(effects).values(key=context.idempotency_key, note=str(note)))
+
+
+class Hourly(PeriodicWorker):
+    """A worker that leaves one effect per run; the tests' workers are its children."""
+
+    period = HOUR
+    run_on_first_start = True
+
+    def do_work(self, context: WorkerContext) -> None:
+        effect(context)
+
+
+def make_app(database_url: str, *workers: AnyWorker, **config: Any) -> Flask:
+    """The application with `workers` only, and with a quick pulse."""
+    quick = {"WORKERS_HEARTBEAT_SECONDS": 0.1, "WORKERS_LEASE_SECONDS": 2, "WORKERS_SHUTDOWN_SECONDS": 10}
+    app = create_app(settings(database_url, **quick | config))
+    manager: BackgroundWorkerManager = app.extensions["background_workers"]
+    for worker in (*manager.workers.values(), *manager.topics.values()):
+        manager.remove(worker.name)
+    for worker in workers:
+        manager.add(worker)
+    return app
+
+
+class Fleet:
+    """Applications on one database; each is an instance of its own. All are stopped at the end of the test."""
+
+    def __init__(self, database_url: str) -> None:
+        self.database_url = database_url
+        self.apps: list[Flask] = []
+        app = self.app()
+        with app.app_context():
+            self.engine: Engine = db.engine
+            effects.metadata.create_all(self.engine)
+
+    def app(self, *workers: AnyWorker, **config: Any) -> Flask:
+        self.apps.append(make_app(self.database_url, *workers, **config))
+        return self.apps[-1]
+
+    def manager(self, *workers: AnyWorker, **config: Any) -> BackgroundWorkerManager:
+        manager: BackgroundWorkerManager = self.app(*workers, **config).extensions["background_workers"]
+        return manager
+
+    def command(self, *arguments: object) -> list[str]:
+        """This file, run in another process with `arguments`; see `main`."""
+        return [sys.executable, "-m", "fleet", self.database_url, *map(str, arguments)]
+
+    def close(self) -> None:
+        stop(*self.apps)
+
+    def enqueue(self, topic: str, *payloads: Any, **more: Any) -> list[int | None]:
+        """Enqueue through the latest of the apps."""
+        app = self.apps[-1]
+        with app.app_context():
+            ids = [app.extensions["background_workers"].enqueue(topic, payload, **more) for payload in payloads]
+            db.session.commit()
+        return ids
+
+    def messages(self) -> list[Any]:
+        with self.engine.connect() as connection:
+            return list(connection.execute(select(tables.messages).order_by(tables.messages.c.id)).all())
+
+    def errors(self) -> list[Any]:
+        with self.engine.connect() as connection:
+            return list(connection.execute(select(tables.message_errors).order_by(tables.message_errors.c.id)).all())
+
+    # -- what is in the database -----------------------------------------------------------------
+
+    def effects(self) -> list[str]:
+        """The notes that the runs left, in order."""
+        with self.engine.connect() as connection:
+            return list(connection.scalars(select(effects.c.note).order_by(effects.c.id)))
+
+    def keys(self) -> list[str]:
+        with self.engine.connect() as connection:
+            return list(connection.scalars(select(effects.c.key).order_by(effects.c.id)))
+
+    def executions(self, name: str | None = None) -> list[Any]:
+        query = select(tables.executions).order_by(tables.executions.c.id)
+        if name:
+            query = query.where(tables.executions.c.worker == name)
+        with self.engine.connect() as connection:
+            return list(connection.execute(query))
+
+    def states(self, name: str | None = None) -> list[str]:
+        query = select(tables.executions.c.state).order_by(tables.executions.c.id)
+        if name:
+            query = query.where(tables.executions.c.worker == name)
+        with self.engine.connect() as connection:
+            return list(connection.scalars(query))
+
+    def row(self, name: str) -> Any:
+        with self.engine.connect() as connection:
+            return connection.execute(select(tables.workers).where(tables.workers.c.name == name)).one()
+
+    def set(self, name: str, **columns: Any) -> None:
+        """Set columns of a worker's row, as if the fleet had been there before."""
+        with self.engine.begin() as connection:
+            connection.execute(update(tables.workers).where(tables.workers.c.name == name).values(**columns))
+
+    def take_over(self, name: str) -> None:
+        """Somebody else holds the worker from now on: the token moves on."""
+        token = tables.workers.c.token + 1
+        self.set(name, token=token, running=token)
+
+
+def states(fleet: Fleet) -> list[str]:
+    """Of the messages, in their order."""
+    with fleet.engine.connect() as connection:
+        return list(connection.scalars(select(tables.messages.c.state).order_by(tables.messages.c.id)))
+
+
+def stop(*apps: Flask) -> None:
+    """Stop their workers, and see the threads end."""
+    for app in apps:
+        app.extensions["background_workers"].stop()
+    wait_until(lambda: not [t for t in threading.enumerate() if t.name.startswith("workers-")], "the threads' end")
+    close(*apps)  # and what a late thread opened again
+
+
+def last_hour() -> datetime:
+    return datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
+
+
+def wait_until(is_true: Callable[[], Any], what: str = "it") -> Any:
+    """Poll the database (which sends no events) until `is_true()`; what that returned."""
+    found = eventually(is_true, pause=0.02)  # in this process a look is cheap
+    assert found, f"waited {PATIENCE} s in vain until {what} happened"
+    return found
+
+
+@contextmanager
+def statements(engine: Engine | type[Engine]) -> Iterator[list[str]]:
+    """The statements that `engine` executes within the block; of `Engine` itself those of every one."""
+    seen: list[str] = []
+
+    def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        seen.append(statement)
+
+    event.listen(engine, "before_cursor_execute", note)
+    try:
+        yield seen
+    finally:
+        event.remove(engine, "before_cursor_execute", note)
+
+
+def in_threads(*functions: Callable[[], Any]) -> list[Any]:
+    """Call the functions at the same instant, each in a thread; their results in order."""
+    results: list[Any] = [None] * len(functions)
+    barrier = threading.Barrier(len(functions))
+
+    def call(number: int) -> None:
+        barrier.wait()
+        results[number] = functions[number]()
+
+    threads = [threading.Thread(target=call, args=(number,)) for number in range(len(functions))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+    return results
+
+
+def at_once(number: int, work: Callable[[int], Any]) -> list[Any]:
+    """The results of `work(0)` to `work(number - 1)`, begun at the same instant."""
+    return in_threads(*[partial(work, index) for index in range(number)])
+
+
+def main(database_url: str, name: str, at: str, processes: str = "1") -> None:
+    """So many new processes run the same tick at the same instant; each prints what became of it."""
+    manager: BackgroundWorkerManager = make_app(database_url, *WORKERS).extensions["background_workers"]
+    if processes == "1":
+        print(manager.tick(name, datetime.fromisoformat(at)))
+        return
+    context = multiprocessing.get_context("fork")  # nothing is opened yet, no thread runs: as under gunicorn --preload
+    barrier = context.Barrier(int(processes))
+
+    def member() -> None:
+        barrier.wait()
+        execution = manager.tick(name, datetime.fromisoformat(at))
+        os.write(1, f"{execution.state if execution else None}\n".encode())
+        manager.stop()
+
+    members = [context.Process(target=member) for _ in range(int(processes))]
+    for process in members:
+        process.start()
+    for process in members:
+        process.join()
+
+
+class Shared(Hourly):
+    """What the processes of `main` run."""
+
+
+class StuckAtTheEnd(Hourly):
+    """Does everything, and is stuck between its last effect and the commit of "succeeded"."""
+
+    def do_work(self, context: WorkerContext) -> None:
+        effect(context)
+        session = context.session
+
+        @event.listens_for(session, "before_commit")
+        def hang(_session: object) -> None:
+            session.flush()
+            print("working", flush=True)
+            threading.Event().wait()
+
+
+WORKERS = (Shared, StuckAtTheEnd)
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
