@@ -37,8 +37,8 @@ from .errors import (
     first_line,
 )
 from .history.executions import History
-from .history.instances import Roster
-from .history.messages import Mailbox
+from .history.instances import InstanceHistory
+from .history.messages import MessageHistory
 from .history.why import Answer, why
 from .host import forks
 from .host import stop_signals as hearing
@@ -60,7 +60,7 @@ from .stores import Stores
 from .worker import AnyWorker, MessageWorker, PeriodicWorker
 
 if TYPE_CHECKING:
-    from .process.supervisor import Membership
+    from .process.supervisor import Supervisor
 
 log = logger_of(__name__)
 
@@ -80,7 +80,7 @@ class BackgroundWorkerManager:
         self._before_start: list[Callable[[], None]] = []
         self._checks: list[Callable[[], None]] = []
         self._lock = threading.RLock()
-        self._membership: Membership | None = None
+        self._supervisor: Supervisor | None = None
         self._started_in = self._served_in = 0  # process ids: a fork inherits the rest, but not the threads
         if app is not None and db is not None:
             self.init_app(app, db)
@@ -126,8 +126,8 @@ class BackgroundWorkerManager:
 
     def begin_anew(self) -> None:
         """In a fork: it has none of the threads that keep its parent in the fleet, and must not use its connections."""
-        forks.begin_anew(self.db, self._engines, self.ticks, self._membership)
-        self._lock, self._membership = threading.RLock(), None
+        forks.begin_anew(self.db, self._engines, self.ticks, self._supervisor)
+        self._lock, self._supervisor = threading.RLock(), None
         self._assemble(self.stores.outages)
 
     def _assemble(self, outages: Outages) -> None:
@@ -143,7 +143,7 @@ class BackgroundWorkerManager:
     def locks(self) -> Locks:
         """The named locks of the fleet."""
         present, prefix = partial(self.presence.present, forget=True), self.app.config["LOCK_PREFIX"]
-        return Locks(self.stores.connections.locks, self.stores.instances, present, prefix, is_stopping_within)
+        return Locks(self.stores.connections.locks, self.stores.leases, present, prefix, is_stopping_within)
 
     # -- registering ---------------------------------------------------------------------------
 
@@ -173,14 +173,14 @@ class BackgroundWorkerManager:
             self._refuse_second(worker, "topic", topic, self._topics.get(topic))
             self._refuse_second(worker, "name", worker.name, self._named(worker.name))
             self._topics[topic] = worker
-            if self._membership is not None:
-                self._membership.listen()
+            if self._supervisor is not None:
+                self._supervisor.listen()
             return
         declared_schedule(worker)
         self._refuse_second(worker, "name", worker.name, self._named(worker.name))
         self._workers[worker.name] = worker
-        if self._membership is not None:
-            self._membership.admit(worker.name)
+        if self._supervisor is not None:
+            self._supervisor.admit(worker.name)
 
     def _named(self, name: str) -> AnyWorker | None:
         topic = self.topic_of(name)
@@ -201,8 +201,8 @@ class BackgroundWorkerManager:
             return
         self._known(name)
         del self._workers[name]
-        if self._membership is not None:
-            self._membership.dismiss(name)
+        if self._supervisor is not None:
+            self._supervisor.dismiss(name)
 
     def before_start(self, callback: Callable[[], None], check: Callable[[], None] | None = None) -> None:
         """Have `callback` called (in an app context) before the workers of a serving process start.
@@ -233,8 +233,8 @@ class BackgroundWorkerManager:
 
     def threads_alive(self) -> dict[str, bool] | None:
         """Whether the threads that keep the workers going here are alive, by name; None where no workers run here."""
-        membership = self._membership
-        return membership.threads_alive() if self.is_started and membership is not None else None
+        supervisor = self._supervisor
+        return supervisor.threads_alive() if self.is_started and supervisor is not None else None
 
     def start_under_flask_run(self) -> None:
         """The last line of the factory: `serve` in the process that `flask run` serves with, and nowhere else."""
@@ -296,7 +296,7 @@ class BackgroundWorkerManager:
         with self._lock:
             if self.is_started:
                 return
-            from .process.supervisor import Membership  # brings APScheduler, for those who start
+            from .process.supervisor import Supervisor  # brings APScheduler, for those who start
 
             self._started_in = self._served_in = os.getpid()
             hearing.stop_when_told(self)
@@ -305,7 +305,7 @@ class BackgroundWorkerManager:
             if names:  # the others stay known: a run may enqueue for them
                 workers = {name: worker for name, worker in workers.items() if name in names}
                 topics = {topic: worker for topic, worker in topics.items() if worker.name in names}
-            self._membership = Membership(
+            self._supervisor = Supervisor(
                 self.app,
                 self.db,
                 self.stores,
@@ -317,7 +317,7 @@ class BackgroundWorkerManager:
                 topics,
                 self.prepare,
             )
-            self._membership.join()
+            self._supervisor.join()
 
     def tell(self) -> None:
         """Set `stopping` in every run, and begin no other: `stop` follows."""
@@ -330,11 +330,11 @@ class BackgroundWorkerManager:
     def stop(self, timeout: float | None = None) -> None:
         """Leave the fleet: tell the runs, wait until `timeout` seconds after that, and hand back the rest."""
         with self._lock:
-            if self.is_started and self._membership is not None:
+            if self.is_started and self._supervisor is not None:
                 try:
-                    self._membership.leave(self.app.config["WORKERS_SHUTDOWN_SECONDS"] if timeout is None else timeout)
+                    self._supervisor.leave(self.app.config["WORKERS_SHUTDOWN_SECONDS"] if timeout is None else timeout)
                 finally:
-                    self._started_in, self._membership = 0, None
+                    self._started_in, self._supervisor = 0, None
             self.stores.close()
 
     # -- ticking and steering ------------------------------------------------------------------
@@ -395,14 +395,14 @@ class BackgroundWorkerManager:
         worker = self._known(name)
         with self._on_its_own(f"pause({name!r})"):
             self.recovery.look(worker)
-            return self.stores.steering.pause(name)
+            return self.stores.controls.pause(name)
 
     def resume(self, name: str) -> bool:
         """Run the ticks of `name` again, from the next one. False if it was not paused. Raises as `pause` does."""
         worker = self._known(name)
         with self._on_its_own(f"resume({name!r})"):
             self.recovery.look(worker)
-            return self.stores.steering.resume(name)
+            return self.stores.controls.resume(name)
 
     def reschedule(
         self, name: str, period: timedelta | None = None, cron: str | None = None, timezone: str | None = None
@@ -416,7 +416,7 @@ class BackgroundWorkerManager:
         schedule = None if declared else make_schedule(name, period, cron, timezone)
         with self._on_its_own(f"reschedule({name!r})"):
             self.recovery.look(worker)
-            changed = self.stores.steering.reschedule(name, schedule)
+            changed = self.stores.controls.reschedule(name, schedule)
         self._look()
         return changed
 
@@ -428,7 +428,10 @@ class BackgroundWorkerManager:
         """
         with self._on_its_own("repair"):
             names = [name for name, state in self.stores.ledger.states().items() if is_ahead(state)]
-            healed = [name for name in names if self.stores.healing.worker(name)], self.stores.healing.messages()
+            healed = (
+                [name for name in names if self.stores.clock_repair.worker(name)],
+                self.stores.clock_repair.messages(),
+            )
         self._look()
         return healed
 
@@ -438,8 +441,8 @@ class BackgroundWorkerManager:
 
     def _look(self) -> None:
         """Take in at once what the others see with their next heartbeat."""
-        if self._membership is not None:
-            self._membership.refresh()
+        if self._supervisor is not None:
+            self._supervisor.refresh()
 
     # -- messages ------------------------------------------------------------------------------
 
@@ -455,7 +458,7 @@ class BackgroundWorkerManager:
         self._known_topic(topic)
         drafted, delay = draft(payload, key, self.app.config["MESSAGES_MAX_BYTES"]), as_delay(delay)
         session = self.db.session()
-        found = self.stores.messages.enqueue(session, topic, drafted, delay)
+        found = self.stores.queue.enqueue(session, topic, drafted, delay)
         if found is not None:
             self._wake_when_committed(session, topic, delay)
         return found
@@ -478,14 +481,14 @@ class BackgroundWorkerManager:
             raise InvalidMessage(f"There are {len(names)} keys for {len(each)} payloads; expected one for each.")
         drafts = [draft(payload, key, most) for payload, key in zip(each, names, strict=True)]
         session = self.db.session()
-        count = self.stores.messages.enqueue_many(session, topic, drafts, delay)
+        count = self.stores.queue.enqueue_many(session, topic, drafts, delay)
         if count:
             self._wake_when_committed(session, topic, delay)
         return count
 
     def _wake_when_committed(self, session: Session, topic: str, delay: timedelta | None) -> None:
-        if (membership := self._membership) is not None:
-            when_committed(session, f"messages:{topic}:{delay}", partial(membership.consumers.wake_after, topic, delay))
+        if (supervisor := self._supervisor) is not None:
+            when_committed(session, f"messages:{topic}:{delay}", partial(supervisor.consumers.wake_after, topic, delay))
 
     # -- locking -------------------------------------------------------------------------------
 
@@ -507,14 +510,14 @@ class BackgroundWorkerManager:
         return History(self.stores.ledger, self.roster)
 
     @property
-    def roster(self) -> Roster:
+    def roster(self) -> InstanceHistory:
         """Who is alive and who was, for people to read."""
-        return Roster(self.stores.instances)
+        return InstanceHistory(self.stores.leases)
 
     @property
-    def messages(self) -> Mailbox:
+    def messages(self) -> MessageHistory:
         """The messages, for people to read, to retry and to discard."""
-        return Mailbox(self.stores.messages, self.roster, self._topics, self._on_its_own)
+        return MessageHistory(self.stores.queue, self.roster, self._topics, self._on_its_own)
 
     def why(self, name: str, at: datetime | None = None) -> Answer:
         """Say in one sentence what happened to the tick that `at` (aware, by default now) belongs to, and why.

@@ -12,12 +12,12 @@ from .database.notifications import ring
 from .database.outages import Outages
 from .database.sessions import schema_of
 from .database.store import Store
-from .ledger.controls import Steering
-from .ledger.leases import Instances
+from .ledger.controls import Controls
+from .ledger.leases import Leases
 from .ledger.ledger import Ledger
-from .messages.queue import Messages
-from .repair.clock_ahead import Healing
-from .repair.edited_rows import Mending
+from .messages.queue import Queue
+from .repair.clock_ahead import ClockRepair
+from .repair.edited_rows import RowRepair
 
 
 class Stores:
@@ -49,33 +49,33 @@ class Stores:
         return Ledger(self.main)
 
     @made_once
-    def steering(self) -> Steering:
+    def controls(self) -> Controls:
         """Schedules and pauses."""
-        return Steering(self.ledger)
+        return Controls(self.ledger)
 
     @made_once
-    def mending(self) -> Mending:
+    def row_repair(self) -> RowRepair:
         """Rows that were changed by hand."""
-        return Mending(self.ledger)
+        return RowRepair(self.ledger)
 
     @made_once
-    def healing(self) -> Healing:
+    def clock_repair(self) -> ClockRepair:
         """Rows from a time when the database's clock was ahead."""
-        return Healing(self.main, timedelta(days=self._app.config["WORKERS_HISTORY_DAYS"]))
+        return ClockRepair(self.main, timedelta(days=self._app.config["WORKERS_HISTORY_DAYS"]))
 
     @made_once
-    def messages(self) -> Messages:
+    def queue(self) -> Queue:
         """Messages and their errors."""
-        return Messages(self.main)
+        return Queue(self.main)
 
     @made_once
-    def instances(self) -> Instances:
+    def leases(self) -> Leases:
         """Leases and heartbeats."""
-        return Instances(self.connections.heartbeats, self.lease.total_seconds())
+        return Leases(self.connections.heartbeats, self.lease.total_seconds())
 
     def write(self) -> None:
         """Change nothing, and raise the errors of a database that takes no writes."""
-        self.instances.write()
+        self.leases.write()
         if self.connections.heartbeat_file:  # on SQLite the instances are not in the main database's file
             sqlite.try_to_write(self.main.engine)
 

@@ -39,7 +39,7 @@ class Oracle:
         with engine.connect() as connection:
             ours = select(messages).where(messages.c.topic.in_(most)).order_by(messages.c.id)
             self._messages = connection.execute(ours).all()
-            self._letters = {row.id: row for row in connection.execute(select(letters))}
+            self._records = {row.id: row for row in connection.execute(select(letters))}
             self._receipts: dict[str, list[Row[Any]]] = defaultdict(list)
             for row in connection.execute(select(receipts).order_by(receipts.c.id)):
                 self._receipts[row.letter].append(row)
@@ -65,7 +65,7 @@ class Oracle:
     def _judge_letters(self, verdict: Verdict) -> None:
         """Each letter has one message and the other way round, but for those whose key somebody else's message has."""
         times, keys = Counter(self._letter_of.values()), {row.key for row in self._messages}
-        for letter in self._letters.values():
+        for letter in self._records.values():
             verdict.refused += letter.refused
             if letter.refused and (times[letter.id] or letter.key not in keys):
                 verdict.wrong += 1
@@ -76,7 +76,7 @@ class Oracle:
             elif times[letter.id] > 1:
                 verdict.twice += 1
                 verdict.violations.append(f"letter {letter.id}: {times[letter.id]} messages")
-        for letter_id in (times.keys() | self._receipts.keys()) - self._letters.keys():
+        for letter_id in (times.keys() | self._receipts.keys()) - self._records.keys():
             verdict.wrong += 1
             verdict.violations.append(f"letter {letter_id}: rolled back, and its message is there, or was handled")
 

@@ -6,7 +6,7 @@ from datetime import timedelta
 
 import click
 
-from ..history.messages import STATES, Failure, Letter, Topic
+from ..history.messages import STATES, Failure, MessageRecord, Topic
 from ..history.text import clipped, decided, indented, printable, second, span, table
 from ..manager import the_manager
 from .shared import WorkersGroup, WrongUsage, as_json_option, checked_manager, one_state, print_json, row_limit
@@ -48,16 +48,16 @@ def list_messages(topic: str | None, state: str | None, limit: str, as_json: boo
         click.echo(f"There is no message{f' of {topic}' if topic else ''}{f' that is {state}' if state else ''}.")
 
 
-def _cells(letter: Letter) -> list[str]:
+def _cells(letter: MessageRecord) -> list[str]:
     identity = [str(letter.id), letter.topic, _state(letter), str(letter.attempt or "-"), clipped(letter.key or "", 40)]
     return [*identity, second(letter.enqueued_at), clipped(letter.payload, 60), _note(letter)]
 
 
-def _state(letter: Letter) -> str:
+def _state(letter: MessageRecord) -> str:
     return f"waiting until {second(letter.due_at)}" if letter.is_delayed else letter.state
 
 
-def _note(letter: Letter) -> str:
+def _note(letter: MessageRecord) -> str:
     if letter.state == "running":
         return f"on {letter.instance_name}{', which is gone: will be taken over' if letter.is_gone else ''}"
     return "" if letter.state == "done" else letter.last_line or ""
@@ -83,7 +83,7 @@ def show(id: str, as_json: bool) -> None:
         click.echo(f"\n{_failure(failure)}")
 
 
-def _facts(letter: Letter) -> dict[str, str]:
+def _facts(letter: MessageRecord) -> dict[str, str]:
     worker = the_manager().topics.get(letter.topic)
     facts = {
         "message": str(letter.id),

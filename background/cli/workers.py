@@ -16,7 +16,7 @@ from sqlalchemy.exc import DBAPIError
 from ..errors import BackgroundError, UnknownWorker
 from ..history.condition import condition
 from ..history.overview import overview
-from ..history.records import STATES, Record, Seen
+from ..history.records import STATES, InstanceRecord, Record
 from ..history.text import EARLIEST, LATEST, ahead, moment, moment_in, printable, progress, second, silent, span, table
 from ..ledger.claim import WorkerState
 from ..manager import BackgroundWorkerManager, the_manager
@@ -117,7 +117,7 @@ def instances(as_json: bool) -> None:
         click.echo("No instance was here within a day; `flask workers run` starts one.")
 
 
-def _instance_cells(seen: Seen, holds: list[str]) -> list[str]:
+def _instance_cells(seen: InstanceRecord, holds: list[str]) -> list[str]:
     return [
         seen.name,
         seen.state,

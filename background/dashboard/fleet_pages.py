@@ -11,7 +11,7 @@ from urllib.parse import quote
 from flask import Blueprint, abort, render_template, request, url_for
 from flask.typing import ResponseReturnValue
 
-from ..history.records import STATES, Record, Seen, Window
+from ..history.records import STATES, InstanceRecord, Record, Window
 from ..history.text import moment, moment_in
 from ..ledger.leases import OFFSET_WARNED
 from ..ledger.locks import Holding
@@ -93,7 +93,7 @@ def _later(window: Window) -> str | None:
 class Holder:
     """An instance, and what it holds."""
 
-    seen: Seen
+    seen: InstanceRecord
     age: timedelta
     """Of its last heartbeat."""
     runs: list[Record]

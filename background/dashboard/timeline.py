@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 
-from ..history.records import Record, Seen, Window
+from ..history.records import InstanceRecord, Record, Window
 from ..history.text import clipped, moment, second, span
 
 AXIS, HEAD, ROW, BAR, PAD = 26, 20, 18, 12, 5  # pixels
@@ -59,7 +59,7 @@ class Lane:
     title: str
     note: str
     """The release."""
-    seen: Seen | None
+    seen: InstanceRecord | None
     y: int
     height: int
     life_x: float = 0.0
@@ -148,7 +148,7 @@ class _Scale:
         return self.window.since <= at <= self.window.until
 
 
-def _groups(window: Window) -> tuple[dict[str, tuple[Seen | None, list[Record]]], int]:
+def _groups(window: Window) -> tuple[dict[str, tuple[InstanceRecord | None, list[Record]]], int]:
     """What each lane shows, by instance, the oldest first; and how many instances have none."""
     by_instance: dict[str, list[Record]] = defaultdict(list)
     for record in window.records:
@@ -166,7 +166,7 @@ def _groups(window: Window) -> tuple[dict[str, tuple[Seen | None, list[Record]]]
 # -- lanes and bars ------------------------------------------------------------------------------
 
 
-def _lane(scale: _Scale, seen: Seen | None, records: list[Record], y: int, is_detailed: bool) -> Lane:
+def _lane(scale: _Scale, seen: InstanceRecord | None, records: list[Record], y: int, is_detailed: bool) -> Lane:
     bars = [_bar(scale, record, seen) for record in sorted(records, key=lambda record: record.began_at)]
     rows = _by_worker(bars) if is_detailed else _packed(bars)
     head = HEAD if is_detailed else PAD
@@ -184,7 +184,7 @@ def _title_of_nobody(record: Record, name: str) -> str:
     return f"{name}: it was here more than a day ago" if record.instance else "Ticks that no instance ran"
 
 
-def _alive(scale: _Scale, lane: Lane, seen: Seen) -> Lane:
+def _alive(scale: _Scale, lane: Lane, seen: InstanceRecord) -> Lane:
     """The lane with its instance's life behind the bars."""
     lost = seen.state == "lost"
     until = seen.signed_off_at or (seen.heartbeat_at if lost else scale.window.until)
@@ -206,7 +206,7 @@ def _alive(scale: _Scale, lane: Lane, seen: Seen) -> Lane:
     )
 
 
-def _bar(scale: _Scale, record: Record, seen: Seen | None) -> Bar:
+def _bar(scale: _Scale, record: Record, seen: InstanceRecord | None) -> Bar:
     began, ended = record.began_at, record.ended_at
     end_x = scale.x(ended)
     if record.state == "lost" and seen is not None:  # it was at work until then, for all that is known

@@ -50,7 +50,7 @@ workers = Table(
     metadata,
     Column("name", String(200), primary_key=True),
     # The high-water mark: no tick at or below it is ever claimed (again). Never pruned. Lowered only after the
-    # database's clock was ahead: see healing.py.
+    # database's clock was ahead: see repair/clock_ahead.py.
     Column("mark", UtcDateTime),
     # The mark before it was lowered. Ticks up to here may have run: a tick with an execution is not claimed again.
     Column("mark_ahead", UtcDateTime),

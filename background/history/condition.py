@@ -12,8 +12,8 @@ from ..ledger.leases import is_alive
 from ..ledger.ledger import is_of_claim
 from ..stores import Stores
 from ..worker import PeriodicWorker
-from .instances import Roster, Silence
-from .status import Standing, standings
+from .instances import InstanceHistory, Silence
+from .status import WorkerStatus, statuses
 from .text import second, silent, span
 
 
@@ -23,24 +23,24 @@ class Condition:
 
     silence: Silence | None
     alive: int
-    standings: list[Standing]
+    statuses: list[WorkerStatus]
     full: dict[str, int]
     """By the name of each instance whose threads are all in use: the number of these threads."""
 
     @property
     def overdue(self) -> list[str]:
         """The workers with a tick that waits although two later ticks came."""
-        return [each.name for each in self.standings if each.is_overdue]
+        return [each.name for each in self.statuses if each.is_overdue]
 
     @property
     def stuck(self) -> dict[str, str]:
         """The workers whose run will not end by itself, each with the reason."""
-        return {each.name: each.stuck for each in self.standings if each.stuck}
+        return {each.name: each.stuck for each in self.statuses if each.stuck}
 
     @property
-    def late(self) -> list[Standing]:
+    def late(self) -> list[WorkerStatus]:
         """The workers with a tick that waits longer than an instance takes to begin it."""
-        return [each for each in self.standings if each.is_late]
+        return [each for each in self.statuses if each.is_late]
 
     def problems(self) -> list[str]:
         """Return one sentence for each thing that an operator must mend."""
@@ -68,11 +68,11 @@ def condition(stores: Stores, ours: Mapping[str, type[PeriodicWorker]], threads:
     `ours` are the workers of this release, and `threads` is the number of threads of an instance.
     """
     # Read where the instances' rows are. On SQLite that is a file of its own, which can read the other rows too.
-    with single_statements(stores.instances.engine).connect() as connection:
+    with single_statements(stores.leases.engine).connect() as connection:
         alive: dict[str, str] = {row.id: row.name for row in connection.execute(_alive)}
         busy = _busy(connection)
     full = {alive[id]: count for id, count in busy.items() if id in alive and count >= threads}
-    return Condition(Roster(stores.instances).silence(), len(alive), standings(stores, ours), full)
+    return Condition(InstanceHistory(stores.leases).silence(), len(alive), statuses(stores, ours), full)
 
 
 _name = instances.c.host + ":" + cast(instances.c.pid, String)

@@ -28,7 +28,7 @@ from ..database.clock import now
 from ..database.tables import executions, workers
 from ..ledger.claim import WorkerState
 from ..ledger.ledger import Ledger, is_of_claim
-from .instances import Roster
+from .instances import InstanceHistory
 from .records import Glance, Place, Record, Surroundings, Window
 
 MOST_SEARCHED = 5_000
@@ -39,7 +39,7 @@ _HIGHEST_BIT = 2**40  # of an id
 class History:
     """Reads the rows of one database; every question is a constant number of queries, each on an index."""
 
-    def __init__(self, ledger: Ledger, roster: Roster) -> None:
+    def __init__(self, ledger: Ledger, roster: InstanceHistory) -> None:
         self._ledger, self._roster = ledger, roster
         self._reading = ledger.store.single
 

@@ -9,8 +9,8 @@ from sqlalchemy import Select, and_, func, not_, or_, select, true
 
 from ..database.clock import now, single_statements
 from ..database.tables import instances
-from ..ledger.leases import Instances, is_alive
-from .records import Seen
+from ..ledger.leases import Leases, is_alive
+from .records import InstanceRecord
 
 _MOST_GONE = 20
 _MOST_LIVED = 500
@@ -20,7 +20,7 @@ _MOST_LIVED = 500
 class Silence:
     """A fleet in which no instance is alive."""
 
-    last: Seen | None
+    last: InstanceRecord | None
     """The instance that was seen last. None if none is known."""
     clock: datetime
 
@@ -34,10 +34,10 @@ class Silence:
         return self.clock - self.since if self.since else None
 
 
-class Roster:
+class InstanceHistory:
     """Reads the rows of the instances."""
 
-    def __init__(self, rows: Instances) -> None:
+    def __init__(self, rows: Leases) -> None:
         self._reading = single_statements(rows.engine)
 
     def gone(self, ids: Collection[str]) -> set[str]:
@@ -48,13 +48,13 @@ class Roster:
         with self._reading.connect() as connection:
             return set(ids) - set(connection.execute(alive).scalars())
 
-    def seen(self) -> list[Seen]:
+    def seen(self) -> list[InstanceRecord]:
         """Those who are alive, then the latest of those who went; the newest first."""
         newest = _seen.order_by(instances.c.started_at.desc())
         with self._reading.connect() as connection:
             alive = connection.execute(newest.where(is_alive)).all()
             gone = connection.execute(newest.where(not_(is_alive)).limit(_MOST_GONE)).all()
-        return [Seen(*row) for row in (*alive, *gone)]
+        return [InstanceRecord(*row) for row in (*alive, *gone)]
 
     def silence(self) -> Silence | None:
         """Return the state of a fleet in which no instance is alive, in one read. None while an instance is alive."""
@@ -63,27 +63,27 @@ class Roster:
         one = select(now().label("clock")).subquery()
         with self._reading.connect() as connection:
             clock, *row = connection.execute(select(one.c.clock, latest).outerjoin_from(one, latest, true())).one()
-        last = None if row[0] is None else Seen(*row)
+        last = None if row[0] is None else InstanceRecord(*row)
         return None if last and last.is_alive else Silence(last, clock)
 
-    def lived(self, since: datetime, until: datetime, ids: Collection[str]) -> tuple[Seen, ...]:
+    def lived(self, since: datetime, until: datetime, ids: Collection[str]) -> tuple[InstanceRecord, ...]:
         """Those who lived between the two moments, and those of `ids`, the oldest first."""
         lived = and_(instances.c.started_at <= until, instances.c.heartbeat_at >= since)
         query = _seen.where(or_(lived, instances.c.id.in_(ids))).order_by(instances.c.started_at, instances.c.id)
         with self._reading.connect() as connection:
-            return tuple(Seen(*row) for row in connection.execute(query.limit(_MOST_LIVED)).all())
+            return tuple(InstanceRecord(*row) for row in connection.execute(query.limit(_MOST_LIVED)).all())
 
-    def alive_and_last(self) -> tuple[tuple[Seen, ...], Seen | None]:
+    def alive_and_last(self) -> tuple[tuple[InstanceRecord, ...], InstanceRecord | None]:
         """Return the living instances, oldest first, and the one that was seen last."""
         newest = instances.c.heartbeat_at.desc()
         with self._reading.connect() as connection:
             living = connection.execute(_seen.where(is_alive).order_by(instances.c.started_at)).all()
             last = connection.execute(_seen.order_by(newest).limit(1)).one_or_none()
-        return tuple(Seen(*row) for row in living), (Seen(*last) if last else None)
+        return tuple(InstanceRecord(*row) for row in living), (InstanceRecord(*last) if last else None)
 
 
 _seen: Select[Any] = select(
-    *(instances.c[field.name] for field in fields(Seen) if field.name in instances.c),
+    *(instances.c[field.name] for field in fields(InstanceRecord) if field.name in instances.c),
     -instances.c.clock_offset,
     is_alive,
 )

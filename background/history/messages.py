@@ -12,9 +12,9 @@ from sqlalchemy import Row, Select, func, literal, null, select, union_all
 from ..database.clock import elapsed, now
 from ..database.tables import LARGEST_ID, is_in, message_errors, messages
 from ..errors import UnknownMessage, UnknownTopic, error_line
-from ..messages.queue import Messages
+from ..messages.queue import Queue
 from ..worker import MessageWorker
-from .instances import Roster
+from .instances import InstanceHistory
 
 STATES = ("waiting", "running", "done", "dead", "discarded")
 _OPEN = ("waiting", "running", "dead")
@@ -39,7 +39,7 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class Letter:
+class MessageRecord:
     """One row of the messages."""
 
     id: int
@@ -118,13 +118,13 @@ class Flow:
     """Whether there were so many that the hour's number is extrapolated from the newest ones."""
 
 
-class Mailbox:
+class MessageHistory:
     """Reads the messages of one database, a constant number of queries for every question; and steers them."""
 
     def __init__(
         self,
-        messages: Messages,
-        roster: Roster,
+        messages: Queue,
+        roster: InstanceHistory,
         workers: Mapping[str, type[MessageWorker]],
         on_its_own: Callable[[str], AbstractContextManager[None]],
     ) -> None:
@@ -139,7 +139,7 @@ class Mailbox:
         limit: int = 20,
         whole: bool = False,
         before: int | None = None,
-    ) -> list[Letter]:
+    ) -> list[MessageRecord]:
         """The newest messages (of one topic, of one state, enqueued before one), newest first. Raises UnknownTopic."""
         self._refuse_unknown(topic, _is_text(topic))
         # The few that are open are found by an index of their own, however many came after them.
@@ -150,14 +150,14 @@ class Mailbox:
             newest = newest.where(is_in(state))
         if before is not None:
             newest = newest.where(messages.c.id < before)
-        found = self._found(_letters(whole).where(messages.c.id.in_(newest)).order_by(messages.c.id.desc()))
+        found = self._found(_records(whole).where(messages.c.id.in_(newest)).order_by(messages.c.id.desc()))
         self._refuse_unknown(topic, found)
         return found
 
-    def letter(self, id: int) -> tuple[Letter, list[Failure]]:
+    def letter(self, id: int) -> tuple[MessageRecord, list[Failure]]:
         """One message, and every attempt at it that failed, oldest first. Raises UnknownMessage."""
         _refuse_impossible([id])
-        found = self._found(_letters(whole=True).where(messages.c.id == id))
+        found = self._found(_records(whole=True).where(messages.c.id == id))
         if not found:
             raise UnknownMessage(id)
         columns = [message_errors.c[name] for name in Failure.__dataclass_fields__]
@@ -227,8 +227,8 @@ class Mailbox:
 
     # -- helpers -------------------------------------------------------------------------------
 
-    def _found(self, query: Select[Any]) -> list[Letter]:
-        found = [Letter(**row._mapping) for row in self._messages.read(query)]
+    def _found(self, query: Select[Any]) -> list[MessageRecord]:
+        found = [MessageRecord(**row._mapping) for row in self._messages.read(query)]
         gone = self._roster.gone({each.instance for each in found if each.instance and each.state == "running"})
         return [replace(each, is_gone=each.state == "running" and each.instance in gone) for each in found]
 
@@ -256,8 +256,10 @@ def _is_text(topic: str | None) -> bool:
     return topic is not None and topic.isprintable()
 
 
-def _letters(whole: bool) -> Select[Any]:
-    named = [messages.c[name] for name in Letter.__dataclass_fields__ if name in messages.c and name != "payload"]
+def _records(whole: bool) -> Select[Any]:
+    named = [
+        messages.c[name] for name in MessageRecord.__dataclass_fields__ if name in messages.c and name != "payload"
+    ]
     payload = messages.c.payload if whole else func.substr(messages.c.payload, 1, _SHORT)
     newest = (
         select(message_errors.c.error)

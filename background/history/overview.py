@@ -11,20 +11,20 @@ from ..schedule.periods import Schedule
 from ..stores import Stores
 from ..worker import PeriodicWorker
 from .executions import History
-from .instances import Roster
+from .instances import InstanceHistory
 from .records import Record
-from .status import Standing, standings
+from .status import WorkerStatus, statuses
 
 
 def overview(
     stores: Stores, ours: Mapping[str, type[PeriodicWorker]], names: Collection[str] | None = None
 ) -> list[dict[str, Any]]:
     """Every worker of this release and of the database (or those of `names`), in a constant number of queries."""
-    roster = Roster(stores.instances)
+    roster = InstanceHistory(stores.leases)
     history = History(stores.ledger, roster)
     clock, states, latest = history.clock(), stores.ledger.states(names), history.latest(names)
     gone = roster.gone({state.instance for state in states.values() if state.instance})
-    standing = {each.name: each for each in standings(stores, ours)}
+    standing = {each.name: each for each in statuses(stores, ours)}
     known = ours.keys() if names is None else ours.keys() & names
     return [
         _overview(name, ours.get(name), clock, states.get(name), latest.get(name), gone) | _trouble(standing.get(name))
@@ -62,7 +62,7 @@ def _decided(clock: datetime, state: WorkerState | None) -> datetime:
     return max(clock, state.mark) if state and state.mark else clock
 
 
-def _trouble(standing: Standing | None) -> dict[str, Any]:
+def _trouble(standing: WorkerStatus | None) -> dict[str, Any]:
     """Return since when a tick of the worker waits, and why its run is stuck. None if all is well."""
     if standing is None:
         return {"overdue_since": None, "stuck": None}

@@ -9,7 +9,7 @@ from ..ledger.claim import WorkerState
 
 
 @dataclass(frozen=True)
-class Seen:
+class InstanceRecord:
     """One instance, as its row shows it."""
 
     id: str
@@ -112,7 +112,7 @@ class Window:
     """In the order in which they were written, without their reasons."""
     complete_since: datetime
     """Later than `since` where more happened than was asked for: of the time before then something is left out."""
-    seen: tuple[Seen, ...]
+    seen: tuple[InstanceRecord, ...]
     """The instances that lived in it, the oldest first."""
 
     @property
@@ -135,5 +135,5 @@ class Surroundings:
     after: Record | None = None
     oldest: datetime | None = None
     """The tick of the worker's oldest row; what was before it may have been pruned."""
-    alive: tuple[Seen, ...] = ()
-    last_seen: Seen | None = None
+    alive: tuple[InstanceRecord, ...] = ()
+    last_seen: InstanceRecord | None = None

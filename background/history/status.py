@@ -25,7 +25,7 @@ _MANY_PERIODS, _MANY_RUNS = 3, 10
 
 
 @dataclass(frozen=True)
-class Standing:
+class WorkerStatus:
     """One worker that the database knows."""
 
     name: str
@@ -50,20 +50,20 @@ class Standing:
         return self.overdue_since is not None
 
 
-def standings(stores: Stores, workers_here: Mapping[str, type[PeriodicWorker]]) -> list[Standing]:
+def statuses(stores: Stores, workers_here: Mapping[str, type[PeriodicWorker]]) -> list[WorkerStatus]:
     """Return the standing of every worker by the database's clock, sorted by name.
 
     `workers_here` are those of this release. Takes one query, and another while marks lie in the clock's future.
     """
     ours = {name: worker for name, worker in workers_here.items() if worker.enabled}
     # Where the instances are: on SQLite they have a file of their own, from which the workers' rows can be read too.
-    with single_statements(stores.instances.engine).connect() as connection:
+    with single_statements(stores.leases.engine).connect() as connection:
         rows = connection.execute(_query).all()
         ahead = [row.name for row in rows if row.mark and row.mark > row.clock + AHEAD]
         decided = connection.execute(_decided_by_now, {"names": ahead}).all() if ahead else ()
     lease = stores.lease.total_seconds()
     marks = {row.name: row.mark for row in rows} | {each[0]: each[1] for each in decided}
-    return [_standing(row, marks[row.name], ours.get(row.name), lease) for row in rows]
+    return [_status(row, marks[row.name], ours.get(row.name), lease) for row in rows]
 
 
 _age = elapsed(executions.c.started_at, now())
@@ -107,7 +107,7 @@ _last_end = (
 _decided_by_now = select(workers.c.name, _last_end).where(workers.c.name.in_(bindparam("names", expanding=True)))
 
 
-def _standing(row: Row[Any], mark: datetime | None, worker: type[PeriodicWorker] | None, lease: float) -> Standing:
+def _status(row: Row[Any], mark: datetime | None, worker: type[PeriodicWorker] | None, lease: float) -> WorkerStatus:
     is_paused, is_running = row.paused_at is not None, row.running is not None
     ticks = _ticks(row, mark, worker) if worker and not is_paused else None
     interval = (ticks[1] - ticks[0]) / 2 if ticks else None
@@ -115,7 +115,7 @@ def _standing(row: Row[Any], mark: datetime | None, worker: type[PeriodicWorker]
     runs = is_running and row.alive_since is not None
     waiting = None if runs or not worker else _waiting(row, ticks)
     waits_for = row.clock - waiting if waiting else timedelta()
-    return Standing(
+    return WorkerStatus(
         row.name,
         is_running,
         is_paused,

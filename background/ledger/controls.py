@@ -19,7 +19,7 @@ from .ledger import Ledger, marked, pending
 log = logger_of(__name__)
 
 
-class Steering:
+class Controls:
     """Writes the schedules and pauses of one ledger's workers. Each change is one conditional UPDATE."""
 
     def __init__(self, ledger: Ledger) -> None:

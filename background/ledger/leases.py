@@ -103,7 +103,7 @@ class Pulse:
     """True if it says nothing of the fleet: another client kept a table locked, so only the lease was renewed."""
 
 
-class Instances:
+class Leases:
     """The rows of the living and of those who died lately."""
 
     def __init__(self, engine: Engine, lease: float) -> None:

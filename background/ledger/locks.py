@@ -20,7 +20,7 @@ from ..database.store import count
 from ..database.tables import locks
 from ..errors import InvalidLock, LockNotAcquired, first_line
 from ..host.logs import logger_of
-from .leases import LEASE_IS_OVER, Instance, Instances
+from .leases import LEASE_IS_OVER, Instance, Leases
 
 log = logger_of(__name__)
 
@@ -76,7 +76,7 @@ class Locks:
     def __init__(
         self,
         engine: Engine,
-        instances: Instances,
+        instances: Leases,
         present: Callable[[], AbstractContextManager[Instance]],
         prefix: str,
         waits: Callable[[float], bool],

@@ -46,7 +46,7 @@ _BULK_BYTES = 8_000_000  # of one statement: every server accepts it, and it nee
 _columns = [messages.c[name] for name in ("id", "topic", "payload", "key", "attempt", "token", "enqueued_at", "due_at")]
 
 
-class Messages:
+class Queue:
     """The message rows of one database: enqueued on the callers' sessions, claimed on the engine's connections."""
 
     def __init__(self, store: Store) -> None:

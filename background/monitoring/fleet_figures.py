@@ -17,11 +17,11 @@ from ..database.connections import again_if_stale
 from ..database.tables import instances, totals
 from ..errors import first_line
 from ..history.messages import Topic
-from ..history.status import Standing, standings
+from ..history.status import WorkerStatus, statuses
 from ..host.logs import Outage, logger_of
 from ..ledger.leases import is_alive
 from ..manager import BackgroundWorkerManager, the_manager
-from .timebox import Prompt
+from .timebox import Timebox
 
 log = logger_of(__name__)
 
@@ -48,7 +48,7 @@ class Figures:
     """What one scrape reads."""
 
     totals: Totals
-    standings: list[Standing]
+    statuses: list[WorkerStatus]
     offsets: dict[str, float]
     """How many seconds the clock of each host is ahead of the database's, by "host:pid" of those alive."""
     alive: int
@@ -59,7 +59,7 @@ class Fleet:
     """Reads the figures of the fleet; that the database is away, or hangs, is an answer too."""
 
     def __init__(self) -> None:
-        self._prompt = Prompt(_figures, _ANSWER_SECONDS)
+        self._prompt = Timebox(_figures, _ANSWER_SECONDS)
         self._outage = Outage()
 
     def figures(self) -> Figures | None:
@@ -81,12 +81,12 @@ def _read(manager: BackgroundWorkerManager) -> Figures:
     manager.stores.connections.refuse_missing()
     with single_statements(manager.stores.main.engine).connect() as connection:
         sums = _read_totals(connection)
-    with single_statements(manager.stores.instances.engine).connect() as connection:
+    with single_statements(manager.stores.leases.engine).connect() as connection:
         alive = connection.execute(_alive).all()
     # Where containers share a host name and a process id, the one that is furthest off has the last word.
     known = sorted((row for row in alive if row.clock_offset is not None), key=lambda row: abs(row.clock_offset))
     offsets = {f"{row.host}:{row.pid}": -row.clock_offset for row in known}
-    return Figures(sums, standings(manager.stores, manager.workers), offsets, len(alive), manager.messages.depths())
+    return Figures(sums, statuses(manager.stores, manager.workers), offsets, len(alive), manager.messages.depths())
 
 
 def _read_totals(connection: Connection) -> Totals:

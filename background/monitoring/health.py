@@ -22,11 +22,11 @@ from ..database.dialects import sqlite
 from ..database.tables import workers
 from ..errors import BackgroundError, first_line
 from ..history.condition import condition
-from ..history.status import standings
+from ..history.status import statuses
 from ..history.text import silent
 from ..host.logs import logger_of
 from ..manager import BackgroundWorkerManager, current_workers, the_manager
-from .timebox import Prompt
+from .timebox import Timebox
 
 log = logger_of(__name__)
 
@@ -98,7 +98,7 @@ class Readiness:
     """Asks what readiness depends on, and logs when that changes."""
 
     def __init__(self) -> None:
-        self._prompt = Prompt(self._ask, _ANSWER_SECONDS)
+        self._prompt = Timebox(self._ask, _ANSWER_SECONDS)
         self._migrated_at: float | None = None
         self._change = Change("Not ready", "Ready again")
 
@@ -153,8 +153,8 @@ class FleetHealth:
     """Asks how the fleet is, and whether the application's own pool can write. Logs when the answer changes."""
 
     def __init__(self) -> None:
-        self._fleet = Prompt(_fleet, _ANSWER_SECONDS)
-        self._write = Prompt(_write, _ANSWER_SECONDS)
+        self._fleet = Timebox(_fleet, _ANSWER_SECONDS)
+        self._write = Timebox(_write, _ANSWER_SECONDS)
         self._change = Change("The fleet does not run as it should", "The fleet runs as it should again")
 
     def checks(self) -> dict[str, Check]:
@@ -214,7 +214,7 @@ def _database(manager: BackgroundWorkerManager) -> Check:
 def _workers(manager: BackgroundWorkerManager) -> Check:
     """Where WORKERS_ENABLED is false they are others' business: a web that serves is not to be taken away for them."""
     asked_at = steady()
-    overdue = [each.name for each in standings(manager.stores, manager.workers) if each.is_overdue]
+    overdue = [each.name for each in statuses(manager.stores, manager.workers) if each.is_overdue]
     is_ours = manager.is_started or manager.app.config["WORKERS_ENABLED"]
     return Check(not (overdue and is_ours), {"overdue": len(overdue)}, f"overdue: {overdue}", asked_at)
 

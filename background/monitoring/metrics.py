@@ -7,7 +7,7 @@ from flask.typing import ResponseReturnValue
 
 from ..host.dependencies import require
 from .fleet_figures import Fleet
-from .request_timing import Traffic
+from .request_timing import RequestTiming
 
 
 def metrics() -> Blueprint:
@@ -18,7 +18,7 @@ def metrics() -> Blueprint:
     """
     require(["prometheus_client"], "/metrics")
     blueprint = Blueprint("metrics", __name__)
-    traffic, fleet = Traffic(), Fleet()
+    traffic, fleet = RequestTiming(), Fleet()
     blueprint.record_once(lambda state: traffic.watch(state.app))  # type: ignore[arg-type]  # it is a Flask
 
     @blueprint.get("/metrics")

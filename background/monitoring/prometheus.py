@@ -9,7 +9,7 @@ from prometheus_client.registry import Collector
 
 from ..history.messages import Topic
 from ..history.records import STATES
-from ..history.status import Standing
+from ..history.status import WorkerStatus
 from ..ledger.counters import DURATIONS, LATENESSES
 from .fleet_figures import NOTHING, Figures, Total
 
@@ -28,7 +28,7 @@ class _Fleet(Collector):
         yield _gauge("background_up", "Whether the database answered; if not, there are no figures of the fleet.", up)
         if self._figures is not None:
             yield from _executions(self._figures)
-            yield from _workers(self._figures.standings)
+            yield from _workers(self._figures.statuses)
             yield from _instances(self._figures)
             yield from _messages(self._figures.topics)
 
@@ -52,7 +52,7 @@ def _executions(figures: Figures) -> Iterator[Metric]:
         "Since the worker last succeeded; none for one that never did.",
         labels=("worker",),
     )
-    for name in sorted({standing.name for standing in figures.standings} | states.keys()):
+    for name in sorted({standing.name for standing in figures.statuses} | states.keys()):
         total = states.get(name, NOTHING)
         for state in _ENDED:  # from the first scrape on: to Prometheus a series that begins with 1 did not grow
             ended.add_metric((name, state), total.numbers.get(state, 0))
@@ -77,7 +77,7 @@ def _histogram(name: str, meaning: str, bounds_now: Iterable[float], found: Mapp
     return family
 
 
-def _workers(found: Sequence[Standing]) -> Iterator[Metric]:
+def _workers(found: Sequence[WorkerStatus]) -> Iterator[Metric]:
     overdue = "Whether a tick waits although two further ones have come."
     yield _gauges("background_worker_running", "Whether an instance runs it.", _by_worker(found, "is_running"))
     yield _gauges("background_worker_paused", "Whether it is paused.", _by_worker(found, "is_paused"))
@@ -86,7 +86,7 @@ def _workers(found: Sequence[Standing]) -> Iterator[Metric]:
     yield _gauges("background_worker_interval_seconds", "From tick to tick, of those that are to run.", intervals)
 
 
-def _by_worker(found: Iterable[Standing], name: str) -> list[Sample]:
+def _by_worker(found: Iterable[WorkerStatus], name: str) -> list[Sample]:
     return [({"worker": each.name}, int(getattr(each, name))) for each in found]
 
 

@@ -17,7 +17,7 @@ _LABELS = ("method", "endpoint", "process")
 _BEGAN, _STATUS = "background.traffic.began", "background.traffic.status"
 
 
-class Traffic:
+class RequestTiming:
     """The requests to one app in this process.
 
     Each series is named after the process: several behind one port would look like one that jumps.

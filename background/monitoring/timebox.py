@@ -13,7 +13,7 @@ Answer = TypeVar("Answer")
 _GIVEN_UP_SECONDS = 30.0
 
 
-class Prompt(Generic[Whom, Answer]):
+class Timebox(Generic[Whom, Answer]):
     """Asks on a thread of its own, one question at a time. A caller that comes meanwhile gets the same answer."""
 
     def __init__(self, ask: Callable[[Whom], Answer], seconds: float) -> None:

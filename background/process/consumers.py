@@ -17,7 +17,7 @@ from ..errors import first_line
 from ..host.logs import logger_of
 from ..ledger.leases import Instance, Pulse
 from ..messages.message import Batch, Freed
-from ..runs.batch import Handling, tell_of_the_dead
+from ..runs.batch import BatchRun, tell_of_the_dead
 from ..runs.running import Runs
 from ..stores import Stores
 from ..worker import MessageWorker
@@ -145,7 +145,7 @@ class Consumers:
             return False
         # Where there is no second attempt, a neighbour's death would bury the whole batch.
         size = worker.batch_size if worker.max_attempts > 1 else 1
-        batch = self._stores.messages.claim(worker.name, topic, size, (instance.id, instance.name))
+        batch = self._stores.queue.claim(worker.name, topic, size, (instance.id, instance.name))
         if batch is None:
             return False
         self._yielding.discard(topic)
@@ -158,8 +158,8 @@ class Consumers:
         began = steady()
         self._batches.add(batch.id)
         try:
-            way = self._stores.messages, self._runs, instance, self._app, self._db, self._excused
-            pause = Handling(worker, batch, *way).run()
+            way = self._stores.queue, self._runs, instance, self._app, self._db, self._excused
+            pause = BatchRun(worker, batch, *way).run()
         finally:
             self._batches.discard(batch.id)
         if pause is not None:
@@ -175,21 +175,21 @@ class Consumers:
         instance = self._presence.instance
         if instance is None or not instance.is_alive or not self._workers:
             return
-        holders = self._stores.messages.holders(list(self._workers))
+        holders = self._stores.queue.holders(list(self._workers))
         others = holders - {instance.id}
-        gone = self._stores.instances.gone(others) if others else {}
+        gone = self._stores.leases.gone(others) if others else {}
         if news := (gone.keys() | {instance.id} & holders) - self._freeing:
             self._freeing |= news
             self._scheduler.soon(self._free, instance, {each: gone[each] for each in gone.keys() & news})
 
     def _free(self, instance: Instance, gone: Mapping[str, bool]) -> None:
-        messages, most = self._stores.messages, {topic: worker.max_attempts for topic, worker in self._workers.items()}
+        messages, most = self._stores.queue, {topic: worker.max_attempts for topic, worker in self._workers.items()}
         try:
             excused = self._excused_holders(gone)
             for holder, signed_off in gone.items():
                 error = None
                 if not (signed_off or holder in excused):
-                    error = f"its instance {self._stores.instances.ending(holder)}"
+                    error = f"its instance {self._stores.leases.ending(holder)}"
                 freed = messages.take_back(holder, most, error)
                 if freed:
                     level = logging.INFO if signed_off else logging.WARNING
@@ -207,7 +207,7 @@ class Consumers:
 
     def _excused_holders(self, gone: Collection[str]) -> Collection[str]:
         """Return the holders whose leases ran out during an outage, when no instance could renew its lease."""
-        return self._stores.instances.expired(gone, *self.outage) if gone and self.outage else ()
+        return self._stores.leases.expired(gone, *self.outage) if gone and self.outage else ()
 
     def _bury(self, freed: Sequence[Freed], error: str) -> None:
         if dead := [each for each in freed if each.state == "dead"]:

@@ -29,7 +29,7 @@ class Presence:
     def sign_on(self) -> Instance:
         """A new life of this process, known to the fleet."""
         instance = Instance(self._stores.lease, release=self._app.config.get("RELEASE"))
-        self._stores.instances.renew(instance)
+        self._stores.leases.renew(instance)
         return instance
 
     def sign_off(self, instance: Instance, forget: bool = False) -> None:
@@ -38,9 +38,9 @@ class Presence:
             return
         try:
             if forget:
-                self._stores.instances.forget(instance)
+                self._stores.leases.forget(instance)
             else:
-                self._stores.instances.sign_off(instance)
+                self._stores.leases.sign_off(instance)
                 ring(self._stores.connections)
         except SQLAlchemyError as error:
             log.warning("Could not sign off, so the lease must run out first: %s", first_line(error))
@@ -64,7 +64,7 @@ class Presence:
 
         def beat() -> None:
             if instance.is_alive:
-                self._stores.instances.renew(instance)
+                self._stores.leases.renew(instance)
                 outage.ended()
 
         heartbeat = Heartbeat(

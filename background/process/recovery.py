@@ -40,7 +40,7 @@ class Recovery:
             schedule, first = declared_schedule(worker), begins([worker])
             if asked is not None:
                 first = {worker.name: schedule.previous(asked) - MICROSECOND, **first}
-            self._stores.steering.register({worker.name: schedule}, first=first)
+            self._stores.controls.register({worker.name: schedule}, first=first)
             state = self._stores.ledger.look(worker.name)
             assert state is not None  # noqa: S101 - the row was just written
         return state
@@ -55,11 +55,11 @@ class Recovery:
     def _mend(self, worker: type[PeriodicWorker], state: WorkerState) -> None:
         if state.is_bare and state.running:
             if state.running.id is not None:
-                self._stores.mending.restore(state.running)
+                self._stores.row_repair.restore(state.running)
             elif self._stores.ledger.end(state.running, "lost", _UNKNOWN):
                 self._tell_of_loss(state.running, _UNKNOWN, None)
-        for claim in self._stores.mending.strays(worker.name) if state.has_strays else ():
-            ended, again = self._stores.mending.end_stray(claim, attempt_after(worker, claim.attempt))
+        for claim in self._stores.row_repair.strays(worker.name) if state.has_strays else ():
+            ended, again = self._stores.row_repair.end_stray(claim, attempt_after(worker, claim.attempt))
             if ended:
                 self._tell_of_loss(claim, GONE, again)
 
@@ -83,7 +83,7 @@ class Recovery:
         held = [state for state in states if state.running and state.name in self._workers]
         # After its lease is over, this instance is judged as any other: a heartbeat of its next life may come later.
         own = instance.id if (instance := self._presence.instance) and instance.is_alive else None
-        gone = self._stores.instances.gone({str(state.instance) for state in held} - {own}) if held else {}
+        gone = self._stores.leases.gone({str(state.instance) for state in held} - {own}) if held else {}
         return {
             state.name: gone.get(str(state.instance), True)
             for state in held
@@ -106,6 +106,6 @@ class Recovery:
                 send(self._app, execution_handed_back, claim=claim, reason=reason)
             return
         again = attempt_after(worker, claim.attempt)
-        reason = f"{state.instance_name} {self._stores.instances.ending(str(state.instance))}"
+        reason = f"{state.instance_name} {self._stores.leases.ending(str(state.instance))}"
         if self._stores.ledger.end(claim, "lost", reason, again):
             self._tell_of_loss(claim, reason, again)

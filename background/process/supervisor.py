@@ -30,7 +30,7 @@ from .presence import Presence
 from .recovery import Recovery
 from .scheduler import Scheduler
 from .ticks import Ticks
-from .timers import WakeUps, unless_expected
+from .timers import Timers, unless_expected
 
 log = logger_of(__name__)
 
@@ -40,7 +40,7 @@ _CUT = "no answer came before the lease ended, so this instance cut its connecti
 _SPREAD_SECONDS = (0.005, 0.05)  # else all who hear of something would come at the same instant
 
 
-class Membership:
+class Supervisor:
     """Keeps this process alive in the fleet, and its wake-ups in line with what the fleet decides."""
 
     def __init__(
@@ -59,7 +59,7 @@ class Membership:
         self._config, self._workers, self._prepare = app.config, workers, prepare
         self._stores, self._runs, self._presence, self._recovery, self._ticks = stores, runs, presence, recovery, ticks
         self._scheduler = Scheduler(app.config["WORKERS_THREADS"])
-        self._wake_ups = WakeUps(self._scheduler, ticks, presence, runs, workers)
+        self._timers = Timers(self._scheduler, ticks, presence, runs, workers)
         self._topics, self.consumers = topics, Consumers(app, db, stores, presence, runs, self._scheduler, topics)
         self._listener: Listener | None = None
         self._heartbeat: Heartbeat | None = None
@@ -114,7 +114,7 @@ class Membership:
 
     def dismiss(self, name: str) -> None:
         """Wake up for a worker no more."""
-        self._wake_ups.disarm(name)
+        self._timers.disarm(name)
 
     # -- joining and leaving -------------------------------------------------------------------
 
@@ -128,7 +128,7 @@ class Membership:
             level = logging.ERROR if first_line(error) != self._said else logging.DEBUG
             log.log(level, "The workers cannot start yet: %s", first_line(error), exc_info=unless_expected(error))
             self._said = first_line(error)
-            self._wake_ups.later("join", failures, self._join)
+            self._timers.later("join", failures, self._join)
             return
         if (instance := self._presence.instance) is not None:
             self._listen()
@@ -156,14 +156,14 @@ class Membership:
         self._declare(names)
         self.refresh()
         for name in names:
-            self._wake_ups.arm_first(name)
+            self._timers.arm_first(name)
 
     def _take_up(self, name: str, failures: int = 0) -> None:
         try:
             self._admit([name])
         except SQLAlchemyError as error:
             log.warning("%s: cannot take it up yet: %s", name, first_line(error))
-            self._wake_ups.later(f"admit:{name}", failures, self._take_up, name)
+            self._timers.later(f"admit:{name}", failures, self._take_up, name)
 
     def _listen(self) -> None:
         self.consumers.wake_all()
@@ -197,7 +197,7 @@ class Membership:
 
     def _refresh(self, rearm: bool) -> None:
         states = self._stores.ledger.states()
-        self._wake_ups.follow(states, rearm)
+        self._timers.follow(states, rearm)
         ours = [state for state in states.values() if state.name in self._workers]
         self._warn_of_marks(states.values(), ours)
         gone = self._recovery.gone(ours)
@@ -212,7 +212,7 @@ class Membership:
 
     def _warn_of_marks(self, states: Collection[WorkerState], ours: Collection[WorkerState]) -> None:
         ahead = {state.name: state for state in ours if is_ahead(state)}
-        is_proven = self._stores.healing.is_proven(states)
+        is_proven = self._stores.clock_repair.is_proven(states)
         for name in ahead.keys() - self._ahead:
             until = max(filter(None, (ahead[name].mark, ahead[name].scheduled_at, ahead[name].pending_tick)))
             log.warning(
@@ -225,7 +225,7 @@ class Membership:
                 else "The history is shorter than that. If the clock is right now, run `flask workers repair`",
             )
         for name in self._ahead - ahead.keys():  # its ticks go on, perhaps by a command
-            self._wake_ups.arm_first(name)
+            self._timers.arm_first(name)
         self._ahead = set(ahead)
 
     def _heal(self) -> None:
@@ -233,10 +233,10 @@ class Membership:
         try:
             states = self._stores.ledger.states()
             ours = [state for state in states.values() if state.name in self._workers and is_ahead(state)]
-            if not self._stores.healing.is_proven(states.values()):  # by a command only
+            if not self._stores.clock_repair.is_proven(states.values()):  # by a command only
                 ours = []
-            healed = [state.name for state in ours if self._stores.healing.worker(state.name)]
-            number = self._stores.healing.messages()
+            healed = [state.name for state in ours if self._stores.clock_repair.worker(state.name)]
+            number = self._stores.clock_repair.messages()
             if healed or number:
                 log.warning("The database's clock is right again. Due as before: %s", what_goes_on(healed, number))
             self.refresh()
@@ -254,7 +254,7 @@ class Membership:
         After it leaves, the remaining instances set the schedule.
         """
         others = [state for state in states if state.declared != self._declared.get(state.name, state.declared)]
-        gone = self._stores.instances.gone({str(state.declared_by) for state in others}) if others else {}
+        gone = self._stores.leases.gone({str(state.declared_by) for state in others}) if others else {}
         self._is_settled = not others
         if stale := [state.name for state in others if str(state.declared_by) in gone]:
             self._soon_once("declare", self._declare_again, stale)
@@ -278,7 +278,7 @@ class Membership:
         schedules = {name: declared_schedule(worker) for name, worker in ours.items()}
         instance = self._presence.instance
         by, known = instance.id if instance else None, schedules.keys() if again else ()
-        self._stores.steering.register(schedules, by, begins(ours.values()), known)
+        self._stores.controls.register(schedules, by, begins(ours.values()), known)
         # Afterwards: to a heartbeat, a declared worker without a row is one whose row was deleted.
         self._declared |= {name: str(schedule) for name, schedule in schedules.items()}
 
@@ -317,7 +317,7 @@ class Membership:
         except SQLAlchemyError as error:
             level = logging.DEBUG if failures else logging.WARNING
             log.log(level, "%s: cannot take its tick over yet: %s", name, first_line(error))
-            self._wake_ups.later(f"settle:{name}", failures, self._settle, name)
+            self._timers.later(f"settle:{name}", failures, self._settle, name)
 
     def _freed(self, worker: type[PeriodicWorker]) -> datetime | None:
         """Return the tick of the worker that must run again, once no gone instance holds it."""
@@ -343,7 +343,7 @@ class Membership:
             instance = Instance(instance.lease, clock_offset=instance.clock_offset, release=instance.release)
         self._cuts = self._stores.connections.cuts
         offset, before = instance.clock_offset, self._pulse
-        self._pulse = pulse = self._stores.instances.beat(instance, sorted(self._topics))
+        self._pulse = pulse = self._stores.leases.beat(instance, sorted(self._topics))
         if instance is not self._presence.instance and not self._begin_anew(instance):
             return
         if (lasted := self._outage.ended()) is not None:
@@ -366,7 +366,7 @@ class Membership:
     def _heal_soon(self, pulse: Pulse) -> None:
         """Heal once after each change of the clock, and whenever a heartbeat finds something that was put off."""
         self._is_healed = self._is_healed and not (pulse.was_set or pulse.is_ahead)
-        if self._stores.instances.is_steady and not (self._is_healed or "heal" in self._under_way):
+        if self._stores.leases.is_steady and not (self._is_healed or "heal" in self._under_way):
             self._is_healed = True
             self._soon_once("heal", self._heal)
 

@@ -61,7 +61,7 @@ class Ticks:
 
     def _passed_over(self, worker: type[PeriodicWorker], tick: datetime, state: WorkerState) -> str | None:
         """Return why `tick` does not run now. None if it may be claimed."""
-        if self._stores.healing.pass_over(state, tick, partial(attempt_after, worker)):
+        if self._stores.clock_repair.pass_over(state, tick, partial(attempt_after, worker)):
             return "it ran while the database's clock was ahead"
         return self._skipped_or_postponed(tick, state)
 

@@ -24,7 +24,7 @@ _YIELDED_SECONDS = (0.01, 0.02)
 _NEVER = datetime.max.replace(tzinfo=UTC)
 
 
-class WakeUps:
+class Timers:
     """One armed tick per worker of `workers`: the next one, or the latest where that is due already."""
 
     def __init__(

@@ -29,7 +29,7 @@ def is_ahead(state: WorkerState | Row[Any]) -> bool:
     return any(at is not None and at > state.clock + AHEAD for at in (state.mark, state.scheduled_at, retried))
 
 
-class Healing:
+class ClockRepair:
     """Puts right what a clock that was ahead wrote into the rows of `ledger`."""
 
     def __init__(self, store: Store, history: timedelta) -> None:

@@ -20,7 +20,7 @@ _RUNNING = {"state": "running"}
 _OPEN = ("running", "lost", "handed back")
 
 
-class Mending:
+class RowRepair:
     """Mends the rows of one ledger. Each method is one transaction, and does nothing where nothing is wrong."""
 
     def __init__(self, ledger: Ledger) -> None:

@@ -19,7 +19,7 @@ from ..host.forks import ended_in_a_fork
 from ..host.logs import logger_of
 from ..ledger.leases import Instance
 from ..messages.message import Batch, Freed, Message
-from ..messages.queue import Messages
+from ..messages.queue import Queue
 from ..signals import message_buried, send
 from ..worker import MessageWorker
 from .execution import finish, insist
@@ -33,7 +33,7 @@ class MessageContext(WorkerContext):
     """The run of a batch of messages, or of one of it."""
 
     def __init__(
-        self, batch: "Batch", these: "Sequence[Message]", messages: "Messages", instance: Instance, db: SQLAlchemy
+        self, batch: Batch, these: Sequence[Message], messages: Queue, instance: Instance, db: SQLAlchemy
     ) -> None:
         super().__init__(batch, these[0], instance, db, messages.sessions)
         self.claim: Batch = batch
@@ -42,14 +42,14 @@ class MessageContext(WorkerContext):
         self._handled: list[int] = []
         self._transaction: SessionTransaction | None = None
 
-    def begin(self, message: "Message") -> None:
+    def begin(self, message: Message) -> None:
         """From here on this run is that of `message`; raises ClaimLost where its lease is over."""
         self.refuse_if_lost()
         self.tick, self.attempt, self.token = message.tick, message.attempt, message.token
         self.idempotency_key = message.idempotency_key
         self.log_fields |= {"tick": message.tick.isoformat(), "execution": message.idempotency_key}
 
-    def handled(self, *messages: "Message") -> None:
+    def handled(self, *messages: Message) -> None:
         """The next commit acknowledges them, together with what the session holds."""
         self.session.flush()  # `book.stock = Book.stock + 1` by the next one would replace this one's
         self._refuse_if_rolled_back()
@@ -96,14 +96,14 @@ _MOST_EXCUSED = 5
 _UNWRITTEN = "The error could not be written: see the log of the instance."
 
 
-class Handling:
+class BatchRun:
     """One batch of one instance, and what becomes of its messages."""
 
     def __init__(
         self,
         worker: type[MessageWorker],
         batch: Batch,
-        messages: Messages,
+        messages: Queue,
         runs: Runs,
         instance: Instance,
         app: Flask,

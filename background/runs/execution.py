@@ -27,7 +27,7 @@ from ..host.logs import logger_of
 from ..ledger.claim import Claim
 from ..ledger.leases import Instance
 from ..ledger.ledger import NOTHING, Ledger, Notes
-from ..repair.edited_rows import Mending
+from ..repair.edited_rows import RowRepair
 from ..signals import of_state, send
 from ..worker import PeriodicWorker, attempt_after
 from .failures import told
@@ -191,7 +191,7 @@ class Ending:
     def disown(self) -> None:
         """Give the tick of a lost claim an answer, also if its execution was deleted by hand."""
         if self._context.instance.is_alive:
-            disown = partial(Mending(self._ledger).disown, self._context.claim)
+            disown = partial(RowRepair(self._ledger).disown, self._context.claim)
             insist(self._context.instance, f"that {self._context.worker} lost its claim", disown)
 
     def tell(self, state: str, **details: Any) -> None:

@@ -105,7 +105,7 @@ def test_a_failure_comes_with_its_error(fleet: Fleet, heard: Heard) -> None:
 def test_who_finds_an_instance_gone_tells_of_its_lost_run(fleet: Fleet, heard: Heard) -> None:
     manager = fleet.manager(Hourly)
     ghost = Instance(timedelta(seconds=-1))
-    manager.stores.instances.beat(ghost)
+    manager.stores.leases.beat(ghost)
     state = manager.recovery.look(Hourly)
     claim = manager.stores.ledger.claim("hourly", last_hour(), state.schedule_text, (ghost.id, ghost.name))
     assert claim is not None

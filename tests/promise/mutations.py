@@ -318,7 +318,7 @@ MUTATIONS = (
         [
             Edit(
                 "background/process/supervisor.py",
-                "if not self._stores.healing.is_proven(states.values()):",
+                "if not self._stores.clock_repair.is_proven(states.values()):",
                 "if False:",
             )
         ],

@@ -32,7 +32,7 @@ class UntilTold(Hourly):
 def joined(fleet: Fleet, *workers: AnyWorker) -> BackgroundWorkerManager:
     manager = fleet.manager(*workers, **SLOW)
     manager.start()
-    wait_until(lambda: manager._membership._listener, "the start")  # type: ignore[union-attr]
+    wait_until(lambda: manager._supervisor._listener, "the start")  # type: ignore[union-attr]
     return manager
 
 
@@ -50,7 +50,7 @@ def wait_until_quiet(manager: BackgroundWorkerManager) -> None:
     stores = manager.stores
 
     def is_quiet() -> bool:
-        with statements(stores.main.engine) as looks, statements(stores.instances.engine) as beats:
+        with statements(stores.main.engine) as looks, statements(stores.leases.engine) as beats:
             threading.Event().wait(0.6)
             return not looks + beats
 
@@ -111,13 +111,13 @@ def test_those_who_leave_while_the_messages_of_another_are_taken_back_are_not_fo
     former = fleet.manager(Notes, **SLOW)
     fleet.enqueue("notes", 1, 2)
     leaving = [former.presence.sign_on() for _ in range(2)]
-    assert all(former.stores.messages.claim("notes", "notes", 1, (each.id, each.name)) for each in leaving)
+    assert all(former.stores.queue.claim("notes", "notes", 1, (each.id, each.name)) for each in leaving)
     manager = joined(fleet, Notes)
     wait_until_quiet(manager)
     with former.stores.main.engine.connect() as connection:
         connection.exec_driver_sql("BEGIN IMMEDIATE")  # as a run that has written
         for each in leaving:
-            with statements(manager.stores.instances.engine) as looks:
+            with statements(manager.stores.leases.engine) as looks:
                 former.presence.sign_off(each)
                 wait_until(partial(len, looks), "the look")
     wait_until(lambda: [each.state for each in fleet.messages()] == ["done", "done"], "the handling of both")
@@ -152,7 +152,7 @@ def test_leases_that_end_one_after_another_before_the_first_heartbeat_are_each_n
 def claimed_by_one_that_dies(manager: BackgroundWorkerManager, worker: type[Hourly], lease: timedelta) -> None:
     """A run asked for by hand, whose instance renews its lease no more."""
     dead, now = Instance(lease), manager.recovery.look(worker).clock
-    manager.stores.instances.beat(dead)
+    manager.stores.leases.beat(dead)
     assert manager.stores.ledger.claim_manual(worker.name, now, (dead.id, dead.name))
 
 
@@ -182,7 +182,7 @@ def break_connections(manager: BackgroundWorkerManager) -> None:
     with ExitStack() as kept:
         each = [kept.enter_context(engine.connect()) for _ in range(engine.pool.size())]  # type: ignore[attr-defined]
         pids = [connection.scalar(select(func.pg_backend_pid())) for connection in each]
-    with manager.stores.instances.engine.connect() as connection:
+    with manager.stores.leases.engine.connect() as connection:
         for pid in pids:
             assert connection.scalar(select(func.pg_terminate_backend(pid, int(PATIENCE * 1000))))
 

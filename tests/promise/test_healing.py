@@ -16,8 +16,8 @@ from support.run_traces import Effects
 
 from background import Message, MessageWorker, PeriodicWorker, WorkerContext
 from background.database import tables
-from background.history.status import standings
-from background.repair import clock_ahead as healing
+from background.history.status import statuses
+from background.repair import clock_ahead as clock_repair
 from tests.promise.test_clocks import Host, clock_ahead, end, faked, host, ticks_on  # noqa: F401 - fixtures
 from tests.promise.test_clocks import set_clock as set_host_clock
 
@@ -69,7 +69,7 @@ def test_ticks_go_on_by_themselves_after_a_clock_that_was_ahead(fleet: Fleet, ah
     before = len(fleet.effects())
     wait_until(lambda: len(fleet.effects()) >= before + 3, "more runs")
     assert_once(fleet)
-    assert not [each for each in standings(manager) if each.is_overdue]
+    assert not [each for each in statuses(manager) if each.is_overdue]
     assert fleet.row("often").scheduled_at <= now()
 
 
@@ -88,10 +88,10 @@ def test_what_ran_while_the_clock_was_ahead_does_not_run_again_and_what_did_not_
     assert rows(fleet) == [("succeeded", at, None) for at in (last - HOUR, last + 4 * HOUR, last)]
     # Four hours later, by the worker's row and by the tick that is asked for.
     state = manager.recovery.look(Hourly)
-    passed = manager.stores.healing.pass_over(state, last + 4 * HOUR, lambda attempt: attempt + 1)
+    passed = manager.stores.clock_repair.pass_over(state, last + 4 * HOUR, lambda attempt: attempt + 1)
     assert passed
     assert fleet.row("hourly").mark == last + 4 * HOUR
-    assert not manager.stores.healing.pass_over(state, last + 5 * HOUR, lambda attempt: attempt + 1)
+    assert not manager.stores.clock_repair.pass_over(state, last + 5 * HOUR, lambda attempt: attempt + 1)
 
 
 def test_a_tick_that_has_an_execution_is_not_claimed_although_its_mark_was_lowered(fleet: Fleet) -> None:
@@ -172,8 +172,8 @@ def test_a_clock_that_was_ahead_of_all_history_waits_for_the_command(
     wait_until(lambda: len(fleet.effects()) >= 2, "two runs")
     fleet.set("often", mark=now() + 400 * DAY)
     wait_until(lambda: "run `flask workers repair`" in caplog.text, "the warning")
-    wait_until(lambda: [each for each in standings(manager) if each.is_overdue], "an overdue worker")
-    assert manager.stores.instances.is_steady
+    wait_until(lambda: [each for each in statuses(manager) if each.is_overdue], "an overdue worker")
+    assert manager.stores.leases.is_steady
     before = len(fleet.effects())
     result = app.test_cli_runner().invoke(args=["workers", "repair"])
     assert (result.exit_code, result.output.endswith(": often.\n")) == (0, True), result.output
@@ -192,7 +192,7 @@ def put_off(fleet: Fleet, by: timedelta, **more: Any) -> None:
 def test_messages_that_a_clock_ahead_put_off_are_handled_by_themselves(fleet: Fleet) -> None:
     app = fleet.app(Noting)
     manager = app.extensions["background_workers"]
-    manager.stores.messages  # noqa: B018 - the tables are there
+    manager.stores.queue  # noqa: B018 - the tables are there
     fleet.enqueue("notes", *range(20))
     put_off(fleet, 400 * DAY)
     fleet.enqueue("notes", "much later", delay=HOUR)  # the next tick comes before them now
@@ -207,7 +207,7 @@ def test_messages_that_a_clock_ahead_put_off_are_handled_by_themselves(fleet: Fl
 def test_a_delay_that_its_caller_asked_for_stays_and_an_attempt_put_off_comes_at_once(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(healing, "_SLICE", 2)
+    monkeypatch.setattr(clock_repair, "_SLICE", 2)
     manager = fleet.manager(Noting)
     ids = fleet.enqueue("notes", "asked for", "delayed while ahead", "tried", "tried long ago", delay=2 * HOUR)
     asked, delayed, tried, long_ago = ids

@@ -85,7 +85,7 @@ def fill(manager: BackgroundWorkerManager) -> None:
     )
     db.session.execute(update(executions).values(instance_name=EVIL[:255], reason=EVIL, log=EVIL))
     db.session.commit()
-    with manager.stores.instances.engine.begin() as connection:
+    with manager.stores.leases.engine.begin() as connection:
         connection.execute(update(instances).values(host=EVIL[:255], release=EVIL[:100]))
 
 

@@ -82,10 +82,10 @@ def handle_all(fleet: Fleet, manager: BackgroundWorkerManager) -> None:
 
 def leave_behind(manager: BackgroundWorkerManager, topic: str) -> None:
     """A batch of the topic, claimed by an instance that has been gone for a minute."""
-    assert manager.stores.messages.claim("order_worker", topic, 1, ("dead", "far:7"))
+    assert manager.stores.queue.claim("order_worker", topic, 1, ("dead", "far:7"))
     clock = manager.history.clock()
     gone = {"started_at": clock, "heartbeat_at": clock, "expires_at": clock - timedelta(minutes=1)}
-    with manager.stores.instances.engine.begin() as connection:
+    with manager.stores.leases.engine.begin() as connection:
         connection.execute(insert(tables.instances).values(id="dead", host="far", pid=7, **gone))
 
 
@@ -256,7 +256,7 @@ def test_all_the_dead_are_retried_once_even_if_they_die_again_meanwhile(
     handle_all(fleet, manager)
     fleet.enqueue("orders", "later", delay=3600)
     retried: list[int] = []
-    for some in manager.stores.messages._dead(None):  # what `retry --all` does; between its slices they die again
+    for some in manager.stores.queue._dead(None):  # what `retry --all` does; between its slices they die again
         retried += some
         assert manager.messages.retry(some) == len(some) <= 2
         with fleet.engine.begin() as connection:

@@ -125,7 +125,7 @@ def leave_behind(manager: BackgroundWorkerManager, name: str, tick: datetime, le
     clock = manager.history.clock()
     expires_at = clock + timedelta(seconds=lease)
     long_ago = min(clock, expires_at)
-    with manager.stores.instances.engine.begin() as connection:
+    with manager.stores.leases.engine.begin() as connection:
         row = {"id": "dead", "host": "far", "pid": 7, "started_at": long_ago, "heartbeat_at": long_ago}
         connection.execute(insert(instances).values(**row, expires_at=expires_at))
     assert manager.stores.ledger.claim(
@@ -148,7 +148,7 @@ def test_the_instances_are_shown_with_what_they_hold_and_their_clocks(
     leave_behind(manager, "greet", due(manager, "greet"))
     instance = manager.presence.sign_on()
     instance.clock_offset = timedelta(seconds=-7)
-    manager.stores.instances.beat(instance)
+    manager.stores.leases.beat(instance)
     header, ours, theirs = flask("instances").stdout.splitlines()
     assert header.split() == ["INSTANCE", "STATE", "RELEASE", "STARTED", "HEARTBEAT", "CLOCK", "HOLDS"]
     assert re.match(rf"{re.escape(instance.name)} +alive .*\+7.000 s$", ours)

@@ -16,7 +16,7 @@ from support.fleet import Fleet, Hourly, last_hour, statements, states, wait_unt
 from background import BackgroundWorkerManager, Message, MessageWorker, WorkerContext
 from background.dashboard.timeline import Bar, Timeline, draw
 from background.database import tables
-from background.history.records import Record, Seen, Window
+from background.history.records import InstanceRecord, Record, Window
 from background.ledger.leases import Instance
 from models import User
 
@@ -73,7 +73,7 @@ def claim(manager: BackgroundWorkerManager, instance: Instance, at: datetime) ->
 
 def signed_on(manager: BackgroundWorkerManager, host: str, lease: timedelta = LEASE, pid: int = 1) -> Instance:
     instance = Instance(lease, host=host, pid=pid)
-    manager.stores.instances.beat(instance)
+    manager.stores.leases.beat(instance)
     return instance
 
 
@@ -100,7 +100,7 @@ def test_a_run_that_was_handed_back_points_to_where_it_went_on(
 ) -> None:
     left = signed_on(manager, "left-host")
     manager.stores.ledger.end(claim(manager, left, last_hour()), "handed back", next_attempt=1)
-    manager.stores.instances.sign_off(left)
+    manager.stores.leases.sign_off(left)
     manager.start()
     wait_until(lambda: fleet.states("ticker")[:2] == ["handed back", "succeeded"], "the hand-over")
     page = see(admin, "timeline")
@@ -178,10 +178,10 @@ HOURS = timedelta(hours=5)
 # -- the drawing ---------------------------------------------------------------------------------
 
 RUN = Record(1, "w", NOON, None, "schedule", "succeeded", 1, 1, "a", "a:1", NOON, NOON, None, None, None, NOON + MINUTE)
-SEEN = Seen("a", "a", 1, NOON - HOURS, NOON + MINUTE, None)
+SEEN = InstanceRecord("a", "a", 1, NOON - HOURS, NOON + MINUTE, None)
 
 
-def drawn(*records: Record, seen: tuple[Seen, ...] = (SEEN,)) -> Timeline:
+def drawn(*records: Record, seen: tuple[InstanceRecord, ...] = (SEEN,)) -> Timeline:
     """The picture of the minute after noon."""
     return draw(Window(NOON, NOON + MINUTE, NOON + MINUTE, records, NOON, seen))
 
@@ -257,14 +257,14 @@ def test_the_instances_show_what_they_hold_and_which_are_gone(
 ) -> None:
     holder, left = signed_on(manager, "holder"), signed_on(manager, "left")
     signed_on(manager, "lost-host", -LEASE)
-    manager.stores.instances.sign_off(left)
+    manager.stores.leases.sign_off(left)
     execution = claim(manager, holder, last_hour()).execution
     fleet.enqueue("orders", 1, 2)
-    manager.stores.messages.claim("order_worker", "orders", 2, (holder.id, holder.name))
+    manager.stores.queue.claim("order_worker", "orders", 2, (holder.id, holder.name))
     with manager.stores.main.engine.begin() as connection:
         progress = {"progress_done": 700, "progress_total": 1000}
         connection.execute(update(tables.executions).where(tables.executions.c.id == execution).values(progress))
-    with manager.stores.instances.engine.begin() as connection:
+    with manager.stores.leases.engine.begin() as connection:
         of_holder = tables.instances.c.id == holder.id
         connection.execute(update(tables.instances).where(of_holder).values(clock_offset=-1.5, release="3f2a91c"))
         locked = {"instance": holder.id, "instance_name": holder.name, "since": NOON}
@@ -396,7 +396,7 @@ def test_nothing_that_anybody_named_is_read_as_html(
     running = {"state": "running", "finished_at": None, "token": 1, "worker": EVIL}
     ran(manager, NOON, instance=evil.id, instance_name=evil.name, **running)
     ran(manager, NOON + MINUTE, worker=f'w" onload="{EVIL}', instance=None, instance_name=f"{EVIL}:1")
-    with manager.stores.instances.engine.begin() as connection:
+    with manager.stores.leases.engine.begin() as connection:
         connection.execute(update(tables.instances).values(release=EVIL[:100]))
     for path in (*PAGES, f"messages/{id}", "timeline?worker=%3Cscript%3Ealert('x')%3C/script%3E"):
         page = see(admin, path)

@@ -107,13 +107,13 @@ def take_over(app: Any, tick: datetime) -> None:
     """The run of one instance that dies, and of the next that comes, at the same tick."""
     manager = app.extensions["background_workers"]
     ledger, first, second = manager.stores.ledger, Instance(LEASE, "first-host", 1), Instance(LEASE, "second-host", 1)
-    manager.stores.instances.beat(first)
+    manager.stores.leases.beat(first)
     claim = ledger.claim(OTHERS, tick, "every 3600s", (first.id, first.name))
-    with manager.stores.instances.engine.begin() as connection:
+    with manager.stores.leases.engine.begin() as connection:
         gone = update(tables.instances).where(tables.instances.c.id == first.id)
         connection.execute(gone.values(expires_at=tables.instances.c.heartbeat_at))
     ledger.end(claim, "lost", "its instance is gone", next_attempt=2)
-    manager.stores.instances.beat(second)
+    manager.stores.leases.beat(second)
     again = ledger.claim_pending(OTHERS, tick, (second.id, second.name))
     ledger.end(again, "succeeded")
 

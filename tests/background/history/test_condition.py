@@ -69,7 +69,7 @@ def joined(fleet: Fleet, *workers: type[PeriodicWorker], **config: Any) -> Flask
     """Give an application that has joined the fleet, and whose workers are known."""
     app = fleet.app(*workers, **config)
     manager_of(app).start()
-    wait_until(lambda: manager_of(app)._membership._heartbeat, "joining")
+    wait_until(lambda: manager_of(app)._supervisor._heartbeat, "joining")
     for worker in workers:
         manager_of(app).recovery.look(worker)
     return app
@@ -79,7 +79,7 @@ def left(fleet: Fleet, **columns: Any) -> None:
     """Pretend that the last instance left a quarter of an hour ago."""
     ago = datetime.now(UTC) - timedelta(minutes=15)
     manager = manager_of(fleet.apps[0])
-    with manager.stores.instances.engine.begin() as connection:
+    with manager.stores.leases.engine.begin() as connection:
         connection.execute(update(tables.instances).values(**{"heartbeat_at": ago, "expires_at": ago} | columns))
 
 
@@ -274,13 +274,13 @@ def test_threads_that_are_used_up_are_a_problem_while_a_worker_waits(fleet: Flee
 def test_the_fleet_is_seen_in_a_constant_number_of_queries(fleet: Fleet) -> None:
     workers = [type(f"Extra{number}", (Hourly,), {}) for number in range(30)]
     manager = manager_of(fleet.app(*workers))
-    manager.stores.steering.register({})
-    with statements(manager.stores.instances.engine) as few:
+    manager.stores.controls.register({})
+    with statements(manager.stores.leases.engine) as few:
         condition(manager)
     for worker in workers:
         manager.recovery.look(worker)
-    with statements(manager.stores.instances.engine) as many:
-        assert len(condition(manager).standings) == 30
+    with statements(manager.stores.leases.engine) as many:
+        assert len(condition(manager).statuses) == 30
     assert len(few) == len(many) == 5
 
 
@@ -404,13 +404,13 @@ def test_a_connection_that_the_instance_cut_itself_is_not_said_to_be_closed_by_t
     fleet: Fleet, caplog: pytest.LogCaptureFixture
 ) -> None:
     app = joined(fleet, Hourly)
-    membership, connections = manager_of(app)._membership, manager_of(app).stores.connections
-    assert membership is not None
-    membership._heartbeat.stop()
+    supervisor, connections = manager_of(app)._supervisor, manager_of(app).stores.connections
+    assert supervisor is not None
+    supervisor._heartbeat.stop()
     caplog.clear()
-    membership._outage.ended()
-    membership._beat()
+    supervisor._outage.ended()
+    supervisor._beat()
     connections.cut()
-    membership._beat_failed(OperationalError("SELECT 1", {}, Exception("server closed the connection unexpectedly")))
+    supervisor._beat_failed(OperationalError("SELECT 1", {}, Exception("server closed the connection unexpectedly")))
     assert "no answer came before the lease ended, so this instance cut its connections" in caplog.text
     assert "server closed" not in caplog.text

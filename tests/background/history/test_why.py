@@ -13,7 +13,7 @@ from support.fleet import statements
 from app import create_app
 from background import BackgroundWorkerManager, PeriodicWorker, UnknownWorker, WorkerContext
 from background.database.tables import executions, workers
-from background.history.records import Record, Seen, Surroundings
+from background.history.records import InstanceRecord, Record, Surroundings
 from background.history.text import span
 from background.history.why import Answer, why
 from background.ledger.claim import Claim, WorkerState
@@ -96,8 +96,8 @@ def state(**columns: Any) -> WorkerState:
     )
 
 
-A = Seen("a", "a", 1, NOON - HOUR, NOON + 5 * MINUTE, None)
-B = Seen("b", "b", 2, NOON - 2 * HOUR, NOON - HOUR, None)
+A = InstanceRecord("a", "a", 1, NOON - HOUR, NOON + 5 * MINUTE, None)
+B = InstanceRecord("b", "b", 2, NOON - 2 * HOUR, NOON - HOUR, None)
 BEFORE_NOON = {"mark": NOON - 10 * MINUTE}
 
 
@@ -251,7 +251,7 @@ def test_a_tick_of_the_future_is_not_due_yet() -> None:
     ],
 )
 def test_a_tick_of_the_future_that_will_not_run_says_so(
-    worker: type[PeriodicWorker], changed: dict[str, Any], alive: tuple[Seen, ...], obstacle: str
+    worker: type[PeriodicWorker], changed: dict[str, Any], alive: tuple[InstanceRecord, ...], obstacle: str
 ) -> None:
     seen = around(at=NOON, clock=NOON - 3 * MINUTE, known=state(**BEFORE_NOON | changed), alive=alive, last_seen=None)
     assert said(seen, worker) == f"is not due yet: it comes in 3 min, and {obstacle}"
@@ -348,7 +348,7 @@ def test_a_tick_that_waits_for_an_older_one_to_be_run_again_says_for_which() -> 
 
 
 @pytest.mark.parametrize(("alive", "gone"), [((A,), ""), ((B,), ", which is gone: will be taken over")])
-def test_a_tick_that_waits_for_a_running_one_says_where_that_runs(alive: tuple[Seen, ...], gone: str) -> None:
+def test_a_tick_that_waits_for_a_running_one_says_where_that_runs(alive: tuple[InstanceRecord, ...], gone: str) -> None:
     running = Claim("tidy", NOON - HOUR, 1, 7, "schedule", 7)
     known = state(**BEFORE_NOON, running=running, instance="a", instance_name="a:1")
     assert said(around(known=known, alive=alive)) == (
@@ -370,7 +370,7 @@ def test_a_tick_that_has_just_come_due_is_about_to_be_taken() -> None:
 
 
 def test_a_tick_without_catch_up_says_when_the_instances_started() -> None:
-    late = Seen("a", "a", 1, NOON + MINUTE, NOON + 5 * MINUTE, None)
+    late = InstanceRecord("a", "a", 1, NOON + MINUTE, NOON + 5 * MINUTE, None)
     assert said(around(known=state(**BEFORE_NOON), alive=(late,)), Patient) == (
         "did not run: no instance was up when it was due (the oldest started at 2026-11-20T12:01:00Z), "
         "and Patient has catch_up = False"
@@ -594,7 +594,7 @@ def test_what_an_older_schedule_did_later_does_not_change_the_answer(
 @pytest.mark.parametrize("mark", [None, NOON - 10 * MINUTE, NOON, NOON + DAY])
 @pytest.mark.parametrize("scheduled", [-DAY, -MINUTE, 3 * MINUTE])
 def test_the_answer_about_a_tick_does_not_depend_on_the_moment_by_which_it_is_asked_for(
-    alive: tuple[Seen, ...], mark: datetime | None, scheduled: timedelta
+    alive: tuple[InstanceRecord, ...], mark: datetime | None, scheduled: timedelta
 ) -> None:
     known = state(mark=mark, scheduled_at=NOON + scheduled)
     moments = (NOON, NOON + MINUTE, NOON + 5 * MINUTE)

@@ -37,13 +37,13 @@ class Noted(MessageWorker):
 
 
 def row(fleet: Fleet, instance: Instance) -> object:
-    instances = fleet.manager().stores.instances
+    instances = fleet.manager().stores.leases
     with instances.engine.connect() as connection:
         return connection.execute(select(tables.instances).where(tables.instances.c.id == instance.id)).one()
 
 
 def test_a_heartbeat_is_one_statement_and_renews_the_lease(fleet: Fleet) -> None:
-    instances, instance = fleet.manager().stores.instances, Instance(LEASE)
+    instances, instance = fleet.manager().stores.leases, Instance(LEASE)
     with statements(instances.engine) as seen:
         instances.beat(instance)
         instances.beat(instance)
@@ -60,7 +60,7 @@ def test_two_lives_of_one_process_are_two_instances(fleet: Fleet) -> None:
 
 
 def test_the_deadline_counts_from_before_the_heartbeat_was_sent(fleet: Fleet) -> None:
-    instances, instance = fleet.manager().stores.instances, Instance(LEASE)
+    instances, instance = fleet.manager().stores.leases, Instance(LEASE)
     before = steady()
     instances.beat(instance)
     after = steady()
@@ -68,7 +68,7 @@ def test_the_deadline_counts_from_before_the_heartbeat_was_sent(fleet: Fleet) ->
 
 
 def test_the_living_the_lost_and_those_who_signed_off_are_told_apart(fleet: Fleet) -> None:
-    instances = fleet.manager().stores.instances
+    instances = fleet.manager().stores.leases
     alive, lost, left = Instance(LEASE), Instance(timedelta(seconds=-1)), Instance(LEASE)
     for instance in (alive, lost, left):
         instances.beat(instance)
@@ -81,7 +81,7 @@ def test_the_living_the_lost_and_those_who_signed_off_are_told_apart(fleet: Flee
 
 
 def test_a_heartbeat_that_comes_after_the_signing_off_revives_nobody(fleet: Fleet) -> None:
-    instances, instance = fleet.manager().stores.instances, Instance(LEASE)
+    instances, instance = fleet.manager().stores.leases, Instance(LEASE)
     instances.beat(instance)
     instances.sign_off(instance)
     instances.beat(instance)
@@ -89,7 +89,7 @@ def test_a_heartbeat_that_comes_after_the_signing_off_revives_nobody(fleet: Flee
 
 
 def test_those_who_left_long_ago_are_forgotten(fleet: Fleet) -> None:
-    instances = fleet.manager().stores.instances
+    instances = fleet.manager().stores.leases
     old, new = Instance(LEASE), Instance(LEASE)
     for instance in (old, new):
         instances.beat(instance)
@@ -103,7 +103,7 @@ def test_those_who_left_long_ago_are_forgotten(fleet: Fleet) -> None:
 
 
 def test_the_databases_clock_is_taken_in_with_every_heartbeat(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
-    instances, instance = fleet.manager().stores.instances, Instance(LEASE)
+    instances, instance = fleet.manager().stores.leases, Instance(LEASE)
     instances.beat(instance)
     assert abs(instance.clock_offset) < timedelta(seconds=1)
     monkeypatch.setattr("background.ledger.leases.time", SimpleNamespace(time=lambda: time.time() - 3600))
@@ -141,12 +141,12 @@ def test_a_run_outside_any_started_instance_is_alive_as_long_as_it_takes(fleet: 
     manager = fleet.manager(Long, WORKERS_LEASE_SECONDS=1.5)
     assert manager.trigger("long").state == "succeeded"
     (execution,) = fleet.executions()
-    assert manager.stores.instances.gone({execution.instance}) == {execution.instance: True}
+    assert manager.stores.leases.gone({execution.instance}) == {execution.instance: True}
 
 
 def test_an_instance_that_was_not_started_says_nothing(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
-    with statements(manager.stores.instances.engine) as beats, statements(manager.stores.main.engine) as looks:
+    with statements(manager.stores.leases.engine) as beats, statements(manager.stores.main.engine) as looks:
         threading.Event().wait(0.3)
     assert beats == looks == []
 
@@ -155,7 +155,7 @@ def test_an_idle_instance_is_one_statement_per_heartbeat(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
     manager.start()
     wait_until(lambda: fleet.states() == ["succeeded"], "the first run")
-    with statements(manager.stores.instances.engine) as beats, statements(manager.stores.main.engine) as looks:
+    with statements(manager.stores.leases.engine) as beats, statements(manager.stores.main.engine) as looks:
 
         def is_idle() -> bool:  # from when it has taken the start in, and what came before it listened
             if looks:
@@ -232,7 +232,7 @@ def test_a_table_that_is_locked_right_after_a_heartbeat_does_not_hold_the_next_o
     manager, lease = fleet.manager(Long, WORKERS_LEASE_SECONDS=1), 1
     manager.start()
     assert working.wait(PATIENCE)
-    first, beats = manager.presence.instance, manager.stores.instances.engine
+    first, beats = manager.presence.instance, manager.stores.leases.engine
     with fleet.engine.connect() as operator:
 
         def lock(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
@@ -259,10 +259,10 @@ def test_who_was_not_first_at_a_tick_has_read_once_and_lets_the_others_go_first_
     )
     [execution] = fleet.executions()
     [loser] = [each for each in managers if each.presence.instance.id != execution.instance]
-    wake_ups = loser._membership._wake_ups
-    wait_until(lambda: "hourly" in wake_ups._yielding, "the look of the one that comes second")
+    timers = loser._supervisor._timers
+    wait_until(lambda: "hourly" in timers._yielding, "the look of the one that comes second")
     with statements(loser.stores.main.engine) as seen:
-        wake_ups._fire("hourly", execution.tick, "every 3600s")
+        timers._fire("hourly", execution.tick, "every 3600s")
     of_one = [each for each in seen if "background_workers.name = " in each]  # a heartbeat's look is at all
     assert len(of_one) == 1
     assert timedelta(milliseconds=9) < armed_after(loser) < timedelta(milliseconds=21)
@@ -270,15 +270,15 @@ def test_who_was_not_first_at_a_tick_has_read_once_and_lets_the_others_go_first_
 
 def armed_after(manager: BackgroundWorkerManager) -> timedelta:
     """How long after its tick the next wake-up is, by the database's clock."""
-    membership = manager._membership
-    job = membership._scheduler._scheduler.get_job("tick:hourly")
-    return job.trigger.run_date + manager.presence.instance.clock_offset - membership._wake_ups._armed["hourly"]
+    supervisor = manager._supervisor
+    job = supervisor._scheduler._scheduler.get_job("tick:hourly")
+    return job.trigger.run_date + manager.presence.instance.clock_offset - supervisor._timers._armed["hourly"]
 
 
 def test_nobody_counts_as_lost_within_a_lease_after_the_databases_clock_was_set(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    instances = fleet.manager(WORKERS_LEASE_SECONDS=1.5).stores.instances
+    instances = fleet.manager(WORKERS_LEASE_SECONDS=1.5).stores.leases
     lost, left, us = Instance(timedelta(seconds=-1)), Instance(LEASE), Instance(LEASE)
     for instance in (lost, left, us):
         instances.beat(instance)
@@ -293,7 +293,7 @@ def test_nobody_counts_as_lost_within_a_lease_after_the_databases_clock_was_set(
 
 
 def test_slow_replies_are_not_taken_for_a_clock_that_was_set(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
-    instances, us = fleet.manager().stores.instances, Instance(LEASE)
+    instances, us = fleet.manager().stores.leases, Instance(LEASE)
     instances.beat(us)
     for _ in range(3):
         readings = iter((steady(), steady() + 2.6))  # asked now, and answered 2.6 s later by this
@@ -304,7 +304,7 @@ def test_slow_replies_are_not_taken_for_a_clock_that_was_set(fleet: Fleet, monke
 
 
 def test_a_lease_of_before_the_databases_clock_was_set_back_is_none(fleet: Fleet) -> None:
-    instances, instance = fleet.manager(WORKERS_LEASE_SECONDS=1.5).stores.instances, Instance(LEASE)
+    instances, instance = fleet.manager(WORKERS_LEASE_SECONDS=1.5).stores.leases, Instance(LEASE)
     instances.beat(instance)
     later = datetime.now(UTC) + timedelta(minutes=2)
     with instances.engine.begin() as connection:
@@ -328,15 +328,15 @@ def test_a_lease_that_runs_out_while_a_heartbeat_hangs_is_noticed(fleet: Fleet) 
     manager = fleet.manager(Long, WORKERS_LEASE_SECONDS=0.5)
     manager.start()
     assert working.wait(PATIENCE)
-    beat, released = manager.stores.instances.beat, threading.Event()
+    beat, released = manager.stores.leases.beat, threading.Event()
 
     def hang(instance: Instance, topics: Sequence[str]) -> Pulse:
         assert released.wait(PATIENCE)
         return beat(instance, topics)
 
-    manager.stores.instances.beat = hang  # type: ignore[method-assign]
+    manager.stores.leases.beat = hang  # type: ignore[method-assign]
     assert told.wait(PATIENCE)
-    manager.stores.instances.beat = beat  # type: ignore[method-assign]
+    manager.stores.leases.beat = beat  # type: ignore[method-assign]
     released.set()
     go_on.set()
     wait_until(lambda: fleet.states()[0] != "running" and fleet.states()[-1] == "succeeded", "the second run")
@@ -347,20 +347,20 @@ def test_a_life_whose_lease_is_over_begins_no_run_until_the_fleet_knows_the_next
     manager = fleet.manager(Hourly)
     manager.start()
     wait_until(lambda: fleet.states() == ["succeeded"], "the first run")
-    beat, went = manager.stores.instances.beat, threading.Event()
+    beat, went = manager.stores.leases.beat, threading.Event()
 
     def fail(_instance: Instance, _topics: object) -> Pulse:
         went.set()
         raise RuntimeError("no answer")
 
-    manager.stores.instances.beat = fail  # type: ignore[method-assign]
+    manager.stores.leases.beat = fail  # type: ignore[method-assign]
     assert went.wait(PATIENCE)
     before = manager.presence.instance
     before.deadline = steady()
     fleet.set("hourly", mark=last_hour() - HOUR)
     assert manager.tick("hourly", last_hour()) is None
     assert fleet.states() == ["succeeded"]
-    manager.stores.instances.beat = beat  # type: ignore[method-assign]
+    manager.stores.leases.beat = beat  # type: ignore[method-assign]
     wait_until(lambda: fleet.states() == ["succeeded", "succeeded"], "the postponed tick")
     assert fleet.executions()[1].instance == manager.presence.instance.id != before.id
 
@@ -371,7 +371,7 @@ def test_a_process_that_leaves_while_its_threads_ask_who_it_is_ends_in_peace(
     manager = fleet.manager(Hourly)
     manager.start()
     wait_until(lambda: fleet.states() == ["succeeded"], "the first run")
-    membership, instance = manager._membership, manager.presence.instance
+    supervisor, instance = manager._supervisor, manager.presence.instance
     manager.stop()
     asked: list[Instance | None] = []
 
@@ -383,11 +383,11 @@ def test_a_process_that_leaves_while_its_threads_ask_who_it_is_ends_in_peace(
     monkeypatch.delattr(manager.presence, "instance")
     monkeypatch.setattr(Presence, "instance", property(leaving), raising=False)
     questions = [
-        membership._deadline,
-        membership._lost,
-        partial(membership._declare, ["hourly"]),
-        membership._wake_ups._now,
-        partial(membership._wake_ups.arm_first, "hourly"),
+        supervisor._deadline,
+        supervisor._lost,
+        partial(supervisor._declare, ["hourly"]),
+        supervisor._timers._now,
+        partial(supervisor._timers.arm_first, "hourly"),
         partial(manager.recovery.gone, []),
         partial(ExitStack().enter_context, manager.presence.present()),
     ]
@@ -404,7 +404,7 @@ def test_what_an_instance_held_when_its_lease_ran_out_is_lost_and_not_handed_bac
         def do_work(self, context: WorkerContext) -> None:
             effect(context)
             context.instance.lease = timedelta()
-            manager.stores.instances.beat(context.instance)  # the last one, and its lease is over at once
+            manager.stores.leases.beat(context.instance)  # the last one, and its lease is over at once
 
     manager = fleet.manager(Once, WORKERS_HEARTBEAT_SECONDS=60, WORKERS_LEASE_SECONDS=200)
     assert manager.tick("once", last_hour()).state == "lost"
@@ -436,7 +436,7 @@ def test_after_somebody_deleted_the_file_of_the_instances_they_meet_in_the_next_
     with manager.lock("invoice-42") as lock:
         for path in glob.glob(f"{make_url(sqlite_url).database}-instances*"):
             os.unlink(path)
-        wait_until(lambda: newcomer.stores.instances.gone({instance.id}) == {}, "a heartbeat into the new file")
+        wait_until(lambda: newcomer.stores.leases.gone({instance.id}) == {}, "a heartbeat into the new file")
         with newcomer.lock("invoice-42") as other:
             assert other is not None
             assert not lock.still_held()

@@ -78,7 +78,7 @@ def test_a_tick_just_ahead_is_waited_for_and_claimed_once_the_databases_clock_is
         period = timedelta(seconds=0.5)
 
     manager = fleet.manager(Quick)
-    manager.stores.steering.register({"quick": declared_schedule(Quick)})
+    manager.stores.controls.register({"quick": declared_schedule(Quick)})
     clock = manager.stores.ledger.look("quick").clock
     at = declared_schedule(Quick).next(clock + timedelta(seconds=0.2))
     assert manager.tick("quick", at).claim.tick == at

@@ -227,7 +227,7 @@ def test_two_shops_on_one_database_have_locks_of_their_own_by_a_prefix(fleet: Fl
 
 
 def expiry(manager: BackgroundWorkerManager, instance: str) -> Any:
-    with manager.stores.instances.engine.connect() as connection:
+    with manager.stores.leases.engine.connect() as connection:
         query = select(tables.instances.c.expires_at).where(tables.instances.c.id == instance)
         return connection.scalar(query)
 
@@ -390,7 +390,7 @@ def test_a_lock_is_one_read_and_two_writes(fleet: Fleet) -> None:
 def test_a_process_that_has_not_joined_leaves_no_instance_behind_with_each_lock(fleet: Fleet) -> None:
     manager = fleet.manager()
     assert [token(manager) for _ in range(3)] == [1, 2, 3]
-    with manager.stores.instances.engine.connect() as connection:
+    with manager.stores.leases.engine.connect() as connection:
         assert connection.execute(select(tables.instances)).all() == []
 
 

@@ -509,7 +509,7 @@ def test_an_idle_instance_with_delayed_messages_is_one_statement_per_heartbeat(f
     wait_until(lambda: manager.presence.instance is not None, "the start")
 
     def five_heartbeats() -> tuple[set[str], list[str]]:
-        with statements(manager.stores.instances.engine) as beats, statements(manager.stores.main.engine) as others:
+        with statements(manager.stores.leases.engine) as beats, statements(manager.stores.main.engine) as others:
             wait_until(lambda: len(beats) >= 5, "five heartbeats")
         return {"INSERT INTO background_instances" in statement for statement in beats}, others
 

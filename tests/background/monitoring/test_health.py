@@ -29,7 +29,7 @@ from background.database.clock import steady
 from background.history import status as standing
 from background.monitoring import health
 from background.monitoring import timebox as prompt
-from background.monitoring.timebox import Prompt
+from background.monitoring.timebox import Timebox
 from models import User
 
 DAY = timedelta(days=1)
@@ -174,7 +174,7 @@ def test_a_worker_is_overdue_although_a_clock_that_was_ahead_decided_its_ticks(f
     app = fleet.app(Hourly)
     overdue(fleet, app, mark=datetime.now(UTC) + ahead)
     assert failed(app) == ["workers"]
-    (found,) = standing.standings(manager_of(app))
+    (found,) = standing.statuses(manager_of(app))
     assert found.overdue_since == last_hour() - 24 * HOUR  # the first tick since it is scheduled
     skipped = {"worker": "hourly", "trigger": "schedule", "state": "missed", "tick": last_hour() - 5 * HOUR}
     with fleet.engine.begin() as connection:
@@ -182,7 +182,7 @@ def test_a_worker_is_overdue_although_a_clock_that_was_ahead_decided_its_ticks(f
         connection.execute(
             insert(tables.executions).values(skipped | {"tick": last_hour(), "through": last_hour() + DAY})
         )
-    (found,) = standing.standings(manager_of(app))
+    (found,) = standing.statuses(manager_of(app))
     assert found.overdue_since == last_hour() - 3 * HOUR
     fleet.set("hourly", scheduled_at=datetime.now(UTC) + ahead)
     assert failed(app) == ["workers"]
@@ -210,7 +210,7 @@ def test_a_running_worker_is_not_overdue_unless_nobody_is_left_to_run_it(fleet: 
     day_ago = datetime.now(UTC) - timedelta(days=1)
     fleet.set("lasting", mark=day_ago, scheduled_at=day_ago)
     assert failed(app) == []
-    with runs.stores.instances.engine.begin() as connection:
+    with runs.stores.leases.engine.begin() as connection:
         connection.execute(update(tables.instances).values(signed_off_at=datetime.now(UTC)))
     assert failed(app) == ["workers"]
     lasting.go_on.set()
@@ -241,11 +241,11 @@ def test_the_workers_are_one_read_and_a_cron_is_reckoned_once_per_tick(fleet: Fl
 
     app = fleet.app(*(worker(number) for number in range(30)))
     manager = manager_of(app)
-    manager.stores.steering.register({name: standing.parse_schedule("cron 0 3 * * * UTC") for name in manager.workers})
+    manager.stores.controls.register({name: standing.parse_schedule("cron 0 3 * * * UTC") for name in manager.workers})
     assert failed(app) == []
     reckoned = standing._first_and_third.cache_info().misses
-    with statements(manager.stores.instances.engine) as seen:
-        assert len(standing.standings(manager)) == 30
+    with statements(manager.stores.leases.engine) as seen:
+        assert len(standing.statuses(manager)) == 30
     assert len(seen) == 1
     assert standing._first_and_third.cache_info().misses == reckoned
 
@@ -258,7 +258,7 @@ def member(fleet: Fleet) -> Flask:
     """An application whose workers have joined."""
     app = fleet.app(Hourly)
     manager_of(app).start()
-    wait_until(lambda: manager_of(app)._membership._heartbeat, "joining")
+    wait_until(lambda: manager_of(app)._supervisor._heartbeat, "joining")
     return app
 
 
@@ -267,7 +267,7 @@ def test_a_member_is_ready_while_its_heartbeat_is_fresh_and_not_after_it_has_lef
     assert live(member) == (200, {"process": True, "scheduler": True, "heartbeat": True})
     _, checks = ready(member)
     assert 0 <= checks["heartbeat"]["age_seconds"] < 2
-    manager_of(member)._membership._heartbeat.stop()
+    manager_of(member)._supervisor._heartbeat.stop()
     wait_until(lambda: failed(member) == ["heartbeat"], "the lease's end")
     assert live(member)[0] == 503
     manager_of(member).stop()
@@ -281,17 +281,17 @@ def test_a_member_is_ready_while_its_heartbeat_is_fresh_and_not_after_it_has_lef
 def test_a_process_whose_scheduler_or_heartbeat_thread_died_is_not_alive(
     member: Flask, thread: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    membership = manager_of(member)._membership
+    supervisor = manager_of(member)._supervisor
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
 
     def die(*_: object) -> None:
         raise SystemExit  # which ends a thread
 
     if thread == "scheduler":
-        membership._scheduler._scheduler._process_jobs = die
-        membership._scheduler.look_again()
+        supervisor._scheduler._scheduler._process_jobs = die
+        supervisor._scheduler.look_again()
     else:
-        membership._heartbeat._beat = die
+        supervisor._heartbeat._beat = die
     wait_until(lambda: live(member)[0] == 503, "its death")
     assert live(member)[1] == {"process": True, "scheduler": True, "heartbeat": True} | {thread: False}
 
@@ -315,7 +315,7 @@ def test_those_who_ask_while_the_database_hangs_share_one_question_and_not_for_e
         assert go_on.wait(PATIENCE)
         return len(asked)
 
-    hanging = Prompt(ask, 0.05)
+    hanging = Timebox(ask, 0.05)
     for _ in range(3):
         with pytest.raises(TimeoutError, match=r"no answer within 0\.05 s"):
             hanging.answer("the database")

@@ -151,7 +151,7 @@ def test_the_living_and_their_clocks_are_named_and_the_others_are_not(fleet: Fle
         each | {"id": "c", "host": "b", "clock_offset": -0.25},  # containers may share a host name and a process id
         each | {"id": "d", "host": "d", "clock_offset": 9.0, "expires_at": now - HOUR},
     ]
-    with manager_of(app).stores.instances.engine.begin() as connection:
+    with manager_of(app).stores.leases.engine.begin() as connection:
         connection.execute(insert(tables.instances), rows)
     samples = scrape(app)
     assert samples.value("background_instances") == 3

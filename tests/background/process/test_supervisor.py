@@ -17,8 +17,8 @@ from background.database import tables
 from background.database.connections import made_once
 from background.history.text import moment
 from background.ledger.leases import Instance, Pulse
-from background.process import timers as wake_ups
-from background.process.supervisor import Membership
+from background.process import timers as timers
+from background.process.supervisor import Supervisor
 from background.registry import declared_schedule
 
 
@@ -119,7 +119,7 @@ def test_a_worker_can_be_added_to_and_removed_from_a_started_manager(fleet: Flee
     manager.add(Quick)
     wait_until(lambda: len(ticks(fleet, "quick")) >= 2, "two runs of the added one")
     manager.remove("quick")
-    assert manager._membership._scheduler.wait(PATIENCE)  # for what was on its way
+    assert manager._supervisor._scheduler.wait(PATIENCE)  # for what was on its way
     count = len(fleet.executions("quick"))
     threading.Event().wait(0.6)  # two periods
     assert len(fleet.executions("quick")) == count
@@ -147,14 +147,14 @@ def test_a_reschedule_reaches_the_other_instances(fleet: Fleet) -> None:
 def test_a_reschedule_is_followed_within_two_heartbeats(fleet: Fleet) -> None:
     manager = fleet.manager(Rarely)
     manager.start()
-    membership = wait_until(lambda: ticks(fleet, "rarely") and manager._membership, "the first run")
-    beat, armed = manager.stores.instances.beat, []
+    supervisor = wait_until(lambda: ticks(fleet, "rarely") and manager._supervisor, "the first run")
+    beat, armed = manager.stores.leases.beat, []
 
     def note(instance: Instance, topics: Sequence[str] = ()) -> Pulse:
-        armed.append(membership._wake_ups._armed["rarely"])
+        armed.append(supervisor._timers._armed["rarely"])
         return beat(instance, topics)
 
-    manager.stores.instances.beat = note  # type: ignore[method-assign]
+    manager.stores.leases.beat = note  # type: ignore[method-assign]
     assert fleet.manager(Rarely).reschedule("rarely", period=2 * HOUR)
     began = len(armed)  # the next one to begin is the first of the two
     wait_until(lambda: len(armed) > began + 2, "the beginning of the third")
@@ -191,7 +191,7 @@ def test_a_worker_whose_row_alone_is_gone_repeats_no_tick_and_runs_the_next_one(
 def test_an_instance_outlives_an_error_that_is_not_the_databases(fleet: Fleet) -> None:
     """Such as a time that somebody wrote by hand, in another form."""
     manager = fleet.manager(Quick, WORKERS_LEASE_SECONDS=PATIENCE)
-    beat, failures = manager.stores.instances.beat, []
+    beat, failures = manager.stores.leases.beat, []
 
     def fail(instance: Instance, topics: Sequence[str] = ()) -> Pulse:
         if len(failures) < 3 and manager.presence.instance is not None:
@@ -199,7 +199,7 @@ def test_an_instance_outlives_an_error_that_is_not_the_databases(fleet: Fleet) -
             raise ValueError("time data does not match format")
         return beat(instance, topics)
 
-    manager.stores.instances.beat = fail  # type: ignore[method-assign]
+    manager.stores.leases.beat = fail  # type: ignore[method-assign]
     manager.start()
     instance = wait_until(lambda: len(failures) == 3 and manager.presence.instance, "the third failure")
     deadline = instance.deadline
@@ -210,14 +210,14 @@ class Rarely(Hourly):
     period = timedelta(days=300)
 
 
-def joined(fleet: Fleet) -> tuple[Membership, datetime]:
+def joined(fleet: Fleet) -> tuple[Supervisor, datetime]:
     """A started instance that waits for a tick in months; and that tick."""
     manager = fleet.manager(Rarely)
     manager.start()
     wait_until(lambda: ticks(fleet, "rarely"), "the first run")
-    membership = manager._membership
-    assert membership is not None
-    return membership, ticks(fleet, "rarely")[0] + Rarely.period
+    supervisor = manager._supervisor
+    assert supervisor is not None
+    return supervisor, ticks(fleet, "rarely")[0] + Rarely.period
 
 
 def test_a_tick_whose_claim_fails_by_what_nobody_expects_is_claimed_again(
@@ -239,15 +239,15 @@ def test_a_tick_whose_claim_fails_by_what_nobody_expects_is_claimed_again(
 
 
 def test_a_tick_that_was_fired_by_a_wrong_clock_is_fired_again(fleet: Fleet) -> None:
-    membership, tick = joined(fleet)
-    schedule = membership._recovery.look(Rarely).schedule_text
-    membership._wake_ups._fire("rarely", tick, schedule)  # what a host clock does that is set ahead
-    assert membership._wake_ups._armed["rarely"] > tick
-    instance = membership._presence.instance
+    supervisor, tick = joined(fleet)
+    schedule = supervisor._recovery.look(Rarely).schedule_text
+    supervisor._timers._fire("rarely", tick, schedule)  # what a host clock does that is set ahead
+    assert supervisor._timers._armed["rarely"] > tick
+    instance = supervisor._presence.instance
     assert instance is not None
 
     def is_armed() -> bool:
-        if membership._wake_ups._armed["rarely"] == tick:
+        if supervisor._timers._armed["rarely"] == tick:
             return True
         instance.clock_offset += timedelta(seconds=1)  # a heartbeat that begins after this finds another
         return False
@@ -258,7 +258,7 @@ def test_a_tick_that_was_fired_by_a_wrong_clock_is_fired_again(fleet: Fleet) -> 
 def test_a_host_that_slept_sees_what_is_due_with_its_next_heartbeat(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    membership, tick = joined(fleet)
+    supervisor, tick = joined(fleet)
     time.sleep(0.5)  # now it waits for nothing but that
 
     class Later(datetime):
@@ -267,7 +267,7 @@ def test_a_host_that_slept_sees_what_is_due_with_its_next_heartbeat(
             return tick + timedelta(seconds=1)
 
     monkeypatch.setattr("apscheduler.schedulers.base.datetime", Later)
-    wait_until(lambda: membership._wake_ups._armed["rarely"] > tick, "it was fired")
+    wait_until(lambda: supervisor._timers._armed["rarely"] > tick, "it was fired")
 
 
 def test_a_pause_and_a_resume_reach_the_other_instances(fleet: Fleet) -> None:
@@ -380,7 +380,7 @@ def test_a_manual_run_does_not_take_the_tick_of_a_started_instance_away(fleet: F
     manual.start()
     assert working.wait(PATIENCE)
     started.start()
-    wait_until(lambda: started.presence.instance is not None and started._membership._wake_ups._armed, "the start")
+    wait_until(lambda: started.presence.instance is not None and started._supervisor._timers._armed, "the start")
     go_on.set()
     manual.join(PATIENCE)
     wait_until(lambda: fleet.states() == ["succeeded", "succeeded"], "the tick")
@@ -394,7 +394,7 @@ def test_started_and_stopped_at_once_nothing_stays_behind(fleet: Fleet) -> None:
         manager.stop()
     assert manager.presence.instance is None
     wait_until(lambda: not [t for t in threading.enumerate() if t.name.startswith("workers-")], "the threads' end")
-    with manager.stores.instances.engine.connect() as connection:
+    with manager.stores.leases.engine.connect() as connection:
         alive = select(tables.instances.c.id).where(tables.instances.c.signed_off_at.is_(None))
         assert connection.scalars(alive).all() == []
 
@@ -435,12 +435,12 @@ def test_a_tick_that_is_due_when_another_schedule_comes_into_force_is_still_run(
     class Spread(Hourly):
         period = jitter = timedelta(seconds=1)
 
-    monkeypatch.setattr(wake_ups.random, "uniform", lambda *_: 360_000.0)  # it does not begin in this test
+    monkeypatch.setattr(timers.random, "uniform", lambda *_: 360_000.0)  # it does not begin in this test
     manager = fleet.manager(Spread, WORKERS_HEARTBEAT_SECONDS=0.1)
     manager.start()
-    membership = manager._membership
-    assert membership is not None
-    armed = membership._wake_ups._armed
+    supervisor = manager._supervisor
+    assert supervisor is not None
+    armed = supervisor._timers._armed
     tick = wait_until(lambda: armed.get("spread"), "the first tick is waited for")
     assert manager.reschedule("spread", period=HOUR)
     assert fleet.row("spread").schedule == "every 3600s"
@@ -507,7 +507,7 @@ def test_a_requested_run_whose_instance_died_is_run_again(fleet: Fleet) -> None:
     manager.pause("reluctant")
     manager.request("reluctant")
     ghost = Instance(timedelta(seconds=-1))
-    manager.stores.instances.beat(ghost)
+    manager.stores.leases.beat(ghost)
     tick = manager.recovery.look(Reluctant).owed
     assert tick is not None
     assert manager.stores.ledger.claim_pending("reluctant", tick, (ghost.id, ghost.name))

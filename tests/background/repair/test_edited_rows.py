@@ -34,7 +34,7 @@ def claimed(manager: BackgroundWorkerManager, tick: datetime, instance: tuple[st
 def alive(manager: BackgroundWorkerManager) -> tuple[str, str]:
     """Give an instance that lives for an hour."""
     instance = Instance(HOUR)
-    manager.stores.instances.beat(instance)
+    manager.stores.leases.beat(instance)
     return instance.id, instance.name
 
 
@@ -157,7 +157,7 @@ def test_a_batch_that_the_database_forgot_acknowledges_nothing_of_the_next_one(f
 
     manager = fleet.manager(Notes)
     fleet.enqueue("notes", 1)
-    queue, app = manager.stores.messages, manager.app
+    queue, app = manager.stores.queue, manager.app
     with lost_commits(fleet):
         first = queue.claim("notes", "notes", 10, GHOST)
     second = queue.claim("notes", "notes", 10, GHOST)
@@ -430,7 +430,7 @@ def test_a_worker_whose_row_another_instance_makes_first_is_not_taken_for_one_th
     waiting = text("SELECT true FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'")
     with fleet.engine.begin() as connection:
         connection.execute(insert(tables.workers).values(row))
-        register = threading.Thread(target=second.stores.steering.register, args=({"hourly": Every(HOUR)},))
+        register = threading.Thread(target=second.stores.controls.register, args=({"hourly": Every(HOUR)},))
         register.start()
         with fleet.engine.connect() as other:
             wait_until(lambda: other.scalar(waiting), "the second instance's wait for the row")

@@ -501,7 +501,7 @@ def test_what_was_claimed_and_never_arrived_is_handled_once_a_lease_has_passed(f
     manager.start()
     wait_until(lambda: manager.presence.instance, "the start")
     instance = manager.presence.instance
-    assert manager.stores.messages.claim("notes", "notes", 1, (instance.id, instance.name))
+    assert manager.stores.queue.claim("notes", "notes", 1, (instance.id, instance.name))
     manager.add(Notes)
     wait_until(lambda: is_over(fleet), "the end")
     assert fleet.effects() == ["lost on its way"]
@@ -540,13 +540,13 @@ def test_what_a_gone_instance_holds_of_a_topic_that_this_release_does_not_have_k
     former = fleet.manager(Former)
     fleet.enqueue("former", 1)
     gone = former.presence.sign_on()
-    assert former.stores.messages.claim("former", "former", 1, (gone.id, gone.name))
+    assert former.stores.queue.claim("former", "former", 1, (gone.id, gone.name))
     former.presence.sign_off(gone)
     manager = fleet.manager(Notes)
     manager.start()
     wait_until(lambda: manager.presence.instance, "the start")
-    manager._membership.consumers.look()
-    assert not manager._membership.consumers._freeing
+    manager._supervisor.consumers.look()
+    assert not manager._supervisor.consumers._freeing
     assert states(fleet) == ["running"]
 
 
@@ -565,7 +565,7 @@ def quiet(fleet: Fleet, caplog: pytest.LogCaptureFixture) -> Quiet:
         manager = fleet.manager(*workers, WORKERS_HEARTBEAT_SECONDS=MINUTE, WORKERS_LEASE_SECONDS=5 * MINUTE)
         manager.start()
         wait_until(lambda: "joined with" in caplog.text, "the start")
-        wait_until(lambda: not manager._membership.consumers._active["notes"], "the first look")
+        wait_until(lambda: not manager._supervisor.consumers._active["notes"], "the first look")
         return manager
 
     return start
@@ -586,7 +586,7 @@ def test_who_found_nothing_lets_others_go_first_and_looks_once_for_all_it_hears(
 ) -> None:
     monkeypatch.setattr("background.process.consumers._YIELDED_SECONDS", (10 * MINUTE, 10 * MINUTE))
     manager = quiet(Notes)
-    consumers, timers = manager._membership.consumers, manager._membership._scheduler._scheduler
+    consumers, timers = manager._supervisor.consumers, manager._supervisor._scheduler._scheduler
     wait_until(lambda: "notes" in consumers._yielding, "a look that finds nothing")
     for _ in range(3):
         consumers.hear("notes")
@@ -606,7 +606,7 @@ def test_who_found_nothing_lets_others_go_first_and_looks_once_for_all_it_hears(
 
 def test_many_messages_for_later_are_no_timers_of_this_process(fleet: Fleet, quiet: Quiet) -> None:
     manager = quiet(Notes)
-    timers = manager._membership._scheduler._scheduler
+    timers = manager._supervisor._scheduler._scheduler
     before = len(timers.get_jobs())
     with manager.app.app_context():
         for number in range(100):
@@ -693,7 +693,7 @@ def test_a_process_signs_off_though_its_listener_heard_something_as_it_was_told_
     fleet: Fleet, quiet: Quiet
 ) -> None:
     manager = quiet(Notes)
-    listener = manager._membership._listener
+    listener = manager._supervisor._listener
     listener._stopped.set()
     fleet.manager(Notes)
     fleet.enqueue("notes", "heard")

@@ -355,21 +355,21 @@ def test_a_run_resolves_services_and_a_test_overrides_them(fleet: Fleet) -> None
 def test_the_services_of_a_run_are_closed_after_it(fleet: Fleet) -> None:
     story = []
 
-    class Mailbox:
+    class MessageHistory:
         pass
 
-    def open_mailbox() -> Iterator[Mailbox]:
+    def open_mailbox() -> Iterator[MessageHistory]:
         story.append("opened")
-        yield Mailbox()
+        yield MessageHistory()
         story.append("closed")
 
     class Mailing(Hourly):
         def do_work(self, context: WorkerContext) -> None:
-            context.services.get(Mailbox)
+            context.services.get(MessageHistory)
             story.append("worked")
 
     app = fleet.app(Mailing)
-    svcs.flask.register_factory(app, Mailbox, open_mailbox)
+    svcs.flask.register_factory(app, MessageHistory, open_mailbox)
     app.extensions["background_workers"].trigger("mailing")
     assert story == ["opened", "worked", "closed"]
 
@@ -594,7 +594,7 @@ def test_a_run_that_does_not_stop_in_time_is_handed_back_and_cannot_commit(fleet
 
 def claimed_by_a_ghost(manager: BackgroundWorkerManager, name: str, ghost: str = "ghost") -> None:
     """As if an instance that nobody knows, or that is gone, had begun the tick (or its next attempt)."""
-    manager.stores.steering.register({name: declared_schedule(manager.workers[name])})
+    manager.stores.controls.register({name: declared_schedule(manager.workers[name])})
     pending = manager.stores.ledger.look(name).pending_tick
     if pending:
         assert manager.stores.ledger.claim_pending(name, pending, (ghost, "elsewhere:1"))
@@ -691,10 +691,10 @@ def test_a_worker_whose_schedule_this_release_could_not_read_for_a_while_runs_ag
 def test_what_an_instance_that_signed_off_still_held_was_handed_back(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
     ghost = Instance(timedelta(seconds=10))
-    manager.stores.instances.beat(ghost)
+    manager.stores.leases.beat(ghost)
     claimed_by_a_ghost(manager, "hourly", ghost.id)
     assert manager.tick("hourly", NOW()) is None  # the ghost lives: overlap
-    manager.stores.instances.sign_off(ghost)
+    manager.stores.leases.sign_off(ghost)
     assert manager.tick("hourly", NOW()) is None  # skipped, but the older tick is run
     assert [(execution.state, execution.attempt) for execution in fleet.executions()] == [
         ("handed back", 1),
@@ -712,7 +712,7 @@ def test_a_run_that_holds_the_write_lock_longer_than_the_lease_keeps_its_claim(f
             effect(context)
             context.session.flush()
             ghost.lease = timedelta()
-            manager.stores.instances.beat(ghost)
+            manager.stores.leases.beat(ghost)
             threading.Event().wait(2.5)
 
     class Orphaned(Hourly):
@@ -720,7 +720,7 @@ def test_a_run_that_holds_the_write_lock_longer_than_the_lease_keeps_its_claim(f
         run_on_first_start = False
 
     manager, ghost = fleet.manager(Holding, Orphaned, WORKERS_LEASE_SECONDS=1.5), Instance(HOUR)
-    manager.stores.instances.beat(ghost)
+    manager.stores.leases.beat(ghost)
     claimed_by_a_ghost(manager, "orphaned", ghost.id)
     manager.start()
     wait_until(lambda: fleet.states("holding") not in ([], ["running"]), "the long run")
@@ -730,7 +730,7 @@ def test_a_run_that_holds_the_write_lock_longer_than_the_lease_keeps_its_claim(f
 
 def test_a_claim_whose_reply_got_lost_is_run_after_all(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly, WORKERS_LEASE_SECONDS=1.5)
-    manager.stores.steering.register({"hourly": declared_schedule(Hourly)})
+    manager.stores.controls.register({"hourly": declared_schedule(Hourly)})
 
     lost = []
 
@@ -759,5 +759,5 @@ def test_an_instance_that_comes_back_after_its_lease_begins_anew(fleet: Fleet) -
         return manager.presence.instance is not first and manager.presence.instance.is_alive
 
     wait_until(another_life, "the new life")
-    with manager.stores.instances.engine.connect() as connection:
+    with manager.stores.leases.engine.connect() as connection:
         assert connection.scalar(select(text("count(*) FROM background_instances"))) >= 2
