@@ -139,8 +139,8 @@ def shortened(text: str, most: int) -> str:
 
 
 def spelled_out(text: str) -> str:
-    """The text in one line that steers no terminal."""
-    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+    """Return the text in one line that steers no terminal. Escapes stand for the characters that would."""
+    return text if text.isprintable() else "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
 
 
 def error_line(text: str | None) -> str | None:

@@ -6,8 +6,9 @@ from datetime import timedelta
 
 import click
 
+from ..errors import spelled_out
 from ..history.messages import STATES, Failure, MessageRecord, Topic
-from ..history.text import clipped, decided, indented, printable, second, span, table
+from ..history.text import clipped, decided, indented, second, span, table
 from ..manager import the_manager
 from .shared import WorkersGroup, WrongUsage, as_json_option, checked_manager, one_state, print_json, row_limit
 
@@ -77,7 +78,7 @@ def show(id: str, as_json: bool) -> None:
         print_json({**letter.as_dict(), "errors": [asdict(failure) for failure in failures]})
         return
     for name, text in _facts(letter).items():
-        click.echo(f"{name:9} {printable(text)}")
+        click.echo(f"{name:9} {spelled_out(text)}")
     click.echo(f"\n{indented(letter.value)}")
     for failure in failures:
         click.echo(f"\n{_failure(failure)}")
@@ -101,7 +102,7 @@ def _facts(letter: MessageRecord) -> dict[str, str]:
 
 def _failure(failure: Failure) -> str:
     head = f"Attempt {failure.attempt} failed at {second(failure.at)} on {failure.instance_name}:"
-    return "\n".join(map(printable, [head, *failure.error.rstrip().split("\n")]))
+    return "\n".join(map(spelled_out, [head, *failure.error.rstrip().split("\n")]))
 
 
 @messages_cli.command()

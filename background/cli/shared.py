@@ -10,8 +10,8 @@ import click
 from flask.cli import AppGroup, ScriptInfo
 from sqlalchemy.exc import DBAPIError
 
-from ..errors import DatabaseNotReady, first_line
-from ..history.text import moment, printable
+from ..errors import DatabaseNotReady, first_line, spelled_out
+from ..history.text import moment
 from ..host import strict_json
 from ..manager import BackgroundWorkerManager, the_manager
 
@@ -32,7 +32,7 @@ class WorkersGroup(AppGroup):
         except DBAPIError as error:
             raise not_ready(error) from None
         except click.UsageError as error:
-            raise click.UsageError(printable(error.format_message()), error.ctx) from None
+            raise click.UsageError(spelled_out(error.format_message()), error.ctx) from None
         finally:
             if not manager.is_started:
                 manager.stop()

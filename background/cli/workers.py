@@ -13,11 +13,11 @@ from typing import Any
 import click
 from sqlalchemy.exc import DBAPIError
 
-from ..errors import BackgroundError, UnknownWorker
+from ..errors import BackgroundError, UnknownWorker, spelled_out
 from ..history.condition import condition
 from ..history.overview import overview
 from ..history.records import STATES, InstanceRecord, Record
-from ..history.text import EARLIEST, LATEST, ahead, moment, moment_in, printable, progress, second, silent, span, table
+from ..history.text import EARLIEST, LATEST, ahead, moment, moment_in, progress, second, silent, span, table
 from ..ledger.claim import WorkerState
 from ..manager import BackgroundWorkerManager, the_manager
 from ..registry import declared_schedule
@@ -186,7 +186,7 @@ def _print_checked(rows: list[dict[str, Any]], problems: list[str], alive: int, 
     headers = ("name", "schedule", "next tick", "then", "then", "note")
     _print_workers(headers, [_checked_cells(row) for row in rows])
     for problem in problems:
-        click.echo(f"Problem: {printable(problem)}", err=True)
+        click.echo(f"Problem: {spelled_out(problem)}", err=True)
     click.echo(f"Not looked at: {'; '.join(unseen)}.")
     if not problems:
         workers, fleet = _count(len(the_manager().names), "worker"), _count(alive, "instance")
@@ -325,7 +325,7 @@ def trigger(name: str) -> None:
     with _handed_back_on_signals(manager, name):
         execution = manager.trigger(name)
     if execution is None:
-        click.echo(printable(f"Not run: {_why_not_triggered(manager, name)}"))
+        click.echo(spelled_out(f"Not run: {_why_not_triggered(manager, name)}"))
         raise click.exceptions.Exit(1)
     _report(manager, execution)
 

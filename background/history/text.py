@@ -6,6 +6,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from zoneinfo import ZoneInfo
 
+from ..errors import spelled_out
 from ..host import strict_json
 from ..schedule.cron import check_timezone
 from .instances import Silence
@@ -62,7 +63,7 @@ def silent(silence: Silence) -> str:
     """Say that no instance is alive, since when, and the command that starts one."""
     if silence.last is None or silence.length is None:
         return "No instance is alive, and none is known: no worker runs. `flask workers run` starts one."
-    left = f"{printable(silence.last.name)} {'signed off' if silence.last.signed_off_at else 'was last seen'}"
+    left = f"{spelled_out(silence.last.name)} {'signed off' if silence.last.signed_off_at else 'was last seen'}"
     since = f"since {second(silence.since)} ({span(silence.length)}), when {left}"
     return f"No instance is alive {since}: no worker runs. `flask workers run` starts one."
 
@@ -86,11 +87,6 @@ def indented(value: Any) -> str:
     return "".join(each if each.isprintable() or each == "\n" else json.dumps(each)[1:-1] for each in text)
 
 
-def printable(text: str) -> str:
-    """Without what would steer a terminal: the text of an error may hold anything."""
-    return text if text.isprintable() else "".join(each if each.isprintable() else "?" for each in text)
-
-
 def table(headers: Sequence[str], rows: Iterable[list[str]]) -> str:
     """Left-aligned columns, two spaces apart; a column in which nothing stands is left out, but for the first."""
     lines = [[header.upper() for header in headers], *([clipped(cell) for cell in row] for row in rows)]
@@ -104,5 +100,5 @@ def table(headers: Sequence[str], rows: Iterable[list[str]]) -> str:
 
 def clipped(text: str, most: int = WIDEST) -> str:
     """The text in at most `most` printable characters."""
-    text = printable(text)
+    text = spelled_out(text)
     return text if len(text) <= most else f"{text[: most - 1]}…"

@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
+from ..errors import spelled_out
 from ..ledger.claim import WorkerState
 from ..registry import declared_schedule
 from ..schedule.periods import Schedule
 from ..worker import PeriodicWorker
 from .records import Record, Surroundings
-from .text import moment, printable, progress, second, span
+from .text import moment, progress, second, span
 
 FINE = ("succeeded", "running", "not due")
 # What else an answer can be than the state of an execution: it may still run, it did not, or nothing is known.
@@ -66,7 +67,7 @@ def why(around: Surroundings, worker: type[PeriodicWorker] | None, history_days:
     subject = f"The tick {moment(tick)} of {around.name}"
     if last and last.trigger == "manual":
         subject = f"The manual run of {around.name} asked for at {moment(tick)}"
-    return Answer(around.name, around.at, tick, state, printable(f"{subject} {said}."), around.records)
+    return Answer(around.name, around.at, tick, state, spelled_out(f"{subject} {said}."), around.records)
 
 
 def _schedule(around: Surroundings, worker: type[PeriodicWorker] | None) -> Schedule:
