@@ -312,7 +312,7 @@ def nursery() -> Iterator["Nursery"]:
 
 @pytest.fixture
 def effects(database_url: str) -> "Effects":
-    """What the probes' workers leave in this test's database."""
+    """Return the effects that the traced app's workers leave in this test's database."""
     from support.run_traces import Effects
 
     return Effects(database_url)

@@ -152,7 +152,7 @@ class Failing(PeriodicWorker):
     period = timedelta(hours=1)
     run_on_first_start = True
     def do_work(self, context):
-        context.logger.info("nobody asked for this")
+        context.logger.info("a line for an info log")
         raise ZeroDivisionError("the worker's own")
 
 app, db = Flask("host"), SQLAlchemy()
@@ -166,10 +166,10 @@ print(manager.tick("failing", datetime.now(UTC)).state)
 """
 
 
-def test_where_nobody_set_up_a_log_a_failure_is_said_on_standard_error(tmp_path) -> None:
+def test_without_a_configured_log_a_failure_is_printed_on_standard_error(tmp_path) -> None:
     url = f"sqlite:///{tmp_path / 'host.sqlite'}"
     code, said = run([sys.executable, "-c", SILENT.replace("{url}", url)], environment())
     assert code == 0
     assert "ZeroDivisionError: the worker's own" in said
-    assert "nobody asked for this" not in said
+    assert "a line for an info log" not in said
     assert said.endswith("failed")

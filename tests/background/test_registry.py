@@ -506,7 +506,7 @@ print("nothing was opened")
 
 
 def test_making_the_app_opens_no_thread_no_connection_and_no_file(tmp_path: Path) -> None:
-    urls = [f"sqlite:///{tmp_path}/absent.sqlite", "postgresql://nobody@127.0.0.1:1/nothing"]
+    urls = [f"sqlite:///{tmp_path}/absent.sqlite", "postgresql://reader@127.0.0.1:1/nothing"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
     for name in ("DATABASE_URL", "FLASK_APP"):
         environment.pop(name, None)

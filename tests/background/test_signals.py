@@ -1,4 +1,4 @@
-"""What an application hears of its workers: one signal for each thing that happened, once it is committed."""
+"""The signals of the engine: one for each event, sent after the event is committed."""
 
 import threading
 from collections.abc import Iterator
@@ -148,7 +148,7 @@ def test_a_receiver_that_fails_harms_neither_the_run_nor_the_other_receivers(
     assert caplog.text.count(f"{kind.__name__}: the pager is broken") == 2
 
 
-def test_a_receiver_that_takes_longer_than_the_lease_has_its_run_given_to_nobody_else(fleet: Fleet) -> None:
+def test_a_receiver_that_takes_longer_than_the_lease_does_not_lose_its_run(fleet: Fleet) -> None:
     began: list[str] = []
 
     class Counted(Hourly):

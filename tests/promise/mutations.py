@@ -1,10 +1,10 @@
-"""Is every guard of the promise held by a test? Take one away at a time, and see that the tests notice.
+"""Removes the guards of the promise one at a time, and checks that a test fails without each.
 
     python tests/promise/mutations.py            all of them
     python tests/promise/mutations.py -k WORDS   those with WORDS in the name of the guard, or in an edited file's
-    python tests/promise/mutations.py --look     only whether each guard is where it was; runs no test
+    python tests/promise/mutations.py --look     check only that each guard is in its place, and run no test
 
-Works on a copy of the tree. Exits with 1 if a guard can be taken away unnoticed, or is not where it was.
+Works on a copy of the tree. Exits with 1 if a guard is not in its place, or if no test notices its removal.
 """
 
 import argparse
@@ -197,7 +197,7 @@ MUTATIONS = (
                 "background/pruning.py",
                 "    after, deleted = 0, 1\n",
                 "    after, deleted = 0, 1\n"
-                "    from .models import workers\n"
+                "    from .database.tables import workers\n"
                 "    context.session.execute(workers.update().values(mark=None))\n",
             ),
         ],
@@ -373,14 +373,14 @@ def files_of(mutation: Mutation) -> list[str]:
 
 
 def look(chosen: Sequence[Mutation]) -> int:
-    """Say which edits do not fit; return the exit code."""
+    """Print the edits that do not fit. Return the exit code."""
     misfits = [misfit for mutation in chosen for edit in mutation.edits if (misfit := misfit_of(edit, ROOT))]
     print("\n".join(misfits) or f"All {len(chosen)} guards are where they were.")
     return 1 if misfits else 0
 
 
 def try_out(chosen: Sequence[Mutation]) -> int:
-    """Take each guard away; return the exit code."""
+    """Take each guard away. Return the exit code."""
     with tempfile.TemporaryDirectory(prefix="bookstore-mutations-") as folder:
         unnoticed = [mutation for mutation in chosen if not is_noticed(mutation, Path(folder) / "tree")]
     for mutation in unnoticed:
@@ -389,7 +389,7 @@ def try_out(chosen: Sequence[Mutation]) -> int:
 
 
 def is_noticed(mutation: Mutation, tree: Path) -> bool:
-    """Whether a test fails without the guard, which passes with it."""
+    """Return True if a test fails without the guard and passes with it."""
     copy_to(tree)
     for edit in mutation.edits:
         take_away(edit, tree)
@@ -410,12 +410,12 @@ def copy_to(tree: Path) -> None:
 
 
 def first_failure(guard: str, tree: Path, chosen: Sequence[str], patience: int = 60) -> str | None:
-    """The name of the first of the tests that fails; None if all pass. They wait `patience` seconds for an event."""
+    """Return the name of the first test that fails, or None. The tests wait `patience` seconds for an event."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-n0", "--no-header", *chosen]
     env = os.environ | {"TEST_PATIENCE": str(patience)}
     tests = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, check=False)
     failed = re.findall(r"^FAILED (.+?)(?: - .*)?$", tests.stdout, re.MULTILINE)
-    if tests.returncode not in (0, 1) or len(failed) != tests.returncode:  # else it says nothing, as an error does
+    if tests.returncode not in (0, 1) or len(failed) != tests.returncode:  # an error, not a failed test
         sys.exit(f"{guard}: pytest ended with {tests.returncode}\n{tests.stdout}{tests.stderr}")
     return failed[0] if failed else None
 
@@ -428,7 +428,7 @@ def take_away(edit: Edit, tree: Path) -> None:
 
 
 def misfit_of(edit: Edit, tree: Path) -> str | None:
-    """A sentence if the guard is not where it was; else None."""
+    """Return a sentence if the guard is not in its place, else None."""
     found = (tree / edit.file).read_text().count(edit.before)
     if found == edit.times:
         return None

@@ -69,7 +69,7 @@ def clock_ahead(folder: Path, seconds: float) -> Path:
     return clock
 
 
-def test_what_is_to_be_run_again_waits_until_a_clock_that_was_set_back_reaches_it_once_more(fleet: Fleet) -> None:
+def test_a_lost_tick_waits_until_a_clock_that_was_set_back_reaches_it_again(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
     tick = manager.recovery.look(Hourly).clock + timedelta(seconds=1)
     fleet.set("hourly", mark=tick, pending_tick=tick, pending_attempt=2, pending_trigger="schedule")
@@ -89,7 +89,7 @@ def test_what_was_asked_for_by_hand_does_not_wait_for_a_clock_that_was_set_back(
     wait_until(lambda: fleet.states() == ["succeeded", "succeeded"], "the run")
 
 
-def test_a_mark_that_was_lowered_lets_no_tick_pass_the_one_that_is_to_be_run_again(fleet: Fleet) -> None:
+def test_a_mark_that_was_lowered_lets_no_tick_pass_the_pending_one(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
     tick = manager.recovery.look(Hourly).clock + MINUTES
     fleet.set("hourly", mark=None, pending_tick=tick, pending_attempt=2, pending_trigger="schedule")
@@ -113,7 +113,7 @@ def seconds_late(found: list[Effect]) -> list[float]:
 
 
 def shown(url: str) -> list[int]:
-    """What the instances say that the database's clock is ahead of theirs, in seconds."""
+    """Return how many seconds the database's clock is ahead, as each instance reports it."""
     with create_engine(url, poolclass=NullPool).connect() as connection:
         return sorted(round(offset) for offset in connection.scalars(select(tables.instances.c.clock_offset)))
 
@@ -247,7 +247,7 @@ def test_a_host_that_slept_past_its_lease_commits_nothing_and_begins_anew(
     manager.start()
     assert working.wait(PATIENCE)
     instance = manager.presence.instance
-    # What a suspended host finds when it wakes up; no other clock of it has gone on so far, so nobody was told.
+    # A suspended host wakes up to this. None of its other clocks went on so far, so no thread was notified.
     monkeypatch.setattr(time, "clock_gettime", lambda clock: read(clock) + 3600 * (clock == time.CLOCK_BOOTTIME))
     slept.set()
     assert refused.wait(PATIENCE)

@@ -260,7 +260,7 @@ def test_connections_that_only_the_server_knows_to_be_gone_are_made_anew(
 def test_a_line_that_is_dead_is_given_up_by_the_engine_in_time_whatever_the_application_does(
     proxy: Proxy, join: Join
 ) -> None:
-    """A firewall may forget an idle connection: nobody is told, and no answer comes to what is sent on it."""
+    """A firewall may forget an idle connection. Neither side is told, and the server does not answer on it."""
     connections = join(
         proxy.url, SQLALCHEMY_ENGINE_OPTIONS={"connect_args": {"tcp_user_timeout": 0}}
     ).stores.connections
@@ -351,9 +351,7 @@ def test_a_strict_run_that_outlasts_its_period_has_failed_and_the_next_tick_runs
     effects.check_once("long")
 
 
-def test_whoever_holds_the_write_lock_of_sqlite_makes_ticks_late_but_takes_no_lease(
-    sqlite_url: str, join: Join
-) -> None:
+def test_a_holder_of_sqlites_write_lock_makes_ticks_late_but_takes_no_lease(sqlite_url: str, join: Join) -> None:
     effects = Effects(sqlite_url)
     managers = [join(sqlite_url, Ticker) for _ in range(2)]
     wait_until(lambda: all(manager.presence.instance for manager in managers), "both of them signed on")

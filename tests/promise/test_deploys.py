@@ -103,7 +103,7 @@ def test_what_a_stopping_process_ran_goes_on_in_another_within_a_second(shops: S
 def test_a_tick_that_fell_into_the_gap_of_a_deploy_is_run_once_on_return(shops: Shops, effects: Effects) -> None:
     period = timedelta(seconds=1)
     before = release(shops, period)
-    middle = (timedelta(seconds=0.2), timedelta(seconds=0.5))  # of a period: nobody is told to end at its tick
+    middle = (timedelta(seconds=0.2), timedelta(seconds=0.5))  # of a period: no process is told to end at its tick
     assert eventually(lambda: effects.ticks() and middle[0] < (datetime.now(UTC) - EPOCH) % period < middle[1])
     stop(*before)
     last = effects.check_once()[-1].tick

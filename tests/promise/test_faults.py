@@ -173,13 +173,13 @@ def test_a_process_that_is_frozen_between_the_check_and_the_commit_of_a_slice_lo
     [
         ("claim", [("lost", 1), ("succeeded", 2)]),  # the claim went through, but its run began after the lease
         ("effect", [("lost", 1), ("succeeded", 2)]),
-        ("commit", [("succeeded", 1)]),  # checked before the freeze: nobody else can have begun meanwhile
+        ("commit", [("succeeded", 1)]),  # checked before the freeze: no other process can have begun meanwhile
     ],
 )
 def test_a_process_that_wakes_with_the_write_lock_of_sqlite_after_its_lease_is_decided_on_once(
     shops: Shops, effects: Effects, at: str, states: list[tuple[str, int]]
 ) -> None:
-    """While it is frozen nobody can write, so nobody can take over."""
+    """While the process is frozen no other process can write, so none can take over."""
     zombie = freeze_one(shops, at)
     others(shops)
     wait_until_expired(effects, zombie)
@@ -192,7 +192,7 @@ def test_a_process_that_wakes_with_the_write_lock_of_sqlite_after_its_lease_is_d
     assert effects.states("ticker") == states
 
 
-# Whoever ran a tick comes first at the next one, too; with a jitter a newcomer gets its turn.
+# The instance that ran a tick also comes first at the next one. With a jitter a newcomer gets its turn.
 TWO_WORKERS = {"PROBE_WORKERS": "ticker,quick", "PROBE_PERIOD": 0.5, "PROBE_JITTER": 0.2}
 
 
@@ -209,7 +209,7 @@ def test_a_process_that_is_frozen_in_its_commit_holds_up_no_other_worker(shops: 
 
 
 @on_sqlite
-def test_while_a_process_is_frozen_in_its_commit_sqlite_runs_nothing_and_nobody_dies(
+def test_while_a_process_is_frozen_in_its_commit_sqlite_runs_nothing_and_no_process_ends(
     shops: Shops, effects: Effects
 ) -> None:
     """One writer: everybody waits for it. They stay alive meanwhile, and go on when it wakes or is killed."""

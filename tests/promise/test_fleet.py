@@ -1,4 +1,4 @@
-"""A fleet of real processes on one database: each tick once, and nobody is told that the database is locked.
+"""A fleet of real processes on one database: each tick runs once, and no process fails with "database is locked".
 
 FLEET_TICKS=120 pytest -s tests/promise/test_fleet.py -k consecutive    runs it at length.
 """
@@ -86,7 +86,7 @@ def test_eight_processes_of_logins_and_the_sweep_never_meet_a_locked_database(
         assert db.session.query(User).filter(User.last_login_at.is_(None)).count() == 0
 
 
-def test_a_shop_of_four_processes_of_which_one_is_killed_balances_stock_orders_and_mails(
+def test_a_shop_of_four_processes_balances_stock_orders_and_mails_though_one_is_killed(
     app: Flask,
     database_url: str,
     make_user: Callable[..., User],
@@ -127,7 +127,7 @@ def test_a_shop_of_four_processes_of_which_one_is_killed_balances_stock_orders_a
 
 
 def place_orders(address: str, user: User, books: list[int]) -> int:
-    """How many of 25 orders were taken for sure."""
+    """Return how many of 25 orders were certainly taken."""
     shop, taken = browser(), 0
     assert post(shop, f"{address}/login", email=user.email, password=PASSWORD) == HTTPStatus.FOUND
     for number in range(25):

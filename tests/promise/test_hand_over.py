@@ -1,4 +1,4 @@
-"""What one instance hands back another takes at once: it is told, and asks for nothing meanwhile.
+"""Work that one instance hands back. Another takes it at once: it is notified, and does not poll.
 
 The heartbeats here are so far apart that none comes to help.
 """
@@ -36,7 +36,7 @@ def joined(fleet: Fleet, *workers: AnyWorker) -> BackgroundWorkerManager:
     return manager
 
 
-def test_a_run_that_is_handed_back_is_taken_at_once_and_nobody_asks_for_it_meanwhile(fleet: Fleet) -> None:
+def test_a_run_that_is_handed_back_is_taken_at_once_without_polling(fleet: Fleet) -> None:
     first = joined(fleet, UntilTold)
     wait_until(lambda: fleet.states() == ["running"], "the first run")
     second = joined(fleet, UntilTold)
@@ -131,7 +131,7 @@ def test_a_run_that_was_asked_for_elsewhere_begins_at_once(fleet: Fleet) -> None
 
 
 class Asked(Hourly):
-    """Runs when somebody asks for it, and at the next tick."""
+    """Runs when it is triggered, and at the next tick."""
 
     catch_up = False
     run_on_first_start = False

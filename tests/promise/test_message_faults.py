@@ -52,7 +52,7 @@ def kill_with_messages_in_hand(victim: Member, box: Letterbox, topic: str) -> No
         if box.in_hand_of(victim, topic):
             victim.kill()
             return
-        if box.are_over(topic):  # before anybody could be killed
+        if box.are_over(topic):  # before a process could be killed
             box.put(topic, range(500))
         victim.thaw()
         time.sleep(0.01)
@@ -162,7 +162,7 @@ def test_a_process_that_wakes_after_its_lease_acknowledges_nothing(
 def test_a_process_that_wakes_with_the_write_lock_of_sqlite_after_its_lease_is_decided_on_once(
     shops: Shops, box: Letterbox, at: str, attempt: int
 ) -> None:
-    """While it is frozen nobody can write, so nobody can take over. (A busy machine may cost it a lease more.)"""
+    """While the process is frozen no other process can write or take over. (A busy machine may cost one more lease.)"""
     box.put("notes", range(5))
     zombie = freeze_one(shops, at)
     others(shops)
@@ -344,7 +344,7 @@ def test_an_ear_that_was_cut_off_grows_again(shops: Shops, box: Letterbox) -> No
     box.put("notes", ["one"])
     assert eventually(box.are_over)
     cut(box.url, first)
-    box.put("notes", ["while nobody listens"])
+    box.put("notes", ["while no process listens"])
     assert eventually(lambda: listeners(box.url) - first)
     assert eventually(box.are_over)
     box.put("notes", ["three"])

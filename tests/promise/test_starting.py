@@ -105,7 +105,7 @@ def test_four_processes_that_start_at_once_prepare_a_fresh_clone_once(shop: Path
     ("place", "says", "remedy"),
     [
         ("sqlite:///{folder}/none.sqlite", "does not exist", "flask db upgrade"),
-        ("postgresql://nobody@127.0.0.1:1/none", "cannot be reached", "Start its server"),
+        ("postgresql://reader@127.0.0.1:1/none", "cannot be reached", "Start its server"),
         ("{postgresql}/none", "does not exist on its server", "createdb"),
         ("{empty}", "has no schema", "flask db upgrade"),
     ],

@@ -87,7 +87,7 @@ def test_no_session_begins_under_a_password_that_was_changed_while_the_old_one_w
 
 
 @on_sqlite
-def test_whoever_changes_the_password_stays_logged_in_here_and_nowhere_else(
+def test_a_user_who_changes_the_password_stays_logged_in_here_and_nowhere_else(
     app: Flask, clients: list[FlaskClient], make_user: Make, login: Login
 ) -> None:
     user, (here, elsewhere) = make_user(), clients
@@ -117,7 +117,7 @@ def test_a_password_is_only_changed_by_who_knows_it_and_twice_the_same(
 
 
 @on_sqlite
-def test_a_session_ends_when_its_user_becomes_an_admin_or_is_none_any_more(
+def test_a_session_ends_when_its_user_becomes_an_admin_or_stops_being_one(
     client: FlaskClient, app: Flask, make_user: Make, login: Login, admin: User
 ) -> None:
     user, theirs = make_user(), app.test_client()
@@ -140,9 +140,7 @@ def test_a_session_of_the_release_before_is_a_strangers(app: Flask, client: Flas
 
 
 @on_sqlite
-def test_a_token_is_worth_nothing_once_somebody_logs_in_or_out(
-    app: Flask, client: FlaskClient, make_user: Make
-) -> None:
+def test_a_token_is_worth_nothing_after_logging_in_or_out(app: Flask, client: FlaskClient, make_user: Make) -> None:
     app.config["WTF_CSRF_ENABLED"] = True
     form = {"email": make_user().email, "password": PASSWORD, "name": "Nat"}
     given_before = {**form, "csrf_token": token_on(client, "/login")}
@@ -217,7 +215,7 @@ NO_HASHES = [
 
 
 @on_sqlite
-def test_whom_no_password_can_log_in_is_refused_like_a_stranger(client: FlaskClient, make_user: Make) -> None:
+def test_an_account_without_a_usable_password_is_refused_like_a_stranger(client: FlaskClient, make_user: Make) -> None:
     answers = set()
     for number, password_hash in enumerate(NO_HASHES):
         user = make_user(password_hash=password_hash)
@@ -226,19 +224,19 @@ def test_whom_no_password_can_log_in_is_refused_like_a_stranger(client: FlaskCli
             assert response.status_code == 200, password_hash
             answers.add(response.text.replace(user.email, ""))
         client.environ_base["REMOTE_ADDR"] = f"192.0.2.{number}"
-    stranger = client.post("/login", data={"email": "nobody@example.com", "password": PASSWORD})
-    assert {*answers} == {stranger.text.replace("nobody@example.com", "")}
+    stranger = client.post("/login", data={"email": "stranger@example.com", "password": PASSWORD})
+    assert {*answers} == {stranger.text.replace("stranger@example.com", "")}
 
 
 @on_sqlite
-def test_refusing_a_stranger_or_whom_no_password_can_log_in_takes_as_long_as_refusing_a_password(
+def test_login_failures_take_equally_long(
     client: FlaskClient, make_user: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(User, "password_method", PASSWORD_METHOD)
     known = make_user(password_hash=generate_password_hash(PASSWORD, PASSWORD_METHOD)).email
     others = [make_user(password_hash=each).email for each in ("!", "scrypt:3$")]
 
-    quickest = dict.fromkeys((known, "nobody@example.com", *others), float("inf"))
+    quickest = dict.fromkeys((known, "stranger@example.com", *others), float("inf"))
 
     def shares() -> dict[str, float]:
         return {email: seconds / quickest[known] for email, seconds in quickest.items()}
@@ -306,11 +304,11 @@ def test_registering_does_the_same_whether_the_email_has_an_account_or_not(
     assert [each.split()[0] for each in first[-5:]] == ["HASH", "INSERT", "SELECT", "INSERT", "COMMIT"]
 
 
-def test_refusing_does_the_same_for_whoever_has_the_email_and_for_nobody(
+def test_refusing_does_the_same_for_a_known_and_an_unknown_email(
     work_of: Callable[..., list[str]], make_user: Make
 ) -> None:
     users = [make_user(), make_user(status="passive"), make_user(is_admin=True), make_user(password_hash="!")]
-    emails = ["nobody@example.com", *(user.email for user in users)]
+    emails = ["stranger@example.com", *(user.email for user in users)]
     first, *others = [work_of("/login", 200, email=email, password="wrong horse") for email in emails]
     assert others == [first] * 4
     assert first.count("HASH") == 1
@@ -489,7 +487,7 @@ def test_a_password_link_is_in_no_log_however_its_address_is_written(
 
 @pytest.mark.usefixtures("app")
 @on_sqlite
-def test_no_address_that_anybody_asks_for_holds_the_log_up() -> None:
+def test_no_requested_address_holds_the_log_up() -> None:
     began = time.process_time()
     for word in ("a", "aaaaaa.", ".aaaaaa." + "a" * 26, "%61", "%2e%"):
         logging.getLogger("werkzeug").warning('"GET /%s HTTP/1.1" 404', (word * 60_000)[:60_000])

@@ -31,7 +31,7 @@ def address(app) -> Iterator[str]:
 
 @pytest.fixture
 def complaints() -> list[str]:
-    """What the browser wrote to its console, and what it was refused."""
+    """Collect the browser's console messages and the requests that it was refused."""
     return []
 
 

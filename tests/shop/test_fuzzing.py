@@ -1,4 +1,4 @@
-"""Nothing that anybody sends, types or stores breaks the shop, or comes out of it as markup.
+"""Bad input of any kind: it neither breaks the shop nor appears as markup.
 
 `FUZZ_EXAMPLES=40 pytest -m fuzz` tries forty times as much, and something else each time.
 """
@@ -51,7 +51,7 @@ class Prattle(MessageWorker):
 
 @pytest.fixture
 def app(database_url, tmp_path) -> Iterator[Flask]:
-    """A shop in which every text that somebody from outside may have written is markup."""
+    """Return a shop in which every text that may come from outside is markup."""
     app = create_app(settings(database_url, MAIL_URL="smtp://127.0.0.1:9"))
     manager = app.extensions["background_workers"]
     manager.add(Babble)
@@ -97,7 +97,7 @@ def visitors(app) -> Visitors:
     return Visitors(app)
 
 
-# -- what anybody may send -----------------------------------------------------------------------
+# -- bad requests -----------------------------------------------------------------------
 
 
 def test_no_text_that_is_stored_comes_out_as_markup(visitors):
@@ -133,7 +133,7 @@ def send_nonsense(visitors: Visitors, rule: Rule, method: str) -> None:
     send()
 
 
-# -- what anybody may type -----------------------------------------------------------------------
+# -- bad command lines -----------------------------------------------------------------------
 
 NOT_OURS = {"run", "shell", "db"}  # `flask run` and a shell have no end, and Flask-Migrate writes migrations
 THERE = ["babble", "prattle", "system_health_worker", "1", "2", "dead", "failed", "2026-11-20T12:00Z", "--json"]
@@ -150,7 +150,7 @@ def commands(group: click.Group, path: tuple[str, ...] = ()) -> Iterator[tuple[t
 
 @st.composite
 def arguments(draw, command: click.Command) -> list[str]:
-    """Options and arguments of the command, those that are there and what nobody can mean, in any order."""
+    """Draw options and arguments for the command, real and meaningless ones, in any order."""
     words = st.sampled_from(THERE) | texts.map(lambda text: text.replace("\0", ""))  # no system passes a NUL on
     given = []
     for parameter in command.params:
@@ -194,7 +194,7 @@ def assert_answered(app: Flask, line: list[str]) -> int:
     return result.exit_code
 
 
-# -- what anybody may write on a socket ----------------------------------------------------------
+# -- bad bytes on a socket ----------------------------------------------------------
 
 
 @pytest.fixture

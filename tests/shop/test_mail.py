@@ -61,7 +61,7 @@ def authority() -> trustme.CA:
 
 @pytest.fixture
 def certified(authority: trustme.CA) -> ssl.SSLContext:
-    """What a server shows that the authority vouches for."""
+    """Return the TLS context of a server, with a certificate of the authority."""
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     authority.issue_cert("127.0.0.1", "::1", own_address()).configure_cert(context)
     return context
@@ -161,7 +161,7 @@ def test_the_same_message_has_the_same_id_and_another_has_another(server: MailSe
     assert len({first, *others}) == 3
 
 
-# ---- To whom the password is shown
+# ---- The servers that may see the password
 
 
 def test_the_user_and_password_of_the_url_log_in(make_server: Callable[..., MailServer]) -> None:
@@ -203,7 +203,7 @@ def test_a_password_does_not_leave_the_machine_unencrypted(make_server: Callable
 
 
 @pytest.mark.parametrize("scheme", ["smtp+starttls", "smtps"])
-def test_a_certificate_that_nobody_vouches_for_is_refused(
+def test_a_certificate_without_a_known_authority_is_refused(
     make_server: Callable[..., MailServer], certified: ssl.SSLContext, scheme: str
 ) -> None:
     at_once = {"tls_at_once": certified} if scheme == "smtps" else {"tls": certified}

@@ -105,7 +105,7 @@ def test_a_user_is_found_by_an_email_however_it_is_written(users: UserRepository
     found = users.by_email(" Ada@Example.com ")
     assert found is not None
     assert found.name == "Zoe"
-    assert users.by_email("nobody@example.com") is None
+    assert users.by_email("stranger@example.com") is None
 
 
 SEARCHES: list[tuple[dict[str, Any], list[str]]] = [
@@ -120,7 +120,7 @@ SEARCHES: list[tuple[dict[str, Any], list[str]]] = [
     ({"prefix": "Ém"}, ["Émile"]),
     ({"prefix": "100%"}, ["Adam"]),
     ({"prefix": "%"}, []),
-    ({"prefix": "nobody"}, []),
+    ({"prefix": "stranger"}, []),
     ({"prefix": "a\0d"}, ["Zoe", "Émile", "Ada", "Adam", "Adam"]),
 ]
 

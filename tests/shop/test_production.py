@@ -90,7 +90,7 @@ def test_the_debugger_is_refused_in_production(tmp_path: Path, monkeypatch: pyte
         load(tmp_path, {"SECRET_KEY": SECRET, "PRODUCTION": True})
 
 
-def test_the_demo_admin_is_refused_in_production_until_it_is_no_admin_any_more(
+def test_the_demo_admin_is_refused_in_production_until_it_is_no_longer_an_admin(
     app: Flask, make_user: Callable[..., User]
 ) -> None:
     make_user(email="admin@example.com", is_admin=True)

@@ -1,4 +1,4 @@
-"""What the README says to paste works when it is pasted."""
+"""The snippets of the README work when they are pasted."""
 
 import re
 import subprocess

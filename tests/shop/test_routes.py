@@ -32,7 +32,7 @@ def admin(client, make_user, login):
 
 
 def text_of(response) -> str:
-    """What a reader sees of the page, in one line."""
+    """Return the visible text of the page in one line."""
     return " ".join(unescape(re.sub(r"<[^>]*>", " ", response.text)).split())
 
 
@@ -119,7 +119,7 @@ def test_what_the_database_could_not_keep_is_a_form_error(app, client):
         ("name", "Nat\nBcc: everyone", "leave out control characters"),
         ("name", "N" * 121, "longer than 120 characters"),
         ("name", "N" * 400_000, "longer than 120 characters"),
-        ("email", "nobody", "Invalid email address."),
+        ("email", "unknown", "Invalid email address."),
         ("email", "nat\0@example.com", "leave out control characters"),
         ("email", "n" * 400_000 + "@example.com", "longer than 254 characters"),
         ("password", "short", "use 8 to 128 characters"),
@@ -325,7 +325,7 @@ def test_an_order_keeps_the_price_of_its_moment_and_is_being_processed(app, clie
     assert re.search(r"Middlemarch 2 €25.00 .* being processed", text)
 
 
-def test_the_orders_page_says_what_became_of_each(app, client, reader, make_book):
+def test_the_orders_page_shows_the_outcome_of_each_order(app, client, reader, make_book):
     book_id = make_book()
     with app.app_context():
         for status in ("received", "placed", "confirmed", "sold out"):

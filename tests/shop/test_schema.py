@@ -291,7 +291,7 @@ def start(clone: Path, program: str, *arguments: str) -> subprocess.Popen[str]:
 
 
 def prepare_at_once(clone: Path, number: int) -> tuple[str, str]:
-    """What so many processes say that prepare it at the same instant, and what they complain of."""
+    """Prepare the database in `number` processes at the same instant. Return their outputs and their errors."""
     process = start(clone, PREPARE, str(number))
     out, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
@@ -305,7 +305,7 @@ def ask(clone: Path, question: str) -> Any:
     return answer
 
 
-def test_a_new_file_is_read_by_nobody_else_on_the_machine_and_one_that_is_there_stays_as_it_is(tmp_path: Path) -> None:
+def test_no_other_user_of_the_machine_reads_a_new_file_and_an_existing_file_stays_as_it_is(tmp_path: Path) -> None:
     for name, mode in (("new.sqlite", 0o600), ("there.sqlite", 0o640)):
         path = tmp_path / name
         if name == "there.sqlite":

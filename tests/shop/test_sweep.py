@@ -159,7 +159,7 @@ def test_a_login_that_the_sweep_waits_for_wins(
 
 
 def wait_until_blocked(engine: Engine, thread: Thread) -> None:
-    """PostgreSQL says who waits; SQLite's waiting is in the driver, where nobody can ask, so it may be yet to come."""
+    """PostgreSQL lists the sessions that wait. SQLite waits unseen in the driver, so its wait may start later."""
     if engine.dialect.name == "sqlite":
         return
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
@@ -191,7 +191,7 @@ def test_the_look_for_stale_users_reads_the_index_of_the_active(users: UserRepos
 
 
 def plan(engine: Engine, sql: str, values: Any) -> str:
-    """How the engine means to run it, when it may not read whole tables for being small."""
+    """Return the query plan, with sequential scans of small tables discouraged."""
     explain = "EXPLAIN " if engine.dialect.name == "postgresql" else "EXPLAIN QUERY PLAN "
     with engine.connect() as connection:
         if engine.dialect.name == "postgresql":

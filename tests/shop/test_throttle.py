@@ -1,4 +1,4 @@
-"""Passwords are guessed slowly: one count for all processes, and nobody locks anybody else out."""
+"""Throttling of password guesses: one count for all processes, and no client locks another one out."""
 
 import multiprocessing
 import time
@@ -59,7 +59,7 @@ def test_the_eleventh_wrong_password_is_not_looked_at_and_neither_is_a_right_one
 
 @pytest.mark.usefixtures("nat")
 @on_sqlite
-def test_nobody_locks_an_account_for_its_owner_elsewhere_or_other_accounts_here(client: FlaskClient) -> None:
+def test_a_guesser_locks_neither_the_owner_elsewhere_nor_other_accounts_here(client: FlaskClient) -> None:
     assert codes(client, 11)[-1] == 429
     assert log_in(client, email="pat@example.com").status_code == 200
     assert log_in(client, PASSWORD, address="192.0.2.2").status_code == 302
@@ -202,7 +202,7 @@ def test_a_count_is_kept_whatever_becomes_of_the_request(limits: RateLimits) -> 
     assert limits.get("a") == 1
 
 
-def test_many_windows_that_begin_and_end_at_once_wait_for_nobody(app: Flask) -> None:
+def test_many_windows_that_begin_and_end_at_once_do_not_wait_for_each_other(app: Flask) -> None:
     def begin(index: int) -> None:
         with app.app_context():
             for number in range(20):
@@ -214,7 +214,7 @@ def test_many_windows_that_begin_and_end_at_once_wait_for_nobody(app: Flask) -> 
     assert len(counts(app)) <= 7
 
 
-def test_a_database_that_does_not_answer_lets_nobody_guess(app: Flask, client: FlaskClient) -> None:
+def test_a_database_that_does_not_answer_allows_no_guess(app: Flask, client: FlaskClient) -> None:
     with app.app_context():
         RateLimit.__table__.drop(db.engine)
     with pytest.raises(DBAPIError):

@@ -1,4 +1,4 @@
-"""What nobody should write on a socket, and what a server says to it."""
+"""Bad bytes for a socket, and the server's answers to them."""
 
 import re
 import socket
@@ -105,7 +105,7 @@ NONSENSE = [
 
 
 def said(port: int, data: bytes) -> bytes:
-    """What the server says to these bytes, and that nothing follows."""
+    """Return the server's answer to these bytes, and check that nothing follows."""
     with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
         with suppress(OSError):  # it may have answered and gone
             connection.sendall(data)

@@ -1,4 +1,4 @@
-"""What nobody should send, and whether a page comes back that was made of it."""
+"""Bad input for requests, and a check that no page contains it as markup."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from support.databases import PASSWORD
 
 TIMES = max(int(os.environ.get("FUZZ_EXAMPLES", "1")), 1)  # a factor: FUZZ_EXAMPLES=50 looks fifty times as long
 
-# Whoever prints one of these without escaping it makes an element, or an attribute, whose name begins so.
+# Printing one of these without escaping makes an element, or an attribute, whose name begins so.
 MARK = "fuzzed"
 MARKUP = [
     f"<{MARK}>",
@@ -53,7 +53,7 @@ TRICKS = [
     "/\\evil.example/",
     "https://evil.example/",
     "/workers/\t//evil.example",
-    "nobody@example.com",
+    "stranger@example.com",
     "2026-11-20T12:00Z",
     "9999-12-31T23:59:59.999999-23:59",
     "0001-01-01T00:00+23:59",
@@ -110,7 +110,7 @@ def fields(draw: st.DrawFn, known: Known) -> list[tuple[str, str]]:
         pairs = [(name, draw(st.sampled_from(values))) for name, values in known.items()]
         spoilt = draw(st.sampled_from([None, *range(len(pairs))]))
         return [(name, draw(texts) if index == spoilt else value) for index, (name, value) in enumerate(pairs)]
-    names = st.sampled_from([*known, "next", "after", "nobody"]) | texts
+    names = st.sampled_from([*known, "next", "after", "unknown"]) | texts
     return draw(st.lists(st.tuples(names, texts), max_size=6))
 
 
@@ -169,7 +169,7 @@ def multipart(pairs: list[tuple[str, str]]) -> bytes:
 
 
 class Page(HTMLParser):
-    """What a browser makes of a page: its links, its forms, and whatever was injected."""
+    """Parses a page as a browser does: its links, its forms, and any injected markup."""
 
     def __init__(self, html: str) -> None:
         super().__init__()

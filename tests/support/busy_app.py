@@ -32,7 +32,7 @@ class CatalogueImport(PeriodicWorker):
 
 
 class NewsletterPreview(PeriodicWorker):
-    """Render the newsletter, of which nobody knows beforehand how long it is."""
+    """Render the newsletter, whose length is unknown beforehand."""
 
     period = timedelta(seconds=1)
 

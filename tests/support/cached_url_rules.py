@@ -9,7 +9,7 @@ _builders: dict[object, Callable[..., tuple[str, str]]] = {}
 
 
 class CompiledOnce(Rule):
-    """What builds its addresses is the same for every rule that says the same."""
+    """A rule that shares its address builders with every equal rule."""
 
     def _compile_builder(self, append_unknown: bool = True) -> Callable[..., tuple[str, str]]:
         key = (self.rule, tuple(self._trace), repr(self.defaults), append_unknown)

@@ -28,7 +28,7 @@ on_postgresql = pytest.mark.parametrize("database_url", ["postgresql"], indirect
 
 
 def freeze() -> None:
-    """What is there by now stays: without it each `gc.collect` would take a quarter of a second."""
+    """Exclude the present objects from collection. Without this each `gc.collect` takes a quarter of a second."""
     gc.collect()
     gc.freeze()
 

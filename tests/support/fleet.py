@@ -1,4 +1,4 @@
-"""What the engine's tests share: instances on one database, in this process or others, and what their runs leave."""
+"""Helpers of the engine's tests: instances on one database, and the effects of their runs."""
 
 import multiprocessing
 import os
@@ -137,7 +137,7 @@ class Fleet:
             connection.execute(update(tables.workers).where(tables.workers.c.name == name).values(**columns))
 
     def take_over(self, name: str) -> None:
-        """Somebody else holds the worker from now on: the token moves on."""
+        """Raise the token, as if another instance held the worker from now on."""
         token = tables.workers.c.token + 1
         self.set(name, token=token, running=token)
 
@@ -205,7 +205,7 @@ def at_once(number: int, work: Callable[[int], Any]) -> list[Any]:
 
 
 def main(database_url: str, name: str, at: str, processes: str = "1") -> None:
-    """So many new processes run the same tick at the same instant; each prints what became of it."""
+    """Run the same tick at the same instant in `processes` new processes. Each prints the outcome."""
     manager: BackgroundWorkerManager = make_app(database_url, *WORKERS).extensions["background_workers"]
     if processes == "1":
         print(manager.tick(name, datetime.fromisoformat(at)))
@@ -227,7 +227,7 @@ def main(database_url: str, name: str, at: str, processes: str = "1") -> None:
 
 
 class Shared(Hourly):
-    """What the processes of `main` run."""
+    """The worker that the processes of `main` run."""
 
 
 class StuckAtTheEnd(Hourly):

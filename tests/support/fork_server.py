@@ -242,7 +242,7 @@ def _import_everything() -> None:
 def _bury(handle: int, pid: int, end: int) -> None:
     os.close(handle)
     _, status = os.waitpid(pid, 0)
-    with suppress(BrokenPipeError):  # nobody waits for it
+    with suppress(BrokenPipeError):  # no caller waits for it
         os.write(end, str(os.waitstatus_to_exitcode(status)).encode())
     os.close(end)
 

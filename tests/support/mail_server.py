@@ -115,7 +115,7 @@ class Protocol(SMTP):
             await super().smtp_QUIT(arg)
 
     def _is_to(self, trouble: str) -> bool:
-        """Whether that is what it is to do next; it is told once."""
+        """Return True once if this is the fault that it was told to show next."""
         is_next = self.mail_server.trouble[:1] == [trouble]
         if is_next:
             del self.mail_server.trouble[0]

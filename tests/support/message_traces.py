@@ -56,11 +56,11 @@ class Letterbox:
             return Counter(dict(connection.execute(query.group_by("state")).all()))
 
     def are_over(self, topic: str = "notes") -> bool:
-        """Whether each is done or dead."""
+        """Return True if every message is done or dead."""
         return not {"waiting", "running"} & self.states(topic).keys()
 
     def in_hand_of(self, member: Member, topic: str = "notes") -> int:
-        """How many messages this process holds."""
+        """Count the messages that this process holds."""
         held = (tables.messages.c.topic == topic, tables.messages.c.state == "running")
         its = tables.messages.c.instance_name.like(f"%:{member.pid}")
         with self._engine.connect() as connection:
@@ -88,7 +88,7 @@ class Letterbox:
         assert times.keys() == done, f"done without an effect, or the other way: {times.keys() ^ done}"
         assert not [effect for effect in found if effect.at < rows[effect.key].due_at], "early"
         for row in rows.values():
-            assert row.state != "dead" or self.errors(row.id), f"dead, and nobody knows why: {row}"
+            assert row.state != "dead" or self.errors(row.id), f"dead without an error: {row}"
         return found
 
     def check_all_done(self, topic: str = "notes") -> list[Effect]:
@@ -101,7 +101,7 @@ class Letterbox:
 
 
 def unread(topic: str) -> type[MessageWorker]:
-    """Whoever enqueues has to know the topic; this process handles nothing."""
+    """Handles nothing. An enqueuing process must know the topic."""
 
     def handle(self: MessageWorker, message: Message, context: WorkerContext) -> None:
         raise AssertionError

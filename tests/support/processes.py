@@ -156,7 +156,7 @@ def run(command: Sequence[str], env: Mapping[str, str], cwd: Path = ROOT) -> tup
 
 
 def eventually(look: Callable[[], Found], timeout: float = PATIENCE, pause: float = 0.05) -> Found:
-    """What `look` returns once that is true; whatever it is when the time is over."""
+    """Call `look` until it returns a true value or the time is over. Return its last value."""
     deadline = time.monotonic() + timeout
     while not (found := look()) and time.monotonic() < deadline:
         time.sleep(pause)

@@ -130,7 +130,7 @@ class Proxy:
             wire.half_open()
 
     def silence(self, replies_only: bool = False) -> None:
-        """Let nothing pass on any connection, nor on a new one, until `heal`; nobody is told anything."""
+        """Let nothing pass on any connection, old or new, until `heal`. Neither side is notified."""
         self._is_silent, self._replies_only = True, replies_only
         for wire in self._wires:
             wire.hold(replies_only)

@@ -1,4 +1,4 @@
-"""What the probes' workers write, and what must be true of it however they were started and stopped."""
+"""The rows that the traced app's workers write, and the rules that hold for them after any start and stop."""
 
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
@@ -120,7 +120,7 @@ class Effects:
         assert sorted(tick for tick in answered if tick <= last) == due
 
     def history(self, worker: str, since: datetime = EPOCH) -> list[dict[str, Any]]:
-        """What the ledger says of its ticks from then on."""
+        """Return the states of the ledger's ticks from then on."""
         query = select(executions).where(executions.c.worker == worker, executions.c.tick >= since)
         with self._engine.connect() as connection:
             return [dict(row) for row in connection.execute(query.order_by(executions.c.id)).mappings()]
@@ -144,7 +144,7 @@ class Effects:
         return set(self.heartbeats(alive))
 
     def heartbeats(self, alive: bool = False) -> dict[int, datetime]:
-        """When each of these processes said last that it is alive, by its pid."""
+        """Return the time of each process's last heartbeat, by pid."""
         url = self._engine.url
         if url.get_backend_name() == "sqlite":
             url = url.set(database=f"{url.database}-instances")

@@ -505,7 +505,7 @@ class Sender(PeriodicWorker):
 
 
 def take_time(context: WorkerContext) -> None:
-    """Before the first write of a batch: after it, SQLite would let nobody else write."""
+    """Freeze before the first write of a batch: after it, SQLite would let no other process write."""
     if not context.session.in_transaction():
         threading.Event().wait(_TAKES)
 
@@ -524,7 +524,7 @@ def reach(point: str) -> None:
 
 
 class Alone:
-    """Has nobody else of this process ask a database meanwhile: who is frozen with SQLite's lock keeps it from all."""
+    """Freeze while no other thread of this process queries a database: with SQLite's lock it would block them all."""
 
     def __init__(self) -> None:
         self._asking: list[int] = []  # the threads

@@ -20,7 +20,7 @@ from models import RateLimit, User, db
 
 
 class Visitors:
-    """A stranger, a customer and an admin; whoever was logged out or lost a right meanwhile has it back."""
+    """A stranger, a customer and an admin. Each visit restores a login or a right that was lost meanwhile."""
 
     def __init__(self, app: Flask) -> None:
         self.app = app
@@ -112,7 +112,7 @@ class Visitors:
 
 @st.composite
 def requests(draw: st.DrawFn, visitors: Visitors, rule: Rule, method: str) -> tuple[str, str, dict[str, Any]]:
-    """By whom, where to and with what the rule may be asked: mostly with what is there, and for more than is meant."""
+    """Draw a visitor, an address and the parameters of a request to the rule. Most name existing rows."""
 
     def argument(match: re.Match[str]) -> str:
         there = sorted(visitors.arguments[match[1]]) or ["1"]

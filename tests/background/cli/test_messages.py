@@ -31,7 +31,7 @@ MOMENT = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ"
 
 
 class OrderWorker(MessageWorker):
-    """Fails at whatever is bad, as long as nobody has mended it."""
+    """Fails for a bad payload until the test sets `is_mended`."""
 
     topic = "orders"
     max_attempts = 2
@@ -92,7 +92,7 @@ def leave_behind(manager: BackgroundWorkerManager, topic: str) -> None:
 # -- list, show ----------------------------------------------------------------------------------
 
 
-def test_the_list_is_newest_first_and_says_what_became_of_each(
+def test_the_list_is_newest_first_and_shows_each_outcome(
     fleet: Fleet, manager: BackgroundWorkerManager, flask: Callable[..., Result]
 ) -> None:
     assert flask("list").stdout == "There is no message.\n"
@@ -191,7 +191,7 @@ def test_a_payload_is_shown_in_full_and_steers_no_terminal(
 
 
 @on_sqlite
-def test_a_row_that_somebody_wrote_without_json_is_shown_as_it_is(
+def test_a_row_written_by_hand_without_json_is_shown_as_it_is(
     fleet: Fleet, manager: BackgroundWorkerManager, flask: Callable[..., Result]
 ) -> None:
     fleet.enqueue("orders", 1)
@@ -308,7 +308,7 @@ def test_a_discarded_message_is_never_handled_and_its_key_goes_on_to_refuse(
 ) -> None:
     fleet.enqueue("orders", "bad", key="a")
     handle_all(fleet, manager)
-    fleet.enqueue("orders", "not any more", key="b")
+    fleet.enqueue("orders", "too late", key="b")
     assert flask("discard", "1", "2").stdout == "2 messages are discarded.\n"
     handle_all(fleet, manager)
     assert fleet.effects() == []

@@ -179,7 +179,7 @@ def test_a_fresh_database_lists_every_worker_of_the_release(flask: Callable[...,
 
 
 @on_sqlite
-def test_the_list_says_what_became_of_the_last_tick_and_what_runs_where(
+def test_the_list_shows_how_the_last_tick_ended_and_where_each_worker_runs(
     flask: Callable[..., Result], manager: BackgroundWorkerManager
 ) -> None:
     assert manager.tick("stumble", manager.history.clock())
@@ -346,7 +346,7 @@ def test_a_wrong_setting_is_one_sentence(sqlite_url: str, command: Command) -> N
 
 
 def test_a_server_that_does_not_answer_is_one_sentence(command: Command) -> None:
-    result = command("check", DATABASE_URL="postgresql://nobody:hidden@127.0.0.1:9/shop")
+    result = command("check", DATABASE_URL="postgresql://reader:hidden@127.0.0.1:9/shop")
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     assert "hidden" not in result.stderr
@@ -394,7 +394,7 @@ def test_run_once_wants_one_name(flask: Callable[..., Result]) -> None:
     assert "`flask workers run NAME --once`" in flask("run", "--once", code=2).stderr
 
 
-def test_trigger_runs_a_worker_now_and_says_what_became_of_it(flask: Callable[..., Result]) -> None:
+def test_trigger_runs_a_worker_now_and_prints_the_outcome(flask: Callable[..., Result]) -> None:
     for _ in range(2):
         assert flask("trigger", "greet").stdout.startswith("The manual run of greet asked for at 20")
     assert " failed after " in flask("trigger", "stumble", code=1).stdout

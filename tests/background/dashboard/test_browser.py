@@ -332,7 +332,7 @@ def test_the_banner_of_a_fleet_without_an_instance_is_accessible_and_fits_a_phon
 
 
 def violations(page: "Page") -> list[str]:
-    """What axe-core finds against WCAG 2 A and AA."""
+    """Return the violations of WCAG 2 A and AA that axe-core finds."""
     page.evaluate(AXE.read_text(encoding="utf-8"))
     found = page.evaluate("axe.run({ runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa'] })")["violations"]
     return [f"{each['id']}: {node['html']} {node['failureSummary']}" for each in found for node in each["nodes"]]

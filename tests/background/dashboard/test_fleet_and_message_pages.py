@@ -116,7 +116,7 @@ def test_the_timeline_of_one_worker_has_no_other(manager: BackgroundWorkerManage
         connection.execute(insert(tables.workers).values(schedule_of("other")))
     assert "one-host:1" in see(admin, "timeline?worker=ticker")
     assert "running for" not in see(admin, "timeline?worker=other")
-    assert admin.get("/workers/timeline?worker=nobody").status_code == 404
+    assert admin.get("/workers/timeline?worker=unknown").status_code == 404
 
 
 def schedule_of(name: str) -> dict[str, Any]:
@@ -124,7 +124,7 @@ def schedule_of(name: str) -> dict[str, Any]:
 
 
 def ran(manager: BackgroundWorkerManager, *starts: datetime, length: timedelta = SECOND, **more: Any) -> None:
-    """Runs that began then, one of them after the other, by an instance that nobody knows any more."""
+    """Insert runs that began at `starts`, by an instance whose row is gone."""
     rows = [
         {"worker": "w", "tick": at, "trigger": "schedule", "state": "succeeded", "attempt": 1}
         | {"instance": "old", "instance_name": "old-host:1", "started_at": at, "finished_at": at + length}
@@ -242,7 +242,7 @@ def test_many_instances_have_a_lane_only_if_they_did_something() -> None:
     assert len(drawn(run(1, 0, 1, instance="i7"), seen=seen[5:10]).lanes) == 5
 
 
-def test_ticks_that_nobody_ran_have_a_lane_of_their_own() -> None:
+def test_ticks_that_no_instance_ran_have_a_lane_of_their_own() -> None:
     missed = RUN._replace(state="missed", instance=None, started_at=None, through=NOON + 30 * SECOND, attempt=None)
     lane = drawn(run(1, 0, 1), missed).lanes[-1]
     assert lane.label == "not run"
@@ -386,9 +386,7 @@ PAGES = ["timeline", "timeline?until=2024-06-01T12:05:00Z&window=1h", "instances
 
 
 @on_sqlite
-def test_nothing_that_anybody_named_is_read_as_html(
-    fleet: Fleet, manager: BackgroundWorkerManager, admin: FlaskClient
-) -> None:
+def test_no_name_is_read_as_html(fleet: Fleet, manager: BackgroundWorkerManager, admin: FlaskClient) -> None:
     evil = signed_on(manager, EVIL)
     (id,) = bury(fleet, 1, topic=EVIL, error=EVIL)
     with manager.stores.main.engine.begin() as connection:

@@ -34,7 +34,7 @@ LEASE = timedelta(minutes=5)
 
 
 def bury(app: Any, count: int, topic: str) -> list[int]:
-    """So many dead letters of a topic that nobody handles; their ids."""
+    """Insert `count` dead letters of a topic without a handler. Return their ids."""
     now = datetime.now(UTC)
     row = {"topic": topic, "payload": '{"order": 7}', "state": "dead", "attempt": 3, "enqueued_at": now, "due_at": now}
     with app.app_context(), db.engine.begin() as connection:

@@ -46,14 +46,14 @@ def page(client, path: str, status: int = 200) -> str:
 
 
 def press(client, path: str, **form: str) -> str:
-    """What the page says that a form leads to."""
+    """Submit a form and return the page that it leads to."""
     response = client.post(path, data={"next": "/workers/", **form})
     assert response.status_code == 303, response.text
     return client.get(response.location).text
 
 
 def said(text: str) -> str:
-    """What the page shows, without its markup."""
+    """Return the text of the page without its markup."""
     return re.sub(r"\s+", " ", unescape(re.sub(r"<[^>]*>", " ", text))).strip()
 
 
@@ -232,7 +232,7 @@ def test_a_question_about_no_moment_is_answered_beside_the_field(admin, manager)
 
 @on_sqlite
 def test_an_unknown_worker_is_a_page_that_is_not_there(admin, manager):
-    for name in ("nobody", "%00", "a" * 300, "%F0%9F%90%A2", "%ff", "order_workers"):
+    for name in ("unknown", "%00", "a" * 300, "%F0%9F%90%A2", "%ff", "order_workers"):
         page(admin, f"/workers/worker/{name}", 404)
         for action in ("run", "pause", "resume", "reschedule"):
             assert admin.post(f"/workers/worker/{name}/{action}").status_code == 404

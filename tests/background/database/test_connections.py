@@ -135,7 +135,7 @@ def test_an_application_that_connects_by_a_function_has_its_workers_connected_by
     hosts: Callable[..., Host], empty_database_url: str, tmp_path: Path
 ) -> None:
     on_sqlite = empty_database_url.startswith("sqlite")
-    dummy = f"sqlite:///{tmp_path / 'dummy.sqlite'}" if on_sqlite else "postgresql+psycopg://nobody@127.0.0.1:1/none"
+    dummy = f"sqlite:///{tmp_path / 'dummy.sqlite'}" if on_sqlite else "postgresql+psycopg://reader@127.0.0.1:1/none"
     host = hosts(dummy, SQLALCHEMY_ENGINE_OPTIONS={"creator": lambda: connect(empty_database_url)})
     host.bind()
     host.create()

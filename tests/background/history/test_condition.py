@@ -247,7 +247,7 @@ def test_a_run_is_not_stuck_that_lasts_as_long_as_those_before_it(fleet: Fleet) 
 def test_a_claim_of_an_instance_that_is_gone_is_stuck_once_another_should_have_taken_it(fleet: Fleet) -> None:
     web, app = fleet.app(Hourly), joined(fleet)
     manager_of(web).recovery.look(Hourly)
-    running(fleet, app, "hourly", timedelta(seconds=3), instance="nobody")
+    running(fleet, app, "hourly", timedelta(seconds=3), instance="unknown")
     assert failed(web) == []
     with fleet.engine.begin() as connection:
         connection.execute(update(tables.executions).values(started_at=datetime.now(UTC) - timedelta(minutes=1)))

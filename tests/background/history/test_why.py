@@ -112,7 +112,7 @@ def answer(seen: Surroundings, worker: type[PeriodicWorker] | None = Tidy) -> An
 
 
 def said(seen: Surroundings, worker: type[PeriodicWorker] | None = Tidy) -> str:
-    """What the sentence says behind its subject, which is noon's tick."""
+    """Return the sentence without its subject, which is noon's tick."""
     sentence = answer(seen, worker).sentence
     subject = "The tick 2026-11-20T12:00:00Z of tidy "
     assert sentence.startswith(subject)
@@ -163,7 +163,7 @@ def test_a_running_tick_whose_instance_is_gone_says_who_takes_it_over() -> None:
     assert said(seen) == "began at 2026-11-20T12:00:01Z on b:2, which is gone: will be taken over by a:1"
 
 
-def test_a_running_tick_that_nobody_is_there_to_take_over_says_how_to_change_that() -> None:
+def test_a_running_tick_without_an_instance_to_take_it_over_names_the_remedy() -> None:
     seen = around(record("running", instance_name="b:2", is_gone=True), alive=(), last_seen=B)
     assert said(seen) == (
         "began at 2026-11-20T12:00:01Z on b:2, which is gone: will be taken over by the next instance that starts: "
@@ -525,7 +525,7 @@ def test_ticks_before_the_first_claim_are_missed_since_the_worker_is_known(
     assert (answer.state, answer.records[0].tick) == ("missed", NOON - 50 * MINUTE)
 
 
-def test_a_name_that_nobody_has_is_refused(manager: BackgroundWorkerManager) -> None:
+def test_the_name_of_an_unknown_worker_is_refused(manager: BackgroundWorkerManager) -> None:
     with pytest.raises(UnknownWorker, match="Did you mean 'tidy'"):
         manager.why("tidi")
 

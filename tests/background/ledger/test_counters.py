@@ -1,4 +1,4 @@
-"""What each worker did is counted where it is decided: a count is there if and only if its row was."""
+"""Counters of each worker. A count is written in the deciding transaction: it exists if and only if its row did."""
 
 from datetime import UTC, datetime, timedelta
 from typing import Any

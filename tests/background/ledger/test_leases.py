@@ -1,4 +1,4 @@
-"""Who is alive, by whose clock, and for how long."""
+"""Leases: which instances count as alive, by which clock, and for how long."""
 
 import glob
 import logging
@@ -80,7 +80,7 @@ def test_the_living_the_lost_and_those_who_signed_off_are_told_apart(fleet: Flee
     }
 
 
-def test_a_heartbeat_that_comes_after_the_signing_off_revives_nobody(fleet: Fleet) -> None:
+def test_a_heartbeat_after_the_signing_off_does_not_revive_the_instance(fleet: Fleet) -> None:
     instances, instance = fleet.manager().stores.leases, Instance(LEASE)
     instances.beat(instance)
     instances.sign_off(instance)
@@ -269,13 +269,13 @@ def test_who_was_not_first_at_a_tick_has_read_once_and_lets_the_others_go_first_
 
 
 def armed_after(manager: BackgroundWorkerManager) -> timedelta:
-    """How long after its tick the next wake-up is, by the database's clock."""
+    """Return the delay between the tick and the next wake-up, by the database's clock."""
     supervisor = manager._supervisor
     job = supervisor._scheduler._scheduler.get_job("tick:hourly")
     return job.trigger.run_date + manager.presence.instance.clock_offset - supervisor._timers._armed["hourly"]
 
 
-def test_nobody_counts_as_lost_within_a_lease_after_the_databases_clock_was_set(
+def test_no_instance_counts_as_lost_within_a_lease_after_the_databases_clock_was_set(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     instances = fleet.manager(WORKERS_LEASE_SECONDS=1.5).stores.leases
@@ -427,9 +427,7 @@ def test_those_who_come_to_one_database_by_different_links_are_one_fleet(
 
 
 @on_sqlite
-def test_after_somebody_deleted_the_file_of_the_instances_they_meet_in_the_next_one(
-    fleet: Fleet, sqlite_url: str
-) -> None:
+def test_after_the_file_of_the_instances_is_deleted_they_meet_in_the_next_one(fleet: Fleet, sqlite_url: str) -> None:
     manager, newcomer = fleet.manager(), fleet.manager()
     manager.start()
     instance = wait_until(lambda: manager.presence.instance, "the joining")

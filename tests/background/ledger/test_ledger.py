@@ -1,4 +1,4 @@
-"""Who runs which tick: claims, marks, and an answer for every tick that was not run."""
+"""The ledger: claims, marks, and an answer for every tick that was not run."""
 
 import sqlite3
 import threading
@@ -87,7 +87,7 @@ def test_a_tick_just_ahead_is_waited_for_and_claimed_once_the_databases_clock_is
     assert execution.started_at >= at
 
 
-def test_whoever_comes_after_the_winner_does_one_read(fleet: Fleet) -> None:
+def test_an_instance_that_comes_after_the_winner_does_one_read(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
     manager.tick("hourly", last_hour())
     with statements(manager.stores.main.engine) as seen, statements(fleet.engine) as shared:
@@ -298,7 +298,7 @@ def test_a_claim_is_refused_where_something_changed_since_it_looked(
     assert fleet.row("hourly") == before
 
 
-def test_nobody_runs_again_what_was_paused_or_taken_since_it_was_seen(fleet: Fleet) -> None:
+def test_no_instance_runs_again_a_tick_that_was_paused_or_taken_since_it_was_seen(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
     ledger, schedule, ghost = (
         manager.stores.ledger,
@@ -316,7 +316,7 @@ def test_nobody_runs_again_what_was_paused_or_taken_since_it_was_seen(fleet: Fle
     assert not ledger.request("hourly")
 
 
-def test_no_newer_tick_is_claimed_while_an_older_one_is_to_be_run_again(fleet: Fleet) -> None:
+def test_no_newer_tick_is_claimed_while_an_older_one_waits_for_its_next_attempt(fleet: Fleet) -> None:
     """As an instance does that looked before the older one was lost."""
     manager = fleet.manager(Hourly)
     schedule, ghost = manager.recovery.look(Hourly).schedule_text, ("ghost", "elsewhere:1")
@@ -330,7 +330,7 @@ def test_no_newer_tick_is_claimed_while_an_older_one_is_to_be_run_again(fleet: F
 
 
 @on_postgresql
-def test_whoever_waits_for_the_winners_row_learns_by_the_same_statement_that_it_lost(fleet: Fleet) -> None:
+def test_a_claim_that_waits_for_the_winners_row_learns_by_the_same_statement_that_it_lost(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
     schedule = manager.recovery.look(Hourly).schedule_text
     waiting = text("SELECT true FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'")
@@ -351,14 +351,14 @@ def test_whoever_waits_for_the_winners_row_learns_by_the_same_statement_that_it_
 
 @contextmanager
 def writing(fleet: Fleet) -> Iterator[Connection]:
-    """What a process does that holds SQLite's only write lock."""
+    """Hold SQLite's single write lock, as another process would."""
     with fleet.engine.begin() as connection:
         connection.execute(update(tables.workers).values(token=tables.workers.c.token))
         yield connection
 
 
 @on_sqlite
-def test_whoever_waits_for_the_write_lock_learns_by_one_look_afterwards_that_it_lost(
+def test_a_claim_that_waits_for_the_write_lock_learns_by_one_read_afterwards_that_it_lost(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("background.database.dialects.sqlite._MOMENT_SECONDS", PATIENCE)
@@ -375,7 +375,7 @@ def test_whoever_waits_for_the_write_lock_learns_by_one_look_afterwards_that_it_
 
 
 @on_sqlite
-def test_whoever_comes_too_late_does_not_wait_for_a_run_that_keeps_the_write_lock(fleet: Fleet) -> None:
+def test_a_claim_that_comes_too_late_does_not_wait_for_a_run_that_keeps_the_write_lock(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
     schedule = manager.recovery.look(Hourly).schedule_text
     fleet.set("hourly", mark=last_hour())
@@ -386,7 +386,7 @@ def test_whoever_comes_too_late_does_not_wait_for_a_run_that_keeps_the_write_loc
 
 
 @on_sqlite
-def test_whoever_finds_a_tick_open_while_the_write_lock_is_kept_claims_it_afterwards_if_it_still_is(
+def test_an_open_tick_is_claimed_after_the_write_lock_is_free_if_it_is_still_open(
     fleet: Fleet,
 ) -> None:
     manager = fleet.manager(Hourly)
@@ -402,7 +402,7 @@ def test_whoever_finds_a_tick_open_while_the_write_lock_is_kept_claims_it_afterw
 
 
 def patience_of_pooled(manager: BackgroundWorkerManager) -> object:
-    """How long (ms) the connection that claims waits for the lock in other statements."""
+    """Return how many milliseconds the claiming connection waits for the lock in other statements."""
     with manager.stores.main.engine.connect() as connection:
         return connection.exec_driver_sql("PRAGMA busy_timeout").scalar()
 
@@ -414,7 +414,7 @@ def test_a_claim_of_a_file_that_is_no_database_for_a_moment_fails_as_any_other_a
     manager = fleet.manager(Hourly)
     schedule, path = manager.recovery.look(Hourly).schedule_text, Path(str(fleet.engine.url.database))
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
-        write = "UPDATE background_workers SET token = token + 1"  # whoever reads next reads the file anew
+        write = "UPDATE background_workers SET token = token + 1"  # the next reader must read the file again
         other.execute(write)
         other.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         page = path.read_bytes()[:4096]
@@ -470,7 +470,7 @@ def test_a_tick_without_a_time_zone_is_refused_with_a_sentence(fleet: Fleet, at:
         fleet.manager(Shared).tick("shared", at)  # type: ignore[arg-type]
 
 
-def test_a_name_that_nobody_has_is_answered_with_the_nearest_one(fleet: Fleet) -> None:
+def test_an_unknown_name_is_answered_with_the_nearest_one(fleet: Fleet) -> None:
     from background import UnknownWorker
 
     manager = fleet.manager(Shared)
@@ -511,7 +511,7 @@ def test_of_several_that_claim_at_once_one_wins_also_where_the_database_isolates
 
 
 @on_postgresql
-def test_whoever_comes_a_little_early_is_held_up_by_the_request_that_claims(fleet: Fleet) -> None:
+def test_a_claim_that_comes_a_little_early_waits_inside_its_own_request(fleet: Fleet) -> None:
     class Quick(Hourly):
         period = timedelta(seconds=0.5)
 

@@ -161,7 +161,7 @@ class Waiter(Hourly):
         context.raise_if_stopping()
 
 
-def test_a_run_that_is_told_to_stop_waits_for_no_lock_any_more(fleet: Fleet) -> None:
+def test_a_run_that_is_told_to_stop_no_longer_waits_for_a_lock(fleet: Fleet) -> None:
     waiter = type("Waiter", (Waiter,), {"began": threading.Event(), "name": "waiter"})
     one, other = fleet.manager(), fleet.manager(waiter)
     with one.lock(NAME):

@@ -283,7 +283,7 @@ def test_messages_are_handled_once_each_in_the_order_in_which_they_were_enqueued
 
 @on_postgresql
 def test_a_message_whose_transaction_ends_late_is_handled_after_those_that_were_there_before_it(fleet: Fleet) -> None:
-    """It fell due before them: whoever only went on from the last one handled would never see it."""
+    """The message became due before them. A consumer that continues after the last handled id would never see it."""
     manager = fleet.manager(Notes)
     manager.start()
     with manager.app.app_context():
@@ -373,7 +373,7 @@ def test_an_async_handler_and_one_of_batches_are_handlers_too(fleet: Fleet) -> N
     assert sorted(fleet.effects()) == sorted(["one", str(list(range(10))), str([10, 11])])
 
 
-def test_a_payload_that_somebody_wrote_by_hand_and_is_no_json_is_buried_and_blocks_nobody(fleet: Fleet) -> None:
+def test_a_payload_written_by_hand_that_is_not_json_is_buried_and_blocks_no_other_message(fleet: Fleet) -> None:
     manager = fleet.manager(Notes)
     fleet.enqueue("notes", "one", "two", "three")
     with fleet.engine.begin() as connection:

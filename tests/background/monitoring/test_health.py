@@ -126,7 +126,7 @@ def test_a_probe_needs_no_login_and_leaves_session_and_cookies_alone(
         assert client.post(path).status_code == 405
 
 
-def test_an_answer_names_nobody_and_explains_nothing(fleet: Fleet, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_answer_contains_no_name_and_no_explanation(fleet: Fleet, caplog: pytest.LogCaptureFixture) -> None:
     app = fleet.app(Hourly)
     with caplog.at_level(logging.INFO):
         overdue(fleet, app)
@@ -147,7 +147,7 @@ def test_an_answer_names_nobody_and_explains_nothing(fleet: Fleet, caplog: pytes
 
 
 def overdue(fleet: Fleet, app: Flask, name: str = "hourly", **more: Any) -> None:
-    """As if nobody had run the worker for a day."""
+    """Make the worker look as if no instance had run it for a day."""
     for worker in manager_of(app).workers.values():
         manager_of(app).recovery.look(worker)
     day_ago = datetime.now(UTC) - timedelta(days=1)
@@ -188,7 +188,7 @@ def test_a_worker_is_overdue_although_a_clock_that_was_ahead_decided_its_ticks(f
     assert failed(app) == ["workers"]
 
 
-def test_no_worker_is_overdue_that_nobody_is_to_run(fleet: Fleet) -> None:
+def test_a_worker_that_no_instance_should_run_is_not_overdue(fleet: Fleet) -> None:
     app = fleet.app(Disabled, Hourly)
     overdue(fleet, app, "disabled")
     overdue(fleet, app, "hourly", paused_at=datetime.now(UTC))
@@ -202,7 +202,7 @@ def test_no_worker_is_overdue_that_nobody_is_to_run(fleet: Fleet) -> None:
     assert failed(app) == []
 
 
-def test_a_running_worker_is_not_overdue_unless_nobody_is_left_to_run_it(fleet: Fleet) -> None:
+def test_a_running_worker_is_overdue_only_if_no_instance_is_left_to_run_it(fleet: Fleet) -> None:
     lasting = type("Lasting", (Lasting,), {"began": threading.Event(), "go_on": threading.Event()})
     app, runs = fleet.app(Hourly, lasting), fleet.manager(lasting)
     runs.start()
@@ -219,9 +219,9 @@ def test_a_running_worker_is_not_overdue_unless_nobody_is_left_to_run_it(fleet: 
 def test_what_fell_while_nothing_was_up_is_not_waited_for_where_it_is_not_caught_up(fleet: Fleet) -> None:
     app = fleet.app(CatchesNothingUp)
     overdue(fleet, app, "catches_nothing_up")
-    assert failed(app) == ["workers"]  # nobody is up who would run the next one
+    assert failed(app) == ["workers"]  # no instance is up to run the next one
     fleet.manager(CatchesNothingUp).start()
-    wait_until(lambda: failed(app) == [], "somebody's coming")
+    wait_until(lambda: failed(app) == [], "the other instance's start")
 
 
 def test_a_web_whose_workers_run_elsewhere_says_that_they_are_overdue_and_stays_ready(fleet: Fleet) -> None:
@@ -310,7 +310,7 @@ def test_those_who_ask_while_the_database_hangs_share_one_question_and_not_for_e
 ) -> None:
     asked, go_on = [], threading.Event()
 
-    def ask(_whom: str) -> int:
+    def ask(_url: str) -> int:
         asked.append(threading.current_thread())
         assert go_on.wait(PATIENCE)
         return len(asked)
@@ -379,7 +379,7 @@ def test_ready_does_not_fail_for_connections_that_a_restart_of_the_database_left
     manager_of(app).start()
     try:
         wait_until(lambda: failed(app) == [], "joining")
-        proxy.cut()  # nobody has noticed
+        proxy.cut()  # no process has noticed
         assert failed(app) == []
     finally:
         stop(app)

@@ -1,4 +1,4 @@
-"""What Prometheus scrapes: the fleet's figures from any instance, and the requests of the process that answers."""
+"""The metrics for Prometheus: figures of the fleet from any instance, and requests of the answering process."""
 
 import re
 import shutil
@@ -236,7 +236,7 @@ def test_while_the_database_is_away_a_scrape_says_so_and_has_the_requests_of_the
 
 @pytest.fixture
 def process(app: Flask) -> str:
-    """How this process is named."""
+    """Return the label of this process."""
     [name] = scrape(app).labels("http_requests_total", "process") or scrape(app).labels(
         "http_requests_total", "process"
     )
@@ -244,7 +244,7 @@ def process(app: Flask) -> str:
 
 
 @on_sqlite
-def test_requests_are_counted_by_rule_and_never_by_what_somebody_made_up(
+def test_requests_are_counted_by_rule_and_never_by_an_invented_path(
     app: Flask, client: FlaskClient, make_book: Callable[..., int], process: str
 ) -> None:
     book = make_book()

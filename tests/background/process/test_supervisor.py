@@ -91,7 +91,7 @@ def test_a_disabled_worker_is_not_woken_but_runs_by_hand(fleet: Fleet) -> None:
     assert manager.trigger("off").state == "succeeded"
 
 
-def test_what_is_to_be_run_again_is_left_to_the_releases_that_do_not_disable_the_worker(fleet: Fleet) -> None:
+def test_a_lost_tick_is_left_to_the_releases_that_do_not_disable_the_worker(fleet: Fleet) -> None:
     class Off(Quick):
         enabled = False
 
@@ -189,7 +189,7 @@ def test_a_worker_whose_row_alone_is_gone_repeats_no_tick_and_runs_the_next_one(
 
 
 def test_an_instance_outlives_an_error_that_is_not_the_databases(fleet: Fleet) -> None:
-    """Such as a time that somebody wrote by hand, in another form."""
+    """Covers a time that was written by hand in another form, for example."""
     manager = fleet.manager(Quick, WORKERS_LEASE_SECONDS=PATIENCE)
     beat, failures = manager.stores.leases.beat, []
 
@@ -220,7 +220,7 @@ def joined(fleet: Fleet) -> tuple[Supervisor, datetime]:
     return supervisor, ticks(fleet, "rarely")[0] + Rarely.period
 
 
-def test_a_tick_whose_claim_fails_by_what_nobody_expects_is_claimed_again(
+def test_a_tick_whose_claim_fails_with_an_unexpected_error_is_claimed_again(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     manager = fleet.manager(Rarely)
@@ -288,7 +288,7 @@ def test_a_pause_and_a_resume_reach_the_other_instances(fleet: Fleet) -> None:
     wait_until(lambda: len(ticks(fleet, "quick")) > count, "the next run")
 
 
-def test_a_pause_does_not_hold_up_what_is_to_be_run_again_after_it(fleet: Fleet) -> None:
+def test_a_lost_tick_runs_again_after_a_pause(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
     manager.recovery.look(Hourly)
     manager.stores.ledger.claim("hourly", last_hour(), "every 3600s", ("ghost", "elsewhere:1"))
@@ -300,7 +300,7 @@ def test_a_pause_does_not_hold_up_what_is_to_be_run_again_after_it(fleet: Fleet)
 
 
 @on_postgresql
-def test_a_row_that_somebody_frozen_holds_does_not_use_up_the_threads(fleet: Fleet) -> None:
+def test_a_row_that_a_frozen_process_holds_does_not_use_up_the_threads(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly, Quick, WORKERS_THREADS=2)
     manager.recovery.look(Hourly)
     manager.stores.ledger.claim("hourly", last_hour(), "every 3600s", ("ghost", "elsewhere:1"))
@@ -344,7 +344,7 @@ def test_when_the_release_that_came_last_has_left_the_one_that_stays_has_the_las
     assert len(keys) == len(set(keys))
 
 
-def test_what_somebody_set_outlives_a_release_with_another_schedule(fleet: Fleet) -> None:
+def test_a_schedule_set_by_hand_outlives_a_release_with_another_schedule(fleet: Fleet) -> None:
     old = fleet.manager(type("Changing", (Hourly,), {"period": 2 * HOUR}))
     old.recovery.look(old.workers["changing"])
     assert old.reschedule("changing", period=3 * HOUR)
@@ -519,7 +519,7 @@ def test_a_requested_run_whose_instance_died_is_run_again(fleet: Fleet) -> None:
     ]
 
 
-def test_a_request_for_a_worker_that_nobody_knows_is_refused(fleet: Fleet) -> None:
+def test_a_request_for_an_unknown_worker_is_refused(fleet: Fleet) -> None:
     with pytest.raises(UnknownWorker, match="Did you mean 'hourly'"):
         fleet.manager(Hourly).request("hourli")
 

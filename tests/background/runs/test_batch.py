@@ -1,4 +1,4 @@
-"""What handlers do that they should not: their neighbours in the batch are handled once all the same."""
+"""Handlers that misbehave. The other messages of their batch are handled exactly once all the same."""
 
 import asyncio
 import logging
@@ -340,7 +340,7 @@ def test_of_a_batch_that_others_took_a_message_of_nothing_is_committed_and_all_i
     manager.start()
     assert began.wait(PATIENCE)
     theirs = tables.messages.c.payload.in_([f'"{each}"' for each in taken])
-    with fleet.engine.begin() as connection:  # an instance that nobody knows is gone, so they are taken over again
+    with fleet.engine.begin() as connection:  # an instance without a row is gone, so they are taken over again
         connection.execute(update(tables.messages).where(theirs).values(batch="other", instance="other"))
     go_on.set()
     wait_until(lambda: is_over(fleet), "the end")
@@ -491,7 +491,7 @@ def test_an_error_at_the_end_of_the_context_costs_no_neighbour_an_attempt(fleet:
     assert all("its own error" in row.error for row in fleet.errors())
 
 
-# -- claims that nobody handles --------------------------------------------------------------------
+# -- claims without a handler --------------------------------------------------------------------
 
 
 def test_what_was_claimed_and_never_arrived_is_handled_once_a_lease_has_passed(fleet: Fleet) -> None:
@@ -509,7 +509,9 @@ def test_what_was_claimed_and_never_arrived_is_handled_once_a_lease_has_passed(f
 
 
 @on_sqlite
-def test_a_batch_that_outlives_the_lease_is_not_taken_back_by_whoever_waited_for_its_write_lock(fleet: Fleet) -> None:
+def test_an_instance_that_waited_for_the_write_lock_does_not_recover_a_batch_that_outlives_the_lease(
+    fleet: Fleet,
+) -> None:
     """A heartbeat's look waits while the first is handled, and again while the second is, which was claimed between."""
 
     class Slow(Notes):
@@ -531,7 +533,7 @@ def test_a_batch_that_outlives_the_lease_is_not_taken_back_by_whoever_waited_for
     assert [row.attempt for row in fleet.messages()] == [1, 1]
 
 
-def test_what_a_gone_instance_holds_of_a_topic_that_this_release_does_not_have_keeps_nobody_looking(
+def test_messages_of_a_gone_instance_with_a_topic_unknown_to_this_release_cause_no_further_reads(
     fleet: Fleet,
 ) -> None:
     class Former(Notes):
@@ -580,7 +582,7 @@ def test_a_message_for_tomorrow_does_not_hold_one_for_now_up(fleet: Fleet, quiet
     wait_until(lambda: fleet.effects() == ["now"], "the handling")
 
 
-@on_sqlite  # where nobody is told of what the test enqueues
+@on_sqlite  # where no notification tells the consumers of the test's messages
 def test_who_found_nothing_lets_others_go_first_and_looks_once_for_all_it_hears(
     fleet: Fleet, quiet: Quiet, monkeypatch: pytest.MonkeyPatch
 ) -> None:

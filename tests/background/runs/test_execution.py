@@ -593,7 +593,7 @@ def test_a_run_that_does_not_stop_in_time_is_handed_back_and_cannot_commit(fleet
 
 
 def claimed_by_a_ghost(manager: BackgroundWorkerManager, name: str, ghost: str = "ghost") -> None:
-    """As if an instance that nobody knows, or that is gone, had begun the tick (or its next attempt)."""
+    """Begin the tick (or its next attempt) as an instance that is unknown or gone."""
     manager.stores.controls.register({name: declared_schedule(manager.workers[name])})
     pending = manager.stores.ledger.look(name).pending_tick
     if pending:
@@ -652,7 +652,7 @@ def test_a_worker_unknown_to_this_release_is_left_alone(fleet: Fleet) -> None:
     assert fleet.states("newer") == ["running"]
 
 
-def test_a_schedule_that_this_release_cannot_read_stops_nobody_else(fleet: Fleet) -> None:
+def test_a_schedule_that_this_release_cannot_read_stops_no_other_worker(fleet: Fleet) -> None:
     class Newer(Hourly):
         pass
 
@@ -705,7 +705,7 @@ def test_what_an_instance_that_signed_off_still_held_was_handed_back(fleet: Flee
 
 
 def test_a_run_that_holds_the_write_lock_longer_than_the_lease_keeps_its_claim(fleet: Fleet) -> None:
-    """And that while another claim is to be taken back, which is a write."""
+    """It holds too while another claim must be recovered, which is a write."""
 
     class Holding(Hourly):
         def do_work(self, context: WorkerContext) -> None:

@@ -1,4 +1,4 @@
-"""What the body of a run may do to its process: everything but exit is the run's own misfortune."""
+"""Runs that try to end their process. Everything except an exit fails only the run itself."""
 
 import threading
 from collections.abc import Callable

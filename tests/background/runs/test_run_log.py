@@ -1,4 +1,4 @@
-"""What is logged while a run is on: kept with its execution, and marked as the run's in logs that machines read."""
+"""The log of a run: kept with its execution, and marked as the run's in JSON logs."""
 
 import json
 import logging
@@ -108,7 +108,7 @@ def test_of_a_run_that_logs_without_end_the_latest_lines_are_kept(fleet: Fleet) 
     assert len(lines[-1]) < 2_100
 
 
-def test_a_line_that_cannot_be_written_harms_nobody(fleet: Fleet, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_line_that_cannot_be_written_does_no_harm(fleet: Fleet, capsys: pytest.CaptureFixture[str]) -> None:
     class Misspelling(Hourly):
         def do_work(self, context: WorkerContext) -> None:
             logging.raiseExceptions = False

@@ -20,7 +20,7 @@ from background.schedule.periods import Every, Schedule
 MINUTE, HOUR, DAY = timedelta(minutes=1), timedelta(hours=1), timedelta(days=1)
 MICROSECOND = timedelta(microseconds=1)
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-NAIVE = datetime(2025, 1, 1)  # noqa: DTZ001 - it is to be refused
+NAIVE = datetime(2025, 1, 1)  # noqa: DTZ001 - it must be refused
 
 
 def repeatable(examples: int) -> settings:
