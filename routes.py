@@ -61,6 +61,7 @@ from wtforms.validators import (
 
 from background import current_workers
 from background.dashboard import dashboard
+from background.dashboard.origin import is_own_path
 from background.monitoring.unavailable import unavailable
 from models import AuditEntry, Book, Order, OrderRepository, User, UserRepository, db
 
@@ -477,12 +478,6 @@ def next_page() -> str:
     """Where the visitor wanted to go, if that is a page of ours, or else home."""
     target = request.args.get("next", "")
     return target if is_own_path(target) else url_for("shop.home")
-
-
-def is_own_path(target: str) -> bool:
-    """A path on this host. To a browser `//host` and `/\\host` are other hosts, and a tab is not there."""
-    ours = target.startswith("/") and not target.startswith("//") and "\\" not in target
-    return ours and target.isprintable()
 
 
 @account.post("/logout")

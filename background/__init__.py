@@ -1,7 +1,6 @@
 """Background workers that run once per tick, however many processes, machines and releases run them."""
 
-from .cli.messages import messages_cli
-from .cli.workers import workers_cli
+from .cli import messages_cli, workers_cli
 from .context import WorkerContext
 from .errors import (
     BackgroundError,

@@ -1,11 +1,5 @@
 """`flask workers ...`: the commands read, ask or steer the manager, and print."""
 
-import gc
-import signal
-import socket
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -21,8 +15,6 @@ from ..history.text import EARLIEST, LATEST, ahead, moment, moment_in, progress,
 from ..ledger.claim import WorkerState
 from ..manager import BackgroundWorkerManager, the_manager
 from ..registry import declared_schedule
-from ..repair.clock_ahead import what_goes_on
-from ..runs.execution import Execution
 from .shared import (
     WorkersGroup,
     WrongUsage,
@@ -259,178 +251,6 @@ def why(name: str, text: str | None, as_json: bool) -> None:
         click.echo(answer.sentence)
     if not answer.is_fine:
         raise click.exceptions.Exit(1)
-
-
-# -- running -------------------------------------------------------------------------------------
-
-
-@workers_cli.command()
-@click.argument("names", nargs=-1, metavar="[NAME]...")
-@click.option("--once", is_flag=True, help="Run the latest due tick of NAME here, if nobody has, and end.")
-def run(names: tuple[str, ...], once: bool) -> None:
-    """Run the workers, or only those named, in this process.
-
-    It serves nothing else, and ends on SIGINT or SIGTERM. The web can run with WORKERS_ENABLED=false beside it; here
-    that setting is ignored. A stop waits at most WORKERS_SHUTDOWN_SECONDS for what runs, and hands the rest back;
-    a second signal ends the wait.
-
-    With --once, made for cron: exits with 1 if the run failed, with 0 if it succeeded or was not this call's to run.
-    """
-    manager = the_manager()
-    if unknown := set(names) - manager.names:
-        raise UnknownWorker(min(unknown), manager.names)
-    if not once:
-        _run_until_told(manager, names)
-    elif len(names) == 1:
-        _run_once(_manager_of(names[0]), names[0])
-    else:
-        raise WrongUsage("--once expects the name of one worker: write `flask workers run NAME --once`.")
-
-
-def _run_until_told(manager: BackgroundWorkerManager, names: tuple[str, ...]) -> None:
-    _prepare(manager)
-    manager.start(names)
-    gc.freeze()  # else a full collection looks through all imports: 0.1 s in which no other thread runs
-    told, tell = socket.socketpair()
-    tell.setblocking(False)
-    signal.set_wakeup_fd(tell.fileno(), warn_on_full_buffer=False)
-    with suppress(KeyboardInterrupt):
-        while True:
-            told.recv(1)  # a signal wakes this thread, also if it arrives at another one
-
-
-def _run_once(manager: BackgroundWorkerManager, name: str) -> None:
-    _prepare(manager)
-    if not manager.workers[name].enabled:
-        click.echo(f"Not run: {name} is disabled in this release (enabled = False).")
-        return
-    at = manager.history.clock()
-    with _handed_back_on_signals(manager, name):
-        execution = manager.tick(name, at)
-    if execution is None:
-        click.echo(f"Not run here. {manager.why(name, at).sentence}")
-    else:
-        _report(manager, execution)
-
-
-@workers_cli.command()
-@click.argument("name")
-def trigger(name: str) -> None:
-    """Run NAME now, here, whatever its schedule says.
-
-    Exits with 1 if it did not succeed. Ctrl-C hands the run back: another instance does it.
-    """
-    manager = _manager_of(name)
-    _prepare(manager)
-    with _handed_back_on_signals(manager, name):
-        execution = manager.trigger(name)
-    if execution is None:
-        click.echo(spelled_out(f"Not run: {_why_not_triggered(manager, name)}"))
-        raise click.exceptions.Exit(1)
-    _report(manager, execution)
-
-
-def _why_not_triggered(manager: BackgroundWorkerManager, name: str) -> str:
-    state = manager.stores.ledger.look(name)
-    if state and state.running:
-        tick = moment(state.running.tick)
-        return f"{name} is running already, the tick {tick} on {state.instance_name}; try again when it has ended."
-    if state and state.pending_tick:
-        held_up = "the worker is paused" if state.paused_at else "the database's clock was set back"
-        return f"the tick {moment(state.pending_tick)} of {name} is to be run first, and {held_up}."
-    return f"{name} was running at that moment; try again."
-
-
-def _report(manager: BackgroundWorkerManager, execution: Execution) -> None:
-    click.echo(manager.why(execution.claim.worker, execution.claim.tick).sentence)
-    if execution.state != "succeeded":
-        raise click.exceptions.Exit(1)
-
-
-@contextmanager
-def _handed_back_on_signals(manager: BackgroundWorkerManager, name: str) -> Iterator[None]:
-    try:
-        with _sigterm_as_sigint():
-            yield
-    except KeyboardInterrupt:
-        newest = manager.history.executions(name, limit=1)
-        click.echo(manager.why(name, newest[0].tick).sentence if newest else f"{name} was not run.")
-        raise click.exceptions.Exit(1) from None
-
-
-@contextmanager
-def _sigterm_as_sigint() -> Iterator[None]:
-    """Whoever sends SIGTERM means what Ctrl-C means: KeyboardInterrupt, in the main thread."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-# -- steering ------------------------------------------------------------------------------------
-
-
-@workers_cli.command()
-@click.argument("name")
-def pause(name: str) -> None:
-    """Run no more ticks of NAME until it is resumed.
-
-    That holds for every instance; what runs already goes on.
-    """
-    manager = _manager_of(name)
-    changed = checked_manager().pause(name)
-    state = manager.stores.ledger.look(name)
-    since = f", since {second(state.paused_at)}" if state else ""
-    click.echo(f"{name} is paused{since}." if changed else f"{name} was paused already{since}.")
-
-
-@workers_cli.command()
-@click.argument("name")
-def resume(name: str) -> None:
-    """Run the ticks of NAME again, from the next one."""
-    manager = _manager_of(name)
-    changed = checked_manager().resume(name)
-    state = manager.stores.ledger.look(name)
-    following = f"; its next tick is {moment(state.schedule.next(state.clock))}" if state else ""
-    click.echo(f"{name} is resumed{following}." if changed else f"{name} was not paused{following}.")
-
-
-@workers_cli.command()
-def repair() -> None:
-    """Resume what a wrong clock put off.
-
-    Use it when the database's clock was ahead and is right again. Ticks and messages that lie in its future are due
-    again. No tick that ran while the clock was ahead runs a second time.
-    """
-    manager = checked_manager()
-    healed, number = manager.repair()
-    clock = second(manager.history.clock())
-    if healed or number:
-        click.echo(f"Due as before, by the database's clock {clock}: {what_goes_on(healed, number)}.")
-    else:
-        click.echo(f"No worker and no message lies in the future of the database's clock, {clock}.")
-
-
-# -- what the commands share ---------------------------------------------------------------------
-
-
-def _prepare(manager: BackgroundWorkerManager) -> None:
-    try:
-        manager.prepare()
-    except OSError as error:
-        raise not_ready(error) from None
-
-
-def _manager_of(name: str) -> BackgroundWorkerManager:
-    """The manager, which has a periodic worker of that name. Raises UnknownWorker."""
-    manager = the_manager()
-    if name not in manager.workers:
-        raise UnknownWorker(name, manager.names, manager.topic_of(name))
-    return manager
 
 
 def _stored(manager: BackgroundWorkerManager, name: str) -> None:

@@ -9,17 +9,14 @@ from markupsafe import Markup
 from werkzeug.wrappers import Response
 
 from ..history.text import ahead, span
+from .origin import is_own_path
 
 
 def back(otherwise: str = "background.overview") -> Response:
-    """To the page of ours that the pressed button was on: its form names it in `next`."""
+    """Redirect to the page of the dashboard that the form names in `next`, or to `otherwise`."""
     target = request.form.get("next", "")
-    return redirect(target if _is_ours(target) else url_for(otherwise), 303)
-
-
-def _is_ours(path: str) -> bool:
-    """A path below the dashboard, without what a browser would read as another host's."""
-    return path.startswith(url_for("background.overview")) and "\\" not in path and path.isprintable()
+    is_ours = is_own_path(target) and target.startswith(url_for("background.overview"))
+    return redirect(target if is_ours else url_for(otherwise), 303)
 
 
 def say(text: str, category: str) -> None:

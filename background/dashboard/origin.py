@@ -1,4 +1,4 @@
-"""Refuses requests that a page of another site sent and that would change something."""
+"""Refuses changes that a page of another site sends, and redirects that lead to another site."""
 
 from urllib.parse import SplitResult, urlsplit
 
@@ -63,3 +63,12 @@ def _is_own(sender: str) -> bool:
 
 def _place(address: SplitResult, usual_port: int) -> tuple[str | None, int]:
     return address.hostname, usual_port if address.port is None else address.port
+
+
+def is_own_path(target: str) -> bool:
+    """Return whether a redirect to `target` stays on this host.
+
+    Browsers read `//host` and `/\\host` as addresses of another host, and drop a tab.
+    """
+    is_path = target.startswith("/") and not target.startswith("//") and "\\" not in target
+    return is_path and target.isprintable()

@@ -65,7 +65,7 @@ def silent(silence: Silence) -> str:
         return "No instance is alive, and none is known: no worker runs. `flask workers run` starts one."
     left = f"{spelled_out(silence.last.name)} {'signed off' if silence.last.signed_off_at else 'was last seen'}"
     since = f"since {second(silence.since)} ({span(silence.length)}), when {left}"
-    return f"No instance is alive {since}: no worker runs. `flask workers run` starts one."
+    return f"No instance has been alive {since}: no worker runs. `flask workers run` starts one."
 
 
 def progress(record: Record) -> str:

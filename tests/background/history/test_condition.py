@@ -115,9 +115,8 @@ def test_every_page_has_a_banner_with_the_time_since_and_the_command_that_mends_
     for path in PAGES:
         page = client.get(f"/workers/{path}").text
         (alarm,) = re.findall(r'<div class="bw-alarm">(.*?)</div>', page, re.DOTALL)
-        assert re.search(r"No instance is alive since <time .*?</time> \(15 min( \d+ s)?\): no worker runs", alarm), (
-            path
-        )
+        sentence = r"No instance has been alive since <time .*?</time> \(15 min( \d+ s)?\): no worker runs"
+        assert re.search(sentence, alarm), path
         assert "Start one with <code>flask workers run</code>" in alarm
     manager_of(silent_app).presence.sign_on()
     assert [path for path in PAGES if "bw-alarm" in client.get(f"/workers/{path}").text] == []
@@ -137,14 +136,15 @@ def make_admin() -> Callable[[Flask], FlaskClient]:
 def test_the_command_line_says_in_the_first_line_that_no_instance_is_alive(silent_app: Flask) -> None:
     first, *_ = command(silent_app, "list").stdout.splitlines()
     assert re.fullmatch(
-        r"No instance is alive since \S+Z \(15 min( \d+ s)?\), when \S+:\d+ was last seen: no worker runs\. "
+        r"No instance has been alive since \S+Z \(15 min( \d+ s)?\), when \S+:\d+ was last seen: no worker runs\. "
         r"`flask workers run` starts one\.",
         first,
     )
     checked = command(silent_app, "check")
     assert checked.exit_code == 1
-    assert "Problem: No instance is alive since " in checked.stderr
-    assert json.loads(command(silent_app, "check", "--json").stdout)["problems"][0].startswith("No instance is alive")
+    assert "Problem: No instance has been alive since " in checked.stderr
+    (problem, *_) = json.loads(command(silent_app, "check", "--json").stdout)["problems"]
+    assert problem.startswith("No instance has been alive since ")
 
 
 def test_a_probe_of_the_fleet_fails_while_no_instance_is_alive_and_this_process_stays_ready(silent_app: Flask) -> None:
