@@ -551,7 +551,6 @@ _managers: WeakSet[BackgroundWorkerManager] = WeakSet()
 def _forked() -> None:
     is_in_a_run = current_run.get() is not None
     try:
-        made_once.begin_anew()
         for manager in _managers:
             manager.begin_anew()
             if is_in_a_run:

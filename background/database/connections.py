@@ -15,8 +15,9 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import QueuePool
 from sqlalchemy.schema import CreateTable
 
-from ..database.dialects import postgresql, sqlite
-from ..database.dialects import sqlite_files as database_files
+from ..host.forks import ForkSafeLock
+from .dialects import postgresql, sqlite
+from .dialects import sqlite_files as database_files
 from .opening import Opener, has_creator
 from .outages import Outages
 from .sessions import Sessions, autocommit_refused
@@ -29,12 +30,7 @@ Made = TypeVar("Made")
 class made_once(cached_property[Made]):
     """A thread-safe `cached_property` (Python 3.12 removed the lock of `functools.cached_property`)."""
 
-    _making = threading.RLock()
-
-    @classmethod
-    def begin_anew(cls) -> None:
-        """Have a new lock in a forked child: another thread of the parent may have held the inherited one."""
-        made_once._making = threading.RLock()
+    _making = ForkSafeLock(threading.RLock)
 
     def __get__(self, instance: object, owner: type[Any] | None = None) -> Made:  # type: ignore[override]
         with self._making:

@@ -1,8 +1,9 @@
-"""A forked child of a run: it is not the engine, and its parent's connections are not its own."""
+"""Forked children: a child is not the engine, and has locks and connections of its own."""
 
 import os
 import socket
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 from weakref import WeakSet
@@ -17,18 +18,44 @@ from .logs import logger_of
 
 log = logger_of(__name__)
 
-_CHILDS_PATIENCE_SECONDS = 1.0
+_CHILDS_WAIT_SECONDS = 1.0
 
 _sockets: WeakSet[Any] = WeakSet()
 _of_parents: list[object] = []
-"""Kept in the child for ever: a freed connection would send a last packet on the socket that the parent uses."""
+"""Objects that a child keeps for ever. A freed connection would send a last packet on the parent's socket."""
+_locks: "WeakSet[ForkSafeLock]" = WeakSet()
+
+
+class ForkSafeLock:
+    """A lock that is free in a forked child, even if another thread of the parent held it during the fork."""
+
+    def __init__(self, kind: Callable[[], Any] = threading.Lock) -> None:
+        self._kind, self._lock = kind, kind()
+        _locks.add(self)
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def renew(self) -> None:
+        self._lock = self._kind()
+
+
+def _renew_locks() -> None:
+    for lock in _locks:
+        lock.renew()
+
+
+os.register_at_fork(after_in_child=_renew_locks)
 
 
 @contextmanager
 def ended_in_a_fork(what: str) -> Iterator[None]:
-    """Run the user's code in this block. A forked child that leaves the block ends there, at once.
+    """Run the user's code in this block. A forked child that leaves the block ends there.
 
-    The child must not go on as the engine: its parent does. `os._exit` runs no handler and closes no connection.
+    The parent goes on as the engine, so the child must not. `os._exit` runs no handler and closes no connection.
     """
     began_in = os.getpid()
     try:
@@ -59,7 +86,7 @@ def _end(what: str, error: BaseException | None) -> None:
 
 
 def watch_sockets() -> None:
-    """Note each socket to a database server from now on, of all engines of this process."""
+    """Note each later socket to a database server, of all engines of this process."""
     if not event.contains(Pool, "connect", _connected):
         event.listen(Pool, "connect", _connected)
 
@@ -70,7 +97,7 @@ def _connected(connection: Any, _record: Any) -> None:
 
 
 def begin_anew(db: SQLAlchemy, engines: Iterable[Engine], *kept: object) -> None:
-    """Give a forked child a session and connections of its own. Keep its parent's, and `kept`."""
+    """Give a forked child a session and connections of its own. Keep the parent's, and the `kept` objects."""
     _of_parents.extend(kept)
     for engine in engines:
         _of_parents.append(engine.pool)
@@ -83,21 +110,21 @@ def begin_anew(db: SQLAlchemy, engines: Iterable[Engine], *kept: object) -> None
 def cut_off(engines: Iterable[Engine]) -> None:
     """Replace each inherited socket by an unconnected one, in a forked child of a run.
 
-    Nothing that the child does with a connection of its parent's reaches the database server. When the parent dies, its
-    connections end, though the child lives on.
+    The child can then send nothing to the database server on its parent's connections. When the parent dies, its
+    connections end, even if the child still runs.
     """
     for connection in list(_sockets):
-        with suppress(Exception), socket.socket() as unconnected:  # the connection may be closed by now
+        with suppress(Exception), socket.socket() as unconnected:  # the connection may be closed
             os.dup2(unconnected.fileno(), connection.fileno(), inheritable=False)
     _sockets.clear()
     for engine in engines:
         if engine.dialect.name == "sqlite":
-            event.listen(engine, "connect", _be_impatient)
+            event.listen(engine, "connect", _wait_briefly)
 
 
-def _be_impatient(connection: Any, _record: Any) -> None:
-    """Wait only briefly for a lock.
+def _wait_briefly(connection: Any, _record: Any) -> None:
+    """Have the connection wait only briefly for a lock.
 
-    SQLite keeps its locks in memory too. A lock that the parent held at the fork stays held in the child for ever.
+    SQLite keeps its locks in memory too. A lock that the parent held during the fork stays held in the child for ever.
     """
-    connection.execute(f"PRAGMA busy_timeout = {_CHILDS_PATIENCE_SECONDS * 1000:.0f}")
+    connection.execute(f"PRAGMA busy_timeout = {_CHILDS_WAIT_SECONDS * 1000:.0f}")

@@ -7,7 +7,6 @@ file at the same path, and the two would be two fleets.
 import os
 import sqlite3
 import stat
-import threading
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from weakref import WeakSet
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.exc import InvalidatePoolError, OperationalError
 
+from ...host.forks import ForkSafeLock
 from ...host.logs import logger_of
 
 log = logger_of(__name__)
@@ -63,7 +63,7 @@ class Opened:
 
 # Only for open connections: after a close, the log may be gone, and another file may have its number.
 _in_use: WeakSet[Opened] = WeakSet()
-_adding = threading.Lock()
+_adding = ForkSafeLock()
 
 
 def watch(engine: Engine) -> None:
