@@ -19,6 +19,7 @@ from sqlalchemy import URL, Connection, Engine, inspect, text
 from sqlalchemy.exc import DBAPIError
 
 from background.database.dialects.sqlite_files import make_private
+from background.database.error_codes import is_database_unknown
 from background.errors import DatabaseNotReady
 
 if TYPE_CHECKING:
@@ -153,7 +154,7 @@ def why_not(url: URL, error: DBAPIError) -> str:
                 f"End that process (`fuser {url.database}` shows it), and try again."
             )
         return f"The database file {url.database} cannot be used ({reason}); expected a SQLite database."
-    if getattr(error.orig, "sqlstate", None) == "3D000" or f'database "{url.database}" does not exist' in reason:
+    if is_database_unknown(error) or f'database "{url.database}" does not exist' in reason:
         return (
             f"The database {_shown(url)} does not exist on its server. "
             f"Create it with `{_createdb(url)}`, then its tables with `flask db upgrade`."

@@ -1,6 +1,5 @@
-"""Texts of bounded length for the errors of a user's code, and the database errors that may pass by themselves."""
+"""Outages of the database: the errors that show one, and the pools that one empties."""
 
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,9 +14,11 @@ from sqlalchemy.exc import (
     TimeoutError,
 )
 
-from ..database.dialects.postgresql import reported
+from ..host.forks import ForkSafeLock
+from .dialects.postgresql import reported
+from .error_codes import is_connect_failure, is_connection_ended, is_of_recovery, is_read_only, is_too_large
 
-_TOO_LARGE = "54"  # the class of PostgreSQL's "program limit exceeded"
+_STAMP = "outages"
 
 
 def may_pass(error: BaseException) -> bool:
@@ -25,57 +26,50 @@ def may_pass(error: BaseException) -> bool:
     if not isinstance(error, DBAPIError):
         return isinstance(error, TimeoutError | DisconnectionError | OSError)
     is_of_the_moment = isinstance(error, OperationalError | InterfaceError | InternalError)
-    is_too_large = str(getattr(error.orig, "sqlstate", "")).startswith(_TOO_LARGE)
-    return error.connection_invalidated or (is_of_the_moment and not is_too_large)
-
-
-_READ_ONLY = "25006"
-_ENDED = ("57P01", "57P02", "57P03", "57P04", "57P05")  # shut down, crashed, starting, dropped, or idle for too long
-_DURING_RECOVERY = ("0A000", "40001", "55000", "XX000")  # and other errors: the server must say that it recovers
-_STAMP = "outages"
+    return error.connection_invalidated or (is_of_the_moment and not is_too_large(error))
 
 
 class Outages:
-    """The pools of one database's engines, which are emptied together."""
+    """Empties the pools of one database's engines together."""
 
     def __init__(self) -> None:
         self.emptied: list[Callable[[], None]] = []
-        """Called at each outage, for connections that are in no pool."""
+        """Functions that each outage calls. They end connections that are in no pool."""
         self._number = 0
-        self._counting = threading.Lock()
+        self._counting = ForkSafeLock()
 
     def watch(self, engine: Engine) -> None:
-        """Have an error on a connection of `engine` empty all pools, and empty its pool with the others'."""
+        """Have an outage that a connection of `engine` meets empty all watched pools. Add its pool to them."""
         if engine.dialect.name != "postgresql" or event.contains(engine, "handle_error", self._failed):
             return
         event.listen(engine, "connect", self._opened)
-        event.listen(engine, "checkout", self._asked_for)
+        event.listen(engine, "checkout", self._check)
         event.listen(engine, "handle_error", self._failed)
 
     def notice(self, error: BaseException) -> None:
-        """Empty the pools for an error that came from the driver itself, past any engine."""
-        if any(_is_of_no_use(each, None) for each in causes(error) if not isinstance(each, SQLAlchemyError)):
+        """Empty the pools if the driver's own error shows an outage. No engine saw that error."""
+        if any(_shows_outage(each, None) for each in causes(error) if not isinstance(each, SQLAlchemyError)):
             self._empty(self._number)
 
     def _opened(self, _connection: Any, record: Any) -> None:
         record.info[_STAMP] = self._number
 
-    def _asked_for(self, _connection: Any, record: Any, _proxy: Any) -> None:
+    def _check(self, _connection: Any, record: Any, _proxy: Any) -> None:
         if record.info.get(_STAMP, 0) != self._number:
             raise DisconnectionError("the connection is older than the last outage of its database")
 
     def _failed(self, context: ExceptionContext) -> None:
         pooled = context.connection.connection if context.connection is not None else None
         driver = getattr(pooled, "driver_connection", None)
-        if pooled is None or not _is_of_no_use(context.original_exception, driver):
+        if pooled is None or not _shows_outage(context.original_exception, driver):
             return
         context.is_disconnect = True
         self._empty(pooled.info.get(_STAMP, 0))
 
     def _empty(self, opened: int) -> None:
-        """Empty the pools once per outage.
+        """Empty the pools, unless that was done after the outage with the number `opened`.
 
-        Concurrency: many threads meet one outage. Later errors of old connections empty no new pool.
+        Concurrency: many threads of this process meet one outage. Later errors of old connections empty no new pool.
         """
         with self._counting:
             if opened != self._number:
@@ -91,45 +85,40 @@ def place(url: URL) -> tuple[object, ...]:
 
 
 def is_cut_off(error: BaseException) -> bool:
-    """Return whether a run ended because the database went away or refused writes, not by a fault of its own."""
+    """Return whether the database ended a run by going away or by refusing writes."""
     for each in causes(error):
         if not isinstance(each, DBAPIError):
-            if _is_of_no_use(each, None):
+            if _shows_outage(each, None):
                 return True
-            continue
-        # The server gives its errors a code. A failure to connect has none.
-        cannot_connect = each.statement is None and getattr(each.orig, "sqlstate", "") is None
-        if each.connection_invalidated or cannot_connect:
+        elif each.connection_invalidated or is_connect_failure(each):
             return True
     return False
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield the error and each error that led to it, once. A driver's error comes as SQLAlchemy's error for it."""
+    """Yield the error and each error that led to it, once. SQLAlchemy's error stands for the driver's."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         yield error
-        # An error that was handled on the way is not the cause, unless the session says so.
+        # A handled error is not a cause, except under an error of SQLAlchemy's session.
         led = error.__cause__ or (error.__context__ if isinstance(error, SQLAlchemyError) else None)
         is_same = led is not None and isinstance(error, DBAPIError) and led is error.orig
         error = led.__cause__ if led is not None and is_same else led
 
 
-def _is_of_no_use(error: BaseException | None, driver: Any) -> bool:
-    """Return whether `error` says that the server can no longer serve the connection `driver` (None: not known)."""
-    code = getattr(error, "sqlstate", None)
-    if not isinstance(code, str):
-        return False
-    if code == _READ_ONLY:
+def _shows_outage(error: BaseException, driver: Any) -> bool:
+    """Return whether `error` means that the server can no longer serve the connection `driver`, if that is known."""
+    if is_read_only(error):
         return not _is_read_only_by_choice(driver)
-    is_standby = reported(driver, "in_hot_standby") == "on"
-    return code.startswith("08") or code in _ENDED or (is_standby and code in _DURING_RECOVERY)
+    if is_connection_ended(error):
+        return True
+    return is_of_recovery(error) and reported(driver, "in_hot_standby") == "on"
 
 
 def _is_read_only_by_choice(driver: Any) -> bool:
-    """Return whether the server itself takes writes: then the user made the transaction read-only.
+    """Return whether the server takes writes, so that the user made the transaction read-only.
 
-    PostgreSQL reports both settings since version 14. Before that the answer is no.
+    PostgreSQL reports both settings since version 14. For older servers the answer is no.
     """
     return all(reported(driver, name) == "off" for name in ("default_transaction_read_only", "in_hot_standby"))

@@ -32,7 +32,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import OperationalError
 
 from ..database.clock import AHEAD, now, single_statements, steady
-from ..database.dialects.postgresql import waited_in_vain
+from ..database.error_codes import is_lock_unavailable
 from ..database.tables import (
     LONGEST_RELEASE,
     AnyText,
@@ -127,7 +127,7 @@ class Leases:
         try:
             return self._beat(instance, partial(self._look, tuple(topics)), topics)
         except OperationalError as error:
-            if not waited_in_vain(error):
+            if not is_lock_unavailable(error):
                 raise
         return replace(self.renew(instance), is_blind=True)
 

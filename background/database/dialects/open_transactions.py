@@ -1,4 +1,4 @@
-"""Open transactions of the calling thread. A call that commits on its own could wait for them for ever."""
+"""Open transactions of the calling thread. A call that commits separately could wait for them for ever."""
 
 import threading
 from collections.abc import Iterator
@@ -10,27 +10,29 @@ from sqlalchemy import Engine, event
 from sqlalchemy.exc import OperationalError
 
 from ...errors import CommitFirst
-from .postgresql import waited_in_vain
+from ...host.forks import ForkSafeLock
+from ..error_codes import is_lock_unavailable
 from .sqlite import is_locked
 
 _IN_TRANSACTION = 2  # of libpq's PQtransactionStatus
 
 
 class OpenTransactions:
-    """Knows which thread has which connection of the application's engine."""
+    """Keeps which thread uses which connection of the application's engine."""
 
     def __init__(self, engine: Engine) -> None:
         self._on_sqlite = engine.dialect.name == "sqlite"
         self._threads: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
-        self._changing = threading.Lock()
-        event.listen(engine, "checkout", self._taken)
-        event.listen(engine, "checkin", self._returned)
+        self._changing = ForkSafeLock()
+        event.listen(engine, "checkout", self._checked_out)
+        event.listen(engine, "checkin", self._checked_in)
 
     @contextmanager
     def refused(self, call: str, own: Engine, runs: bool = False) -> Iterator[None]:
         """Refuse `call`, which commits on the engine `own`, if this thread would wait for itself.
 
-        With `runs` it runs a worker in a session of its own. That could wait for any row that this thread holds.
+        With `runs`, the call runs a worker in another session. That session could wait for any row that this thread
+        holds.
         """
         for driver in self._of_this_thread():
             if driver.in_transaction and is_locked(own) if self._on_sqlite else runs and _has_written(driver):
@@ -41,7 +43,7 @@ class OpenTransactions:
         try:
             yield
         except OperationalError as error:
-            if not waited_in_vain(error) or not any(map(_has_written, self._of_this_thread())):
+            if not is_lock_unavailable(error) or not any(map(_has_written, self._of_this_thread())):
                 raise
             raise CommitFirst(
                 f"{call} waited in vain for a row that an open transaction has locked, perhaps the caller's own; "
@@ -49,16 +51,16 @@ class OpenTransactions:
             ) from error
 
     def _of_this_thread(self) -> list[Any]:
-        here = threading.get_ident()
+        this = threading.get_ident()
         with self._changing:
-            records = [record for record, thread in self._threads.items() if thread == here]
+            records = [record for record, thread in self._threads.items() if thread == this]
         return [record.driver_connection for record in records if record.dbapi_connection is not None]
 
-    def _taken(self, _connection: Any, record: Any, _proxy: Any) -> None:
+    def _checked_out(self, _connection: Any, record: Any, _proxy: Any) -> None:
         with self._changing:
             self._threads[record] = threading.get_ident()
 
-    def _returned(self, _connection: Any, record: Any) -> None:
+    def _checked_in(self, _connection: Any, record: Any) -> None:
         with self._changing:
             self._threads.pop(record, None)
 

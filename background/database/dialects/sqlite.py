@@ -13,6 +13,7 @@ from sqlalchemy import Connection, Dialect, Engine, Executable, event
 from sqlalchemy.exc import OperationalError
 
 from ...errors import InvalidConfig
+from ..error_codes import is_busy
 from . import sqlite_files as database_files
 
 BUSY_SECONDS = 30
@@ -76,7 +77,7 @@ def _is_lock_taken(connection: Connection) -> bool:
     try:
         connection.exec_driver_sql("BEGIN IMMEDIATE")
     except OperationalError as error:
-        if getattr(error.orig, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_BUSY:
+        if not is_busy(error):
             raise
         return False
     finally:
