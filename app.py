@@ -1,4 +1,4 @@
-"""The application factory: a table of contents."""
+"""Application factory: a table of contents of the application."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +12,7 @@ import demo
 import routes
 from background import BackgroundWorkerManager, PruneHistoryWorker
 from background.monitoring import health, metrics
-from config import StrictJSON, configure_logging, load_config, trust_proxies
+from config import StrictJSON, configure_logging, hide_refused_rows, load_config, trust_proxies
 from mail import Mailer
 from migrations import schema
 from models import OrderRepository, UserRepository, db
@@ -20,7 +20,7 @@ from workers import MailWorker, OrderWorker, PassiveUserCheckerWorker, SystemHea
 
 
 def create_app(config: Mapping[str, Any] | object | None = None) -> Flask:
-    """Make the application; `config` is a mapping, an object, or None (environment and instance/config.py)."""
+    """Make the application. `config` is a mapping, an object, or None (environment and instance/config.py)."""
     app = Flask(__name__, instance_relative_config=True)
     app.json = StrictJSON(app)
     load_config(app, config)
@@ -28,6 +28,7 @@ def create_app(config: Mapping[str, Any] | object | None = None) -> Flask:
     trust_proxies(app)
 
     db.init_app(app)
+    hide_refused_rows(app, db)
     Migrate(app, db, directory=str(Path(app.root_path) / "migrations"))
 
     svcs.flask.init_app(app)

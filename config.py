@@ -1,7 +1,7 @@
-"""Every setting: its default, its cast, and what it means.
+"""The settings of the application: the default, the cast and the meaning of each.
 
-Later sources win: the default, the environment, then what `create_app` is given (a mapping or an object) or,
-when it is given nothing, `instance/config.py`.
+Later sources win: the default, the environment, then the argument of `create_app` (a mapping or an object).
+Without an argument, `instance/config.py` comes last.
 """
 
 import logging
@@ -22,11 +22,13 @@ import click
 from flask import Flask
 from flask.cli import run_command
 from flask.json.provider import DefaultJSONProvider
-from sqlalchemy import URL, Engine, ExceptionContext, event, make_url
-from sqlalchemy.exc import ArgumentError, DataError, IntegrityError
+from flask_sqlalchemy import SQLAlchemy
+from sqlalchemy import URL, make_url
+from sqlalchemy.exc import ArgumentError
 from werkzeug.middleware.proxy_fix import ProxyFix
 
 from background import RunFields
+from background.database.dialects import postgresql
 from background.errors import InvalidConfig, spelled_out
 from background.host import strict_json
 from background.settings import (
@@ -76,7 +78,7 @@ def database_url(value: Any) -> URL:
 
 
 def _encodable(value: Any) -> Any:
-    """The bytes of an environment variable need be no text: then it can be neither signed with nor opened."""
+    """Return the value. Raise ValueError if it came from bytes that are not text, as a variable may."""
     if isinstance(value, str):
         value.encode()
     return value
@@ -93,12 +95,15 @@ def public_url(value: Any) -> str:
     is_host = parts.hostname and not (parts.query or parts.fragment or parts.username or "\\" in parts.netloc)
     if parts.scheme not in ("http", "https") or not is_host or parts.port == 0:
         raise ValueError(value)
-    (parts.hostname or "").encode("idna")  # no part of a host is empty or longer than 63 letters
+    (parts.hostname or "").encode("idna")  # refuses an empty part of a host, or one longer than 63 letters
     return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}/"
 
 
 def mail_url(value: Any) -> str:
-    """smtp:// (STARTTLS where the server offers it), smtp+starttls:// (or nothing) or smtps:// (TLS at once)."""
+    """Return the URL of a mail server.
+
+    smtp:// uses STARTTLS where the server offers it, smtp+starttls:// always, and smtps:// begins with TLS.
+    """
     if not isinstance(value, str) or not value.isprintable() or " " in value:
         raise ValueError(value)
     parts = urlsplit(value)
@@ -124,7 +129,7 @@ _DATABASE = "postgresql://user:password@host/name, or sqlite:/// and the path of
 
 _OWN = {
     "DATABASE_URL": Setting(
-        None, database_url, _DATABASE, "where the data is (unset: a SQLite file in instance/)", is_secret=True
+        None, database_url, _DATABASE, "the database (unset: a SQLite file in instance/)", is_secret=True
     ),
     "SECRET_KEY": Setting(
         None, secret, "a text that is not empty", "signs the sessions (unset: made once, in instance/)", is_secret=True
@@ -140,12 +145,15 @@ _OWN = {
         "refuse to start with a weak SECRET_KEY, in debug mode or with the demo admin; unset: "
         "where gunicorn serves a DATABASE_URL",
     ),
-    "PROXIES": Setting(0, none_or_whole(10), "a whole number from 0 to 10", "how many proxies of yours are in front"),
+    "PROXIES": Setting(0, none_or_whole(10), "a whole number from 0 to 10", "the number of your proxies in front"),
     "PUBLIC_URL": Setting(
-        None, public_url, "https:// and a host", "where the shop is, for links in mails; unset: as the admin asked"
+        None,
+        public_url,
+        "https:// and a host",
+        "the address of the shop, for links in mails; unset: the one that the admin used",
     ),
     "SESSION_COOKIE_SECURE": Setting(None, boolean, BOOLEAN, "whether logging in needs HTTPS (unset: in production)"),
-    "LOG_LEVEL": Setting("INFO", level, "DEBUG, INFO, WARNING, ERROR or CRITICAL", "how much the log says"),
+    "LOG_LEVEL": Setting("INFO", level, "DEBUG, INFO, WARNING, ERROR or CRITICAL", "the lowest level that is logged"),
 }
 
 
@@ -169,7 +177,7 @@ def load_config(app: Flask, given: Mapping[str, Any] | object | None = None) -> 
 
 
 def trust_proxies(app: Flask) -> None:
-    """Take the visitor's address, scheme and host from the last PROXIES entries of X-Forwarded-*, and no others."""
+    """Take the visitor's address, scheme and host from the last PROXIES entries of X-Forwarded-*."""
     if number := app.config["PROXIES"]:
         app.wsgi_app = ProxyFix(app.wsgi_app, number, number, number)  # type: ignore[method-assign]
     elif app.config["PRODUCTION"] and may_serve():
@@ -181,16 +189,16 @@ def trust_proxies(app: Flask) -> None:
 
 
 def may_serve() -> bool:
-    """Return whether this process may come to serve pages. Of the `flask` commands only `flask run` does."""
+    """Return whether this process may serve pages later. `flask run` is the only `flask` command that does."""
     context = click.get_current_context(silent=True)
     return context is None or context.command is run_command
 
 
 def configure_logging(app: Flask) -> None:
-    """Give the log a handler, unless the process that loads the app has set one up already."""
+    """Give the log a handler, unless the process that loads the app has set one up."""
     for name in (app.name, "werkzeug", "gunicorn.access", "gunicorn.error"):
         logging.getLogger(name).addFilter(hide_password_links)
-    logging.getLogger(app.name).addFilter(spell_failed_path_out)  # asked for by now, app.logger would take a handler
+    logging.getLogger(app.name).addFilter(spell_failed_path_out)  # `app.logger` would add a handler here
     if not logging.getLogger().handlers:
         handler = logging.StreamHandler()
         if app.config["LOG_FORMAT"] == "json":
@@ -202,7 +210,10 @@ def configure_logging(app: Flask) -> None:
 
 
 def json_formatter() -> logging.Formatter:
-    """One object a line: time (UTC), level, logger, message, and in a run its worker, tick, execution and instance."""
+    """Return the formatter of LOG_FORMAT=json: one object a line.
+
+    It has the time (UTC), level, logger and message. In a run it also has the worker, tick, execution and instance.
+    """
     from pythonjsonlogger.json import JsonFormatter
 
     names = {"asctime": "time", "levelname": "level", "name": "logger"}
@@ -217,14 +228,14 @@ def json_formatter() -> logging.Formatter:
 
 
 class StrictJSON(DefaultJSONProvider):
-    """Flask's JSON, without the NaN and the Infinity that no other reader takes."""
+    """Flask's JSON without NaN and Infinity, which the JSON standard does not know."""
 
     def dumps(self, obj: Any, **options: Any) -> str:
         return strict_json.without_nan(super().dumps(obj, **options), options.get("indent"))
 
 
 def hide_password_links(record: logging.LogRecord) -> bool:
-    """Mask password-reset tokens in log lines, percent-encoded ones too."""
+    """Mask the tokens of password links in log lines, also where they are percent-encoded."""
     message = unquote(_message(record))
     if _SIGNED.search(message):
         record.msg, record.args = _SIGNED.sub("...", spelled_out(message)), ()
@@ -232,22 +243,22 @@ def hide_password_links(record: logging.LogRecord) -> bool:
 
 
 def spell_failed_path_out(record: logging.LogRecord) -> bool:
-    """Flask logs the path of a request that failed decoded, so that it might hold whole lines of a log."""
+    """Escape the path of a failed request. Flask logs it decoded, so it could contain whole log lines."""
     if record.funcName == "log_exception" and (message := _message(record)):
         record.msg, record.args = spelled_out(message), ()
     return True
 
 
 def _message(record: logging.LogRecord) -> str:
-    """Return the text of the record. Empty if its arguments do not fit: its handler reports that."""
+    """Return the text of the record, or an empty one if its arguments do not fit. Its handler reports that error."""
     try:
         return record.getMessage()
-    except Exception:  # whatever the arguments raise: a filter that raises would end the request
+    except Exception:  # the arguments may raise any error, and a filter that raises would end the request
         return ""
 
 
-# By its own form, and not by its path, which may be written in many ways: a second slash, %72eset, reset%2F.
-# It begins where a word does: else a long word, which anybody may send, would be searched from each of its letters.
+# Find a token by its form. Its path has many spellings: a second slash, %72eset, reset%2F.
+# The match begins at the start of a word. Otherwise each letter of a long word that a visitor sends starts a search.
 _SIGNED = re.compile(r"(?<![\w.-])[\w.-]{20,}\.[\w-]{6}\.[\w-]{27}")
 
 
@@ -265,7 +276,7 @@ def _load_own(app: Flask, given: Mapping[str, Any] | object | None) -> None:
         app.config.from_object(given)
 
 
-# What tutorials say, and so everybody knows.
+# Keys that stand in tutorials.
 _KNOWN_SECRETS = {
     "this-should-be-changed",
     "you-will-never-guess",
@@ -283,7 +294,7 @@ _KNOWN_SECRETS = {
 
 def _settle_production(config: dict[str, Any]) -> None:
     if config["PRODUCTION"] is None:
-        served_by = os.environ.get("SERVER_SOFTWARE", "")  # gunicorn says so before it loads an application
+        served_by = os.environ.get("SERVER_SOFTWARE", "")  # gunicorn sets it before it loads an application
         config["PRODUCTION"] = served_by.startswith("gunicorn/") and not config["DATABASE_IS_EMBEDDED"]
     if config["SESSION_COOKIE_SECURE"] is None:
         config["SESSION_COOKIE_SECURE"] = config["PRODUCTION"]
@@ -295,8 +306,8 @@ def _settle_production(config: dict[str, Any]) -> None:
 def _refuse_debug(config: dict[str, Any]) -> None:
     if config["DEBUG"]:
         raise InvalidConfig(
-            "The debugger is on in production, where it lets visitors run code; expected it off. Take FLASK_DEBUG, "
-            "--debug and DEBUG away, or say PRODUCTION=false where only you are served."
+            "The debugger is on in production, where it lets visitors run code; expected it off. Remove FLASK_DEBUG, "
+            "--debug and DEBUG, or set PRODUCTION=false if you are the only visitor."
         )
 
 
@@ -311,27 +322,27 @@ def _refuse_weak_secret(key: str | bytes | None) -> None:
 
 
 def _set_database(app: Flask) -> None:
-    """Settle SQLALCHEMY_DATABASE_URI (one that was given itself wins), DATABASE_IS_EMBEDDED and .._TEMPORARY."""
+    """Set SQLALCHEMY_DATABASE_URI (a given one wins), DATABASE_IS_EMBEDDED and DATABASE_IS_TEMPORARY."""
     chosen = app.config.get("SQLALCHEMY_DATABASE_URI") or app.config["DATABASE_URL"]
-    asked = (
+    url = (
         URL.create("sqlite", database="bookstore.sqlite")
         if chosen is None
         else cast("DATABASE_URL", chosen, _OWN["DATABASE_URL"])
     )
-    if asked.get_backend_name() == "sqlite" and asked.host:  # `sqlite://shop.sqlite` would be a database in memory
+    if url.get_backend_name() == "sqlite" and url.host:  # `sqlite://shop.sqlite` would be a database in memory
         raise InvalidConfig(
-            f"DATABASE_URL is {asked}, whose {asked.host!r} is read as a host; expected three slashes before the path "
-            f"of a file: sqlite:///bookstore.sqlite is one in the instance folder."
+            f"DATABASE_URL is {url}, whose {url.host!r} is read as a host; expected three slashes before the path "
+            f"of a file. Write sqlite:///bookstore.sqlite for a file in the instance folder."
         )
     # A test or a prototype; see `_temporary_file`.
-    is_temporary = asked.get_backend_name() == "sqlite" and asked.database in (None, "", ":memory:")
+    is_temporary = url.get_backend_name() == "sqlite" and url.database in (None, "", ":memory:")
     app.config["DATABASE_IS_TEMPORARY"] = is_temporary
     app.config["DATABASE_IS_EMBEDDED"] = chosen is None or is_temporary
     if is_temporary:
-        asked = asked.set(database=_temporary_file(app))
-    url = _usable_url(asked, Path(app.instance_path))
+        url = url.set(database=_temporary_file(app))
+    url = _usable_url(url, Path(app.instance_path))
     app.config["SQLALCHEMY_DATABASE_URI"] = url.render_as_string(hide_password=False)
-    # Or an error would carry password hashes and addresses into logs, executions and dead letters.
+    # Without `hide_parameters`, errors carry password hashes and addresses into logs, executions and dead letters.
     options = {"hide_parameters": True, **(app.config.get("SQLALCHEMY_ENGINE_OPTIONS") or {})}
     app.config["SQLALCHEMY_BINDS"] = {
         key: {"hide_parameters": True, **(bind if isinstance(bind, Mapping) else {"url": bind})}
@@ -342,10 +353,10 @@ def _set_database(app: Flask) -> None:
 
 
 def _postgresql_options(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What SQLALCHEMY_ENGINE_OPTIONS says, and where it says nothing what outages and poolers ask for."""
+    """Return SQLALCHEMY_ENGINE_OPTIONS with defaults that suit outages and poolers."""
     arguments = {
         "prepare_threshold": None,  # a pooler may give the next transaction another connection
-        # Without these, a network that swallows everything holds its callers for minutes or hours.
+        # Without these, a network that drops packets silently holds its callers for minutes or hours.
         "keepalives_idle": 10,
         "keepalives_interval": 5,
         "keepalives_count": 3,
@@ -355,35 +366,32 @@ def _postgresql_options(given: Mapping[str, Any]) -> dict[str, Any]:
     return {"pool_pre_ping": True, **given, "connect_args": {**arguments, **given.get("connect_args", {})}}
 
 
-@event.listens_for(Engine, "handle_error")
-def _leave_values_out(context: ExceptionContext) -> None:
-    """PostgreSQL quotes the row that it refuses, as `hide_parameters` does not know: keep what comes before that."""
-    error, wrapped = context.original_exception, context.sqlalchemy_exception
-    kept = getattr(getattr(error, "diag", None), "message_primary", None)  # None where it came from no server
-    if kept and isinstance(wrapped, IntegrityError | DataError):
-        wrapped.args = (str(wrapped.args[0]).replace(str(error), kept),)
-        error.args = (kept,)
+def hide_refused_rows(app: Flask, db: SQLAlchemy) -> None:
+    """Keep the rows that a database refuses out of the errors of the application's own engines."""
+    with app.app_context():
+        for engine in db.engines.values():
+            postgresql.hide_refused_rows(engine)
 
 
 def _usable_url(url: URL, folder: Path) -> URL:
     if url.drivername in ("postgres", "postgresql", "postgresql+psycopg"):
-        # Without one, a server that does not answer holds its caller for minutes.
+        # Without a time-out, a server that does not answer holds its caller for minutes.
         timeout = {} if "connect_timeout" in url.query else {"connect_timeout": "10"}
         return url.set(drivername="postgresql+psycopg").update_query_dict(timeout)
     if url.get_backend_name() != "sqlite":
         raise InvalidConfig(f"DATABASE_URL begins with {url.drivername}://; expected {_DATABASE}.")
     if not url.database or ":memory:" in url.database or url.database.startswith("file:"):
         raise InvalidConfig(
-            f"DATABASE_URL is {url}; expected the path of a plain file, which several connections can share: "
-            f"sqlite:///bookstore.sqlite is one in the instance folder."
+            f"DATABASE_URL is {url}; expected the path of a plain file, which several connections can share. "
+            f"Write sqlite:///bookstore.sqlite for a file in the instance folder."
         )
     return url.set(database=str(folder / url.database))
 
 
 def _temporary_file(app: Flask) -> str:
-    """What `sqlite://` and `sqlite:///:memory:` become: a file that goes when the app does.
+    """Return the path of the file that stands for `sqlite://` and `sqlite:///:memory:`. It goes with the app.
 
-    A database in memory is a single connection, on which a heartbeat's read would roll a run back.
+    A database in memory has a single connection, on which a heartbeat's read would roll a run back.
     """
     folder = tempfile.mkdtemp(prefix="bookstore-")
     weakref.finalize(app, _remove, folder, os.getpid())
@@ -391,12 +399,12 @@ def _temporary_file(app: Flask) -> str:
 
 
 def _remove(folder: str, owner: int) -> None:
-    if os.getpid() == owner:  # and not a fork of it
+    if os.getpid() == owner:  # not a forked child
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _commit(repository: Path) -> str | None:
-    """The commit that is checked out, shortened; None where that cannot be told."""
+    """Return the commit that is checked out, shortened. None if the repository cannot be read."""
     with suppress(OSError, ValueError):
         head = (repository / "HEAD").read_text(encoding="ascii").strip()
         if head.startswith("ref: "):
@@ -413,7 +421,7 @@ def _commit_of(branch: str, repository: Path) -> str:
 
 
 def _kept_secret_key(folder: Path) -> str:
-    """The key in the instance folder; the first of several processes that need one makes it."""
+    """Return the key in the instance folder. The first of several processes makes it."""
     path = folder / "secret_key"
     try:
         if not path.exists():
@@ -427,7 +435,10 @@ def _kept_secret_key(folder: Path) -> str:
 
 
 def _write_secret_key(path: Path) -> None:
-    """Appear whole or not at all: `link` fails when another process was first; its key is the key."""
+    """Write the file whole or not at all.
+
+    Concurrency: several processes may start at once. `link` fails in all but the first, and they use its key.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, draft = tempfile.mkstemp(prefix=".secret_key", dir=path.parent)  # mode 0600
     try:

@@ -29,7 +29,7 @@ BOOKS = [
         "Pride and Prejudice",
         "Jane Austen",
         1290,
-        "Elizabeth Bennet, Mr Darcy, and what first impressions are worth.",
+        "Elizabeth Bennet, Mr Darcy, and the price of first impressions.",
     ),
     ("Frankenstein", "Mary Shelley", 1150, "A student makes a creature, and leaves it to make itself."),
     (
@@ -44,12 +44,12 @@ BOOKS = [
         1390,
         "A governess, a house with a locked attic, and an unbending will.",
     ),
-    ("Great Expectations", "Charles Dickens", 1450, "Pip comes into money, and finds out from whom."),
+    ("Great Expectations", "Charles Dickens", 1450, "Pip comes into money, and learns the giver's name."),
     (
         "The Moonstone",
         "Wilkie Collins",
         1250,
-        "A diamond vanishes from a country house; the first detective novel.",
+        "A diamond vanishes from a country house. The first detective novel.",
     ),
     ("Middlemarch", "George Eliot", 1790, "A provincial town, and the people who wanted more of it."),
     (
@@ -155,8 +155,8 @@ def init_db(admin: str) -> None:
             is_admin = connection.scalar(select(User.is_admin).where(User.email == email))
         if not is_admin:
             raise click.ClickException(
-                f"{email} has an account that is not an admin's; expected an e-mail without an account, or an admin's. "
-                f"An admin can make them one on the page of users."
+                f"{email} has an account without admin rights; expected an e-mail without an account, or an admin's. "
+                f"An admin can give the rights on the page of users."
             ) from None
         click.echo(f"The admin {email} exists already. Nothing was changed.")
     with engine.begin() as connection:
@@ -166,7 +166,7 @@ def init_db(admin: str) -> None:
 
 
 @click.command("demo")
-@click.option("--users", "number", default="10000", show_default=True, help="How many users to add.")
+@click.option("--users", "number", default="10000", show_default=True, help="The number of users to add.")
 @with_appcontext
 def demo(number: str) -> None:
     """Add users, a tenth of them stale, for trying the shop at size."""
@@ -249,7 +249,7 @@ def _welcome_users(connection: Connection, at: datetime) -> None:
 
 
 def _create_admin(connection: Connection, email: str) -> None:
-    """Show the password before the transaction ends: a lost one would be worse than one that never counted."""
+    """Create the admin. Show the password before the commit, so that the password of a saved admin is never lost."""
     password = secrets.token_urlsafe(12)
     password_hash = generate_password_hash(password, User.password_method)
     connection.execute(insert(User).values(email=email, name="Admin", is_admin=True, password_hash=password_hash))
@@ -258,7 +258,7 @@ def _create_admin(connection: Connection, email: str) -> None:
 
 
 def add_users(engine: Engine, count: int, at: datetime) -> None:
-    """Append `count` users in the engine's fastest way, every tenth of them stale, in no order of age."""
+    """Append `count` users in the database's fastest way. Every tenth is stale, and the ages are mixed."""
     with engine.connect() as connection:
         highest = connection.scalar(select(func.max(User.id))) or 0
     add = {"postgresql": _copy, "sqlite": _insert_many}[engine.dialect.name]
@@ -275,37 +275,37 @@ def add_users(engine: Engine, count: int, at: datetime) -> None:
 def _copy(connection: Connection, users: Iterable[DemoUser]) -> Iterator[int]:
     driver: Any = connection.connection.driver_connection
     with driver.cursor() as cursor, cursor.copy(f"COPY users ({COLUMNS}) FROM STDIN") as copy:
-        for some in _in_batches(users):
-            copy.write("".join(["\t".join(user).replace("\tNone", "\t\\N") + "\n" for user in some]))
-            yield len(some)
+        for batch in _in_batches(users):
+            copy.write("".join(["\t".join(user).replace("\tNone", "\t\\N") + "\n" for user in batch]))
+            yield len(batch)
     driver.commit()
 
 
 def _insert_many(connection: Connection, users: Iterable[DemoUser]) -> Iterator[int]:
     """Insert a batch per transaction. Concurrency: SQLite has one writer, so other processes wait for a batch."""
     driver: Any = connection.connection.driver_connection
-    driver.execute("PRAGMA cache_size = -262144")  # KiB: the indexes are not written in order
-    for some in _in_batches(users):
+    driver.execute("PRAGMA cache_size = -262144")  # KiB, because the indexes are not written in order
+    for batch in _in_batches(users):
         driver.executemany(
             f"INSERT INTO users ({COLUMNS}) VALUES (?, ?, ?, ?, nullif(?, 'None'))",  # noqa: S608
-            some,
+            batch,
         )
         driver.commit()
-        yield len(some)
+        yield len(batch)
     driver.execute("PRAGMA cache_size = -2000")
 
 
 def _in_batches(users: Iterable[DemoUser], size: int = 10_000) -> Iterator[list[DemoUser]]:
     users = iter(users)
-    while some := list(islice(users, size)):
-        yield some
+    while batch := list(islice(users, size)):
+        yield batch
 
 
 def _demo_users(first: int, count: int, at: datetime) -> Iterator[DemoUser]:
-    """Yield users whose e-mail has a number above every id, hence above that of every demo user so far."""
+    """Yield users. The number in the e-mail is above every id, so above the number of every earlier demo user."""
     random = Random(first)  # noqa: S311 - the same numbers give the same users
     days = [f"{at - timedelta(days=ago):%Y-%m-%d}" for ago in range(1_000)]
-    names = [(f"{one}.{other}".lower(), f"{one} {other}") for one in FIRST_NAMES for other in LAST_NAMES]
+    names = [(f"{given}.{family}".lower(), f"{given} {family}") for given in FIRST_NAMES for family in LAST_NAMES]
     for number in range(first, first + count):
         login, name = names[int(random.random() * len(names))]
         days_ago = int(random.random() * 400) + 32 if number % 10 == 0 else int(random.random() * 26) + 1

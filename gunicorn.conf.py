@@ -1,4 +1,4 @@
-"""`gunicorn` reads this file by itself; every line can be overruled on its command line."""
+"""Settings that `gunicorn` reads by itself. Its command line overrules each of them."""
 
 import gc
 import os
@@ -12,18 +12,18 @@ from werkzeug.exceptions import BadRequest
 
 wsgi_app = "app:create_app()"
 workers = int(os.environ.get("WEB_CONCURRENCY", "2"))
-# Longer than WORKERS_SHUTDOWN_SECONDS (20): a run that is told to stop may need that long.
+# Longer than WORKERS_SHUTDOWN_SECONDS (20): a run may need that long to stop.
 graceful_timeout = 30
-# Longer than a request may wait for SQLite's write lock (30): a worker that is killed takes its runs along.
+# Longer than a request may wait for SQLite's write lock (30): killing a worker would also kill its runs.
 timeout = 60
-# PROXIES says whom to believe. By itself gunicorn would believe whoever is on this machine or on a socket, and a proxy
-# there passes on what a visitor sends: SCRIPT_NAME, which goes before every address of a page, and PATH_INFO.
+# PROXIES names the trusted proxies. By itself gunicorn also trusts every client on this machine or on a socket. A proxy
+# there forwards a visitor's own headers SCRIPT_NAME, which goes before every address of a page, and PATH_INFO.
 forwarder_headers = ""
 secure_scheme_headers = {}
 
 
 class JsonLogger(Logger):
-    """gunicorn's own lines in the form of all the others, for LOG_FORMAT=json."""
+    """Formats gunicorn's own lines as the application's, for LOG_FORMAT=json."""
 
     def setup(self, cfg):
         from config import json_formatter
@@ -37,9 +37,9 @@ logger_class = JsonLogger if os.environ.get("LOG_FORMAT", "").strip().lower() ==
 
 
 def on_starting(server):
-    """Say once what is wrong with a setting, before there are workers to say it one by one, and end.
+    """Report a wrong setting once and end, before every gunicorn worker reports it.
 
-    In a process of its own: a HUP would not reload what the master has imported.
+    A child process checks the settings. A HUP does not reload the modules that the master itself imports.
     """
     checking = os.fork()
     if checking == 0:
@@ -73,15 +73,15 @@ def post_worker_init(worker):
             manager.serve()
         except InvalidConfig as error:
             worker.log.error("%s", error)
-            sys.exit(Arbiter.WORKER_BOOT_ERROR)  # the master ends too: it would only try again
-    gc.freeze()  # else a full collection looks through all imports: 0.1 s in which no other thread runs
+            sys.exit(Arbiter.WORKER_BOOT_ERROR)  # the master ends too, instead of trying again
+    gc.freeze()  # otherwise a full collection walks all imports: no other thread runs for 0.1 s
 
 
 def worker_abort(worker):
-    """Hand back the runs and end, after a request took longer than `timeout`, as a slow client's does.
+    """Hand back the runs and end, after a request took longer than `timeout`.
 
     gunicorn calls this within the handler of SIGABRT. A second later the master would kill the process, and its runs
-    would count as lost. The kill comes sooner if another process ends meanwhile. A sign of life prevents that.
+    would count as lost. The kill comes sooner if another process ends meanwhile. `notify` prevents that.
     """
     from background.host.stop_signals import give_up
 
@@ -91,22 +91,28 @@ def worker_abort(worker):
 
 
 def worker_exit(server, worker):
-    """Stop them, and hand back what does not end in time."""
+    """Stop the background workers, and hand back the runs that do not end in time."""
     if manager := background_workers(worker):
         manager.stop()
 
 
 def background_workers(worker):
-    """None in the master, and behind a middleware that hides the app: there they start with the first request."""
+    """Return the manager of the app.
+
+    None in the master, and behind a middleware that hides the app. There the workers start with the first request.
+    """
     return getattr(getattr(worker, "wsgi", None), "extensions", {}).get("background_workers")
 
 
 def refuse_broken_bodies(app):
-    """gunicorn reads the chunks of a body when the app does, and says then what is wrong with them."""
+    """Answer a broken body with 400. gunicorn reads a chunked body, and finds its faults, when the app reads it."""
     app.register_error_handler(ParseException, lambda error: app.handle_http_exception(BadRequest()))
 
 
 def ignore_one_interrupt():
-    """A Ctrl-C comes from the terminal and again, as QUIT, from the master; the second would cut the stop short."""
+    """Ignore the first SIGINT after the start.
+
+    A Ctrl-C arrives twice: from the terminal, and from the master as QUIT. The second would cut the stop short.
+    """
     quit = signal.getsignal(signal.SIGINT)
     signal.signal(signal.SIGINT, lambda number, frame: signal.signal(signal.SIGINT, quit))

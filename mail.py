@@ -1,4 +1,4 @@
-"""The shop's mails: their texts, and the mailer, which sends them by SMTP or keeps them as files."""
+"""The shop's mails, and the mailer, which sends them by SMTP or keeps them as files."""
 
 import os
 import tempfile
@@ -16,7 +16,7 @@ from flask import current_app, render_template
 from background import WorkerContext
 from models import OrderRepository, UserRepository
 
-# Imported where needed: a process that only serves sends no mail.
+# The functions import these modules, because a process that only serves sends no mail.
 if TYPE_CHECKING:
     from email.message import EmailMessage
     from smtplib import SMTP
@@ -61,7 +61,7 @@ def password_link(user_id: int, payload: Payload, context: WorkerContext) -> Mai
     return Mail(user.email, "Choose your password", render_template("password_mail.txt", link=link))
 
 
-# By the field of a payload that says what the mail is about, and has its id.
+# A payload has one of these fields. The field has the id that the mail is about.
 MAILS: dict[str, Callable[[int, Payload, WorkerContext], Mail | None]] = {
     "order": about_order,
     "welcome": welcome,
@@ -69,19 +69,19 @@ MAILS: dict[str, Callable[[int, Payload, WorkerContext], Mail | None]] = {
     "password link": password_link,
 }
 
-# However often they are enqueued. `handle` gives them their key, not the request: one that found it taken would have
-# nothing to commit, and its time would tell a stranger so.
+# Sent once, however often they are enqueued. `handle` sets the key. A request that found the key taken would have
+# nothing to commit, and its time would show that to a stranger.
 SENT_ONCE = {"registered again"}
 
 
 class MailNotSent(Exception):
-    """The mail server did not take a mail, or did not say that it did."""
+    """The mail server refused a mail, or did not confirm it."""
 
 
 class Mailer:
     """Hands mails to the server of MAIL_URL. Without one, mails become files in the outbox."""
 
-    timeout = 30.0  # seconds for each answer: some servers take their time to scan a mail
+    timeout = 30.0  # seconds for each answer: some servers scan a mail first
 
     def __init__(self, url: str | None, sender: str, outbox: Path) -> None:
         self.url = urlsplit(url or "")
@@ -92,7 +92,7 @@ class Mailer:
 
         Calls with the same `key` and `at` (a message has both) use the same Message-ID.
         """
-        name = f"{key.replace(':', '.')}.{at:%Y%m%d%H%M%S}"  # with the time: a new database counts from 1 again
+        name = f"{key.replace(':', '.')}.{at:%Y%m%d%H%M%S}"  # with the time, because a new database counts from 1 again
         mail = self._compose(to, subject, text, name, at)
         return self._deliver(mail) if self.url.hostname else self._keep(mail, self.outbox / f"{name}.eml")
 
@@ -104,7 +104,7 @@ class Mailer:
         from email_validator import validate_email
 
         mail = EmailMessage(SMTPUTF8)
-        address = validate_email(to, check_deliverability=False)  # as the form that it came from does
+        address = validate_email(to, check_deliverability=False)  # as the form of the registration does
         mail["From"] = Address("Bookstore", addr_spec=self.sender)
         mail["To"] = Address(username=address.local_part, domain=address.ascii_domain)
         mail["Subject"] = subject
@@ -115,7 +115,7 @@ class Mailer:
         return mail
 
     def _keep(self, mail: "EmailMessage", path: Path) -> str:
-        """Write the file whole or not at all, whatever other process keeps the same mail now."""
+        """Write the file whole or not at all. Concurrency: another process may keep the same mail."""
         self.outbox.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=self.outbox, prefix=".", delete=False) as draft:
             draft.write(bytes(mail))
@@ -130,24 +130,24 @@ class Mailer:
             with closing(self._connect()) as smtp:
                 self._begin(smtp)
                 smtp.send_message(mail)
-                with suppress(OSError):  # the server has the mail: a missing goodbye is no reason to send it again
+                with suppress(OSError):  # the server has the mail, so do not send it again for a missing goodbye
                     smtp.quit()
-        except SMTPAuthenticationError as error:  # without the server's words, which might repeat the password
+        except SMTPAuthenticationError as error:  # without the server's text, which may repeat the password
             raise MailNotSent(f"{server} refuses the user and password of MAIL_URL ({error.smtp_code}).") from None
-        except OSError as error:  # as every error of smtplib is
+        except OSError as error:  # the base of every error of smtplib
             raise MailNotSent(f"{server} did not take the mail: {type(error).__name__}: {error}") from error
         return server
 
     def _connect(self) -> "SMTP":
         from smtplib import SMTP, SMTP_SSL
 
-        host, name = self.url.hostname or "", self._domain  # a name that is not given would be looked up
+        host, name = self.url.hostname or "", self._domain  # without a name, smtplib looks one up
         if self.url.scheme == "smtps":
             return SMTP_SSL(host, self._port, name, timeout=self.timeout, context=create_default_context())
         return SMTP(host, self._port, name, timeout=self.timeout)
 
     def _begin(self, smtp: "SMTP") -> None:
-        """Encrypt where that is asked for or offered, and log in. What stays on this machine needs no encryption."""
+        """Encrypt if the URL requires it or the server offers it, then log in. A local server needs no encryption."""
         is_local = ip_address(smtp.sock.getpeername()[0]).is_loopback  # type: ignore[union-attr]
         is_encrypted = self.url.scheme == "smtps"
         smtp.ehlo_or_helo_if_needed()

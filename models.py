@@ -85,7 +85,7 @@ def ordered_text(length: int) -> String:
 class User(UserMixin, db.Model):  # type: ignore[name-defined, misc]
     __tablename__ = "users"
 
-    password_method: ClassVar[str] = "scrypt:32768:8:1"  # noqa: S105 - how werkzeug says it; others are renewed at login
+    password_method: ClassVar[str] = "scrypt:32768:8:1"  # noqa: S105 - werkzeug's spelling; a login renews hashes of another method
 
     id: Mapped[int] = mapped_column(primary_key=True)
     email: Mapped[str] = mapped_column(ordered_text(254), unique=True)
@@ -102,9 +102,9 @@ class User(UserMixin, db.Model):  # type: ignore[name-defined, misc]
         self.password_hash = generate_password_hash(password, self.password_method)
 
     def check_password(self, password: str) -> bool:
-        """Whether it is the password; where there is no usable hash, refusing takes as long as for a wrong one."""
+        """Return whether `password` is right. Without a usable hash the answer takes as long as for a wrong one."""
         if self.password_hash.count("$") > 1:
-            with suppress(ValueError):  # of no method that there is
+            with suppress(ValueError):  # the hash names an unknown method
                 return check_password_hash(self.password_hash, password)
         generate_password_hash(password, self.password_method)
         return False
@@ -115,20 +115,20 @@ class User(UserMixin, db.Model):  # type: ignore[name-defined, misc]
 
     @property
     def fingerprint(self) -> str:
-        """Stands for the rights and the password that a session or link was given for: changes when they do."""
+        """Return a digest of the rights and the password. Sessions and links end when it changes."""
         key = current_app.config["SECRET_KEY"]
-        found = f"fingerprint of user {self.id} {self.is_admin} {self.password_hash}"
-        return hmac.digest(key.encode() if isinstance(key, str) else key, found.encode(), "sha256").hex()[:32]
+        content = f"fingerprint of user {self.id} {self.is_admin} {self.password_hash}"
+        return hmac.digest(key.encode() if isinstance(key, str) else key, content.encode(), "sha256").hex()[:32]
 
     def has_fingerprint(self, given: str) -> bool:
         return hmac.compare_digest(self.fingerprint.encode(), given.encode(errors="replace"))
 
     def get_id(self) -> str:
-        """What the session cookie keeps: it ends with the password and with the rights that it began with."""
+        """Return the id for the session cookie. The session ends when the password or the rights change."""
         return f"{self.id}.{self.fingerprint}"
 
     def password_token(self) -> str:
-        """What a password link ends with: good for an hour, and until the password or the rights change."""
+        """Return the token of a password link. It works for an hour, until the password or the rights change."""
         return _password_tokens().dumps([self.id, self.fingerprint])
 
 
@@ -138,8 +138,8 @@ def _password_tokens() -> URLSafeTimedSerializer:
 
 _name = func.lower(User.name)
 _last_seen_at = func.coalesce(User.last_login_at, User.created_at)
-# Literals, not parameters: a database must see them to know that a partial index applies.
-# (A migration that rebuilds `users` on SQLite, in a batch, must make the indexes on expressions again.)
+# Literals, not parameters: the database must see the value to use a partial index.
+# A migration that rebuilds `users` on SQLite, in a batch, must create the indexes on expressions again.
 _is_active = User.status == literal_column("'active'")
 _is_passive = User.status == literal_column("'passive'")
 
@@ -177,8 +177,8 @@ class Order(db.Model):  # type: ignore[name-defined, misc]
     book_id: Mapped[int] = mapped_column(ForeignKey("books.id"), index=True)
     quantity: Mapped[int]
     price_cents: Mapped[int]  # of one copy, when the order was placed
-    # received -> confirmed (and its books are taken from the stock) or sold out; "placed" is what the release before
-    # messages wrote, and may still write while both are alive: it took the books at once.
+    # received -> confirmed (its books are taken from the stock) or sold out. The release before messages wrote
+    # "placed", and took the books at once. It may still write while both releases run.
     status: Mapped[str] = mapped_column(String(10), default="received", server_default="placed")
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now())
 
@@ -187,7 +187,7 @@ class Order(db.Model):  # type: ignore[name-defined, misc]
 
 
 class HealthSample(db.Model):  # type: ignore[name-defined, misc]
-    """What the health worker found at a minute."""
+    """One measurement of the health worker, taken each minute."""
 
     __tablename__ = "health_samples"
 
@@ -200,7 +200,7 @@ class HealthSample(db.Model):  # type: ignore[name-defined, misc]
 
 
 class AuditEntry(db.Model):  # type: ignore[name-defined, misc]
-    """One thing that an admin did, or tried: written before it is done, and never pruned."""
+    """One action of an admin, written before it is done, and never pruned."""
 
     __tablename__ = "audit_entries"
 
@@ -215,7 +215,7 @@ class AuditEntry(db.Model):  # type: ignore[name-defined, misc]
 
 
 class RateLimit(db.Model):  # type: ignore[name-defined, misc]
-    """How often something was tried within the window that ends at `expires_at`."""
+    """The number of attempts within the window that ends at `expires_at`."""
 
     __tablename__ = "rate_limits"
 
@@ -225,19 +225,19 @@ class RateLimit(db.Model):  # type: ignore[name-defined, misc]
 
 
 class RateLimits(Storage):
-    """Where Flask-Limiter counts (`database://`): one count for all processes and machines.
+    """The storage of Flask-Limiter (`database://`): one count for all processes and machines.
 
-    On a connection of its own and committed at once, whatever becomes of the request. A database that does not
-    answer fails the request, which could have done nothing without it either.
+    Each count has a connection of its own, and is committed at once. A rollback of the request does not undo it. If
+    the database does not answer, the request fails.
     """
 
     STORAGE_SCHEME = ["database"]
     base_exceptions = SQLAlchemyError
 
     def incr(self, key: str, expiry: int, amount: int = 1) -> int:
-        """Count `amount` more within the window, or begin a new one of `expiry` seconds; what is counted by now.
+        """Add `amount` within the window, or begin a window of `expiry` seconds. Return the count.
 
-        Others may count the same key now: each adds to what it finds, and one alone begins the window.
+        Concurrency: other requests may count the same key. Each adds to the current count, and one begins the window.
         """
         insert: Any = {"postgresql": postgresql.insert, "sqlite": sqlite.insert}[db.engine.dialect.name]
         first = {"hits": max(amount, 0), "expires_at": now(timedelta(seconds=expiry))}
@@ -256,7 +256,7 @@ class RateLimits(Storage):
         )
         with single_statements(db.engine).begin() as connection:
             hits: int = connection.execute(counted).scalar_one()
-            if hits == amount:  # a window began: a good moment to forget some that are over
+            if hits == amount:  # a window began, so forget some that are over
                 connection.execute(_forget)
         return hits
 
@@ -264,7 +264,7 @@ class RateLimits(Storage):
         return int(self._ask(RateLimit.hits, key) or 0)
 
     def get_expiry(self, key: str) -> float:
-        """When the window ends, on this host's clock."""
+        """Return the end of the window on this host's clock."""
         return time.time() + (self._ask(elapsed(now(), RateLimit.expires_at), key) or 0.0)
 
     def _ask(self, column: Any, key: str) -> Any:
@@ -287,24 +287,25 @@ class RateLimits(Storage):
             return connection.execute(delete(RateLimit).where(condition)).rowcount
 
 
-# Others may forget the same rows, or begin a window in one of them: nobody waits, and a window that began stays.
+# Concurrency: other requests may forget the same rows, or begin a window in one of them. A locked row is skipped, so no
+# request waits, and a window that began stays.
 _over = select(RateLimit.key).where(RateLimit.expires_at <= now()).limit(100).with_for_update(skip_locked=True)
 _forget = delete(RateLimit).where(RateLimit.key.in_(_over))
 
 
 @dataclass(frozen=True)
 class UserPage:
-    """Some users, and the `after` that gets those behind them (None: there are no more)."""
+    """Some users, and the `after` of the next page (None on the last one)."""
 
     users: list[User]
     after: str | None
 
 
 class UserRepository:
-    """The statements on users. It commits nothing but the slices of a sweep."""
+    """The statements on users. It commits only the slices of a sweep."""
 
     slice_size = 5_000
-    link_seconds = 3600  # how long a password link is good
+    link_seconds = 3600  # the life of a password link
 
     def __init__(self, session: Session | scoped_session[Any]) -> None:
         self.session = session
@@ -316,9 +317,10 @@ class UserRepository:
         return self.session.scalar(select(User).where(User.email == email.strip().lower()))
 
     def add(self, name: str, email: str, password: str) -> tuple[int, bool]:
-        """The id of who has the e-mail from now on, and whether they are new; whoever had it is left as they are.
+        """Add a user unless the e-mail is taken. Return the id of its user, and whether that user is new.
 
-        Others may add the same e-mail now: one of them is new. The statements are the same for all, as is their time.
+        Both cases run the same statements and take the same time.
+        Concurrency: other requests may add the same e-mail. One of them adds the user.
         """
         user = User()
         user.set_password(password)
@@ -329,7 +331,7 @@ class UserRepository:
         return self.session.scalars(select(User.id).where(User.email == email)).one(), is_new
 
     def by_password_token(self, token: str) -> User | None:
-        """Whom the token lets choose a password; None if it is none, too old, or used."""
+        """Return the user of a password link's token. None if the token is invalid, too old or used."""
         try:
             user_id, fingerprint = _password_tokens().loads(token, max_age=self.link_seconds)
         except BadData:
@@ -338,7 +340,10 @@ class UserRepository:
         return user if user is not None and user.has_fingerprint(fingerprint) else None
 
     def replace_password(self, user: User, password: str) -> bool:
-        """Others may change it now: of those who saw the same password, one replaces it."""
+        """Replace the password, and return whether it was.
+
+        Concurrency: other requests may replace it. One request that saw the same password succeeds.
+        """
         known = user.password_hash
         replacement = User()
         replacement.set_password(password)
@@ -353,13 +358,14 @@ class UserRepository:
         return bool(changed)
 
     def make_admin(self, user_id: int) -> bool:
-        """False if they are one already, or are not there."""
+        """Make the user an admin. Return False if the user is an admin already, or does not exist."""
         return self._set_admin(update(User).where(User.id == user_id, not_(User.is_admin)), True)
 
     def unmake_admin(self, user_id: int) -> bool:
-        """False if they are none, or the last one.
+        """Take the admin rights away. Return False if the user is not an admin, or is the last one.
 
-        Others may unmake one another now: each first takes hold of all admins, so that the last one sees it.
+        Concurrency: two admins may unmake each other. Each request first locks all admins, so the second one sees that
+        one admin is left.
         """
         other = aliased(User)
         self.session.execute(select(User.id).where(User.is_admin).order_by(User.id).with_for_update())
@@ -371,19 +377,19 @@ class UserRepository:
         return bool(_rows_changed(self.session, statement))
 
     def record_login(self, user_id: int, at: datetime, let_in_by: str | None = None) -> bool:
-        """Whoever logs in is active: nobody is locked out.
+        """Write the login, and make the user active.
 
-        Others may change the password now: False if its hash is no longer the one that they were `let_in_by`.
+        Concurrency: another request may change the password. Return False if its hash is no longer `let_in_by`.
         """
-        who = User.id == user_id if let_in_by is None else and_(User.id == user_id, User.password_hash == let_in_by)
-        return bool(_rows_changed(self.session, update(User).where(who).values(last_login_at=at, status="active")))
+        user = User.id == user_id if let_in_by is None else and_(User.id == user_id, User.password_hash == let_in_by)
+        return bool(_rows_changed(self.session, update(User).where(user).values(last_login_at=at, status="active")))
 
     def update_inactive_user_statuses(
         self, cutoff: datetime, after_slice: Callable[[int, int], None] | None = None
     ) -> int:
-        """Set active users last seen before `cutoff` to passive; return how many.
+        """Set active users last seen before `cutoff` to passive. Return their number.
 
-        After each slice `after_slice(done, total)` is to commit; without one the repository does.
+        `after_slice(done, total)` must commit after each slice. Without it the repository commits.
         """
         if self.session.scalar(_oldest_stale, {"cutoff": cutoff}) is None:
             return 0
@@ -400,12 +406,12 @@ class UserRepository:
         return changed
 
     def _slices_of_stale(self, cutoff: datetime) -> list[tuple[str, int]]:
-        """The ids in ascending order, which is about how the rows lie on disk: each page is written once.
+        """Return slices of ids, each with its size. The ids ascend, as the rows lie on disk: each page is written once.
 
-        A slice's ids stay the database's own text for a list; they only pass through here.
+        The ids of a slice stay in the database's own text for a list. Python only passes them on.
         """
-        # The cutoff is written out: for an unknown one, PostgreSQL plans to read the whole table. The order is not
-        # quite that of the primary key: SQLite would read the whole table in it, to spare itself a sort.
+        # The cutoff is a literal: for an unknown one, PostgreSQL plans to read the whole table. `id + 0` keeps SQLite
+        # from reading the whole table in the order of its key, to avoid a sort.
         place = func.row_number().over(order_by=User.id + 0) - 1
         numbered = (
             select(User.id, place.op("/", precedence=8)(self.slice_size).label("slice"))
@@ -417,9 +423,9 @@ class UserRepository:
         return [(ids, size) for ids, size in rows]
 
     def _set_passive(self, ids: str, cutoff: datetime) -> int:
-        """Set stale users of the slice passive. Return how many.
+        """Set stale users of the slice passive. Return their number.
 
-        Concurrency: a user may log in between the look and this statement, or hold the row now. So the statement asks
+        Concurrency: a login may come between the read and this statement, or hold the row now. So the statement asks
         again whether the user is stale, and a user who logged in meanwhile stays active.
         """
         among = "= ANY(CAST(:ids AS integer[]))" if self._postgresql else "IN (SELECT value FROM json_each(:ids))"
@@ -438,10 +444,10 @@ class UserRepository:
     def search(
         self, status: str | None = None, prefix: str = "", after: str | None = None, limit: int = 50
     ) -> UserPage:
-        """A page of users of that status, by id; with a prefix: whose e-mail begins so, then whose name does.
+        """Return a page of users of that status, by id.
 
-        Every page is a range of one index or two: the last is as fast as the first. `after` is the `after`
-        of the page before.
+        With a prefix, users whose e-mail begins with it come first, then users whose name does. Every page is a range
+        of one index or two, so the last is as fast as the first. `after` is the `after` of the page before.
         """
         prefix = prefix.strip().translate(_FOLD)
         part, last_id, last = _parse_position(after)
@@ -479,17 +485,17 @@ def _stale(cutoff: datetime | BindParameter[datetime]) -> ColumnElement[bool]:
     return and_(_is_active, _last_seen_at < cutoff)
 
 
-# One probe of the partial index, so that a run with nothing to do costs nothing at any size. The order makes it
-# that: without it, a plan that does not know the cutoff expects to meet a stale user soon by reading the table.
+# One probe of the partial index: a run with nothing to do costs almost nothing at any size. Without the order, a plan
+# that does not know the cutoff reads the table, and expects a stale user soon.
 _oldest_stale = select(User.id).where(_stale(bindparam("cutoff", type_=UtcDateTime))).order_by(_last_seen_at).limit(1)
 
 
-# As the databases fold a name under the C collation: ASCII alone. No NUL, which PostgreSQL refuses.
+# Under the C collation the databases fold only ASCII. NUL is removed, as PostgreSQL refuses it.
 _FOLD = str.maketrans(ascii_uppercase, ascii_lowercase, "\0")
 
 
 def _begins(column: ColumnElement[str] | InstrumentedAttribute[str], prefix: str) -> ColumnElement[bool]:
-    """A prefix as a range of the column's order (LIKE uses an index only sometimes, and has wildcards)."""
+    """Match a prefix as a range of the column's order. LIKE has wildcards, and does not always use an index."""
     return and_(column >= prefix, column < prefix + "\U0010ffff")
 
 
@@ -502,7 +508,7 @@ def _position(user: User, prefix: str) -> str:
 
 
 def _parse_position(after: str | None) -> tuple[str, int, str]:
-    """The part, the id and the text of a position; the beginning for one that is none."""
+    """Return the part, the id and the text of a position. An invalid one is the beginning."""
     part, _, rest = (after or "").replace("\0", "").partition(":")
     last_id, _, last = rest.partition(":")
     if last_id.isascii() and last_id.isdigit() and len(last_id) < 10:
@@ -511,7 +517,7 @@ def _parse_position(after: str | None) -> tuple[str, int, str]:
 
 
 def _rows_changed(session: Session | scoped_session[Any], statement: Update) -> int:
-    """How many rows the statement changed."""
+    """Execute the statement. Return the number of changed rows."""
     return session.execute(statement).rowcount  # type: ignore[attr-defined, no-any-return]
 
 
@@ -522,13 +528,13 @@ class OrderRepository:
         self.session = session
 
     def get(self, order_id: int) -> Order | None:
-        """The order, with its user and book."""
+        """Return the order with its user and book."""
         return self.session.get(Order, order_id, options=[joinedload(Order.user), joinedload(Order.book)])
 
     def place(self, user_id: int, book_id: int, quantity: int) -> int | None:
-        """Write an order at the book's price of this moment; its id, or None if there are too few already.
+        """Write an order at the book's current price. Return its id, or None if the stock is too small.
 
-        It takes nothing from the stock: whether there are enough is decided when the order is settled.
+        `settle` takes the books from the stock, and decides whether there are enough.
         """
         price = self.session.scalar(select(Book.price_cents).where(Book.id == book_id, Book.stock >= quantity))
         if price is None:
@@ -539,18 +545,22 @@ class OrderRepository:
         return order.id
 
     def settle(self, order_ids: Collection[int]) -> list[int]:
-        """Confirm the received ones of these orders, or find them sold out; the ids of those that were still open.
+        """Confirm the received orders, or mark them sold out. Return the ids of the orders that were still open.
 
-        Others may be settling orders of the same books: each first takes hold of all its books, in one order, so
-        that nobody waits in a circle. (NO KEY UPDATE: who places an order of a book meanwhile is not held up.)
+        Concurrency: another instance may settle orders of the same books. Each instance first locks all its books in
+        the order of their ids, so there is no deadlock. NO KEY UPDATE lets customers place orders meanwhile.
         """
-        theirs = select(Order.book_id).where(Order.id.in_(order_ids))
-        books = select(Book.id).where(Book.id.in_(theirs)).order_by(Book.id)
+        ordered = select(Order.book_id).where(Order.id.in_(order_ids))
+        books = select(Book.id).where(Book.id.in_(ordered)).order_by(Book.id)
         self.session.execute(books.with_for_update(key_share=True))
         return [order_id for order_id in order_ids if self._settle(order_id)]
 
     def _settle(self, order_id: int) -> bool:
-        """Others may have the same order: one of them finds it received. None takes a book that is not there."""
+        """Settle one order, and return whether it was open.
+
+        Concurrency: another instance may settle the same order. One of them finds it received, and takes only books
+        that the stock has.
+        """
         order = self._change(order_id, "received", "confirmed")
         if order is None:
             return False

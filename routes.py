@@ -1,4 +1,4 @@
-"""The app's own pages and JSON."""
+"""The application's own pages and JSON."""
 
 import json
 import time
@@ -66,15 +66,15 @@ from background.monitoring.unavailable import unavailable
 from models import AuditEntry, Book, Order, OrderRepository, User, UserRepository, db
 
 PAGE_SIZE = 20
-MAX_BODY = 500_000  # bytes; no form of ours comes near
-MAX_ID = 2**31 - 1  # what an INTEGER column holds
+MAX_BODY = 500_000  # bytes, far more than a form of ours needs
+MAX_ID = 2**31 - 1  # the largest INTEGER of a column
 
 shop = Blueprint("shop", __name__)
 account = Blueprint("account", __name__)
 admin = Blueprint("admin", __name__, url_prefix="/admin")
 api = Blueprint("api", __name__, url_prefix="/api")
 
-# A password is guessed from one network, and there for one account: nobody can lock an account for its owner elsewhere.
+# Failed logins count per network, and per network and account. So a visitor cannot lock an account for other networks.
 FAILED_LOGINS_OF_NETWORK = "50 per 10 minutes"
 FAILED_LOGINS_OF_NETWORK_AND_ACCOUNT = "10 per 10 minutes"
 FAILED_CHANGES_OF_USER = "10 per 10 minutes"
@@ -85,7 +85,7 @@ HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; object-src 'none'; base-uri 'none'; "
     "frame-ancestors 'none'; form-action 'self'",
     "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "same-origin",  # no stricter: on HTTPS Flask-WTF asks where a form was posted from
+    "Referrer-Policy": "same-origin",  # not stricter: on HTTPS Flask-WTF reads the referrer of a form
 }
 
 csrf = CSRFProtect()
@@ -96,17 +96,17 @@ login_manager.login_message_category = "info"
 
 
 def network() -> str:
-    """Where the request is from: an IPv4 address, or the /64 of an IPv6 one, as that is what a visitor has."""
+    """Return the visitor's network: an IPv4 address, or the /64 of an IPv6 address."""
     try:
         address = ip_address(_without_port(request.remote_addr or ""))
     except ValueError:
-        return "nowhere"  # behind a proxy on a socket that PROXIES does not mention
+        return "nowhere"  # behind a proxy on a socket that PROXIES does not count
     address = getattr(address, "ipv4_mapped", None) or address
     return str(address) if address.version == 4 else str(ip_network((address, 64), strict=False))
 
 
 def _without_port(address: str) -> str:
-    """Some proxies forward it: 192.0.2.7:4711, or [2001:db8::7]:4711."""
+    """Remove the port that some proxies forward: 192.0.2.7:4711, or [2001:db8::7]:4711."""
     if address.startswith("["):
         return address[1:].partition("]")[0]
     return address.partition(":")[0] if address.count(":") == 1 else address
@@ -124,14 +124,14 @@ def register(app: Flask) -> None:
     app.config.setdefault("RATELIMIT_ENABLED", True)
     limiter.init_app(app)
     login_manager.init_app(app, add_context_processor=False)
-    # A global, not a context processor: only a template that names current_user costs a query, so the
-    # error page still works when the database does not.
+    # As a global, not by a context processor, current_user costs a query only in a template that names it. So the error
+    # page works without the database.
     app.jinja_env.globals["current_user"] = current_user
     app.jinja_env.filters.update(money=money, moment=moment)
     app.url_map.converters["id"] = IdConverter
     for blueprint in (shop, account, admin, api, dashboard(admins_only)):
         app.register_blueprint(blueprint)
-    for without_host in (BadHost, SecurityError):  # a page of ours could not name its own addresses
+    for without_host in (BadHost, SecurityError):  # without a host, a page cannot name its own addresses
         app.register_error_handler(without_host, HTTPException.get_response)
     app.register_error_handler(HTTPException, show_error)
     app.register_error_handler(SQLAlchemyError, unavailable)
@@ -139,7 +139,7 @@ def register(app: Flask) -> None:
 
 
 class IdConverter(IntegerConverter):
-    """`<id:book_id>` in a rule: a number that an id can be."""
+    """`<id:book_id>` in a rule: a number within the range of ids."""
 
     def __init__(self, map: Map) -> None:
         super().__init__(map, min=1, max=MAX_ID)
@@ -147,16 +147,18 @@ class IdConverter(IntegerConverter):
 
 @login_manager.user_loader
 def load_user(session_id: str) -> User | None:
-    """The user whose `get_id` this was, and still is."""
+    """Return the user whose `get_id` still is `session_id`."""
     user_id, _, fingerprint = session_id.partition(".")
-    if not (user_id.isdecimal() and len(user_id) <= 18):  # a cookie may be of another application with our key
+    if not (
+        user_id.isdecimal() and len(user_id) <= 18
+    ):  # another application with the same key may have set the cookie
         return None
     user = svcs.flask.get(UserRepository).get(int(user_id))
     return user if user is not None and user.has_fingerprint(fingerprint) else None
 
 
 def set_headers(response: Response) -> Response:
-    """On every answer; what was made for one visitor is kept by no cache."""
+    """Add the headers of every answer. A cache must not keep a page that was made for one visitor."""
     response.headers.update(HEADERS)
     if request.is_secure:
         response.headers["Strict-Transport-Security"] = "max-age=31536000"
@@ -173,7 +175,7 @@ def moment(at: datetime) -> str:
     return f"{at:%d %b %Y, %H:%M} UTC"
 
 
-# ---- Forms: whatever they let through, both databases can store
+# ---- Forms: both databases can store every valid value
 
 
 def strip(text: str | None) -> str | None:
@@ -185,13 +187,13 @@ def lower(text: str | None) -> str | None:
 
 
 def no_control_characters(_form: Form, field: FormField) -> None:
-    """PostgreSQL refuses NUL in a text, and no other control character belongs in one line either."""
+    """Refuse control characters. PostgreSQL refuses NUL, and the field is one line."""
     if any(unicodedata.category(character) == "Cc" for character in field.data or ""):
         raise ValidationError("Please leave out control characters.")
 
 
 class ShortEmail(Email):
-    """Is skipped where a check before it failed: it takes half a second for the longest text that a form may send."""
+    """Checks the e-mail only if the checks before it passed. The longest text of a form would take half a second."""
 
     def __call__(self, form: Form, field: FormField) -> None:
         if not field.errors:
@@ -199,7 +201,7 @@ class ShortEmail(Email):
 
 
 class PostedForm(FlaskForm):
-    """Reads what a browser's form sends; Flask-WTF would take an uploaded file, or JSON, for the text of a field."""
+    """Reads only a browser's form. Flask-WTF would also read an uploaded file, or JSON, as the text of a field."""
 
     class Meta(FlaskForm.Meta):
         def wrap_formdata(self, form: Form, formdata: Any) -> Any:
@@ -270,7 +272,7 @@ class OrderForm(PostedForm):
 
 
 class SearchForm(FlaskForm):
-    """A form that only reads, so it comes by GET and needs no token."""
+    """A form that changes nothing, so it comes by GET and needs no token."""
 
     class Meta:
         csrf = False
@@ -295,11 +297,11 @@ class UserSearchForm(SearchForm):
     )
 
 
-# ---- Keyset pages: as fast at the millionth row as at the first, and nothing is counted
+# ---- Keyset pages: as fast at the millionth row as at the first, without a count
 
 
 class Page(NamedTuple):
-    """The rows to show, and what the next page's address says after `?after=`, when there are more."""
+    """The rows of a page, and the `?after=` of the next page, if there is one."""
 
     rows: Sequence[Any]
     following: int | str | None
@@ -309,11 +311,11 @@ NOTHING = Page([], None)
 
 
 def newest_first(query: Select[Any], column: InstrumentedAttribute[int]) -> Page:
-    """The page of the query that the address asks for; nonsense in the address is the first page."""
+    """Return the page that the address names. An invalid address is the first page."""
     start = request.args.get("after", type=row_id)
     if start:
         query = query.where(column < start)
-    # One row more than is shown says that there are more.
+    # One extra row shows that there is a next page.
     rows = db.session.scalars(query.order_by(column.desc()).limit(PAGE_SIZE + 1)).all()
     shown = rows[:PAGE_SIZE]
     return Page(shown, shown[-1].id if len(rows) > PAGE_SIZE else None)
@@ -342,7 +344,7 @@ def catalogue() -> ResponseReturnValue:
 
 
 def find_books(text: str | None) -> Page:
-    """The books whose title or author contains `text`."""
+    """Return the books whose title or author contains `text`."""
     query = select(Book)
     if text:
         query = query.where(
@@ -356,7 +358,7 @@ def book(book_id: int) -> ResponseReturnValue:
     return book_page(book_id, OrderForm())
 
 
-# The order is posted to the book's own address, so that logging in first leads back to the book.
+# The form posts to the book's own address, so a visitor who must log in first comes back to the book.
 @shop.post("/books/<id:book_id>")
 @login_required
 def order(book_id: int) -> ResponseReturnValue:
@@ -383,7 +385,7 @@ def not_enough(book: Book) -> str:
 
 
 def place_order(user_id: int, book_id: int, quantity: int) -> bool:
-    """Write the order, and the message that has it settled: both or neither. False: there are too few already."""
+    """Write the order and the message that settles it, in one transaction. Return False if the stock is too small."""
     order_id = svcs.flask.get(OrderRepository).place(user_id, book_id, quantity)
     if order_id is None:
         return False
@@ -403,12 +405,12 @@ def orders() -> ResponseReturnValue:
 
 
 def throttled(limit: str, key: Callable[[], str] = network) -> Callable[[Any], Any]:
-    """Count each POST by `key` before it is looked at, so that no two slip through side by side; 429 past `limit`."""
+    """Count each POST by `key` before it is handled, also when several come at once. Answer 429 past `limit`."""
     return limiter.limit(limit, key_func=key, methods=["POST"])
 
 
 def do_not_count() -> None:
-    """This request succeeded: give back what it was counted for."""
+    """Take back the count of this request, because it succeeded."""
     for limit in limiter.current_limits:
         limiter.limiter.hit(limit.limit, *limit.request_args, cost=-1)
 
@@ -420,7 +422,7 @@ def network_and_account() -> str:
 
 def own_id() -> str:
     key = f"user {current_user.id}"
-    db.session.rollback()  # the count takes another connection: requests that kept one could all wait for a second
+    db.session.rollback()  # the count needs another connection: requests that keep one could all wait for a second
     return key
 
 
@@ -438,9 +440,9 @@ def register_user() -> ResponseReturnValue:
 
 
 def create_user(form: RegisterForm) -> None:
-    """Only a mail says whether the e-mail was free: whoever asks here may not be its owner.
+    """Add the user, and enqueue a mail. Only the mail shows whether the e-mail had an account.
 
-    Nor does the time say it: the statements are the same, and each time there is a message to commit.
+    The answer and its time do not show it: both cases run the same statements and commit a message.
     """
     user_id, is_new = svcs.flask.get(UserRepository).add(form.name.data, form.email.data, form.password.data)
     current_workers.enqueue("mail", {"welcome" if is_new else "registered again": user_id})
@@ -459,8 +461,8 @@ def login() -> ResponseReturnValue:
         if user is not None and users.record_login(user.id, datetime.now(UTC), user.password_hash):
             if user.has_renewable_password:
                 users.replace_password(user, form.password.data)
-            session.clear()  # somebody else may have begun it, and know its token
-            login_user(user)  # before the commit, behind which somebody may change the password that let them in
+            session.clear()  # another person may have begun it, and know its token
+            login_user(user)  # before the commit, after which another request may change the password
             db.session.commit()
             do_not_count()
             return redirect(next_page())
@@ -469,13 +471,13 @@ def login() -> ResponseReturnValue:
 
 
 def user_with(email: str, password: str) -> User | None:
-    """The user of this e-mail and password; refusing an unknown e-mail takes as long as a wrong password."""
+    """Return the user of this e-mail and password. An unknown e-mail takes as long as a wrong password."""
     user = svcs.flask.get(UserRepository).by_email(email) or User(password_hash="")
     return user if user.check_password(password) else None
 
 
 def next_page() -> str:
-    """Where the visitor wanted to go, if that is a page of ours, or else home."""
+    """Return the visitor's target if it is a page of ours, otherwise the home page."""
     target = request.args.get("next", "")
     return target if is_own_path(target) else url_for("shop.home")
 
@@ -514,14 +516,14 @@ def change_password() -> ResponseReturnValue:
 
 
 def replace_own_password(form: ChangePasswordForm) -> bool:
-    """And go on with this session, under the new password."""
+    """Replace the password and keep this session. Return False if the current password is wrong."""
     user = db.session.get_one(User, current_user.id)
     if not user.check_password(form.current.data):
         return False
     changed = svcs.flask.get(UserRepository).replace_password(user, form.password.data)
     db.session.commit()
     if changed:
-        do_not_count()  # while no connection is held, see `own_id`
+        do_not_count()  # after the commit, as `own_id` explains
         login_user(user)
     return changed
 
@@ -529,7 +531,7 @@ def replace_own_password(form: ChangePasswordForm) -> bool:
 @account.route("/account/reset/<token>", methods=["GET", "POST"])
 @throttled(RESETS_OF_NETWORK)
 def reset_password(token: str) -> ResponseReturnValue:
-    """Where a password link leads: looking at it (as mail scanners do) does not use it up."""
+    """Show the page of a password link. Opening it (as mail scanners do) does not use it up."""
     users = svcs.flask.get(UserRepository)
     user, form = users.by_password_token(token), NewPasswordForm()
     if user is not None and form.validate_on_submit():
@@ -537,7 +539,7 @@ def reset_password(token: str) -> ResponseReturnValue:
             db.session.commit()
             flash("Your password is changed: please log in.", "success")
             return redirect(url_for("account.login"))
-        user = None  # somebody else has just used the link
+        user = None  # another request has just used the link
     return render_template("reset.html", user=user, form=form), 200 if user else 404
 
 
@@ -546,7 +548,7 @@ def reset_password(token: str) -> ResponseReturnValue:
 
 @admin.before_request
 def admins_only() -> ResponseReturnValue | None:
-    """Let admins by, and write down what they are about to change; any other blueprint may use it as this one does."""
+    """Let only admins pass, and record each change before it is done. Any blueprint may use this function."""
     if not current_user.is_authenticated:
         return cast(Response, login_manager.unauthorized())
     if not current_user.is_admin:
@@ -561,17 +563,17 @@ LONGEST_FIELD = 200
 
 
 def write_audit() -> None:
-    """Committed at once: what was tried is known even where it fails."""
+    """Write the audit entry of this request and commit it, so that a failing attempt is recorded too."""
     fields = [(name, value) for name, value in request.form.items() if not is_secret(name)]
-    said = {name[:LONGEST_FIELD]: value[:LONGEST_FIELD] for name, value in fields[:MOST_FIELDS]}
+    details = {name[:LONGEST_FIELD]: value[:LONGEST_FIELD] for name, value in fields[:MOST_FIELDS]}
     if (more := len(fields) - MOST_FIELDS) > 0:
-        said["..."] = f"{more} more fields"
-    # Last, as no field of a form may pass for a part of the address.
-    said |= {name: str(value)[:LONGEST_FIELD] for name, value in (request.view_args or {}).items()}
+        details["..."] = f"{more} more fields"
+    # Last, so that a field of a form cannot replace a part of the address.
+    details |= {name: str(value)[:LONGEST_FIELD] for name, value in (request.view_args or {}).items()}
     entry = AuditEntry(
         user_id=current_user.id,
         action=str(request.endpoint)[:100],
-        details=json.dumps(said),
+        details=json.dumps(details),
         address=(request.remote_addr or "")[:45],
     )
     db.session.add(entry)
@@ -586,12 +588,12 @@ def is_secret(name: str) -> bool:
 def users() -> ResponseReturnValue:
     form = UserSearchForm(request.args)
     page = find_users(form) if form.validate() else NOTHING
-    here = {name: value for name, value in form.data.items() if value}
-    return render_template("users.html", form=form, page=page, here=here)
+    search = {name: value for name, value in form.data.items() if value}
+    return render_template("users.html", form=form, page=page, search=search)
 
 
 def find_users(form: UserSearchForm) -> Page:
-    """The users whose e-mail or name begins with what was searched for."""
+    """Return the users whose e-mail or name begins with the searched text."""
     found = svcs.flask.get(UserRepository).search(
         form.status.data or None, form.q.data or "", request.args.get("after"), PAGE_SIZE
     )
@@ -600,7 +602,7 @@ def find_users(form: UserSearchForm) -> Page:
 
 @admin.post("/users/<id:user_id>/password-link")
 def send_password_link(user_id: int) -> ResponseReturnValue:
-    """Have a link mailed with which its reader chooses a password; only the mail worker ever knows it."""
+    """Enqueue a mail with a link to choose a password. Only the mail worker makes the link."""
     user = db.get_or_404(User, user_id)
     current_workers.enqueue("mail", {"password link": user.id, "root": request.url_root})
     db.session.commit()
@@ -626,15 +628,16 @@ def unmake_admin(user_id: int) -> ResponseReturnValue:
         flash(f"{user.email} is no longer an admin.", "success")
     else:
         flash(
-            f"{user.email} is the last admin, or was not one: nothing was changed. Make another one first.", "warning"
+            f"{user.email} is the last admin, or is not an admin: nothing was changed. Make another admin first.",
+            "warning",
         )
     return back_to_users()
 
 
 def back_to_users() -> Response:
-    """To where the button was."""
-    here = {name: request.args[name] for name in ("q", "status", "after") if name in request.args}
-    return redirect(url_for("admin.users", **here))  # type: ignore[arg-type]
+    """Redirect to the page of the button."""
+    search = {name: request.args[name] for name in ("q", "status", "after") if name in request.args}
+    return redirect(url_for("admin.users", **search))  # type: ignore[arg-type]
 
 
 @admin.get("/audit")
@@ -673,21 +676,21 @@ ERROR_SENTENCES = {
     403: "You may not see this page. If you think that you should, ask an administrator.",
     404: "There is no such page. It may have moved, or the address may be mistyped.",
     405: "This page does not take requests of that kind.",
-    413: "That was more than this page takes.",
+    413: "The request is larger than this page takes.",
     503: "The shop's database does not answer at the moment. Please try again in a few seconds.",
-    500: "Something went wrong on our side. It is in the log; please try again in a moment.",
+    500: "Something went wrong on our side. It is in the log. Please try again in a moment.",
 }
 
 
 SENT_BY_HTTP = (
-    "A form came without its session, by plain HTTP, where SESSION_COOKIE_SECURE keeps it back: "
-    "behind a proxy that speaks HTTPS set PROXIES=1, and for plain HTTP SESSION_COOKIE_SECURE=false"
+    "A form came without its session by plain HTTP, where SESSION_COOKIE_SECURE withholds the session. "
+    "Behind a proxy that speaks HTTPS set PROXIES=1, and for plain HTTP set SESSION_COOKIE_SECURE=false"
 )
-NEEDS_HTTPS = "This shop is to be visited by HTTPS, and this page came without: please try https://."
+NEEDS_HTTPS = "This shop needs HTTPS, and this page came without it. Please try https://."
 
 
 def show_error(error: HTTPException) -> Response:
-    """The error as a page or, below /api, as JSON, with the error's own headers."""
+    """Answer with the error as a page or, below /api, as JSON. Keep the error's own headers."""
     response = error.get_response()
     sentence = ERROR_SENTENCES.get(error.code or 500, error.description)
     if isinstance(error, CSRFError) and current_app.config["SESSION_COOKIE_SECURE"] and not request.is_secure:
@@ -708,4 +711,4 @@ def show_error(error: HTTPException) -> Response:
 def too_often(seconds: int) -> str:
     minutes = max(1, round(seconds / 60))
     wait = "a minute" if minutes == 1 else f"{minutes} minutes"
-    return f"That was tried too often from where you are. Please wait for {wait}, then try again."
+    return f"There were too many attempts from your network. Please wait for {wait}, then try again."

@@ -37,27 +37,29 @@ class PassiveUserCheckerWorker(PeriodicWorker):
 
 
 class OrderWorker(MessageWorker):
-    """Take the books of the placed orders from the stock, once for each order, and have the customers told."""
+    """Take the books of the placed orders from the stock, once for each order, and mail the customers."""
 
     topic = "orders"
 
     def handle_many(self, messages: Sequence[Message], context: WorkerContext) -> None:
         orders = sorted({message.payload["order"] for message in messages})
-        settled = context.services.get(OrderRepository).settle(orders)  # each only once, so each is mailed about once
+        settled = context.services.get(OrderRepository).settle(
+            orders
+        )  # each order once, so each customer gets one mail
         current_workers.enqueue_many("mail", [{"order": order_id} for order_id in settled])
 
 
 class MailWorker(MessageWorker):
     """Send the mails that payloads name: at least once, and always under the same Message-ID.
 
-    What a mail says is made when it is sent, so that no secret of it waits in a message. It says nothing that a user
-    typed, not even their name: whoever registers with the e-mail of others would have the shop send them any text.
+    The text is made when the mail is sent, so no secret waits in a message. It quotes nothing that a user typed, not
+    even the name. Otherwise a visitor could register with a stranger's e-mail, and have the shop send any text.
     """
 
     topic = "mail"
-    batch_size = 1  # a rollback does not bring a mail back
+    batch_size = 1  # a rollback does not undo a mail
     backoff = timedelta(seconds=30)
-    max_attempts = 40  # the pauses grow to an hour: a mail server may be away for a day
+    max_attempts = 40  # the pauses grow to an hour, so a mail server may be away for a day
 
     def handle(self, message: Message, context: WorkerContext) -> None:
         payload = message.payload
@@ -74,7 +76,7 @@ class MailWorker(MessageWorker):
 
 
 class SystemHealthWorker(PeriodicWorker):
-    """Write down every minute how quick the database is, how full the disk, and how long the queue."""
+    """Record the database's round trip, the free disk space and the length of the queue every minute."""
 
     period = timedelta(minutes=1)
     run_on_first_start = True
@@ -100,11 +102,11 @@ class SystemHealthWorker(PeriodicWorker):
 
 
 def _number_of(state: str) -> ScalarSelect[int]:
-    """A literal, not a parameter: a database must see it to know that a partial index applies."""
+    """Count the messages of `state`, a literal: the database must see the value to use a partial index."""
     of_state = queue.c.state == literal_column(f"'{state}'")
     return select(func.count()).select_from(queue).where(of_state).scalar_subquery()
 
 
 def _disk_of(path: Path) -> "shutil._ntuple_diskusage":
-    """Of the folder, or of the one above where it is not there (yet)."""
+    """Return the usage of the folder's disk. A folder that does not exist counts as its parent."""
     return shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists()))

@@ -1,7 +1,7 @@
-"""Is the database what this release needs? A serving process asks before its workers start.
+"""Checks that the database fits this release, before the workers of a serving process start.
 
-With no DATABASE_URL the embedded file is made or brought up to date. With one, nothing is done behind the
-operator's back: `DatabaseNotReady` says what is wrong, and the command that mends it.
+Without DATABASE_URL the embedded file is made or brought up to date. With DATABASE_URL the database is left alone:
+`DatabaseNotReady` names the fault and the command that repairs it.
 """
 
 import fcntl
@@ -40,7 +40,7 @@ def ensure_ready(fill: Fill | None = None) -> None:
     """
     engine = current_app.extensions["sqlalchemy"].engine
     if current_app.config["DATABASE_IS_TEMPORARY"] and inspect(engine).has_table("users"):
-        return  # by `db.create_all()`, as a test does; nobody will ever migrate it
+        return  # by `db.create_all()`, as in a test: such a database is never migrated
     if current_app.config["DATABASE_IS_EMBEDDED"]:
         _prepare(engine, fill)
     else:
@@ -48,7 +48,7 @@ def ensure_ready(fill: Fill | None = None) -> None:
 
 
 def check() -> None:
-    """Say what `ensure_ready` would find wrong or make, and leave it so. Needs an application context."""
+    """Raise DatabaseNotReady for each fault that `ensure_ready` finds or repairs. Needs an application context."""
     _check(current_app.extensions["sqlalchemy"].engine)
 
 
@@ -91,7 +91,7 @@ def _prepare(engine: Engine, fill: Fill | None) -> None:
 
 
 def _compare(engine: Engine, found: str) -> None:
-    head = _head()  # which reads all migrations
+    head = _head()  # reads all migrations
     if found == head:
         return
     if _is_behind(found):
@@ -100,12 +100,12 @@ def _compare(engine: Engine, found: str) -> None:
             f"Bring it up to date with `flask db upgrade`."
         )
     logger.warning(
-        "The database is at revision %s, which this release (%s) does not know: it is of a newer one.", found, head
+        "The database is at revision %s, which this release (%s) does not know: a newer release made it.", found, head
     )
 
 
 def _found_revision(engine: Engine) -> str | None:
-    """The revision that the database is at; None when there is nothing in it yet."""
+    """Return the revision of the database. None if it has no tables yet."""
     if engine.dialect.name == "sqlite" and not Path(str(engine.url.database)).is_file():
         command = "flask run" if current_app.config["DATABASE_IS_EMBEDDED"] else "flask db upgrade"
         raise DatabaseNotReady(f"The database file {engine.url.database} does not exist. Make it with `{command}`.")
@@ -123,21 +123,21 @@ def _read_revision(connection: Connection) -> str | None:
         if found is not None:
             return found
     if "users" in tables:
-        _bear_without_record(connection, tables)
+        _accept_without_record(connection, tables)
         return _head()
     return None
 
 
-def _bear_without_record(connection: Connection, tables: set[str]) -> None:
-    """`db.create_all()` records no revision; a test or a prototype that calls it has what this release needs."""
+def _accept_without_record(connection: Connection, tables: set[str]) -> None:
+    """Accept a database that has all tables but no revision, as `db.create_all()` leaves it."""
     missing = current_app.extensions["sqlalchemy"].metadata.tables.keys() - tables
     if missing:
         raise DatabaseNotReady(
             f"The database {_shown(connection.engine.url)} has tables but no record of its migrations, "
-            f"and lacks {', '.join(sorted(missing))}. If it was at some revision, say so with `flask db stamp`; "
-            f"if it is of no value, make it anew with `flask db upgrade`."
+            f"and lacks {', '.join(sorted(missing))}. If its revision is known, record it with `flask db stamp`. "
+            f"If the data has no value, delete the database and run `flask db upgrade`."
         )
-    logger.warning("The database has no record of its migrations; `flask db stamp head` says that it is up to date.")
+    logger.warning("The database has no record of its migrations. If it is up to date, run `flask db stamp head`.")
 
 
 def why_not(url: URL, error: DBAPIError) -> str:
@@ -150,7 +150,7 @@ def why_not(url: URL, error: DBAPIError) -> str:
             return f"The folder {folder} of the database file does not exist: make it, or correct DATABASE_URL."
         if "locked" in reason:
             return (
-                f"The database file {url.database} cannot be used ({reason}): another process keeps it. "
+                f"The database file {url.database} cannot be used ({reason}): another process keeps it locked. "
                 f"End that process (`fuser {url.database}` shows it), and try again."
             )
         return f"The database file {url.database} cannot be used ({reason}); expected a SQLite database."
@@ -166,7 +166,7 @@ def why_not(url: URL, error: DBAPIError) -> str:
 
 
 def _shown(url: URL) -> str:
-    """As an operator would write it, without the password and what `config.py` added."""
+    """Return the URL as an operator writes it, without the password and the additions of `config.py`."""
     return str(url.set(drivername=url.get_backend_name()).difference_update_query(["connect_timeout"]))
 
 
@@ -186,8 +186,8 @@ def _lock(path: Path, database: Path) -> Iterator[None]:
                 holder = file.read().strip()
                 raise DatabaseNotReady(
                     f"{f'Process {holder}' if holder else 'Another process'} has kept the lock {path} for "
-                    f"{LOCK_SECONDS} s; expected it to have prepared {database} within that time: wait until it "
-                    "ends, or end it, and start again."
+                    f"{LOCK_SECONDS} s; expected it to prepare {database} within that time. Wait until it ends, "
+                    "or end it, and start again."
                 )
             threading.Event().wait(0.05)
         file.truncate()
@@ -211,7 +211,7 @@ def _head() -> str | None:
 
 
 def _is_behind(found: str) -> bool:
-    """Known to this release, and not its newest. (Unknown ones are of a newer release: a rolling deploy.)"""
+    """Return whether this release knows the revision, and has a newer one. A newer release made an unknown one."""
     from alembic.script import ScriptDirectory
 
     known = {script.revision for script in ScriptDirectory.from_config(_config()).walk_revisions()}

@@ -232,6 +232,7 @@ class Connections:
             self._open_postgresql, self._schema, isolation_level="READ COMMITTED", pool_size=pool_size
         )
         postgresql.prepare(engine)
+        postgresql.hide_refused_rows(engine)
         self._outages.watch(engine)
 
         @event.listens_for(engine, "connect")

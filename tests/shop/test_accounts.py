@@ -18,8 +18,9 @@ import pytest
 from flask import Flask
 from flask.testing import FlaskClient
 from itsdangerous import URLSafeTimedSerializer
-from sqlalchemy import Engine, event, select, text
+from sqlalchemy import Engine, create_engine, event, select, text
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.pool import NullPool
 from support.databases import PASSWORD, PASSWORD_HASH, PASSWORD_METHOD, on_postgresql, on_sqlite
 from support.fleet import at_once, in_threads, wait_until
 from werkzeug.security import generate_password_hash
@@ -393,7 +394,7 @@ def test_an_admin_has_a_link_mailed_by_which_its_reader_chooses_a_password_once(
     assert log_in(theirs, user.email, NEW)
     for response in (theirs.get(link), choose(theirs, link, "another password")):
         assert response.status_code == 404
-        assert "This link does not work any more: it works once, and for an hour." in response.text
+        assert "This link no longer works: it works once, and for an hour." in response.text
     assert is_logged_in(theirs)
 
 
@@ -574,8 +575,8 @@ def test_an_admin_makes_and_unmakes_admins_but_the_last_one_stays(
     def press(user: User, action: str) -> str:
         return client.post(f"/admin/users/{user.id}/{action}", follow_redirects=True).text
 
-    assert "is the last admin, or was not one" in press(admin, "unmake-admin")
-    assert "is the last admin, or was not one" in press(user, "unmake-admin")
+    assert "is the last admin, or is not an admin" in press(admin, "unmake-admin")
+    assert "is the last admin, or is not an admin" in press(user, "unmake-admin")
     assert f"{user.email} is an admin." in press(user, "make-admin")
     assert f"{user.email} is an admin already." in press(user, "make-admin")
     assert f"{user.email} is no longer an admin." in press(user, "unmake-admin")
@@ -690,6 +691,16 @@ def test_an_error_of_the_database_shows_no_email_that_is_taken(app: Flask, make_
     assert user.email not in "".join(traceback.format_exception(raised.value))
     with pytest.raises(DBAPIError, match="cannot contain NUL"):  # says psycopg, without asking the server
         make_user(name="\0")
+
+
+@on_postgresql
+def test_another_engine_of_the_process_is_left_alone(app: Flask, make_user: Make) -> None:
+    user = make_user()
+    with app.app_context():
+        other = create_engine(db.engine.url, poolclass=NullPool)
+    with other.connect() as connection, pytest.raises(DBAPIError, match="Failing row contains") as raised:
+        connection.execute(text("UPDATE users SET name = NULL"))
+    assert user.email in str(raised.value)
 
 
 def test_the_first_line_of_an_error_is_fit_for_a_log() -> None:

@@ -85,7 +85,7 @@ def test_init_db_takes_no_address_that_is_none_the_demo_shops_or_a_customers(
         ("", "expected an e-mail address of yours"),
         ("me", "expected an e-mail address of yours"),
         ("Admin@example.com", "expected an e-mail address of yours"),
-        ("nat@example.com", "has an account that is not an admin's"),
+        ("nat@example.com", "has an account without admin rights"),
     ]:
         result = runner.invoke(args=["init-db", "--admin", given])
         assert result.exit_code == 1

@@ -546,7 +546,7 @@ def test_a_form_by_plain_http_where_sessions_need_https_is_told_so(
     app.config.update(WTF_CSRF_ENABLED=True, SESSION_COOKIE_SECURE=True)
     answer = app.test_client().post("/login", data={"email": "a@example.com", "password": "b"})
     assert answer.status_code == 400
-    assert "This shop is to be visited by HTTPS" in answer.text
+    assert "This shop needs HTTPS" in answer.text
     assert "PROXIES=1" in caplog.text
     by_https = app.test_client().post("/login", base_url="https://localhost", data={"email": "a@example.com"})
     assert "HTTPS" not in by_https.text

@@ -53,7 +53,7 @@ def test_the_eleventh_wrong_password_is_not_looked_at_and_neither_is_a_right_one
     assert codes(client, 12) == [200] * 10 + [429] * 2
     response = log_in(client, PASSWORD)
     assert response.status_code == 429
-    assert "tried too often from where you are. Please wait for 10 minutes, then try again." in response.text
+    assert "too many attempts from your network. Please wait for 10 minutes, then try again." in response.text
     assert 500 < int(response.headers["Retry-After"]) <= 601
 
 

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from sqlalchemy import Engine, event
+from sqlalchemy import Engine, ExceptionContext, event
+from sqlalchemy.exc import DataError, IntegrityError
 
 
 def prepare(engine: Engine) -> None:
@@ -27,6 +28,20 @@ def _configure(connection: Any, _record: Any) -> None:
         connection.execute(statement)
     if wanted and not connection.autocommit:
         connection.commit()
+
+
+def hide_refused_rows(engine: Engine) -> None:
+    """Keep the row that PostgreSQL refuses out of errors. Its messages quote the row despite `hide_parameters`."""
+    event.listen(engine, "handle_error", _hide_row)
+
+
+def _hide_row(context: ExceptionContext) -> None:
+    """Shorten the error to the server's first sentence, which does not quote the row."""
+    error, wrapped = context.original_exception, context.sqlalchemy_exception
+    sentence = getattr(getattr(error, "diag", None), "message_primary", None)  # None if the driver itself raised it
+    if sentence and isinstance(wrapped, IntegrityError | DataError):
+        wrapped.args = (str(wrapped.args[0]).replace(str(error), sentence),)
+        error.args = (sentence,)
 
 
 def _is_foreign(client: str | None, server: str | None) -> bool:
