@@ -1,1 +1,1 @@
-"""Who runs a tick: claims, leases, locks, and what an operator sets."""
+"""Decides which instance runs a tick: claims, leases and locks, and the schedules and pauses in force."""

@@ -1,4 +1,4 @@
-"""Who runs what. Each race is one statement; those about one tick are in claiming.py."""
+"""Values about claims: a claim, a worker's state as the database has it, and why a claim was refused."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -11,9 +11,9 @@ from ..schedule.periods import Schedule
 
 @dataclass(frozen=True)
 class Claim:
-    """The right to run one tick of one worker, as long as the worker's row has this `id` and `token`.
+    """The right to run one tick of one worker, while the worker's row has this `id` and `token`.
 
-    The token can repeat where the database loses commits that it acknowledged. The id cannot.
+    The token repeats if the database loses commits that it acknowledged. The id never repeats.
     """
 
     worker: str
@@ -22,7 +22,7 @@ class Claim:
     token: int
     trigger: str
     execution: int | None
-    """The id of its row. None if that row was deleted by hand."""
+    """The id of the execution's row. None if that row was deleted by hand."""
     started_at: datetime | None = None
     id: str | None = None
     """Random. None if an older release made the claim."""
@@ -31,14 +31,14 @@ class Claim:
 
     @property
     def idempotency_key(self) -> str:
-        """The same for every attempt at this tick, and for no other tick."""
+        """A text that all attempts at this tick share, and no other tick has."""
         kind = "" if self.trigger == "schedule" else f"{self.trigger}:"
         return f"{self.worker}:{kind}{self.tick.isoformat()}"
 
 
 @dataclass(frozen=True)
 class WorkerState:
-    """One worker's row, the claim in force (if any) and the database's clock, all of one read."""
+    """One worker's row, the claim in force (if any) and the database's clock, from one read."""
 
     name: str
     clock: datetime
@@ -57,13 +57,13 @@ class WorkerState:
     instance: str | None
     instance_name: str | None
     has_strays: bool = False
-    """True if an execution says "running" and its claim is not in force: the claim was ended by hand."""
+    """True if an execution says "running" while its claim is not in force: the claim was ended by hand."""
     mark_ahead: datetime | None = None
-    """The mark that a clock which was ahead left. Ticks up to it may have run."""
+    """The mark from a time when the clock was ahead. Ticks up to it may have run."""
 
     @property
     def is_bare(self) -> bool:
-        """True if the claim in force has no execution's row: that row was deleted by hand."""
+        """True if the execution of the claim in force has no row: that row was deleted by hand."""
         return self.running is not None and self.running.execution is None
 
     @property
@@ -73,14 +73,14 @@ class WorkerState:
 
     @property
     def overridden(self) -> bool:
-        """Whether `reschedule` put another schedule in force than the declared one."""
+        """True if `reschedule` replaced the declared schedule."""
         return self.schedule_text != self.declared
 
     @property
     def owed(self) -> datetime | None:
         """The tick that must run before any other.
 
-        A pause delays it, unless a user asked for it. So does a clock that was set back, until the tick is due again.
+        A pause delays the tick, unless a user requested it. If the clock was set back, the tick waits until it is due.
         """
         tick = self.pending_tick
         is_held_up = self.paused_at or (tick and tick > self.clock)
@@ -88,25 +88,25 @@ class WorkerState:
 
     @property
     def schedule(self) -> Schedule:
-        """Raises InvalidSchedule for a text that this release cannot read."""
+        """The schedule in force. Raises InvalidSchedule if this release cannot read its text."""
         return parse_schedule(self.schedule_text)
 
 
 class NotClaimed(Enum):
     """Why a claim was refused. Falsy, so `if claim:` works."""
 
-    DECIDED = "somebody was here before"
-    HINDERED = "something is in the way"
+    DECIDED = "it is already decided"
+    BLOCKED = "the worker is paused or running, or the tick is not due"
 
     def __bool__(self) -> Literal[False]:
         return False
 
 
-DECIDED, HINDERED = NotClaimed.DECIDED, NotClaimed.HINDERED
+DECIDED, BLOCKED = NotClaimed.DECIDED, NotClaimed.BLOCKED
 
 
 class Started(NamedTuple):
-    """The execution of a claim that was won."""
+    """The columns of the new execution of a claim that was won."""
 
     attempt: int
     token: int

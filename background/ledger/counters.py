@@ -1,4 +1,4 @@
-"""What each worker has done, counted: history is pruned, and these only grow."""
+"""Counts of each worker's executions, for metrics. The history is pruned, but the counts only grow."""
 
 from bisect import bisect_left
 from datetime import datetime, timedelta
@@ -10,7 +10,7 @@ from ..database.sessions import Executes
 from ..database.tables import totals
 from .claim import Claim
 
-# Upper bounds, in seconds, of the histograms' buckets; behind the last one there is "inf".
+# Upper bounds, in seconds, of the histograms' buckets. The bucket after the last bound is "inf".
 DURATIONS = (0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 60.0, 300.0, 1800.0, 3600.0)
 LATENESSES = (0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 60.0, 300.0)
 
@@ -18,12 +18,13 @@ Row = tuple[str, str, timedelta]
 
 
 def add_execution(
-    connection: Executes, claim: "Claim", state: str, started_at: datetime | None, finished_at: datetime
+    connection: Executes, claim: Claim, state: str, started_at: datetime | None, finished_at: datetime
 ) -> None:
-    """Count one execution, which ended in `state`, in the transaction that ends it; `started_at` may be unknown.
+    """Count one execution, which ended in `state`, in the transaction that ends it. `started_at` may be unknown.
 
-    Nobody else counts for this worker now: whoever does holds its row. Only the first attempt at a scheduled tick
-    counts towards the lateness.
+    Only the first attempt at a scheduled tick counts towards the lateness.
+
+    Concurrency: no other transaction counts for this worker, because this transaction holds the worker's row.
     """
     began = started_at or finished_at
     took, late = finished_at - began, began - claim.tick
@@ -34,7 +35,7 @@ def add_execution(
 
 
 def add_not_run(connection: Executes, worker: str, state: str, at: datetime) -> None:
-    """Count one row of ticks that were skipped or missed, however many it stands for; alone, as above."""
+    """Count one row of skipped or missed ticks as one, however many ticks it stands for. Concurrency: as above."""
     _add(connection, worker, [("state", state, timedelta())], at)
 
 
@@ -54,8 +55,11 @@ def _add(connection: Executes, worker: str, rows: list[Row], at: datetime) -> No
 
 @lru_cache
 def _statement(rows: int, schema: str | None) -> TextClause:
-    """One statement, in SQL: PostgreSQL does not end an idle transaction whose last one was an `executemany`, and
-    SQLAlchemy compiles an INSERT of several rows anew each time."""
+    """Build one INSERT for so many rows, as SQL text.
+
+    PostgreSQL does not end an idle transaction whose last statement was an `executemany`. SQLAlchemy would compile an
+    INSERT of several rows again for each call.
+    """
     values = ", ".join(f"(:worker, :kind{row}, :label{row}, 1, :seconds{row}, :at)" for row in range(rows))
     place = '"' + schema.replace('"', '""').replace(":", "\\:") + '".' if schema else ""
     return text(

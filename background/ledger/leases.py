@@ -1,4 +1,4 @@
-"""Who is alive: one row per life of a process, renewed by one heartbeat statement for all that it holds."""
+"""Leases: one row per instance. One heartbeat statement renews everything that the instance holds."""
 
 import math
 import os
@@ -44,7 +44,7 @@ from ..database.tables import (
     next_due,
     workers,
 )
-from .on_postgresql import Together
+from .on_postgresql import OneRequest
 
 OFFSET_WARNED = timedelta(seconds=1)
 LEASE_IS_OVER = "its instance could not renew the lease in time"
@@ -56,7 +56,10 @@ _IDENTITY = ("id", "host", "pid", "release")
 
 @dataclass
 class Instance:
-    """One life of one process. `deadline` (of `steady()`): past it, this instance believes in none of its claims."""
+    """One life of one process.
+
+    After `deadline`, on the `steady()` clock, this instance assumes that it has lost all its claims.
+    """
 
     lease: timedelta
     host: str = field(default_factory=lambda: ascii(socket.gethostname())[1:-1])
@@ -65,10 +68,10 @@ class Instance:
     deadline: float = 0.0
     """0 before the first heartbeat."""
     first_expiry: float = math.inf
-    """When (of `steady()`) the first lease of another instance would run out, by the last heartbeat that succeeded."""
+    """The moment, on the `steady()` clock, when the first lease of another instance ends. Read by each heartbeat."""
     clock_offset: timedelta = timedelta()
     release: str | None = None
-    """Of the application, where it says which it is."""
+    """The application's release, if the application names it."""
 
     @property
     def name(self) -> str:
@@ -79,32 +82,32 @@ class Instance:
         return steady() < self.deadline
 
     def database_time(self) -> datetime:
-        """This host's clock, corrected by the offset that the last heartbeat measured."""
+        """Return this host's time, corrected by the offset that the last heartbeat measured."""
         return datetime.now(UTC) + self.clock_offset
 
 
 @dataclass(frozen=True)
 class Pulse:
-    """What a heartbeat learns about the fleet, so that it need not read more where nothing happens."""
+    """News of the fleet that a heartbeat brings. If nothing happened, the instance reads nothing more."""
 
     schedules: str | None
-    """Changes with the schedule of any worker."""
+    """A text that changes with the schedule of any worker."""
     is_busy: bool
     """True if any worker runs or must run again, or any message is being handled."""
     is_ahead: bool
-    """True if a moment of a worker or of a waiting message lies in the future of the clock, which was ahead then."""
+    """True if a worker or a waiting message has a moment in the clock's future: the clock was ahead before."""
     was_set: bool
-    """Whether the database's clock was set since it was read last."""
+    """True if the database's clock was set since this process read it last."""
     clock: datetime = field(compare=False)
-    """The database's, when it was read."""
+    """The database's clock at the heartbeat."""
     due: Mapping[str, datetime] = field(compare=False)
     """The moment when the first waiting message of each topic is due. Topics without one are left out."""
     is_blind: bool = False
-    """True if it says nothing of the fleet: another client kept a table locked, so only the lease was renewed."""
+    """True if another client kept a table locked, so that the heartbeat only renewed the lease and read nothing."""
 
 
 class Leases:
-    """The rows of the living and of those who died lately."""
+    """The rows of all instances: the living ones, and for a day the ended ones."""
 
     def __init__(self, engine: Engine, lease: float) -> None:
         self.engine = engine
@@ -113,7 +116,7 @@ class Leases:
         self._insert = sqlite.insert if engine.dialect.name == "sqlite" else postgresql.insert
         self._upserts: dict[tuple[str, ...], Any] = {}
         self._renewal = self._upsert(null(), false(), false(), _first_expiry)
-        # The longest wait of a look for a lock. The renewal comes after it, and well within the lease.
+        # The longest wait of `_look` for a lock. The renewal comes after it, and must be well within the lease.
         self._patience = max(_LEAST_PATIENCE, min(_MOST_PATIENCE, lease / 10))
         self._pace: tuple[float, float] | None = None
         self._began, self._judging_from = steady(), 0.0
@@ -121,8 +124,8 @@ class Leases:
     def beat(self, instance: Instance, topics: Sequence[str] = ()) -> Pulse:
         """Renew everything that `instance` holds, or sign it on, in one request.
 
-        The same request looks for work: running claims, and messages that wait in `topics`. The lease depends on no
-        table other than its own. If another client keeps one locked, a second request renews the lease alone.
+        The same request looks for work: running claims, and messages that wait in `topics`. If another client keeps
+        one of their tables locked, a second request renews the lease alone. So the lease depends on its own table only.
         """
         try:
             return self._beat(instance, partial(self._look, tuple(topics)), topics)
@@ -147,7 +150,7 @@ class Leases:
             host_after = time.time()
         clock = clock.astimezone(UTC)
         least, most = (clock - datetime.fromtimestamp(host, UTC) for host in (host_after, host_before))
-        instance.clock_offset = min(max(instance.clock_offset, least), most)  # as before, unless that is impossible
+        instance.clock_offset = min(max(instance.clock_offset, least), most)  # unchanged while it is possible
         instance.deadline = sent + instance.lease.total_seconds()
         if expiry is not None:
             instance.first_expiry = steady() + (expiry - clock).total_seconds()
@@ -155,29 +158,29 @@ class Leases:
         return Pulse(schedules, bool(is_busy), bool(is_ahead), self._was_set(clock, sent), clock, due)
 
     def _look(self, topics: tuple[str, ...], connection: Connection, values: dict[str, Any]) -> Sequence[Any]:
-        """Send the statement for these `topics`. It is built once, as that takes as long as running it."""
+        """Renew the lease and look for work. Building the statement takes as long as sending it, so it is kept."""
         if topics not in self._upserts:
             upsert = self._upsert(*_pulse(topics), *next_due(topics))
-            if self.engine.dialect.name != "sqlite":  # on SQLite no reader waits for a lock
+            if self.engine.dialect.name != "sqlite":  # a reader on SQLite waits for no lock
                 patience = func.set_config("lock_timeout", f"{self._patience * 1000:.0f}", True)
-                upsert = Together(self.engine, select(patience), upsert)
+                upsert = OneRequest(self.engine, select(patience), upsert)
             self._upserts[topics] = upsert
         upsert = self._upserts[topics]
-        if isinstance(upsert, Together):
+        if isinstance(upsert, OneRequest):
             return upsert.row(connection, values)  # type: ignore[no-any-return]
         return connection.execute(upsert, values).one()
 
     def _upsert(self, *columns: ColumnElement[Any]) -> Any:
         lease, offset = bindparam("lease", type_=Float), bindparam("offset", type_=Float)
         renewed = {"heartbeat_at": now(), "expires_at": now(lease), "clock_offset": offset}
-        who: dict[str, Any] = {name: bindparam(f"its_{name}") for name in _IDENTITY}
+        identity: dict[str, Any] = {name: bindparam(f"its_{name}") for name in _IDENTITY}
         # Escapes for characters that the database cannot hold make a release longer.
-        who["release"] = func.substr(bindparam("its_release", type_=AnyText()), 1, LONGEST_RELEASE)
-        row = self._insert(instances).values({**who, "started_at": now(), **renewed})
+        identity["release"] = func.substr(bindparam("its_release", type_=AnyText()), 1, LONGEST_RELEASE)
+        row = self._insert(instances).values({**identity, "started_at": now(), **renewed})
         return row.on_conflict_do_update(index_elements=["id"], set_=renewed).returning(now(), *columns)
 
     def write(self) -> None:
-        """Change nothing, by a statement that only a writable database accepts."""
+        """Execute an UPDATE that changes nothing, but fails on a database that accepts no writes."""
         with self._single.begin() as connection:
             connection.execute(update(instances).where(false()).values(pid=instances.c.pid))
 
@@ -203,10 +206,11 @@ class Leases:
         return "stopped renewing its lease" if is_known else "is not known to the fleet: its row was deleted"
 
     def gone(self, ids: Collection[str]) -> dict[str, bool]:
-        """Those of `ids` who are not alive: True for one that signed off, False for one that was lost.
+        """Return the instances of `ids` that are not alive: True if it signed off, False if it was lost.
 
-        Once the database's clock was set, nobody counts as lost for the length of a lease, in which all renew theirs.
-        A process that began after that did not see it, so for as long it spares those whose heartbeat is in the future.
+        After the database's clock was set, no instance counts as lost for one lease, in which all instances renew it.
+        A process that started after the change did not see it. For its first lease, it also spares each instance with a
+        heartbeat in the future.
         """
         sent = steady()
         columns = (instances.c.id, instances.c.signed_off_at, is_alive.label("is_alive"), _is_ahead.label("is_ahead"))
@@ -222,18 +226,21 @@ class Leases:
         return {each: each in signed_off for each in ids if each in signed_off or each not in spared}
 
     def expired(self, ids: Collection[str], since: datetime, until: datetime) -> set[str]:
-        """Return those of `ids` whose leases ran out between the two moments of the database's clock."""
+        """Return the instances of `ids` whose leases ended between two moments of the database's clock."""
         query = select(instances.c.id).where(instances.c.id.in_(ids), instances.c.expires_at.between(since, until))
         with self._single.connect() as connection:
             return set(connection.scalars(query))
 
     @property
     def is_steady(self) -> bool:
-        """True once this process has seen the database's clock go right for the length of a lease."""
+        """True once this process has seen the database's clock run steadily for one lease."""
         return steady() >= max(self._judging_from, self._began + self._lease)
 
     def _was_set(self, clock: datetime, sent: float) -> bool:
-        """Whether the database's `clock`, asked for at `sent`, went another way than the steady one since last time."""
+        """Return whether the database's clock was set: it and the `steady()` clock differ since the last call.
+
+        `clock` was requested at `sent`. A request takes time, so only bounds of the difference are known.
+        """
         received = steady()
         before, self._pace = self._pace, (clock.timestamp() - received, clock.timestamp() - sent)
         if before is None:
@@ -245,14 +252,14 @@ class Leases:
         return was_set
 
 
-_is_ahead = instances.c.heartbeat_at > now(timedelta(seconds=_STEP_SECONDS))  # from before the clock was set back
+_is_ahead = instances.c.heartbeat_at > now(timedelta(seconds=_STEP_SECONDS))  # the clock was set back since
 is_alive: ColumnElement[bool] = and_(
     instances.c.signed_off_at.is_(None),
     instances.c.expires_at > now(),
     not_(_is_ahead),
 )
 
-_lines = (
+_schedule_lines = (
     select((workers.c.name + " " + workers.c.schedule + " " + workers.c.declared).label("line"))
     .order_by(workers.c.name)
     .subquery()
@@ -267,12 +274,12 @@ _is_put_off = or_(
 
 
 def _pulse(topics: Sequence[str]) -> tuple[ColumnElement[Any], ...]:
-    """Return the columns of a pulse, between the clock and the messages that are due."""
+    """Return the columns of a pulse that follow the clock. The due moments of the topics come last."""
     is_pending = and_(workers.c.pending_tick.is_not(None), may_be_run_again)
     is_busy = select(workers.c.name).where(or_(workers.c.running.is_not(None), is_pending)).exists()
     is_ahead = select(workers.c.name).where(_is_put_off).exists()
     return (
-        select(func.aggregate_strings(_lines.c.line, "\n")).scalar_subquery(),
+        select(func.aggregate_strings(_schedule_lines.c.line, "\n")).scalar_subquery(),
         or_(
             is_busy,
             select(executions.c.id).where(executions.c.state == literal_column("'running'")).exists(),

@@ -1,4 +1,4 @@
-"""Who runs what. Each race is one statement; those about one tick are in claiming.py."""
+"""The ledger: claims a tick, ends the claim, and records each tick that did not run. `statements.py` has the SQL."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import datetime
@@ -31,18 +31,18 @@ from ..database.tables import executions, workers
 from ..errors import ClaimLost
 from ..host.logs import logger_of
 from ..schedule.periods import MICROSECOND
-from . import counters as totals
+from . import counters
 from .claim import Claim, NotClaimed, Started, WorkerState
 from .on_postgresql import ClaimsOnPostgreSQL
 from .on_sqlite import ClaimsOnSQLite
-from .statements import IS_FREE, MISS, SKIP, at_tick, claimed, start
+from .statements import IS_FREE, MISS, SKIP, Values, at_tick, claimed, start
 
 log = logger_of(__name__)
 
 MOMENTS = executions.c.started_at, executions.c.finished_at
 
-Values = Mapping[str, Any]
 Notes = Mapping[str, Any]
+"""Columns of an execution besides its outcome: progress and log."""
 NOTHING: Notes = MappingProxyType({})
 
 
@@ -54,16 +54,16 @@ class Ledger:
         on_sqlite = store.on_sqlite
         self._claims = ClaimsOnSQLite(store.engine) if on_sqlite else ClaimsOnPostgreSQL(store.engine, store.limits)
 
-    # -- what is known -------------------------------------------------------------------------
+    # -- reading -------------------------------------------------------------------------------
 
     def look(self, name: str) -> WorkerState | None:
-        """Read the worker's state without a lock. None if no instance has registered the worker yet."""
+        """Read the worker's state, without a lock. None if no instance has registered the worker yet."""
         with self.store.single.connect() as connection:
             row = connection.execute(_one_state, {"name": name}).one_or_none()
         return _state(row) if row else None
 
     def states(self, names: Collection[str] | None = None) -> dict[str, WorkerState]:
-        """The state of every worker (or of those of `names`), of this release or not, in one read."""
+        """Read the state of every worker in the database, or of the workers in `names`."""
         query = _states if names is None else _states.where(workers.c.name.in_(names))
         with self.store.single.connect() as connection:
             return {row.name: _state(row) for row in connection.execute(query)}
@@ -71,7 +71,7 @@ class Ledger:
     # -- claiming ------------------------------------------------------------------------------
 
     def claim(self, name: str, tick: datetime, schedule: str, instance: tuple[str, str]) -> Claim | NotClaimed:
-        """Claim `tick`, or say why not.
+        """Claim `tick`, or return why not.
 
         Concurrency: every instance that knows this worker may run this at the same moment, or late. The row lock
         (PostgreSQL, while the tick is open) or the write lock (SQLite) orders them. The first raises the mark. The
@@ -84,16 +84,16 @@ class Ledger:
     def claim_pending(self, name: str, tick: datetime, instance: tuple[str, str]) -> Claim | None:
         """Claim a tick that was lost, handed back or requested.
 
-        Concurrency: every instance that saw the tick pending may do this, and the first claims it.
+        Concurrency: every instance that saw the tick pending may do this. The first claims the tick.
         """
         values = _values(name, tick, instance)
         started = self._claims.pending(values)
         return _claim(values, started) if started else None
 
     def claim_manual(self, name: str, tick: datetime, instance: tuple[str, str]) -> Claim | None:
-        """Claim a run that no schedule asked for. `tick` is the moment of asking. The mark stays where it is.
+        """Claim a run that a user requested. `tick` is the moment of the request. The mark does not move.
 
-        Concurrency: a second click, or the scheduled tick of the same moment. One of them waits its turn.
+        Concurrency: a second click, and the scheduled tick of the same moment, may claim too. The first claims.
         """
         values = _values(name, tick, instance)
         with self.store.begin() as connection:
@@ -101,21 +101,21 @@ class Ledger:
             return None if token is None else _claim(values, start(connection, values, token, 1, "manual"))
 
     def request(self, name: str) -> bool:
-        """Have any instance claim a manual run. False if the worker runs, or will run next, already.
+        """Let any instance claim a manual run. False if the worker runs already, or has a pending tick.
 
-        Concurrency: a second click, and every claim. The worker has one pending tick, and one claim in force.
+        Concurrency: a second click, and every claim of the worker, may come first. The worker is not free then.
         """
         with self.store.begin() as connection:
-            asked = update(workers).where(workers.c.name == name, IS_FREE).values(pending(now(), 1, "manual"))
-            requested = count(connection.execute(asked)) == 1
-        if requested:
+            requested = update(workers).where(workers.c.name == name, IS_FREE).values(pending(now(), 1, "manual"))
+            is_requested = count(connection.execute(requested)) == 1
+        if is_requested:
             self.store.ring()
-        return requested
+        return is_requested
 
     def skip(self, name: str, tick: datetime, schedule: str, reason: str) -> bool:
         """Record that `tick` does not run because the worker is paused or still running. True for the caller that did.
 
-        Concurrency: every instance finds the same obstacle. The one that raises the mark writes the row.
+        Concurrency: every instance may find the worker so. The instance that raises the mark writes the row.
         """
         with self.store.begin() as connection:
             is_first = count(connection.execute(SKIP, at_tick(name, tick, schedule))) == 1
@@ -124,9 +124,10 @@ class Ledger:
             return is_first
 
     def miss(self, state: WorkerState, tick: datetime) -> None:
-        """Record the ticks between the mark and `tick`, which no instance came to run, if there are any.
+        """Record the ticks between the mark and `tick` as missed, if there are any.
 
-        Concurrency: every instance that comes to run `tick` may do this. The one that raises the mark writes the row.
+        Concurrency: every instance that wants to run `tick` may do this. The instance that raises the mark writes the
+        row.
         """
         schedule, last = state.schedule, state.schedule.previous(tick - MICROSECOND)
         if max(state.mark or state.scheduled_at, state.scheduled_at) >= last:
@@ -136,8 +137,8 @@ class Ledger:
             if raised is not None:
                 first = schedule.next(max(raised.previous_mark or raised.scheduled_at, raised.scheduled_at))
                 why = "no instance came to run it in time"
-                for one, other in self._gaps(connection, state, first, last):
-                    self._record_not_run(connection, "missed", state.name, one, other, why)
+                for begin, end in self._gaps(connection, state, first, last):
+                    self._record_not_run(connection, "missed", state.name, begin, end, why)
 
     def _gaps(
         self, connection: Connection, state: WorkerState, first: datetime, last: datetime
@@ -160,15 +161,14 @@ class Ledger:
     # -- ending --------------------------------------------------------------------------------
 
     def check(self, claim: Claim, session: Executes, notes: Notes = NOTHING) -> None:
-        """Hold the worker's row in the session's transaction while `claim` is in force, else raise ClaimLost.
+        """Lock the worker's row in the session's transaction and write `notes` into the execution's row.
 
-        `notes` are written into its execution's row, by column.
+        Raises ClaimLost if `claim` is not in force.
 
-        Concurrency: another instance may take the claim over. It waits for this commit, or this call finds the claim
-        gone.
+        Concurrency: another instance may take the claim over. It waits for this commit, or this call raises.
         """
         held = in_force(claim)
-        if self.store.on_sqlite:  # has no row locks: a write takes the only lock
+        if self.store.on_sqlite:  # without row locks: a write takes the only lock
             result = session.execute(update(workers).where(held).values(running=workers.c.running))
             ours = count(result) == 1
         else:
@@ -180,7 +180,10 @@ class Ledger:
             session.execute(update(executions).where(own(claim)).values(notes))
 
     def finish(self, claim: Claim, session: Executes, notes: Notes = NOTHING) -> None:
-        """Write "succeeded" into the run's own transaction; its commit makes the effects and the mark one."""
+        """Write "succeeded" in the run's own transaction, which commits it together with the run's effects.
+
+        Raises ClaimLost if `claim` is not in force.
+        """
         if not self._end(session, claim, "succeeded", notes=notes):
             raise _lost(claim)
 
@@ -192,18 +195,19 @@ class Ledger:
         next_attempt: int | None = None,
         notes: Notes = NOTHING,
     ) -> bool:
-        """End a claim that did not succeed. With `next_attempt` its tick is claimed again.
+        """End a claim that did not succeed. With `next_attempt` its tick becomes pending. True for the caller that did.
 
-        Concurrency: the run itself, its time-out, and the instances that believe it lost. The first wins.
+        Concurrency: the run itself, its time-out, and each instance that believes the run lost. The first ends it.
         """
         with self.store.begin() as connection:
             ended = self._end(connection, claim, state, reason, next_attempt, notes)
-        if ended and state == "handed back":  # not "lost": while the database is away, its attempts would soon be over
+        # Not for "lost": during an outage, the attempts would be used up within a second.
+        if ended and state == "handed back":
             self.store.ring()
         return ended
 
     def outcome(self, claim: Claim) -> str:
-        """The state of the claim's execution; "lost" where its row is gone."""
+        """Read the state of the claim's execution: "lost" if its row is gone."""
         with self.store.single.connect() as connection:
             state = connection.scalar(select(executions.c.state).where(own(claim)))
             return str(state or "lost")
@@ -234,7 +238,7 @@ class Ledger:
             connection, claim, outcome, [claim.token, None] if claim.id else [None]
         )
         if row is not None:
-            totals.add_execution(connection, claim, state, *row)
+            counters.add_execution(connection, claim, state, *row)
         return True
 
     def write_anew(
@@ -242,8 +246,8 @@ class Ledger:
     ) -> Row[Any] | None:
         """Write the row of a missing execution, with the first of `tokens` that no other row of the worker has.
 
-        Return its moments, or None if no row was written. The row was deleted by hand, or the database lost the commit
-        that wrote it. A claim without an id says nothing about its tick. Such a tick has an answer if any row names it.
+        The row was deleted by hand, or the database lost the commit that wrote it. Return when the execution began and
+        ended, or None if no row was written. For a claim without an id, any row of the same tick is enough.
         """
         if claim.id is None:
             same = executions.c.worker == claim.worker, executions.c.tick == claim.tick
@@ -261,7 +265,7 @@ class Ledger:
         return None
 
     def _record_skipped(self, connection: Connection, name: str, tick: datetime, reason: str) -> None:
-        """In a row of its own, or in the newest one if that says the same: a pause of a month is one row."""
+        """Extend the worker's newest row if it has the same reason, else write a row: a pause of a month is one row."""
         newest = (
             select(executions.c.id)
             .where(executions.c.worker == name)
@@ -282,7 +286,7 @@ class Ledger:
         if extended_at is None:
             self._record_not_run(connection, "skipped", name, tick, tick, reason)
         else:
-            totals.add_not_run(connection, name, "skipped", extended_at)
+            counters.add_not_run(connection, name, "skipped", extended_at)
 
     def _record_not_run(
         self, connection: Connection, state: str, name: str, first: datetime, last: datetime, reason: str
@@ -300,16 +304,16 @@ class Ledger:
             )
             .returning(executions.c.finished_at)
         ).scalar_one()
-        totals.add_not_run(connection, name, state, at)
+        counters.add_not_run(connection, name, state, at)
 
 
 def pending(tick: Any, attempt: int | None, trigger: str | None) -> dict[str, Any]:
-    """Return the columns of a worker's row that say which tick is claimed next, before any other."""
+    """Return the columns of a worker's row that name the tick to claim next, before any other."""
     return {"pending_tick": tick, "pending_attempt": attempt, "pending_trigger": trigger}
 
 
 def marked(tick: datetime, trigger: str) -> dict[str, Any]:
-    """Return a mark at or above a scheduled tick. A tick to run again must not be claimed as new afterwards."""
+    """Return the mark, raised to a scheduled tick if it is below. A tick that runs again must not count as open."""
     if trigger != "schedule":
         return {}
     is_below = or_(workers.c.mark.is_(None), workers.c.mark < tick)
@@ -317,30 +321,30 @@ def marked(tick: datetime, trigger: str) -> dict[str, Any]:
 
 
 def in_force(claim: Claim) -> ColumnElement[bool]:
-    """Return the condition that the worker's row says that `claim` is in force."""
+    """Return the condition that `claim` is the one in the worker's row."""
     is_same = true() if claim.id is None else workers.c.claim == claim.id
     return and_(workers.c.name == claim.worker, workers.c.running == claim.token, is_same)
 
 
 def own(claim: Claim) -> ColumnElement[bool]:
-    """Return the condition that an execution belongs to `claim`. After a restore, its number may belong to another."""
+    """Return the condition that an execution belongs to `claim`. After a restore, another claim may have its token."""
     same = executions.c.worker == claim.worker, executions.c.token == claim.token
     return and_(*same, executions.c.claim.is_(None) if claim.id is None else executions.c.claim == claim.id)
 
 
 def attempted(worker: str) -> ColumnElement[bool]:
-    """Return which executions are attempts at scheduled ticks, not the rows of ticks that did not run."""
+    """Return the condition that an execution is an attempt at a scheduled tick, not a row of ticks that did not run."""
     of_ticks = executions.c.worker == worker, executions.c.trigger == "schedule"
     return and_(*of_ticks, executions.c.attempt.is_not(None))
 
 
-# The execution of the claim in force. An older release knows no ids.
+# The execution of the claim in force. A claim of an older release has no id.
 is_of_claim = and_(
     executions.c.worker == workers.c.name,
     executions.c.token == workers.c.running,
     or_(executions.c.claim == workers.c.claim, executions.c.claim.is_(None)),
 )
-# An execution that says "running" while its claim is not in force.
+# An execution that says "running" while its claim is not in force: a stray.
 strays = executions.alias("strays")
 is_stray = and_(
     strays.c.state == literal_column("'running'"),
@@ -374,7 +378,7 @@ _states = select(
     executions.c.instance,
     executions.c.instance_name,
 ).outerjoin(executions, is_of_claim)
-_one_state = _states.where(workers.c.name == bindparam("name"))  # built once: that takes as long as asking does
+_one_state = _states.where(workers.c.name == bindparam("name"))  # built once, as building takes as long as reading
 
 
 def _state(row: Row[Any]) -> WorkerState:
@@ -402,10 +406,10 @@ def _state(row: Row[Any]) -> WorkerState:
 
 
 def _running(row: Row[Any]) -> Claim:
-    """Return the claim in force, by its execution, else by the copy in the worker's row.
+    """Return the claim in force, from its execution, else from the copy in the worker's row.
 
-    The copy serves if the execution was deleted by hand. A claim without either was made by hand. Its tick is the
-    newest one that is decided.
+    The copy serves if the execution was deleted by hand. If there is no copy, the claim was made by hand, and the
+    newest decided tick counts as its tick.
     """
     name, token = row.name, row.running
     if row.execution is not None:

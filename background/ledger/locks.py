@@ -1,4 +1,4 @@
-"""A named lock for the user's own critical sections: one holder in the whole fleet, for as long as its lease lasts."""
+"""Named locks for the user's own critical sections: one holder in the whole fleet, for as long as its lease lasts."""
 
 import os
 import threading
@@ -29,12 +29,12 @@ _LONGEST_WAIT = 86_400
 _FIRST_PAUSE, _LAST_PAUSE = 0.02, 0.25
 _RETRY_SECONDS = 1.0
 _MOST_SHOWN = 1_000
-_FLOOR = ""  # not the name of a lock: this row keeps the greatest token of those that were pruned
+_FLOOR = ""  # not the name of a lock: this row keeps the greatest token of all pruned rows
 
 
 @dataclass(frozen=True)
 class Holding:
-    """A lock, its holder's instance, and since when; for people to read."""
+    """A held lock for people to read: its holder's instance, and since when the lock is held."""
 
     name: str
     instance: str
@@ -44,7 +44,7 @@ class Holding:
 
 @dataclass(frozen=True)
 class Lock:
-    """A lock that its block holds."""
+    """A lock that the caller's `with` block holds."""
 
     name: str
     token: int
@@ -57,11 +57,11 @@ class Lock:
     _locks: "Locks" = field(repr=False)
 
     def still_held(self) -> bool:
-        """Ask the database whether no other caller can have the lock yet. False once the lease is known to be over.
+        """Ask the database whether this block still holds the lock. False once the lease is over.
 
         Raises LockNotAcquired if the database does not answer.
         """
-        if self._instance.pid != os.getpid():  # a fork: it is its parent's
+        if self._instance.pid != os.getpid():  # in a forked child: its parent holds the lock
             return False
         return self._instance.is_alive and self._locks.has(self) and self._instance.is_alive
 
@@ -69,8 +69,8 @@ class Lock:
 class Locks:
     """The locks of one database. Each statement is a transaction of its own, so a frozen process holds no row.
 
-    `present` gives the caller's instance. `waits` waits for so many seconds, and returns True if the caller must stop
-    waiting.
+    `present` gives the caller's instance. `waits` waits for a number of seconds. It returns True if the caller must
+    stop waiting.
     """
 
     def __init__(
@@ -88,26 +88,26 @@ class Locks:
 
     @contextmanager
     def hold(self, name: str, timeout: float) -> Iterator[Lock | None]:
-        """Hold the lock `name`; None where others still do after `timeout` seconds. See `manager.lock`."""
-        if _here(name) in self._held_here:
+        """Hold the lock `name`. Yields None if another caller keeps it for `timeout` seconds."""
+        if _of_this_thread(name) in self._held_here:
             log.warning(
-                "Lock %r: this thread holds it already, and locks are not re-entrant: it is not given again", name
+                "Lock %r: this thread holds it already, and locks are not re-entrant. The inner block gets None", name
             )
             yield None
             return
         with ExitStack() as stack:
             try:
                 instance = stack.enter_context(self._present())
-                mine = Lock(name, 0, uuid4().hex, instance, self)
-                lock = stack.enter_context(self._held(mine, timeout))
+                wanted = Lock(name, 0, uuid4().hex, instance, self)
+                lock = stack.enter_context(self._acquired(wanted, timeout))
             except SQLAlchemyError as error:
                 raise _unknown(name, error) from error
             yield lock
 
     def has(self, lock: Lock) -> bool:
-        """Return whether the lock is still this holder's."""
+        """Return whether the database still names the holder of `lock`."""
         try:
-            return bool(self._all(_HELD, self._mine(lock)))
+            return bool(self._all(_HELD, self._owner(lock)))
         except SQLAlchemyError as error:
             raise _unknown(lock.name, error) from error
 
@@ -119,11 +119,11 @@ class Locks:
         ]
 
     def prune(self, before: datetime, most: int) -> int:
-        """Delete `most` of the locks that no caller has held since `before`. Return how many there were.
+        """Delete at most `most` locks that no caller has held since `before`. Return their number.
 
-        The floor is raised first, so that a lock of the same name begins above it.
+        The floor rises first, so that the next lock of the same name gets a greater token.
 
-        Concurrency: a caller that acquires a lock meanwhile moves its `since`, and the lock stays.
+        Concurrency: a caller may acquire such a lock meanwhile. That moves its `since`, so its row stays.
         """
         old = and_(locks.c.name != _FLOOR, locks.c.since < before)
         holders = self._all(select(locks.c.instance).distinct().where(old, locks.c.holder.is_not(None)))
@@ -139,41 +139,41 @@ class Locks:
     # -- acquiring -----------------------------------------------------------------------------
 
     @contextmanager
-    def _held(self, mine: Lock, timeout: float) -> Iterator[Lock | None]:
-        lock = self._wait(mine, timeout)
+    def _acquired(self, wanted: Lock, timeout: float) -> Iterator[Lock | None]:
+        lock = self._wait(wanted, timeout)
         if lock is None:
             yield None
             return
-        here = _here(lock.name)
-        self._held_here.add(here)
+        key = _of_this_thread(lock.name)
+        self._held_here.add(key)
         try:
             if not lock._instance.is_alive:
                 raise _unknown(lock.name, LEASE_IS_OVER)
             yield lock
         finally:
-            self._held_here.discard(here)
-            if lock._instance.pid == os.getpid():  # else this is a fork that leaves its parent's block
+            self._held_here.discard(key)
+            if lock._instance.pid == os.getpid():  # else a forked child leaves its parent's block
                 self._release(lock)
 
-    def _wait(self, mine: Lock, timeout: float) -> Lock | None:
+    def _wait(self, wanted: Lock, timeout: float) -> Lock | None:
         until, pause = steady() + timeout, _FIRST_PAUSE
-        while (lock := self._try(mine)) is None:
+        while (lock := self._try(wanted)) is None:
             left = until - steady()
             if left <= 0 or self._waits(min(pause, left)):
                 break
             pause = min(pause * 1.5, _LAST_PAUSE)
         return lock
 
-    def _try(self, mine: Lock) -> Lock | None:
+    def _try(self, wanted: Lock) -> Lock | None:
         """Return None only if a live instance holds the lock. After losing a race, look again."""
         while True:
-            seen = self._look(mine.name)
+            seen = self._look(wanted.name)
             if seen is None:
-                self._make(mine.name)
-            elif self._is_taken(mine.name, seen):
+                self._insert_row(wanted.name)
+            elif self._is_taken(wanted.name, seen):
                 return None
-            elif token := self._take(mine, seen):
-                return replace(mine, token=token)
+            elif token := self._take(wanted, seen):
+                return replace(wanted, token=token)
 
     def _look(self, name: str) -> Row[Any] | None:
         return next(iter(self._all(_SEEN, {"of": self._prefix + name})), None)
@@ -189,28 +189,31 @@ class Locks:
             log.warning("Lock %r: %s held it and %s", name, seen.instance_name, ending)
         return not gone
 
-    def _make(self, name: str) -> None:
-        """Make a free row, if there is none yet. Concurrency: one of the callers makes it.
+    def _insert_row(self, name: str) -> None:
+        """Insert a free row if the lock has no row yet.
 
-        Its first token is set when it is taken, by a statement that sees the deletion of the row before.
+        The row gets its first token when a caller takes the lock. That statement reads the floor, which pruning has
+        raised before it deleted an earlier row.
+
+        Concurrency: every caller may do this, and the first inserts the row.
         """
         row = self._insert(locks).values(name=self._prefix + name, token=0, since=now())
         self._run(row.on_conflict_do_nothing())
 
-    def _take(self, mine: Lock, seen: Row[Any]) -> int | None:
-        """Return the new token, or None.
+    def _take(self, wanted: Lock, seen: Row[Any]) -> int | None:
+        """Return the new token, or None if another caller was first.
 
-        Concurrency: every caller that saw the lock free, or its holder gone, in the row `seen`. That holder may release
-        it, too. The row's lock puts them in order: the first raises the token, and the others find it raised. After
-        lost commits another holder may have the same token, so the holder must be the same, too.
+        Concurrency: every caller that read the row `seen`, with no holder or a dead one, may do this. So may that
+        holder, which releases the lock. The row's lock orders them. The first raises the token, and each other one
+        finds it raised. After lost commits another holder may have the same token, so the holder is compared too.
         """
-        instance, values = mine._instance, self._mine(mine) | {"seen": seen.token, "seen_by": seen.holder}
+        instance, values = wanted._instance, self._owner(wanted) | {"seen": seen.token, "seen_by": seen.holder}
         try:
             with self._engine.begin() as connection:
                 acquiring = values | {"its_id": instance.id, "its_name": instance.name}
                 return connection.execute(_TAKEN, acquiring).scalar_one_or_none()
-        except BaseException:  # it may be ours all the same, or become ours: perhaps only the reply got lost
-            self._later(instance, _CALLED_OFF, values)
+        except BaseException:  # the UPDATE may still have succeeded, or may succeed later: only its reply is missing
+            self._in_background(instance, _CALLED_OFF, values)
             raise
 
     # -- releasing -----------------------------------------------------------------------------
@@ -218,21 +221,21 @@ class Locks:
     def _release(self, lock: Lock) -> None:
         """Release the lock.
 
-        Concurrency: when the lease was over, another holder may have taken it. The lock stays with that holder.
+        Concurrency: if the lease was over, another caller may have taken the lock. That caller keeps it.
         """
         try:
-            self._run(_RELEASED, self._mine(lock))
+            self._run(_RELEASED, self._owner(lock))
         except BaseException as error:
-            self._later(lock._instance, _RELEASED, self._mine(lock))
+            self._in_background(lock._instance, _RELEASED, self._owner(lock))
             if not isinstance(error, SQLAlchemyError):
                 raise
             log.warning("Lock %r: could not release it yet: %s", lock.name, first_line(error))
 
-    def _later(self, *statement: Any) -> None:
+    def _in_background(self, *statement: Any) -> None:
         threading.Thread(target=self._keep_trying, args=statement, name="workers-lock", daemon=True).start()
 
     def _keep_trying(self, instance: Instance, statement: Executable, values: dict[str, Any]) -> None:
-        """Until the database answers; when the instance is gone, it holds no lock anyway."""
+        """Try until the database answers. Once the instance is dead, it holds no lock anyway."""
         while instance.is_alive:
             with suppress(SQLAlchemyError):
                 self._run(statement, values)
@@ -242,7 +245,7 @@ class Locks:
     # -- helpers -------------------------------------------------------------------------------
 
     def check(self, name: object, timeout: object) -> None:
-        """Raise InvalidLock for what `hold` cannot take."""
+        """Raise InvalidLock for a name or a timeout that `hold` cannot take."""
         if not isinstance(name, str) or not name.strip() or not name.isprintable():
             raise InvalidLock(
                 f"{name!r} cannot be the name of a lock; expected a text of printable characters: "
@@ -256,10 +259,10 @@ class Locks:
         if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 <= timeout <= _LONGEST_WAIT:
             raise InvalidLock(
                 f"The lock {name!r} was given the timeout {timeout!r}; expected a number of seconds "
-                f"from 0 to {_LONGEST_WAIT}: leave it out, not to wait at all."
+                f"from 0 to {_LONGEST_WAIT}: leave it out if the caller must not wait."
             )
 
-    def _mine(self, lock: Lock) -> dict[str, Any]:
+    def _owner(self, lock: Lock) -> dict[str, Any]:
         return {"of": self._prefix + lock.name, "by": lock._holder}
 
     def _all(self, query: Executable, values: dict[str, Any] | None = None) -> list[Row[Any]]:
@@ -270,7 +273,7 @@ class Locks:
             return list(connection.execute(query, values))
 
     def _run(self, statement: Executable, values: dict[str, Any] | None = None) -> int:
-        """How many rows a statement changed that does no harm if it runs twice."""
+        """Run a statement that does no harm if it runs twice. Return how many rows it changed."""
         return again_if_stale(lambda: self._changed(statement, values))
 
     def _changed(self, statement: Executable, values: dict[str, Any] | None) -> int:
@@ -302,17 +305,17 @@ _TAKEN = (
 )
 _free = {"holder": null(), "instance": null(), "instance_name": null(), "since": now()}
 _RELEASED = update(locks).where(_of_name, _by_holder).values(_free)
-# Where the acquisition is still on its way, it finds the token raised when it arrives.
+# If the acquisition is still on its way, it will find the token raised.
 _CALLED_OFF = update(locks).where(_of_name, or_(_by_holder, _at_seen)).values(_free | {"token": locks.c.token + 1})
 
 
-def _here(name: str) -> tuple[str, int, int]:
+def _of_this_thread(name: str) -> tuple[str, int, int]:
     return name, os.getpid(), threading.get_ident()
 
 
 def _unknown(name: str, why: SQLAlchemyError | str) -> LockNotAcquired:
     reason = why if isinstance(why, str) else first_line(why)
     return LockNotAcquired(
-        f"Who holds the lock {name!r} could not be found out: {reason}. "
-        "Expected a database that answers: do nothing that needs the lock, and try again later."
+        f"The lock {name!r} could not be checked: {reason}. "
+        "Expected a database that answers: treat the lock as not held, and try again later."
     )

@@ -1,18 +1,17 @@
-"""What decides about one tick of one worker: claim it, skip it, or record as missed those before it.
-
-The statements are built once, as building takes longer than asking. Their values are those of `at_tick`, with the
-instance's where an execution begins.
-"""
+"""Claims on SQLite: a look and a conditional write, in one transaction."""
 
 from sqlalchemy import Engine
 
 from ..database.dialects.sqlite import lock_soon
-from .claim import HINDERED, NotClaimed, Started
+from .claim import BLOCKED, NotClaimed, Started
 from .statements import CLAIM, CLAIM_PENDING, LOOK, Values, start, why_not
 
 
 class ClaimsOnSQLite:
-    """Takes SQLite's single write lock first. After the wait, one read shows whether the tick is still open."""
+    """Takes SQLite's single write lock first. After the wait, one read shows whether the tick is still open.
+
+    If another connection keeps the lock for long, the read comes first. A claim's write waits for the lock then.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -25,8 +24,8 @@ class ClaimsOnSQLite:
             if seen is None or not seen.is_claimable:
                 return why_not(seen)
             token = connection.execute(CLAIM, values).scalar_one_or_none()
-            # None: another instance claimed while this call waited longer for the lock.
-            return HINDERED if token is None else start(connection, values, token, 1, "schedule")
+            # None: another instance claimed the tick while this call waited longer for the lock.
+            return BLOCKED if token is None else start(connection, values, token, 1, "schedule")
 
     def pending(self, values: Values) -> Started | None:
         """Claim a tick that must run again."""

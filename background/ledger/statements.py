@@ -1,7 +1,8 @@
-"""What decides about one tick of one worker: claim it, skip it, or record as missed those before it.
+"""SQL that decides one tick of one worker: claim it, claim it again, skip it, or record earlier ticks as missed.
 
-The statements are built once, as building takes longer than asking. Their values are those of `at_tick`, with the
-instance's where an execution begins.
+Each statement changes the worker's row only if the row still allows it, so one statement decides each race.
+SQLAlchemy builds the statements once, at import: building one takes longer than running it.
+Their parameters come from `at_tick`. A claim adds its id and its instance.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,33 +35,41 @@ from ..database.clock import UtcDateTime, elapsed, now
 from ..database.tables import executions, may_be_run_again, workers
 from ..schedule.parsing import parse_schedule
 from ..schedule.periods import MICROSECOND
-from .claim import DECIDED, HINDERED, NotClaimed, Started
+from .claim import BLOCKED, DECIDED, NotClaimed, Started
 
 Values = Mapping[str, Any]
 
 _MOST_EARLY_SECONDS = 0.1
+
+# No claim of the worker is in force, and no pending tick comes first.
 IS_FREE = and_(workers.c.pending_tick.is_(None), workers.c.running.is_(None))
 
-# A lowered token (by hand, or by a restore without the executions) continues above the greatest one in the history.
+# Every claim takes the next token. A change by hand, or a restore without the executions, may have lowered the token.
+# Then the next one continues above the greatest token in the history.
 _newer = and_(executions.c.worker == workers.c.name, executions.c.token > workers.c.token)
 _greatest = select(func.max(executions.c.token)).where(_newer).correlate(workers).scalar_subquery()
 _next_token = func.coalesce(_greatest, workers.c.token) + 1
 
 
 def at_tick(name: str, tick: datetime, schedule: str) -> dict[str, Any]:
-    """The parameters of the statements: the worker, its `tick`, the text of the schedule which that is one of."""
+    """Return the parameters of the statements: the worker, its `tick`, and the schedule that has this tick."""
     return {"of": name, "at": tick, "by": schedule, "previous": parse_schedule(schedule).previous(tick - MICROSECOND)}
 
 
 _tick, _previous = (bindparam(name, type_=UtcDateTime()) for name in ("at", "previous"))
 _id, _instance, _instance_name = (bindparam(name, type_=String()) for name in ("claim_id", "on", "on_name"))
 _of_worker = workers.c.name == bindparam("of", type_=String())
+
+# Above the mark: no instance has decided the tick yet.
 _is_open = or_(workers.c.mark.is_(None), workers.c.mark < _tick)
+# The caller found the tick by the schedule in force, not by one that `reschedule` or another release replaced.
 _is_in_force = workers.c.schedule == bindparam("by", type_=String())
-# Between the mark and this tick there is none; else those are written down as missed first.
+# No other tick lies between the mark and this tick. `MISS` must record such ticks first.
 _is_next = or_(workers.c.mark >= _previous, workers.c.scheduled_at >= _previous)
+# The first condition: the tick is due by the database's clock.
 _may_be_decided = and_(_tick <= now(), _is_in_force, _is_next)
-# The tick may have run while the clock was ahead. The mark was lowered since.
+
+# While the database's clock was ahead, the tick may have run. The mark was lowered since, so the history tells.
 _execution = (
     select(executions.c.id)
     .where(
@@ -72,6 +81,8 @@ _execution = (
     .exists()
 )
 _has_run = case((workers.c.mark_ahead >= _tick, _execution), else_=false())
+
+# Every condition of a claim except `_is_open`.
 _is_claimable = and_(_may_be_decided, workers.c.paused_at.is_(None), IS_FREE, not_(_has_run))
 
 
@@ -91,30 +102,36 @@ def claimed(attempt: ColumnElement[int], trigger: ColumnElement[str]) -> dict[st
 
 
 _SCHEDULED = claimed(literal(1), literal("schedule"))
+
+# The statements. The first instance raises the mark to the tick, and `_is_open` is false for every later instance.
+
 CLAIM = (
     update(workers)
     .where(_of_worker, _is_open, _is_claimable)
     .values(mark=_tick, **_SCHEDULED)
     .returning(workers.c.token)
 )
+# Claim the tick that is pending: it was lost, handed back or requested. The mark does not move.
 CLAIM_PENDING = (
     update(workers)
     .where(_of_worker, workers.c.pending_tick == _tick, may_be_run_again, workers.c.running.is_(None))
     .values(pending_tick=null(), **claimed(workers.c.pending_attempt, workers.c.pending_trigger))
     .returning(workers.c.token, workers.c.pending_attempt, workers.c.pending_trigger)
 )
+# Decide a tick that cannot run, because the worker is paused or still running.
 SKIP = (
     update(workers)
     .where(_of_worker, _is_open, _may_be_decided, or_(workers.c.paused_at.is_not(None), workers.c.running.is_not(None)))
     .values(mark=_tick)
 )
+# Decide all ticks from the mark to this tick. `previous_mark` keeps the old mark, as an UPDATE returns no old values.
 MISS = (
     update(workers)
     .where(_of_worker, _is_open, _is_in_force, workers.c.scheduled_at < _tick)
     .values(previous_mark=workers.c.mark, mark=_tick)
     .returning(workers.c.previous_mark, workers.c.scheduled_at)
 )
-
+# See, without changing the row, whether the tick may be claimed.
 LOOK = select(
     _is_open.label("is_open"),
     and_(_is_open, _is_claimable).label("is_claimable"),
@@ -122,11 +139,13 @@ LOOK = select(
 
 
 def _look_and_claim() -> Select[Any]:
-    """The same look with the claim and its execution's row, in one statement of PostgreSQL's.
+    """Build PostgreSQL's claim: `LOOK`, `CLAIM` and the execution's row in one statement.
 
-    Its row is whether the tick is open, and a `Started`, of which all is null where it was not claimed.
+    The statement returns whether the tick is open, then the columns of `Started`, all NULL if it claimed nothing.
+    It returns no row for a worker that no instance has registered.
 
-    While the tick is open, the worker's row is locked before it is judged: whoever waited sees it as it is then.
+    Concurrency: every instance that knows the worker may run this at the same moment. While the tick is open, the
+    statement locks the worker's row before it evaluates the row. An instance that waited sees the current values.
     """
     open_row = select(workers.c.name, _is_claimable.label("is_claimable"))
     seen = open_row.where(_of_worker, _is_open).with_for_update(of=workers, key_share=True).cte("seen")
@@ -138,8 +157,14 @@ def _look_and_claim() -> Select[Any]:
     return select(is_open, *started.c).select_from(known.outerjoin(seen, true()).outerjoin(started, true()))
 
 
+def _claim_pending_and_start() -> Select[Any]:
+    """Build PostgreSQL's claim of a pending tick: `CLAIM_PENDING` and the execution's row in one statement."""
+    won = CLAIM_PENDING.cte("claimed")
+    return select(_start(won.c.token, won.c.pending_attempt, won.c.pending_trigger).cte("started"))
+
+
 def _start(token: ColumnElement[int], attempt: ColumnElement[int], trigger: ColumnElement[str]) -> ReturningInsert[Any]:
-    """The execution's row of a claim that was won."""
+    """Insert the execution's row of a claim that was won. Returns the columns of `Started`."""
     row: dict[str, ColumnElement[Any]] = {
         "worker": bindparam("of", type_=String()),
         "tick": _tick,
@@ -156,16 +181,10 @@ def _start(token: ColumnElement[int], attempt: ColumnElement[int], trigger: Colu
     return new.returning(*(executions.c[name] for name in ("attempt", "token", "trigger", "id", "started_at")))
 
 
-def _claim_pending_and_start() -> Select[Any]:
-    won = CLAIM_PENDING.cte("claimed")
-    return select(_start(won.c.token, won.c.pending_attempt, won.c.pending_trigger).cte("started"))
-
-
 LOOK_AND_CLAIM, CLAIM_PENDING_AND_START = _look_and_claim(), _claim_pending_and_start()
 START = _start(
     bindparam("token", type_=Integer()), bindparam("attempt", type_=Integer()), bindparam("trigger", type_=String())
 )
-
 
 # If this process woke up to 100 ms early, it sleeps inside the database: cheaper than a second round trip.
 _left = elapsed(now(), _tick)
@@ -179,4 +198,5 @@ def start(connection: Connection, values: Values, token: int, attempt: int, trig
 
 
 def why_not(seen: Sequence[Any] | None) -> NotClaimed:
-    return HINDERED if seen is None or seen[0] else DECIDED  # None: no instance has registered the worker yet
+    """Return why a claim was refused, by the row that the look found. None if no instance has registered the worker."""
+    return BLOCKED if seen is None or seen[0] else DECIDED

@@ -237,7 +237,7 @@ def test_a_frozen_process_cannot_claim_the_old_tick_in_its_hand_though_the_histo
     with engine.begin() as connection:
         connection.execute(delete(tables.executions))
     zombie.thaw()
-    zombie.wait_for("not running the tick .* somebody was here before")
+    zombie.wait_for("not running the tick .* already decided")
     (effect,) = effects.check_once()
     assert effect.pid != zombie.pid
     assert effects.states("ticker") == []

@@ -31,7 +31,7 @@ from support.processes import environment
 
 from background import BackgroundWorkerManager, WorkerContext
 from background.database import tables
-from background.ledger.claim import DECIDED, HINDERED
+from background.ledger.claim import BLOCKED, DECIDED
 from background.registry import declared_schedule
 
 MINUTE = timedelta(minutes=1)
@@ -68,7 +68,7 @@ def test_a_claim_that_comes_after_the_tick_ran_is_refused_though_it_looked_befor
 def test_a_future_tick_is_not_run_early(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
     assert manager.tick("hourly", datetime.now(UTC) + 2 * HOUR) is None
-    assert manager.stores.ledger.claim("hourly", last_hour() + HOUR, "every 3600s", ("id", "name")) is HINDERED
+    assert manager.stores.ledger.claim("hourly", last_hour() + HOUR, "every 3600s", ("id", "name")) is BLOCKED
     assert fleet.row("hourly").mark is None
     assert fleet.executions() == []
 
@@ -294,7 +294,7 @@ def test_a_claim_is_refused_where_something_changed_since_it_looked(
     schedule = manager.recovery.look(Hourly).schedule_text
     assert change(manager)
     before = fleet.row("hourly")
-    assert manager.stores.ledger.claim("hourly", last_hour(), schedule, ("late", "elsewhere:1")) is HINDERED
+    assert manager.stores.ledger.claim("hourly", last_hour(), schedule, ("late", "elsewhere:1")) is BLOCKED
     assert fleet.row("hourly") == before
 
 
@@ -322,7 +322,7 @@ def test_no_newer_tick_is_claimed_while_an_older_one_waits_for_its_next_attempt(
     schedule, ghost = manager.recovery.look(Hourly).schedule_text, ("ghost", "elsewhere:1")
     claim = manager.stores.ledger.claim("hourly", last_hour() - HOUR, schedule, ghost)
     assert manager.stores.ledger.end(claim, "lost", next_attempt=2)
-    assert manager.stores.ledger.claim("hourly", last_hour(), schedule, ghost) is HINDERED
+    assert manager.stores.ledger.claim("hourly", last_hour(), schedule, ghost) is BLOCKED
     assert manager.stores.ledger.claim_manual("hourly", last_hour(), ghost) is None
     assert manager.tick("hourly", last_hour()).state == "succeeded"
     ran = [(execution.state, execution.tick) for execution in fleet.executions()[1:]]

@@ -406,7 +406,7 @@ def test_a_database_that_is_broken_is_an_error_and_not_a_lock_that_is_held(
     else:
         url = url.set(query={"host": "/nowhere"})
     broken: BackgroundWorkerManager = make_app(text(url)).extensions["background_workers"]
-    with pytest.raises(LockNotAcquired, match=r"'invoice-42' could not be found out: .* Expected") as error:
+    with pytest.raises(LockNotAcquired, match=r"'invoice-42' could not be checked: .* Expected") as error:
         broken.lock(NAME, timeout=PATIENCE).__enter__()
     assert error.value.__cause__
 

@@ -384,7 +384,7 @@ def test_a_worker_all_of_whose_rows_are_deleted_begins_with_its_next_tick_and_a_
     wait_until(lambda: fleet.states() == ["succeeded"], "the first tick")
     wait_until(lambda: fleet.row("hourly").running is None, "its end")
     execute(fleet, delete(tables.workers), delete(tables.executions))
-    wait_until(lambda: "no history of it is left" in caplog.text, "the healing")
+    wait_until(lambda: "it has no history" in caplog.text, "the healing")
     assert fleet.row("hourly").mark == last_hour()
     assert "overdue" not in manager.why("hourly").sentence
     assert fleet.effects() == [""]
