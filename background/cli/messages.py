@@ -1,4 +1,4 @@
-"""`flask messages ...`: what waits, what went wrong, and what is to become of it."""
+"""Commands of `flask messages`: list, show, stats, retry, discard."""
 
 from collections.abc import Callable
 from dataclasses import asdict
@@ -14,13 +14,13 @@ from .shared import WorkersGroup, WrongUsage, as_json_option, checked_manager, o
 
 messages_cli = WorkersGroup(
     "messages",
-    help="""See and steer the messages. Times are ISO 8601, in UTC.
+    help="""See and control the messages. Times are ISO 8601, in UTC.
 
     \b
     Exit codes:
-      0  fine
+      0  success
       1  the answer is no: a message that is in another state, a database that is not ready
-      2  wrong usage, an id that no message has, or a topic that nobody knows
+      2  wrong usage, an id that no message has, or an unknown topic
     """,
 )
 
@@ -29,9 +29,9 @@ messages_cli = WorkersGroup(
 
 
 @messages_cli.command("list")
-@click.option("--topic", help="Only those of this topic.")
-@click.option("--state", help=f"Only those which are: {', '.join(STATES)}.")
-@click.option("--limit", default="20", show_default=True, help="How many at most.")
+@click.option("--topic", help="Show only messages of this topic.")
+@click.option("--state", help=f"Show only messages in this state: {', '.join(STATES)}.")
+@click.option("--limit", default="20", show_default=True, help="Show at most this many.")
 @as_json_option
 def list_messages(topic: str | None, state: str | None, limit: str, as_json: bool) -> None:
     """Show the messages, newest first.
@@ -108,10 +108,10 @@ def _failure(failure: Failure) -> str:
 @messages_cli.command()
 @as_json_option
 def stats(as_json: bool) -> None:
-    """Show how much of every topic waits, and for how long.
+    """Count the messages of every topic, and show their waiting times.
 
-    WAITING counts those that are DUE LATER, too. OLDEST is how long ago the first of them was due. ON AVERAGE and AT
-    MOST is how long it took within the last hour, from when a message was due until it was done.
+    WAITING includes the messages that are DUE LATER. OLDEST is the time since the oldest waiting message was due. ON
+    AVERAGE and AT MOST are the times from due to done, within the last hour.
     """
     topics = checked_manager().messages.stats()
     if as_json:
@@ -135,48 +135,48 @@ def _seconds(seconds: float | None) -> str:
     return "-" if seconds is None else span(timedelta(seconds=seconds))
 
 
-# -- steering ------------------------------------------------------------------------------------
+# -- controlling ---------------------------------------------------------------------------------
 
 
 def _ids_or_all(command: Callable[..., None]) -> Callable[..., None]:
-    """What `retry` and `discard` are told: ids, or --all."""
-    command = click.option("--topic", help="With --all: only those of this topic.")(command)
-    command = click.option("--all", "every", is_flag=True, help="All dead ones.")(command)
+    """Give `retry` and `discard` their parameters: ids, or --all with an optional --topic."""
+    command = click.option("--topic", help="With --all: only messages of this topic.")(command)
+    command = click.option("--all", "every", is_flag=True, help="All dead messages.")(command)
     return click.argument("ids", nargs=-1, metavar="[ID]...")(command)
 
 
 @messages_cli.command()
 @_ids_or_all
 def retry(ids: tuple[str, ...], every: bool, topic: str | None) -> None:
-    """Have dead or discarded messages handled again.
+    """Make dead or discarded messages wait again.
 
-    Waiting ones are handled at once. They begin with their first attempt, and their errors are kept. --all means the
-    dead ones. Of several IDs all are retried, or none.
+    A message that is due later becomes due now. Attempts are counted from one again, and errors are kept. --all means
+    all dead messages. If one of several IDs cannot be retried, no message is changed.
     """
     numbers = _numbers(ids, every, topic)
-    click.echo(_told(checked_manager().messages.retry(numbers, topic), numbers, "waits again", "wait again"))
+    click.echo(_outcome(checked_manager().messages.retry(numbers, topic), numbers, "waits again", "wait again"))
 
 
 @messages_cli.command()
 @_ids_or_all
 def discard(ids: tuple[str, ...], every: bool, topic: str | None) -> None:
-    """Have dead messages, or waiting ones, never be handled.
+    """Discard dead or waiting messages, so that they are never handled.
 
-    They are kept as long as those that are done, and their keys refuse others as long. --all means the dead ones. Of
-    several IDs all are discarded, or none.
+    They and their keys are kept as long as done messages. Until then no new message takes such a key. --all means all
+    dead messages. If one of several IDs cannot be discarded, no message is changed.
     """
     numbers = _numbers(ids, every, topic)
-    click.echo(_told(checked_manager().messages.discard(numbers, topic), numbers, "is discarded", "are discarded"))
+    click.echo(_outcome(checked_manager().messages.discard(numbers, topic), numbers, "is discarded", "are discarded"))
 
 
-def _told(count: int, ids: list[int] | None, one: str, many: str) -> str:
+def _outcome(count: int, ids: list[int] | None, one: str, many: str) -> str:
     if ids is not None and count == 1:
         return f"Message {ids[0]} {one}."
     return decided(count, one, many)
 
 
 def _numbers(ids: tuple[str, ...], every: bool, topic: str | None) -> list[int] | None:
-    """The ids; None for all of them."""
+    """Return the ids. None means all dead messages. Raises WrongUsage."""
     if bool(ids) == every:
         raise WrongUsage("Expected the IDs of messages, or --all for all dead ones: `flask messages list` shows them.")
     if topic is not None and not every:

@@ -1,4 +1,4 @@
-"""Shared parts of the command groups: their errors, the manager they ask, their options and their JSON."""
+"""Parts that the command groups share: errors, the checked manager, options and JSON."""
 
 import sys
 from collections.abc import Collection
@@ -19,13 +19,13 @@ MOST_ROWS = 10_000
 
 
 class WorkersGroup(AppGroup):
-    """Prints one sentence for an error of the database, and leaves no connection of the engine's open.
+    """Prints one sentence for a database error, and closes the engine's connections after the command.
 
-    Unlike Click's, its errors do not repeat what would steer a terminal.
+    Click repeats arguments in its usage errors. This group escapes their control characters.
     """
 
     def invoke(self, context: click.Context) -> Any:
-        write_anything()
+        escape_unencodable()
         manager = context.ensure_object(ScriptInfo).load_app().extensions["background_workers"]
         try:
             return super().invoke(context)
@@ -38,7 +38,7 @@ class WorkersGroup(AppGroup):
                 manager.stop()
 
 
-def write_anything() -> None:
+def escape_unencodable() -> None:
     """Escape the characters that the terminal's encoding lacks, instead of failing on them."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper) and stream.errors == "strict":
@@ -53,7 +53,7 @@ as_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSO
 
 
 def checked_manager() -> BackgroundWorkerManager:
-    """The manager, if its database is ready; nothing is changed to make it so."""
+    """Return the manager if its database is ready. Change nothing to make it ready. Raises DatabaseNotReady."""
     manager = the_manager()
     try:
         manager.check()
@@ -68,14 +68,14 @@ def not_ready(error: Exception) -> DatabaseNotReady:
 
 
 def row_limit(text: str) -> int:
-    """The number given to --limit. Raises WrongUsage."""
+    """Convert the value of --limit to a number. Raises WrongUsage."""
     if not (text.isascii() and text.isdigit() and len(text) < 1_000 and 1 <= int(text) <= MOST_ROWS):
         raise WrongUsage(f"--limit is {text!r}; expected a whole number from 1 to {MOST_ROWS}.")
     return int(text)
 
 
 def one_state(text: str | None, states: Collection[str]) -> str | None:
-    """The one of `states` that --state names ("handed-back" will do); None without it. Raises WrongUsage."""
+    """Return the state that --state names, also written as "handed-back". None without it. Raises WrongUsage."""
     state = text and text.strip().lower().replace("-", " ").replace("_", " ")
     if state is not None and state not in states:
         raise WrongUsage(f"--state is {text!r}; expected one of: {', '.join(states)}.")
@@ -83,7 +83,7 @@ def one_state(text: str | None, states: Collection[str]) -> str | None:
 
 
 def print_json(value: Any) -> None:
-    """With moments in ISO 8601."""
+    """Print `value` as JSON, with moments in ISO 8601."""
     click.echo(strict_json.dumps(value, indent=2, default=_as_text))
 
 

@@ -31,11 +31,11 @@ def unmigrated(app: Flask, db: SQLAlchemy) -> list[str] | None:
     with app.app_context():
         if any("schema_translate_map" in engine.get_execution_options() for engine in db.engines.values()):
             return None
-        found = [what for key, engine in db.engines.items() for what in _lacking(engine, db.metadatas.get(key))]
-    said = [f"The models have {what}, which the database lacks: {remedy}." for what in found[:_MOST]]
-    return said + (
-        [f"The models have {len(found) - _MOST} more that the database lacks."] if len(found) > _MOST else []
-    )
+        found = [thing for key, engine in db.engines.items() for thing in _lacking(engine, db.metadatas.get(key))]
+    sentences = [f"The models have {thing}, which the database lacks: {remedy}." for thing in found[:_MOST]]
+    if len(found) > _MOST:
+        sentences.append(f"The models have {len(found) - _MOST} more that the database lacks.")
+    return sentences
 
 
 def _lacking(engine: Engine, models: MetaData | None) -> Iterator[str]:
@@ -46,40 +46,40 @@ def _lacking(engine: Engine, models: MetaData | None) -> Iterator[str]:
     if models is None:
         return
     with engine.connect() as connection, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*expression-based index")  # such an index of SQLite cannot be compared
+        warnings.filterwarnings("ignore", ".*expression-based index")  # Alembic cannot compare such an index on SQLite
         schemas = any(table.schema for table in models.tables.values())
         options = {"include_object": _is_ours, "include_schemas": schemas}
         context = MigrationContext.configure(connection, opts=options)
         found = compare_metadata(context, models)
         differences = chain.from_iterable(each if isinstance(each, list) else [each] for each in found)
-        yield from (_said(each) for each in differences if not (schemas and _is_there(connection, each)))
+        yield from (_described(each) for each in differences if not (schemas and _exists(connection, each)))
 
 
 def _is_ours(_thing: Any, _name: str | None, _kind: str, is_reflected: bool, model: Any) -> bool:
     return not (is_reflected and model is None)
 
 
-def _is_there(connection: Connection, difference: Any) -> bool:
-    """Return whether an added table exists: Alembic misses one whose model names the default schema."""
+def _exists(connection: Connection, difference: Any) -> bool:
+    """Return whether an added table exists. Alembic misses a table whose model names the default schema."""
     kind, thing = difference[:2]
     return kind == "add_table" and inspect(connection).has_table(thing.name, schema=thing.schema)
 
 
-def _said(difference: Any) -> str:
+def _described(difference: Any) -> str:
     """Describe one difference of Alembic's, such as ("add_column", schema, table, column)."""
-    kind, *what = difference
+    kind, *parts = difference
     match kind:
         case "add_table":
-            return f"the table {what[0].name}"
+            return f"the table {parts[0].name}"
         case "add_column":
-            return f"the column {what[1]}.{what[2].name}"
+            return f"the column {parts[1]}.{parts[2].name}"
         case "add_index":
-            return f"the index {what[0].name} of {what[0].table.name}"
+            return f"the index {parts[0].name} of {parts[0].table.name}"
         case "add_constraint" | "add_fk":
-            return f"a constraint of {what[0].table.name} ({what[0].name or 'without a name'})"
+            return f"a constraint of {parts[0].table.name} ({parts[0].name or 'without a name'})"
         case "modify_type":
-            return f"the column {what[1]}.{what[2]} as {what[5]}"
+            return f"the column {parts[1]}.{parts[2]} as {parts[5]}"
         case "modify_nullable":
-            return f"the column {what[1]}.{what[2]} as {'NULL' if what[5] else 'NOT NULL'}"
+            return f"the column {parts[1]}.{parts[2]} as {'NULL' if parts[5] else 'NOT NULL'}"
         case _:
             return f"a difference that Alembic calls {kind}"

@@ -1,4 +1,4 @@
-"""`flask workers ...`: the commands read, ask or steer the manager, and print."""
+"""Commands of `flask workers` that only read: list, instances, check, history, why."""
 
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
@@ -29,25 +29,22 @@ from .unmigrated import unmigrated
 
 workers_cli = WorkersGroup(
     "workers",
-    help="""See and steer the background workers. Times are ISO 8601, in UTC.
+    help="""See and control the background workers. Times are ISO 8601, in UTC.
 
     \b
     Exit codes:
-      0  fine
-      1  the answer is no, or it failed: a run that did not succeed, a tick that did not
+      0  success
+      1  failure, or the answer is no: a run that did not succeed, a tick that did not
          run, a problem that was found, a database that is not ready
       2  wrong usage, or a name that no worker has
     """,
 )
 
 
-# -- looking -------------------------------------------------------------------------------------
-
-
 @workers_cli.command("list")
 @as_json_option
 def list_workers(as_json: bool) -> None:
-    """Show every worker, its next tick and its last one.
+    """Show every worker, its next tick and its last tick.
 
     If no instance is alive, the first line says so.
     """
@@ -65,9 +62,9 @@ def list_workers(as_json: bool) -> None:
 def _cells(row: dict[str, Any]) -> list[str]:
     last, running = row["last"], row["running"]
     tick = moment(last["through"] or last["tick"]) if last else "-"
-    became = last["state"] if last else "-"
+    outcome = last["state"] if last else "-"
     if last and last["seconds"] is not None:
-        became += f" in {span(timedelta(seconds=last['seconds']))}"
+        outcome += f" in {span(timedelta(seconds=last['seconds']))}"
     on = running["instance"] + (", which is gone" if running["is_gone"] else "") if running else "-"
     notes = [
         "" if row["in_this_release"] else "not in this release",
@@ -79,23 +76,23 @@ def _cells(row: dict[str, Any]) -> list[str]:
         f"declared: {row['declared']}" if row["declared"] not in (None, row["schedule"]) else "",
     ]
     schedule = row["schedule"] or "not one that this release can read"
-    return [row["name"], schedule, moment(row["next_tick"]), tick, became, on, "; ".join(filter(None, notes))]
+    return [row["name"], schedule, moment(row["next_tick"]), tick, outcome, on, "; ".join(filter(None, notes))]
 
 
 def _print_workers(headers: tuple[str, ...], rows: list[list[str]]) -> None:
-    """The periodic ones in a table, and the others in a line."""
+    """Print the periodic workers as a table, and the message workers in one line."""
     parts = [table(headers, rows)] if rows else []
-    if others := ", ".join(f"{topic} ({worker.name})" for topic, worker in the_manager().topics.items()):
-        parts.append(f"Messages: {others}; see `flask messages stats`.")
+    if topics := ", ".join(f"{topic} ({worker.name})" for topic, worker in the_manager().topics.items()):
+        parts.append(f"Messages: {topics}; see `flask messages stats`.")
     click.echo("\n".join(parts) or "There is no worker; write workers.add(MyWorker) in create_app.")
 
 
 @workers_cli.command()
 @as_json_option
 def instances(as_json: bool) -> None:
-    """Show who is alive, and who left within a day.
+    """Show the instances that are alive, or left within a day.
 
-    Also what they hold, and how far their clocks are off.
+    Also their runs, and how far their clocks are off.
     """
     manager = checked_manager()
     states, seen = manager.stores.ledger.states().values(), manager.roster.seen()
@@ -127,7 +124,7 @@ def check(as_json: bool) -> None:
     """Validate settings, workers, database and fleet.
 
     Changes nothing. Exits with 1 if there is a problem: no instance is alive, a worker is overdue or stuck, threads are
-    used up, or a model has no migration. The settings and the workers were validated when the application was made.
+    used up, or a model has no migration. The application validates settings and workers when it starts.
     """
     manager = the_manager()
     states: dict[str, WorkerState] = {}
@@ -196,8 +193,8 @@ def _checked_cells(row: dict[str, Any]) -> list[str]:
 
 @workers_cli.command()
 @click.argument("name")
-@click.option("--limit", default="20", show_default=True, help="How many at most.")
-@click.option("--state", help=f"Only those which are: {', '.join(STATES)}.")
+@click.option("--limit", default="20", show_default=True, help="Show at most this many.")
+@click.option("--state", help=f"Show only executions in this state: {', '.join(STATES)}.")
 @as_json_option
 def history(name: str, limit: str, state: str | None, as_json: bool) -> None:
     """Show the executions of NAME, newest first.
@@ -233,12 +230,13 @@ def _history_cells(record: Record) -> list[str]:
 
 @workers_cli.command()
 @click.argument("name")
-@click.option("--at", "text", metavar="T", help="A moment in ISO 8601, in UTC where it names no zone; default: now.")
+@click.option("--at", "text", metavar="T", help="A moment in ISO 8601, in UTC unless it names a zone. Default: now.")
 @as_json_option
 def why(name: str, text: str | None, as_json: bool) -> None:
-    """Say what became of a tick of NAME, and why.
+    """Explain why a tick of NAME ran, or did not run.
 
-    It is the latest tick at or before T. Exits with 0 if it succeeded, is running, or is not due yet; else with 1.
+    It is the latest tick at or before T. Exits with 0 if it succeeded, is running, or is not due yet. Else exits with
+    1.
     """
     at = _moment(text) if text is not None else None
     manager = checked_manager()
@@ -254,8 +252,8 @@ def why(name: str, text: str | None, as_json: bool) -> None:
 
 
 def _stored(manager: BackgroundWorkerManager, name: str) -> None:
-    """Raise UnknownWorker for a name that neither this release nor the database has."""
-    is_text = name.isascii() or name.isprintable()  # what a terminal sent in another encoding is no text
+    """Raise UnknownWorker if neither this release nor the database has this name."""
+    is_text = name.isascii() or name.isprintable()  # false for bytes of a terminal in another encoding
     if name not in manager.workers and not (is_text and manager.stores.ledger.look(name)):
         known = manager.names | manager.stores.ledger.states().keys()
         raise UnknownWorker(name, known, manager.topic_of(name))
@@ -266,8 +264,8 @@ def _moment(text: str) -> datetime:
         at = moment_in(text)
     except ValueError:
         raise WrongUsage(
-            f"--at is {text!r}; expected a moment from {EARLIEST.year} to {LATEST.year - 1} in ISO 8601: "
-            f"write 2026-11-20T12:00Z, say."
+            f"--at is {text!r}; expected a moment from {EARLIEST.year} to {LATEST.year - 1} in ISO 8601, "
+            f"such as 2026-11-20T12:00Z."
         ) from None
     if datetime.fromisoformat(text.strip()).tzinfo is None:
         click.echo(f"{text} names no time zone, so it is taken as UTC.", err=True)

@@ -1,4 +1,4 @@
-"""Commands of `flask workers` that run a worker, or steer it: run, trigger, pause, resume, repair."""
+"""Commands of `flask workers` that run or control a worker: run, trigger, pause, resume, repair."""
 
 import gc
 import signal
@@ -22,37 +22,37 @@ from .workers import workers_cli
 
 @workers_cli.command()
 @click.argument("names", nargs=-1, metavar="[NAME]...")
-@click.option("--once", is_flag=True, help="Run the latest due tick of NAME here, if nobody has, and end.")
+@click.option("--once", is_flag=True, help="Run the latest due tick of NAME here, if no instance has, and end.")
 def run(names: tuple[str, ...], once: bool) -> None:
-    """Run the workers, or only those named, in this process.
+    """Run all workers, or only the named ones, in this process.
 
-    It serves nothing else, and ends on SIGINT or SIGTERM. The web can run with WORKERS_ENABLED=false beside it; here
-    that setting is ignored. A stop waits at most WORKERS_SHUTDOWN_SECONDS for what runs, and hands the rest back;
-    a second signal ends the wait.
+    The process serves nothing else, and ends on SIGINT or SIGTERM. The web processes can run with
+    WORKERS_ENABLED=false beside it. This command ignores that setting. A stop waits at most WORKERS_SHUTDOWN_SECONDS
+    for the runs, and hands the rest back. A second signal ends the wait.
 
-    With --once, made for cron: exits with 1 if the run failed, with 0 if it succeeded or was not this call's to run.
+    --once is made for cron. It exits with 1 if the run failed, and with 0 if the run succeeded or was not needed.
     """
     manager = the_manager()
     if unknown := set(names) - manager.names:
         raise UnknownWorker(min(unknown), manager.names)
     if not once:
-        _run_until_told(manager, names)
+        _run_until_signal(manager, names)
     elif len(names) == 1:
         _run_once(_manager_of(names[0]), names[0])
     else:
         raise WrongUsage("--once expects the name of one worker: write `flask workers run NAME --once`.")
 
 
-def _run_until_told(manager: BackgroundWorkerManager, names: tuple[str, ...]) -> None:
+def _run_until_signal(manager: BackgroundWorkerManager, names: tuple[str, ...]) -> None:
     _prepare(manager)
     manager.start(names)
-    gc.freeze()  # else a full collection looks through all imports: 0.1 s in which no other thread runs
-    told, tell = socket.socketpair()
-    tell.setblocking(False)
-    signal.set_wakeup_fd(tell.fileno(), warn_on_full_buffer=False)
+    gc.freeze()  # else a full collection visits all imported objects, and stops every thread for 0.1 s
+    receiver, sender = socket.socketpair()
+    sender.setblocking(False)
+    signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
     with suppress(KeyboardInterrupt):
         while True:
-            told.recv(1)  # a signal wakes this thread, also if it arrives at another one
+            receiver.recv(1)  # a signal wakes this thread, even if another thread receives it
 
 
 def _run_once(manager: BackgroundWorkerManager, name: str) -> None:
@@ -72,9 +72,9 @@ def _run_once(manager: BackgroundWorkerManager, name: str) -> None:
 @workers_cli.command()
 @click.argument("name")
 def trigger(name: str) -> None:
-    """Run NAME now, here, whatever its schedule says.
+    """Run NAME now, in this process, outside its schedule.
 
-    Exits with 1 if it did not succeed. Ctrl-C hands the run back: another instance does it.
+    Exits with 1 if the run did not succeed. Ctrl-C hands the run back, and another instance runs it.
     """
     manager = _manager_of(name)
     _prepare(manager)
@@ -93,7 +93,7 @@ def _why_not_triggered(manager: BackgroundWorkerManager, name: str) -> str:
         return f"{name} is running already, the tick {tick} on {state.instance_name}; try again when it has ended."
     if state and state.pending_tick:
         held_up = "the worker is paused" if state.paused_at else "the database's clock was set back"
-        return f"the tick {moment(state.pending_tick)} of {name} is to be run first, and {held_up}."
+        return f"the tick {moment(state.pending_tick)} of {name} must run first, and {held_up}."
     return f"{name} was running at that moment; try again."
 
 
@@ -116,7 +116,7 @@ def _handed_back_on_signals(manager: BackgroundWorkerManager, name: str) -> Iter
 
 @contextmanager
 def _sigterm_as_sigint() -> Iterator[None]:
-    """Whoever sends SIGTERM means what Ctrl-C means: KeyboardInterrupt, in the main thread."""
+    """Treat SIGTERM like Ctrl-C: raise KeyboardInterrupt in the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -127,7 +127,7 @@ def _sigterm_as_sigint() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-# -- steering ------------------------------------------------------------------------------------
+# -- controlling ---------------------------------------------------------------------------------
 
 
 @workers_cli.command()
@@ -135,7 +135,7 @@ def _sigterm_as_sigint() -> Iterator[None]:
 def pause(name: str) -> None:
     """Run no more ticks of NAME until it is resumed.
 
-    That holds for every instance; what runs already goes on.
+    The pause holds for every instance. A run that has begun goes on.
     """
     manager = _manager_of(name)
     changed = checked_manager().pause(name)
@@ -147,7 +147,7 @@ def pause(name: str) -> None:
 @workers_cli.command()
 @click.argument("name")
 def resume(name: str) -> None:
-    """Run the ticks of NAME again, from the next one."""
+    """Run NAME again, from its next tick on."""
     manager = _manager_of(name)
     changed = checked_manager().resume(name)
     state = manager.stores.ledger.look(name)
@@ -157,10 +157,10 @@ def resume(name: str) -> None:
 
 @workers_cli.command()
 def repair() -> None:
-    """Resume what a wrong clock put off.
+    """Make ticks and messages due again after a wrong clock.
 
-    Use it when the database's clock was ahead and is right again. Ticks and messages that lie in its future are due
-    again. No tick that ran while the clock was ahead runs a second time.
+    Use it when the database's clock was ahead and is right again. Ticks and messages in its future become due. A tick
+    that ran while the clock was ahead does not run twice.
     """
     manager = checked_manager()
     healed, number = manager.repair()
@@ -171,7 +171,7 @@ def repair() -> None:
         click.echo(f"No worker and no message lies in the future of the database's clock, {clock}.")
 
 
-# -- both -----------------------------------------------------------------------------------------
+# -- shared --------------------------------------------------------------------------------------
 
 
 def _prepare(manager: BackgroundWorkerManager) -> None:
@@ -182,7 +182,7 @@ def _prepare(manager: BackgroundWorkerManager) -> None:
 
 
 def _manager_of(name: str) -> BackgroundWorkerManager:
-    """The manager, which has a periodic worker of that name. Raises UnknownWorker."""
+    """Return the manager if it has a periodic worker of that name. Raises UnknownWorker."""
     manager = the_manager()
     if name not in manager.workers:
         raise UnknownWorker(name, manager.names, manager.topic_of(name))

@@ -1,4 +1,4 @@
-"""The pages for people who operate a fleet."""
+"""Pages for people who operate a fleet."""
 
 from .blueprint import dashboard
 

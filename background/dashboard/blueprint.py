@@ -1,4 +1,4 @@
-"""The dashboard: one blueprint, made for an app that says who may see it."""
+"""Builds the dashboard's blueprint, for an application that decides who may see it."""
 
 from collections.abc import Callable
 
@@ -16,11 +16,11 @@ from .origin import refuse_foreign
 
 
 def dashboard(allow: Callable[[], ResponseReturnValue | None]) -> Blueprint:
-    """Return a blueprint at /workers. `allow` is asked before each request, and answers those that it refuses.
+    """Return a blueprint at /workers. `allow` runs before each request. It returns None, or the answer of a refusal.
 
-    The blueprint refuses requests of another site's pages that would change something, with or without Flask-WTF. It is
-    not shown in a frame of another site. Without a SECRET_KEY the pages and buttons work, and no message is shown. An
-    app that has a template `background/layout.html` shows the pages in its own look.
+    The blueprint refuses changes that another site's page requests, with or without Flask-WTF. Another site cannot
+    show it in a frame. Without a SECRET_KEY the pages and buttons work, but show no messages. An application's own
+    template `background/layout.html` gives the pages the application's look.
     """
     blueprint = Blueprint(
         "background", __name__, url_prefix="/workers", template_folder="templates", static_folder="static"
@@ -30,7 +30,7 @@ def dashboard(allow: Callable[[], ResponseReturnValue | None]) -> Blueprint:
     blueprint.after_request(refuse_frames)
     blueprint.register_error_handler(SQLAlchemyError, not_taken)
     blueprint.register_error_handler(CommitFirst, held_up)
-    # Only the dashboard's own pages call this function: the host's error page must not ask the database.
+    # A function, which only the dashboard's own pages call: the host's error page must not query the database.
     blueprint.context_processor(lambda: {"silence": lambda: the_manager().roster.silence()})
     add_filters(blueprint)
     for part in (worker_pages, worker_actions, fleet_pages, message_pages):
@@ -45,7 +45,7 @@ def refuse_frames(response: Response) -> Response:
 
 
 def not_taken(error: SQLAlchemyError) -> ResponseReturnValue:
-    """Answer for a database that is away, or that did not take a button's change.
+    """Answer a request whose database is away, or did not make a button's change.
 
     A run may hold the rows of the change for longer than a page waits.
     """

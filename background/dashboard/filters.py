@@ -1,4 +1,4 @@
-"""What the dashboard's pages share: the way back from a button, and how values are written."""
+"""Template filters of the dashboard, and the redirect and the message after a button."""
 
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -20,12 +20,12 @@ def back(otherwise: str = "background.overview") -> Response:
 
 
 def say(text: str, category: str) -> None:
-    """Show `text` on the next page. An app without a SECRET_KEY keeps no message: its page shows the change."""
+    """Show `text` on the next page. Without a SECRET_KEY no message is kept, and only the page shows the change."""
     if not isinstance(session, NullSession):
         flash(text, category)
 
 
-# -- how values are written ----------------------------------------------------------------------
+# -- filters -------------------------------------------------------------------------------------
 
 
 def add_filters(blueprint: Blueprint) -> None:
@@ -34,7 +34,7 @@ def add_filters(blueprint: Blueprint) -> None:
 
 
 def time_tag(at: datetime | None) -> str:
-    """A moment, to the second; the script shows it in the viewer's zone."""
+    """Write a moment, to the second. The script converts it to the viewer's zone."""
     if at is None:
         return "–"
     at = at.astimezone(UTC)
@@ -55,14 +55,14 @@ def state_class(state: str) -> str:
 
 
 def span_text(length: timedelta | float | None) -> str:
-    """A length of time (a number: of seconds) in words."""
+    """Write a length of time. A number means seconds."""
     if length is None:
         return "–"
     return span(length if isinstance(length, timedelta) else timedelta(seconds=length))
 
 
 def countdown_tag(at: datetime, clock: datetime) -> str:
-    """How long it is until then; the script counts down."""
+    """Write the time from `clock` to `at`. The script counts down."""
     seconds = int((at - clock).total_seconds())
     left = "now" if seconds < 1 else f"in {span(timedelta(seconds=seconds)) if seconds >= 60 else f'{seconds} s'}"
     return Markup(f'<time datetime="{at.isoformat()}" title="{utc_text(at)}" data-countdown>{left}</time>')  # noqa: S704

@@ -1,4 +1,4 @@
-"""The dashboard's pages of the fleet: who ran what when, and the instances."""
+"""Pages of the fleet: the timeline and the instances."""
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable
@@ -68,20 +68,20 @@ def timeline_page() -> ResponseReturnValue:
 
 
 def _addresses(names: Collection[str]) -> dict[str, str]:
-    """The workers' pages; each address made by itself would take longer than all the rest."""
+    """Return the address of each worker's page. One call of `url_for` per name would take most of the page's time."""
     start, end = url_for("background.worker", name="~").split("~")
     return {name: f"{start}{quote(name, safe='')}{end}" for name in names}
 
 
 def _until() -> datetime | None:
-    """The end that the address asks for; None, which is now, where it asks for none or for nonsense."""
+    """Return the end that the address asks for. None means now, also for an address that cannot be read."""
     with suppress(ValueError):
         return moment_in(request.args.get("until", ""))
     return None
 
 
 def _later(window: Window) -> str | None:
-    """The end of the next picture; None where that is now."""
+    """Return the end of the next picture. None if that is now."""
     until = window.until + (window.until - window.since)
     return moment(until) if until < window.clock else None
 
@@ -91,11 +91,11 @@ def _later(window: Window) -> str | None:
 
 @dataclass(frozen=True)
 class Holder:
-    """An instance, and what it holds."""
+    """An instance, with its runs, locks and messages."""
 
     seen: InstanceRecord
     age: timedelta
-    """Of its last heartbeat."""
+    """The time since its last heartbeat."""
     runs: list[Record]
     locks: list[Holding]
     messages: int
@@ -109,12 +109,13 @@ def instances_page() -> ResponseReturnValue:
     clock = the_manager().history.clock()
     holders = _holders(the_manager(), clock)
     alive = sum(each.seen.is_alive for each in holders)
-    known = {"silence": lambda: None} if alive else {}  # else the page asks when the last instance left
+    # If an instance is alive, the page needs no query for the alarm.
+    known = {"silence": lambda: None} if alive else {}
     return render_template("background/instances.html", holders=holders, alive=alive, clock=clock, **known)
 
 
 def _holders(manager: BackgroundWorkerManager, clock: datetime) -> list[Holder]:
-    """Those who are alive first."""
+    """Return all known instances, those that are alive first."""
     messages = manager.messages.held()
     runs, locks = _by_instance(manager.history.running()), _by_instance(manager.locks.held())
     return [
@@ -123,8 +124,8 @@ def _holders(manager: BackgroundWorkerManager, clock: datetime) -> list[Holder]:
     ]
 
 
-def _by_instance(each: Iterable[Held]) -> dict[str | None, list[Held]]:
+def _by_instance(held: Iterable[Held]) -> dict[str | None, list[Held]]:
     found: dict[str | None, list[Held]] = defaultdict(list)
-    for one in each:
-        found[one.instance].append(one)
+    for each in held:
+        found[each.instance].append(each)
     return found

@@ -1,4 +1,4 @@
-"""The dashboard's pages of the messages: how they flow, the dead letters, and one message with its errors."""
+"""Pages of the messages: the topics, the dead letters, and one message with its errors."""
 
 from collections.abc import Callable
 
@@ -25,7 +25,7 @@ def add_to(blueprint: Blueprint) -> None:
     blueprint.add_url_rule("/messages/discard", "discard_messages", discard_all, methods=["POST"])
 
 
-# -- looking -------------------------------------------------------------------------------------
+# -- pages ---------------------------------------------------------------------------------------
 
 
 def messages_page() -> ResponseReturnValue:
@@ -48,7 +48,7 @@ def messages_page() -> ResponseReturnValue:
 
 
 def _before() -> int | None:
-    """The place in the list that the address asks for; nonsense is its beginning."""
+    """Return the place in the list that the address asks for. None means its beginning."""
     text = request.args.get("before", "")
     return int(text) if text.isascii() and text.isdigit() and len(text) < 20 and int(text) <= LARGEST_ID else None
 
@@ -69,7 +69,7 @@ def message_page(id: int) -> ResponseReturnValue:
     )
 
 
-# -- steering ------------------------------------------------------------------------------------
+# -- buttons -------------------------------------------------------------------------------------
 
 
 def retry_one(id: int) -> ResponseReturnValue:
@@ -80,7 +80,7 @@ def discard_one(id: int) -> ResponseReturnValue:
     return _decide_one(the_manager().messages.discard, id, "is discarded")
 
 
-def _decide_one(decide: Callable[..., int], id: int, became: str) -> ResponseReturnValue:
+def _decide_one(decide: Callable[..., int], id: int, outcome: str) -> ResponseReturnValue:
     try:
         decide([id])
     except UnknownMessage as error:
@@ -88,7 +88,7 @@ def _decide_one(decide: Callable[..., int], id: int, became: str) -> ResponseRet
     except WrongState as error:
         say(str(error), "error")
     else:
-        say(f"Message {id} {became}.", "success")
+        say(f"Message {id} {outcome}.", "success")
     return back("background.messages")
 
 
@@ -101,10 +101,10 @@ def discard_all() -> ResponseReturnValue:
 
 
 def _decide_all(decide: Callable[..., int], one: str, many: str) -> ResponseReturnValue:
-    """All dead ones of the topic, including those that died since the page was drawn."""
+    """Change all dead messages of the topic, including messages that died after the page was drawn."""
     topic = request.form.get("topic") or abort(400, "The form names no topic.")
     if not request.form.get("confirmed"):
-        say("Nothing was changed. Tick the box first, to confirm all of them.", "error")
+        say("Nothing was changed. Tick the box first to confirm the change of all messages.", "error")
         return back("background.messages")
     try:
         count = decide(None, topic)

@@ -10,7 +10,7 @@ from ..host.logs import logger_of
 log = logger_of(__name__)
 
 _HARMLESS = ("GET", "HEAD", "OPTIONS")
-_OWN = ("same-origin", "none")  # "none": the user's own action, without a page
+_OWN = ("same-origin", "none")  # "none": the user typed the address, or opened a bookmark
 _PORTS = {"http": 80, "https": 443}
 _LONGEST = 200
 
@@ -18,8 +18,8 @@ _LONGEST = 200
 def refuse_foreign() -> None:
     """Answer 403 if a page of another site (another scheme, host or port) sent a request to change something.
 
-    A browser names the sender: by Sec-Fetch-Site, else by Origin, else by Referer. No page can forge these. A client
-    that sends none of them is not a modern browser, and no page can press its buttons.
+    A browser names the sender in Sec-Fetch-Site, else in Origin, else in Referer. No page can forge these headers. A
+    client that sends none of these headers is not a modern browser, and no page can press its buttons.
     """
     if request.method in _HARMLESS:
         return
@@ -27,14 +27,14 @@ def refuse_foreign() -> None:
         log.warning("Refused %s %s: sent with %s", request.method, spelled_out(request.path[:_LONGEST]), sender)
         abort(
             403,
-            f"This request came with {sender}; expected one of a page at {request.host_url}. "
+            f"This request came with {sender}; expected a request of a page at {request.host_url}. "
             "Press the button on the dashboard itself. A proxy in front must pass the Host header on.",
         )
 
 
 def _foreign_sender() -> str | None:
     """Return the header that shows a foreign page. None if no header does."""
-    if site := request.headers.get("Sec-Fetch-Site"):  # the browser knew the Host, which a proxy may have changed
+    if site := request.headers.get("Sec-Fetch-Site"):  # right even if a proxy changed the Host header
         return None if site in _OWN else _shown("Sec-Fetch-Site", site)
     for header in ("Origin", "Referer"):
         if (sent := request.headers.get(header)) is not None:
@@ -47,9 +47,9 @@ def _shown(header: str, value: str) -> str:
 
 
 def _is_own(sender: str) -> bool:
-    """Return whether that address has this request's host and port. "null", as of a sandbox, has none.
+    """Return whether the address `sender` has this request's host and port. False for "null", which a sandbox sends.
 
-    A proxy may have removed the encryption. So only a scheme that is less secure than this request's is foreign.
+    A proxy may have removed the encryption. So the scheme is foreign only if it is less secure than this request's.
     """
     try:
         theirs, ours = urlsplit(sender), urlsplit(f"//{request.host}")

@@ -1,4 +1,4 @@
-"""The newest executions of a worker as a small picture: a bar each, as high as it took long, coloured by outcome."""
+"""Draws the newest executions of a worker as small bars. Height shows the duration, colour the outcome."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -16,9 +16,9 @@ COUNT = 50
 _BAR, _STEP, _HIGHEST, _LOWEST, _MARK = 2, 3, 28, 3, 3
 
 
-@lru_cache(maxsize=200)  # a page that refreshes itself asks for the same ones every two seconds
+@lru_cache(maxsize=200)  # a page that refreshes itself needs the same pictures every two seconds
 def picture(glances: tuple[Glance, ...]) -> Markup:
-    """An SVG of at most COUNT executions, oldest first. Whatever did not succeed also has a mark below its bar."""
+    """Draw at most COUNT executions as SVG, oldest first. A mark below a bar says that it did not succeed."""
     took = [_took(each) for each in glances]
     longest = max((length.total_seconds() for length in took if length is not None), default=0.0)
     bars = [
@@ -34,7 +34,7 @@ def picture(glances: tuple[Glance, ...]) -> Markup:
 
 
 def _bar(x: int, glance: Glance, length: timedelta | None, longest: float) -> str:
-    # By the square root a run of a hundredth of the longest is still seen, and which of two took longer.
+    # The square root keeps a run visible that took a hundredth of the longest run's time.
     share = sqrt(length.total_seconds() / longest) if length is not None and longest else 0.0
     height = _LOWEST + (_HIGHEST - _LOWEST) * share
     css, state = _escaped(glance.state)
@@ -47,7 +47,7 @@ def _bar(x: int, glance: Glance, length: timedelta | None, longest: float) -> st
 
 @lru_cache(maxsize=100)
 def _escaped(state: str) -> tuple[str, str]:
-    """The class of a state and its name: there are a few, and over a thousand bars on a page."""
+    """Return the CSS class and the name of a state, escaped. Cached: a page has over a thousand bars."""
     return str(escape(state_class(state))), str(escape(state))
 
 

@@ -1,6 +1,6 @@
-"""The picture of who ran what when: one lane per instance, so that "once, and never two at a time" can be seen.
+"""Draws the timeline: one lane per instance, which shows that each tick ran once, and no worker twice at a time.
 
-Across, everything is a percentage, so that the picture is as wide as its page; down, a pixel.
+Horizontal places are percentages, so that the picture is as wide as its page. Vertical places are pixels.
 """
 
 from collections import defaultdict
@@ -13,34 +13,34 @@ from ..history.records import InstanceRecord, Record, Window
 from ..history.text import clipped, moment, second, span
 
 AXIS, HEAD, ROW, BAR, PAD = 26, 20, 18, 12, 5  # pixels
-_LEFT, _RIGHT = 0.6, 98.4  # percent: room for what stands at the ends
+_LEFT, _RIGHT = 0.6, 98.4  # percent: leaves room for the signs at the ends
 _SLIMMEST = 0.35
-_MOST_ROWS = 48  # with one for each worker of each lane; of more, rows are shared
+_MOST_ROWS = 48  # up to this number each worker has its own row in a lane. Above it, workers share rows
 _MOST_PACKED = 12
-_LETTERS, _BOLD_LETTERS = 23, 20  # of a name beside the picture
-_MOST_LANES = 12  # with those of instances that did nothing
+_LETTERS, _BOLD_LETTERS = 23, 20  # the longest name beside the picture
+_MOST_LANES = 12  # above it, instances that did nothing are left out
 _PER_LETTER, _MARGIN = 0.75, 1.2  # percent, on the narrowest picture
 
 _STEPS = [timedelta(seconds=each) for each in (10, 60, 600, 3600, 6 * 3600)]
 _MOST_LINES = 7
 _AGAIN = ("lost", "handed back", "failed", "timed out")
-_NOBODY = "nobody"
+_NOT_RUN = "not run"
 SIGNS = {state: state.replace(" ", "-") for state in ("running", "lost", "handed back", "failed", "timed out")}
-"""What stands at the end of a bar, so that it is not told by its colour alone."""
+"""The sign at the end of a bar, so that its colour is not its only mark."""
 
 
 @dataclass
 class Bar:
-    """One execution, or ticks that were not run; `y` and its text are found when its lane is."""
+    """One execution, or a range of ticks that did not run. `y` and the text are set when its lane is placed."""
 
     record: Record
     x: float
     width: float
     title: str
     tick_x: float | None
-    """Where its tick is, if within the picture."""
+    """The place of its tick. None if that is outside the picture."""
     end_x: float
-    """Of a lost one: where the others found out. Else the bar's own end."""
+    """The end of the bar. For a lost execution: the moment when another instance noticed the loss."""
     y: int = 0
     text: str | None = None
     text_x: float = 0.0
@@ -53,7 +53,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Lane:
-    """One instance's, or that of the ticks that nobody ran."""
+    """The lane of one instance, or of the ticks that no instance ran."""
 
     label: str
     title: str
@@ -68,7 +68,7 @@ class Lane:
     is_signed_off: bool = False
     bars: tuple[Bar, ...] = ()
     rows: tuple[tuple[str, int], ...] = ()
-    """The workers' names and their places, where each has a row of its own."""
+    """The workers' names and places. Empty if workers share rows."""
 
     @property
     def life_end(self) -> float:
@@ -77,7 +77,7 @@ class Lane:
 
 @dataclass(frozen=True)
 class Arrow:
-    """From an attempt to the next one at the same tick."""
+    """An arrow from an attempt to the next attempt at the same tick."""
 
     x1: float
     y1: int
@@ -93,7 +93,7 @@ class Line:
     x: float
     at: datetime
     text: str
-    """In UTC; the script writes it in the viewer's zone."""
+    """The moment in UTC. The script converts it to the viewer's zone."""
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,9 @@ class Timeline:
     arrows: tuple[Arrow, ...]
     lines: tuple[Line, ...]
     idle: int
-    """How many instances are left out, as they did nothing."""
+    """The number of instances that are left out because they did nothing."""
     veil: float
-    """How much of the left is not known."""
+    """The width at the left whose executions are not known."""
 
     @property
     def height(self) -> int:
@@ -115,12 +115,12 @@ class Timeline:
 
     @property
     def records(self) -> list[Record]:
-        """The newest first."""
+        """The executions, newest first."""
         return list(reversed(self.window.records))
 
 
 def draw(window: Window) -> Timeline:
-    """The picture of `window`."""
+    """Draw the executions and instances of `window`."""
     scale = _Scale(window)
     groups, idle = _groups(window)
     pairs = {(lane, record.worker) for lane, (_, records) in groups.items() for record in records}
@@ -134,7 +134,7 @@ def draw(window: Window) -> Timeline:
 
 
 class _Scale:
-    """From a moment to its place across."""
+    """Converts a moment to its horizontal place."""
 
     def __init__(self, window: Window) -> None:
         self.window, self._since = window, window.since
@@ -149,17 +149,17 @@ class _Scale:
 
 
 def _groups(window: Window) -> tuple[dict[str, tuple[InstanceRecord | None, list[Record]]], int]:
-    """What each lane shows, by instance, the oldest first; and how many instances have none."""
+    """Return each lane's instance and records, oldest instance first, and the number of instances without a lane."""
     by_instance: dict[str, list[Record]] = defaultdict(list)
     for record in window.records:
-        by_instance[record.instance or _NOBODY].append(record)
+        by_instance[record.instance or _NOT_RUN].append(record)
     seen = {each.id: each for each in window.seen}
     idle = [id for id in seen if id not in by_instance]
     shown = idle if len(by_instance) + len(idle) <= _MOST_LANES else []
     known = [id for id in seen if id in by_instance or id in shown]
-    others = [id for id in by_instance if id not in seen and id != _NOBODY]
-    last = [_NOBODY] if _NOBODY in by_instance else []
-    groups = {id: (seen.get(id), by_instance.get(id, [])) for id in (*others, *known, *last)}
+    unknown = [id for id in by_instance if id not in seen and id != _NOT_RUN]
+    last = [_NOT_RUN] if _NOT_RUN in by_instance else []
+    groups = {id: (seen.get(id), by_instance.get(id, [])) for id in (*unknown, *known, *last)}
     return groups, len(idle) - len(shown)
 
 
@@ -177,15 +177,15 @@ def _lane(scale: _Scale, seen: InstanceRecord | None, records: list[Record], y: 
     height = max(head + len(rows) * ROW + PAD // 2, HEAD + PAD if is_detailed else 2 * HEAD)
     name = seen.name if seen else (records[0].instance_name if records[0].instance else None) or "not run"
     lane = Lane(clipped(name, _BOLD_LETTERS), name, "", seen, y, height, bars=placed, rows=names if is_detailed else ())
-    return _alive(scale, lane, seen) if seen else replace(lane, title=_title_of_nobody(records[0], name))
+    return _with_life(scale, lane, seen) if seen else replace(lane, title=_title_without_life(records[0], name))
 
 
-def _title_of_nobody(record: Record, name: str) -> str:
+def _title_without_life(record: Record, name: str) -> str:
     return f"{name}: it was here more than a day ago" if record.instance else "Ticks that no instance ran"
 
 
-def _alive(scale: _Scale, lane: Lane, seen: InstanceRecord) -> Lane:
-    """The lane with its instance's life behind the bars."""
+def _with_life(scale: _Scale, lane: Lane, seen: InstanceRecord) -> Lane:
+    """Add the time in which the instance was alive, which is drawn behind the bars."""
     lost = seen.state == "lost"
     until = seen.signed_off_at or (seen.heartbeat_at if lost else scale.window.until)
     x, end = scale.x(seen.started_at), scale.x(until)
@@ -209,7 +209,7 @@ def _alive(scale: _Scale, lane: Lane, seen: InstanceRecord) -> Lane:
 def _bar(scale: _Scale, record: Record, seen: InstanceRecord | None) -> Bar:
     began, ended = record.began_at, record.ended_at
     end_x = scale.x(ended)
-    if record.state == "lost" and seen is not None:  # it was at work until then, for all that is known
+    if record.state == "lost" and seen is not None:  # the run is known to have worked until the last heartbeat
         ended = min(max(seen.heartbeat_at, began), ended)
     x = scale.x(began)
     width = max(scale.x(ended) - x, _SLIMMEST)
@@ -218,7 +218,7 @@ def _bar(scale: _Scale, record: Record, seen: InstanceRecord | None) -> Bar:
 
 
 def describe(record: Record) -> str:
-    """One execution in a line."""
+    """Describe one execution in a line."""
     tick = moment(record.tick)
     if record.started_at is None:
         until = f" to {moment(record.through)}" if record.through and record.through != record.tick else ""
@@ -227,7 +227,7 @@ def describe(record: Record) -> str:
     by_hand = "" if record.trigger == "schedule" else f", {record.trigger}"
     took = span(record.duration or timedelta())
     outcome = "running for" if record.state == "running" else f"{record.state} after"
-    gone = "; its instance is gone, another will take it over" if record.is_gone else ""
+    gone = "; its instance is gone, another instance will take it over" if record.is_gone else ""
     return f"{record.worker}: tick {tick}{by_hand}{attempt}, {outcome} {took} on {record.instance_name}{gone}"
 
 
@@ -239,7 +239,7 @@ def _by_worker(bars: Sequence[Bar]) -> list[list[Bar]]:
 
 
 def _packed(bars: Sequence[Bar]) -> list[list[Bar]]:
-    """In as few rows as they need, each in the first that is free then: as many as ran at once."""
+    """Put each bar into the first row that is free at its time, so that the bars need the fewest rows."""
     rows: list[list[Bar]] = []
     for bar in bars:
         free = next((row for row in rows if row[-1].record.ended_at <= bar.record.began_at), None)
@@ -250,7 +250,7 @@ def _packed(bars: Sequence[Bar]) -> list[list[Bar]]:
 
 
 def _placed(row: Sequence[Bar], y: int, may_stand_beside: bool) -> Sequence[Bar]:
-    """The bars in their row, named where there is room."""
+    """Place the bars in their row, and write a name where there is room."""
     for bar, following in zip(row, [*row[1:], None], strict=True):
         bar.y, name = y + (ROW - BAR) // 2, bar.record.worker
         needed = len(name) * _PER_LETTER + _MARGIN
@@ -261,7 +261,7 @@ def _placed(row: Sequence[Bar], y: int, may_stand_beside: bool) -> Sequence[Bar]
     return row
 
 
-# -- what connects them --------------------------------------------------------------------------
+# -- arrows and the axis -------------------------------------------------------------------------
 
 
 def _arrows(bars: Iterable[Bar]) -> Iterator[Arrow]:
@@ -270,9 +270,9 @@ def _arrows(bars: Iterable[Bar]) -> Iterator[Arrow]:
         if bar.record.started_at:
             attempts[bar.record.worker, bar.record.tick, bar.record.trigger].append(bar)
     for same in attempts.values():
-        for one, following in pairwise(sorted(same, key=lambda bar: bar.record.id)):
-            if one.record.state in _AGAIN:
-                yield Arrow(one.end_x, one.middle, following.x, following.middle, one.record.state)
+        for attempt, following in pairwise(sorted(same, key=lambda bar: bar.record.id)):
+            if attempt.record.state in _AGAIN:
+                yield Arrow(attempt.end_x, attempt.middle, following.x, following.middle, attempt.record.state)
 
 
 def _lines(scale: _Scale) -> Iterator[Line]:

@@ -1,4 +1,4 @@
-"""The dashboard's buttons of the workers. Each changes the whole fleet, and goes back to the page that it was on."""
+"""Buttons of the workers. Each button changes the whole fleet, and leads back to its own page."""
 
 from urllib.parse import urlencode
 
@@ -21,18 +21,18 @@ def add_to(blueprint: Blueprint) -> None:
 
 
 def run(name: str) -> ResponseReturnValue:
-    manager = _steered(name)
+    manager = _manager_of(name)
     if not manager.request(name):
         say(f"{name} is running already, or will run next.", "info")
     elif any(seen.is_alive for seen in manager.roster.seen()):
         say(f"{name} will run within {manager.app.config['WORKERS_HEARTBEAT_SECONDS']:g} s.", "success")
     else:
-        say(f"{name} will run as soon as an instance is alive. None is alive now.", "warning")
+        say(f"{name} will run as soon as an instance is alive. No instance is alive now.", "warning")
     return back()
 
 
 def pause(name: str) -> ResponseReturnValue:
-    if _steered(name).pause(name):
+    if _manager_of(name).pause(name):
         say(f"{name} is paused: no instance runs its ticks until it is resumed.", "success")
     else:
         say(f"{name} was paused already.", "info")
@@ -40,7 +40,7 @@ def pause(name: str) -> ResponseReturnValue:
 
 
 def resume(name: str) -> ResponseReturnValue:
-    if _steered(name).resume(name):
+    if _manager_of(name).resume(name):
         say(f"{name} is resumed: it runs again from its next tick.", "success")
     else:
         say(f"{name} was not paused.", "info")
@@ -48,8 +48,8 @@ def resume(name: str) -> ResponseReturnValue:
 
 
 def reschedule(name: str) -> ResponseReturnValue:
-    """To the schedule that was typed in, or to the declared one."""
-    manager = _steered(name)
+    """Change to the schedule that the form gives, or back to the declared schedule."""
+    manager = _manager_of(name)
     if "declared" in request.form:
         changed = manager.reschedule(name)
     else:
@@ -69,15 +69,15 @@ def reschedule(name: str) -> ResponseReturnValue:
 
 
 def _refused(name: str, text: str, timezone: str) -> Response:
-    """Back to the form, which shows again what was typed, and what is wrong with it."""
+    """Redirect to the form, which shows the typed schedule again, with its error."""
     response = back()
     more = urlencode({"edit": name, "schedule": text[:200], "timezone": timezone[:200]})
     response.location += ("&" if "?" in response.location else "?") + more
     return response
 
 
-def _steered(name: str) -> BackgroundWorkerManager:
-    """The manager, if this release has a periodic worker of that name, which alone can be steered."""
+def _manager_of(name: str) -> BackgroundWorkerManager:
+    """Return the manager if this release has a periodic worker of that name. Answer 404 or 409 if it has not."""
     manager = the_manager()
     if name not in manager.workers:
         known(manager, name)

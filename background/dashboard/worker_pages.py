@@ -1,4 +1,4 @@
-"""The dashboard's pages of the workers: all at a glance, one with its executions, and one execution."""
+"""Pages of the workers: the overview, one worker with its executions, and one execution."""
 
 from contextlib import suppress
 from typing import Any
@@ -19,7 +19,7 @@ from .sparkline import COUNT, picture
 
 PER_PAGE = 20
 _LONGEST_NAME = 200
-_DRAFT = ("edit", "schedule", "timezone")  # what an address says of a form that was refused
+_DRAFT = ("edit", "schedule", "timezone")  # parameters of an address that brings back a refused form
 
 
 def add_to(blueprint: Blueprint) -> None:
@@ -28,7 +28,7 @@ def add_to(blueprint: Blueprint) -> None:
     blueprint.add_url_rule(f"/worker/<name>/<int(max={LARGEST_ID}):id>", "execution", execution_page)
 
 
-# -- all of them ---------------------------------------------------------------------------------
+# -- the overview --------------------------------------------------------------------------------
 
 
 def overview_page() -> ResponseReturnValue:
@@ -51,7 +51,7 @@ def overview_page() -> ResponseReturnValue:
 
 
 def rows(manager: BackgroundWorkerManager, names: list[str]) -> list[dict[str, Any]]:
-    """What is shown of each of those workers, in their order; of one for messages only its topic."""
+    """Return the overview's row of each worker in `names`, in this order. A message worker's row has only its topic."""
     found = {row["name"]: row for row in overview(manager.stores, manager.workers, names)}
     glances = manager.history.recent(found, COUNT)
     ours, topics = manager.workers, {worker.name: worker for worker in manager.topics.values()}
@@ -63,11 +63,11 @@ def rows(manager: BackgroundWorkerManager, names: list[str]) -> list[dict[str, A
 
 
 def about(worker: type | None) -> str:
-    """The first line of what the class says about itself."""
+    """Return the first line of the class's docstring."""
     return (worker.__doc__ or "").strip().partition("\n")[0] if worker else ""
 
 
-# -- one of them ---------------------------------------------------------------------------------
+# -- one worker ----------------------------------------------------------------------------------
 
 
 def worker_page(name: str) -> ResponseReturnValue:
@@ -97,7 +97,7 @@ def worker_page(name: str) -> ResponseReturnValue:
 
 
 def known(manager: BackgroundWorkerManager, name: str) -> str:
-    """The name, if this release or the database has a worker of that name; else there is no such page."""
+    """Return `name` if this release or the database has a worker of that name. Answer 404 if not."""
     is_name = name.isprintable() and len(name) <= _LONGEST_NAME
     if name not in manager.workers and not (is_name and manager.stores.ledger.look(name)):
         abort(404)
@@ -113,12 +113,12 @@ def execution_page(name: str, id: int) -> ResponseReturnValue:
 
 
 def _place(place: Place) -> str:
-    """Where the next page begins, as an address says it."""
+    """Write the place where the next page begins, for an address."""
     return f"{place[0].isoformat()}~{place[1]}"
 
 
 def _before() -> Place | None:
-    """The same read again, or else the moment that is asked for; nonsense is the first page."""
+    """Read the place, or the moment that the form asks for. None, the first page, if neither can be read."""
     tick, _, id = request.args.get("before", "").partition("~")
     with suppress(ValueError):
         return moment_in(tick), min(max(int(id), 0), LARGEST_ID)
@@ -128,27 +128,27 @@ def _before() -> Place | None:
 
 
 def _why(manager: BackgroundWorkerManager, name: str) -> dict[str, Any]:
-    """The answer to "why did it not run?", or what is wrong with the question."""
+    """Return the answer to "why did it not run?", or the error of the question."""
     at, zone = request.args.get("at", "").strip()[:100], request.args.get("zone", "UTC")[:100]
-    asked: dict[str, Any] = {"at": at, "zone": zone}
+    shown: dict[str, Any] = {"at": at, "zone": zone}
     if at:
         try:
-            asked["answer"] = manager.why(name, moment_in(at, zone))
+            shown["answer"] = manager.why(name, moment_in(at, zone))
         except InvalidSchedule as error:
-            asked["wrong"] = error.message
+            shown["wrong"] = error.message
         except ValueError:
-            asked["wrong"] = (
+            shown["wrong"] = (
                 f"{at!r} is not a moment from {EARLIEST.year} to {LATEST.year - 1}; "
                 "expected one such as 2026-11-20T12:00."
             )
-    return asked
+    return shown
 
 
 # -- the form for another schedule ---------------------------------------------------------------
 
 
 def draft() -> dict[str, str] | None:
-    """What was typed into the form of the worker `name` and refused, and why; None where nothing was."""
+    """Return the refused input of a schedule's form, with the worker's name and the error. None without such input."""
     name, schedule, timezone = (request.args.get(key, "")[:_LONGEST_NAME] for key in _DRAFT)
     try:
         if name:
@@ -159,7 +159,7 @@ def draft() -> dict[str, str] | None:
 
 
 def here() -> str:
-    """This page's own address, without the draft."""
+    """Return this page's own address, without the draft."""
     kept = [(key, value) for key, value in request.args.items() if key not in _DRAFT and value]
     path = url_for(str(request.endpoint), **(request.view_args or {}))
     return f"{path}?{urlencode(kept)}" if kept else path

@@ -140,7 +140,9 @@ def test_every_button_refuses_another_sites_page(make_host, path) -> None:
     client = make_host(SECRET_KEY="x").test_client()
     response = client.post(path, headers={"Origin": "http://evil.example"}, data={"schedule": "1s", "topic": "notes"})
     assert response.status_code == 403
-    assert "This request came with Origin &#39;http://evil.example&#39;; expected one of a page at" in response.text
+    assert (
+        "This request came with Origin &#39;http://evil.example&#39;; expected a request of a page at" in response.text
+    )
 
 
 def test_links_from_another_site_are_followed(make_host) -> None:

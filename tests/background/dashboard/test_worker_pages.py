@@ -309,7 +309,7 @@ def test_a_page_costs_as_many_statements_with_60_workers_as_with_3(admin, manage
 
 
 def test_a_request_is_run_by_the_first_instance_that_sees_it(admin, manager):
-    assert "talker will run as soon as an instance is alive. None is alive now." in press(
+    assert "talker will run as soon as an instance is alive. No instance is alive now." in press(
         admin, "/workers/worker/talker/run"
     )
     assert "talker is running already, or will run next." in press(admin, "/workers/worker/talker/run")
