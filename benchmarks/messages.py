@@ -1,9 +1,9 @@
-"""Messages beside the same statements written by hand, in one run: read the ratios, not the absolutes.
+"""Messages beside the same statements written by hand, in one run. The ratios count, not the absolute numbers.
 
     python -m benchmarks.messages --engine postgresql --messages 20000
 
-Needs requirements-dev.txt: it starts a PostgreSQL of its own. Every message leaves one row as its effect; by hand too,
-a batch of 100 is leased first and marked as done together with its effects.
+Needs requirements-dev.txt: it starts a PostgreSQL of its own. Every message leaves one row as its effect. The
+statements by hand also lease a batch of 100 first, and mark it as done together with its effects.
 """
 
 import argparse
@@ -109,7 +109,7 @@ def rate(number: int, work: Callable[[], None]) -> float:
 
 
 def handled(manager: BackgroundWorkerManager, topic: str, number: int) -> tuple[float, float]:
-    """How many of a topic's messages a second were enqueued, and handled by one consumer."""
+    """Return the messages per second that were enqueued, and that one consumer handled."""
     payloads = [{"order": each} for each in range(number)]
 
     def enqueue() -> None:
@@ -120,7 +120,7 @@ def handled(manager: BackgroundWorkerManager, topic: str, number: int) -> tuple[
 
 
 def wait_until_done(topic: str) -> None:
-    """Look rarely, and at an index only: it is the other threads that are measured."""
+    """Wait until the topic is done. Query rarely and by an index, to leave the measured threads alone."""
     waiting, running = (
         select(tables.messages.c.id).where(tables.messages.c.state == literal_column(f"'{state}'"))
         for state in ("waiting", "running")

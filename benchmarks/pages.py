@@ -1,10 +1,10 @@
-"""Every page of the dashboard, on a small database and on a big one, side by side: milliseconds and queries.
+"""Milliseconds and queries of every page of the dashboard, on a small and on a big database.
 
     python -m benchmarks.pages --engine postgresql
 
 Needs requirements-dev.txt: it starts a PostgreSQL of its own. The big one has 1,000 workers, 1,000,000 executions,
-100 instances and 1,000,000 messages. The times are those of the server, with the rendering and without a network;
-beside them stands what this process computed of it, which a busy machine does not lengthen as much.
+100 instances and 1,000,000 messages. The times include the rendering, but no network. The CPU time of this process
+stands beside them, because a busy machine lengthens it less.
 """
 
 import argparse
@@ -100,14 +100,14 @@ def measured(engine: str, size: Size, rounds: int) -> dict[str, Figures]:
 
 
 def register(app: Flask, workers: int) -> None:
-    """This release has all of them, so that the pages show what there is to do about each."""
+    """Register all workers, so that the pages show the actions of each."""
     for number in range(workers):
         declared = {"__doc__": "Look at the rows.", "name": f"worker_{number}", "period": timedelta(hours=1)}
         app.extensions["background_workers"].add(type("Worker", (PeriodicWorker,), {**declared, "do_work": look}))
 
 
 def look(_worker: PeriodicWorker, _context: WorkerContext) -> None:
-    """Nothing runs here."""
+    """Do nothing. No worker runs here."""
 
 
 def logged_in(app: Flask) -> FlaskClient:
@@ -118,28 +118,28 @@ def logged_in(app: Flask) -> FlaskClient:
 
 
 def pages(app: Flask, size: Size) -> Iterator[str]:
-    """Every page of the dashboard, some of them in more than one way; and what a monitor asks for."""
+    """Yield the addresses of the dashboard, some with queries, and of the pages for monitors."""
     round_number = size.executions - size.executions % size.workers
     values: dict[str, dict[str, Any]] = {
         "background.message": {"id": size.messages},
         "background.execution": {"name": "worker_7", "id": round_number - size.workers + 7},
     }
     more = {
-        "background.history.overview": ["page=2", "q=worker_7"],
-        "background.registry": ["state=failed", f"until={ago(3_600)}", f"at={ago(3_600)}"],
-        "background.dashboard.timeline": [
+        "background.overview": ["page=2", "q=worker_7"],
+        "background.worker": ["state=failed", f"until={ago(3_600)}", f"at={ago(3_600)}"],
+        "background.timeline": [
             "window=1m",
             "window=1h",
             "window=6h",
             f"until={ago(7_200)}",
             "worker=worker_7&window=6h",
         ],
-        "background.messages.queue": ["topic=orders", f"topic=orders&before={size.messages}"],
+        "background.messages": ["topic=orders", f"topic=orders&before={size.messages}"],
     }
     with app.test_request_context():
         for rule in app.url_map.iter_rules():
-            of_ours = rule.endpoint.startswith("background.") and not rule.endpoint.endswith("static")
-            if "GET" in (rule.methods or ()) and (of_ours or rule.rule in ("/metrics", "/health/ready")):
+            is_engine = rule.endpoint.startswith("background.") and not rule.endpoint.endswith("static")
+            if "GET" in (rule.methods or ()) and (is_engine or rule.rule in ("/metrics", "/health/ready")):
                 address = app.url_for(
                     rule.endpoint, **values.get(rule.endpoint, dict.fromkeys(rule.arguments, "worker_7"))
                 )
@@ -169,7 +169,7 @@ def timed(client: FlaskClient, address: str, rounds: int) -> Figures:
 
 @contextmanager
 def counted() -> Iterator[list[str]]:
-    """The statements on every engine, the application's and the workers' own."""
+    """Collect the statements on every engine, of the application and of the workers."""
     seen: list[str] = []
 
     def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
@@ -201,14 +201,14 @@ def fill(app: Flask, size: Size) -> None:
 
 
 def insert(connection: Connection, rows: int, table: str, **columns: str) -> None:
-    """So many rows, each column an SQL expression of `i`, which goes from 1 up."""
+    """Insert `rows` rows. Each column is an SQL expression of `i`, which counts from 1."""
     names, expressions = ", ".join(columns), ", ".join(columns.values())
     numbers = f"WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {rows})"
     connection.execute(text(f"INSERT INTO {table} ({names}) {numbers} SELECT {expressions} FROM n"))
 
 
 def before(connection: Connection, seconds: str) -> str:
-    """The moment so many seconds ago; `seconds` is an SQL expression."""
+    """Return SQL for the moment `seconds` ago. `seconds` is an SQL expression."""
     if connection.dialect.name == "postgresql":
         return f"now() - ({seconds}) * interval '1 second'"
     return f"strftime('%Y-%m-%d %H:%M:%f000', 'now', printf('%+.3f seconds', -({seconds})))"
@@ -231,7 +231,7 @@ def fill_instances(connection: Connection, size: Size) -> None:
 
 
 def fill_workers(connection: Connection, size: Size) -> None:
-    """A fleet in which about 17 executions begin each second: some fail, and the newest are running."""
+    """Insert a fleet that begins about 17 executions each second. Some fail, and the newest are running."""
     began = f"({size.executions} - i) * 0.06"
     is_running, has_failed = f"i > {size.executions - RUNNING}", "i % 97 = 0"
     insert(
@@ -282,7 +282,7 @@ def fill_workers(connection: Connection, size: Size) -> None:
 
 
 def fill_messages(connection: Connection, size: Size) -> None:
-    """Most are done; of a hundredth each some wait, some are dead, and few are being handled."""
+    """Insert messages. Most are done, 1 % wait, 0.1 % are dead and 0.01 % are running."""
     is_waiting, is_dead, is_running = "i % 100 = 1", "i % 1000 = 0", "i % 10000 = 2"
     state = f"CASE WHEN {is_waiting} THEN 'waiting' WHEN {is_dead} THEN 'dead' WHEN {is_running} THEN 'running'"
     at = f"({size.messages} - i) * 0.02"

@@ -1,12 +1,12 @@
-"""The promise under faults, in numbers.
+"""Measures the promise under faults.
 
 Real processes of the shop are killed, stopped and told to end. Their database is restarted or held, crashes, fails
 over, or loses its connections or rows. Meanwhile the workers leave an effect for each of their ticks.
 
     python -m benchmarks.soak --engine postgresql --minutes 10 --processes 6 --seed 1
 
-Prints a table. Exits with 1 if the promise was broken, or a take-over or a hand-over came too late. The time for which
-the machine stood still, or is late without any fault, does not count. It needs requirements-dev.txt, and starts a
+Prints a table. Exits with 1 if the promise was broken, or a take-over or a hand-over came too late. Time in which the
+machine stood still, or is late without any fault, does not count. It needs requirements-dev.txt, and starts a
 PostgreSQL of its own. With libfaketime some processes have a wrong clock there.
 """
 
@@ -36,10 +36,10 @@ from .soak_oracle import Oracle, Verdict, quantile
 from .soak_worker import effects
 
 CATCH_UP_SECONDS = 5.0  # after the start, when every worker runs its latest tick
-PATIENCE_SECONDS = 90.0  # for a busy machine to start them all, or to do what was left
+PATIENCE_SECONDS = 90.0  # for a busy machine to start all processes, or to finish the open work
 FAULT_SECONDS = (0.3, 2.1)  # between two faults
-# Of a message that always fails, at whose last attempt the database may be away. That no other message is buried is
-# for the oracle to judge.
+# The last errors of a message that always fails. The database may be away at its last attempt. The oracle checks that
+# no other message is buried.
 _LAST_WORDS = ("ValueError: poison", "sqlalchemy.exc.OperationalError: ")
 MOST_SHOWN = 12
 
@@ -49,7 +49,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, interrupt)
     logs = Path(tempfile.mkdtemp(prefix="bookstore-soak-logs-"))
     is_fine = False
-    print(f"A table follows in {arguments.minutes:g} minutes, and what it takes to start and end", flush=True)
+    print(f"A table follows in {arguments.minutes:g} minutes, plus the time to start and end", flush=True)
     try:
         with database(arguments.engine, arguments.processes) as where:
             is_fine = soak(where, logs, arguments)
@@ -151,7 +151,7 @@ def harm(fleet: Fleet, seconds: float, random: Random) -> None:
 
 
 def wait_until_done(fleet: Fleet, where: Sqlite | Postgresql, since: datetime, until: datetime) -> None:
-    """Let the fleet finish, undisturbed, what is still to be done; what it does not counts as lost."""
+    """Let the fleet finish the open work without faults. Work that stays open counts as lost."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     look_after(fleet, 1)
     while is_open(where, fleet, since, until) and time.monotonic() < deadline:
@@ -180,13 +180,13 @@ class Report:
         self._absences, self._standstills = absences, standstills
 
     def table(self) -> None:
-        asked, verdict, counts = self._arguments, self._verdict, self._fleet.counts
+        arguments, verdict, counts = self._arguments, self._verdict, self._fleet.counts
         lease = LEASE_SECONDS
         rows: list[tuple[str, object, str]] = [
             ("ticks", f"{verdict.ticks:,}", ""),
             ("faults", f"{len(self._fleet.faults):,}", ""),
             ("kills (SIGKILL)", counts["kill"], ""),
-            ("stops (SIGSTOP, SIGCONT)", self._some("stop"), ""),
+            ("stops (SIGSTOP, SIGCONT)", self._count("stop"), ""),
             ("told to end (SIGTERM)", counts["term"], ""),
             *self._troubles(),
             ("processes with a wrong clock", self._skews(), ""),
@@ -213,7 +213,8 @@ class Report:
             ("locks held by two, or in another order than their tokens'", self._locks.overlaps, "0"),
         ]
         title = (
-            f"{asked.engine}, {asked.minutes:g} min, {asked.processes} processes, lease {lease:g} s, seed {asked.seed}"
+            f"{arguments.engine}, {arguments.minutes:g} min, {arguments.processes} processes, lease {lease:g} s, "
+            f"seed {arguments.seed}"
         )
         print(f"| {title} | | target |\n|---|---|---|")
         for name, value, target in rows:
@@ -225,12 +226,12 @@ class Report:
         return [
             ("messages", f"{mail.enqueued:,}", ""),
             ("handled", f"{mail.handled:,}", ""),
-            ("buried (those that always fail)", mail.buried, ""),
-            ("refused, as their key was there", mail.refused, ""),
+            ("buried (messages that always fail)", mail.buried, ""),
+            ("refused, as their key was taken", mail.refused, ""),
             ("handled twice", mail.twice, "0"),
             ("not handled", mail.lost, "0"),
             ("handled early", mail.early, "0"),
-            ("other than promised (rolled back, key, error)", mail.wrong, "0"),
+            ("broken in another way (rollback, key, error)", mail.wrong, "0"),
             ("from due to done, without faults", times(mail.calm_seconds), ""),
             ("from due to done, all", times(mail.seconds), ""),
         ]
@@ -243,27 +244,27 @@ class Report:
         lossy = sum(fault.kind == "crash" and fault.note == LOST_COMMITS for fault in faults)
         return [
             ("connections cut", counts["cut"], ""),
-            ("silent lines", self._some("silence"), ""),
+            ("silent lines", self._count("silence"), ""),
             ("database restarts", counts["restart"], ""),
             ("database crashes", f"{counts['crash']}, {lossy} of them lost acknowledged commits", ""),
             ("fail-overs that left the sockets open", counts["fail_over"], ""),
             *deletions,
         ]
 
-    def _some(self, kind: str) -> str:
-        some = [fault for fault in self._fleet.faults if fault.kind == kind]
-        longer = sum(fault.until - fault.at > LEASE_SECONDS for fault in some)
-        return f"{len(some)}, {longer} of them past the lease"
+    def _count(self, kind: str) -> str:
+        faults = [fault for fault in self._fleet.faults if fault.kind == kind]
+        longer = sum(fault.until - fault.at > LEASE_SECONDS for fault in faults)
+        return f"{len(faults)}, {longer} of them past the lease"
 
     def _skews(self) -> str:
         if self._arguments.engine == "sqlite":
             return "none: the host's clock is the database's"
         if FAKETIME is None:
-            return "none: there is no libfaketime here"
+            return "none: libfaketime is not installed"
         return f"{self._fleet.counts['skews']} of {self._fleet.counts['starts']}"
 
     def violations(self, oracle: Oracle, logs: Path) -> bool:
-        """Print them, and what is known about each; True if there are none."""
+        """Print the violations with their history. Return whether the promise was kept."""
         found = self._verdict.violations
         for key, what in found[:MOST_SHOWN]:
             print(f"VIOLATION: {key[0]}, tick {key[1].isoformat()}: {what}")
@@ -279,15 +280,15 @@ class Report:
 
 
 def tracebacks(logs: Path) -> Counter[str]:
-    """Where the processes' logs have a traceback: the log's line before it, and what it ends with."""
+    """Count the tracebacks in the processes' logs by the log line before and the error at the end."""
     found: Counter[str] = Counter()
     for path in sorted(logs.glob("*-*.log")):
         for entry in re.split(r"^(?=\[?\d{4}-\d\d-\d\d )", path.read_text(errors="replace"), flags=re.MULTILINE):
-            said, *lines = entry.splitlines() or [""]
+            message, *lines = entry.splitlines() or [""]
             if any(line.startswith("Traceback ") for line in lines):
                 error = next((line for line in reversed(lines) if re.match(r"[\w.]*[a-z](: |$)", line)), "")
-                if not ("Buried the message letters:" in said and error.startswith(_LAST_WORDS)):
-                    found[f"traceback in {path.name}: {said[24:]}: {error}"] += 1
+                if not ("Buried the message letters:" in message and error.startswith(_LAST_WORDS)):
+                    found[f"traceback in {path.name}: {message[24:]}: {error}"] += 1
     return found
 
 
@@ -296,7 +297,7 @@ def total(spans: list[tuple[float, float]]) -> str:
 
 
 def statements(losses: dict[int, int]) -> str:
-    """The mean, and how many ticks cost a loser more than one."""
+    """Return the mean, and the number of ticks that cost a loser more than one statement."""
     lost = sum(losses.values())
     if not lost:
         return "none"

@@ -1,4 +1,4 @@
-"""The databases of the soak, with what can go wrong with them; and notes of when they, or the machine, stood still."""
+"""The databases of the soak with their faults, and notes of the times when they, or the machine, stood still."""
 
 import os
 import signal
@@ -31,10 +31,10 @@ _crashes = Table("soak_crashes", _metadata, Column("id", Integer, primary_key=Tr
 
 
 class Sqlite:
-    """One file. Its trouble: somebody else holds the write lock."""
+    """One file. Its fault: another connection holds the write lock."""
 
     faults = ("hold",)
-    noted_seconds = 0.25  # any writer holds the lock for a shorter while
+    noted_seconds = 0.25  # each writer of the shop holds the lock for less
     can_skew = False  # its clock is the host's
     proxies: Mapping[int, Proxy] = {}
 
@@ -95,7 +95,7 @@ class Postgresql:
         self._administer(
             "ALTER SYSTEM SET fsync = off",  # this simulates no power cut, so written data is kept
             "ALTER SYSTEM SET max_connections = 300",
-            "ALTER SYSTEM SET wal_writer_delay = '1s'",  # how long a crash may lose acknowledged commits
+            "ALTER SYSTEM SET wal_writer_delay = '1s'",  # a crash may lose the acknowledged commits of this time
         )
         self._pg_ctl("restart", "-m", "fast")
         _metadata.create_all(self.engine)
@@ -107,10 +107,10 @@ class Postgresql:
         return self.proxies[slot].url.render_as_string(False) if slot in self.proxies else self.url
 
     def cut(self, random: Random) -> str:
-        """End some or all connections, whatever they are doing."""
-        others = "FROM pg_stat_activity WHERE backend_type = 'client backend' AND application_name <> :own"
+        """End some or all connections in the middle of their work."""
+        clients = "FROM pg_stat_activity WHERE backend_type = 'client backend' AND application_name <> :own"
         with self.engine.connect() as connection:
-            pids = sorted(connection.scalars(text(f"SELECT pid {others}"), {"own": OWN}))
+            pids = sorted(connection.scalars(text(f"SELECT pid {clients}"), {"own": OWN}))
             chosen = pids if random.random() < 0.1 else random.sample(pids, min(len(pids), random.randint(1, 8)))
             connection.execute(text("SELECT pg_terminate_backend(pid) FROM unnest(:pids) AS pid"), {"pids": chosen})
         return f"{len(chosen)} of {len(pids)} connections"
@@ -121,7 +121,7 @@ class Postgresql:
         return mode
 
     def crash(self, random: Random) -> str:
-        """Kill the server while it acknowledges commits before it has written them: it loses the last ones."""
+        """Kill the server while it acknowledges commits before writing them, so that it loses the last commits."""
         self._administer("ALTER SYSTEM SET synchronous_commit = off", "SELECT pg_reload_conf()")
         time.sleep(random.uniform(0.2, 0.8))
         with self.engine.connect() as connection:
@@ -204,7 +204,7 @@ class Postgresql:
 
 
 class Watch:
-    """Asks the database all the time whether it is there (SQLite: can be written), and notes when it was not."""
+    """Asks the database all the time whether it answers (SQLite: can be written), and notes its absences."""
 
     def __init__(self, database: Sqlite | Postgresql) -> None:
         self._database = database
@@ -224,15 +224,17 @@ class Watch:
             was_there = is_there
 
     def stop(self) -> list[tuple[float, float]]:
-        """The absences, in Unix seconds."""
+        """Stop, and return the absences in Unix seconds."""
         self._stopped.set()
         self._thread.join()
         return self._absences
 
 
 class Pace:
-    """Sleeps for a moment all the time, and notes when it was woken late: so were all the others, as on a machine that
-    stood still, or had too much to do."""
+    """Sleeps for short moments, and notes late wake-ups.
+
+    All processes wake up late on a machine that stood still or has too much to do.
+    """
 
     def __init__(self) -> None:
         self._stopped = threading.Event()
@@ -249,7 +251,7 @@ class Pace:
             due = woken + PACE_SECONDS
 
     def stop(self) -> list[tuple[float, float]]:
-        """The standstills, in Unix seconds."""
+        """Stop, and return the standstills in Unix seconds."""
         self._stopped.set()
         self._thread.join()
         return self._standstills

@@ -1,4 +1,4 @@
-"""The processes of the soak, and what is done to them. At any time two of them are left alone."""
+"""The processes of the soak and their faults. At any time two processes are left alone."""
 
 import os
 import re
@@ -36,7 +36,7 @@ FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
 
 @dataclass
 class Fault:
-    """What was done, when (Unix seconds, the database's clock: both are this host's), to which instances."""
+    """One fault: its kind, its time (Unix seconds) and its instances. This host's clock is also the database's."""
 
     kind: str
     at: float
@@ -48,7 +48,7 @@ class Fault:
 
 @dataclass
 class Life:
-    """One process from its start to its end, with its children; each of `instances` says when it has joined."""
+    """One process from its start to its end, with its children. Its log says when each of `instances` has joined."""
 
     slot: int
     popen: "subprocess.Popen[bytes]"
@@ -65,7 +65,7 @@ class Life:
 
     @property
     def pids(self) -> tuple[int, ...]:
-        """Of those who have joined."""
+        """The pids of the instances that have joined."""
         joined = re.findall(rb"Instance \S+:(\d+) joined with", self.log.read_bytes())
         return tuple(sorted(set(map(int, joined))))
 
@@ -73,7 +73,7 @@ class Life:
         return len(self.pids) >= self.instances
 
     def signal(self, number: signal.Signals) -> None:
-        """To all of it; a SIGTERM is for the one that was started, as a supervisor does it."""
+        """Send the signal to the process and its children. Send SIGTERM only to the process, as a supervisor does."""
         if number == signal.SIGTERM:
             self.popen.send_signal(number)
         else:
@@ -84,7 +84,7 @@ class Life:
 
 
 class Fleet:
-    """`size` slots; each holds a process, or the moment of its next start."""
+    """`size` slots. Each holds a process, or the moment of its next start."""
 
     def __init__(self, size: int, database: Sqlite | Postgresql, logs: Path, random: Random, seed: int) -> None:
         self.faults: list[Fault] = []
@@ -107,7 +107,7 @@ class Fleet:
     # -- keeping them alive --------------------------------------------------------------------
 
     def look_after(self) -> None:
-        """What a supervisor does, at once: start what is to be started, and note what ended by itself."""
+        """Start and resume processes that are due, and note processes that ended. Do not wait."""
         for slot, life in enumerate(self._slots):
             if isinstance(life, float):
                 if time.monotonic() >= life:
@@ -138,7 +138,7 @@ class Fleet:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                start_new_session=True,  # a Ctrl-C is for the soak, which ends them by itself
+                start_new_session=True,  # a Ctrl-C reaches only the soak, which ends the processes itself
             )
         self.pids.add(popen.pid)
         self.counts["skews"] += bool(skew)
@@ -184,19 +184,19 @@ class Fleet:
         self._slots[life.slot] = time.monotonic() + pause
 
     def _is_excused(self, life: Life) -> bool:
-        """A process may refuse to start where the database is not there, or restarts, at that moment."""
+        """Return whether a process may refuse to start, because the database is away or restarts."""
         began = time.time() - (time.monotonic() - life.since)
         return any(fault.kind in EXCUSING and fault.until > began for fault in self.faults)
 
-    def _kill_hung(self, life: Life, what: str) -> None:
-        self.problems.append(f"{life.log.name}: {what}")
+    def _kill_hung(self, life: Life, reason: str) -> None:
+        self.problems.append(f"{life.log.name}: {reason}")
         life.signal(signal.SIGKILL)
         life.turn("killed")
 
     # -- faults --------------------------------------------------------------------------------
 
     def harm(self) -> bool:
-        """One fault of a random kind; False where there is no process left to do it to."""
+        """Cause one fault of a random kind. Return False if no process is left for it."""
         kinds: list[Callable[[], bool]] = [self._kill] * 4 + [self._stop] * 3 + [self._term] * 3
         kinds += [self._trouble] * 4 + [self._delete] * 2 + [self._silence] * 2 * bool(self._database.proxies)
         return self._random.choice(kinds)()
@@ -224,7 +224,7 @@ class Fleet:
         return life is not None
 
     def _silence(self) -> bool:
-        """Let nothing pass between a process and its database; or its requests alone, so that it misses the replies."""
+        """Block the line between a process and its database, or only the replies."""
         if life := self._victim(lambda life: life.slot in self._database.proxies):
             seconds, replies_only = self._some_leases(), self._random.random() < 0.5
             note = f"{'the replies ' if replies_only else ''}for {seconds:.1f} s"
@@ -235,21 +235,21 @@ class Fleet:
         return life is not None
 
     def _some_leases(self) -> float:
-        """Shorter or longer than the lease, in seconds."""
+        """Return a time in seconds, shorter or longer than the lease."""
         past_the_lease = self._random.random() < 0.5
         return LEASE_SECONDS * (self._random.uniform(1.25, 2.5) if past_the_lease else self._random.uniform(0.05, 0.6))
 
     def _resume(self, life: Life) -> None:
-        how = ""
+        note = ""
         if life.state == "stopped":
             life.signal(signal.SIGCONT)
         else:
             is_cut = self._random.random() < 0.5
             self._database.proxies[life.slot].heal(is_cut)
-            how = "and cut" if is_cut else ""
+            note = "and cut" if is_cut else ""
         if life.fault:
             life.fault.until = time.time()
-        self._note("resume", f"{life.pid} {how}")
+        self._note("resume", f"{life.pid} {note}")
         life.turn("up")
 
     def _term(self) -> bool:
@@ -288,9 +288,9 @@ class Fleet:
         self._note(fault.kind, f"{' '.join(map(str, fault.pids))} {fault.note}", fault.at)
         return fault
 
-    def _note(self, what: str, text: str, at: float | None = None) -> None:
+    def _note(self, event: str, text: str, at: float | None = None) -> None:
         clock = datetime.fromtimestamp(time.time() if at is None else at, UTC)
-        self._log.write(f"{time.monotonic() - self._began:8.3f} {clock.isoformat()} {what}: {text}\n")
+        self._log.write(f"{time.monotonic() - self._began:8.3f} {clock.isoformat()} {event}: {text}\n")
 
     # -- the end -------------------------------------------------------------------------------
 
@@ -300,7 +300,7 @@ class Fleet:
                 self._resume(life)
 
     def term_all(self) -> None:
-        """Every one is told to end, and has to do so in time and with 0."""
+        """Tell every process to end. Each must end in time and with 0."""
         for life in self.lives:
             self._note("the end", str(life.pid))
             life.signal(signal.SIGTERM)
@@ -314,7 +314,7 @@ class Fleet:
                 self._ended(life)
 
     def close(self) -> None:
-        """Whatever happened, leave no process behind, nor what libfaketime leaves of one that was killed."""
+        """Kill the remaining processes, and remove the files that libfaketime leaves of a killed process."""
         for life in self.lives:
             if life.popen.poll() is None:
                 life.signal(signal.SIGKILL)

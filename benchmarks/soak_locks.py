@@ -1,6 +1,6 @@
-"""The soak's locks: each block that held one writes down from when to when it certainly did; no two may overlap.
+"""The soak's locks: each holder writes the time span in which it certainly held the lock. No two spans may overlap.
 
-A process may freeze anywhere, so a moment counts where the lock was found to be held still after the clock was read.
+A process may freeze anywhere. So a moment counts only if the lock was still held after the clock was read.
 """
 
 import os
@@ -31,13 +31,13 @@ held = Table(
     Column("token", BigInteger, nullable=False),
     Column("pid", Integer, nullable=False),
     Column("since", UtcDateTime, nullable=False),
-    # NULL where the process was killed, or had lost the lock by then.
+    # NULL if the process was killed, or had lost the lock by then.
     Column("until", UtcDateTime),
 )
 
 
 def critical(context: WorkerContext) -> None:
-    """Hold one of three locks for a while, if it can be had; write that down at once, whatever becomes of the run."""
+    """Try to hold one of three locks for a while, and record it at once, apart from the run's transaction."""
     random = Random(f"{os.environ.get('SOAK_SEED')} {context.worker} {context.tick} {context.attempt}")
     with current_workers.lock(random.choice(NAMES), timeout=WAIT_SECONDS) as lock:
         if lock is None or (since := _held_at(lock)) is None:
@@ -52,7 +52,7 @@ def critical(context: WorkerContext) -> None:
 
 
 def _held_at(lock: Lock) -> datetime | None:
-    """A moment, by the database's clock, at which it was held; None where it is lost."""
+    """Return a moment, by the database's clock, at which the lock was held. None if it is lost."""
     with db.engine.connect() as connection:
         clock = connection.execute(select(now())).scalar_one()
     return clock if lock.still_held() else None
@@ -60,7 +60,7 @@ def _held_at(lock: Lock) -> datetime | None:
 
 @dataclass
 class Verdict:
-    """How often they were held, by which of them no other can have been, and the violations as sentences."""
+    """The number of spans, the number of overlaps, and the violations as sentences."""
 
     held: int = 0
     overlaps: int = 0
@@ -68,7 +68,7 @@ class Verdict:
 
 
 def judge(engine: Engine) -> Verdict:
-    """By name, in the order of their tokens, each is held after the one before."""
+    """Check that the spans of each lock, in the order of their tokens, do not overlap."""
     verdict, by_name = Verdict(), defaultdict[str, list[Row[Any]]](list)
     with engine.connect() as connection:
         for row in connection.execute(select(held).order_by(held.c.token, held.c.id)):

@@ -1,6 +1,6 @@
-"""What it costs the soak's instances to lose: the statements that they send for each tick which another one had before.
+"""Counts the statements that an instance of the soak sends for a tick that another instance claimed.
 
-Counted in the processes by hooks of SQLAlchemy's, and written down now and then with what they enqueue.
+Hooks of SQLAlchemy count in each process. The counts are written now and then with the enqueued messages.
 """
 
 import threading
@@ -24,7 +24,7 @@ losses = Table(
     Column("id", Integer, primary_key=True),
     Column("at", UtcDateTime, nullable=False),
     Column("statements", Integer, nullable=False),
-    # How many ticks cost a loser so many.
+    # The number of ticks that cost a loser so many statements.
     Column("ticks", Integer, nullable=False),
 )
 
@@ -40,7 +40,7 @@ class Losses:
         workers.ticks._skipped_or_postponed = self._note  # type: ignore[method-assign]
 
     def listen(self) -> None:
-        """From when the engine's connections may be opened."""
+        """Count from now on. This opens the engine's pool, so call it only in the serving process."""
         event.listen(self._stores.main.engine, "before_cursor_execute", self._sent)
 
     def _sent(self, *_: Any) -> None:
@@ -59,7 +59,7 @@ class Losses:
         return found
 
     def write(self, session: Session) -> None:
-        """Into the caller's transaction, once there are some; what that loses when it fails is no great loss."""
+        """Write the counts into the caller's transaction, once there are enough. A rollback loses them."""
         with self._counting:
             if self._counted.total() < WRITTEN_AT_ONCE:
                 return
@@ -69,7 +69,7 @@ class Losses:
 
 
 def judge(engine: Engine, since: datetime, until: datetime) -> dict[int, int]:
-    """How many ticks cost a loser how many statements, by the number of these."""
+    """Return the number of lost ticks for each number of statements."""
     query = select(losses.c.statements, func.sum(losses.c.ticks)).where(losses.c.at.between(since, until))
     with engine.connect() as connection:
         found = connection.execute(query.group_by(losses.c.statements).order_by(losses.c.statements))

@@ -1,5 +1,6 @@
-"""The soak's messages: whoever enqueues them writes a letter for each in the same transaction, whoever handles them a
-receipt. So the database knows what was enqueued, whatever became of the process that did it.
+"""The soak's messages. The producer writes a letter for each in the same transaction, and the handler a receipt.
+
+So the database knows all enqueued messages, even if the producer was killed.
 """
 
 import os
@@ -20,7 +21,7 @@ from models import db
 from .soak_losers import Losses
 
 TRANSACTIONS_A_SECOND = 6.0  # of each process
-KEY_SECONDS = 0.5  # for which everybody uses the same key
+KEY_SECONDS = 0.5  # for so long all producers use the same key
 POISON, ROLLED_BACK = "poison", "rolled back"
 
 metadata = MetaData()
@@ -31,7 +32,7 @@ letters = Table(
     Column("id", String(32), primary_key=True),
     Column("kind", String(20), nullable=False),
     Column("key", String(50)),
-    # True where somebody else's message had the key.
+    # True if another message had the key.
     Column("refused", Boolean, nullable=False),
 )
 
@@ -46,16 +47,16 @@ receipts = Table(
     Column("at", UtcDateTime, nullable=False),
 )
 
-# Built once: there are many of them, and all that they cost is the soak's own.
+# Built once, because they are many, and their cost is not the engine's.
 _NEW_LETTER, _NEW_RECEIPT = insert(letters), insert(receipts).values(at=now())
 
 
 class Letters(MessageWorker):
-    """Quick ones, in batches, and some that always fail."""
+    """Quick messages in batches. Some always fail."""
 
     topic = "letters"
     batch_size = 10
-    max_attempts = 8  # so many kills of one in a row are out of the question here
+    max_attempts = 8  # the soak does not kill one message so often in a row
     backoff = timedelta(seconds=0.02)
 
     def handle(self, message: Message, context: WorkerContext) -> None:
@@ -65,7 +66,7 @@ class Letters(MessageWorker):
 
 
 class Parcels(MessageWorker):
-    """Slow ones, alone; they write at their end, so that they hold no lock of SQLite's."""
+    """Slow messages, one at a time. They write at their end, so that they do not hold SQLite's write lock."""
 
     topic = "parcels"
     batch_size = 1
@@ -101,7 +102,7 @@ class Producer(threading.Thread):
             try:
                 with self._app.app_context():
                     self._transact()
-            except SQLAlchemyError:  # whether it was committed or not, its letters tell
+            except SQLAlchemyError:  # the letters show whether the transaction was committed
                 continue
 
     def _transact(self) -> None:

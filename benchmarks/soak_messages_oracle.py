@@ -1,4 +1,4 @@
-"""What must be true of the soak's messages, whatever was done to the processes that enqueue and handle them."""
+"""Judges the soak's messages: each must be handled once, in spite of all faults."""
 
 import json
 from collections import Counter, defaultdict
@@ -32,7 +32,7 @@ class Verdict:
 
 
 class Oracle:
-    """Everything that one database holds about the soak's messages, read once."""
+    """The rows of one database about the soak's messages, read once."""
 
     def __init__(self, engine: Engine) -> None:
         most = {worker.topic: worker.max_attempts for worker in TOPICS}
@@ -50,7 +50,7 @@ class Oracle:
         self._most = most
 
     def open(self, until: datetime) -> list[int]:
-        """The messages enqueued up to `until` that are neither done nor buried."""
+        """Return the messages enqueued up to `until` that are neither done nor buried."""
         return [row.id for row in self._messages if row.enqueued_at <= until and row.finished_at is None]
 
     def judge(self, since: datetime, calm_until: datetime, until: datetime) -> Verdict:
@@ -63,7 +63,7 @@ class Oracle:
         return verdict
 
     def _judge_letters(self, verdict: Verdict) -> None:
-        """Each letter has one message and the other way round, but for those whose key somebody else's message has."""
+        """Check that each letter has one message, except a refused letter, and that each message has a letter."""
         times, keys = Counter(self._letter_of.values()), {row.key for row in self._messages}
         for letter in self._records.values():
             verdict.refused += letter.refused
@@ -105,7 +105,7 @@ class Oracle:
             self._judge_errors(verdict, row)
 
     def _judge_errors(self, verdict: Verdict, row: Row[Any]) -> None:
-        """Every attempt has its error."""
+        """Check that every attempt of a buried message has its error."""
         attempts = [error.attempt for error in self._errors[row.id]]
         if attempts != list(range(1, self._most[row.topic] + 1)):
             verdict.wrong += 1

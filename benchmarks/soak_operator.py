@@ -51,12 +51,12 @@ _in_force = (
 
 
 def _forget_execution(connection: Connection, claim: Deleted) -> Deleted | None:
-    its = (executions.c.worker == claim.worker, executions.c.token == claim.token, executions.c.state == "running")
-    count = connection.execute(delete(executions).where(*its)).rowcount
+    is_claim = (executions.c.worker == claim.worker, executions.c.token == claim.token, executions.c.state == "running")
+    count = connection.execute(delete(executions).where(*is_claim)).rowcount
     return claim._replace(table=executions.name) if count else None
 
 
 def _forget_worker(connection: Connection, claim: Deleted) -> Deleted | None:
-    its = (workers.c.name == claim.worker, workers.c.running == claim.token)
-    count = connection.execute(delete(workers).where(*its)).rowcount
+    is_claim = (workers.c.name == claim.worker, workers.c.running == claim.token)
+    count = connection.execute(delete(workers).where(*is_claim)).rowcount
     return claim._replace(table=workers.name) if count else None

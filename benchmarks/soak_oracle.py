@@ -1,4 +1,4 @@
-"""What must be true of what the soak's workers left behind, whatever was done to their processes."""
+"""Judges the effects and the history of the soak's workers: the promise must hold in spite of all faults."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,13 +19,13 @@ Key = tuple[str, datetime]
 Spans = Sequence[tuple[float, float]]  # in Unix seconds
 
 CATCHING_UP_SECONDS = 2.0  # after an outage
-MET_SECONDS = 0.1  # from taking a tick back to having claimed it
-_MOST_USUAL_SECONDS = 0.5  # what is later than that is no machine's fault
+MET_SECONDS = 0.1  # from the recovery of a tick to its next claim
+_MOST_USUAL_SECONDS = 0.5  # a start that is later is not the machine's fault
 
 
 @dataclass
 class Verdict:
-    """Counts, lists of seconds, and the violations as sentences, each with the worker and the tick that it is about."""
+    """Counts, lists of seconds, and the violations: a sentence with its worker and tick."""
 
     ticks: int = 0
     skipped: int = 0
@@ -47,7 +47,7 @@ class Verdict:
 
 
 class Oracle:
-    """Everything that one database holds about the soak's workers, read once."""
+    """The rows of one database about the soak's workers, read once."""
 
     def __init__(
         self, engine: Engine, absences: Spans = (), standstills: Spans = (), faults: Iterable[Fault] = ()
@@ -76,14 +76,14 @@ class Oracle:
                 self._done[row.worker, row.tick].append(row)
 
     def open(self, since: datetime, until: datetime) -> list[Key]:
-        """The ticks after `since`, up to `until`, without an effect or a good reason for none."""
+        """Return the ticks after `since`, up to `until`, without an effect or an excuse."""
         return [key for key in self._ticks(since, until) if not self._done[key] and not self._excuse(key)]
 
     def judge(self, since: datetime, calm_until: datetime, until: datetime) -> Verdict:
         verdict = Verdict()
         self._judge_ticks(verdict, since, until)
         self._judge_effects(verdict)
-        self._judge_words(verdict)
+        self._judge_notes(verdict)
         self._judge_states(verdict, until)
         self._time_starts(verdict, since, calm_until, until)
         for fault in self._faults:
@@ -91,7 +91,7 @@ class Oracle:
         return verdict
 
     def history(self, key: Key) -> Iterator[str]:
-        """What the ledger and the effects say of the tick, and of what came right before it."""
+        """Yield the executions and effects of the tick and of the two periods before it."""
         worker, tick = key
         since = tick - 2 * self._periods[worker].period
         for row in self._executions:
@@ -132,7 +132,7 @@ class Oracle:
                     verdict.violations.append((key, "lost"))
 
     def _excuse(self, key: Key) -> str | None:
-        """Return the reason why a tick may have no effect, if the history says that it has none.
+        """Return the reason why a tick may lack an effect, if the history has a note of it.
 
         `skipped`: the run before was in force. `outage`: the database was away until the next tick. `undone`: a crash
         lost commits after the tick. `deleted`: rows of the worker were deleted then.
@@ -144,13 +144,13 @@ class Oracle:
                     return "skipped"
                 if row.state == "missed" and self._was_away(tick, self._periods[worker].next(tick)):
                     return "outage"
-                if why := self._loss(worker, tick, row.finished_at):
-                    return why
+                if loss := self._loss(worker, tick, row.finished_at):
+                    return loss
         lost = (row for row in self._runs.get(key, ()) if row.state == "lost")
         return next(("deleted" for row in lost if self._loss(worker, tick, row.finished_at) == "deleted"), None)
 
     def _loss(self, worker: str, tick: datetime, noted: datetime) -> str | None:
-        """Return the kind of loss between the tick and the note that it has no effect."""
+        """Return the kind of loss between the tick and its note."""
         since, until = tick.timestamp(), noted.timestamp()
         if any(since <= back and gone <= until for gone, back in self._crashes):
             return "undone"
@@ -187,20 +187,22 @@ class Oracle:
                 verdict.violations.append((key, f"done after {_time(last[row.worker])}"))
             last[row.worker] = row.tick
 
-    def _judge_words(self, verdict: Verdict) -> None:
+    def _judge_notes(self, verdict: Verdict) -> None:
         """Check that no note denies a tick that was done, and that each such tick has its execution."""
-        told = {(row.worker, row.token) for rows in self._runs.values() for row in rows}
+        recorded = {(row.worker, row.token) for rows in self._runs.values() for row in rows}
         for key, rows in self._done.items():
             worker, tick = key
             for row in rows:
-                anew = (each for each in self._runs.get(key, ()) if each.token is None and each.state == "succeeded")
-                if (worker, row.token) not in told and not any(anew):
+                rewritten = (
+                    each for each in self._runs.get(key, ()) if each.token is None and each.state == "succeeded"
+                )
+                if (worker, row.token) not in recorded and not any(rewritten):
                     verdict.not_final += 1
                     verdict.violations.append((key, f"done by the token {row.token}, which no execution has"))
             for note in self._not_run[worker] if rows else ():
                 if note.tick <= tick <= note.through:
                     verdict.not_final += 1
-                    verdict.violations.append((key, f"done, and told {note.state}"))
+                    verdict.violations.append((key, f"done, and noted as {note.state}"))
 
     def _judge_states(self, verdict: Verdict, until: datetime) -> None:
         by_worker: dict[str, list[Row[Any]]] = defaultdict(list)
@@ -210,13 +212,13 @@ class Oracle:
                 if row.started_at < row.tick:
                     verdict.early += 1
                     verdict.violations.append((key, f"begun {(row.tick - row.started_at).total_seconds():.3f} s early"))
-                # When the whole fleet ends, nobody is left to take back what the last one did not finish.
+                # When the whole fleet ends, no instance is left to recover the last one's runs.
                 is_left = row.state == "running" and row.tick > until
                 if row.state not in ("succeeded", "lost", "handed back") and not is_left:
                     verdict.not_final += 1
                     verdict.violations.append((key, f"an execution that {row.state}"))
                 tokens = [done.token for done in self._done[key]]
-                # A row that was written anew has no token if another row has that token.
+                # A row that was written again has no token if another row has that token.
                 has_effect = row.token in tokens if row.token else row.state == "succeeded" and bool(tokens)
                 if (row.state == "succeeded") != has_effect:
                     verdict.not_final += 1
@@ -248,7 +250,7 @@ class Oracle:
                     verdict.calm_lateness.append(late)
 
     def _time_others(self, verdict: Verdict, fault: Fault) -> None:
-        """Between the end of what `fault` did to a process, and the start of its ticks elsewhere."""
+        """Measure the time between the fault of a process and the start of its ticks elsewhere."""
         is_long = fault.kind in ("stop", "silence") and fault.until - fault.at > LEASE_SECONDS
         if fault.kind not in ("kill", "term") and not is_long:
             return
@@ -263,19 +265,19 @@ class Oracle:
                         self._take_time(verdict, key, fault, seconds)
 
     def _is_met_by_another(self, fault: Fault, row: Row[Any]) -> bool:
-        """Whether whoever took the tick back was itself harmed before it could begin: then another lease runs out."""
-        taken_back = row.finished_at.timestamp()
-        others = (other for other in self._faults if other is not fault and other.pids)
-        return fault.kind == "kill" and any(0 <= other.at - taken_back < MET_SECONDS for other in others)
+        """Return whether the instance that recovered the tick was harmed at once. Then another lease must end."""
+        recovered = row.finished_at.timestamp()
+        faults = (each for each in self._faults if each is not fault and each.pids)
+        return fault.kind == "kill" and any(0 <= each.at - recovered < MET_SECONDS for each in faults)
 
     def _is_met_by_deletion(self, fault: Fault, row: Row[Any], seconds: float) -> bool:
         """Return whether rows of the worker were deleted meanwhile: they must heal first."""
         return any(row.started_at.timestamp() <= at <= fault.at + seconds for at in self._deletions[row.worker])
 
     def _take_time(self, verdict: Verdict, key: Key, fault: Fault, seconds: float) -> None:
-        # Before the lease may have run out, nobody asks.
+        # No instance looks before the lease may have ended.
         matters = fault.at if fault.kind == "term" else fault.at + LEASE_SECONDS - 2 * HEARTBEAT_SECONDS
-        # After an outage, the ticks that it put off are run first.
+        # After an outage, the delayed ticks run first.
         absences = ((gone, back + CATCHING_UP_SECONDS) for gone, back in self._absences)
         if any(gone < fault.at + seconds and matters < caught_up for gone, caught_up in absences):
             verdict.excused.append(seconds)
@@ -290,22 +292,22 @@ class Oracle:
         slow = self._stood_still(fault.at, fault.at + seconds) + _usual_lateness(verdict)
         if most is not None and seconds - slow > most:
             at = datetime.fromtimestamp(fault.at, UTC)
-            what = f"begun elsewhere {seconds:.3f} s after the {fault.kind} of {fault.pids} at {_time(at)}"
-            verdict.violations.append((key, f"{what}, expected at most {most:.0f} + {slow:.3f} s"))
+            start = f"begun elsewhere {seconds:.3f} s after the {fault.kind} of {fault.pids} at {_time(at)}"
+            verdict.violations.append((key, f"{start}, expected at most {most:.0f} + {slow:.3f} s"))
 
     def _stood_still(self, since: float, until: float) -> float:
-        """For how many seconds of these nothing ran on this machine."""
+        """Return the seconds of this span in which nothing ran on this machine."""
         return sum(max(min(woken, until) - max(due, since), 0.0) for due, woken in self._standstills)
 
 
 def _usual_lateness(verdict: Verdict) -> float:
-    """How late this machine is where nothing is wrong: next to nothing, unless it has much else to do."""
+    """Return the lateness of this machine without faults: almost zero, unless it is busy."""
     lateness = quantile(verdict.calm_lateness, 0.99) if verdict.calm_lateness else 0.0
     return min(max(lateness, 0.0), _MOST_USUAL_SECONDS)
 
 
 def _held(row: Row[Any], fault: Fault) -> bool:
-    """Whether the process held this claim at the moment of the fault."""
+    """Return whether the process held this claim at the moment of the fault."""
     at = datetime.fromtimestamp(fault.at, UTC)
     is_same = int(row.instance_name.rpartition(":")[2]) in fault.pids
     return is_same and row.started_at <= at and (row.finished_at is None or row.finished_at >= at)

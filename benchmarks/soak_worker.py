@@ -1,6 +1,6 @@
-"""The shop with workers that leave traces: what benchmarks/soak.py starts its processes with (FLASK_APP).
+"""The shop with workers that leave traces. benchmarks/soak.py starts its processes with it (FLASK_APP).
 
-Their periods differ by odd milliseconds, so that their ticks, which are aligned to the epoch, spread over time.
+The periods differ by odd milliseconds, so that the ticks, aligned to the epoch, spread over time.
 """
 
 import os
@@ -27,7 +27,7 @@ effects = Table(
     Column("id", Integer, primary_key=True),
     Column("worker", String(100), nullable=False),
     Column("tick", UtcDateTime, nullable=False),
-    # 0 for what a run leaves at its end; 1, 2 ... for the slices that it committed on the way.
+    # 0 for the effect at the end of a run, and 1, 2 ... for the slices that it committed before.
     Column("part", Integer, nullable=False),
     Column("token", Integer, nullable=False),
     Column("pid", Integer, nullable=False),
@@ -53,7 +53,7 @@ def create_app() -> Flask:
 
 
 def workers() -> Iterator[type[PeriodicWorker]]:
-    """Some twelve ticks a second."""
+    """Yield workers with some twelve ticks a second."""
     yield from (_worker(f"quick_{i}", 4.1 + 0.057 * i, quick) for i in range(38))
     yield from (_worker(f"usual_{i}", 5.2 + 0.163 * i, usual) for i in range(10))
     yield from (_worker(f"holding_{i}", 6.1 + 0.331 * i, holding) for i in range(3))
@@ -68,7 +68,7 @@ def _worker(name: str, period: float, body: Callable[[WorkerContext], None]) -> 
     def do_work(self: PeriodicWorker, context: WorkerContext) -> None:
         body(context)
 
-    # Three of its instances may well be killed in a row here, so it is never given up.
+    # Three instances may be killed in a row here, so a worker needs more attempts.
     members = {"name": name, "period": timedelta(seconds=period), "max_attempts": 100, "do_work": do_work}
     return type(name, (PeriodicWorker,), members)
 
@@ -84,21 +84,21 @@ def usual(context: WorkerContext) -> None:
 
 
 def holding(context: WorkerContext) -> None:
-    """Hold what the write has locked until the end: on SQLite the only lock that there is."""
+    """Write first, and hold the lock until the end: on SQLite the single write lock."""
     _leave(context)
     time.sleep(_seconds(context, 0.001, 0.03))
 
 
 def deaf(context: WorkerContext) -> None:
-    """End when it is done, whatever it is told."""
+    """Ignore the request to stop, and end when the work is done."""
     time.sleep(_seconds(context, 0.3, 1))
     _leave(context)
 
 
 def in_slices(context: WorkerContext) -> None:
-    """Commit on the way, and go on where the attempt before came to."""
-    here = (effects.c.worker == context.worker, effects.c.tick == context.tick, effects.c.part > 0)
-    done = context.session.scalar(select(func.count()).select_from(effects).where(*here)) or 0
+    """Commit in slices, and go on after the last slice of the attempt before."""
+    committed = (effects.c.worker == context.worker, effects.c.tick == context.tick, effects.c.part > 0)
+    done = context.session.scalar(select(func.count()).select_from(effects).where(*committed)) or 0
     for part in range(done + 1, SLICES + 1):
         _work(context, _seconds(context, 0.6, 1.2) / SLICES)
         _leave(context, part)

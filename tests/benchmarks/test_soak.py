@@ -192,7 +192,7 @@ def test_a_tick_that_was_missed_right_after_the_row_of_its_worker_was_deleted_is
 def test_an_effect_of_a_tick_that_was_told_not_to_have_run_is_a_violation(soaked: Soaked, state: str) -> None:
     soaked.ran()
     soaked.did_not_run(state)
-    assert sentences(soaked.judge()) == [f"done, and told {state}"]
+    assert sentences(soaked.judge()) == [f"done, and noted as {state}"]
 
 
 def test_an_effect_without_an_execution_is_a_violation(soaked: Soaked) -> None:
