@@ -1,4 +1,4 @@
-"""What can go wrong, in one shape: what (with the value), what was expected, what to do."""
+"""The engine's errors. Each text says what happened (with the value), what was expected, and what to do."""
 
 import re
 from collections.abc import Iterable
@@ -8,14 +8,14 @@ from click import ClickException
 
 
 class BackgroundError(ClickException):
-    """The base of every error that the engine raises; its text is one sentence for a person.
+    """The base of every error that the engine raises.
 
-    Where it ends a `flask` command, that sentence is printed instead of a traceback.
+    A `flask` command that ends with such an error prints its text instead of a traceback.
     """
 
 
 class UnknownWorker(BackgroundError):
-    """A name that no registered worker has; or, where a tick was meant, that of the worker of a `topic`."""
+    """A name that no registered worker has. With a `topic`, the name of a worker of messages, which has no ticks."""
 
     exit_code = 2
 
@@ -30,15 +30,15 @@ class UnknownWorker(BackgroundError):
 
 
 class DuplicateWorker(BackgroundError):
-    """A second worker of the same name."""
+    """A second worker with the same name."""
 
 
 class InvalidWorker(BackgroundError):
-    """A worker that cannot be registered: abstract, or with an attribute that is out of range."""
+    """A worker that cannot be registered, because it is abstract or an attribute is out of range."""
 
 
 class InvalidSchedule(BackgroundError):
-    """A period, a cron expression or a time zone that no tick can be computed from."""
+    """A period, a cron expression or a time zone that gives no ticks."""
 
 
 class InvalidConfig(BackgroundError):
@@ -46,7 +46,7 @@ class InvalidConfig(BackgroundError):
 
 
 class MissingDependency(BackgroundError):
-    """A package that the engine needs and that is not installed."""
+    """A package that the engine needs is not installed."""
 
 
 class DatabaseNotReady(BackgroundError):
@@ -54,19 +54,19 @@ class DatabaseNotReady(BackgroundError):
 
 
 class ClaimLost(BackgroundError):
-    """The run no longer holds its claim; what its session had not committed is rolled back."""
+    """The run no longer holds its claim. The open transaction of its session is rolled back."""
 
 
 class NotFenced(BackgroundError):
-    """A write of a run that no check of its claim would guard."""
+    """A write of a run to a connection that the fence does not guard."""
 
 
 class CommitFirst(BackgroundError):
-    """A call that commits on its own, while the caller's own transaction holds what it would wait for."""
+    """A call that commits separately would wait for a lock of the caller's own open transaction."""
 
 
 class RunStopped(BackgroundError):
-    """Raised by `context.raise_if_stopping()`: the run ends here and is handed back."""
+    """The run ends here and is handed back. Raised by `context.raise_if_stopping()`."""
 
 
 class UnknownTopic(BackgroundError):
@@ -76,7 +76,9 @@ class UnknownTopic(BackgroundError):
 
     def __init__(self, topic: object, known: Iterable[str]) -> None:
         hint = _hint(topic, known, "known topics")
-        super().__init__(f"No worker handles the topic {topic!r}; expected that of a registered MessageWorker. {hint}")
+        super().__init__(
+            f"No worker handles the topic {topic!r}; expected the topic of a registered MessageWorker. {hint}"
+        )
 
 
 class UnknownMessage(BackgroundError):
@@ -85,15 +87,15 @@ class UnknownMessage(BackgroundError):
     exit_code = 2
 
     def __init__(self, message: object) -> None:
-        super().__init__(f"There is no message {message}; `flask messages list` shows those that there are.")
+        super().__init__(f"There is no message {message}; `flask messages list` shows all messages.")
 
 
 class WrongState(BackgroundError):
-    """A message that is in no state for what was asked."""
+    """A message whose state does not allow the requested change."""
 
 
 class InvalidMessage(BackgroundError):
-    """A payload that is not JSON or too large, or a key or a delay that a message cannot have."""
+    """A payload that is not JSON or is too large, or a key or a delay that a message cannot have."""
 
 
 class BatchRolledBack(BackgroundError):
@@ -109,32 +111,32 @@ class InvalidLock(BackgroundError):
 
 
 class LockNotAcquired(BackgroundError):
-    """Whether a lock is held could not be found out: the database did not answer."""
+    """The database did not answer, so it is unknown whether the lock is held."""
 
 
-def _hint(name: object, known: Iterable[str], what: str) -> str:
+def _hint(name: object, known: Iterable[str], kind: str) -> str:
     known = sorted(known)
     close = get_close_matches(name, known, n=1) if isinstance(name, str) else ()
-    return f"Did you mean {close[0]!r}?" if close else f"The {what} are: {', '.join(known) or 'none'}."
+    return f"Did you mean {close[0]!r}?" if close else f"The {kind} are: {', '.join(known) or 'none'}."
 
 
 _LONGEST_LINE = 1_000
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text: drivers add the statement and a link, which belong in a traceback.
+    """Return the first line of an error's text. Drivers add the statement and a link, which belong in a traceback.
 
-    What no log or terminal should be sent (an escape, a character that turns the line around) is spelled out.
+    A character that could steer a log or a terminal is written as an escape.
     """
     try:
         line = str(error).strip().splitlines()[0]
-    except Exception:  # it has no text, or none that can be had
+    except Exception:  # the text is empty, or the error cannot give it
         return type(error).__name__
     return spelled_out(shortened(line, _LONGEST_LINE))
 
 
 def shortened(text: str, most: int) -> str:
-    """Return the first `most` characters of a longer text, and how many were cut. A shorter text stays whole."""
+    """Return at most the first `most` characters of a text. A cut text says how many characters are cut."""
     return text if len(text) <= most else f"{text[:most]}... ({len(text) - most:,} characters are cut)"
 
 
@@ -144,9 +146,9 @@ def spelled_out(text: str) -> str:
 
 
 def error_line(text: str | None) -> str | None:
-    """Return the line of a traceback that has the error itself, without further lines of its message.
+    """Return the line of a traceback that names the error, without further lines of its message.
 
-    Below the frame around an exception group, this is the last line.
+    In the traceback of an exception group, this is the last line.
     """
     lines = (text or "").strip().splitlines()
     if len(lines) > 1 and _END_OF_GROUP.fullmatch(lines[-2]):

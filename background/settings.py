@@ -1,4 +1,4 @@
-"""The engine's settings: each has a default, a cast and a meaning, and is checked in every application."""
+"""The engine's settings. Each has a default, a cast and a meaning, and is checked in every application."""
 
 import math
 import re
@@ -22,7 +22,7 @@ class Setting(NamedTuple):
 
 _BOOLEANS = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "false", "no", "off"), False)
 PREFIXES = ("WORKERS_", "MESSAGES_", "METRICS_")
-_CLOSE = 0.8  # of 1, for difflib: a host application may have settings of its own with these prefixes
+_CUTOFF = 0.8  # from 0 to 1, for difflib. An application may have its own settings with these prefixes
 BOOLEAN = "true or false (also 1/0, yes/no, on/off)"
 DAYS = "a number of days above 0 and at most 36500"
 
@@ -103,7 +103,7 @@ SETTINGS = {
     "MESSAGES_MAX_BYTES": Setting(
         262_144, whole(1_000_000_000), "a whole number of bytes from 1 to 1000000000", "how long a payload may be"
     ),
-    "MESSAGES_KEY_DAYS": Setting(14, number(36_500), DAYS, "how long the key of a done message refuses another"),
+    "MESSAGES_KEY_DAYS": Setting(14, number(36_500), DAYS, "how long the key of a done message refuses a new message"),
     "LOCK_PREFIX": Setting("", printable(0, 100), "at most 100 printable characters", "precedes the name of each lock"),
     "METRICS_TOKEN": Setting(
         None,
@@ -122,14 +122,14 @@ SETTINGS = {
 
 
 def settle(config: MutableMapping[str, Any]) -> None:
-    """Give each setting of the engine its default or its cast value. Raises InvalidConfig for a wrong one."""
+    """Give each setting of the engine its default or its cast value. Raises InvalidConfig for a wrong value."""
     refuse_misspelled(config, SETTINGS)
     cast_all(config, SETTINGS)
     _settle_heartbeat(config)
 
 
 def cast_all(config: MutableMapping[str, Any], settings: Mapping[str, Setting]) -> None:
-    """Give each of the `settings` its default or its cast value. Raises InvalidConfig for the first wrong one."""
+    """Give each of the `settings` its default or its cast value. Raises InvalidConfig for the first wrong value."""
     for name, setting in settings.items():
         value = config.setdefault(name, setting.default)
         if value is not None or setting.default is not None:
@@ -137,7 +137,7 @@ def cast_all(config: MutableMapping[str, Any], settings: Mapping[str, Setting]) 
 
 
 def cast(name: str, value: Any, setting: Setting) -> Any:
-    """Return the cast value. Raises InvalidConfig, which does not show a secret."""
+    """Return the cast value, or raise InvalidConfig. The error does not show a secret."""
     try:
         return setting.cast(value)
     except (ValueError, TypeError, KeyError, OverflowError):
@@ -149,11 +149,11 @@ def cast(name: str, value: Any, setting: Setting) -> Any:
 
 
 def refuse_misspelled(names: Iterable[str], settings: Iterable[str], prefixes: tuple[str, ...] = PREFIXES) -> None:
-    """Raise InvalidConfig for a name with one of the `prefixes` that is close to a setting's and is not one."""
+    """Raise InvalidConfig for a name with one of the `prefixes` that looks like a misspelled setting."""
     known = list(settings)
     for name in names:
         is_ours = name.startswith(prefixes) and name not in known
-        if is_ours and (close := get_close_matches(name, known, n=1, cutoff=_CLOSE)):
+        if is_ours and (close := get_close_matches(name, known, n=1, cutoff=_CUTOFF)):
             raise InvalidConfig(f"There is no setting {name}. Did you mean {close[0]}?")
 
 

@@ -1,8 +1,8 @@
-"""What an application can hook its own reactions onto: blinker signals, sent once what they tell of is committed.
+"""Blinker signals for the application. Each is sent after its event is committed.
 
-The sender is the Flask app. A receiver is called in an app context of its own, in the thread of the run or of whoever
-found it gone; what it raises is logged, and harms nobody. An instance that dies right after a commit sends nothing:
-for what must happen, enqueue a message in the run itself.
+The sender is the Flask app. A receiver is called in an app context of its own. It runs in the thread of the run, or in
+the thread that found the run lost. An error of a receiver is logged and has no other effect. An instance that dies
+right after a commit sends nothing. For a reaction that must not be lost, enqueue a message in the run itself.
 """
 
 from contextvars import Context
@@ -18,10 +18,12 @@ log = logger_of(__name__)
 
 _signals = Namespace()
 
-execution_started = _signals.signal("execution started", "`claim`: the Claim that begins to run now.")
+execution_started = _signals.signal("execution started", "`claim`: the Claim whose run begins now.")
 execution_succeeded = _signals.signal("execution succeeded", "`claim`.")
 execution_failed = _signals.signal("execution failed", "`claim`, and the `error` that the worker raised.")
-execution_lost = _signals.signal("execution lost", "`claim` and `reason`. Sent by the instance that found it lost.")
+execution_lost = _signals.signal(
+    "execution lost", "`claim` and `reason`. The instance that found the run lost sends it."
+)
 execution_handed_back = _signals.signal("execution handed back", "`claim`, and the `reason`, if there is one.")
 execution_timed_out = _signals.signal("execution timed out", "`claim`, and the `reason`.")
 message_buried = _signals.signal("message buried", "`message` (its id), `topic`, and its last `error` (a text).")
@@ -36,7 +38,7 @@ of_state: dict[str, NamedSignal] = {
 
 
 def send(app: Flask, signal: NamedSignal, **details: Any) -> None:
-    """Call the receivers of `signal`, each with `details`; outside of whatever run this thread is in."""
+    """Call each receiver of `signal` with `details`, outside the run of this thread."""
     for receiver in signal.receivers_for(app):
         Context().run(_call, app, signal, receiver, details)
 
@@ -47,5 +49,5 @@ def _call(app: Flask, signal: NamedSignal, receiver: Any, details: dict[str, Any
             receiver(app, **details)
     except KeyboardInterrupt:
         raise
-    except BaseException:  # a receiver's fault is not the run's, nor is its SystemExit
+    except BaseException:  # neither an error nor a SystemExit of a receiver may end the run
         log.exception("A receiver of the signal %r failed", signal.name)

@@ -1,1 +1,1 @@
-"""The interpreter and the operating system: packages, logging, forks, signals."""
+"""The interpreter and the operating system: packages, logs, forks, signals and JSON."""

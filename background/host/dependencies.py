@@ -1,4 +1,4 @@
-"""Packages that the engine needs. The start reports a missing one once, instead of each page."""
+"""Packages that the engine needs. The start refuses a missing package, so that no page has to."""
 
 from collections.abc import Iterable
 from importlib import import_module
@@ -8,14 +8,14 @@ from sqlalchemy import Engine
 
 from ..errors import InvalidConfig, MissingDependency
 
-# Each module, and the name of its package. These are imported at the start anyway.
+# Modules that the start imports anyway, each with the name of its package.
 _AT_ONCE = {
     "flask": "flask",
     "sqlalchemy": "sqlalchemy",
     "flask_sqlalchemy": "flask-sqlalchemy",
     "svcs": "svcs",
 }
-# These are imported when a worker starts or a cron is read, which may be hours later.
+# Modules that are imported when a worker starts or a cron is read, which may be hours later.
 _LATER = {"apscheduler": "apscheduler", "cronsim": "cronsim"}
 
 
@@ -27,7 +27,7 @@ def require(modules: Iterable[str], purpose: str) -> None:
 
 
 def refuse_driver(engine: "Engine") -> None:
-    """Raise InvalidConfig for a database, or a driver of it, that the engine was not made for."""
+    """Raise InvalidConfig for a database or a driver that the engine does not support."""
     dialect = engine.dialect
     if dialect.name != "sqlite" and (dialect.name, dialect.driver) != ("postgresql", "psycopg"):
         raise InvalidConfig(

@@ -1,11 +1,11 @@
-"""The engine's loggers, which no `dictConfig` of the application silences by accident."""
+"""The engine's loggers. A `dictConfig` of the application cannot silence them by accident."""
 
 import logging
 from time import monotonic
 
 
 def logger_of(name: str) -> logging.Logger:
-    """Return the logger `name`, which only its level and its handlers silence, not a later `dictConfig`.
+    """Return the logger `name`. Its level and its handlers can silence it, a later `dictConfig` cannot.
 
     By default, `dictConfig` disables every existing logger that it does not name.
     """
@@ -23,7 +23,7 @@ def quieten(library: str) -> None:
 
 
 class Outage:
-    """Has the first line about an outage logged as a warning, and the rest of its lines as details."""
+    """Gives the first log line about an outage the level WARNING, and its further lines the level DEBUG."""
 
     def __init__(self) -> None:
         self._since: float | None = None
@@ -41,7 +41,7 @@ class Outage:
         return logging.WARNING
 
     def ended(self) -> float | None:
-        """End the outage, as there was an answer. Return how many seconds it lasted. None if there was no outage."""
+        """End the outage. Return its length in seconds, or None if there was no outage."""
         since, self._since = self._since, None
         return None if since is None else monotonic() - since
 
@@ -60,5 +60,5 @@ _kinds: dict[str, type[logging.Logger]] = {}
 
 
 def _enabled(kind: type[logging.Logger]) -> type[logging.Logger]:
-    """Return the class of loggers for `kind`, made once. The application may have chosen `kind`."""
+    """Return the class of loggers for `kind`, which is made once. The application may have its own `kind`."""
     return _kinds.setdefault(f"{kind.__module__}.{kind.__qualname__}", type(kind.__name__, (_Enabled, kind), {}))

@@ -1,8 +1,8 @@
-"""Hears SIGTERM and SIGINT before the server's own handlers, in whichever order they were set.
+"""Handles SIGTERM and SIGINT before the server's own handlers, in whichever order they were set.
 
 Servers set their handlers at different times: before the application is made, after it, or around each start. So the
-engine's handler stays in place, and calls the one that would be there without it. It does nothing else in a process
-without workers.
+engine's handler stays in place, and calls the handler that the server set. In a process without workers it does
+nothing else.
 """
 
 import atexit
@@ -28,54 +28,54 @@ _LAST_WAIT_SECONDS = 0.3
 
 
 class Stoppable(Protocol):
-    """What a signal stops: the manager of one application."""
+    """The manager of one application, which a signal stops."""
 
     @property
     def is_started(self) -> bool:
-        """True while its workers run in this process."""
+        """True while the manager's workers run in this process."""
 
     def tell(self) -> None:
-        """Tell its runs to stop."""
+        """Tell the manager's runs to stop."""
 
     def hurry(self) -> None:
-        """Tell its runs to stop, and wait for them no longer."""
+        """Tell the manager's runs to stop, and no longer wait for them."""
 
     def stop(self, timeout: float | None = None) -> None:
-        """Stop it within so many seconds."""
+        """Stop the manager within `timeout` seconds."""
 
 
 _set, _get = signal.signal, signal.getsignal
-_held = threading.local()
-_others: dict[int, Any] = {}
-"""For each signal, the handler that would be there without the engine's."""
+_blocked = threading.local()
+_handlers: dict[int, Any] = {}
+"""For each signal, the handler that the server set, or Python's default."""
 
 
 def listen() -> None:
-    """Hear the signals from now on, whatever handler is set later. Outside the main thread, do nothing."""
+    """Handle the signals from now on, also if another handler is set later. Outside the main thread, do nothing."""
     if threading.current_thread() is not threading.main_thread():
         return
-    signal.signal, signal.getsignal = _set_others, _get_others
+    signal.signal, signal.getsignal = _set_handler, _get_handler
     for number in _NUMBERS:
         before = _get(number)
-        if before is _hear or before is None or before == signal.SIG_IGN:  # None: not set by Python
+        if before is _handle or before is None or before == signal.SIG_IGN:  # None: other code than Python set it
             continue
-        _others[number] = before
-        _set(number, _hear)
-        # A server that has a handler expects its system calls to go on.
+        _handlers[number] = before
+        _set(number, _handle)
+        # A server with its own handler expects that a signal does not interrupt its system calls.
         signal.siginterrupt(number, before in (signal.SIG_DFL, signal.default_int_handler))
 
 
 def is_heard(number: int) -> bool:
-    """Return whether the runs of this process are told of the signal `number` before it ends the process."""
-    return _get(number) in (_hear, signal.SIG_IGN)
+    """Return whether the runs of this process are told to stop before the signal `number` ends it."""
+    return _get(number) in (_handle, signal.SIG_IGN)
 
 
 def stop_when_told(manager: Stoppable) -> None:
-    """Stop `manager` before the process exits. On a signal tell the runs first, whatever else the server does then."""
-    global _audience
-    if _audience is None or _audience.process != os.getpid():
-        _audience = _Audience()
-    _audience.managers.add(manager)
+    """Stop `manager` before the process exits. On a signal, tell its runs before the server's handler is called."""
+    global _notifier
+    if _notifier is None or _notifier.process != os.getpid():
+        _notifier = _Notifier()
+    _notifier.managers.add(manager)
     listen()
     if not is_heard(signal.SIGTERM):
         log.warning(
@@ -87,57 +87,57 @@ def stop_when_told(manager: Stoppable) -> None:
 
 
 def give_up(why: str, seconds: float) -> None:
-    """Hand back everything, within `seconds`. Call this in a signal handler, before the process is killed."""
-    if _audience is not None and _audience.process == os.getpid() and _audience.is_attentive:
+    """Hand back all runs of this process, within `seconds`. Call this in a signal handler, before a kill."""
+    if _notifier is not None and _notifier.process == os.getpid() and _notifier.is_needed:
         done = threading.Event()
-        _audience.calls.put(lambda: _audience.give_up(why, done))
+        _notifier.calls.put(lambda: _notifier.give_up(why, done))
         done.wait(seconds)
 
 
 def hold_back() -> None:
-    """Keep the signals waiting until `let_through`, in this thread: Python forgets one that comes amid a fork."""
-    _held.mask = signal.pthread_sigmask(signal.SIG_BLOCK, _NUMBERS)
+    """Block the signals in this thread until `let_through`. Python loses a signal that comes during a fork."""
+    _blocked.mask = signal.pthread_sigmask(signal.SIG_BLOCK, _NUMBERS)
 
 
 def let_through() -> None:
-    """Let the signals through again, and those that came since `hold_back`."""
-    signal.pthread_sigmask(signal.SIG_SETMASK, _held.mask)
+    """Unblock the signals. A signal that came since `hold_back` is delivered now."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, _blocked.mask)
 
 
 def let_through_in_a_child(is_in_a_run: bool) -> None:
-    """Let the signals through in a forked child. If its parent runs workers, they end it as any process of Python's.
+    """Unblock the signals in a forked child. If its parent runs workers, a signal ends the child by Python's default.
 
-    The server's handlers are of no use there: they may only note the signal, or tell the parent by a shared pipe.
+    A server's handler would not end the child. It may only note the signal, or tell the parent by a shared pipe.
     """
-    is_of_workers = is_in_a_run or (_audience is not None and _audience.process != os.getpid())
+    is_of_workers = is_in_a_run or (_notifier is not None and _notifier.process != os.getpid())
     if is_of_workers:
         signal.set_wakeup_fd(-1)
         for number in _NUMBERS:
             _set(number, signal.SIG_DFL)
     let_through()
-    if is_of_workers:  # a KeyboardInterrupt amid the fork would be lost
+    if is_of_workers:  # a KeyboardInterrupt during the fork would be lost
         _set(signal.SIGINT, signal.default_int_handler)
 
 
-class _Audience:
-    """The managers of this process, and the thread that tells them of signals.
+class _Notifier:
+    """The managers of this process, and the thread that passes signals on to them.
 
-    A handler interrupts its thread anywhere, while that holds any lock. So the handler takes no lock: another thread
-    tells.
+    A handler may interrupt its thread while the thread holds a lock. So the handler takes no lock, and leaves the calls
+    to another thread.
     """
 
     def __init__(self) -> None:
         self.process = os.getpid()
         self.managers: WeakSet[Stoppable] = WeakSet()
-        self.heard = 0
+        self.signals = 0
         self.is_ending = False
         self.calls: SimpleQueue[Callable[[], None]] = SimpleQueue()
         atexit.register(self._stop)
         threading.Thread(target=self._call, name="signals", daemon=True).start()
 
     @property
-    def is_attentive(self) -> bool:
-        """True while workers run here, or the exit waits for them."""
+    def is_needed(self) -> bool:
+        """True while workers run in this process, or its exit waits for them."""
         return self.is_ending or any(manager.is_started for manager in self.managers)
 
     def tell(self) -> None:
@@ -149,14 +149,14 @@ class _Audience:
             manager.hurry()
 
     def give_up(self, why: str, done: threading.Event) -> None:
-        log.warning("%s: what runs here is handed back", why)
+        log.warning("%s: all runs of this process are handed back", why)
         self.tell()
         for manager in self._started():
             manager.stop(_LAST_WAIT_SECONDS)
         done.set()
 
     def _stop(self) -> None:
-        """Stop the managers at the exit of the process, but not at the exit of its forked child."""
+        """Stop the managers at the exit of the process, but not at the exit of a forked child."""
         if self.process == os.getpid():
             self.is_ending = True
             for manager in self._started():
@@ -170,65 +170,65 @@ class _Audience:
             call = self.calls.get()
             try:
                 call()
-            except Exception:  # the thread must live on for the next signal
-                log.exception("Could not do what a signal asked for")
+            except Exception:  # the thread must go on for the next signal
+                log.exception("A call for a signal failed")
 
 
-_audience: _Audience | None = None
+_notifier: _Notifier | None = None
 
 
-def _hear(number: int, frame: FrameType | None) -> None:
-    """Tell the runs, then call the handler that would be there without the engine."""
-    follows, audience = _others[number], _audience
-    if audience is None or audience.process != os.getpid() or not audience.is_attentive:
-        _leave_to(follows, number, frame)
+def _handle(number: int, frame: FrameType | None) -> None:
+    """Tell the runs to stop, then call the server's handler."""
+    handler, notifier = _handlers[number], _notifier
+    if notifier is None or notifier.process != os.getpid() or not notifier.is_needed:
+        _leave_to(handler, number, frame)
         return
-    is_default = follows in (signal.SIG_DFL, signal.default_int_handler)
-    if is_default:  # a server that has a handler may raise the signal again, once it has shut down
-        audience.heard += 1
-    # Count the signals here: `stop` may have told the runs before the first call is made.
-    insists = is_default and (audience.heard > 1 or audience.is_ending)
-    audience.calls.put(audience.hurry if insists else audience.tell)
-    if is_default and (audience.is_ending or audience.heard == 2):  # another exit would disturb the first
+    is_default = handler in (signal.SIG_DFL, signal.default_int_handler)
+    if is_default:  # a server with its own handler may raise the signal again after it has shut down
+        notifier.signals += 1
+    # Count the signals here, as `stop` may tell the runs before the first call is made.
+    is_second = is_default and (notifier.signals > 1 or notifier.is_ending)
+    notifier.calls.put(notifier.hurry if is_second else notifier.tell)
+    if is_default and (notifier.is_ending or notifier.signals == 2):  # a second exit would disturb the first
         return
-    if follows == signal.SIG_DFL:
+    if handler == signal.SIG_DFL:
         sys.exit(0)
-    follows(number, frame)
+    handler(number, frame)
 
 
-def _leave_to(follows: Any, number: int, frame: FrameType | None) -> None:
-    if getattr(follows, "__module__", None) == "werkzeug._reloader" and _pass_on(number):
+def _leave_to(handler: Any, number: int, frame: FrameType | None) -> None:
+    if getattr(handler, "__module__", None) == "werkzeug._reloader" and _pass_on(number):
         return
-    if callable(follows):
-        follows(number, frame)
+    if callable(handler):
+        handler(number, frame)
         return
-    _set(number, follows)
+    _set(number, handler)
     signal.raise_signal(number)
 
 
 def _pass_on(number: int) -> bool:
-    """Pass a signal on to the debug reloader's child, which the reloader would kill at once. Both end by it."""
+    """Pass a signal on to the debug reloader's child, which the reloader would kill otherwise. Both end by the signal."""
     if is_running_from_reloader():  # this process is the child
         return False
-    lists = [each.read_text() for each in Path("/proc/self/task").glob("*/children")]  # Linux has them
+    lists = [each.read_text() for each in Path("/proc/self/task").glob("*/children")]  # these files exist on Linux
     for child in map(int, " ".join(lists).split()):
         os.kill(child, number)
     return any(lists)
 
 
-def _set_others(signalnum: int, handler: Any) -> Any:
-    """Stand in for `signal.signal`, also in its parameters: the caller's handler follows the engine's."""
+def _set_handler(signalnum: int, handler: Any) -> Any:
+    """Stand in for `signal.signal`, with its parameters. The engine's handler then calls `handler`."""
     if signalnum not in _NUMBERS:
         return _set(signalnum, handler)
-    before = _get_others(signalnum)
-    _set(signalnum, handler)  # raises its own errors for a wrong handler, and outside the main thread
+    before = _get_handler(signalnum)
+    _set(signalnum, handler)  # raises an error for a wrong handler, and outside the main thread
     if handler != signal.SIG_IGN:
-        _others[signalnum] = handler
-        _set(signalnum, _hear)
+        _handlers[signalnum] = handler
+        _set(signalnum, _handle)
     return before
 
 
-def _get_others(signalnum: int) -> Any:
-    """Stand in for `signal.getsignal`: return the caller's handler, never the engine's."""
+def _get_handler(signalnum: int) -> Any:
+    """Stand in for `signal.getsignal`. Return the caller's handler, never the engine's."""
     found = _get(signalnum)
-    return _others[signalnum] if found is _hear else found
+    return _handlers[signalnum] if found is _handle else found

@@ -1,4 +1,4 @@
-"""JSON that every reader accepts: Python writes NaN and Infinity, which are not JSON."""
+"""JSON that every reader accepts. Python alone writes NaN and Infinity, which are not JSON."""
 
 import json
 from typing import Any

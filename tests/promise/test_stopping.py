@@ -179,7 +179,7 @@ def test_as_many_slow_clients_as_processes_have_runs_handed_back_and_no_attempt_
             for _ in range(2):
                 slow = clients.enter_context(socket.create_connection(address))
                 slow.sendall(b"POST /login HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n")
-        server.wait_for("so this process ends: what runs here is handed back", times=2)
+        server.wait_for("so this process ends: all runs of this process are handed back", times=2)
         server.wait_for("The listener began", times=2)
         server.wait_for("The deaf one began", times=2)
         clients.close()

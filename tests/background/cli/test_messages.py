@@ -476,13 +476,13 @@ def test_what_is_open_is_counted_and_listed_by_the_index_of_its_state(
 
 def test_a_wrong_argument_is_one_sentence(flask: Callable[..., Result]) -> None:
     for arguments, said in (
-        (("list", "--topic", "ordrs"), "No worker handles the topic 'ordrs'; expected that of a registered"),
+        (("list", "--topic", "ordrs"), "No worker handles the topic 'ordrs'; expected the topic of a registered"),
         (("list", "--topic", "ordrs"), "Did you mean 'orders'?"),
         (("list", "--topic", "\udcff"), "No worker handles the topic '\\udcff'"),
         (("retry", "--all", "--topic", "mial"), "Did you mean 'mail'?"),
         (("list", "--state", "fine"), "expected one of: waiting, running, done, dead, discarded."),
         (("list", "--limit", "many"), "--limit is 'many'; expected a whole number"),
-        (("show", "1"), "There is no message 1; `flask messages list` shows those that there are."),
+        (("show", "1"), "There is no message 1; `flask messages list` shows all messages."),
         (("show", "9" * 50), f"There is no message {'9' * 50};"),
         (("show", "0"), "There is no message 0;"),
         (("show", "one"), "The ID is 'one'; expected a whole number"),
