@@ -1,1 +1,1 @@
-"""Where rows live: the tables, the connections, and the differences of the two databases."""
+"""The tables, the connections to them, and the differences between the two databases."""

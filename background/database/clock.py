@@ -1,4 +1,4 @@
-"""The clock that decides: the database's, read by the statement that uses it. And one that nobody sets."""
+"""The database's clock, which decides, and this host's steady clock, which no user can set."""
 
 import time
 from collections.abc import Callable
@@ -32,7 +32,7 @@ class UtcDateTime(TypeDecorator[datetime]):
         return value.replace(tzinfo=None).isoformat(" ", "microseconds") if dialect.name == "sqlite" else value
 
     def result_processor(self, dialect: Dialect, coltype: object) -> Callable[[Any], datetime | None]:
-        # Not `process_result_value`, which takes twice as long: a page reads thousands.
+        # Not `process_result_value`, which takes twice as long. A page reads thousands of moments.
         return _from_text if dialect.name == "sqlite" else _in_utc
 
 
@@ -51,10 +51,10 @@ class _Now(FunctionElement[datetime]):
 
 
 def now(ahead: timedelta | ColumnElement[float] | None = None) -> ColumnElement[datetime]:
-    """The database's clock when the statement runs; never the transaction's frozen time.
+    """Return the database's time when the statement runs, plus `ahead`. It is never the transaction's frozen time.
 
-    Plus `ahead`, a timedelta or an expression in seconds. SQLite reads the host's clock, cut to the millisecond: it is
-    never ahead of that.
+    `ahead` is a timedelta or an expression in seconds. SQLite reads the host's clock and cuts it to the millisecond, so
+    its time is never ahead of the host's.
     """
     if isinstance(ahead, timedelta):
         ahead = literal(ahead.total_seconds(), Float) if ahead else None
@@ -77,7 +77,7 @@ def _sqlite(element: _Now, compiler: SQLCompiler, **kwargs: Any) -> str:
 
 
 class elapsed(FunctionElement[float]):
-    """The seconds from one moment of the database's to another."""
+    """The seconds from one moment in the database to a later moment."""
 
     name = "elapsed"
     type = Float()
@@ -97,20 +97,20 @@ def _elapsed_on_sqlite(element: elapsed, compiler: SQLCompiler, **kwargs: Any) -
 
 
 AHEAD = timedelta(seconds=1)
-"""A moment further in the clock's future than this was written while the clock was ahead.
+"""The longest lead of a stored moment over the clock that counts as normal.
 
-A smaller step back delays nothing for long.
+A moment further ahead was written while the clock was wrong. A smaller error of the clock delays nothing for long.
 """
 
 
 def steady() -> float:
-    """Seconds on a clock that nobody sets; on Linux it also counts the time that the host slept."""
+    """Return the seconds on a clock that no user can set. On Linux it also counts the time that the host slept."""
     return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
 
 
 def single_statements(engine: Engine) -> Engine:
-    """`engine` for transactions of one statement: PostgreSQL spares the BEGIN and the ROLLBACK around it.
+    """Return `engine` for transactions of one statement. On PostgreSQL that saves the BEGIN and the ROLLBACK.
 
-    (SQLite's driver needs none around a read.)
+    SQLite's driver sends neither of them for a read.
     """
     return engine if engine.dialect.name == "sqlite" else engine.execution_options(isolation_level="AUTOCOMMIT")

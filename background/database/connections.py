@@ -1,4 +1,4 @@
-"""The engine's own connections: a claim neither joins nor waits for what the application does on its own."""
+"""The engine's own connections. A claim neither joins nor waits for the application's transactions."""
 
 import os
 import socket
@@ -38,16 +38,16 @@ class made_once(cached_property[Made]):
 
 
 class Connections:
-    """The engine's own pools. Their connections are opened as the application's engine opens its own.
+    """The engine's own pools. They open their connections in the same way as the application's engine.
 
-    No statement on them sets anything that outlives its transaction, and none is prepared by name. So a pooler that
-    gives every transaction another connection may stand before PostgreSQL. `schema` is where the application has the
-    engine's tables. None means the place where the database looks for a table without a schema.
+    No statement on them is prepared by name or sets anything that outlives its transaction. So a pooler may stand
+    before PostgreSQL and give each transaction a different connection. `schema` holds the engine's tables. None means
+    the schema that the database uses by default.
     """
 
     def __init__(self, shared: Engine, lease: float, schema: str | None, outages: Outages) -> None:
         self._shared, self._schema, self._outages = shared, schema, outages
-        outages.emptied.append(self._deafen)
+        outages.emptied.append(self._end_listening)
         # Time-outs of half a lease, at least 2 s (libpq's minimum). Without them TCP keeps a silently dropped
         # connection for about 15 minutes.
         seconds = max(2, int(lease / 2))
@@ -60,7 +60,7 @@ class Connections:
         self._opening = threading.Lock()
         self._closed = 0
         self.cuts = 0
-        """The number of calls of `cut`. The server is not to blame for a failure that such a call causes."""
+        """The number of calls of `cut`. The failures that `cut` causes are no fault of the server."""
         self.sessions = Sessions(shared, schema)
         """The engine's statements in the sessions of the application."""
 
@@ -70,10 +70,10 @@ class Connections:
 
     @made_once
     def claims(self) -> Engine:
-        """For whatever decides who runs."""
+        """The pool of the statements that decide which instance runs a tick or a message."""
         if not self._on_sqlite:
             return self._postgresql(pool_size=5)  # with 2, a busy instance opened four connections a second
-        # However many claims wait for the write lock: the heartbeat's look at the others must not wait behind them.
+        # The pool has no limit. Otherwise a heartbeat would wait behind the claims that wait for the write lock.
         engine = self._engine(
             self._opener.open,
             self._schema,
@@ -84,12 +84,12 @@ class Connections:
 
     @made_once
     def heartbeats(self) -> Engine:
-        """The pool of the heartbeats, which no other work can starve. It can read the workers' rows too.
+        """The pool of the heartbeats, which no other work can starve. It can also read the workers' rows.
 
         On SQLite a run that has written holds the only write lock until it commits. So the heartbeats have a small
-        database of their own beside the main one (all its processes live on one host). Open no transaction here but
-        that of a single statement: BEGIN IMMEDIATE would lock the main one as well. SQLite looks for a table without a
-        schema in this file first, then in the main one.
+        database beside the main database. All processes of both files live on one host. Open only transactions of one
+        statement here, as BEGIN IMMEDIATE would lock the main database too. SQLite looks for a table without a schema
+        in the small database first, then in the main database.
         """
         if not self._on_sqlite:
             return self._postgresql(pool_size=1)
@@ -117,12 +117,12 @@ class Connections:
 
     @property
     def heartbeat_file(self) -> str | None:
-        """The path of the heartbeats' small database on SQLite; None on PostgreSQL."""
+        """The path of the heartbeats' small database on SQLite. None on PostgreSQL."""
         return f"{self._file}-instances" if self._on_sqlite else None
 
     @made_once
     def _path(self) -> str:
-        """The path of the database's file, as the application wrote it. With a `creator`, its connection is asked."""
+        """The path of the database's file, as the application wrote it. With a `creator`, as its connection has it."""
         path = str(self._shared.url.database)
         if has_creator(self._shared) or path.startswith("file:"):
             connection = self._opener.open()
@@ -134,16 +134,16 @@ class Connections:
 
     @property
     def _file(self) -> str:
-        return os.path.realpath(self._path)  # another process may open it by other links
+        return os.path.realpath(self._path)  # another process may reach the file by other links
 
     def refuse_missing(self) -> None:
-        """Raise FileNotFoundError for a missing SQLite file: opening it would make an empty one."""
+        """Raise FileNotFoundError for a missing SQLite file. SQLite would make an empty file."""
         if self._on_sqlite:
             os.stat(self._path)
 
     @contextmanager
     def listening(self) -> Iterator[Any]:
-        """A connection of psycopg's own that commits each statement, and is closed at the end."""
+        """Open a psycopg connection that commits each statement. Close it at the end of the block."""
         connection = self._open_postgresql()
         try:
             connection.autocommit = True
@@ -154,15 +154,15 @@ class Connections:
 
     @property
     def locks(self) -> Engine:
-        """For the user's locks, one statement at a time.
+        """The pool for the user's locks, one statement at a time.
 
-        On SQLite those of the heartbeats: whoever acquires or releases a lock may itself hold the main database's
-        only write lock, by what its session has not committed yet, and would wait for itself.
+        On SQLite this is the pool of the heartbeats. The session of a caller may hold the main database's only write
+        lock. In that database, acquiring or releasing a lock would then wait for the caller itself.
         """
         return self.heartbeats if self._on_sqlite else self.claims
 
     def cut(self) -> None:
-        """Have whatever waits for PostgreSQL on them fail now, from any thread, and connect anew from now on."""
+        """Have each call that waits for PostgreSQL fail now, in any thread. Later calls get new connections."""
         self.cuts += 1
         with self._opening:
             connections = list(self._open)
@@ -170,17 +170,17 @@ class Connections:
             _shut_down(connection)
         self.close()
 
-    def _deafen(self) -> None:
-        """End the connection that listens, so that another is opened. On a server that only reads it hears nothing."""
+    def _end_listening(self) -> None:
+        """End the listening connection, so that the listener opens another. A read-only server notifies no client."""
         for connection in list(self._listening):
             _shut_down(connection)
 
     def close(self) -> None:
-        """Close those that are not in use, and the others when they are given back; who asks for one gets a new one."""
+        """Close idle connections now, and each connection in use when it is given back."""
         self._closed += 1
         for opened in ("claims", "heartbeats"):
             if opened in self.__dict__:
-                self.__dict__[opened].pool.dispose()  # and not replaced: others may be asking it at this moment
+                self.__dict__[opened].pool.dispose()  # keep the pool itself, as other threads may be using it
 
     def _engine(
         self,
@@ -219,7 +219,7 @@ class Connections:
         return engine
 
     def _open_beside(self, file: str) -> Any:
-        """Open the small database, also where the application's own function knows only the main one."""
+        """Open the small database. The application's own function may open only the main database."""
         connection = self._opener.open(file)
         if os.path.realpath(sqlite.file_of(connection)) != os.path.realpath(file):
             connection.close()
@@ -275,7 +275,10 @@ def _shut_down(connection: Any) -> None:
 
 
 def _make(connection: Any, table: Table, dialect: Dialect) -> None:
-    """Make the table and its later columns, if they are missing. Concurrency: other processes may do the same."""
+    """Make the table and its later columns, if they are missing.
+
+    Concurrency: each process that opens the file may do the same.
+    """
     connection.execute(str(CreateTable(table, if_not_exists=True).compile(dialect=dialect)))
     known = {row[1] for row in connection.execute(f"PRAGMA table_info({table.name})")}
     for column in table.columns:
@@ -286,9 +289,9 @@ def _make(connection: Any, table: Table, dialect: Dialect) -> None:
 
 
 def again_if_stale(ask: Callable[[], Answer]) -> Answer:
-    """Return the answer of `ask`, which does no harm if it is called twice.
+    """Return the answer of `ask`, which may be called twice.
 
-    A pooled connection may be older than the server's last restart, which shows when it is used: then ask once more.
+    A pooled connection may be older than the server's last restart. Its first use fails then, so ask again.
     """
     try:
         return ask()

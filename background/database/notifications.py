@@ -1,4 +1,4 @@
-"""Notifies all processes of new work, so that none has to poll."""
+"""Notifies all processes of new work, so that no process has to poll the tables."""
 
 import os
 import socket
@@ -23,7 +23,7 @@ _LOOK_SECONDS = 0.25
 
 
 def ring(connections: Connections) -> None:
-    """Have all who listen look for what was handed back or asked for; where this fails, their heartbeats find it."""
+    """Have each listening process look for new work. If this fails, its next heartbeat finds the work."""
     with suppress(SQLAlchemyError, OSError):
         if path := connections.heartbeat_file:
             os.utime(path)
@@ -37,27 +37,27 @@ def _notify(engine: Engine) -> None:
 
 
 class Listener:
-    """One thread that calls `heard` with the topic of a new message, or with "" for whatever else there may be.
+    """A thread that calls `heard` with the topic of a new message, or with "" for any other work.
 
-    PostgreSQL tells it what others committed, by a connection of its own; on SQLite, which tells nobody anything, it
-    looks whether the heartbeats' file was touched. Without it, as behind a pooler, a heartbeat finds the same.
+    PostgreSQL notifies it, on a connection of its own, of each commit with new work. SQLite has no notifications, so
+    the thread looks whether another process touched the heartbeats' file. Behind a pooler a heartbeat finds the work.
     """
 
     def __init__(self, connections: Connections, heard: Callable[[str], None]) -> None:
         self._connections, self._heard = connections, heard
         self._stopped = threading.Event()
-        self._told, self._tell = socket.socketpair()
+        self._wake_end, self._wake = socket.socketpair()
         self._thread = threading.Thread(target=self._run, name="workers-listener", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread; waits a second for it at most."""
+        """End the thread. Wait for it for at most a second."""
         self._stopped.set()
-        self._tell.send(b"x")
+        self._wake.send(b"x")
         self._thread.join(1)
-        for each in (self._told, self._tell):  # not by the thread, which may end before it is told
+        for each in (self._wake_end, self._wake):  # not in the thread, which may end before the send
             each.close()
 
     def _run(self) -> None:
@@ -66,16 +66,16 @@ class Listener:
         while not self._stopped.is_set():
             try:
                 listen()
-            except Exception as error:  # a thread that ended would listen no more
+            except Exception as error:  # the thread must go on to listen again
                 log.debug("Cannot listen: %s", error)
                 self._stopped.wait(_RETRY_SECONDS)
 
     def _listen(self) -> None:
         with self._connections.listening() as connection:
             connection.execute(f"LISTEN {CHANNEL}")
-            self._heard("")  # for what came while nobody listened
-            with DefaultSelector() as selector:  # select() refuses what is opened behind the first 1,024 files
-                for each in (connection, self._told):
+            self._heard("")  # work may have come before this connection listened
+            with DefaultSelector() as selector:  # select() refuses file numbers from 1,024 on
+                for each in (connection, self._wake_end):
                     selector.register(each, EVENT_READ)
                 while not self._stopped.is_set():
                     selector.select()

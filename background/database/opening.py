@@ -6,11 +6,11 @@ from typing import Any
 
 from sqlalchemy import Engine, event
 
-_here = threading.local()
+_thread = threading.local()
 
 
 def prepare(engine: Engine) -> None:
-    """Let an Opener open later connections of `engine`, too. No thread may connect while another adds this."""
+    """Let an Opener connect through `engine`. Call this before any thread connects."""
     if not event.contains(engine, "do_connect", _connect):
         event.listen(engine, "do_connect", _connect)
 
@@ -18,7 +18,7 @@ def prepare(engine: Engine) -> None:
 class Opener:
     """Opens connections with the URL, the arguments, the `creator` and the listeners of the engine `shared`.
 
-    No connection comes from that engine's pool, so the engine never waits for the application's connections.
+    The connections do not come from the application's pool, so the engine never waits for that pool.
     """
 
     def __init__(self, shared: Engine, arguments: Mapping[str, Any]) -> None:
@@ -27,21 +27,21 @@ class Opener:
 
     def open(self, file: str | None = None) -> Any:
         """Open one connection. On SQLite open `file` instead, unless the application's own function connects."""
-        _here.asked = file, self._arguments
+        _thread.request = file, self._arguments
         try:
             pooled = self._shared.pool.recreate().connect()
         finally:
-            _here.asked = None
+            _thread.request = None
         pooled.detach()
         return pooled.dbapi_connection
 
 
 def _connect(dialect: Any, record: Any, given: Any, named: Any) -> Any:
-    """Connect with an Opener's arguments, after the application's own listeners, if this thread asked for it."""
-    asked, _here.asked = getattr(_here, "asked", None), None
-    if asked is None:
+    """Connect with the arguments of the Opener that this thread uses, after the application's own listeners."""
+    request, _thread.request = getattr(_thread, "request", None), None
+    if request is None:
         return None
-    file, arguments = asked
+    file, arguments = request
     given, named = [file, *given[1:]] if file else given, {**named, **arguments}
     listeners = list(dialect.dispatch.do_connect)
     for later in listeners[listeners.index(_connect) + 1 :]:
@@ -51,6 +51,6 @@ def _connect(dialect: Any, record: Any, given: Any, named: Any) -> Any:
 
 
 def has_creator(engine: Engine) -> bool:
-    """Return whether the application connects by a function of its own, so that the URL does not name the place."""
+    """Return whether the application has its own function to connect. The URL does not name the database then."""
     made_by = getattr(getattr(engine.pool, "_creator", None), "__module__", "")
     return made_by != "sqlalchemy.engine.create"

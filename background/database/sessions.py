@@ -1,4 +1,4 @@
-"""The engine's statements in the application's sessions, and the sessions' settings that it refuses."""
+"""The engine's statements in the application's sessions, and settings of sessions that the engine refuses."""
 
 import re
 from typing import Any, Protocol
@@ -15,7 +15,7 @@ from .tables import workers
 log = logger_of(__name__)
 
 _READ_COMMITTED = 2  # of psycopg's IsolationLevel
-_BEFORE = re.compile(r"(?:[\s(]|--[^\n]*\n|/\*.*?\*/)*", re.DOTALL)  # what may stand before a statement: comments
+_BEFORE = re.compile(r"(?:[\s(]|--[^\n]*\n|/\*.*?\*/)*", re.DOTALL)  # spaces and comments before a statement
 _READS = re.compile(r"(select|show|explain|values|table|pragma|savepoint|release|rollback|set)\b", re.IGNORECASE)
 _WRITES = re.compile(r"\b(insert|update|delete|merge)\b", re.IGNORECASE)
 
@@ -31,7 +31,7 @@ class Executes(Protocol):
 
 
 class Within:
-    """The engine's statements in one session, on the engine and in the schema that have its tables."""
+    """The engine's statements in one session. They use the database and the schema of the engine's tables."""
 
     def __init__(self, session: Session, engine: Engine, schema: str | None) -> None:
         # Not `session.execute`: it asks `get_bind`, which may send a SELECT to a replica.
@@ -50,13 +50,13 @@ _A_WRITE = update(workers)
 
 
 def home(session: Session, engine: Engine) -> Engine:
-    """Return the engine whose transaction has what `session` writes: `engine`, or the same with options of its own.
+    """Return the SQLAlchemy engine to which `session` writes: `engine`, or a copy of it with other options.
 
-    A session class may give each tenant such an engine. Two of them in one session would be two transactions.
+    A session class may give each tenant such a copy. Two copies in one session would be two transactions.
     """
     try:
         found: Any = session.get_bind(clause=_A_WRITE)
-    except Exception:  # the class needs more, such as a request, and `engine` has the engine's tables anyway
+    except Exception:  # the class needs more, such as a request
         return engine
     return found if isinstance(found, Engine) and found.pool is engine.pool else engine
 
@@ -73,16 +73,16 @@ class Sessions:
         self._is_strictness_known = False
 
     def within(self, session: Session, engine: Engine | None = None) -> Within:
-        """Return the engine's statements in `session`. Raises InvalidConfig if each would commit on its own.
+        """Return the engine's statements in `session`. Raises InvalidConfig if each would commit separately.
 
-        `engine` belongs to the session of another application on the same database.
+        Pass `engine` for the session of another application on the same database.
         """
         return Within(session, self.engine if engine is None else engine, self._schema)
 
     def begin(self, connection: Connection) -> None:
-        """Begin a run's transaction: refuse AUTOCOMMIT, and replace a stricter default of the server.
+        """Begin a run's transaction. Refuse AUTOCOMMIT, and use READ COMMITTED if the server's default is stricter.
 
-        An isolation level that the application chose itself stays. A stricter one is warned about once.
+        An isolation level that the application chose stays. A stricter level is warned about once.
         """
         refuse_autocommit(connection)
         if connection.dialect.name == "sqlite":
@@ -100,10 +100,10 @@ class Sessions:
             )
 
     def watch(self, connection: Connection, worker: str) -> None:
-        """Watch the statements of a run to another engine than the one that the fence guards.
+        """Watch a run's statements on a `connection` that the fence does not guard.
 
-        Its reads are allowed. A write to the same database is refused, because no check of the claim would guard it.
-        The first write to another database is warned about.
+        Reads are allowed. A write to the same database is refused, because no check of the claim would guard it. The
+        first write to another database is warned about.
         """
         url = connection.engine.url
 
@@ -133,7 +133,7 @@ def _is_write(statement: str) -> bool:
 
 
 def schema_of(db: SQLAlchemy) -> str | None:
-    """Return the schema of the engine's tables: that of the application's MetaData, as its options translate it."""
+    """Return the schema of the engine's tables: the schema of the application's MetaData, after translation."""
     translated: dict[str | None, str | None] = {}
     for options in (db.engine.get_execution_options(), db.session.session_factory.kw.get("execution_options") or {}):
         translated |= options.get("schema_translate_map") or {}
@@ -144,31 +144,31 @@ def schema_of(db: SQLAlchemy) -> str | None:
 
 
 def refuse_autocommit_options(engine: Engine) -> None:
-    """Raise InvalidConfig for an engine that is told to commit each statement. Opens no connection."""
-    # The second is the `isolation_level` of `create_engine`, which has no public name.
-    asked = (
+    """Raise InvalidConfig for an engine that commits each statement. Opens no connection."""
+    # The second value is the `isolation_level` of `create_engine`, which has no public name.
+    levels = (
         engine.get_execution_options().get("isolation_level"),
         getattr(engine.dialect, "_on_connect_isolation_level", None),
     )
-    if any(str(each).replace("_", " ").strip().upper() == "AUTOCOMMIT" for each in asked):
+    if any(str(each).replace("_", " ").strip().upper() == "AUTOCOMMIT" for each in levels):
         raise autocommit_refused(engine.url)
 
 
 def refuse_autocommit(connection: Connection) -> None:
-    """Raise InvalidConfig if `connection` commits each statement. Asks the driver only."""
+    """Raise InvalidConfig if `connection` commits each statement. Sends no statement."""
     driver: Any = connection.connection.driver_connection
     if connection.dialect.name == "sqlite":
-        # Since Python 3.12, `autocommit` may be a bool, which overrules `isolation_level`.
+        # Since Python 3.12, `autocommit` may be a bool. It then overrides `isolation_level`.
         setting = getattr(driver, "autocommit", None)
         commits = driver.isolation_level is None if not isinstance(setting, bool) else setting
-        if commits and not driver.in_transaction:  # a `begin` listener may have begun one
+        if commits and not driver.in_transaction:  # a `begin` listener may have begun a transaction
             raise autocommit_refused(connection.engine.url)
     elif driver.autocommit and driver.info.transaction_status == 0:
         raise autocommit_refused(connection.engine.url)
 
 
 def autocommit_refused(url: URL) -> InvalidConfig:
-    """Return the error for a database whose transactions hold nothing together."""
+    """Return the error for a database whose statements are not one transaction."""
     return InvalidConfig(
         f"The application's sessions on {url} are in AUTOCOMMIT: each statement is committed at once, so a run's "
         "effects and its outcome cannot be one transaction; expected real transactions. Take AUTOCOMMIT out of the "

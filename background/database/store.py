@@ -1,4 +1,4 @@
-"""The engine's transactions on one database, and the SQL in which the two databases differ."""
+"""The engine's transactions on one database, and the SQL that differs between the two databases."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,7 +29,7 @@ class Store:
         self.idle: tuple[ColumnElement[str], ...] = ()
         """Columns for a SELECT or a RETURNING that holds a worker's row: they limit how long the row is held."""
         self.limits: tuple[ColumnElement[str], ...] = ()
-        """Columns for the first SELECT of a transaction: they limit how long it waits, too."""
+        """Columns for the first SELECT of a transaction. They also limit how long the transaction waits."""
         if not self.on_sqlite:
             # PostgreSQL ends a transaction that holds a worker's row for longer than a lease, even if its process is
             # frozen. The limit is set for one transaction, because a pooler may stand in between.
@@ -39,7 +39,7 @@ class Store:
 
     @contextmanager
     def begin(self) -> Iterator[Connection]:
-        """Begin a transaction that neither waits long for a row nor holds one for longer than a lease."""
+        """Begin a transaction that does not wait long for a row, and holds a row for at most a lease."""
         with self.engine.begin() as connection:
             if self.limits:
                 connection.execute(select(*self.limits))
@@ -52,5 +52,5 @@ def _limit(setting: str, seconds: float) -> ColumnElement[str]:
 
 def count(result: Any) -> int:
     """Return how many rows an INSERT, an UPDATE or a DELETE changed."""
-    assert isinstance(result, CursorResult)  # noqa: S101 - for the type checker: they give no other
+    assert isinstance(result, CursorResult)  # noqa: S101 - for the type checker, as each of these statements has such a result
     return result.rowcount

@@ -207,7 +207,7 @@ def _leave_to(handler: Any, number: int, frame: FrameType | None) -> None:
 
 
 def _pass_on(number: int) -> bool:
-    """Pass a signal on to the debug reloader's child, which the reloader would kill otherwise. Both end by the signal."""
+    """Pass a signal on to the debug reloader's child, which the reloader would kill. The signal ends both processes."""
     if is_running_from_reloader():  # this process is the child
         return False
     lists = [each.read_text() for each in Path("/proc/self/task").glob("*/children")]  # these files exist on Linux
