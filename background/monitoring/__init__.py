@@ -1,4 +1,4 @@
-"""What machines ask: health, metrics, and the timing of requests."""
+"""Endpoints for machines: health and metrics."""
 
 from .health import health
 from .metrics import metrics

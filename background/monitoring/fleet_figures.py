@@ -1,7 +1,7 @@
-"""The fleet's figures, which any instance reads from the database.
+"""Reads the fleet's figures from the database, which any instance can do.
 
-Each time it is a constant number of queries, whatever the number of workers, and none reads the executions or the
-messages that are done: `background_totals` has their sums.
+The number of queries does not depend on the number of workers. No query reads executions or done messages, because
+`background_totals` has their sums.
 """
 
 from collections import defaultdict
@@ -29,44 +29,44 @@ _ANSWER_SECONDS = 5.0  # Prometheus waits for ten
 
 
 class Total(NamedTuple):
-    """What is counted of one kind and worker."""
+    """The sums of one kind and worker."""
 
     numbers: dict[str, int]
-    """By label."""
+    """The count of each label."""
     seconds: float
     age: float | None
-    """Since the latest success, of states that have any."""
+    """The seconds since the latest success. None if there was no success, or the kind is not "state"."""
 
 
 NOTHING = Total({}, 0.0, None)
 Totals = Mapping[str, Mapping[str, Total]]
-"""By kind and worker."""
+"""The totals by kind and worker."""
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What one scrape reads."""
+    """The figures that one scrape reads."""
 
     totals: Totals
     statuses: list[WorkerStatus]
     offsets: dict[str, float]
-    """How many seconds the clock of each host is ahead of the database's, by "host:pid" of those alive."""
+    """The seconds by which a host's clock is ahead of the database's, by "host:pid" of each live instance."""
     alive: int
     topics: list[Topic]
 
 
 class Fleet:
-    """Reads the figures of the fleet; that the database is away, or hangs, is an answer too."""
+    """Reads the figures of the fleet, or learns that the database is away or hangs."""
 
     def __init__(self) -> None:
-        self._prompt = Timebox(_figures, _ANSWER_SECONDS)
+        self._timebox = Timebox(_figures, _ANSWER_SECONDS)
         self._outage = Outage()
 
     def figures(self) -> Figures | None:
-        """None where the database does not answer in time."""
+        """Read the figures. None if the database does not answer in time."""
         try:
-            found = self._prompt.answer(the_manager())
-        except (SQLAlchemyError, OSError) as error:  # TimeoutError is one
+            found = self._timebox.answer(the_manager())
+        except (SQLAlchemyError, OSError) as error:  # TimeoutError is an OSError
             log.log(self._outage.level(), "No figures of the fleet: %s", first_line(error))
             return None
         self._outage.ended()
@@ -83,7 +83,7 @@ def _read(manager: BackgroundWorkerManager) -> Figures:
         sums = _read_totals(connection)
     with single_statements(manager.stores.leases.engine).connect() as connection:
         alive = connection.execute(_alive).all()
-    # Where containers share a host name and a process id, the one that is furthest off has the last word.
+    # If containers share a host name and a process id, the largest offset is reported.
     known = sorted((row for row in alive if row.clock_offset is not None), key=lambda row: abs(row.clock_offset))
     offsets = {f"{row.host}:{row.pid}": -row.clock_offset for row in known}
     return Figures(sums, statuses(manager.stores, manager.workers), offsets, len(alive), manager.messages.depths())
@@ -98,7 +98,7 @@ def _read_totals(connection: Connection) -> Totals:
 
 
 _is_success = and_(totals.c.kind == "state", totals.c.label == "succeeded")
-# Put together by the database: 1,000 workers would be 25,000 rows to fetch otherwise.
+# The database joins the labels of a worker into one row. 1,000 workers would be 25,000 rows otherwise.
 _totals = select(
     totals.c.kind,
     totals.c.worker,

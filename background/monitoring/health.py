@@ -1,8 +1,8 @@
 """Health of this process, for load balancers and restarts, and of the fleet, for alerts.
 
-No login is needed, so an answer names the failed check and never the reason. It has no host and no text of an error.
-The fleet's answer names workers. The log has the rest. No session is read. The engine's own connections serve every
-check but two: the migrations and the application's own pool.
+No login is needed, so an answer names the failed check and never the reason. It contains no host and no error text.
+The fleet's answer names workers. The log has the reasons. No session is read. The checks use the engine's own
+connections. Two checks do not: the check of the migrations, and the check of the application's own pool.
 """
 
 import sqlite3
@@ -31,19 +31,19 @@ from .timebox import Timebox
 log = logger_of(__name__)
 
 _ANSWER_SECONDS = 3.0
-_MIGRATIONS_SECONDS = 10.0  # reading every migration takes longer than all the rest
-_ASKED = ("database", "migrations", "workers")
+_MIGRATIONS_SECONDS = 10.0  # reading every migration takes longer than all other checks together
+_OF_DATABASE = ("database", "migrations", "workers")
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at; `figures` are for the answer, `reason` is for the log."""
+    """The result of one check. `figures` are for the answer, and `reason` is for the log."""
 
     ok: bool
     figures: dict[str, Any]
     reason: str | None = None
     at: float | None = None
-    """The moment of the finding, whose age is in the answer. None if it has none."""
+    """The moment of the check, whose age is in the answer. None if the answer gives no age."""
 
     def as_dict(self) -> dict[str, Any]:
         age = {} if self.at is None else {"age_seconds": round(steady() - self.at, 3)}
@@ -57,12 +57,12 @@ def health() -> Blueprint:
 
     @blueprint.get("/live")
     def live() -> ResponseReturnValue:
-        """Whether the process and its threads are alive; the database is not asked."""
+        """Answer whether the process and its threads are alive, without a query."""
         return _answer("alive", {"process": Check(True, {}), **_threads(current_workers)})
 
     @blueprint.get("/ready")
     def ready() -> ResponseReturnValue:
-        """Whether the database, its migrations, this instance's heartbeat and the workers are as they should be."""
+        """Answer whether the database, its migrations, this instance's heartbeat and the workers are in order."""
         return _answer("ready", readiness.checks())
 
     @blueprint.get("/workers")
@@ -95,35 +95,35 @@ def _threads(manager: BackgroundWorkerManager) -> dict[str, Check]:
 
 
 class Readiness:
-    """Asks what readiness depends on, and logs when that changes."""
+    """Checks the readiness of this process, and logs when it changes."""
 
     def __init__(self) -> None:
-        self._prompt = Timebox(self._ask, _ANSWER_SECONDS)
+        self._timebox = Timebox(self._ask, _ANSWER_SECONDS)
         self._migrated_at: float | None = None
         self._change = Change("Not ready", "Ready again")
 
     def checks(self) -> dict[str, Check]:
-        """Each check by its name, within seconds even where the database hangs."""
-        checks = {**self._asked(), "heartbeat": _heartbeat(current_workers)}
-        self._change.say(checks)
+        """Return each check by its name, within seconds even if the database hangs."""
+        checks = {**self._of_database(), "heartbeat": _heartbeat(current_workers)}
+        self._change.log(checks)
         return checks
 
-    def _asked(self) -> dict[str, Check]:
+    def _of_database(self) -> dict[str, Check]:
         try:
-            return self._prompt.answer(the_manager())
+            return self._timebox.answer(the_manager())
         except TimeoutError as error:
-            return dict.fromkeys(_ASKED, Check(False, {}, first_line(error)))
+            return dict.fromkeys(_OF_DATABASE, Check(False, {}, first_line(error)))
 
     def _ask(self, manager: BackgroundWorkerManager) -> dict[str, Check]:
         checks = {"database": _checked(lambda: _database(manager))}
-        if not checks["database"].ok:  # nor would it answer the rest
-            return checks | dict.fromkeys(_ASKED[1:], Check(False, {}))
+        if not checks["database"].ok:  # the other checks would fail as well
+            return checks | dict.fromkeys(_OF_DATABASE[1:], Check(False, {}))
         checks["migrations"] = _checked(lambda: self._migrations(manager))
         checks["workers"] = _checked(lambda: _workers(manager))
         return checks
 
     def _migrations(self, manager: BackgroundWorkerManager) -> Check:
-        """Asked again some seconds after they were found at head, and at once where they were not."""
+        """Check that the migrations are at head. A good result is kept for seconds, a bad result is not kept."""
         if self._migrated_at is None or steady() - self._migrated_at > _MIGRATIONS_SECONDS:
             self._migrated_at = None
             manager.check()
@@ -132,16 +132,16 @@ class Readiness:
 
 
 class Change:
-    """Logs when checks begin to fail, fail in another way, or hold again. A probe comes every few seconds."""
+    """Logs when checks begin to fail, fail in another way, or succeed again. A probe comes every few seconds."""
 
     def __init__(self, failing: str, good: str) -> None:
         self._failing, self._good = failing, good
-        self._said: tuple[str, ...] = ()
+        self._failed: tuple[str, ...] = ()
 
-    def say(self, checks: dict[str, Check]) -> None:
-        """Log what changed since the last call."""
+    def log(self, checks: dict[str, Check]) -> None:
+        """Log a change since the last call."""
         failed = tuple(name for name, check in checks.items() if not check.ok)
-        before, self._said = self._said, failed
+        before, self._failed = self._failed, failed
         if failed and failed != before:
             reasons = (f"{name} ({check.reason})" for name, check in checks.items() if check.reason and not check.ok)
             log.warning("%s: %s", self._failing, "; ".join(reasons) or ", ".join(failed))
@@ -150,7 +150,7 @@ class Change:
 
 
 class FleetHealth:
-    """Asks how the fleet is, and whether the application's own pool can write. Logs when the answer changes."""
+    """Checks the fleet, and that the application's own pool can write. Logs when the result changes."""
 
     def __init__(self) -> None:
         self._fleet = Timebox(_fleet, _ANSWER_SECONDS)
@@ -160,12 +160,12 @@ class FleetHealth:
     def checks(self) -> dict[str, Check]:
         """Return each check by its name, within seconds even if the database hangs."""
         checks: dict[str, Check] = {}
-        for prompt, names in ((self._fleet, ("instances", "overdue", "stuck")), (self._write, ("write",))):
+        for timebox, names in ((self._fleet, ("instances", "overdue", "stuck")), (self._write, ("write",))):
             try:
-                checks |= prompt.answer(the_manager())
-            except (BackgroundError, SQLAlchemyError, sqlite3.Error, OSError) as error:  # TimeoutError is one
+                checks |= timebox.answer(the_manager())
+            except (BackgroundError, SQLAlchemyError, sqlite3.Error, OSError) as error:  # TimeoutError is an OSError
                 checks |= dict.fromkeys(names, Check(False, {}, first_line(error)))
-        self._change.say(checks)
+        self._change.log(checks)
         return checks
 
 
@@ -206,13 +206,13 @@ def _database(manager: BackgroundWorkerManager) -> Check:
     manager.stores.connections.refuse_missing()
     began = steady()
     manager.history.clock()
-    with suppress(ProgrammingError):  # a database without tables answers, and its migrations are behind
+    with suppress(ProgrammingError):  # without tables the database works, and the check of the migrations fails
         manager.stores.write()
     return Check(True, {"milliseconds": round((steady() - began) * 1000, 1)}, at=began)
 
 
 def _workers(manager: BackgroundWorkerManager) -> Check:
-    """Where WORKERS_ENABLED is false they are others' business: a web that serves is not to be taken away for them."""
+    """Check that no worker is overdue. With WORKERS_ENABLED=false it cannot fail: this process only serves pages."""
     asked_at = steady()
     overdue = [each.name for each in statuses(manager.stores, manager.workers) if each.is_overdue]
     is_ours = manager.is_started or manager.app.config["WORKERS_ENABLED"]
@@ -220,7 +220,7 @@ def _workers(manager: BackgroundWorkerManager) -> Check:
 
 
 def _heartbeat(manager: BackgroundWorkerManager) -> Check:
-    """Check the heartbeat of this instance. If the process should have none, there is nothing to wait for."""
+    """Check the heartbeat of this instance. It cannot fail in a process that should not have a heartbeat."""
     if not manager.is_to_run:
         return Check(True, {"here": False})
     instance = manager.presence.instance

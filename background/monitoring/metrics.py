@@ -1,4 +1,4 @@
-"""Metrics for Prometheus: those of the fleet, and of the requests to this process."""
+"""Metrics for Prometheus, about the fleet and about the requests to this process."""
 
 import hmac
 
@@ -13,24 +13,21 @@ from .request_timing import RequestTiming
 def metrics() -> Blueprint:
     """Return a blueprint for GET /metrics.
 
-    It is open to all or, with METRICS_TOKEN, to a request that has it as its bearer token. Raises MissingDependency if
-    prometheus-client is not installed.
+    With METRICS_TOKEN, a request needs it as its bearer token. Otherwise any client may read the metrics. Raises
+    MissingDependency if prometheus-client is not installed.
     """
     require(["prometheus_client"], "/metrics")
     blueprint = Blueprint("metrics", __name__)
-    traffic, fleet = RequestTiming(), Fleet()
-    blueprint.record_once(lambda state: traffic.watch(state.app))  # type: ignore[arg-type]  # it is a Flask
+    timing, fleet = RequestTiming(), Fleet()
+    blueprint.record_once(lambda state: timing.watch(state.app))  # type: ignore[arg-type]  # it is a Flask
 
     @blueprint.get("/metrics")
     def scrape() -> ResponseReturnValue:
         if not _is_allowed():
-            return Response("A bearer token is asked for.\n", 401, {"WWW-Authenticate": "Bearer"}, "text/plain")
-        from .prometheus import (
-            CONTENT_TYPE,
-            text,  # brings the client library, for those who are scraped
-        )
+            return Response("A bearer token is required.\n", 401, {"WWW-Authenticate": "Bearer"}, "text/plain")
+        from .prometheus import CONTENT_TYPE, text  # late: only a process that is scraped needs the client library
 
-        answer = text(fleet.figures(), traffic.registry)
+        answer = text(fleet.figures(), timing.registry)
         return Response(answer, headers={"Cache-Control": "no-store"}, content_type=CONTENT_TYPE)
 
     return blueprint
@@ -40,6 +37,6 @@ def _is_allowed() -> bool:
     token = current_app.config.get("METRICS_TOKEN")
     if not token:
         return True
-    # Not `request.authorization`, which takes a token with a "=" inside for parameters.
+    # Not `request.authorization`, which parses a token with a "=" inside as parameters.
     scheme, _, given = request.headers.get("Authorization", "").partition(" ")
     return scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), token.encode())

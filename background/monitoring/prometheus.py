@@ -1,4 +1,4 @@
-"""The figures in the text format that Prometheus reads, by its own client library."""
+"""Writes the figures in Prometheus's text format, by its own client library."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
@@ -25,7 +25,7 @@ class _Fleet(Collector):
 
     def collect(self) -> Iterator[Metric]:
         up = int(self._figures is not None)
-        yield _gauge("background_up", "Whether the database answered; if not, there are no figures of the fleet.", up)
+        yield _gauge("background_up", "1 if the database answered, else 0, without figures of the fleet.", up)
         if self._figures is not None:
             yield from _executions(self._figures)
             yield from _workers(self._figures.statuses)
@@ -33,43 +33,46 @@ class _Fleet(Collector):
             yield from _messages(self._figures.topics)
 
 
-def text(figures: Figures | None, traffic: CollectorRegistry) -> bytes:
-    """The fleet's `figures` (None where the database is away), and this process's `traffic`."""
+def text(figures: Figures | None, timing: CollectorRegistry) -> bytes:
+    """Write the fleet's `figures` (None if the database is away), and this process's request `timing`."""
     fleet = CollectorRegistry()
     fleet.register(_Fleet(figures))
-    return generate_latest(fleet) + generate_latest(traffic)
+    return generate_latest(fleet) + generate_latest(timing)
 
 
 def _executions(figures: Figures) -> Iterator[Metric]:
     states = figures.totals.get("state", {})
     ended = CounterMetricFamily(
         "background_executions",
-        "Executions by how they ended; a row of ticks that were missed counts once.",
+        "Executions by state. A range of missed ticks counts once.",
         labels=("worker", "state"),
     )
     since = GaugeMetricFamily(
         "background_seconds_since_last_success",
-        "Since the worker last succeeded; none for one that never did.",
+        "Seconds since the worker last succeeded. Absent if it never did.",
         labels=("worker",),
     )
-    for name in sorted({standing.name for standing in figures.statuses} | states.keys()):
+    for name in sorted({status.name for status in figures.statuses} | states.keys()):
         total = states.get(name, NOTHING)
-        for state in _ENDED:  # from the first scrape on: to Prometheus a series that begins with 1 did not grow
+        for state in _ENDED:  # also with 0: Prometheus sees no increase in a series that begins with 1
             ended.add_metric((name, state), total.numbers.get(state, 0))
         if total.age is not None:
             since.add_metric((name,), max(total.age, 0))
     yield ended
     yield since
     took, late = figures.totals.get("duration", {}), figures.totals.get("lateness", {})
-    yield _histogram("background_execution_duration_seconds", "How long executions took.", DURATIONS, took)
-    lateness = "How long after its tick the first attempt at it began."
+    yield _histogram("background_execution_duration_seconds", "Duration of executions.", DURATIONS, took)
+    lateness = "Time from a tick to the start of its first attempt."
     yield _histogram("background_execution_lateness_seconds", lateness, LATENESSES, late)
 
 
-def _histogram(name: str, meaning: str, bounds_now: Iterable[float], found: Mapping[str, Total]) -> Metric:
-    """All with the same buckets, or they could not be added up: those of today, and those that others counted in."""
-    today = {*map("{:g}".format, bounds_now), "inf"}
-    bounds = sorted(today.union(*(total.numbers for total in found.values())), key=float)
+def _histogram(name: str, meaning: str, declared: Iterable[float], found: Mapping[str, Total]) -> Metric:
+    """Build a histogram with the same buckets for all workers, so that Prometheus can add them up.
+
+    The buckets are the declared ones of this release, and all that another release has counted in.
+    """
+    ours = {*map("{:g}".format, declared), "inf"}
+    bounds = sorted(ours.union(*(total.numbers for total in found.values())), key=float)
     family = HistogramMetricFamily(name, meaning, labels=("worker",))
     for worker, total in sorted(found.items()):
         sums = accumulate(total.numbers.get(bound, 0) for bound in bounds)
@@ -78,12 +81,15 @@ def _histogram(name: str, meaning: str, bounds_now: Iterable[float], found: Mapp
 
 
 def _workers(found: Sequence[WorkerStatus]) -> Iterator[Metric]:
-    overdue = "Whether a tick waits although two further ones have come."
-    yield _gauges("background_worker_running", "Whether an instance runs it.", _by_worker(found, "is_running"))
-    yield _gauges("background_worker_paused", "Whether it is paused.", _by_worker(found, "is_paused"))
+    overdue = "1 if a tick still waits after two later ticks became due, else 0."
+    yield _gauges(
+        "background_worker_running", "1 if an instance runs the worker, else 0.", _by_worker(found, "is_running")
+    )
+    yield _gauges("background_worker_paused", "1 if the worker is paused, else 0.", _by_worker(found, "is_paused"))
     yield _gauges("background_worker_overdue", overdue, _by_worker(found, "is_overdue"))
     intervals = [({"worker": each.name}, each.interval.total_seconds()) for each in found if each.interval]
-    yield _gauges("background_worker_interval_seconds", "From tick to tick, of those that are to run.", intervals)
+    interval = "Time from tick to tick of the workers that should run."
+    yield _gauges("background_worker_interval_seconds", interval, intervals)
 
 
 def _by_worker(found: Iterable[WorkerStatus], name: str) -> list[Sample]:
@@ -91,9 +97,9 @@ def _by_worker(found: Iterable[WorkerStatus], name: str) -> list[Sample]:
 
 
 def _instances(figures: Figures) -> Iterator[Metric]:
-    yield _gauge("background_instances", "How many instances are alive.", figures.alive)
-    ahead = "How far the clock of the process's host is ahead of the database's."
-    # Not `instance`: to Prometheus that is what it scraped.
+    yield _gauge("background_instances", "Number of instances that are alive.", figures.alive)
+    ahead = "Seconds by which the clock of the process's host is ahead of the database's."
+    # Not the label `instance`, which Prometheus uses for the scraped target.
     offsets: list[Sample] = [({"process": name}, offset) for name, offset in sorted(figures.offsets.items())]
     yield _gauges("background_clock_offset_seconds", ahead, offsets)
 
@@ -106,7 +112,7 @@ def _messages(topics: Sequence[Topic]) -> Iterator[Metric]:
     ]
     yield _gauges("background_messages", "Messages that are not done, by state.", depths)
     oldest: list[Sample] = [({"topic": topic.topic}, topic.oldest_seconds or 0) for topic in topics]
-    yield _gauges("background_message_oldest_seconds", "How long ago the first of those that wait was due.", oldest)
+    yield _gauges("background_message_oldest_seconds", "Time since the oldest waiting message was due.", oldest)
 
 
 def _gauge(name: str, meaning: str, value: float) -> Metric:

@@ -18,13 +18,13 @@ _BEGAN, _STATUS = "background.traffic.began", "background.traffic.status"
 
 
 class RequestTiming:
-    """The requests to one app in this process.
+    """Counts and times the requests to one application in this process.
 
-    Each series is named after the process: several behind one port would look like one that jumps.
+    Each series has the process as a label. Without it, several processes behind one port would share one series.
     """
 
     def watch(self, app: Flask) -> None:
-        """Measure every request, from before all that `app` does about it until all of that is done."""
+        """Measure every request, from before the first hook of `app` until after its last hook."""
         app.before_request_funcs.setdefault(None, []).insert(0, self._began)
         app.after_request(self._answered)
         app.teardown_request(self._ended)
@@ -40,15 +40,15 @@ class RequestTiming:
     def _requests(self) -> "Counter":
         from prometheus_client import Counter
 
-        said = "Requests that this process answered."
-        return Counter("http_requests", said, (*_LABELS, "status"), registry=self.registry)
+        meaning = "Requests that this process answered."
+        return Counter("http_requests", meaning, (*_LABELS, "status"), registry=self.registry)
 
     @made_once
     def _durations(self) -> "Histogram":
         from prometheus_client import Histogram
 
-        said = "How long this process took for them."
-        return Histogram("http_request_duration_seconds", said, _LABELS, registry=self.registry)
+        meaning = "Time that this process took for a request."
+        return Histogram("http_request_duration_seconds", meaning, _LABELS, registry=self.registry)
 
     def _began(self) -> None:
         request.environ[_BEGAN] = perf_counter()
@@ -64,7 +64,7 @@ class RequestTiming:
             return
         seconds = perf_counter() - began
         method = request.method if request.method in _METHODS else "other"
-        # The rule, such as "/books/<id>", and not the path: whatever somebody makes up would be another series.
+        # The rule, such as "/books/<id>", not the path: a client could make up paths, and each would be a series.
         labels = (method, rule.rule if rule else "none", f"{socket.gethostname()}:{os.getpid()}")
         self._requests.labels(*labels, str(environ.get(_STATUS, 500))).inc()
         self._durations.labels(*labels).observe(seconds)

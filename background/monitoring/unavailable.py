@@ -1,4 +1,4 @@
-"""Pages while the database is away: 503 and one line in the log, not 500 and a traceback."""
+"""Answers requests while the database is away: 503 and one line in the log, not 500 and a traceback."""
 
 from flask import current_app, request
 from flask.typing import ResponseReturnValue
