@@ -1,18 +1,97 @@
-"""The two base classes of a user's workers, and the checks of their attributes."""
+"""The workers of one application, and the checks of their attributes."""
 
 import re
 from collections.abc import Iterable
 from datetime import datetime, timedelta
 
 from .declarations import check_constructor, check_method, refuse_misspelt
-from .errors import InvalidWorker
+from .errors import DuplicateWorker, InvalidWorker, UnknownTopic, UnknownWorker
+from .ledger.claim import WorkerState
 from .schedule.parsing import make_schedule
 from .schedule.periods import LONGEST, Schedule
 from .worker import AnyWorker, MessageWorker, PeriodicWorker
 
 
+class Registry:
+    """The registered workers: the periodic ones by name, the message workers by topic."""
+
+    def __init__(self) -> None:
+        self.workers: dict[str, type[PeriodicWorker]] = {}
+        self.topics: dict[str, type[MessageWorker]] = {}
+
+    @property
+    def names(self) -> set[str]:
+        """The names of all workers, periodic workers and message workers."""
+        return {*self.workers, *(worker.name for worker in self.topics.values())}
+
+    def topic_of(self, name: str) -> str | None:
+        """Return the topic of the message worker `name`. None for any other name."""
+        return next((topic for topic, worker in self.topics.items() if worker.name == name), None)
+
+    def add(self, worker: AnyWorker) -> None:
+        """Check the class and add it. Raises InvalidWorker, InvalidSchedule or DuplicateWorker."""
+        if isinstance(worker, type) and issubclass(worker, MessageWorker):
+            topic = declared_topic(worker)
+            _refuse_second(worker, "topic", topic, self.topics.get(topic))
+            _refuse_second(worker, "name", worker.name, self._named(worker.name))
+            self.topics[topic] = worker
+        else:
+            declared_schedule(worker)
+            _refuse_second(worker, "name", worker.name, self._named(worker.name))
+            self.workers[worker.name] = worker
+
+    def remove(self, name: str) -> None:
+        """Remove the worker. Raises UnknownWorker."""
+        if topic := self.topic_of(name):
+            del self.topics[topic]
+        else:
+            self.known(name)
+            del self.workers[name]
+
+    def known(self, name: str) -> type[PeriodicWorker]:
+        """Return the periodic worker `name`. Raises UnknownWorker."""
+        try:
+            return self.workers[name]
+        except (KeyError, TypeError):
+            raise UnknownWorker(name, self.names, self.topic_of(name)) from None
+
+    def refuse_unknown_topic(self, topic: str) -> None:
+        """Raise UnknownTopic if no worker handles the topic."""
+        if not isinstance(topic, str) or topic not in self.topics:
+            raise UnknownTopic(topic, self.topics)
+
+    def _named(self, name: str) -> AnyWorker | None:
+        topic = self.topic_of(name)
+        return self.topics[topic] if topic else self.workers.get(name)
+
+
+def _refuse_second(worker: AnyWorker, attribute: str, value: str, first: AnyWorker | None) -> None:
+    if first is not None:
+        called = "named" if attribute == "name" else f"of the {attribute}"
+        raise DuplicateWorker(
+            f"There is a worker {called} {value!r} already ({_path(first)}), "
+            f"so {_path(worker)} cannot be added: give one of them another `{attribute}`, or add it once."
+        )
+
+
+def _path(worker: AnyWorker) -> str:
+    return f"{worker.__module__}.{worker.__qualname__}"
+
+
+def schedule_in_force(worker: type[PeriodicWorker] | None, state: WorkerState | None) -> Schedule:
+    """Return the schedule in the worker's row. Without a row, return the schedule that the class declares.
+
+    The caller passes at least one of both. Raises InvalidSchedule if this release cannot read the schedule in the row,
+    as a newer release may have written it.
+    """
+    if state is not None:
+        return state.schedule
+    assert worker is not None  # noqa: S101 - the contract of this function
+    return declared_schedule(worker)
+
+
 def declared_schedule(cls: type[PeriodicWorker]) -> Schedule:
-    """The schedule that the class declares, after checking everything else it declares; one sentence if wrong."""
+    """Check all attributes of the class, and return its schedule. Raises InvalidWorker or InvalidSchedule."""
     if not (isinstance(cls, type) and issubclass(cls, PeriodicWorker)):
         raise InvalidWorker(
             f"{cls!r} is not a worker class; expected a subclass of PeriodicWorker or MessageWorker: "
@@ -43,7 +122,7 @@ def declared_schedule(cls: type[PeriodicWorker]) -> Schedule:
 
 
 def declared_topic(cls: type[MessageWorker]) -> str:
-    """The topic that the class declares, after checking everything else it declares; one sentence if wrong."""
+    """Check all attributes of the class, and return its topic. Raises InvalidWorker."""
     refuse_misspelt(cls, MessageWorker)
     handlers = [name for name in ("handle", "handle_many") if getattr(cls, name) is not getattr(MessageWorker, name)]
     _check_class(cls, "either handle(self, message, context) or handle_many(self, messages, context)", not handlers)

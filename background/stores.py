@@ -1,17 +1,20 @@
-"""One of each: the connections of one application, and what reads and writes rows by them."""
+"""The connections of one application, and the objects that read and write rows with them, one of each."""
 
 from datetime import timedelta
 from functools import partial
 
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
+from sqlalchemy import Engine
 
+from .database import opening, tables
 from .database.connections import Connections, made_once
-from .database.dialects import sqlite
+from .database.dialects import postgresql, sqlite
 from .database.notifications import ring
-from .database.outages import Outages
-from .database.sessions import schema_of
+from .database.outages import Outages, place
+from .database.sessions import refuse_autocommit_options, schema_of
 from .database.store import Store
+from .host.dependencies import refuse_driver
 from .ledger.controls import Controls
 from .ledger.leases import Leases
 from .ledger.ledger import Ledger
@@ -21,14 +24,14 @@ from .repair.edited_rows import RowRepair
 
 
 class Stores:
-    """What the engine keeps in one database. Nothing is opened before it is asked for."""
+    """The engine's access to one database. Opens nothing before its first use."""
 
     def __init__(self, app: Flask, db: SQLAlchemy, outages: Outages) -> None:
         self._app, self._db, self.outages = app, db, outages
 
     @property
     def lease(self) -> timedelta:
-        """How long an instance counts as alive without a heartbeat."""
+        """The time for which an instance counts as alive without a heartbeat."""
         return timedelta(seconds=self._app.config["WORKERS_LEASE_SECONDS"])
 
     @made_once
@@ -55,7 +58,7 @@ class Stores:
 
     @made_once
     def row_repair(self) -> RowRepair:
-        """Rows that were changed by hand."""
+        """Rows that a user changed by hand."""
         return RowRepair(self.ledger)
 
     @made_once
@@ -73,6 +76,15 @@ class Stores:
         """Leases and heartbeats."""
         return Leases(self.connections.heartbeats, self.lease.total_seconds())
 
+    def refuse_autocommit(self) -> None:
+        """Open a session as the application does. Raises InvalidConfig if it commits each statement."""
+        refuse_autocommit_options(self._db.engine)
+        session = self._db.session()
+        try:
+            self.connections.sessions.within(session)
+        finally:
+            session.close()
+
     def write(self) -> None:
         """Change nothing, and raise the errors of a database that takes no writes."""
         self.leases.write()
@@ -80,6 +92,32 @@ class Stores:
             sqlite.try_to_write(self.main.engine)
 
     def close(self) -> None:
-        """Close the connections. They open again when they are asked for."""
+        """Close the connections. They open again with their next use."""
         if "connections" in self.__dict__:
             self.connections.close()
+
+
+def add_tables(db: SQLAlchemy) -> None:
+    """Add the engine's tables to the metadata of the application."""
+    schema = db.metadata.schema
+    for name, table in tables.metadata.tables.items():
+        if (f"{schema}.{name}" if schema else name) not in db.metadata.tables:
+            table.to_metadata(db.metadata, schema=schema)  # type: ignore[arg-type]
+
+
+def prepare_engines(db: SQLAlchemy, outages: Outages) -> tuple[Engine, ...]:
+    """Prepare the application's engines and return them. Opens no connection, and needs an app context.
+
+    Raises InvalidConfig for a database that the workers cannot use.
+    """
+    refuse_driver(db.engine)
+    sqlite.refuse_memory(db.engine)
+    refuse_autocommit_options(db.engine)
+    opening.prepare(db.engine)
+    engines = tuple(db.engines.values())
+    for engine in engines:
+        sqlite.prepare(engine)
+        postgresql.prepare(engine)
+        if place(engine.url) == place(db.engine.url):  # a bind may lead to another database
+            outages.watch(engine)
+    return engines

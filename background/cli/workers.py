@@ -14,7 +14,7 @@ from ..history.records import STATES, InstanceRecord, Record
 from ..history.text import EARLIEST, LATEST, ahead, moment, moment_in, progress, second, silent, span, table
 from ..ledger.claim import WorkerState
 from ..manager import BackgroundWorkerManager, the_manager
-from ..registry import declared_schedule
+from ..registry import schedule_in_force
 from .shared import (
     WorkersGroup,
     WrongUsage,
@@ -53,7 +53,7 @@ def list_workers(as_json: bool) -> None:
     if as_json:
         print_json(rows)
     else:
-        if silence := manager.roster.silence():
+        if silence := manager.instance_history.silence():
             click.echo(silent(silence))
         headers = ("name", "schedule", "next tick", "last tick", "became", "running on", "note")
         _print_workers(headers, [_cells(row) for row in rows])
@@ -95,7 +95,7 @@ def instances(as_json: bool) -> None:
     Also their runs, and how far their clocks are off.
     """
     manager = checked_manager()
-    states, seen = manager.stores.ledger.states().values(), manager.roster.seen()
+    states, seen = manager.stores.ledger.states().values(), manager.instance_history.seen()
     holds = {each.id: [state.name for state in states if state.instance == each.id] for each in seen}
     if as_json:
         print_json([{**asdict(each), "holds": holds[each.id]} for each in seen])
@@ -158,7 +158,7 @@ _NEVER_LOOKED_AT = (
 
 
 def _next_ticks(manager: BackgroundWorkerManager, name: str, state: WorkerState | None, at: datetime) -> dict[str, Any]:
-    schedule = state.schedule if state and state.overridden else declared_schedule(manager.workers[name])
+    schedule = schedule_in_force(manager.workers[name], state if state and state.overridden else None)
     ticks: list[datetime] = []
     for _ in range(3):
         ticks.append(schedule.next(ticks[-1] if ticks else at))

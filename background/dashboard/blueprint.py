@@ -31,7 +31,7 @@ def dashboard(allow: Callable[[], ResponseReturnValue | None]) -> Blueprint:
     blueprint.register_error_handler(SQLAlchemyError, not_taken)
     blueprint.register_error_handler(CommitFirst, held_up)
     # A function, which only the dashboard's own pages call: the host's error page must not query the database.
-    blueprint.context_processor(lambda: {"silence": lambda: the_manager().roster.silence()})
+    blueprint.context_processor(lambda: {"silence": lambda: the_manager().instance_history.silence()})
     add_filters(blueprint)
     for part in (worker_pages, worker_actions, fleet_pages, message_pages):
         part.add_to(blueprint)

@@ -120,7 +120,7 @@ def _holders(manager: BackgroundWorkerManager, clock: datetime) -> list[Holder]:
     runs, locks = _by_instance(manager.history.running()), _by_instance(manager.locks.held())
     return [
         Holder(each, clock - each.heartbeat_at, runs[each.id], locks[each.id], messages.get(each.id, 0))
-        for each in manager.roster.seen()
+        for each in manager.instance_history.seen()
     ]
 
 

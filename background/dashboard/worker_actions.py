@@ -24,7 +24,7 @@ def run(name: str) -> ResponseReturnValue:
     manager = _manager_of(name)
     if not manager.request(name):
         say(f"{name} is running already, or will run next.", "info")
-    elif any(seen.is_alive for seen in manager.roster.seen()):
+    elif any(seen.is_alive for seen in manager.instance_history.seen()):
         say(f"{name} will run within {manager.app.config['WORKERS_HEARTBEAT_SECONDS']:g} s.", "success")
     else:
         say(f"{name} will run as soon as an instance is alive. No instance is alive now.", "warning")

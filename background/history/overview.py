@@ -6,7 +6,7 @@ from typing import Any
 
 from ..errors import InvalidSchedule
 from ..ledger.claim import Claim, WorkerState
-from ..registry import declared_schedule
+from ..registry import declared_schedule, schedule_in_force
 from ..schedule.periods import Schedule
 from ..stores import Stores
 from ..worker import PeriodicWorker
@@ -40,7 +40,7 @@ def _overview(
     last: Record | None,
     gone: set[str],
 ) -> dict[str, Any]:
-    schedule = _schedule(worker, state)
+    schedule = _readable_schedule(worker, state)
     paused_at = state.paused_at if state else None
     runs = worker is not None and worker.enabled and not paused_at
     return {
@@ -86,11 +86,9 @@ def _running(state: WorkerState, claim: Claim, gone: set[str]) -> dict[str, Any]
     }
 
 
-def _schedule(worker: type[PeriodicWorker] | None, state: WorkerState | None) -> Schedule | None:
-    """The schedule in force; None for one that this release cannot read: a newer one may have brought it."""
-    if state is None:
-        return declared_schedule(worker) if worker else None
+def _readable_schedule(worker: type[PeriodicWorker] | None, state: WorkerState | None) -> Schedule | None:
+    """Return the schedule in force. None if this release cannot read it."""
     try:
-        return state.schedule
+        return schedule_in_force(worker, state)
     except InvalidSchedule:
         return None

@@ -5,8 +5,7 @@ from datetime import datetime, timedelta
 
 from ..errors import spelled_out
 from ..ledger.claim import WorkerState
-from ..registry import declared_schedule
-from ..schedule.periods import Schedule
+from ..registry import schedule_in_force
 from ..worker import PeriodicWorker
 from .records import Record, Surroundings
 from .text import moment, progress, second, span
@@ -59,7 +58,7 @@ def why(around: Surroundings, worker: type[PeriodicWorker] | None, history_days:
     `worker` is None where this release does not have it; then `around.state` is not.
     """
     known = Known(worker, history_days)
-    tick = _schedule(around, worker).previous(around.at)
+    tick = schedule_in_force(worker, around.state).previous(around.at)
     last = around.records[-1] if around.records else None
     if last and not last.covers(tick):
         tick = last.tick
@@ -68,13 +67,6 @@ def why(around: Surroundings, worker: type[PeriodicWorker] | None, history_days:
     if last and last.trigger == "manual":
         subject = f"The manual run of {around.name} asked for at {moment(tick)}"
     return Answer(around.name, around.at, tick, state, spelled_out(f"{subject} {said}."), around.records)
-
-
-def _schedule(around: Surroundings, worker: type[PeriodicWorker] | None) -> Schedule:
-    if around.state is not None:
-        return around.state.schedule
-    assert worker is not None  # noqa: S101 - nobody asks about a worker that neither has
-    return declared_schedule(worker)
 
 
 # -- what has a row ------------------------------------------------------------------------------

@@ -51,7 +51,16 @@ def draft(payload: Any, key: str | None, most_bytes: int) -> Draft:
     return Draft(text, key)
 
 
-def listed(values: Iterable[T], what: str) -> list[T]:
+def drafts(payloads: Iterable[Any], keys: Iterable[str | None] | None, most_bytes: int) -> list[Draft]:
+    """Draft many messages. Raises InvalidMessage as `draft` does, and if the keys are fewer or more."""
+    each = _listed(payloads, "payloads")
+    names = [None] * len(each) if keys is None else _listed(keys, "keys")
+    if len(names) != len(each):
+        raise InvalidMessage(f"There are {len(names)} keys for {len(each)} payloads; expected one for each.")
+    return [draft(payload, key, most_bytes) for payload, key in zip(each, names, strict=True)]
+
+
+def _listed(values: Iterable[T], what: str) -> list[T]:
     """Raises InvalidMessage for a single one in the place of many: a text and a dict can be iterated over, too."""
     if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
         raise InvalidMessage(

@@ -1,10 +1,11 @@
-"""Which process serves, and so runs the workers: registering is not starting."""
+"""The start in a process that serves, and in a forked child. Registering a worker starts nothing."""
 
 import os
 import signal
 import sys
 from types import FrameType
 from typing import Protocol
+from weakref import WeakSet
 
 import click
 from flask import Flask
@@ -15,6 +16,7 @@ from werkzeug.serving import is_running_from_reloader
 from ..errors import BackgroundError
 from ..host import stop_signals as hearing
 from ..host.logs import logger_of
+from ..runs.fence import current_run
 
 log = logger_of(__name__)
 
@@ -38,9 +40,16 @@ class Servable(Protocol):
     def serve(self) -> bool:
         """Begin to serve. False if this process did before."""
 
+    def begin_anew(self, is_in_a_run: bool) -> None:
+        """Begin as another process, in a forked child. `is_in_a_run` is true if a run of a worker forked it."""
+
+
+_managers: WeakSet[Servable] = WeakSet()
+
 
 def attach(manager: Servable, app: Flask) -> None:
     """Give `app` its signal handlers and, under an unknown WSGI server, the start with a request."""
+    _managers.add(manager)
     hearing.listen()
 
     @app.before_request
@@ -55,7 +64,7 @@ def attach(manager: Servable, app: Flask) -> None:
 
 
 def start_under_flask_run(manager: Servable) -> None:
-    """The last line of the factory: start where `flask run` serves; do nothing anywhere else."""
+    """Start in the process that `flask run` serves with. Do nothing in any other process."""
     context = click.get_current_context(silent=True)
     if context is None or context.command is not run_command:
         return
@@ -83,7 +92,7 @@ def _is_test_client() -> bool:
 
 
 def _let_the_child_end() -> None:
-    """On Ctrl-C the reloader's parent kills its child after 0.25 s; let it wait, as the child got the Ctrl-C too."""
+    """Have the reloader's parent wait for its child after a Ctrl-C, which both get. It would kill it after 0.25 s."""
     if sys.stdin is None or not sys.stdin.isatty() or os.tcgetpgrp(sys.stdin.fileno()) != os.getpgrp():
         return
 
@@ -91,3 +100,15 @@ def _let_the_child_end() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     signal.signal(signal.SIGINT, once)
+
+
+def _forked() -> None:
+    is_in_a_run = current_run.get() is not None
+    try:
+        for manager in _managers:
+            manager.begin_anew(is_in_a_run)
+    finally:
+        hearing.let_through_in_a_child(is_in_a_run)
+
+
+os.register_at_fork(before=hearing.hold_back, after_in_parent=hearing.let_through, after_in_child=_forked)

@@ -23,7 +23,7 @@ from ..registry import begins, declared_schedule
 from ..repair.clock_ahead import is_ahead, what_goes_on
 from ..runs.running import Runs
 from ..stores import Stores
-from ..worker import MessageWorker, PeriodicWorker
+from ..worker import AnyWorker, MessageWorker, PeriodicWorker
 from .consumers import Consumers
 from .heartbeat import Heartbeat, Looking
 from .presence import Presence
@@ -73,7 +73,6 @@ class Supervisor:
         self._is_settled = self._is_looking = self._is_off = self._left = self._is_healed = False
         self._looking = Looking(self._looked, self._look_failed)
         self._refreshing, self._entering = threading.Lock(), threading.Lock()
-        runs.hung = self._scheduler.replace
 
     def join(self) -> None:
         """Join in the background, as soon as the database lets us."""
@@ -102,19 +101,26 @@ class Supervisor:
         is_beating = heartbeat is None or (heartbeat.is_alive and self._looking.is_alive)
         return {"scheduler": self._scheduler.is_alive, "heartbeat": is_beating}
 
-    def admit(self, name: str) -> None:
+    def admit(self, worker: AnyWorker) -> None:
         """Take up a worker that was added after the start."""
-        if self._heartbeat is not None:
-            self._scheduler.soon(self._take_up, name)
-
-    def listen(self) -> None:
-        """Take up a topic that was added after the start."""
-        if self._heartbeat is not None:
+        if self._heartbeat is None:
+            return
+        if issubclass(worker, MessageWorker):
             self._scheduler.soon(self._listen)
+        else:
+            self._scheduler.soon(self._take_up, worker.name)
 
     def dismiss(self, name: str) -> None:
-        """Wake up for a worker no more."""
+        """Arm no further tick of a worker that was removed."""
         self._timers.disarm(name)
+
+    def postpone(self, name: str, tick: datetime, schedule: str) -> None:
+        """Try a tick again later."""
+        self._timers.postpone(name, tick, schedule)
+
+    def replace_thread(self, thread: int) -> None:
+        """Start another thread in the place of `thread`, which hangs."""
+        self._scheduler.replace(thread)
 
     # -- joining and leaving -------------------------------------------------------------------
 

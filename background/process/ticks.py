@@ -22,10 +22,17 @@ log = logger_of(__name__)
 class Ticks:
     """Claims ticks, and runs those that this process gets."""
 
-    def __init__(self, stores: Stores, presence: Presence, recovery: Recovery, runs: Runs) -> None:
+    def __init__(
+        self,
+        stores: Stores,
+        presence: Presence,
+        recovery: Recovery,
+        runs: Runs,
+        postpone: Callable[[str, datetime, str], None],
+    ) -> None:
+        """Call `postpone` with each tick, and its schedule, that this instance must try again later."""
         self._stores, self._presence, self._recovery, self._runs = stores, presence, recovery, runs
-        self.postponed: Callable[[str, datetime, str], None] = lambda name, tick, schedule: None
-        """Called with a tick that could not be run yet, and was not skipped; a member of the fleet tries it again."""
+        self._postpone = postpone
 
     def run(
         self, worker: type[PeriodicWorker], tick: datetime, schedule: str, state: WorkerState | None = None
@@ -39,7 +46,7 @@ class Ticks:
         while not self._runs.stopping.is_set():
             if (instance := self._presence.instance) is not None and not instance.is_alive:
                 why = "this instance has lost its lease"
-                self.postponed(name, tick, schedule)
+                self._postpone(name, tick, schedule)
                 break
             if state is not None:
                 state, again = self._cleared(worker, self._when_due(worker, tick, state))
@@ -68,16 +75,16 @@ class Ticks:
     def _skipped_or_postponed(self, tick: datetime, state: WorkerState) -> str | None:
         """Why `tick` is skipped now, or tried again later; None where it may be claimed."""
         why = _obstacle(state)
-        if why and self._postpone(tick, state):
+        if why and self._is_postponed(tick, state):
             return why
         self._stores.ledger.miss(state, tick)
         return why if why and self._stores.ledger.skip(state.name, tick, state.schedule_text, why) else None
 
-    def _postpone(self, tick: datetime, state: WorkerState) -> bool:
+    def _is_postponed(self, tick: datetime, state: WorkerState) -> bool:
         """A manual run takes no tick away: one that is due meanwhile is tried again until that has ended."""
         if state.paused_at or state.running is None or state.running.trigger != "manual":
             return False
-        self.postponed(state.name, tick, state.schedule_text)
+        self._postpone(state.name, tick, state.schedule_text)
         return True
 
     def run_now(self, worker: type[PeriodicWorker]) -> Execution | None:

@@ -10,7 +10,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from ..errors import BackgroundError, InvalidSchedule, first_line
 from ..host.logs import logger_of
 from ..ledger.claim import WorkerState
-from ..registry import declared_schedule
+from ..registry import schedule_in_force
 from ..runs.running import Runs
 from ..worker import PeriodicWorker
 from .presence import Presence
@@ -40,7 +40,6 @@ class Timers:
         self._states: Mapping[str, WorkerState] = {}
         self._armed: dict[str, datetime] = {}
         self._yielding: set[str] = set()
-        ticks.postponed = lambda name, *what: self.later(f"retry:{name}", 1, self._fire, name, *what)
 
     def follow(self, states: Mapping[str, WorkerState], rearm: bool) -> None:
         """Follow the schedules in force; with `rearm` arm every worker again, as one of the clocks was set."""
@@ -68,6 +67,10 @@ class Timers:
         if self._armed.pop(name, None):
             self._scheduler.forget(f"tick:{name}")
 
+    def postpone(self, name: str, tick: datetime, schedule: str) -> None:
+        """Fire the tick again after a pause."""
+        self.later(f"retry:{name}", 1, self._fire, name, tick, schedule)
+
     def later(self, key: str, failures: int, function: Callable[..., None], *args: object) -> None:
         """Call `function(*args, failures + 1)` after a pause that grows with them; replaces what has that `key`."""
         if not self._runs.stopping.is_set():
@@ -81,7 +84,7 @@ class Timers:
             return
         try:
             # Without a row (deleted, or not in the backup that was restored), none is claimed; `look` makes it anew.
-            schedule = state.schedule if state else declared_schedule(worker)
+            schedule = schedule_in_force(worker, state)
         except InvalidSchedule as error:  # a newer release's; `follow` takes up the one that comes after it
             log.error("%s: %s", name, error)
             self.disarm(name)

@@ -28,15 +28,14 @@ log = logger_of(__name__)
 class Runs:
     """The runs of this process: who is told to stop, and who is waited for."""
 
-    def __init__(self, app: Flask, db: SQLAlchemy, outages: Outages) -> None:
-        self._app, self._db, self._outages = app, db, outages
+    def __init__(self, app: Flask, db: SQLAlchemy, outages: Outages, hung: Callable[[int], None]) -> None:
+        """Call `hung` with the thread of each run that timed out. The thread may never come back."""
+        self._app, self._db, self._outages, self._hung = app, db, outages, hung
         self._contexts: set[WorkerContext] = set()
         self._changed = threading.Condition()
         self.stopping = threading.Event()
         self._told_at = 0.0
         self._hurried = False
-        self.hung: Callable[[int], None] = lambda thread: None
-        """Called with the thread of a run that timed out: it may never come back."""
 
     def open(self) -> None:
         """Let runs begin (again)."""
@@ -80,7 +79,7 @@ class Runs:
 
     def run(self, worker: type[PeriodicWorker], claim: Claim, ledger: Ledger, instance: Instance) -> Execution:
         """Run `claim` to its end, whatever that is, and write it down; no error of the worker's comes out."""
-        hung = partial(self.hung, threading.get_ident())
+        hung = partial(self._hung, threading.get_ident())
         # Around the context, too: what the application does at its end may fork as well.
         with ended_in_a_fork(f"The run of {worker.__name__}"), self._app.app_context():
             context = TickContext(claim, ledger, instance, self._db)

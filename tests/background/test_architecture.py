@@ -17,7 +17,7 @@ APPLICATION = {path.stem for path in ROOT.glob("*.py")} | {"migrations", "tests"
 
 ORDER = (
     "errors", "host", "signals", "settings", "schedule", "database", "messages", "ledger", "repair", "context",
-    "worker", "declarations", "registry", "stores", "runs", "process", "history", "manager", "pruning",
+    "worker", "declarations", "registry", "stores", "runs", "process", "lifecycle", "history", "manager", "pruning",
     "cli", "monitoring", "dashboard",
 )  # fmt: skip
 """The rooms and the files at the top of the engine, from the bottom up."""

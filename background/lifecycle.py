@@ -1,0 +1,242 @@
+"""The life of the engine in a process: bound to an application, started, stopped, and forked."""
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Collection
+from datetime import datetime
+from functools import partial
+from typing import TYPE_CHECKING, ClassVar
+
+import svcs.flask
+from click import Command
+from flask import Flask
+from flask_sqlalchemy import SQLAlchemy
+from sqlalchemy.exc import SQLAlchemyError
+
+from . import settings
+from .database.connections import made_once
+from .database.dialects.open_transactions import OpenTransactions
+from .database.outages import Outages
+from .errors import BackgroundError, InvalidConfig, first_line
+from .host import forks
+from .host import stop_signals as hearing
+from .host.logs import logger_of
+from .ledger.locks import Locks
+from .process import serving
+from .process.presence import Presence
+from .process.recovery import Recovery
+from .process.ticks import Ticks
+from .registry import Registry
+from .runs.fence import fence, is_stopping_within
+from .runs.running import Runs
+from .stores import Stores, add_tables, prepare_engines
+
+if TYPE_CHECKING:
+    from .process.supervisor import Supervisor
+
+log = logger_of(__name__)
+
+
+class Lifecycle:
+    """Binds the engine to one application, and starts and stops it in each process."""
+
+    commands: ClassVar[tuple[Command, ...]] = ()
+    """The command groups that each application gets: `flask workers` and `flask messages`."""
+
+    def __init__(self, app: Flask | None = None, db: SQLAlchemy | None = None) -> None:
+        self._registry = Registry()
+        self._before_start: list[Callable[[], None]] = []
+        self._checks: list[Callable[[], None]] = []
+        self._lock = threading.RLock()
+        self._supervisor: Supervisor | None = None
+        self._started_in = self._served_in = 0  # process ids: a forked child inherits them, but not the threads
+        if app is not None and db is not None:
+            self.init_app(app, db)
+        elif app is not None or db is not None:
+            given, missing = ("an app", "db") if db is None else ("a db", "app")
+            raise TypeError(
+                f"The manager was given {given} and no {missing}; expected both, or neither and `init_app(app, db)`."
+            )
+
+    def init_app(self, app: Flask, db: SQLAlchemy) -> None:
+        """Bind to `app` and its initialised `db`: tables, commit fence, `flask workers`. Opens no connection.
+
+        A setting that `app.config` does not have gets its default. Raises InvalidConfig for a wrong value.
+        """
+        self.app, self.db = app, db
+        settings.settle(app.config)
+        if "svcs_registry" not in app.extensions:
+            svcs.flask.init_app(app)
+        app.extensions["background_workers"] = self
+        outages = Outages()
+        add_tables(db)
+        with app.app_context():
+            self._engines = prepare_engines(db, outages)
+            self._open = OpenTransactions(db.engine)
+        self._assemble(outages)
+        forks.watch_sockets()
+        fence(db)
+        serving.attach(self, app)
+        for command in self.commands:
+            app.cli.add_command(command)
+
+    def _assemble(self, outages: Outages) -> None:
+        """Make the parts of one process. Opens nothing."""
+        self.__dict__.pop("locks", None)
+        self.stores = Stores(self.app, self.db, outages)
+        self.runs = Runs(self.app, self.db, outages, self._replace_thread)
+        self.presence = Presence(self.app, self.stores, self.runs)
+        self.recovery = Recovery(self.app, self.stores, self.presence, self.runs, self._registry.workers)
+        self.ticks = Ticks(self.stores, self.presence, self.recovery, self.runs, self._postpone)
+
+    def _replace_thread(self, thread: int) -> None:
+        if self._supervisor is not None:
+            self._supervisor.replace_thread(thread)
+
+    def _postpone(self, name: str, tick: datetime, schedule: str) -> None:
+        if self._supervisor is not None:
+            self._supervisor.postpone(name, tick, schedule)
+
+    def begin_anew(self, is_in_a_run: bool) -> None:
+        """Begin as another process, in a forked child.
+
+        The child has no threads of its parent, which keep the parent in the fleet. It must not use the parent's
+        connections. A child of a run does not even reach the database server with them.
+        """
+        forks.begin_anew(self.db, self._engines, self.ticks, self._supervisor)
+        self._lock, self._supervisor = threading.RLock(), None
+        self._assemble(self.stores.outages)
+        if is_in_a_run:
+            forks.cut_off(self._engines)
+
+    @made_once
+    def locks(self) -> Locks:
+        """The named locks of the fleet."""
+        present, prefix = partial(self.presence.present, forget=True), self.app.config["LOCK_PREFIX"]
+        return Locks(self.stores.connections.locks, self.stores.leases, present, prefix, is_stopping_within)
+
+    # -- starting and stopping -----------------------------------------------------------------
+
+    def before_start(self, callback: Callable[[], None], check: Callable[[], None] | None = None) -> None:
+        """Call `callback` in an app context, before the workers of a serving process start.
+
+        It raises DatabaseNotReady with the reason if they cannot start yet. Commands that only read call `check`
+        instead. It changes nothing, and raises DatabaseNotReady even if `callback` would mend the database.
+        """
+        self._before_start.append(callback)
+        if check is not None:
+            self._checks.append(check)
+
+    @property
+    def is_started(self) -> bool:
+        """True from `start` until `stop`: this process is in the fleet, or joins it."""
+        return self._started_in == os.getpid()
+
+    @property
+    def has_served(self) -> bool:
+        """True once this process was asked to serve or to start. It may have stopped since."""
+        return self._served_in == os.getpid()
+
+    @property
+    def is_to_run(self) -> bool:
+        """True if this process should run workers: it has begun to serve, and WORKERS_ENABLED is true."""
+        return self.is_started or (self.has_served and bool(self.app.config["WORKERS_ENABLED"]))
+
+    def threads_alive(self) -> dict[str, bool] | None:
+        """Return whether each thread that the workers of this process need is alive, by name.
+
+        None if no workers run in this process.
+        """
+        supervisor = self._supervisor
+        return supervisor.threads_alive() if self.is_started and supervisor is not None else None
+
+    def start_under_flask_run(self) -> None:
+        """Call `serve` in the process that `flask run` serves with. Do nothing in any other process.
+
+        Call this in the last line of the application's factory.
+        """
+        serving.start_under_flask_run(self)
+
+    def serve(self) -> bool:
+        """Prepare the database, and start unless WORKERS_ENABLED is false. Each serving process calls this.
+
+        If the database is not ready, log that and wait in the background. The web pages work meanwhile. Return False if
+        this process called `serve` or `start` before. Raises InvalidConfig if a `before_start` does, as waiting does
+        not help then.
+
+        Concurrency: several first requests may call this in different threads. The later ones wait for the first.
+        """
+        with self._lock:
+            if self.has_served:
+                return False
+            enabled = self.app.config["WORKERS_ENABLED"]
+            try:
+                self.prepare()
+            except InvalidConfig:
+                raise
+            except (BackgroundError, SQLAlchemyError, OSError) as error:
+                log.log(logging.DEBUG if enabled else logging.ERROR, "%s", first_line(error))  # `start` logs it, too
+            if enabled:
+                self.start()
+            else:
+                log.info("The background workers are off in this process: WORKERS_ENABLED is false")
+            self._served_in = os.getpid()
+            return True
+
+    def prepare(self) -> None:
+        """Call the `before_start` callbacks, once. Raises their errors, and InvalidConfig for AUTOCOMMIT."""
+        with self.app.app_context():
+            while self._before_start:
+                self._before_start[0]()
+                del self._before_start[0]
+            self.stores.refuse_autocommit()
+
+    def check(self) -> None:
+        """Call the `check` of every `before_start`. Raises their errors, and changes nothing."""
+        with self.app.app_context():
+            for check in self._checks:
+                check()
+            self.stores.refuse_autocommit()
+
+    def start(self, names: Collection[str] = ()) -> None:
+        """Join the fleet and run all workers until `stop`, or only the workers `names`.
+
+        Returns at once. Waits for a database in the background.
+        """
+        with self._lock:
+            if self.is_started:
+                return
+            from .process.supervisor import Supervisor  # imports APScheduler, which only a start needs
+
+            self._started_in = self._served_in = os.getpid()
+            hearing.stop_when_told(self)
+            self.runs.open()
+            workers, topics = self._registry.workers, self._registry.topics
+            if names:  # the other workers stay registered: a run may enqueue messages for them
+                workers = {name: worker for name, worker in workers.items() if name in names}
+                topics = {topic: worker for topic, worker in topics.items() if worker.name in names}
+            parts = self.stores, self.runs, self.presence, self.recovery, self.ticks
+            self._supervisor = Supervisor(self.app, self.db, *parts, workers, topics, self.prepare)
+            self._supervisor.join()
+
+    def tell(self) -> None:
+        """Ask every run to stop, and begin no other run. `stop` follows."""
+        self.runs.tell()
+
+    def hurry(self) -> None:
+        """Ask every run to stop, and have `stop` wait for them no longer."""
+        self.runs.hurry()
+
+    def stop(self, timeout: float | None = None) -> None:
+        """Leave the fleet: ask the runs to stop, wait `timeout` seconds from then on, and hand back the rest.
+
+        By default, `timeout` is WORKERS_SHUTDOWN_SECONDS.
+        """
+        with self._lock:
+            if self.is_started and self._supervisor is not None:
+                try:
+                    self._supervisor.leave(self.app.config["WORKERS_SHUTDOWN_SECONDS"] if timeout is None else timeout)
+                finally:
+                    self._started_in, self._supervisor = 0, None
+            self.stores.close()
