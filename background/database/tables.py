@@ -25,14 +25,14 @@ from sqlalchemy import (
     select,
 )
 
-from ..database.dialects.encodings import storable
 from .clock import AHEAD, UtcDateTime, now
+from .dialects.encodings import storable
 
 metadata = MetaData()
 
 
 class AnyText(TypeDecorator[str]):
-    """Text with escapes for the characters that the database cannot hold: an error may quote any file name."""
+    """Text with escapes for characters that the database cannot hold. An error may quote any file name."""
 
     impl = Text
     cache_ok = True
@@ -49,31 +49,31 @@ workers = Table(
     "background_workers",
     metadata,
     Column("name", String(200), primary_key=True),
-    # The high-water mark: no tick at or below it is ever claimed (again). Never pruned. Lowered only after the
-    # database's clock was ahead: see repair/clock_ahead.py.
+    # The high-water mark: no tick at or below it is claimed. Never pruned. Lowered only after the database's clock was
+    # ahead: see repair/clock_ahead.py.
     Column("mark", UtcDateTime),
-    # The mark before it was lowered. Ticks up to here may have run: a tick with an execution is not claimed again.
+    # The mark before it was lowered. Ticks up to here may have run. A tick that has an execution is not claimed again.
     Column("mark_ahead", UtcDateTime),
-    # The mark before missed ticks were last recorded: an UPDATE returns no old values.
+    # The mark before missed ticks were last recorded, as an UPDATE returns no old values.
     Column("previous_mark", UtcDateTime),
     # Grows with every claim. `running` is the token of the claim in force, or NULL. `claim` is the random id of that
-    # claim, or NULL: a token can repeat after a database lost commits, and an id cannot.
+    # claim, or NULL. A token can repeat after the database lost commits. An id cannot.
     Column("token", BigInteger, nullable=False, server_default="0"),
     Column("running", BigInteger),
     Column("claim", String(32)),
-    # A copy of the newest claim. It serves if its execution's row is deleted by hand while the claim is in force.
+    # A copy of the newest claim, for the case that a user deletes the execution's row while the claim is in force.
     Column("claim_tick", UtcDateTime),
     Column("claim_attempt", Integer),
     Column("claim_trigger", String(10)),
     Column("claim_instance", String(32)),
     Column("claim_instance_name", String(255)),
     Column("claim_at", UtcDateTime),
-    # A tick that was lost or handed back and must be claimed again before any newer one. Or a run that was requested.
+    # A lost or handed back tick, which must be claimed before any newer tick. Or a run that a user requested.
     Column("pending_tick", UtcDateTime),
     Column("pending_attempt", Integer),
     Column("pending_trigger", String(10)),
-    # The schedule in force, as text; `declared` is what a release brought, before any `reschedule`, and
-    # `declared_by` the instance that wrote it: of two releases at once, the one that stays has the last word.
+    # The schedule in force, as text. `declared` is the schedule in the code of a release, before any `reschedule`.
+    # `declared_by` is the instance that wrote it. When two releases run side by side, the one that stays writes last.
     Column("schedule", String(200), nullable=False),
     Column("declared", String(200), nullable=False),
     Column("declared_by", String(32)),
@@ -81,7 +81,7 @@ workers = Table(
     Column("paused_at", UtcDateTime),
 )
 
-# Not due any more: the database's clock was set back since.
+# A pending tick may no longer be due, because the database's clock was set back.
 may_be_run_again = or_(
     and_(workers.c.paused_at.is_(None), workers.c.pending_tick <= now()), workers.c.pending_trigger == "manual"
 )
@@ -92,7 +92,7 @@ executions = Table(
     Column("id", _Id, primary_key=True),
     Column("worker", String(200), nullable=False),
     Column("tick", UtcDateTime, nullable=False),
-    # The last tick that a skipped or missed row stands for; `tick` is the first.
+    # The last tick that a row of skipped or missed ticks stands for. `tick` is the first.
     Column("through", UtcDateTime),
     Column("trigger", String(10), nullable=False),
     Column("state", String(12), nullable=False),
@@ -107,7 +107,7 @@ executions = Table(
     Column("progress_done", Float),
     Column("progress_total", Float),
     Column("reason", AnyText),
-    # What was logged meanwhile, one line each; written with the outcome, and with each commit on the way.
+    # The lines that the run logged. Written with the outcome, and with each earlier commit of the run.
     Column("log", AnyText),
     Index("ix_background_executions_worker_tick", "worker", "tick"),
     Index("ix_background_executions_token", "worker", "token", unique=True),
@@ -115,7 +115,7 @@ executions = Table(
 
 
 def _where(condition: str) -> dict[str, Any]:
-    # Literals, not parameters: a database must see the values to know that a partial index applies.
+    # Literals, not parameters. The database must see the values to know that a partial index applies.
     return {"postgresql_where": literal_column(condition), "sqlite_where": literal_column(condition)}
 
 
@@ -135,9 +135,9 @@ instances = Table(
     Column("release", String(LONGEST_RELEASE)),
 )
 
-# What a worker did since it is known: history is pruned, and these counts only grow. One row for each state its
-# executions ended in ("state"), and for each bucket of how long they took ("duration") and of how long after its
-# tick they began ("lateness"), named by the bucket's upper bound in seconds.
+# Counters of each worker. They only grow, although the history is pruned. A row of the kind "state" counts the
+# executions with that state. A row of the kind "duration" or "lateness" counts the executions in one bucket. The label
+# is the bucket's upper bound in seconds. Lateness is the time from the tick to the start of its execution.
 totals = Table(
     "background_totals",
     metadata,
@@ -156,13 +156,14 @@ messages = Table(
     Column("topic", String(100), nullable=False),
     Column("key", String(200)),
     Column("payload", Text, nullable=False),
-    # waiting -> running -> done; or back to waiting for another attempt, or dead, and then waiting again or discarded.
+    # waiting -> running -> done. Or from running back to waiting, for another attempt, or to dead. Or from dead to
+    # waiting, or to discarded.
     Column("state", String(10), nullable=False, server_default="waiting"),
     Column("enqueued_at", UtcDateTime, nullable=False),
     Column("due_at", UtcDateTime, nullable=False),
-    # Counted by the claim, before the handler runs; a message that was handed back was not tried.
+    # Counted by the claim, before the handler runs. A message that was handed back does not count as tried.
     Column("attempt", Integer, nullable=False, server_default="0"),
-    # Grows by one at every claim. `batch` is what that claim took at once: its fence.
+    # Grows by one at every claim. `batch` is the id of all messages of that claim. The fence checks it.
     Column("token", BigInteger, nullable=False, server_default="0"),
     Column("batch", String(32)),
     Column("instance", String(32)),
@@ -199,10 +200,10 @@ locks = Table(
     "background_locks",
     metadata,
     Column("name", String(200), primary_key=True),
-    # Grows each time anybody acquires the lock, also if its row was pruned meanwhile: the row with the empty name keeps
-    # the greatest token of those that were pruned.
+    # Grows each time the lock is acquired, even after its row was pruned. The row with the empty name keeps the
+    # greatest token of all pruned rows.
     Column("token", BigInteger, nullable=False),
-    # One acquisition's own id, or NULL if the lock is free. And the instance whose lease it lives by.
+    # The id of one acquisition, or NULL if the lock is free. `instance` is the instance whose lease keeps it.
     Column("holder", String(32)),
     Column("instance", String(32)),
     Column("instance_name", String(255)),
@@ -211,7 +212,10 @@ locks = Table(
 
 
 def is_in(state: str) -> ColumnElement[bool]:
-    """A literal, not a parameter: a database must see it to know that a partial index applies."""
+    """Return whether a message has that state, by a literal.
+
+    The database must see the value to know that a partial index applies.
+    """
     return messages.c.state == literal_column(f"'{state}'")
 
 
@@ -219,7 +223,7 @@ is_waiting, is_running, is_dead = is_in("waiting"), is_in("running"), is_in("dea
 
 
 def next_due(topics: Iterable[str]) -> Iterator[ColumnElement[datetime | None]]:
-    """For each topic, when its first waiting message is or was due."""
+    """Yield, for each topic, the moment at which its first waiting message is due."""
     for topic in topics:
         yield (
             select(messages.c.due_at)
@@ -231,9 +235,9 @@ def next_due(topics: Iterable[str]) -> Iterator[ColumnElement[datetime | None]]:
 
 
 def any_put_off(topics: Iterable[str]) -> list[ColumnElement[bool]]:
-    """Return, for each topic, whether a clock that was ahead of now enqueued or tried its first waiting message.
+    """Return, for each topic, whether its first waiting message was enqueued or tried by a clock that was ahead.
 
-    The messages behind the first one may be of that kind too.
+    Later messages of the topic may have been, too.
     """
     found: list[ColumnElement[bool]] = []
     for topic in topics:

@@ -1,1 +1,1 @@
-"""When a tick is: periods, cron expressions, and how they are written as text."""
+"""The schedules, which say when a tick is due: periods and cron expressions, and both as text."""

@@ -1,17 +1,17 @@
-"""When a worker is due: periods aligned to the Unix epoch, and cron in a time zone.
+"""Cron in a time zone.
 
 A cron's wall-clock times become instants by the rule of Debian's cron(8), "Notes":
 
-- A cron whose minute and hour are both fixed (neither starts with `*`) runs once for each of its times.
-  A time that the clock skips in spring runs at the end of the gap; one that the clock repeats in autumn
-  runs the first time. Several skipped times make one tick.
-- Any other cron (a `*` in front of the minute or the hour) follows the clock as it shows: nothing in a
-  gap, and in a repeated hour both times.
+- A cron with a fixed minute and a fixed hour (neither starts with `*`) runs once for each of its times. A time that
+  the clock skips in spring runs at the end of the gap. Several skipped times make one tick. A time that the clock
+  repeats in autumn runs the first time.
+- Any other cron (the minute or the hour starts with `*`) follows the clock. It does not run in a gap, and it runs both
+  times in a repeated hour.
 
-Unlike cron(8), which treats jumps of over three hours as corrections, jumps of any length count.
-`cronsim` enumerates the wall-clock times only. Its own zone handling is not used: asked from within the
-repeated hour it answers with the past, it errs in zones that jump by half an hour or at midnight, and in
-reverse it skips the repeated hour's tick and loops for ever over a skipped day (Apia, 2011).
+cron(8) treats jumps of over three hours as corrections. Here jumps of any length count.
+`cronsim` lists the wall-clock times only. Its zone handling is not used, for these reasons. From within the repeated
+hour it returns a past time. It errs in zones that jump by half an hour or at midnight. In reverse it skips the tick of
+the repeated hour, and loops for ever over a skipped day (Apia, 2011).
 """
 
 from bisect import bisect_left
@@ -25,7 +25,7 @@ from ..errors import InvalidSchedule
 from .cron_fields import canonical
 from .periods import MICROSECOND, SECOND, Schedule
 
-HORIZON = timedelta(days=50 * 366)  # the rarest cron there is fires every 40 years
+HORIZON = timedelta(days=50 * 366)  # the rarest cron fires every 40 years
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,14 +65,14 @@ class Cron(Schedule):
         return f"at {self.expression} ({self.timezone})"
 
     def _locate(self, at: datetime) -> tuple[datetime, timedelta]:
-        """What the wall clock shows at `at`, and by how much it will repeat, or repeats, that time."""
+        """Return the wall clock's time at `at`, and the length of the overlap if the clock shows that time twice."""
         local = at.astimezone(ZoneInfo(self.timezone)).replace(tzinfo=None)
         first, second = self._readings(local)
         return local, max(second - first, timedelta())
 
     def _walls(self, start: datetime, reverse: bool = False) -> Iterator[datetime]:
-        """The matching wall-clock times after (or before) `start`, as if clocks never jumped."""
-        from cronsim import CronSim  # late: an application without a cron needs no cron parser
+        """Yield the matching wall-clock times after (or before) `start`, as if the clock never jumped."""
+        from cronsim import CronSim  # deferred, as an application without a cron needs no cron parser
 
         for wall in CronSim(self.expression, start, reverse=reverse):
             if abs(wall - start) > HORIZON:
@@ -80,7 +80,7 @@ class Cron(Schedule):
             yield wall
 
     def _instants(self, wall: datetime) -> list[datetime]:
-        """When the wall clock's `wall` happens, by the module's rule: never, once or twice."""
+        """Return the instants of the wall-clock time `wall`, by the module's rule: none, one or two."""
         first, second = self._readings(wall)
         if first == second:
             return [first]
@@ -90,13 +90,16 @@ class Cron(Schedule):
         return [self._end_of_gap(wall, second, first)] if fixed else []
 
     def _readings(self, wall: datetime) -> tuple[datetime, datetime]:
-        """`wall` by the offsets before and after a jump: equal elsewhere, in reverse order in a gap."""
+        """Return `wall` by the zone's offsets before and after a jump.
+
+        Both are equal if there is no jump. In a gap the first is later than the second.
+        """
         zone = ZoneInfo(self.timezone)
         first, second = (wall.replace(tzinfo=zone, fold=fold).astimezone(UTC) for fold in (0, 1))
         return first, second
 
     def _end_of_gap(self, wall: datetime, before: datetime, after: datetime) -> datetime:
-        """The second, between the two, in which the clock jumps over `wall`."""
+        """Return the second, between `before` and `after`, at which the clock jumps over `wall`."""
 
         def has_jumped(seconds: int) -> bool:
             return self._locate(before + seconds * SECOND)[0] > wall
@@ -111,11 +114,11 @@ class Cron(Schedule):
 
 
 def check_timezone(timezone: str) -> None:
-    """Raise InvalidSchedule for what is not an IANA name."""
+    """Raise InvalidSchedule if `timezone` is not an IANA name."""
     try:
         ZoneInfo(timezone)
     except (KeyError, ValueError, OSError):  # unknown, a path, a folder such as "Europe"
         names = {name.lower(): name for name in available_timezones()}
         close = get_close_matches(timezone.lower(), names, n=1)
-        hint = f"Did you mean {names[close[0]]!r}?" if close else "Write 'Europe/Berlin', say."
+        hint = f"Did you mean {names[close[0]]!r}?" if close else "Write 'Europe/Berlin', for example."
         raise InvalidSchedule(f"timezone {timezone!r} is not in the time zone database. {hint}") from None

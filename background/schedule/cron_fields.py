@@ -1,4 +1,4 @@
-"""Reads the five fields of a user's cron, or refuses them in a sentence with the remedy."""
+"""Reads the five fields of a user's cron, or refuses them with an error that names the remedy."""
 
 import re
 from datetime import datetime
@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 from ..errors import InvalidSchedule
 
-LONGEST = 150  # characters. With the longest zone they fit into the column of a schedule
+LONGEST = 150  # characters. With the longest zone, a schedule still fits into its column
 
 
 class Field(NamedTuple):
-    """One field: the values that it can have, and their names."""
+    """One field, with its possible values and their names."""
 
     first: int
     last: int
@@ -24,7 +24,7 @@ class Field(NamedTuple):
         return int(text) if text.isdecimal() and len(text) < 5 else None
 
     def text(self, number: int, like: str) -> str:
-        """Return the value as text: by its name if `like` is a name."""
+        """Return the value as text. Use its name if `like` is a name."""
         return self.names[number - self.first] if like in self.names else str(number)
 
 
@@ -52,9 +52,9 @@ _NICKNAMES = {
 
 
 def canonical(expression: object) -> str:
-    """Return the expression as it is stored, if its five fields can be read. Raises InvalidSchedule."""
+    """Return the expression in the form that is stored. Raises InvalidSchedule if a field cannot be read."""
     if not isinstance(expression, str):
-        raise InvalidSchedule(f"cron {expression!r} is not a string: write '30 2 * * *', say.")
+        raise InvalidSchedule(f"cron {expression!r} is not a string: write '30 2 * * *', for example.")
     if len(expression) > LONGEST:
         raise InvalidSchedule(
             f"cron {expression!r:.50} is {len(expression)} characters long: expected at most {LONGEST}; "
@@ -68,7 +68,9 @@ def canonical(expression: object) -> str:
             f"write cron = {' '.join(rest) or '0 0 * * *'!r} and timezone = {zone.partition('=')[2]!r}."
         )
     if len(fields) in (6, 7):
-        raise InvalidSchedule(f"cron {expression!r} has {len(fields)} fields, the first for seconds: {_mend(fields)}")
+        raise InvalidSchedule(
+            f"cron {expression!r} has {len(fields)} fields, the first for seconds: {_remedy_for(fields)}"
+        )
     if len(fields) != 5:
         remedy = _NICKNAMES.get(fields[0] if fields else "", "'0 0 * * *' is daily")
         expected = f"expected five ({', '.join(FIELDS)})"
@@ -84,7 +86,7 @@ def canonical(expression: object) -> str:
 def refuse_useless_steps(expression: object) -> None:
     """Raise InvalidSchedule for a step beyond its field, such as `*/90`, which cron reads as 0.
 
-    A schedule that is stored already may have one, and means the same as before.
+    A stored schedule may have such a step, and keeps its meaning.
     """
     for (name, field), value in zip(FIELDS.items(), canonical(expression).split(), strict=True):
         for step in map(int, re.findall(r"/([0-9]+)", value)):
@@ -108,7 +110,7 @@ def _bad_field(expression: str) -> str | None:
 
 
 def _upwards(field: Field, value: str) -> str | None:
-    """Return the same values with each range upwards: 22-6 is 22-23,0-6. None if no range goes downwards."""
+    """Return the same values with each range upwards: 22-6 is 22-23,0-6. None if each range goes upwards."""
     terms = [_term_upwards(field, term) for term in value.split(",")]
     return ",".join(terms) if terms != value.split(",") else None
 
@@ -131,8 +133,8 @@ def _term_upwards(field: Field, term: str) -> str:
     )
 
 
-def _mend(quartz: list[str]) -> str:
-    """Return the remedy for Quartz's six or seven fields (seconds first, a year last, 1 = Sunday)."""
+def _remedy_for(quartz: list[str]) -> str:
+    """Return the remedy for Quartz's six or seven fields: seconds first, perhaps a year last, and Sunday as 1."""
     seconds, *fields = quartz
     if not seconds.isdecimal():
         return "expected five; for less than a minute write a period, such as timedelta(seconds=10)."

@@ -1,18 +1,4 @@
-"""When a worker is due: periods aligned to the Unix epoch, and cron in a time zone.
-
-A cron's wall-clock times become instants by the rule of Debian's cron(8), "Notes":
-
-- A cron whose minute and hour are both fixed (neither starts with `*`) runs once for each of its times.
-  A time that the clock skips in spring runs at the end of the gap; one that the clock repeats in autumn
-  runs the first time. Several skipped times make one tick.
-- Any other cron (a `*` in front of the minute or the hour) follows the clock as it shows: nothing in a
-  gap, and in a repeated hour both times.
-
-Unlike cron(8), which treats jumps of over three hours as corrections, jumps of any length count.
-`cronsim` enumerates the wall-clock times only. Its own zone handling is not used: asked from within the
-repeated hour it answers with the past, it errs in zones that jump by half an hour or at midnight, and in
-reverse it skips the repeated hour's tick and loops for ever over a skipped day (Apia, 2011).
-"""
+"""Schedules from a worker's attributes, from stored text, and from a user's text."""
 
 import re
 from datetime import timedelta, tzinfo
@@ -26,7 +12,7 @@ from .periods import LONGEST, Every, Schedule
 
 
 def make_schedule(owner: str, period: timedelta | None, cron: str | None, timezone: str | tzinfo | None) -> Schedule:
-    """The schedule that the worker `owner` declares, or `InvalidSchedule` with one sentence about it."""
+    """Return the schedule that the worker `owner` declares. Raises InvalidSchedule."""
     try:
         return _make(period, cron, timezone)
     except InvalidSchedule as error:
@@ -40,7 +26,7 @@ def _make(period: timedelta | None, cron: str | None, timezone: str | tzinfo | N
         refuse_useless_steps(cron)
         return Cron(cron, "UTC" if timezone is None else str(timezone))
     if period is None:
-        raise InvalidSchedule("it has neither a period nor a cron: write period = timedelta(minutes=10), say.")
+        raise InvalidSchedule("it has neither a period nor a cron: write period = timedelta(minutes=10), for example.")
     if timezone is not None:
         raise InvalidSchedule(f"timezone {str(timezone)!r} has no use without a cron: remove it, or write a cron.")
     return Every(period)
@@ -48,7 +34,7 @@ def _make(period: timedelta | None, cron: str | None, timezone: str | tzinfo | N
 
 @lru_cache(maxsize=1024)
 def parse_schedule(text: str) -> Schedule:
-    """The schedule whose `str()` is `text`."""
+    """Return the schedule whose `str()` is `text`. Raises InvalidSchedule."""
     try:
         return _parse(text)
     except InvalidSchedule as error:
@@ -69,12 +55,14 @@ _PART = re.compile(r"([0-9]{1,10}(?:\.[0-9]{1,6})?)\s*([a-z]*)[\s,]*")
 
 
 def typed_schedule(text: str, timezone: str = "") -> Schedule:
-    """The schedule that `text` means; a number alone is seconds. Raises InvalidSchedule: one sentence."""
+    """Return the schedule that a user's `text` means. A number alone is seconds. Raises InvalidSchedule."""
     text, timezone = text.strip(), timezone.strip()
     if not text:
-        raise InvalidSchedule("There is nothing here; expected a period such as 90s, 10 min or 1h30m, or a cron.")
+        raise InvalidSchedule("The schedule is empty; expected a period such as 90s, 10 min or 1h30m, or a cron.")
     if len(text) > MOST:
-        raise InvalidSchedule(f"That is {len(text)} characters long; expected at most {MOST}: write ranges and steps.")
+        raise InvalidSchedule(
+            f"The schedule is {len(text)} characters long; expected at most {MOST}: write ranges and steps."
+        )
     seconds, is_cron = _seconds(text), text.startswith("@") or "TZ=" in text
     if seconds is not None or (len(text.split()) < 5 and not is_cron):
         return _every(text, seconds, timezone)
@@ -88,7 +76,7 @@ def _every(text: str, seconds: float | None, timezone: str) -> Schedule:
             f"{text!r} is neither a period nor a cron; expected a period such as 90s, 10 min or 1h30m, "
             "or a cron such as 30 2 * * *."
         )
-    if not 1 <= seconds <= LONGEST.total_seconds():  # in code it may be less: here it is more likely a slip
+    if not 1 <= seconds <= LONGEST.total_seconds():  # less is allowed in code, but here it is probably a mistake
         raise InvalidSchedule(f"{text!r} is out of range; expected a period of 1 second to 366 days.")
     if timezone:
         raise InvalidSchedule("A period has no time zone; expected one for a cron only: leave it empty.")
@@ -96,11 +84,11 @@ def _every(text: str, seconds: float | None, timezone: str) -> Schedule:
 
 
 def _seconds(text: str) -> float | None:
-    """The sum of its parts; None for what is not a period."""
+    """Return the seconds of a period such as 1h30m. None if `text` is not a period."""
     total, rest = 0.0, text.lower().removeprefix("every").strip()
     if re.fullmatch(r"[0-9]+(\.[0-9]+)?", rest):
         return float(rest)
-    if re.fullmatch(r"[a-z]+", rest):  # every minute
+    if re.fullmatch(r"[a-z]+", rest):  # a unit alone, as in "every minute"
         rest = f"1 {rest}"
     while match := _PART.match(rest):
         unit = match[2] if match[2] in _UNITS else match[2].removesuffix("s")

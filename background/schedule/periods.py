@@ -1,18 +1,4 @@
-"""When a worker is due: periods aligned to the Unix epoch, and cron in a time zone.
-
-A cron's wall-clock times become instants by the rule of Debian's cron(8), "Notes":
-
-- A cron whose minute and hour are both fixed (neither starts with `*`) runs once for each of its times.
-  A time that the clock skips in spring runs at the end of the gap; one that the clock repeats in autumn
-  runs the first time. Several skipped times make one tick.
-- Any other cron (a `*` in front of the minute or the hour) follows the clock as it shows: nothing in a
-  gap, and in a repeated hour both times.
-
-Unlike cron(8), which treats jumps of over three hours as corrections, jumps of any length count.
-`cronsim` enumerates the wall-clock times only. Its own zone handling is not used: asked from within the
-repeated hour it answers with the past, it errs in zones that jump by half an hour or at midnight, and in
-reverse it skips the repeated hour's tick and loops for ever over a skipped day (Apia, 2011).
-"""
+"""Schedules, and periods that are aligned to the Unix epoch."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -23,8 +9,8 @@ from ..errors import InvalidSchedule
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MICROSECOND = timedelta(microseconds=1)
 SECOND = timedelta(seconds=1)
-SHORTEST = timedelta(milliseconds=1)  # what SQLite's clock can tell apart
-LONGEST = timedelta(days=366)  # beyond it people mean the calendar, which is cron's
+SHORTEST = timedelta(milliseconds=1)  # the resolution of SQLite's clock
+LONGEST = timedelta(days=366)  # for rarer dates a user means the calendar, and needs a cron
 UNITS = {
     "day": timedelta(days=1),
     "hour": timedelta(hours=1),
@@ -34,23 +20,23 @@ UNITS = {
 
 
 class Schedule(ABC):
-    """An endless row of ticks. Immutable, and equal to every schedule of the same text."""
+    """An endless sequence of ticks. Immutable, and equal to each schedule with the same text."""
 
     @abstractmethod
     def next(self, at: datetime) -> datetime:
-        """The first tick after `at`; both aware, the answer in UTC."""
+        """Return the first tick after the aware `at`, in UTC."""
 
     @abstractmethod
     def previous(self, at: datetime) -> datetime:
-        """The last tick at or before `at`; both aware, the answer in UTC."""
+        """Return the last tick at or before the aware `at`, in UTC."""
 
     @abstractmethod
     def __str__(self) -> str:
-        """The canonical text, which the database keeps and `parse_schedule` reads."""
+        """Return the canonical text, which the database keeps and `parse_schedule` reads."""
 
     @abstractmethod
     def describe(self) -> str:
-        """The schedule in words for people."""
+        """Return the schedule in words for people."""
 
     def __eq__(self, other: object) -> bool:
         return str(self) == str(other) if isinstance(other, Schedule) else NotImplemented
@@ -95,9 +81,9 @@ def _check_period(period: object) -> None:
     if isinstance(period, int | float):
         raise InvalidSchedule(f"period {period!r} is a number: write timedelta(seconds={period!r}).")
     if not isinstance(period, timedelta):
-        raise InvalidSchedule(f"period {period!r} is not a timedelta: write timedelta(minutes=10), say.")
+        raise InvalidSchedule(f"period {period!r} is not a timedelta: write timedelta(minutes=10), for example.")
     if not SHORTEST <= period <= LONGEST:
         raise InvalidSchedule(
             f"period {period} is out of range: expected a millisecond to 366 days; "
-            "write timedelta(minutes=10), say, or a cron for rarer dates."
+            "write timedelta(minutes=10), for example, or a cron for rarer dates."
         )

@@ -80,7 +80,7 @@ def test_a_name_that_is_given_is_kept_and_not_inherited(manager: BackgroundWorke
         ({"period": timedelta()}, "period 0:00:00 is out of range: expected a millisecond to 366 days"),
         ({"period": timedelta(seconds=-1)}, "is out of range: expected a millisecond to 366 days"),
         ({"period": 600}, "period 600 is a number: write timedelta(seconds=600)"),
-        ({"period": "10m"}, "period '10m' is not a timedelta: write timedelta(minutes=10), say."),
+        ({"period": "10m"}, "period '10m' is not a timedelta: write timedelta(minutes=10), for example."),
         ({"period": None, "cron": "61 * * * *"}, "cron '61 * * * *' has the minute '61': expected 0-59."),
         ({"period": None, "cron": "* * *"}, "cron '* * *' has 3 field(s): expected five"),
         (

@@ -1,1 +1,1 @@
-"""The differences of SQLite and PostgreSQL."""
+"""The differences between SQLite and PostgreSQL."""

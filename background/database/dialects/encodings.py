@@ -1,4 +1,4 @@
-"""The characters that a database can hold: PostgreSQL may keep its text in an encoding other than UTF-8."""
+"""The characters that a database can hold. PostgreSQL may keep its text in an encoding other than UTF-8."""
 
 import codecs
 import json
@@ -19,7 +19,7 @@ def storable(text: str, dialect: Dialect) -> str:
 
 
 def storable_json(text: str, dialect: Dialect) -> str:
-    """Return the same JSON in characters that the database can hold."""
+    """Return the same JSON, written with characters that the database can hold."""
     try:
         for encoding in _encodings(dialect):
             text.encode(encoding)
@@ -35,20 +35,20 @@ def _encodings(dialect: Dialect) -> tuple[str, ...]:
 
 @event.listens_for(Engine, "engine_connect")
 def _learn(connection: Connection) -> None:
-    """Keep the encodings of the server, and of the connections to it, with the dialect of the engine."""
+    """Keep the encodings of the server and of its connections in the engine's dialect."""
     dialect = connection.dialect
     if dialect.name == "postgresql" and not hasattr(dialect, _ATTRIBUTE):
         setattr(dialect, _ATTRIBUTE, _known(connection.connection.driver_connection))
 
 
 def _known(driver: Any) -> tuple[str, ...]:
-    """Return Python's names for the encodings that a server reported. A driver that reports none counts as UTF-8."""
+    """Return Python's names for the encodings that a server reported. Without a report the encoding is UTF-8."""
     names = (reported(driver, name) for name in ("server_encoding", "client_encoding"))
     return tuple({_codec(name) for name in names if name}) or ("utf-8",)
 
 
 def _codec(name: str) -> str:
-    """Return Python's name for an encoding of PostgreSQL's. ASCII, which each contains, stands for unknown ones."""
+    """Return Python's name for an encoding of PostgreSQL. For an unknown encoding return ASCII, which each contains."""
     try:
         return codecs.lookup(name.replace("WIN", "cp").replace("KOI8", "koi8_")).name
     except LookupError:

@@ -1,4 +1,4 @@
-"""SQLite has one writer: what every connection needs so that "database is locked" reaches nobody."""
+"""Settings that each connection to SQLite needs, so that no user sees "database is locked"."""
 
 import os
 import sqlite3
@@ -20,16 +20,16 @@ BUSY_SECONDS = 30
 OPEN_SECONDS = 10
 """The longest wait for a new connection while another process keeps the file locked."""
 _MOMENT_SECONDS = 0.1
-# The dialects of engines that have opened their file since they were last disposed of.
-_have_opened: WeakSet[Dialect] = WeakSet()
+# The dialects of engines that have opened their file since their last `dispose`.
+_opened_before: WeakSet[Dialect] = WeakSet()
 
 
 def prepare(engine: Engine) -> None:
-    """Set every later connection of a SQLite `engine` up; any other engine is left alone.
+    """Have each later connection of a SQLite `engine` set up. Leave other engines alone.
 
-    The driver's legacy transactions with BEGIN IMMEDIATE: a read keeps no snapshot, and the first write
-    waits for the lock. (A read and then a write in one deferred transaction fails at once, whatever the
-    time-out, if anybody committed in between.)
+    Use the driver's legacy transactions with BEGIN IMMEDIATE. A read keeps no snapshot, and the first write waits for
+    the lock. In a deferred transaction, a write after a read would fail at once, whatever the time-out, if another
+    connection had committed in between.
     """
     if engine.dialect.name == "sqlite" and not event.contains(engine, "connect", _connected):
         event.listen(engine, "do_connect", connecting)
@@ -40,13 +40,13 @@ def prepare(engine: Engine) -> None:
 
 
 def refuse_memory(engine: Engine) -> None:
-    """Raise InvalidConfig for a database in memory: a heartbeat's read would roll a run back on its only connection."""
+    """Raise InvalidConfig for a database in memory. A heartbeat on its only connection would roll a run back."""
     if engine.dialect.name == "sqlite" and engine.url.database in (None, "", ":memory:"):
         raise in_memory(engine)
 
 
 def in_memory(engine: Engine) -> InvalidConfig:
-    """Return the error for a database that only one connection has."""
+    """Return the error for a database that only one connection can use."""
     return InvalidConfig(
         f"The database {engine.url} is in the memory of one connection; expected one that several connections "
         "can share: use a file, in a test one of its temporary folder."
@@ -56,7 +56,7 @@ def in_memory(engine: Engine) -> InvalidConfig:
 def try_to_write(engine: Engine, *statements: Executable) -> None:
     """Execute `statements` in a transaction that is rolled back, unless another connection writes at this moment.
 
-    Raises OperationalError where the database takes no writes, also without any statement.
+    Raises OperationalError for a read-only database, also without any statement.
     """
     with engine.connect() as connection:
         if _is_lock_taken(connection):
@@ -71,7 +71,7 @@ def is_locked(engine: Engine) -> bool:
 
 
 def _is_lock_taken(connection: Connection) -> bool:
-    """Take the write lock without waiting, until the connection is given back. False if another connection has it."""
+    """Take the write lock without waiting, until the connection is given back. Return False if it is taken."""
     driver: Any = connection.connection.driver_connection
     driver.execute("PRAGMA busy_timeout = 0")
     try:
@@ -86,7 +86,7 @@ def _is_lock_taken(connection: Connection) -> bool:
 
 
 def configure(connection: Any, isolation_level: str | None) -> None:
-    """Set one connection of the driver's up; `isolation_level` is the driver's, None to commit each statement."""
+    """Set up one connection of the driver. With the `isolation_level` None, it commits each statement."""
     connection.isolation_level = None
     connection.execute(f"PRAGMA busy_timeout = {OPEN_SECONDS * 1000:.0f}")
     _use_wal(connection)
@@ -99,8 +99,8 @@ def configure(connection: Any, isolation_level: str | None) -> None:
 def _use_wal(connection: Any) -> None:
     """Turn the write-ahead log on, or raise InvalidConfig if the file system refuses it.
 
-    Concurrency: several processes may open a new file at once. One turns the log on. SQLite does not have the others
-    wait.
+    Concurrency: several processes may open a new file at once. One of them turns the log on. SQLite does not make the
+    other processes wait, so each of them tries again.
     """
     mode = _made_wal(connection)
     if mode != "wal" and (path := file_of(connection)):
@@ -111,7 +111,7 @@ def _use_wal(connection: Any) -> None:
 
 
 def _made_wal(connection: Any) -> str:
-    """Return the journal's mode after the attempt, which is repeated while the file is locked."""
+    """Try to turn the log on, again and again while the file is locked. Return the journal's mode."""
     until = time.monotonic() + OPEN_SECONDS
     while True:
         try:
@@ -139,20 +139,20 @@ def _locked(path: str) -> str:
 
 
 def connecting(dialect: Dialect, record: Any, arguments: Any, _parameters: Any = None) -> None:
-    """Make a new file private, which SQLite would let every user read. Remember which file is opened."""
+    """Make a new file private, as SQLite would let every user read it. Remember which file is opened."""
     path = arguments[0]
     if not os.path.isabs(path):  # `:memory:`, or a URI
         return
-    if dialect in _have_opened:
+    if dialect in _opened_before:
         expect_file(path)
     database_files.make_private(path)
-    with suppress(FileNotFoundError):  # the folder is missing: SQLite reports it
+    with suppress(FileNotFoundError):  # SQLite reports a missing folder
         database_files.expect(record, path)
-        _have_opened.add(dialect)
+        _opened_before.add(dialect)
 
 
 def expect_file(path: str) -> None:
-    """Raise sqlite3.OperationalError for a missing file. SQLite would make an empty one, which hides the loss."""
+    """Raise sqlite3.OperationalError for a missing file. SQLite would make an empty file and so hide the loss."""
     if not os.path.exists(path):
         raise sqlite3.OperationalError(
             f"The database file {path} was deleted; expected it at that path: restore it, or make another with "
@@ -168,7 +168,7 @@ def _connected(connection: Any, record: Any) -> None:
 
 @contextmanager
 def closed_on_error(connection: Any) -> Iterator[None]:
-    """Close a connection that cannot be set up: the pool forgets it, and Python warns of an open one."""
+    """Close a connection that cannot be set up. The pool forgets it, and Python warns of an open connection."""
     try:
         yield
     except BaseException:
@@ -177,19 +177,19 @@ def closed_on_error(connection: Any) -> Iterator[None]:
 
 
 def _disposed(engine: Engine) -> None:
-    _have_opened.discard(engine.dialect)
+    _opened_before.discard(engine.dialect)
 
 
 def _begin_before_savepoint(connection: Connection, _name: str) -> None:
-    """The driver opens no transaction for a SAVEPOINT, so releasing it would commit on its own."""
+    """Begin a transaction before a SAVEPOINT. Without one, the release of the savepoint would commit."""
     if not connection.connection.dbapi_connection.in_transaction:  # type: ignore[union-attr]
         connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
 def lock_soon(connection: Connection) -> None:
-    """Take the write lock now, unless another connection keeps it for long: then the first write waits for it."""
+    """Take the write lock now, unless another connection keeps it for long. The first write waits for it then."""
     driver: Any = connection.connection.driver_connection
     driver.execute(f"PRAGMA busy_timeout = {_MOMENT_SECONDS * 1000:.0f}")
-    with suppress(sqlite3.Error):  # whatever it is, the next statement meets it, and SQLAlchemy tells of it
+    with suppress(sqlite3.Error):  # the next statement meets the same error, and SQLAlchemy reports it
         driver.execute("BEGIN IMMEDIATE")
     driver.execute(f"PRAGMA busy_timeout = {BUSY_SECONDS * 1000}")

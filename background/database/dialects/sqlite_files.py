@@ -1,7 +1,7 @@
-"""The files of a SQLite database: they stay private, and each process notices when they are replaced.
+"""Keeps the files of a SQLite database private, and notices in each process that a file was replaced.
 
-SQLite goes on writing into a file that was deleted or moved away. A process that comes later would open another
-file at the same path, and the two would be two fleets.
+SQLite continues to write into a file that was deleted or moved away. A later process opens another file at the same
+path. The two processes would then be two fleets.
 """
 
 import os
@@ -22,7 +22,7 @@ log = logger_of(__name__)
 
 _COMPANIONS = ("-wal", "-shm")
 _EXPECTED, _OPENED = "expected_files", "opened_files"
-_said: set[tuple[str, int, int]] = set()
+_logged: set[tuple[str, int, int]] = set()
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,9 +47,9 @@ class Opened:
         return None
 
     def set_log_aside(self) -> None:
-        """Keep the log of a replaced file away from the new file, to which SQLite would apply it.
+        """Rename the log of a replaced file, which SQLite would apply to the new file.
 
-        Concurrency: other processes may do the same. Each of them renames only the log that it had open itself.
+        Concurrency: each process that has the old file open may do the same. It renames only the log that it had open.
         """
         if self.log is None or _is_file(self.path, self.file):
             return
@@ -61,30 +61,30 @@ class Opened:
                 os.unlink(f"{self.log_path.removesuffix('-wal')}-shm")
 
 
-# Only for open connections: after a close, the log may be gone, and another file may have its number.
+# The files of open connections only. After a close the log may be deleted, and another file may get its number.
 _in_use: WeakSet[Opened] = WeakSet()
 _adding = ForkSafeLock()
 
 
 def watch(engine: Engine) -> None:
-    """Refuse to use or commit a connection of `engine` once a file that it has opened was replaced."""
+    """Refuse to use or commit a connection of `engine` after one of its files was replaced."""
     event.listen(engine, "checkout", _renew)
     event.listen(engine, "commit", _refuse_commit)
     event.listen(engine, "close", _forget)
 
 
 def expect(record: Any, path: str) -> None:
-    """Remember the file at `path`, which the connection of this pool's record will open."""
+    """Remember the file at `path`, which the connection of the pool's `record` will open."""
     with _adding:
         known = [each for each in _in_use if each.path == path]
     for each in known:
         each.set_log_aside()
-        _say(each)
+        _log_once(each)
     record.info.setdefault(_EXPECTED, []).append((path, os.stat(path)))
 
 
 def note(record: Any) -> None:
-    """Note that the connection of this pool's record has opened the files that were expected."""
+    """Note that the connection of the pool's `record` has opened the expected files."""
     for path, file in record.info.pop(_EXPECTED, []):
         log_path = f"{os.path.realpath(path)}-wal"  # SQLite follows links and puts the log beside the file itself
         found = os.stat(log_path) if os.path.exists(log_path) else None
@@ -97,8 +97,8 @@ def note(record: Any) -> None:
 def make_private(path: str, like: str | None = None) -> None:
     """Make a missing file at `path`. Give it and its companions no more rights than `like` has.
 
-    A new file has the mode and the owner of the file `like`. Without that file it is this user's alone. If `like` is
-    None, a file that exists stays as it is. Raises nothing: SQLite's own error says it better.
+    A new file has the mode and the owner of the file `like`. Without that file, only this user may read it. If `like`
+    is None, an existing file stays as it is. Raises no error, as SQLite's own error is clearer.
     """
     with suppress(OSError):
         model = os.stat(like) if like is not None and os.path.exists(like) else None
@@ -138,12 +138,12 @@ def _forget(_connection: Any, record: Any) -> None:
 
 
 def _renew(_connection: Any, record: Any, _proxy: Any) -> None:
-    """Have the pool open new connections if a file of this one was replaced."""
+    """Have the pool open new connections if a file of this connection was replaced."""
     files: list[Opened] = record.info.get(_OPENED, [])
     if any(each.change for each in files):
         for each in files:
             each.set_log_aside()
-            _say(each)
+            _log_once(each)
         raise InvalidatePoolError("A database file was replaced")
 
 
@@ -152,7 +152,7 @@ def _refuse_commit(connection: Connection) -> None:
     files: list[Opened] = connection.connection.info.get(_OPENED, [])
     for each in files:
         if change := each.change:
-            _say(each)
+            _log_once(each)
             error = sqlite3.OperationalError(
                 f"The database file {each.path} {change} after this transaction had begun. "
                 "Expected the same file until its end, so nothing was committed: try again."
@@ -160,15 +160,15 @@ def _refuse_commit(connection: Connection) -> None:
             raise OperationalError("COMMIT", None, error, connection_invalidated=True)
 
 
-def _say(gone: Opened) -> None:
-    """Log a change once in this process, however many connections had the file open."""
+def _log_once(gone: Opened) -> None:
+    """Log a change once in this process, even if many connections had the file open."""
     key, change = (gone.path, gone.file.st_dev, gone.file.st_ino), gone.change
-    if change is None or key in _said:
+    if change is None or key in _logged:
         return
-    _said.add(key)
+    _logged.add(key)
     log.warning(
         "The database file %s %s while this process had it open. Nothing more is written into the old file: "
-        "this process opens its path anew",
+        "this process opens the file at that path now",
         gone.path,
         change,
     )

@@ -351,7 +351,7 @@ def test_a_change_that_the_database_does_not_take_is_said(admin, manager, engine
 
 
 WRONG = [
-    ("", "", "There is nothing here"),
+    ("", "", "The schedule is empty"),
     ("soon", "", "'soon' is neither a period nor a cron"),
     ("0", "", "'0' is out of range"),
     ("9" * 100, "", "is out of range"),
