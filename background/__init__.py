@@ -1,5 +1,8 @@
 """Background workers that run once per tick, however many processes, machines and releases run them."""
 
+from .host import dependencies  # noqa: F401 - the first import: it refuses a missing package with a sentence
+
+# isort: split
 from .cli import messages_cli, workers_cli
 from .context import WorkerContext
 from .errors import (
@@ -23,7 +26,6 @@ from .errors import (
     UnknownWorker,
     WrongState,
 )
-from .host import dependencies  # noqa: F401 - the first import: it refuses a missing package with a sentence
 from .ledger.locks import Lock
 from .manager import BackgroundWorkerManager, current_workers
 from .messages.message import Message

@@ -69,7 +69,7 @@ def test_ticks_go_on_by_themselves_after_a_clock_that_was_ahead(fleet: Fleet, ah
     before = len(fleet.effects())
     wait_until(lambda: len(fleet.effects()) >= before + 3, "more runs")
     assert_once(fleet)
-    assert not [each for each in statuses(manager) if each.is_overdue]
+    assert not [each for each in statuses(manager.stores, manager.workers) if each.is_overdue]
     assert fleet.row("often").scheduled_at <= now()
 
 
@@ -172,7 +172,9 @@ def test_a_clock_that_was_ahead_of_all_history_waits_for_the_command(
     wait_until(lambda: len(fleet.effects()) >= 2, "two runs")
     fleet.set("often", mark=now() + 400 * DAY)
     wait_until(lambda: "run `flask workers repair`" in caplog.text, "the warning")
-    wait_until(lambda: [each for each in statuses(manager) if each.is_overdue], "an overdue worker")
+    wait_until(
+        lambda: [each for each in statuses(manager.stores, manager.workers) if each.is_overdue], "an overdue worker"
+    )
     assert manager.stores.leases.is_steady
     before = len(fleet.effects())
     result = app.test_cli_runner().invoke(args=["workers", "repair"])

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from datetime import UTC, datetime, timedelta
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,13 @@ from app import create_app
 from background import BackgroundWorkerManager, PeriodicWorker
 from background.database import tables
 from background.database.clock import steady
-from background.history import status as standing
-from background.monitoring import health
-from background.monitoring import timebox as prompt
+from background.history import status
+from background.monitoring import timebox
 from background.monitoring.timebox import Timebox
 from models import User
 
 DAY = timedelta(days=1)
+HEALTH = import_module("background.monitoring.health")  # the package has a function of that name
 
 
 class Daily(Hourly):
@@ -169,12 +170,16 @@ def test_a_worker_is_overdue_once_a_tick_waits_and_two_more_have_come(fleet: Fle
     assert failed(app) == []
 
 
+def statuses(manager: BackgroundWorkerManager) -> list[status.WorkerStatus]:
+    return status.statuses(manager.stores, manager.workers)
+
+
 @pytest.mark.parametrize("ahead", [timedelta(minutes=1), HOUR, 400 * DAY], ids=str)
 def test_a_worker_is_overdue_although_a_clock_that_was_ahead_decided_its_ticks(fleet: Fleet, ahead: timedelta) -> None:
     app = fleet.app(Hourly)
     overdue(fleet, app, mark=datetime.now(UTC) + ahead)
     assert failed(app) == ["workers"]
-    (found,) = standing.statuses(manager_of(app))
+    (found,) = statuses(manager_of(app))
     assert found.overdue_since == last_hour() - 24 * HOUR  # the first tick since it is scheduled
     skipped = {"worker": "hourly", "trigger": "schedule", "state": "missed", "tick": last_hour() - 5 * HOUR}
     with fleet.engine.begin() as connection:
@@ -182,7 +187,7 @@ def test_a_worker_is_overdue_although_a_clock_that_was_ahead_decided_its_ticks(f
         connection.execute(
             insert(tables.executions).values(skipped | {"tick": last_hour(), "through": last_hour() + DAY})
         )
-    (found,) = standing.statuses(manager_of(app))
+    (found,) = statuses(manager_of(app))
     assert found.overdue_since == last_hour() - 3 * HOUR
     fleet.set("hourly", scheduled_at=datetime.now(UTC) + ahead)
     assert failed(app) == ["workers"]
@@ -241,13 +246,13 @@ def test_the_workers_are_one_read_and_a_cron_is_reckoned_once_per_tick(fleet: Fl
 
     app = fleet.app(*(worker(number) for number in range(30)))
     manager = manager_of(app)
-    manager.stores.controls.register({name: standing.parse_schedule("cron 0 3 * * * UTC") for name in manager.workers})
+    manager.stores.controls.register({name: status.parse_schedule("cron 0 3 * * * UTC") for name in manager.workers})
     assert failed(app) == []
-    reckoned = standing._first_and_third.cache_info().misses
+    reckoned = status._first_and_third.cache_info().misses
     with statements(manager.stores.leases.engine) as seen:
-        assert len(standing.statuses(manager)) == 30
+        assert len(statuses(manager)) == 30
     assert len(seen) == 1
-    assert standing._first_and_third.cache_info().misses == reckoned
+    assert status._first_and_third.cache_info().misses == reckoned
 
 
 # -- this process's own threads --------------------------------------------------------------------
@@ -321,7 +326,7 @@ def test_those_who_ask_while_the_database_hangs_share_one_question_and_not_for_e
             hanging.answer("the database")
     wait_until(lambda: asked)
     assert len(asked) == 1
-    monkeypatch.setattr(prompt, "_GIVEN_UP_SECONDS", 0.0)
+    monkeypatch.setattr(timebox, "_GIVEN_UP_SECONDS", 0.0)
     with pytest.raises(TimeoutError):
         hanging.answer("the database")
     wait_until(lambda: len(asked) == 2, "the second question")
@@ -347,7 +352,7 @@ def proxy(postgresql_url: str) -> Iterator[Proxy]:
 def test_ready_turns_with_the_database_and_a_hanging_one_does_not_hang_the_probe(
     proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(health, "_ANSWER_SECONDS", 0.3)
+    monkeypatch.setattr(HEALTH, "_ANSWER_SECONDS", 0.3)
     app = make_app(text(proxy.url), Hourly)
     manager_of(app).start()
     try:
@@ -374,7 +379,7 @@ def test_ready_turns_with_the_database_and_a_hanging_one_does_not_hang_the_probe
 def test_ready_does_not_fail_for_connections_that_a_restart_of_the_database_left_dead(
     proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(health, "_ANSWER_SECONDS", PATIENCE)
+    monkeypatch.setattr(HEALTH, "_ANSWER_SECONDS", PATIENCE)
     app = make_app(text(proxy.url), Hourly)
     manager_of(app).start()
     try:
