@@ -247,7 +247,10 @@ class BackgroundWorkerManager(Lifecycle):
     @property
     def messages(self) -> MessageHistory:
         """The messages, for people to read, to retry and to discard."""
-        return MessageHistory(self.stores.queue, self.instance_history, self._registry.topics, self._on_its_own)
+        stores = self.stores
+        return MessageHistory(
+            stores.main, stores.dead_letters, self.instance_history, self._registry.topics, self._on_its_own
+        )
 
     def why(self, name: str, at: datetime | None = None) -> Answer:
         """Say in one sentence whether the tick that `at` (aware, by default now) belongs to ran, and why.

@@ -18,6 +18,7 @@ from .host.dependencies import refuse_driver
 from .ledger.controls import Controls
 from .ledger.leases import Leases
 from .ledger.ledger import Ledger
+from .messages.dead_letters import DeadLetters
 from .messages.queue import Queue
 from .repair.clock_ahead import ClockRepair
 from .repair.edited_rows import RowRepair
@@ -70,6 +71,11 @@ class Stores:
     def queue(self) -> Queue:
         """Messages and their errors."""
         return Queue(self.main)
+
+    @made_once
+    def dead_letters(self) -> DeadLetters:
+        """Messages that a user retries or discards."""
+        return DeadLetters(self.main)
 
     @made_once
     def leases(self) -> Leases:

@@ -1,13 +1,32 @@
 """The engine's transactions on one database, and the SQL that differs between the two databases."""
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, CursorResult, Engine, func, select
+from sqlalchemy import (
+    ARRAY,
+    BigInteger,
+    ColumnElement,
+    Connection,
+    CursorResult,
+    Engine,
+    Executable,
+    Row,
+    Select,
+    Subquery,
+    Text,
+    Update,
+    any_,
+    bindparam,
+    func,
+    select,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 
 from .clock import single_statements
+from .notifications import CHANNEL
 from .sessions import Sessions
 
 _LOCK_SECONDS = 1.0  # after waiting this long for a row lock, free the thread and try again later
@@ -25,6 +44,8 @@ class Store:
         self.single = single_statements(engine)
         """The same engine, with a transaction for each statement."""
         self.on_sqlite = engine.dialect.name == "sqlite"
+        self.has_one_writer = self.on_sqlite
+        """True if a write locks the whole database, so that a read should come first."""
         self.insert = sqlite.insert if self.on_sqlite else postgresql.insert
         self.idle: tuple[ColumnElement[str], ...] = ()
         """Columns for a SELECT or a RETURNING that holds a worker's row: they limit how long the row is held."""
@@ -44,6 +65,54 @@ class Store:
             if self.limits:
                 connection.execute(select(*self.limits))
             yield connection
+
+    def read(self, query: Select[Any], values: dict[str, Any] | None = None) -> Sequence[Row[Any]]:
+        """Return the rows that `query` finds, in a transaction of its own."""
+        with self.single.connect() as connection:
+            return connection.execute(query, values).all()
+
+    # -- lists of any length, in one parameter -------------------------------------------------
+
+    def packed(self, ids: Collection[int]) -> str | list[int]:
+        """Return `ids` as the value of one parameter: JSON on SQLite, an array on PostgreSQL."""
+        return json.dumps(list(ids)) if self.on_sqlite else list(ids)
+
+    def is_among(self, column: ColumnElement[int], ids: Collection[int] | str) -> ColumnElement[bool]:
+        """Return the condition that `column` is one of `ids`. A text names the parameter that has them, `packed`."""
+        name, value = (ids, None) if isinstance(ids, str) else (None, self.packed(ids))
+        if self.on_sqlite:
+            listed = func.json_each(bindparam(name, value, type_=Text)).table_valued("value")
+            return column.in_(select(listed.c.value))
+        return column == any_(bindparam(name, value, type_=ARRAY(BigInteger)))
+
+    def table_of(self, rows: Sequence[tuple[str | None, ...]], *names: str) -> Subquery:
+        """Return `rows` of texts as a table: their columns with these `names`, and `place`, the order of the rows."""
+        if self.on_sqlite:
+            each = func.json_each(json.dumps(rows)).table_valued("key", "value")
+            texts = (
+                func.json_extract(each.c.value, f"$[{at}]", type_=Text).label(name) for at, name in enumerate(names)
+            )
+            return select(each.c.key.label("place"), *texts).subquery()
+        arrays = (bindparam(None, list(texts), type_=ARRAY(Text)) for texts in zip(*rows, strict=True))
+        return select(func.unnest(*arrays).table_valued(*names, with_ordinality="place").render_derived()).subquery()
+
+    # -- notifications, and rows that a session holds ------------------------------------------
+
+    def notices(self, *topics: Any) -> list[ColumnElement[Any]]:
+        """Return columns that notify every process of new messages at the commit. SQLite has no notifications."""
+        return [] if self.on_sqlite else [func.pg_notify(CHANNEL, topic) for topic in topics]
+
+    def holding(self, change: Update) -> Executable:
+        """Return `change` as a statement that also limits how long its rows are held. See `number_held`."""
+        if self.on_sqlite:
+            return change
+        rows = change.returning(change.table.c.id).cte()
+        return select(func.count(rows.c.id), *self.idle)
+
+    def number_held(self, result: Any) -> int:
+        """Return how many rows the statement of `holding` changed, by its result."""
+        number: int = count(result) if self.on_sqlite else result.scalar_one()
+        return number
 
 
 def _limit(setting: str, seconds: float) -> ColumnElement[str]:

@@ -10,9 +10,10 @@ from typing import Any
 from sqlalchemy import Row, Select, func, literal, null, select, union_all
 
 from ..database.clock import elapsed, now
+from ..database.store import Store
 from ..database.tables import LARGEST_ID, is_in, message_errors, messages
 from ..errors import UnknownMessage, UnknownTopic, error_line
-from ..messages.queue import Queue
+from ..messages.dead_letters import DeadLetters
 from ..worker import MessageWorker
 from .instances import InstanceHistory
 
@@ -123,12 +124,14 @@ class MessageHistory:
 
     def __init__(
         self,
-        messages: Queue,
+        store: Store,
+        dead_letters: DeadLetters,
         roster: InstanceHistory,
         workers: Mapping[str, type[MessageWorker]],
         on_its_own: Callable[[str], AbstractContextManager[None]],
     ) -> None:
-        self._messages, self._roster, self._workers, self._on_its_own = messages, roster, workers, on_its_own
+        self._store, self._dead_letters = store, dead_letters
+        self._roster, self._workers, self._on_its_own = roster, workers, on_its_own
 
     # -- reading -------------------------------------------------------------------------------
 
@@ -162,12 +165,12 @@ class MessageHistory:
             raise UnknownMessage(id)
         columns = [message_errors.c[name] for name in Failure.__dataclass_fields__]
         query = select(*columns).where(message_errors.c.message == id).order_by(message_errors.c.id)
-        return found[0], [Failure(**row._mapping) for row in self._messages.read(query)]
+        return found[0], [Failure(**row._mapping) for row in self._store.read(query)]
 
     def stats(self) -> list[Topic]:
         """Every topic of this release, and those that only the database has something of."""
         found = self._depths()
-        for row in self._messages.read(_handled):
+        for row in self._store.read(_handled):
             found.setdefault(row.topic, {}).update(
                 handled=row.handled, mean_seconds=row.mean, longest_seconds=row.longest
             )
@@ -179,16 +182,16 @@ class MessageHistory:
 
     def flows(self) -> dict[str, Flow]:
         """How much of each topic was done lately, where any was; the cost does not grow with it."""
-        return {row.topic: _flow(row) for row in self._messages.read(_finished)}
+        return {row.topic: _flow(row) for row in self._store.read(_finished)}
 
     def held(self) -> dict[str, int]:
         """How many messages each instance is handling, by its id."""
         query = select(messages.c.instance, func.count().label("number")).where(is_in("running"))
-        return {row.instance: row.number for row in self._messages.read(query.group_by(messages.c.instance))}
+        return {row.instance: row.number for row in self._store.read(query.group_by(messages.c.instance))}
 
     def _depths(self) -> dict[str, dict[str, Any]]:
         found: dict[str, dict[str, Any]] = {topic: {} for topic in self._workers}
-        for row in self._messages.read(_depths):
+        for row in self._store.read(_depths):
             of_topic = found.setdefault(row.topic, {})
             of_topic[row.state] = row.count
             if row.state == "waiting":
@@ -208,7 +211,7 @@ class MessageHistory:
         Return how many. Raises UnknownMessage, WrongState, UnknownTopic and CommitFirst.
         """
         with self._on_its_own("messages.retry"):
-            return self._decide(self._messages.retry, ids, topic)
+            return self._decide(self._dead_letters.retry, ids, topic)
 
     def discard(self, ids: Collection[int] | None, topic: str | None = None) -> int:
         """Have the dead or waiting messages `ids` never be handled, all or none; None: all the dead ones (of `topic`).
@@ -216,7 +219,7 @@ class MessageHistory:
         They stay, and their keys refuse others, as long as done ones. Returns and raises as `retry` does.
         """
         with self._on_its_own("messages.discard"):
-            return self._decide(self._messages.discard, ids, topic)
+            return self._decide(self._dead_letters.discard, ids, topic)
 
     def _decide(self, decide: Callable[..., int], ids: Collection[int] | None, topic: str | None) -> int:
         self._refuse_unknown(topic, _is_text(topic))
@@ -228,7 +231,7 @@ class MessageHistory:
     # -- helpers -------------------------------------------------------------------------------
 
     def _found(self, query: Select[Any]) -> list[MessageRecord]:
-        found = [MessageRecord(**row._mapping) for row in self._messages.read(query)]
+        found = [MessageRecord(**row._mapping) for row in self._store.read(query)]
         gone = self._roster.gone({each.instance for each in found if each.instance and each.state == "running"})
         return [replace(each, is_gone=each.state == "running" and each.instance in gone) for each in found]
 

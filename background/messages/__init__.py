@@ -1,1 +1,1 @@
-"""What waits: messages, their queue, and the dead letters."""
+"""Messages: their payloads, the queue that delivers each one, and the dead letters."""

@@ -25,7 +25,7 @@ from background import (
 )
 from background.database import tables
 from background.errors import error_line
-from background.messages import queue as engine_messages
+from background.messages import dead_letters
 
 MOMENT = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ"
 
@@ -250,13 +250,13 @@ def test_a_letter_that_fails_again_after_a_retry_has_all_its_attempts_again(
 def test_all_the_dead_are_retried_once_even_if_they_die_again_meanwhile(
     fleet: Fleet, manager: BackgroundWorkerManager, flask: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_messages, "_BULK", 2)
+    monkeypatch.setattr(dead_letters, "_SLICE", 2)
     fleet.enqueue("orders", *["bad"] * 3)
     fleet.enqueue("mail", *["bad"] * 5)
     handle_all(fleet, manager)
     fleet.enqueue("orders", "later", delay=3600)
     retried: list[int] = []
-    for some in manager.stores.queue._dead(None):  # what `retry --all` does; between its slices they die again
+    for some in manager.stores.dead_letters._slices(None):  # what `retry --all` does; between its slices they die again
         retried += some
         assert manager.messages.retry(some) == len(some) <= 2
         with fleet.engine.begin() as connection:
