@@ -11,7 +11,8 @@ from flask_migrate import Migrate
 import demo
 import routes
 from background import BackgroundWorkerManager, PruneHistoryWorker
-from background.monitoring import health, metrics
+from background.monitoring.health import health
+from background.monitoring.metrics import metrics
 from config import StrictJSON, configure_logging, hide_refused_rows, load_config, trust_proxies
 from mail import Mailer
 from migrations import schema

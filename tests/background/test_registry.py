@@ -402,7 +402,7 @@ def test_a_second_worker_of_the_same_name_is_refused_and_both_are_named(manager:
     with pytest.raises(DuplicateWorker) as refused:
         manager.add(worker(name="tidy"))
     assert str(refused.value) == (
-        "There is a worker named 'tidy' already (test_registering.Tidy), so test_registering.Sample cannot be added: "
+        f"There is a worker named 'tidy' already ({__name__}.Tidy), so {__name__}.Sample cannot be added: "
         "give one of them another `name`, or add it once."
     )
     with pytest.raises(DuplicateWorker):

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 
 import pytest
@@ -308,11 +309,17 @@ def test_a_probe_of_the_fleet_waits_for_no_writer_and_fails_where_the_file_is_re
     with fleet.engine.begin() as connection:
         connection.execute(sql("UPDATE background_workers SET paused_at = NULL"))  # holds the write lock
         assert failed(app) == []
+
+    def set_query_only(value: str, driver: Any, *_: Any) -> None:
+        driver.execute(f"PRAGMA query_only = {value}")
+
+    for value, expected in {"ON": ["write"], "OFF": []}.items():
+        setting = partial(set_query_only, value)
+        with app.app_context():
+            event.listen(db.engine, "checkout", setting)
+            assert failed(app) == expected
+            event.remove(db.engine, "checkout", setting)
     with app.app_context(), db.engine.connect() as connection:
-        connection.exec_driver_sql("PRAGMA query_only = ON")
-    assert failed(app) == ["write"]
-    with app.app_context(), db.engine.connect() as connection:
-        connection.exec_driver_sql("PRAGMA query_only = OFF")
         assert connection.exec_driver_sql("PRAGMA busy_timeout").scalar() == 30_000
     assert failed(app) == []
 

@@ -421,8 +421,8 @@ def test_those_who_come_to_one_database_by_different_links_are_one_fleet(
     paths[1].parent.mkdir(parents=True)
     paths[1].symlink_to(paths[0])
     apps = [make_app(f"sqlite:///{path}") for path in paths]
-    here, there = [app.extensions["background_workers"].ticks for app in apps]
-    assert there.instances.gone({here.sign_on().id}) == {}
+    here, there = [app.extensions["background_workers"] for app in apps]
+    assert there.stores.leases.gone({here.presence.sign_on().id}) == {}
     close(*apps)
 
 

@@ -444,8 +444,8 @@ def test_a_winner_claims_with_one_request_of_postgresqls_and_a_look_and_two_writ
 
 @on_postgresql
 def test_no_statement_that_decides_who_runs_takes_longer_than_a_lease(fleet: Fleet) -> None:
-    ledger = fleet.manager(WORKERS_LEASE_SECONDS=0.5).stores.ledger
-    with pytest.raises(OperationalError, match="statement timeout"), ledger.begin() as connection:
+    store = fleet.manager(WORKERS_LEASE_SECONDS=0.5).stores.main
+    with pytest.raises(OperationalError, match="statement timeout"), store.begin() as connection:
         connection.execute(text("SELECT pg_sleep(:seconds)"), {"seconds": PATIENCE})
 
 
