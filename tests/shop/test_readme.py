@@ -63,7 +63,7 @@ def test_the_example_of_a_signal_works_when_it_is_pasted(fleet: Fleet, caplog: p
     try:
         fleet.manager(Failing).tick("failing", datetime.now(UTC))
     finally:
-        pasted["signals"].execution_failed.disconnect(pasted["page_somebody"])
+        pasted["signals"].execution_failed.disconnect(pasted["page_operator"])
     [record] = [record for record in caplog.records if record.levelname == "CRITICAL"]
     assert record.getMessage().startswith("failing failed at ")
     assert "ValueError: out of paper" in caplog.text
