@@ -121,7 +121,7 @@ def stats(as_json: bool) -> None:
         headers = ("topic", "worker", "waiting", "due later", "running", "dead", "oldest", *done)
         click.echo(table(headers, map(_topic_cells, topics)))
     else:
-        click.echo("There is no topic; write workers.add(MyMessageWorker) in create_app.")
+        click.echo("There is no topic. Write workers.add(MyMessageWorker) in create_app.")
 
 
 def _topic_cells(topic: Topic) -> list[str]:

@@ -75,7 +75,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         f"{moment(row['pending_tick'])} runs first" if row["pending_tick"] else "",
         f"declared: {row['declared']}" if row["declared"] not in (None, row["schedule"]) else "",
     ]
-    schedule = row["schedule"] or "not one that this release can read"
+    schedule = row["schedule"] or "a schedule that this release cannot read"
     return [row["name"], schedule, moment(row["next_tick"]), tick, outcome, on, "; ".join(filter(None, notes))]
 
 
@@ -84,7 +84,7 @@ def _print_workers(headers: tuple[str, ...], rows: list[list[str]]) -> None:
     parts = [table(headers, rows)] if rows else []
     if topics := ", ".join(f"{topic} ({worker.name})" for topic, worker in the_manager().topics.items()):
         parts.append(f"Messages: {topics}; see `flask messages stats`.")
-    click.echo("\n".join(parts) or "There is no worker; write workers.add(MyWorker) in create_app.")
+    click.echo("\n".join(parts) or "There is no worker. Write workers.add(MyWorker) in create_app.")
 
 
 @workers_cli.command()
@@ -103,7 +103,7 @@ def instances(as_json: bool) -> None:
         headers = ("instance", "state", "release", "started", "heartbeat", "clock", "holds")
         click.echo(table(headers, [_instance_cells(each, holds[each.id]) for each in seen]))
     else:
-        click.echo("No instance was here within a day; `flask workers run` starts one.")
+        click.echo("No instance was alive within a day. `flask workers run` starts one.")
 
 
 def _instance_cells(seen: InstanceRecord, holds: list[str]) -> list[str]:

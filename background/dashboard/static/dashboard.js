@@ -1,4 +1,4 @@
-/* Keeps a page of the dashboard fresh, and shows its times in the viewer's zone. Without it every page works, too. */
+/* Refreshes a page of the dashboard, and shows its times in the viewer's zone. Every page works without it. */
 "use strict";
 
 (() => {
@@ -7,17 +7,17 @@
   const PATIENCE = 10000;
 
   let timer = null;
-  let asking = null; // the request under way
+  let asking = null; // the current request
   let failures = 0;
   let freshAt = new Date();
-  let ahead = 0; // of the server's clock, in milliseconds
+  let ahead = 0; // milliseconds by which the server's clock is ahead
 
   // -- times -------------------------------------------------------------------------------------
 
   const wall = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "medium" });
   const clock = new Intl.DateTimeFormat(undefined, { timeStyle: "medium" });
 
-  /* In the zone of the viewer; the server's text, in UTC, stays as the title. */
+  /* Writes times in the viewer's zone. The title keeps the server's text, in UTC. */
   function localise(root) {
     for (const time of root.querySelectorAll("time[datetime]:not([data-countdown])")) {
       const at = new Date(time.dateTime);
@@ -42,7 +42,7 @@
     }
   }
 
-  /* As the server writes it: the two largest units. */
+  /* Writes a length of time as the server does, in the two largest units. */
   function span(seconds) {
     const units = [[86400, "d"], [3600, "h"], [60, "min"], [1, "s"]];
     const largest = units.findIndex(([size]) => seconds >= size);
@@ -85,7 +85,7 @@
       freshAt = new Date();
       say("");
     } catch (error) {
-      if (request !== asking) return; // it was given up, as nobody looks
+      if (request !== asking) return; // aborted, because the page is hidden
       failures += 1;
       say(`Not refreshed since ${clock.format(freshAt)}: the server does not answer as it should. Trying again.`);
     } finally {
@@ -124,7 +124,7 @@
 
   // -- saying ------------------------------------------------------------------------------------
 
-  /* It is read aloud, so once for each trouble. */
+  /* Screen readers read each change aloud, so the text changes once per problem. */
   function say(text) {
     const status = document.querySelector("[data-status]");
     if (status.textContent !== text) status.textContent = text;
@@ -133,7 +133,7 @@
   function sayEnded() {
     halt();
     document.removeEventListener("visibilitychange", startOrStop);
-    say(`You are no longer logged in, so this page is not refreshed since ${clock.format(freshAt)}. `);
+    say(`You are no longer logged in, so this page has not been refreshed since ${clock.format(freshAt)}. `);
     const again = document.createElement("a");
     again.href = location.href;
     again.textContent = "Log in again";
@@ -147,7 +147,7 @@
     if (document.visibilityState === "visible") refresh();
   }
 
-  /* A button loads the page again: the focus goes back to it, or to what took its place, or to what it names. */
+  /* A button loads the page again. Then the focus returns to it, or to the element that its data-then names. */
   function keepPlace(event) {
     halt();
     const id = event.submitter?.dataset.then || event.submitter?.id;
@@ -159,12 +159,12 @@
   function findPlace() {
     const place = JSON.parse(sessionStorage.getItem("workers-place"));
     sessionStorage.removeItem("workers-place");
-    if (!place || document.querySelector("[autofocus]")) return; // a form that was refused
+    if (!place || document.querySelector("[autofocus]")) return; // a refused form takes the focus
     document.getElementById(place.id)?.focus({ preventScroll: true });
     scrollTo({ top: place.top, behavior: "instant" });
   }
 
-  /* A picture that is wider than the screen begins at its newest end. */
+  /* Scroll a picture that is wider than the screen to its newest end. */
   for (const box of document.querySelectorAll(".bw-timeline")) box.scrollLeft = box.scrollWidth;
   localise(document);
   findPlace();

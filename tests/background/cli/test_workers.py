@@ -144,7 +144,7 @@ def due(manager: BackgroundWorkerManager, name: str) -> datetime:
 def test_the_instances_are_shown_with_what_they_hold_and_their_clocks(
     flask: Callable[..., Result], manager: BackgroundWorkerManager
 ) -> None:
-    assert "No instance was here" in flask("instances").stdout
+    assert "No instance was alive" in flask("instances").stdout
     leave_behind(manager, "greet", due(manager, "greet"))
     instance = manager.presence.sign_on()
     instance.clock_offset = timedelta(seconds=-7)
@@ -225,7 +225,7 @@ def test_the_list_bears_a_schedule_that_a_newer_release_brought(
     manager.recovery.look(Greet)
     with manager.stores.main.engine.begin() as connection:
         connection.execute(text("UPDATE background_workers SET schedule = 'on full moons'"))
-    assert "not one that this release can read" in flask("list").stdout.splitlines()[2]
+    assert "a schedule that this release cannot read" in flask("list").stdout.splitlines()[2]
     assert "The stored schedule 'on full moons' cannot be used" in flask("why", "greet", code=1).stderr
 
 

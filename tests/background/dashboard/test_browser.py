@@ -185,7 +185,7 @@ def test_times_are_shown_in_the_viewers_zone(opened):
     page.get_by_label("Up to the tick, in Asia/Tokyo").fill("2026-01-20T12:00:00")
     wait_for_refresh(page)
     page.get_by_role("button", name="Show these executions").click()
-    page.get_by_text("None up to then.").wait_for()
+    page.get_by_text("No execution up to this tick.").wait_for()
     page.get_by_label("At which moment, in Asia/Tokyo?").fill("2026-01-20T12:00:00")
     page.get_by_role("button", name="Ask").click()
     page.get_by_text("The tick 2026-01-20T01:30:00Z of price_check").wait_for()

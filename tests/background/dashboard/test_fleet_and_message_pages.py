@@ -351,7 +351,7 @@ def test_the_topics_show_their_depth_who_handles_them_and_what_was_done(
     done(fleet, 30, SECOND)
     (orders, old) = (topic_row(see(admin, "messages"), topic) for topic in ("orders", "old topic"))
     assert orders == ["order_worker", "3", "1", "0", "ago", "30", "30", "0"]
-    assert old == ["nobody handles it in this release", "0", "0", "0", "", "0", "0", "2 dead"]
+    assert old == ["no worker in this release", "0", "0", "0", "", "0", "0", "2 dead"]
 
 
 def topic_row(page: str, topic: str) -> list[str]:

@@ -85,7 +85,7 @@ def test_a_run_that_was_taken_over_appears_in_two_lanes_with_an_arrow(app, opene
     names = page.locator(".bw-lanes .bw-lane-name")
     assert {"first-host:1 †", "second-host:1"} <= set(names.all_text_contents())
     assert "attempt 2, succeeded" in "".join(page.locator(".bw-picture a title").all_text_contents())
-    page.get_by_text("The same as a table").click()
+    page.get_by_text("Show as a table").click()
     page.get_by_role("row").filter(has_text="first-host:1").get_by_text("lost").wait_for()
     assert violations(page) == []
     page.get_by_label("Worker", exact=True).select_option(OTHERS)

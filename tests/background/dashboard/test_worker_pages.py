@@ -185,7 +185,7 @@ def test_a_rare_state_is_looked_for_so_far_and_then_further_back(admin, manager,
         address = unescape(link[1]) if link else None
     assert [len(re.findall(r'id="execution-', text)) for text in pages] == [0, 0, 1]
     assert "None of these" in pages[0]
-    assert "None is failed." not in pages[0]
+    assert "No execution is failed." not in pages[0]
 
 
 @on_sqlite
@@ -243,7 +243,7 @@ def test_a_worker_of_another_release_is_shown_without_buttons(admin, manager, en
     add_workers(engine, "stranger")
     text = page(admin, "/workers/worker/stranger")
     assert "not in this release" in text
-    assert "Another release has it" in text
+    assert "Another release has this worker" in text
     assert "/workers/worker/stranger/run" not in text + page(admin, "/workers/")
     response = admin.post("/workers/worker/stranger/pause")
     assert response.status_code == 409
