@@ -13,7 +13,7 @@ MARGIN = 5.0  # seconds, which a busy machine needs to hear a signal
 
 
 def script(call: str) -> list[str]:
-    return [sys.executable, "-c", f"import probe; probe.{call}()"]
+    return [sys.executable, "-c", f"from support import traced_app; traced_app.{call}()"]
 
 
 def uvicorn(application: str) -> list[str]:
@@ -22,8 +22,8 @@ def uvicorn(application: str) -> list[str]:
 
 OTHERS = {
     "waitress": [sys.executable, "-m", "waitress", "--listen=127.0.0.1:0", "--call", "support.traced_app:create_app"],
-    "uvicorn-a2wsgi": uvicorn("probe:by_a2wsgi"),
-    "uvicorn-asgiref": uvicorn("probe:by_asgiref"),
+    "uvicorn-a2wsgi": uvicorn("support.traced_app:by_a2wsgi"),
+    "uvicorn-asgiref": uvicorn("support.traced_app:by_asgiref"),
     "app-run": script("by_app_run"),
     "loop": script("with_a_loop"),
 }
@@ -82,7 +82,11 @@ def test_where_signals_cannot_be_heard_the_log_says_so_at_the_start(sqlite_url: 
 
 def test_a_process_without_workers_takes_a_signal_as_if_there_were_no_engine(sqlite_url: str) -> None:
     rest = "while True: time.sleep(0.05)"  # a longer sleep might begin when the signal has just come
-    command = [sys.executable, "-c", f"import probe, time; probe.create_app(); print('made')\n{rest}"]
+    command = [
+        sys.executable,
+        "-c",
+        f"import time; from support import traced_app; traced_app.create_app(); print('made')\n{rest}",
+    ]
     with started(command, environment(sqlite_url)) as process:
         process.wait_for("made")
         process.signal(signal.SIGTERM)

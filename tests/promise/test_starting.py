@@ -238,7 +238,7 @@ def test_gunicorn_serves_a_wrapped_application_whose_workers_start_with_the_firs
     sqlite_url: str, nursery: Nursery
 ) -> None:
     effects = Effects(sqlite_url)
-    with nursery.forked(gunicorn("-w", "1", "probe:wrapped()"), environment(sqlite_url)) as server:
+    with nursery.forked(gunicorn("-w", "1", "support.traced_app:wrapped()"), environment(sqlite_url)) as server:
         assert get(server.wait_for(r"Listening at: (http://\S+)")[1]) == 200
         server.wait_for("Background workers start with the first request")
         server.wait_for("joined")
@@ -325,7 +325,7 @@ def test_a_command_that_does_not_serve_starts_no_thread_and_opens_no_connection(
 
 
 def test_an_import_starts_no_thread_and_opens_no_connection(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "import probe; probe.create_app()"]
+    command = [sys.executable, "-c", "from support import traced_app; traced_app.create_app()"]
     with started(command, environment(f"sqlite:///{tmp_path}/none.sqlite")) as process:
         starts_nothing(process)
     assert list(tmp_path.iterdir()) == []
