@@ -24,7 +24,7 @@ check: .venv ## Check style, types and prose, within a minute.
 	$(bin)/mypy
 	$(bin)/python .ci/prose
 
-fix: .venv ## Format the code, and mend what ruff can mend.
+fix: .venv ## Format the code, and fix the errors that ruff can fix.
 	$(bin)/ruff check --fix .
 	$(bin)/ruff format .
 
@@ -38,5 +38,5 @@ soak: .venv ## Run workers under faults for a minute on each database.
 	$(bin)/python -m benchmarks.soak --engine sqlite --minutes 1
 	$(bin)/python -m benchmarks.soak --engine postgresql --minutes 1
 
-ci: ## Do what CI does. Needs Debian and root.
+ci: ## Run everything that CI runs. Needs Debian and root.
 	bash .ci/run

@@ -161,7 +161,7 @@ KEYS = SETTINGS | _OWN
 
 
 def load_config(app: Flask, given: Mapping[str, Any] | object | None = None) -> None:
-    """Fill `app.config` from every source and check it; raise `InvalidConfig` for the first wrong value."""
+    """Fill `app.config` from every source and check it. Raises InvalidConfig for the first wrong value."""
     app.config.from_mapping({name: key.default for name, key in KEYS.items()}, SESSION_COOKIE_SAMESITE="Lax")
     app.config.from_mapping(_environment())
     _load_own(app, given)
@@ -334,7 +334,7 @@ def _set_database(app: Flask) -> None:
             f"DATABASE_URL is {url}, whose {url.host!r} is read as a host; expected three slashes before the path "
             f"of a file. Write sqlite:///bookstore.sqlite for a file in the instance folder."
         )
-    # A test or a prototype; see `_temporary_file`.
+    # For a test or a prototype: see `_temporary_file`.
     is_temporary = url.get_backend_name() == "sqlite" and url.database in (None, "", ":memory:")
     app.config["DATABASE_IS_TEMPORARY"] = is_temporary
     app.config["DATABASE_IS_EMBEDDED"] = chosen is None or is_temporary

@@ -85,7 +85,7 @@ def ordered_text(length: int) -> String:
 class User(UserMixin, db.Model):  # type: ignore[name-defined, misc]
     __tablename__ = "users"
 
-    password_method: ClassVar[str] = "scrypt:32768:8:1"  # noqa: S105 - werkzeug's spelling; a login renews hashes of another method
+    password_method: ClassVar[str] = "scrypt:32768:8:1"  # noqa: S105 - werkzeug's spelling. A login renews hashes of another method
 
     id: Mapped[int] = mapped_column(primary_key=True)
     email: Mapped[str] = mapped_column(ordered_text(254), unique=True)

@@ -358,7 +358,7 @@ def book(book_id: int) -> ResponseReturnValue:
     return book_page(book_id, OrderForm())
 
 
-# The form posts to the book's own address, so a visitor who must log in first comes back to the book.
+# The form posts to the book's own address, so that a visitor who logs in first comes back to the book.
 @shop.post("/books/<id:book_id>")
 @login_required
 def order(book_id: int) -> ResponseReturnValue:

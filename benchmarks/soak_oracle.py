@@ -188,7 +188,7 @@ class Oracle:
             last[row.worker] = row.tick
 
     def _judge_notes(self, verdict: Verdict) -> None:
-        """Check that no note denies a tick that was done, and that each such tick has its execution."""
+        """Check that no note denies a tick that was done, and that each done tick has its execution."""
         recorded = {(row.worker, row.token) for rows in self._runs.values() for row in rows}
         for key, rows in self._done.items():
             worker, tick = key
