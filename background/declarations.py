@@ -1,4 +1,4 @@
-"""Checks of a worker class as it is written: its attributes' names, its methods' parameters, its constructor."""
+"""Checks of a worker class: the names of its attributes, the parameters of its methods, and its constructor."""
 
 import inspect
 from collections.abc import Callable, Iterator
@@ -13,14 +13,13 @@ from .worker import snake_case
 _MOST_LAYERS = 50  # a wrapper may wrap itself
 _ANYTHING = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
 _POSITIONAL = {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD}
-_NEAR = 0.8  # of 1, by difflib: max_attemps and tiemout count as near, handle_one and first_name do not
+_NEAR = 0.8  # of 1, by difflib: max_attemps and tiemout are near, handle_one and first_name are not
 
 
 def refuse_misspelt(cls: type, base: type) -> None:
-    """Raise InvalidWorker for an attribute of `cls` that nearly has the name of an unset one of `base`.
+    """Raise InvalidWorker for an attribute of `cls` with nearly the name of an attribute of `base` that is not set.
 
-    Every other attribute is the user's own. So is an attribute that the class's methods use. So is one that is like an
-    attribute which the class also sets.
+    Every other attribute is the user's own. So is an attribute that the methods of the class use.
     """
     own = [each for each in cls.__mro__ if each not in base.__mro__]
     declared = {name for each in own for name in vars(each)}
@@ -37,17 +36,17 @@ def refuse_misspelt(cls: type, base: type) -> None:
 
 
 def _meant(name: str, known: set[str]) -> str | None:
-    """Return the one of `known` that `name` nearly is."""
+    """Return the name of `known` that is nearly `name`, or None."""
     plain = {each.replace("_", ""): each for each in sorted(known)}
     spelt = name.replace("_", "").lower()
-    for at in range(len(spelt) - 1):  # swapped letters, which difflib rates as far apart in a short name
+    for at in range(len(spelt) - 1):  # difflib rates swapped letters in a short name as far apart
         if (swapped := f"{spelt[:at]}{spelt[at + 1]}{spelt[at]}{spelt[at + 2 :]}") in plain:
             return plain[swapped]
     return next(iter(get_close_matches(name.lower(), known, n=1, cutoff=_NEAR)), plain.get(spelt))
 
 
 def _used(classes: list[type]) -> set[str]:
-    """Return the attributes that the methods of these classes name."""
+    """Return the attributes that the methods of these classes mention."""
     values = (value for each in classes for value in vars(each).values())
     return {name for value in values for code in _codes(value) for name in code.co_names}
 
@@ -103,7 +102,7 @@ def check_constructor(cls: type) -> None:
 
 
 def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
-    """Return the parameters of a call. None if the function does not tell, such as a built-in one.
+    """Return the parameters of a call. None if they are unknown, as for some built-in functions.
 
     A wrapper that passes on all its arguments has the parameters of the function that it wraps.
     """
@@ -147,7 +146,7 @@ def _is_generator(function: Callable[..., Any]) -> bool:
 
 
 def _layers(function: Any) -> list[Any]:
-    """Return the function, then the one that it wraps, and so on."""
+    """Return the function, then the function that it wraps, and so on."""
     layers: list[Any] = []
     while function is not None and len(layers) < _MOST_LAYERS:
         layers.append(function)

@@ -17,24 +17,24 @@ class PeriodicWorker:
     """
 
     name: ClassVar[str] = ""
-    """The worker's identity in the fleet; the class name in snake_case if not given."""
+    """The worker's identity in the fleet. Default: the class name in snake_case."""
     period: ClassVar[timedelta | None] = None
     cron: ClassVar[str | None] = None
     timezone: ClassVar[str | None] = None
     enabled: ClassVar[bool] = True
-    """False: registered and shown, but never started by a tick."""
+    """False: the worker is registered and shown, but no tick starts it."""
     catch_up: ClassVar[bool] = True
-    """True: a start runs the latest tick if no instance did. False: it waits for the next one."""
+    """True: a start runs the latest tick, if no instance ran it. False: a start waits for the next tick."""
     run_on_first_start: ClassVar[bool] = False
-    """True: a worker that is new to the database begins with its latest tick. False: with its next one."""
+    """True: a worker that is new to the database begins with its latest tick. False: with its next tick."""
     max_attempts: ClassVar[int] = 3
-    """How often a tick is tried whose instance died, or lost the database; one that was handed back does not count."""
+    """The attempts at a tick if instances die, or lose the database. An attempt that was handed back does not count."""
     on_lost: ClassVar[Literal["retry", "skip"]] = "retry"
-    """What becomes of a tick whose instance died: "skip" for work that must not be repeated."""
+    """If an instance dies, "retry" runs its tick again. "skip" is for work that must not be repeated."""
     timeout: ClassVar[timedelta | None] = None
-    """After which a run is marked `timed out` and may no longer commit; None: never."""
+    """A run that takes longer is marked `timed out`, and may no longer commit. None: no limit."""
     jitter: ClassVar[timedelta] = timedelta()
-    """Spreads the wake-ups of the instances over this long, at most a period; the ticks stay where they are."""
+    """Spreads the wake-ups of the instances over this time, at most a period. The ticks do not move."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -42,30 +42,30 @@ class PeriodicWorker:
             cls.name = snake_case(cls.__name__)
 
     def do_work(self, context: WorkerContext) -> Awaitable[None] | None:
-        """Do the work of `context.tick`. What `context.session` holds is committed when this returns."""
+        """Do the work of `context.tick`. The engine commits `context.session` when this returns."""
         raise NotImplementedError
 
 
 class MessageWorker:
-    """Handles the messages of one `topic`: each once, by whichever instance takes it first.
+    """Handles the messages of one `topic`. The instance that claims a message first handles it, once.
 
-    Give it `topic`, and write `handle`, or `handle_many` for a batch at once; both may be `async`. What the session
-    holds is committed together with the acknowledgement. A batch is committed as one; when any of it fails, all is
-    rolled back and handled again one by one, so that one bad message neither blocks nor repeats its neighbours.
+    Give it `topic`, and write `handle`, or `handle_many` for a whole batch. Both may be `async`. One transaction has
+    the session's effects and the acknowledgement of the batch. If a message fails, the engine rolls the batch back and
+    handles its messages one by one. So one bad message neither blocks nor repeats the good messages.
     """
 
     name: ClassVar[str] = ""
-    """The worker's name in log and pages; the class name in snake_case if not given."""
+    """The worker's name in log and pages. Default: the class name in snake_case."""
     topic: ClassVar[str] = ""
-    """One worker handles a topic; all instances share its messages."""
+    """The topic. One worker handles a topic, and all instances share its messages."""
     batch_size: ClassVar[int] = 100
-    """How many messages at most are claimed, and committed, at once."""
+    """The most messages that one claim takes, and one transaction commits."""
     max_attempts: ClassVar[int] = 5
-    """How often a message is tried before it goes to the dead letters; one that was handed back was not."""
+    """The attempts before a message goes to the dead letters. An attempt that was handed back does not count."""
     backoff: ClassVar[timedelta] = timedelta(seconds=1)
-    """The pause before the second attempt; doubled with each, up to an hour, and spread by a quarter."""
+    """The pause before the second attempt. Each attempt doubles it, up to an hour. It is spread by a quarter."""
     concurrency: ClassVar[int] = 1
-    """How many batches an instance handles at a time, each on a thread of its own."""
+    """The batches that an instance handles at a time, each on a thread of its own."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -73,11 +73,11 @@ class MessageWorker:
             cls.name = snake_case(cls.__name__)
 
     def handle(self, message: "Message", context: WorkerContext) -> Awaitable[None] | None:
-        """Handle one message; `context.attempt`, `token` and `idempotency_key` are this message's."""
+        """Handle one message. `context.attempt`, `token` and `idempotency_key` are those of this message."""
         raise NotImplementedError
 
     def handle_many(self, messages: "Sequence[Message]", context: WorkerContext) -> Awaitable[None] | None:
-        """Handle a batch, in its order; called instead of `handle` where a worker has it."""
+        """Handle a batch, in its order. A worker that has this method does not need `handle`."""
         raise NotImplementedError
 
 
@@ -85,7 +85,7 @@ AnyWorker = type[PeriodicWorker] | type[MessageWorker]
 
 
 def attempt_after(cls: type[PeriodicWorker], attempt: int) -> int | None:
-    """The number of the try that follows one that was lost; None if none follows."""
+    """Return the number of the attempt that follows a lost `attempt`. None if no attempt follows."""
     return attempt + 1 if cls.on_lost == "retry" and attempt < cls.max_attempts else None
 
 

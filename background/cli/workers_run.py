@@ -12,7 +12,7 @@ import click
 from ..errors import UnknownWorker, spelled_out
 from ..history.text import moment, second
 from ..manager import BackgroundWorkerManager, the_manager
-from ..repair.clock_ahead import what_goes_on
+from ..repair.clock_ahead import repaired_text
 from ..runs.execution import Execution
 from .shared import WrongUsage, checked_manager, not_ready
 from .workers import workers_cli
@@ -166,7 +166,7 @@ def repair() -> None:
     healed, number = manager.repair()
     clock = second(manager.history.clock())
     if healed or number:
-        click.echo(f"Due as before, by the database's clock {clock}: {what_goes_on(healed, number)}.")
+        click.echo(f"Due as before, by the database's clock {clock}: {repaired_text(healed, number)}.")
     else:
         click.echo(f"No worker and no message lies in the future of the database's clock, {clock}.")
 

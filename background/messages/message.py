@@ -1,4 +1,4 @@
-"""Messages: enqueue, claim, acknowledge, retry, bury. Each race is one statement."""
+"""Values about messages: a message, a batch that an instance claimed, and a message that was freed."""
 
 import json
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 @dataclass(frozen=True)
 class Message:
-    """One message, as its handler is given it."""
+    """One message, as its handler receives it."""
 
     id: int
     topic: str
@@ -24,23 +24,23 @@ class Message:
 
     @property
     def tick(self) -> datetime:
-        """When it was due: what its context has as the scheduled moment."""
+        """The moment when the message was due. It is the `tick` of its context."""
         return self.due_at
 
     @cached_property
     def payload(self) -> Any:
-        """What was enqueued: None, bool, int, float, str, and lists and dicts of them."""
+        """The enqueued value: None, bool, int, float, str, and lists and dicts of them."""
         return json.loads(self.text)
 
     @property
     def idempotency_key(self) -> str:
-        """The same for every attempt at this message, and for no other message."""
+        """A text that all attempts at this message share, and no other message has."""
         return f"{self.topic}:{self.id}"
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The right to handle `messages`, as long as `id` is what their rows say."""
+    """The right to handle `messages`, while their rows have the `id` of this batch."""
 
     id: str
     worker: str

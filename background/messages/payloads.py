@@ -1,4 +1,4 @@
-"""What a message may carry: JSON, and not too much of it."""
+"""Checks of payloads, keys and delays: a payload is JSON of limited size."""
 
 import json
 import math
@@ -14,19 +14,19 @@ T = TypeVar("T")
 LONGEST_KEY = 200
 LONGEST_DELAY = timedelta(days=36_500)
 _DEEPEST = 100
-_LONGEST_NUMBER = 13_000  # bits: about as much as Python writes out
+_LONGEST_NUMBER = 13_000  # bits: about the largest number that Python converts to text
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A message that was not enqueued yet: its payload as JSON text, and its key."""
+    """A message before it is enqueued: its payload as JSON text, and its key."""
 
     payload: str
     key: str | None
 
 
 def draft(payload: Any, key: str | None, most_bytes: int) -> Draft:
-    """Raises InvalidMessage for what is not JSON (with the path to it), too long, or no key."""
+    """Return the draft of a message. Raises InvalidMessage, with the path to a value that JSON cannot hold."""
     if key is not None and not (isinstance(key, str) and 1 <= len(key) <= LONGEST_KEY and key.isprintable()):
         raise InvalidMessage(
             f"The key of a message is {key!r:.100}; expected 1 to {LONGEST_KEY} printable characters, or None."
@@ -61,17 +61,17 @@ def drafts(payloads: Iterable[Any], keys: Iterable[str | None] | None, most_byte
 
 
 def _listed(values: Iterable[T], what: str) -> list[T]:
-    """Raises InvalidMessage for a single one in the place of many: a text and a dict can be iterated over, too."""
+    """Return `values` as a list. Raises InvalidMessage for a single value, also for a text or a dict."""
     if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
         raise InvalidMessage(
-            f"The {what} of many messages are {values!r:.100}; expected a list, or whatever else has one for each: "
-            "write [...] around a single one."
+            f"The {what} of many messages are {values!r:.100}; expected a list, or another iterable, with a value for "
+            "each message: write [...] around a single value."
         )
     return list(values)
 
 
 def as_delay(delay: timedelta | float | None) -> timedelta | None:
-    """A delay (seconds, if it is a number) as a timedelta; raises InvalidMessage."""
+    """Return a delay as a timedelta. A number means seconds. Raises InvalidMessage."""
     try:
         found = delay if isinstance(delay, timedelta | None) else timedelta(seconds=delay)
         if isinstance(delay, bool) or (found is not None and not timedelta() <= found <= LONGEST_DELAY):
@@ -85,7 +85,7 @@ def as_delay(delay: timedelta | float | None) -> timedelta | None:
 
 
 def _is_carried(value: Any, depth: int = 0) -> bool:
-    """Whether all keys within are texts (`json` makes a text of any number), and nothing is nested too deeply."""
+    """Return whether all keys are texts (`json` converts numbers to texts), and no value is nested too deeply."""
     if isinstance(value, dict):
         each: Any = value.values()
         if not all(isinstance(key, str) for key in value):
@@ -98,11 +98,11 @@ def _is_carried(value: Any, depth: int = 0) -> bool:
 
 
 def _problems(value: Any, path: str, within: tuple[int, ...]) -> Iterator[tuple[str, str]]:
-    """Where `value` is no JSON, as (path, what is there)."""
+    """Yield each part of `value` that JSON cannot hold, as (path, problem)."""
     if isinstance(value, float) and not math.isfinite(value):
         yield path, str(value)
     elif isinstance(value, str) and not _is_encodable(value):
-        yield path, f"the text {value!a} with half a character"
+        yield path, f"the text {value!a} with an unpaired surrogate"
     elif isinstance(value, int) and value.bit_length() > _LONGEST_NUMBER:
         yield path, "a whole number of thousands of digits"
     elif not (value is None or isinstance(value, str | float | int | dict | list | tuple)):
@@ -114,7 +114,7 @@ def _problems(value: Any, path: str, within: tuple[int, ...]) -> Iterator[tuple[
             if isinstance(value, dict) and not isinstance(key, str):
                 yield f"{path}[{key!r}]", f"under a key of type {type(key).__name__}"
             elif not _is_encodable(str(key)):
-                yield path, f"a dict with the key {key!a}, half a character"
+                yield path, f"a dict with the key {key!a}, which has an unpaired surrogate"
             else:
                 yield from _problems(each, f"{path}[{key!r}]", (*within, id(value)))
 

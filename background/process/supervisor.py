@@ -20,7 +20,7 @@ from ..host.logs import Outage, logger_of
 from ..ledger.claim import WorkerState
 from ..ledger.leases import LEASE_IS_OVER, OFFSET_WARNED, Instance, Pulse
 from ..registry import begins, declared_schedule
-from ..repair.clock_ahead import is_ahead, what_goes_on
+from ..repair.clock_ahead import is_ahead, repaired_text
 from ..runs.running import Runs
 from ..stores import Stores
 from ..worker import AnyWorker, MessageWorker, PeriodicWorker
@@ -244,7 +244,7 @@ class Supervisor:
             healed = [state.name for state in ours if self._stores.clock_repair.worker(state.name)]
             number = self._stores.clock_repair.messages()
             if healed or number:
-                log.warning("The database's clock is right again. Due as before: %s", what_goes_on(healed, number))
+                log.warning("The database's clock is right again. Due as before: %s", repaired_text(healed, number))
             self.refresh()
             if number:
                 self.consumers.wake_all()

@@ -1,1 +1,1 @@
-"""Rows that contradict each other, and how they are mended."""
+"""Repairs of rows that contradict each other, or lie in the clock's future."""

@@ -1,7 +1,7 @@
-"""Repairs the rows after the database's clock was ahead: ticks and messages that it put off are due again.
+"""Repairs the rows after the database's clock was ahead: delayed ticks and messages become due again.
 
-A moment in the clock's future is the trace that remains. The mark goes back to the newest tick that was decided by now.
-No tick runs twice by that: up to the old mark, a tick that has an execution is not claimed again.
+A moment in the clock's future shows that the clock was ahead. The mark goes back to the newest decided tick before now.
+No tick runs twice: up to the old mark, no instance claims a tick that has an execution.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -24,13 +24,13 @@ _LONGEST_PAUSE = timedelta(hours=1, minutes=15)  # before another attempt at a m
 
 
 def is_ahead(state: WorkerState | Row[Any]) -> bool:
-    """Return whether a moment of the worker's row lies in the future of the clock that was read with it."""
+    """Return whether a moment of the worker's row lies in the future of the clock in the same read."""
     retried = state.pending_tick if state.pending_trigger != "manual" else None
     return any(at is not None and at > state.clock + AHEAD for at in (state.mark, state.scheduled_at, retried))
 
 
 class ClockRepair:
-    """Puts right what a clock that was ahead wrote into the rows of `ledger`."""
+    """Repairs the moments that a clock wrote while it was ahead."""
 
     def __init__(self, store: Store, history: timedelta) -> None:
         self._store, self._history = store, history
@@ -38,15 +38,15 @@ class ClockRepair:
     def is_proven(self, states: Iterable[WorkerState]) -> bool:
         """Return whether the history still has each tick that any worker ran after now.
 
-        Pruning goes by the clock. If the clock was ahead by more than the length of the history, these rows may be
-        pruned.
+        Pruning reads the clock. If it was ahead by more than the length of the history, the rows may be pruned.
         """
         return all(state.mark is None or state.mark <= state.clock + self._history for state in states)
 
     def worker(self, name: str) -> bool:
-        """Let the ticks of the worker go on by the clock as it is now. False if nothing lies in its future.
+        """Let the ticks of the worker go on from the clock's present time. False if no moment lies in its future.
 
-        Concurrency: each instance that finds the worker ahead does this. They wait for its row, and the first does it.
+        Concurrency: each instance that finds the worker ahead may do this. The row's lock orders them, and the first
+        instance repairs the row.
         """
         with self._store.begin() as connection:
             held = update(workers).where(workers.c.name == name).values(name=workers.c.name)
@@ -55,17 +55,19 @@ class ClockRepair:
                 return False
             try:
                 schedule = parse_schedule(row.schedule)
-            except InvalidSchedule:  # a newer release brought it, whose instances do this
+            except InvalidSchedule:  # the schedule of a newer release, whose instances repair the row
                 return False
-            connection.execute(update(workers).where(workers.c.name == name).values(_healed(connection, row, schedule)))
+            connection.execute(
+                update(workers).where(workers.c.name == name).values(_repaired(connection, row, schedule))
+            )
         return True
 
     def messages(self) -> int:
-        """Make messages due as their callers asked, if that clock put them off. Return their number.
+        """Repair the due time of each message that the clock delayed. Return their number.
 
-        A message that was never tried keeps its delay, from now on.
+        A message that was never tried is due after the delay that its caller gave, from now on.
 
-        Concurrency: each instance does this, and consumers claim meanwhile. A message is changed once, and only while
+        Concurrency: each instance may do this, and consumers claim meanwhile. A message changes once, and only while
         it waits.
         """
         delay = elapsed(messages.c.enqueued_at, messages.c.due_at)
@@ -74,24 +76,24 @@ class ClockRepair:
         number = 0
         while some := self._put_off():
             ours = and_(messages.c.id.in_(some), _is_put_off)
-            healed = update(messages).where(ours).values(due_at=due_at, enqueued_at=enqueued_at)
+            repaired = update(messages).where(ours).values(due_at=due_at, enqueued_at=enqueued_at)
             with self._store.begin() as connection:
-                number += count(connection.execute(healed))
+                number += count(connection.execute(repaired))
         if number:
             self._store.ring()
         return number
 
     def _put_off(self) -> Sequence[int]:
-        """Return the ids of some such messages, found without SQLite's only write lock."""
+        """Return the ids of some delayed messages. This read needs no write lock on SQLite."""
         with self._store.engine.connect() as connection:
             return connection.scalars(select(messages.c.id).where(_is_put_off).limit(_SLICE)).all()
 
     def pass_over(self, state: WorkerState, tick: datetime, attempt_after: Callable[[int], int | None]) -> bool:
         """Raise the mark to a tick that an instance ran while the clock was ahead. False if the tick did not run.
 
-        If its last attempt was lost or handed back, the tick is due again from now on.
+        If its last attempt was lost or handed back, the tick is pending from now on.
 
-        Concurrency: each instance that comes to run the tick does this, and the first raises the mark.
+        Concurrency: each instance that wants to run the tick may do this. The first raises the mark.
         """
         if state.mark_ahead is None or state.mark_ahead < tick:
             return False
@@ -112,16 +114,16 @@ class ClockRepair:
         return True
 
 
-def what_goes_on(names: Sequence[str], number: int) -> str:
-    """Name the workers and count the messages that were put off, in words."""
+def repaired_text(names: Sequence[str], number: int) -> str:
+    """Return a text that names the repaired workers and counts the repaired messages."""
     parts = [", ".join(sorted(names))] if names else []
     if number:
         parts.append(f"{number:,} message{'' if number == 1 else 's'}")
     return " and ".join(parts)
 
 
-# A waiting message whose due time only a clock that was ahead can have written. A message that was tried comes again
-# after a pause of at most `_LONGEST_PAUSE`. One that was not tried comes after the delay that its caller asked for.
+# A waiting message with a due time that only a clock ahead of now can have written. A message that failed is due again
+# after at most `_LONGEST_PAUSE`. A message that was never tried is due after the delay that its caller gave.
 _is_put_off = and_(
     is_in("waiting"),
     messages.c.due_at > now(AHEAD),
@@ -133,10 +135,10 @@ _is_put_off = and_(
 _end = func.coalesce(executions.c.through, executions.c.tick)
 
 
-def _healed(connection: Connection, row: Row[Any], schedule: Schedule) -> dict[str, Any]:
-    """Return the columns to write.
+def _repaired(connection: Connection, row: Row[Any], schedule: Schedule) -> dict[str, Any]:
+    """Return the repaired columns of the worker's row.
 
-    Beforehand, correct rows that call ticks after the clock skipped or missed.
+    This first shortens the executions that call ticks after the clock skipped or missed.
     """
     values: dict[str, Any] = {}
     last, latest = schedule.previous(row.clock), row.clock + AHEAD
@@ -144,7 +146,7 @@ def _healed(connection: Connection, row: Row[Any], schedule: Schedule) -> dict[s
         _cut(connection, row, schedule, last)
         scheduled = (executions.c.worker == row.name, executions.c.trigger == "schedule", _end <= row.clock)
         newest = select(_end).where(*scheduled).order_by(executions.c.tick.desc(), executions.c.id.desc()).limit(1)
-        # Without a history the latest tick may have run.
+        # Without a history, the latest tick counts as decided: it may have run.
         values["mark"] = connection.execute(newest).scalar() or last
         values["mark_ahead"] = max(row.mark, row.mark_ahead or row.mark)
     if row.scheduled_at > latest:
@@ -156,9 +158,9 @@ def _healed(connection: Connection, row: Row[Any], schedule: Schedule) -> dict[s
 
 
 def _cut(connection: Connection, row: Row[Any], schedule: Schedule, last: datetime) -> None:
-    """Shorten the rows of skipped or missed ticks, so that they name no tick after the clock.
+    """Shorten the rows of skipped or missed ticks, so that they contain no tick after the clock.
 
-    No row of missed ticks names the latest tick either.
+    A row of missed ticks does not contain the latest tick either.
     """
     ahead = and_(executions.c.worker == row.name, executions.c.attempt.is_(None), _end > row.clock)
     for each in connection.execute(select(executions.c.id, executions.c.tick, executions.c.state).where(ahead)).all():

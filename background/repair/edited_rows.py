@@ -1,4 +1,4 @@
-"""Mends rows that were changed by hand: executions without a claim, claims without an execution.
+"""Repairs rows that were changed by hand: executions without a claim, claims without an execution.
 
 A claim and its execution begin and end in one transaction, so one read shows a change by hand.
 """
@@ -10,7 +10,7 @@ from sqlalchemy import Connection, Row, and_, exists, or_, select, update
 from ..database.clock import now
 from ..database.store import count
 from ..database.tables import executions, workers
-from ..ledger import counters as totals
+from ..ledger import counters
 from ..ledger.claim import Claim
 from ..ledger.ledger import MOMENTS, Ledger, in_force, is_stray, marked, pending, strays
 from ..ledger.statements import IS_FREE
@@ -21,16 +21,16 @@ _OPEN = ("running", "lost", "handed back")
 
 
 class RowRepair:
-    """Mends the rows of one ledger. Each method is one transaction, and does nothing where nothing is wrong."""
+    """Repairs the rows of one ledger. Each method is one transaction, and changes nothing if the rows agree."""
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger, self._store = ledger, ledger.store
 
     def restore(self, claim: Claim) -> bool:
-        """Write the execution of a claim in force again. True for the instance that did.
+        """Write the missing execution of a claim in force. True for the instance that did.
 
-        Concurrency: every instance that misses the row, and the run's own end, which writes it too. The claim's token
-        is unique, so the first one writes the row.
+        Concurrency: every instance that misses the row may do this, and the run's own end too. The claim's token is
+        unique, so only the first writes the row.
         """
         with self._store.begin() as connection:
             held = select(workers.c.name).where(in_force(claim)).with_for_update()
@@ -43,7 +43,7 @@ class RowRepair:
 
         Return whether the execution was missing.
 
-        Concurrency: instances that take the run over in the usual way. They leave a row, and this does nothing.
+        Concurrency: an instance may take the run over as usual. It leaves a row, and this call changes nothing.
         """
         with self._store.begin() as connection:
             row = and_(executions.c.worker == claim.worker, executions.c.tick == claim.tick)
@@ -53,7 +53,7 @@ class RowRepair:
             return self._ledger.write_anew(connection, claim, _RUNNING, [claim.token, None]) is not None
 
     def strays(self, worker: str) -> list[Claim]:
-        """Return the claims of the worker's executions that say "running" while another claim, or none, is in force."""
+        """Return the claims of the worker's executions that say "running", while the claim is not in force."""
         query = (
             select(strays).join_from(strays, workers, is_stray).where(workers.c.name == worker).order_by(strays.c.id)
         )
@@ -61,11 +61,11 @@ class RowRepair:
             return [_claim(row) for row in connection.execute(query)]
 
     def end_stray(self, claim: Claim, next_attempt: int | None) -> tuple[bool, int | None]:
-        """End such an execution as lost. Return whether this call did, and the attempt that follows, if one does.
+        """End a stray execution as lost. Return whether this call did, and the attempt that follows, or None.
 
-        The tick runs again only if the worker's token says that nothing was claimed since.
+        The tick runs again only if the worker's token shows that no instance claimed a tick since.
 
-        Concurrency: every instance that sees the stray. They wait for the execution's row, and the first ends it.
+        Concurrency: every instance that sees the stray may do this. The row's lock orders them, and the first ends it.
         """
         with self._store.begin() as connection:
             same = executions.c.id == claim.execution, executions.c.claim.is_not_distinct_from(claim.id)
@@ -75,21 +75,21 @@ class RowRepair:
             if ended is None:
                 return False, None
             again = next_attempt if next_attempt and _run_again(connection, claim, next_attempt) else None
-            totals.add_execution(connection, claim, "lost", *ended)
+            counters.add_execution(connection, claim, "lost", *ended)
         if again:
             self._store.ring()
         return True, again
 
 
 def _run_again(connection: Connection, claim: Claim, attempt: int) -> bool:
-    others = executions.c.worker == claim.worker, executions.c.tick == claim.tick, executions.c.state.not_in(_OPEN)
+    decided = executions.c.worker == claim.worker, executions.c.tick == claim.tick, executions.c.state.not_in(_OPEN)
     nothing_since = and_(workers.c.name == claim.worker, workers.c.token <= claim.token, IS_FREE)
-    again = update(workers).where(nothing_since, ~exists().where(*others))
+    again = update(workers).where(nothing_since, ~exists().where(*decided))
     values = pending(claim.tick, attempt, claim.trigger) | marked(claim.tick, claim.trigger)
     return count(connection.execute(again.values(values))) == 1
 
 
 def _claim(row: Row[Any]) -> Claim:
-    """Return the claim of an execution. One that was made by hand may lack any value."""
+    """Return the claim of an execution. A row that was inserted by hand may lack any value."""
     began = row.started_at, row.claim, row.instance, row.instance_name
     return Claim(row.worker, row.tick, row.attempt or 1, row.token or 0, row.trigger, row.id, *began)
