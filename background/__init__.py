@@ -5,6 +5,8 @@ from .host import dependencies  # noqa: F401 - the first import: it refuses a mi
 # isort: split
 from .cli import messages_cli, workers_cli
 from .context import WorkerContext
+from .database.clock import UtcDateTime
+from .database.migrations import include_object, migrate_to, render_item
 from .errors import (
     BackgroundError,
     ClaimLost,
@@ -14,6 +16,7 @@ from .errors import (
     InvalidConfig,
     InvalidLock,
     InvalidMessage,
+    InvalidMigration,
     InvalidProgress,
     InvalidSchedule,
     InvalidWorker,
@@ -43,6 +46,7 @@ __all__ = [
     "InvalidConfig",
     "InvalidLock",
     "InvalidMessage",
+    "InvalidMigration",
     "InvalidProgress",
     "InvalidSchedule",
     "InvalidWorker",
@@ -59,9 +63,13 @@ __all__ = [
     "UnknownMessage",
     "UnknownTopic",
     "UnknownWorker",
+    "UtcDateTime",
     "WorkerContext",
     "WrongState",
     "current_workers",
+    "include_object",
+    "migrate_to",
+    "render_item",
 ]
 
 BackgroundWorkerManager.commands = (workers_cli, messages_cli)

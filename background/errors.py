@@ -53,6 +53,10 @@ class DatabaseNotReady(BackgroundError):
     """The database is missing, unreachable, or behind the migrations."""
 
 
+class InvalidMigration(BackgroundError):
+    """A version that the engine's tables cannot be brought to, or cannot be brought to from where they are."""
+
+
 class ClaimLost(BackgroundError):
     """The run no longer holds its claim. The open transaction of its session is rolled back."""
 

@@ -2,31 +2,25 @@
 
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 from alembic import context
+from alembic.util import CommandError
 from flask import current_app
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
-from background.database.clock import UtcDateTime
-from background.errors import DatabaseNotReady
-from migrations.schema import LOCK_SECONDS, why_not
+from background import DatabaseNotReady, include_object, render_item
+from migrations.schema import LOCK_SECONDS, refuse_unreleased, why_not
 
 database = current_app.extensions["sqlalchemy"]
 # What `schema.py` does in the same transaction, once the schema is there.
 finish: Callable[[Connection], None] | None = context.config.attributes.get("finish")
 
 
-def render_item(kind: str, item: Any, autogenerate: Any) -> str | Literal[False]:
-    if kind == "type" and isinstance(item, UtcDateTime):
-        autogenerate.imports.add("from background.database.clock import UtcDateTime")
-        return "UtcDateTime()"
-    return False
-
-
 def configure(**arguments: Any) -> None:
-    context.configure(target_metadata=database.metadata, render_item=render_item, render_as_batch=True, **arguments)
+    hooks = {"include_object": include_object, "render_item": render_item}
+    context.configure(target_metadata=database.metadata, render_as_batch=True, **hooks, **arguments)
 
 
 def migrate(connection: Connection) -> None:
@@ -34,7 +28,11 @@ def migrate(connection: Connection) -> None:
     configure(connection=connection)
     # Of SQLite's indexes on expressions, which the tests compare in another way.
     warnings.filterwarnings("ignore", ".*expression-based index")
-    context.run_migrations()
+    try:
+        context.run_migrations()
+    except CommandError:  # such as for a revision that is in no file
+        refuse_unreleased(database.engine.url, context.get_context().get_current_revision())
+        raise
     if finish:
         finish(connection)
 

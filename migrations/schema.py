@@ -18,8 +18,8 @@ from flask import current_app
 from sqlalchemy import URL, Connection, Engine, inspect, text
 from sqlalchemy.exc import DBAPIError
 
+from background.database.dialects.error_codes import is_database_unknown
 from background.database.dialects.sqlite_files import make_private
-from background.database.error_codes import is_database_unknown
 from background.errors import DatabaseNotReady
 
 if TYPE_CHECKING:
@@ -29,6 +29,10 @@ logger = logging.getLogger(__name__)
 
 LOCK_SECONDS = 30
 """The longest wait of a start for another process: for the lock of the preparation, or SQLite's write lock."""
+
+UNRELEASED = ("0001", "0002", "0003", "0004", "0005", "0006")
+"""The revisions before 0.1.0. The last one has the tables of SAME_AS_UNRELEASED."""
+SAME_AS_UNRELEASED = "1002"
 
 Fill = Callable[[Connection], None]
 
@@ -121,11 +125,29 @@ def _read_revision(connection: Connection) -> str | None:
     if "alembic_version" in tables:
         found: str | None = connection.scalar(text("SELECT version_num FROM alembic_version"))
         if found is not None:
+            refuse_unreleased(connection.engine.url, found)
             return found
     if "users" in tables:
         _accept_without_record(connection, tables)
         return _head()
     return None
+
+
+def refuse_unreleased(url: URL, found: str | None) -> None:
+    """Raise DatabaseNotReady for a database that the migrations before 0.1.0 made."""
+    if found not in UNRELEASED:
+        return
+    stamp = f"`flask db stamp --purge {SAME_AS_UNRELEASED}`"
+    if found == UNRELEASED[-1]:
+        raise DatabaseNotReady(
+            f"The database {_shown(url)} is at revision {found} of the migrations before 0.1.0, whose tables are those "
+            f"of {SAME_AS_UNRELEASED}: back it up, and record that with {stamp}."
+        )
+    raise DatabaseNotReady(
+        f"The database {_shown(url)} is at revision {found} of the migrations before 0.1.0; expected "
+        f"{UNRELEASED[-1]}: run `flask db upgrade` with the version that made it and {stamp} with this one, or begin "
+        "with an empty database."
+    )
 
 
 def _accept_without_record(connection: Connection, tables: set[str]) -> None:

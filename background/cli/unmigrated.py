@@ -10,6 +10,8 @@ from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy import Connection, Engine, MetaData, inspect
 
+from ..database.migrations import STEPS
+from ..database.tables import metadata
 from ..host.logs import quieten
 
 _MOST = 10
@@ -23,22 +25,30 @@ def unmigrated(app: Flask, db: SQLAlchemy) -> list[str] | None:
     """
     if find_spec("alembic") is None:
         return None
-    remedy = (
-        "make a migration with `flask db migrate` and run it with `flask db upgrade`"
-        if "migrate" in app.extensions
-        else "make it with a migration, or with `db.create_all()` in an empty database"
-    )
     with app.app_context():
         if any("schema_translate_map" in engine.get_execution_options() for engine in db.engines.values()):
             return None
         found = [thing for key, engine in db.engines.items() for thing in _lacking(engine, db.metadatas.get(key))]
-    sentences = [f"The models have {thing}, which the database lacks: {remedy}." for thing in found[:_MOST]]
+    sentences = [
+        f"The models have {thing}, which the database lacks: {_remedy(app, table)}." for table, thing in found[:_MOST]
+    ]
     if len(found) > _MOST:
         sentences.append(f"The models have {len(found) - _MOST} more that the database lacks.")
     return sentences
 
 
-def _lacking(engine: Engine, models: MetaData | None) -> Iterator[str]:
+def _remedy(app: Flask, table: str) -> str:
+    if "migrate" not in app.extensions:
+        return "make it with a migration, or with `db.create_all()` in an empty database"
+    if table in metadata.tables:
+        call = f"`background.migrate_to(op, version={len(STEPS)})`"
+        made = "or that makes it by hand if the tables have that version"
+        return f"make a migration with `flask db revision` that calls {call}, {made}"
+    return "make a migration with `flask db migrate` and run it with `flask db upgrade`"
+
+
+def _lacking(engine: Engine, models: MetaData | None) -> Iterator[tuple[str, str]]:
+    """Yield the table and the words for each thing that the database lacks."""
     quieten("alembic")
     from alembic.autogenerate import compare_metadata  # late: only this command needs it
     from alembic.migration import MigrationContext
@@ -65,21 +75,21 @@ def _exists(connection: Connection, difference: Any) -> bool:
     return kind == "add_table" and inspect(connection).has_table(thing.name, schema=thing.schema)
 
 
-def _described(difference: Any) -> str:
+def _described(difference: Any) -> tuple[str, str]:
     """Describe one difference of Alembic's, such as ("add_column", schema, table, column)."""
     kind, *parts = difference
     match kind:
         case "add_table":
-            return f"the table {parts[0].name}"
+            return parts[0].name, f"the table {parts[0].name}"
         case "add_column":
-            return f"the column {parts[1]}.{parts[2].name}"
+            return parts[1], f"the column {parts[1]}.{parts[2].name}"
         case "add_index":
-            return f"the index {parts[0].name} of {parts[0].table.name}"
+            return parts[0].table.name, f"the index {parts[0].name} of {parts[0].table.name}"
         case "add_constraint" | "add_fk":
-            return f"a constraint of {parts[0].table.name} ({parts[0].name or 'without a name'})"
+            return parts[0].table.name, f"a constraint of {parts[0].table.name} ({parts[0].name or 'without a name'})"
         case "modify_type":
-            return f"the column {parts[1]}.{parts[2]} as {parts[5]}"
+            return parts[1], f"the column {parts[1]}.{parts[2]} as {parts[5]}"
         case "modify_nullable":
-            return f"the column {parts[1]}.{parts[2]} as {'NULL' if parts[5] else 'NOT NULL'}"
+            return parts[1], f"the column {parts[1]}.{parts[2]} as {'NULL' if parts[5] else 'NOT NULL'}"
         case _:
-            return f"a difference that Alembic calls {kind}"
+            return "", f"a difference that Alembic calls {kind}"

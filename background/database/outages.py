@@ -15,8 +15,8 @@ from sqlalchemy.exc import (
 )
 
 from ..host.forks import ForkSafeLock
+from .dialects.error_codes import is_connect_failure, is_connection_ended, is_of_recovery, is_read_only, is_too_large
 from .dialects.postgresql import reported
-from .error_codes import is_connect_failure, is_connection_ended, is_of_recovery, is_read_only, is_too_large
 
 _STAMP = "outages"
 

@@ -32,7 +32,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import OperationalError
 
 from ..database.clock import AHEAD, now, single_statements, steady
-from ..database.error_codes import is_lock_unavailable
+from ..database.dialects.error_codes import is_lock_unavailable
 from ..database.tables import (
     LONGEST_RELEASE,
     AnyText,

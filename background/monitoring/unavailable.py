@@ -6,7 +6,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from werkzeug.exceptions import ServiceUnavailable
 
-from ..database.error_codes import is_unreachable
+from ..database.dialects.error_codes import is_unreachable
 from ..database.outages import is_cut_off
 from ..errors import first_line
 from ..host.logs import logger_of

@@ -81,13 +81,18 @@ def test_the_public_names_are_all_there() -> None:
         "ClaimLost",
         "DuplicateWorker",
         "InvalidLock",
+        "InvalidMigration",
         "InvalidSchedule",
         "Lock",
         "LockNotAcquired",
         "PeriodicWorker",
         "UnknownWorker",
+        "UtcDateTime",
         "WorkerContext",
         "current_workers",
+        "include_object",
+        "migrate_to",
+        "render_item",
     }
     assert promised <= set(background.__all__)
     assert all(hasattr(background, name) for name in background.__all__)

@@ -11,10 +11,11 @@ import pytest
 from flask import Flask
 from sqlalchemy import create_engine, text
 from support.fleet import Fleet, Hourly, wait_until
-from support.processes import ROOT, environment
+from support.processes import ROOT, environment, run
 
 import workers
 from background import WorkerContext, current_workers
+from background.database.tables import metadata
 from models import Book, db
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -67,6 +68,62 @@ def test_the_example_of_a_signal_works_when_it_is_pasted(fleet: Fleet, caplog: p
     [record] = [record for record in caplog.records if record.levelname == "CRITICAL"]
     assert record.getMessage().startswith("failing failed at ")
     assert "ValueError: out of paper" in caplog.text
+
+
+OWN_APPLICATION = r"""
+import sys
+from pathlib import Path
+
+import background
+from background import BackgroundWorkerManager, UtcDateTime
+from flask import Flask
+from flask_migrate import Migrate
+from flask_sqlalchemy import SQLAlchemy
+
+app, db = Flask("host"), SQLAlchemy()
+app.config["SQLALCHEMY_DATABASE_URI"] = sys.argv[1]
+db.init_app(app)
+BackgroundWorkerManager(app, db)
+MIGRATE
+
+class Note(db.Model):
+    id = db.mapped_column(db.Integer, primary_key=True)
+    at = db.mapped_column(UtcDateTime)
+
+def flask(*arguments):
+    result = app.test_cli_runner().invoke(args=["db", *arguments])
+    assert result.exit_code == 0, (arguments, result.output, result.exception)
+
+def tables():
+    with app.app_context():
+        return sorted(set(db.inspect(db.engine).get_table_names()) - {"alembic_version"})
+
+flask("init")
+flask("revision", "--rev-id", "a")
+[first] = Path("migrations/versions").glob("a_*.py")
+first.write_text(first.read_text().partition("def upgrade")[0] + "import background\n" + STEPS)
+flask("upgrade")
+flask("migrate", "--rev-id", "b")
+[second] = Path("migrations/versions").glob("b_*.py")
+print("background_" in second.read_text(), "from background import UtcDateTime" in second.read_text())
+flask("upgrade")
+flask("check")
+print(*tables())
+flask("downgrade", "base")
+print("left:", *tables())
+"""
+
+
+def test_the_example_of_an_applications_own_migrations_works_when_it_is_pasted(
+    empty_database_url: str, tmp_path: Path
+) -> None:
+    migrate, steps = re.search(r"## Migrate.*?```python\n(.*?)\n(# a migration.*?)```", README, re.DOTALL).groups()
+    program = OWN_APPLICATION.replace("MIGRATE", migrate).replace("STEPS", repr(steps))
+    code, said = run([sys.executable, "-c", program, empty_database_url], environment(), tmp_path)
+    assert code == 0, said
+    engines = " ".join(sorted(metadata.tables))
+    last = ["False True", "No new upgrade operations detected.", f"{engines} note", "left:"]
+    assert said.splitlines()[-4:] == last, said
 
 
 def test_the_deploy_commands_are_all_about_the_one_database(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import shutil
 import sqlite3
 import stat
 import subprocess
@@ -18,19 +19,22 @@ from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from flask import Flask
+from flask.testing import FlaskCliRunner
 from sqlalchemy import URL, Connection, Engine, create_engine, inspect, make_url, text
 from sqlalchemy.pool import NullPool
 from support.databases import administer, dispose, settings
+from support.definitions import definitions
+from support.processes import environment, run
 
 import demo
 from app import create_app
+from background import BackgroundWorkerManager, DatabaseNotReady
 from background.database.dialects.sqlite import prepare
-from background.errors import DatabaseNotReady
 from migrations import schema
 from models import User, db
 
 ROOT = Path(__file__).parents[2]
-HEAD = "0006"
+HEAD = "1002"
 
 
 @contextmanager
@@ -46,25 +50,6 @@ def app_context(database_url: str, **more: Any) -> Iterator[Flask]:
 
 def tables(engine: Engine) -> set[str]:
     return set(inspect(engine).get_table_names())
-
-
-def definitions(connection: Connection) -> list[str]:
-    """Every table, column, index and constraint, as the engine itself writes them down."""
-    if connection.dialect.name == "sqlite":
-        rows = connection.execute(text("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL"))
-    else:
-        rows = connection.execute(
-            text(
-                "SELECT indexdef FROM pg_indexes WHERE schemaname = 'public' "
-                "UNION ALL SELECT conrelid::regclass || ' ' || conname || ' ' || pg_get_constraintdef(oid)"
-                " FROM pg_constraint WHERE connamespace = 'public'::regnamespace "
-                "UNION ALL SELECT concat_ws(' ', table_name, column_name, data_type, character_maximum_length,"
-                " collation_name, is_nullable, column_default)"
-                " FROM information_schema.columns WHERE table_schema = 'public'"
-            )
-        )
-    parts = [re.split(r"\s*,\s*|\s*\n\s*", row[0]) for row in rows if "alembic_version" not in row[0]]
-    return sorted(" ".join(sorted(some)) for some in parts)
 
 
 @pytest.mark.filterwarnings("ignore:.*expression-based")  # SQLite's: the next test compares those
@@ -158,6 +143,64 @@ def test_a_database_ahead_of_the_migrations_is_only_warned_about(
     with caplog.at_level(logging.WARNING):
         demo.ensure_ready()
     assert f"revision 9999, which this release ({HEAD}) does not know" in caplog.text
+
+
+# -- a database that the migrations before 0.1.0 made ------------------------------------------------
+
+
+def at_revision(engine: Engine, revision: str) -> None:
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE alembic_version SET version_num = :revision"), {"revision": revision})
+
+
+SAYS_WHAT_TO_DO = {
+    "0001": r"at revision 0001 of the migrations before 0\.1\.0; expected 0006: run `flask db upgrade` with the version"
+    r" that made it and `flask db stamp --purge 1002` with this one",
+    "0006": r"at revision 0006 of the migrations before 0\.1\.0, whose tables are those of 1002: back it up, and record"
+    r" that with `flask db stamp --purge 1002`",
+}
+
+
+@pytest.mark.parametrize("revision", SAYS_WHAT_TO_DO)
+def test_a_database_of_before_0_1_0_is_told_what_to_do(
+    app: Flask, engine: Engine, manager: BackgroundWorkerManager, runner: FlaskCliRunner, revision: str
+) -> None:
+    at_revision(engine, revision)
+    before = definitions_of(engine)
+    with pytest.raises(DatabaseNotReady, match=SAYS_WHAT_TO_DO[revision]):
+        manager.prepare()
+    for command_line in ("db upgrade", "db current", "db check", "db stamp head", "workers check"):
+        result = runner.invoke(args=command_line.split())
+        assert result.exit_code == 1
+        assert re.search(SAYS_WHAT_TO_DO[revision], result.stderr), command_line
+        assert len(re.findall("before 0.1.0", result.output)) == 1
+    assert definitions_of(engine) == before
+
+
+def definitions_of(engine: Engine) -> list[str]:
+    with engine.connect() as connection:
+        return definitions(connection)
+
+
+def test_an_embedded_database_of_before_0_1_0_is_told_what_to_do(make_embedded: Callable[[], Flask]) -> None:
+    with make_embedded().app_context():
+        at_revision(db.engine, "0006")
+        with pytest.raises(DatabaseNotReady, match=SAYS_WHAT_TO_DO["0006"]):
+            demo.ensure_ready()
+        dispose()
+
+
+def test_the_last_revision_before_0_1_0_goes_on_after_one_command(
+    app: Flask, engine: Engine, runner: FlaskCliRunner
+) -> None:
+    at_revision(engine, "0006")
+    assert runner.invoke(args=["db", "stamp", "--purge", "1002"]).exit_code == 0
+    demo.ensure_ready()
+    for command_line in ("db upgrade", "db check"):
+        assert runner.invoke(args=command_line.split()).exit_code == 0, command_line
+
+
+# -- tables without a record of migrations -----------------------------------------------------------
 
 
 def test_tables_that_create_all_made_are_enough_to_start(
@@ -375,6 +418,74 @@ with create_app({"SECRET_KEY": "test"}).app_context():
     event.listen(db.engine, "before_cursor_execute", stand_still)
     ensure_ready()
 """
+
+
+def test_the_sql_of_all_migrations_needs_no_database(tmp_path: Path) -> None:
+    app = create_app(settings(f"sqlite:///{tmp_path}/none"))
+    runner = app.test_cli_runner()
+    made = runner.invoke(args=["db", "upgrade", "--sql"])
+    assert made.exit_code == 0
+    assert {*re.findall(r"CREATE TABLE (\w+)", made.output)} == {*db.metadata.tables, "alembic_version"}
+    undone = runner.invoke(args=["db", "downgrade", "1002:base", "--sql"])
+    assert undone.exit_code == 1
+    assert "cannot be read offline (--sql) from revision 1002" in undone.stderr
+    assert list(tmp_path.iterdir()) == []
+    dispose_of(app)
+
+
+def dispose_of(app: Flask) -> None:
+    with app.app_context():
+        dispose()
+
+
+# -- `flask db migrate` ------------------------------------------------------------------------------
+
+
+CHANGED_MODELS = """
+User.banned_at = mapped_column(UtcDateTime)
+
+class Shelf(db.Model):
+    id: Mapped[int] = mapped_column(primary_key=True)
+    emptied_at: Mapped[datetime] = mapped_column(UtcDateTime)
+"""
+
+
+RUN_COMMANDS = """
+import sys
+from app import create_app
+
+runner = create_app().test_cli_runner()
+for line in sys.argv[1:]:
+    result = runner.invoke(args=line.split())
+    print(result.output)
+    assert result.exit_code == 0, line
+"""
+
+
+def test_a_generated_migration_leaves_the_engines_tables_alone_and_imports_utcdatetime(
+    fresh_clone: Path, database_url: str
+) -> None:
+    versions = fresh_clone / "migrations" / "versions"
+    (fresh_clone / "migrations").unlink()
+    shutil.copytree(ROOT / "migrations", fresh_clone / "migrations", ignore=shutil.ignore_patterns("__pycache__"))
+    there = set(versions.iterdir())
+    with (fresh_clone / "models.py").open("a") as models:
+        models.write(CHANGED_MODELS)
+    engine = create_engine(database_url, poolclass=NullPool)
+    with engine.begin() as connection:
+        connection.execute(text("ALTER TABLE background_workers DROP COLUMN paused_at"))
+        connection.execute(text("DROP INDEX ix_background_executions_running"))
+    command_lines = "db migrate -m shelves", "db upgrade", "db check", "db downgrade base"
+    environ = environment(database_url, PYTHONPATH=fresh_clone)
+    code, said = run([sys.executable, "-c", RUN_COMMANDS, *command_lines], environ, fresh_clone)
+    assert code == 0, said
+    [made] = set(versions.glob("*.py")) - there
+    source = made.read_text()
+    assert "from background import UtcDateTime\n" in source
+    assert "sa.Column('emptied_at', UtcDateTime(), nullable=False)" in source
+    assert "sa.Column('banned_at', UtcDateTime(), nullable=True)" in source
+    assert "background_" not in source
+    assert tables(engine) == {"alembic_version"}
 
 
 def test_an_embedded_database_that_is_behind_is_upgraded_in_place(

@@ -11,7 +11,7 @@ from sqlalchemy.exc import OperationalError
 
 from ...errors import CommitFirst
 from ...host.forks import ForkSafeLock
-from ..error_codes import is_lock_unavailable
+from .error_codes import is_lock_unavailable
 from .sqlite import is_locked
 
 _IN_TRANSACTION = 2  # of libpq's PQtransactionStatus

@@ -13,8 +13,8 @@ from sqlalchemy import Connection, Dialect, Engine, Executable, event
 from sqlalchemy.exc import OperationalError
 
 from ...errors import InvalidConfig
-from ..error_codes import is_busy
 from . import sqlite_files as database_files
+from .error_codes import is_busy
 
 BUSY_SECONDS = 30
 OPEN_SECONDS = 10

@@ -356,6 +356,21 @@ def test_check_names_what_the_models_have_and_the_database_lacks(
     assert remedy in checked.stderr
 
 
+def test_check_names_the_call_that_makes_what_the_engines_tables_lack(
+    app: Flask, manager: BackgroundWorkerManager
+) -> None:
+    manager.presence.sign_on()
+    with app.app_context(), db.engine.begin() as connection:
+        connection.execute(sql("DROP INDEX ix_background_messages_dead"))
+    checked = command(app, "check")
+    assert checked.exit_code == 1
+    assert checked.stderr == (
+        "Problem: The models have the index ix_background_messages_dead of background_messages, which the database "
+        "lacks: make a migration with `flask db revision` that calls `background.migrate_to(op, version=1)`, or that "
+        "makes it by hand if the tables have that version.\n"
+    )
+
+
 def test_check_leaves_alone_what_only_the_database_has(app: Flask, manager: BackgroundWorkerManager) -> None:
     manager.presence.sign_on()
     with app.app_context(), db.engine.begin() as connection:

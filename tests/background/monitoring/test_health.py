@@ -179,7 +179,7 @@ def test_a_worker_is_overdue_although_a_clock_that_was_ahead_decided_its_ticks(f
     app = fleet.app(Hourly)
     overdue(fleet, app, mark=datetime.now(UTC) + ahead)
     assert failed(app) == ["workers"]
-    (found,) = statuses(manager_of(app).stores, manager_of(app).workers)
+    (found,) = statuses(manager_of(app))
     assert found.overdue_since == last_hour() - 24 * HOUR  # the first tick since it is scheduled
     skipped = {"worker": "hourly", "trigger": "schedule", "state": "missed", "tick": last_hour() - 5 * HOUR}
     with fleet.engine.begin() as connection:
@@ -187,7 +187,7 @@ def test_a_worker_is_overdue_although_a_clock_that_was_ahead_decided_its_ticks(f
         connection.execute(
             insert(tables.executions).values(skipped | {"tick": last_hour(), "through": last_hour() + DAY})
         )
-    (found,) = statuses(manager_of(app).stores, manager_of(app).workers)
+    (found,) = statuses(manager_of(app))
     assert found.overdue_since == last_hour() - 3 * HOUR
     fleet.set("hourly", scheduled_at=datetime.now(UTC) + ahead)
     assert failed(app) == ["workers"]
@@ -250,7 +250,7 @@ def test_the_workers_are_one_read_and_a_cron_is_reckoned_once_per_tick(fleet: Fl
     assert failed(app) == []
     reckoned = status._first_and_third.cache_info().misses
     with statements(manager.stores.leases.engine) as seen:
-        assert len(statuses(manager.stores, manager.workers)) == 30
+        assert len(statuses(manager)) == 30
     assert len(seen) == 1
     assert status._first_and_third.cache_info().misses == reckoned
 

@@ -1,16 +1,16 @@
-"""The shop's tables and the engine's.
+"""The shop's tables.
 
-Revision ID: 0001
-Revises:
+Revision ID: 1002
+Revises: 1001
 """
 
 import sqlalchemy as sa
 from alembic import op
 
-from background.database.clock import UtcDateTime
+from background import UtcDateTime
 
-revision = "0001"
-down_revision = None
+revision = "1002"
+down_revision = "1001"
 branch_labels = None
 depends_on = None
 
@@ -23,11 +23,13 @@ def ordered_text(length: int) -> sa.String:
 
 
 def upgrade() -> None:
-    create_shop()
-    create_engine()
+    create_books()
+    create_users()
+    create_orders()
+    create_operations()
 
 
-def create_shop() -> None:
+def create_books() -> None:
     op.create_table(
         "books",
         sa.Column("id", sa.Integer(), nullable=False),
@@ -43,6 +45,9 @@ def create_shop() -> None:
         sa.UniqueConstraint("isbn", name="uq_books_isbn"),
     )
     op.create_index("ix_books_title", "books", ["title"])
+
+
+def create_users() -> None:
     op.create_table(
         "users",
         sa.Column("id", sa.Integer(), nullable=False),
@@ -66,6 +71,9 @@ def create_shop() -> None:
     )
     op.create_index("ix_users_id_of_passive", "users", ["id"], postgresql_where=is_passive, sqlite_where=is_passive)
     op.create_index("ix_users_lower_name", "users", [sa.text("lower(name)"), "id"])
+
+
+def create_orders() -> None:
     op.create_table(
         "orders",
         sa.Column("id", sa.Integer(), nullable=False),
@@ -85,65 +93,39 @@ def create_shop() -> None:
     op.create_index("ix_orders_user_id", "orders", ["user_id"])
 
 
-def create_engine() -> None:
+def create_operations() -> None:
     op.create_table(
-        "background_workers",
-        sa.Column("name", sa.String(200), nullable=False),
-        sa.Column("mark", UtcDateTime()),
-        sa.Column("previous_mark", UtcDateTime()),
-        sa.Column("token", sa.BigInteger(), server_default="0", nullable=False),
-        sa.Column("running", sa.BigInteger()),
-        sa.Column("pending_tick", UtcDateTime()),
-        sa.Column("pending_attempt", sa.Integer()),
-        sa.Column("pending_trigger", sa.String(10)),
-        sa.Column("schedule", sa.String(200), nullable=False),
-        sa.Column("declared", sa.String(200), nullable=False),
-        sa.Column("scheduled_at", UtcDateTime(), nullable=False),
-        sa.Column("paused_at", UtcDateTime()),
-        sa.PrimaryKeyConstraint("name", name="pk_background_workers"),
+        "health_samples",
+        sa.Column("id", sa.Integer(), nullable=False),
+        sa.Column("taken_at", UtcDateTime(), nullable=False),
+        sa.Column("database_ms", sa.Float(), nullable=False),
+        sa.Column("disk_free_bytes", sa.BigInteger(), nullable=False),
+        sa.Column("messages_waiting", sa.Integer(), nullable=False),
+        sa.Column("messages_dead", sa.Integer(), nullable=False),
+        sa.PrimaryKeyConstraint("id", name="pk_health_samples"),
+    )
+    op.create_index("ix_health_samples_taken_at", "health_samples", ["taken_at"])
+    op.create_table(
+        "audit_entries",
+        sa.Column("id", sa.Integer(), nullable=False),
+        sa.Column("at", UtcDateTime(), nullable=False),
+        sa.Column("user_id", sa.Integer(), nullable=False),
+        sa.Column("action", sa.String(100), nullable=False),
+        sa.Column("details", sa.Text(), nullable=False),
+        sa.Column("address", sa.String(45), nullable=False),
+        sa.ForeignKeyConstraint(["user_id"], ["users.id"], name="fk_audit_entries_user_id"),
+        sa.PrimaryKeyConstraint("id", name="pk_audit_entries"),
     )
     op.create_table(
-        "background_executions",
-        sa.Column("id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
-        sa.Column("worker", sa.String(200), nullable=False),
-        sa.Column("tick", UtcDateTime(), nullable=False),
-        sa.Column("through", UtcDateTime()),
-        sa.Column("trigger", sa.String(10), nullable=False),
-        sa.Column("state", sa.String(12), nullable=False),
-        sa.Column("attempt", sa.Integer()),
-        sa.Column("token", sa.BigInteger()),
-        sa.Column("instance", sa.String(32)),
-        sa.Column("instance_name", sa.String(255)),
-        sa.Column("started_at", UtcDateTime()),
-        sa.Column("finished_at", UtcDateTime()),
-        sa.Column("progress_done", sa.Float()),
-        sa.Column("progress_total", sa.Float()),
-        sa.Column("reason", sa.Text()),
-        sa.PrimaryKeyConstraint("id", name="pk_background_executions"),
-    )
-    op.create_index("ix_background_executions_worker_tick", "background_executions", ["worker", "tick"])
-    op.create_index("ix_background_executions_token", "background_executions", ["worker", "token"], unique=True)
-    op.create_table(
-        "background_instances",
-        sa.Column("id", sa.String(32), nullable=False),
-        sa.Column("host", sa.String(255), nullable=False),
-        sa.Column("pid", sa.Integer(), nullable=False),
-        sa.Column("started_at", UtcDateTime(), nullable=False),
-        sa.Column("heartbeat_at", UtcDateTime(), nullable=False),
+        "rate_limits",
+        sa.Column("key", ordered_text(200), nullable=False),
+        sa.Column("hits", sa.Integer(), nullable=False),
         sa.Column("expires_at", UtcDateTime(), nullable=False),
-        sa.Column("signed_off_at", UtcDateTime()),
-        sa.Column("clock_offset", sa.Float()),
-        sa.PrimaryKeyConstraint("id", name="pk_background_instances"),
+        sa.PrimaryKeyConstraint("key", name="pk_rate_limits"),
     )
+    op.create_index("ix_rate_limits_expires_at", "rate_limits", ["expires_at"])
 
 
 def downgrade() -> None:
-    for table in (
-        "background_workers",
-        "background_executions",
-        "background_instances",
-        "orders",
-        "users",
-        "books",
-    ):
+    for table in ("rate_limits", "audit_entries", "health_samples", "orders", "users", "books"):
         op.drop_table(table)

@@ -1,0 +1,25 @@
+"""Definitions of all that a schema has, as text to compare."""
+
+import re
+
+from sqlalchemy import Connection, text
+
+
+def definitions(connection: Connection, schema: str | None = None) -> list[str]:
+    """Every table, column, index and constraint, as the engine itself writes them down."""
+    if connection.dialect.name == "sqlite":
+        rows = connection.execute(text(f"SELECT sql FROM {schema or 'main'}.sqlite_master WHERE sql IS NOT NULL"))
+    else:
+        rows = connection.execute(
+            text(
+                "SELECT indexdef FROM pg_indexes WHERE schemaname = :schema "
+                "UNION ALL SELECT conrelid::regclass || ' ' || conname || ' ' || pg_get_constraintdef(oid)"
+                " FROM pg_constraint WHERE connamespace = to_regnamespace(:schema) "
+                "UNION ALL SELECT concat_ws(' ', table_name, column_name, data_type, character_maximum_length,"
+                " collation_name, is_nullable, column_default)"
+                " FROM information_schema.columns WHERE table_schema = :schema"
+            ),
+            {"schema": schema or "public"},
+        )
+    parts = [re.split(r"\s*,\s*|\s*\n\s*", row[0]) for row in rows if "alembic_version" not in row[0]]
+    return sorted(" ".join(sorted(some)) for some in parts)
