@@ -1,4 +1,4 @@
-"""What a run is given; and the fence: no commit of a run passes once its claim is gone."""
+"""The context of a run: its tick, session and services, and the checks before each of its commits."""
 
 import logging
 import math
@@ -27,31 +27,31 @@ _PROGRESS_SECONDS = 5.0
 
 
 class Stopping(threading.Event):
-    """True once the run should end: `if context.stopping`, or `context.stopping.wait(seconds)` instead of a sleep."""
+    """A flag that is true once the run should end. `context.stopping.wait(seconds)` replaces a sleep."""
 
     def __bool__(self) -> bool:
         return self.is_set()
 
 
 class WorkerContext:
-    """One run: its tick, its session and services, and how it hears that it should end."""
+    """One run: its tick, its session and services, and the request to stop."""
 
     def __init__(
-        self, claim: "Claim | Batch", what: "Claim | Message", instance: Instance, db: SQLAlchemy, sessions: Sessions
+        self, claim: Claim | Batch, work: Claim | Message, instance: Instance, db: SQLAlchemy, sessions: Sessions
     ) -> None:
         self.worker: str = claim.worker
-        self.tick: datetime = what.tick
-        """The scheduled moment (aware, UTC); for a manual run the moment it was asked for."""
-        self.attempt: int = what.attempt
-        self.token: int = what.token
-        self.idempotency_key: str = what.idempotency_key
-        """The same for every attempt at this tick: hand it to whatever you call outside the database."""
+        self.tick: datetime = work.tick
+        """The scheduled moment (aware, UTC). For a manual run, the moment of the request."""
+        self.attempt: int = work.attempt
+        self.token: int = work.token
+        self.idempotency_key: str = work.idempotency_key
+        """A text that all attempts at this tick share: pass it to every service outside the database."""
         self.stopping = Stopping()
         self.claim = claim
         self.instance = instance
         self.log_fields = {
             "worker": claim.worker,
-            "tick": what.tick.isoformat(),
+            "tick": work.tick.isoformat(),
             "execution": claim.execution,
             "instance": instance.name,
         }
@@ -67,7 +67,7 @@ class WorkerContext:
 
     @property
     def session(self) -> Session:
-        """`db.session` of this run's app context; its commits are fenced."""
+        """`db.session` of this run's app context. Its commits are fenced."""
         return self._db.session()
 
     @property
@@ -76,11 +76,11 @@ class WorkerContext:
         return svcs_from()
 
     def commit(self) -> None:
-        """Commit what is done so far; raises ClaimLost if the claim is gone."""
+        """Commit the work so far. Raises ClaimLost if the claim is gone."""
         self.session.commit()
 
     def progress(self, done: float, total: float | None = None) -> None:
-        """Report `done` (of `total`): written with the next commit, logged every five seconds at most.
+        """Report `done` (of `total`). The next commit writes it, and the log has it every five seconds at most.
 
         Raises InvalidProgress for a value that is not a finite number.
         """
@@ -92,17 +92,17 @@ class WorkerContext:
             self.logger.info("Progress: %s%s", f"{done:,}", share)
 
     def raise_if_stopping(self) -> None:
-        """End the run here if it should end: it rolls back to the last commit and is handed back."""
+        """End the run here if it should stop: it rolls back to the last commit and is handed back."""
         if self.stopping:
             raise RunStopped(
-                f"Worker {self.worker!r} was told to stop; {self._what()} is handed back. Let the exception pass."
+                f"Worker {self.worker!r} must stop; {self._work()} is handed back. Let the exception pass."
             )
 
     # -- the engine's side -----------------------------------------------------------------------
 
     @property
     def lost_because(self) -> str | None:
-        """The reason why the run may not commit. None while it may."""
+        """The reason why the run may not commit. None while it may commit."""
         return self._lost
 
     @property
@@ -111,12 +111,12 @@ class WorkerContext:
         return self._lost is not None
 
     def lose(self, why: str) -> None:
-        """From now on no commit passes, and the run is told to end."""
+        """Refuse every later commit, and ask the run to stop."""
         self._lost = self._lost or why
         self.stopping.set()
 
     def within(self, session: Session) -> Within:
-        """Return the engine's own statements in `session`. They go where its tables are, whatever `get_bind` says."""
+        """Return the engine's own statements in `session`: on the database of its tables, not that of `get_bind`."""
         return self._sessions.within(session, self._engine_of(session))
 
     def is_at_home(self, session: Session) -> bool:
@@ -127,7 +127,7 @@ class WorkerContext:
         return bool(self._engine_of(session).url == self.database)
 
     def began(self, session: Session, connection: Connection) -> None:
-        """Judge the transaction that `session` began on `connection`, before anything is sent in it."""
+        """Check the transaction that `session` began on `connection`, before its first statement."""
         if connection.engine is home(session, self._engine_of(session)):
             self._sessions.begin(connection)
         else:
@@ -139,18 +139,18 @@ class WorkerContext:
         return db.engine
 
     def finish(self) -> None:
-        """Commit the effects, and that it is done, together."""
+        """Commit the run's effects and its success together."""
         raise NotImplementedError
 
     def check(self, session: Session) -> None:
-        """Before every commit of the run: is its claim still the one in force?"""
+        """Check, before every commit of the run, that its claim is in force. Raises ClaimLost."""
         raise NotImplementedError
 
     def refuse_if_lost(self) -> None:
-        """Raise ClaimLost if this run knows that its claim is gone, and in a forked child of its process."""
+        """Raise ClaimLost if this run knows that its claim is gone, or in a forked child of its process."""
         if os.getpid() != self._process:
             raise ClaimLost(
-                f"Worker {self.worker!r} runs {self._what()} in the process {self._process}, and its forked child "
+                f"Worker {self.worker!r} runs {self._work()} in the process {self._process}, and its forked child "
                 f"{os.getpid()} tried to commit; expected commits of the run's own process only. Hand the result to "
                 "that process, and commit there."
             )
@@ -158,11 +158,11 @@ class WorkerContext:
             self.lose(LEASE_IS_OVER)
         if self._lost:
             raise ClaimLost(
-                f"Worker {self.worker!r} lost its claim of {self._what()}: {self._lost}. "
+                f"Worker {self.worker!r} lost its claim of {self._work()}: {self._lost}. "
                 "What this run had not committed is not kept; let the exception pass."
             )
 
-    def _what(self) -> str:
+    def _work(self) -> str:
         return f"the tick {self.tick.isoformat()}"
 
 

@@ -17,7 +17,7 @@ from ..errors import first_line
 from ..host.logs import logger_of
 from ..ledger.leases import Instance, Pulse
 from ..messages.message import Batch, Freed
-from ..runs.batch import BatchRun, tell_of_the_dead
+from ..runs.batch import BatchRun, signal_buried
 from ..runs.running import Runs
 from ..stores import Stores
 from ..worker import MessageWorker
@@ -212,7 +212,7 @@ class Consumers:
     def _bury(self, freed: Sequence[Freed], error: str) -> None:
         if dead := [each for each in freed if each.state == "dead"]:
             log.error("Buried %d of them: that was their last attempt", len(dead))
-            tell_of_the_dead(self._app, dead, error)
+            signal_buried(self._app, dead, error)
 
     def wake_all(self) -> None:
         """Have a consumer of each topic look."""

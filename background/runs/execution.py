@@ -1,4 +1,4 @@
-"""What a run is given; and the fence: no commit of a run passes once its claim is gone."""
+"""The run of a tick: its context, its time-out, and its outcome, which is written once."""
 
 import asyncio
 import inspect
@@ -30,7 +30,7 @@ from ..ledger.ledger import NOTHING, Ledger, Notes
 from ..repair.edited_rows import RowRepair
 from ..signals import of_state, send
 from ..worker import PeriodicWorker, attempt_after
-from .failures import told
+from .failures import traceback_of
 from .fence import current_run
 from .run_log import LogLines
 
@@ -43,7 +43,7 @@ _LOG_SECONDS = 1.0
 class TickContext(WorkerContext):
     """The run of a tick."""
 
-    def __init__(self, claim: "Claim", ledger: "Ledger", instance: Instance, db: SQLAlchemy) -> None:
+    def __init__(self, claim: Claim, ledger: Ledger, instance: Instance, db: SQLAlchemy) -> None:
         super().__init__(claim, claim, instance, db, ledger.store.sessions)
         self.claim: Claim = claim
         self.log_lines = LogLines(lambda: current_run.get() is self)
@@ -51,13 +51,13 @@ class TickContext(WorkerContext):
         self._log_written = float("-inf")
 
     def notes(self) -> dict[str, Any]:
-        """The words of its execution about it, besides how it ended."""
+        """Return the columns of the execution besides its outcome: progress and log."""
         return {**self._progress, "log": self.log_lines.text()}
 
-    def _news(self) -> dict[str, Any]:
-        """A commit on the way. All of the log is written each time: a long one once a second at most."""
+    def _new_notes(self) -> dict[str, Any]:
+        """Return the columns that a commit during the run writes. It writes a long log once a second at most."""
         is_due = self.log_lines.is_short or time.monotonic() - self._log_written >= _LOG_SECONDS
-        if not (self.log_lines.is_news and is_due):
+        if not (self.log_lines.has_news and is_due):
             return self._progress
         self._log_written = time.monotonic()
         return self.notes()
@@ -65,72 +65,72 @@ class TickContext(WorkerContext):
     def finish(self) -> None:
         """Commit the effects and "succeeded" together."""
         self.refuse_if_lost()
-        self.session.flush()  # first, so that the worker's row is held for the commit only
+        self.session.flush()  # first, so that the worker's row is locked during the commit only
         self._ledger.finish(self.claim, self.within(self.session), self.notes())
         self._finishing = True
         self.session.commit()
 
     def check(self, session: Session) -> None:
-        """Before every commit of the run: is its claim still the one in force?"""
+        """Check, before every commit of the run, that its claim is in force. Raises ClaimLost."""
         self.refuse_if_lost()
         if not self._finishing:
             session.flush()
             try:
-                self._ledger.check(self.claim, self.within(session), self._news())
+                self._ledger.check(self.claim, self.within(session), self._new_notes())
             except ClaimLost:
-                self.lose("somebody else has it")
+                self.lose("another instance took it over")
                 raise
             self._progress = {}
 
 
 @dataclass(frozen=True)
 class Execution:
-    """What this instance did about one tick; `state` is how it ended."""
+    """The run of one tick on this instance, and the state in which it ended."""
 
     claim: Claim
     state: str
 
 
-def unfinished(worker: type[PeriodicWorker], context: TickContext, ending: "Ending", error: BaseException) -> str:
-    """Write down why the run did not succeed, and return that."""
+def write_failure(worker: type[PeriodicWorker], context: TickContext, outcome: "Outcome", error: BaseException) -> str:
+    """Write why the run did not succeed. Return the state that was written."""
     claim, tick = context.claim, context.tick.isoformat()
     if context.timed_out_after:
-        return _time_out(context, ending)
+        return _time_out(context, outcome)
     if context.lost_because or not context.instance.is_alive or isinstance(error, ClaimLost):
-        # Once the claim is lost, the code's error follows from that, even a broken connection.
+        # Once the claim is lost, it is the cause of the error, even of a broken connection.
         why = None if isinstance(error, ClaimLost) else context.lost_because
         context.logger.warning("Lost the tick %s: %s", tick, why or first_line(error))
-        ending.disown()
-        return "lost"  # an instance that finds this one gone writes it
+        outcome.disown()
+        return "lost"  # the instance that takes the tick over writes it
     if isinstance(error, RunStopped):
-        state = ending.write("handed back", next_attempt=claim.attempt)
+        state = outcome.write("handed back", next_attempt=claim.attempt)
         if state == "handed back":
             context.logger.info("Handed the tick %s back", tick)
         return state
     if is_cut_off(error):
         again = attempt_after(worker, claim.attempt)
-        state = ending.write("lost", f"its database connection broke: {first_line(error)}", again)
+        state = outcome.write("lost", f"its database connection broke: {first_line(error)}", again)
         if state == "lost":
             context.logger.warning("Lost the tick %s, its database connection broke: %s", tick, follows(again))
     else:
-        state = ending.write("failed", told(error), error=error)
+        state = outcome.write("failed", traceback_of(error), error=error)
         if state != "succeeded":
             context.logger.error("Failed at the tick %s", tick, exc_info=error)
-    if state == "succeeded":  # the reply to its last commit got lost, or a listener to that failed
+    if state == "succeeded":  # the reply to its last commit got lost, or a listener of the commit failed
         context.logger.warning("Succeeded at the tick %s, but afterwards: %s", tick, first_line(error))
-        ending.tell("succeeded")
+        outcome.signal("succeeded")
     return state
 
 
 def follows(attempt: int | None) -> str:
-    """What becomes of a lost tick, in words."""
+    """Return a text about the next attempt at a lost tick."""
     return f"attempt {attempt} follows" if attempt else "it is given up"
 
 
-def finish(result: Awaitable[None] | None) -> None:
-    """Await the result of an `async` method. If the caller runs in a loop, use another loop beside it.
+def await_result(result: Awaitable[None] | None) -> None:
+    """Await the result of an `async` method. If this thread runs a loop, use a loop on another thread.
 
-    Raises InvalidWorker for a generator, which has not done anything yet.
+    Raises InvalidWorker for a generator, which has not run yet.
     """
     if inspect.isgenerator(result) or inspect.isasyncgen(result):
         raise InvalidWorker(
@@ -149,12 +149,12 @@ def finish(result: Awaitable[None] | None) -> None:
 
 
 async def _awaited(result: Awaitable[None]) -> None:
-    with ended_in_a_fork("An async method"):  # before the child closes the loop, which would disturb its parent's
+    with ended_in_a_fork("An async method"):  # before the child closes the loop, which would disturb the parent's loop
         await result
 
 
-class Ending:
-    """Writes once how a run ends. The writer signals it to the application."""
+class Outcome:
+    """Writes the outcome of a run once, and sends its signal to the application."""
 
     def __init__(self, app: Flask, context: TickContext, ledger: Ledger) -> None:
         self._app, self._context, self._ledger = app, context, ledger
@@ -166,7 +166,7 @@ class Ending:
         next_attempt: int | None = None,
         error: BaseException | None = None,
     ) -> str:
-        """Write how the run ended and return that, or what was written before; "lost" where the lease was over."""
+        """Write the outcome. Return its state, or the state that was written before. "lost" if the lease was over."""
         context, is_in_doubt = self._context, False
 
         def end(state: str, reason: str | None, notes: Notes) -> str:
@@ -174,46 +174,46 @@ class Ending:
             try:
                 ended = self._ledger.end(context.claim, state, reason, next_attempt, notes)
             except SQLAlchemyError:
-                is_in_doubt = True  # perhaps only the reply got lost
+                is_in_doubt = True  # the write may have succeeded: perhaps only its reply is missing
                 raise
             found = state if ended else self._ledger.outcome(context.claim)
             if ended or (is_in_doubt and found == state):
-                self.tell(state, **({"error": error} if error and state == "failed" else {"reason": reason}))
+                self.signal(state, **({"error": error} if error and state == "failed" else {"reason": reason}))
             return found
 
-        ways = (
+        writes = (
             lambda: end(state, reason, context.notes()),
             lambda: end(state, None, NOTHING),
             lambda: end("lost", None, NOTHING),  # the claim must end, or its worker would never run again
         )
-        return insist(context.instance, f"that {context.worker} {state}", *ways) or "lost"
+        return write_with_retries(context.instance, f"that {context.worker} {state}", *writes) or "lost"
 
     def disown(self) -> None:
-        """Give the tick of a lost claim an answer, also if its execution was deleted by hand."""
+        """Write the execution of a lost claim if it was deleted by hand, so that its tick has an answer."""
         if self._context.instance.is_alive:
             disown = partial(RowRepair(self._ledger).disown, self._context.claim)
-            insist(self._context.instance, f"that {self._context.worker} lost its claim", disown)
+            write_with_retries(self._context.instance, f"that {self._context.worker} lost its claim", disown)
 
-    def tell(self, state: str, **details: Any) -> None:
+    def signal(self, state: str, **details: Any) -> None:
         """Send the signal of `state`."""
         send(self._app, of_state[state], claim=self._context.claim, **details)
 
 
-def insist(instance: Instance, what: str, *ways: Callable[[], T]) -> T | None:
-    """Return the result of the first of `ways` to write that succeeds. None if the lease ends first, or none does.
+def write_with_retries(instance: Instance, what: str, *writes: Callable[[], T]) -> T | None:
+    """Return the result of the first of `writes` that succeeds. None if the lease ends first, or all writes fail.
 
-    One way is tried again while its error may pass by itself. If the database refuses it for another reason, the next
-    way is tried, which writes less.
+    A write is tried again while its error may pass by itself. After another error, the next write is tried, which
+    writes less. `what` names the fact for the log.
     """
     pauses = chain((0.1, 0.2, 0.5, 1.0), repeat(2.0))
-    for write in ways:
+    for write in writes:
         while True:
             try:
                 return write()
             except Exception as error:
                 if not may_pass(error):
                     log.exception(
-                        "Cannot write %s%s", what, ", so less of it is written" if write is not ways[-1] else ""
+                        "Cannot write %s%s", what, ", so less of it is written" if write is not writes[-1] else ""
                     )
                     break
                 if not instance.is_alive:
@@ -225,9 +225,9 @@ def insist(instance: Instance, what: str, *ways: Callable[[], T]) -> T | None:
 
 @contextmanager
 def timed_out_after(
-    timeout: timedelta | None, context: TickContext, ending: Ending, hung: Callable[[], None]
+    timeout: timedelta | None, context: TickContext, outcome: Outcome, hung: Callable[[], None]
 ) -> Iterator[None]:
-    """After `timeout`, end the run in the ledger, so that the next ticks go on; the hung one can commit no more."""
+    """End the run in the ledger after `timeout`, so that the next ticks go on. The hung run can no longer commit."""
     if timeout is None:
         yield
         return
@@ -236,7 +236,7 @@ def timed_out_after(
         context.timed_out_after = timeout
         context.lose(f"it ran longer than its timeout of {timeout}")
         hung()
-        if _time_out(context, ending) == "timed out":
+        if _time_out(context, outcome) == "timed out":
             context.logger.warning("Timed out: the tick %s ran longer than %s", context.tick.isoformat(), timeout)
 
     timer = threading.Timer(timeout.total_seconds(), time_out)
@@ -248,6 +248,6 @@ def timed_out_after(
         timer.cancel()
 
 
-def _time_out(context: TickContext, ending: Ending) -> str:
-    """Called when the time is up, and again by the run when it ends: on SQLite it may hold the lock until then."""
-    return ending.write("timed out", f"ran longer than its timeout of {context.timed_out_after}")
+def _time_out(context: TickContext, outcome: Outcome) -> str:
+    """Write "timed out". The timer calls this, and the run again: on SQLite, it may hold the lock until it ends."""
+    return outcome.write("timed out", f"ran longer than its timeout of {context.timed_out_after}")

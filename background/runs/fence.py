@@ -1,4 +1,4 @@
-"""What a run is given; and the fence: no commit of a run passes once its claim is gone."""
+"""The fence: listeners of the session that refuse a commit of a run once its claim is gone."""
 
 import logging
 import time
@@ -18,7 +18,7 @@ current_run: ContextVar[WorkerContext | None] = ContextVar("background_run", def
 
 
 def is_stopping_within(seconds: float) -> bool:
-    """Wait that long. In a run, wait only until the run is told to stop, and return whether it was."""
+    """Wait so many seconds. In a run, a stop request ends the wait. Return whether the run must stop."""
     run = current_run.get()
     if run is None:
         time.sleep(seconds)
@@ -27,7 +27,7 @@ def is_stopping_within(seconds: float) -> bool:
 
 
 class RunFields(logging.Filter):
-    """Gives every log record of a run, whoever logs it, the run's fields: for logs that machines read."""
+    """Adds the run's fields to every log record of a run, from any logger, for logs that machines read."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         run = current_run.get()
@@ -39,7 +39,7 @@ class RunFields(logging.Filter):
 
 
 def fence(db: SQLAlchemy) -> None:
-    """Check the claim before every commit that a run makes on any session of `db`; and see `when_committed`."""
+    """Check the claim before every commit of a run on any session of `db`. This also enables `when_committed`."""
     for name, listener in (
         ("after_begin", _after_begin),
         ("before_commit", _before_commit),
@@ -51,7 +51,7 @@ def fence(db: SQLAlchemy) -> None:
 
 
 def when_committed(session: Session, key: str, call: Callable[[], None]) -> None:
-    """Call `call` when `session` has committed what it holds, but not if it rolls back; once per `key`."""
+    """Call `call` after `session` commits its transaction, but not if it rolls back. Once per `key`."""
     session.info.setdefault(_WHEN_COMMITTED, {})[key] = call
 
 
@@ -63,7 +63,7 @@ def _after_commit(session: Session) -> None:
 
 
 def _after_rollback(session: Session) -> None:
-    if not session.in_nested_transaction():  # what came before the savepoint may still be committed
+    if not session.in_nested_transaction():  # the work before the savepoint may still be committed
         session.info.pop(_WHEN_COMMITTED, None)
 
 

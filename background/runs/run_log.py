@@ -25,10 +25,10 @@ class LogLines(logging.Handler):
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Take in what is logged in this block and is `is_ours`, by any logger."""
+        """Keep the lines that any logger logs in this block, if they are `is_ours`."""
         root = logging.getLogger()
         if not root.handlers and logging.lastResort:
-            root.addHandler(logging.lastResort)  # it prints only where there is no handler, and we are about to be one
+            root.addHandler(logging.lastResort)  # it prints only if there is no handler, and this is one
         root.addHandler(self)
         try:
             yield
@@ -48,8 +48,8 @@ class LogLines(logging.Handler):
         self._count += 1
 
     @property
-    def is_news(self) -> bool:
-        """Whether there are lines that no `text()` had."""
+    def has_news(self) -> bool:
+        """True if there are lines since the last `text()`."""
         return self._count > self._read
 
     @property
@@ -57,7 +57,7 @@ class LogLines(logging.Handler):
         return len(self._lines) <= _FEW_LINES
 
     def text(self) -> str | None:
-        """All of them; None where there are none."""
+        """Return all kept lines. None if there are no lines."""
         self._read, lines = self._count, list(self._lines)
         if left_out := self._read - len(lines):
             lines.insert(0, f"({left_out} earlier lines are not kept)")

@@ -1,4 +1,4 @@
-"""Running one claim: a fresh app context, the worker's method, and one outcome, written once."""
+"""Runs one claim: a fresh app context, the worker's method, and one outcome, written once."""
 
 import threading
 import time
@@ -19,14 +19,14 @@ from ..ledger.leases import Instance
 from ..ledger.ledger import Ledger
 from ..signals import execution_started, send
 from ..worker import PeriodicWorker
-from .execution import Ending, Execution, TickContext, finish, timed_out_after, unfinished
+from .execution import Execution, Outcome, TickContext, await_result, timed_out_after, write_failure
 from .fence import current_run
 
 log = logger_of(__name__)
 
 
 class Runs:
-    """The runs of this process: who is told to stop, and who is waited for."""
+    """The runs of this process. They can be asked to stop, and waited for."""
 
     def __init__(self, app: Flask, db: SQLAlchemy, outages: Outages, hung: Callable[[int], None]) -> None:
         """Call `hung` with the thread of each run that timed out. The thread may never come back."""
@@ -43,7 +43,7 @@ class Runs:
         self._hurried = False
 
     def tell(self) -> None:
-        """Set `stopping` in every run, at once, and in those that begin later."""
+        """Ask every run to stop, and each run that begins later."""
         with self._changed:
             if not self.stopping.is_set():
                 self._told_at = time.monotonic()
@@ -52,46 +52,46 @@ class Runs:
                 context.stopping.set()
 
     def hurry(self) -> None:
-        """Tell them, and let `wait` wait no longer."""
+        """Ask every run to stop, and end `wait` at once."""
         with self._changed:
             self._hurried = True
             self._changed.notify_all()
             self.tell()
 
     def lose(self, why: str, instance: Instance | None = None) -> None:
-        """Refuse every later commit of the runs (of `instance`): others may be running their ticks by now."""
+        """Refuse every later commit of the runs (of `instance`): another instance may be running their ticks."""
         with self._changed:
             for context in self._contexts:
                 if instance is None or context.instance.id == instance.id:
                     context.lose(why)
 
     def has(self, claim: Claim) -> bool:
-        """Whether `claim` runs in this process."""
+        """Return whether `claim` runs in this process."""
         with self._changed:
             return any(context.claim.id == claim.id for context in self._contexts)
 
     def wait(self, seconds: float) -> bool:
-        """Wait until nothing runs. False when `seconds` went by since `tell`, or a second signal hurries."""
+        """Wait until no run is left. False if `seconds` passed since `tell`, or a second signal hurries."""
         with self._changed:
             left = self._told_at + seconds - time.monotonic()
             self._changed.wait_for(lambda: not self._contexts or self._hurried, max(left, 0.0))
             return not self._contexts
 
     def run(self, worker: type[PeriodicWorker], claim: Claim, ledger: Ledger, instance: Instance) -> Execution:
-        """Run `claim` to its end, whatever that is, and write it down; no error of the worker's comes out."""
+        """Run `claim` and write its outcome. This raises no error of the worker's code."""
         hung = partial(self._hung, threading.get_ident())
-        # Around the context, too: what the application does at its end may fork as well.
+        # Around the context, too: the application may also fork at the end of the context.
         with ended_in_a_fork(f"The run of {worker.__name__}"), self._app.app_context():
             context = TickContext(claim, ledger, instance, self._db)
-            ending = Ending(self._app, context, ledger)
+            outcome = Outcome(self._app, context, ledger)
             with (
                 self.entered(context),
                 context.log_lines.attached(),
-                timed_out_after(worker.timeout, context, ending, hung),
+                timed_out_after(worker.timeout, context, outcome, hung),
             ):
-                # Afterwards: a run that is not registered counts as stranded, and another instance takes it.
+                # After `entered`: a run that is not registered counts as stranded, and another instance takes it.
                 send(self._app, execution_started, claim=claim)
-                return Execution(claim, self._outcome(worker, context, ending))
+                return Execution(claim, self._run(worker, context, outcome))
 
     @contextmanager
     def entered(self, context: WorkerContext) -> Iterator[None]:
@@ -109,30 +109,30 @@ class Runs:
                 self._contexts.discard(context)
                 self._changed.notify_all()
 
-    def _outcome(self, worker: type[PeriodicWorker], context: TickContext, ending: "Ending") -> str:
+    def _run(self, worker: type[PeriodicWorker], context: TickContext, outcome: Outcome) -> str:
         claim, began = context.claim, time.monotonic()
         try:
             context.raise_if_stopping()
-            context.refuse_if_lost()  # it may have timed out while the receivers of the signal ran
+            context.refuse_if_lost()  # the run may have timed out while the receivers of the signal ran
             with ended_in_a_fork(f"{worker.__name__}.do_work"):
-                finish(worker().do_work(context))
+                await_result(worker().do_work(context))
             with ended_in_a_fork(f"The commit of {worker.__name__}"):
                 context.finish()
         except BaseException as error:
             self.roll_back(error)
             if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
-                ending.write("handed back", next_attempt=claim.attempt)  # a Ctrl-C: it reaches no other thread
+                outcome.write("handed back", next_attempt=claim.attempt)  # a Ctrl-C reaches only the main thread
                 raise
-            return unfinished(worker, context, ending, error)
+            return write_failure(worker, context, outcome, error)
         context.logger.info("Ran the tick %s in %.3f s", claim.tick.isoformat(), time.monotonic() - began)
-        ending.tell("succeeded")
+        outcome.signal("succeeded")
         return "succeeded"
 
     def roll_back(self, why: BaseException) -> None:
-        """Undo what the run that ended badly did since its last commit."""
+        """Undo the work of a failed run since its last commit."""
         self._outages.notice(why)
         try:
             self._db.session.rollback()
-        except Exception as error:  # the connection broke, or a listener; the database rolls back by itself
-            log.warning("Gave up the connection of a run: %s", first_line(error))
+        except Exception as error:  # the connection broke, or a listener failed. The database rolls back by itself
+            log.warning("Closed the connection of a run, which cannot roll back: %s", first_line(error))
             self._db.session().invalidate()

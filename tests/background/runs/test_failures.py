@@ -18,7 +18,7 @@ from support.fleet import Fleet, Hourly, effect, last_hour, states, wait_until
 
 from background import Message, MessageWorker, WorkerContext
 from background.errors import error_line
-from background.runs.failures import cut, in_short, told
+from background.runs.failures import cut, summary, traceback_of
 
 HUGE = 30_000_000
 
@@ -152,7 +152,7 @@ def test_the_reason_of_an_exception_group_says_the_group_and_its_first_member(fl
 def test_an_error_that_a_group_caused_says_its_own_line() -> None:
     error = KeyError("the last")
     error.__cause__ = ExceptionGroup("several", [ValueError("one")])
-    assert error_line(told(error)) == in_short(error) == "KeyError: 'the last'"
+    assert error_line(traceback_of(error)) == summary(error) == "KeyError: 'the last'"
 
 
 def test_a_messages_errors_have_a_limit_and_groups_say_their_first_member(
