@@ -154,9 +154,8 @@ class BatchRun:
         if times >= _MOST_EXCUSED or not is_cut_off(error):
             return None
         self._excused.update(message.id for message in left)
-        pause = (
-            _pause(self._worker, times) if times else timedelta()
-        )  # at first, perhaps only a pooled connection was stale
+        # No pause at first: perhaps only a pooled connection was stale.
+        pause = _pause(self._worker, times) if times else timedelta()
         ids = [message.id for message in left]
         self._log.warning("Handed %d messages back: the database connection broke: %s", len(ids), summary(error))
         self._write("go back", partial(self._messages.hand_back, self._batch, ids, pause))
