@@ -1,4 +1,4 @@
-"""The engine's errors. Each text says what happened (with the value), what was expected, and what to do."""
+"""The engine's errors. Each text names the event (with the value), the expectation and the remedy."""
 
 import re
 from collections.abc import Iterable
@@ -99,7 +99,7 @@ class WrongState(BackgroundError):
 
 
 class InvalidMessage(BackgroundError):
-    """A payload that is not JSON or is too large, or a key or a delay that a message cannot have."""
+    """A payload that is not JSON or is too large, or a key or a delay that is not allowed."""
 
 
 class BatchRolledBack(BackgroundError):

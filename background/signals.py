@@ -2,7 +2,7 @@
 
 The sender is the Flask app. A receiver is called in an app context of its own. It runs in the thread of the run, or in
 the thread that found the run lost. An error of a receiver is logged and has no other effect. An instance that dies
-right after a commit sends nothing. For a reaction that must not be lost, enqueue a message in the run itself.
+right after a commit sends nothing. For a reaction that must not be lost, enqueue a message within the run.
 """
 
 from contextvars import Context

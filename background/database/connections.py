@@ -253,7 +253,7 @@ class Connections:
         try:
             if connection.autocommit:
                 raise autocommit_refused(self._shared.url)
-            connection.commit()  # keep what a `connect` listener set, such as a role
+            connection.commit()  # keep the settings of a `connect` listener, such as a role
             connection.prepare_threshold = None
             connection.autocommit = True
             (default,) = connection.execute("SHOW default_transaction_isolation").fetchone()

@@ -1,4 +1,4 @@
-"""Outages of the database: the errors that show one, and the pools that one empties."""
+"""Outages of the database: the errors that show an outage, and the pools that it empties."""
 
 from collections.abc import Callable, Iterator
 from typing import Any

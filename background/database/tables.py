@@ -61,7 +61,7 @@ workers = Table(
     Column("token", BigInteger, nullable=False, server_default="0"),
     Column("running", BigInteger),
     Column("claim", String(32)),
-    # A copy of the newest claim, for the case that a user deletes the execution's row while the claim is in force.
+    # A copy of the newest claim. A user may delete the execution's row while the claim is in force.
     Column("claim_tick", UtcDateTime),
     Column("claim_attempt", Integer),
     Column("claim_trigger", String(10)),
@@ -73,7 +73,7 @@ workers = Table(
     Column("pending_attempt", Integer),
     Column("pending_trigger", String(10)),
     # The schedule in force, as text. `declared` is the schedule in the code of a release, before any `reschedule`.
-    # `declared_by` is the instance that wrote it. When two releases run side by side, the one that stays writes last.
+    # `declared_by` is the instance that wrote it. When two releases run side by side, the release that stays writes last.
     Column("schedule", String(200), nullable=False),
     Column("declared", String(200), nullable=False),
     Column("declared_by", String(32)),

@@ -27,7 +27,7 @@ _locks: "WeakSet[ForkSafeLock]" = WeakSet()
 
 
 class ForkSafeLock:
-    """A lock that is free in a forked child, even if another thread of the parent held it during the fork."""
+    """A lock that is free in a forked child, even if a thread of the parent held it during the fork."""
 
     def __init__(self, kind: Callable[[], Any] = threading.Lock) -> None:
         self._kind, self._lock = kind, kind()

@@ -2,11 +2,10 @@
 
 A cron's wall-clock times become instants by the rule of Debian's cron(8), "Notes":
 
-- A cron with a fixed minute and a fixed hour (neither starts with `*`) runs once for each of its times. A time that
-  the clock skips in spring runs at the end of the gap. Several skipped times make one tick. A time that the clock
-  repeats in autumn runs the first time.
-- Any other cron (the minute or the hour starts with `*`) follows the clock. It does not run in a gap, and it runs both
-  times in a repeated hour.
+- In a fixed cron, neither the minute nor the hour starts with `*`. It runs once for each of its times. A time that the
+  clock skips in spring runs at the end of the gap. Several skipped times make one tick. A time that the clock repeats
+  in autumn runs the first time.
+- Any other cron follows the clock. It does not run in a gap, and it runs both times in a repeated hour.
 
 cron(8) treats jumps of over three hours as corrections. Here jumps of any length count.
 `cronsim` lists the wall-clock times only. Its zone handling is not used, for these reasons. From within the repeated

@@ -28,8 +28,8 @@ def prepare(engine: Engine) -> None:
     """Have each later connection of a SQLite `engine` set up. Leave other engines alone.
 
     Use the driver's legacy transactions with BEGIN IMMEDIATE. A read keeps no snapshot, and the first write waits for
-    the lock. In a deferred transaction, a write after a read would fail at once, whatever the time-out, if another
-    connection had committed in between.
+    the lock. In a deferred transaction, a write after a read fails at once if another connection committed in between.
+    No time-out helps there.
     """
     if engine.dialect.name == "sqlite" and not event.contains(engine, "connect", _connected):
         event.listen(engine, "do_connect", connecting)
@@ -100,7 +100,7 @@ def _use_wal(connection: Any) -> None:
     """Turn the write-ahead log on, or raise InvalidConfig if the file system refuses it.
 
     Concurrency: several processes may open a new file at once. One of them turns the log on. SQLite does not make the
-    other processes wait, so each of them tries again.
+    other processes wait, so each of these tries again.
     """
     mode = _made_wal(connection)
     if mode != "wal" and (path := file_of(connection)):
@@ -181,7 +181,7 @@ def _disposed(engine: Engine) -> None:
 
 
 def _begin_before_savepoint(connection: Connection, _name: str) -> None:
-    """Begin a transaction before a SAVEPOINT. Without one, the release of the savepoint would commit."""
+    """Begin a transaction before a SAVEPOINT. The release of the savepoint would commit otherwise."""
     if not connection.connection.dbapi_connection.in_transaction:  # type: ignore[union-attr]
         connection.exec_driver_sql("BEGIN IMMEDIATE")
 
