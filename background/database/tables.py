@@ -73,7 +73,7 @@ workers = Table(
     Column("pending_attempt", Integer),
     Column("pending_trigger", String(10)),
     # The schedule in force, as text. `declared` is the schedule in the code of a release, before any `reschedule`.
-    # `declared_by` is the instance that wrote it. When two releases run side by side, the release that stays writes last.
+    # `declared_by` is the instance that wrote it. Of two releases side by side, the release that stays writes last.
     Column("schedule", String(200), nullable=False),
     Column("declared", String(200), nullable=False),
     Column("declared_by", String(32)),

@@ -1,4 +1,4 @@
-"""Settings that each connection to PostgreSQL needs."""
+"""Settings that each connection to PostgreSQL needs, and errors without the refused row."""
 
 from typing import Any
 
