@@ -4,6 +4,7 @@ import gc
 import os
 import signal
 import sys
+from contextlib import contextmanager
 
 from gunicorn.arbiter import Arbiter
 from gunicorn.glogging import Logger
@@ -62,19 +63,37 @@ def check_settings(server):
     return 0
 
 
+def post_fork(server, worker):
+    """End with one sentence if the engine refuses the application, for example for a worker without a period."""
+    make = worker.app.wsgi
+
+    def make_or_end():
+        with ending_on_refusal(worker):
+            return make()
+
+    worker.app.wsgi = make_or_end
+
+
 def post_worker_init(worker):
     """Start the background workers after the fork, in each serving process."""
-    from background.errors import InvalidConfig
-
     if manager := background_workers(worker):
         refuse_broken_bodies(worker.wsgi)
         ignore_one_interrupt()
-        try:
+        with ending_on_refusal(worker):
             manager.serve()
-        except InvalidConfig as error:
-            worker.log.error("%s", error)
-            sys.exit(Arbiter.WORKER_BOOT_ERROR)  # the master ends too, instead of trying again
     gc.freeze()  # otherwise a full collection walks all imports: no other thread runs for 0.1 s
+
+
+@contextmanager
+def ending_on_refusal(worker):
+    """Log an error of the engine as one sentence, and end gunicorn, which would only try again."""
+    from background.errors import BackgroundError
+
+    try:
+        yield
+    except BackgroundError as error:
+        worker.log.error("%s", error)
+        sys.exit(Arbiter.WORKER_BOOT_ERROR)
 
 
 def worker_abort(worker):

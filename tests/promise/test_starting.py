@@ -234,6 +234,32 @@ def test_gunicorn_goes_on_without_workers_when_they_are_disabled(postgresql_url:
     assert effects.instances() == set()
 
 
+REFUSED = """
+import app
+from background import PeriodicWorker
+
+
+class Endless(PeriodicWorker):
+    def do_work(self, context):
+        pass
+
+
+def create_app():
+    made = app.create_app()
+    made.extensions["background_workers"].add(Endless)
+    return made
+"""
+
+
+def test_gunicorn_ends_with_one_sentence_about_a_worker_that_is_refused(sqlite_url: str, tmp_path: Path) -> None:
+    (tmp_path / "refused.py").write_text(REFUSED)
+    env = environment(sqlite_url, PYTHONPATH=os.pathsep.join((str(tmp_path), str(ROOT))))
+    code, output = run(gunicorn("-w", "1", "refused:create_app()"), env)
+    assert code == 3
+    assert output.count("'endless': it has neither a period nor a cron") == 1
+    assert "Traceback" not in output
+
+
 def test_gunicorn_serves_a_wrapped_application_whose_workers_start_with_the_first_request(
     sqlite_url: str, nursery: Nursery
 ) -> None:
