@@ -205,9 +205,10 @@ def _database(manager: BackgroundWorkerManager) -> Check:
     """Check that the database takes writes: after a fail-over, connections may lead to a read-only server."""
     manager.stores.connections.refuse_missing()
     began = steady()
-    manager.history.clock()
+    # Each has a pool of its own, whose connections a restart of the database may have left dead.
+    again_if_stale(manager.history.clock)
     with suppress(ProgrammingError):  # without tables the database works, and the check of the migrations fails
-        manager.stores.write()
+        again_if_stale(manager.stores.write)
     return Check(True, {"milliseconds": round((steady() - began) * 1000, 1)}, at=began)
 
 
