@@ -241,6 +241,11 @@ MUTATIONS = (
         ["tests/background/runs/test_execution.py", "-k", "deadline"],
     ),
     Mutation(
+        "a forked child waits for no lock that its parent held",
+        [Edit("background/host/forks.py", "        self._lock = self._kind()", "        pass")],
+        ["tests/background/host/test_forks.py"],
+    ),
+    Mutation(
         "a forked child of a run ends where it comes back",
         [Edit("background/host/forks.py", "        os._exit(code & 0xFF)", "        pass")],
         ["tests/promise/test_forks.py", "-k", "sqlite and do_work and not async and returns"],
