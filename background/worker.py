@@ -12,8 +12,8 @@ from .messages.message import Message
 class PeriodicWorker:
     """A job that the fleet runs once per tick.
 
-    Give it `period` (a timedelta; its ticks are the whole multiples since the Unix epoch) or `cron` (five
-    fields) with `timezone` (an IANA name, default UTC), and write `do_work`, which may be `async`.
+    Give it `period`, a timedelta: its ticks are the whole multiples since the Unix epoch. Or give it `cron` (five
+    fields) with `timezone` (an IANA name, default UTC). Write `do_work`, which may be `async`.
     """
 
     name: ClassVar[str] = ""
@@ -73,7 +73,7 @@ class MessageWorker:
             cls.name = snake_case(cls.__name__)
 
     def handle(self, message: "Message", context: WorkerContext) -> Awaitable[None] | None:
-        """Handle one message. `context.attempt`, `token` and `idempotency_key` are those of this message."""
+        """Handle one message. `context.attempt`, `token` and `idempotency_key` belong to this message."""
         raise NotImplementedError
 
     def handle_many(self, messages: "Sequence[Message]", context: WorkerContext) -> Awaitable[None] | None:

@@ -151,7 +151,7 @@ def _from_history(name: str, mark: datetime | None) -> dict[str, Any]:
 def _replacing(new: Schedule, old: str, clock: datetime) -> dict[str, Any]:
     """Return the columns that replace the schedule `old` with `new`.
 
-    If all past ticks of the old schedule are decided, those of the new schedule count as decided too. Example: at
+    If all past ticks of the old schedule are decided, the past ticks of the new one count as decided too. Example: at
     10:00 a user moves a daily tick from 03:00 to 04:00. It has run today.
     """
     values: dict[str, Any] = {"schedule": str(new), "scheduled_at": now()}

@@ -200,7 +200,7 @@ class Leases:
             connection.execute(delete(instances).where(instances.c.id == instance.id))
 
     def ending(self, id: str) -> str:
-        """Return what ended the lease of an instance that did not sign off, for the history and the log."""
+        """Return how the lease of an instance ended that did not sign off, for the history and the log."""
         with self._single.connect() as connection:
             is_known = connection.scalar(select(instances.c.id).where(instances.c.id == id)) is not None
         return "stopped renewing its lease" if is_known else "is not known to the fleet: its row was deleted"

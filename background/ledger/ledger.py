@@ -74,8 +74,8 @@ class Ledger:
         """Claim `tick`, or return why not.
 
         Concurrency: every instance that knows this worker may run this at the same moment, or late. The row lock
-        (PostgreSQL, while the tick is open) or the write lock (SQLite) orders them. The first raises the mark. The
-        others read the raised mark in the same statement.
+        (PostgreSQL, while the tick is open) or the write lock (SQLite) orders them. The first raises the mark.
+        Every later instance reads the raised mark in the same statement.
         """
         values = _values(name, tick, instance)
         started = self._claims.tick(at_tick(name, tick, schedule) | values)
@@ -333,7 +333,7 @@ def own(claim: Claim) -> ColumnElement[bool]:
 
 
 def attempted(worker: str) -> ColumnElement[bool]:
-    """Return the condition that an execution is an attempt at a scheduled tick, not a row of ticks that did not run."""
+    """Return the condition that an execution is an attempt at a scheduled tick, not a row of skipped or missed ones."""
     of_ticks = executions.c.worker == worker, executions.c.trigger == "schedule"
     return and_(*of_ticks, executions.c.attempt.is_not(None))
 

@@ -31,7 +31,7 @@ class DeadLetters:
         return self._decide(ids, topic, ("dead", "discarded", "waiting"), attempt=0, due_at=now(), finished_at=None)
 
     def discard(self, ids: Collection[int] | None, topic: str | None = None) -> int:
-        """Discard dead or waiting messages: no instance will handle them. Arguments and result are those of `retry`.
+        """Discard dead or waiting messages: no instance will handle them. Arguments and result are as in `retry`.
 
         Concurrency: as `retry`. A claim may also come first, and then the message is running.
         """

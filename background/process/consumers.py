@@ -164,7 +164,7 @@ class Consumers:
             self._batches.discard(batch.id)
         if pause is not None:
             self.wake_after(worker.topic, pause)
-        if self._stores.main.on_sqlite:
+        if self._stores.main.has_one_writer:
             # Who waits for its write lock asks now and again, and would hardly find it free between two batches.
             self._runs.stopping.wait(min((steady() - began) / 4, _LONGEST_REST_SECONDS))
 

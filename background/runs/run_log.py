@@ -57,7 +57,7 @@ class LogLines(logging.Handler):
         return len(self._lines) <= _FEW_LINES
 
     def text(self) -> str | None:
-        """Return all kept lines. None if there are no lines."""
+        """Return all kept lines as one text, or None."""
         self._read, lines = self._count, list(self._lines)
         if left_out := self._read - len(lines):
             lines.insert(0, f"({left_out} earlier lines are not kept)")
