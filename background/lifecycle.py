@@ -70,11 +70,11 @@ class Lifecycle:
             svcs.flask.init_app(app)
         app.extensions["background_workers"] = self
         outages = Outages()
+        self._assemble(outages)  # first: a manager that is refused below must still stop
         add_tables(db)
         with app.app_context():
             self._engines = prepare_engines(db, outages)
             self._open = OpenTransactions(db.engine)
-        self._assemble(outages)
         forks.watch_sockets()
         fence(db)
         serving.attach(self, app)
