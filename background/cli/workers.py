@@ -123,8 +123,8 @@ def _instance_cells(seen: InstanceRecord, holds: list[str]) -> list[str]:
 def check(as_json: bool) -> None:
     """Validate settings, workers, database and fleet.
 
-    Changes nothing. Exits with 1 if there is a problem: no instance is alive, a worker is overdue or stuck, threads are
-    used up, or a model has no migration. The application validates settings and workers when it starts.
+    Changes nothing. Exits with 1 if there is a problem. Problems are: no instance is alive, a worker is overdue or
+    stuck, threads are used up, a model has no migration. The application validates settings and workers when it starts.
     """
     manager = the_manager()
     states: dict[str, WorkerState] = {}

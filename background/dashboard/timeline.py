@@ -1,4 +1,4 @@
-"""Draws the timeline: one lane per instance, which shows that each tick ran once, and no worker twice at a time.
+"""Draws the timeline, one lane per instance. It shows that each tick ran once, and no worker twice at a time.
 
 Horizontal places are percentages, so that the picture is as wide as its page. Vertical places are pixels.
 """
@@ -239,7 +239,7 @@ def _by_worker(bars: Sequence[Bar]) -> list[list[Bar]]:
 
 
 def _packed(bars: Sequence[Bar]) -> list[list[Bar]]:
-    """Put each bar into the first row that is free at its time, so that the bars need the fewest rows."""
+    """Put each bar into the first row that is free at its time. So the bars need the fewest rows."""
     rows: list[list[Bar]] = []
     for bar in bars:
         free = next((row for row in rows if row[-1].record.ended_at <= bar.record.began_at), None)

@@ -51,7 +51,7 @@ class Check:
 
 
 def health() -> Blueprint:
-    """GET /health/live, /health/ready and /health/workers: 200 or 503, and JSON with each check."""
+    """Return a blueprint for GET /health/live, /ready and /workers, which answer 200 or 503, and JSON."""
     blueprint = Blueprint("health", __name__, url_prefix="/health")
     readiness, fleet = Readiness(), FleetHealth()
 
