@@ -1,1 +1,1 @@
-"""One process's threads: its timers, its heartbeat, its consumers, its start and its stop."""
+"""The threads of one process: its timers, its heartbeat, its consumers, its start and its stop."""

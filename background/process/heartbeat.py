@@ -1,4 +1,4 @@
-"""Who is alive: one row per life of a process, renewed by one heartbeat statement for all that it holds."""
+"""The threads that keep an instance alive: one sends heartbeats, one watches the lease, one looks for work."""
 
 import math
 import threading
@@ -11,10 +11,10 @@ _LAST_BEAT_SECONDS = 1.0
 
 
 class Heartbeat:
-    """Calls `beat` every `interval` seconds, whatever it raises; and `lost` whenever the `deadline` has passed.
+    """Calls `beat` every `interval` seconds, and `lost` after each `deadline`. Errors go to `failed`.
 
-    It beats before that where fewer seconds are `left` until a lease would run out: whoever has not renewed it is gone.
-    Two threads, as a beat may hang: in a network that swallows everything nothing else would notice.
+    It calls `beat` earlier when the lease of another instance ends, in `left` seconds: that instance may be gone.
+    It has two threads, as `beat` may hang in a broken network. The other thread watches the deadline meanwhile.
     """
 
     def __init__(
@@ -38,11 +38,11 @@ class Heartbeat:
 
     @property
     def is_alive(self) -> bool:
-        """Whether both threads are."""
+        """True while both threads live."""
         return self._beating.is_alive() and self._watching.is_alive()
 
     def stop(self) -> None:
-        """Begin no other beat; waits for one that is on its way, but not for long."""
+        """Begin no other beat. Wait for a beat that goes on, but not for long."""
         self._stopped.set()
         if threading.current_thread() is not self._beating:
             self._beating.join(_LAST_BEAT_SECONDS)
@@ -51,7 +51,7 @@ class Heartbeat:
         while not self._stopped.wait(min(self._left(), self._interval)):
             try:
                 self._beat()
-            except Exception as error:  # a thread that ended would stop this instance for good
+            except Exception as error:  # without this thread, the instance would stop for good
                 self._failed(error)
 
     def _watch(self) -> None:
@@ -69,7 +69,7 @@ _LAST_LOOK_SECONDS = 1.0
 
 
 class Looking:
-    """Calls `look` in a thread of its own whenever a look is wanted. Looks that wait at the same time become one."""
+    """Calls `look` in a thread of its own when a caller wants a look. Looks that wait at the same time become one."""
 
     def __init__(self, look: Callable[[bool], None], failed: Callable[[Exception], None]) -> None:
         self._look, self._failed = look, failed
@@ -84,7 +84,7 @@ class Looking:
         return self._thread.is_alive()
 
     def want(self, rearm: bool = False) -> None:
-        """Have the thread look soon. With `rearm` it also sets every wake-up again."""
+        """Have the thread look soon. With `rearm` it also arms every timer again."""
         self._wanted.put(rearm)
 
     def stop(self) -> None:

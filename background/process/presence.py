@@ -1,11 +1,13 @@
-"""Who this process is in the fleet: the instance that it signs on as, and how it signs off."""
+"""The presence of this process in the fleet: the instance that it signs on as, and the lease of that instance."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from flask import Flask
 from sqlalchemy.exc import SQLAlchemyError
 
+from ..database.clock import steady
 from ..database.connections import again_if_stale
 from ..database.notifications import ring
 from ..errors import first_line
@@ -27,13 +29,16 @@ class Presence:
         """Set from joining the fleet to leaving it."""
 
     def sign_on(self) -> Instance:
-        """A new life of this process, known to the fleet."""
+        """Begin a new life of this process, and make it known to the fleet."""
         instance = Instance(self._stores.lease, release=self._app.config.get("RELEASE"))
         self._stores.leases.renew(instance)
         return instance
 
     def sign_off(self, instance: Instance, forget: bool = False) -> None:
-        """The end of that life; what it still holds counts as handed back, or as lost if its lease is over."""
+        """End that life. Everything that it still holds counts as handed back, or as lost if its lease is over.
+
+        With `forget` delete the instance's row.
+        """
         if not instance.is_alive:
             return
         try:
@@ -45,16 +50,29 @@ class Presence:
         except SQLAlchemyError as error:
             log.warning("Could not sign off, so the lease must run out first: %s", first_line(error))
 
+    def deadline(self) -> float:
+        """Return the end of this instance's lease, on the `steady()` clock."""
+        return instance.deadline if (instance := self.instance) else 0.0
+
+    def until_expiry(self) -> float:
+        """Return the seconds until the first lease of another instance ends."""
+        return max(instance.first_expiry - steady(), 0.0) if (instance := self.instance) else math.inf
+
+    def lose_lease(self) -> None:
+        """Stop the runs of this instance, if it has one: its lease ran out."""
+        if (instance := self.instance) is not None:
+            self.lose(instance)
+
     def lose(self, instance: Instance) -> None:
-        """The lease of `instance` ran out: tell its runs, and let nothing wait any longer for an answer."""
+        """Stop the runs of `instance`, whose lease ran out. Cut the connections, so that no call waits longer."""
         self._runs.lose(LEASE_IS_OVER, instance)
         self._stores.connections.cut()
 
     @contextmanager
     def present(self, forget: bool = False) -> Iterator[Instance]:
-        """This process's instance; where it has not joined (a command, a test) one that lives as long as the block.
+        """Give this process's instance. Outside the fleet (a command, a test), sign one on for the time of the block.
 
-        With `forget` nothing is kept of that: for what no execution tells of.
+        With `forget` delete its row afterwards. Locks do this, as they leave no execution.
         """
         if (instance := self.instance) is not None:
             yield instance

@@ -1,25 +1,33 @@
-"""Recovers ticks: ends claims that no instance runs, and mends rows that were changed by hand."""
+"""Recovers work: ticks and messages of gone instances, rows changed by hand, and rows from a clock that was ahead."""
 
-from collections.abc import Collection, Mapping
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from datetime import datetime
 
 from flask import Flask
+from sqlalchemy.exc import SQLAlchemyError
 
+from ..errors import first_line
 from ..host.logs import logger_of
 from ..ledger.claim import Claim, WorkerState
+from ..ledger.leases import Instance, Pulse
+from ..messages.message import Freed
 from ..registry import begins, declared_schedule
+from ..repair.clock_ahead import is_ahead, repaired_text
 from ..repair.edited_rows import GONE
+from ..runs.batch import signal_buried
 from ..runs.execution import follows
 from ..runs.running import Runs
 from ..schedule.periods import MICROSECOND
 from ..signals import execution_handed_back, execution_lost, send
 from ..stores import Stores
-from ..worker import PeriodicWorker, attempt_after
+from ..worker import MessageWorker, PeriodicWorker, attempt_after
 from .presence import Presence
 
 log = logger_of(__name__)
 
 _UNKNOWN = "its claim has neither an id nor an execution, so the instance that runs it is unknown"
+_STRANDED = "the reply to its claim got lost"
 
 
 class Recovery:
@@ -46,7 +54,7 @@ class Recovery:
         return state
 
     def freed(self, worker: type[PeriodicWorker], state: WorkerState) -> WorkerState:
-        """Return `state`, or the one after mending its rows and taking back a claim that no instance runs."""
+        """Mend the worker's rows, and take back a claim that no instance runs. Return the state after that."""
         if state.is_damaged:
             self._mend(worker, state)
             state = self.look(worker)
@@ -68,7 +76,7 @@ class Recovery:
         send(self._app, execution_lost, claim=claim, reason=reason)
 
     def recover(self, states: Collection[WorkerState]) -> bool:
-        """End the claims that no instance runs. True if there were any."""
+        """End the claims that no instance runs. False if every claim runs."""
         gone = self.gone(states)
         for state in states:
             if state.name in gone and state.running:
@@ -78,10 +86,10 @@ class Recovery:
     def gone(self, states: Collection[WorkerState]) -> dict[str, bool]:
         """Return the workers with a claim that no instance runs: True if it was handed back, False if it was lost.
 
-        Only reads. A worker unknown to this release is left alone.
+        Only reads. Leaves out workers that this release does not have.
         """
         held = [state for state in states if state.running and state.name in self._workers]
-        # After its lease is over, this instance is judged as any other: a heartbeat of its next life may come later.
+        # After its lease is over, judge this instance like any other: its next life may not have signed on yet.
         own = instance.id if (instance := self._presence.instance) and instance.is_alive else None
         gone = self._stores.leases.gone({str(state.instance) for state in held} - {own}) if held else {}
         return {
@@ -91,16 +99,15 @@ class Recovery:
         }
 
     def _is_stranded(self, state: WorkerState) -> bool:
-        """Whether this instance holds a claim that it does not run: the reply to the claim got lost."""
+        """Return whether this instance holds the claim but does not run it: the reply to the claim got lost."""
         if state.running is None or state.started_at is None or self._runs.has(state.running):
             return False
         return abs(state.clock - state.started_at) > self._stores.lease  # the clock may have been ahead at the claim
 
     def _take_back(self, worker: type[PeriodicWorker], claim: Claim, state: WorkerState, signed_off: bool) -> None:
         if signed_off:
-            is_own = (
-                own := self._presence.instance
-            ) is not None and state.instance == own.id  # else it may have run it in part
+            own = self._presence.instance
+            is_own = own is not None and state.instance == own.id  # another instance may have run it in part
             reason = f"{state.instance_name} {'did not run it' if is_own else 'signed off before the run ended'}"
             if self._stores.ledger.end(claim, "handed back", reason, claim.attempt):
                 send(self._app, execution_handed_back, claim=claim, reason=reason)
@@ -109,3 +116,115 @@ class Recovery:
         reason = f"{state.instance_name} {self._stores.leases.ending(str(state.instance))}"
         if self._stores.ledger.end(claim, "lost", reason, again):
             self._tell_of_loss(claim, reason, again)
+
+
+class MessageRecovery:
+    """Recovers the messages of `workers` (by topic)."""
+
+    def __init__(
+        self,
+        app: Flask,
+        stores: Stores,
+        presence: Presence,
+        workers: Mapping[str, type[MessageWorker]],
+        batches: Set[str],
+        soon: Callable[..., None],
+        wake: Callable[[], None],
+    ) -> None:
+        """Take the batches that this process handles, and calls that use another thread and wake the consumers."""
+        self._app, self._stores, self._presence, self._workers = app, stores, presence, workers
+        self._batches, self._soon, self._wake = batches, soon, wake
+        self._freeing: set[str] = set()
+        self.outage: tuple[datetime, datetime] | None = None
+        """The last outage of the database: from the last heartbeat before it until the first heartbeat after it."""
+
+    def look(self) -> None:
+        """Free the messages that no instance handles, in another thread. Only reads in this thread."""
+        instance = self._presence.instance
+        if instance is None or not instance.is_alive or not self._workers:
+            return
+        holders = self._stores.queue.holders(list(self._workers))
+        others = holders - {instance.id}
+        gone = self._stores.leases.gone(others) if others else {}
+        if news := (gone.keys() | {instance.id} & holders) - self._freeing:
+            self._freeing |= news
+            self._soon(self._free, instance, {each: gone[each] for each in gone.keys() & news})
+
+    def _free(self, instance: Instance, gone: Mapping[str, bool]) -> None:
+        most = {topic: worker.max_attempts for topic, worker in self._workers.items()}
+        try:
+            excused = self._excused_holders(gone)
+            for holder, signed_off in gone.items():
+                is_excused = signed_off or holder in excused
+                self._take_back(holder, most, signed_off, is_excused)
+            # Read the batches first, and name them: the write may wait for its lock while this process claims another.
+            if stranded := self._stores.queue.batches(instance.id, instance.lease) - self._batches:
+                self._bury(self._stores.queue.take_back_stranded(stranded, most, _STRANDED), _STRANDED)
+        except SQLAlchemyError as error:  # the next heartbeat tries again
+            log.warning("Cannot take messages back: %s", first_line(error))
+        finally:
+            self._freeing.difference_update(gone, [instance.id])
+        self._wake()
+
+    def _excused_holders(self, gone: Collection[str]) -> Collection[str]:
+        """Return the holders whose leases ran out during an outage, when no instance could renew its lease."""
+        return self._stores.leases.expired(gone, *self.outage) if gone and self.outage else ()
+
+    def _take_back(self, holder: str, most: dict[str, int], signed_off: bool, is_excused: bool) -> None:
+        error = None if is_excused else f"its instance {self._stores.leases.ending(holder)}"
+        if freed := self._stores.queue.take_back(holder, most, error):
+            level = logging.INFO if signed_off else logging.WARNING
+            log.log(level, "Took back %d messages of an instance that is gone", len(freed))
+        if error is not None:
+            self._bury(freed, error)
+
+    def _bury(self, freed: Sequence[Freed], error: str) -> None:
+        if dead := [each for each in freed if each.state == "dead"]:
+            log.error("Buried %d of these messages: that was their last attempt", len(dead))
+            signal_buried(self._app, dead, error)
+
+
+class ClockRecovery:
+    """Recovers the ticks of `workers` (by name) and the messages that a clock which was ahead put off."""
+
+    def __init__(self, stores: Stores, workers: Mapping[str, type[PeriodicWorker]]) -> None:
+        self._stores, self._workers = stores, workers
+        self._ahead: set[str] = set()
+        self.is_done = False
+        """Set this to False to have `recover` run again."""
+
+    def warn(self, states: Mapping[str, WorkerState]) -> Collection[str]:
+        """Warn once of each worker whose ticks are decided past now. Return the workers whose ticks go on again."""
+        ahead = {name: state for name, state in states.items() if name in self._workers and is_ahead(state)}
+        is_proven = self._stores.clock_repair.is_proven(states.values())
+        for name in ahead.keys() - self._ahead:
+            until = max(filter(None, (ahead[name].mark, ahead[name].scheduled_at, ahead[name].pending_tick)))
+            log.warning(
+                "%s: the database's clock was ahead: the ticks are decided up to %s, and the clock says %s now. %s",
+                name,
+                until.isoformat(),
+                ahead[name].clock.isoformat(),
+                "Ticks and messages of that time go on once the clock has been right for the length of a lease"
+                if is_proven
+                else "The history is shorter than that. If the clock is right now, run `flask workers repair`",
+            )
+        go_on, self._ahead = self._ahead - ahead.keys(), set(ahead)
+        return go_on
+
+    def is_due(self, pulse: Pulse) -> bool:
+        """Return whether `recover` should run: once after each change of the clock, and for all that was put off."""
+        self.is_done = self.is_done and not (pulse.was_set or pulse.is_ahead)
+        return self._stores.leases.is_steady and not self.is_done
+
+    def recover(self) -> bool:
+        """Make the ticks and messages due again that the clock put off. Return whether messages are among them."""
+        self.is_done = True
+        states = self._stores.ledger.states()
+        ours = [state for state in states.values() if state.name in self._workers and is_ahead(state)]
+        if not self._stores.clock_repair.is_proven(states.values()):  # only `flask workers repair` may do it
+            ours = []
+        repaired = [state.name for state in ours if self._stores.clock_repair.worker(state.name)]
+        number = self._stores.clock_repair.messages()
+        if repaired or number:
+            log.warning("The database's clock is right again. Due as before: %s", repaired_text(repaired, number))
+        return number > 0

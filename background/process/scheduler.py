@@ -1,4 +1,4 @@
-"""APScheduler, and the only importer of it: it wakes the manager up; the ledger decides."""
+"""Calls functions at their time, with APScheduler. No other file imports APScheduler."""
 
 import threading
 from collections.abc import Callable
@@ -18,70 +18,70 @@ from ..host.logs import quieten
 
 
 class Scheduler:
-    """Calls functions at given times, each on one of `threads` daemon threads; late rather than never."""
+    """Calls functions at given times, each on one of `threads` daemon threads. Makes late calls, too."""
 
     def __init__(self, threads: int) -> None:
         self._threads = _DaemonThreads(threads)
         self._scheduler = _Scheduler(
             executors={"default": self._threads},
-            # Nothing is dropped for being late or for overlapping itself: that is for the ledger to decide.
+            # Make every call, also a late one or a second one at the same time. The ledger decides which tick runs.
             job_defaults={"misfire_grace_time": None, "coalesce": True, "max_instances": 1_000_000},
             timezone=UTC,
             daemon=True,
         )
 
     def start(self) -> None:
-        quieten("apscheduler")  # it says several lines for each tick
+        quieten("apscheduler")  # it logs several lines for each tick
         self._scheduler.start()
 
     @property
     def is_alive(self) -> bool:
-        """False once the thread has died that calls what is due."""
+        """False if the thread that makes the calls has died."""
         thread: threading.Thread | None = self._scheduler._thread
         return thread is None or thread.is_alive()
 
     def stop(self) -> None:
-        """Call nothing any more. Does not wait for what is being called."""
+        """Begin no other call. Does not wait for calls that go on."""
         self._scheduler.shutdown(wait=False)
 
     def wait(self, seconds: float) -> bool:
-        """Wait until nothing is being called, so that the connections in use can be closed; False if it still is."""
+        """Wait until no call goes on, so that the connections in use can be closed. False if a call still goes on."""
         return self._threads.wait(seconds)
 
     def replace(self, thread: int) -> None:
-        """Have another thread in the place of this one, if it is one of them: it hangs."""
+        """Start another thread in the place of `thread`, which hangs. Ignores threads of other kinds."""
         self._threads.replace(thread)
 
     def at(self, when: datetime, key: str, function: Callable[..., object], *args: Any) -> None:
-        """Call `function(*args)` at `when` (this host's clock); replaces what was set under `key`."""
+        """Call `function(*args)` at `when`, on this host's clock. Replaces an earlier call with that `key`."""
         self._scheduler.add_job(function, "date", run_date=when, args=args, id=key, replace_existing=True)
 
     def after(self, seconds: float, key: str, function: Callable[..., object], *args: Any) -> None:
-        """Call `function(*args)` that many seconds from now; replaces what was set under `key`."""
+        """Call `function(*args)` that many seconds from now. Replaces an earlier call with that `key`."""
         self.at(datetime.now(UTC) + timedelta(seconds=seconds), key, function, *args)
 
     def soon(self, function: Callable[..., object], *args: Any) -> None:
-        """Call `function(*args)` as soon as a thread is free, without the way through APScheduler's own thread."""
+        """Call `function(*args)` as soon as a thread is free. This does not pass through APScheduler's own thread."""
         self._threads.call(partial(function, *args))
 
     @property
     def is_awaited(self) -> bool:
-        """Whether something that is to be called by now waits for a thread."""
+        """True while a call that is due waits for a thread."""
         return self._threads.is_awaited
 
     def look_again(self) -> None:
-        """Call what is due by now: APScheduler does not notice that the host slept, or that its clock was set."""
+        """Make the calls that are due. APScheduler does not notice that the host slept, or that its clock was set."""
         self._scheduler.wakeup()
 
     def forget(self, key: str) -> None:
-        """Unset `key`, where it is set."""
+        """Do not make the call with that `key`."""
         with suppress(JobLookupError):
             self._scheduler.remove_job(key)
 
 
 class _Scheduler(BackgroundScheduler):  # type: ignore[misc]
     def _process_jobs(self) -> float | None:
-        """A shutdown meanwhile may have removed the job that this is about to remove: that is not an error."""
+        """Ignore a job that is missing after a shutdown: the shutdown removed it before this thread could."""
         try:
             return super()._process_jobs()  # type: ignore[no-any-return]
         except JobLookupError:
@@ -91,10 +91,10 @@ class _Scheduler(BackgroundScheduler):  # type: ignore[misc]
 
 
 class _DaemonThreads(BaseExecutor):  # type: ignore[misc]
-    """A pool whose threads do not hold the interpreter's exit up.
+    """A pool of threads that do not delay the exit of the interpreter.
 
-    Python joins the threads of `concurrent.futures` before it calls `atexit` handlers, so with APScheduler's
-    own pool a Ctrl-C would wait for the longest run before anybody could tell it to stop.
+    Python joins the threads of `concurrent.futures` before it calls the `atexit` handlers. With APScheduler's own pool,
+    a Ctrl-C would wait for the longest run before that run could be asked to stop.
     """
 
     def __init__(self, threads: int) -> None:
@@ -139,12 +139,12 @@ class _DaemonThreads(BaseExecutor):  # type: ignore[misc]
         while function := self._queue.get():
             try:
                 function()
-            except BaseException:  # what is called tells of its own errors; a thread that ended would call no more
+            except BaseException:  # a call logs its expected errors, and the thread must live on
                 self._logger.exception("Unexpected error in %r", function)
             with self._called:
                 self._calls -= 1
                 self._called.notify_all()
-            if own not in self._serving:  # it was replaced, and has come back after all
+            if own not in self._serving:  # it was replaced while it hung
                 return
             self._idle.release()
 

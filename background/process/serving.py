@@ -24,7 +24,7 @@ _TEST_CLIENTS = ("werkzeug.test", "webtest.app", "httpx._transports.wsgi")  # Fl
 
 
 class Servable(Protocol):
-    """The manager of one application, as a serving process starts it."""
+    """The manager of one application, for the process that serves."""
 
     @property
     def is_started(self) -> bool:

@@ -1,10 +1,9 @@
-"""A started process's part in the fleet, from joining to leaving: its heartbeat, and what it learns by that."""
+"""Keeps a started process in the fleet: joins, sends heartbeats, follows schedules, recovers lost work, leaves."""
 
 import logging
-import math
 import random
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from datetime import datetime, timedelta
 from functools import partial
 
@@ -12,7 +11,6 @@ from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy.exc import SQLAlchemyError
 
-from ..database.clock import steady
 from ..database.connections import again_if_stale
 from ..database.notifications import Listener
 from ..errors import first_line
@@ -20,14 +18,13 @@ from ..host.logs import Outage, logger_of
 from ..ledger.claim import WorkerState
 from ..ledger.leases import LEASE_IS_OVER, OFFSET_WARNED, Instance, Pulse
 from ..registry import begins, declared_schedule
-from ..repair.clock_ahead import is_ahead, repaired_text
 from ..runs.running import Runs
 from ..stores import Stores
 from ..worker import AnyWorker, MessageWorker, PeriodicWorker
 from .consumers import Consumers
 from .heartbeat import Heartbeat, Looking
 from .presence import Presence
-from .recovery import Recovery
+from .recovery import ClockRecovery, MessageRecovery, Recovery
 from .scheduler import Scheduler
 from .ticks import Ticks
 from .timers import Timers, unless_expected
@@ -37,11 +34,11 @@ log = logger_of(__name__)
 _OFFSET_REARMED = timedelta(milliseconds=20)
 _LAST_CALLS_SECONDS = 1.0
 _CUT = "no answer came before the lease ended, so this instance cut its connections"
-_SPREAD_SECONDS = (0.005, 0.05)  # else all who hear of something would come at the same instant
+_SPREAD_SECONDS = (0.005, 0.05)  # else all instances would answer the same news at once
 
 
 class Supervisor:
-    """Keeps this process alive in the fleet, and its wake-ups in line with what the fleet decides."""
+    """Keeps this process alive in the fleet, and its timers in line with the fleet's decisions."""
 
     def __init__(
         self,
@@ -61,40 +58,42 @@ class Supervisor:
         self._scheduler = Scheduler(app.config["WORKERS_THREADS"])
         self._timers = Timers(self._scheduler, ticks, presence, runs, workers)
         self._topics, self.consumers = topics, Consumers(app, db, stores, presence, runs, self._scheduler, topics)
+        threads = self.consumers.batches, self._scheduler.soon, self.consumers.wake_all
+        self._message_recovery = MessageRecovery(app, stores, presence, topics, *threads)
+        self._clock_recovery = ClockRecovery(stores, workers)
         self._listener: Listener | None = None
         self._heartbeat: Heartbeat | None = None
         self._declared: dict[str, str] = {}
         self._under_way: set[str] = set()
         self._pulse: Pulse | None = None
-        self._ahead: set[str] = set()
         self._outage, self._blindness, self._cuts = Outage(), Outage(), 0
         self._beat_at: datetime | None = None
-        self._said = ""
-        self._is_settled = self._is_looking = self._is_off = self._left = self._is_healed = False
+        self._logged_error = ""
+        self._is_settled = self._is_looking = self._is_off = self._left = False
         self._looking = Looking(self._looked, self._look_failed)
         self._refreshing, self._entering = threading.Lock(), threading.Lock()
 
     def join(self) -> None:
-        """Join in the background, as soon as the database lets us."""
+        """Join in the background, as soon as the database is ready."""
         self._scheduler.start()
         self._scheduler.soon(self._join)
 
     def leave(self, seconds: float) -> None:
-        """Tell the runs, wait until `seconds` after that, and sign off; what still runs is handed back by that."""
+        """Ask the runs to stop, wait `seconds` from then on, and sign off. That hands back the runs that go on."""
         runs = self._runs
         runs.tell()
         self._scheduler.stop()
         try:
             if not runs.wait(seconds):
                 log.warning("Not everything ended in time; what still runs is handed back")
-            elif self._heartbeat is not None:  # what is being joined sees by itself that it is too late
+            elif self._heartbeat is not None:  # a join that goes on notices the stop by itself
                 self._scheduler.wait(_LAST_CALLS_SECONDS)
         finally:
             runs.lose("its instance stopped")
             self._leave()
 
     def threads_alive(self) -> dict[str, bool]:
-        """Whether the threads live without which nothing runs here; while it joins or leaves, none is missing."""
+        """Return whether the threads that every run needs are alive. True while this process joins or leaves."""
         if self._runs.stopping.is_set():
             return {"scheduler": True, "heartbeat": True}
         heartbeat = self._heartbeat
@@ -131,9 +130,9 @@ class Supervisor:
                 return
             self._admit(list(self._workers))
         except Exception as error:  # no other thread would try again
-            level = logging.ERROR if first_line(error) != self._said else logging.DEBUG
+            level = logging.ERROR if first_line(error) != self._logged_error else logging.DEBUG
             log.log(level, "The workers cannot start yet: %s", first_line(error), exc_info=unless_expected(error))
-            self._said = first_line(error)
+            self._logged_error = first_line(error)
             self._timers.later("join", failures, self._join)
             return
         if (instance := self._presence.instance) is not None:
@@ -142,7 +141,7 @@ class Supervisor:
             log.info("Instance %s joined with %d worker%s", instance.name, count, "" if count == 1 else "s")
 
     def _enter(self) -> bool:
-        """Sign on, and keep the lease; False where `leave` came first."""
+        """Sign on, and start the heartbeat. False if `leave` came first."""
         instance = self._presence.sign_on()
         self._warn_of_offset(instance)
         with self._entering:
@@ -151,8 +150,15 @@ class Supervisor:
                 self._stores.close()
                 return False
             self._presence.instance = instance
-            calls = self._beat, self._beat_failed, self._deadline, self._lost, self._until_expiry
-            heartbeat = Heartbeat(self._config["WORKERS_HEARTBEAT_SECONDS"], *calls)
+            presence = self._presence
+            heartbeat = Heartbeat(
+                self._config["WORKERS_HEARTBEAT_SECONDS"],
+                self._beat,
+                self._beat_failed,
+                presence.deadline,
+                presence.lose_lease,
+                lambda: presence.until_expiry() + _spread(),
+            )
             self._looking.start()
             heartbeat.start()
             self._heartbeat = heartbeat
@@ -193,100 +199,73 @@ class Supervisor:
 
     # -- the heartbeat -------------------------------------------------------------------------
 
-    def refresh(self, rearm: bool = False) -> None:
-        """Take in the fleet's decisions: schedules, claims whose instance is gone, ticks to claim again.
+    def _beat(self) -> None:
+        """Renew the lease, then follow the pulse, which is the answer to the heartbeat."""
+        if (instance := self._life()) is None:
+            return
+        self._cuts = self._stores.connections.cuts
+        offset, before = instance.clock_offset, self._pulse
+        self._pulse = pulse = self._stores.leases.beat(instance, sorted(self._topics))
+        if instance is not self._presence.instance and not self._begin_anew(instance):
+            return
+        self._end_outage(pulse)
+        self._warn_of_offset(instance)
+        is_moved = pulse.was_set or abs(instance.clock_offset - offset) > _OFFSET_REARMED
+        if is_moved:
+            self._is_looking = False  # by the clock that was set, the next look may be hours away
+        if pulse.is_blind:
+            self._warn_of_lock()
+        else:
+            if is_moved or pulse != before or pulse.is_busy or not self._is_settled:
+                self._looking.want(is_moved)
+            if self._clock_recovery.is_due(pulse):
+                self._soon_once("clock", self._recover_clock)
+        self.consumers.follow(pulse, self._config["WORKERS_HEARTBEAT_SECONDS"])
+        self._scheduler.look_again()
 
-        Only reads, in a thread of its own: this may wait for a lock, and the heartbeat must not.
-        """
-        with self._refreshing:
-            again_if_stale(partial(self._refresh, rearm))
-
-    def _refresh(self, rearm: bool) -> None:
-        states = self._stores.ledger.states()
-        self._timers.follow(states, rearm)
-        ours = [state for state in states.values() if state.name in self._workers]
-        self._warn_of_marks(states.values(), ours)
-        gone = self._recovery.gone(ours)
-        self.consumers.look()
-        for state in ours:
-            if state.name in gone or state.is_damaged or self._owed(state):
-                self._soon_once(f"settle:{state.name}", self._settle, state.name)
-        self._follow_releases(ours)
-        if deleted := [name for name in self._declared if name in self._workers and name not in states]:
-            self._is_settled = False
-            self._soon_once("declare", self._declare_again, deleted)
-
-    def _warn_of_marks(self, states: Collection[WorkerState], ours: Collection[WorkerState]) -> None:
-        ahead = {state.name: state for state in ours if is_ahead(state)}
-        is_proven = self._stores.clock_repair.is_proven(states)
-        for name in ahead.keys() - self._ahead:
-            until = max(filter(None, (ahead[name].mark, ahead[name].scheduled_at, ahead[name].pending_tick)))
-            log.warning(
-                "%s: the database's clock was ahead: the ticks are decided up to %s, and the clock says %s now. %s",
-                name,
-                until.isoformat(),
-                ahead[name].clock.isoformat(),
-                "Ticks and messages of that time go on once the clock has been right for the length of a lease"
-                if is_proven
-                else "The history is shorter than that. If the clock is right now, run `flask workers repair`",
-            )
-        for name in self._ahead - ahead.keys():  # its ticks go on, perhaps by a command
-            self._timers.arm_first(name)
-        self._ahead = set(ahead)
-
-    def _heal(self) -> None:
-        """Make due again the ticks and messages that a clock which was ahead put off."""
-        try:
-            states = self._stores.ledger.states()
-            ours = [state for state in states.values() if state.name in self._workers and is_ahead(state)]
-            if not self._stores.clock_repair.is_proven(states.values()):  # by a command only
-                ours = []
-            healed = [state.name for state in ours if self._stores.clock_repair.worker(state.name)]
-            number = self._stores.clock_repair.messages()
-            if healed or number:
-                log.warning("The database's clock is right again. Due as before: %s", repaired_text(healed, number))
-            self.refresh()
-            if number:
-                self.consumers.wake_all()
-        except SQLAlchemyError as error:  # the next heartbeat tries again
-            self._is_healed = False
-            log.warning("Cannot resume yet what a clock that was ahead put off: %s", first_line(error))
-        finally:
-            self._under_way.discard("heal")
-
-    def _follow_releases(self, states: list[WorkerState]) -> None:
-        """Follow the schedule of the most recently started instance when two releases run side by side.
-
-        After it leaves, the remaining instances set the schedule.
-        """
-        others = [state for state in states if state.declared != self._declared.get(state.name, state.declared)]
-        gone = self._stores.leases.gone({str(state.declared_by) for state in others}) if others else {}
-        self._is_settled = not others
-        if stale := [state.name for state in others if str(state.declared_by) in gone]:
-            self._soon_once("declare", self._declare_again, stale)
-
-    def _soon_once(self, key: str, call: Callable[..., object], *args: object) -> None:
-        """Have `call` called, unless an earlier call is under way: it waits for a thread, or for a row."""
-        if key not in self._under_way:
-            self._under_way.add(key)
-            self._scheduler.soon(call, *args)
-
-    def _declare_again(self, names: list[str]) -> None:
-        try:
-            self._declare(names, again=True)
-        except SQLAlchemyError as error:  # the next heartbeat has it tried again
-            log.warning("Cannot declare the schedules of %d workers yet: %s", len(names), first_line(error))
-        finally:
-            self._under_way.discard("declare")
-
-    def _declare(self, names: list[str], again: bool = False) -> None:
-        ours = {name: self._workers[name] for name in names if name in self._workers}
-        schedules = {name: declared_schedule(worker) for name, worker in ours.items()}
+    def _life(self) -> Instance | None:
+        """Return the instance to renew. After its lease is over, return a new life of this process, or None."""
         instance = self._presence.instance
-        by, known = instance.id if instance else None, schedules.keys() if again else ()
-        self._stores.controls.register(schedules, by, begins(ours.values()), known)
-        # Afterwards: to a heartbeat, a declared worker without a row is one whose row was deleted.
-        self._declared |= {name: str(schedule) for name, schedule in schedules.items()}
+        if instance is None or instance.is_alive:
+            return instance
+        self._runs.lose(LEASE_IS_OVER, instance)
+        if self._runs.stopping.is_set():
+            return None
+        return Instance(instance.lease, clock_offset=instance.clock_offset, release=instance.release)
+
+    def _begin_anew(self, instance: Instance) -> bool:
+        """Begin another life, which has signed on. False if `leave` came first."""
+        with self._entering:
+            if self._left:
+                self._presence.sign_off(instance)
+                return False
+            self._presence.instance = instance
+        log.warning("Instance %s could not renew its lease in time; it begins anew", instance.name)
+        return True
+
+    def _end_outage(self, pulse: Pulse) -> None:
+        if (lasted := self._outage.ended()) is not None:
+            log.warning("Heartbeats go on after %.1f s", lasted)
+            self._message_recovery.outage = (self._beat_at or pulse.clock, pulse.clock)
+        self._beat_at = pulse.clock
+
+    def _warn_of_offset(self, instance: Instance) -> None:
+        """Warn once, until the offset has fallen to half the limit. An offset near the limit would warn again."""
+        was_off, least = self._is_off, OFFSET_WARNED / (2 if self._is_off else 1)
+        self._is_off = abs(instance.clock_offset) > least
+        if self._is_off and not was_off:
+            log.warning("This host's clock is %+.1f s off the database's", -instance.clock_offset.total_seconds())
+
+    def _warn_of_lock(self) -> None:
+        level = self._blindness.level()
+        log.log(level, "The lease is renewed, but no work is found: another client keeps a table of the engine locked")
+
+    def _beat_failed(self, error: Exception) -> None:
+        self._pulse = None  # this process may not have followed it
+        was_cut, level = self._cuts != self._stores.connections.cuts, self._outage.level()
+        log.log(level, "No heartbeat: %s", _CUT if was_cut else first_line(error), exc_info=unless_expected(error))
+
+    # -- looking at the fleet ------------------------------------------------------------------
 
     def _heard(self, topic: str) -> None:
         if topic:
@@ -311,8 +290,38 @@ class Supervisor:
         level = logging.DEBUG if self._outage.is_on else self._blindness.level()
         log.log(level, "Cannot look at the fleet: %s", first_line(error), exc_info=unless_expected(error))
 
+    def refresh(self, rearm: bool = False) -> None:
+        """Follow the fleet's decisions: schedules, claims whose instance is gone, ticks to claim again.
+
+        Only reads. The heartbeat calls it in another thread, as it may wait for a lock.
+        """
+        with self._refreshing:
+            again_if_stale(partial(self._refresh, rearm))
+
+    def _refresh(self, rearm: bool) -> None:
+        states = self._stores.ledger.states()
+        self._timers.follow(states, rearm)
+        ours = [state for state in states.values() if state.name in self._workers]
+        for name in self._clock_recovery.warn(states):  # its ticks go on, perhaps by a command
+            self._timers.arm_first(name)
+        gone = self._recovery.gone(ours)
+        self._message_recovery.look()
+        for state in ours:
+            if state.name in gone or state.is_damaged or self._owed(state):
+                self._soon_once(f"settle:{state.name}", self._settle, state.name)
+        self._follow_releases(ours)
+        if deleted := [name for name in self._declared if name in self._workers and name not in states]:
+            self._is_settled = False
+            self._soon_once("declare", self._declare_again, deleted)
+
+    def _soon_once(self, key: str, call: Callable[..., object], *args: object) -> None:
+        """Make the call in another thread, unless an earlier call goes on. That may wait for a thread or for a row."""
+        if key not in self._under_way:
+            self._under_way.add(key)
+            self._scheduler.soon(call, *args)
+
     def _settle(self, name: str, failures: int = 0) -> None:
-        """Take the claim of a gone instance back, and run the tick that must run again."""
+        """Take back the claim of a gone instance, and run the tick that must run again."""
         worker = self._workers.get(name)
         if worker is None or self._runs.stopping.is_set():
             self._under_way.discard(f"settle:{name}")
@@ -334,84 +343,51 @@ class Supervisor:
             self._under_way.discard(f"settle:{worker.name}")
 
     def _owed(self, state: WorkerState) -> datetime | None:
-        """The tick to run before any other here: of a worker that is disabled only what was asked for by hand."""
+        """Return the tick to run before any other. For a disabled worker, only a run that a user asked for."""
         worker = self._workers.get(state.name)
         return state.owed if worker and (worker.enabled or state.pending_trigger == "manual") else None
 
-    def _beat(self) -> None:
+    def _recover_clock(self) -> None:
+        try:
+            has_messages = self._clock_recovery.recover()
+            self.refresh()
+            if has_messages:
+                self.consumers.wake_all()
+        except SQLAlchemyError as error:  # the next heartbeat tries again
+            self._clock_recovery.is_done = False
+            log.warning("Cannot resume yet what a clock that was ahead put off: %s", first_line(error))
+        finally:
+            self._under_way.discard("clock")
+
+    # -- declaring schedules -------------------------------------------------------------------
+
+    def _follow_releases(self, states: list[WorkerState]) -> None:
+        """Follow the schedule of the most recently started instance when two releases run side by side.
+
+        After it leaves, the remaining instances set the schedule.
+        """
+        others = [state for state in states if state.declared != self._declared.get(state.name, state.declared)]
+        gone = self._stores.leases.gone({str(state.declared_by) for state in others}) if others else {}
+        self._is_settled = not others
+        if stale := [state.name for state in others if str(state.declared_by) in gone]:
+            self._soon_once("declare", self._declare_again, stale)
+
+    def _declare_again(self, names: list[str]) -> None:
+        try:
+            self._declare(names, again=True)
+        except SQLAlchemyError as error:  # the next heartbeat tries again
+            log.warning("Cannot declare the schedules of %d workers yet: %s", len(names), first_line(error))
+        finally:
+            self._under_way.discard("declare")
+
+    def _declare(self, names: list[str], again: bool = False) -> None:
+        ours = {name: self._workers[name] for name in names if name in self._workers}
+        schedules = {name: declared_schedule(worker) for name, worker in ours.items()}
         instance = self._presence.instance
-        if instance is None:
-            return
-        if not instance.is_alive:
-            self._runs.lose(LEASE_IS_OVER, instance)
-            if self._runs.stopping.is_set():
-                return
-            instance = Instance(instance.lease, clock_offset=instance.clock_offset, release=instance.release)
-        self._cuts = self._stores.connections.cuts
-        offset, before = instance.clock_offset, self._pulse
-        self._pulse = pulse = self._stores.leases.beat(instance, sorted(self._topics))
-        if instance is not self._presence.instance and not self._begin_anew(instance):
-            return
-        if (lasted := self._outage.ended()) is not None:
-            log.warning("Heartbeats go on after %.1f s", lasted)
-            self.consumers.outage = (self._beat_at or pulse.clock, pulse.clock)
-        self._beat_at = pulse.clock
-        self._warn_of_offset(instance)
-        is_moved = pulse.was_set or abs(instance.clock_offset - offset) > _OFFSET_REARMED
-        if is_moved:
-            self._is_looking = False  # the next look may be hours away by the clock that was set
-        if pulse.is_blind:
-            self._warn_of_lock()
-        else:
-            if is_moved or pulse != before or pulse.is_busy or not self._is_settled:
-                self._looking.want(is_moved)
-            self._heal_soon(pulse)
-        self.consumers.follow(pulse, self._config["WORKERS_HEARTBEAT_SECONDS"])
-        self._scheduler.look_again()
-
-    def _heal_soon(self, pulse: Pulse) -> None:
-        """Heal once after each change of the clock, and whenever a heartbeat finds something that was put off."""
-        self._is_healed = self._is_healed and not (pulse.was_set or pulse.is_ahead)
-        if self._stores.leases.is_steady and not (self._is_healed or "heal" in self._under_way):
-            self._is_healed = True
-            self._soon_once("heal", self._heal)
-
-    def _begin_anew(self, instance: Instance) -> bool:
-        """Another life, which the fleet knows by now; False where `leave` came first."""
-        with self._entering:
-            if self._left:
-                self._presence.sign_off(instance)
-                return False
-            self._presence.instance = instance
-        log.warning("Instance %s could not renew its lease in time; it begins anew", instance.name)
-        return True
-
-    def _warn_of_offset(self, instance: Instance) -> None:
-        """Once, until the offset has fallen to half the limit: around the limit itself it would come and go."""
-        was_off, least = self._is_off, OFFSET_WARNED / (2 if self._is_off else 1)
-        self._is_off = abs(instance.clock_offset) > least
-        if self._is_off and not was_off:
-            log.warning("This host's clock is %+.1f s off the database's", -instance.clock_offset.total_seconds())
-
-    def _warn_of_lock(self) -> None:
-        level = self._blindness.level()
-        log.log(level, "The lease is renewed, but no work is found: another client keeps a table of the engine locked")
-
-    def _beat_failed(self, error: Exception) -> None:
-        self._pulse = None  # what came with it may not have been taken in
-        was_cut, level = self._cuts != self._stores.connections.cuts, self._outage.level()
-        log.log(level, "No heartbeat: %s", _CUT if was_cut else first_line(error), exc_info=unless_expected(error))
-
-    def _deadline(self) -> float:
-        return instance.deadline if (instance := self._presence.instance) else 0.0
-
-    def _until_expiry(self) -> float:
-        left = instance.first_expiry - steady() if (instance := self._presence.instance) else math.inf
-        return max(left, 0.0) + _spread()
-
-    def _lost(self) -> None:
-        if (instance := self._presence.instance) is not None:
-            self._presence.lose(instance)
+        by, known = instance.id if instance else None, schedules.keys() if again else ()
+        self._stores.controls.register(schedules, by, begins(ours.values()), known)
+        # Do this afterwards: for `refresh`, a declared worker without a row is a worker whose row was deleted.
+        self._declared |= {name: str(schedule) for name, schedule in schedules.items()}
 
 
 def _spread() -> float:

@@ -1,4 +1,4 @@
-"""When this process wakes up for which tick. Every instance does, and the ledger decides which one runs it."""
+"""Fires ticks at their time. Every instance fires every tick, and the ledger decides which instance runs it."""
 
 import logging
 import random
@@ -25,7 +25,7 @@ _NEVER = datetime.max.replace(tzinfo=UTC)
 
 
 class Timers:
-    """One armed tick per worker of `workers`: the next one, or the latest where that is due already."""
+    """Arms one tick per worker of `workers`: the next tick, or the latest tick if that is due already."""
 
     def __init__(
         self,
@@ -42,20 +42,20 @@ class Timers:
         self._yielding: set[str] = set()
 
     def follow(self, states: Mapping[str, WorkerState], rearm: bool) -> None:
-        """Follow the schedules in force; with `rearm` arm every worker again, as one of the clocks was set."""
+        """Follow the schedules in force. With `rearm` arm every worker again, as a clock was set."""
         before, self._states = self._states, states
         for name in self._armed.keys() & before.keys() & states.keys():
             if before[name].schedule_text != states[name].schedule_text:
-                if self._armed[name] > self._now():  # else it is on its way, still owed, and arms the next one
+                if self._armed[name] > self._now():  # a tick that is due fires soon, and arms the next tick
                     self._arm(name, after=states[name].scheduled_at)
             elif rearm:
-                # While the clock was wrong, a tick may have been fired before its time, and passed over.
+                # While the clock was wrong, a tick may have fired before its time, without a run.
                 self._arm(name, after=self._now(), no_later_than=self._armed[name])
 
     def arm_first(self, name: str) -> None:
-        """Begin with the latest tick, or with the next one where the worker does not catch up.
+        """Begin with the latest tick. If the worker does not catch up, begin with the next tick.
 
-        The latest tick of a worker without a row counts as decided, unless the worker asks for it.
+        The latest tick of a worker without a row counts as decided, unless the worker has `run_on_first_start`.
         """
         worker, state = self._workers.get(name), self._states.get(name)
         if worker is not None and worker.enabled:
@@ -63,7 +63,7 @@ class Timers:
             self._arm(name, after=None if worker.catch_up or is_first else self._now())
 
     def disarm(self, name: str) -> None:
-        """Wake up for a worker no more."""
+        """Fire no further tick of the worker."""
         if self._armed.pop(name, None):
             self._scheduler.forget(f"tick:{name}")
 
@@ -72,20 +72,23 @@ class Timers:
         self.later(f"retry:{name}", 1, self._fire, name, tick, schedule)
 
     def later(self, key: str, failures: int, function: Callable[..., None], *args: object) -> None:
-        """Call `function(*args, failures + 1)` after a pause that grows with them; replaces what has that `key`."""
+        """Call `function(*args, failures + 1)` after a pause that grows with the failures.
+
+        Replaces an earlier call with that `key`.
+        """
         if not self._runs.stopping.is_set():
             seconds = _RETRY_SECONDS[min(failures, len(_RETRY_SECONDS) - 1)]
             self._scheduler.after(seconds, key, function, *args, failures + 1)
 
     def _arm(self, name: str, after: datetime | None, no_later_than: datetime | None = None) -> None:
-        """Wake up at the first tick after `after`, or at the latest one if that is due already (or `after` is None)."""
+        """Arm the first tick after `after`. If a later tick is due already, or without `after`, arm the latest tick."""
         worker, state = self._workers.get(name), self._states.get(name)
-        if worker is None:  # removed meanwhile
+        if worker is None:  # it was removed meanwhile
             return
         try:
-            # Without a row (deleted, or not in the backup that was restored), none is claimed; `look` makes it anew.
+            # The worker's row may be missing: deleted, or not in a restored backup. A look makes it before a claim.
             schedule = schedule_in_force(worker, state)
-        except InvalidSchedule as error:  # a newer release's; `follow` takes up the one that comes after it
+        except InvalidSchedule as error:  # a newer release's schedule, until `follow` finds another schedule
             log.error("%s: %s", name, error)
             self.disarm(name)
             self._armed[name] = _NEVER
@@ -111,12 +114,12 @@ class Timers:
             # After losing a tick, start 10 to 20 ms later next time. Otherwise every loser would wait for the winner's
             # row lock only to learn that it lost.
             (self._yielding.discard if is_ours else self._yielding.add)(name)
-        except InvalidSchedule as error:  # read just now; the next heartbeat says so
+        except InvalidSchedule as error:  # the next heartbeat logs it
             log.debug("%s: not running the tick %s: %s", name, tick.isoformat(), error)
-        except Exception as error:  # no other thread here would try again
+        except Exception as error:  # no other thread of this process would try again
             level = logging.DEBUG if failures else logging.WARNING  # once per tick
-            said = name, tick.isoformat(), first_line(error)
-            log.log(level, "%s: cannot claim the tick %s yet: %s", *said, exc_info=unless_expected(error))
+            values = name, tick.isoformat(), first_line(error)
+            log.log(level, "%s: cannot claim the tick %s yet: %s", *values, exc_info=unless_expected(error))
             self.later(f"retry:{name}", failures, self._fire, name, tick, schedule)
 
     def _now(self) -> datetime:
@@ -124,5 +127,5 @@ class Timers:
 
 
 def unless_expected(error: Exception) -> Exception | None:
-    """The error itself, for the log to show its traceback, where its text alone says too little."""
+    """Return an unexpected error, so that the log shows its traceback. None for an error whose text suffices."""
     return None if isinstance(error, BackgroundError | SQLAlchemyError | OSError) else error

@@ -322,7 +322,7 @@ MUTATIONS = (
         "a mark goes back only as far as the history is sure to",
         [
             Edit(
-                "background/process/supervisor.py",
+                "background/process/recovery.py",
                 "if not self._stores.clock_repair.is_proven(states.values()):",
                 "if False:",
             )

@@ -383,8 +383,9 @@ def test_a_process_that_leaves_while_its_threads_ask_who_it_is_ends_in_peace(
     monkeypatch.delattr(manager.presence, "instance")
     monkeypatch.setattr(Presence, "instance", property(leaving), raising=False)
     questions = [
-        supervisor._deadline,
-        supervisor._lost,
+        manager.presence.deadline,
+        manager.presence.until_expiry,
+        manager.presence.lose_lease,
         partial(supervisor._declare, ["hourly"]),
         supervisor._timers._now,
         partial(supervisor._timers.arm_first, "hourly"),

@@ -547,8 +547,8 @@ def test_messages_of_a_gone_instance_with_a_topic_unknown_to_this_release_cause_
     manager = fleet.manager(Notes)
     manager.start()
     wait_until(lambda: manager.presence.instance, "the start")
-    manager._supervisor.consumers.look()
-    assert not manager._supervisor.consumers._freeing
+    manager._supervisor._message_recovery.look()
+    assert not manager._supervisor._message_recovery._freeing
     assert states(fleet) == ["running"]
 
 
