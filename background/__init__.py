@@ -1,6 +1,6 @@
 """Background workers that run once per tick, however many processes, machines and releases run them."""
 
-from .host import dependencies  # noqa: F401 - the first import: it refuses a missing package with a sentence
+from .host import dependencies  # noqa: F401 - refuses a missing package with one sentence
 
 # isort: split
 from .cli import messages_cli, workers_cli

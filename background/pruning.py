@@ -1,4 +1,4 @@
-"""Forgets what is long past."""
+"""Deletes old history."""
 
 from datetime import UTC, datetime, timedelta
 
@@ -17,8 +17,8 @@ SLICE = 5_000
 class PruneHistoryWorker(PeriodicWorker):
     """Delete the executions and messages that ended more than WORKERS_HISTORY_DAYS ago, and locks not held since then.
 
-    The marks stay, so no tick comes back; dead letters stay; a message with a key stays for MESSAGES_KEY_DAYS, if they
-    are longer, so that no other with that key comes; and a lock that is made anew goes on above its last token.
+    The marks stay, so no tick comes back. Dead letters stay. A message with a key stays for MESSAGES_KEY_DAYS, if that
+    is longer, so that its key refuses a second message. The tokens of a deleted lock go on above its last token.
     """
 
     period = timedelta(hours=1)
@@ -34,7 +34,7 @@ class PruneHistoryWorker(PeriodicWorker):
 def _prune_executions(context: WorkerContext) -> None:
     cutoff = _ago(context, "WORKERS_HISTORY_DAYS")
     after, deleted = 0, 1
-    while deleted:  # ids ascend with time, so the first slice without an old row ends it
+    while deleted:  # ids ascend with time, so the first slice without an old row ends the loop
         context.raise_if_stopping()
         within = context.within(context.session)
         ids = select(executions.c.id).where(executions.c.id > after).order_by(executions.c.id).limit(SLICE)
@@ -47,7 +47,7 @@ def _prune_executions(context: WorkerContext) -> None:
 
 
 def _prune_messages(context: WorkerContext) -> None:
-    """Their errors go with them."""
+    """Delete the messages. The database deletes their errors with them."""
     cutoff, key_cutoff = _ago(context, "WORKERS_HISTORY_DAYS"), _ago(context, "MESSAGES_KEY_DAYS")
     is_forgotten = messages.c.state.in_(("done", "discarded")) & or_(
         messages.c.key.is_(None), messages.c.finished_at < key_cutoff

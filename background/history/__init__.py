@@ -1,1 +1,1 @@
-"""For people to read: executions, instances, messages, and why a tick did not run."""
+"""Reads the rows for people: executions, instances, messages, and why a tick did not run."""

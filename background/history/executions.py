@@ -1,4 +1,4 @@
-"""What is written down about the executions, read for people: nothing here decides who runs."""
+"""Reads the executions for people. It decides nothing."""
 
 from collections.abc import Collection
 from datetime import datetime, timedelta
@@ -37,24 +37,24 @@ _HIGHEST_BIT = 2**40  # of an id
 
 
 class History:
-    """Reads the rows of one database; every question is a constant number of queries, each on an index."""
+    """Reads the rows of one database. Each method takes a constant number of queries, each on an index."""
 
-    def __init__(self, ledger: Ledger, roster: InstanceHistory) -> None:
-        self._ledger, self._roster = ledger, roster
+    def __init__(self, ledger: Ledger, instances: InstanceHistory) -> None:
+        self._ledger, self._instances = ledger, instances
         self._reading = ledger.store.single
 
     def clock(self) -> datetime:
-        """The database's clock."""
+        """Read the database's clock."""
         with self._reading.connect() as connection:
             return connection.execute(select(now())).scalar_one()
 
     def names(self) -> list[str]:
-        """The workers that the database knows."""
+        """Return the workers that the database knows."""
         with self._reading.connect() as connection:
             return list(connection.scalars(select(workers.c.name).order_by(workers.c.name)).all())
 
     def latest(self, names: Collection[str] | None = None) -> dict[str, Record]:
-        """Of every worker (or of those of `names`) the newest execution that has ended, or row that says why not."""
+        """Return the newest row of each worker (of `names`) that does not run. It may tell of ticks without a run."""
         each = executions.alias()
         newest = (
             select(each.c.id)
@@ -69,16 +69,16 @@ class History:
         return {record.worker: record for record in self._records(query)}
 
     def executions(self, name: str, limit: int = 20, state: str | None = None) -> list[Record]:
-        """The newest executions of `name` (of one state), newest first."""
+        """Return the newest executions of `name` (of one state), newest first."""
         query = _of(name).order_by(*_newest_first).limit(limit)
         return self._marked(self._records(query if state is None else query.where(executions.c.state == state)))
 
     def page(
         self, name: str, limit: int, state: str | None = None, before: Place | None = None
     ) -> tuple[list[Record], Place | None]:
-        """The newest executions of `name` before that place, and where the next page begins, if there is one.
+        """Return the newest executions of `name` before that place, and the place where the next page begins, if any.
 
-        No index knows the states, so for one of them only the newest MOST_SEARCHED are looked through.
+        No index has the states, so a search for one state reads only the newest MOST_SEARCHED rows.
         """
         older = and_(executions.c.worker == name, true() if before is None else _is_before(before))
         places = select(executions.c.tick, executions.c.id, executions.c.state).where(older).order_by(*_newest_first)
@@ -92,41 +92,41 @@ class History:
         return found, self._last_of(places) if state is not None else None
 
     def _last_of(self, places: Select[Any]) -> Place | None:
-        """The last of MOST_SEARCHED that were looked through; None where there are fewer."""
+        """Return the last of the MOST_SEARCHED rows that were read. None if there are fewer."""
         with self._reading.connect() as connection:
             last = connection.execute(places.offset(MOST_SEARCHED - 1).limit(1)).one_or_none()
         return (last.tick, last.id) if last else None
 
     def recent(self, names: Collection[str], count: int) -> dict[str, list[Glance]]:
-        """The newest `count` executions of each worker of `names`, oldest first."""
+        """Return the newest `count` executions of each worker of `names`, oldest first."""
         found: dict[str, list[Glance]] = {name: [] for name in names}
         if found:
-            asked = {f"worker_{number}": name for number, name in enumerate(found)}
+            parameters = {f"worker_{number}": name for number, name in enumerate(found)}
             with self._reading.connect() as connection:
-                glances = map(Glance._make, connection.execute(_glances(len(found), count), asked).all())
+                glances = map(Glance._make, connection.execute(_glances(len(found), count), parameters).all())
             for glance in glances:
                 found[glance.worker].append(glance)
         return {name: glances[::-1] for name, glances in found.items()}
 
     def execution(self, id: int) -> Record | None:
-        """The execution `id`; None where it is not kept (any more)."""
+        """Return the execution `id`. None if it does not exist, or was pruned."""
         return next(iter(self._marked(self._records(_whole.where(executions.c.id == id)))), None)
 
     def log(self, execution: int) -> str | None:
-        """What was logged during that execution, a line each; None where nothing was, or it is not kept."""
+        """Return the log lines of that execution. None if it logged nothing, or was pruned."""
         with self._reading.connect() as connection:
             return connection.scalar(select(executions.c.log).where(executions.c.id == execution))
 
     def running(self) -> list[Record]:
-        """What runs now, of every worker, without reasons."""
+        """Return the running executions of all workers, without reasons."""
         return self._marked(self._records(_brief.join(workers, is_of_claim).order_by(executions.c.id)))
 
     def window(
         self, length: timedelta, until: datetime | None = None, worker: str | None = None, limit: int = 600
     ) -> Window:
-        """What was done (by `worker`) in that length of time up to `until`, which is now if it is not given.
+        """Return the executions (of `worker`) in that length of time up to `until`, by default now.
 
-        At most the newest `limit`, and whichever of the others still run.
+        Return at most the newest `limit` executions, and every older execution that still runs.
         """
         clock = self.clock()
         is_past = until is not None and until < clock
@@ -138,19 +138,19 @@ class History:
         records = [found[id] for id in sorted(found) if _overlaps(found[id], since, until)]
         began = [each.started_at for each in shown if each.started_at] if len(newest) > limit else []
         complete_since = max(since, min(began)) if began else since
-        seen = self._roster.lived(since, until, {each.instance for each in records if each.instance})
-        alive = {each.id for each in seen if each.is_alive}
+        instances = self._instances.lived(since, until, {each.instance for each in records if each.instance})
+        alive = {each.id for each in instances if each.is_alive}
         marked = [
             each if each.state != "running" else each._replace(is_gone=each.instance not in alive) for each in records
         ]
-        return Window(since, until, clock, tuple(marked), complete_since, seen)
+        return Window(since, until, clock, tuple(marked), complete_since, instances)
 
     def around(self, name: str, at: datetime | None = None) -> Surroundings:
-        """What there is to know about the tick that `at` belongs to; now, if it is not given."""
+        """Return all that the rows say about the tick that `at` belongs to. By default `at` is now."""
         state = self._ledger.look(name)
         clock = state.clock if state else self.clock()
         at = at or clock
-        alive, last_seen = self._roster.alive_and_last()
+        alive, last_seen = self._instances.alive_and_last()
         if state is None:
             return Surroundings(name, at, clock, None, alive=alive, last_seen=last_seen)
         records, before = self._belonging(name, at, state)
@@ -162,8 +162,7 @@ class History:
     def _belonging(self, name: str, at: datetime, state: WorkerState) -> tuple[tuple[Record, ...], Record | None]:
         """Return the rows of the tick that `at` belongs to. If it has none, return the newest row before it.
 
-        Once the schedule is in force, this is its latest tick up to `at`. Rows of an older schedule belong to moments
-        of that schedule's time.
+        Once the schedule is in force, this is its latest tick up to `at`. Before that, rows of an older schedule count.
         """
         until = at if at < state.scheduled_at else state.schedule.previous(at)
         belongs = or_(executions.c.tick == at, and_(executions.c.trigger == "schedule", executions.c.tick <= until))
@@ -191,9 +190,9 @@ class History:
             return [Record(*row) for row in connection.execute(query).all()]
 
     def _marked(self, records: list[Record]) -> list[Record]:
-        """The same with `is_gone` filled in."""
+        """Return the records with `is_gone` filled in."""
         running = {each.instance for each in records if each.state == "running" and each.instance}
-        gone = self._roster.gone(running)
+        gone = self._instances.gone(running)
         return [each._replace(is_gone=each.state == "running" and each.instance in gone) for each in records]
 
 
@@ -202,7 +201,7 @@ _newest_first = (executions.c.tick.desc(), executions.c.id.desc())
 
 
 def _newest(worker: str | None, until: datetime, is_past: bool) -> Select[Any]:
-    """Those before `until`, newest first, in the order of the index that serves."""
+    """Select the executions before `until`, newest first, in the order of an index."""
     if worker is not None:
         return _brief.where(executions.c.worker == worker, executions.c.tick <= until).order_by(*_newest_first)
     return (_brief.where(executions.c.id <= _last_begun(until)) if is_past else _brief).order_by(executions.c.id.desc())
@@ -220,9 +219,9 @@ _brief: Select[Any] = select(*_without_reason, now().label("clock"))
 
 
 def _last_begun(at: datetime) -> ColumnElement[int]:
-    """The greatest id of those that had begun by that moment.
+    """Select the greatest id of the executions that had begun by that moment.
 
-    Ids grow with the start, so a search by halves on the primary key finds it, whatever the number of rows.
+    Ids grow with the start. So a binary search on the primary key finds the id quickly among any number of rows.
     """
     step = select(literal(0, BigInteger).label("place"), literal(_HIGHEST_BIT, BigInteger).label("bit"))
     search = step.cte("search", recursive=True)
@@ -243,11 +242,11 @@ def _is_before(place: Place) -> ColumnElement[bool]:
     return and_(executions.c.tick <= tick, or_(executions.c.tick < tick, executions.c.id < id))
 
 
-@lru_cache  # it takes longer to put together than to run
+@lru_cache  # making this query takes longer than running it
 def _glances(names: int, count: int) -> CompoundSelect[Any]:
-    """A query for each of so many names, so that the database reads no more than `count` entries of the index."""
+    """Select the newest executions of each name, so that the database reads only `count` index entries for each."""
     each = executions.c
     glance = select(each.worker, each.tick, each.state, each.started_at, func.coalesce(each.finished_at, now()))
     newest = glance.order_by(*_newest_first).limit(count)
-    asked = (each.worker == bindparam(f"worker_{number}") for number in range(names))
-    return union_all(*(select(newest.where(is_asked).subquery()) for is_asked in asked))
+    is_of_name = (each.worker == bindparam(f"worker_{number}") for number in range(names))
+    return union_all(*(select(newest.where(condition).subquery()) for condition in is_of_name))

@@ -1,4 +1,4 @@
-"""Who is alive and who was, read for people: nothing here decides who runs."""
+"""Reads the instances for people: the living ones and the gone ones. It decides nothing."""
 
 from collections.abc import Collection
 from dataclasses import dataclass, fields
@@ -21,7 +21,7 @@ class Silence:
     """A fleet in which no instance is alive."""
 
     last: InstanceRecord | None
-    """The instance that was seen last. None if none is known."""
+    """The instance that was seen last. None if no instance is known."""
     clock: datetime
 
     @property
@@ -41,7 +41,7 @@ class InstanceHistory:
         self._reading = single_statements(rows.engine)
 
     def gone(self, ids: Collection[str]) -> set[str]:
-        """Those instances of `ids` that are not alive."""
+        """Return the instances of `ids` that are not alive."""
         if not ids:
             return set()
         alive = select(instances.c.id).where(instances.c.id.in_(ids), is_alive)
@@ -49,7 +49,7 @@ class InstanceHistory:
             return set(ids) - set(connection.execute(alive).scalars())
 
     def seen(self) -> list[InstanceRecord]:
-        """Those who are alive, then the latest of those who went; the newest first."""
+        """Return the living instances, then the latest gone ones, each newest first."""
         newest = _seen.order_by(instances.c.started_at.desc())
         with self._reading.connect() as connection:
             alive = connection.execute(newest.where(is_alive)).all()
@@ -67,7 +67,7 @@ class InstanceHistory:
         return None if last and last.is_alive else Silence(last, clock)
 
     def lived(self, since: datetime, until: datetime, ids: Collection[str]) -> tuple[InstanceRecord, ...]:
-        """Those who lived between the two moments, and those of `ids`, the oldest first."""
+        """Return the instances that lived between the two moments, and the instances `ids`, oldest first."""
         lived = and_(instances.c.started_at <= until, instances.c.heartbeat_at >= since)
         query = _seen.where(or_(lived, instances.c.id.in_(ids))).order_by(instances.c.started_at, instances.c.id)
         with self._reading.connect() as connection:

@@ -1,4 +1,4 @@
-"""The messages as people see and steer them: what there is, what went wrong, how much waits and for how long."""
+"""Reads the messages for people: their errors, their number, and their waiting times. Retries and discards them."""
 
 import json
 from collections.abc import Callable, Collection, Mapping
@@ -35,7 +35,7 @@ class Failure:
 
     @property
     def last_line(self) -> str | None:
-        """Of the traceback the error itself."""
+        """The error itself, from the traceback."""
         return error_line(self.error)
 
 
@@ -49,20 +49,20 @@ class MessageRecord:
     attempt: int
     key: str | None
     payload: str
-    """JSON; in a list only its beginning, unless the whole was asked for."""
+    """JSON. In a list only its beginning, unless the caller asks for the whole."""
     enqueued_at: datetime
     due_at: datetime
     claimed_at: datetime | None
     finished_at: datetime | None
     instance: str | None
     instance_name: str | None
-    """Of the instance that claimed it last."""
+    """The instance that claimed it last."""
     error: str | None
-    """What its last failure was, with the traceback."""
+    """Its last failure, with the traceback."""
     clock: datetime
     """The database's clock when this was read."""
     is_gone: bool = False
-    """Whether it says "running" and its instance is not alive: another one will take it over."""
+    """True if it says "running" and its instance is gone: another instance will take it over."""
 
     @property
     def is_delayed(self) -> bool:
@@ -70,19 +70,19 @@ class MessageRecord:
 
     @property
     def last_line(self) -> str | None:
-        """Of the last error's traceback the error itself."""
+        """The last error itself, from its traceback."""
         return error_line(self.error)
 
     @property
     def value(self) -> Any:
-        """What was enqueued; the text itself where somebody wrote a row whose payload is no JSON."""
+        """The payload that was enqueued. If a user wrote a row whose payload is not JSON, the text itself."""
         try:
             return json.loads(self.payload, parse_constant=_refuse)
         except ValueError:
             return self.payload
 
     def as_dict(self) -> dict[str, Any]:
-        """Its columns, with the payload as what was enqueued."""
+        """Return its columns, with the payload that was enqueued."""
         row = {**asdict(self), "payload": self.value}
         del row["clock"]
         return row
@@ -94,44 +94,44 @@ class Topic:
 
     topic: str
     worker: str | None
-    """The name of the worker that handles it; None where this release has none."""
+    """The name of the worker that handles it. None if this release has no such worker."""
     waiting: int = 0
     delayed: int = 0
-    """Those of the waiting that are due later."""
+    """The number of waiting messages that are due later."""
     running: int = 0
     dead: int = 0
     oldest_seconds: float | None = None
-    """How long ago the first of the waiting was due; None where none is due yet."""
+    """The seconds since the first waiting message was due. None if no message is due yet."""
     handled: int = 0
-    """How many were done within the last hour."""
+    """The number of messages done within the last hour."""
     mean_seconds: float | None = None
-    """Of those: the time from when they were due until they were done."""
+    """The mean time from due to done, of the messages that `handled` counts."""
     longest_seconds: float | None = None
 
 
 @dataclass(frozen=True)
 class Flow:
-    """How many messages of one topic were done."""
+    """The number of messages of one topic that were done lately."""
 
     minute: int
     hour: int
     is_estimate: bool = False
-    """Whether there were so many that the hour's number is extrapolated from the newest ones."""
+    """True if there were so many that the hour's number is extrapolated from the newest messages."""
 
 
 class MessageHistory:
-    """Reads the messages of one database, a constant number of queries for every question; and steers them."""
+    """Reads the messages of one database, in a constant number of queries per call. Retries and discards them."""
 
     def __init__(
         self,
         store: Store,
         dead_letters: DeadLetters,
-        roster: InstanceHistory,
+        instances: InstanceHistory,
         workers: Mapping[str, type[MessageWorker]],
         on_its_own: Callable[[str], AbstractContextManager[None]],
     ) -> None:
         self._store, self._dead_letters = store, dead_letters
-        self._roster, self._workers, self._on_its_own = roster, workers, on_its_own
+        self._instances, self._workers, self._on_its_own = instances, workers, on_its_own
 
     # -- reading -------------------------------------------------------------------------------
 
@@ -143,9 +143,9 @@ class MessageHistory:
         whole: bool = False,
         before: int | None = None,
     ) -> list[MessageRecord]:
-        """The newest messages (of one topic, of one state, enqueued before one), newest first. Raises UnknownTopic."""
+        """Return the newest messages (of a topic, of a state, before an id), newest first. Raises UnknownTopic."""
         self._refuse_unknown(topic, _is_text(topic))
-        # The few that are open are found by an index of their own, however many came after them.
+        # Open messages have an index of their own, which finds them among any number of later messages.
         newest = select(messages.c.id).order_by(-messages.c.id if state in _OPEN else messages.c.id.desc()).limit(limit)
         if topic is not None:
             newest = newest.where(messages.c.topic == topic)
@@ -158,7 +158,7 @@ class MessageHistory:
         return found
 
     def letter(self, id: int) -> tuple[MessageRecord, list[Failure]]:
-        """One message, and every attempt at it that failed, oldest first. Raises UnknownMessage."""
+        """Return one message, and its failed attempts, oldest first. Raises UnknownMessage."""
         _refuse_impossible([id])
         found = self._found(_records(whole=True).where(messages.c.id == id))
         if not found:
@@ -168,7 +168,7 @@ class MessageHistory:
         return found[0], [Failure(**row._mapping) for row in self._store.read(query)]
 
     def stats(self) -> list[Topic]:
-        """Every topic of this release, and those that only the database has something of."""
+        """Return every topic of this release, and every other topic in the database."""
         found = self._depths()
         for row in self._store.read(_handled):
             found.setdefault(row.topic, {}).update(
@@ -177,15 +177,15 @@ class MessageHistory:
         return self._topics(found)
 
     def depths(self) -> list[Topic]:
-        """The same without what was done, none of which is read, however much it is."""
+        """Return the topics as `stats` does, but without the messages that are done. Does not read their rows."""
         return self._topics(self._depths())
 
     def flows(self) -> dict[str, Flow]:
-        """How much of each topic was done lately, where any was; the cost does not grow with it."""
+        """Return the flow of each topic that had messages done lately. Many messages do not make it slower."""
         return {row.topic: _flow(row) for row in self._store.read(_finished)}
 
     def held(self) -> dict[str, int]:
-        """How many messages each instance is handling, by its id."""
+        """Return the number of messages that each instance handles, by its id."""
         query = select(messages.c.instance, func.count().label("number")).where(is_in("running"))
         return {row.instance: row.number for row in self._store.read(query.group_by(messages.c.instance))}
 
@@ -203,20 +203,20 @@ class MessageHistory:
         names = {topic: worker.name for topic, worker in self._workers.items()}
         return [Topic(topic, names.get(topic), **more) for topic, more in sorted(found.items())]
 
-    # -- steering ------------------------------------------------------------------------------
+    # -- retrying and discarding ---------------------------------------------------------------
 
     def retry(self, ids: Collection[int] | None, topic: str | None = None) -> int:
-        """Let the dead or discarded messages `ids` be handled again, all or none. None: all dead ones (of `topic`).
+        """Have the dead or discarded messages `ids` handled again, all or no message. None: all dead ones (of `topic`).
 
-        Return how many. Raises UnknownMessage, WrongState, UnknownTopic and CommitFirst.
+        Return their number. Raises UnknownMessage, WrongState, UnknownTopic and CommitFirst.
         """
         with self._on_its_own("messages.retry"):
             return self._decide(self._dead_letters.retry, ids, topic)
 
     def discard(self, ids: Collection[int] | None, topic: str | None = None) -> int:
-        """Have the dead or waiting messages `ids` never be handled, all or none; None: all the dead ones (of `topic`).
+        """Discard the dead or waiting messages `ids`, all or no message. None: all dead ones (of `topic`).
 
-        They stay, and their keys refuse others, as long as done ones. Returns and raises as `retry` does.
+        Their rows stay as long as rows of done messages, and so do their keys. Returns and raises as `retry` does.
         """
         with self._on_its_own("messages.discard"):
             return self._decide(self._dead_letters.discard, ids, topic)
@@ -232,11 +232,11 @@ class MessageHistory:
 
     def _found(self, query: Select[Any]) -> list[MessageRecord]:
         found = [MessageRecord(**row._mapping) for row in self._store.read(query)]
-        gone = self._roster.gone({each.instance for each in found if each.instance and each.state == "running"})
+        gone = self._instances.gone({each.instance for each in found if each.instance and each.state == "running"})
         return [replace(each, is_gone=each.state == "running" and each.instance in gone) for each in found]
 
     def _refuse_unknown(self, topic: str | None, is_found: object) -> None:
-        """A topic is known by its worker, or by the messages that there are of it."""
+        """Raise UnknownTopic if the topic has neither a worker nor a message."""
         if topic is None or topic in self._workers or is_found:
             return
         known = [each.topic for each in self.stats()]
@@ -255,7 +255,7 @@ def _refuse_impossible(ids: Collection[int]) -> None:
 
 
 def _is_text(topic: str | None) -> bool:
-    """What a terminal or a browser sent in another encoding is none, and no database takes it."""
+    """Return whether a database takes the topic. Text in another encoding is not printable."""
     return topic is not None and topic.isprintable()
 
 
@@ -275,7 +275,7 @@ def _records(whole: bool) -> Select[Any]:
 
 
 def _depth(state: str, *more: Any) -> Select[Any]:
-    """How many there are of one state, by topic; each state has an index of its own, which is all that is read."""
+    """Count the messages of one state by topic. Reads only the index of that state."""
     columns = (messages.c.topic, literal(state).label("state"), func.count().label("count"), *more)
     return select(*columns).where(is_in(state)).group_by(messages.c.topic)
 

@@ -1,4 +1,4 @@
-"""Every worker at a glance: its schedule, its next tick, its last one, and what runs."""
+"""Every worker at a glance: its schedule, its next tick, its last tick, and its run."""
 
 from collections.abc import Collection, Mapping
 from datetime import datetime
@@ -19,15 +19,15 @@ from .status import WorkerStatus, statuses
 def overview(
     stores: Stores, ours: Mapping[str, type[PeriodicWorker]], names: Collection[str] | None = None
 ) -> list[dict[str, Any]]:
-    """Every worker of this release and of the database (or those of `names`), in a constant number of queries."""
-    roster = InstanceHistory(stores.leases)
-    history = History(stores.ledger, roster)
+    """Return every worker (of `names`) of this release and of the database, in a constant number of queries."""
+    instances = InstanceHistory(stores.leases)
+    history = History(stores.ledger, instances)
     clock, states, latest = history.clock(), stores.ledger.states(names), history.latest(names)
-    gone = roster.gone({state.instance for state in states.values() if state.instance})
-    standing = {each.name: each for each in statuses(stores, ours)}
+    gone = instances.gone({state.instance for state in states.values() if state.instance})
+    status = {each.name: each for each in statuses(stores, ours)}
     known = ours.keys() if names is None else ours.keys() & names
     return [
-        _overview(name, ours.get(name), clock, states.get(name), latest.get(name), gone) | _trouble(standing.get(name))
+        _overview(name, ours.get(name), clock, states.get(name), latest.get(name), gone) | _trouble(status.get(name))
         for name in sorted(known | states.keys())
     ]
 
@@ -62,13 +62,13 @@ def _decided(clock: datetime, state: WorkerState | None) -> datetime:
     return max(clock, state.mark) if state and state.mark else clock
 
 
-def _trouble(standing: WorkerStatus | None) -> dict[str, Any]:
+def _trouble(status: WorkerStatus | None) -> dict[str, Any]:
     """Return since when a tick of the worker waits, and why its run is stuck. None if all is well."""
-    if standing is None:
+    if status is None:
         return {"overdue_since": None, "stuck": None}
     return {
-        "overdue_since": standing.waits_since if standing.is_late else None,
-        "stuck": standing.stuck,
+        "overdue_since": status.waits_since if status.is_late else None,
+        "stuck": status.stuck,
     }
 
 

@@ -1,4 +1,4 @@
-"""Who is alive and who was, read for people: nothing here decides who runs."""
+"""The records that people read: instances, executions, and the rows around a tick."""
 
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -20,7 +20,7 @@ class InstanceRecord:
     signed_off_at: datetime | None
     release: str | None = None
     clock_ahead: float | None = None
-    """How far its host's clock is ahead of the database's, in seconds."""
+    """The seconds by which its host's clock is ahead of the database's."""
     is_alive: bool = True
 
     @property
@@ -37,7 +37,7 @@ Place = tuple[datetime, int]  # the tick and the id of an execution
 
 
 class Record(NamedTuple):
-    """One row of the executions: an attempt at a tick, or the ticks `tick` to `through` that nobody ran."""
+    """One row of the executions: an attempt at a tick, or the ticks `tick` to `through` that did not run."""
 
     id: int
     worker: str
@@ -57,33 +57,33 @@ class Record(NamedTuple):
     clock: datetime
     """The database's clock when this was read."""
     is_gone: bool = False
-    """Whether it says "running" and its instance is not alive: another one will take it over."""
+    """True if it says "running" and its instance is gone: another instance will take it over."""
 
     @property
     def duration(self) -> timedelta | None:
-        """How long it ran, or has run; None for one that did not."""
+        """The time for which it ran, or has run. None if it did not run."""
         return (self.finished_at or self.clock) - self.started_at if self.started_at else None
 
     @property
     def last_line(self) -> str | None:
-        """The end of the reason, with its moments as people read them: of a traceback, the error itself."""
+        """The last line of the reason, with its moments in UTC. For a traceback, the error itself."""
         line = error_line(self.reason)
         return line and line.replace("+00:00", "Z")
 
     def as_dict(self) -> dict[str, Any]:
-        """Its columns, and how long it ran in seconds."""
+        """Return its columns, and the seconds for which it ran."""
         row = self._asdict()
         del row["clock"]
         return {**row, "seconds": self.duration.total_seconds() if self.duration is not None else None}
 
     @property
     def began_at(self) -> datetime:
-        """When it was started; of ticks that were not run, the first of them."""
+        """Its start. For ticks that did not run, the first tick."""
         return self.started_at or self.tick
 
     @property
     def ended_at(self) -> datetime:
-        """When it ended, or now; of ticks that were not run, the last of them."""
+        """Its end, or now. For ticks that did not run, the last tick."""
         return (self.finished_at or self.clock) if self.started_at else (self.through or self.tick)
 
     def covers(self, tick: datetime) -> bool:
@@ -91,19 +91,19 @@ class Record(NamedTuple):
 
 
 class Glance(NamedTuple):
-    """The little of a row that a small picture shows."""
+    """The columns of a row that a sparkline shows."""
 
     worker: str
     tick: datetime
     state: str
     started_at: datetime | None
     ended_at: datetime
-    """Now, of one that runs; of ticks that were not run it means nothing."""
+    """Now, if it runs. Without meaning for ticks that did not run."""
 
 
 @dataclass(frozen=True)
 class Window:
-    """What the fleet did between two moments."""
+    """The executions of the fleet between two moments."""
 
     since: datetime
     until: datetime
@@ -111,7 +111,7 @@ class Window:
     records: tuple[Record, ...]
     """In the order in which they were written, without their reasons."""
     complete_since: datetime
-    """Later than `since` where more happened than was asked for: of the time before then something is left out."""
+    """Later than `since` if there are more executions than the limit. Older executions may be missing."""
     seen: tuple[InstanceRecord, ...]
     """The instances that lived in it, the oldest first."""
 
@@ -122,18 +122,18 @@ class Window:
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What the rows say about a moment of a worker's life. `at` may be in the future."""
+    """The rows around a moment in the life of a worker. `at` may be in the future."""
 
     name: str
     at: datetime
     clock: datetime
     state: WorkerState | None
     records: tuple[Record, ...] = ()
-    """Every attempt at the tick that `at` belongs to, oldest first; or the one row that says why there was none."""
+    """Every attempt at the tick that `at` belongs to, oldest first. Or the one row that says why it did not run."""
     before: Record | None = None
-    """The latest scheduled tick before `at` that something is known about, where there are no `records`."""
+    """Without `records`, the latest row of a scheduled tick before `at`."""
     after: Record | None = None
     oldest: datetime | None = None
-    """The tick of the worker's oldest row; what was before it may have been pruned."""
+    """The tick of the worker's oldest row. Earlier rows may have been pruned."""
     alive: tuple[InstanceRecord, ...] = ()
     last_seen: InstanceRecord | None = None

@@ -1,4 +1,4 @@
-"""How every worker stands: whether it runs, is paused, or is overdue; for those who watch, in one read."""
+"""The status of every worker in one read: running, paused, overdue or stuck."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -51,12 +51,12 @@ class WorkerStatus:
 
 
 def statuses(stores: Stores, workers_here: Mapping[str, type[PeriodicWorker]]) -> list[WorkerStatus]:
-    """Return the standing of every worker by the database's clock, sorted by name.
+    """Return the status of every worker by the database's clock, sorted by name.
 
-    `workers_here` are those of this release. Takes one query, and another while marks lie in the clock's future.
+    `workers_here` are the workers of this release. Takes one query, and another while marks lie in the clock's future.
     """
     ours = {name: worker for name, worker in workers_here.items() if worker.enabled}
-    # Where the instances are: on SQLite they have a file of their own, from which the workers' rows can be read too.
+    # Read where the instances' rows are. On SQLite that is a file of its own, which can read the other rows too.
     with single_statements(stores.leases.engine).connect() as connection:
         rows = connection.execute(_query).all()
         ahead = [row.name for row in rows if row.mark and row.mark > row.clock + AHEAD]
@@ -95,7 +95,7 @@ _query = (
     .outerjoin(instances, instances.c.id == executions.c.instance)
     .order_by(workers.c.name)
 )
-# A mark in the clock's future says nothing of today. The history says which tick was decided last.
+# A mark in the clock's future says nothing about today. The history has the tick that was decided last.
 _end = func.coalesce(executions.c.through, executions.c.tick)
 _last_end = (
     select(_end)
@@ -158,7 +158,7 @@ def _stuck(row: Row[Any], worker: type[PeriodicWorker], interval: timedelta | No
 def _ticks(row: Row[Any], mark: datetime | None, worker: type[PeriodicWorker]) -> tuple[datetime, datetime] | None:
     """Return the first and the third undecided tick. None for a schedule that a newer release brought.
 
-    Only moments up to now count: a later one was written while the clock was ahead.
+    Only moments up to now count: a later moment was written while the clock was ahead.
     """
     known = [mark, row.scheduled_at]
     if not worker.catch_up:  # ticks that fell while no instance was up are not run
@@ -170,7 +170,7 @@ def _ticks(row: Row[Any], mark: datetime | None, worker: type[PeriodicWorker]) -
         return None
 
 
-@lru_cache(maxsize=10_000)  # a cron's arithmetic takes its time, and is the same until the next tick has run
+@lru_cache(maxsize=10_000)  # a cron's ticks are slow to compute, and stay the same until the next tick has run
 def _first_and_third(schedule: str, since: datetime) -> tuple[datetime, datetime]:
     ticks = parse_schedule(schedule)
     first = ticks.next(since)

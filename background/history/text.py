@@ -1,4 +1,4 @@
-"""How moments, lengths of time and rows are written for people, and how people write moments."""
+"""Writes moments, lengths of time and tables for people, and reads moments that people write."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -17,14 +17,14 @@ EARLIEST, LATEST = datetime(1970, 1, 2, tzinfo=UTC), datetime(9000, 1, 1, tzinfo
 
 
 def moment(at: datetime | None) -> str:
-    """ISO 8601 in UTC, as `why --at` reads it; a fraction only where there is one."""
+    """Write ISO 8601 in UTC, as `why --at` reads it. Leave out a fraction of zero."""
     if at is None:
         return "-"
     return at.astimezone(UTC).isoformat().removesuffix("+00:00").removesuffix("000") + "Z"
 
 
 def moment_in(text: str, zone: str = "UTC") -> datetime:
-    """The moment of ISO 8601, in `zone` where it names none. Raises ValueError, and InvalidSchedule for the zone."""
+    """Read ISO 8601, in `zone` if it names no zone. Raises ValueError, and InvalidSchedule for the zone."""
     check_timezone(zone)
     try:
         given = datetime.fromisoformat(text.strip())
@@ -37,12 +37,12 @@ def moment_in(text: str, zone: str = "UTC") -> datetime:
 
 
 def second(at: datetime | None) -> str:
-    """`moment`, cut to whole seconds: for what is not a tick."""
+    """Write the moment in whole seconds. For moments that are not ticks."""
     return moment(at.replace(microsecond=0) if at else None)
 
 
 def span(length: timedelta) -> str:
-    """0.031 s, 12.3 s, 5 min 3 s, 2 h 5 min or 3 d 4 h."""
+    """Write a length of time: 0.031 s, 12.3 s, 5 min 3 s, 2 h 5 min or 3 d 4 h."""
     seconds = max(length.total_seconds(), 0.0)
     if seconds < 60:
         return f"{seconds:.3f} s" if seconds < 10 else f"{seconds:.1f} s"
@@ -55,7 +55,7 @@ def span(length: timedelta) -> str:
 
 
 def ahead(seconds: float | None) -> str:
-    """How far a clock is ahead of the database's: +0.012 s; +0.000 s for one that was never compared."""
+    """Write by how much a clock is ahead of the database's: +0.012 s. A clock never compared has +0.000 s."""
     return f"{round(seconds or 0.0, 3) + 0.0:+.3f} s"  # no -0.000
 
 
@@ -69,7 +69,7 @@ def silent(silence: Silence) -> str:
 
 
 def progress(record: Record) -> str:
-    """How far it says it is."""
+    """Write the progress that the run reported."""
     if record.progress_done is None:
         return ""
     total = f" of {record.progress_total:,.0f}" if record.progress_total else ""
@@ -77,18 +77,18 @@ def progress(record: Record) -> str:
 
 
 def decided(count: int, one: str, many: str) -> str:
-    """What became of the dead messages that were decided about: "1 message waits again.", "3 messages wait again."."""
+    """Count the messages that a user retried or discarded: "1 message waits again.", "3 messages wait again."."""
     return f"{count:,} message{f' {one}' if count == 1 else f's {many}'}." if count else "No message is dead."
 
 
 def indented(value: Any) -> str:
-    """As JSON over several lines; what cannot be seen, or steers a terminal, is written as an escape."""
+    """Write JSON over several lines. Characters that are invisible or steer a terminal become escapes."""
     text = strict_json.dumps(value, indent=2, ensure_ascii=False)
     return "".join(each if each.isprintable() or each == "\n" else json.dumps(each)[1:-1] for each in text)
 
 
 def table(headers: Sequence[str], rows: Iterable[list[str]]) -> str:
-    """Left-aligned columns, two spaces apart; a column in which nothing stands is left out, but for the first."""
+    """Write left-aligned columns, two spaces apart. Leave out empty columns, but not the first."""
     lines = [[header.upper() for header in headers], *([clipped(cell) for cell in row] for row in rows)]
     columns = [column for column in zip(*lines, strict=True) if any(column[1:])]
     widths = [max(map(len, column)) for column in columns]
@@ -99,6 +99,6 @@ def table(headers: Sequence[str], rows: Iterable[list[str]]) -> str:
 
 
 def clipped(text: str, most: int = WIDEST) -> str:
-    """The text in at most `most` printable characters."""
+    """Shorten the text to at most `most` printable characters."""
     text = spelled_out(text)
     return text if len(text) <= most else f"{text[: most - 1]}…"

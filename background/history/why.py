@@ -1,4 +1,4 @@
-"""Why did it not run? One sentence about any tick, made of what the rows say; time is an argument."""
+"""Answers why a tick did not run, in one sentence made from the rows. Time is an argument."""
 
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -11,7 +11,7 @@ from .records import Record, Surroundings
 from .text import moment, progress, second, span
 
 FINE = ("succeeded", "running", "not due")
-# What else an answer can be than the state of an execution: it may still run, it did not, or nothing is known.
+# The states of an answer about a tick without a row. It may still run, it did not run, or nothing is known.
 WITHOUT_A_ROW = (
     "not due",
     "waiting",
@@ -29,7 +29,7 @@ _JUST = timedelta(seconds=5)
 
 @dataclass(frozen=True)
 class Answer:
-    """`state` is that of the execution, or one of WITHOUT_A_ROW."""
+    """The answer about one tick. `state` is the state of the execution, or one of WITHOUT_A_ROW."""
 
     worker: str
     at: datetime
@@ -40,36 +40,36 @@ class Answer:
 
     @property
     def is_fine(self) -> bool:
-        """Whether nothing is wrong: it succeeded, it runs, or its time has not come."""
+        """True if nothing is wrong: it succeeded, it runs, or it is not due."""
         return self.state in FINE
 
 
 @dataclass(frozen=True)
 class Known:
-    """What this release and its settings say about the worker; `worker` is None for one that it does not have."""
+    """The worker and the settings of this release. `worker` is None if this release does not have it."""
 
     worker: type[PeriodicWorker] | None
     history_days: float
 
 
 def why(around: Surroundings, worker: type[PeriodicWorker] | None, history_days: float) -> Answer:
-    """What became of the tick that `around.at` belongs to: the latest at or before it.
+    """Say what happened to the tick that `around.at` belongs to: the latest tick up to then.
 
-    `worker` is None where this release does not have it; then `around.state` is not.
+    `worker` is None if this release does not have it. Then `around.state` is not None.
     """
     known = Known(worker, history_days)
     tick = schedule_in_force(worker, around.state).previous(around.at)
     last = around.records[-1] if around.records else None
     if last and not last.covers(tick):
         tick = last.tick
-    state, said = (last.state, _recorded(around, known)) if last else _unrecorded(around, known, tick)
+    state, clause = (last.state, _recorded(around, known)) if last else _unrecorded(around, known, tick)
     subject = f"The tick {moment(tick)} of {around.name}"
     if last and last.trigger == "manual":
         subject = f"The manual run of {around.name} asked for at {moment(tick)}"
-    return Answer(around.name, around.at, tick, state, spelled_out(f"{subject} {said}."), around.records)
+    return Answer(around.name, around.at, tick, state, spelled_out(f"{subject} {clause}."), around.records)
 
 
-# -- what has a row ------------------------------------------------------------------------------
+# -- a tick with a row ---------------------------------------------------------------------------
 
 
 def _recorded(around: Surroundings, known: Known) -> str:
@@ -97,14 +97,14 @@ def _recorded(around: Surroundings, known: Known) -> str:
 
 def _running(around: Surroundings, record: Record, began: str, took: str) -> str:
     if record.is_gone:
-        return f"began {began}, which is gone: will be taken over{_by_whom(around)}"
+        return f"began {began}, which is gone: will be taken over{_by_instance(around)}"
     return f"has been running for {took}, since {began.removeprefix('at ')}{progress(record)}{_tries(around.records)}"
 
 
 def _given_up(around: Surroundings, known: Known, record: Record) -> str:
     lost = f"was lost at {second(record.finished_at)} ({_clause(record.last_line)})"
     if _is_pending(around, record):
-        return f"{lost}; attempt {(record.attempt or 0) + 1} follows{_by_whom(around)}"
+        return f"{lost}; attempt {(record.attempt or 0) + 1} follows{_by_instance(around)}"
     if known.worker and known.worker.on_lost == "skip":
         return f"{lost} and is given up, as {known.worker.__name__} has on_lost = 'skip'"
     most = f" of {known.worker.max_attempts}" if known.worker else ""
@@ -114,7 +114,7 @@ def _given_up(around: Surroundings, known: Known, record: Record) -> str:
 def _handed_back(around: Surroundings, record: Record) -> str:
     back = f"was handed back by {record.instance_name} at {second(record.finished_at)}"
     if _is_pending(around, record):
-        return f"{back}; it will be run again{_by_whom(around)}"
+        return f"{back}; it will be run again{_by_instance(around)}"
     return f"{back} and was not run again"
 
 
@@ -127,7 +127,7 @@ def _missed(record: Record) -> str:
 
 
 def _tries(records: tuple[Record, ...]) -> str:
-    """What became of the attempts before the last one."""
+    """Tell of the attempts before the last attempt."""
     *earlier, last = records
     if not earlier:
         return ""
@@ -147,16 +147,16 @@ def _is_pending(around: Surroundings, record: Record) -> bool:
     return around.state is not None and around.state.pending_tick == record.tick
 
 
-def _by_whom(around: Surroundings) -> str:
-    """Who will run it, or what stands in the way of that."""
+def _by_instance(around: Surroundings) -> str:
+    """Name the instance that will run it, or what prevents that."""
     if around.state and around.state.paused_at and not around.state.owed:
         return f", once the worker is resumed (it is paused since {second(around.state.paused_at)})"
     if around.alive:
         return f" by {_alive(around)}"
-    return f" by the next instance that starts: {_nobody(around)}"
+    return f" by the next instance that starts: {_no_instance(around)}"
 
 
-# -- what has none -------------------------------------------------------------------------------
+# -- a tick without a row ------------------------------------------------------------------------
 
 
 def _unrecorded(around: Surroundings, known: Known, tick: datetime) -> tuple[str, str]:
@@ -166,7 +166,7 @@ def _unrecorded(around: Surroundings, known: Known, tick: datetime) -> tuple[str
         return "running", f"{where}, but its row was deleted by hand, and the fleet writes it anew within a lease"
     if state and state.mark and tick <= state.mark and around.clock < state.mark:
         became = "unrecorded" if tick > around.clock else "overdue"
-        is_proven = state.mark <= around.clock + timedelta(days=known.history_days)  # as Healing decides
+        is_proven = state.mark <= around.clock + timedelta(days=known.history_days)  # as ClockRepair decides
         go_on = (
             "go on once the clock has been right for the length of a lease, or by `flask workers repair`"
             if is_proven
@@ -198,10 +198,10 @@ def _unrecorded(around: Surroundings, known: Known, tick: datetime) -> tuple[str
 def _before(around: Surroundings, state: WorkerState) -> str:
     if around.before is not None:
         last = around.before
-        what = f"the last tick of the schedule before it, {moment(last.through or last.tick)}, is {last.state}"
-        return f"is none that was due: the schedule in force is newer ({_since(state)}); {what}"
+        before = f"the last tick of the schedule before it, {moment(last.through or last.tick)}, is {last.state}"
+        return f"is not a tick of the current schedule, which is newer ({_since(state)}); {before}"
     if around.oldest is not None and around.oldest < state.schedule.previous(state.scheduled_at):
-        return f"is older than everything that is kept of this worker, which begins with {moment(around.oldest)}"
+        return f"is older than the history of this worker, which begins with {moment(around.oldest)}"
     return f"was before this database knew the worker or its schedule ({_since(state)})"
 
 
@@ -209,7 +209,7 @@ def _without_row(around: Surroundings, known: Known, tick: datetime) -> tuple[st
     if around.clock - tick > timedelta(days=known.history_days) and around.before is None:
         kept = f"goes back to {moment(around.oldest)}" if around.oldest else "is empty"
         return "pruned", (
-            f"is decided, but what became of it is no longer kept: the history of the worker {kept} "
+            f"is decided, but the history no longer has it: the history of the worker {kept} "
             f"(WORKERS_HISTORY_DAYS is {known.history_days:g})"
         )
     between = "nothing is written about it"
@@ -228,20 +228,23 @@ def _untaken(around: Surroundings, known: Known, tick: datetime, state: WorkerSt
     if state.pending_tick:
         cause = "asked for by hand" if state.pending_trigger == "manual" else "lost or handed back"
         first = f"the tick {moment(state.pending_tick)}, which was {cause}, runs first"
-        return "waiting", f"has waited for {late}: {first}{_by_whom(around)}"
+        return "waiting", f"has waited for {late}: {first}{_by_instance(around)}"
     if state.running:
         return (
             "waiting",
             f"has waited for {late}: the tick {moment(state.running.tick)} is still running on {_where(state, around)}",
         )
     if not around.alive:
-        return "overdue", f"is overdue by {late}: {_nobody(around)}"
+        return "overdue", f"is overdue by {late}: {_no_instance(around)}"
     return _late_though_alive(around, known, tick, late)
 
 
 def _late_though_alive(around: Surroundings, known: Known, tick: datetime, late: str) -> tuple[str, str]:
     if known.worker is None:
-        return "overdue", f"is overdue by {late}: this release does not have the worker, nor took another one it up"
+        return (
+            "overdue",
+            f"is overdue by {late}: this release does not have the worker, and no other release took it up",
+        )
     if around.clock - tick <= _JUST:
         return "waiting", f"came due {late} ago; {_alive(around)} will take it"
     if not known.worker.catch_up and all(each.started_at > tick for each in around.alive):
@@ -257,13 +260,13 @@ def _late_though_alive(around: Surroundings, known: Known, tick: datetime, late:
 
 
 def _unless(around: Surroundings, known: Known) -> str:
-    """What will keep a tick from running, as things are now."""
+    """Name the obstacle that will keep a tick from running."""
     if known.worker and not known.worker.enabled:
         return f", and {known.worker.__name__} is disabled (enabled = False)"
     if around.state and around.state.paused_at:
         return f", and the worker is paused since {second(around.state.paused_at)}"
     if not around.alive:
-        return f", and {_nobody(around)}"
+        return f", and {_no_instance(around)}"
     return ""
 
 
@@ -272,13 +275,13 @@ def _alive(around: Surroundings) -> str:
     return f"{first.name} or {len(others)} more" if others else first.name
 
 
-def _nobody(around: Surroundings) -> str:
+def _no_instance(around: Surroundings) -> str:
     """Say that no instance is alive, since when, and how to change that."""
     seen = around.last_seen
     since = ""
     if seen:
-        what = "signed off" if seen.signed_off_at else "was last seen"
-        since = f" ({seen.name} {what} at {second(seen.signed_off_at or seen.heartbeat_at)})"
+        left = "signed off" if seen.signed_off_at else "was last seen"
+        since = f" ({seen.name} {left} at {second(seen.signed_off_at or seen.heartbeat_at)})"
     return f"no instance is alive now{since}; `flask workers run` starts one"
 
 

@@ -301,7 +301,7 @@ def test_a_tick_under_another_schedule_says_which_was_the_last_of_that() -> None
     known = state(scheduled_at=NOON + 6 * MINUTE, mark=NOON + 10 * MINUTE)
     seen = around(known=known, before=before, oldest=NOON - DAY, clock=NOON + HOUR)
     assert said(seen) == (
-        "is none that was due: the schedule in force is newer (every 10 minutes, since 2026-11-20T12:06:00Z); "
+        "is not a tick of the current schedule, which is newer (every 10 minutes, since 2026-11-20T12:06:00Z); "
         "the last tick of the schedule before it, 2026-11-20T11:55:00Z, is succeeded"
     )
 
@@ -310,7 +310,7 @@ def test_a_tick_whose_row_was_pruned_says_how_far_the_history_goes_back() -> Non
     seen = around(clock=NOON + 20 * DAY, known=state(mark=NOON + 20 * DAY), oldest=NOON + 6 * DAY)
     assert answer(seen).state == "pruned"
     assert said(seen) == (
-        "is decided, but what became of it is no longer kept: "
+        "is decided, but the history no longer has it: "
         "the history of the worker goes back to 2026-11-26T12:00:00Z (WORKERS_HISTORY_DAYS is 14)"
     )
 
@@ -385,7 +385,7 @@ def test_a_tick_that_living_instances_do_not_take_names_them() -> None:
 
 def test_a_worker_that_this_release_does_not_have_says_so() -> None:
     assert said(around(known=state(**BEFORE_NOON)), None) == (
-        "is overdue by 5 min: this release does not have the worker, nor took another one it up"
+        "is overdue by 5 min: this release does not have the worker, and no other release took it up"
     )
 
 
