@@ -7,35 +7,18 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
-import svcs
 from flask import Flask
 from flask.testing import FlaskClient, FlaskCliRunner
-from jinja2 import FileSystemBytecodeCache
 from sqlalchemy import URL, Engine, make_url
 from support import cached_url_rules as rules  # noqa: F401 - makes applications quickly
-from support.databases import (
-    PASSWORD,
-    PASSWORD_HASH,
-    administer,
-    administration,
-    close,
-    freeze,
-    migrate,
-    server_folder,
-    settings,
-    text,
-)
+from support.databases import administer, administration, close, freeze, server_folder, text
 
-from app import create_app
 from background import BackgroundWorkerManager
-from mail import Mailer
-from models import Book, User, db
 
 if TYPE_CHECKING:
     from support.fleet import Fleet
@@ -139,18 +122,22 @@ def databases(postgresql_server: URL) -> Iterator[Callable[[str], object]]:
 
 
 @pytest.fixture(scope="session")
-def migrated_postgresql(postgresql_server: URL) -> str:
-    """The name of a database with the schema, which each test's own is a copy of."""
-    administer(postgresql_server, "CREATE DATABASE migrated")
-    migrate(text(postgresql_server.set(database="migrated")))
+def template_postgresql(postgresql_server: URL) -> str:
+    """The name of a database with the tables of the engine and its tests. Each test gets a copy."""
+    from support.fleet import make_tables
+
+    administer(postgresql_server, "CREATE DATABASE template")
+    make_tables(text(postgresql_server.set(database="template")))
     freeze()
-    return "migrated"
+    return "template"
 
 
 @pytest.fixture(scope="session")
-def migrated_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("migrated") / "migrated.sqlite"
-    migrate(f"sqlite:///{path}")
+def template_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from support.fleet import make_tables
+
+    path = tmp_path_factory.mktemp("template") / "template.sqlite"
+    make_tables(f"sqlite:///{path}")
     freeze()
     return path
 
@@ -166,18 +153,18 @@ def empty_postgresql_url(postgresql_server: URL, databases: Callable[[str], obje
 
 @pytest.fixture
 def postgresql_url(
-    postgresql_server: URL, migrated_postgresql: str, databases: Callable[[str], object]
+    postgresql_server: URL, template_postgresql: str, databases: Callable[[str], object]
 ) -> Iterator[str]:
     name = f"test_{next(_numbers)}"
-    databases(f"CREATE DATABASE {name} TEMPLATE {migrated_postgresql} STRATEGY FILE_COPY")
+    databases(f"CREATE DATABASE {name} TEMPLATE {template_postgresql} STRATEGY FILE_COPY")
     yield text(postgresql_server.set(database=name))
     databases(f"DROP DATABASE {name} WITH (FORCE)")
 
 
 @pytest.fixture
-def sqlite_url(tmp_path: Path, migrated_sqlite: Path) -> str:
+def sqlite_url(tmp_path: Path, template_sqlite: Path) -> str:
     path = tmp_path / "bookstore.sqlite"
-    shutil.copyfile(migrated_sqlite, path)
+    shutil.copyfile(template_sqlite, path)
     return f"sqlite:///{path}"
 
 
@@ -197,16 +184,12 @@ def empty_database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return url
 
 
-@pytest.fixture(scope="session")
-def compiled_templates(tmp_path_factory: pytest.TempPathFactory) -> FileSystemBytecodeCache:
-    """Shared by the applications of all tests."""
-    return FileSystemBytecodeCache(str(tmp_path_factory.mktemp("templates")))
-
-
 @pytest.fixture
-def app(database_url: str, compiled_templates: FileSystemBytecodeCache) -> Iterator[Flask]:
-    app = create_app(settings(database_url))
-    app.jinja_env.bytecode_cache = compiled_templates
+def app(database_url: str) -> Iterator[Flask]:
+    """The application of the engine's tests, without a worker."""
+    from support.fleet import make_app
+
+    app = make_app(database_url)
     yield app
     close(app)
 
@@ -230,65 +213,7 @@ def runner(app: Flask) -> FlaskCliRunner:
 @pytest.fixture
 def engine(app: Flask) -> Iterator[Engine]:
     with app.app_context():
-        yield db.engine
-
-
-@pytest.fixture
-def make_user(app: Flask) -> Callable[..., User]:
-    """Make a user of the given columns, committed; returned loaded, and usable outside any session."""
-
-    def make(**columns: Any) -> User:
-        number = next(_numbers)
-        columns = {
-            "email": f"reader{number}@example.com",
-            "name": f"Reader {number}",
-            "password_hash": PASSWORD_HASH,
-            "created_at": datetime.now(UTC),
-            **columns,
-        }
-        with app.app_context():
-            user = User(**columns)
-            db.session.add(user)
-            db.session.commit()
-            db.session.refresh(user)
-            db.session.expunge(user)
-        return user
-
-    return make
-
-
-@pytest.fixture
-def make_book(app: Flask) -> Callable[..., int]:
-    """Make a book of the given columns, committed; its id."""
-
-    def make(**columns: Any) -> int:
-        usual = {"title": "Middlemarch", "author": "George Eliot", "price_cents": 1250, "stock": 5}
-        with app.app_context():
-            book = Book(**usual | columns)
-            db.session.add(book)
-            db.session.commit()
-            return book.id
-
-    return make
-
-
-@pytest.fixture
-def outbox(app: Flask, tmp_path: Path) -> Path:
-    """Where the app's mails go, instead of into its instance folder."""
-    folder = tmp_path / "outbox"
-    svcs.flask.register_factory(app, Mailer, lambda: Mailer(None, "shop@example.com", folder))
-    return folder
-
-
-@pytest.fixture
-def login() -> Callable[[FlaskClient, User], None]:
-    """Log the user in through the shop's own form; the user was made with the tests' password."""
-
-    def log_in(client: FlaskClient, user: User, password: str = PASSWORD) -> None:
-        response = client.post("/login", data={"email": user.email, "password": password})
-        assert response.status_code == 302, response.text
-
-    return log_in
+        yield app.extensions["sqlalchemy"].engine
 
 
 @pytest.fixture

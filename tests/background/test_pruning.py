@@ -1,17 +1,18 @@
 """History ends, marks do not."""
 
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 
 import pytest
 from flask import Flask
 from sqlalchemy import insert, select, update
-from support.fleet import Fleet
+from support.databases import close
+from support.fleet import Fleet, db, make_app
 
 from background import BackgroundWorkerManager, MessageWorker, PeriodicWorker, PruneHistoryWorker
 from background import pruning as engine_pruning
 from background.database.tables import executions, message_errors, messages, workers
 from background.pruning import SLICE
-from models import db
 
 TICK = datetime(2026, 3, 1, tzinfo=UTC)
 
@@ -22,6 +23,13 @@ class DailyWorker(PeriodicWorker):
 
     def do_work(self, context):
         pass
+
+
+@pytest.fixture
+def app(database_url: str) -> Iterator[Flask]:
+    app = make_app(database_url, PruneHistoryWorker)
+    yield app
+    close(app)
 
 
 def record(app: Flask, count: int, finished_at: datetime | None) -> None:

@@ -12,9 +12,8 @@ from typing import Any
 
 import pytest
 from flask import Flask
-from support.databases import settings
+from support.fleet import make_app
 
-from app import create_app
 from background import (
     BackgroundWorkerManager,
     DuplicateWorker,
@@ -40,7 +39,7 @@ class Tidy(PeriodicWorker):
 
 @pytest.fixture
 def manager(tmp_path: Path) -> BackgroundWorkerManager:
-    app = create_app(settings(f"sqlite:///{tmp_path / 'never.sqlite'}"))
+    app = make_app(f"sqlite:///{tmp_path / 'never.sqlite'}")
     manager: BackgroundWorkerManager = app.extensions["background_workers"]
     return manager
 
@@ -420,7 +419,7 @@ def test_a_worker_can_be_removed_and_added_again(manager: BackgroundWorkerManage
 
 
 def test_each_application_has_workers_of_its_own(manager: BackgroundWorkerManager, tmp_path: Path) -> None:
-    other = create_app(settings(f"sqlite:///{tmp_path / 'other.sqlite'}")).extensions["background_workers"]
+    other = make_app(f"sqlite:///{tmp_path / 'other.sqlite'}").extensions["background_workers"]
     manager.add(Tidy)
     assert "tidy" not in other.workers
 
@@ -491,12 +490,11 @@ def refuse(*arguments, **options):
 sqlite3.connect = sqlite3.dbapi2.connect = refuse
 socket.socket.connect = refuse
 before = set(os.listdir("."))
-from app import create_app
-from workers import PassiveUserCheckerWorker
+from support.fleet import Hourly, make_app
 for url in sys.argv[1:]:
-    app = create_app({"DATABASE_URL": url, "SECRET_KEY": "x"})
+    app = make_app(url.replace("postgresql:", "postgresql+psycopg:"), Hourly)
     manager = app.extensions["background_workers"]
-    assert "passive_user_checker_worker" in manager.workers
+    assert "hourly" in manager.workers
     assert not manager.is_started
 assert threading.active_count() == 1, threading.enumerate()
 assert not [name for name in sys.modules if name.startswith("apscheduler")], "APScheduler was imported"
@@ -507,7 +505,7 @@ print("nothing was opened")
 
 def test_making_the_app_opens_no_thread_no_connection_and_no_file(tmp_path: Path) -> None:
     urls = [f"sqlite:///{tmp_path}/absent.sqlite", "postgresql://reader@127.0.0.1:1/nothing"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "PYTHONDONTWRITEBYTECODE": "1"}
     for name in ("DATABASE_URL", "FLASK_APP"):
         environment.pop(name, None)
     probe = subprocess.run(

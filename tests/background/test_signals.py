@@ -10,12 +10,11 @@ import pytest
 from blinker import NamedSignal
 from flask import Flask, current_app
 from sqlalchemy import select
-from support.fleet import Fleet, Hourly, effect, last_hour, wait_until
+from support.fleet import Fleet, Hourly, Note, db, effect, last_hour, wait_until
 
 from background import Message, MessageWorker, WorkerContext, signals
 from background.ledger.leases import Instance
 from background.runs.fence import current_run
-from models import Book, db
 
 SIGNALS = (signals.execution_started, *signals.of_state.values(), signals.message_buried)
 
@@ -171,11 +170,11 @@ def test_a_receiver_has_a_session_of_its_own_which_no_claim_fences(fleet: Fleet)
             raise ValueError("and it is rolled back")
 
     def write_down(_sender: Flask, error: Exception, **_details: Any) -> None:
-        db.session.add(Book(title=str(error), author="a receiver", price_cents=1))
+        db.session.add(Note(text=str(error)))
         db.session.commit()
 
     with signals.execution_failed.connected_to(write_down):
         fleet.manager(Leaving).tick("leaving", datetime.now(UTC))
     with fleet.engine.connect() as connection:
-        assert connection.scalars(select(Book.title)).all() == ["and it is rolled back"]
+        assert connection.scalars(select(Note.text)).all() == ["and it is rolled back"]
     assert fleet.effects() == []

@@ -126,7 +126,7 @@ MUTATIONS = (
     Mutation(
         "a claim without an execution gets one",
         [Edit("background/ledger/claim.py", "return self.running is not None and self.running.execution is None", "")],
-        ["tests/background/repair/test_edited_rows.py", "-k", "process_is_killed"],
+        ["tests/promise/test_healing.py", "-k", "process_is_killed"],
     ),
     Mutation(
         "a worker's row that is made anew takes the claim up",
@@ -206,7 +206,7 @@ MUTATIONS = (
     Mutation(
         "of those who saw a lock free one takes it",
         [Edit("background/ledger/locks.py", ".where(_of_name, _at_seen)", ".where(_of_name)")],
-        ["tests/background/ledger/test_locks.py", "-k", "dead_holder or count_right"],
+        ["tests/background/ledger/test_locks.py", "tests/promise/test_locks.py", "-k", "dead_holder or count_right"],
     ),
     Mutation(
         "a lock is released by its holder only",
@@ -217,7 +217,7 @@ MUTATIONS = (
                 "_RELEASED = update(locks).where(_of_name)",
             )
         ],
-        ["tests/background/ledger/test_locks.py", "-k", "wakes_after_its_lease"],
+        ["tests/promise/test_locks.py", "-k", "wakes_after_its_lease"],
     ),
     Mutation(
         "a lock is held as long as its holder's lease",

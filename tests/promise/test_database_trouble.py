@@ -21,6 +21,7 @@ from support.processes import MARGIN
 from support.proxy import Proxy
 from support.run_traces import Effects, leave
 from support.servers import PostgreSQL
+from support.shop import migrate
 
 from background import BackgroundWorkerManager, ClaimLost, PeriodicWorker, WorkerContext
 
@@ -59,7 +60,7 @@ def daily() -> type[Daily]:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[PostgreSQL]:
-    server = PostgreSQL()
+    server = PostgreSQL(migrate)
     yield server
     server.close()
 

@@ -19,11 +19,12 @@ from datetime import timedelta
 from http import HTTPStatus
 
 from flask import Flask
-from support.databases import PASSWORD, on_sqlite
+from support.databases import on_sqlite
 from support.fork_server import Nursery
 from support.mail_server import MailServer
 from support.processes import environment, eventually, gunicorn
 from support.run_traces import Effects
+from support.shop import PASSWORD
 
 from background.database.tables import messages
 from models import Book, Order, User, db

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, event, insert, make_url, update
+from sqlalchemy import Engine, delete, event, insert, make_url, update
 from support.databases import administer
 from support.fleet import HOUR, Fleet, Hourly, effect, last_hour, wait_until
-from support.fork_server import Nursery
+from support.fork_server import Nursery, Shops
 from support.run_traces import Effects
 
 from background import Message, MessageWorker, PeriodicWorker, WorkerContext
@@ -316,3 +316,19 @@ def test_on_sqlite_ticks_go_on_after_the_hosts_clock_was_an_hour_ahead_and_none_
     assert all(each.at >= each.tick for each in effects.all())
     told = [row for row in effects.history("ticker") if row["state"] == "missed"]
     assert not [tick for tick in ticks for row in told if row["tick"] <= tick <= (row["through"] or row["tick"])]
+
+
+def test_a_worker_whose_executions_are_deleted_before_its_process_is_killed_runs_again(
+    shops: Shops, effects: Effects, fleet: Fleet
+) -> None:
+    more = {"PROBE_WORKERS": "listener", "WORKERS_LEASE_SECONDS": 1, "PROBE_SECONDS": 1}
+    victim = shops.start(**more)
+    victim.wait_for("The listener began")
+    with fleet.engine.begin() as connection:
+        connection.execute(delete(tables.executions))
+    victim.kill()
+    (other,) = shops.join(**more)
+    wait_until(lambda: [row.state for row in fleet.executions()] == ["lost", "succeeded"], "the second attempt")
+    lost, again = fleet.executions()
+    assert (lost.tick, lost.attempt, again.attempt) == (again.tick, 1, 2)
+    other.wait_for("was gone. It is written anew: running")

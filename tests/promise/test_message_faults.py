@@ -17,6 +17,7 @@ from support.processes import MARGIN, PATIENCE, eventually
 from support.proxy import Proxy
 from support.run_traces import Effects
 from support.servers import PGBOUNCER, PostgreSQL, pooler
+from support.shop import migrate
 
 from models import db
 
@@ -285,7 +286,7 @@ def test_what_a_process_does_not_end_in_time_is_handled_elsewhere_and_was_no_att
 
 @pytest.fixture
 def server() -> Iterator[PostgreSQL]:
-    server = PostgreSQL()
+    server = PostgreSQL(migrate)
     yield server
     server.close()
 

@@ -10,18 +10,18 @@ from flask import Flask
 from sqlalchemy import URL, select
 from sqlalchemy import text as sql
 from support.databases import administer, text
-from support.fleet import PATIENCE, Fleet, Hourly, effect, wait_until
+from support.fleet import PATIENCE, Fleet, Hourly, db, effect, wait_until
 from support.servers import PostgreSQL
+from support.shop import migrate
 
 from background import Message, MessageWorker, PeriodicWorker, WorkerContext
 from background.database import tables
 from background.database.outages import is_cut_off
-from models import db
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[PostgreSQL]:
-    server = PostgreSQL()
+    server = PostgreSQL(migrate)
     yield server
     server.close()
 

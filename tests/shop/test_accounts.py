@@ -21,8 +21,9 @@ from itsdangerous import URLSafeTimedSerializer
 from sqlalchemy import Engine, create_engine, event, select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
-from support.databases import PASSWORD, PASSWORD_HASH, PASSWORD_METHOD, on_postgresql, on_sqlite
+from support.databases import on_postgresql, on_sqlite
 from support.fleet import at_once, in_threads, wait_until
+from support.shop import PASSWORD, PASSWORD_HASH, PASSWORD_METHOD
 from werkzeug.security import generate_password_hash
 from werkzeug.test import TestResponse
 

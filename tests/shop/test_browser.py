@@ -5,12 +5,12 @@ from collections.abc import Iterator
 
 import pytest
 from sqlalchemy import select
-from support.databases import PASSWORD
 from support.fleet import wait_until
 from support.servers import served
+from support.shop import PASSWORD
+from tests.background.dashboard.test_browser import violations
 
 from models import Book, User, db
-from tests.background.dashboard.test_browser import violations
 
 CHROMIUM = shutil.which("chromium")
 GAVE_UP = "net::ERR_ABORTED"  # by the browser itself, as it went on to another page

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from flask import Flask
 from sqlalchemy import URL, text
-from support.databases import administer, dispose, settings
+from support.databases import administer, dispose
 from support.processes import PATIENCE, ROOT
+from support.shop import settings
 
 from app import create_app
 from background.errors import InvalidConfig

@@ -9,7 +9,7 @@ import pytest
 from flask import Flask
 from flask.testing import FlaskCliRunner
 from sqlalchemy import Engine, text
-from support.databases import settings
+from support.shop import settings
 
 from app import create_app
 from models import User, UserRepository, db

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from sqlalchemy import insert, select, update
 from support.bad_http import GET, NONSENSE, assert_unbroken, mangled, said
 from support.bad_input import MARK, MARKUP, bounded, texts
-from support.databases import close, settings
+from support.databases import close
 from support.processes import environment, gunicorn, started
+from support.shop import settings
 from support.visitors import Visitors, requests
 from werkzeug.routing import Rule
 

@@ -13,8 +13,9 @@ import svcs
 from flask import Flask
 from flask.testing import FlaskClient
 from sqlalchemy import Engine, event, select, text, update
-from support.databases import close, on_postgresql, on_sqlite, settings
+from support.databases import close, on_postgresql, on_sqlite
 from support.fleet import in_threads, wait_until
+from support.shop import settings
 
 from app import create_app
 from background import BackgroundWorkerManager, current_workers

@@ -10,9 +10,10 @@ import pytest
 from flask import Flask, request
 from sqlalchemy import create_engine, text
 from support.bad_http import said
-from support.databases import close, on_sqlite, settings
+from support.databases import close, on_sqlite
 from support.fork_server import Nursery
 from support.processes import environment, flask, gunicorn
+from support.shop import settings
 
 from app import create_app
 from background.errors import InvalidConfig

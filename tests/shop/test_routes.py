@@ -8,8 +8,9 @@ from io import BytesIO
 import pytest
 from flask import Flask
 from sqlalchemy import Engine, select
-from support.databases import PASSWORD, PASSWORD_METHOD, on_sqlite
+from support.databases import on_sqlite
 from support.fleet import at_once, statements
+from support.shop import PASSWORD, PASSWORD_METHOD
 
 from models import Book, Order, User, db
 

@@ -22,9 +22,10 @@ from flask import Flask
 from flask.testing import FlaskCliRunner
 from sqlalchemy import URL, Connection, Engine, create_engine, inspect, make_url, text
 from sqlalchemy.pool import NullPool
-from support.databases import administer, dispose, settings
+from support.databases import administer, dispose
 from support.definitions import definitions
 from support.processes import environment, run
+from support.shop import settings
 
 import demo
 from app import create_app

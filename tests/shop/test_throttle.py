@@ -12,9 +12,10 @@ from flask.testing import FlaskClient
 from limits.storage import storage_from_string
 from sqlalchemy import select, update
 from sqlalchemy.exc import DBAPIError
-from support.databases import PASSWORD, close, on_postgresql, on_sqlite, settings
+from support.databases import close, on_postgresql, on_sqlite
 from support.fleet import at_once
 from support.processes import MARGIN
+from support.shop import PASSWORD, settings
 from werkzeug.test import TestResponse
 
 import routes

@@ -9,7 +9,7 @@ from urllib.parse import quote, urlencode
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from support.databases import PASSWORD
+from support.shop import PASSWORD
 
 TIMES = max(int(os.environ.get("FUZZ_EXAMPLES", "1")), 1)  # a factor: FUZZ_EXAMPLES=50 looks fifty times as long
 

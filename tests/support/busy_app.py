@@ -7,7 +7,8 @@ from threading import Semaphore
 
 from flask import Flask
 from flask.typing import ResponseReturnValue
-from support.fleet import Hourly, make_app
+from support.fleet import Hourly
+from support.shop import make_shop
 from werkzeug.wrappers import Response
 
 from background import PeriodicWorker, WorkerContext
@@ -68,7 +69,7 @@ def create_app(database_url: str | None = None) -> Flask:
     """One that only serves, unless its manager is started."""
     config = {"WTF_CSRF_ENABLED": True, "WORKERS_ENABLED": False, "RATELIMIT_ENABLED": False}
     patient = {"WORKERS_LEASE_SECONDS": 60}  # beside a browser a machine may have no time for a heartbeat
-    app = make_app(database_url or os.environ["DATABASE_URL"], *WORKERS, MailWorker, **config, **patient)
+    app = make_shop(database_url or os.environ["DATABASE_URL"], *WORKERS, MailWorker, **config, **patient)
     app.after_request(_strict)
     return app
 

@@ -1,4 +1,4 @@
-"""Databases and settings for the tests, and the applications that are made on them."""
+"""Databases for the tests, and the end of the applications that use them."""
 
 import gc
 import shutil
@@ -6,22 +6,12 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
-from flask import Flask
+from flask import Flask, current_app
 from sqlalchemy import URL, create_engine
 from sqlalchemy.pool import NullPool
 from support import cached_url_rules as rules  # noqa: F401 - makes applications quickly
-from werkzeug.security import generate_password_hash
-
-from app import create_app
-from models import User, db
-
-PASSWORD = "correct horse battery staple"
-PASSWORD_METHOD = User.password_method
-User.password_method = "pbkdf2:sha256:1"  # quick: it guards nothing
-PASSWORD_HASH = generate_password_hash(PASSWORD, User.password_method)
 
 on_sqlite = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 on_postgresql = pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
@@ -33,28 +23,9 @@ def freeze() -> None:
     gc.freeze()
 
 
-def settings(database_url: str, **more: Any) -> dict[str, Any]:
-    return {
-        "DATABASE_URL": database_url,
-        "TESTING": True,
-        "WTF_CSRF_ENABLED": False,
-        "SECRET_KEY": "test",
-        "RELEASE": "tested",
-        **more,
-    }
-
-
-def migrate(database_url: str) -> None:
-    from migrations.schema import upgrade
-
-    app = create_app(settings(database_url))
-    with app.app_context():
-        upgrade()
-        dispose()
-
-
 def dispose() -> None:
     """Close every connection of the application in whose context this is called, also the one that its session has."""
+    db = current_app.extensions["sqlalchemy"]
     db.session.remove()
     for engine in db.engines.values():
         engine.dispose()
@@ -92,5 +63,6 @@ def close(*apps: Flask) -> None:
         with app.app_context():
             dispose()
         for name in app.config.get("SQLALCHEMY_BINDS") or ():
-            db.metadatas.pop(name, None)  # `db` is one for all tests, and would make tables on these binds too
+            # One `db` serves all tests, and would make tables on these binds too.
+            app.extensions["sqlalchemy"].metadatas.pop(name, None)
     gc.collect()

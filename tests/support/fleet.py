@@ -11,26 +11,45 @@ from functools import partial
 from typing import Any
 
 from flask import Flask
-from sqlalchemy import Column, Engine, Integer, MetaData, String, Table, event, insert, select, update
-from support.databases import close, settings
+from flask_sqlalchemy import SQLAlchemy
+from sqlalchemy import CheckConstraint, Column, Engine, Integer, String, Table, event, insert, select, update
+from support.databases import close
 from support.processes import PATIENCE, eventually
 
-from app import create_app
 from background import BackgroundWorkerManager, PeriodicWorker, WorkerContext
+from background.dashboard import dashboard
 from background.database import tables
+from background.database.clock import UtcDateTime
+from background.monitoring import health, metrics
+from background.settings import SETTINGS
 from background.worker import AnyWorker
-from models import db
 
 HOUR = timedelta(hours=1)
 
+QUICK = {"WORKERS_HEARTBEAT_SECONDS": 0.1, "WORKERS_LEASE_SECONDS": 2, "WORKERS_SHUTDOWN_SECONDS": 10}
+
+db = SQLAlchemy()
+
 effects = Table(
     "effects",
-    MetaData(),
+    db.metadata,
     Column("id", Integer, primary_key=True),
     Column("key", String(300), nullable=False),
     Column("note", String(100), nullable=False),
     Column("unique", Integer, unique=True),
 )
+
+
+class Note(db.Model):  # type: ignore[name-defined, misc]
+    """A row that an application writes by itself, not a run."""
+
+    __tablename__ = "notes"
+    __table_args__ = (CheckConstraint("number >= 0", name="number"),)
+
+    id = Column(Integer, primary_key=True)
+    text = Column(String(300), nullable=False)
+    number = Column(Integer, nullable=False, default=0)
+    at = Column(UtcDateTime)
 
 
 def effect(context: WorkerContext, note: object = "") -> None:
@@ -49,15 +68,41 @@ class Hourly(PeriodicWorker):
 
 
 def make_app(database_url: str, *workers: AnyWorker, **config: Any) -> Flask:
-    """The application with `workers` only, and with a quick pulse."""
-    quick = {"WORKERS_HEARTBEAT_SECONDS": 0.1, "WORKERS_LEASE_SECONDS": 2, "WORKERS_SHUTDOWN_SECONDS": 10}
-    app = create_app(settings(database_url, **quick | config))
-    manager: BackgroundWorkerManager = app.extensions["background_workers"]
-    for worker in (*manager.workers.values(), *manager.topics.values()):
-        manager.remove(worker.name)
+    """Return an application of a few lines with `workers`, and with short heartbeats."""
+    app = Flask("host")
+    # Without an answer the connections end within seconds. A test's own options come on top.
+    arguments = {"prepare_threshold": None, "keepalives_idle": 10, "tcp_user_timeout": 20_000, "connect_timeout": 10}
+    options = {"pool_pre_ping": True, "connect_args": arguments} if database_url.startswith("postgresql") else {}
+    given = config.get("SQLALCHEMY_ENGINE_OPTIONS", {})
+    options |= given | {"connect_args": options.get("connect_args", {}) | given.get("connect_args", {})}
+    app.config |= QUICK | {"TESTING": True, "SECRET_KEY": "test", "RELEASE": "tested"} | config
+    app.config |= {"SQLALCHEMY_DATABASE_URI": database_url, "SQLALCHEMY_ENGINE_OPTIONS": options}
+    db.init_app(app)
+    manager = BackgroundWorkerManager(app, db)
     for worker in workers:
         manager.add(worker)
+    for blueprint in (health(), metrics(), dashboard(lambda: None)):
+        app.register_blueprint(blueprint)
+    manager.start_under_flask_run()
     return app
+
+
+FLASK_APP = "support.fleet:from_environment()"
+
+
+def from_environment(*workers: AnyWorker) -> Flask:
+    """Return the application for a process of its own: the settings are those of the engine in the environment."""
+    return make_app(
+        os.environ["DATABASE_URL"], *workers, **{name: os.environ[name] for name in SETTINGS if name in os.environ}
+    )
+
+
+def make_tables(database_url: str) -> None:
+    """Give the database the tables of the engine and of its tests."""
+    app = make_app(database_url)
+    with app.app_context():
+        db.create_all()
+    close(app)
 
 
 class Fleet:
@@ -69,7 +114,7 @@ class Fleet:
         app = self.app()
         with app.app_context():
             self.engine: Engine = db.engine
-            effects.metadata.create_all(self.engine)
+            db.metadata.create_all(self.engine, [effects, Note.__table__])  # a copy of the shop has neither
 
     def app(self, *workers: AnyWorker, **config: Any) -> Flask:
         self.apps.append(make_app(self.database_url, *workers, **config))

@@ -6,13 +6,12 @@ from typing import Any
 
 from sqlalchemy import create_engine, func, select
 from sqlalchemy.pool import NullPool
-from support.fleet import make_app
+from support.fleet import db, make_app
 from support.fork_server import Member
 from support.run_traces import Effect, Effects
 
 from background import BackgroundWorkerManager, Message, MessageWorker, WorkerContext
 from background.database import tables
-from models import db
 
 TOPICS = ("notes", "bulk", "relays")
 

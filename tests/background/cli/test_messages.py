@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 from click.testing import Result
 from sqlalchemy import event, insert, text, update
-from support.databases import close, on_postgresql, on_sqlite, settings
-from support.fleet import Fleet, Hourly, effect, in_threads, statements, states, wait_until
+from support.databases import close, on_postgresql, on_sqlite
+from support.fleet import Fleet, Hourly, effect, in_threads, make_app, statements, states, wait_until
 
-from app import create_app
 from background import (
     BackgroundWorkerManager,
     Message,
@@ -517,7 +516,7 @@ def test_the_same_is_refused_in_python(manager: BackgroundWorkerManager) -> None
 
 
 def test_a_database_without_a_schema_is_one_sentence(empty_database_url: str) -> None:
-    app = create_app(settings(empty_database_url))
+    app = make_app(empty_database_url)
     try:
         for arguments in (["list"], ["show", "1"], ["retry", "--all"], ["discard", "1"], ["stats"]):
             result = app.test_cli_runner().invoke(args=["messages", *arguments])

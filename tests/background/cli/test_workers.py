@@ -20,18 +20,23 @@ import pytest
 from click.testing import Result
 from flask import Flask
 from sqlalchemy import Engine, event, insert, text, update
-from support.databases import close, on_sqlite, settings
-from support.fleet import statements
+from support.databases import close, on_sqlite
+from support.fleet import FLASK_APP, make_app, statements
 from support.fork_server import Nursery
 from support.processes import ROOT, Process, environment
 
-from app import create_app
-from background import BackgroundWorkerManager, MessageWorker, PeriodicWorker, WorkerContext
+from background import (
+    BackgroundWorkerManager,
+    Message,
+    MessageWorker,
+    PeriodicWorker,
+    PruneHistoryWorker,
+    WorkerContext,
+)
 from background.database.tables import executions, instances
 from background.history.text import table
 
 MINUTE = timedelta(minutes=1)
-PASSIVE = "passive_user_checker_worker"
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 Running = Callable[..., AbstractContextManager[Process]]
@@ -63,6 +68,21 @@ class Rest(Greet):
     enabled = False
 
 
+class Tidy(Greet):
+    pass
+
+
+class Count(MessageWorker):
+    topic = "orders"
+
+    def handle(self, message: Message, context: WorkerContext) -> None:
+        pass
+
+
+class Post(Count):
+    topic = "mail"
+
+
 class Interrupted(Greet):
     """Its first run ends by the Ctrl-C that it sends itself; the next ones are left in peace."""
 
@@ -86,10 +106,9 @@ class InterruptedAsync(PeriodicWorker):
 
 @pytest.fixture
 def app(database_url: str) -> Iterator[Flask]:
-    app = create_app(settings(database_url, WORKERS_HEARTBEAT_SECONDS=0.2))
-    manager = app.extensions["background_workers"]
-    for worker in (Greet, Stumble, Rest):
-        manager.add(worker)
+    app = make_app(
+        database_url, Greet, Stumble, Rest, Tidy, PruneHistoryWorker, Count, Post, WORKERS_HEARTBEAT_SECONDS=0.2
+    )
     yield app
     close(app)
 
@@ -163,19 +182,18 @@ def test_the_instances_are_shown_with_what_they_hold_and_their_clocks(
 def test_a_fresh_database_lists_every_worker_of_the_release(flask: Callable[..., Result]) -> None:
     silence, *lines, messages = flask("list").stdout.splitlines()
     assert silence == "No instance is alive, and none is known: no worker runs. `flask workers run` starts one."
-    assert messages.startswith("Messages: mail (mail_worker), orders (order_worker)")
+    assert messages.startswith("Messages: mail (post), orders (count)")
     assert lines[0].split("  ")[0] == "NAME"
     assert [line.split()[0] for line in lines[1:]] == [
         "greet",
-        PASSIVE,
         "prune_history_worker",
         "rest",
         "stumble",
-        "system_health_worker",
+        "tidy",
     ]
     assert "every 10 minutes" in lines[1]
-    assert lines[4].endswith("disabled")
-    assert "at */5 * * * * (UTC)" in lines[5]
+    assert lines[3].endswith("disabled")
+    assert "at */5 * * * * (UTC)" in lines[4]
 
 
 @on_sqlite
@@ -184,18 +202,18 @@ def test_the_list_shows_how_the_last_tick_ended_and_where_each_worker_runs(
 ) -> None:
     assert manager.tick("stumble", manager.history.clock())
     leave_behind(manager, "greet", due(manager, "greet"))
-    manager.pause(PASSIVE)
+    manager.pause("tidy")
     rows = {row["name"]: row for row in json.loads(flask("list", "--json").stdout)}
     assert rows["stumble"]["last"]["state"] == "failed"
     assert rows["stumble"]["last"]["seconds"] < 60
     assert rows["greet"]["running"]["instance"] == "far:7"
     assert rows["greet"]["running"]["is_gone"]
     assert rows["greet"]["last"] is None
-    assert rows[PASSIVE]["paused_at"]
-    assert rows[PASSIVE]["next_tick"] is None
+    assert rows["tidy"]["paused_at"]
+    assert rows["tidy"]["next_tick"] is None
     lines = {line.split()[0]: line for line in flask("list").stdout.splitlines()}
     assert "far:7, which is gone" in lines["greet"]
-    assert "paused since 20" in lines[PASSIVE]
+    assert "paused since 20" in lines["tidy"]
     assert re.search(r"failed in \d\.\d{3} s", lines["stumble"])
 
 
@@ -293,49 +311,22 @@ def test_check_prints_the_next_three_ticks_of_every_worker_and_writes_nothing(
     ticks = [datetime.fromisoformat(each) for each in greet["next_ticks"]]
     assert before < ticks[0] == ticks[1] - 10 * MINUTE == ticks[2] - 20 * MINUTE
     *_, unseen, fine = flask("check").stdout.splitlines()
-    assert fine == "Fine: the settings, 8 workers, the database, its migrations, and the fleet of 1 instance."
+    assert fine == "Fine: the settings, 7 workers, the database, its migrations, and the fleet of 1 instance."
     assert unseen == f"Not looked at: {'; '.join(result['not_looked_at'])}."
     assert manager.stores.ledger.states() == {}
 
 
 def test_check_of_a_database_without_a_schema_names_the_command_that_mends_it(empty_database_url: str) -> None:
-    app = create_app(settings(empty_database_url))
+    app = make_app(empty_database_url, Tidy)
     try:
         for command in ("check", "list", "why", "history", "pause", "run", "trigger"):
-            arguments = [command] if command in ("check", "list", "run") else [command, PASSIVE]
+            arguments = [command] if command in ("check", "list", "run") else [command, "tidy"]
             result = app.test_cli_runner().invoke(args=["workers", *arguments])
             assert result.exit_code == 1, (command, result.output)
             assert len(result.stderr.splitlines()) == 1
             assert "`flask db upgrade`" in result.stderr
     finally:
         close(app)
-
-
-EMBEDDED = """
-    import os
-
-    import app as bookstore
-
-
-    class Flask(bookstore.Flask):
-        def __init__(self, name, **more):
-            super().__init__(name, instance_path=os.environ["INSTANCE"], **more)
-
-
-    bookstore.Flask = Flask
-    create_app = bookstore.create_app
-"""
-
-
-def test_check_on_the_embedded_default_makes_no_database(tmp_path: Path, command: Command) -> None:
-    (tmp_path / "shop.py").write_text(textwrap.dedent(EMBEDDED))
-    instance = tmp_path / "instance"
-    instance.mkdir()
-    result = command("check", FLASK_APP="shop", PYTHONPATH=f"{ROOT}{os.pathsep}{tmp_path}", INSTANCE=str(instance))
-    assert result.returncode == 1
-    assert result.stderr.count("\n") == 1
-    assert "does not exist. Make it with `flask run`." in result.stderr
-    assert list(instance.iterdir()) == []
 
 
 def test_a_wrong_setting_is_one_sentence(sqlite_url: str, command: Command) -> None:
@@ -430,7 +421,7 @@ SHOP = """
     import os, sys, time
     from datetime import timedelta
 
-    from app import create_app as create_bookstore
+    from support.fleet import from_environment
     from background import MessageWorker, PeriodicWorker
 
 
@@ -465,13 +456,7 @@ SHOP = """
 
 
     def create_app():
-        app = create_bookstore()
-        workers = app.extensions["background_workers"]
-        workers.add(Busy)
-        workers.add(Quick)
-        workers.add(Loud)
-        workers.add(Silent)
-        return app
+        return from_environment(Busy, Quick, Loud, Silent)
 """
 
 
@@ -481,7 +466,7 @@ def command(nursery: Nursery, tmp_path: Path) -> Command:
 
     def command(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
         call, errors = [sys.executable, "-m", "flask", "workers", *arguments], tmp_path / "errors"
-        code, output = nursery.run(call, environment(**{"FLASK_APP": "app", **more}), errors)
+        code, output = nursery.run(call, environment(**{"FLASK_APP": FLASK_APP, **more}), errors)
         return subprocess.CompletedProcess(call, code, output, errors.read_text())
 
     return command
@@ -494,14 +479,19 @@ def running(nursery: Nursery, tmp_path: Path) -> Running:
 
     def running(database_url: str, *names: str, **more: str) -> AbstractContextManager[Process]:
         call = [sys.executable, "-m", "flask", "workers", "run", *names]
-        more = {"WORKERS_ENABLED": "false", "FLASK_APP": "shop", "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}", **more}
+        more = {
+            "WORKERS_ENABLED": "false",
+            "FLASK_APP": "shop",
+            "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}{os.pathsep}{tmp_path}",
+            **more,
+        }
         return nursery.forked(call, environment(database_url, **more), tmp_path / "errors")
 
     return running
 
 
 def states(database_url: str, name: str) -> list[str]:
-    app = create_app(settings(database_url))
+    app = make_app(database_url)
     result = app.test_cli_runner().invoke(args=["workers", "history", name, "--json"])
     close(app)
     return [row["state"] for row in json.loads(result.stdout)]
@@ -533,7 +523,7 @@ def test_run_without_names_serves_all_of_them(sqlite_url: str, tmp_path: Path, r
 def test_run_serves_the_named_workers_of_messages_and_no_others(
     database_url: str, tmp_path: Path, running: Running
 ) -> None:
-    app = create_app(settings(database_url))
+    app = make_app(database_url)
     workers: BackgroundWorkerManager = app.extensions["background_workers"]
     for topic in ("silent", "loud"):
         workers.add(type(topic, (MessageWorker,), {"topic": topic, "handle": lambda *_: None}))
@@ -561,7 +551,7 @@ def test_a_second_signal_ends_a_run_that_does_not_listen(database_url: str, tmp_
             process.wait(0.5)
         process.signal(signal.SIGTERM)
         assert process.wait() == 0, (tmp_path / "errors").read_text()
-    app = create_app(settings(database_url))
+    app = make_app(database_url)
     result = app.test_cli_runner().invoke(args=["workers", "history", "busy"])
     close(app)
     assert "which is gone: will be taken over" in result.stdout
@@ -731,7 +721,7 @@ def test_flask_help_imports_no_scheduler_and_opens_no_database(tmp_path: Path) -
         "    except SystemExit: pass\n"
         "    print('imported:', *{'apscheduler', 'cronsim'} & sys.modules.keys())"
     )
-    call, env = [sys.executable, "-c", probe], environment(f"sqlite:///{path}", FLASK_APP="app")
+    call, env = [sys.executable, "-c", probe], environment(f"sqlite:///{path}", FLASK_APP=FLASK_APP)
     result = subprocess.run(call, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60, check=True)
     assert result.stdout.count("Usage: flask") == 2
     assert [line for line in result.stdout.splitlines() if "imported" in line] == ["imported:"] * 2

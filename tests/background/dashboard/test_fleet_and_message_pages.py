@@ -1,7 +1,6 @@
 """The dashboard's pages of the fleet and of the messages: what they show, and what their buttons do."""
 
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
@@ -18,7 +17,6 @@ from background.dashboard.timeline import Bar, Timeline, draw
 from background.database import tables
 from background.history.records import InstanceRecord, Record, Window
 from background.ledger.leases import Instance
-from models import User
 
 LEASE = timedelta(seconds=30)
 EVIL = "<script>alert('x')</script>"
@@ -44,11 +42,8 @@ def manager(fleet: Fleet) -> BackgroundWorkerManager:
 
 
 @pytest.fixture
-def admin(manager: BackgroundWorkerManager, make_user: Callable[..., User], login: Callable[..., None]) -> FlaskClient:
-    """A browser in which an admin has logged in."""
-    client = manager.app.test_client()
-    login(client, make_user(is_admin=True))
-    return client
+def client(manager: BackgroundWorkerManager) -> FlaskClient:
+    return manager.app.test_client()
 
 
 def see(client: FlaskClient, path: str) -> str:
@@ -81,13 +76,13 @@ def signed_on(manager: BackgroundWorkerManager, host: str, lease: timedelta = LE
 
 
 def test_a_lost_run_and_the_one_that_took_it_over_stand_in_two_lanes_with_an_arrow(
-    fleet: Fleet, manager: BackgroundWorkerManager, admin: FlaskClient
+    fleet: Fleet, manager: BackgroundWorkerManager, client: FlaskClient
 ) -> None:
     died = signed_on(manager, "dead-host", timedelta(seconds=-1))
     claim(manager, died, last_hour())
     manager.start()
     wait_until(lambda: fleet.states("ticker")[:2] == ["lost", "succeeded"], "the take-over")
-    page = see(admin, "timeline?window=5m")
+    page = see(client, "timeline?window=5m")
     assert "dead-host:1 †" in page
     assert re.search(r"ticker: tick \S+, lost after \S+ s on dead-host:1", page)
     assert re.search(r"ticker: tick \S+, attempt 2, succeeded after", page)
@@ -96,27 +91,27 @@ def test_a_lost_run_and_the_one_that_took_it_over_stand_in_two_lanes_with_an_arr
 
 @on_sqlite
 def test_a_run_that_was_handed_back_points_to_where_it_went_on(
-    fleet: Fleet, manager: BackgroundWorkerManager, admin: FlaskClient
+    fleet: Fleet, manager: BackgroundWorkerManager, client: FlaskClient
 ) -> None:
     left = signed_on(manager, "left-host")
     manager.stores.ledger.end(claim(manager, left, last_hour()), "handed back", next_attempt=1)
     manager.stores.leases.sign_off(left)
     manager.start()
     wait_until(lambda: fleet.states("ticker")[:2] == ["handed back", "succeeded"], "the hand-over")
-    page = see(admin, "timeline")
+    page = see(client, "timeline")
     assert page.count('<line class="bw-arrow state-handed-back"') == 1
     assert "signed off" in page
     assert "†" not in page.partition("bw-legend")[0]
 
 
 @on_sqlite
-def test_the_timeline_of_one_worker_has_no_other(manager: BackgroundWorkerManager, admin: FlaskClient) -> None:
+def test_the_timeline_of_one_worker_has_no_other(manager: BackgroundWorkerManager, client: FlaskClient) -> None:
     claim(manager, signed_on(manager, "one-host"), last_hour())
     with manager.stores.main.engine.begin() as connection:
         connection.execute(insert(tables.workers).values(schedule_of("other")))
-    assert "one-host:1" in see(admin, "timeline?worker=ticker")
-    assert "running for" not in see(admin, "timeline?worker=other")
-    assert admin.get("/workers/timeline?worker=unknown").status_code == 404
+    assert "one-host:1" in see(client, "timeline?worker=ticker")
+    assert "running for" not in see(client, "timeline?worker=other")
+    assert client.get("/workers/timeline?worker=unknown").status_code == 404
 
 
 def schedule_of(name: str) -> dict[str, Any]:
@@ -136,9 +131,9 @@ def ran(manager: BackgroundWorkerManager, *starts: datetime, length: timedelta =
 
 
 @on_sqlite
-def test_a_note_has_its_moments_as_the_commands_have_them(manager: BackgroundWorkerManager, admin: FlaskClient) -> None:
+def test_a_note_has_moments_as_the_commands_have_them(manager: BackgroundWorkerManager, client: FlaskClient) -> None:
     ran(manager, NOON, worker="ticker", state="skipped", reason=f"still running the tick {NOON.isoformat()} on a:1")
-    page = see(admin, "worker/ticker")
+    page = see(client, "worker/ticker")
     assert f"still running the tick {NOON:%Y-%m-%dT%H:%M:%S}Z on a:1" in page
 
 
@@ -253,7 +248,7 @@ def test_ticks_that_no_instance_ran_have_a_lane_of_their_own() -> None:
 
 
 def test_the_instances_show_what_they_hold_and_which_are_gone(
-    fleet: Fleet, manager: BackgroundWorkerManager, admin: FlaskClient
+    fleet: Fleet, manager: BackgroundWorkerManager, client: FlaskClient
 ) -> None:
     holder, left = signed_on(manager, "holder"), signed_on(manager, "left")
     signed_on(manager, "lost-host", -LEASE)
@@ -272,7 +267,7 @@ def test_the_instances_show_what_they_hold_and_which_are_gone(
         connection.execute(insert(tables.locks).values(name="invoice-42", token=1, holder="h", **locked))
     rows = {
         row.partition("</th>")[0].rpartition('"row">')[2].split(" ")[0]: row
-        for row in see(admin, "instances").split("<tr")
+        for row in see(client, "instances").split("<tr")
     }
     alive = rows["holder:1"]
     for text in ("alive", "3f2a91c", "+1.500 s: set it right", "ticker", "700 of 1,000", "2 messages", "invoice-42"):
@@ -297,45 +292,45 @@ def bury(fleet: Fleet, count: int, topic: str = "orders", error: str = "ValueErr
 
 @on_sqlite
 def test_a_message_that_died_is_shown_with_its_error_and_can_be_retried(
-    fleet: Fleet, manager: BackgroundWorkerManager, admin: FlaskClient
+    fleet: Fleet, manager: BackgroundWorkerManager, client: FlaskClient
 ) -> None:
     (id,) = fleet.enqueue("orders", {"note": EVIL}, key="k-1")
     manager.start()
     wait_until(lambda: states(fleet) == ["dead"], "its death")
     manager.stop()
-    assert "ValueError: no such book: &lt;script&gt;" in see(admin, "messages?topic=orders")
-    page = see(admin, f"messages/{id}")
+    assert "ValueError: no such book: &lt;script&gt;" in see(client, "messages?topic=orders")
+    page = see(client, f"messages/{id}")
     for text in ("Traceback (most recent call last)", "k-1", "order_worker", "&#34;note&#34;: &#34;&lt;script&gt;"):
         assert text in page
-    assert f"Message {id} waits again." in post(admin, f"messages/{id}/retry")
+    assert f"Message {id} waits again." in post(client, f"messages/{id}/retry")
     assert states(fleet) == ["waiting"]
-    assert f"Message {id} is discarded." in post(admin, f"messages/{id}/discard", next=f"/workers/messages/{id}")
+    assert f"Message {id} is discarded." in post(client, f"messages/{id}/discard", next=f"/workers/messages/{id}")
     assert states(fleet) == ["discarded"]
-    assert "Nothing was changed: message" in post(admin, f"messages/{id}/discard")
+    assert "Nothing was changed: message" in post(client, f"messages/{id}/discard")
 
 
 @on_sqlite
 def test_all_of_a_topic_are_retried_or_discarded_once_the_box_is_ticked(
-    fleet: Fleet, manager: BackgroundWorkerManager, admin: FlaskClient
+    fleet: Fleet, manager: BackgroundWorkerManager, client: FlaskClient
 ) -> None:
     bury(fleet, 3)
     bury(fleet, 1, topic="old topic")
-    assert "Yes, all 3 of orders" in see(admin, "messages")
-    assert "Nothing was changed" in post(admin, "messages/discard", topic="orders")
+    assert "Yes, all 3 of orders" in see(client, "messages")
+    assert "Nothing was changed" in post(client, "messages/discard", topic="orders")
     assert states(fleet) == ["dead"] * 4
-    assert "3 messages wait again." in post(admin, "messages/retry", topic="orders", confirmed="yes")
-    assert "1 message is discarded." in post(admin, "messages/discard", topic="old topic", confirmed="yes")
+    assert "3 messages wait again." in post(client, "messages/retry", topic="orders", confirmed="yes")
+    assert "1 message is discarded." in post(client, "messages/discard", topic="old topic", confirmed="yes")
     assert states(fleet) == ["waiting"] * 3 + ["discarded"]
-    assert admin.post("/workers/messages/retry", data={"confirmed": "yes"}).status_code == 400
-    assert admin.post("/workers/messages/retry", data={"confirmed": "yes", "topic": "\0"}).status_code == 404
+    assert client.post("/workers/messages/retry", data={"confirmed": "yes"}).status_code == 400
+    assert client.post("/workers/messages/retry", data={"confirmed": "yes", "topic": "\0"}).status_code == 404
 
 
 def test_the_dead_letters_are_paged_from_the_newest_to_the_oldest(
-    fleet: Fleet, manager: BackgroundWorkerManager, admin: FlaskClient
+    fleet: Fleet, manager: BackgroundWorkerManager, client: FlaskClient
 ) -> None:
     ids, seen, path = bury(fleet, 60), [], "messages?topic=orders"
     while path:
-        page = see(admin, path)
+        page = see(client, path)
         seen += [int(id) for id in re.findall(r'<tr id="message-(\d+)"', page)]
         following = re.search(r'href="/workers/(messages\?[^"#]*)[^"]*">Older', page)
         path = following[1].replace("&amp;", "&") if following else ""
@@ -343,13 +338,13 @@ def test_the_dead_letters_are_paged_from_the_newest_to_the_oldest(
 
 
 def test_the_topics_show_their_depth_who_handles_them_and_what_was_done(
-    fleet: Fleet, manager: BackgroundWorkerManager, admin: FlaskClient
+    fleet: Fleet, manager: BackgroundWorkerManager, client: FlaskClient
 ) -> None:
     fleet.enqueue("orders", 1, 2)
     fleet.enqueue("orders", 3, delay=60)
     bury(fleet, 2, topic="old topic")
     done(fleet, 30, SECOND)
-    (orders, old) = (topic_row(see(admin, "messages"), topic) for topic in ("orders", "old topic"))
+    (orders, old) = (topic_row(see(client, "messages"), topic) for topic in ("orders", "old topic"))
     assert orders == ["order_worker", "3", "1", "0", "ago", "30", "30", "0"]
     assert old == ["no worker in this release", "0", "0", "0", "", "0", "0", "2 dead"]
 
@@ -386,7 +381,7 @@ PAGES = ["timeline", "timeline?until=2024-06-01T12:05:00Z&window=1h", "instances
 
 
 @on_sqlite
-def test_no_name_is_read_as_html(fleet: Fleet, manager: BackgroundWorkerManager, admin: FlaskClient) -> None:
+def test_no_name_is_read_as_html(fleet: Fleet, manager: BackgroundWorkerManager, client: FlaskClient) -> None:
     evil = signed_on(manager, EVIL)
     (id,) = bury(fleet, 1, topic=EVIL, error=EVIL)
     with manager.stores.main.engine.begin() as connection:
@@ -397,7 +392,7 @@ def test_no_name_is_read_as_html(fleet: Fleet, manager: BackgroundWorkerManager,
     with manager.stores.leases.engine.begin() as connection:
         connection.execute(update(tables.instances).values(release=EVIL[:100]))
     for path in (*PAGES, f"messages/{id}", "timeline?worker=%3Cscript%3Ealert('x')%3C/script%3E"):
-        page = see(admin, path)
+        page = see(client, path)
         assert EVIL not in page, path
         assert 'onload="' not in page, path
         assert "&lt;script&gt;" in page or path.endswith("orders"), path
@@ -433,26 +428,26 @@ MISSING = [
 ]
 
 
-def test_nonsense_in_an_address_is_the_usual_page_or_none(admin: FlaskClient) -> None:
-    answers = {query: admin.get(f"/workers/{query}").status_code for query in (*FINE, *MISSING)}
+def test_nonsense_in_an_address_is_the_usual_page_or_none(client: FlaskClient) -> None:
+    answers = {query: client.get(f"/workers/{query}").status_code for query in (*FINE, *MISSING)}
     assert answers == dict.fromkeys(FINE, 200) | dict.fromkeys(MISSING, 404)
 
 
 @on_sqlite
-def test_an_id_that_no_message_has_can_be_neither_retried_nor_discarded(admin: FlaskClient) -> None:
+def test_an_id_that_no_message_has_can_be_neither_retried_nor_discarded(client: FlaskClient) -> None:
     for id in ("0", "7", "99999999999999999999999"):
         for what in ("retry", "discard"):
-            assert admin.post(f"/workers/messages/{id}/{what}").status_code == 404
+            assert client.post(f"/workers/messages/{id}/{what}").status_code == 404
 
 
 def test_a_page_costs_as_many_queries_with_much_in_the_database_as_with_little(
-    fleet: Fleet, manager: BackgroundWorkerManager, admin: FlaskClient
+    fleet: Fleet, manager: BackgroundWorkerManager, client: FlaskClient
 ) -> None:
     def queries() -> dict[str, int]:
         counts = {}
         for path in PAGES:
             with statements(Engine) as seen:
-                see(admin, path)
+                see(client, path)
             counts[path] = len(seen)
         return counts
 

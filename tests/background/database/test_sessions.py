@@ -1,4 +1,4 @@
-"""A PostgreSQL with the defaults of another country and time zone: the engine and the shop do not notice."""
+"""A PostgreSQL with the defaults of another country and time zone: the engine and its application do not notice."""
 
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -8,14 +8,12 @@ import pytest
 from flask import Flask
 from sqlalchemy import URL, create_engine, event, make_url, select
 from sqlalchemy.pool import NullPool
-from support.databases import close, settings, text
-from support.fleet import Hourly, effects, make_app, wait_until
+from support.databases import close, text
+from support.fleet import Hourly, Note, db, effects, make_app, wait_until
 
-from app import create_app
 from background import BackgroundWorkerManager, WorkerContext
 from background.database import tables
 from background.database.dialects import postgresql
-from models import User, db
 
 NAME = "Žofie Łącka 株式会社"
 DEFAULTS = [
@@ -49,7 +47,7 @@ def odd_url(request: pytest.FixtureRequest, postgresql_url: str, databases: Call
 def odd(odd_url: str) -> Iterator[Flask]:
     app = make_app(odd_url, Naming)
     with app.app_context():
-        effects.create(db.engine)
+        db.create_all()
     yield app
     close(app)
 
@@ -78,10 +76,10 @@ def test_workers_run_and_the_commands_work_whatever_the_servers_defaults_are(odd
 def test_the_applications_own_moments_and_names_come_back_as_they_went(odd: Flask) -> None:
     at = datetime(2026, 2, 3, 4, 5, 6, 789, UTC)
     with odd.app_context():
-        db.session.add(User(email="z@example.com", name=NAME, password_hash="x", created_at=at))
+        db.session.add(Note(text=NAME, at=at))
         db.session.commit()
-        user = db.session.scalars(select(User)).one()
-        assert (user.name, user.created_at) == (NAME, at)
+        note = db.session.scalars(select(Note)).one()
+        assert (note.text, note.at) == (NAME, at)
 
 
 def test_a_setting_of_the_urls_own_does_not_matter_either(postgresql_url: str) -> None:
@@ -109,14 +107,11 @@ def test_a_database_in_another_encoding_serves(
     postgresql_server: URL, databases: Callable[[str], object], encoding: str
 ) -> None:
     databases(f"CREATE DATABASE odd_{encoding} ENCODING '{encoding}' LC_COLLATE 'C' LC_CTYPE 'C' TEMPLATE template0")
-    app = create_app(settings(text(postgresql_server.set(database=f"odd_{encoding}".lower()))))
+    app = make_app(text(postgresql_server.set(database=f"odd_{encoding}".lower())), Hourly)
     try:
         with app.app_context():
             db.create_all()
         manager = manager_of(app)
-        manager.add(Hourly)
-        with app.app_context():
-            effects.create(db.engine)
         execution = manager.tick("hourly", datetime.now(UTC))
         assert execution is None or execution.state == "succeeded"
         execution = manager.trigger("hourly")

@@ -16,14 +16,13 @@ from sqlalchemy import Column, Engine, Index, Integer, event, insert, update
 from sqlalchemy import text as sql
 from sqlalchemy.exc import OperationalError
 from support.databases import close, on_postgresql, on_sqlite
-from support.fleet import HOUR, PATIENCE, Fleet, Hourly, statements, wait_until
+from support.fleet import HOUR, PATIENCE, Fleet, Hourly, db, statements, wait_until
 
 from background import BackgroundWorkerManager, MessageWorker, PeriodicWorker
 from background.dashboard import dashboard
 from background.database import tables
 from background.history.condition import condition
 from background.monitoring.health import health
-from models import db
 
 PAGES = ("", "timeline", "timeline?until=2026-01-01T00:00Z", "instances", "messages", "worker/hourly")
 
@@ -329,15 +328,15 @@ def test_a_probe_of_the_fleet_waits_for_no_writer_and_fails_where_the_file_is_re
 
 @pytest.fixture
 def changed_models() -> Iterator[None]:
-    """Give the shop's models a column, an index and a table that no migration makes."""
-    books = db.metadata.tables["books"]
+    """Give the models a column, an index and a table that the database lacks."""
+    notes = db.metadata.tables["notes"]
     column = Column("shelf", Integer)
-    books.append_column(column)
-    index = Index("ix_books_shelf", column)
+    notes.append_column(column)
+    index = Index("ix_notes_shelf", column)
     table = db.Table("shelves", Column("id", Integer, primary_key=True))
     yield
-    books.indexes.discard(index)
-    books._columns.remove(column)
+    notes.indexes.discard(index)
+    notes._columns.remove(column)
     db.metadata.remove(table)
 
 
@@ -349,10 +348,10 @@ def test_check_names_what_the_models_have_and_the_database_lacks(
     assert checked.exit_code == 1
     assert [line.partition(", which")[0] for line in checked.stderr.splitlines()] == [
         "Problem: The models have the table shelves",
-        "Problem: The models have the column books.shelf",
-        "Problem: The models have the index ix_books_shelf of books",
+        "Problem: The models have the column notes.shelf",
+        "Problem: The models have the index ix_notes_shelf of notes",
     ]
-    remedy = "which the database lacks: make a migration with `flask db migrate` and run it with `flask db upgrade`."
+    remedy = "which the database lacks: make it with a migration, or with `db.create_all()` in an empty database."
     assert remedy in checked.stderr
 
 
@@ -375,7 +374,7 @@ def test_check_leaves_alone_what_only_the_database_has(app: Flask, manager: Back
     manager.presence.sign_on()
     with app.app_context(), db.engine.begin() as connection:
         connection.execute(sql("CREATE TABLE of_another_application (id INTEGER)"))
-        connection.execute(sql("ALTER TABLE books ADD COLUMN of_a_newer_release INTEGER"))
+        connection.execute(sql("ALTER TABLE notes ADD COLUMN of_a_newer_release INTEGER"))
     assert command(app, "check").exit_code == 0, command(app, "check").output
 
 

@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 from flask import Flask
 from sqlalchemy import Engine, insert, update
-from support.databases import close, settings
-from support.fleet import statements
+from support.databases import close
+from support.fleet import make_app, statements
 
-from app import create_app
 from background import BackgroundWorkerManager, PeriodicWorker, UnknownWorker, WorkerContext
 from background.database.tables import executions, workers
 from background.history.records import InstanceRecord, Record, Surroundings
@@ -411,8 +410,7 @@ def test_a_length_of_time_is_told_in_its_two_largest_units(seconds: float, words
 
 @pytest.fixture
 def app(database_url: str) -> Iterator[Flask]:
-    app = create_app(settings(database_url))
-    app.extensions["background_workers"].add(Tidy)
+    app = make_app(database_url, Tidy)
     yield app
     close(app)
 

@@ -1,6 +1,5 @@
 """The log, the terminal and the JSON: no text ends a request, a command or a reader."""
 
-import io
 import json
 import logging
 import logging.config
@@ -13,66 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import insert, text, update
-from sqlalchemy.exc import DBAPIError
-from support.databases import close, settings
-from support.fleet import Fleet, Hourly, last_hour
+from sqlalchemy import insert, update
+from support.fleet import FLASK_APP, Fleet, Hourly, last_hour
 from support.processes import environment
 
 import background
-from app import create_app
 from background import MessageWorker, WorkerContext
 from background.database import tables as models
 from background.host.logs import logger_of, quieten
-from config import hide_password_links, json_formatter, spell_failed_path_out
-from models import db
-
-
-class Unspeakable:
-    def __str__(self) -> str:
-        raise RuntimeError("no text")
-
-
-@pytest.mark.parametrize(
-    ("message", "arguments"),
-    [
-        ("%d books", ("three",)),
-        ("%s and %s", ("one",)),
-        ("%(name)s", ("three",)),
-        ("%s", (Unspeakable(),)),
-        (Unspeakable(), ()),
-        ("100%", ("full",)),
-        ("no place", ("for this",)),
-    ],
-)
-def test_a_record_that_cannot_be_formatted_does_not_end_the_request(
-    tmp_path: Path, message: Any, arguments: tuple[Any, ...], capsys: pytest.CaptureFixture[str]
-) -> None:
-    app = create_app(settings(f"sqlite:///{tmp_path / 'never.sqlite'}"))
-
-    @app.get("/list")
-    def list_books() -> str:
-        app.logger.info(message, *arguments)
-        return "fine"
-
-    app.logger.setLevel(logging.INFO)
-    handler = logging.StreamHandler(io.StringIO())
-    app.logger.addHandler(handler)
-    app.logger.propagate = False
-    try:
-        assert app.test_client().get("/list").text == "fine"
-    finally:
-        app.logger.removeHandler(handler)
-        app.logger.propagate = True
-    assert "--- Logging error ---" in capsys.readouterr().err
-
-
-def test_the_filters_pass_a_record_that_cannot_be_formatted() -> None:
-    record = logging.LogRecord("app", logging.INFO, "", 0, "%d books", ("three",), None, "log_exception")
-    assert hide_password_links(record)
-    assert spell_failed_path_out(record)
-    assert (record.msg, record.args) == ("%d books", ("three",))
-
 
 # -- a dictConfig of the application ----------------------------------------------------------------
 
@@ -200,31 +147,13 @@ def test_a_terminal_of_another_encoding_is_shown_escapes(
     done = subprocess.run(
         [sys.executable, "-m", "flask", *arguments],
         capture_output=True,
-        env=environment(fleet.database_url, PYTHONIOENCODING=encoding),
+        env=environment(fleet.database_url, FLASK_APP=FLASK_APP, PYTHONIOENCODING=encoding),
         timeout=60,
     )
     said = done.stdout.decode("latin-1")
     assert b"Traceback" not in done.stderr, done.stderr
     assert "ukasz" in said
     assert "\\u5c71" in said or encoding == "ascii"  # Click itself sends UTF-8 to such a terminal
-
-
-# -- values in errors -------------------------------------------------------------------------------
-
-
-def test_the_errors_of_every_bind_hide_their_values(tmp_path: Path) -> None:
-    binds = {
-        "archive": f"sqlite:///{tmp_path / 'archive.sqlite'}",
-        "reports": {"url": f"sqlite:///{tmp_path / 'reports.sqlite'}"},
-        "open": {"url": f"sqlite:///{tmp_path / 'open.sqlite'}", "hide_parameters": False},
-    }
-    app = create_app(settings(f"sqlite:///{tmp_path / 'shop.sqlite'}", SQLALCHEMY_BINDS=binds))
-    with app.app_context():
-        for name, engine in db.engines.items():
-            with engine.connect() as connection, pytest.raises(DBAPIError) as raised:
-                connection.execute(text("SELECT * FROM missing WHERE password = :password"), {"password": "hunter2"})
-            assert ("hunter2" in str(raised.value)) == (name == "open")
-    close(app)
 
 
 # -- JSON -------------------------------------------------------------------------------------------
@@ -238,7 +167,7 @@ def strict(text: str) -> Any:
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
-def test_the_commands_and_pages_print_json_whatever_is_in_the_database(fleet: Fleet, value: float) -> None:
+def test_the_commands_print_json_whatever_is_in_the_database(fleet: Fleet, value: float) -> None:
     class Taking(MessageWorker):
         topic = "notes"
 
@@ -260,17 +189,3 @@ def test_the_commands_and_pages_print_json_whatever_is_in_the_database(fleet: Fl
     assert strict(runner.invoke(args=["workers", "list", "--json"]).stdout)
     (message,) = strict(runner.invoke(args=["messages", "list", "--json"]).stdout)
     assert message["payload"] == json.dumps([value])
-
-    @app.get("/numbers")
-    def numbers() -> dict[str, Any]:
-        return {"value": value, "title": "Łódź", "infinity": "Infinity"}
-
-    answer = app.test_client().get("/numbers")
-    assert strict(answer.text) == {"value": None, "title": "Łódź", "infinity": "Infinity"}
-
-
-def test_a_log_in_json_is_json_whatever_is_added_to_a_record() -> None:
-    record = logging.LogRecord("app", logging.INFO, "", 0, "Took %s", (float("nan"),), None)
-    record.took, record.at = float("inf"), datetime(2026, 1, 1, tzinfo=UTC)  # type: ignore[attr-defined]
-    line = strict(json_formatter().format(record))
-    assert (line["message"], line["took"], line["at"][:10]) == ("Took nan", None, "2026-01-01")

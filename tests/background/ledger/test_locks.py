@@ -2,7 +2,6 @@
 
 import logging
 import math
-import signal
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -15,9 +14,20 @@ import pytest
 from sqlalchemy import Connection, event, insert, make_url, select, update
 from sqlalchemy.exc import OperationalError
 from support.databases import close, on_postgresql, on_sqlite, text
-from support.fleet import PATIENCE, Fleet, Hourly, effect, in_threads, last_hour, make_app, statements, stop, wait_until
+from support.fleet import (
+    PATIENCE,
+    Fleet,
+    Hourly,
+    db,
+    effect,
+    in_threads,
+    last_hour,
+    make_app,
+    statements,
+    stop,
+    wait_until,
+)
 from support.fleet import effects as left
-from support.fork_server import Shops
 from support.proxy import Proxy
 
 from background import (
@@ -31,7 +41,6 @@ from background import (
 )
 from background.database import tables
 from background.database.clock import now
-from models import db
 
 NAME = "invoice-42"
 
@@ -59,15 +68,6 @@ def token(manager: BackgroundWorkerManager, name: str = NAME, timeout: float = 0
 
 
 # -- one at a time ---------------------------------------------------------------------------------
-
-
-def test_processes_that_count_under_a_lock_count_right(shops: Shops, tmp_path: Path) -> None:
-    counted = tmp_path / "counted"
-    counted.touch()
-    for process in [shops.start("count", str(counted), "5") for _ in range(6)]:
-        process.wait()
-        assert "Error" not in process.output, process.output
-    assert counted.read_text().splitlines() == [f"{number} {number + 1}" for number in range(30)]
 
 
 def test_threads_of_one_instance_that_count_under_a_lock_count_right(fleet: Fleet) -> None:
@@ -224,49 +224,6 @@ def test_two_shops_on_one_database_have_locks_of_their_own_by_a_prefix(fleet: Fl
 
 
 # -- holders that die ------------------------------------------------------------------------------
-
-
-def expiry(manager: BackgroundWorkerManager, instance: str) -> Any:
-    with manager.stores.leases.engine.connect() as connection:
-        query = select(tables.instances.c.expires_at).where(tables.instances.c.id == instance)
-        return connection.scalar(query)
-
-
-def test_the_lock_of_a_process_that_is_killed_is_free_when_its_lease_is_over_and_not_before(
-    shops: Shops, fleet: Fleet, caplog: pytest.LogCaptureFixture
-) -> None:
-    victim, manager = shops.start(PROBE_WORKERS="locker", WORKERS_LEASE_SECONDS=1.5), fleet.manager()
-    victim.wait_for("The locker has the token 1")
-    victim.kill()
-    until = expiry(manager, row(manager).instance)
-    with manager.lock(NAME, timeout=PATIENCE) as lock:
-        assert lock.token == 2
-        assert row(manager).since >= until
-    assert f"{victim.pid} held it and stopped renewing its lease" in caplog.text
-
-
-def test_a_process_that_wakes_after_its_lease_knows_that_it_lost_the_lock_and_leaves_the_next_holders_alone(
-    shops: Shops, fleet: Fleet
-) -> None:
-    zombie, manager = shops.start(PROBE_WORKERS="locker", WORKERS_LEASE_SECONDS=1.5), fleet.manager()
-    zombie.wait_for("The locker has the token 1")
-    zombie.freeze()
-    with manager.lock(NAME, timeout=PATIENCE) as lock:
-        assert lock.token == 2
-        zombie.thaw()
-        zombie.wait_for("The locker is told, and still has it: False")
-        zombie.wait_for("The locker released it")
-        assert lock.still_held()
-        assert row(manager).token == 2
-
-
-def test_the_lock_of_a_process_that_is_told_to_stop_is_free_at_once(shops: Shops, fleet: Fleet) -> None:
-    patient = {"WORKERS_LEASE_SECONDS": 600, "WORKERS_SHUTDOWN_SECONDS": PATIENCE}
-    holder, manager = shops.start(PROBE_WORKERS="locker", **patient), fleet.manager()
-    holder.wait_for("The locker has the token 1")
-    holder.signal(signal.SIGTERM)
-    assert token(manager, timeout=PATIENCE) == 2
-    holder.wait_for("The locker is told, and still has it: True")
 
 
 def test_an_instance_that_leaves_gives_up_the_locks_that_its_threads_still_hold(fleet: Fleet) -> None:

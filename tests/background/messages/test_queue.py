@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 from support.databases import on_postgresql, on_sqlite
-from support.fleet import HOUR, PATIENCE, Fleet, Hourly, effect, statements, states, wait_until
+from support.fleet import HOUR, PATIENCE, Fleet, Hourly, db, effect, statements, states, wait_until
 
 from background import (
     BackgroundWorkerManager,
@@ -25,7 +25,6 @@ from background import (
 from background.database import tables
 from background.database.notifications import CHANNEL
 from background.runs.batch import _pause
-from models import db
 
 MINUTE = 60
 

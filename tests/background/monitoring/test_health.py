@@ -6,7 +6,7 @@ import re
 import socket
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, suppress
 from datetime import UTC, datetime, timedelta
 from importlib import import_module
@@ -16,21 +16,18 @@ from typing import Any
 import pytest
 from flask import Flask
 from flask.testing import FlaskClient
-from sqlalchemy import Engine, insert, make_url, update
-from sqlalchemy import text as sql
+from sqlalchemy import insert, make_url, update
 from support.databases import on_sqlite, text
 from support.fleet import HOUR, PATIENCE, Fleet, Hourly, last_hour, make_app, statements, stop, wait_until
 from support.processes import MARGIN
 from support.proxy import Proxy
 
-from app import create_app
 from background import BackgroundWorkerManager, PeriodicWorker
 from background.database import tables
 from background.database.clock import steady
 from background.history import status
 from background.monitoring import timebox
 from background.monitoring.timebox import Timebox
-from models import User
 
 DAY = timedelta(days=1)
 HEALTH = import_module("background.monitoring.health")  # the package has a function of that name
@@ -108,23 +105,6 @@ def test_a_process_that_runs_no_workers_is_alive_and_ready_by_its_own_merits(app
     }
     for response in (alive, is_ready):
         assert response.headers["Cache-Control"] == "no-store"
-
-
-@on_sqlite
-def test_a_probe_needs_no_login_and_leaves_session_and_cookies_alone(
-    app: Flask, client: FlaskClient, make_user: Callable[..., User], login: Callable[..., None], engine: Engine
-) -> None:
-    app.config["WTF_CSRF_ENABLED"] = True
-    assert "Set-Cookie" not in client.get("/health/ready").headers
-    app.config["WTF_CSRF_ENABLED"] = False
-    login(client, make_user())
-    for path in ("/health/live", "/health/ready"):
-        with statements(engine) as asked:
-            response = client.get(path)
-        assert response.status_code == 200
-        assert "Set-Cookie" not in response.headers
-        assert asked == []
-        assert client.post(path).status_code == 405
 
 
 def test_an_answer_contains_no_name_and_no_explanation(fleet: Fleet, caplog: pytest.LogCaptureFixture) -> None:
@@ -390,24 +370,6 @@ def test_ready_does_not_fail_for_connections_that_a_restart_of_the_database_left
         stop(app)
 
 
-def test_ready_asks_again_for_migrations_that_were_behind_and_believes_for_a_while_that_they_are_at_head(
-    app: Flask, engine: Engine
-) -> None:
-    def at(revision: str) -> None:
-        with engine.begin() as connection:
-            connection.execute(sql("UPDATE alembic_version SET version_num = :at"), {"at": revision})
-
-    with engine.connect() as connection:
-        head = connection.scalar(sql("SELECT version_num FROM alembic_version"))
-    at("0001")
-    assert failed(app) == ["migrations"]
-    at(head)
-    assert failed(app) == []
-    with statements(engine) as asked:
-        assert failed(app) == []
-    assert asked == []
-
-
 def test_a_database_without_a_schema_is_not_ready(empty_database_url: str) -> None:
     if "sqlite" in empty_database_url:
         Path(make_url(empty_database_url).database or "").touch()
@@ -417,7 +379,7 @@ def test_a_database_without_a_schema_is_not_ready(empty_database_url: str) -> No
 
 
 def test_a_probe_makes_no_database_file_where_there_is_none(tmp_path: Path) -> None:
-    app = create_app({"DATABASE_URL": f"sqlite:///{tmp_path}/none.sqlite", "SECRET_KEY": "test", "TESTING": True})
+    app = make_app(f"sqlite:///{tmp_path}/none.sqlite")
     assert failed(app) == ["database", "migrations", "workers"]
     assert app.test_client().get("/metrics").status_code == 200
     assert list(tmp_path.iterdir()) == []
@@ -431,7 +393,7 @@ def test_neither_a_probe_nor_a_scrape_waits_for_the_write_lock_of_a_run(
 ) -> None:
     with closing(sqlite3.connect(make_url(database_url).database or "")) as writer:
         writer.execute("BEGIN IMMEDIATE")
-        writer.execute("INSERT INTO rate_limits (key, hits, expires_at) VALUES ('a', 1, '2026')")
+        writer.execute("INSERT INTO notes (text, number) VALUES ('a', 1)")
         began = steady()
         response = client.get(path)
         assert response.status_code == 200

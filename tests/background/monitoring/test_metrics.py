@@ -2,10 +2,8 @@
 
 import re
 import shutil
-import signal
 import subprocess
-import urllib.request
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -14,19 +12,16 @@ from flask import Flask, abort, request
 from flask.testing import FlaskClient
 from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import Engine, insert, make_url, update
-from support.databases import close, on_sqlite, settings, text
+from support.databases import close, on_sqlite, text
 from support.fleet import HOUR, Fleet, Hourly, make_app, statements, stop, wait_until
-from support.fork_server import Nursery, Shops
-from support.processes import MARGIN, ROOT, environment, eventually, gunicorn
+from support.processes import MARGIN, ROOT
 from support.proxy import Proxy
 
-from app import create_app
 from background import BackgroundWorkerManager, MessageWorker
 from background.database import tables
 from background.database.clock import steady
 from background.ledger.counters import DURATIONS
 from background.monitoring import fleet_figures as figures
-from models import User
 
 PROMTOOL = shutil.which("promtool")
 promtool_is_there = pytest.mark.skipif(PROMTOOL is None, reason="needs promtool, of Debian's package prometheus")
@@ -245,10 +240,11 @@ def process(app: Flask) -> str:
 
 @on_sqlite
 def test_requests_are_counted_by_rule_and_never_by_an_invented_path(
-    app: Flask, client: FlaskClient, make_book: Callable[..., int], process: str
+    app: Flask, client: FlaskClient, process: str
 ) -> None:
-    book = make_book()
-    for path in (f"/books/{book}", f"/books/{book}", "/books/99", "/made/up", "/made/up/too"):
+    app.add_url_rule("/books", view_func=list)
+    app.add_url_rule("/books/<int:number>", "book", lambda number: [number] if number < 99 else abort(404))
+    for path in ("/books/1", "/books/2", "/books/99", "/made/up", "/made/up/too"):
         client.get(path)
     client.open("/books", method="MADEUP")
     samples = scrape(app)
@@ -257,11 +253,11 @@ def test_requests_are_counted_by_rule_and_never_by_an_invented_path(
         labels = {"method": method, "endpoint": endpoint, "status": status, "process": process}
         return samples.value("http_requests_total", **labels)
 
-    assert requests("GET", "/books/<id:book_id>", "200") == 2
-    assert requests("GET", "/books/<id:book_id>", "404") == 1
+    assert requests("GET", "/books/<int:number>", "200") == 2
+    assert requests("GET", "/books/<int:number>", "404") == 1
     assert requests("GET", "none", "404") == 2
     assert requests("other", "none", "405") == 1
-    of_books = {"method": "GET", "endpoint": "/books/<id:book_id>", "process": process}
+    of_books = {"method": "GET", "endpoint": "/books/<int:number>", "process": process}
     assert samples.value("http_request_duration_seconds_count", **of_books) == 3
     assert samples.value("http_request_duration_seconds_bucket", **of_books, le="+Inf") == 3
     assert 0 < (samples.value("http_request_duration_seconds_sum", **of_books) or 0) < 30
@@ -269,7 +265,7 @@ def test_requests_are_counted_by_rule_and_never_by_an_invented_path(
 
 @on_sqlite
 def test_a_request_that_fails_or_is_refused_before_its_view_is_counted_too(database_url: str) -> None:
-    app = create_app(settings(database_url, TESTING=False))
+    app = make_app(database_url, TESTING=False)
     app.add_url_rule("/fails", "fails", lambda: 1 / 0)
     app.add_url_rule("/refuses", "refuses", lambda: "never")
 
@@ -298,10 +294,10 @@ def test_a_request_that_fails_or_is_refused_before_its_view_is_counted_too(datab
 
 @on_sqlite
 def test_two_apps_of_one_process_count_their_own_requests(database_url: str) -> None:
-    one, other = create_app(settings(database_url)), create_app(settings(database_url))
-    one.test_client().get("/books")
+    one, other = make_app(database_url), make_app(database_url)
+    one.test_client().get("/workers/")
     scrape(one)
-    assert "/books" in scrape(one).labels("http_requests_total", "endpoint")
+    assert "/workers/" in scrape(one).labels("http_requests_total", "endpoint")
     scrape(other)
     assert scrape(other).labels("http_requests_total", "endpoint") == {"/metrics"}
     close(one, other)
@@ -334,53 +330,6 @@ def test_with_a_token_only_who_brings_it_may_scrape(app: Flask, client: FlaskCli
         assert client.get("/metrics", headers={"Authorization": header}).status_code == 200
 
 
-@on_sqlite
-def test_a_scrape_needs_no_login_and_leaves_session_and_cookies_alone(
-    client: FlaskClient, make_user: Callable[..., User], login: Callable[..., None]
-) -> None:
-    login(client, make_user())
-    response = client.get("/metrics")
-    assert response.headers["Cache-Control"] == "no-store"
-    assert "Set-Cookie" not in response.headers
-    assert client.post("/metrics").status_code == 405
-
-
-# -- real processes --------------------------------------------------------------------------------
-
-
-@on_sqlite
-def test_any_process_answers_for_the_fleet_and_for_its_own_requests_by_name(
-    database_url: str, shops: Shops, nursery: Nursery
-) -> None:
-    [member] = shops.join(PROBE_WORKERS="listener,quick")
-    member.wait_for("The listener began")
-    member.wait_for("quick: Ran the tick")
-    web = gunicorn("-w", "2", "support.traced_app:create_app()")
-    env = environment(database_url, WORKERS_ENABLED="false", PROBE_WORKERS="listener,quick")
-    with nursery.forked(web, env) as server:
-        address = server.wait_for(r"Listening at: (http://\S+)")[1]
-        found = [get(f"{address}/metrics")]
-        assert found[0].value("background_worker_running", worker="listener") == 1
-        assert found[0].value("background_instances") == 1
-        assert (found[0].value("background_executions_total", worker="quick", state="succeeded") or 0) >= 1
-        assert (found[0].value("background_execution_lateness_seconds_count", worker="quick") or 0) >= 1
-        assert 0 <= (found[0].value("background_seconds_since_last_success", worker="quick") or 0) < 30
-
-        def processes() -> set[str]:
-            found.append(get(f"{address}/metrics"))
-            return {name for each in found for name in each.labels("http_requests_total", "process")}
-
-        assert eventually(lambda: len(processes()) == 2)
-        assert not [name for name in processes() if name.endswith(f":{member.pid}")]
-        server.signal(signal.SIGTERM)
-        assert server.wait() == 0
-
-
-def get(url: str) -> Samples:
-    with urllib.request.urlopen(url, timeout=30) as response:
-        return Samples(response.read().decode())
-
-
 # -- promtool --------------------------------------------------------------------------------------
 
 
@@ -404,7 +353,7 @@ def test_promtool_finds_nothing_wrong_with_a_scrape(fleet: Fleet) -> None:
         ("retired", "duration", "0.1", 7, 0.25),
         ("retired", "lateness", "inf", 7, 0.25),
     )
-    app.test_client().get("/books")
+    app.test_client().get("/workers/")
     exposition = app.test_client().get("/metrics").text
     assert promtool("check", "metrics", reads=exposition) == (0, "")
     assert len(Samples(exposition).families) >= 14

@@ -1,40 +1,33 @@
 """Pages while the database is away: 503, Retry-After and one line in the log. Afterwards they work again."""
 
-import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 from flask import Flask
-from flask.testing import FlaskClient
 from flask_sqlalchemy import SQLAlchemy
-from sqlalchemy import create_engine, insert
+from sqlalchemy import create_engine
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
-from support.databases import PASSWORD_HASH, close, settings, text
-from support.processes import eventually
+from support.databases import text
+from support.fleet import db, make_tables
 from support.servers import PostgreSQL
 
-from app import create_app
 from background import BackgroundWorkerManager
 from background.dashboard import dashboard
 from background.monitoring.unavailable import unavailable
-from models import Book, User, db
 
 Away = Callable[[], Any]
 
-SHOP = ("/books", "/books/1", "/orders", "/account", "/admin/users", "/admin/audit")
-API = ("/api/books", "/api/books/1")
 DASHBOARD = ("/workers/", "/workers/timeline", "/workers/instances", "/workers/messages", "/workers/messages/1")
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[PostgreSQL]:
-    server = PostgreSQL()
+    server = PostgreSQL(make_tables)
     yield server
     server.close()
 
@@ -66,78 +59,6 @@ def stopped(server: PostgreSQL) -> Iterator[None]:
         yield
     finally:
         server.start()
-
-
-@pytest.fixture
-def shop(database: tuple[str, Away]) -> Iterator[tuple[Flask, Away]]:
-    """Give the shop with one book, and a block in which its database is away."""
-    app = create_app(settings(database[0], TESTING=False))
-
-    @contextmanager
-    def away() -> Iterator[None]:
-        if database[0].startswith("sqlite"):  # else the connections go on with the file that was moved
-            app.extensions["background_workers"].stop()
-            with app.app_context():
-                db.engine.dispose()
-        with database[1]():
-            yield
-
-    with app.app_context():
-        db.session.execute(insert(Book).values(title="Emma", author="Jane Austen", price_cents=900, stock=3))
-        columns = {"email": "admin@example.org", "name": "A", "password_hash": PASSWORD_HASH, "is_admin": True}
-        db.session.add(User(**columns, created_at=datetime.now(UTC)))
-        db.session.commit()
-    yield app, away
-    close(app)
-
-
-@pytest.fixture
-def admin(shop: tuple[Flask, Away], login: Callable[..., None]) -> FlaskClient:
-    client = shop[0].test_client()
-    with shop[0].app_context():
-        login(client, db.session.scalars(db.select(User)).one())
-    return client
-
-
-def test_every_page_is_a_503_with_one_line_in_the_log_and_works_again_afterwards(
-    shop: tuple[Flask, Away], admin: FlaskClient, caplog: pytest.LogCaptureFixture
-) -> None:
-    _, away = shop
-    usual = {path: admin.get(path).status_code for path in (*SHOP, *API, *DASHBOARD)}
-    assert set(usual.values()) == {200, 404}
-    with away():
-        for path in usual:
-            is_away(caplog, admin, "GET", path)
-        for path in ("/books/1", "/login", "/account", "/workers/worker/mail_worker/pause", "/workers/messages/retry"):
-            is_away(caplog, admin, "POST", path)
-        assert admin.get("/").status_code == 503  # it names the user
-        with admin.get("/static/bookstore.css") as response:
-            assert response.status_code == 200
-    for path, code in usual.items():
-        assert eventually_is(admin, path) == code
-
-
-def eventually_is(client: FlaskClient, path: str) -> int:
-    """Return the answer once no pool has an old connection: a page may meet one in each of the engine's pools."""
-    return eventually(lambda: code if (code := client.get(path).status_code) != 503 else 0, timeout=5)
-
-
-def is_away(caplog: pytest.LogCaptureFixture, client: FlaskClient, method: str, path: str) -> None:
-    caplog.clear()
-    response = client.open(path, method=method, data={"quantity": 1} if method == "POST" else None)
-    lost = "background.database.dialects.sqlite_files"  # once, another line reports the lost file
-    said = [record for record in caplog.records if record.levelno >= logging.WARNING and record.name != lost]
-    assert response.status_code == 503, (path, response.text)
-    assert int(response.headers["Retry-After"]) >= 1
-    assert [(record.name, record.exc_info) for record in said] == [("background.monitoring.unavailable", None)], (
-        path,
-        caplog.text,
-    )
-    assert "\n" not in said[0].getMessage()
-    if path in API:
-        assert response.json["error"] == "Service Unavailable"
-    else:
-        assert "does not answer at the moment" in response.text
 
 
 def test_a_host_application_has_its_own_look_or_none(

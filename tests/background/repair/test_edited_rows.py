@@ -11,15 +11,12 @@ from flask.testing import FlaskClient
 from sqlalchemy import delete, insert, select, text, update
 from support.databases import on_postgresql
 from support.fleet import HOUR, PATIENCE, Fleet, Hourly, effect, last_hour, wait_until
-from support.fork_server import Shops
-from support.run_traces import Effects
 
 from background import BackgroundWorkerManager, ClaimLost, Message, MessageWorker, WorkerContext
 from background.database import tables
 from background.ledger.claim import Claim
 from background.ledger.leases import Instance
 from background.schedule.periods import Every
-from models import User
 
 GHOST = ("a dead one", "elsewhere:1")
 
@@ -210,30 +207,10 @@ def test_a_claim_by_a_release_that_knows_no_ids_is_shown_taken_back_and_run_agai
 # -- changes by hand -------------------------------------------------------------------------------
 
 
-def test_a_worker_whose_executions_are_deleted_before_its_process_is_killed_runs_again(
-    shops: Shops, effects: Effects, fleet: Fleet
-) -> None:
-    more = {"PROBE_WORKERS": "listener", "WORKERS_LEASE_SECONDS": 1, "PROBE_SECONDS": 1}
-    victim = shops.start(**more)
-    victim.wait_for("The listener began")
-    execute(fleet, delete(tables.executions))
-    victim.kill()
-    (other,) = shops.join(**more)
-    wait_until(lambda: [row.state for row in fleet.executions()] == ["lost", "succeeded"], "the second attempt")
-    lost, again = fleet.executions()
-    assert (lost.tick, lost.attempt, again.attempt) == (again.tick, 1, 2)
-    other.wait_for("was gone. It is written anew: running")
-
-
 @pytest.fixture
-def admin(fleet: Fleet, make_user: Callable[..., User], login: Callable[..., None]) -> FlaskClient:
-    """Give a browser in which an admin has logged in.
-
-    Its instance has the hourly worker and has not started.
-    """
-    client = fleet.app(Hourly).test_client()
-    login(client, make_user(is_admin=True))
-    return client
+def client(fleet: Fleet) -> FlaskClient:
+    """Give a browser. Its instance has the hourly worker and has not started."""
+    return fleet.app(Hourly).test_client()
 
 
 def damage_claim(fleet: Fleet, manager: BackgroundWorkerManager) -> None:
@@ -275,11 +252,11 @@ AGAIN = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_rows_changed_by_hand_heal_with_a_line_and_a_row_and_every_page_works_meanwhile(
-    fleet: Fleet, damage: Callable[..., None], admin: FlaskClient, caplog: pytest.LogCaptureFixture
+    fleet: Fleet, damage: Callable[..., None], client: FlaskClient, caplog: pytest.LogCaptureFixture
 ) -> None:
-    manager: BackgroundWorkerManager = admin.application.extensions["background_workers"]
+    manager: BackgroundWorkerManager = client.application.extensions["background_workers"]
     damage(fleet, manager)
-    look(fleet, admin)
+    look(fleet, client)
     if damage is damage_claim:
         assert "is claimed by elsewhere:1, which is gone" in manager.why("hourly", last_hour()).sentence
     manager.start()
@@ -289,22 +266,22 @@ def test_rows_changed_by_hand_heal_with_a_line_and_a_row_and_every_page_works_me
     assert first.reason
     assert "hourly: lost the tick" in caplog.text
     assert fleet.row("hourly").running is None
-    look(fleet, admin)
+    look(fleet, client)
     assert manager.trigger("hourly").state == "succeeded"
     assert fleet.row("hourly").mark == last_hour()
 
 
-def look(fleet: Fleet, admin: FlaskClient) -> None:
+def look(fleet: Fleet, client: FlaskClient) -> None:
     """Read all that people read of the workers. None of it fails."""
     for page in ("", "worker/hourly", "timeline", "instances"):
-        answer = admin.get(f"/workers/{page}")
+        answer = client.get(f"/workers/{page}")
         assert answer.status_code == 200, (page, answer.text)
-    commands = admin.application.test_cli_runner()
+    commands = client.application.test_cli_runner()
     for command in (["list"], ["check"], ["why", "hourly"], ["history", "hourly"], ["list", "--json"]):
         result = commands.invoke(args=["workers", *command])
         assert result.exception is None or isinstance(result.exception, SystemExit), result.output
         assert "Traceback" not in result.output
-    assert admin.get("/metrics").status_code == 200
+    assert client.get("/metrics").status_code == 200
 
 
 class Pausing(Hourly):

@@ -17,11 +17,10 @@ from flask import current_app, g
 from sqlalchemy import insert, select, update
 from sqlalchemy.exc import IntegrityError
 from support.databases import on_postgresql, on_sqlite
-from support.fleet import HOUR, PATIENCE, Fleet, Hourly, effect, states, wait_until
+from support.fleet import HOUR, PATIENCE, Fleet, Hourly, db, effect, states, wait_until
 
 from background import BackgroundWorkerManager, Message, MessageWorker, WorkerContext, current_workers
 from background.database import tables
-from models import db
 
 MINUTE = 60
 

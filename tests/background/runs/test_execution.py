@@ -15,7 +15,7 @@ from sqlalchemy import Connection, create_engine, event, insert, select, text
 from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.pool import NullPool
 from support.databases import on_postgresql
-from support.fleet import HOUR, PATIENCE, Fleet, Hourly, effect, effects, last_hour, states, stop, wait_until
+from support.fleet import HOUR, PATIENCE, Fleet, Hourly, Note, db, effect, effects, last_hour, states, stop, wait_until
 from support.fork_server import Nursery
 from support.processes import environment
 
@@ -23,7 +23,6 @@ from background import BackgroundWorkerManager, ClaimLost, Message, MessageWorke
 from background.database.clock import steady
 from background.ledger.leases import Instance
 from background.registry import declared_schedule
-from models import Book, UserRepository, db
 
 NOW = last_hour
 
@@ -167,7 +166,7 @@ def test_a_run_that_swallows_a_failed_flush_has_failed(fleet: Fleet) -> None:
     class Careless(Hourly):
         def do_work(self, context: WorkerContext) -> None:
             effect(context)
-            context.session.add(Book(title="Broken", author="A", price_cents=-1))
+            context.session.add(Note(text="Broken", number=-1))
             try:
                 context.session.flush()
             except IntegrityError:
@@ -338,16 +337,20 @@ def test_the_proxy_is_the_current_apps_manager(fleet: Fleet) -> None:
 def test_a_run_resolves_services_and_a_test_overrides_them(fleet: Fleet) -> None:
     found = []
 
+    class Library:
+        pass
+
     class Asking(Hourly):
         def do_work(self, context: WorkerContext) -> None:
-            found.append(context.services.get(UserRepository))
+            found.append(context.services.get(Library))
 
     app = fleet.app(Asking)
+    svcs.flask.register_factory(app, Library, Library)
     manager: BackgroundWorkerManager = app.extensions["background_workers"]
     manager.trigger("asking")
-    assert isinstance(found[0], UserRepository)
-    stand_in = UserRepository(db.session)
-    svcs.flask.register_value(app, UserRepository, stand_in)
+    assert isinstance(found[0], Library)
+    stand_in = Library()
+    svcs.flask.register_value(app, Library, stand_in)
     manager.trigger("asking")
     assert found[1] is stand_in
 

@@ -8,10 +8,9 @@ import pytest
 from sqlalchemy import event
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from support.databases import on_sqlite
-from support.fleet import PATIENCE, Fleet, Hourly, effect, last_hour, wait_until
+from support.fleet import PATIENCE, Fleet, Hourly, db, effect, last_hour, wait_until
 
 from background import WorkerContext
-from models import db
 
 
 class NoOrdinaryError(BaseException):

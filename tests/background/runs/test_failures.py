@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from sqlalchemy import URL, event
 from sqlalchemy import text as sql
-from support.databases import migrate, text
-from support.fleet import Fleet, Hourly, effect, last_hour, states, wait_until
+from support.databases import text
+from support.fleet import Fleet, Hourly, effect, last_hour, make_tables, states, wait_until
 
 from background import Message, MessageWorker, WorkerContext
 from background.errors import error_line
@@ -245,7 +245,7 @@ def other_fleet(
     name = f"encoded_{request.param.lower()}"
     databases(f"CREATE DATABASE {name} ENCODING '{request.param}' TEMPLATE template0 LC_COLLATE 'C' LC_CTYPE 'C'")
     url = text(postgresql_server.set(database=name))
-    migrate(url)
+    make_tables(url)
     fleet = Fleet(url)
     yield fleet
     fleet.close()
@@ -304,7 +304,7 @@ def test_a_client_encoding_that_the_server_does_not_have_is_heeded_too(
 ) -> None:
     databases("CREATE DATABASE twice ENCODING 'LATIN1' TEMPLATE template0 LC_COLLATE 'C' LC_CTYPE 'C'")
     url = text(postgresql_server.set(database="twice").update_query_dict({"client_encoding": "utf8"}))
-    migrate(url)
+    make_tables(url)
     fleet = Fleet(url)
     try:
 

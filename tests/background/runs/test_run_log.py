@@ -1,21 +1,15 @@
 """The log of a run: kept with its execution, and marked as the run's in JSON logs."""
 
-import json
 import logging
 import re
-import subprocess
-import sys
 import threading
 from datetime import UTC, datetime
-from pathlib import Path
 
 import pytest
-from support.fleet import Fleet, Hourly, effect, statements, states, wait_until
-from support.processes import ROOT
+from support.fleet import Fleet, Hourly, db, effect, statements, states, wait_until
 
 from background import Message, MessageWorker, WorkerContext
 from background.runs.fence import RunFields
-from models import db
 
 
 @pytest.fixture(autouse=True)
@@ -162,43 +156,3 @@ def test_a_line_of_a_handler_names_the_message(
     wait_until(lambda: states(fleet) == ["done", "done"], "the handling")
     lines = [each for each in caplog.records if each.message.startswith("Reading")]
     assert [each.execution for each in lines] == [f"letters:{id}" for id in ids for _ in range(2)]  # type: ignore[attr-defined]
-
-
-PROGRAM = """
-import logging
-from datetime import UTC, datetime, timedelta
-from app import create_app
-from background import PeriodicWorker
-
-class Talking(PeriodicWorker):
-    period = timedelta(hours=1)
-    run_on_first_start = True
-    def do_work(self, context):
-        context.logger.info("Counting %s", "sheep")
-        logging.getLogger("a.library").warning("Wolf")
-        raise ValueError("eaten")
-
-app = create_app({"DATABASE_URL": "sqlite://", "LOG_FORMAT": "json"})
-workers = app.extensions["background_workers"]
-workers.add(Talking)
-workers.prepare()
-workers.tick("talking", datetime.now(UTC))
-app.logger.info("Outside")
-workers.stop()
-"""
-
-
-def test_a_log_in_json_names_worker_tick_execution_and_instance_in_every_line_of_a_run(tmp_path: Path) -> None:
-    environment = {"PYTHONPATH": str(ROOT), "PATH": ""}
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, cwd=tmp_path, env=environment, check=True
-    )
-    lines = [json.loads(line) for line in done.stderr.splitlines()]
-    ours = [line for line in lines if "worker" in line]
-    assert [line["message"] for line in ours[:2]] == ["Counting sheep", "Wolf"]
-    assert ours[2]["exc_info"].endswith("ValueError: eaten")
-    assert {(line["worker"], line["execution"]) for line in ours} == {("talking", 1)}
-    assert all(datetime.fromisoformat(line["tick"]).tzinfo and ":" in line["instance"] for line in ours)
-    outside = next(line for line in lines if line["message"] == "Outside")
-    assert not {"worker", "tick", "execution", "instance"} & outside.keys()
-    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", outside["time"])

@@ -1,6 +1,5 @@
 """The files of a SQLite database: replaced under a running fleet, locked by another process, and private."""
 
-import fcntl
 import os
 import re
 import shutil
@@ -18,16 +17,12 @@ from flask import Flask
 from sqlalchemy import create_engine, make_url, select
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.pool import NullPool
-from support.databases import dispose, settings
-from support.fleet import Fleet, Hourly, effect, last_hour, wait_until
+from support.fleet import Fleet, Hourly, Note, db, effect, last_hour, wait_until
 
-from app import create_app
 from background import PeriodicWorker, WorkerContext
 from background.database.dialects.sqlite import prepare
 from background.database.tables import executions
-from background.errors import DatabaseNotReady, InvalidConfig
-from migrations import schema
-from models import User, db
+from background.errors import InvalidConfig
 
 
 @pytest.fixture
@@ -146,19 +141,18 @@ def test_a_run_whose_file_is_replaced_commits_nothing_into_the_old_file(
 def test_a_request_commits_nothing_into_a_file_that_was_replaced_and_the_next_one_writes_into_the_new_file(
     app: Flask, path: Path, way: Callable[[Path], None]
 ) -> None:
-    reader = {"email": "reader@example.com", "name": "Reader", "password_hash": "x"}
     with app.app_context():
-        db.session.add(User(**reader))
+        db.session.add(Note(text="written"))
         db.session.flush()
         way(path)
         with pytest.raises(OperationalError, match=r"(was replaced|lost its write-ahead log) after this transaction"):
             db.session.commit()
         db.session.rollback()
-        assert db.session.scalars(select(User.email)).all() == []
-        db.session.add(User(**reader))
+        assert db.session.scalars(select(Note.text)).all() == []
+        db.session.add(Note(text="written"))
         db.session.commit()
     with closing(sqlite3.connect(path)) as new:
-        assert new.execute("SELECT email FROM users").fetchall() == [("reader@example.com",)]
+        assert new.execute("SELECT text FROM notes").fetchall() == [("written",)]
 
 
 def test_a_file_that_was_deleted_is_waited_for_and_no_empty_one_is_made(
@@ -231,58 +225,6 @@ def test_files_that_root_makes_beside_the_database_are_its_owners(fleet: Fleet, 
     fleet.manager(Hourly).tick("hourly", last_hour())
     owner = Path(f"{path}-instances").stat()
     assert (owner.st_uid, owner.st_gid) == (65534, 65534)
-
-
-@pytest.fixture
-def embedded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Flask:
-    """Give the application on the embedded file of a folder of its own."""
-    app = create_app(settings(f"sqlite:///{tmp_path / 'folder' / 'bookstore.sqlite'}", DATABASE_IS_EMBEDDED=True))
-    app.config["DATABASE_IS_EMBEDDED"] = True
-    monkeypatch.setattr(schema, "LOCK_SECONDS", 0.3)
-    return app
-
-
-@pytest.mark.usefixtures("open_umask")
-def test_the_lock_of_the_preparation_is_private_also_where_an_earlier_release_has_made_it(
-    embedded: Flask, tmp_path: Path
-) -> None:
-    lock = tmp_path / "folder" / ".prepare.lock"
-    lock.parent.mkdir()
-    lock.write_text("")
-    lock.chmod(0o666)
-    with embedded.app_context():
-        schema.ensure_ready()
-        dispose()
-    assert f"{stat.S_IMODE(lock.stat().st_mode):o}" == "600"
-
-
-@pytest.mark.parametrize(("written", "named"), [("4711", "Process 4711"), ("", "Another process")])
-def test_a_lock_of_the_preparation_that_another_process_keeps_ends_the_start_with_a_sentence(
-    embedded: Flask, tmp_path: Path, written: str, named: str
-) -> None:
-    lock = tmp_path / "folder" / ".prepare.lock"
-    lock.parent.mkdir()
-    with lock.open("w") as file:
-        file.write(written)
-        file.flush()
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with embedded.app_context(), pytest.raises(DatabaseNotReady, match=f"{named} has kept the lock {lock}"):
-            schema.ensure_ready()
-
-
-def test_a_write_lock_that_another_process_keeps_ends_a_migration_with_a_sentence(
-    path: Path, database_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(schema, "LOCK_SECONDS", 0.3)
-    app = create_app(settings(database_url))
-    with closing(sqlite3.connect(path, isolation_level=None)) as other:
-        other.execute("BEGIN IMMEDIATE")
-        with app.app_context():
-            with pytest.raises(
-                DatabaseNotReady, match=rf"{path} cannot be used \(database is locked.* End that process"
-            ):
-                schema.upgrade()
-            dispose()
 
 
 def test_a_file_that_another_process_keeps_for_itself_is_named_after_seconds(

@@ -14,10 +14,11 @@ import pytest
 from flask import Flask
 from sqlalchemy import insert
 from support import busy_app as lively
-from support.databases import PASSWORD, PASSWORD_HASH, close
+from support.databases import close
 from support.fleet import wait_until
 from support.processes import PATIENCE
 from support.servers import served
+from support.shop import PASSWORD, PASSWORD_HASH
 
 from background import PeriodicWorker
 from background.database import tables
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, BrowserContext, Page
 
 CHROMIUM = shutil.which("chromium")
-AXE = Path(__file__).parents[2] / "support" / "axe.min.js"
+AXE = Path(__file__).parents[1] / "support" / "axe.min.js"
 
 pytestmark = [
     pytest.mark.browser,

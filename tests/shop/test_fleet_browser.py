@@ -10,7 +10,7 @@ from support.fleet import last_hour
 from background.database import tables
 from background.ledger.leases import Instance
 from models import db
-from tests.background.dashboard.test_browser import (  # the same shop, served anew for this file
+from tests.shop.test_dashboard_browser import (  # the same shop, served anew for this file
     CHROMIUM,
     address,
     app,

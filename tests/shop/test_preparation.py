@@ -1,0 +1,88 @@
+"""The lock of the shop's preparation, and the write lock that a migration needs."""
+
+import fcntl
+import os
+import sqlite3
+import stat
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from flask import Flask
+from sqlalchemy import make_url
+from support.databases import dispose
+from support.shop import settings
+
+from app import create_app
+from background.errors import DatabaseNotReady
+from migrations import schema
+
+
+@pytest.fixture
+def database_url(sqlite_url: str) -> str:
+    return sqlite_url
+
+
+@pytest.fixture
+def path(database_url: str) -> Path:
+    return Path(str(make_url(database_url).database))
+
+
+@pytest.fixture
+def open_umask() -> Iterator[None]:
+    before = os.umask(0o000)
+    yield
+    os.umask(before)
+
+
+@pytest.fixture
+def embedded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Flask:
+    """Give the application on the embedded file of a folder of its own."""
+    app = create_app(settings(f"sqlite:///{tmp_path / 'folder' / 'bookstore.sqlite'}", DATABASE_IS_EMBEDDED=True))
+    app.config["DATABASE_IS_EMBEDDED"] = True
+    monkeypatch.setattr(schema, "LOCK_SECONDS", 0.3)
+    return app
+
+
+@pytest.mark.usefixtures("open_umask")
+def test_the_lock_of_the_preparation_is_private_also_where_an_earlier_release_has_made_it(
+    embedded: Flask, tmp_path: Path
+) -> None:
+    lock = tmp_path / "folder" / ".prepare.lock"
+    lock.parent.mkdir()
+    lock.write_text("")
+    lock.chmod(0o666)
+    with embedded.app_context():
+        schema.ensure_ready()
+        dispose()
+    assert f"{stat.S_IMODE(lock.stat().st_mode):o}" == "600"
+
+
+@pytest.mark.parametrize(("written", "named"), [("4711", "Process 4711"), ("", "Another process")])
+def test_a_lock_of_the_preparation_that_another_process_keeps_ends_the_start_with_a_sentence(
+    embedded: Flask, tmp_path: Path, written: str, named: str
+) -> None:
+    lock = tmp_path / "folder" / ".prepare.lock"
+    lock.parent.mkdir()
+    with lock.open("w") as file:
+        file.write(written)
+        file.flush()
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with embedded.app_context(), pytest.raises(DatabaseNotReady, match=f"{named} has kept the lock {lock}"):
+            schema.ensure_ready()
+
+
+def test_a_write_lock_that_another_process_keeps_ends_a_migration_with_a_sentence(
+    path: Path, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(schema, "LOCK_SECONDS", 0.3)
+    app = create_app(settings(database_url))
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with app.app_context():
+            with pytest.raises(
+                DatabaseNotReady, match=rf"{path} cannot be used \(database is locked.* End that process"
+            ):
+                schema.upgrade()
+            dispose()

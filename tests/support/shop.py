@@ -1,0 +1,159 @@
+"""Helpers and fixtures of the tests that use the shop itself: its application, its schema, its users and books."""
+
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+import svcs
+from flask import Flask
+from flask.testing import FlaskClient
+from jinja2 import FileSystemBytecodeCache
+from sqlalchemy import URL, Engine
+from support.databases import administer, close, dispose, freeze, text
+from support.fleet import QUICK
+from werkzeug.security import generate_password_hash
+
+from app import create_app
+from background import BackgroundWorkerManager
+from background.worker import AnyWorker
+from mail import Mailer
+from migrations import schema
+from models import Book, User, db
+
+PASSWORD = "correct horse battery staple"
+PASSWORD_METHOD = User.password_method
+User.password_method = "pbkdf2:sha256:1"  # quick: it guards nothing
+PASSWORD_HASH = generate_password_hash(PASSWORD, User.password_method)
+
+_numbers = count(1)
+
+
+def settings(database_url: str, **more: Any) -> dict[str, Any]:
+    return {
+        "DATABASE_URL": database_url,
+        "TESTING": True,
+        "WTF_CSRF_ENABLED": False,
+        "SECRET_KEY": "test",
+        "RELEASE": "tested",
+        **more,
+    }
+
+
+def make_shop(database_url: str, *workers: AnyWorker, **config: Any) -> Flask:
+    """Return the shop with `workers` only, and with short heartbeats."""
+    app = create_app(settings(database_url, **QUICK | config))
+    manager: BackgroundWorkerManager = app.extensions["background_workers"]
+    for worker in (*manager.workers.values(), *manager.topics.values()):
+        manager.remove(worker.name)
+    for worker in workers:
+        manager.add(worker)
+    return app
+
+
+def migrate(database_url: str) -> None:
+    """Give the database the shop's schema."""
+    app = create_app(settings(database_url))
+    with app.app_context():
+        schema.upgrade()
+        dispose()
+
+
+# -- fixtures: a conftest.py, or a file of tests, imports those that it needs ----------------------
+
+
+@pytest.fixture(scope="session")
+def template_postgresql(postgresql_server: URL) -> str:
+    """The name of a database with the shop's schema. Each test gets a copy."""
+    administer(postgresql_server, "CREATE DATABASE migrated")
+    migrate(text(postgresql_server.set(database="migrated")))
+    freeze()
+    return "migrated"
+
+
+@pytest.fixture(scope="session")
+def template_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("migrated") / "migrated.sqlite"
+    migrate(f"sqlite:///{path}")
+    freeze()
+    return path
+
+
+@pytest.fixture(scope="session")
+def compiled_templates(tmp_path_factory: pytest.TempPathFactory) -> FileSystemBytecodeCache:
+    """Shared by the applications of all tests."""
+    return FileSystemBytecodeCache(str(tmp_path_factory.mktemp("templates")))
+
+
+@pytest.fixture
+def app(database_url: str, compiled_templates: FileSystemBytecodeCache) -> Iterator[Flask]:
+    app = create_app(settings(database_url))
+    app.jinja_env.bytecode_cache = compiled_templates
+    yield app
+    close(app)
+
+
+@pytest.fixture
+def engine(app: Flask) -> Iterator[Engine]:
+    with app.app_context():
+        yield db.engine
+
+
+@pytest.fixture
+def make_user(app: Flask) -> Callable[..., User]:
+    """Make a user of the given columns, committed; returned loaded, and usable outside any session."""
+
+    def make(**columns: Any) -> User:
+        number = next(_numbers)
+        columns = {
+            "email": f"reader{number}@example.com",
+            "name": f"Reader {number}",
+            "password_hash": PASSWORD_HASH,
+            "created_at": datetime.now(UTC),
+            **columns,
+        }
+        with app.app_context():
+            user = User(**columns)
+            db.session.add(user)
+            db.session.commit()
+            db.session.refresh(user)
+            db.session.expunge(user)
+        return user
+
+    return make
+
+
+@pytest.fixture
+def make_book(app: Flask) -> Callable[..., int]:
+    """Make a book of the given columns, committed; its id."""
+
+    def make(**columns: Any) -> int:
+        usual = {"title": "Middlemarch", "author": "George Eliot", "price_cents": 1250, "stock": 5}
+        with app.app_context():
+            book = Book(**usual | columns)
+            db.session.add(book)
+            db.session.commit()
+            return book.id
+
+    return make
+
+
+@pytest.fixture
+def outbox(app: Flask, tmp_path: Path) -> Path:
+    """Where the app's mails go, instead of into its instance folder."""
+    folder = tmp_path / "outbox"
+    svcs.flask.register_factory(app, Mailer, lambda: Mailer(None, "shop@example.com", folder))
+    return folder
+
+
+@pytest.fixture
+def login() -> Callable[[FlaskClient, User], None]:
+    """Log the user in through the shop's own form; the user was made with the tests' password."""
+
+    def log_in(client: FlaskClient, user: User, password: str = PASSWORD) -> None:
+        response = client.post("/login", data={"email": user.email, "password": password})
+        assert response.status_code == 302, response.text
+
+    return log_in
