@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,24 @@ def imports(path: Path) -> Iterator[str]:
 def test_the_engine_never_imports_the_application(path: Path) -> None:
     assert {"app", "routes", "models", "workers", "config", "migrations"} <= APPLICATION
     assert not set(imports(path)) & APPLICATION
+
+
+ENGINES_TESTS = sorted((ROOT / "tests" / "background").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", ENGINES_TESTS, ids=lambda path: path.stem)
+def test_the_engines_tests_never_import_the_application(path: Path) -> None:
+    """The helpers that a file imports count too, and so do the programs that it holds as texts."""
+    assert not set(reached(path)) & (APPLICATION - {"tests"})
+
+
+def reached(path: Path) -> Iterator[str]:
+    """Yield the first name of every import of a test's file, of its programs and of the helpers that it imports."""
+    text = path.read_text(encoding="utf-8")
+    programs = re.findall(r"^\s*(?:from|import) (\w+)", text, re.MULTILINE)
+    yield from {*imports(path), *programs}
+    for name in re.findall(r"^\s*from support(?:\.| import )(\w+)", text, re.MULTILINE):
+        yield from reached(ROOT / "tests" / "support" / f"{name}.py")
 
 
 def test_every_room_has_its_place_in_the_order() -> None:

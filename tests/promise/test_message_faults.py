@@ -10,7 +10,7 @@ from sqlalchemy import create_engine, make_url
 from sqlalchemy import text as sql
 from sqlalchemy.pool import NullPool
 from support.databases import close, on_postgresql, on_sqlite, text
-from support.fleet import in_threads, make_app
+from support.fleet import db, in_threads, make_app
 from support.fork_server import Member, Nursery, Shops
 from support.message_traces import Letterbox, unread
 from support.processes import MARGIN, PATIENCE, eventually
@@ -18,8 +18,6 @@ from support.proxy import Proxy
 from support.run_traces import Effects
 from support.servers import PGBOUNCER, PostgreSQL, pooler
 from support.shop import migrate
-
-from models import db
 
 EXPIRED = "its instance stopped renewing its lease"
 LEASE = 1  # of those who are killed or frozen; the others keep theirs on a busy machine

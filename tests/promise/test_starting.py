@@ -275,7 +275,7 @@ def test_gunicorn_serves_a_wrapped_application_whose_workers_start_with_the_firs
 
 
 def test_gunicorn_waits_for_a_database_and_serves_meanwhile(
-    tmp_path: Path, migrated_sqlite: Path, nursery: Nursery
+    tmp_path: Path, template_sqlite: Path, nursery: Nursery
 ) -> None:
     path = tmp_path / "late.sqlite"
     with nursery.forked(
@@ -283,7 +283,7 @@ def test_gunicorn_waits_for_a_database_and_serves_meanwhile(
     ) as server:
         server.wait_for(r"The workers cannot start yet: The database file \S+ does not exist\.")
         server.wait_for("Listening at")
-        shutil.copyfile(migrated_sqlite, tmp_path / "ready")
+        shutil.copyfile(template_sqlite, tmp_path / "ready")
         os.rename(tmp_path / "ready", path)  # whole, or not there
         effects = Effects(f"sqlite:///{path}")
         server.wait_for("joined")

@@ -8,9 +8,9 @@ from sqlalchemy import select
 from support.fleet import wait_until
 from support.servers import served
 from support.shop import PASSWORD
-from tests.background.dashboard.test_browser import violations
 
 from models import Book, User, db
+from tests.shop.test_dashboard_browser import violations
 
 CHROMIUM = shutil.which("chromium")
 GAVE_UP = "net::ERR_ABORTED"  # by the browser itself, as it went on to another page

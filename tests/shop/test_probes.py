@@ -1,13 +1,15 @@
 """Probes of the shop: they need no login, and they know the shop's migrations."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 from flask import Flask
 from flask.testing import FlaskClient
-from sqlalchemy import Engine
+from sqlalchemy import Engine, make_url
 from sqlalchemy import text as sql
 from support.databases import on_sqlite
-from support.fleet import statements
+from support.fleet import Hourly, statements, stop
+from support.shop import make_shop
 
 from models import User
 
@@ -64,3 +66,19 @@ def test_a_scrape_needs_no_login_and_leaves_session_and_cookies_alone(
     assert response.headers["Cache-Control"] == "no-store"
     assert "Set-Cookie" not in response.headers
     assert client.post("/metrics").status_code == 405
+
+
+def test_a_database_without_a_schema_is_not_ready(empty_database_url: str) -> None:
+    if "sqlite" in empty_database_url:
+        Path(make_url(empty_database_url).database or "").touch()
+    app = make_shop(empty_database_url, Hourly)
+    assert failed(app) == ["migrations", "workers"]
+    stop(app)
+
+
+def test_a_probe_makes_no_database_file_where_there_is_none(tmp_path: Path) -> None:
+    app = make_shop(f"sqlite:///{tmp_path}/none.sqlite")
+    assert failed(app) == ["database", "migrations", "workers"]
+    assert app.test_client().get("/metrics").status_code == 200
+    assert list(tmp_path.iterdir()) == []
+    stop(app)

@@ -1,5 +1,6 @@
 """Helpers of the engine's tests: instances on one database, and the effects of their runs."""
 
+import logging
 import multiprocessing
 import os
 import sys
@@ -8,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from flask import Flask
@@ -20,7 +22,8 @@ from background import BackgroundWorkerManager, PeriodicWorker, WorkerContext
 from background.dashboard import dashboard
 from background.database import tables
 from background.database.clock import UtcDateTime
-from background.monitoring import health, metrics
+from background.monitoring.health import health
+from background.monitoring.metrics import metrics
 from background.settings import SETTINGS
 from background.worker import AnyWorker
 
@@ -69,7 +72,7 @@ class Hourly(PeriodicWorker):
 
 def make_app(database_url: str, *workers: AnyWorker, **config: Any) -> Flask:
     """Return an application of a few lines with `workers`, and with short heartbeats."""
-    app = Flask("host")
+    app = Flask("host", root_path=str(Path(__file__).parent))
     # Without an answer the connections end within seconds. A test's own options come on top.
     arguments = {"prepare_threshold": None, "keepalives_idle": 10, "tcp_user_timeout": 20_000, "connect_timeout": 10}
     options = {"pool_pre_ping": True, "connect_args": arguments} if database_url.startswith("postgresql") else {}
@@ -92,6 +95,7 @@ FLASK_APP = "support.fleet:from_environment()"
 
 def from_environment(*workers: AnyWorker) -> Flask:
     """Return the application for a process of its own: the settings are those of the engine in the environment."""
+    logging.basicConfig(level=logging.INFO)
     return make_app(
         os.environ["DATABASE_URL"], *workers, **{name: os.environ[name] for name in SETTINGS if name in os.environ}
     )

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from click.testing import Result
 from sqlalchemy import event, insert, text, update
-from support.databases import close, on_postgresql, on_sqlite
-from support.fleet import Fleet, Hourly, effect, in_threads, make_app, statements, states, wait_until
+from support.databases import on_postgresql, on_sqlite
+from support.fleet import Fleet, Hourly, effect, in_threads, statements, states, wait_until
 
 from background import (
     BackgroundWorkerManager,
@@ -513,18 +513,6 @@ def test_the_same_is_refused_in_python(manager: BackgroundWorkerManager) -> None
     with pytest.raises(UnknownTopic):
         manager.messages.letters("\0")
     assert manager.messages.discard(None) == 0
-
-
-def test_a_database_without_a_schema_is_one_sentence(empty_database_url: str) -> None:
-    app = make_app(empty_database_url)
-    try:
-        for arguments in (["list"], ["show", "1"], ["retry", "--all"], ["discard", "1"], ["stats"]):
-            result = app.test_cli_runner().invoke(args=["messages", *arguments])
-            assert result.exit_code == 1, (arguments, result.output)
-            assert result.stderr.count("\n") == 1
-            assert "`flask db upgrade`" in result.stderr
-    finally:
-        close(app)
 
 
 # -- flask workers -------------------------------------------------------------------------------

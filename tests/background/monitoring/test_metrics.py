@@ -229,25 +229,15 @@ def test_while_the_database_is_away_a_scrape_says_so_and_has_the_requests_of_the
 # -- the requests of a process ---------------------------------------------------------------------
 
 
-@pytest.fixture
-def process(app: Flask) -> str:
-    """Return the label of this process."""
-    [name] = scrape(app).labels("http_requests_total", "process") or scrape(app).labels(
-        "http_requests_total", "process"
-    )
-    return name
-
-
 @on_sqlite
-def test_requests_are_counted_by_rule_and_never_by_an_invented_path(
-    app: Flask, client: FlaskClient, process: str
-) -> None:
+def test_requests_are_counted_by_rule_and_never_by_an_invented_path(app: Flask, client: FlaskClient) -> None:
     app.add_url_rule("/books", view_func=list)
     app.add_url_rule("/books/<int:number>", "book", lambda number: [number] if number < 99 else abort(404))
     for path in ("/books/1", "/books/2", "/books/99", "/made/up", "/made/up/too"):
         client.get(path)
     client.open("/books", method="MADEUP")
     samples = scrape(app)
+    [process] = samples.labels("http_requests_total", "process")
 
     def requests(method: str, endpoint: str, status: str) -> float | None:
         labels = {"method": method, "endpoint": endpoint, "status": status, "process": process}

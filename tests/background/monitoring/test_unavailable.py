@@ -10,7 +10,7 @@ import pytest
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy import create_engine
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from support.databases import text
 from support.fleet import db, make_tables
@@ -120,6 +120,7 @@ def test_a_pool_that_has_no_connection_left_is_a_database_that_is_away(app: Flas
     def use_up() -> str:
         raise PoolTimeout("QueuePool limit of size 5 overflow 10 reached")
 
+    app.register_error_handler(SQLAlchemyError, unavailable)
     app.add_url_rule("/full", view_func=use_up)
     assert app.test_client().get("/full").status_code == 503
 

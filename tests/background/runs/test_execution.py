@@ -454,10 +454,10 @@ def test_once_the_token_moved_on_no_commit_of_the_run_passes(
 
 @pytest.mark.parametrize("kind", ["tick", "message"])
 def test_a_run_can_commit_in_the_database_of_another_application(
-    fleet: Fleet, kind: str, tmp_path: Path, migrated_sqlite: Path
+    fleet: Fleet, kind: str, tmp_path: Path, template_sqlite: Path
 ) -> None:
     """Which knows nothing of its claim."""
-    other = Fleet(f"sqlite:///{shutil.copyfile(migrated_sqlite, tmp_path / 'other.sqlite')}")
+    other = Fleet(f"sqlite:///{shutil.copyfile(template_sqlite, tmp_path / 'other.sqlite')}")
 
     def work(context: WorkerContext) -> None:
         effect(context, "here")
