@@ -206,9 +206,9 @@ class Supervisor:
         self._cuts = self._stores.connections.cuts
         offset, before = instance.clock_offset, self._pulse
         self._pulse = pulse = self._stores.leases.beat(instance, sorted(self._topics))
+        self._end_outage(pulse)  # first: a new life looks at once, and must know which leases the outage ended
         if instance is not self._presence.instance and not self._begin_anew(instance):
             return
-        self._end_outage(pulse)
         self._warn_of_offset(instance)
         is_moved = pulse.was_set or abs(instance.clock_offset - offset) > _OFFSET_REARMED
         if is_moved:
@@ -305,7 +305,8 @@ class Supervisor:
         for name in self._clock_recovery.warn(states):  # its ticks go on, perhaps by a command
             self._timers.arm_first(name)
         gone = self._recovery.gone(ours)
-        self._message_recovery.look()
+        if not self._outage.is_on:  # its end tells which instances could not renew their leases
+            self._message_recovery.look()
         for state in ours:
             if state.name in gone or state.is_damaged or self._owed(state):
                 self._soon_once(f"settle:{state.name}", self._settle, state.name)
