@@ -128,7 +128,7 @@ def test_an_async_run_has_the_session_and_is_awaited(fleet: Fleet) -> None:
             effect(context, current_app.name)
 
     assert fleet.manager(Patient).tick("patient", NOW()).state == "succeeded"
-    assert fleet.effects() == ["before", "app"]
+    assert fleet.effects() == ["before", "host"]
 
 
 def test_an_async_run_is_awaited_beside_the_loop_of_its_caller(fleet: Fleet) -> None:
