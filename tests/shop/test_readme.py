@@ -12,6 +12,7 @@ from flask import Flask
 from sqlalchemy import create_engine, text
 from support.fleet import Fleet, Hourly, wait_until
 from support.processes import ROOT, environment, run
+from support.shop import make_shop
 
 import workers
 from background import WorkerContext, current_workers
@@ -41,7 +42,8 @@ def test_the_example_of_a_message_works_when_it_is_pasted(fleet: Fleet) -> None:
     enqueueing, declared = re.search(r"```python\n(# in a view.*?\n)\n(.*?)```", README, re.DOTALL).groups()
     pasted = {**vars(workers), "Book": Book, "current_workers": current_workers}
     exec(declared, pasted)
-    manager = fleet.manager(pasted["DeliveryWorker"])
+    fleet.apps.append(make_shop(fleet.database_url, pasted["DeliveryWorker"]))
+    manager = fleet.apps[-1].extensions["background_workers"]
     with manager.app.app_context():
         db.session.add(Book(title="Emma", author="Jane Austen", price_cents=900, stock=1))
         exec(enqueueing, pasted)
