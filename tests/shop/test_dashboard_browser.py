@@ -38,9 +38,9 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def database(migrated_sqlite, tmp_path_factory) -> str:
+def database(template_sqlite, tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("dashboard") / "bookstore.sqlite"
-    shutil.copyfile(migrated_sqlite, path)
+    shutil.copyfile(template_sqlite, path)
     return f"sqlite:///{path}"
 
 

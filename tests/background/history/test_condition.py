@@ -11,6 +11,7 @@ import pytest
 from click.testing import Result
 from flask import Flask
 from flask.testing import FlaskClient
+from flask_migrate import Migrate
 from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy import Column, Engine, Index, Integer, event, insert, update
 from sqlalchemy import text as sql
@@ -358,6 +359,7 @@ def test_check_names_what_the_models_have_and_the_database_lacks(
 def test_check_names_the_call_that_makes_what_the_engines_tables_lack(
     app: Flask, manager: BackgroundWorkerManager
 ) -> None:
+    Migrate(app, db)
     manager.presence.sign_on()
     with app.app_context(), db.engine.begin() as connection:
         connection.execute(sql("DROP INDEX ix_background_messages_dead"))
