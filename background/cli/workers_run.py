@@ -5,7 +5,7 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import click
 
@@ -50,9 +50,13 @@ def _run_until_signal(manager: BackgroundWorkerManager, names: tuple[str, ...]) 
     receiver, sender = socket.socketpair()
     sender.setblocking(False)
     signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
-    with suppress(KeyboardInterrupt):
+    try:
         while True:
             receiver.recv(1)  # a signal wakes this thread, even if another thread receives it
+    except KeyboardInterrupt:
+        pass
+    finally:
+        signal.set_wakeup_fd(-1)  # a second signal may come after the sockets are closed
 
 
 def _run_once(manager: BackgroundWorkerManager, name: str) -> None:
