@@ -115,8 +115,12 @@ def let_through_in_a_child(is_in_a_run: bool) -> None:
         for number in _NUMBERS:
             _set(number, signal.SIG_DFL)
     let_through()
-    if is_of_workers:  # a KeyboardInterrupt during the fork would be lost
-        _set(signal.SIGINT, signal.default_int_handler)
+    if is_of_workers:
+        try:  # not earlier, because Python drops a KeyboardInterrupt in a hook of a fork
+            _set(signal.SIGINT, signal.default_int_handler)
+        except KeyboardInterrupt:  # the signal came during this call
+            _set(signal.SIGINT, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGINT)
 
 
 class _Notifier:

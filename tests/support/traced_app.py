@@ -382,6 +382,8 @@ def _ended_by(number: int) -> int:
     try:
         if child := os.fork():
             os.kill(child, number)
+            if not select.select([os.pidfd_open(child)], [], [], 10)[0]:
+                os.kill(child, number)  # Python dropped the first one, between two hooks of the fork
             return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         time.sleep(_SECONDS)
     except KeyboardInterrupt:  # the signal came when the child was past the fork
