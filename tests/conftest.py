@@ -251,3 +251,10 @@ def shops(nursery: "Nursery", effects: "Effects") -> Iterator["Shops"]:
     shops = Shops(nursery, effects.url)
     yield shops
     shops.close()
+
+
+@pytest.fixture
+def open_umask() -> Iterator[None]:
+    before = os.umask(0o000)
+    yield
+    os.umask(before)

@@ -1,10 +1,8 @@
 """The lock of the shop's preparation, and the write lock that a migration needs."""
 
 import fcntl
-import os
 import sqlite3
 import stat
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -27,13 +25,6 @@ def database_url(sqlite_url: str) -> str:
 @pytest.fixture
 def path(database_url: str) -> Path:
     return Path(str(make_url(database_url).database))
-
-
-@pytest.fixture
-def open_umask() -> Iterator[None]:
-    before = os.umask(0o000)
-    yield
-    os.umask(before)
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """The shop's pages while the database is away: 503, Retry-After and one line in the log. Afterwards they work again."""
 
 import logging
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -14,7 +13,7 @@ from flask.testing import FlaskClient
 from sqlalchemy import insert
 from support.databases import close, text
 from support.processes import eventually
-from support.servers import PostgreSQL
+from support.servers import PostgreSQL, moved, stopped
 from support.shop import PASSWORD_HASH, migrate, settings
 
 from app import create_app
@@ -43,24 +42,6 @@ def database(request: pytest.FixtureRequest) -> tuple[str, Away]:
         return url, lambda: moved(folder)
     server: PostgreSQL = request.getfixturevalue("server")
     return text(server.database()), lambda: stopped(server)
-
-
-@contextmanager
-def moved(folder: Path) -> Iterator[None]:
-    os.rename(folder, f"{folder}-moved")
-    try:
-        yield
-    finally:
-        os.rename(f"{folder}-moved", folder)
-
-
-@contextmanager
-def stopped(server: PostgreSQL) -> Iterator[None]:
-    server.stop("immediate")
-    try:
-        yield
-    finally:
-        server.start()
 
 
 @pytest.fixture

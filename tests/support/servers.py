@@ -99,3 +99,23 @@ def served(app: Flask) -> Iterator[str]:
     server.shutdown()
     thread.join()
     server.server_close()
+
+
+@contextmanager
+def moved(folder: Path) -> Iterator[None]:
+    """Move a folder with SQLite files away in this block."""
+    os.rename(folder, f"{folder}-moved")
+    try:
+        yield
+    finally:
+        os.rename(f"{folder}-moved", folder)
+
+
+@contextmanager
+def stopped(server: PostgreSQL) -> Iterator[None]:
+    """Stop the server in this block, as a crash does."""
+    server.stop("immediate")
+    try:
+        yield
+    finally:
+        server.start()

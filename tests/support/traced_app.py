@@ -382,8 +382,10 @@ def _ended_by(number: int) -> int:
     try:
         if child := os.fork():
             os.kill(child, number)
-            if not select.select([os.pidfd_open(child)], [], [], 10)[0]:
+            handle = os.pidfd_open(child)
+            if not select.select([handle], [], [], 10)[0]:
                 os.kill(child, number)  # Python dropped the first one, between two hooks of the fork
+            os.close(handle)
             return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         time.sleep(_SECONDS)
     except KeyboardInterrupt:  # the signal came when the child was past the fork

@@ -1,8 +1,6 @@
 """Pages while the database is away: 503, Retry-After and one line in the log. Afterwards they work again."""
 
-import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from support.databases import text
 from support.fleet import db, make_tables
-from support.servers import PostgreSQL
+from support.servers import PostgreSQL, moved, stopped
 
 from background import BackgroundWorkerManager
 from background.dashboard import dashboard
@@ -41,24 +39,6 @@ def database(request: pytest.FixtureRequest) -> tuple[str, Away]:
         return url, lambda: moved(folder)
     server: PostgreSQL = request.getfixturevalue("server")
     return text(server.database()), lambda: stopped(server)
-
-
-@contextmanager
-def moved(folder: Path) -> Iterator[None]:
-    os.rename(folder, f"{folder}-moved")
-    try:
-        yield
-    finally:
-        os.rename(f"{folder}-moved", folder)
-
-
-@contextmanager
-def stopped(server: PostgreSQL) -> Iterator[None]:
-    server.stop("immediate")
-    try:
-        yield
-    finally:
-        server.start()
 
 
 def test_a_host_application_has_its_own_look_or_none(

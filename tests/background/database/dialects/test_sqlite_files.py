@@ -7,7 +7,7 @@ import sqlite3
 import stat
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
@@ -33,13 +33,6 @@ def database_url(sqlite_url: str) -> str:
 @pytest.fixture
 def path(database_url: str) -> Path:
     return Path(str(make_url(database_url).database))
-
-
-@pytest.fixture
-def open_umask() -> Iterator[None]:
-    before = os.umask(0o000)
-    yield
-    os.umask(before)
 
 
 class Often(PeriodicWorker):
