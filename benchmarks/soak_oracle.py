@@ -151,9 +151,9 @@ class Oracle:
 
     def _loss(self, worker: str, tick: datetime, noted: datetime) -> str | None:
         """Return the kind of loss between the tick and its note."""
-        since, until = tick.timestamp(), noted.timestamp()
-        if any(since <= back and gone <= until for gone, back in self._crashes):
+        if self._crashed(tick, noted):
             return "undone"
+        since, until = tick.timestamp(), noted.timestamp()
         # A worker's row that was deleted may be missing for a lease.
         if any(since - LEASE_SECONDS - 1 <= at <= until for at in self._deletions[worker]):
             return "deleted"
@@ -237,7 +237,11 @@ class Oracle:
         Another run may begin until this one is refused. The crash may also lose the end of the run before.
         """
         is_refused = row.state == "lost" and (row.reason or "").startswith("its claim is gone")
-        return is_refused and any(gone <= row.finished_at and row.started_at <= back for gone, back in self._crashes)
+        return is_refused and self._crashed(row.started_at, row.finished_at)
+
+    def _crashed(self, since: datetime, until: datetime) -> bool:
+        """Return whether the database crashed, or was not back yet, between the two moments."""
+        return any(since.timestamp() <= back and gone <= until.timestamp() for gone, back in self._crashes)
 
     # -- how long it took ----------------------------------------------------------------------
 

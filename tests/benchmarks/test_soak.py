@@ -120,6 +120,14 @@ def test_a_run_that_begins_while_another_is_in_force_is_out_of_order(soaked: Soa
     assert sentences(soaked.judge()) == ["begun while another was in force"]
 
 
+def test_a_run_whose_claim_a_crash_lost_may_go_on_beside_the_next(soaked: Soaked) -> None:
+    soaked.ran("lost", finished_at=TICK + 3 * SECOND, reason="its claim is gone: the database lost it")
+    soaked.ran(begun=TICK + 2 * SECOND)
+    crash = TICK.timestamp() + 1
+    assert sentences(soaked.judge(Fault("crash", crash, until=crash + 0.5))) == []
+    assert soaked.judge(Fault("crash", crash - 5, until=crash - 4)).out_of_order == 1
+
+
 @pytest.mark.parametrize("state", ["running", "failed", "timed out"])
 def test_an_execution_without_a_good_end_is_a_violation(soaked: Soaked, state: str) -> None:
     soaked.ran(state)
