@@ -10,6 +10,7 @@ from sqlalchemy.pool import NullPool
 
 from background.database.dialects.sqlite import prepare
 from background.database.tables import executions
+from background.repair.edited_rows import GONE
 from background.schedule.periods import Every
 from benchmarks.soak import statements, tracebacks
 from benchmarks.soak_fleet import LEASE_SECONDS, Fault
@@ -121,7 +122,7 @@ def test_a_run_that_begins_while_another_is_in_force_is_out_of_order(soaked: Soa
 
 
 def test_a_run_whose_claim_a_crash_lost_may_go_on_beside_the_next(soaked: Soaked) -> None:
-    soaked.ran("lost", finished_at=TICK + 3 * SECOND, reason="its claim is gone: the database lost it")
+    soaked.ran("lost", finished_at=TICK + 3 * SECOND, reason=GONE)
     soaked.ran(begun=TICK + 2 * SECOND)
     crash = TICK.timestamp() + 1
     assert sentences(soaked.judge(Fault("crash", crash, until=crash + 0.5))) == []
