@@ -103,7 +103,7 @@ def instances(as_json: bool) -> None:
         headers = ("instance", "state", "release", "started", "heartbeat", "clock", "holds")
         click.echo(table(headers, [_instance_cells(each, holds[each.id]) for each in seen]))
     else:
-        click.echo("No instance was alive within a day. `flask workers run` starts one.")
+        click.echo("No instance has been alive for a day. `flask workers run` starts an instance.")
 
 
 def _instance_cells(seen: InstanceRecord, holds: list[str]) -> list[str]:

@@ -395,7 +395,7 @@ def test_an_admin_has_a_link_mailed_by_which_its_reader_chooses_a_password_once(
     assert log_in(theirs, user.email, NEW)
     for response in (theirs.get(link), choose(theirs, link, "another password")):
         assert response.status_code == 404
-        assert "This link no longer works: it works once, and for an hour." in response.text
+        assert "This link is no longer valid. Each link works once, and for one hour." in response.text
     assert is_logged_in(theirs)
 
 

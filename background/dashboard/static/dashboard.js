@@ -87,7 +87,7 @@
     } catch (error) {
       if (request !== asking) return; // aborted, because the page is hidden
       failures += 1;
-      say(`Not refreshed since ${clock.format(freshAt)}: the server does not answer as it should. Trying again.`);
+      say(`Not refreshed since ${clock.format(freshAt)}: the server gives no valid answer. Trying again.`);
     } finally {
       clearTimeout(giveUp);
     }

@@ -118,7 +118,7 @@ def test_every_page_has_a_banner_with_the_time_since_and_the_command_that_mends_
         (alarm,) = re.findall(r'<div class="bw-alarm">(.*?)</div>', page, re.DOTALL)
         sentence = r"No instance has been alive since <time .*?</time> \(15 min( \d+ s)?\): no worker runs"
         assert re.search(sentence, alarm), path
-        assert "Start one with <code>flask workers run</code>" in alarm
+        assert "Start an instance with <code>flask workers run</code>" in alarm
     manager_of(silent_app).presence.sign_on()
     assert [path for path in PAGES if "bw-alarm" in client.get(f"/workers/{path}").text] == []
 
