@@ -14,7 +14,6 @@ from .database.notifications import ring
 from .database.outages import Outages, place
 from .database.sessions import refuse_autocommit_options, schema_of
 from .database.store import Store
-from .host.dependencies import refuse_driver
 from .ledger.controls import Controls
 from .ledger.leases import Leases
 from .ledger.ledger import Ledger
@@ -116,7 +115,7 @@ def prepare_engines(db: SQLAlchemy, outages: Outages) -> tuple[Engine, ...]:
 
     Raises InvalidConfig for a database that the workers cannot use.
     """
-    refuse_driver(db.engine)
+    opening.refuse_driver(db.engine)
     sqlite.refuse_memory(db.engine)
     refuse_autocommit_options(db.engine)
     opening.prepare(db.engine)

@@ -6,6 +6,8 @@ from typing import Any
 
 from sqlalchemy import Engine, event
 
+from ..errors import InvalidConfig
+
 _thread = threading.local()
 
 
@@ -48,6 +50,16 @@ def _connect(dialect: Any, record: Any, given: Any, named: Any) -> Any:
         if (connection := later(dialect, record, given, named)) is not None:
             return connection
     return dialect.connect(*given, **named)
+
+
+def refuse_driver(engine: Engine) -> None:
+    """Raise InvalidConfig for a database or a driver that the engine does not support."""
+    dialect = engine.dialect
+    if dialect.name != "sqlite" and (dialect.name, dialect.driver) != ("postgresql", "psycopg"):
+        raise InvalidConfig(
+            f"The database is reached by {dialect.name}+{dialect.driver}; expected SQLite, or PostgreSQL by psycopg 3. "
+            "Write postgresql+psycopg://... and install it with `pip install psycopg`."
+        )
 
 
 def has_creator(engine: Engine) -> bool:

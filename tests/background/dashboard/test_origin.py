@@ -16,7 +16,8 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 
 from background import BackgroundWorkerManager, InvalidConfig, MessageWorker, MissingDependency, PeriodicWorker
 from background.dashboard import dashboard
-from background.host.dependencies import refuse_driver, require
+from background.database.opening import refuse_driver
+from background.host.dependencies import require
 
 PAUSE, RESUME = ("/workers/worker/noting/pause", "/workers/worker/noting/resume")
 PAGES = ("/workers/", "/workers/timeline", "/workers/instances", "/workers/messages", "/workers/worker/noting")
@@ -211,8 +212,8 @@ class Absent:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 sys.meta_path.insert(0, Absent())
 from flask import Flask
-from flask_sqlalchemy import SQLAlchemy
 from background import BackgroundWorkerManager, PeriodicWorker
+from flask_sqlalchemy import SQLAlchemy
 from background.dashboard import dashboard
 from background.monitoring.health import health
 from background.monitoring.metrics import metrics
@@ -241,6 +242,7 @@ def looked(tmp_path, *absent: str) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("absent", "package", "whose"),
     [
+        ("sqlalchemy", "sqlalchemy", "the engine of the background workers"),
         ("svcs", "svcs", "the engine of the background workers"),
         ("apscheduler", "apscheduler", "the engine of the background workers"),
         ("cronsim", "cronsim", "the engine of the background workers"),
