@@ -150,7 +150,7 @@ def spelled_out(text: str) -> str:
 
 
 def error_line(text: str | None) -> str | None:
-    """Return the line of a traceback that names the error, without further lines of its message.
+    """Return the line of a traceback that names the error, with the first line of its message.
 
     In the traceback of an exception group, this is the last line.
     """
@@ -158,8 +158,11 @@ def error_line(text: str | None) -> str | None:
     if len(lines) > 1 and _END_OF_GROUP.fullmatch(lines[-2]):
         return lines[-1].strip()
     frames = [at for at, line in enumerate(lines) if line.startswith('  File "')]
-    behind = lines[frames[-1] + 1 :] if frames else []
-    return next((line for line in behind if not line.startswith(" ")), lines[-1].strip() if lines else None)
+    behind = iter(lines[frames[-1] + 1 :] if frames else [])
+    line = next((each for each in behind if not each.startswith(" ")), lines[-1].strip() if lines else None)
+    if line and line.endswith(": "):  # its message begins with empty lines
+        line += next((each.strip() for each in behind if each.strip()), "")
+    return line
 
 
 _END_OF_GROUP = re.compile(r" *\+-+")
