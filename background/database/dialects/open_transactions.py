@@ -15,6 +15,7 @@ from .error_codes import is_lock_unavailable
 from .sqlite import is_locked
 
 _IN_TRANSACTION = 2  # of libpq's PQtransactionStatus
+_REMEDY = "call db.session.commit() first, or in a run context.commit()"
 
 
 class OpenTransactions:
@@ -38,7 +39,7 @@ class OpenTransactions:
             if driver.in_transaction and is_locked(own) if self._on_sqlite else runs and _has_written(driver):
                 raise CommitFirst(
                     f"{call} was called amid a transaction of the same thread that has written; expected none, as the "
-                    "call commits on its own and would wait for it: call db.session.commit() first."
+                    f"call commits on its own and would wait for it: {_REMEDY}."
                 )
         try:
             yield
@@ -47,7 +48,7 @@ class OpenTransactions:
                 raise
             raise CommitFirst(
                 f"{call} waited in vain for a row that an open transaction has locked, perhaps the caller's own; "
-                "expected it free: call db.session.commit() first, or try again when the other transaction has ended."
+                f"expected it free: {_REMEDY}, or try again when the other transaction has ended."
             ) from error
 
     def _of_this_thread(self) -> list[Any]:
