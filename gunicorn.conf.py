@@ -6,6 +6,7 @@ import signal
 import sys
 from contextlib import contextmanager
 
+from click import ClickException
 from gunicorn.arbiter import Arbiter
 from gunicorn.glogging import Logger
 from gunicorn.http.errors import ParseException
@@ -37,6 +38,17 @@ class JsonLogger(Logger):
 logger_class = JsonLogger if os.environ.get("LOG_FORMAT", "").strip().lower() == "json" else Logger
 
 
+def report_refusal(kind, error, traceback):
+    """Print an error of the engine as one sentence. With --preload the master makes the app before any hook."""
+    if isinstance(error, ClickException):
+        error.show()
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
+sys.excepthook = report_refusal
+
+
 def on_starting(server):
     """Report a wrong setting once and end, before every gunicorn worker reports it.
 
@@ -52,12 +64,11 @@ def on_starting(server):
 def check_settings(server):
     from flask import Flask
 
-    from background.errors import InvalidConfig
-    from config import load_config
-
     try:
+        from config import load_config
+
         load_config(Flask("app", instance_relative_config=True))
-    except InvalidConfig as error:
+    except ClickException as error:
         server.log.error("%s", error)
         return Arbiter.WORKER_BOOT_ERROR
     return 0
@@ -87,11 +98,9 @@ def post_worker_init(worker):
 @contextmanager
 def ending_on_refusal(worker):
     """Log an error of the engine as one sentence, and end gunicorn, which would only try again."""
-    from background.errors import BackgroundError
-
     try:
         yield
-    except BackgroundError as error:
+    except ClickException as error:
         worker.log.error("%s", error)
         sys.exit(Arbiter.WORKER_BOOT_ERROR)
 

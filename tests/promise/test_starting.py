@@ -251,11 +251,14 @@ def create_app():
 """
 
 
-def test_gunicorn_ends_with_one_sentence_about_a_worker_that_is_refused(sqlite_url: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [(), ("--preload",)], ids=["gunicorn", "preload"])
+def test_gunicorn_ends_with_one_sentence_about_a_worker_that_is_refused(
+    sqlite_url: str, tmp_path: Path, more: tuple[str, ...]
+) -> None:
     (tmp_path / "refused.py").write_text(REFUSED)
     env = environment(sqlite_url, PYTHONPATH=os.pathsep.join((str(tmp_path), str(ROOT))))
-    code, output = run(gunicorn("-w", "1", "refused:create_app()"), env)
-    assert code == 3
+    code, output = run(gunicorn("-w", "1", *more, "refused:create_app()"), env)
+    assert code == (1 if more else 3)
     assert output.count("'endless': it has neither a period nor a cron") == 1
     assert "Traceback" not in output
 
