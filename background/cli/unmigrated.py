@@ -30,16 +30,19 @@ def unmigrated(app: Flask, db: SQLAlchemy) -> list[str] | None:
             return None
         found = [thing for key, engine in db.engines.items() for thing in _lacking(engine, db.metadatas.get(key))]
     sentences = [
-        f"The models have {thing}, which the database lacks: {_remedy(app, table)}." for table, thing in found[:_MOST]
+        f"The models have {thing}, which the database lacks: {_remedy(app, table, thing)}."
+        for table, thing in found[:_MOST]
     ]
     if len(found) > _MOST:
         sentences.append(f"The models have {len(found) - _MOST} more that the database lacks.")
     return sentences
 
 
-def _remedy(app: Flask, table: str) -> str:
+def _remedy(app: Flask, table: str, thing: str) -> str:
     if "migrate" not in app.extensions:
-        return "make it with a migration, or with `db.create_all()` in an empty database"
+        if thing == f"the table {table}":
+            return "make it with `db.create_all()`, as this application has no Flask-Migrate"
+        return "make it in SQL, as this application has no Flask-Migrate and `db.create_all()` makes whole tables only"
     if table in metadata.tables:
         call = f"`background.migrate_to(op, version={len(STEPS)})`"
         made = "or that makes it by hand if the tables have that version"
@@ -61,8 +64,12 @@ def _lacking(engine: Engine, models: MetaData | None) -> Iterator[tuple[str, str
         options = {"include_object": _is_ours, "include_schemas": schemas}
         context = MigrationContext.configure(connection, opts=options)
         found = compare_metadata(context, models)
-        differences = chain.from_iterable(each if isinstance(each, list) else [each] for each in found)
-        yield from (_described(each) for each in differences if not (schemas and _exists(connection, each)))
+        differences = list(chain.from_iterable(each if isinstance(each, list) else [each] for each in found))
+        new = {each[1].fullname for each in differences if each[0] == "add_table"}
+        for each in differences:
+            is_of_new = each[0] == "add_index" and each[1].table.fullname in new  # it comes with its table
+            if not (is_of_new or (schemas and _exists(connection, each))):
+                yield _described(each)
 
 
 def _is_ours(_thing: Any, _name: str | None, _kind: str, is_reflected: bool, model: Any) -> bool:

@@ -1,5 +1,6 @@
 """Commands of `flask workers` that only read: list, instances, check, history, why."""
 
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -128,18 +129,19 @@ def check(as_json: bool) -> None:
     """
     manager = the_manager()
     states: dict[str, WorkerState] = {}
-    unseen = list(_NEVER_LOOKED_AT)
+    problems, unseen, alive = [], list(_NEVER_LOOKED_AT), 0
     try:
         states = checked_manager().stores.ledger.states()
         found = condition(manager.stores, manager.workers, manager.app.config["WORKERS_THREADS"])
         problems, alive = found.problems(), found.alive
-        if (lacking := unmigrated(manager.app, manager.db)) is None:
-            unseen.insert(0, "whether a model has no migration")
-        else:
-            problems += lacking
+        lacking = unmigrated(manager.app, manager.db)
     except (BackgroundError, DBAPIError) as error:
-        problems = [str((error if isinstance(error, BackgroundError) else not_ready(error)).message)]
-        alive, unseen = 0, ["the fleet", "whether a model has no migration", *unseen]
+        unseen.insert(0, "the fleet")
+        if not (lacking := _lacking(manager, error)):
+            problems.append(str((error if isinstance(error, BackgroundError) else not_ready(error)).message))
+    if lacking is None:
+        unseen.insert(-len(_NEVER_LOOKED_AT), "whether a model has no migration")
+    problems += lacking or []
     rows = [_next_ticks(manager, name, states.get(name), datetime.now(UTC)) for name in manager.workers]
     if as_json:
         print_json({"workers": rows, "problems": problems, "not_looked_at": unseen})
@@ -155,6 +157,17 @@ _NEVER_LOOKED_AT = (
     "messages (see `flask messages stats`)",
     "systems outside the database, such as a mail server",
 )
+
+
+def _lacking(manager: BackgroundWorkerManager, error: Exception) -> list[str] | None:
+    """Return a sentence for each thing that the database lacks, as the cause of `error`. None if it was not compared.
+
+    A BackgroundError has its own sentence about that.
+    """
+    if isinstance(error, DBAPIError):
+        with suppress(DBAPIError):  # the database does not answer
+            return unmigrated(manager.app, manager.db)
+    return None
 
 
 def _next_ticks(manager: BackgroundWorkerManager, name: str, state: WorkerState | None, at: datetime) -> dict[str, Any]:

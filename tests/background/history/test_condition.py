@@ -352,8 +352,37 @@ def test_check_names_what_the_models_have_and_the_database_lacks(
         "Problem: The models have the column notes.shelf",
         "Problem: The models have the index ix_notes_shelf of notes",
     ]
-    remedy = "which the database lacks: make it with a migration, or with `db.create_all()` in an empty database."
-    assert remedy in checked.stderr
+    assert checked.stderr.count("lacks: make it with `db.create_all()`, as this application has no Flask-Migrate.") == 1
+    assert checked.stderr.count(IN_SQL) == 2
+
+
+IN_SQL = (
+    "which the database lacks: make it in SQL, as this application has no Flask-Migrate and "
+    "`db.create_all()` makes whole tables only."
+)
+
+
+def test_check_names_each_table_that_an_empty_database_lacks(
+    app: Flask, manager: BackgroundWorkerManager, changed_models: None
+) -> None:
+    with app.app_context():
+        db.drop_all()
+    checked = command(app, "check")
+    assert checked.exit_code == 1
+    assert sorted(line.partition(", which")[0] for line in checked.stderr.splitlines()) == [
+        f"Problem: The models have the table {name}" for name in sorted(db.metadata.tables)
+    ]
+
+
+def test_check_says_what_to_do_about_a_column_without_which_the_fleet_cannot_be_read(
+    app: Flask, manager: BackgroundWorkerManager
+) -> None:
+    with app.app_context(), db.engine.begin() as connection:
+        connection.execute(sql("ALTER TABLE background_workers DROP COLUMN mark_ahead"))
+    checked = command(app, "check")
+    assert checked.exit_code == 1
+    assert checked.stderr == f"Problem: The models have the column background_workers.mark_ahead, {IN_SQL}\n"
+    assert "Not looked at: the fleet; whether a run would succeed" in checked.stdout
 
 
 def test_check_names_the_call_that_makes_what_the_engines_tables_lack(
