@@ -184,7 +184,7 @@ def trust_proxies(app: Flask) -> None:
         logging.getLogger(__name__).warning(
             "PROXIES is 0 in production; expected a proxy in front that buffers requests: without one, as many slow "
             "clients as gunicorn has threads stop the shop, and all visitors of a proxy count as one network. Put a "
-            "proxy in front and say PROXIES=1, and run long work in `flask workers run`"
+            "proxy in front and set PROXIES=1, and run long work in `flask workers run`"
         )
 
 
@@ -276,7 +276,7 @@ def _load_own(app: Flask, given: Mapping[str, Any] | object | None) -> None:
         app.config.from_object(given)
 
 
-# Keys that stand in tutorials.
+# Keys that tutorials use.
 _KNOWN_SECRETS = {
     "this-should-be-changed",
     "you-will-never-guess",
@@ -294,7 +294,7 @@ _KNOWN_SECRETS = {
 
 def _settle_production(config: dict[str, Any]) -> None:
     if config["PRODUCTION"] is None:
-        served_by = os.environ.get("SERVER_SOFTWARE", "")  # gunicorn sets it before it loads an application
+        served_by = os.environ.get("SERVER_SOFTWARE", "")  # gunicorn sets this variable before it loads an application
         config["PRODUCTION"] = served_by.startswith("gunicorn/") and not config["DATABASE_IS_EMBEDDED"]
     if config["SESSION_COOKIE_SECURE"] is None:
         config["SESSION_COOKIE_SECURE"] = config["PRODUCTION"]
@@ -429,7 +429,7 @@ def _kept_secret_key(folder: Path) -> str:
         return str(secret(path.read_text(encoding="ascii").strip()))
     except (OSError, ValueError) as error:
         raise InvalidConfig(
-            f"SECRET_KEY is not set and {path} cannot hold one ({error or 'it is empty'}); expected either. "
+            f"SECRET_KEY is not set and {path} cannot hold a key ({error or 'it is empty'}); expected one of both. "
             f"Set SECRET_KEY, or make that file writable, or remove it if it is empty."
         ) from error
 

@@ -20,7 +20,7 @@ from config import address
 from migrations import schema
 from models import Book, User
 
-ADMIN = "admin@example.com"  # of the demo shop alone: production refuses to start with it
+ADMIN = "admin@example.com"  # of the demo shop only: production refuses to start with this admin
 NO_PASSWORD = "!"  # noqa: S105 - this is not a hash, so no demo user can log in
 MOST_USERS = 100_000_000
 
@@ -133,7 +133,7 @@ def refuse_in_production() -> None:
         if connection.scalar(select(User.id).where(User.email == ADMIN, User.is_admin)) is not None:
             raise InvalidConfig(
                 f"The demo shop's {ADMIN} is an admin of this database in production; expected an admin of yours. "
-                f"Make one with `flask init-db --admin you@your.shop`, which takes its rights away."
+                f"Make one with `flask init-db --admin you@your.shop`, which removes that admin's rights."
             )
 
 

@@ -61,7 +61,7 @@ def password_link(user_id: int, payload: Payload, context: WorkerContext) -> Mai
     return Mail(user.email, "Choose your password", render_template("password_mail.txt", link=link))
 
 
-# A payload has one of these fields. The field has the id that the mail is about.
+# A payload has one of these fields, with the id of the order or user that the mail is about.
 MAILS: dict[str, Callable[[int, Payload, WorkerContext], Mail | None]] = {
     "order": about_order,
     "welcome": welcome,
@@ -69,8 +69,8 @@ MAILS: dict[str, Callable[[int, Payload, WorkerContext], Mail | None]] = {
     "password link": password_link,
 }
 
-# Sent once, however often they are enqueued. `handle` sets the key. A request that found the key taken would have
-# nothing to commit, and its time would show that to a stranger.
+# Mails that are sent once, however often a request enqueues them. `handle` sets the key, not the request. Otherwise a
+# request could find the key taken and commit nothing. Its response time would show that the e-mail has an account.
 SENT_ONCE = {"registered again"}
 
 
@@ -81,7 +81,7 @@ class MailNotSent(Exception):
 class Mailer:
     """Hands mails to the server of MAIL_URL. Without one, mails become files in the outbox."""
 
-    timeout = 30.0  # seconds for each answer: some servers scan a mail first
+    timeout = 30.0  # seconds for each reply: some servers scan a mail first
 
     def __init__(self, url: str | None, sender: str, outbox: Path) -> None:
         self.url = urlsplit(url or "")

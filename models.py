@@ -102,7 +102,7 @@ class User(UserMixin, db.Model):  # type: ignore[name-defined, misc]
         self.password_hash = generate_password_hash(password, self.password_method)
 
     def check_password(self, password: str) -> bool:
-        """Return whether `password` is right. Without a usable hash the answer takes as long as for a wrong one."""
+        """Return whether `password` is right. Without a usable hash the check takes as long as for a wrong password."""
         if self.password_hash.count("$") > 1:
             with suppress(ValueError):  # the hash names an unknown method
                 return check_password_hash(self.password_hash, password)
@@ -200,7 +200,7 @@ class HealthSample(db.Model):  # type: ignore[name-defined, misc]
 
 
 class AuditEntry(db.Model):  # type: ignore[name-defined, misc]
-    """One action of an admin, written before it is done, and never pruned."""
+    """One action of an admin, recorded before it takes effect, and never pruned."""
 
     __tablename__ = "audit_entries"
 
@@ -256,7 +256,7 @@ class RateLimits(Storage):
         )
         with single_statements(db.engine).begin() as connection:
             hits: int = connection.execute(counted).scalar_one()
-            if hits == amount:  # a window began, so forget some that are over
+            if hits == amount:  # a window began, so delete some expired windows
                 connection.execute(_forget)
         return hits
 
@@ -287,7 +287,7 @@ class RateLimits(Storage):
             return connection.execute(delete(RateLimit).where(condition)).rowcount
 
 
-# Concurrency: other requests may forget the same rows, or begin a window in one of them. A locked row is skipped, so no
+# Concurrency: other requests may delete the same rows, or begin a window in one of them. A locked row is skipped, so no
 # request waits, and a window that began stays.
 _over = select(RateLimit.key).where(RateLimit.expires_at <= now()).limit(100).with_for_update(skip_locked=True)
 _forget = delete(RateLimit).where(RateLimit.key.in_(_over))

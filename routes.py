@@ -158,7 +158,7 @@ def load_user(session_id: str) -> User | None:
 
 
 def set_headers(response: Response) -> Response:
-    """Add the headers of every answer. A cache must not keep a page that was made for one visitor."""
+    """Add the headers of every response. A cache must not keep a page that was made for one visitor."""
     response.headers.update(HEADERS)
     if request.is_secure:
         response.headers["Strict-Transport-Security"] = "max-age=31536000"
@@ -442,7 +442,7 @@ def register_user() -> ResponseReturnValue:
 def create_user(form: RegisterForm) -> None:
     """Add the user, and enqueue a mail. Only the mail shows whether the e-mail had an account.
 
-    The answer and its time do not show it: both cases run the same statements and commit a message.
+    The response and its time do not show it: both cases run the same statements and commit a message.
     """
     user_id, is_new = svcs.flask.get(UserRepository).add(form.name.data, form.email.data, form.password.data)
     current_workers.enqueue("mail", {"welcome" if is_new else "registered again": user_id})
@@ -461,12 +461,12 @@ def login() -> ResponseReturnValue:
         if user is not None and users.record_login(user.id, datetime.now(UTC), user.password_hash):
             if user.has_renewable_password:
                 users.replace_password(user, form.password.data)
-            session.clear()  # another person may have begun it, and know its token
+            session.clear()  # another person may have begun this session, and know its token
             login_user(user)  # before the commit, after which another request may change the password
             db.session.commit()
             do_not_count()
             return redirect(next_page())
-        form.password.errors = ["This e-mail and this password do not belong together."]
+        form.password.errors = ["Wrong e-mail or password."]
     return render_template("login.html", form=form)
 
 
@@ -486,7 +486,7 @@ def next_page() -> str:
 def logout() -> ResponseReturnValue:
     logout_user()
     session.clear()
-    flash("You are logged out.", "info")
+    flash("You have been logged out.", "info")
     return redirect(url_for("shop.home"))
 
 
@@ -497,7 +497,7 @@ def profile() -> ResponseReturnValue:
     if form.validate_on_submit():
         current_user.name = form.name.data
         db.session.commit()
-        flash("Your name is changed.", "success")
+        flash("Your name has been changed.", "success")
         return redirect(url_for("account.profile"))
     return render_template("account.html", form=form)
 
@@ -509,7 +509,7 @@ def change_password() -> ResponseReturnValue:
     form = ChangePasswordForm()
     if form.validate_on_submit():
         if replace_own_password(form):
-            flash("Your password is changed. You are logged out everywhere else.", "success")
+            flash("Your password has been changed. You have been logged out everywhere else.", "success")
             return redirect(url_for("account.profile"))
         form.current.errors = ["This is not your current password."]
     return render_template("password.html", form=form)
@@ -537,7 +537,7 @@ def reset_password(token: str) -> ResponseReturnValue:
     if user is not None and form.validate_on_submit():
         if users.replace_password(user, form.password.data):
             db.session.commit()
-            flash("Your password is changed: please log in.", "success")
+            flash("Your password has been changed. Please log in.", "success")
             return redirect(url_for("account.login"))
         user = None  # another request has just used the link
     return render_template("reset.html", user=user, form=form), 200 if user else 404
@@ -606,7 +606,7 @@ def send_password_link(user_id: int) -> ResponseReturnValue:
     user = db.get_or_404(User, user_id)
     current_workers.enqueue("mail", {"password link": user.id, "root": request.url_root})
     db.session.commit()
-    flash(f"A password link is on its way to {user.email}. It is good for an hour.", "success")
+    flash(f"A password link is on its way to {user.email}. It is valid for one hour.", "success")
     return back_to_users()
 
 
@@ -672,13 +672,13 @@ def book_as_json(book: Book) -> dict[str, Any]:
 # ---- Errors
 
 ERROR_SENTENCES = {
-    400: "This page does not understand what the browser sent. Please go back, reload and try again.",
-    403: "You may not see this page. If you think that you should, ask an administrator.",
+    400: "This page cannot read the request of the browser. Please go back, reload and try again.",
+    403: "You may not see this page. If you need access, ask an administrator.",
     404: "There is no such page. It may have moved, or the address may be mistyped.",
-    405: "This page does not take requests of that kind.",
-    413: "The request is larger than this page takes.",
+    405: "This page does not accept this kind of request.",
+    413: "The request is larger than this page accepts.",
     503: "The shop's database does not answer at the moment. Please try again in a few seconds.",
-    500: "Something went wrong on our side. It is in the log. Please try again in a moment.",
+    500: "Something went wrong on our side, and the error is in the log. Please try again in a moment.",
 }
 
 

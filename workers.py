@@ -69,7 +69,7 @@ class MailWorker(MessageWorker):
             return
         mail = MAILS[kind](payload[kind], payload, context)
         if mail is None:
-            context.logger.warning("%s %s is gone: there is no mail about it.", kind.capitalize(), payload[kind])
+            context.logger.warning("%s %s no longer exists: no mail is sent.", kind.capitalize(), payload[kind])
             return
         place = context.services.get(Mailer).send(*mail, key=message.idempotency_key, at=message.enqueued_at)
         context.logger.info("The mail about %s %s is at %s.", kind, payload[kind], place)

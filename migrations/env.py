@@ -1,4 +1,4 @@
-"""Run by Alembic (`flask db ...`, `schema.py`): one transaction of what is pending, one runner at a time."""
+"""Runs all pending migrations in one transaction, for Alembic (`flask db ...`, `schema.py`), one process at a time."""
 
 import warnings
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from background import DatabaseNotReady, include_object, render_item
 from migrations.schema import LOCK_SECONDS, refuse_unreleased, why_not
 
 database = current_app.extensions["sqlalchemy"]
-# What `schema.py` does in the same transaction, once the schema is there.
+# `schema.py` calls this in the same transaction, after the migrations.
 finish: Callable[[Connection], None] | None = context.config.attributes.get("finish")
 
 
@@ -24,13 +24,17 @@ def configure(**arguments: Any) -> None:
 
 
 def migrate(connection: Connection) -> None:
-    """The caller's transaction holds a lock: a second runner waits, and then finds nothing to do."""
+    """Run the pending migrations.
+
+    Concurrency: another process may migrate the same database. The caller's transaction holds a lock, so the second
+    process waits, and then finds nothing to do.
+    """
     configure(connection=connection)
-    # Of SQLite's indexes on expressions, which the tests compare in another way.
+    # Alembic cannot compare SQLite's indexes on expressions. The tests compare them in another way.
     warnings.filterwarnings("ignore", ".*expression-based index")
     try:
         context.run_migrations()
-    except CommandError:  # such as for a revision that is in no file
+    except CommandError:  # for example for a revision without a file
         refuse_unreleased(database.engine.url, context.get_context().get_current_revision())
         raise
     if finish:
@@ -44,7 +48,10 @@ def run_on_postgresql(connection: Connection) -> None:
 
 
 def run_on_sqlite(connection: Connection) -> None:
-    """The driver begins no transaction for DDL; and to rebuild a table must not take its children along."""
+    """Migrate in a transaction that this function begins, as the driver begins none for DDL.
+
+    Foreign keys are off meanwhile, because rebuilding a table must not delete the rows that refer to it.
+    """
     connection.exec_driver_sql("PRAGMA foreign_keys = OFF")
     connection.commit()
     with connection.begin():

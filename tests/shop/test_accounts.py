@@ -96,7 +96,7 @@ def test_a_user_who_changes_the_password_stays_logged_in_here_and_nowhere_else(
     for client in clients:
         login(client, user)
     assert change(here).location == "/account"
-    assert "Your password is changed." in here.get("/account").text
+    assert "Your password has been changed." in here.get("/account").text
     assert not is_logged_in(elsewhere)
     assert not log_in(app.test_client(), user.email, PASSWORD)
     assert log_in(app.test_client(), user.email, NEW)

@@ -150,5 +150,5 @@ def test_the_shop_is_used_by_keyboard_alone(app, page, make_user, complaints):
     page.wait_for_load_state()  # what loads may take the focus
     page.get_by_role("button", name="Log out").focus()
     page.keyboard.press("Enter")
-    page.get_by_text("You are logged out.").wait_for()
+    page.get_by_text("You have been logged out.").wait_for()
     assert complaints == []

@@ -447,7 +447,7 @@ def test_a_mail_about_an_order_that_is_gone_is_not_sent(
     caplog.set_level(logging.WARNING)
     mail_about(77)
     wait_until(lambda: states(app) == ["done"])
-    assert "Order 77 is gone: there is no mail about it." in caplog.text
+    assert "Order 77 no longer exists: no mail is sent." in caplog.text
     assert server.mails == []
 
 

@@ -176,7 +176,7 @@ def test_a_wrong_password_and_an_unknown_email_give_the_same_answer(app, client,
     make_user(email="nat@example.com")
     wrong = log_in(client, "nat@example.com", "wrong horse")
     unknown = log_in(client, "tan@example.com")
-    assert "do not belong together" in text_of(wrong)
+    assert "Wrong e-mail or password" in text_of(wrong)
     assert wrong.text.replace("nat@", "") == unknown.text.replace("tan@", "")
     assert user_of(app, "nat@example.com").last_login_at is None
 
@@ -471,7 +471,7 @@ def test_an_error_below_api_is_json(client):
 def test_an_error_has_a_page_with_a_sentence(client, reader):
     for path, code, sentence in [
         ("/nowhere", 404, "There is no such page."),
-        ("/logout", 405, "This page does not take requests of that kind."),
+        ("/logout", 405, "This page does not accept this kind of request."),
         ("/admin/users", 403, "You may not see this page."),
     ]:
         response = client.get(path)
