@@ -429,7 +429,7 @@ def _kept_secret_key(folder: Path) -> str:
         return str(secret(path.read_text(encoding="ascii").strip()))
     except (OSError, ValueError) as error:
         raise InvalidConfig(
-            f"SECRET_KEY is not set and {path} cannot hold a key ({error or 'it is empty'}); expected one of both. "
+            f"SECRET_KEY is not set and {path} cannot hold a key ({error or 'it is empty'}); expected a key. "
             f"Set SECRET_KEY, or make that file writable, or remove it if it is empty."
         ) from error
 

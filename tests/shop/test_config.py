@@ -289,7 +289,7 @@ def test_processes_that_start_at_once_agree_on_the_secret_key(tmp_path: Path) ->
 
 def test_an_empty_secret_key_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "secret_key").touch()
-    with pytest.raises(InvalidConfig, match=r"SECRET_KEY is not set and .*secret_key cannot hold one"):
+    with pytest.raises(InvalidConfig, match=r"SECRET_KEY is not set and .*secret_key cannot hold a key"):
         load(tmp_path)
 
 

@@ -492,7 +492,7 @@ def test_a_fault_of_ours_has_a_page_even_without_a_database(app, client, reader)
         db.drop_all()
     response = client.get("/orders")
     assert response.status_code == 500
-    assert "Something went wrong on our side." in text_of(response)
+    assert "Something went wrong on our side, and the error is in the log." in text_of(response)
 
 
 PAGES = [
