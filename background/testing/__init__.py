@@ -1,0 +1,17 @@
+"""Helpers for the tests of your own workers. `background.testing.plugin` has them as fixtures of pytest."""
+
+from .clock import Clock
+from .messages import Drained, assert_enqueued, assert_not_enqueued, drain
+from .runs import TickNotRun, run_worker, running, worker_context
+
+__all__ = [
+    "Clock",
+    "Drained",
+    "TickNotRun",
+    "assert_enqueued",
+    "assert_not_enqueued",
+    "drain",
+    "run_worker",
+    "running",
+    "worker_context",
+]

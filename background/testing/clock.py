@@ -1,0 +1,57 @@
+"""The clock of a test, in the place of the database's clock."""
+
+from datetime import UTC, datetime, timedelta
+from types import TracebackType
+from typing import Any
+
+from sqlalchemy import Connection, Engine, event
+
+from ..database.clock import with_time
+
+
+class Clock:
+    """A clock that stands still until the test moves it. In its block, every engine of this process reads it.
+
+    The steady clock of the leases goes on. Your own code reads the host's clock unless it uses `context.tick`.
+    """
+
+    def __init__(self, at: datetime | None = None) -> None:
+        self.now = _aware(at) if at is not None else datetime.now(UTC).replace(microsecond=0)
+        """The time of the clock (aware, UTC)."""
+
+    def set(self, at: datetime) -> None:
+        """Set the clock to `at` (aware), in the past or the future."""
+        self.now = _aware(at)
+
+    def move(self, by: timedelta) -> None:
+        """Move the clock ahead by `by`."""
+        self.now += by
+
+    def __enter__(self) -> "Clock":
+        if not _clocks:
+            event.listen(Engine, "before_cursor_execute", _at_the_time_of_the_clock, retval=True)
+        _clocks.append(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        _clocks.remove(self)
+        if not _clocks:
+            event.remove(Engine, "before_cursor_execute", _at_the_time_of_the_clock)
+
+
+_clocks: list[Clock] = []
+"""The clocks whose blocks this process is in. The innermost counts."""
+
+
+def _at_the_time_of_the_clock(
+    connection: Connection, cursor: Any, statement: str, parameters: Any, context: Any, many: bool
+) -> tuple[str, Any]:
+    return with_time(statement, _clocks[-1].now, connection.dialect.name), parameters
+
+
+def _aware(at: datetime) -> datetime:
+    if not isinstance(at, datetime) or at.tzinfo is None:
+        raise ValueError(f"The clock was set to {at!r}; expected an aware datetime: write datetime(..., tzinfo=UTC).")
+    return at.astimezone(UTC)

@@ -1,0 +1,99 @@
+"""Messages in a test: are they enqueued, and how does their handling end?"""
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from flask import Flask
+from sqlalchemy import select
+
+from ..database.tables import message_errors, messages
+from ..errors import UnknownTopic
+from ..manager import BackgroundWorkerManager
+from ..runs.batch import BatchRun
+from ..worker import MessageWorker
+from .runs import manager_of
+
+ANY: Any = object()
+"""Any payload."""
+_MOST_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Drained:
+    """The messages that `drain` handled, by their outcome."""
+
+    done: int
+    waiting: int
+    """The number of messages that failed and are tried again later."""
+    dead: int
+    errors: tuple[str, ...]
+    """The traceback of each failed attempt, oldest first."""
+
+
+def drain(app: Flask, topic: str | None = None) -> Drained:
+    """Handle every message that is due now, of `topic` or of all topics, and the messages that the handlers enqueue.
+
+    Returns once no message is due. A message that failed is due again after its worker's `backoff`: move the clock and
+    drain again. Raises UnknownTopic.
+    """
+    manager = manager_of(app)
+    if topic is not None and topic not in manager.topics:
+        raise UnknownTopic(topic, manager.topics)
+    workers = [worker for of, worker in manager.topics.items() if topic in (None, of)]
+    ids: set[int] = set()
+    while found := [id for worker in workers for id in _handle_due(app, manager, worker)]:
+        ids.update(found)
+    store = manager.stores.main
+    states = Counter(
+        row.state for row in store.read(select(messages.c.state).where(store.is_among(messages.c.id, ids)))
+    )
+    failed = select(message_errors.c.error).where(store.is_among(message_errors.c.message, ids))
+    errors = tuple(row.error for row in store.read(failed.order_by(message_errors.c.id)))
+    return Drained(states["done"], states["waiting"], states["dead"], errors)
+
+
+def _handle_due(app: Flask, manager: BackgroundWorkerManager, worker: type[MessageWorker]) -> list[int]:
+    """Handle one batch. Return the ids of its messages."""
+    queue = manager.stores.queue
+    with manager.presence.present() as instance:
+        batch = queue.claim(worker.name, worker.topic, worker.batch_size, (instance.id, instance.name))
+        if batch is None:
+            return []
+        BatchRun(worker, batch, queue, manager.runs, instance, app, manager.db, Counter()).run()
+        return list(batch.ids)
+
+
+def assert_enqueued(app: Flask, topic: str, payload: Any = ANY) -> None:
+    """Fail unless a committed message with this `payload` waits in `topic`. A delayed message waits, too."""
+    if not _waiting(app, topic, payload):
+        raise AssertionError(
+            f"No message waits in {topic!r} with {_named(payload)}; expected a committed one. "
+            f"Waiting there: {_listed(_waiting(app, topic, ANY))}."
+        )
+
+
+def assert_not_enqueued(app: Flask, topic: str, payload: Any = ANY) -> None:
+    """Fail if a committed message with this `payload`, or with any payload, waits in `topic`."""
+    if waiting := _waiting(app, topic, payload):
+        raise AssertionError(f"Messages wait in {topic!r}; expected none with {_named(payload)}: {_listed(waiting)}.")
+
+
+def _waiting(app: Flask, topic: str, payload: Any) -> list[Any]:
+    """Return the payloads that wait in `topic`, and are equal to `payload`."""
+    manager = manager_of(app)
+    if topic not in manager.topics:
+        raise UnknownTopic(topic, manager.topics)
+    wanted = select(messages.c.payload).where(messages.c.topic == topic, messages.c.state == "waiting")
+    found = [json.loads(row.payload) for row in manager.stores.main.read(wanted.order_by(messages.c.id))]
+    return [each for each in found if payload is ANY or each == payload]
+
+
+def _named(payload: Any) -> str:
+    return "any payload" if payload is ANY else f"the payload {payload!r}"
+
+
+def _listed(payloads: list[Any]) -> str:
+    more = f" and {len(payloads) - _MOST_SHOWN} more" if len(payloads) > _MOST_SHOWN else ""
+    return f"{', '.join(map(repr, payloads[:_MOST_SHOWN]))}{more}" if payloads else "no message"

@@ -1,0 +1,126 @@
+"""Runs of a worker in a test: one tick, a running instance, and a context for a call of `do_work`."""
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import uuid4
+
+from flask import Flask, current_app
+
+from ..context import WorkerContext
+from ..errors import BackgroundError
+from ..ledger.claim import Claim
+from ..ledger.leases import Instance
+from ..manager import BackgroundWorkerManager, the_manager
+from ..runs.execution import Execution
+from ..signals import execution_failed
+from ..worker import PeriodicWorker
+from .clock import Clock
+
+_JOINING_SECONDS = 30.0
+
+
+class TickNotRun(BackgroundError):
+    """The tick that a test asked for did not run."""
+
+
+def run_worker(app: Flask, worker: type[PeriodicWorker], at: datetime | None = None) -> Execution:
+    """Run the latest tick of `worker` up to `at` (aware, by default now), and return its execution.
+
+    With `at`, the database's clock is at this moment during the run. So the tick may be years away. A worker that the
+    application did not register is registered. Raises what the worker raises. Raises TickNotRun, with the reason, if
+    the tick does not run: because it has run, because the worker is paused or disabled, or because it runs already.
+    """
+    manager = manager_of(app)
+    if manager.workers.get(worker.name) is not worker:
+        manager.add(worker)
+    errors: list[BaseException] = []
+
+    def note(sender: Flask, claim: Claim, error: BaseException) -> None:
+        errors.append(error)
+
+    with ExitStack() as block:
+        if at is not None:
+            block.enter_context(Clock(at))
+        block.enter_context(execution_failed.connected_to(note, app))
+        execution = manager.tick(worker.name, at or _now(manager))
+        if execution is None:
+            raise TickNotRun(_reason(manager, worker, at))
+    if errors:
+        raise errors[0]
+    return execution
+
+
+def _now(manager: BackgroundWorkerManager) -> datetime:
+    """Return the database's time, which is the test's clock if there is one."""
+    return manager.history.clock()
+
+
+def _reason(manager: BackgroundWorkerManager, worker: type[PeriodicWorker], at: datetime | None) -> str:
+    if not worker.enabled:
+        return f"{worker.__name__} did not run: it is disabled (enabled = False)."
+    return f"{worker.__name__} did not run. {manager.why(worker.name, at).sentence}"
+
+
+@contextmanager
+def running(app: Flask, *names: str) -> Iterator[BackgroundWorkerManager]:
+    """Run all workers of `app`, or only the workers `names`, in this process until the block ends.
+
+    The block begins once this instance has joined the fleet. Raises TimeoutError if it cannot join within 30 seconds.
+    """
+    manager = manager_of(app)
+    manager.start(names)
+    try:
+        until = time.monotonic() + _JOINING_SECONDS
+        while manager.presence.instance is None:
+            if time.monotonic() > until:
+                raise TimeoutError(
+                    f"The workers have not joined the fleet within {_JOINING_SECONDS:.0f} seconds; expected a database "
+                    "that is ready: the log says why it is not."
+                )
+            time.sleep(0.005)
+        yield manager
+    finally:
+        manager.stop()
+
+
+class UnitContext(WorkerContext):
+    """A context without a claim: nothing is written in the history, and every commit is allowed."""
+
+    def finish(self) -> None:
+        """Commit the session."""
+        self.session.commit()
+
+
+def worker_context(
+    worker: str = "a_worker", tick: datetime | None = None, attempt: int = 1, **claim: Any
+) -> WorkerContext:
+    """Return a context for `MyWorker().do_work(context)` in a unit test. Call it in an app context.
+
+    The database must have your own tables, but needs none of the engine's. What `do_work` writes is in
+    `context.session` and not committed. `context.stopping.set()` asks the worker to stop.
+    """
+    if not current_app:
+        raise RuntimeError(
+            "worker_context() was called outside an app context; expected one, for the session and the services: "
+            "write `with app.app_context():`."
+        )
+    manager = the_manager()
+    tick = tick or datetime.now(UTC).replace(microsecond=0)
+    made = Claim(worker, tick, attempt, token=1, trigger="schedule", execution=None, id=uuid4().hex, **claim)
+    instance = Instance(timedelta(days=1), deadline=float("inf"))
+    return UnitContext(made, made, instance, manager.db, manager.stores.main.sessions)
+
+
+def manager_of(app: Flask) -> BackgroundWorkerManager:
+    """Return the manager of `app`. Raises RuntimeError if it has none."""
+    try:
+        manager: BackgroundWorkerManager = app.extensions["background_workers"]
+    except KeyError:
+        raise RuntimeError(
+            f"The application {app.name!r} has no background workers; expected BackgroundWorkerManager(app, db) in its "
+            "factory."
+        ) from None
+    return manager
