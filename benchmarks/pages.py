@@ -90,7 +90,7 @@ def measured(engine: str, size: Size, rounds: int) -> dict[str, Figures]:
                 upgrade()
                 fill(app, size)
             gc.collect()
-            gc.freeze()  # as gunicorn.conf.py does
+            gc.freeze()  # like gunicorn.conf.py
             client = logged_in(app)
             return {address: timed(client, address, rounds) for address in list(pages(app, size))}
         finally:

@@ -1,7 +1,7 @@
 """Measures the promise under faults.
 
-Real processes of the shop are killed, stopped and told to end. Their database is restarted or held, crashes, fails
-over, or loses its connections or rows. Meanwhile the workers leave an effect for each of their ticks.
+Real processes of the shop are killed, stopped and terminated. Their database is restarted or held, crashes, fails over,
+or loses its connections or rows. Meanwhile the workers leave an effect for each of their ticks.
 
     python -m benchmarks.soak --engine postgresql --minutes 10 --processes 6 --seed 1
 

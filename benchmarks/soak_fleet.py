@@ -260,9 +260,9 @@ class Fleet:
         return life is not None
 
     def _trouble(self) -> bool:
-        """Cause one fault of the database's own.
+        """Cause one fault of the database.
 
-        The faults take turns, each time in another order, so a short soak has them all.
+        The faults take turns, in a new order each time, so a short soak has all of them.
         """
         if not self._troubles:
             self._troubles = self._random.sample(self._database.faults, len(self._database.faults))
@@ -274,7 +274,7 @@ class Fleet:
         return note is not None
 
     def _delete(self) -> bool:
-        """Delete rows of workers that run, as an operator does by hand."""
+        """Delete rows of running workers, as an operator may do."""
         at = time.time()
         deleted = delete_rows(self._database.operator, self._random)
         if deleted:

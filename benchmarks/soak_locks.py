@@ -1,6 +1,7 @@
-"""The soak's locks: each holder writes the time span in which it certainly held the lock. No two spans may overlap.
+"""The soak's locks: each holder records the time span in which it certainly held the lock.
 
-A process may freeze anywhere. So a moment counts only if the lock was still held after the clock was read.
+No two spans may overlap. A process may freeze anywhere, so a moment counts only if the lock was still held after the
+clock was read.
 """
 
 import os

@@ -21,7 +21,7 @@ from models import db
 from .soak_losers import Losses
 
 TRANSACTIONS_A_SECOND = 6.0  # of each process
-KEY_SECONDS = 0.5  # for so long all producers use the same key
+KEY_SECONDS = 0.5  # all producers use the same key for this time
 POISON, ROLLED_BACK = "poison", "rolled back"
 
 metadata = MetaData()
@@ -32,7 +32,7 @@ letters = Table(
     Column("id", String(32), primary_key=True),
     Column("kind", String(20), nullable=False),
     Column("key", String(50)),
-    # True if another message had the key.
+    # True if an earlier message had the key.
     Column("refused", Boolean, nullable=False),
 )
 
@@ -56,7 +56,7 @@ class Letters(MessageWorker):
 
     topic = "letters"
     batch_size = 10
-    max_attempts = 8  # the soak does not kill one message so often in a row
+    max_attempts = 8  # the soak does not kill one message this often in a row
     backoff = timedelta(seconds=0.02)
 
     def handle(self, message: Message, context: WorkerContext) -> None:

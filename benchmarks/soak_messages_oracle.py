@@ -58,7 +58,7 @@ class Oracle:
         self._judge_letters(verdict)
         for row in self._messages:
             self._judge_message(verdict, row, until)
-            if row.state == "done" and row.enqueued_at > since and row.topic == Letters.topic:  # the quick ones
+            if row.state == "done" and row.enqueued_at > since and row.topic == Letters.topic:  # the quick messages
                 self._time(verdict, row, calm_until)
         return verdict
 

@@ -20,7 +20,7 @@ Spans = Sequence[tuple[float, float]]  # in Unix seconds
 
 CATCHING_UP_SECONDS = 2.0  # after an outage
 MET_SECONDS = 0.1  # from the recovery of a tick to its next claim
-_MOST_USUAL_SECONDS = 0.5  # a start that is later is not the machine's fault
+_MOST_USUAL_SECONDS = 0.5  # a later start is not the machine's fault
 
 
 @dataclass
@@ -254,7 +254,7 @@ class Oracle:
                     verdict.calm_lateness.append(late)
 
     def _time_others(self, verdict: Verdict, fault: Fault) -> None:
-        """Measure the time between the fault of a process and the start of its ticks elsewhere."""
+        """Measure the time between the fault of a process and the start of its ticks on other processes."""
         is_long = fault.kind in ("stop", "silence") and fault.until - fault.at > LEASE_SECONDS
         if fault.kind not in ("kill", "term") and not is_long:
             return

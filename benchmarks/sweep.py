@@ -134,7 +134,7 @@ def tell(stream: object, word: str) -> None:
 
 
 def log_in_until_told(url: str, users: int) -> None:
-    """Time some hundred logins a second of random users. The standard input names the phases."""
+    """Measure some hundred logins a second of random users. The standard input names the phases."""
     import threading
 
     phase, took = ["idle"], {"idle": [0.0], "meanwhile": [0.0]}
@@ -175,7 +175,7 @@ def make_stale_again(engine: Engine) -> None:
 
 
 def settle(engine: Engine) -> None:
-    """The same start for everyone: no dead rows, and no write-ahead log to be worked off."""
+    """Give each measurement the same start: no dead rows, and no write-ahead log left to write."""
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         if engine.dialect.name == "postgresql":
             connection.exec_driver_sql("VACUUM (ANALYZE) users")

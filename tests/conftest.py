@@ -1,4 +1,4 @@
-"""Real databases for every test: SQLite files, and a PostgreSQL that is started from a wheel and stopped again."""
+"""Real databases for every test: SQLite files, and a PostgreSQL from a wheel."""
 
 import os
 import shutil
@@ -29,18 +29,18 @@ pytest_plugins = ["background.testing.plugin"]
 PROCESSES = 6  # tests of real processes mostly wait for them
 
 HOUR_SECONDS = 3600
-TURN_SECONDS = 10  # longer than a test takes to whose outcome the hour matters
+TURN_SECONDS = 10  # longer than any test that depends on the hour
 
-# The fixtures, parameters and markers of tests that take long.
+# The fixtures, parameters and markers of slow tests.
 NOT_QUICK = {"postgresql", "postgresql_server", "server", "nursery", "browser", "fuzz", "promise"}
 
 _numbers = count(1)
 
-# Compiled once, whatever the environment says: hundreds of interpreters are started from the same files.
+# Keep compiled files, whatever the environment says: hundreds of interpreters start from the same files.
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
-# A shell starts what runs in its background with these ignored, and the servers of the tests would inherit that.
+# A shell starts its background processes with these signals ignored, and the tests' servers would inherit this.
 for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
@@ -86,7 +86,7 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_runtest_setup() -> None:
-    """No test begins where an hour is about to end: the last tick of many workers would be another one amid it."""
+    """Begin no test right before an hour ends, because the latest tick of many workers would change amid the test."""
     left = HOUR_SECONDS - time.time() % HOUR_SECONDS
     if left < TURN_SECONDS:
         time.sleep(left)
@@ -94,7 +94,7 @@ def pytest_runtest_setup() -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def frozen() -> None:
-    """So does what the tests of the files before have left in caches."""
+    """Exclude the objects that earlier test files left in caches from garbage collection."""
     freeze()
 
 
@@ -107,7 +107,7 @@ def databases(postgresql_server: URL) -> Iterator[Callable[[str], object]]:
 
 @pytest.fixture(scope="session")
 def template_postgresql(postgresql_server: URL) -> str:
-    """The name of a database with the tables of the engine and its tests. Each test gets a copy."""
+    """Give the name of a database with the tables of the engine and its tests. Each test gets a copy."""
     from support.fleet import make_tables
 
     administer(postgresql_server, "CREATE DATABASE template")
@@ -128,7 +128,7 @@ def template_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def empty_postgresql_url(postgresql_server: URL, databases: Callable[[str], object]) -> Iterator[str]:
-    """A database without any schema."""
+    """Give a database without a schema."""
     name = f"empty_{next(_numbers)}"
     databases(f"CREATE DATABASE {name} STRATEGY FILE_COPY")
     yield text(postgresql_server.set(database=name))
@@ -154,14 +154,14 @@ def sqlite_url(tmp_path: Path, template_sqlite: Path) -> str:
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def database_url(request: pytest.FixtureRequest) -> str:
-    """A fresh database with the schema and nothing in it, on each engine."""
+    """Give a new database with the schema and no rows, on each engine."""
     url: str = request.getfixturevalue(f"{request.param}_url")
     return url
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def empty_database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A database without any schema, on each engine."""
+    """Give a database without a schema, on each engine."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path / 'empty.sqlite'}"
     url: str = request.getfixturevalue("empty_postgresql_url")
@@ -170,7 +170,7 @@ def empty_database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture
 def app(database_url: str) -> Iterator[Flask]:
-    """The application of the engine's tests, without a worker."""
+    """Give the application of the engine's tests, without a worker."""
     from support.fleet import make_app
 
     app = make_app(database_url)
@@ -202,7 +202,7 @@ def engine(app: Flask) -> Iterator[Engine]:
 
 @pytest.fixture
 def fleet(database_url: str) -> Iterator["Fleet"]:
-    """Instances on one database, stopped at the end; see fleet.py."""
+    """Give instances on one database, which stop at the end of the test. See fleet.py."""
     from support.fleet import Fleet
 
     fleet = Fleet(database_url)
@@ -229,7 +229,7 @@ def effects(database_url: str) -> "Effects":
 
 @pytest.fixture
 def shops(nursery: "Nursery", effects: "Effects") -> Iterator["Shops"]:
-    """Processes on this test's database, all gone at its end; see fork_server.py."""
+    """Give processes on this test's database, which end with the test. See fork_server.py."""
     from support.fork_server import Shops
 
     shops = Shops(nursery, effects.url)

@@ -1,4 +1,4 @@
-"""The arrow goes one way: the application knows the engine, and the engine knows no application."""
+"""Imports point one way: the application knows the engine, and the engine knows no application."""
 
 import ast
 import inspect
@@ -35,7 +35,7 @@ ENGINES_TESTS = sorted((ROOT / "tests" / "background").rglob("*.py"))
 
 @pytest.mark.parametrize("path", ENGINES_TESTS, ids=lambda path: path.stem)
 def test_the_engines_tests_never_import_the_application(path: Path) -> None:
-    """The helpers that a file imports count too, and so do the programs that it holds as texts."""
+    """Check also the helpers that a test imports, and the programs that it contains as text."""
     assert not set(reached(path)) & (APPLICATION - {"tests"})
 
 
@@ -77,7 +77,7 @@ def test_no_folder_has_more_files_than_a_reader_keeps_in_mind() -> None:
 
 
 def test_no_import_is_hidden_from_the_arrows() -> None:
-    """An import for the types alone, or inside a function, must point down as well, and says why it is deferred."""
+    """Check that an import for types only, or inside a function, also points down, and has a reason."""
     for name, path in FILES.items():
         lines = path.read_text(encoding="utf-8").splitlines()
         for node in nodes(path):

@@ -20,7 +20,7 @@ NOW = datetime.now(UTC)
 
 
 class Host:
-    """A small application, and what its workers leave in its table."""
+    """A small application, and the rows that its workers leave in its table."""
 
     def __init__(self, url: str) -> None:
         self.app, self.db = Flask("host"), SQLAlchemy()

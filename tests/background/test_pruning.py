@@ -1,4 +1,4 @@
-"""History ends, marks do not."""
+"""History is deleted after a time. Marks are not."""
 
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -81,7 +81,7 @@ class Letters(MessageWorker):
 
 
 def ended(fleet: Fleet, payload: str, state: str, days: float, key: str | None = None) -> None:
-    """A message that ended so many days before the tick, and had an error before."""
+    """Insert a message that ended this many days before the tick, and had an error before."""
     (number,) = fleet.enqueue("letters", payload, key=key)
     at = TICK - timedelta(days=days)
     with fleet.engine.begin() as connection:
@@ -99,7 +99,7 @@ def prune(manager: BackgroundWorkerManager) -> str | None:
 
 
 def kept(fleet: Fleet) -> list[str]:
-    """The payloads that are left; each has its error still, and no other error is left."""
+    """Return the payloads that are left. Each has its error, and no other error is left."""
     found = fleet.messages()
     assert [error.message for error in fleet.errors()] == [row.id for row in found]
     return [row.payload.strip('"') for row in found]

@@ -1,4 +1,4 @@
-"""Registering: what is taken, what is refused and in which words; and that it is not starting."""
+"""Registering: accepted and refused classes, the words of each refusal, and no start."""
 
 import os
 import subprocess
@@ -271,7 +271,7 @@ def test_a_misspelt_attribute_of_a_base_class_is_found(manager: BackgroundWorker
 
 
 class Busy(Tidy):
-    """Has names of its own, some of them near those of the engine, and uses these."""
+    """Has and uses names of its own, and some resemble the engine's."""
 
     PERIOD = HOUR
     names = ("a", "b")

@@ -20,7 +20,7 @@ SIGNALS = (signals.execution_started, *signals.of_state.values(), signals.messag
 
 
 class Heard:
-    """The signals that were received, by name, and what came with them."""
+    """The received signals, by name, and their details."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, dict[str, Any]]] = []
@@ -89,7 +89,7 @@ def test_a_run_is_told_of_when_it_begins_and_when_it_ends(
 ) -> None:
     execution = fleet.manager(worker).tick(name, datetime.now(UTC))
     assert execution is not None
-    wait_until(lambda: len(heard.names) >= 2, "the telling")  # of a time-out, by the thread that wrote it down
+    wait_until(lambda: len(heard.names) >= 2, "the telling")  # of a time-out, by the thread that recorded it
     assert heard.names == ["execution started", f"execution {state}"]
     assert [details["claim"] for _, details in heard.calls] == [execution.claim] * 2
 

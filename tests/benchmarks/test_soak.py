@@ -1,4 +1,4 @@
-"""The soak's judge sees what it is there for: each way to break the promise is a violation, and its excuses are few."""
+"""The soak's judge: each way to break the promise is a violation, and excuses are few."""
 
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -24,7 +24,7 @@ QUICK = next(worker for worker in workers() if worker.name == "quick_0")
 
 
 def lonely_tick() -> datetime:
-    """One of `quick_0` at which no other worker has a tick."""
+    """Return a tick of `quick_0` at which no other worker has a tick."""
     schedules = [Every(worker.period) for worker in workers() if worker.period and worker.name != QUICK.name]
     tick = Every(QUICK.period).next(datetime(2026, 3, 1, tzinfo=UTC))
     while any(schedule.next(tick - MOMENT) <= tick for schedule in schedules):
@@ -43,7 +43,7 @@ AWAY = (
 
 
 class Soaked:
-    """A database as a soak leaves it; what happened at TICK is written down, and judged."""
+    """A database as a soak leaves it. The test writes the events at TICK, and the judge reads them."""
 
     def __init__(self, url: str) -> None:
         self.engine = create_engine(url, poolclass=NullPool)
@@ -52,7 +52,7 @@ class Soaked:
         self.tokens = 0
 
     def ran(self, state: str = "succeeded", begun: datetime = TICK, **more: Any) -> None:
-        """An execution, with its effect where it succeeded."""
+        """Insert an execution, with its effect if it succeeded."""
         self.tokens += 1
         row = {"worker": QUICK.name, "tick": TICK, "trigger": "schedule", "state": state, "token": self.tokens}
         row |= {"instance_name": "host:1", "attempt": 1, "started_at": begun, "finished_at": begun + MOMENT}
@@ -62,7 +62,7 @@ class Soaked:
             self.left(at=begun, tick=row["tick"])
 
     def left(self, **more: Any) -> None:
-        """An effect."""
+        """Insert an effect."""
         row = {"worker": QUICK.name, "tick": TICK, "part": 0, "token": self.tokens, "pid": 1, "at": TICK}
         self._insert(effects, row | more)
 

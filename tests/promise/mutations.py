@@ -385,7 +385,7 @@ def look(chosen: Sequence[Mutation]) -> int:
 
 
 def try_out(chosen: Sequence[Mutation]) -> int:
-    """Take each guard away. Return the exit code."""
+    """Remove each guard. Return the exit code."""
     with tempfile.TemporaryDirectory(prefix="bookstore-mutations-") as folder:
         unnoticed = [mutation for mutation in chosen if not is_noticed(mutation, Path(folder) / "tree")]
     for mutation in unnoticed:

@@ -1,4 +1,4 @@
-"""Hosts whose clocks are wrong, are set, or stand still: the database's decides."""
+"""Hosts whose clocks are wrong, are set, or stand still: the database's clock decides."""
 
 import glob
 import signal
@@ -26,7 +26,7 @@ MINUTES = timedelta(minutes=2)
 FAKE: dict[str, object] = {
     "FAKETIME_NO_CACHE": 1,
     "FAKETIME_DONT_FAKE_MONOTONIC": 1,
-    "FAKETIME_FORCE_MONOTONIC_FIX": 0,  # else every wait for Python's lock by several threads spins
+    "FAKETIME_FORCE_MONOTONIC_FIX": 0,  # otherwise every wait of several threads for Python's lock spins
     "NO_FAKE_STAT": 1,
 }
 LIBFAKETIME = next(iter(glob.glob("/usr/lib/*/faketime/libfaketimeMT.so.1")), None)
@@ -38,7 +38,7 @@ Host = Callable[..., AbstractContextManager[Process]]
 
 @pytest.fixture(scope="module")
 def faked() -> Iterator[Nursery]:
-    """Forks processes whose clocks say what a file says, which may change."""
+    """Fork processes whose clocks follow a file, which may change."""
     if LIBFAKETIME is None:
         pytest.skip("needs Debian's libfaketime")
     nursery = Nursery(LD_PRELOAD=LIBFAKETIME, **FAKE)
@@ -48,7 +48,7 @@ def faked() -> Iterator[Nursery]:
 
 @pytest.fixture
 def host(faked: Nursery) -> Host:
-    """A process on a host whose clock is what the file says."""
+    """Start a process on a host whose clock follows the file."""
 
     def host(url: str, clock: Path, **more: object) -> AbstractContextManager[Process]:
         more |= {"PROBE_PERIOD": PERIOD.total_seconds(), "FAKETIME_TIMESTAMP_FILE": clock}
@@ -151,7 +151,7 @@ def test_a_whole_fleet_that_is_a_fifth_of_a_second_ahead_begins_on_time_and_not_
             process.wait_for("joined")
         since = datetime.now(UTC)
         ticks_on(effects, 4)
-        # By the database's time rounded down, every one would be late by 0.8 s.
+        # If the database's time were rounded down, every tick would be late by 0.8 s.
         assert eventually(lambda: min(seconds_late(effects.all())) < 0.05)
         for process in (one, other):
             end(process)
@@ -202,7 +202,7 @@ def test_on_sqlite_a_clock_that_is_set_forth_and_back_repeats_no_tick(
 def test_a_run_that_is_on_while_clocks_are_set_is_neither_taken_over_nor_refused(
     database_url: str, tmp_path: Path, host: Host
 ) -> None:
-    """On SQLite they decide how long a lease is; on PostgreSQL they only tell the hosts when to wake up."""
+    """Check both engines: on SQLite these clocks measure a lease, on PostgreSQL they only wake the hosts up."""
     effects, clock, release = Effects(database_url), clock_ahead(tmp_path, 0), tmp_path / "release"
     more = {"PROBE_WORKERS": "deaf", "PROBE_UNTIL": release, "WORKERS_LEASE_SECONDS": 10}
     with host(database_url, clock, **more) as one, host(database_url, clock, **more) as other:
@@ -229,7 +229,7 @@ def test_a_host_that_slept_past_its_lease_commits_nothing_and_begins_anew(
     working, refused = threading.Event(), threading.Event()
 
     class Asleep(Hourly):
-        period = timedelta(days=366)  # no other tick comes
+        period = timedelta(days=366)  # no other tick falls due
 
         def do_work(self, context: WorkerContext) -> None:
             effect(context, context.attempt)
@@ -247,7 +247,7 @@ def test_a_host_that_slept_past_its_lease_commits_nothing_and_begins_anew(
     manager.start()
     assert working.wait(PATIENCE)
     instance = manager.presence.instance
-    # A suspended host wakes up to this. None of its other clocks went on so far, so no thread was notified.
+    # A suspended host wakes up like this. Its other clocks stood still, so no thread was notified.
     monkeypatch.setattr(time, "clock_gettime", lambda clock: read(clock) + 3600 * (clock == time.CLOCK_BOOTTIME))
     slept.set()
     assert refused.wait(PATIENCE)

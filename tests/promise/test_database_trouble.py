@@ -1,4 +1,4 @@
-"""The database goes away, hangs, loses a reply or refuses: nothing is run on doubt, and the next tick runs."""
+"""A database that goes away, hangs, loses a reply or refuses: in doubt no tick runs, and the next tick runs."""
 
 import os
 import resource
@@ -26,7 +26,7 @@ from support.shop import migrate
 from background import BackgroundWorkerManager, ClaimLost, PeriodicWorker, WorkerContext
 
 PERIOD = timedelta(seconds=0.5)
-RARELY = timedelta(days=366)  # no tick of it falls into a test
+RARELY = timedelta(days=366)  # none of its ticks falls due during a test
 LEASE = 1.5
 
 Join = Callable[..., BackgroundWorkerManager]
@@ -40,7 +40,7 @@ class Ticker(PeriodicWorker):
 
 
 class Daily(PeriodicWorker):
-    """Leaves its effect, and waits to be let go before it ends."""
+    """Leaves its effect, and waits for the test before it ends."""
 
     period = RARELY
     run_on_first_start = True
@@ -71,7 +71,7 @@ def url(server: PostgreSQL) -> URL:
 
 
 @pytest.fixture
-def proxy(url: URL, join: Join) -> Iterator[Proxy]:  # closed before the instances are: nothing can hang in it
+def proxy(url: URL, join: Join) -> Iterator[Proxy]:  # closed before the instances, so that no instance hangs in it
     proxy = Proxy(url)
     yield proxy
     proxy.close()
@@ -84,7 +84,7 @@ def effects(url: URL) -> Effects:
 
 @pytest.fixture
 def join() -> Iterator[Join]:
-    """Start one more instance, in this process, on the database of the URL."""
+    """Start another instance in this process, on the database of the URL."""
     apps = []
 
     def start(url: URL | str, *workers: type[PeriodicWorker], **config: Any) -> BackgroundWorkerManager:
@@ -109,7 +109,7 @@ def test_a_restart_of_the_database_in_mid_run_is_a_lost_attempt_and_the_tick_is_
     server: PostgreSQL, url: URL, effects: Effects, join: Join, daily: type[Daily], mode: str
 ) -> None:
     for _ in range(2):
-        join(url, daily, Ticker, WORKERS_LEASE_SECONDS=PATIENCE)  # a restart takes no longer
+        join(url, daily, Ticker, WORKERS_LEASE_SECONDS=PATIENCE)  # longer than a restart
     assert daily.began.acquire(timeout=PATIENCE)
     runs_on(effects, 1)
     server.stop(mode)
@@ -157,7 +157,7 @@ def test_connections_that_are_terminated_again_and_again_repeat_no_effect_and_le
     runs_on(effects, 1)
     theirs = f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{url.database}'"
     for cut in range(4):
-        threading.Event().wait(0.37 + 0.1 * cut)  # at another phase each time
+        threading.Event().wait(0.37 + 0.1 * cut)  # at another moment of the period each time
         administer(server.url, theirs)
     runs_on(effects)
     effects.check_answered(PERIOD)
@@ -261,7 +261,7 @@ def test_connections_that_only_the_server_knows_to_be_gone_are_made_anew(
 def test_a_line_that_is_dead_is_given_up_by_the_engine_in_time_whatever_the_application_does(
     proxy: Proxy, join: Join
 ) -> None:
-    """A firewall may forget an idle connection. Neither side is told, and the server does not answer on it."""
+    """Silence an idle connection, as a firewall does that forgets it: neither side is notified, and no reply comes."""
     connections = join(
         proxy.url, SQLALCHEMY_ENGINE_OPTIONS={"connect_args": {"tcp_user_timeout": 0}}
     ).stores.connections
@@ -335,7 +335,7 @@ def test_a_run_that_cannot_be_serialised_has_failed_and_the_next_one_runs(
 def test_a_strict_run_that_outlasts_its_period_has_failed_and_the_next_tick_runs(
     url: URL, effects: Effects, join: Join
 ) -> None:
-    """It cannot commit after the tick that came meanwhile has changed the worker's row; the README says so."""
+    """Check that the run cannot commit after a later tick changed the worker's row, as the README says."""
 
     class Long(PeriodicWorker):
         period = PERIOD

@@ -1,4 +1,4 @@
-"""Fleets that grow, shrink and change their release: no tick twice, none early, none lost."""
+"""Fleets that grow, shrink and change their release: no tick runs twice, early or never."""
 
 import signal
 import time
@@ -14,7 +14,7 @@ from support.run_traces import EPOCH, Effect, Effects
 
 
 def stop(*members: Member) -> None:
-    """As a deploy does: tell all of them, and see them end."""
+    """Send SIGTERM to all processes, as a deploy does, and wait for their ends."""
     for member in members:
         member.signal(signal.SIGTERM)
     for member in members:
@@ -22,7 +22,7 @@ def stop(*members: Member) -> None:
 
 
 def more_ticks(effects: Effects, count: int, worker: str = "ticker") -> list[Effect]:
-    """Wait for so many more; all of the worker's effects, checked."""
+    """Wait for `count` more ticks. Return all effects of the worker, checked."""
     ran = len(effects.all(worker))
     assert eventually(lambda: len(effects.all(worker)) >= ran + count)
     return effects.check_once(worker)
@@ -41,7 +41,7 @@ def test_of_a_herd_of_sixteen_processes_at_one_tick_one_runs_it(shops: Shops, ef
 
 
 def test_processes_that_start_at_any_moment_run_the_same_ticks_once_each(shops: Shops, effects: Effects) -> None:
-    """Ticks are whole multiples of the period since the epoch, whenever a process started."""
+    """Check that ticks are whole multiples of the period since the epoch, whenever a process started."""
     period = timedelta(seconds=0.7)
     for after in (0, 0.13, 0.31, 0.57):
         time.sleep(after)
@@ -57,10 +57,10 @@ def test_runs_by_hand_two_at_once_and_at_the_tick_take_no_tick_away(shops: Shops
     shops.join(2, **more)
     assert eventually(effects.ticks)
     ran = rounds = 0
-    while rounds < 2 or (ran == 0 and rounds < 20):  # a process that comes late meets the tick, and refuses
+    while rounds < 2 or (ran == 0 and rounds < 20):  # a process that comes late finds the tick running, and refuses
         rounds += 1
         until_the_tick = (EPOCH - datetime.now(UTC)) % period
-        time.sleep(max(until_the_tick.total_seconds() - 0.5, 0))  # the run by hand is on its way when the tick is due
+        time.sleep(max(until_the_tick.total_seconds() - 0.5, 0))  # the manual run is on when the tick falls due
         both = [shops.start("workers", "trigger", "ticker", **more) for _ in range(2)]
         for each in both:
             each.wait()
@@ -74,7 +74,7 @@ def test_runs_by_hand_two_at_once_and_at_the_tick_take_no_tick_away(shops: Shops
     assert all(one[1] <= following[0] for one, following in pairwise(runs)), history
     ticks = [effect.tick for effect in found if effect.key not in by_hand]
     due = [ticks[1] + number * period for number in range((ticks[-1] - ticks[1]) // period + 1)]
-    overlapped = tuple(f"still running the tick {tick.isoformat()} " for tick in ticks)  # by a tick, on a busy machine
+    overlapped = tuple(f"still running the tick {tick.isoformat()} " for tick in ticks)  # on a busy machine
     skipped = [row["tick"] for row in history if (row["reason"] or "").startswith(overlapped)]
     assert set(due) - set(ticks) <= set(skipped), history
 
@@ -83,7 +83,7 @@ def test_runs_by_hand_two_at_once_and_at_the_tick_take_no_tick_away(shops: Shops
 
 
 def test_what_a_stopping_process_ran_goes_on_in_another_within_a_second(shops: Shops, effects: Effects) -> None:
-    """Whatever the heartbeat: here are the default ones."""
+    """Check this with the default heartbeats, which are further apart than a second."""
     more = {"PROBE_WORKERS": "listener", "WORKERS_HEARTBEAT_SECONDS": 2, "WORKERS_LEASE_SECONDS": 10}
     [first] = shops.join(**more)
     first.wait_for("The listener began")
@@ -103,7 +103,7 @@ def test_what_a_stopping_process_ran_goes_on_in_another_within_a_second(shops: S
 def test_a_tick_that_fell_into_the_gap_of_a_deploy_is_run_once_on_return(shops: Shops, effects: Effects) -> None:
     period = timedelta(seconds=1)
     before = release(shops, period)
-    middle = (timedelta(seconds=0.2), timedelta(seconds=0.5))  # of a period: no process is told to end at its tick
+    middle = (timedelta(seconds=0.2), timedelta(seconds=0.5))  # of a period, so that no process gets SIGTERM at a tick
     assert eventually(lambda: effects.ticks() and middle[0] < (datetime.now(UTC) - EPOCH) % period < middle[1])
     stop(*before)
     last = effects.check_once()[-1].tick
@@ -120,32 +120,32 @@ OLD, NEW = timedelta(seconds=1.2), timedelta(seconds=0.9)
 
 
 def release(shops: Shops, period: timedelta, count: int = 2, **more: Any) -> list[Member]:
-    """So many processes that declare this period."""
+    """Start processes that declare this period."""
     return shops.join(count, PROBE_PERIOD=period.total_seconds(), **more)
 
 
 def schedule(effects: Effects, of: timedelta) -> datetime:
-    """Wait until the fleet's schedule is this one; the moment from which on it is in force."""
+    """Wait until the fleet follows this schedule. Return the moment since which it is in force."""
     text = f"every {of.total_seconds()}s"
     assert eventually(lambda: effects.schedule("ticker")[0] == text), effects.schedule("ticker")
     return effects.schedule("ticker")[1]
 
 
 def check_schedule(effects: Effects, period: timedelta, since: datetime, until: datetime) -> None:
-    """Every tick of `period` after `since` and before `until` was run once."""
+    """Check that every tick of `period` after `since` and before `until` ran once."""
     ran = [effect.tick for effect in effects.check_once() if since < effect.tick < until]
     first = since + period - (since - EPOCH) % period
     due = [first + number * period for number in range((until - first) // period + 1)]
     assert [tick for tick in due if tick < until and tick not in ran] == []
-    assert len(ran) - len(due) <= 1, ran  # what a process of the next schedule found due when it joined
+    assert len(ran) - len(due) <= 1, ran  # ticks that were due when a process with the next schedule joined
 
 
 def test_in_a_rolling_deploy_the_schedule_changes_once_and_no_tick_of_either_is_lost(
     shops: Shops, effects: Effects
 ) -> None:
-    """Both releases are alive for a while, and both run the ticks of the schedule in force: the newer one's."""
+    """Check that both releases, while both are alive, run the ticks of the newer release's schedule."""
     old = release(shops, OLD)
-    began = more_ticks(effects, 3)[1].tick  # a first run, which catches up, may be on when the next tick is due
+    began = more_ticks(effects, 3)[1].tick  # the first run catches up, and may be on when the next tick falls due
     release(shops, NEW)
     changed = schedule(effects, NEW)
     more_ticks(effects, 3)
@@ -178,7 +178,7 @@ def test_a_process_of_the_old_release_that_is_recycled_late_has_its_schedule_for
 
 
 def test_a_changed_schedule_does_not_run_a_tick_from_before_it_was_in_force(fleet: Fleet) -> None:
-    """Else a deploy at 10:00 that moves a daily tick from 03:00 to 04:00 would run it a second time that day."""
+    """Check that a deploy at 10:00 that moves a daily tick from 03:00 to 04:00 does not run it twice that day."""
     old = type("Changing", (Hourly,), {"period": timedelta(days=366)})
     new = type("Changing", (Hourly,), {"period": timedelta(days=1)})
     assert fleet.manager(old).tick("changing", datetime.now(UTC)).state == "succeeded"

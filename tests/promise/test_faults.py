@@ -1,6 +1,7 @@
-"""Processes that die, freeze and wake again, at the worst moments: each tick is run once all the same.
+"""Processes that die, freeze and wake up at the worst moments: each tick still runs once.
 
-A victim freezes itself at a point of its run (see traced_app.py); then it is killed, or thawed, while others are up.
+A process freezes itself at a point of its run (see traced_app.py). The test then kills or thaws it, while other
+processes run.
 """
 
 import socket
@@ -22,7 +23,7 @@ RARELY = timedelta(days=366).total_seconds()
 
 
 def freeze_one(shops: Shops, at: str, **more: Any) -> Member:
-    """A process that is frozen `at` a point of the only tick, with a lease of a second."""
+    """Start a process that freezes `at` a point of the only tick, with a lease of a second."""
     settings = {"PROBE_PERIOD": RARELY, "WORKERS_LEASE_SECONDS": 1}
     victim = shops.start(PROBE_FREEZES_AT=at, **settings | more)
     victim.wait_until_frozen()
@@ -79,12 +80,12 @@ def test_what_a_process_committed_before_it_was_killed_is_not_run_again(shops: S
     victim = freeze_one(shops, "committed", PROBE_PERIOD=0.5)
     others(shops, PROBE_PERIOD=0.5)
     victim.kill()
-    assert eventually(lambda: len(effects.ticks()) >= 5)  # which is more than the victim's lease
+    assert eventually(lambda: len(effects.ticks()) >= 5)  # longer than the victim's lease
     first, *_ = effects.check_once()
     assert (first.pid, first.attempt) == (victim.pid, 1)
     history = effects.history("ticker")
     assert [row["state"] for row in history if row["tick"] == first.tick] == ["succeeded"]
-    # On a busy machine the next tick may have been the victim's already, and lost; none of the others' is.
+    # On a busy machine the victim may have claimed the next tick, and lost it. The other processes lose no tick.
     others_states = {row["state"] for row in history if not str(row["instance_name"]).endswith(f":{victim.pid}")}
     assert others_states <= {"succeeded", "missed", "skipped", "running"}
 
@@ -106,7 +107,7 @@ def test_a_worker_that_kills_its_process_is_given_up_and_the_last_process_lives_
 
 
 def lost_the_tick(zombie: Member) -> None:
-    """It says so itself, and goes on as another instance."""
+    """Wait until the process logs that it lost the tick, and goes on as another instance."""
     zombie.wait_for("Lost the tick")
     zombie.wait_for("begins anew")
     assert "Traceback" not in zombie.output
@@ -131,9 +132,9 @@ def test_a_process_that_wakes_after_its_lease_cannot_commit_the_run_that_was_tak
 
 
 def wait_until_expired(effects: Effects, frozen: Member) -> None:
-    """Wait until its lease is over, and until the living have seen that."""
+    """Wait until the lease of the process is over, and the living processes have seen this."""
     assert eventually(lambda: frozen.pid not in effects.instances(alive=True))
-    time.sleep(0.5)  # two heartbeats of theirs
+    time.sleep(0.5)  # two of their heartbeats
 
 
 @on_postgresql
@@ -171,7 +172,7 @@ def test_a_process_that_is_frozen_between_the_check_and_the_commit_of_a_slice_lo
 @pytest.mark.parametrize(
     ("at", "states"),
     [
-        ("claim", [("lost", 1), ("succeeded", 2)]),  # the claim went through, but its run began after the lease
+        ("claim", [("lost", 1), ("succeeded", 2)]),  # the claim succeeded, but the run began after the lease
         ("effect", [("lost", 1), ("succeeded", 2)]),
         ("commit", [("succeeded", 1)]),  # checked before the freeze: no other process can have begun meanwhile
     ],
@@ -179,7 +180,7 @@ def test_a_process_that_is_frozen_between_the_check_and_the_commit_of_a_slice_lo
 def test_a_process_that_wakes_with_the_write_lock_of_sqlite_after_its_lease_is_decided_on_once(
     shops: Shops, effects: Effects, at: str, states: list[tuple[str, int]]
 ) -> None:
-    """While the process is frozen no other process can write, so none can take over."""
+    """Check this although no process can take over before: the frozen process keeps the write lock."""
     zombie = freeze_one(shops, at)
     others(shops)
     wait_until_expired(effects, zombie)
@@ -192,13 +193,13 @@ def test_a_process_that_wakes_with_the_write_lock_of_sqlite_after_its_lease_is_d
     assert effects.states("ticker") == states
 
 
-# The instance that ran a tick also comes first at the next one. With a jitter a newcomer gets its turn.
+# The instance that ran a tick is also first at the next tick. With a jitter, a newcomer gets its turn.
 TWO_WORKERS = {"PROBE_WORKERS": "ticker,quick", "PROBE_PERIOD": 0.5, "PROBE_JITTER": 0.2}
 
 
 @on_postgresql
 def test_a_process_that_is_frozen_in_its_commit_holds_up_no_other_worker(shops: Shops, effects: Effects) -> None:
-    """Its worker's row is locked until its lease is over; all that others want of that row waits."""
+    """Check that only statements on the worker's own row wait, until the lease of the frozen process is over."""
     others(shops, WORKERS_THREADS=4, WORKERS_LEASE_SECONDS=5, **TWO_WORKERS)
     freeze_one(shops, "commit", PROBE_PERIOD=0.5, WORKERS_LEASE_SECONDS=5)
     ran = len(effects.all("quick"))
@@ -212,7 +213,7 @@ def test_a_process_that_is_frozen_in_its_commit_holds_up_no_other_worker(shops: 
 def test_while_a_process_is_frozen_in_its_commit_sqlite_runs_nothing_and_no_process_ends(
     shops: Shops, effects: Effects
 ) -> None:
-    """One writer: everybody waits for it. They stay alive meanwhile, and go on when it wakes or is killed."""
+    """Check that the other processes stay alive while they wait for the single writer, and go on afterwards."""
     living = others(shops, **TWO_WORKERS)
     zombie = freeze_one(shops, "commit", PROBE_PERIOD=0.5)
     ran = effects.ticks(), effects.ticks("quick")
@@ -249,7 +250,7 @@ def test_a_frozen_process_cannot_claim_the_old_tick_in_its_hand_though_the_histo
 def test_a_process_whose_interpreter_is_held_past_the_lease_loses_its_run_and_lives_on(
     shops: Shops, effects: Effects
 ) -> None:
-    """One call into C that keeps the interpreter's lock: its heartbeat cannot run, and neither can anything else."""
+    """Hold the interpreter's lock in one call into C, so that neither the heartbeat nor any other thread runs."""
     more = {"PROBE_WORKERS": "hog,ticker", "PROBE_PERIOD": 0.5}
     hogged = shops.start(PROBE_HOLDS=2.5, WORKERS_LEASE_SECONDS=1, **more)
     hogged.wait_for("The hog began")
@@ -267,7 +268,7 @@ def test_a_process_whose_interpreter_is_held_past_the_lease_loses_its_run_and_li
 def test_a_process_with_the_name_of_a_dead_one_neither_has_its_claims_nor_shields_them(
     shops: Shops, effects: Effects
 ) -> None:
-    """As in containers, where host names may be set and everybody's process id is 1."""
+    """Set the host name, and give each process the id 1, as in containers."""
     more = {"PROBE_WORKERS": "listener", "WORKERS_LEASE_SECONDS": 2, "alone": True}
     try:
         first = shops.start(**more)
@@ -306,9 +307,9 @@ def test_a_body_longer_than_the_lease_keeps_its_claim(shops: Shops, effects: Eff
 def test_a_hanging_body_is_timed_out_in_the_whole_fleet_and_the_next_ticks_go_on(
     shops: Shops, effects: Effects
 ) -> None:
-    """It hangs at every other tick, more often than there are threads."""
+    """Hang at every second tick, in total more often than there are threads."""
     shops.join(PROBE_WORKERS="hanging", WORKERS_THREADS=2)
-    assert eventually(lambda: effects.states("hanging").count(("timed out", 1)) > 2)  # one may be skipped at the start
+    assert eventually(lambda: effects.states("hanging").count(("timed out", 1)) > 2)  # the first may be skipped
     assert eventually(lambda: len(effects.ticks("hanging")) >= 4)
     effects.check_answered(timedelta(seconds=0.5), "hanging")
     states = [state for state, _ in effects.states("hanging")]

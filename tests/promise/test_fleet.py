@@ -1,6 +1,6 @@
 """A fleet of real processes on one database: each tick runs once, and no process fails with "database is locked".
 
-FLEET_TICKS=120 pytest -s tests/promise/test_fleet.py -k consecutive    runs it at length.
+FLEET_TICKS=120 pytest -s tests/promise/test_fleet.py -k consecutive runs the test for longer.
 """
 
 import http.client
@@ -38,7 +38,7 @@ def test_four_gunicorn_workers_run_consecutive_ticks_once_each(database_url: str
     command = gunicorn("-w", "4", "--preload", "support.traced_app:create_app()")
     with nursery.forked(command, environment(database_url, PROBE_PERIOD=PERIOD.total_seconds(), PROXIES=1)) as server:
         server.wait_for("joined", times=4)
-        # What the start caught up with may still run when the first tick after it is due, which is skipped then.
+        # The run that catches up at the start may still be on at the first tick after it, which is then skipped.
         assert eventually(lambda: effects.ticks(), 20)
         since = effects.ticks()[0]
         assert eventually(lambda: len(effects.ticks()) > TICKS, TICKS * PERIOD.total_seconds() + 20)
@@ -116,10 +116,10 @@ def test_a_shop_of_four_processes_balances_stock_orders_and_mails_though_one_is_
     with app.app_context():
         orders = list(db.session.scalars(db.select(Order)))
         left = {book.id: book.stock for book in db.session.scalars(db.select(Book))}
-    # Who was being answered when its process was killed cannot know whether the order was placed.
+    # A client whose process was killed during its request cannot know whether the order was placed.
     assert placed <= len(orders) <= placed + len(users)
     assert {order.status for order in orders} <= {"confirmed", "sold out"}
-    assert min(left.values()) < 3  # the fewest that are there have been sold
+    assert min(left.values()) < 3  # the books with the smallest stock are sold out
     for book_id, stock in stocks.items():
         taken = [order.quantity for order in orders if (order.book_id, order.status) == (book_id, "confirmed")]
         assert left[book_id] == stock - sum(taken) >= 0
@@ -128,11 +128,11 @@ def test_a_shop_of_four_processes_balances_stock_orders_and_mails_though_one_is_
 
 
 def place_orders(address: str, user: User, books: list[int]) -> int:
-    """Return how many of 25 orders were certainly taken."""
+    """Place 25 orders. Return the number of orders that were certainly accepted."""
     shop, taken = browser(), 0
     assert post(shop, f"{address}/login", email=user.email, password=PASSWORD) == HTTPStatus.FOUND
     for number in range(25):
-        with suppress(OSError, http.client.HTTPException):  # the process that answered was killed
+        with suppress(OSError, http.client.HTTPException):  # the process was killed before it responded
             url = f"{address}/books/{books[number % len(books)]}"
             taken += post(shop, url, quantity=1 + number % 3) == HTTPStatus.FOUND
     return taken
@@ -144,7 +144,7 @@ def states_of_messages(app: Flask) -> Counter[str]:
 
 
 def log_in_until(until: float, address: str, users: list[User]) -> list[int]:
-    """The statuses of logging these users in, one after the other, again and again."""
+    """Log these users in, one after the other, again and again. Return the statuses."""
     statuses = []
     while time.monotonic() < until or len(statuses) < len(users):
         statuses.append(log_in(address, users[len(statuses) % len(users)]))
@@ -156,7 +156,7 @@ def log_in(address: str, user: User) -> int:
 
 
 def browser() -> urllib.request.OpenerDirector:
-    """It keeps its cookies, and takes a redirect for the answer."""
+    """Return an opener that keeps its cookies, and returns a redirect as the response."""
     return urllib.request.build_opener(urllib.request.HTTPCookieProcessor(http.cookiejar.CookieJar()), _NoRedirect())
 
 
@@ -170,4 +170,4 @@ def post(opener: urllib.request.OpenerDirector, url: str, **fields: object) -> i
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *arguments: object) -> None:
-        """A redirect is the answer."""
+        """Return a redirect as the response."""

@@ -1,4 +1,4 @@
-"""Forks of a worker: the child is not the engine, and the run of its parent goes on without it."""
+"""Forks within a worker: the child is not part of the engine, and the run of its parent goes on."""
 
 import re
 import signal
@@ -85,7 +85,7 @@ NOTES = ("done", "after the child", "of the child")
 
 
 def came_back(parent: Member, child: str) -> None:
-    """Check that one log line names the child, and that it ended as a process with that ending does."""
+    """Check that one log line names the child, and that the child ended with this exit code."""
     said, code = ENDINGS[child]
     line = parent.wait_for(rf"forked, and the child process (\d+) came back \({said}.*{NEVER_COMMITTED}")
     parent.wait_for(rf"The child {line[1]} ended with {code}")

@@ -1,6 +1,6 @@
-"""Work that one instance hands back. Another takes it at once: it is notified, and does not poll.
+"""Work that one instance hands back: another instance is notified, and takes it immediately without polling.
 
-The heartbeats here are so far apart that none comes to help.
+The heartbeats here are too far apart to help.
 """
 
 import threading
@@ -21,7 +21,7 @@ SLOW = {"WORKERS_HEARTBEAT_SECONDS": 3 * PATIENCE, "WORKERS_LEASE_SECONDS": 9 * 
 
 
 class UntilTold(Hourly):
-    """The first run goes on until it is told to stop; the one after it succeeds."""
+    """Its first run lasts until a stop request. The next run succeeds."""
 
     def do_work(self, context: WorkerContext) -> None:
         if context.token == 1:
@@ -46,7 +46,7 @@ def test_a_run_that_is_handed_back_is_taken_at_once_without_polling(fleet: Fleet
 
 
 def wait_until_quiet(manager: BackgroundWorkerManager) -> None:
-    """Until its engines are asked nothing for half a second, in which a listener that watches a file looks twice."""
+    """Wait until the engines execute nothing for half a second. A listener that watches a file looks twice in it."""
     stores = manager.stores
 
     def is_quiet() -> bool:
@@ -65,7 +65,7 @@ def test_what_a_process_still_runs_when_it_signs_off_is_taken_at_once(fleet: Fle
 
 @contextmanager
 def deaf_run(fleet: Fleet) -> Iterator[BackgroundWorkerManager]:
-    """The instance of a run that ends with the block, whatever it is told; another one has joined."""
+    """Start a run that ignores a stop request until the block ends. Another instance has joined."""
     go_on = threading.Event()
 
     class Deaf(Hourly):
@@ -150,7 +150,7 @@ def test_leases_that_end_one_after_another_before_the_first_heartbeat_are_each_n
 
 
 def claimed_by_one_that_dies(manager: BackgroundWorkerManager, worker: type[Hourly], lease: timedelta) -> None:
-    """A run asked for by hand, whose instance renews its lease no more."""
+    """Claim a manual run as an instance that no longer renews its lease."""
     dead, now = Instance(lease), manager.recovery.look(worker).clock
     manager.stores.leases.beat(dead)
     assert manager.stores.ledger.claim_manual(worker.name, now, (dead.id, dead.name))
@@ -177,7 +177,7 @@ def test_what_a_process_still_runs_when_it_signs_off_is_taken_at_once_though_its
 
 
 def break_connections(manager: BackgroundWorkerManager) -> None:
-    """Those that it keeps for its claims, as where the server or a firewall ends what is idle."""
+    """End the connections that the instance keeps for its claims, as a server or a firewall ends idle connections."""
     engine = manager.stores.main.engine
     with ExitStack() as kept:
         each = [kept.enter_context(engine.connect()) for _ in range(engine.pool.size())]  # type: ignore[attr-defined]

@@ -78,7 +78,7 @@ def test_what_ran_while_the_clock_was_ahead_does_not_run_again_and_what_did_not_
     manager.recovery.look(Hourly)
     last = last_hour()
     write(fleet, "hourly", "succeeded", last - HOUR)
-    write(fleet, "hourly", "missed", last, last + 3 * HOUR)  # the moment when the clock was set ahead
+    write(fleet, "hourly", "missed", last, last + 3 * HOUR)  # the moment at which the clock was set ahead
     write(fleet, "hourly", "succeeded", last + 4 * HOUR)
     fleet.set("hourly", mark=last + 4 * HOUR, scheduled_at=last - DAY)
     assert manager.repair() == (["hourly"], 0)
@@ -86,7 +86,7 @@ def test_what_ran_while_the_clock_was_ahead_does_not_run_again_and_what_did_not_
     assert fleet.row("hourly").mark == last - HOUR
     assert manager.tick("hourly", now()).state == "succeeded"
     assert rows(fleet) == [("succeeded", at, None) for at in (last - HOUR, last + 4 * HOUR, last)]
-    # Four hours later, by the worker's row and by the tick that is asked for.
+    # Four hours later, both by the worker's row and by the requested tick.
     state = manager.recovery.look(Hourly)
     passed = manager.stores.clock_repair.pass_over(state, last + 4 * HOUR, lambda attempt: attempt + 1)
     assert passed
@@ -197,7 +197,7 @@ def test_messages_that_a_clock_ahead_put_off_are_handled_by_themselves(fleet: Fl
     manager.stores.queue  # noqa: B018 - the tables are there
     fleet.enqueue("notes", *range(20))
     put_off(fleet, 400 * DAY)
-    fleet.enqueue("notes", "much later", delay=HOUR)  # the next tick comes before them now
+    fleet.enqueue("notes", "much later", delay=HOUR)  # the next tick is before them now
     manager.start()
     wait_until(lambda: sorted(fleet.effects()) == sorted(map(str, range(20))), "the messages")
     fleet.enqueue("notes", "another", delay=30)
@@ -232,7 +232,7 @@ def test_a_delay_that_its_caller_asked_for_stays_and_an_attempt_put_off_comes_at
 
 @pytest.fixture
 def set_clock(database_url: str) -> Iterator[Callable[[float], None]]:
-    """Set the database's clock so many seconds ahead of the host's, by a function that replaces its own."""
+    """Set the database's clock `seconds` ahead of the host's, by a function that replaces the database's own."""
     if database_url.startswith("sqlite"):
         ahead = [0.0]
 
@@ -312,7 +312,7 @@ def test_on_sqlite_ticks_go_on_after_the_hosts_clock_was_an_hour_ahead_and_none_
             end(process)
     ticks = effects.ticks()
     assert len(ticks) == len(set(ticks))
-    assert min(ticks[ahead:]) < max(ticks[:ahead])  # the tick did not wait for the clock to come there again
+    assert min(ticks[ahead:]) < max(ticks[:ahead])  # the tick did not wait until the clock reached that moment again
     assert all(each.at >= each.tick for each in effects.all())
     told = [row for row in effects.history("ticker") if row["state"] == "missed"]
     assert not [tick for tick in ticks for row in told if row["tick"] <= tick <= (row["through"] or row["tick"])]

@@ -9,7 +9,7 @@ from flask import Flask
 from support.processes import environment, flask, started
 from support.run_traces import Effects
 
-MARGIN = 5.0  # seconds, which a busy machine needs to hear a signal
+MARGIN = 5.0  # seconds: a busy machine needs them to handle a signal
 
 
 def script(call: str) -> list[str]:
@@ -81,7 +81,7 @@ def test_where_signals_cannot_be_heard_the_log_says_so_at_the_start(sqlite_url: 
 
 
 def test_a_process_without_workers_takes_a_signal_as_if_there_were_no_engine(sqlite_url: str) -> None:
-    rest = "while True: time.sleep(0.05)"  # a longer sleep might begin when the signal has just come
+    rest = "while True: time.sleep(0.05)"  # a longer sleep might begin right after the signal
     command = [
         sys.executable,
         "-c",

@@ -1,4 +1,4 @@
-"""Locks that real processes take: counting under one, dying with one, and waking up without it."""
+"""Locks of real processes: they count under a lock, die with one, and wake up after losing one."""
 
 import signal
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Messages while processes die, freeze and are told to end, and the database goes away: each is handled once."""
+"""Messages while processes die, freeze and stop, and the database goes away: each message is handled once."""
 
 import signal
 import time
@@ -20,7 +20,7 @@ from support.servers import PGBOUNCER, PostgreSQL, pooler
 from support.shop import migrate
 
 EXPIRED = "its instance stopped renewing its lease"
-LEASE = 1  # of those who are killed or frozen; the others keep theirs on a busy machine
+LEASE = 1  # for processes that are killed or frozen. The other processes keep their lease on a busy machine
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def box(effects: Effects) -> Iterator[Letterbox]:
 
 
 def freeze_one(shops: Shops, at: str, **more: Any) -> Member:
-    """A process that is frozen `at` a point of handling the first batch."""
+    """Start a process that freezes `at` a point of handling its first batch."""
     settings = {"PROBE_WORKERS": "notes", "PROBE_FREEZES_AT": at, "WORKERS_LEASE_SECONDS": LEASE}
     victim = shops.start(**settings | more)
     victim.wait_until_frozen()
@@ -66,7 +66,7 @@ def test_half_of_eight_consumers_are_killed_while_messages_are_in_flight(
     shops: Shops, box: Letterbox, topic: str, count: int, batch: int
 ) -> None:
     more = {"PROBE_WORKERS": topic, "PROBE_BATCH": batch}
-    victims = others(shops, 4, WORKERS_LEASE_SECONDS=2, PROBE_TAKES=0.3, **more)  # nearly always with some in hand
+    victims = others(shops, 4, WORKERS_LEASE_SECONDS=2, PROBE_TAKES=0.3, **more)  # so they nearly always hold messages
     survivors = others(shops, 4, PROBE_TAKES=0.02, **more)
     box.put(topic, range(count))
     for victim in victims:
@@ -134,7 +134,7 @@ def test_a_commit_whose_reply_got_lost_is_found_to_be_done(nursery: Nursery, eff
         ("postgresql", "claim", 5),
         ("postgresql", "handling", 1),
         ("postgresql", "effect", 5),
-        ("postgresql", "commit", 5),  # acknowledged already, and the rows locked with that
+        ("postgresql", "commit", 5),  # already acknowledged, so the rows are locked
     ],
     indirect=["database_url"],
 )
@@ -161,7 +161,7 @@ def test_a_process_that_wakes_after_its_lease_acknowledges_nothing(
 def test_a_process_that_wakes_with_the_write_lock_of_sqlite_after_its_lease_is_decided_on_once(
     shops: Shops, box: Letterbox, at: str, attempt: int
 ) -> None:
-    """While the process is frozen no other process can write or take over. (A busy machine may cost one more lease.)"""
+    """Check this although no other process can write before. A busy machine may cost one more lease."""
     box.put("notes", range(5))
     zombie = freeze_one(shops, at)
     others(shops)
@@ -215,7 +215,7 @@ def test_a_message_that_kills_its_process_is_buried_and_the_others_live(shops: S
 
 def test_where_there_is_one_attempt_a_killer_takes_no_neighbour_along(shops: Shops, box: Letterbox) -> None:
     notes = box.put("notes", [*range(5), "kill", *range(5)])
-    for _ in range(2):  # one of them may be killed before it says that it joined
+    for _ in range(2):  # a process may be killed before it logs that it joined
         shops.start(PROBE_WORKERS="notes", PROBE_ATTEMPTS=1, WORKERS_LEASE_SECONDS=2)
     assert eventually(box.are_over)
     assert {effect.attempt for effect in box.check()} == {1}
@@ -296,7 +296,7 @@ def test_a_restart_of_the_database_in_the_middle_of_a_batch_loses_and_repeats_no
     box, shops = Letterbox(effects), Shops(nursery, effects.url)
     try:
         members = others(shops, 3, PROBE_BATCH=3, PROBE_SECONDS=2)
-        box.put("notes", ["one", "wait", "three"] * 3)  # to all at once: each takes three
+        box.put("notes", ["one", "wait", "three"] * 3)  # a notification to all processes: each takes three messages
         for member in members:
             member.wait_for("The note waits")
         server.stop("immediate")
@@ -312,7 +312,7 @@ def test_a_restart_of_the_database_in_the_middle_of_a_batch_loses_and_repeats_no
 
 
 def listeners(url: str) -> set[int]:
-    """The connections that wait to be told of messages."""
+    """Return the connections that listen for messages."""
     with create_engine(url, poolclass=NullPool).connect() as connection:
         return set(connection.scalars(sql("SELECT pid FROM pg_stat_activity WHERE query LIKE 'LISTEN%'")))
 
@@ -337,7 +337,7 @@ def test_while_its_ear_is_cut_off_a_process_hears_of_messages_with_its_heartbeat
 
 @on_postgresql
 def test_an_ear_that_was_cut_off_grows_again(shops: Shops, box: Letterbox) -> None:
-    """No heartbeat comes in this test: whatever is heard is heard by LISTEN."""
+    """Check this without a heartbeat, so that only LISTEN can notify the process."""
     others(shops, 1, WORKERS_HEARTBEAT_SECONDS=2 * PATIENCE, WORKERS_LEASE_SECONDS=5 * PATIENCE, PROBE_RETRY=0.1)
     first = eventually(lambda: listeners(box.url))
     box.put("notes", ["one"])

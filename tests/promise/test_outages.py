@@ -1,4 +1,4 @@
-"""A fail-over that closes no socket: the old primary turns read-only, and its work is done on the new one."""
+"""A fail-over that closes no socket: the old primary turns read-only, and its work is done on the new primary."""
 
 import threading
 from collections.abc import Iterator
@@ -40,13 +40,13 @@ def fleet(url: URL) -> Iterator[Fleet]:
 
 
 def turn(server: PostgreSQL, read_only: bool) -> None:
-    """Have every session, open and new ones, only read from its next transaction on, or write again."""
+    """Have all sessions, open and new, only read from their next transaction on, or write again."""
     setting = "SET default_transaction_read_only = on" if read_only else "RESET default_transaction_read_only"
     administer(server.url, f"ALTER SYSTEM {setting}", "SELECT pg_reload_conf()")
 
 
 def fail_over(server: PostgreSQL, url: URL) -> None:
-    """Have the open sessions only read, and new ones write. No socket is closed."""
+    """Have the open sessions only read, and new sessions write. No socket is closed."""
     administer(server.url, f"ALTER DATABASE {url.database} SET default_transaction_read_only = off")
     turn(server, read_only=True)
 
@@ -68,7 +68,7 @@ class Often(PeriodicWorker):
 
 
 class Slow(PeriodicWorker):
-    """Keeps a connection while it waits until it is let go, and writes by it then."""
+    """Keeps a connection until the test lets it go on, and then writes on this connection."""
 
     period = timedelta(days=366)
     run_on_first_start = True
@@ -91,7 +91,7 @@ def ready(app: Flask) -> dict[str, bool]:
 
 
 def fill_pools(*apps: Flask) -> None:
-    """Open five connections in the application's pool of each, and give them back."""
+    """Open five connections in each application's pool, and give them back."""
     for app in apps:
         with app.app_context():
             opened = [db.engine.connect() for _ in range(5)]

@@ -1,4 +1,4 @@
-"""A pooler before PostgreSQL that gives every transaction whatever connection is free: nothing may be left on one."""
+"""A pooler before PostgreSQL that gives each transaction any free connection: no state may stay on a connection."""
 
 import signal
 import time
@@ -30,7 +30,7 @@ def effects(postgresql_url: str) -> Effects:
 
 @pytest.fixture
 def pooled(postgresql_url: str) -> Iterator[str]:
-    """The URL of the test's database behind the pooler."""
+    """Give the URL of the test's database behind the pooler."""
     with pooler(make_url(postgresql_url), CONNECTIONS) as url:
         yield text(url)
 
@@ -53,7 +53,7 @@ def test_a_transaction_mode_pooler_may_stand_before_the_database(
 
 
 def assert_nothing_is_left_on_its_connections(pooled: str) -> None:
-    """No setting of a session, and no prepared statement, on any of the few connections that everybody gets."""
+    """Check that no connection of the pooler keeps a setting or a prepared statement."""
     limits = ("lock_timeout", "statement_timeout", "idle_in_transaction_session_timeout")
     engine = create_engine(pooled, poolclass=NullPool, connect_args={"prepare_threshold": None})
     seen = set()

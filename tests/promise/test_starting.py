@@ -1,4 +1,4 @@
-"""Which process runs the workers, for each way to start the shop: each started for real."""
+"""Which process runs the workers, for each way to start the shop, with real starts."""
 
 import os
 import re
@@ -40,7 +40,7 @@ def effects(database_url: str) -> Effects:
 
 @pytest.fixture
 def shop(tmp_path: Path) -> Path:
-    """A fresh clone: the project's files, and nothing in instance/."""
+    """Give a fresh clone: the project's files, and an empty instance/."""
     clone = tmp_path / "clone"
     ignored = shutil.ignore_patterns(".*", "__pycache__", "tests", "benchmarks", "instance")
     shutil.copytree(ROOT, clone, ignore=ignored)
@@ -83,7 +83,7 @@ def test_four_processes_that_start_at_once_prepare_a_fresh_clone_once(shop: Path
         for server in servers:
             server.wait_for("joined with 5 workers")
             assert get(server.wait_for(r"Running on (http://\S+)")[1]) == 200
-        ran = re.compile("(checker|history)_worker: Ran the tick")  # the third does so at every full minute
+        ran = re.compile("(checker|history)_worker: Ran the tick")  # the third runs at every full minute
         assert eventually(lambda: len({name for server in servers for name in ran.findall(server.output)}) == 2)
         for server in servers:
             server.signal(signal.SIGINT)
@@ -160,7 +160,7 @@ def test_flask_run_debug_runs_the_workers_in_the_serving_child_only_and_across_a
     with started(flask("run", "--debug", "--port", "0"), env, terminal=True) as server:
         server.wait_for("joined")
         first = eventually(effects.pids)
-        assert get(server.wait_for(r"Running on (http://\S+)")[1]) == 200  # by then it knows how old its files are
+        assert get(server.wait_for(r"Running on (http://\S+)")[1]) == 200  # by now it knows the age of its files
         os.utime(edited, (time.time() + 5, time.time() + 5))
         server.wait_for("Detected change")
         server.wait_for("joined", times=2)
@@ -206,17 +206,17 @@ def test_gunicorn_runs_the_workers_in_each_worker_across_hup_and_max_requests_an
         assert len(reloaded) == workers
         assert eventually(lambda: effects.instances(alive=True) == reloaded)
 
-        for _ in range(3 * workers):  # at least one of them has had its three
+        for _ in range(3 * workers):  # at least one process has had its three requests
             assert get(address) == 200
         server.wait_for("joined", times=2 * workers + 1)
         ticks = len(effects.ticks())
         assert eventually(lambda: len(effects.ticks()) >= ticks + 2)
         restarts = server.output.count("Autorestarting worker")
-        server.wait_for("joined", times=2 * workers + restarts)  # a signal right after the fork is lost by gunicorn
+        server.wait_for("joined", times=2 * workers + restarts)  # gunicorn loses a signal right after the fork
 
         server.signal(signal.SIGTERM)
         assert server.wait() == 0
-        if "--preload" in command:  # else the master never sees the application
+        if "--preload" in command:  # otherwise the master never sees the application
             server.wait_for(rf"Process {server.pid} ends with threads \['MainThread'\] and 0 connections made")
         assert "Traceback" not in server.output
     assert server.pid not in effects.instances() | effects.pids()
@@ -287,7 +287,7 @@ def test_gunicorn_waits_for_a_database_and_serves_meanwhile(
         server.wait_for(r"The workers cannot start yet: The database file \S+ does not exist\.")
         server.wait_for("Listening at")
         shutil.copyfile(template_sqlite, tmp_path / "ready")
-        os.rename(tmp_path / "ready", path)  # whole, or not there
+        os.rename(tmp_path / "ready", path)  # complete, or not at all
         effects = Effects(f"sqlite:///{path}")
         server.wait_for("joined")
         assert eventually(effects.ticks)
@@ -341,7 +341,7 @@ def test_flask_workers_run_serves_the_workers_of_a_web_that_runs_none(effects: E
     effects.check_once()
 
 
-# -- what starts nothing ---------------------------------------------------------------------------
+# -- processes that start nothing ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("command", ["--help", "routes", "shell"])
@@ -381,7 +381,7 @@ def test_a_test_client_never_starts_the_workers_whatever_it_says_and_whatever_te
     sqlite_url: str, testing: bool, agent: str | None
 ) -> None:
     class Renamed(FlaskClient):
-        """A client that names itself as a browser does."""
+        """A client whose User-Agent is a browser's."""
 
         def open(self, *args: Any, **kwargs: Any) -> Any:
             self.environ_base["HTTP_USER_AGENT"] = "Mozilla/5.0"

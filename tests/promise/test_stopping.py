@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM in mid-run: the run is told first, the process ends in time, and another instance takes over."""
+"""Ctrl-C and SIGTERM in mid-run: the run gets a stop request, the process ends in time, and another takes over."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ from support.run_traces import Effects
 
 from background import PeriodicWorker, WorkerContext
 
-MARGIN = 5.0  # seconds; the time to exit of a busy machine
+MARGIN = 5.0  # seconds that a busy machine may need to exit
 FLASK_RUN = flask("run", "--port", "0")
 WORKERS_RUN = flask("workers", "run")
 GUNICORN = gunicorn("-w", "1", "support.traced_app:create_app()")
@@ -26,14 +26,14 @@ GTHREAD = gunicorn("-w", "1", "-k", "gthread", "--threads", "2", "support.traced
 
 @contextmanager
 def another_instance(nursery: Nursery, url: str, **more: object) -> Iterator[Process]:
-    """A second process of the fleet, which has joined."""
+    """Start a second process of the fleet, and wait until it has joined."""
     with nursery.forked(FLASK_RUN, environment(url, **more)) as process:
         process.wait_for("joined")
         yield process
 
 
 def ends_within(process: Process, seconds: float, stop: Callable[[], None]) -> str:
-    """Call `stop`; what the process said until it ended, in time."""
+    """Call `stop`, and check that the process ends in time. Return its output."""
     began = time.monotonic()
     stop()
     process.wait()
@@ -150,7 +150,7 @@ def test_who_insists_is_not_kept_waiting(command: list[str], hurry: int, sqlite_
 def test_gunicorn_does_not_take_a_signal_for_haste_that_reaches_every_process(
     number: int, sqlite_url: str, nursery: Nursery
 ) -> None:
-    """A service manager or a terminal signals all of them, and then the master signals its workers again."""
+    """Signal all processes, as a service manager or a terminal does. The master then signals its workers again."""
     effects = Effects(sqlite_url)
     env = environment(sqlite_url, PROBE_WORKERS="deaf", PROBE_SECONDS=1.5, WORKERS_SHUTDOWN_SECONDS=20)
     with nursery.forked(GUNICORN, env) as server:
@@ -164,7 +164,7 @@ def test_gunicorn_does_not_take_a_signal_for_haste_that_reaches_every_process(
 def test_as_many_slow_clients_as_processes_have_runs_handed_back_and_no_attempt_counted(
     kind: str, effects: Effects, nursery: Nursery
 ) -> None:
-    """gunicorn kills a process that does not answer for its timeout, such as one of one thread with a slow client."""
+    """Check a process with one thread and a slow client, which gunicorn kills after its timeout."""
     env = environment(effects.url, PROBE_WORKERS="listener,deaf", PROBE_SECONDS=60, WORKERS_SHUTDOWN_SECONDS=1)
     command = gunicorn("-w", "2", "-k", kind, "--timeout", "2", "support.traced_app:create_app()")
     with nursery.forked(command, env) as server, ExitStack() as clients:
@@ -172,7 +172,7 @@ def test_as_many_slow_clients_as_processes_have_runs_handed_back_and_no_attempt_
         server.wait_for("joined", times=2)
         server.wait_for("The listener began")
         server.wait_for("The deaf one began")
-        if kind == "gthread":  # its main thread answers whatever its clients do. It hangs by another fault
+        if kind == "gthread":  # its main thread responds whatever its clients do. The test makes it hang
             for pid in effects.instances(alive=True):
                 os.kill(pid, signal.SIGABRT)
         else:
@@ -208,7 +208,7 @@ def test_ctrl_c_without_a_terminal_tells_the_reloaders_child_first(postgresql_ur
     env = environment(postgresql_url, PROBE_WORKERS="listener")
     with started(flask("run", "--debug", "--port", "0"), env) as server:
         server.wait_for("The listener began")
-        server.signal(signal.SIGSTOP)  # else it kills the child after 0.25 s: too soon on a busy machine
+        server.signal(signal.SIGSTOP)  # otherwise it kills the child after 0.25 s: too soon on a busy machine
         server.signal_group(signal.SIGINT)
         server.wait_for("The listener was told")
         assert eventually(lambda: effects.instances(alive=True) == set())
@@ -219,7 +219,7 @@ def test_ctrl_c_without_a_terminal_tells_the_reloaders_child_first(postgresql_ur
 
 def test_a_stop_before_the_workers_have_joined_is_quick_and_quiet(sqlite_url: str) -> None:
     with started(GUNICORN, environment(sqlite_url, WORKERS_SHUTDOWN_SECONDS=20, PROBE_SAYS="loading")) as server:
-        server.wait_for("loading")  # a signal right after the fork is lost by gunicorn
+        server.wait_for("loading")  # gunicorn loses a signal right after the fork
         said = ends_within(server, 1, lambda: server.signal(signal.SIGTERM))
     assert "Traceback" not in said, said
 

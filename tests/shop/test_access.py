@@ -28,7 +28,7 @@ Make = Callable[..., Any]
 
 @pytest.fixture
 def app(app: Flask, make_user: Make, make_book: Make) -> Flask:
-    """With a book and two users of the number 1 and 2, so that the routes find what they are asked for."""
+    """Give the app with a book and users whose ids are 1 and 2, so that the routes find their rows."""
     make_book()
     make_user(email="reader@example.com")
     make_user(email="admin@example.com", is_admin=True)
@@ -37,7 +37,7 @@ def app(app: Flask, make_user: Make, make_book: Make) -> Flask:
 
 @pytest.fixture
 def clients(app: Flask) -> dict[str, FlaskClient]:
-    """Of a stranger, a customer and an admin."""
+    """Give the clients of a stranger, a customer and an admin."""
     clients = {name: app.test_client() for name in ("stranger", "customer", "admin")}
     for client, user_id in ((clients["customer"], 1), (clients["admin"], 2)):
         with app.app_context():
@@ -57,7 +57,7 @@ def whose(endpoint: str) -> str:
 
 
 def routes(app: Flask) -> Iterator[tuple[str, str, str]]:
-    """Method, path and owner of every route."""
+    """Return method, path and owner of every route."""
     adapter = app.url_map.bind("localhost")
     for rule in app.url_map.iter_rules():
         path = adapter.build(rule.endpoint, sample(rule))
@@ -71,7 +71,7 @@ def sample(rule: Rule) -> dict[str, Any]:
 
 
 def verdict(client: FlaskClient, method: str, path: str) -> str:
-    """As the visitor is told: to log in, that it is for others, or anything else."""
+    """Return the kind of response: log in first, not allowed, or anything else."""
     response = client.open(path, method=method, buffered=True)
     if response.status_code == 302 and response.location.startswith("/login?next="):
         return "log in"

@@ -1,4 +1,4 @@
-"""Accounts: sessions that end, passwords that are kept well and renewed, and what the admins do, written down."""
+"""Accounts: sessions that end, passwords that are stored and renewed, and the audit of the admins' actions."""
 
 import json
 import logging
@@ -243,7 +243,7 @@ def test_login_failures_take_equally_long(
     def shares() -> dict[str, float]:
         return {email: seconds / quickest[known] for email, seconds in quickest.items()}
 
-    for number in range(10):  # the eleventh is not looked at
+    for number in range(10):  # the eleventh is not checked
         for email in quickest:
             start = time.process_time()
             assert not log_in(client, email, "wrong horse")
@@ -256,7 +256,7 @@ def test_login_failures_take_equally_long(
 
 @pytest.fixture
 def work_of(client: FlaskClient, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[str]]]:
-    """Post a form, each time from another network; returns the statements and the hashing that it took, in order."""
+    """Post a form, each time from another network. Return the statements and hashes that it took, in order."""
     done: list[str] = []
     networks = count(1)
 
@@ -301,7 +301,7 @@ def test_registering_does_the_same_whether_the_email_has_an_account_or_not(
     known = make_user().email
     first, *others = [work(email) for email in ("nat@example.com", "pat@example.com", known, known, known)]
     assert others == [first] * 4
-    assert enqueued == [1, 2, 3, 4, 5]  # so each time there was something to commit
+    assert enqueued == [1, 2, 3, 4, 5]  # so each request had something to commit
     assert first.count("HASH") == 1
     assert [each.split()[0] for each in first[-5:]] == ["HASH", "INSERT", "SELECT", "INSERT", "COMMIT"]
 
@@ -493,7 +493,7 @@ def test_no_requested_address_holds_the_log_up() -> None:
     began = time.process_time()
     for word in ("a", "aaaaaa.", ".aaaaaa." + "a" * 26, "%61", "%2e%"):
         logging.getLogger("werkzeug").warning('"GET /%s HTTP/1.1" 404', (word * 60_000)[:60_000])
-    assert time.process_time() - began < 3  # where each letter was a beginning it took a minute
+    assert time.process_time() - began < 3  # a pattern that began at every letter took a minute
 
 
 @on_sqlite
@@ -529,7 +529,7 @@ def test_what_an_admin_changes_is_written_down_with_who_what_when_and_from_where
     page = client.get("/admin/audit").text
     for shown in ("you@your.shop", "admin.make_admin", "127.0.0.1", "&lt;b&gt;"):
         assert shown in page
-    assert len(entries(app)) == 1  # looking is not written down
+    assert len(entries(app)) == 1  # reading is not recorded
 
 
 @on_sqlite
@@ -690,7 +690,7 @@ def test_an_error_of_the_database_shows_no_email_that_is_taken(app: Flask, make_
     with pytest.raises(DBAPIError, match="uq_users_email") as raised:
         make_user(email=user.email)
     assert user.email not in "".join(traceback.format_exception(raised.value))
-    with pytest.raises(DBAPIError, match="cannot contain NUL"):  # says psycopg, without asking the server
+    with pytest.raises(DBAPIError, match="cannot contain NUL"):  # psycopg says so, without asking the server
         make_user(name="\0")
 
 

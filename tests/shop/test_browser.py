@@ -13,7 +13,7 @@ from models import Book, User, db
 from tests.shop.test_dashboard_browser import violations
 
 CHROMIUM = shutil.which("chromium")
-GAVE_UP = "net::ERR_ABORTED"  # by the browser itself, as it went on to another page
+GAVE_UP = "net::ERR_ABORTED"  # the browser aborted it, because it went on to another page
 
 pytestmark = [
     pytest.mark.browser,
@@ -23,7 +23,7 @@ pytestmark = [
 
 @pytest.fixture
 def address(app) -> Iterator[str]:
-    """Where a server of the app answers, with the forms' tokens on."""
+    """Serve the app with the forms' tokens on. Give its address."""
     app.config["WTF_CSRF_ENABLED"] = True
     with served(app) as address:
         yield address
@@ -31,7 +31,7 @@ def address(app) -> Iterator[str]:
 
 @pytest.fixture
 def complaints() -> list[str]:
-    """Collect the browser's console messages and the requests that it was refused."""
+    """Collect the browser's console messages and failed requests."""
     return []
 
 
@@ -51,7 +51,7 @@ def page(address, complaints):
 
 
 def assert_usable(page) -> None:
-    """It fits screens of several widths, and everybody can read and use it."""
+    """Check that the page fits screens of several widths, and that it is accessible."""
     page.wait_for_load_state("load")
     for width in (1024, 768, 390):
         page.set_viewport_size({"width": width, "height": 844})
@@ -60,7 +60,7 @@ def assert_usable(page) -> None:
 
 
 def press(page, name: str) -> None:
-    """The button or link of that name in the page's content."""
+    """Press the button or link of that name in the page's content."""
     main = page.get_by_role("main")
     main.get_by_role("button", name=name, exact=True).or_(main.get_by_role("link", name=name)).first.click()
 
@@ -147,7 +147,7 @@ def test_the_shop_is_used_by_keyboard_alone(app, page, make_user, complaints):
     page.keyboard.type(PASSWORD)
     page.keyboard.press("Enter")
     page.get_by_role("button", name="Log out").wait_for()
-    page.wait_for_load_state()  # what loads may take the focus
+    page.wait_for_load_state()  # a loading element may take the focus
     page.get_by_role("button", name="Log out").focus()
     page.keyboard.press("Enter")
     page.get_by_text("You have been logged out.").wait_for()

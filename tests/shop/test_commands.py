@@ -1,4 +1,4 @@
-"""The engine's commands in the shop, whose database may not be there yet."""
+"""The engine's commands in the shop, whose database may not exist yet."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ PASSIVE = "passive_user_checker_worker"
 
 @pytest.fixture
 def command(nursery: Nursery, tmp_path: Path) -> Command:
-    """`flask workers` in a process of its own."""
+    """Run `flask workers` in a process of its own."""
 
     def command(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
         call, errors = [sys.executable, "-m", "flask", "workers", *arguments], tmp_path / "errors"

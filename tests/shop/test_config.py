@@ -1,4 +1,4 @@
-"""Settings: where they come from, and the sentences that refuse a wrong one."""
+"""Settings: their sources, and the sentences that refuse a wrong value."""
 
 import logging
 import os

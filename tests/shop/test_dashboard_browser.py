@@ -1,4 +1,4 @@
-"""The dashboard in a real browser: it lives, it leaves who uses it alone, and everybody can use it."""
+"""The dashboard in a real browser: it is live, does not disturb its user, and is accessible."""
 
 import os
 import re
@@ -46,7 +46,7 @@ def database(template_sqlite, tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def other_address(nursery, database) -> Iterator[str]:
-    """Where another process serves the same shop."""
+    """Serve the same shop from another process. Give its address."""
     with nursery.started(database, "run", "--port", "0", FLASK_APP=lively.__file__) as process:
         yield process.wait_for(r"Running on (http://\S+)")[1]
 
@@ -81,7 +81,7 @@ def browser() -> "Iterator[Browser]":
 
 @pytest.fixture(scope="module")
 def session(browser, address) -> Any:
-    """The cookies of an admin who is logged in; a cookie is the host's, so they are good for both servers."""
+    """Give the cookies of a logged-in admin. A cookie belongs to the host, so it is valid for both servers."""
     context = browser.new_context(base_url=address)
     log_in(context.new_page())
     state = context.storage_state()
@@ -91,7 +91,7 @@ def session(browser, address) -> Any:
 
 @pytest.fixture
 def opened(browser, address, session) -> "Iterator[Callable[..., Page]]":
-    """Open a page of the dashboard as an admin; at the end the browser must not have complained about any."""
+    """Open a page of the dashboard as an admin. At the end the browser must not have complained about any page."""
     contexts: list[BrowserContext] = []
     complaints: list[str] = []
 
@@ -103,7 +103,7 @@ def opened(browser, address, session) -> "Iterator[Callable[..., Page]]":
         page.on("console", lambda message: complaints.append(f"{page.url}: {message.text}"))
         page.on("pageerror", lambda error: complaints.append(f"{page.url}: {error}"))
         if options.get("java_script_enabled", True):
-            page.clock.install()  # it goes on, and can be hurried
+            page.clock.install()  # the page's time passes, and the test can speed it up
         page.goto(path)
         return page
 
@@ -131,7 +131,7 @@ def wait_for_refresh(page: "Page") -> None:
 
 
 def hurry(page: "Page", is_true: Callable[[], bool]) -> None:
-    """Let the page's time fly until `is_true()`, but not while it waits for an answer, which it would give up."""
+    """Let the page's time pass quickly until `is_true()`, but not during a request, which would time out."""
     asking: set[Any] = set()
     page.on("request", lambda request: asking.add(request))
     for over in ("requestfinished", "requestfailed"):
@@ -149,7 +149,7 @@ def focused(page: "Page") -> str:
     return page.evaluate("document.activeElement.getAttribute('aria-label') || document.activeElement.id")
 
 
-# -- it lives ------------------------------------------------------------------------------------
+# -- it is live ------------------------------------------------------------------------------------
 
 
 def test_an_admin_runs_a_worker_and_watches_its_progress(opened):
@@ -172,7 +172,7 @@ def test_a_pause_is_seen_on_the_page_of_another_instance(opened, other_address):
     there.get_by_role("button", name="Pause stock_count").wait_for()
     here.get_by_role("button", name="Pause stock_count").click()
     here.get_by_text("stock_count is paused").wait_for()
-    there.get_by_role("button", name="Resume stock_count").click()  # it came without a click
+    there.get_by_role("button", name="Resume stock_count").click()  # the change came without a click
     there.get_by_text("stock_count is resumed").wait_for()
     here.get_by_role("button", name="Pause stock_count").wait_for()
 
@@ -224,7 +224,7 @@ def test_a_server_that_does_not_answer_and_a_session_that_ended_are_said(opened)
     page.get_by_label("E-mail").wait_for()
 
 
-# -- it leaves who uses it alone -----------------------------------------------------------------
+# -- it does not disturb its user -----------------------------------------------------------------
 
 
 def test_what_is_typed_and_opened_and_focused_stays_over_a_refresh(opened):
@@ -278,7 +278,7 @@ def test_everything_is_done_by_keyboard_alone(opened):
     assert focused(page) == "schedule-price_check"
 
 
-# -- everybody can use it ------------------------------------------------------------------------
+# -- it is accessible ------------------------------------------------------------------------
 
 
 def test_without_a_script_a_worker_is_run_and_rescheduled_by_forms(opened):
@@ -310,7 +310,7 @@ def test_every_page_is_accessible_and_fits_a_phone(app, opened):
         for width in (1024, 900, 390):
             page.set_viewport_size({"width": width, "height": 844})
             assert page.evaluate("document.documentElement.scrollWidth") <= width, path
-    assert violations(page) == []  # the last one, narrow
+    assert violations(page) == []  # the last width is narrow
     assert page.get_by_label("Period or cron").locator("visible=true").bounding_box()["width"] > 300
     page.get_by_role("button", name="Reset to at 30 2 * * * (Europe/Berlin): price_check").click()
     page.get_by_text("price_check runs at 30 2 * * * (Europe/Berlin) from now on.").wait_for()
@@ -355,7 +355,7 @@ def test_the_readme_has_a_picture(app, opened):
 
 
 def live_through_a_day(app: Flask, worker: type[PeriodicWorker]) -> None:
-    """Executions of the past, as if it had been running all the time."""
+    """Insert executions of the past day, as if the fleet had run all the time."""
     schedule, at = declared_schedule(worker), datetime.now(UTC) - timedelta(minutes=1)
     rows: list[dict[str, Any]] = []
     for number in range(60):

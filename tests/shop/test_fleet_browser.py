@@ -64,7 +64,7 @@ def test_a_dead_letter_is_retried_and_the_others_are_discarded_at_once(app, open
 
     page.goto("/workers/messages?topic=returns")
     page.get_by_text("Retry or discard all 2 of returns").click()
-    page.get_by_role("button", name="Discard all").click()  # which asks for the box first
+    page.get_by_role("button", name="Discard all").click()  # the browser asks for the box first
     box = page.get_by_label("Yes, all 2 of returns")
     box.check()
     page.clock.run_for(6_000)
@@ -94,7 +94,7 @@ def test_a_run_that_was_taken_over_appears_in_two_lanes_with_an_arrow(app, opene
     assert page.get_by_role("row").filter(has_text="newsletter_preview").count() == 0
 
 
-OTHERS = "recommendations"  # another release's worker: one of its own the app would take over by itself
+OTHERS = "recommendations"  # another release's worker, because the app would take over a run of its own worker
 
 
 def add_worker(app: Any, scheduled_at: datetime) -> None:
@@ -104,7 +104,7 @@ def add_worker(app: Any, scheduled_at: datetime) -> None:
 
 
 def take_over(app: Any, tick: datetime) -> None:
-    """The run of one instance that dies, and of the next that comes, at the same tick."""
+    """Insert a run of an instance that dies, and the run of the next instance at the same tick."""
     manager = app.extensions["background_workers"]
     ledger, first, second = manager.stores.ledger, Instance(LEASE, "first-host", 1), Instance(LEASE, "second-host", 1)
     manager.stores.leases.beat(first)

@@ -1,6 +1,6 @@
-"""Bad input of any kind: it neither breaks the shop nor appears as markup.
+"""Bad input of any kind neither breaks the shop nor appears as markup.
 
-`FUZZ_EXAMPLES=40 pytest -m fuzz` tries forty times as much, and something else each time.
+`FUZZ_EXAMPLES=40 pytest -m fuzz` tries forty times as many examples, and different ones each time.
 """
 
 import re
@@ -52,7 +52,7 @@ class Prattle(MessageWorker):
 
 @pytest.fixture
 def app(database_url, tmp_path) -> Iterator[Flask]:
-    """Return a shop in which every text that may come from outside is markup."""
+    """Give a shop in which every text from outside is markup."""
     app = create_app(settings(database_url, MAIL_URL="smtp://127.0.0.1:9"))
     manager = app.extensions["background_workers"]
     manager.add(Babble)
@@ -90,7 +90,7 @@ def fill(manager: BackgroundWorkerManager) -> None:
         connection.execute(update(instances).values(host=EVIL[:255], release=EVIL[:100]))
 
 
-# -- the shop as its visitors find it ------------------------------------------------------------
+# -- the shop as its visitors see it ------------------------------------------------------------
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""`sqlite://`, as people write their tests: nothing is shared with another application, and nothing stays."""
+"""`sqlite://`, as tests often use it: applications share nothing with each other, and leave nothing behind."""
 
 import gc
 from collections.abc import Iterator

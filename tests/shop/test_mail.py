@@ -1,4 +1,4 @@
-"""Mails reach a real server once it takes them, under one Message-ID, and what is secret stays so."""
+"""Mails reach a real server once it accepts them, under one Message-ID, and secrets stay secret."""
 
 import logging
 import os
@@ -69,13 +69,13 @@ def certified(authority: trustme.CA) -> ssl.SSLContext:
 
 @pytest.fixture
 def trusted(authority: trustme.CA, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """This machine trusts the authority."""
+    """Have this machine trust the authority."""
     authority.cert_pem.write_to_path(str(tmp_path / "authority.pem"))
     monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "authority.pem"))
 
 
 def own_address() -> str:
-    """An address of this machine that is not its loopback's; nothing is sent to find it."""
+    """Return an address of this machine that is not a loopback address. Sends nothing to find it."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("192.0.2.1", 9))
@@ -195,7 +195,7 @@ def test_a_password_does_not_leave_the_machine_unencrypted(make_server: Callable
         send(server.url(login=LOGIN))
     assert "s3" not in str(raised.value)
     assert (server.passwords, server.mails) == ([], [])
-    send(server.url())  # without one, an old relay is as good as it ever was
+    send(server.url())  # without a password, an old relay still works
     assert server.was_encrypted == [False]
 
 
@@ -411,9 +411,9 @@ def test_a_mail_is_tried_until_the_server_takes_it_under_one_id(
     wait_until(lambda: states(app) == ["done"])
     assert len({mail["Message-ID"] for mail in server.mails}) == 1
     assert len(set(server.raw)) == 1
-    assert len(server.mails) == 3  # the two whose end was not answered, and the last
+    assert len(server.mails) == 3  # the two mails without a reply at their end, and the last mail
     assert {error.splitlines()[-1].split(":")[0] for error in errors(app)} == {"mail.MailNotSent"}
-    assert len(errors(app)) >= 5  # more where a busy machine takes its half second to come to the hanging end
+    assert len(errors(app)) >= 5  # more if a busy machine needs the half second to reach the end that hangs
 
 
 @on_sqlite
@@ -435,7 +435,7 @@ def test_a_dead_letter_does_not_hold_the_password(
     assert server.passwords[0] == PASSWORD
     everything = "\n".join([caplog.text, *errors(app)])
     assert "refuses the user and password of MAIL_URL" in everything
-    for secret in ("s3", "AHNob3"):  # plain, percent-encoded, and as it goes over the wire
+    for secret in ("s3", "AHNob3"):  # plain, percent-encoded, and as the protocol sends it
         assert secret not in everything
 
 
@@ -459,7 +459,7 @@ def test_a_server_that_is_slow_to_answer_holds_up_no_order(
     mail_about: Callable[[int], int],
     manager: BackgroundWorkerManager,
 ) -> None:
-    """While a mail is being sent nothing is locked, on the engine that has a single writer."""
+    """Check that nothing is locked while a mail is being sent, on the database with a single writer."""
     mail_through(app, server.url(), timeout=lambda: 30)
     server.trouble = ["hang"]
     mail_about(make_order())

@@ -1,4 +1,4 @@
-"""The shop's tables keep their rules, and the search pages through users by its indexes."""
+"""The shop's tables enforce their rules, and the search pages through users by its indexes."""
 
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime

@@ -1,4 +1,4 @@
-"""Placed orders are settled by the workers: each once, and never more than there is."""
+"""The workers settle placed orders, each once, and never sell more than the stock."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -28,7 +28,7 @@ Make = Callable[..., Any]
 
 @pytest.fixture
 def place(app: Flask, make_user: Make) -> Callable[..., int]:
-    """Place an order as the shop does, and have a message for it; its id."""
+    """Place an order with its message, as the shop does. Return its id."""
     user = make_user(email="nat@example.com", name="Nat")
 
     def place(book_id: int, quantity: int = 1, times: int = 1) -> int:
@@ -45,7 +45,7 @@ def place(app: Flask, make_user: Make) -> Callable[..., int]:
 
 @pytest.fixture
 def other(app: Flask, database_url: str, outbox: Path) -> Iterator[BackgroundWorkerManager]:
-    """Another instance of the shop on the same database, with the same outbox."""
+    """Give another instance of the shop on the same database, with the same outbox."""
     other = create_app(settings(database_url))
     svcs.flask.register_factory(other, Mailer, lambda: Mailer(None, "shop@example.com", outbox))
     yield other.extensions["background_workers"]
@@ -63,7 +63,7 @@ def stock_of(app: Flask, book_id: int) -> int:
 
 
 def queue(app: Flask) -> list[tuple[str, str]]:
-    """The topic and state of every message."""
+    """Return the topic and state of every message."""
     with app.app_context():
         return [tuple(row) for row in db.session.execute(select(messages.c.topic, messages.c.state))]
 
@@ -82,7 +82,7 @@ def wait_until_all_is_done(app: Flask) -> None:
 
 
 def subjects(outbox: Path) -> list[str]:
-    mails = outbox.glob("*.eml")  # not the drafts, which come and go
+    mails = outbox.glob("*.eml")  # without the temporary drafts
     return sorted(message_from_bytes(path.read_bytes(), policy=default)["Subject"] for path in mails)
 
 
@@ -127,7 +127,7 @@ def test_two_instances_sell_what_there_is_and_no_more(
     place: Make,
     outbox: Path,
 ) -> None:
-    """In both orders of the books and each order twice, so that who is careless is stuck or sells too much."""
+    """Name the books in both orders and each order twice, so that careless code deadlocks or sells too much."""
     first, second = make_book(stock=20), make_book(stock=13)
     for index in range(60):
         place((first, second, second, first)[index % 4], 1 + index % 3, times=2)
@@ -157,7 +157,7 @@ def test_an_order_that_many_settle_at_once_takes_its_books_once(app: Flask, make
 def test_who_settles_orders_holds_no_book_while_it_waits_for_one_before_it(
     app: Flask, engine: Engine, make_book: Make, place: Make
 ) -> None:
-    """So two batches that name the same books in opposite order cannot wait for each other."""
+    """Check that two batches with the same books in opposite order cannot wait for each other."""
     first, second = make_book(), make_book()
     orders = [place(second), place(first)]
     thread = threading.Thread(target=settle_and_commit, args=(app, orders))

@@ -1,4 +1,4 @@
-"""Production refuses to start with what everybody knows; and behind proxies, only they are believed."""
+"""Production refuses to start with well-known secrets, and trusts only its own proxies."""
 
 import secrets
 import signal
@@ -176,7 +176,7 @@ def test_only_the_proxies_that_there_are_say_who_asks(database_url: str, proxies
     app = create_app(settings(database_url, PROXIES=proxies))
     app.add_url_rule("/seen", view_func=lambda: f"{request.remote_addr} {request.scheme} {request.host}")
     headers = {
-        "X-Forwarded-For": "192.0.2.1, 192.0.2.2, 192.0.2.3",  # the first is what the visitor made up
+        "X-Forwarded-For": "192.0.2.1, 192.0.2.2, 192.0.2.3",  # the first address is the visitor's invention
         "X-Forwarded-Proto": "http, https",
         "X-Forwarded-Host": "also.your.shop, your.shop",
     }

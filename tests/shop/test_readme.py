@@ -129,7 +129,7 @@ def test_the_example_of_an_applications_own_migrations_works_when_it_is_pasted(
 
 
 def test_the_deploy_commands_are_all_about_the_one_database(tmp_path: Path) -> None:
-    """The last is gunicorn, in whose place the shop is asked whether it is ready."""
+    """Replace the last command, gunicorn, by one that checks whether the shop is ready."""
     block = re.search(r"## Deploy\n\n((?:    .*\n)+)", README)[1]
     url = f"sqlite:///{tmp_path / 'shop.sqlite'}"
     script, replaced = re.subn(r"postgresql://\S+", url, block)

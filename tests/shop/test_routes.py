@@ -1,4 +1,4 @@
-"""The shop's pages and JSON, asked for as a browser asks, on both databases."""
+"""The shop's pages and JSON, requested as a browser does, on both databases."""
 
 import re
 from datetime import UTC, datetime, timedelta
@@ -19,7 +19,7 @@ from models import Book, Order, User, db
 
 @pytest.fixture
 def reader(client, make_user, login):
-    """A user who is logged in with `client`."""
+    """Give a user who is logged in with `client`."""
     user = make_user(email="reader@example.com", name="Reader")
     login(client, user)
     return user
@@ -63,7 +63,7 @@ def log_in(client, email: str, password: str = PASSWORD, target: str = ""):
 
 
 def walk(client, path: str, pattern: str) -> list[str]:
-    """Every match of the pattern on the page and all those that its `Next page` leads to."""
+    """Return every match of the pattern on the page and on all pages that its `Next page` leads to."""
     found: list[str] = []
     while path:
         page = client.get(path)

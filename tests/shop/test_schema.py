@@ -1,4 +1,4 @@
-"""The schema: what the migrations make, and what a start says of a database that is not ready."""
+"""The schema: the result of the migrations, and the errors of a start whose database is not ready."""
 
 import logging
 import os
@@ -53,7 +53,7 @@ def tables(engine: Engine) -> set[str]:
     return set(inspect(engine).get_table_names())
 
 
-@pytest.mark.filterwarnings("ignore:.*expression-based")  # SQLite's: the next test compares those
+@pytest.mark.filterwarnings("ignore:.*expression-based")  # the next test compares these indexes
 def test_the_migrations_make_what_the_models_say(engine: Engine) -> None:
     with engine.connect() as connection:
         context = MigrationContext.configure(connection)
@@ -310,7 +310,7 @@ sys.exit(any(process.exitcode for process in members))
 
 @pytest.fixture
 def fresh_clone(tmp_path: Path) -> Path:
-    """A folder that runs the shop's code, with an instance folder of its own."""
+    """Give a folder that runs the shop's code, with an instance folder of its own."""
     clone = tmp_path / "clone"
     clone.mkdir()
     for path in ROOT.glob("*.py"):

@@ -1,4 +1,4 @@
-"""The sweep of stale users: the boundary, the logins that it meets, and what it costs."""
+"""The sweep of stale users: its boundary, the logins during a sweep, and its cost."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -159,7 +159,10 @@ def test_a_login_that_the_sweep_waits_for_wins(
 
 
 def wait_until_blocked(engine: Engine, thread: Thread) -> None:
-    """PostgreSQL lists the sessions that wait. SQLite waits unseen in the driver, so its wait may start later."""
+    """Wait until the statement is blocked.
+
+    PostgreSQL lists the waiting sessions. SQLite's driver waits unseen, so its wait may start later.
+    """
     if engine.dialect.name == "sqlite":
         return
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
@@ -186,7 +189,7 @@ def test_the_look_for_stale_users_reads_the_index_of_the_active(users: UserRepos
     assert users.update_inactive_user_statuses(CUTOFF) == 200
     _probe, (look, look_values), (update, update_values) = statements
     assert "ix_users_last_seen_at_of_active" in plan(engine, look, look_values)
-    if engine.dialect.name == "sqlite":  # the other one weighs what it finds; this one must not go by the index
+    if engine.dialect.name == "sqlite":  # PostgreSQL's planner chooses by cost
         assert "INTEGER PRIMARY KEY" in plan(engine, update, update_values)
 
 
@@ -197,7 +200,7 @@ def plan(engine: Engine, sql: str, values: Any) -> str:
         if engine.dialect.name == "postgresql":
             connection.exec_driver_sql("SET enable_seqscan = off")
         rows = connection.exec_driver_sql(explain + sql, values).fetchall()
-        connection.invalidate()  # the settings go with it
+        connection.invalidate()  # the settings end with the connection
     return "\n".join(str(row[-1]) for row in rows)
 
 

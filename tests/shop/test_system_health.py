@@ -1,4 +1,4 @@
-"""The health worker writes down each minute what it finds, and forgets what is long past."""
+"""The health worker records its measurements each minute, and deletes old ones."""
 
 import logging
 import shutil

@@ -22,7 +22,7 @@ import routes
 from app import create_app
 from models import RateLimit, RateLimits, User, db
 
-context = multiprocessing.get_context("fork")  # nothing is opened yet, no thread runs: as under gunicorn --preload
+context = multiprocessing.get_context("fork")  # as under gunicorn --preload, no connection is open
 
 
 @pytest.fixture

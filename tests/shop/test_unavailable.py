@@ -51,7 +51,7 @@ def shop(database: tuple[str, Away]) -> Iterator[tuple[Flask, Away]]:
 
     @contextmanager
     def away() -> Iterator[None]:
-        if database[0].startswith("sqlite"):  # else the connections go on with the file that was moved
+        if database[0].startswith("sqlite"):  # otherwise the connections go on with the moved file
             app.extensions["background_workers"].stop()
             with app.app_context():
                 db.engine.dispose()
@@ -86,7 +86,7 @@ def test_every_page_is_a_503_with_one_line_in_the_log_and_works_again_afterwards
             is_away(caplog, admin, "GET", path)
         for path in ("/books/1", "/login", "/account", "/workers/worker/mail_worker/pause", "/workers/messages/retry"):
             is_away(caplog, admin, "POST", path)
-        assert admin.get("/").status_code == 503  # it names the user
+        assert admin.get("/").status_code == 503  # this page names the user
         with admin.get("/static/bookstore.css") as response:
             assert response.status_code == 200
     for path, code in usual.items():
@@ -94,14 +94,14 @@ def test_every_page_is_a_503_with_one_line_in_the_log_and_works_again_afterwards
 
 
 def eventually_is(client: FlaskClient, path: str) -> int:
-    """Return the answer once no pool has an old connection: a page may meet one in each of the engine's pools."""
+    """Return the response once no pool has an old connection. A page may meet one in each of the engine's pools."""
     return eventually(lambda: code if (code := client.get(path).status_code) != 503 else 0, timeout=5)
 
 
 def is_away(caplog: pytest.LogCaptureFixture, client: FlaskClient, method: str, path: str) -> None:
     caplog.clear()
     response = client.open(path, method=method, data={"quantity": 1} if method == "POST" else None)
-    lost = "background.database.dialects.sqlite_files"  # once, another line reports the lost file
+    lost = "background.database.dialects.sqlite_files"  # another line reports the lost file once
     said = [record for record in caplog.records if record.levelno >= logging.WARNING and record.name != lost]
     assert response.status_code == 503, (path, response.text)
     assert int(response.headers["Retry-After"]) >= 1

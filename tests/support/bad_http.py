@@ -1,4 +1,4 @@
-"""Bad bytes for a socket, and the server's answers to them."""
+"""Malformed bytes for a socket, and the server's replies."""
 
 import re
 import socket
@@ -88,7 +88,7 @@ LINES = [
     b"GET /\r\n\r\n",
     b"GET / HTTP/1.1 HTTP/1.1\r\n\r\n",
     b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
-    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # how TLS begins
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # the beginning of TLS
     b"PROXY TCP4 1.1.1.1 2.2.2.2 1 2\r\n" + GET,
     GET.replace(b"close", b"keep-alive") * 5 + GET,
     GET.replace(b"\r\n", b"\n"),
@@ -105,9 +105,9 @@ NONSENSE = [
 
 
 def said(port: int, data: bytes) -> bytes:
-    """Return the server's answer to these bytes, and check that nothing follows."""
+    """Return the server's reply to these bytes, and check that nothing follows it."""
     with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
-        with suppress(OSError):  # it may have answered and gone
+        with suppress(OSError):  # the server may have replied and closed
             connection.sendall(data)
             connection.shutdown(socket.SHUT_WR)
         return b"".join(received(connection))
@@ -120,7 +120,7 @@ def received(connection: socket.socket) -> Iterator[bytes]:
 
 
 def assert_unbroken(answer: bytes, sent: bytes) -> None:
-    """It was answered or refused; the server did not fail, show a file of the program, or say what it was told to."""
+    """Check that the server did not fail, show a file of the program, or repeat the request as a header."""
     assert not re.match(rb"HTTP/1.[01] 50[0234]", answer), (sent[:300], answer)
     assert b"X-Injected" not in answer.partition(b"\r\n\r\n")[0]
     assert b"import " not in answer
@@ -128,7 +128,7 @@ def assert_unbroken(answer: bytes, sent: bytes) -> None:
 
 @st.composite
 def mangled(draw) -> bytes:
-    """A request in which some bytes are others, missing or repeated."""
+    """Return a request with some bytes changed, missing or repeated."""
     data = bytearray(draw(st.sampled_from([GET, *(line for line in NONSENSE if len(line) < 500)])))
     for _ in range(draw(st.integers(1, 4))):
         start = draw(st.integers(0, len(data)))

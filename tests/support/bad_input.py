@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from support.shop import PASSWORD
 
-TIMES = max(int(os.environ.get("FUZZ_EXAMPLES", "1")), 1)  # a factor: FUZZ_EXAMPLES=50 looks fifty times as long
+TIMES = max(int(os.environ.get("FUZZ_EXAMPLES", "1")), 1)  # a factor: 50 tries fifty times as many examples
 
-# Printing one of these without escaping makes an element, or an attribute, whose name begins so.
+# Printed without escaping, each of these makes an element or an attribute with this beginning of its name.
 MARK = "fuzzed"
 MARKUP = [
     f"<{MARK}>",
@@ -86,7 +86,7 @@ json_values = st.recursive(
 
 
 def bounded(examples: int) -> settings:
-    """The same examples at every run, and nothing that depends on how busy the machine is."""
+    """Return settings that give the same examples in every run, and do not depend on the machine's load."""
     return settings(
         max_examples=examples * TIMES,
         derandomize=TIMES == 1,
@@ -100,12 +100,15 @@ def bounded(examples: int) -> settings:
 # -- requests ------------------------------------------------------------------------------------
 
 
-Known = dict[str, list[str]]  # the names of a form's fields, each with values that it takes
+Known = dict[str, list[str]]  # the names of a form's fields, each with valid values
 
 
 @st.composite
 def fields(draw: st.DrawFn, known: Known) -> list[tuple[str, str]]:
-    """The fields of a form, all as they should be but for one; or some of them, others, and some twice."""
+    """Draw the fields of a form.
+
+    Either all are valid except at most one, or some are unknown, missing or repeated.
+    """
     if draw(st.sampled_from([True, True, False])):
         pairs = [(name, draw(st.sampled_from(values))) for name, values in known.items()]
         spoilt = draw(st.sampled_from([None, *range(len(pairs))]))
@@ -132,7 +135,7 @@ def in_path(text: str) -> str:
 
 @st.composite
 def bodies(draw: st.DrawFn, known: Known) -> dict[str, Any]:
-    """A body and its type: mostly the form that was meant, else what a form never sends."""
+    """Draw a body and its content type: mostly the expected form, otherwise a body that no form sends."""
     pairs = draw(fields(known))
     form = {"data": encoded(pairs).encode(), "content_type": "application/x-www-form-urlencoded"}
     return draw(
@@ -157,7 +160,7 @@ def bodies(draw: st.DrawFn, known: Known) -> dict[str, Any]:
 
 
 def multipart(pairs: list[tuple[str, str]]) -> bytes:
-    """Every other field a file, whose names are as they come."""
+    """Return the fields as a multipart body. Every second field is a file, with the field's text as its name."""
     parts = []
     for index, (name, value) in enumerate(pairs):
         file = f'; filename="{value[:50]}"' if index % 2 else ""

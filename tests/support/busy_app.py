@@ -1,4 +1,4 @@
-"""The shop with workers that are worth looking at: what the dashboard's tests look at, also as FLASK_APP."""
+"""The shop with workers whose pages the dashboard's tests read, also as FLASK_APP."""
 
 import os
 import time
@@ -46,7 +46,7 @@ class NewsletterPreview(PeriodicWorker):
 
 
 class PriceCheck(Hourly):
-    """Compare our prices with what the publishers recommend."""
+    """Compare our prices with the prices that the publishers recommend."""
 
     cron = "30 2 * * *"
     period = None
@@ -66,9 +66,9 @@ WORKERS = (CatalogueImport, NewsletterPreview, PriceCheck, StockCount, PassiveUs
 
 
 def create_app(database_url: str | None = None) -> Flask:
-    """One that only serves, unless its manager is started."""
+    """Return the shop, which only serves until its manager is started."""
     config = {"WTF_CSRF_ENABLED": True, "WORKERS_ENABLED": False, "RATELIMIT_ENABLED": False}
-    patient = {"WORKERS_LEASE_SECONDS": 60}  # beside a browser a machine may have no time for a heartbeat
+    patient = {"WORKERS_LEASE_SECONDS": 60}  # beside a browser, a heartbeat may be late
     app = make_shop(database_url or os.environ["DATABASE_URL"], *WORKERS, MailWorker, **config, **patient)
     app.after_request(_strict)
     return app

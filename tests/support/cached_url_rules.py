@@ -1,4 +1,4 @@
-"""The rules of all the applications of one process, compiled once: four fifths of making an application is that."""
+"""URL rules that all applications of one process share, because compiling them takes most of `create_app`."""
 
 from collections.abc import Callable
 

@@ -24,7 +24,7 @@ def freeze() -> None:
 
 
 def dispose() -> None:
-    """Close every connection of the application in whose context this is called, also the one that its session has."""
+    """Close every connection of the current application, including the connection of its session."""
     db = current_app.extensions["sqlalchemy"]
     db.session.remove()
     for engine in db.engines.values():
@@ -32,7 +32,10 @@ def dispose() -> None:
 
 
 def close(*apps: Flask) -> None:
-    """Stop their workers and leave no connection open; one that was left warns in the test that left it."""
+    """Stop the workers of the apps and close all connections.
+
+    A connection that stays open warns in the test that left it open.
+    """
     for app in apps:
         app.extensions["background_workers"].stop()
         with app.app_context():

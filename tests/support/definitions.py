@@ -1,4 +1,4 @@
-"""Definitions of all that a schema has, as text to compare."""
+"""Definitions of all objects of a schema, as text to compare."""
 
 import re
 
@@ -6,7 +6,7 @@ from sqlalchemy import Connection, text
 
 
 def definitions(connection: Connection, schema: str | None = None) -> list[str]:
-    """Every table, column, index and constraint, as the engine itself writes them down."""
+    """Return the definition of every table, column, index and constraint, as the database itself writes it."""
     if connection.dialect.name == "sqlite":
         rows = connection.execute(text(f"SELECT sql FROM {schema or 'main'}.sqlite_master WHERE sql IS NOT NULL"))
     else:

@@ -56,12 +56,12 @@ class Note(db.Model):  # type: ignore[name-defined, misc]
 
 
 def effect(context: WorkerContext, note: object = "") -> None:
-    """An effect of the run in its own session: kept if and only if the run's commit is."""
+    """Write an effect of the run in its own session. The row is kept if and only if the run commits."""
     context.session.execute(insert(effects).values(key=context.idempotency_key, note=str(note)))
 
 
 class Hourly(PeriodicWorker):
-    """A worker that leaves one effect per run; the tests' workers are its children."""
+    """A worker that leaves one effect per run. The workers of the tests inherit from it."""
 
     period = HOUR
     run_on_first_start = True
@@ -94,7 +94,7 @@ FLASK_APP = "support.fleet:from_environment()"
 
 
 def from_environment(*workers: AnyWorker) -> Flask:
-    """Return the application for a process of its own: the settings are those of the engine in the environment."""
+    """Return the application for a process of its own, with the engine's settings from the environment."""
     logging.basicConfig(level=logging.INFO)
     return make_app(
         os.environ["DATABASE_URL"], *workers, **{name: os.environ[name] for name in SETTINGS if name in os.environ}
@@ -110,7 +110,7 @@ def make_tables(database_url: str) -> None:
 
 
 class Fleet:
-    """Applications on one database; each is an instance of its own. All are stopped at the end of the test."""
+    """Applications on one database. Each is an instance of its own. The end of the test stops all of them."""
 
     def __init__(self, database_url: str) -> None:
         self.database_url = database_url
@@ -118,7 +118,7 @@ class Fleet:
         app = self.app()
         with app.app_context():
             self.engine: Engine = db.engine
-            db.metadata.create_all(self.engine, [effects, Note.__table__])  # a copy of the shop has neither
+            db.metadata.create_all(self.engine, [effects, Note.__table__])  # a copy of the shop has neither table
 
     def app(self, *workers: AnyWorker, **config: Any) -> Flask:
         self.apps.append(make_app(self.database_url, *workers, **config))
@@ -129,14 +129,14 @@ class Fleet:
         return manager
 
     def command(self, *arguments: object) -> list[str]:
-        """This file, run in another process with `arguments`; see `main`."""
+        """Return the command that runs `main` of this file with `arguments` in another process."""
         return [sys.executable, "-m", "fleet", self.database_url, *map(str, arguments)]
 
     def close(self) -> None:
         stop(*self.apps)
 
     def enqueue(self, topic: str, *payloads: Any, **more: Any) -> list[int | None]:
-        """Enqueue through the latest of the apps."""
+        """Enqueue through the newest application."""
         app = self.apps[-1]
         with app.app_context():
             ids = [app.extensions["background_workers"].enqueue(topic, payload, **more) for payload in payloads]
@@ -151,10 +151,10 @@ class Fleet:
         with self.engine.connect() as connection:
             return list(connection.execute(select(tables.message_errors).order_by(tables.message_errors.c.id)).all())
 
-    # -- what is in the database -----------------------------------------------------------------
+    # -- the rows in the database -----------------------------------------------------------------
 
     def effects(self) -> list[str]:
-        """The notes that the runs left, in order."""
+        """Return the notes that the runs left, in order."""
         with self.engine.connect() as connection:
             return list(connection.scalars(select(effects.c.note).order_by(effects.c.id)))
 
@@ -192,17 +192,17 @@ class Fleet:
 
 
 def states(fleet: Fleet) -> list[str]:
-    """Of the messages, in their order."""
+    """Return the states of the messages, in their order."""
     with fleet.engine.connect() as connection:
         return list(connection.scalars(select(tables.messages.c.state).order_by(tables.messages.c.id)))
 
 
 def stop(*apps: Flask) -> None:
-    """Stop their workers, and see the threads end."""
+    """Stop the workers of the apps, and wait until the threads end."""
     for app in apps:
         app.extensions["background_workers"].stop()
     wait_until(lambda: not [t for t in threading.enumerate() if t.name.startswith("workers-")], "the threads' end")
-    close(*apps)  # and what a late thread opened again
+    close(*apps)  # also the connections that a late thread opened again
 
 
 def last_hour() -> datetime:
@@ -210,15 +210,15 @@ def last_hour() -> datetime:
 
 
 def wait_until(is_true: Callable[[], Any], what: str = "it") -> Any:
-    """Poll the database (which sends no events) until `is_true()`; what that returned."""
-    found = eventually(is_true, pause=0.02)  # in this process a look is cheap
+    """Poll the database (which sends no events) until `is_true()` holds. Return its value."""
+    found = eventually(is_true, pause=0.02)  # polling in this process is cheap
     assert found, f"waited {PATIENCE} s in vain until {what} happened"
     return found
 
 
 @contextmanager
 def statements(engine: Engine | type[Engine]) -> Iterator[list[str]]:
-    """The statements that `engine` executes within the block; of `Engine` itself those of every one."""
+    """Collect the statements that `engine` executes in the block. `Engine` itself stands for all engines."""
     seen: list[str] = []
 
     def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
@@ -232,7 +232,7 @@ def statements(engine: Engine | type[Engine]) -> Iterator[list[str]]:
 
 
 def in_threads(*functions: Callable[[], Any]) -> list[Any]:
-    """Call the functions at the same instant, each in a thread; their results in order."""
+    """Call the functions at the same instant, each in a thread. Return their results in order."""
     results: list[Any] = [None] * len(functions)
     barrier = threading.Barrier(len(functions))
 
@@ -249,7 +249,7 @@ def in_threads(*functions: Callable[[], Any]) -> list[Any]:
 
 
 def at_once(number: int, work: Callable[[int], Any]) -> list[Any]:
-    """The results of `work(0)` to `work(number - 1)`, begun at the same instant."""
+    """Call `work(0)` to `work(number - 1)` at the same instant. Return their results in order."""
     return in_threads(*[partial(work, index) for index in range(number)])
 
 
@@ -259,7 +259,7 @@ def main(database_url: str, name: str, at: str, processes: str = "1") -> None:
     if processes == "1":
         print(manager.tick(name, datetime.fromisoformat(at)))
         return
-    context = multiprocessing.get_context("fork")  # nothing is opened yet, no thread runs: as under gunicorn --preload
+    context = multiprocessing.get_context("fork")  # as under gunicorn --preload, no connection is open
     barrier = context.Barrier(int(processes))
 
     def member() -> None:
@@ -280,7 +280,7 @@ class Shared(Hourly):
 
 
 class StuckAtTheEnd(Hourly):
-    """Does everything, and is stuck between its last effect and the commit of "succeeded"."""
+    """Leaves its effect, and hangs between this effect and the commit of "succeeded"."""
 
     def do_work(self, context: WorkerContext) -> None:
         effect(context)

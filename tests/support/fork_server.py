@@ -1,4 +1,4 @@
-"""Processes of the shop, forked from one that has imported everything: a fleet of them is up in a second."""
+"""Processes of the shop, forked from a process that has imported everything: a fleet starts within a second."""
 
 import atexit
 import ctypes
@@ -27,14 +27,14 @@ _CLONE_NEWPID = 0x20000000
 
 
 class Forked:
-    """A process that is the nursery's child, as if it were a `subprocess.Popen` of ours."""
+    """A child process of the nursery, with the interface of `subprocess.Popen`."""
 
     def __init__(self, pid: int, ending: int) -> None:
         self.pid = pid
         self.returncode: int | None = None
-        self._ending = ending  # where the nursery writes how it ended
+        self._ending = ending  # the nursery writes the exit code here
         self._handle: int | None = None
-        with suppress(ProcessLookupError):  # it may have ended by now
+        with suppress(ProcessLookupError):  # the process may have ended by now
             self._handle = os.pidfd_open(pid)
 
     def send_signal(self, number: int) -> None:
@@ -68,7 +68,7 @@ class Member(Process):
         self.signal(signal.SIGCONT)
 
     def kill(self) -> float:
-        """As a power cut does; returns when that was (Unix seconds)."""
+        """Kill the process, as a power cut does. Return the time (Unix seconds)."""
         killed = time()
         self.signal(signal.SIGKILL)
         self.wait()
@@ -86,7 +86,7 @@ class Member(Process):
 
 
 class Nursery:
-    """Forks what it is asked for; ends with the tests. It starts with `more` in its environment."""
+    """Forks processes on request, until the tests end. `more` is added to its environment."""
 
     def __init__(self, **more: object) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -98,7 +98,10 @@ class Nursery:
 
     @contextmanager
     def started(self, url: str, *arguments: str, alone: bool = False, **more: object) -> Iterator[Member]:
-        """`flask` with `arguments`, by default `workers run`; `alone` in its world, its process id is 1."""
+        """Fork `flask` with `arguments`, by default `workers run`.
+
+        With `alone`, the process has its own namespace of process ids, and its id is 1.
+        """
         command = flask(*(arguments or ("workers", "run")))
         with self.forked(command, environment(url, **more), alone=alone) as member:
             yield member
@@ -107,8 +110,7 @@ class Nursery:
     def forked(
         self, command: Sequence[str], env: Mapping[str, str], errors: Path | None = None, alone: bool = False
     ) -> Iterator[Member]:
-        """As `processes.started` with a `python -m MODULE ...`, and many times as quick; its standard error may go
-        into a file."""
+        """Fork a `python -m MODULE ...`, like `processes.started` but faster. `errors` is a file for standard error."""
         assert list(command[:2]) == [sys.executable, "-m"], command
         order = {"env": env, "arguments": command[2:], "errors": errors and str(errors), "alone": alone}
         (ours, output), (ending, end) = os.pipe(), os.pipe()
@@ -137,18 +139,18 @@ class Nursery:
 
 
 class Shops:
-    """The processes of one test, all on one database; none is left behind."""
+    """The processes of one test, all on one database. The end of the test ends all of them."""
 
     def __init__(self, nursery: Nursery, url: str) -> None:
         self._nursery, self._url = nursery, url
         self._stack = ExitStack()
 
     def start(self, *arguments: str, **more: Any) -> Member:
-        """See `Nursery.started`."""
+        """Start a process, as `Nursery.started` does."""
         return self._stack.enter_context(self._nursery.started(self._url, *arguments, **more))
 
     def join(self, count: int = 1, **more: Any) -> list[Member]:
-        """So many, which have all joined the fleet."""
+        """Start `count` processes, and wait until each has joined the fleet."""
         members = [self.start(**more) for _ in range(count)]
         for member in members:
             member.wait_for("joined with")
@@ -159,11 +161,11 @@ class Shops:
 
 
 def main(orders: socket.socket) -> None:
-    ending = Ending()  # before all imports: at the exit it comes after what they have registered
+    ending = Ending()  # before all imports, so that it runs after all their exit handlers
     _import_everything()
     gc.collect()
     gc.freeze()
-    children: dict[int, tuple[int, int]] = {}  # by its handle: the id of the process, and where to write how it ended
+    children: dict[int, tuple[int, int]] = {}  # by its handle: the process id, and the file for the exit code
     while True:
         for ready in select.select([orders, *children], [], [])[0]:
             if ready is not orders:
@@ -185,8 +187,10 @@ def main(orders: socket.socket) -> None:
 
 
 class Ending:
-    """A process does all that an interpreter does at its end, but for one thing: it takes nothing apart that it shares
-    with the nursery, as the system would have to copy all of that before."""
+    """Ends a process as an interpreter does, but keeps the memory that the process shares with the nursery.
+
+    Freeing this memory would make the system copy all of it first.
+    """
 
     def __init__(self) -> None:
         self.code: int | None = None
@@ -202,14 +206,14 @@ class Ending:
             raise
 
     def _leave(self) -> None:
-        """The last that is done at the exit; other endings, as by an error, are left to the interpreter."""
+        """End the process as the last step of the exit. The interpreter handles other endings, such as an error."""
         if self.code is not None:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(self.code)
 
 
-_LATE = (  # what is imported no sooner than it is needed
+_LATE = (  # modules that the application imports on demand
     "apscheduler.triggers.date",
     "background.cli.workers",
     "background.process.supervisor",
@@ -225,7 +229,7 @@ _LATE = (  # what is imported no sooner than it is needed
 
 
 def _import_everything() -> None:
-    """Whatever an import brings, and what the first application of a process compiles, is there before the fork."""
+    """Import all modules and make a first application before the fork, so that no child needs to."""
     for name in _LATE:
         import_module(name)
     for command in entry_points(group="flask.commands"):
@@ -234,7 +238,7 @@ def _import_everything() -> None:
 
     if not find_spec("app"):  # the engine's tests do not need the shop
         return
-    nowhere = logging.NullHandler()  # else the log would be set up here, and by none of the processes
+    nowhere = logging.NullHandler()  # otherwise the log is set up here, and in none of the children
     logging.getLogger().addHandler(nowhere)
     import_module("app").create_app(
         {"DATABASE_URL": "sqlite://", "SECRET_KEY": "of-the-nursery-6b1e0c2d9f", "TESTING": True}
@@ -245,7 +249,7 @@ def _import_everything() -> None:
 def _bury(handle: int, pid: int, end: int) -> None:
     os.close(handle)
     _, status = os.waitpid(pid, 0)
-    with suppress(BrokenPipeError):  # no caller waits for it
+    with suppress(BrokenPipeError):  # no caller waits for the exit code
         os.write(end, str(os.waitstatus_to_exitcode(status)).encode())
     os.close(end)
 
@@ -289,8 +293,8 @@ def _leave_this_world(orders: socket.socket, output: int) -> None:
 
 
 def _own_pid() -> str:
-    """As those outside know it."""
-    return os.readlink("/proc/self")  # of a /proc that was mounted outside
+    """Return the process id in the outer namespace."""
+    return os.readlink("/proc/self")  # the outer namespace mounted /proc
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A mail server on a real socket, which can be told to misbehave."""
+"""A mail server on a real socket, with faults on request."""
 
 import asyncio
 import ssl
@@ -13,10 +13,10 @@ from aiosmtpd.smtp import SMTP, AuthResult, Envelope, LoginPassword, Session
 
 
 class MailServer:
-    """Keeps what it is sent in `mails` and `recipients`; `trouble` is done to as many mails as it has entries.
+    """Keeps the mails that it receives in `mails` and `recipients`. Each entry of `trouble` is a fault for one mail.
 
-    An entry is what it answers to a recipient ("550 ..."), or one of `drop in data`, `drop after data`, `hang`
-    (instead of an answer to the data), `drop at quit`; an empty one is none.
+    An entry is a reply to a recipient ("550 ..."), or one of `drop in data`, `drop after data`, `hang` (instead of a
+    reply to the data), `drop at quit`. An empty entry is no fault.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class MailServer:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.sleep(0)  # the transports close in the loop's next round
+        await asyncio.sleep(0)  # the loop closes the transports in its next round
 
     def _call(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(30)
@@ -72,7 +72,7 @@ class MailServer:
         is_right = found.login == b"shop" and found.password.decode() == self._password
         return AuthResult(success=is_right, handled=is_right)
 
-    # -- what aiosmtpd calls
+    # -- methods that aiosmtpd calls
 
     async def handle_RCPT(
         self, server: SMTP, _session: Session, envelope: Envelope, address: str, _options: list[str]
@@ -115,7 +115,7 @@ class Protocol(SMTP):
             await super().smtp_QUIT(arg)
 
     def _is_to(self, trouble: str) -> bool:
-        """Return True once if this is the fault that it was told to show next."""
+        """Return True once if this is the next fault on the list."""
         is_next = self.mail_server.trouble[:1] == [trouble]
         if is_next:
             del self.mail_server.trouble[0]

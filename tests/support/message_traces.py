@@ -1,4 +1,4 @@
-"""The messages of the probes: enqueued as a web process does, and what must be true of them however that went."""
+"""Messages of the traced app: enqueued as by a web process, and checked after any faults."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -17,7 +17,7 @@ TOPICS = ("notes", "bulk", "relays")
 
 
 class Letterbox:
-    """The messages in one database, and the effects of those who handled them, read anew with every question."""
+    """The messages in one database and the effects of their handlers. Each call reads them again."""
 
     def __init__(self, effects: Effects) -> None:
         self._effects, self.url = effects, effects.url
@@ -30,7 +30,7 @@ class Letterbox:
         return manager
 
     def put(self, topic: str, payloads: Iterable[Any], **more: Any) -> list[int]:
-        """Enqueue and commit them, at once; return the ids, in order."""
+        """Enqueue the payloads in one commit. Return the ids in order."""
         with self.app.app_context():
             before = db.session.scalar(select(func.max(tables.messages.c.id))) or 0
             self.manager.enqueue_many(topic, payloads, **more)
@@ -39,10 +39,10 @@ class Letterbox:
             return list(db.session.scalars(new.order_by(tables.messages.c.id)))
 
     def living(self) -> set[int]:
-        """The pids of the processes whose lease is not over."""
+        """Return the pids of the processes whose lease has not ended."""
         return self._effects.instances(alive=True)
 
-    # -- what is in the database -----------------------------------------------------------------
+    # -- the rows in the database -----------------------------------------------------------------
 
     def rows(self, topic: str = "notes") -> Sequence[Any]:
         query = select(tables.messages).where(tables.messages.c.topic == topic).order_by(tables.messages.c.id)
@@ -66,7 +66,7 @@ class Letterbox:
             return connection.scalar(select(func.count()).select_from(tables.messages).where(*held, its)) or 0
 
     def errors(self, message: int) -> list[tuple[int, str]]:
-        """The attempts that failed, each with the last line of its error."""
+        """Return the failed attempts, each with the last line of its error."""
         errors = tables.message_errors
         query = select(errors.c.attempt, errors.c.error).where(errors.c.message == message).order_by(errors.c.id)
         with self._engine.connect() as connection:
@@ -78,7 +78,10 @@ class Letterbox:
     # -- the oracle ------------------------------------------------------------------------------
 
     def check(self, topic: str = "notes") -> list[Effect]:
-        """At most one effect per message, never before it was due; exactly one when it is done. Returns them."""
+        """Check that each done message has exactly one effect, any other message none, and none is early.
+
+        Returns the effects.
+        """
         rows, found = {f"{topic}:{row.id}": row for row in self.rows(topic)}, self.effects(topic)
         times = Counter(effect.key for effect in found)
         assert not (twice := {key: count for key, count in times.items() if count > 1}), f"twice: {twice}"
@@ -91,7 +94,7 @@ class Letterbox:
         return found
 
     def check_all_done(self, topic: str = "notes") -> list[Effect]:
-        """The oracle, and each message is done."""
+        """Check as `check` does, and that every message is done."""
         assert self.states(topic).keys() == {"done"}, self.states(topic)
         return self.check(topic)
 
@@ -100,7 +103,7 @@ class Letterbox:
 
 
 def unread(topic: str) -> type[MessageWorker]:
-    """Handles nothing. An enqueuing process must know the topic."""
+    """Return a worker that handles nothing, because an enqueuing process must know the topic."""
 
     def handle(self: MessageWorker, message: Message, context: WorkerContext) -> None:
         raise AssertionError

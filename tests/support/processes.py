@@ -1,4 +1,4 @@
-"""Start a command as an operator does, watch what it says, signal it, and see how it ends."""
+"""Starts a command as an operator does, reads its output, signals it, and returns its exit code."""
 
 import fcntl
 import os
@@ -18,13 +18,13 @@ from typing import TypeVar
 ROOT = Path(__file__).parents[2]
 PATIENCE = float(os.environ.get("TEST_PATIENCE", "60"))
 """Seconds that a busy machine may take for an event that should happen within one."""
-MARGIN = 2.0  # seconds that a busy machine may add to what is promised
+MARGIN = 2.0  # seconds that a busy machine may add to the promised time
 
 Found = TypeVar("Found")
 
 
 def environment(database_url: str | None = None, **more: object) -> dict[str, str]:
-    """This environment without settings of the shop, and with short heartbeats; `more` comes on top."""
+    """Return this environment without the shop's settings, with short heartbeats, and with `more` on top."""
     own = ("FLASK_", "WORKERS_", "WERKZEUG_", "PROBE_", "GUNICORN_", "WEB_", "DATABASE_URL", "LOG_LEVEL")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(own)}
     ours: dict[str, object] = {
@@ -46,12 +46,12 @@ def flask(*arguments: str) -> list[str]:
 
 
 def gunicorn(*arguments: str) -> list[str]:
-    """gunicorn with the project's own gunicorn.conf.py, which it reads by itself."""
+    """Return the command of gunicorn, which reads the project's own gunicorn.conf.py by itself."""
     return [sys.executable, "-m", "gunicorn", "--no-control-socket", "-b", "127.0.0.1:0", *arguments]
 
 
 class Process:
-    """One started command: its lines so far, and its end."""
+    """One started command: its output so far, and its end."""
 
     def __init__(self, popen: "subprocess.Popen[bytes]", output: int) -> None:
         self._popen, self._output = popen, output
@@ -70,7 +70,7 @@ class Process:
             return "\n".join(self._lines)
 
     def wait_for(self, pattern: str, times: int = 1, timeout: float = PATIENCE) -> re.Match[str]:
-        """The `times`th match of `pattern` in its output; fails with the output if that does not come."""
+        """Return the `times`th match of `pattern` in the output. Fail with the output if the match does not come."""
         deadline = time.monotonic() + timeout
         with self._changed:
             while True:
@@ -83,19 +83,19 @@ class Process:
                 self._changed.wait(min(left, 0.1))
 
     def signal(self, number: int) -> None:
-        """To this process alone."""
+        """Signal this process only."""
         self._popen.send_signal(number)
 
     def signal_group(self, number: int) -> None:
-        """To it and all that it started, as a terminal does on Ctrl-C."""
+        """Signal this process and all processes that it started, as a terminal does on Ctrl-C."""
         os.killpg(self.pid, number)
 
     def type(self, text: str) -> None:
-        """On the terminal that it was started in."""
+        """Type the text on the terminal of the process."""
         os.write(self._output, text.encode())
 
     def wait(self, timeout: float = PATIENCE) -> int:
-        """Its exit code, once it has ended and everything it said is read."""
+        """Return the exit code, after the process has ended and all its output is read."""
         try:
             code = self._popen.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -104,7 +104,7 @@ class Process:
         return code
 
     def end(self) -> None:
-        """Whatever happened, leave nothing of it behind."""
+        """Kill the process and all processes that it started."""
         with suppress(ProcessLookupError):
             self.signal_group(signal.SIGKILL)
         self._popen.wait()
@@ -112,7 +112,7 @@ class Process:
 
     def _read(self) -> None:
         rest = b""
-        with suppress(OSError):  # how a pseudo-terminal says that its other side is gone
+        with suppress(OSError):  # a pseudo-terminal reports a closed other side like this
             while chunk := os.read(self._output, 65_536):
                 *lines, rest = (rest + chunk).split(b"\n")
                 self._said(lines)
@@ -129,7 +129,7 @@ class Process:
 def started(
     command: Sequence[str], env: Mapping[str, str], cwd: Path = ROOT, terminal: bool = False
 ) -> Iterator[Process]:
-    """`command` in a session (and process group) of its own; with `terminal`, in the foreground of one."""
+    """Start `command` in a session (and process group) of its own, with `terminal` on a terminal of its own."""
     theirs, ours = _terminal() if terminal else _pipe()
     popen = subprocess.Popen(
         command,
@@ -150,7 +150,7 @@ def started(
 
 
 def run(command: Sequence[str], env: Mapping[str, str], cwd: Path = ROOT) -> tuple[int, str]:
-    """Its exit code and everything it said."""
+    """Return the command's exit code and all its output."""
     with started(command, env, cwd) as process:
         return process.wait(), process.output
 

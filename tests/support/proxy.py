@@ -11,7 +11,7 @@ _CHUNK = 65_536
 
 
 class Wire(threading.Thread):
-    """One connection through the proxy: this thread carries what the client sends, another the answers."""
+    """One connection through the proxy. This thread carries the requests, another thread the replies."""
 
     def __init__(self, proxy: "Proxy", client: socket.socket) -> None:
         super().__init__(daemon=True)
@@ -39,7 +39,7 @@ class Wire(threading.Thread):
                 end.shutdown(socket.SHUT_RDWR)
 
     def half_open(self) -> None:
-        """The server is gone, and the client is not told."""
+        """End the connection to the server, and do not notify the client."""
         self.hold()
         with suppress(OSError):
             self.server.shutdown(socket.SHUT_RDWR)
@@ -60,7 +60,7 @@ class Wire(threading.Thread):
     def _carry(self, source: socket.socket, target: socket.socket, may_pass: threading.Event) -> None:
         with suppress(OSError):
             while data := source.recv(_CHUNK):
-                if self._reply_is_lost:  # this is it, so the server has committed
+                if self._reply_is_lost:  # this is the reply, so the server has committed
                     break
                 if source is self.client:
                     self._watch(data)
@@ -70,7 +70,7 @@ class Wire(threading.Thread):
         self.cut()
 
     def _watch(self, data: bytes) -> None:
-        """Called with what the client sends, before the server has it."""
+        """Look at the client's data before the server receives it."""
         if not self.proxy.is_to_lose_a_reply:
             return
         self._sent += data
@@ -80,7 +80,7 @@ class Wire(threading.Thread):
 
 
 class Proxy:
-    """Listens on 127.0.0.1 at `url`, and forwards to the unix socket of the server at the URL it is given."""
+    """Listens on 127.0.0.1 at `url`, and forwards to the unix socket of the server."""
 
     def __init__(self, url: URL) -> None:
         self.server = f"{url.query['host']}/.s.PGSQL.{url.port or 5432}"
@@ -97,8 +97,10 @@ class Proxy:
         self._thread.start()
 
     def lose_reply(self, statement: bytes, commits_itself: bool = False) -> threading.Event:
-        """Lose the reply to the next COMMIT of a transaction with such a `statement`, or to the statement if it needs
-        none; returns the sign of that."""
+        """Lose the reply to the next COMMIT of a transaction that contains `statement`.
+
+        If `commits_itself`, lose the reply to the statement. Returns an event that is set when the reply is lost.
+        """
         self.commits_itself = commits_itself
         self._lost, self._has_lost = statement, threading.Event()
         return self._has_lost
@@ -115,17 +117,17 @@ class Proxy:
         return True
 
     def cut(self) -> None:
-        """End every connection, as a server does that restarts."""
+        """End every connection, as a restarting server does."""
         for wire in self._wires:
             wire.cut()
 
     def refuse(self) -> None:
-        """End every connection, and each new one at once, until `heal`."""
+        """End every connection, and each new connection immediately, until `heal`."""
         self._refuses = True
         self.cut()
 
     def half_open(self) -> None:
-        """End every connection, and tell the server only."""
+        """End every connection, and notify only the server."""
         for wire in self._wires:
             wire.half_open()
 
@@ -136,7 +138,7 @@ class Proxy:
             wire.hold(replies_only)
 
     def heal(self, cut: bool = True) -> None:
-        """Let everything pass again; with `cut`, what was held up is lost with its connections."""
+        """Let everything pass again. With `cut`, the held data is lost with its connections."""
         self._is_silent = self._refuses = False
         for wire in self._wires:
             if cut and wire.is_held:

@@ -56,7 +56,7 @@ def leave(context: WorkerContext, pid: int, note: str = "done") -> None:
 
 
 def leave_each(context: WorkerContext, messages: Sequence[Message], pid: int) -> None:
-    """Write one effect for each of them, as `leave` does for the one in hand."""
+    """Write one effect for each of the messages, as `leave` does for the current message."""
     rows = [
         {"worker": context.worker, "tick": each.due_at, "attempt": each.attempt, "key": each.idempotency_key}
         for each in messages
@@ -65,7 +65,7 @@ def leave_each(context: WorkerContext, messages: Sequence[Message], pid: int) ->
 
 
 class Effects:
-    """The effects in one database, read anew with every question."""
+    """The effects in one database. Each call reads them again."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -74,7 +74,7 @@ class Effects:
         table.create(self._engine)
 
     def all(self, worker: str = "ticker", note: str = "done") -> list[Effect]:
-        """In the order in which they were written."""
+        """Return the effects in the order in which the runs wrote them."""
         columns = [column for column in table.columns if column.name != "id"]
         query = select(*columns).where(table.c.worker == worker, table.c.note == note).order_by(table.c.id)
         with self._engine.connect() as connection:
@@ -87,7 +87,10 @@ class Effects:
         return {effect.pid for effect in self.all(worker)}
 
     def check_once(self, worker: str = "ticker") -> list[Effect]:
-        """The oracle: each tick at most once, in order, never early, and under its own key. Returns them."""
+        """Check that each tick ran at most once, in order, never early, and under its own key.
+
+        Returns the effects.
+        """
         found = self.all(worker)
         ticks = [effect.tick for effect in found]
         assert ticks == sorted(set(ticks)), f"twice, or out of order: {ticks}"
@@ -97,8 +100,10 @@ class Effects:
         return found
 
     def check_consecutive(self, period: timedelta, since: datetime, worker: str = "ticker") -> list[Effect]:
-        """The oracle, and no tick was left out between the first one after `since` and the last; but for those that
-        were skipped, as on a machine that stood still the run before was on."""
+        """Check as `check_once` does, and that no tick after `since` is left out.
+
+        A tick may be skipped if the previous run was still on, as on a machine that stood still.
+        """
         found = [effect for effect in self.check_once(worker) if effect.tick > since]
         for one, following in pairwise(found):
             history = self.history(worker, one.tick)
@@ -109,7 +114,7 @@ class Effects:
         return found
 
     def check_answered(self, period: timedelta, worker: str = "ticker") -> None:
-        """The oracle, and every tick from the first run to the last has one answer: its end, or why it did not run."""
+        """Check as `check_once` does, and that every tick from the first run to the last has one outcome or reason."""
         first, *_, last = (effect.tick for effect in self.check_once(worker))
         answered = []
         for row in self.history(worker, first):
@@ -120,27 +125,27 @@ class Effects:
         assert sorted(tick for tick in answered if tick <= last) == due
 
     def history(self, worker: str, since: datetime = EPOCH) -> list[dict[str, Any]]:
-        """Return the states of the ledger's ticks from then on."""
+        """Return the executions of the worker's ticks from `since` on."""
         query = select(executions).where(executions.c.worker == worker, executions.c.tick >= since)
         with self._engine.connect() as connection:
             return [dict(row) for row in connection.execute(query.order_by(executions.c.id)).mappings()]
 
     def states(self, worker: str) -> list[tuple[str, int]]:
-        """The state and the attempt of its executions, in order."""
+        """Return the state and the attempt of the worker's executions, in order."""
         columns = (executions.c.state, executions.c.attempt)
         query = select(*columns).where(executions.c.worker == worker).order_by(executions.c.id)
         with self._engine.connect() as connection:
             return [(state, attempt) for state, attempt in connection.execute(query)]
 
     def schedule(self, worker: str) -> tuple[str, datetime]:
-        """The worker's schedule in force, as text, and since when it is."""
+        """Return the worker's schedule in force, as text, and the moment since which it is in force."""
         query = select(workers.c.schedule, workers.c.scheduled_at).where(workers.c.name == worker)
         with self._engine.connect() as connection:
             text, since = connection.execute(query).one()
         return text, since
 
     def instances(self, alive: bool = False) -> set[int]:
-        """The pids of the processes that joined the fleet; with `alive`, of those that have not left it."""
+        """Return the pids of the processes that joined the fleet. With `alive`, only of the living processes."""
         return set(self.heartbeats(alive))
 
     def heartbeats(self, alive: bool = False) -> dict[int, datetime]:
@@ -154,6 +159,6 @@ class Effects:
         if alive:
             query = query.where(instances.c.signed_off_at.is_(None), instances.c.expires_at > now())
         with create_engine(url, poolclass=NullPool).connect() as connection:
-            if not inspect(connection).has_table(instances.name):  # SQLite's file is there a moment before
+            if not inspect(connection).has_table(instances.name):  # SQLite's file exists a moment before its table
                 return {}
             return dict(connection.execute(query).all())

@@ -1,4 +1,4 @@
-"""Servers that a test may stop and start: a PostgreSQL of its own, a pooler in front of one, and one of the shop."""
+"""Servers that a test may stop and start: a PostgreSQL, a pooler in front of a PostgreSQL, and a server of the shop."""
 
 import os
 import shutil
@@ -21,7 +21,7 @@ _numbers = count(1)
 
 
 class PostgreSQL:
-    """A server from the wheel, with a database that `prepare` gave its tables. Committed rows survive a restart."""
+    """A server from the wheel, with a database whose tables `prepare` makes. Committed rows survive a restart."""
 
     def __init__(self, prepare: Callable[[str], None]) -> None:
         with warnings.catch_warnings():
@@ -37,7 +37,7 @@ class PostgreSQL:
         prepare(text(self.url.set(database="migrated")))
 
     def database(self) -> URL:
-        """A new one, with the schema and nothing in it."""
+        """Return a new database with the schema and no rows."""
         name = f"test_{next(_numbers)}"
         administer(self.url, f"CREATE DATABASE {name} TEMPLATE migrated")
         return self.url.set(database=name)
@@ -59,7 +59,7 @@ class PostgreSQL:
 
 @contextmanager
 def pooler(server: URL, connections: int) -> Iterator[URL]:
-    """A pgbouncer that lends `connections` connections of `server`, each for one transaction; its URL."""
+    """Start a pgbouncer that lends `connections` connections of `server`, each for one transaction. Give its URL."""
     folder = Path(tempfile.mkdtemp(prefix="bookstore-pooler-"))
     host, port = server.query["host"], server.port or 5432
     (folder / "pgbouncer.ini").write_text(f"""
@@ -72,7 +72,7 @@ auth_type = any
 listen_addr =
 unix_socket_dir = {folder}
 """)
-    user = "pgserver" if os.geteuid() == 0 else None  # it refuses to run as root; the wheel has made this user
+    user = "pgserver" if os.geteuid() == 0 else None  # pgbouncer refuses to run as root; the wheel made this user
     if user:
         shutil.chown(folder, user)
     command = [str(PGBOUNCER), str(folder / "pgbouncer.ini")]
@@ -91,7 +91,7 @@ unix_socket_dir = {folder}
 
 @contextmanager
 def served(app: Flask) -> Iterator[str]:
-    """Where a server of this process answers for the app."""
+    """Serve the app in this process. Give its address."""
     server = make_server("127.0.0.1", 0, app, threaded=True)
     thread = Thread(target=server.serve_forever)
     thread.start()

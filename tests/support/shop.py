@@ -66,7 +66,7 @@ def migrate(database_url: str) -> None:
 
 @pytest.fixture(scope="session")
 def template_postgresql(postgresql_server: URL) -> str:
-    """The name of a database with the shop's schema. Each test gets a copy."""
+    """Give the name of a database with the shop's schema. Each test gets a copy."""
     administer(postgresql_server, "CREATE DATABASE migrated")
     migrate(text(postgresql_server.set(database="migrated")))
     freeze()
@@ -83,7 +83,7 @@ def template_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def compiled_templates(tmp_path_factory: pytest.TempPathFactory) -> FileSystemBytecodeCache:
-    """Shared by the applications of all tests."""
+    """Give a cache of templates that the applications of all tests share."""
     return FileSystemBytecodeCache(str(tmp_path_factory.mktemp("templates")))
 
 
@@ -103,7 +103,7 @@ def engine(app: Flask) -> Iterator[Engine]:
 
 @pytest.fixture
 def make_user(app: Flask) -> Callable[..., User]:
-    """Make a user of the given columns, committed; returned loaded, and usable outside any session."""
+    """Make and commit a user with the given columns. Return the loaded user, usable outside any session."""
 
     def make(**columns: Any) -> User:
         number = next(_numbers)
@@ -127,7 +127,7 @@ def make_user(app: Flask) -> Callable[..., User]:
 
 @pytest.fixture
 def make_book(app: Flask) -> Callable[..., int]:
-    """Make a book of the given columns, committed; its id."""
+    """Make and commit a book with the given columns. Return its id."""
 
     def make(**columns: Any) -> int:
         usual = {"title": "Middlemarch", "author": "George Eliot", "price_cents": 1250, "stock": 5}
@@ -142,7 +142,7 @@ def make_book(app: Flask) -> Callable[..., int]:
 
 @pytest.fixture
 def outbox(app: Flask, tmp_path: Path) -> Path:
-    """Where the app's mails go, instead of into its instance folder."""
+    """Give the folder of the app's mails, instead of the instance folder."""
     folder = tmp_path / "outbox"
     svcs.flask.register_factory(app, Mailer, lambda: Mailer(None, "shop@example.com", folder))
     return folder
@@ -150,7 +150,7 @@ def outbox(app: Flask, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def login() -> Callable[[FlaskClient, User], None]:
-    """Log the user in through the shop's own form; the user was made with the tests' password."""
+    """Log the user in through the shop's own form, with the tests' password."""
 
     def log_in(client: FlaskClient, user: User, password: str = PASSWORD) -> None:
         response = client.post("/login", data={"email": user.email, "password": password})

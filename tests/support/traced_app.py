@@ -1,4 +1,4 @@
-"""The shop with workers that leave traces: started by the tests as an operator starts the shop (FLASK_APP)."""
+"""The shop with workers that leave traces, started by the tests as an operator starts the shop (FLASK_APP)."""
 
 import asyncio
 import atexit
@@ -30,11 +30,11 @@ from background.ledger.ledger import Ledger
 from background.manager import the_manager
 from models import User, UserRepository
 
-User.password_method = "pbkdf2:sha256:1"  # quick, as in conftest.py
+User.password_method = "pbkdf2:sha256:1"  # quick, as in shop.py
 _SECONDS = float(os.environ.get("PROBE_SECONDS", "60"))
 _TAKES = float(os.environ.get("PROBE_TAKES", "0"))
 _connections: list[int] = []
-RARELY = timedelta(days=366)  # one tick is due when a test begins, and no other while it lasts
+RARELY = timedelta(days=366)  # one tick is due when a test begins, and no other tick during the test
 listener._RETRY_SECONDS = float(os.environ.get("PROBE_RETRY", listener._RETRY_SECONDS))
 
 
@@ -55,7 +55,7 @@ def create_app() -> Flask:
 @click.argument("path", type=Path)
 @click.argument("times", type=int)
 def count(path: Path, times: int) -> None:
-    """Add so many lines to a file, each with how many there were: what a lock is needed for."""
+    """Add `times` lines to a file, each with the number of lines before. Without a lock the numbers repeat."""
     for _ in range(times):
         with current_workers.lock("count", timeout=60) as lock:
             assert lock is not None
@@ -92,7 +92,7 @@ def by_app_run_in_debug_mode() -> None:
 
 
 def with_a_loop() -> None:
-    """Serve as servers do that have asyncio hear the signals, once the application is made."""
+    """Serve like servers whose asyncio loop handles the signals, after the application is made."""
     server = make_server("127.0.0.1", 0, create_app(), threaded=True)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     print(f"Running on http://127.0.0.1:{server.port}", flush=True)
@@ -108,7 +108,7 @@ def with_a_loop() -> None:
 
 
 def made_in_a_thread() -> None:
-    """Serve as servers do that load the application late, in a thread of their own."""
+    """Serve like servers that load the application late, in a thread."""
     made: list[Flask] = []
     making = threading.Thread(target=lambda: made.append(create_app()), name="loader")
     making.start()
@@ -117,7 +117,7 @@ def made_in_a_thread() -> None:
 
 
 def wrapped() -> Any:
-    """As behind a middleware: a server's hooks cannot see the application."""
+    """Return the application behind a middleware, where a server's hooks cannot see it."""
     app = create_app()
     return lambda environ, start_response: app(environ, start_response)
 
@@ -145,7 +145,7 @@ class Quick(PeriodicWorker):
 
 
 class Listener(PeriodicWorker):
-    """Runs until it is told to stop."""
+    """Runs until it gets a stop request."""
 
     name = "listener"
     period = RARELY
@@ -162,7 +162,7 @@ class Listener(PeriodicWorker):
 
 
 class Deaf(PeriodicWorker):
-    """Runs for PROBE_SECONDS, or until the file PROBE_UNTIL is there, whatever it is told."""
+    """Runs for PROBE_SECONDS, or until the file PROBE_UNTIL exists, and ignores a stop request."""
 
     name = "deaf"
     period = RARELY
@@ -184,7 +184,7 @@ class Deaf(PeriodicWorker):
 
 
 class Holder(PeriodicWorker):
-    """Writes, and holds what its write has locked for PROBE_SECONDS, whatever it is told."""
+    """Writes, and holds the locks of this write for PROBE_SECONDS. Ignores a stop request."""
 
     name = "holder"
     period = RARELY
@@ -212,7 +212,7 @@ class Sweeper(PeriodicWorker):
 
 
 class Locker(PeriodicWorker):
-    """Holds a lock until it is told to stop."""
+    """Holds a lock until it gets a stop request."""
 
     name = "locker"
     period = RARELY
@@ -228,10 +228,10 @@ class Locker(PeriodicWorker):
 
 
 class Forker(PeriodicWorker):
-    """Forks while it holds a lock; its child leaves that block, too, and does what a process does when it ends.
+    """Forks while it holds a lock. The child also leaves the block, and ends as a process does.
 
-    It does so between two ticks of the ticker: what another thread has locked within SQLite's library at that moment
-    would be locked for ever in the child, which no Python can help.
+    It forks between two ticks of the ticker. A lock that another thread holds within SQLite's library at that moment
+    would stay locked in the child for ever.
     """
 
     name = "forker"
@@ -255,7 +255,7 @@ class Forker(PeriodicWorker):
 
 
 class Forking(PeriodicWorker):
-    """Forks in the middle of its transaction, and its child does what PROBE_CHILD says."""
+    """Forks in the middle of its transaction. Its child acts as PROBE_CHILD says."""
 
     name = "forking"
     period = RARELY
@@ -266,7 +266,7 @@ class Forking(PeriodicWorker):
 
 
 class AsyncForking(PeriodicWorker):
-    """Does the same in an event loop."""
+    """Forks in the middle of its transaction, in an event loop."""
 
     name = "async_forking"
     period = RARELY
@@ -276,7 +276,7 @@ class AsyncForking(PeriodicWorker):
         if not fork_amid(context):
             return
         loop = asyncio.get_running_loop()
-        await loop.run_in_executor(None, time.sleep, 0.01)  # the loop hears of its end on what a child might close
+        await loop.run_in_executor(None, time.sleep, 0.01)  # a child might close the loop's own file handles
 
 
 def fork_amid(context: WorkerContext) -> bool:
@@ -351,7 +351,7 @@ _CHILDREN: dict[str, Callable[[WorkerContext], object]] = {
 
 
 class Pooled(PeriodicWorker):
-    """Has processes of its own compute something, by the fork method, while its transaction is open."""
+    """Has forked processes of a pool compute something while its transaction is open."""
 
     name = "pooled"
     period = RARELY
@@ -366,7 +366,7 @@ class Pooled(PeriodicWorker):
 
 
 class Terminator(PeriodicWorker):
-    """Forks children that would sleep for long, and ends each of them at once."""
+    """Forks children that would sleep for long, and ends each child immediately."""
 
     name = "terminator"
     period = RARELY
@@ -384,7 +384,7 @@ def _ended_by(number: int) -> int:
             os.kill(child, number)
             handle = os.pidfd_open(child)
             if not select.select([handle], [], [], 10)[0]:
-                os.kill(child, number)  # Python dropped the first one, between two hooks of the fork
+                os.kill(child, number)  # Python dropped the first signal, between two hooks of the fork
             os.close(handle)
             return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         time.sleep(_SECONDS)
@@ -397,7 +397,7 @@ def _ended_by(number: int) -> int:
 
 
 class Killer(PeriodicWorker):
-    """Takes its process with it."""
+    """Kills its process."""
 
     name = "killer"
     period = RARELY
@@ -424,7 +424,7 @@ class Hog(PeriodicWorker):
 
 
 class Hanging(PeriodicWorker):
-    """Hangs at every other tick."""
+    """Hangs at every second tick."""
 
     name = "hanging"
     period = timedelta(seconds=0.5)
@@ -437,7 +437,7 @@ class Hanging(PeriodicWorker):
 
 
 class Letters:
-    """A message worker as the environment wants it."""
+    """Settings of the message workers, from the environment."""
 
     batch_size = int(os.environ.get("PROBE_BATCH", "100"))
     max_attempts = int(os.environ.get("PROBE_ATTEMPTS", "5"))
@@ -446,7 +446,7 @@ class Letters:
 
 
 class Notes(Letters, MessageWorker):
-    """Does what a message says, and leaves its effect; one that says nothing else is quick."""
+    """Acts as the message says, and leaves its effect. With any other message it is quick."""
 
     name = topic = "notes"
 
@@ -473,7 +473,7 @@ class Notes(Letters, MessageWorker):
 
 
 class Bulk(Letters, MessageWorker):
-    """Leaves the effects of a batch at once."""
+    """Leaves the effects of a batch in one statement."""
 
     name = topic = "bulk"
 
@@ -519,16 +519,16 @@ def _committed(_session: object) -> None:
 
 
 def reach(point: str) -> None:
-    """Freeze this process at the point PROBE_FREEZES_AT, the first time that it gets there."""
+    """Freeze this process when it first reaches the point PROBE_FREEZES_AT."""
     if os.environ.get("PROBE_FREEZES_AT") == point:
         del os.environ["PROBE_FREEZES_AT"]
         with _alone:
             os.kill(os.getpid(), signal.SIGSTOP)
-            time.sleep(0.1)  # it may be another thread that takes the signal, a moment later
+            time.sleep(0.1)  # another thread may receive the signal, a moment later
 
 
 class Alone:
-    """Freeze while no other thread of this process queries a database: with SQLite's lock it would block them all."""
+    """Freezes only while no other thread of this process uses a database, as such a thread could hold SQLite's lock."""
 
     def __init__(self) -> None:
         self._asking: list[int] = []  # the threads
@@ -537,7 +537,7 @@ class Alone:
     def __enter__(self) -> None:
         with self._changed:
             self._thread = threading.get_ident()
-            # In vain where another waits for a lock that this one has.
+            # The wait is in vain if another thread waits for a lock that this thread has.
             self._changed.wait_for(lambda: set(self._asking) <= {self._thread}, timeout=0.5)
 
     def __exit__(self, *_: object) -> None:
@@ -582,7 +582,7 @@ def _connected(_connection: Any, _record: Any) -> None:
 
 
 def _report() -> None:
-    """Runs after the workers were stopped, as it was registered before."""
+    """Print the threads and connections. Registered first, so it runs after the workers have stopped."""
     if "PROBE_LINGERS" in os.environ:
         _deaf_is_done.wait(30)
     threads = sorted(thread.name for thread in threading.enumerate())

@@ -1,4 +1,4 @@
-"""The shop as a stranger, a customer and an admin find it: its pages, its forms, and what may be sent to its routes."""
+"""The shop as a stranger, a customer and an admin see it: its pages, its forms, and requests to its routes."""
 
 import re
 from collections import defaultdict
@@ -60,7 +60,7 @@ class Visitors:
             db.session.commit()
 
     def look_around(self, name: str) -> dict[str, str]:
-        """The pages that are there for this visitor, by their address; of an endpoint at most a few."""
+        """Return the pages that this visitor can reach, by their address, at most a few for each endpoint."""
         pages: dict[str, str] = {}
         seen: dict[str, int] = defaultdict(int)
         waiting = [rule.rule for rule in self.rules() if "GET" in rule.methods and not rule.arguments]
@@ -82,7 +82,7 @@ class Visitors:
         return {self.learn(path) for path in self.look_around(name)}
 
     def learn(self, path: str, method: str = "GET") -> str:
-        """The endpoint of an address, whose arguments are kept as some that are there."""
+        """Return the endpoint of an address, and remember its arguments as existing ones."""
         parts = urlsplit(path)
         for way in (method, "POST", "GET"):
             with suppress(HTTPException, RequestRedirect):

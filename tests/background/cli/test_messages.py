@@ -1,4 +1,4 @@
-"""`flask messages ...`: what people see of the messages, and what they decide."""
+"""`flask messages ...`: its output, and its changes to messages."""
 
 import json
 import re
@@ -56,7 +56,7 @@ def manager(fleet: Fleet) -> BackgroundWorkerManager:
 
 @pytest.fixture
 def flask(manager: BackgroundWorkerManager) -> Callable[..., Result]:
-    """`flask messages` with these arguments, or `flask workers`."""
+    """Run `flask messages` with these arguments, or `flask workers`."""
 
     def flask(*arguments: str, code: int = 0, group: str = "messages") -> Result:
         result = manager.app.test_cli_runner().invoke(args=[group, *arguments])
@@ -73,14 +73,14 @@ def rows(flask: Callable[..., Result], *arguments: str) -> list[dict[str, Any]]:
 
 
 def handle_all(fleet: Fleet, manager: BackgroundWorkerManager) -> None:
-    """Have what is due handled, or buried."""
+    """Handle or bury the due messages."""
     manager.start()
     wait_until(lambda: not [row for row in fleet.messages() if row.state in ("waiting", "running")], "all was handled")
     manager.stop()
 
 
 def leave_behind(manager: BackgroundWorkerManager, topic: str) -> None:
-    """A batch of the topic, claimed by an instance that has been gone for a minute."""
+    """Claim a batch of the topic as an instance that died a minute ago."""
     assert manager.stores.queue.claim("order_worker", topic, 1, ("dead", "far:7"))
     clock = manager.history.clock()
     gone = {"started_at": clock, "heartbeat_at": clock, "expires_at": clock - timedelta(minutes=1)}
@@ -256,7 +256,7 @@ def test_all_the_dead_are_retried_once_even_if_they_die_again_meanwhile(
     handle_all(fleet, manager)
     fleet.enqueue("orders", "later", delay=3600)
     retried: list[int] = []
-    for some in manager.stores.dead_letters._slices(None):  # what `retry --all` does; between its slices they die again
+    for some in manager.stores.dead_letters._slices(None):  # as `retry --all` does; between slices they die again
         retried += some
         assert manager.messages.retry(some) == len(some) <= 2
         with fleet.engine.begin() as connection:
@@ -471,7 +471,7 @@ def test_what_is_open_is_counted_and_listed_by_the_index_of_its_state(
         assert f"ix_background_messages_{state}" in plan
 
 
-# -- what is wrong -------------------------------------------------------------------------------
+# -- wrong arguments -------------------------------------------------------------------------------
 
 
 def test_a_wrong_argument_is_one_sentence(flask: Callable[..., Result]) -> None:

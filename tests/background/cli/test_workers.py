@@ -1,4 +1,4 @@
-"""`flask workers ...`: what it prints, what it exits with, and what it leaves alone."""
+"""`flask workers ...`: its output, its exit codes, and its side effects."""
 
 import asyncio
 import json
@@ -51,7 +51,7 @@ class Greet(PeriodicWorker):
 
 
 class Weekly(Greet):
-    """For those who look at its latest tick twice: the next one does not come in between."""
+    """A worker for tests that read its latest tick twice: no tick falls due in between."""
 
     period = timedelta(days=7)
 
@@ -84,7 +84,7 @@ class Post(Count):
 
 
 class Interrupted(Greet):
-    """Its first run ends by the Ctrl-C that it sends itself; the next ones are left in peace."""
+    """Its first run sends itself a Ctrl-C. Later runs do not."""
 
     runs = 0
 
@@ -115,7 +115,7 @@ def app(database_url: str) -> Iterator[Flask]:
 
 @pytest.fixture
 def flask(app: Flask) -> Callable[..., Result]:
-    """`flask workers` with these arguments."""
+    """Run `flask workers` with these arguments."""
 
     def flask(*arguments: str, code: int = 0) -> Result:
         result = app.test_cli_runner().invoke(args=["workers", *arguments])
@@ -139,7 +139,7 @@ def write(manager: BackgroundWorkerManager) -> Callable[..., None]:
 
 
 def leave_behind(manager: BackgroundWorkerManager, name: str, tick: datetime, lease: float = -60) -> None:
-    """A run of the tick, on an instance that has that much left of its lease: its power was cut a minute ago."""
+    """Insert a run of the tick, on an instance that lost its power a minute ago and has this much of its lease left."""
     manager.recovery.look(manager.workers[name])
     clock = manager.history.clock()
     expires_at = clock + timedelta(seconds=lease)
@@ -288,7 +288,7 @@ def test_no_statement_about_executions_reads_more_than_a_range_of_an_index(
     assert len(asked) >= 5
     is_sqlite = engine.dialect.name == "sqlite"
     with engine.connect() as connection:
-        if not is_sqlite:  # a handful of rows is read faster than its index
+        if not is_sqlite:  # a few rows are read faster without the index
             connection.exec_driver_sql("SET LOCAL enable_seqscan = off")
         for statement, parameters in asked:
             explain = "EXPLAIN QUERY PLAN " if is_sqlite else "EXPLAIN "
@@ -441,7 +441,7 @@ SHOP = """
 
 @pytest.fixture
 def command(nursery: Nursery, tmp_path: Path) -> Command:
-    """`flask workers` in a process of its own."""
+    """Run `flask workers` in a process of its own."""
 
     def command(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
         call, errors = [sys.executable, "-m", "flask", "workers", *arguments], tmp_path / "errors"
@@ -453,7 +453,7 @@ def command(nursery: Nursery, tmp_path: Path) -> Command:
 
 @pytest.fixture
 def running(nursery: Nursery, tmp_path: Path) -> Running:
-    """`flask workers run NAMES` in a process of its own, which ends with the block; its errors are in a file."""
+    """Run `flask workers run NAMES` in a process of its own until the block ends. A file has its errors."""
     (tmp_path / "shop.py").write_text(textwrap.dedent(SHOP))
 
     def running(database_url: str, *names: str, **more: str) -> AbstractContextManager[Process]:

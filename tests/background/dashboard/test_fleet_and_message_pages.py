@@ -1,4 +1,4 @@
-"""The dashboard's pages of the fleet and of the messages: what they show, and what their buttons do."""
+"""The dashboard's pages of the fleet and of the messages: their contents and their buttons."""
 
 import re
 from dataclasses import replace
@@ -59,7 +59,7 @@ def post(client: FlaskClient, path: str, **form: str) -> str:
 
 
 def claim(manager: BackgroundWorkerManager, instance: Instance, at: datetime) -> Any:
-    """That instance's claim of a tick of the Ticker."""
+    """Claim a tick of the Ticker as this instance."""
     schedule = manager.recovery.look(Ticker).schedule_text
     found = manager.stores.ledger.claim("ticker", at, schedule, (instance.id, instance.name))
     assert found is not None
@@ -177,7 +177,7 @@ SEEN = InstanceRecord("a", "a", 1, NOON - HOURS, NOON + MINUTE, None)
 
 
 def drawn(*records: Record, seen: tuple[InstanceRecord, ...] = (SEEN,)) -> Timeline:
-    """The picture of the minute after noon."""
+    """Draw the minute after noon."""
     return draw(Window(NOON, NOON + MINUTE, NOON + MINUTE, records, NOON, seen))
 
 
@@ -226,7 +226,7 @@ def test_few_workers_have_a_row_each_and_many_share_rows_without_an_overlap() ->
     assert many.lanes[0].rows == ()
     spans = sorted((bar.y, bar.record.began_at, bar.record.ended_at) for bar in bars(many))
     assert all(one[0] < two[0] or one[2] <= two[1] for one, two in pairwise(spans))
-    assert len({y for y, _, _ in spans}) == 4  # as many as ran at once
+    assert len({y for y, _, _ in spans}) == 4  # as many as ran at the same time
 
 
 def test_many_instances_have_a_lane_only_if_they_did_something() -> None:
@@ -280,7 +280,7 @@ def test_the_instances_show_what_they_hold_and_which_are_gone(
 
 
 def bury(fleet: Fleet, count: int, topic: str = "orders", error: str = "ValueError: bad") -> list[int]:
-    """So many dead letters; their ids."""
+    """Insert `count` dead letters. Return their ids."""
     ids = [id for id in fleet.enqueue("orders", *range(count)) if id]
     with fleet.engine.begin() as connection:
         dead = update(tables.messages).where(tables.messages.c.id.in_(ids))
@@ -356,7 +356,7 @@ def topic_row(page: str, topic: str) -> list[str]:
 
 
 def done(fleet: Fleet, count: int, apart: timedelta) -> None:
-    """So many done messages, the newest of them a moment ago."""
+    """Insert `count` done messages, the newest from a moment ago."""
     now = datetime.now(UTC) - SECOND
     rows = [
         {"topic": "orders", "payload": "1", "state": "done", "enqueued_at": now, "due_at": now}
@@ -371,7 +371,7 @@ def test_a_great_throughput_is_reckoned_from_the_newest(fleet: Fleet, manager: B
     done(fleet, 6_000, timedelta(milliseconds=20))
     flow = manager.messages.flows()["orders"]
     assert flow.is_estimate
-    assert flow.minute == pytest.approx(3_000, rel=0.2)  # they took a while to be written
+    assert flow.minute == pytest.approx(3_000, rel=0.2)  # inserting them took a while
     assert flow.hour == pytest.approx(180_000, rel=0.2)
 
 

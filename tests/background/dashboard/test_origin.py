@@ -202,7 +202,7 @@ def test_without_a_secret_key_a_button_is_answered_and_its_page_shows_the_change
     assert "paused" in client.get(response.location).text
 
 
-# -- what is missing is said at the start ----------------------------------------------------------
+# -- the start names what is missing ----------------------------------------------------------
 
 HOST = """
 import sys

@@ -1,4 +1,4 @@
-"""The dashboard of the workers, as its server answers: on both engines, for every role, whatever is typed in."""
+"""The dashboard of the workers, as its server responds: on both databases, for every role, for any input."""
 
 import re
 from datetime import UTC, datetime, timedelta

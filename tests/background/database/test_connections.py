@@ -1,4 +1,4 @@
-"""The engine in applications that open their connections, route their sessions and place their tables themselves."""
+"""The engine in applications with their own connections, session routing and schemas."""
 
 import logging
 import sqlite3
@@ -38,7 +38,7 @@ HOST = None
 
 
 class Noting(PeriodicWorker):
-    """Write one note, then do what the test asks for."""
+    """Writes one note, then acts as the test says."""
 
     period = timedelta(days=300)
     run_on_first_start = True
@@ -58,7 +58,7 @@ class Taking(MessageWorker):
 
 
 class Host:
-    """A small application, made with the settings that a test is about."""
+    """A small application, made with the settings under test."""
 
     def __init__(self, url: str, db: SQLAlchemy | None = None, **config: Any) -> None:
         global HOST
@@ -89,7 +89,7 @@ class Host:
             return sorted(self.db.session.scalars(select(self.notes.c.text)))
 
     def works(self) -> None:
-        """Run a tick, a message, a lock and a pruning, also from a started instance."""
+        """Check a tick, a message, a lock and a pruning, also on a started instance."""
         assert self.manager.tick("noting", NOW).state == "succeeded"
         with self.app.app_context():
             assert self.manager.enqueue("notes", "a message")
@@ -321,7 +321,7 @@ def test_a_session_that_commits_each_statement_is_refused_at_the_start_and_keeps
     host = hosts(db=db, **options)
     host.bind()
     host.create()
-    if how in ("a connect listener", "the driver's argument") and not options:  # SQLite's is set by the engine
+    if how in ("a connect listener", "the driver's argument") and not options:  # the engine sets SQLite's own
         set_by_a_listener(host)
     if how == "set later":
         host.engine.update_execution_options(isolation_level="AUTOCOMMIT")
@@ -331,7 +331,7 @@ def test_a_session_that_commits_each_statement_is_refused_at_the_start_and_keeps
             start()
     with host.app.app_context(), pytest.raises(InvalidConfig, match="AUTOCOMMIT"):
         host.manager.enqueue("notes", "a message")
-    with suppress(InvalidConfig):  # or it is written down
+    with suppress(InvalidConfig):  # or the log has it
         assert host.manager.tick("noting", NOW).state == "failed"
     assert host.noted() == []
 

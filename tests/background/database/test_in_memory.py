@@ -1,4 +1,4 @@
-"""A SQLite database in memory is a single connection, and the engine refuses it."""
+"""SQLite in memory has a single connection, so the engine refuses it."""
 
 import pytest
 from flask import Flask

@@ -1,4 +1,4 @@
-"""The engine's tables come and go by versions, in the migrations of any application."""
+"""The engine's tables are made and changed by versions, in the migrations of any application."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ from background.database import migrations
 
 
 class Host:
-    """An application that has nothing but the engine's tables, in its schema if it has one."""
+    """An application with only the engine's tables, in its schema if it has one."""
 
     def __init__(self, url: str, folder: Path, metadata: MetaData, **options: Any) -> None:
         self.metadata = metadata

@@ -1,4 +1,4 @@
-"""A PostgreSQL with the defaults of another country and time zone: the engine and its application do not notice."""
+"""A PostgreSQL with the defaults of another country and time zone, which must not matter."""
 
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -59,7 +59,7 @@ def manager_of(app: Flask) -> BackgroundWorkerManager:
 
 def test_workers_run_and_the_commands_work_whatever_the_servers_defaults_are(odd: Flask) -> None:
     tick = datetime.now(UTC)
-    assert manager_of(odd).request("naming")  # before the start, whose own run would stand in its way
+    assert manager_of(odd).request("naming")  # before the start, whose own run would block it
     manager_of(odd).start()
     wait_until(lambda: manager_of(odd).history.executions("naming", state="succeeded"), "the run")
     record = manager_of(odd).history.executions("naming", state="succeeded")[-1]

@@ -1,4 +1,4 @@
-"""Condition of the fleet: each page, the commands and a probe show when it does not run."""
+"""The condition of the fleet: each page, the commands and a probe show when no worker runs."""
 
 import json
 import re
@@ -85,7 +85,7 @@ def left(fleet: Fleet, **columns: Any) -> None:
 
 
 def running(fleet: Fleet, app: Flask, name: str, since: timedelta, instance: str | None = None) -> None:
-    """Pretend that the worker has run for that long, on the instance `id` or on the application's own."""
+    """Insert a run that has lasted this long, on the instance `id` or on the application's own."""
     manager = manager_of(app)
     own = manager.presence.instance
     fleet.set(name, token=7, running=7, mark=datetime.now(UTC))
@@ -125,7 +125,7 @@ def test_every_page_has_a_banner_with_the_time_since_and_the_command_that_mends_
 
 @pytest.fixture
 def make_admin() -> Callable[[Flask], FlaskClient]:
-    """Make a client that the dashboard lets in."""
+    """Let the dashboard admit every client."""
 
     def make(app: Flask) -> FlaskClient:
         app.before_request_funcs["background"].clear()

@@ -1,4 +1,4 @@
-"""Every tick answers "why did it not run?" with one sentence, made of what is written down about it."""
+"""Every tick answers "why did it not run?" with one sentence, from the rows about the tick."""
 
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -45,7 +45,7 @@ class Patient(Tidy):
 
 
 def record(state: str, **columns: Any) -> Record:
-    """An attempt at noon's tick on a:1, which began a second late and took half a second."""
+    """Return an attempt at noon's tick on a:1 that began a second late and took half a second."""
     ran = state not in ("skipped", "missed")
     return Record(
         **{
@@ -71,7 +71,7 @@ def record(state: str, **columns: Any) -> Record:
 
 
 def state(**columns: Any) -> WorkerState:
-    """A worker that was known for a day, and whose tick of noon is decided."""
+    """Return a worker that has been known for a day, and whose tick of noon is decided."""
     return WorkerState(
         **{
             "name": "tidy",
@@ -101,7 +101,7 @@ BEFORE_NOON = {"mark": NOON - 10 * MINUTE}
 
 
 def around(*records: Record, known: WorkerState | None = None, **more: Any) -> Surroundings:
-    """Asked at five past twelve, with a:1 alive."""
+    """Return the surroundings at five past twelve, with a:1 alive."""
     given = {"at": NOON + 5 * MINUTE, "clock": NOON + 5 * MINUTE, "alive": (A,), "last_seen": A, **more}
     return Surroundings(name="tidy", state=known or state(), records=records, **given)
 
@@ -417,7 +417,7 @@ def app(database_url: str) -> Iterator[Flask]:
 
 @pytest.fixture
 def write(manager: BackgroundWorkerManager) -> Callable[..., None]:
-    """Write a row of tidy's history, of noon if not said otherwise."""
+    """Write a row of tidy's history, by default of noon."""
 
     def write(state: str, **columns: Any) -> None:
         row = {"worker": "tidy", "tick": NOON, "trigger": "schedule", "state": state, **columns}
@@ -429,7 +429,7 @@ def write(manager: BackgroundWorkerManager) -> Callable[..., None]:
 
 @pytest.fixture
 def known(manager: BackgroundWorkerManager) -> Callable[..., None]:
-    """Have tidy known since the day before, and its ticks until noon decided, if not said otherwise."""
+    """Make tidy known since the day before, by default with its ticks until noon decided."""
 
     def known(**columns: Any) -> None:
         manager.recovery.look(Tidy)
@@ -510,7 +510,7 @@ def test_a_pause_is_the_reason_that_is_told(manager: BackgroundWorkerManager, kn
     manager.pause("tidy")
     moment = manager.history.clock()
     assert manager.why("tidy", moment).state == "paused"
-    assert manager.tick("tidy", moment) is None  # that records the skip
+    assert manager.tick("tidy", moment) is None  # this call records the skip
     assert manager.why("tidy", moment).state == "skipped"
 
 
@@ -548,7 +548,7 @@ def test_an_answer_costs_a_constant_number_of_queries_on_an_index(
 
 
 def both_ways(manager: BackgroundWorkerManager) -> Answer:
-    """Return the answer about the latest tick. It is the same for the moment of asking and for the tick itself."""
+    """Return the answer about the latest tick. The answer must be the same for this moment and for the tick."""
     now = manager.why("tidy")
     at_the_tick = manager.why("tidy", now.tick)
     assert (now.state, now.sentence) == (at_the_tick.state, at_the_tick.sentence)
@@ -581,7 +581,7 @@ def test_what_an_older_schedule_did_later_does_not_change_the_answer(
     known(scheduled_at=NOON - MINUTE, mark=NOON)
     write("succeeded", started_at=NOON, finished_at=NOON + MINUTE, instance_name="a:1", attempt=1)
     write("succeeded", tick=NOON + 3 * MINUTE, trigger="manual", token=7)
-    write("missed", tick=NOON + 5 * MINUTE, finished_at=NOON + HOUR)  # of a schedule that a rollback brought
+    write("missed", tick=NOON + 5 * MINUTE, finished_at=NOON + HOUR)  # by the schedule after a rollback
     answers = [manager.why("tidy", NOON + minutes * MINUTE) for minutes in (0, 1, 4, 9)]
     assert {answer.sentence for answer in answers} == {answers[0].sentence}
     assert answers[0].state == "succeeded"

@@ -1,4 +1,4 @@
-"""Counters of each worker. A count is written in the deciding transaction: it exists if and only if its row did."""
+"""Counters of each worker. The deciding transaction writes the count, so it exists if and only if its row does."""
 
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -28,7 +28,7 @@ class Moody(Hourly):
 
 def test_each_execution_is_counted_by_its_outcome_and_by_how_long_it_took(fleet: Fleet) -> None:
     manager = fleet.manager(Moody)
-    for hours in range(5, 1, -1):  # more than the last bucket ago, whenever this runs
+    for hours in range(5, 1, -1):  # longer ago than the last bucket, whenever this test runs
         manager.recovery.look(Moody)
         fleet.set("moody", mark=last_hour() - timedelta(hours=hours), scheduled_at=last_hour() - DAY)
         manager.tick("moody", last_hour() - timedelta(hours=hours - 1))

@@ -157,7 +157,7 @@ def test_an_idle_instance_is_one_statement_per_heartbeat(fleet: Fleet) -> None:
     wait_until(lambda: fleet.states() == ["succeeded"], "the first run")
     with statements(manager.stores.leases.engine) as beats, statements(manager.stores.main.engine) as looks:
 
-        def is_idle() -> bool:  # from when it has taken the start in, and what came before it listened
+        def is_idle() -> bool:  # once it has seen its own start and all earlier notifications
             if looks:
                 beats.clear()
                 looks.clear()
@@ -184,7 +184,7 @@ def test_renewing_a_lease_waits_for_no_other_table(fleet: Fleet, caplog: pytest.
     first = manager.presence.instance
     others = [table.name for table in tables.metadata.sorted_tables if table is not tables.instances]
     with fleet.engine.begin() as operator:
-        operator.execute(text(f"LOCK TABLE {', '.join(others)} IN ACCESS EXCLUSIVE MODE"))  # as VACUUM FULL does
+        operator.execute(text(f"LOCK TABLE {', '.join(others)} IN ACCESS EXCLUSIVE MODE"))  # like VACUUM FULL
         until = first.deadline + 2 * lease
         wait_until(lambda: first.deadline > until or not first.is_alive, "the heartbeats of two leases")
         assert first.is_alive
@@ -263,7 +263,7 @@ def test_who_was_not_first_at_a_tick_has_read_once_and_lets_the_others_go_first_
     wait_until(lambda: "hourly" in timers._yielding, "the look of the one that comes second")
     with statements(loser.stores.main.engine) as seen:
         timers._fire("hourly", execution.tick, "every 3600s")
-    of_one = [each for each in seen if "background_workers.name = " in each]  # a heartbeat's look is at all
+    of_one = [each for each in seen if "background_workers.name = " in each]  # a heartbeat looks at all workers
     assert len(of_one) == 1
     assert timedelta(milliseconds=9) < armed_after(loser) < timedelta(milliseconds=21)
 
@@ -284,7 +284,7 @@ def test_no_instance_counts_as_lost_within_a_lease_after_the_databases_clock_was
         instances.beat(instance)
     instances.sign_off(left)
     assert instances.gone({lost.id, left.id}) == {lost.id: False, left.id: True}
-    # Two minutes further on by the steady clock, as if the database's had been set back by so much.
+    # Two minutes later by the steady clock, as if the database's clock had been set back by two minutes.
     monkeypatch.setattr("background.ledger.leases.steady", lambda: steady() + 120)
     assert instances.beat(us).was_set
     assert not instances.beat(us).was_set
@@ -296,7 +296,7 @@ def test_slow_replies_are_not_taken_for_a_clock_that_was_set(fleet: Fleet, monke
     instances, us = fleet.manager().stores.leases, Instance(LEASE)
     instances.beat(us)
     for _ in range(3):
-        readings = iter((steady(), steady() + 2.6))  # asked now, and answered 2.6 s later by this
+        readings = iter((steady(), steady() + 2.6))  # asked now, and answered with this 2.6 s later
         monkeypatch.setattr("background.ledger.leases.steady", lambda: next(readings))  # noqa: B023
         assert not instances.beat(us).was_set
         monkeypatch.setattr("background.ledger.leases.steady", steady)
@@ -309,7 +309,7 @@ def test_a_lease_of_before_the_databases_clock_was_set_back_is_none(fleet: Fleet
     later = datetime.now(UTC) + timedelta(minutes=2)
     with instances.engine.begin() as connection:
         connection.execute(update(tables.instances).values(heartbeat_at=later, expires_at=later + LEASE))
-    assert instances.gone({instance.id}) == {}  # it has a lease's time to renew
+    assert instances.gone({instance.id}) == {}  # it has the length of a lease to renew
     assert wait_until(lambda: instances.gone({instance.id}), "the lease is over") == {instance.id: False}
 
 
@@ -376,7 +376,7 @@ def test_a_process_that_leaves_while_its_threads_ask_who_it_is_ends_in_peace(
     asked: list[Instance | None] = []
 
     def leaving(_presence: Presence) -> Instance | None:
-        """Known to the first who asks, and gone for the second."""
+        """Return an object that is there for the first reader, and gone for the second."""
         asked.append(None if asked else instance)
         return asked[-1]
 
@@ -405,7 +405,7 @@ def test_what_an_instance_held_when_its_lease_ran_out_is_lost_and_not_handed_bac
         def do_work(self, context: WorkerContext) -> None:
             effect(context)
             context.instance.lease = timedelta()
-            manager.stores.leases.beat(context.instance)  # the last one, and its lease is over at once
+            manager.stores.leases.beat(context.instance)  # the last heartbeat, whose lease is over at once
 
     manager = fleet.manager(Once, WORKERS_HEARTBEAT_SECONDS=60, WORKERS_LEASE_SECONDS=200)
     assert manager.tick("once", last_hour()).state == "lost"

@@ -1,4 +1,4 @@
-"""The ledger: claims, marks, and an answer for every tick that was not run."""
+"""The ledger: claims, marks, and an answer for every tick that did not run."""
 
 import sqlite3
 import threading
@@ -173,7 +173,7 @@ def test_the_ticks_of_a_pause_are_one_skipped_row_that_is_extended(fleet: Fleet)
     assert (execution.tick, execution.through) == (last_hour() - 2 * HOUR, last_hour())
     assert manager.resume("hourly")
     assert not manager.resume("hourly")
-    assert manager.tick("hourly", last_hour()) is None  # a tick that was skipped is not run later
+    assert manager.tick("hourly", last_hour()) is None  # a skipped tick does not run later
     assert fleet.effects() == []
 
 
@@ -266,7 +266,7 @@ def test_ticks_from_before_a_schedule_was_in_force_are_not_called_missed(fleet: 
 
 
 def test_a_tick_of_a_schedule_that_was_replaced_before_it_is_not_run(fleet: Fleet) -> None:
-    """As an instance does that has not heard of the new schedule yet."""
+    """Claim as an instance that has not seen the new schedule yet."""
     manager, other = fleet.manager(Hourly), fleet.manager(Hourly)
     manager.tick("hourly", last_hour() - 3 * HOUR)
     known = manager.recovery.look(Hourly).schedule_text
@@ -317,7 +317,7 @@ def test_no_instance_runs_again_a_tick_that_was_paused_or_taken_since_it_was_see
 
 
 def test_no_newer_tick_is_claimed_while_an_older_one_waits_for_its_next_attempt(fleet: Fleet) -> None:
-    """As an instance does that looked before the older one was lost."""
+    """Claim as an instance that read the row before the older tick was lost."""
     manager = fleet.manager(Hourly)
     schedule, ghost = manager.recovery.look(Hourly).schedule_text, ("ghost", "elsewhere:1")
     claim = manager.stores.ledger.claim("hourly", last_hour() - HOUR, schedule, ghost)
@@ -367,7 +367,7 @@ def test_a_claim_that_waits_for_the_write_lock_learns_by_one_read_afterwards_tha
     with ThreadPoolExecutor(1) as beside, statements(manager.stores.main.engine) as seen:
         with writing(fleet) as winner:
             lost = beside.submit(manager.ticks.run, Hourly, last_hour(), schedule)
-            time.sleep(0.3)  # for the others' way to their first statement
+            time.sleep(0.3)  # until the other threads reach their first statement
             assert seen == []
             winner.execute(update(tables.workers).values(mark=last_hour()))
         assert lost.result(PATIENCE) is None
@@ -402,7 +402,7 @@ def test_an_open_tick_is_claimed_after_the_write_lock_is_free_if_it_is_still_ope
 
 
 def patience_of_pooled(manager: BackgroundWorkerManager) -> object:
-    """Return how many milliseconds the claiming connection waits for the lock in other statements."""
+    """Return how many milliseconds the claiming connection waits for a lock in other statements."""
     with manager.stores.main.engine.connect() as connection:
         return connection.exec_driver_sql("PRAGMA busy_timeout").scalar()
 
@@ -482,7 +482,7 @@ def test_an_unknown_name_is_answered_with_the_nearest_one(fleet: Fleet) -> None:
 @on_postgresql
 @pytest.mark.parametrize("table", ["background_workers", "background_executions"])
 def test_no_claim_waits_longer_for_a_table_than_for_a_row(fleet: Fleet, table: str) -> None:
-    """As while an index is made."""
+    """Lock the table, as making an index does."""
     manager = fleet.manager(Hourly)
     schedule = manager.recovery.look(Hourly).schedule_text
     with fleet.engine.begin() as connection:

@@ -1,4 +1,4 @@
-"""A lock is one block's in the whole fleet: in turn, in time, never for ever, and never two at a time."""
+"""A lock belongs to one block in the whole fleet: in turn, in time, and never to two blocks at a time."""
 
 import logging
 import math
@@ -62,7 +62,7 @@ def joined(manager: BackgroundWorkerManager) -> BackgroundWorkerManager:
 
 
 def token(manager: BackgroundWorkerManager, name: str = NAME, timeout: float = 0) -> int | None:
-    """Of a lock that is acquired and released; None if it was not."""
+    """Return the token of a lock that is acquired and released. None if it was not acquired."""
     with manager.lock(name, timeout) as lock:
         return lock and lock.token
 
@@ -126,7 +126,7 @@ def test_an_exception_in_the_block_releases_the_lock_and_passes(fleet: Fleet) ->
 
 
 def test_a_lock_can_be_acquired_and_released_amid_a_transaction_that_has_written(fleet: Fleet) -> None:
-    """On SQLite that transaction has the only write lock of the database, until it ends."""
+    """Check this also on SQLite, where that transaction holds the only write lock until it ends."""
     app = fleet.app()
     with app.app_context():
         db.session.execute(insert(left).values(key="mine", note=""))
@@ -190,7 +190,7 @@ def test_a_thread_that_asks_for_its_own_lock_is_refused_at_once_and_told(
     assert token(manager) == 2
 
 
-# -- what it may be called -------------------------------------------------------------------------
+# -- its name and its time-out -------------------------------------------------------------------------
 
 
 @on_sqlite
@@ -333,7 +333,7 @@ def test_a_lock_that_is_acquired_while_it_is_forgotten_is_not_forgotten_or_goes_
         assert list(tokens) == sorted(set(tokens))
 
 
-# -- what it costs ---------------------------------------------------------------------------------
+# -- its cost ---------------------------------------------------------------------------------
 
 
 def test_a_lock_is_one_read_and_two_writes(fleet: Fleet) -> None:
@@ -377,7 +377,7 @@ def proxy(database_url: str) -> Iterator[Proxy]:
 
 @pytest.fixture
 def far(proxy: Proxy) -> Iterator[BackgroundWorkerManager]:
-    """One that has joined through the proxy, and whose lease outlasts the test."""
+    """Give an instance that has joined through the proxy, and whose lease outlasts the test."""
     app = make_app(text(proxy.url), WORKERS_LEASE_SECONDS=600)
     yield joined(app.extensions["background_workers"])
     stop(app)
@@ -416,12 +416,12 @@ def test_a_lock_whose_acquisition_was_not_answered_does_not_stay_held(
     event.listen(far.stores.connections.locks, "before_cursor_execute", lose)
     with pytest.raises(LockNotAcquired), far.lock(NAME):
         pass
-    assert token(near, timeout=PATIENCE) == 4  # it was given up after it had been acquired
+    assert token(near, timeout=PATIENCE) == 4  # the caller gave up after the lock was acquired
     assert far.presence.instance.is_alive
 
 
 def test_an_acquisition_that_arrives_after_it_was_given_up_acquires_nothing(fleet: Fleet) -> None:
-    """The connection breaks, and what was sent on it is done by the server a while later."""
+    """Break the connection, and have the server execute its last statement a while later."""
     manager, other = joined(fleet.manager(WORKERS_LEASE_SECONDS=600)), fleet.manager()
     assert token(manager) == 1
     under_way: list[tuple[str, Any]] = []

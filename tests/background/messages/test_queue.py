@@ -414,7 +414,7 @@ def test_a_message_that_fails_is_tried_again_and_buried_with_every_error_while_i
     def said() -> list[str]:
         return [record.levelname for record in caplog.records if record.name == "background.failing"]
 
-    wait_until(lambda: "ERROR" in said(), "the line about the burial")  # which is said once it is written down
+    wait_until(lambda: "ERROR" in said(), "the line about the burial")  # the log says so after the commit
     assert said().count("ERROR") == 1
 
 

@@ -1,4 +1,4 @@
-"""Probes ask each process whether it is alive and ready; the answers are quick, and tell a stranger nothing."""
+"""Probes show whether a process is alive and ready. The responses are quick, and tell a stranger nothing."""
 
 import logging
 import os
@@ -30,7 +30,7 @@ from background.monitoring import timebox
 from background.monitoring.timebox import Timebox
 
 DAY = timedelta(days=1)
-HEALTH = import_module("background.monitoring.health")  # the package has a function of that name
+HEALTH = import_module("background.monitoring.health")  # the package has a function with this name
 
 
 class Daily(Hourly):
@@ -47,7 +47,7 @@ class Disabled(Hourly):
 
 
 class Lasting(Hourly):
-    """Runs until it is let go."""
+    """Runs until the test lets it end."""
 
     began: threading.Event
     go_on: threading.Event
@@ -63,7 +63,7 @@ def ready(app: Flask) -> tuple[int, dict[str, Any]]:
 
 
 def failed(app: Flask) -> list[str]:
-    """The names of the checks that are not ok; the status says the same."""
+    """Return the names of the checks that are not ok. The status agrees with them."""
     status, checks = ready(app)
     names = [name for name, check in checks.items() if not check["ok"]]
     assert status == (503 if names else 200)
@@ -80,7 +80,7 @@ def manager_of(app: Flask) -> BackgroundWorkerManager:
     return manager
 
 
-# -- what an answer is -----------------------------------------------------------------------------
+# -- the response -----------------------------------------------------------------------------
 
 
 def test_a_process_that_runs_no_workers_is_alive_and_ready_by_its_own_merits(app: Flask, client: FlaskClient) -> None:
@@ -117,7 +117,7 @@ def test_an_answer_contains_no_name_and_no_explanation(fleet: Fleet, caplog: pyt
         assert failed(app) == []
     assert '"overdue":1' in answer
     for detail in ("hourly", socket.gethostname(), str(os.getpid()), "sqlite", "postgres"):
-        assert detail not in re.sub(r"\d+\.\d+", "", answer)  # which may have the digits of a process id by chance
+        assert detail not in re.sub(r"\d+\.\d+", "", answer)  # may contain the digits of a process id
     assert [record.message for record in caplog.records if record.name == "background.monitoring.health"] == [
         "Not ready: workers (overdue: ['hourly'])",
         "Ready again",
@@ -144,7 +144,7 @@ def test_a_worker_is_overdue_once_a_tick_waits_and_two_more_have_come(fleet: Fle
         assert failed(app) == names, days
     fleet.set("daily", mark=None, scheduled_at=midnight - 2 * DAY - timedelta(seconds=1))
     assert failed(app) == ["workers"]
-    fleet.set("daily", mark=None, scheduled_at=midnight - 2 * DAY)  # whose first tick is a day later
+    fleet.set("daily", mark=None, scheduled_at=midnight - 2 * DAY)  # its first tick is a day later
     assert failed(app) == []
     fleet.set("daily", mark=midnight - 9 * DAY, schedule="every 2592000s", scheduled_at=midnight)
     assert failed(app) == []
@@ -160,7 +160,7 @@ def test_a_worker_is_overdue_although_a_clock_that_was_ahead_decided_its_ticks(f
     overdue(fleet, app, mark=datetime.now(UTC) + ahead)
     assert failed(app) == ["workers"]
     (found,) = statuses(manager_of(app))
-    assert found.overdue_since == last_hour() - 24 * HOUR  # the first tick since it is scheduled
+    assert found.overdue_since == last_hour() - 24 * HOUR  # the first tick after it was scheduled
     skipped = {"worker": "hourly", "trigger": "schedule", "state": "missed", "tick": last_hour() - 5 * HOUR}
     with fleet.engine.begin() as connection:
         connection.execute(insert(tables.executions).values(**skipped, through=last_hour() - 4 * HOUR))
@@ -180,7 +180,7 @@ def test_a_worker_that_no_instance_should_run_is_not_overdue(fleet: Fleet) -> No
     assert failed(app) == []
     fleet.set("hourly", paused_at=None)
     assert failed(app) == ["workers"]
-    manager_of(app).remove("hourly")  # as in a release that has it no more
+    manager_of(app).remove("hourly")  # as in a release that no longer has it
     assert failed(app) == []
     manager_of(app).add(Hourly)
     fleet.set("hourly", schedule="a newer release's")
@@ -204,7 +204,7 @@ def test_a_running_worker_is_overdue_only_if_no_instance_is_left_to_run_it(fleet
 def test_what_fell_while_nothing_was_up_is_not_waited_for_where_it_is_not_caught_up(fleet: Fleet) -> None:
     app = fleet.app(CatchesNothingUp)
     overdue(fleet, app, "catches_nothing_up")
-    assert failed(app) == ["workers"]  # no instance is up to run the next one
+    assert failed(app) == ["workers"]  # no instance is up to run the next tick
     fleet.manager(CatchesNothingUp).start()
     wait_until(lambda: failed(app) == [], "the other instance's start")
 
@@ -240,7 +240,7 @@ def test_the_workers_are_one_read_and_a_cron_is_reckoned_once_per_tick(fleet: Fl
 
 @pytest.fixture
 def member(fleet: Fleet) -> Flask:
-    """An application whose workers have joined."""
+    """Give an application whose workers have joined."""
     app = fleet.app(Hourly)
     manager_of(app).start()
     wait_until(lambda: manager_of(app)._supervisor._heartbeat, "joining")
@@ -270,7 +270,7 @@ def test_a_process_whose_scheduler_or_heartbeat_thread_died_is_not_alive(
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
 
     def die(*_: object) -> None:
-        raise SystemExit  # which ends a thread
+        raise SystemExit  # the exception ends a thread
 
     if thread == "scheduler":
         supervisor._scheduler._scheduler._process_jobs = die

@@ -36,7 +36,7 @@ class Letters(MessageWorker):
 
 
 class Samples:
-    """The samples of a scrape, by the reader of Prometheus' own Python client."""
+    """The samples of a scrape, as Prometheus' own Python client reads them."""
 
     def __init__(self, exposition: str) -> None:
         self.families = {family.name: family for family in text_string_to_metric_families(exposition)}
@@ -62,7 +62,7 @@ def scrape(app: Flask) -> Samples:
 
 
 def count(app: Flask, *rows: tuple[str, str, str, int, float], age: timedelta = timedelta()) -> None:
-    """Rows of the totals: worker, kind, label, count, seconds."""
+    """Insert rows of the totals: worker, kind, label, count, seconds."""
     latest = {"latest_at": datetime.now(UTC) - age}
     names = ("worker", "kind", "label", "count", "seconds")
     with manager_of(app).stores.main.engine.begin() as connection:
@@ -86,7 +86,7 @@ def test_the_totals_are_counters_and_histograms_with_the_same_buckets_for_every_
         ("sweep", "duration", "0.1", 6, 0.25),
         ("sweep", "duration", "inf", 3, 40.25),
         ("sweep", "lateness", "5", 9, 18.0),
-        ("other", "duration", "7", 1, 6.5),  # of a release with other buckets
+        ("other", "duration", "7", 1, 6.5),  # from a release with different buckets
         age=timedelta(hours=1),
     )
     samples = scrape(app)
@@ -141,7 +141,7 @@ def test_the_living_and_their_clocks_are_named_and_the_others_are_not(fleet: Fle
     now = datetime.now(UTC)
     each = {"pid": 1, "started_at": now, "heartbeat_at": now, "expires_at": now + HOUR}
     rows = [
-        each | {"id": "a", "host": "a", "clock_offset": -2.5},  # what the host lacks is added to it
+        each | {"id": "a", "host": "a", "clock_offset": -2.5},  # the offset is added to the host's clock
         each | {"id": "b", "host": "b", "clock_offset": 0.5},
         each | {"id": "c", "host": "b", "clock_offset": -0.25},  # containers may share a host name and a process id
         each | {"id": "d", "host": "d", "clock_offset": 9.0, "expires_at": now - HOUR},
@@ -293,7 +293,7 @@ def test_two_apps_of_one_process_count_their_own_requests(database_url: str) -> 
     close(one, other)
 
 
-# -- who may scrape --------------------------------------------------------------------------------
+# -- access --------------------------------------------------------------------------------
 
 
 @on_sqlite
@@ -339,7 +339,7 @@ def test_promtool_finds_nothing_wrong_with_a_scrape(fleet: Fleet) -> None:
     fleet.enqueue("letters", 1)
     count(
         app,
-        ("retired", "state", "succeeded", 7, 40.0),  # of a worker that is not here to count, too
+        ("retired", "state", "succeeded", 7, 40.0),  # also of a worker that this release does not have
         ("retired", "duration", "0.1", 7, 0.25),
         ("retired", "lateness", "inf", 7, 0.25),
     )

@@ -1,4 +1,4 @@
-"""The manager: started instances of one fleet, what they catch up with, and how they follow a change."""
+"""The manager: started instances of one fleet, the ticks that they catch up with, and the changes that they follow."""
 
 import threading
 import time
@@ -119,7 +119,7 @@ def test_a_worker_can_be_added_to_and_removed_from_a_started_manager(fleet: Flee
     manager.add(Quick)
     wait_until(lambda: len(ticks(fleet, "quick")) >= 2, "two runs of the added one")
     manager.remove("quick")
-    assert manager._supervisor._scheduler.wait(PATIENCE)  # for what was on its way
+    assert manager._supervisor._scheduler.wait(PATIENCE)  # for runs that had begun
     count = len(fleet.executions("quick"))
     threading.Event().wait(0.6)  # two periods
     assert len(fleet.executions("quick")) == count
@@ -139,7 +139,7 @@ def test_a_reschedule_reaches_the_other_instances(fleet: Fleet) -> None:
     first.stop()
     wait_until(lambda: len(ticks(fleet, "changing")) >= 3, "the second one's runs")
     with pytest.raises(InvalidSchedule, match="neither a period nor a cron"):
-        second.reschedule("changing", timezone="UTC")  # which would be for a cron
+        second.reschedule("changing", timezone="UTC")  # a time zone is for a cron only
     assert second.reschedule("changing")
     assert fleet.row("changing").schedule == "every 3600s"
 
@@ -156,7 +156,7 @@ def test_a_reschedule_is_followed_within_two_heartbeats(fleet: Fleet) -> None:
 
     manager.stores.leases.beat = note  # type: ignore[method-assign]
     assert fleet.manager(Rarely).reschedule("rarely", period=2 * HOUR)
-    began = len(armed)  # the next one to begin is the first of the two
+    began = len(armed)  # the next run to begin is the first of the two
     wait_until(lambda: len(armed) > began + 2, "the beginning of the third")
     assert armed[began + 2] < datetime.now(UTC) + 3 * HOUR
 
@@ -167,7 +167,7 @@ def fleet_rows(fleet: Fleet) -> set[str]:
 
 
 def test_a_worker_whose_row_is_gone_goes_on(fleet: Fleet) -> None:
-    """Deleted by hand, or not yet in the backup that was restored."""
+    """Delete the row, as a user or the restore of an older backup may do."""
     fleet.manager(Quick).start()
     wait_until(lambda: ticks(fleet, "quick"), "the first run")
     with fleet.engine.begin() as connection:
@@ -177,7 +177,7 @@ def test_a_worker_whose_row_is_gone_goes_on(fleet: Fleet) -> None:
 
 
 def test_a_worker_whose_row_alone_is_gone_repeats_no_tick_and_runs_the_next_one(fleet: Fleet) -> None:
-    """Its history knows what was decided, and which tokens were given."""
+    """Check that its history shows the decided ticks and the used tokens."""
     manager, tick = fleet.manager(Hourly), last_hour()
     for number in (2, 1):
         assert manager.tick("hourly", tick - number * HOUR).state == "succeeded"
@@ -189,7 +189,7 @@ def test_a_worker_whose_row_alone_is_gone_repeats_no_tick_and_runs_the_next_one(
 
 
 def test_an_instance_outlives_an_error_that_is_not_the_databases(fleet: Fleet) -> None:
-    """Covers a time that was written by hand in another form, for example."""
+    """Check, for example, a time that a user wrote in another format."""
     manager = fleet.manager(Quick, WORKERS_LEASE_SECONDS=PATIENCE)
     beat, failures = manager.stores.leases.beat, []
 
@@ -211,7 +211,7 @@ class Rarely(Hourly):
 
 
 def joined(fleet: Fleet) -> tuple[Supervisor, datetime]:
-    """A started instance that waits for a tick in months; and that tick."""
+    """Give a started instance that waits for a tick in months, and that tick."""
     manager = fleet.manager(Rarely)
     manager.start()
     wait_until(lambda: ticks(fleet, "rarely"), "the first run")
@@ -241,7 +241,7 @@ def test_a_tick_whose_claim_fails_with_an_unexpected_error_is_claimed_again(
 def test_a_tick_that_was_fired_by_a_wrong_clock_is_fired_again(fleet: Fleet) -> None:
     supervisor, tick = joined(fleet)
     schedule = supervisor._recovery.look(Rarely).schedule_text
-    supervisor._timers._fire("rarely", tick, schedule)  # what a host clock does that is set ahead
+    supervisor._timers._fire("rarely", tick, schedule)  # as a host clock that was set ahead does
     assert supervisor._timers._armed["rarely"] > tick
     instance = supervisor._presence.instance
     assert instance is not None
@@ -249,7 +249,7 @@ def test_a_tick_that_was_fired_by_a_wrong_clock_is_fired_again(fleet: Fleet) -> 
     def is_armed() -> bool:
         if supervisor._timers._armed["rarely"] == tick:
             return True
-        instance.clock_offset += timedelta(seconds=1)  # a heartbeat that begins after this finds another
+        instance.clock_offset += timedelta(seconds=1)  # a heartbeat that begins after this finds another tick
         return False
 
     wait_until(is_armed, "the tick is waited for again")
@@ -259,7 +259,7 @@ def test_a_host_that_slept_sees_what_is_due_with_its_next_heartbeat(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     supervisor, tick = joined(fleet)
-    time.sleep(0.5)  # now it waits for nothing but that
+    time.sleep(0.5)  # now it waits only for the heartbeat
 
     class Later(datetime):
         @classmethod
@@ -330,7 +330,7 @@ def test_two_releases_with_different_periods_run_no_tick_twice_and_follow_the_ne
 
 
 def test_when_the_release_that_came_last_has_left_the_one_that_stays_has_the_last_word(fleet: Fleet) -> None:
-    """A process of the old release may be started again in the middle of a deploy, and leave at its end."""
+    """Restart a process of the old release in the middle of a deploy, and stop it at the end."""
     old = type("Changing", (Hourly,), {"period": timedelta(seconds=0.3)})
     new = type("Changing", (Hourly,), {"period": timedelta(seconds=0.5)})
     fleet.manager(new).start()
@@ -424,7 +424,7 @@ def test_a_stopped_manager_starts_again(fleet: Fleet) -> None:
         wait_until(lambda runs=runs: len(ticks(fleet, "quick")) >= runs, "the runs")
         manager.stop()
     count = len(fleet.executions())
-    owed = fleet.row("quick").pending_tick  # of a run that was handed back: it comes first
+    owed = fleet.row("quick").pending_tick  # the run that was handed back comes first
     assert manager.trigger("quick").state == "succeeded"
     assert [row.trigger for row in fleet.executions()[count:]] == ["schedule"] * bool(owed) + ["manual"]
 
@@ -435,7 +435,7 @@ def test_a_tick_that_is_due_when_another_schedule_comes_into_force_is_still_run(
     class Spread(Hourly):
         period = jitter = timedelta(seconds=1)
 
-    monkeypatch.setattr(timers.random, "uniform", lambda *_: 360_000.0)  # it does not begin in this test
+    monkeypatch.setattr(timers.random, "uniform", lambda *_: 360_000.0)  # this schedule does not begin in the test
     manager = fleet.manager(Spread, WORKERS_HEARTBEAT_SECONDS=0.1)
     manager.start()
     supervisor = manager._supervisor
@@ -542,7 +542,7 @@ def test_threads_that_come_at_once_are_given_the_same_connections() -> None:
 
 
 class Yearly(Hourly):
-    """Its latest tick is up to a year old."""
+    """A worker whose latest tick is up to a year old."""
 
     period = None
     cron = "0 9 1 1 *"

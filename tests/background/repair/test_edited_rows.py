@@ -1,4 +1,4 @@
-"""Rows that contradict each other, as after a crash that lost commits, a restore, or a change by hand."""
+"""Rows that contradict each other, as after a crash that lost commits, a restore, or an edit by a user."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -46,7 +46,7 @@ def execute(fleet: Fleet, *statements: Any) -> None:
 
 @contextmanager
 def lost_commits(fleet: Fleet) -> Iterator[None]:
-    """Lose at the end of the block what it commits to the engine's tables, so that ids come again."""
+    """Lose the commits of this block to the engine's tables at its end, so that ids repeat."""
     kept = (tables.workers, tables.executions, tables.messages)
     with fleet.engine.connect() as connection:
         before = {table: [dict(row._mapping) for row in connection.execute(select(table))] for table in kept}
@@ -63,7 +63,7 @@ def lost_commits(fleet: Fleet) -> Iterator[None]:
 
 
 class Amnesiac(Hourly):
-    """Has the database forget a claim in mid-run, which another instance then makes. Ends as `how` says."""
+    """Has the database forget the run's claim, which another instance then makes. Ends as `how` says."""
 
     name = "hourly"
     how: str
@@ -71,7 +71,7 @@ class Amnesiac(Hourly):
 
     def do_work(self, context: WorkerContext) -> None:
         effect(context)
-        context.session.rollback()  # on SQLite the open transaction would block the others
+        context.session.rollback()  # on SQLite the open transaction would block the other instances
         type(self).forget(context)
         effect(context)
         match self.how:
@@ -168,7 +168,7 @@ def test_a_batch_that_the_database_forgot_acknowledges_nothing_of_the_next_one(f
 
 
 def test_an_ending_leaves_an_execution_alone_that_is_not_its_own(fleet: Fleet) -> None:
-    """Give the execution's number and token to another claim, as a restore of one table does."""
+    """Give the execution's number and token to another claim, as restoring one table does."""
     manager = fleet.manager(Hourly)
     claim = claimed(manager, last_hour())
     execute(fleet, update(tables.executions).values(claim="another", state="succeeded", reason="of its own"))
@@ -272,7 +272,7 @@ def test_rows_changed_by_hand_heal_with_a_line_and_a_row_and_every_page_works_me
 
 
 def look(fleet: Fleet, client: FlaskClient) -> None:
-    """Read all that people read of the workers. None of it fails."""
+    """Call every method that reads the workers for people. Each must succeed."""
     for page in ("", "worker/hourly", "timeline", "instances"):
         answer = client.get(f"/workers/{page}")
         assert answer.status_code == 200, (page, answer.text)

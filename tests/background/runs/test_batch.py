@@ -44,7 +44,7 @@ def is_over(fleet: Fleet) -> bool:
 
 
 class Unspeakable(Exception):
-    """Its text cannot be had, nor can it be pickled."""
+    """An error whose text cannot be read, and that cannot be pickled."""
 
     def __str__(self) -> str:
         raise RuntimeError("no text")
@@ -147,7 +147,7 @@ def test_where_there_is_one_attempt_the_first_failure_buries(fleet: Fleet) -> No
     assert [row.attempt for row in fleet.errors()] == [1]
 
 
-# -- what it does with its session -----------------------------------------------------------------
+# -- the handler's session -----------------------------------------------------------------
 
 
 def close_it(context: WorkerContext) -> None:
@@ -272,12 +272,12 @@ def test_effects_in_a_context_of_the_handlers_own_are_committed_apart_and_the_ne
     assert states(fleet) == ["done"] * 3
 
 
-# -- enqueueing on the way -------------------------------------------------------------------------
+# -- enqueueing in a handler -------------------------------------------------------------------------
 
 
 def test_what_a_handler_enqueues_is_there_once_its_message_is_done_and_never_twice(fleet: Fleet) -> None:
     class Chain(Notes):
-        """Each message enqueues the next; every third fails at first, after it has done that."""
+        """Each message enqueues the next message. Every third fails at its first attempt, after the enqueue."""
 
         def handle(self, message: Message, context: WorkerContext) -> None:
             effect(context, message.payload)
@@ -303,7 +303,7 @@ def test_what_a_periodic_worker_enqueues_is_fenced_with_its_run(fleet: Fleet) ->
             current_workers.enqueue("notes", context.token)
             context.session.flush()
             if context.token == 1:
-                context.session.rollback()  # so that others can write on SQLite
+                context.session.rollback()  # so that other processes can write on SQLite
                 began.set()
                 assert go_on.wait(PATIENCE)
                 current_workers.enqueue("notes", "the zombie's")
@@ -324,7 +324,7 @@ def test_what_a_periodic_worker_enqueues_is_fenced_with_its_run(fleet: Fleet) ->
 def test_of_a_batch_that_others_took_a_message_of_nothing_is_committed_and_all_is_handled_once(
     fleet: Fleet, caplog: pytest.LogCaptureFixture, taken: list[str]
 ) -> None:
-    """This instance is alive, and believes in its claim: only the database knows better."""
+    """Have a living instance, which trusts its claim, lose a message in the database only."""
     began, go_on = threading.Event(), threading.Event()
 
     class Slow(Notes):
@@ -339,7 +339,7 @@ def test_of_a_batch_that_others_took_a_message_of_nothing_is_committed_and_all_i
     manager.start()
     assert began.wait(PATIENCE)
     theirs = tables.messages.c.payload.in_([f'"{each}"' for each in taken])
-    with fleet.engine.begin() as connection:  # an instance without a row is gone, so they are taken over again
+    with fleet.engine.begin() as connection:  # without a row the instance counts as dead
         connection.execute(update(tables.messages).where(theirs).values(batch="other", instance="other"))
     go_on.set()
     wait_until(lambda: is_over(fleet), "the end")
@@ -350,7 +350,7 @@ def test_of_a_batch_that_others_took_a_message_of_nothing_is_committed_and_all_i
     assert "its instance is not known to the fleet: its row was deleted" in reasons
 
 
-# -- what it is given ------------------------------------------------------------------------------
+# -- the handler's batches ------------------------------------------------------------------------------
 
 
 def test_a_big_payload_and_one_with_any_character_arrive_as_they_were(fleet: Fleet) -> None:
@@ -511,7 +511,7 @@ def test_what_was_claimed_and_never_arrived_is_handled_once_a_lease_has_passed(f
 def test_an_instance_that_waited_for_the_write_lock_does_not_recover_a_batch_that_outlives_the_lease(
     fleet: Fleet,
 ) -> None:
-    """A heartbeat's look waits while the first is handled, and again while the second is, which was claimed between."""
+    """Have a heartbeat look while each batch is handled. The second batch was claimed in between."""
 
     class Slow(Notes):
         batch_size = 1
@@ -521,7 +521,7 @@ def test_an_instance_that_waited_for_the_write_lock_does_not_recover_a_batch_tha
             time.sleep(message.payload)
             if message.payload > 1:
                 context.commit()
-                time.sleep(0.3)  # who waits for the lock asks for it ten times a second
+                time.sleep(0.3)  # the waiting process tries the lock ten times a second
                 effect(context, "the rest")
 
     manager = fleet.manager(Slow, WORKERS_LEASE_SECONDS=1.5)
@@ -559,7 +559,7 @@ Quiet = Callable[..., BackgroundWorkerManager]
 
 @pytest.fixture
 def quiet(fleet: Fleet, caplog: pytest.LogCaptureFixture) -> Quiet:
-    """Start one that has taken its first look, and has no heartbeat to come."""
+    """Start an instance that has looked once, and has no heartbeat to come."""
     caplog.set_level(logging.INFO, "background.process.supervisor")
 
     def start(*workers: type[MessageWorker]) -> BackgroundWorkerManager:
@@ -581,7 +581,7 @@ def test_a_message_for_tomorrow_does_not_hold_one_for_now_up(fleet: Fleet, quiet
     wait_until(lambda: fleet.effects() == ["now"], "the handling")
 
 
-@on_sqlite  # where no notification tells the consumers of the test's messages
+@on_sqlite  # where no notification reaches the consumers
 def test_who_found_nothing_lets_others_go_first_and_looks_once_for_all_it_hears(
     fleet: Fleet, quiet: Quiet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -598,7 +598,7 @@ def test_who_found_nothing_lets_others_go_first_and_looks_once_for_all_it_hears(
     wait_until(lambda: "notes" not in consumers._yielding, "the handling")
     timers.remove_job("heard:notes")
     with manager.app.app_context():
-        monkeypatch.setattr(consumers, "wake_after", lambda topic, pause: None)  # as if another had enqueued it
+        monkeypatch.setattr(consumers, "wake_after", lambda topic, pause: None)  # as if another process had enqueued it
         manager.enqueue("notes", "another's")
         db.session.commit()
     consumers.hear("notes")

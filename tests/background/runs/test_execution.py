@@ -1,4 +1,4 @@
-"""A run: its effects and its success are one transaction, and once its claim is gone it can commit no more."""
+"""A run: its effects and its success are one transaction, and without its claim it cannot commit."""
 
 import logging
 import shutil
@@ -39,7 +39,7 @@ def test_killed_between_its_last_effect_and_the_commit_a_run_leaves_neither_and_
     wait_until(lambda: fleet.states() == ["running"] and fleet.effects() == [], "the rollback")
 
     class StuckAtTheEnd(Hourly):
-        """A release that mended it."""
+        """A release that corrected the worker."""
 
     manager = fleet.manager(StuckAtTheEnd)
     manager.start()
@@ -98,7 +98,7 @@ def test_an_interrupt_that_a_run_raises_itself_is_a_failure_and_not_run_again_fo
 def test_an_error_whose_text_no_database_can_hold_is_a_failed_run(
     fleet: Fleet, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It quotes the name of a file, say, which can be any bytes."""
+    """Quote, for example, the name of a file, which can be any bytes."""
     caplog.set_level(logging.CRITICAL, "background.quoting")  # a report of pytest-xdist cannot either
 
     class Quoting(Hourly):
@@ -317,7 +317,7 @@ def test_a_run_that_cannot_connect_again_is_run_again_as_the_next_attempt(fleet:
     assert manager.tick("refused", NOW()).state == "succeeded"
 
 
-# -- what a run is given ---------------------------------------------------------------------------
+# -- the context of a run ---------------------------------------------------------------------------
 
 
 def test_the_proxy_is_the_current_apps_manager(fleet: Fleet) -> None:
@@ -417,7 +417,7 @@ def test_a_run_knows_its_tick_attempt_token_and_key(fleet: Fleet) -> None:
 
 
 class Robbed(Hourly):
-    """Loses its claim in mid-run, as a zombie does, and then goes on as `how` says."""
+    """Loses its claim in mid-run, as a frozen process does, and then continues as `how` says."""
 
     fleet: Fleet
     how: str
@@ -449,14 +449,14 @@ def test_once_the_token_moved_on_no_commit_of_the_run_passes(
     (record,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert record.levelno == logging.WARNING
     assert "Lost the tick" in record.getMessage()
-    assert fleet.row("robbed").running == 2  # the new holder's
+    assert fleet.row("robbed").running == 2  # the commit of the new holder
 
 
 @pytest.mark.parametrize("kind", ["tick", "message"])
 def test_a_run_can_commit_in_the_database_of_another_application(
     fleet: Fleet, kind: str, tmp_path: Path, template_sqlite: Path
 ) -> None:
-    """Which knows nothing of its claim."""
+    """Check that the claim is not looked for in that database."""
     other = Fleet(f"sqlite:///{shutil.copyfile(template_sqlite, tmp_path / 'other.sqlite')}")
 
     def work(context: WorkerContext) -> None:
@@ -496,7 +496,7 @@ def test_past_the_deadline_the_commit_is_refused_without_asking_the_database(fle
             assert context.stopping
             raise OSError("and then everything else went wrong, too")
 
-    no_heartbeat = {"WORKERS_HEARTBEAT_SECONDS": 60, "WORKERS_LEASE_SECONDS": 200}  # which would renew it
+    no_heartbeat = {"WORKERS_HEARTBEAT_SECONDS": 60, "WORKERS_LEASE_SECONDS": 200}  # a heartbeat would renew the lease
     assert fleet.manager(Late, **no_heartbeat).tick("late", NOW()).state == "lost"
     assert fleet.effects() == []
 
@@ -684,7 +684,7 @@ def test_a_worker_whose_schedule_this_release_could_not_read_for_a_while_runs_ag
     fleet.set("changing", schedule="every full moon")
     manager.start()
     wait_until(lambda: "'every full moon' cannot be used" in caplog.text, "the word about it")
-    threading.Event().wait(0.4)  # in which the tick passes that was waited for
+    threading.Event().wait(0.4)  # the awaited tick passes in this time
     fleet.set("changing", schedule="every 0.5s", scheduled_at=datetime.now(UTC))
     ran = fleet.states().count("succeeded")
     wait_until(lambda: fleet.states().count("succeeded") >= ran + 2, "runs by a schedule that it can read")
@@ -696,19 +696,19 @@ def test_what_an_instance_that_signed_off_still_held_was_handed_back(fleet: Flee
     ghost = Instance(timedelta(seconds=10))
     manager.stores.leases.beat(ghost)
     claimed_by_a_ghost(manager, "hourly", ghost.id)
-    assert manager.tick("hourly", NOW()) is None  # the ghost lives: overlap
+    assert manager.tick("hourly", NOW()) is None  # the ghost is alive, so the tick overlaps
     manager.stores.leases.sign_off(ghost)
-    assert manager.tick("hourly", NOW()) is None  # skipped, but the older tick is run
+    assert manager.tick("hourly", NOW()) is None  # this tick is skipped, but the older tick runs
     assert [(execution.state, execution.attempt) for execution in fleet.executions()] == [
         ("handed back", 1),
         ("skipped", None),
         ("succeeded", 1),
     ]
-    assert "signed off before the run ended" in str(fleet.executions()[0].reason)  # it may have run in part
+    assert "signed off before the run ended" in str(fleet.executions()[0].reason)  # the work may have been done in part
 
 
 def test_a_run_that_holds_the_write_lock_longer_than_the_lease_keeps_its_claim(fleet: Fleet) -> None:
-    """It holds too while another claim must be recovered, which is a write."""
+    """Check this also while another claim must be recovered, which is a write."""
 
     class Holding(Hourly):
         def do_work(self, context: WorkerContext) -> None:
@@ -758,7 +758,7 @@ def test_an_instance_that_comes_back_after_its_lease_begins_anew(fleet: Fleet) -
     first = manager.presence.instance
 
     def another_life() -> bool:
-        first.deadline = steady()  # again at every look: a heartbeat that was under way renews it
+        first.deadline = steady()  # at every poll, because a heartbeat that had begun renews the lease
         return manager.presence.instance is not first and manager.presence.instance.is_alive
 
     wait_until(another_life, "the new life")

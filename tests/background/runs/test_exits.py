@@ -94,7 +94,7 @@ def test_a_run_whose_rollback_fails_has_failed_and_is_not_run_for_ever(fleet: Fl
 
 
 def test_a_worker_that_cannot_be_pickled_runs(fleet: Fleet) -> None:
-    """Nothing of it is stored or sent: the other processes have it from their own import."""
+    """Check that nothing of the worker is stored or sent. Each process imports its own."""
     lock = threading.Lock()
     closed_over = type(
         "Closure", (Hourly,), {"lock": lock, "do_work": lambda self, context: effect(context, self.lock)}

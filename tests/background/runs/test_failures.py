@@ -1,4 +1,4 @@
-"""Outcomes: every run's is written, whatever its errors, its log and its progress are."""
+"""Outcomes: every run's outcome is written, whatever its errors, its log and its progress are."""
 
 import asyncio
 import gc
@@ -234,7 +234,7 @@ def test_every_finite_number_is_taken_as_progress(
     assert (row.state, row.progress_done, row.progress_total) == ("succeeded", *written)
 
 
-# -- what the database cannot hold ------------------------------------------------------------------
+# -- text that the database cannot hold ------------------------------------------------------------------
 
 
 @pytest.fixture(params=["LATIN1", "SQL_ASCII", "EUC_JP", "WIN1252"])
@@ -320,7 +320,7 @@ def test_a_client_encoding_that_the_server_does_not_have_is_heeded_too(
         databases("DROP DATABASE twice WITH (FORCE)")
 
 
-# -- what is refused for another reason --------------------------------------------------------------
+# -- rows that the database refuses --------------------------------------------------------------
 
 
 def refuse_texts(fleet: Fleet, table: str, column: str) -> None:

@@ -18,7 +18,7 @@ def _everything(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def logged(fleet: Fleet, worker: type[Hourly]) -> tuple[str, list[str]]:
-    """The state of a run of `worker`, and the lines that its execution keeps."""
+    """Run `worker`. Return its state, and the lines that its execution keeps."""
     manager = fleet.manager(worker)
     execution = manager.tick(worker.name, datetime.now(UTC))
     assert execution is not None

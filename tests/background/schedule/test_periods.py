@@ -1,4 +1,4 @@
-"""Ticks against a clock that is walked minute by minute, which knows the rule and not the library."""
+"""Ticks, compared with a clock that is walked minute by minute and knows only the rule."""
 
 import subprocess
 import sys
@@ -24,12 +24,12 @@ NAIVE = datetime(2025, 1, 1)  # noqa: DTZ001 - it must be refused
 
 
 def repeatable(examples: int) -> settings:
-    """The same examples in every run, however slow the machine."""
+    """Return settings that give the same examples in every run, however slow the machine."""
     slow = [HealthCheck.too_slow]
     return settings(max_examples=examples, derandomize=True, database=None, deadline=None, suppress_health_check=slow)
 
 
-JUMPS = {  # when the clocks of a zone jump, in UTC
+JUMPS = {  # the moments at which the clocks of a zone jump, in UTC
     "Berlin, spring": ("Europe/Berlin", datetime(2025, 3, 30, 1, tzinfo=UTC)),
     "Berlin, autumn": ("Europe/Berlin", datetime(2025, 10, 26, 1, tzinfo=UTC)),
     "Cairo, midnight does not exist": ("Africa/Cairo", datetime(2025, 4, 24, 22, tzinfo=UTC)),
@@ -85,7 +85,7 @@ def matches_day(expression: str, day: date) -> bool:
 
 
 def walk(expression: str, jump: str) -> list[datetime]:
-    """The ticks within eight hours of the jump: look at the clock every minute and apply the rule."""
+    """Return the ticks within eight hours of the jump: read the clock every minute, and apply the rule."""
     minutes, hours = (values(f, 0, high) for f, high in zip(expression.split(), (59, 23), strict=False))
     fixed = "*" not in (expression.split()[0][0], expression.split()[1][0])
     day = cache(lambda d: matches_day(expression, d))
@@ -96,7 +96,7 @@ def walk(expression: str, jump: str) -> list[datetime]:
     ticks, shown = [], clock(jump)
     reached = shown[0][1]
     for instant, wall in shown[1:]:
-        passed = [reached + n * MINUTE for n in range(1, (wall - reached) // MINUTE + 1)]  # none when it went back
+        passed = [reached + n * MINUTE for n in range(1, (wall - reached) // MINUTE + 1)]  # empty if it went back
         if any(map(matches, passed)) if fixed else matches(wall):
             ticks.append(instant)
         reached = max(reached, wall)
@@ -206,7 +206,7 @@ def test_a_cron_matches_the_dates_of_a_walked_calendar(expression: str) -> None:
     assert [*(schedule.previous(tick - MICROSECOND) for tick in expected[1:]), last] == expected
 
 
-# What holds for any schedule at any instant
+# Rules for any schedule at any instant
 
 periods = st.one_of(
     st.timedeltas(timedelta(milliseconds=1), 366 * DAY),
@@ -457,7 +457,7 @@ def test_a_schedule_without_a_cron_does_not_import_the_cron_library() -> None:
 
 
 def test_the_walked_clock_itself_jumps_where_it_is_said_to() -> None:
-    """Else the tests above would prove nothing."""
+    """Check the oracle, without which the tests above would prove nothing."""
     for name in set(JUMPS) - {"Kathmandu, no jump"}:
         at = bisect_left([instant for instant, _ in clock(name)], JUMPS[name][1])
         assert clock(name)[at][1] - clock(name)[at - 1][1] != MINUTE, name
