@@ -16,6 +16,7 @@ from sqlalchemy import (
     Row,
     Select,
     Subquery,
+    Table,
     Text,
     Update,
     any_,
@@ -46,7 +47,7 @@ class Store:
         self.on_sqlite = engine.dialect.name == "sqlite"
         self.has_one_writer = self.on_sqlite
         """True if a write locks the whole database, so that a read should come first."""
-        self.insert = sqlite.insert if self.on_sqlite else postgresql.insert
+        self.insert = insert_on(engine)
         self.idle: tuple[ColumnElement[str], ...] = ()
         """Columns for a SELECT or a RETURNING that holds a worker's row: they limit how long the row is held."""
         self.limits: tuple[ColumnElement[str], ...] = ()
@@ -54,9 +55,9 @@ class Store:
         if not self.on_sqlite:
             # PostgreSQL ends a transaction that holds a worker's row for longer than a lease, even if its process is
             # frozen. The limit is set for one transaction, because a pooler may stand in between.
-            self.idle = (_limit("idle_in_transaction_session_timeout", lease),)
-            waiting = _limit("lock_timeout", min(lease, _LOCK_SECONDS))
-            self.limits = (*self.idle, waiting, _limit("statement_timeout", lease))
+            self.idle = (limit("idle_in_transaction_session_timeout", lease),)
+            waiting = limit("lock_timeout", min(lease, _LOCK_SECONDS))
+            self.limits = (*self.idle, waiting, limit("statement_timeout", lease))
 
     @contextmanager
     def begin(self) -> Iterator[Connection]:
@@ -115,7 +116,13 @@ class Store:
         return number
 
 
-def _limit(setting: str, seconds: float) -> ColumnElement[str]:
+def insert_on(engine: Engine) -> Callable[[Table], Any]:
+    """Return the engine's `insert`, which knows ON CONFLICT."""
+    return sqlite.insert if engine.dialect.name == "sqlite" else postgresql.insert
+
+
+def limit(setting: str, seconds: float) -> ColumnElement[str]:
+    """Return a column that gives PostgreSQL a time limit, until the end of the transaction."""
     return func.set_config(setting, f"{seconds * 1000:.0f}", True)
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from ..schedule.parsing import parse_schedule
 from ..schedule.periods import Schedule
@@ -103,13 +103,3 @@ class NotClaimed(Enum):
 
 
 DECIDED, BLOCKED = NotClaimed.DECIDED, NotClaimed.BLOCKED
-
-
-class Started(NamedTuple):
-    """The columns of the new execution of a claim that was won."""
-
-    attempt: int
-    token: int
-    trigger: str
-    execution: int
-    started_at: datetime

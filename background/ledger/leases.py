@@ -28,11 +28,12 @@ from sqlalchemy import (
     select,
     update,
 )
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import OperationalError
 
 from ..database.clock import AHEAD, now, single_statements, steady
 from ..database.dialects.error_codes import is_lock_unavailable
+from ..database.dialects.one_request import limited
+from ..database.store import insert_on, limit
 from ..database.tables import (
     LONGEST_RELEASE,
     AnyText,
@@ -44,7 +45,6 @@ from ..database.tables import (
     next_due,
     workers,
 )
-from .on_postgresql import OneRequest
 
 OFFSET_WARNED = timedelta(seconds=1)
 LEASE_IS_OVER = "its instance could not renew the lease in time"
@@ -113,8 +113,7 @@ class Leases:
         self.engine = engine
         self._lease = lease
         self._single = single_statements(engine)
-        self._insert = sqlite.insert if engine.dialect.name == "sqlite" else postgresql.insert
-        self._upserts: dict[tuple[str, ...], Any] = {}
+        self._looks: dict[tuple[str, ...], Callable[[Connection, dict[str, Any]], Any]] = {}
         self._renewal = self._upsert(null(), false(), false(), _first_expiry)
         # The longest wait of `_look` for a lock. The renewal comes after it, and must be well within the lease.
         self._patience = max(_LEAST_PATIENCE, min(_MOST_PATIENCE, lease / 10))
@@ -159,16 +158,12 @@ class Leases:
 
     def _look(self, topics: tuple[str, ...], connection: Connection, values: dict[str, Any]) -> Sequence[Any]:
         """Renew the lease and look for work. Building the statement takes as long as sending it, so it is kept."""
-        if topics not in self._upserts:
+        if topics not in self._looks:
+            patience = select(limit("lock_timeout", self._patience))
             upsert = self._upsert(*_pulse(topics), *next_due(topics))
-            if self.engine.dialect.name != "sqlite":  # a reader on SQLite waits for no lock
-                patience = func.set_config("lock_timeout", f"{self._patience * 1000:.0f}", True)
-                upsert = OneRequest(self.engine, select(patience), upsert)
-            self._upserts[topics] = upsert
-        upsert = self._upserts[topics]
-        if isinstance(upsert, OneRequest):
-            return upsert.row(connection, values)  # type: ignore[no-any-return]
-        return connection.execute(upsert, values).one()
+            self._looks[topics] = limited(self.engine, patience, upsert)
+        row: Sequence[Any] = self._looks[topics](connection, values)
+        return row
 
     def _upsert(self, *columns: ColumnElement[Any]) -> Any:
         lease, offset = bindparam("lease", type_=Float), bindparam("offset", type_=Float)
@@ -176,7 +171,7 @@ class Leases:
         identity: dict[str, Any] = {name: bindparam(f"its_{name}") for name in _IDENTITY}
         # Escapes for characters that the database cannot hold make a release longer.
         identity["release"] = func.substr(bindparam("its_release", type_=AnyText()), 1, LONGEST_RELEASE)
-        row = self._insert(instances).values({**identity, "started_at": now(), **renewed})
+        row = insert_on(self.engine)(instances).values({**identity, "started_at": now(), **renewed})
         return row.on_conflict_do_update(index_elements=["id"], set_=renewed).returning(now(), *columns)
 
     def write(self) -> None:

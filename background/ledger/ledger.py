@@ -32,7 +32,7 @@ from ..errors import ClaimLost
 from ..host.logs import logger_of
 from ..schedule.periods import MICROSECOND
 from . import counters
-from .claim import Claim, NotClaimed, Started, WorkerState
+from .claim import Claim, NotClaimed, WorkerState
 from .on_postgresql import ClaimsOnPostgreSQL
 from .on_sqlite import ClaimsOnSQLite
 from .statements import IS_FREE, MISS, SKIP, Values, at_tick, claimed, start
@@ -51,22 +51,19 @@ class Ledger:
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        on_sqlite = store.on_sqlite
-        self._claims = ClaimsOnSQLite(store.engine) if on_sqlite else ClaimsOnPostgreSQL(store.engine, store.limits)
+        self._claims = ClaimsOnSQLite(store) if store.on_sqlite else ClaimsOnPostgreSQL(store)
 
     # -- reading -------------------------------------------------------------------------------
 
     def look(self, name: str) -> WorkerState | None:
         """Read the worker's state, without a lock. None if no instance has registered the worker yet."""
-        with self.store.single.connect() as connection:
-            row = connection.execute(_one_state, {"name": name}).one_or_none()
-        return _state(row) if row else None
+        rows = self.store.read(_one_state, {"name": name})
+        return _state(rows[0]) if rows else None
 
     def states(self, names: Collection[str] | None = None) -> dict[str, WorkerState]:
         """Read the state of every worker in the database, or of the workers in `names`."""
         query = _states if names is None else _states.where(workers.c.name.in_(names))
-        with self.store.single.connect() as connection:
-            return {row.name: _state(row) for row in connection.execute(query)}
+        return {row.name: _state(row) for row in self.store.read(query)}
 
     # -- claiming ------------------------------------------------------------------------------
 
@@ -77,18 +74,14 @@ class Ledger:
         (PostgreSQL, while the tick is open) or the write lock (SQLite) orders them. The first raises the mark.
         Every later instance reads the raised mark in the same statement.
         """
-        values = _values(name, tick, instance)
-        started = self._claims.tick(at_tick(name, tick, schedule) | values)
-        return _claim(values, started) if started else started
+        return self._claims.tick(at_tick(name, tick, schedule) | _values(name, tick, instance))
 
     def claim_pending(self, name: str, tick: datetime, instance: tuple[str, str]) -> Claim | None:
         """Claim a tick that was lost, handed back or requested.
 
         Concurrency: every instance that saw the tick pending may do this. The first claims the tick.
         """
-        values = _values(name, tick, instance)
-        started = self._claims.pending(values)
-        return _claim(values, started) if started else None
+        return self._claims.pending(_values(name, tick, instance))
 
     def claim_manual(self, name: str, tick: datetime, instance: tuple[str, str]) -> Claim | None:
         """Claim a run that a user requested. `tick` is the moment of the request. The mark does not move.
@@ -98,7 +91,7 @@ class Ledger:
         values = _values(name, tick, instance)
         with self.store.begin() as connection:
             token = connection.execute(_CLAIM_MANUAL, values).scalar_one_or_none()
-            return None if token is None else _claim(values, start(connection, values, token, 1, "manual"))
+            return None if token is None else start(connection, values, token, 1, "manual")
 
     def request(self, name: str) -> bool:
         """Let any instance claim a manual run. False if the worker runs already, or has a pending tick.
@@ -168,13 +161,7 @@ class Ledger:
         Concurrency: another instance may take the claim over. It waits for this commit, or this call raises.
         """
         held = in_force(claim)
-        if self.store.on_sqlite:  # without row locks: a write takes the only lock
-            result = session.execute(update(workers).where(held).values(running=workers.c.running))
-            ours = count(result) == 1
-        else:
-            row = select(workers.c.token, *self.store.idle).where(held).with_for_update(read=True)
-            ours = session.execute(row).first() is not None
-        if not ours:
+        if not self._claims.lock(session, held):
             raise _lost(claim)
         if notes:
             session.execute(update(executions).where(own(claim)).values(notes))
@@ -184,7 +171,7 @@ class Ledger:
 
         Raises ClaimLost if `claim` is not in force.
         """
-        if not self._end(session, claim, "succeeded", notes=notes):
+        if not self._end(session, claim, {"state": "succeeded", "reason": None, **notes}):
             raise _lost(claim)
 
     def end(
@@ -200,7 +187,7 @@ class Ledger:
         Concurrency: the run itself, its time-out, and each instance that believes the run lost. The first ends it.
         """
         with self.store.begin() as connection:
-            ended = self._end(connection, claim, state, reason, next_attempt, notes)
+            ended = self._end(connection, claim, {"state": state, "reason": reason, **notes}, next_attempt)
         # Not for "lost": during an outage, the attempts would be used up within a second.
         if ended and state == "handed back":
             self.store.ring()
@@ -208,21 +195,12 @@ class Ledger:
 
     def outcome(self, claim: Claim) -> str:
         """Read the state of the claim's execution: "lost" if its row is gone."""
-        with self.store.single.connect() as connection:
-            state = connection.scalar(select(executions.c.state).where(own(claim)))
-            return str(state or "lost")
+        rows = self.store.read(select(executions.c.state).where(own(claim)))
+        return str(rows[0].state) if rows else "lost"
 
     # -- helpers -------------------------------------------------------------------------------
 
-    def _end(
-        self,
-        connection: Executes,
-        claim: Claim,
-        state: str,
-        reason: str | None = None,
-        next_attempt: int | None = None,
-        notes: Notes = NOTHING,
-    ) -> bool:
+    def _end(self, connection: Executes, claim: Claim, outcome: Values, next_attempt: int | None = None) -> bool:
         again = {} if next_attempt is None else pending(claim.tick, next_attempt, claim.trigger)
         released = connection.execute(
             update(workers)
@@ -232,13 +210,13 @@ class Ledger:
         )
         if released.first() is None:
             return False
-        outcome = {"state": state, "finished_at": now(), "reason": reason, **notes}
+        outcome = {"finished_at": now(), **outcome}
         ended = connection.execute(update(executions).where(own(claim)).values(outcome).returning(*MOMENTS))
         row = ended.one_or_none() or self.write_anew(
             connection, claim, outcome, [claim.token, None] if claim.id else [None]
         )
         if row is not None:
-            counters.add_execution(connection, claim, state, *row)
+            counters.add_execution(connection, claim, outcome["state"], *row)
         return True
 
     def write_anew(
@@ -424,10 +402,6 @@ def _running(row: Row[Any]) -> Claim:
 
 def _values(name: str, tick: datetime, instance: tuple[str, str]) -> dict[str, Any]:
     return {"of": name, "at": tick, "on": instance[0], "on_name": instance[1], "claim_id": uuid4().hex}
-
-
-def _claim(values: Values, started: Started) -> Claim:
-    return Claim(values["of"], values["at"], *started, values["claim_id"], values["on"], values["on_name"])
 
 
 def _lost(claim: Claim) -> ClaimLost:

@@ -11,12 +11,11 @@ from typing import Any
 from uuid import uuid4
 
 from sqlalchemy import Engine, Executable, Row, String, and_, bindparam, delete, func, null, or_, select, update
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import SQLAlchemyError
 
 from ..database.clock import now, single_statements, steady
 from ..database.connections import again_if_stale
-from ..database.store import count
+from ..database.store import count, insert_on
 from ..database.tables import locks
 from ..errors import InvalidLock, LockNotAcquired, first_line
 from ..host.logs import logger_of
@@ -83,7 +82,7 @@ class Locks:
     ) -> None:
         self._engine, self._instances = single_statements(engine), instances
         self._present, self._prefix, self._waits = present, prefix, waits
-        self._insert = sqlite.insert if engine.dialect.name == "sqlite" else postgresql.insert
+        self._insert = insert_on(engine)
         self._held_here: set[tuple[str, int, int]] = set()
 
     @contextmanager

@@ -1,72 +1,40 @@
 """Claims on PostgreSQL: limits, look, lock, claim and the execution's row, in one request."""
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Engine, Select, select
-from sqlalchemy.engine.interfaces import Compiled
-from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy import ColumnElement, select
 
-from ..database.clock import single_statements
-from .claim import NotClaimed, Started
-from .statements import CLAIM_PENDING_AND_START, LOOK_AND_CLAIM, WAIT, Values, why_not
-
-
-class OneRequest:
-    """Two statements in one request to PostgreSQL, which is one transaction. The first sets limits to the second.
-
-    A request with parameters may have only one statement. So the driver writes the values into the text.
-    """
-
-    def __init__(self, engine: Engine, first: Select[*tuple[Any, ...]], second: Any) -> None:
-        tables = engine.get_execution_options().get("schema_translate_map")
-        options: dict[str, Any] = {"schema_translate_map": tables, "render_schema_translate": True} if tables else {}
-        self._first, self._second = first.compile(engine, **options), second.compile(engine, **options)
-
-    def row(self, connection: Connection, values: Values) -> Any:
-        """Send the request. Return the only row of the second statement as a tuple, or None."""
-        from psycopg import ClientCursor
-
-        driver: Any = connection.connection.driver_connection
-        cursor = ClientCursor(driver)
-        texts = (cursor.mogrify(*_text_and_parameters(each, values)) for each in (self._first, self._second))
-        sent = connection.exec_driver_sql("; ".join(texts), execution_options={"no_parameters": True})
-        sent.cursor.nextset()
-        row = sent.cursor.fetchone()
-        sent.close()
-        return row
-
-
-def _text_and_parameters(statement: Compiled, values: Values) -> tuple[str, Mapping[str, Any] | None]:
-    """Return the statement as text, and the parameters in it, for the driver."""
-    if not isinstance(statement, SQLCompiler) or not statement.literal_execute_params:
-        return str(statement), statement.construct_params(values)
-    expanded = statement.construct_expanded_state(values)  # SQLAlchemy itself writes some values into the text
-    processors: Any = statement._bind_processors
-    return expanded.statement, {
-        name: processors[name](value) if name in processors else value
-        for name, value in (expanded.parameters or {}).items()
-    }
+from ..database.dialects.one_request import OneRequest
+from ..database.sessions import Executes
+from ..database.store import Store
+from ..database.tables import workers
+from .claim import Claim, NotClaimed
+from .statements import CLAIM_PENDING_AND_START, LOOK_AND_CLAIM, WAIT, Values, claim_of, why_not
 
 
 class ClaimsOnPostgreSQL:
-    """Sends each claim as one request. `limits` are set in it, for its transaction alone."""
+    """Sends each claim as one request. The store's limits are set in it, for its transaction alone."""
 
-    def __init__(self, engine: Engine, limits: Sequence[ColumnElement[str]]) -> None:
-        self._single = single_statements(engine)
-        self._tick = OneRequest(engine, select(WAIT, *limits), LOOK_AND_CLAIM)
-        self._pending = OneRequest(engine, select(*limits), CLAIM_PENDING_AND_START)
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._tick = OneRequest(store.engine, select(WAIT, *store.limits), LOOK_AND_CLAIM)
+        self._pending = OneRequest(store.engine, select(*store.limits), CLAIM_PENDING_AND_START)
 
-    def tick(self, values: Values) -> Started | NotClaimed:
+    def tick(self, values: Values) -> Claim | NotClaimed:
         """Claim a tick that may be claimed."""
         row = self._send(self._tick, values)
-        return why_not(row) if row is None or row[-1] is None else Started(*row[1:])
+        return why_not(row) if row is None or row[-1] is None else claim_of(values, row[1:])
 
-    def pending(self, values: Values) -> Started | None:
+    def pending(self, values: Values) -> Claim | None:
         """Claim a tick that must run again."""
         row = self._send(self._pending, values)
-        return Started(*row) if row else None
+        return claim_of(values, row) if row else None
+
+    def lock(self, session: Executes, which: ColumnElement[bool]) -> bool:
+        """Lock the worker's row until the end of the session's transaction. False if no row is `which`."""
+        row = select(workers.c.token, *self._store.idle).where(which).with_for_update(read=True)
+        return session.execute(row).first() is not None
 
     def _send(self, request: OneRequest, values: Values) -> Any:
-        with self._single.begin() as connection:
+        with self._store.single.begin() as connection:
             return request.row(connection, values)

@@ -1,9 +1,12 @@
 """Claims on SQLite: a look and a conditional write, in one transaction."""
 
-from sqlalchemy import Engine
+from sqlalchemy import ColumnElement, update
 
 from ..database.dialects.sqlite import lock_soon
-from .claim import BLOCKED, NotClaimed, Started
+from ..database.sessions import Executes
+from ..database.store import Store, count
+from ..database.tables import workers
+from .claim import BLOCKED, Claim, NotClaimed
 from .statements import CLAIM, CLAIM_PENDING, LOOK, Values, start, why_not
 
 
@@ -13,10 +16,10 @@ class ClaimsOnSQLite:
     If another connection keeps the lock for long, the read comes first. A claim's write waits for the lock then.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, store: Store) -> None:
+        self._engine = store.engine
 
-    def tick(self, values: Values) -> Started | NotClaimed:
+    def tick(self, values: Values) -> Claim | NotClaimed:
         """Claim a tick that may be claimed."""
         with self._engine.begin() as connection:
             lock_soon(connection)
@@ -27,8 +30,13 @@ class ClaimsOnSQLite:
             # None: another instance claimed the tick while this call waited longer for the lock.
             return BLOCKED if token is None else start(connection, values, token, 1, "schedule")
 
-    def pending(self, values: Values) -> Started | None:
+    def pending(self, values: Values) -> Claim | None:
         """Claim a tick that must run again."""
         with self._engine.begin() as connection:
             row = connection.execute(CLAIM_PENDING, values).one_or_none()
             return start(connection, values, *row) if row else None
+
+    def lock(self, session: Executes, which: ColumnElement[bool]) -> bool:
+        """Lock the database until the end of the session's transaction. False if no worker's row is `which`."""
+        # SQLite has no locks of rows: a write takes the only lock.
+        return count(session.execute(update(workers).where(which).values(running=workers.c.running))) == 1

@@ -35,7 +35,7 @@ from ..database.clock import UtcDateTime, elapsed, now
 from ..database.tables import executions, may_be_run_again, workers
 from ..schedule.parsing import parse_schedule
 from ..schedule.periods import MICROSECOND
-from .claim import BLOCKED, DECIDED, NotClaimed, Started
+from .claim import BLOCKED, DECIDED, Claim, NotClaimed
 
 Values = Mapping[str, Any]
 
@@ -141,7 +141,7 @@ LOOK = select(
 def _look_and_claim() -> Select[Any]:
     """Build PostgreSQL's claim: `LOOK`, `CLAIM` and the execution's row in one statement.
 
-    The statement returns whether the tick is open, then the columns of `Started`, all NULL if it claimed nothing.
+    The statement returns whether the tick is open, then the columns of `_start`, all NULL if it claimed nothing.
     It returns no row for a worker that no instance has registered.
 
     Concurrency: every instance that knows the worker may run this at the same moment. While the tick is open, the
@@ -164,7 +164,7 @@ def _claim_pending_and_start() -> Select[Any]:
 
 
 def _start(token: ColumnElement[int], attempt: ColumnElement[int], trigger: ColumnElement[str]) -> ReturningInsert[Any]:
-    """Insert the execution's row of a claim that was won. Returns the columns of `Started`."""
+    """Insert the execution's row of a claim that was won. Returns the columns that `claim_of` reads."""
     row: dict[str, ColumnElement[Any]] = {
         "worker": bindparam("of", type_=String()),
         "tick": _tick,
@@ -191,10 +191,17 @@ _left = elapsed(now(), _tick)
 WAIT = func.pg_sleep(case((_left.between(0.0, _MOST_EARLY_SECONDS), _left), else_=0.0))
 
 
-def start(connection: Connection, values: Values, token: int, attempt: int, trigger: str) -> Started:
-    """Write the execution's row of a claim that was won in this transaction."""
+def start(connection: Connection, values: Values, token: int, attempt: int, trigger: str) -> Claim:
+    """Write the execution's row of a claim that was won in this transaction. Return the claim."""
     more = {"token": token, "attempt": attempt, "trigger": trigger}
-    return Started(*connection.execute(START, {**values, **more}).one())
+    return claim_of(values, connection.execute(START, {**values, **more}).one())
+
+
+def claim_of(values: Values, row: Sequence[Any]) -> Claim:
+    """Return the claim that was won with the parameters `values`, by the `row` of its new execution."""
+    attempt, token, trigger, execution, started_at = row
+    begun = execution, started_at, values["claim_id"], values["on"], values["on_name"]
+    return Claim(values["of"], values["at"], attempt, token, trigger, *begun)
 
 
 def why_not(seen: Sequence[Any] | None) -> NotClaimed:

@@ -85,8 +85,8 @@ MUTATIONS = (
         [
             Edit(
                 "background/ledger/leases.py",
-                'func.set_config("lock_timeout", f"{self._patience * 1000:.0f}", True)',
-                'func.set_config("lock_timeout", "0", True)',
+                'limit("lock_timeout", self._patience)',
+                'limit("lock_timeout", 0.0)',
             )
         ],
         ["tests/background/ledger/test_leases.py", "-k", "waits_for_no_other_table"],
