@@ -19,8 +19,7 @@ from .database.connections import made_once
 from .database.dialects.open_transactions import OpenTransactions
 from .database.outages import Outages
 from .errors import BackgroundError, InvalidConfig, first_line
-from .host import forks
-from .host import stop_signals as hearing
+from .host import forks, stop_signals
 from .host.logs import logger_of
 from .ledger.locks import Locks
 from .process import serving
@@ -92,11 +91,11 @@ class Lifecycle:
 
     def _replace_thread(self, thread: int) -> None:
         if self._supervisor is not None:
-            self._supervisor.replace_thread(thread)
+            self._supervisor.scheduler.replace(thread)
 
     def _postpone(self, name: str, tick: datetime, schedule: str) -> None:
         if self._supervisor is not None:
-            self._supervisor.postpone(name, tick, schedule)
+            self._supervisor.timers.postpone(name, tick, schedule)
 
     def begin_anew(self, is_in_a_run: bool) -> None:
         """Begin as another process, in a forked child.
@@ -210,7 +209,7 @@ class Lifecycle:
             from .process.supervisor import Supervisor  # imports APScheduler, which only a start needs
 
             self._started_in = self._served_in = os.getpid()
-            hearing.stop_when_told(self)
+            stop_signals.stop_when_told(self)
             self.runs.open()
             workers, topics = self._registry.workers, self._registry.topics
             if names:  # the other workers stay registered: a run may enqueue messages for them

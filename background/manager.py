@@ -65,7 +65,7 @@ class BackgroundWorkerManager(Lifecycle):
         """Unregister a worker in this process. Its rows stay, and other instances go on running it."""
         self._registry.remove(name)
         if self._supervisor is not None:
-            self._supervisor.dismiss(name)
+            self._supervisor.timers.disarm(name)
 
     # -- running and controlling ---------------------------------------------------------------
 

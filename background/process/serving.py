@@ -14,7 +14,7 @@ from flask.helpers import get_debug_flag
 from werkzeug.serving import is_running_from_reloader
 
 from ..errors import BackgroundError
-from ..host import stop_signals as hearing
+from ..host import stop_signals
 from ..host.logs import logger_of
 from ..runs.fence import current_run
 
@@ -50,7 +50,7 @@ _managers: WeakSet[Servable] = WeakSet()
 def attach(manager: Servable, app: Flask) -> None:
     """Give `app` its signal handlers and, under an unknown WSGI server, the start with a request."""
     _managers.add(manager)
-    hearing.listen()
+    stop_signals.listen()
 
     @app.before_request
     def start_with_the_first_request() -> None:
@@ -108,7 +108,7 @@ def _forked() -> None:
         for manager in _managers:
             manager.begin_anew(is_in_a_run)
     finally:
-        hearing.let_through_in_a_child(is_in_a_run)
+        stop_signals.let_through_in_a_child(is_in_a_run)
 
 
-os.register_at_fork(before=hearing.hold_back, after_in_parent=hearing.let_through, after_in_child=_forked)
+os.register_at_fork(before=stop_signals.hold_back, after_in_parent=stop_signals.let_through, after_in_child=_forked)

@@ -55,10 +55,10 @@ class Supervisor:
     ) -> None:
         self._config, self._workers, self._prepare = app.config, workers, prepare
         self._stores, self._runs, self._presence, self._recovery, self._ticks = stores, runs, presence, recovery, ticks
-        self._scheduler = Scheduler(app.config["WORKERS_THREADS"])
-        self._timers = Timers(self._scheduler, ticks, presence, runs, workers)
-        self._topics, self.consumers = topics, Consumers(app, db, stores, presence, runs, self._scheduler, topics)
-        threads = self.consumers.batches, self._scheduler.soon, self.consumers.wake_all
+        self.scheduler = Scheduler(app.config["WORKERS_THREADS"])
+        self.timers = Timers(self.scheduler, ticks, presence, runs, workers)
+        self._topics, self.consumers = topics, Consumers(app, db, stores, presence, runs, self.scheduler, topics)
+        threads = self.consumers.batches, self.scheduler.soon, self.consumers.wake_all
         self._message_recovery = MessageRecovery(app, stores, presence, topics, *threads)
         self._clock_recovery = ClockRecovery(stores, workers)
         self._listener: Listener | None = None
@@ -69,25 +69,25 @@ class Supervisor:
         self._outage, self._blindness, self._cuts = Outage(), Outage(), 0
         self._beat_at: datetime | None = None
         self._logged_error = ""
-        self._is_settled = self._is_looking = self._is_off = self._left = False
+        self._is_settled = self._is_look_planned = self._is_off = self._left = False
         self._looking = Looking(self._looked, self._look_failed)
         self._refreshing, self._entering = threading.Lock(), threading.Lock()
 
     def join(self) -> None:
         """Join in the background, as soon as the database is ready."""
-        self._scheduler.start()
-        self._scheduler.soon(self._join)
+        self.scheduler.start()
+        self.scheduler.soon(self._join)
 
     def leave(self, seconds: float) -> None:
         """Ask the runs to stop, wait `seconds` from then on, and sign off. That hands back the runs that go on."""
         runs = self._runs
         runs.tell()
-        self._scheduler.stop()
+        self.scheduler.stop()
         try:
             if not runs.wait(seconds):
                 log.warning("Not everything ended in time; what still runs is handed back")
             elif self._heartbeat is not None:  # a join that goes on notices the stop by itself
-                self._scheduler.wait(_LAST_CALLS_SECONDS)
+                self.scheduler.wait(_LAST_CALLS_SECONDS)
         finally:
             runs.lose("its instance stopped")
             self._leave()
@@ -98,28 +98,16 @@ class Supervisor:
             return {"scheduler": True, "heartbeat": True}
         heartbeat = self._heartbeat
         is_beating = heartbeat is None or (heartbeat.is_alive and self._looking.is_alive)
-        return {"scheduler": self._scheduler.is_alive, "heartbeat": is_beating}
+        return {"scheduler": self.scheduler.is_alive, "heartbeat": is_beating}
 
     def admit(self, worker: AnyWorker) -> None:
         """Take up a worker that was added after the start."""
         if self._heartbeat is None:
             return
         if issubclass(worker, MessageWorker):
-            self._scheduler.soon(self._listen)
+            self.scheduler.soon(self._listen)
         else:
-            self._scheduler.soon(self._take_up, worker.name)
-
-    def dismiss(self, name: str) -> None:
-        """Arm no further tick of a worker that was removed."""
-        self._timers.disarm(name)
-
-    def postpone(self, name: str, tick: datetime, schedule: str) -> None:
-        """Try a tick again later."""
-        self._timers.postpone(name, tick, schedule)
-
-    def replace_thread(self, thread: int) -> None:
-        """Start another thread in the place of `thread`, which hangs."""
-        self._scheduler.replace(thread)
+            self.scheduler.soon(self._take_up, worker.name)
 
     # -- joining and leaving -------------------------------------------------------------------
 
@@ -133,7 +121,7 @@ class Supervisor:
             level = logging.ERROR if first_line(error) != self._logged_error else logging.DEBUG
             log.log(level, "The workers cannot start yet: %s", first_line(error), exc_info=unless_expected(error))
             self._logged_error = first_line(error)
-            self._timers.later("join", failures, self._join)
+            self.timers.later("join", failures, self._join)
             return
         if (instance := self._presence.instance) is not None:
             self._listen()
@@ -168,14 +156,14 @@ class Supervisor:
         self._declare(names)
         self.refresh()
         for name in names:
-            self._timers.arm_first(name)
+            self.timers.arm_first(name)
 
     def _take_up(self, name: str, failures: int = 0) -> None:
         try:
             self._admit([name])
         except SQLAlchemyError as error:
             log.warning("%s: cannot take it up yet: %s", name, first_line(error))
-            self._timers.later(f"admit:{name}", failures, self._take_up, name)
+            self.timers.later(f"admit:{name}", failures, self._take_up, name)
 
     def _listen(self) -> None:
         self.consumers.wake_all()
@@ -212,7 +200,7 @@ class Supervisor:
         self._warn_of_offset(instance)
         is_moved = pulse.was_set or abs(instance.clock_offset - offset) > _OFFSET_REARMED
         if is_moved:
-            self._is_looking = False  # by the clock that was set, the next look may be hours away
+            self._is_look_planned = False  # by the clock that was set, the next look may be hours away
         if pulse.is_blind:
             self._warn_of_lock()
         else:
@@ -221,7 +209,7 @@ class Supervisor:
             if self._clock_recovery.is_due(pulse):
                 self._soon_once("clock", self._recover_clock)
         self.consumers.follow(pulse, self._config["WORKERS_HEARTBEAT_SECONDS"])
-        self._scheduler.look_again()
+        self.scheduler.look_again()
 
     def _life(self) -> Instance | None:
         """Return the instance to renew. After its lease is over, return a new life of this process, or None."""
@@ -270,13 +258,13 @@ class Supervisor:
     def _heard(self, topic: str) -> None:
         if topic:
             self.consumers.hear(topic)
-        elif not self._is_looking:
-            self._is_looking = True
-            self._scheduler.after(_spread(), "look", self._look)
+        elif not self._is_look_planned:
+            self._is_look_planned = True
+            self.scheduler.after(_spread(), "look", self._look)
 
     def _look(self) -> None:
         """Look at the fleet without waiting for a heartbeat."""
-        self._is_looking = False
+        self._is_look_planned = False
         self._looking.want()
         self.consumers.wake_all()
 
@@ -300,10 +288,10 @@ class Supervisor:
 
     def _refresh(self, rearm: bool) -> None:
         states = self._stores.ledger.states()
-        self._timers.follow(states, rearm)
+        self.timers.follow(states, rearm)
         ours = [state for state in states.values() if state.name in self._workers]
         for name in self._clock_recovery.warn(states):  # its ticks go on, perhaps by a command
-            self._timers.arm_first(name)
+            self.timers.arm_first(name)
         gone = self._recovery.gone(ours)
         if not self._outage.is_on:  # its end tells which instances could not renew their leases
             self._message_recovery.look()
@@ -319,7 +307,7 @@ class Supervisor:
         """Make the call in another thread, unless an earlier call goes on. That may wait for a thread or for a row."""
         if key not in self._under_way:
             self._under_way.add(key)
-            self._scheduler.soon(call, *args)
+            self.scheduler.soon(call, *args)
 
     def _settle(self, name: str, failures: int = 0) -> None:
         """Take back the claim of a gone instance, and run the tick that must run again."""
@@ -333,7 +321,7 @@ class Supervisor:
         except SQLAlchemyError as error:
             level = logging.DEBUG if failures else logging.WARNING
             log.log(level, "%s: cannot take its tick over yet: %s", name, first_line(error))
-            self._timers.later(f"settle:{name}", failures, self._settle, name)
+            self.timers.later(f"settle:{name}", failures, self._settle, name)
 
     def _freed(self, worker: type[PeriodicWorker]) -> datetime | None:
         """Return the tick of the worker that must run again, once no gone instance holds it."""

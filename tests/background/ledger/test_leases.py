@@ -259,7 +259,7 @@ def test_who_was_not_first_at_a_tick_has_read_once_and_lets_the_others_go_first_
     )
     [execution] = fleet.executions()
     [loser] = [each for each in managers if each.presence.instance.id != execution.instance]
-    timers = loser._supervisor._timers
+    timers = loser._supervisor.timers
     wait_until(lambda: "hourly" in timers._yielding, "the look of the one that comes second")
     with statements(loser.stores.main.engine) as seen:
         timers._fire("hourly", execution.tick, "every 3600s")
@@ -271,8 +271,8 @@ def test_who_was_not_first_at_a_tick_has_read_once_and_lets_the_others_go_first_
 def armed_after(manager: BackgroundWorkerManager) -> timedelta:
     """Return the delay between the tick and the next wake-up, by the database's clock."""
     supervisor = manager._supervisor
-    job = supervisor._scheduler._scheduler.get_job("tick:hourly")
-    return job.trigger.run_date + manager.presence.instance.clock_offset - supervisor._timers._armed["hourly"]
+    job = supervisor.scheduler._scheduler.get_job("tick:hourly")
+    return job.trigger.run_date + manager.presence.instance.clock_offset - supervisor.timers._armed["hourly"]
 
 
 def test_no_instance_counts_as_lost_within_a_lease_after_the_databases_clock_was_set(
@@ -387,8 +387,8 @@ def test_a_process_that_leaves_while_its_threads_ask_who_it_is_ends_in_peace(
         manager.presence.until_expiry,
         manager.presence.lose_lease,
         partial(supervisor._declare, ["hourly"]),
-        supervisor._timers._now,
-        partial(supervisor._timers.arm_first, "hourly"),
+        supervisor.timers._now,
+        partial(supervisor.timers.arm_first, "hourly"),
         partial(manager.recovery.gone, []),
         partial(ExitStack().enter_context, manager.presence.present()),
     ]

@@ -273,8 +273,8 @@ def test_a_process_whose_scheduler_or_heartbeat_thread_died_is_not_alive(
         raise SystemExit  # the exception ends a thread
 
     if thread == "scheduler":
-        supervisor._scheduler._scheduler._process_jobs = die
-        supervisor._scheduler.look_again()
+        supervisor.scheduler._scheduler._process_jobs = die
+        supervisor.scheduler.look_again()
     else:
         supervisor._heartbeat._beat = die
     wait_until(lambda: live(member)[0] == 503, "its death")

@@ -119,7 +119,7 @@ def test_a_worker_can_be_added_to_and_removed_from_a_started_manager(fleet: Flee
     manager.add(Quick)
     wait_until(lambda: len(ticks(fleet, "quick")) >= 2, "two runs of the added one")
     manager.remove("quick")
-    assert manager._supervisor._scheduler.wait(PATIENCE)  # for runs that had begun
+    assert manager._supervisor.scheduler.wait(PATIENCE)  # for runs that had begun
     count = len(fleet.executions("quick"))
     threading.Event().wait(0.6)  # two periods
     assert len(fleet.executions("quick")) == count
@@ -151,7 +151,7 @@ def test_a_reschedule_is_followed_within_two_heartbeats(fleet: Fleet) -> None:
     beat, armed = manager.stores.leases.beat, []
 
     def note(instance: Instance, topics: Sequence[str] = ()) -> Pulse:
-        armed.append(supervisor._timers._armed["rarely"])
+        armed.append(supervisor.timers._armed["rarely"])
         return beat(instance, topics)
 
     manager.stores.leases.beat = note  # type: ignore[method-assign]
@@ -241,13 +241,13 @@ def test_a_tick_whose_claim_fails_with_an_unexpected_error_is_claimed_again(
 def test_a_tick_that_was_fired_by_a_wrong_clock_is_fired_again(fleet: Fleet) -> None:
     supervisor, tick = joined(fleet)
     schedule = supervisor._recovery.look(Rarely).schedule_text
-    supervisor._timers._fire("rarely", tick, schedule)  # as a host clock that was set ahead does
-    assert supervisor._timers._armed["rarely"] > tick
+    supervisor.timers._fire("rarely", tick, schedule)  # as a host clock that was set ahead does
+    assert supervisor.timers._armed["rarely"] > tick
     instance = supervisor._presence.instance
     assert instance is not None
 
     def is_armed() -> bool:
-        if supervisor._timers._armed["rarely"] == tick:
+        if supervisor.timers._armed["rarely"] == tick:
             return True
         instance.clock_offset += timedelta(seconds=1)  # a heartbeat that begins after this finds another tick
         return False
@@ -267,7 +267,7 @@ def test_a_host_that_slept_sees_what_is_due_with_its_next_heartbeat(
             return tick + timedelta(seconds=1)
 
     monkeypatch.setattr("apscheduler.schedulers.base.datetime", Later)
-    wait_until(lambda: supervisor._timers._armed["rarely"] > tick, "it was fired")
+    wait_until(lambda: supervisor.timers._armed["rarely"] > tick, "it was fired")
 
 
 def test_a_pause_and_a_resume_reach_the_other_instances(fleet: Fleet) -> None:
@@ -380,7 +380,7 @@ def test_a_manual_run_does_not_take_the_tick_of_a_started_instance_away(fleet: F
     manual.start()
     assert working.wait(PATIENCE)
     started.start()
-    wait_until(lambda: started.presence.instance is not None and started._supervisor._timers._armed, "the start")
+    wait_until(lambda: started.presence.instance is not None and started._supervisor.timers._armed, "the start")
     go_on.set()
     manual.join(PATIENCE)
     wait_until(lambda: fleet.states() == ["succeeded", "succeeded"], "the tick")
@@ -440,7 +440,7 @@ def test_a_tick_that_is_due_when_another_schedule_comes_into_force_is_still_run(
     manager.start()
     supervisor = manager._supervisor
     assert supervisor is not None
-    armed = supervisor._timers._armed
+    armed = supervisor.timers._armed
     tick = wait_until(lambda: armed.get("spread"), "the first tick is waited for")
     assert manager.reschedule("spread", period=HOUR)
     assert fleet.row("spread").schedule == "every 3600s"

@@ -587,7 +587,7 @@ def test_who_found_nothing_lets_others_go_first_and_looks_once_for_all_it_hears(
 ) -> None:
     monkeypatch.setattr("background.process.consumers._YIELDED_SECONDS", (10 * MINUTE, 10 * MINUTE))
     manager = quiet(Notes)
-    consumers, timers = manager._supervisor.consumers, manager._supervisor._scheduler._scheduler
+    consumers, timers = manager._supervisor.consumers, manager._supervisor.scheduler._scheduler
     wait_until(lambda: "notes" in consumers._yielding, "a look that finds nothing")
     for _ in range(3):
         consumers.hear("notes")
@@ -607,7 +607,7 @@ def test_who_found_nothing_lets_others_go_first_and_looks_once_for_all_it_hears(
 
 def test_many_messages_for_later_are_no_timers_of_this_process(fleet: Fleet, quiet: Quiet) -> None:
     manager = quiet(Notes)
-    timers = manager._supervisor._scheduler._scheduler
+    timers = manager._supervisor.scheduler._scheduler
     before = len(timers.get_jobs())
     with manager.app.app_context():
         for number in range(100):
