@@ -60,7 +60,8 @@ class WorkerContext:
         self.database = db.engine.url
         self._db, self._sessions = db, sessions
         self._process = os.getpid()
-        self._lost: str | None = None
+        self.lost_because: str | None = None
+        """The reason why the run may not commit. None while it may commit."""
         self._finishing = False
         self._progress: dict[str, float | None] = {}
         self._progress_logged = time.monotonic()
@@ -100,19 +101,9 @@ class WorkerContext:
 
     # -- the engine's side -----------------------------------------------------------------------
 
-    @property
-    def lost_because(self) -> str | None:
-        """The reason why the run may not commit. None while it may commit."""
-        return self._lost
-
-    @property
-    def is_lost(self) -> bool:
-        """True once this run knows that its claim is gone."""
-        return self._lost is not None
-
     def lose(self, why: str) -> None:
         """Refuse every later commit, and ask the run to stop."""
-        self._lost = self._lost or why
+        self.lost_because = self.lost_because or why
         self.stopping.set()
 
     def within(self, session: Session) -> Within:
@@ -156,9 +147,9 @@ class WorkerContext:
             )
         if not self.instance.is_alive:
             self.lose(LEASE_IS_OVER)
-        if self._lost:
+        if self.lost_because:
             raise ClaimLost(
-                f"Worker {self.worker!r} lost its claim of {self._work()}: {self._lost}. "
+                f"Worker {self.worker!r} lost its claim of {self._work()}: {self.lost_because}. "
                 "What this run had not committed is not kept; let the exception pass."
             )
 

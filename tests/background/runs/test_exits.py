@@ -157,7 +157,7 @@ def test_many_claims_that_wait_for_the_write_lock_of_a_run_do_not_starve_its_hea
             effect(context)
             working.set()
             began = context.instance.deadline
-            wait_until(lambda: context.is_lost or context.instance.deadline > began + 6, "more than a lease")
+            wait_until(lambda: context.lost_because or context.instance.deadline > began + 6, "more than a lease")
 
     manager = fleet.manager(Holding, WORKERS_LEASE_SECONDS=5, WORKERS_THREADS=30)
     manager.start()
