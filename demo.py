@@ -4,7 +4,7 @@ import secrets
 import sys
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime, timedelta
-from itertools import islice
+from itertools import islice, product
 from random import Random
 from typing import Any
 
@@ -86,38 +86,8 @@ USERS = [
 # The columns as text that both databases read. "None" is a user who never logged in.
 DemoUser = tuple[str, str, str, str, str]
 COLUMNS = "email, name, password_hash, created_at, last_login_at"
-FIRST_NAMES = [
-    "Alice",
-    "Bruno",
-    "Chiara",
-    "Dmitri",
-    "Elif",
-    "Farah",
-    "Goran",
-    "Hanna",
-    "Igor",
-    "Jonas",
-    "Kenji",
-    "Lucia",
-    "Mina",
-    "Noor",
-    "Olga",
-    "Pablo",
-]
-LAST_NAMES = [
-    "Abbott",
-    "Bauer",
-    "Costa",
-    "Dumont",
-    "Eriksen",
-    "Fischer",
-    "Garcia",
-    "Haddad",
-    "Ivanova",
-    "Jansen",
-    "Kaya",
-    "Lindgren",
-]
+FIRST_NAMES = "Alice Bruno Chiara Dmitri Elif Farah Goran Hanna Igor Jonas Kenji Lucia Mina Noor Olga Pablo"
+LAST_NAMES = "Abbott Bauer Costa Dumont Eriksen Fischer Garcia Haddad Ivanova Jansen Kaya Lindgren"
 
 
 def register_commands(app: Flask) -> None:
@@ -305,7 +275,8 @@ def _demo_users(first: int, count: int, at: datetime) -> Iterator[DemoUser]:
     """Yield users. The number in the e-mail is above every id, so above the number of every earlier demo user."""
     random = Random(first)  # noqa: S311 - the same numbers give the same users
     days = [f"{at - timedelta(days=ago):%Y-%m-%d}" for ago in range(1_000)]
-    names = [(f"{given}.{family}".lower(), f"{given} {family}") for given in FIRST_NAMES for family in LAST_NAMES]
+    pairs = product(FIRST_NAMES.split(), LAST_NAMES.split())
+    names = [(f"{given}.{family}".lower(), f"{given} {family}") for given, family in pairs]
     for number in range(first, first + count):
         login, name = names[int(random.random() * len(names))]
         days_ago = int(random.random() * 400) + 32 if number % 10 == 0 else int(random.random() * 26) + 1

@@ -7,10 +7,10 @@ from datetime import timedelta
 from pathlib import Path
 
 from flask import current_app
-from sqlalchemy import ScalarSelect, delete, func, literal_column, select
+from sqlalchemy import ScalarSelect, delete, func, select
 
 from background import Message, MessageWorker, PeriodicWorker, WorkerContext, current_workers
-from background.database.tables import messages as queue
+from background.database.tables import is_in
 from mail import MAILS, SENT_ONCE, Mailer
 from models import HealthSample, OrderRepository, UserRepository
 
@@ -43,9 +43,8 @@ class OrderWorker(MessageWorker):
 
     def handle_many(self, messages: Sequence[Message], context: WorkerContext) -> None:
         orders = sorted({message.payload["order"] for message in messages})
-        settled = context.services.get(OrderRepository).settle(
-            orders
-        )  # each order once, so each customer gets one mail
+        # Each order is settled once, so each customer gets one mail.
+        settled = context.services.get(OrderRepository).settle(orders)
         current_workers.enqueue_many("mail", [{"order": order_id} for order_id in settled])
 
 
@@ -86,7 +85,7 @@ class SystemHealthWorker(PeriodicWorker):
         began = time.perf_counter()
         context.session.execute(select(1))
         database_ms = (time.perf_counter() - began) * 1000
-        disk = _disk_of(Path(current_app.instance_path))
+        disk = shutil.disk_usage(_existing(Path(current_app.instance_path)))
         if disk.free < disk.total * 0.05:
             context.logger.warning("The disk is nearly full: %s MB are free.", f"{disk.free // 10**6:,}")
         sample = HealthSample(
@@ -102,11 +101,10 @@ class SystemHealthWorker(PeriodicWorker):
 
 
 def _number_of(state: str) -> ScalarSelect[int]:
-    """Count the messages of `state`, a literal: the database must see the value to use a partial index."""
-    of_state = queue.c.state == literal_column(f"'{state}'")
-    return select(func.count()).select_from(queue).where(of_state).scalar_subquery()
+    """Count the messages of that state."""
+    return select(func.count()).where(is_in(state)).scalar_subquery()
 
 
-def _disk_of(path: Path) -> "shutil._ntuple_diskusage":
-    """Return the usage of the folder's disk. A folder that does not exist counts as its parent."""
-    return shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists()))
+def _existing(path: Path) -> Path:
+    """Return the folder, or its nearest parent that exists."""
+    return next(place for place in (path, *path.parents) if place.exists())
