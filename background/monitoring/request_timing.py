@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 _METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"))
 _LABELS = ("method", "endpoint", "process")
-_BEGAN, _STATUS = "background.traffic.began", "background.traffic.status"
+_BEGAN, _STATUS = "background.request.began", "background.request.status"
 
 
 class RequestTiming:

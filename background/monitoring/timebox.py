@@ -28,7 +28,7 @@ class Timebox(Generic[Subject, Answer]):
             age = steady() - self._asked_at
             if self._answer is None or self._answer.done() or age > _GIVEN_UP_SECONDS:
                 self._answer, self._asked_at, age = Future(), steady(), 0.0
-                threading.Thread(target=self._settle, args=(self._answer, subject), name="prompt", daemon=True).start()
+                threading.Thread(target=self._settle, args=(self._answer, subject), name="timebox", daemon=True).start()
             answer = self._answer
         try:
             return answer.result(max(self._seconds - age, 0))
