@@ -62,14 +62,14 @@ def test_arrows_between_rooms_point_down_only() -> None:
     assert up == []
 
 
-def test_no_circle_is_among_the_files() -> None:
+def test_the_files_have_no_circular_import() -> None:
     left = {name: set(targets) for name, targets in ARROWS.items()}
     while free := {name for name, targets in left.items() if not targets & left.keys()}:
         left = {name: targets for name, targets in left.items() if name not in free}
     assert left == {}
 
 
-def test_no_folder_has_more_files_than_a_reader_keeps_in_mind() -> None:
+def test_no_folder_has_more_than_a_handful_of_files() -> None:
     sizes = Counter(path.parent for path in FILES.values())
     top = sizes.pop(ROOT / "background")
     assert top <= 11
@@ -87,13 +87,13 @@ def test_no_import_is_hidden_from_the_arrows() -> None:
                 assert is_typed or "#" in statement, f"{name}:{node.lineno} does not say why"
 
 
-def test_one_file_alone_imports_apscheduler() -> None:
+def test_only_one_file_imports_apscheduler() -> None:
     others = (path for folder in ("migrations", "benchmarks", "tests") for path in (ROOT / folder).rglob("*.py"))
     importers = {path.name for path in [*ROOT.glob("*.py"), *ENGINE, *others] if "apscheduler" in imports(path)}
     assert importers == {"scheduler.py"}
 
 
-def test_the_public_names_are_all_there() -> None:
+def test_all_public_names_exist() -> None:
     promised = {
         "BackgroundError",
         "BackgroundWorkerManager",
@@ -131,11 +131,11 @@ def test_the_public_names_are_all_there() -> None:
         ),
     ],
 )
-def test_the_public_face_is_as_promised(owner: type, names: str) -> None:
+def test_the_public_interface_is_as_promised(owner: type, names: str) -> None:
     assert not [name for name in names.split() if not hasattr(owner, name)]
 
 
-def test_a_context_has_what_is_promised() -> None:
+def test_a_context_has_the_promised_attributes() -> None:
     source = inspect.getsource(background.WorkerContext.__init__)
     promised = ("worker", "tick", "attempt", "token", "idempotency_key", "logger", "stopping")
     assert not [name for name in promised if f"self.{name}" not in source]

@@ -68,7 +68,7 @@ def host(empty_database_url: str) -> Iterator[Host]:
     close()
 
 
-def test_ticks_messages_and_locks_need_none_of_the_shops_settings(host: Host) -> None:
+def test_ticks_messages_and_locks_need_no_setting_of_the_shop(host: Host) -> None:
     manager = host.bind()
     assert manager.tick("noting", NOW).state == "succeeded"
     assert manager.tick("noting", NOW) is None
@@ -81,7 +81,7 @@ def test_ticks_messages_and_locks_need_none_of_the_shops_settings(host: Host) ->
     wait_until(lambda: host.noted() == ["a message", "a tick"], "the message")
 
 
-def test_what_the_application_set_is_kept_and_the_heartbeat_follows_the_lease(host: Host) -> None:
+def test_the_applications_settings_are_kept_and_the_heartbeat_follows_the_lease(host: Host) -> None:
     host.app.config["WORKERS_LEASE_SECONDS"] = 4
     host.bind()
     assert host.app.config["WORKERS_LEASE_SECONDS"] == 4
@@ -115,7 +115,7 @@ def test_a_wrong_setting_stops_the_start_with_key_value_and_remedy(
         host.bind()
 
 
-def test_a_setting_of_the_hosts_own_may_begin_as_one_of_the_engines(host: Host) -> None:
+def test_a_hosts_own_setting_may_begin_like_an_engine_setting(host: Host) -> None:
     host.app.config |= {"METRICS_PORT": 9100, "WORKERS_COMP": "a department", "MESSAGES_PER_PAGE": 20}
     host.bind()
 
@@ -136,7 +136,7 @@ def test_services_are_there_whether_or_not_the_application_uses_svcs(host: Host)
 
 
 @pytest.mark.parametrize("given", ["app", "db"])
-def test_a_manager_that_is_given_half_of_what_it_needs_says_so(given: str) -> None:
+def test_a_manager_with_only_one_of_its_two_arguments_is_refused(given: str) -> None:
     half = {"app": Flask("host")} if given == "app" else {"db": SQLAlchemy()}
     with pytest.raises(TypeError, match=r"expected both, or neither and `init_app\(app, db\)`"):
         BackgroundWorkerManager(**half)

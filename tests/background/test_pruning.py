@@ -118,9 +118,7 @@ def test_messages_are_deleted_with_their_errors_once_they_are_history_and_dead_l
 
 
 @pytest.mark.parametrize(("history", "keys"), [(7, 30), (30, 7)])
-def test_a_message_with_a_key_is_kept_while_its_key_is_to_refuse_others_or_it_is_history(
-    fleet: Fleet, history: int, keys: int
-) -> None:
+def test_a_message_with_a_key_is_kept_as_long_as_its_key_or_its_history(fleet: Fleet, history: int, keys: int) -> None:
     manager = fleet.manager(Letters, WORKERS_HISTORY_DAYS=history, MESSAGES_KEY_DAYS=keys)
     ended(fleet, "without, new", "done", history)
     ended(fleet, "without, old", "done", history + 1)

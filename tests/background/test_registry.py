@@ -64,7 +64,7 @@ def test_a_workers_name_is_its_class_name_in_snake_case(
     assert name in manager.workers
 
 
-def test_a_name_that_is_given_is_kept_and_not_inherited(manager: BackgroundWorkerManager) -> None:
+def test_an_explicit_name_is_kept_and_not_inherited(manager: BackgroundWorkerManager) -> None:
     parent = worker(name="nightly.report-2")
     manager.add(parent)
     manager.add(type("Other", (parent,), {}))
@@ -93,7 +93,7 @@ def test_a_name_that_is_given_is_kept_and_not_inherited(manager: BackgroundWorke
         ({"timezone": "UTC"}, "timezone 'UTC' has no use without a cron: remove it, or write a cron."),
     ],
 )
-def test_a_schedule_that_cannot_be_is_refused_in_a_sentence(
+def test_an_impossible_schedule_is_refused_in_a_sentence(
     manager: BackgroundWorkerManager, attributes: dict[str, Any], sentence: str
 ) -> None:
     with pytest.raises(InvalidSchedule) as refused:
@@ -161,9 +161,7 @@ async def some_awaited(*_: object) -> AsyncIterator[None]:
 
 @pytest.mark.parametrize("body", [some, some_awaited])
 @pytest.mark.parametrize("method", ["do_work", "handle", "handle_many"])
-def test_a_method_that_would_do_nothing_as_it_is_a_generator_is_refused(
-    manager: BackgroundWorkerManager, method: str, body: Any
-) -> None:
+def test_a_generator_method_is_refused(manager: BackgroundWorkerManager, method: str, body: Any) -> None:
     cls = worker(do_work=body) if method == "do_work" else type("Odd", (MessageWorker,), {"topic": "t", method: body})
     with pytest.raises(InvalidWorker, match="is a generator, so calling it does nothing; expected a method"):
         manager.add(cls)
@@ -235,7 +233,7 @@ def taker(**attributes: Any) -> Any:
         ("time_zone", "timezone"),
     ],
 )
-def test_a_misspelt_attribute_of_a_periodic_worker_is_refused_with_the_name_that_was_meant(
+def test_a_misspelled_attribute_of_a_periodic_worker_is_refused_with_the_intended_name(
     manager: BackgroundWorkerManager, misspelt: str, meant: str
 ) -> None:
     with pytest.raises(InvalidWorker, match=f"Sample has an attribute '{misspelt}'.* Did you mean '{meant}'?"):
@@ -252,7 +250,7 @@ def test_a_misspelt_attribute_of_a_periodic_worker_is_refused_with_the_name_that
         ("handle_mnay", "handle_many"),
     ],
 )
-def test_a_misspelt_attribute_of_a_message_worker_is_refused_with_the_name_that_was_meant(
+def test_a_misspelled_attribute_of_a_message_worker_is_refused_with_the_intended_name(
     manager: BackgroundWorkerManager, misspelt: str, meant: str
 ) -> None:
     with pytest.raises(InvalidWorker, match=f"Taker has an attribute '{misspelt}'.* Did you mean '{meant}'?"):
@@ -260,12 +258,14 @@ def test_a_misspelt_attribute_of_a_message_worker_is_refused_with_the_name_that_
 
 
 @pytest.mark.parametrize("misspelt", ["do_wrok", "dowork", "doWork"])
-def test_a_misspelt_method_is_reported_before_the_missing_one(manager: BackgroundWorkerManager, misspelt: str) -> None:
+def test_a_misspelled_method_is_reported_before_a_missing_method(
+    manager: BackgroundWorkerManager, misspelt: str
+) -> None:
     with pytest.raises(InvalidWorker, match=r"Did you mean 'do_work'\?"):
         manager.add(type("Sample", (PeriodicWorker,), {"period": HOUR, misspelt: working}))
 
 
-def test_a_misspelt_attribute_of_a_base_class_is_found(manager: BackgroundWorkerManager) -> None:
+def test_a_misspelled_attribute_of_a_base_class_is_found(manager: BackgroundWorkerManager) -> None:
     with pytest.raises(InvalidWorker, match="Other has an attribute 'max_attemps'"):
         manager.add(type("Other", (worker(max_attemps=5),), {}))
 
@@ -300,7 +300,7 @@ class Topical(MessageWorker):
 
 
 @pytest.mark.parametrize("cls", [Busy, Topical])
-def test_attributes_and_helpers_of_the_users_own_are_taken(manager: BackgroundWorkerManager, cls: Any) -> None:
+def test_a_users_own_attributes_and_helpers_are_accepted(manager: BackgroundWorkerManager, cls: Any) -> None:
     manager.add(cls)
     assert cls.name in manager.names
 
@@ -317,7 +317,7 @@ def test_attributes_and_helpers_of_the_users_own_are_taken(manager: BackgroundWo
         (handing_on(alone), r"do_work\(self\)"),
     ],
 )
-def test_a_method_that_cannot_be_given_the_context_is_refused(
+def test_a_method_that_cannot_take_the_context_is_refused(
     manager: BackgroundWorkerManager, method: Any, given: str
 ) -> None:
     with pytest.raises(InvalidWorker, match=rf"declared as {given}.*expected do_work\(self, context\): it is called"):
@@ -326,7 +326,7 @@ def test_a_method_that_cannot_be_given_the_context_is_refused(
 
 @pytest.mark.parametrize("name", ["handle", "handle_many"])
 @pytest.mark.parametrize("method", [alone, working, lambda self, message, context, more: None])
-def test_a_handler_that_cannot_be_given_the_message_and_the_context_is_refused(
+def test_a_handler_that_cannot_take_the_message_and_the_context_is_refused(
     manager: BackgroundWorkerManager, name: str, method: Any
 ) -> None:
     with pytest.raises(
@@ -366,13 +366,13 @@ def test_a_generator_below_a_decorator_is_refused(manager: BackgroundWorkerManag
         singledispatchmethod(working),
     ],
 )
-def test_every_method_that_can_be_given_the_context_is_taken(manager: BackgroundWorkerManager, method: Any) -> None:
+def test_every_method_that_can_take_the_context_is_accepted(manager: BackgroundWorkerManager, method: Any) -> None:
     manager.add(worker(do_work=method))
     assert "sample" in manager.names
 
 
 @pytest.mark.parametrize("method", [None, 5, property(alone)])
-def test_what_is_not_a_method_is_refused(manager: BackgroundWorkerManager, method: Any) -> None:
+def test_an_attribute_that_is_not_a_method_is_refused(manager: BackgroundWorkerManager, method: Any) -> None:
     with pytest.raises(InvalidWorker, match=r"; expected a method: write def do_work\(self, context\)"):
         manager.add(worker(do_work=method))
 
@@ -382,7 +382,7 @@ def needing(self: object, users: object) -> None:
 
 
 @pytest.mark.parametrize("make", [worker, lambda **more: taker(handle=taking, **more)])
-def test_a_constructor_that_needs_arguments_is_refused_and_another_one_is_taken(
+def test_a_constructor_that_needs_arguments_is_refused_and_any_other_is_accepted(
     manager: BackgroundWorkerManager, make: Callable[..., Any]
 ) -> None:
     with pytest.raises(InvalidWorker, match=r"\(users\) needs arguments; expected a class"):
@@ -391,7 +391,7 @@ def test_a_constructor_that_needs_arguments_is_refused_and_another_one_is_taken(
 
 
 @pytest.mark.parametrize("thing", [Tidy(), "tidy", None, object, int, lambda: None])
-def test_what_is_no_worker_class_is_refused(manager: BackgroundWorkerManager, thing: Any) -> None:
+def test_a_class_that_is_not_a_worker_is_refused(manager: BackgroundWorkerManager, thing: Any) -> None:
     with pytest.raises(InvalidWorker, match="is not a worker class; expected a subclass of PeriodicWorker"):
         manager.add(thing)
 

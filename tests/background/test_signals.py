@@ -84,7 +84,7 @@ class Stopped(Hourly):
         (Stopped, "stopped", "handed back"),
     ],
 )
-def test_a_run_is_told_of_when_it_begins_and_when_it_ends(
+def test_signals_report_the_beginning_and_the_end_of_a_run(
     fleet: Fleet, heard: Heard, worker: type[Hourly], name: str, state: str
 ) -> None:
     execution = fleet.manager(worker).tick(name, datetime.now(UTC))
@@ -101,7 +101,7 @@ def test_a_failure_comes_with_its_error(fleet: Fleet, heard: Heard) -> None:
     assert error.__traceback__ is not None
 
 
-def test_who_finds_an_instance_gone_tells_of_its_lost_run(fleet: Fleet, heard: Heard) -> None:
+def test_the_instance_that_finds_an_instance_dead_signals_its_lost_run(fleet: Fleet, heard: Heard) -> None:
     manager = fleet.manager(Hourly)
     ghost = Instance(timedelta(seconds=-1))
     manager.stores.leases.beat(ghost)
@@ -121,7 +121,7 @@ class Broken(MessageWorker):
         raise ValueError("no such parcel")
 
 
-def test_a_buried_message_is_told_of_with_its_error(fleet: Fleet, heard: Heard) -> None:
+def test_a_buried_message_is_signalled_with_its_error(fleet: Fleet, heard: Heard) -> None:
     manager = fleet.manager(Broken)
     manager.start()
     [number] = fleet.enqueue("broken", {"parcel": 7})
@@ -147,7 +147,7 @@ def test_a_receiver_that_fails_harms_neither_the_run_nor_the_other_receivers(
     assert caplog.text.count(f"{kind.__name__}: the pager is broken") == 2
 
 
-def test_a_receiver_that_takes_longer_than_the_lease_does_not_lose_its_run(fleet: Fleet) -> None:
+def test_a_receiver_that_lasts_longer_than_the_lease_does_not_lose_its_run(fleet: Fleet) -> None:
     began: list[str] = []
 
     class Counted(Hourly):

@@ -87,7 +87,7 @@ def sentences(verdict: Verdict) -> list[str]:
     return [what for _, what in verdict.violations]
 
 
-def test_a_tick_that_was_run_once_and_in_time_is_no_violation(soaked: Soaked) -> None:
+def test_a_tick_that_ran_once_and_in_time_is_not_a_violation(soaked: Soaked) -> None:
     soaked.ran()
     verdict = soaked.judge()
     assert (verdict.ticks, verdict.violations) == (1, [])
@@ -109,7 +109,7 @@ def test_an_effect_and_a_start_before_the_tick_are_early(soaked: Soaked) -> None
     assert sentences(soaked.judge()) == ["done 0.001 s early", "begun 0.001 s early"]
 
 
-def test_an_effect_of_an_older_tick_after_a_newer_one_is_out_of_order(soaked: Soaked) -> None:
+def test_an_effect_of_an_older_tick_after_a_newer_tick_is_out_of_order(soaked: Soaked) -> None:
     soaked.ran()
     soaked.left(tick=TICK - QUICK.period)
     assert soaked.judge().out_of_order == 1
@@ -121,7 +121,7 @@ def test_a_run_that_begins_while_another_is_in_force_is_out_of_order(soaked: Soa
     assert sentences(soaked.judge()) == ["begun while another was in force"]
 
 
-def test_a_run_whose_claim_a_crash_lost_may_go_on_beside_the_next(soaked: Soaked) -> None:
+def test_a_run_whose_claim_a_crash_lost_may_go_on_beside_the_next_run(soaked: Soaked) -> None:
     soaked.ran("lost", finished_at=TICK + 3 * SECOND, reason=GONE)
     soaked.ran(begun=TICK + 2 * SECOND)
     crash = TICK.timestamp() + 1
@@ -136,7 +136,7 @@ def test_an_execution_without_a_good_end_is_a_violation(soaked: Soaked, state: s
     assert sentences(soaked.judge()) == [f"an execution that {state}"]
 
 
-def test_what_begins_behind_the_last_tick_that_is_judged_may_be_left_by_the_end_of_the_fleet(soaked: Soaked) -> None:
+def test_runs_after_the_last_judged_tick_may_be_cut_off_by_the_end_of_the_fleet(soaked: Soaked) -> None:
     soaked.ran()
     soaked.ran("running", tick=NEXT, begun=NEXT, finished_at=None)
     assert sentences(soaked.judge()) == []
@@ -170,7 +170,7 @@ def deletion(at: datetime) -> Fault:
     return Fault("delete", at.timestamp(), until=at.timestamp(), deleted=(claim,))
 
 
-def test_a_missed_tick_is_excused_by_a_crash_that_lost_commits_after_it_and_not_by_one_before_it(
+def test_a_missed_tick_is_excused_by_a_crash_after_it_and_not_by_an_earlier_crash(
     soaked: Soaked,
 ) -> None:
     soaked.did_not_run("missed")
@@ -181,7 +181,7 @@ def test_a_missed_tick_is_excused_by_a_crash_that_lost_commits_after_it_and_not_
     assert (verdict.lost, verdict.undone) == (0, 1)
 
 
-def test_a_tick_whose_rows_were_deleted_is_excused_by_an_execution_that_says_that_it_was_lost(soaked: Soaked) -> None:
+def test_a_tick_whose_rows_were_deleted_is_excused_by_an_execution_in_state_lost(soaked: Soaked) -> None:
     assert soaked.judge(deletion(TICK)).lost == 1
     soaked.ran("lost")
     assert soaked.judge().lost == 1
@@ -198,7 +198,7 @@ def test_a_tick_that_was_missed_right_after_the_row_of_its_worker_was_deleted_is
 
 
 @pytest.mark.parametrize("state", ["skipped", "missed"])
-def test_an_effect_of_a_tick_that_was_told_not_to_have_run_is_a_violation(soaked: Soaked, state: str) -> None:
+def test_an_effect_of_a_tick_recorded_as_not_run_is_a_violation(soaked: Soaked, state: str) -> None:
     soaked.ran()
     soaked.did_not_run(state)
     assert sentences(soaked.judge()) == [f"done, and noted as {state}"]
@@ -209,7 +209,7 @@ def test_an_effect_without_an_execution_is_a_violation(soaked: Soaked) -> None:
     assert sentences(soaked.judge()) == ["done by the token 0, which no execution has"]
 
 
-def test_a_taking_over_is_not_timed_where_rows_of_the_worker_were_deleted_meanwhile(soaked: Soaked) -> None:
+def test_a_take_over_is_not_timed_if_rows_of_the_worker_were_deleted_meanwhile(soaked: Soaked) -> None:
     late = TICK + timedelta(seconds=LEASE_SECONDS + 1.1)
     soaked.ran("lost", finished_at=late)
     soaked.ran(begun=late)
@@ -219,7 +219,7 @@ def test_a_taking_over_is_not_timed_where_rows_of_the_worker_were_deleted_meanwh
 
 
 @pytest.mark.parametrize(("kind", "left", "most"), [("kill", "lost", LEASE_SECONDS + 1), ("term", "handed back", 1.0)])
-def test_who_takes_over_later_than_promised_is_a_violation_unless_the_machine_stood_still(
+def test_a_late_take_over_is_a_violation_unless_the_machine_stood_still(
     soaked: Soaked, kind: str, left: str, most: float
 ) -> None:
     late = TICK + timedelta(seconds=most + 0.1)
@@ -256,7 +256,7 @@ def test_a_traceback_is_a_violation_but_for_a_message_that_always_fails(
     assert tracebacks(tmp_path).total() == is_violation
 
 
-def test_what_losing_costs_is_a_mean_and_each_number_above_one() -> None:
+def test_the_cost_of_losing_is_a_mean_and_a_count_of_each_number_above_one() -> None:
     assert statements({}) == "none"
     assert statements({1: 1_000}) == "1.000 of 1,000"
     assert statements({1: 98, 3: 2}) == "1.040 of 100; 2 cost 3"

@@ -92,7 +92,7 @@ MUTATIONS = (
         ["tests/background/ledger/test_leases.py", "-k", "waits_for_no_other_table"],
     ),
     Mutation(
-        "a look for work does not hold the heartbeat up",
+        "a look for work does not delay the heartbeat",
         [Edit("background/process/supervisor.py", "self._looking.want(is_moved)", "self.refresh(is_moved)")],
         ["tests/background/ledger/test_leases.py", "-k", "locked_right_after_a_heartbeat"],
     ),
@@ -105,12 +105,12 @@ MUTATIONS = (
                 "is_same = true()",
             )
         ],
-        ["tests/background/repair/test_edited_rows.py", "-k", "token_came_again"],
+        ["tests/background/repair/test_edited_rows.py", "-k", "token_repeats"],
     ),
     Mutation(
         "an ending touches its own execution only",
         [Edit("background/ledger/ledger.py", "else executions.c.claim == claim.id)", "else true())")],
-        ["tests/background/repair/test_edited_rows.py", "-k", "not_its_own"],
+        ["tests/background/repair/test_edited_rows.py", "-k", "another_claims_execution"],
     ),
     Mutation(
         "a token goes on above the history",
@@ -129,7 +129,7 @@ MUTATIONS = (
         ["tests/promise/test_healing.py", "-k", "process_is_killed"],
     ),
     Mutation(
-        "a worker's row that is made anew takes the claim up",
+        "a worker's new row keeps the claim",
         [
             Edit(
                 "background/ledger/controls.py",
@@ -145,12 +145,12 @@ MUTATIONS = (
         ["tests/background/repair/test_edited_rows.py", "-k", "all_of_whose_rows"],
     ),
     Mutation(
-        "what is run again by hand's fault ran nowhere since",
+        "a stray execution runs again only without a later claim",
         [Edit("background/repair/edited_rows.py", "workers.c.token <= claim.token, IS_FREE)", "IS_FREE)")],
-        ["tests/background/repair/test_edited_rows.py", "-k", "claimed_since"],
+        ["tests/background/repair/test_edited_rows.py", "-k", "after_a_later_claim"],
     ),
     Mutation(
-        "a lock is taken from the holder that was seen only",
+        "a lock is taken only from the holder that the caller saw",
         [
             Edit(
                 "background/ledger/locks.py",
@@ -158,12 +158,12 @@ MUTATIONS = (
                 "",
             )
         ],
-        ["tests/background/ledger/test_locks.py", "-k", "token_came_again"],
+        ["tests/background/ledger/test_locks.py", "-k", "token_repeats"],
     ),
     Mutation(
-        "a new worker runs no tick from before it was registered",
+        "a new worker runs no tick from before its registration",
         [Edit("background/ledger/controls.py", "schedule.previous(min(begin, clock)) if begin else None", "None")],
-        ["tests/background/process/test_supervisor.py", "-k", "from_before_it_was_registered"],
+        ["tests/background/process/test_supervisor.py", "-k", "from_before_its_registration"],
     ),
     Mutation(
         "ticks are aligned to the epoch",
@@ -204,9 +204,9 @@ MUTATIONS = (
         ["tests/background/test_pruning.py"],
     ),
     Mutation(
-        "of those who saw a lock free one takes it",
+        "one of several callers that saw a lock free takes it",
         [Edit("background/ledger/locks.py", ".where(_of_name, _at_seen)", ".where(_of_name)")],
-        ["tests/background/ledger/test_locks.py", "tests/promise/test_locks.py", "-k", "dead_holder or count_right"],
+        ["tests/background/ledger/test_locks.py", "tests/promise/test_locks.py", "-k", "dead_holder or correctly"],
     ),
     Mutation(
         "a lock is released by its holder only",
@@ -225,7 +225,7 @@ MUTATIONS = (
         ["tests/background/ledger/test_locks.py", "-k", "held_elsewhere"],
     ),
     Mutation(
-        "the token of a lock that was pruned never goes back",
+        "the token of a pruned lock never goes back",
         [
             Edit(
                 "background/ledger/locks.py",
@@ -233,7 +233,7 @@ MUTATIONS = (
                 "nullif(locks.c.token, 0), 0)",
             )
         ],
-        ["tests/background/ledger/test_locks.py", "-k", "forgotten"],
+        ["tests/background/ledger/test_locks.py", "-k", "above_its_last_token"],
     ),
     Mutation(
         "past the monotonic deadline nothing is committed",
@@ -246,7 +246,7 @@ MUTATIONS = (
         ["tests/background/host/test_forks.py"],
     ),
     Mutation(
-        "a forked child of a run ends where it comes back",
+        "a forked child of a run ends where it returns",
         [Edit("background/host/forks.py", "        os._exit(code & 0xFF)", "        pass")],
         ["tests/promise/test_forks.py", "-k", "sqlite and do_work and not async and returns"],
     ),
@@ -258,7 +258,7 @@ MUTATIONS = (
     Mutation(
         "an acknowledgement checks that the batch is still its own",
         [Edit("background/messages/queue.py", 'messages.c.batch == bindparam("by"), is_running', "True")],
-        ["tests/background/runs/test_batch.py", "-k", "others_took"],
+        ["tests/background/runs/test_batch.py", "-k", "lost_a_message"],
     ),
     Mutation(
         "a message that was tried before is claimed alone",
@@ -269,7 +269,7 @@ MUTATIONS = (
                 "True",
             )
         ],
-        ["tests/promise/test_message_faults.py", "-k", "kills"],
+        ["tests/promise/test_message_faults.py", "-k", "kills_its_process_is_buried"],
     ),
     Mutation(
         "the fence asks the database itself, not a replica",
@@ -288,22 +288,22 @@ MUTATIONS = (
         ["tests/background/database/test_connections.py", "-k", "by_another_engine"],
     ),
     Mutation(
-        "a transaction that keeps nothing together is refused",
+        "AUTOCOMMIT is refused",
         [Edit("background/database/sessions.py", "        refuse_autocommit(connection)\n", "        pass\n")],
         ["tests/background/database/test_connections.py", "-k", "keeps_nothing"],
     ),
     Mutation(
-        "what one handler rolls back, its neighbours did not do",
+        "a handler's rollback undoes nothing of its neighbours",
         [Edit("background/runs/batch.py", "if self._transaction is not None and", "if False and")],
         ["tests/background/messages/test_queue.py", "-k", "whatever"],
     ),
     Mutation(
-        "no connection is used again that is older than an outage",
+        "no connection older than an outage is used again",
         [Edit("background/database/outages.py", "if record.info.get(_STAMP, 0) != self._number:", "if False:")],
         ["tests/promise/test_outages.py", "-k", "emptied_by_an_error"],
     ),
     Mutation(
-        "an outage is no attempt at a message",
+        "an outage does not count as an attempt",
         [Edit("background/runs/batch.py", "times >= _MOST_EXCUSED or not is_cut_off(error)", "True")],
         ["tests/promise/test_outages.py", "-k", "connection_was_ended"],
     ),
@@ -319,7 +319,7 @@ MUTATIONS = (
         ["tests/promise/test_healing.py", "-k", "mark_was_lowered"],
     ),
     Mutation(
-        "a mark goes back only as far as the history is sure to",
+        "a mark goes back only as far as the history can prove",
         [
             Edit(
                 "background/process/recovery.py",
@@ -332,10 +332,10 @@ MUTATIONS = (
     Mutation(
         "an order is settled once",
         [Edit("models.py", ".where(Order.id == order_id, Order.status == status)", ".where(Order.id == order_id)")],
-        ["tests/shop/test_orders.py", "-k", "many_settle_at_once"],
+        ["tests/shop/test_orders.py", "-k", "many_instances_settle"],
     ),
     Mutation(
-        "no book is sold that is not there",
+        "no book is sold above its stock",
         [Edit("models.py", ".where(Book.id == book_id, Book.stock >= quantity)\n", ".where(Book.id == book_id)\n")],
         ["tests/shop/test_orders.py", "-k", "two_instances"],
     ),
@@ -345,9 +345,9 @@ MUTATIONS = (
         ["tests/shop/test_orders.py", "-k", "holds_no_book"],
     ),
     Mutation(
-        "a book that is held can be ordered",
+        "a book that is being settled can be ordered",
         [Edit("models.py", "books.with_for_update(key_share=True)", "books.with_for_update()")],
-        ["tests/shop/test_orders.py", "-k", "not_held_up"],
+        ["tests/shop/test_orders.py", "-k", "placing_an_order"],
     ),
     Mutation(
         "a password does not leave the machine unencrypted",
@@ -355,7 +355,7 @@ MUTATIONS = (
         ["tests/shop/test_mail.py", "-k", "unencrypted"],
     ),
     Mutation(
-        "what a server says to a password is not repeated",
+        "a server's reply to a password is not repeated",
         [Edit("mail.py", "except SMTPAuthenticationError as error:", "except ZeroDivisionError as error:")],
         ["tests/shop/test_mail.py", "-k", "one_sentence_without_the_password"],
     ),

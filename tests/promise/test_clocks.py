@@ -80,7 +80,7 @@ def test_a_lost_tick_waits_until_a_clock_that_was_set_back_reaches_it_again(flee
     assert row.started_at >= tick
 
 
-def test_what_was_asked_for_by_hand_does_not_wait_for_a_clock_that_was_set_back(fleet: Fleet) -> None:
+def test_a_manual_run_does_not_wait_for_a_clock_that_was_set_back(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
     manager.tick("hourly", datetime.now(UTC))
     assert manager.request("hourly")
@@ -89,7 +89,7 @@ def test_what_was_asked_for_by_hand_does_not_wait_for_a_clock_that_was_set_back(
     wait_until(lambda: fleet.states() == ["succeeded", "succeeded"], "the run")
 
 
-def test_a_mark_that_was_lowered_lets_no_tick_pass_the_pending_one(fleet: Fleet) -> None:
+def test_after_a_mark_was_lowered_no_tick_overtakes_the_pending_tick(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
     tick = manager.recovery.look(Hourly).clock + MINUTES
     fleet.set("hourly", mark=None, pending_tick=tick, pending_attempt=2, pending_trigger="schedule")
@@ -119,7 +119,7 @@ def shown(url: str) -> list[int]:
 
 
 @pytest.mark.parametrize("offsets", [(1, -1), (7, -7), (60, -60), (3600, -3600, 0)], ids=lambda them: f"{them[0]}s")
-def test_hosts_that_are_ahead_and_behind_run_every_tick_once_on_time_together_and_alone(
+def test_hosts_with_wrong_clocks_run_every_tick_once_and_on_time_together_and_alone(
     postgresql_url: str, offsets: tuple[int, ...], tmp_path: Path, host: Host
 ) -> None:
     effects = Effects(postgresql_url)
@@ -159,7 +159,7 @@ def test_a_whole_fleet_that_is_a_fifth_of_a_second_ahead_begins_on_time_and_not_
     print(f"\n{len(late)} ticks; seconds late: median {statistics.median(late):.3f}, worst {max(late):.3f}")
 
 
-def test_clocks_that_are_set_forth_and_back_in_mid_run_move_no_tick(
+def test_clocks_that_are_set_forward_and_back_in_mid_run_move_no_tick(
     postgresql_url: str, tmp_path: Path, host: Host
 ) -> None:
     effects, clock = Effects(postgresql_url), clock_ahead(tmp_path, 0)
@@ -178,7 +178,7 @@ def test_clocks_that_are_set_forth_and_back_in_mid_run_move_no_tick(
     assert statistics.median(seconds_late(found)) < 0.9
 
 
-def test_on_sqlite_a_clock_that_is_set_forth_and_back_repeats_no_tick(
+def test_on_sqlite_a_clock_that_is_set_forward_and_back_repeats_no_tick(
     sqlite_url: str, tmp_path: Path, host: Host
 ) -> None:
     effects, clock = Effects(sqlite_url), clock_ahead(tmp_path, 0)
@@ -199,7 +199,7 @@ def test_on_sqlite_a_clock_that_is_set_forth_and_back_repeats_no_tick(
     assert {state for state, _ in effects.states("ticker")} <= {"succeeded", "missed", "skipped", "handed back"}
 
 
-def test_a_run_that_is_on_while_clocks_are_set_is_neither_taken_over_nor_refused(
+def test_a_run_during_which_clocks_are_set_is_neither_taken_over_nor_refused(
     database_url: str, tmp_path: Path, host: Host
 ) -> None:
     """Check both engines: on SQLite these clocks measure a lease, on PostgreSQL they only wake the hosts up."""

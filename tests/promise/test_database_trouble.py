@@ -149,7 +149,7 @@ def test_a_start_without_a_database_waits_for_it(
     effects.check_answered(PERIOD)
 
 
-def test_connections_that_are_terminated_again_and_again_repeat_no_effect_and_leave_no_tick_unanswered(
+def test_repeatedly_terminated_connections_repeat_no_effect_and_leave_no_tick_unanswered(
     server: PostgreSQL, url: URL, effects: Effects, join: Join
 ) -> None:
     for _ in range(2):
@@ -164,7 +164,7 @@ def test_connections_that_are_terminated_again_and_again_repeat_no_effect_and_le
 
 
 @pytest.mark.parametrize("heals", [True, False], ids=["once", "for longer than the lease"])
-def test_connections_that_are_cut_are_made_anew(proxy: Proxy, effects: Effects, join: Join, heals: bool) -> None:
+def test_connections_that_are_cut_are_opened_again(proxy: Proxy, effects: Effects, join: Join, heals: bool) -> None:
     manager = join(proxy.url, Ticker)
     runs_on(effects, 1)
     instance = manager.presence.instance
@@ -177,7 +177,7 @@ def test_connections_that_are_cut_are_made_anew(proxy: Proxy, effects: Effects, 
     effects.check_answered(PERIOD)
 
 
-def test_a_claim_whose_reply_was_lost_is_run_all_the_same_and_once(
+def test_a_claim_whose_reply_was_lost_runs_once(
     url: URL, proxy: Proxy, effects: Effects, join: Join, daily: type[Daily]
 ) -> None:
     daily.go_on.set()
@@ -205,7 +205,7 @@ def test_a_run_whose_last_reply_was_lost_has_succeeded_and_is_not_run_again(
     assert len(effects.check_once("daily")) == 1
 
 
-def test_who_is_in_a_black_hole_is_told_refused_taken_over_and_works_again_after_it(
+def test_an_instance_behind_a_silent_network_is_stopped_refused_taken_over_and_works_again_afterwards(
     url: URL, proxy: Proxy, effects: Effects, join: Join
 ) -> None:
     heard: list[str] = []
@@ -248,7 +248,7 @@ def test_who_is_in_a_black_hole_is_told_refused_taken_over_and_works_again_after
     effects.check_answered(PERIOD)
 
 
-def test_connections_that_only_the_server_knows_to_be_gone_are_made_anew(
+def test_connections_that_ended_unnoticed_by_the_client_are_opened_again(
     proxy: Proxy, effects: Effects, join: Join
 ) -> None:
     join(proxy.url, Ticker, SQLALCHEMY_ENGINE_OPTIONS={"poolclass": NullPool})  # TCP's own time-outs save a pool
@@ -258,9 +258,7 @@ def test_connections_that_only_the_server_knows_to_be_gone_are_made_anew(
     effects.check_answered(PERIOD)
 
 
-def test_a_line_that_is_dead_is_given_up_by_the_engine_in_time_whatever_the_application_does(
-    proxy: Proxy, join: Join
-) -> None:
+def test_the_engine_gives_a_dead_connection_up_in_time_whatever_the_application_does(proxy: Proxy, join: Join) -> None:
     """Silence an idle connection, as a firewall does that forgets it: neither side is notified, and no reply comes."""
     connections = join(
         proxy.url, SQLALCHEMY_ENGINE_OPTIONS={"connect_args": {"tcp_user_timeout": 0}}
@@ -275,7 +273,7 @@ def test_a_line_that_is_dead_is_given_up_by_the_engine_in_time_whatever_the_appl
                 assert line.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 2
 
 
-def test_a_connection_in_use_while_the_others_are_closed_is_closed_when_it_is_given_back(url: URL, join: Join) -> None:
+def test_a_connection_in_use_while_the_pool_is_emptied_is_closed_when_it_is_given_back(url: URL, join: Join) -> None:
     connections = join(url).stores.connections
     for engine in (connections.claims, connections.heartbeats):
         with engine.connect() as connection:
@@ -286,7 +284,9 @@ def test_a_connection_in_use_while_the_others_are_closed_is_closed_when_it_is_gi
         assert in_use.closed  # type: ignore[attr-defined]
 
 
-def test_who_asked_the_pool_just_before_the_connections_were_closed_gets_one_that_is_open(url: URL, join: Join) -> None:
+def test_a_caller_that_asked_the_pool_right_before_its_connections_closed_gets_an_open_connection(
+    url: URL, join: Join
+) -> None:
     connections = join(url).stores.connections
     for engine in (connections.claims, connections.heartbeats):
         asked = engine.pool
@@ -369,7 +369,7 @@ def test_a_holder_of_sqlites_write_lock_makes_ticks_late_but_takes_no_lease(sqli
     effects.check_answered(PERIOD)
 
 
-def test_a_disk_that_takes_nothing_more_costs_ticks_and_not_the_instance(sqlite_url: str, nursery: Nursery) -> None:
+def test_a_full_disk_costs_ticks_and_not_the_instance(sqlite_url: str, nursery: Nursery) -> None:
     effects = Effects(sqlite_url)
     with nursery.started(sqlite_url, PROBE_PERIOD=PERIOD.total_seconds()) as process:
         process.wait_for("joined")

@@ -31,7 +31,7 @@ def more_ticks(effects: Effects, count: int, worker: str = "ticker") -> list[Eff
 # -- a fleet at its ticks --------------------------------------------------------------------------
 
 
-def test_of_a_herd_of_sixteen_processes_at_one_tick_one_runs_it(shops: Shops, effects: Effects) -> None:
+def test_one_of_sixteen_processes_runs_a_tick(shops: Shops, effects: Effects) -> None:
     herd = shops.join(16, PROBE_PERIOD=1)
     more_ticks(effects, 4)
     assert len(effects.instances(alive=True)) == 16
@@ -52,7 +52,7 @@ def test_processes_that_start_at_any_moment_run_the_same_ticks_once_each(shops: 
     assert all((effect.tick - EPOCH) % period == timedelta() for effect in found)
 
 
-def test_runs_by_hand_two_at_once_and_at_the_tick_take_no_tick_away(shops: Shops, effects: Effects) -> None:
+def test_two_manual_runs_at_the_tick_take_no_tick_away(shops: Shops, effects: Effects) -> None:
     period, more = timedelta(seconds=2), {"PROBE_PERIOD": 2, "PROBE_TAKES": 0.8}
     shops.join(2, **more)
     assert eventually(effects.ticks)
@@ -82,7 +82,9 @@ def test_runs_by_hand_two_at_once_and_at_the_tick_take_no_tick_away(shops: Shops
 # -- hand-over -------------------------------------------------------------------------------------
 
 
-def test_what_a_stopping_process_ran_goes_on_in_another_within_a_second(shops: Shops, effects: Effects) -> None:
+def test_the_run_of_a_stopping_process_goes_on_in_another_process_within_a_second(
+    shops: Shops, effects: Effects
+) -> None:
     """Check this with the default heartbeats, which are further apart than a second."""
     more = {"PROBE_WORKERS": "listener", "WORKERS_HEARTBEAT_SECONDS": 2, "WORKERS_LEASE_SECONDS": 10}
     [first] = shops.join(**more)
@@ -140,7 +142,7 @@ def check_schedule(effects: Effects, period: timedelta, since: datetime, until: 
     assert len(ran) - len(due) <= 1, ran  # ticks that were due when a process with the next schedule joined
 
 
-def test_in_a_rolling_deploy_the_schedule_changes_once_and_no_tick_of_either_is_lost(
+def test_in_a_rolling_deploy_the_schedule_changes_once_and_no_tick_of_either_release_is_lost(
     shops: Shops, effects: Effects
 ) -> None:
     """Check that both releases, while both are alive, run the ticks of the newer release's schedule."""
@@ -159,7 +161,7 @@ def test_in_a_rolling_deploy_the_schedule_changes_once_and_no_tick_of_either_is_
 @pytest.mark.parametrize(
     ("database_url", "end"), [("sqlite", signal.SIGTERM), ("postgresql", signal.SIGKILL)], indirect=["database_url"]
 )
-def test_a_process_of_the_old_release_that_is_recycled_late_has_its_schedule_for_no_longer_than_it_lives(
+def test_a_late_process_of_the_old_release_has_its_schedule_in_force_only_while_it_lives(
     shops: Shops, effects: Effects, end: signal.Signals
 ) -> None:
     release(shops, NEW)
@@ -189,7 +191,7 @@ def test_a_changed_schedule_does_not_run_a_tick_from_before_it_was_in_force(flee
     assert fleet.states() == ["succeeded"]
 
 
-def test_a_tick_that_fell_while_nothing_was_up_is_run_though_its_schedule_changed_meanwhile(fleet: Fleet) -> None:
+def test_a_tick_without_a_living_instance_runs_even_if_its_schedule_changed_meanwhile(fleet: Fleet) -> None:
     old = type("Changing", (Hourly,), {"period": timedelta(hours=1)})
     new = type("Changing", (Hourly,), {"period": timedelta(hours=2)})
     assert fleet.manager(old).tick("changing", datetime.now(UTC)).state == "succeeded"

@@ -34,7 +34,7 @@ def others(shops: Shops, count: int = 2, **more: Any) -> list[Member]:
     return shops.join(count, **{"PROBE_PERIOD": RARELY} | more)
 
 
-def test_a_process_that_forks_keeps_its_locks_and_its_connections_whatever_its_child_does(
+def test_a_forking_process_keeps_its_locks_and_its_connections_whatever_its_child_does(
     shops: Shops, effects: Effects
 ) -> None:
     (parent,) = shops.join(PROBE_WORKERS="forker,ticker", WORKERS_HEARTBEAT_SECONDS=1)
@@ -50,9 +50,7 @@ def test_a_process_that_forks_keeps_its_locks_and_its_connections_whatever_its_c
 # -- killed ----------------------------------------------------------------------------------------
 
 
-def test_a_process_that_is_killed_before_its_claim_is_committed_leaves_no_trace_of_it(
-    shops: Shops, effects: Effects
-) -> None:
+def test_a_process_killed_before_its_claim_commits_leaves_no_trace_of_the_claim(shops: Shops, effects: Effects) -> None:
     victim = freeze_one(shops, "claim")
     others(shops)
     victim.kill()
@@ -76,7 +74,7 @@ def test_a_run_whose_process_is_killed_is_taken_over_within_the_lease_and_a_seco
     assert effects.states("ticker") == [("lost", 1), ("succeeded", 2)]
 
 
-def test_what_a_process_committed_before_it_was_killed_is_not_run_again(shops: Shops, effects: Effects) -> None:
+def test_work_committed_before_its_process_was_killed_does_not_run_again(shops: Shops, effects: Effects) -> None:
     victim = freeze_one(shops, "committed", PROBE_PERIOD=0.5)
     others(shops, PROBE_PERIOD=0.5)
     victim.kill()
@@ -90,7 +88,7 @@ def test_what_a_process_committed_before_it_was_killed_is_not_run_again(shops: S
     assert others_states <= {"succeeded", "missed", "skipped", "running"}
 
 
-def test_a_worker_that_kills_its_process_is_given_up_and_the_last_process_lives_on(
+def test_a_worker_that_kills_its_process_is_given_up_and_the_last_process_survives(
     shops: Shops, effects: Effects
 ) -> None:
     fleet = [shops.start(PROBE_WORKERS="killer,ticker", PROBE_PERIOD=0.5, WORKERS_LEASE_SECONDS=1) for _ in range(4)]
@@ -177,7 +175,7 @@ def test_a_process_that_is_frozen_between_the_check_and_the_commit_of_a_slice_lo
         ("commit", [("succeeded", 1)]),  # checked before the freeze: no other process can have begun meanwhile
     ],
 )
-def test_a_process_that_wakes_with_the_write_lock_of_sqlite_after_its_lease_is_decided_on_once(
+def test_a_tick_is_decided_once_when_a_process_wakes_with_the_write_lock_of_sqlite_after_its_lease(
     shops: Shops, effects: Effects, at: str, states: list[tuple[str, int]]
 ) -> None:
     """Check this although no process can take over before: the frozen process keeps the write lock."""
@@ -228,7 +226,7 @@ def test_while_a_process_is_frozen_in_its_commit_sqlite_runs_nothing_and_no_proc
     assert "Traceback" not in "".join(each.output for each in living)
 
 
-def test_a_frozen_process_cannot_claim_the_old_tick_in_its_hand_though_the_history_was_pruned(
+def test_a_frozen_process_cannot_claim_its_old_tick_even_after_the_history_was_pruned(
     shops: Shops, effects: Effects
 ) -> None:
     zombie = freeze_one(shops, "claiming", LOG_LEVEL="DEBUG")
@@ -265,7 +263,7 @@ def test_a_process_whose_interpreter_is_held_past_the_lease_loses_its_run_and_li
     effects.check_once()
 
 
-def test_a_process_with_the_name_of_a_dead_one_neither_has_its_claims_nor_shields_them(
+def test_a_process_with_the_name_of_a_dead_process_neither_has_its_claims_nor_shields_them(
     shops: Shops, effects: Effects
 ) -> None:
     """Set the host name, and give each process the id 1, as in containers."""

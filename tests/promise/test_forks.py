@@ -22,7 +22,7 @@ ENDINGS = {
 
 @pytest.mark.parametrize("child", ENDINGS)
 @pytest.mark.parametrize("worker", ["forking", "async_forking"])
-def test_a_child_that_comes_back_from_do_work_ends_there_and_its_parents_run_succeeds(
+def test_a_child_that_returns_from_do_work_ends_there_and_its_parents_run_succeeds(
     worker: str, child: str, shops: Shops, effects: Effects
 ) -> None:
     (parent,) = shops.join(PROBE_WORKERS=f"{worker},ticker", PROBE_CHILD=child, WORKERS_HEARTBEAT_SECONDS=1)
@@ -35,7 +35,7 @@ def test_a_child_that_comes_back_from_do_work_ends_there_and_its_parents_run_suc
     goes_on(parent, effects)
 
 
-def test_a_child_of_what_the_application_does_at_the_end_of_a_run_ends_there(shops: Shops, effects: Effects) -> None:
+def test_a_child_forked_at_the_end_of_a_run_ends_there(shops: Shops, effects: Effects) -> None:
     (parent,) = shops.join(PROBE_WORKERS="forking_at_the_end,ticker", WORKERS_HEARTBEAT_SECONDS=1)
     came_back(parent, "returns")
     assert effects.states("forking_at_the_end") == [("succeeded", 1)]
@@ -43,7 +43,7 @@ def test_a_child_of_what_the_application_does_at_the_end_of_a_run_ends_there(sho
 
 
 @pytest.mark.parametrize("child", ["returns", "raises", "exits", "commits"])
-def test_a_child_that_comes_back_from_a_handler_ends_there_and_the_message_is_handled_once(
+def test_a_child_that_returns_from_a_handler_ends_there_and_the_message_is_handled_once(
     child: str, shops: Shops, effects: Effects
 ) -> None:
     (parent,) = shops.join(PROBE_WORKERS="notes,ticker", PROBE_CHILD=child, WORKERS_HEARTBEAT_SECONDS=1)
@@ -71,7 +71,7 @@ def test_a_child_ends_by_a_signal_that_comes_right_after_the_fork(shops: Shops, 
     goes_on(parent, effects)
 
 
-def test_a_child_of_a_server_ends_by_a_signal_as_no_server_does(nursery: Nursery, effects: Effects) -> None:
+def test_a_child_of_a_server_ends_by_a_signal_like_a_plain_process(nursery: Nursery, effects: Effects) -> None:
     env = environment(effects.url, PROBE_WORKERS="terminator,ticker", WORKERS_HEARTBEAT_SECONDS=1)
     with nursery.forked(gunicorn("support.traced_app:create_app()"), env) as parent:
         assert parent.wait_for(r"The children ended with (.*)")[1] == "[-15, -2]"

@@ -57,7 +57,7 @@ def wait_until_quiet(manager: BackgroundWorkerManager) -> None:
     wait_until(is_quiet, "half a second without a question")
 
 
-def test_what_a_process_still_runs_when_it_signs_off_is_taken_at_once(fleet: Fleet) -> None:
+def test_a_run_that_outlives_its_instances_signing_off_is_taken_over_at_once(fleet: Fleet) -> None:
     with deaf_run(fleet) as first:
         first.stop(timeout=0)
         wait_until(lambda: fleet.states() == ["handed back", "succeeded"], "the run on the second one")
@@ -102,7 +102,7 @@ def test_messages_that_are_handed_back_are_taken_at_once(fleet: Fleet) -> None:
 
 
 @on_sqlite
-def test_those_who_leave_while_the_messages_of_another_are_taken_back_are_not_forgotten(fleet: Fleet) -> None:
+def test_instances_that_leave_while_another_instances_messages_are_taken_back_are_not_forgotten(fleet: Fleet) -> None:
     class Notes(MessageWorker):
         topic = "notes"
 
@@ -123,7 +123,7 @@ def test_those_who_leave_while_the_messages_of_another_are_taken_back_are_not_fo
     wait_until(lambda: [each.state for each in fleet.messages()] == ["done", "done"], "the handling of both")
 
 
-def test_a_run_that_was_asked_for_elsewhere_begins_at_once(fleet: Fleet) -> None:
+def test_a_run_that_another_process_requested_begins_at_once(fleet: Fleet) -> None:
     joined(fleet, Hourly)
     wait_until(lambda: fleet.states() == ["succeeded"], "the first run")
     assert fleet.manager(Hourly, **SLOW).request("hourly")
@@ -137,7 +137,7 @@ class Asked(Hourly):
     run_on_first_start = False
 
 
-def test_leases_that_end_one_after_another_before_the_first_heartbeat_are_each_noticed_when_they_do(
+def test_each_lease_that_ends_before_the_first_heartbeat_is_noticed_at_its_end(
     fleet: Fleet,
 ) -> None:
     second = type("Second", (Asked,), {})
@@ -157,7 +157,7 @@ def claimed_by_one_that_dies(manager: BackgroundWorkerManager, worker: type[Hour
 
 
 @on_postgresql
-def test_one_whose_idle_connections_broke_hears_at_once_what_was_asked_for(fleet: Fleet) -> None:
+def test_an_instance_whose_idle_connections_broke_receives_a_request_at_once(fleet: Fleet) -> None:
     manager = joined(fleet, Hourly)
     wait_until(lambda: fleet.states() == ["succeeded"], "the first run")
     wait_until_quiet(manager)
@@ -167,7 +167,7 @@ def test_one_whose_idle_connections_broke_hears_at_once_what_was_asked_for(fleet
 
 
 @on_postgresql
-def test_what_a_process_still_runs_when_it_signs_off_is_taken_at_once_though_its_idle_connections_broke(
+def test_a_run_that_outlives_its_instances_signing_off_is_taken_over_at_once_even_if_idle_connections_broke(
     fleet: Fleet,
 ) -> None:
     with deaf_run(fleet) as first:
@@ -188,7 +188,9 @@ def break_connections(manager: BackgroundWorkerManager) -> None:
 
 
 @on_postgresql
-def test_a_run_whose_connection_breaks_is_not_tried_again_until_a_heartbeat_as_that_may_go_on(fleet: Fleet) -> None:
+def test_a_run_whose_connection_broke_runs_again_only_after_a_heartbeat_because_it_may_still_go_on(
+    fleet: Fleet,
+) -> None:
     began = threading.Semaphore(0)
 
     class Broken(Asked):

@@ -73,7 +73,7 @@ def test_ticks_go_on_by_themselves_after_a_clock_that_was_ahead(fleet: Fleet, ah
     assert fleet.row("often").scheduled_at <= now()
 
 
-def test_what_ran_while_the_clock_was_ahead_does_not_run_again_and_what_did_not_runs(fleet: Fleet) -> None:
+def test_ticks_that_ran_while_the_clock_was_ahead_do_not_run_again_and_the_other_ticks_run(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
     manager.recovery.look(Hourly)
     last = last_hour()
@@ -94,7 +94,7 @@ def test_what_ran_while_the_clock_was_ahead_does_not_run_again_and_what_did_not_
     assert not manager.stores.clock_repair.pass_over(state, last + 5 * HOUR, lambda attempt: attempt + 1)
 
 
-def test_a_tick_that_has_an_execution_is_not_claimed_although_its_mark_was_lowered(fleet: Fleet) -> None:
+def test_a_tick_with_an_execution_is_not_claimed_even_if_its_mark_was_lowered(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
     assert manager.tick("hourly", now()).state == "succeeded"
     lowered = {"mark": last_hour() - HOUR, "mark_ahead": last_hour(), "scheduled_at": last_hour() - DAY}
@@ -121,7 +121,7 @@ def test_no_tick_that_ran_while_the_clock_was_ahead_is_recorded_as_missed(fleet:
     ]
 
 
-def test_a_pause_that_was_skipped_into_the_future_is_cut_at_the_latest_tick(fleet: Fleet) -> None:
+def test_a_skipped_row_that_reaches_into_the_future_ends_at_the_latest_tick(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
     manager.recovery.look(Hourly)
     last = last_hour()
@@ -191,7 +191,7 @@ def put_off(fleet: Fleet, by: timedelta, **more: Any) -> None:
         connection.execute(update(tables.messages).where(tables.messages.c.state == "waiting").values(**moments | more))
 
 
-def test_messages_that_a_clock_ahead_put_off_are_handled_by_themselves(fleet: Fleet) -> None:
+def test_messages_that_a_clock_ahead_delayed_are_handled_without_a_command(fleet: Fleet) -> None:
     app = fleet.app(Noting)
     manager = app.extensions["background_workers"]
     manager.stores.queue  # noqa: B018 - the tables are there
@@ -206,7 +206,7 @@ def test_messages_that_a_clock_ahead_put_off_are_handled_by_themselves(fleet: Fl
     wait_until(lambda: {row.state for row in fleet.messages()} == {"done"}, "those that were put off meanwhile")
 
 
-def test_a_delay_that_its_caller_asked_for_stays_and_an_attempt_put_off_comes_at_once(
+def test_a_requested_delay_stays_and_a_delayed_attempt_comes_at_once(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(clock_repair, "_SLICE", 2)
@@ -259,7 +259,7 @@ def set_clock(database_url: str) -> Iterator[Callable[[float], None]]:
     yield lambda seconds: administer(url, f"UPDATE fake.ahead SET seconds = {seconds}")
 
 
-def test_after_the_clock_was_ahead_every_tick_runs_once_and_none_waits_until_it_is_there_again(
+def test_after_the_clock_was_ahead_every_tick_runs_once_and_no_tick_waits_for_the_wrong_time(
     set_clock: Callable[[float], None], fleet: Fleet
 ) -> None:
     managers = [fleet.manager(Often, Noting, WORKERS_LEASE_SECONDS=1) for _ in range(2)]
@@ -288,7 +288,7 @@ def test_after_the_clock_was_ahead_every_tick_runs_once_and_none_waits_until_it_
     assert not [a.tick for a in ran for b in told if b.tick <= a.tick <= b.through]
 
 
-def test_on_sqlite_ticks_go_on_after_the_hosts_clock_was_an_hour_ahead_and_none_runs_twice(
+def test_on_sqlite_ticks_go_on_after_the_hosts_clock_was_an_hour_ahead_and_no_tick_runs_twice(
     sqlite_url: str,
     tmp_path: Path,
     host: Host,  # noqa: F811

@@ -30,7 +30,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("server", OTHERS)
-def test_a_signal_is_heard_under_any_server_though_the_workers_start_in_a_thread_of_a_request(
+def test_a_signal_is_heard_under_any_server_even_if_the_workers_start_in_the_thread_of_a_request(
     server: str, postgresql_url: str
 ) -> None:
     effects = Effects(postgresql_url)
@@ -52,9 +52,7 @@ def test_a_signal_is_heard_under_any_server_though_the_workers_start_in_a_thread
 
 
 @pytest.mark.parametrize("command", [flask("run", "--debug", "--port", "0"), script("by_app_run_in_debug_mode")])
-def test_the_debug_reloader_that_is_told_to_end_lets_its_child_hand_its_runs_back(
-    command: list[str], sqlite_url: str
-) -> None:
+def test_on_sigterm_the_debug_reloader_lets_its_child_hand_its_runs_back(command: list[str], sqlite_url: str) -> None:
     effects = Effects(sqlite_url)
     with started(command, environment(sqlite_url, PROBE_WORKERS="listener,deaf", PROBE_SECONDS=2)) as process:
         address = process.wait_for(r"Running on (http://127\.0\.0\.1:\d+)")[1]
@@ -70,7 +68,7 @@ def test_the_debug_reloader_that_is_told_to_end_lets_its_child_hand_its_runs_bac
     assert effects.instances(alive=True) == set()
 
 
-def test_where_signals_cannot_be_heard_the_log_says_so_at_the_start(sqlite_url: str) -> None:
+def test_the_log_says_at_the_start_that_signals_cannot_be_heard(sqlite_url: str) -> None:
     with started(script("made_in_a_thread"), environment(sqlite_url)) as process:
         address = process.wait_for(r"(http://127\.0\.0\.1:\d+)")[1]
         with urllib.request.urlopen(address, timeout=30) as response:
@@ -80,7 +78,7 @@ def test_where_signals_cannot_be_heard_the_log_says_so_at_the_start(sqlite_url: 
         assert "flask workers run" in process.output
 
 
-def test_a_process_without_workers_takes_a_signal_as_if_there_were_no_engine(sqlite_url: str) -> None:
+def test_a_process_without_workers_handles_a_signal_as_without_the_engine(sqlite_url: str) -> None:
     rest = "while True: time.sleep(0.05)"  # a longer sleep might begin right after the signal
     command = [
         sys.executable,
@@ -98,7 +96,7 @@ def test_a_process_without_workers_takes_a_signal_as_if_there_were_no_engine(sql
         assert "KeyboardInterrupt" in process.output
 
 
-def test_a_caller_that_asks_for_a_handler_gets_the_one_that_was_set_and_not_the_engines(app: Flask) -> None:
+def test_a_caller_that_asks_for_a_handler_gets_its_own_handler_and_not_the_engines(app: Flask) -> None:
     before = signal.getsignal(signal.SIGTERM)
     for handler in (lambda number, frame: None, signal.SIG_IGN, signal.SIG_DFL, signal.default_int_handler):
         last = signal.getsignal(signal.SIGTERM)

@@ -26,7 +26,7 @@ def expiry(manager: BackgroundWorkerManager, instance: str) -> Any:
         return connection.scalar(query)
 
 
-def test_processes_that_count_under_a_lock_count_right(shops: Shops, tmp_path: Path) -> None:
+def test_processes_that_count_under_a_lock_count_correctly(shops: Shops, tmp_path: Path) -> None:
     counted = tmp_path / "counted"
     counted.touch()
     for process in [shops.start("count", str(counted), "5") for _ in range(6)]:
@@ -35,7 +35,7 @@ def test_processes_that_count_under_a_lock_count_right(shops: Shops, tmp_path: P
     assert counted.read_text().splitlines() == [f"{number} {number + 1}" for number in range(30)]
 
 
-def test_the_lock_of_a_process_that_is_killed_is_free_when_its_lease_is_over_and_not_before(
+def test_the_lock_of_a_killed_process_is_free_when_its_lease_is_over_and_not_before(
     shops: Shops, fleet: Fleet, caplog: pytest.LogCaptureFixture
 ) -> None:
     victim, manager = shops.start(PROBE_WORKERS="locker", WORKERS_LEASE_SECONDS=1.5), fleet.manager()
@@ -48,7 +48,7 @@ def test_the_lock_of_a_process_that_is_killed_is_free_when_its_lease_is_over_and
     assert f"{victim.pid} held it and stopped renewing its lease" in caplog.text
 
 
-def test_a_process_that_wakes_after_its_lease_knows_that_it_lost_the_lock_and_leaves_the_next_holders_alone(
+def test_a_process_that_wakes_after_its_lease_knows_that_it_lost_the_lock_and_leaves_the_next_holders_lock_alone(
     shops: Shops, fleet: Fleet
 ) -> None:
     zombie, manager = shops.start(PROBE_WORKERS="locker", WORKERS_LEASE_SECONDS=1.5), fleet.manager()
@@ -63,7 +63,7 @@ def test_a_process_that_wakes_after_its_lease_knows_that_it_lost_the_lock_and_le
         assert row(manager).token == 2
 
 
-def test_the_lock_of_a_process_that_is_told_to_stop_is_free_at_once(shops: Shops, fleet: Fleet) -> None:
+def test_the_lock_of_a_stopping_process_is_free_at_once(shops: Shops, fleet: Fleet) -> None:
     patient = {"WORKERS_LEASE_SECONDS": 600, "WORKERS_SHUTDOWN_SECONDS": PATIENCE}
     holder, manager = shops.start(PROBE_WORKERS="locker", **patient), fleet.manager()
     holder.wait_for("The locker has the token 1")

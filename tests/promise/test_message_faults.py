@@ -78,7 +78,7 @@ def test_half_of_eight_consumers_are_killed_while_messages_are_in_flight(
     assert all(member.is_up for member in survivors)
 
 
-def test_the_messages_of_a_process_that_is_killed_are_taken_over_within_the_lease_and_a_second(
+def test_the_messages_of_a_killed_process_are_taken_over_within_the_lease_and_a_second(
     shops: Shops, box: Letterbox
 ) -> None:
     box.put("notes", range(5))
@@ -93,7 +93,7 @@ def test_the_messages_of_a_process_that_is_killed_are_taken_over_within_the_leas
     assert box.errors(box.rows()[0].id) == [(1, EXPIRED)]
 
 
-def test_what_was_committed_before_the_kill_is_not_handled_again(shops: Shops, box: Letterbox) -> None:
+def test_messages_committed_before_the_kill_are_not_handled_again(shops: Shops, box: Letterbox) -> None:
     box.put("notes", range(5))
     victim = freeze_one(shops, "committed", PROBE_BATCH=5)
     others(shops)
@@ -106,7 +106,9 @@ def test_what_was_committed_before_the_kill_is_not_handled_again(shops: Shops, b
 
 
 @on_postgresql
-def test_a_commit_whose_reply_got_lost_is_found_to_be_done(nursery: Nursery, effects: Effects, box: Letterbox) -> None:
+def test_a_commit_whose_reply_was_lost_is_recognized_as_done(
+    nursery: Nursery, effects: Effects, box: Letterbox
+) -> None:
     box.put("notes", range(5))
     proxy = Proxy(make_url(effects.url))
     shops = Shops(nursery, text(proxy.url))
@@ -158,7 +160,7 @@ def test_a_process_that_wakes_after_its_lease_acknowledges_nothing(
 
 @on_sqlite
 @pytest.mark.parametrize(("at", "attempt"), [("effect", 2), ("commit", 1)])
-def test_a_process_that_wakes_with_the_write_lock_of_sqlite_after_its_lease_is_decided_on_once(
+def test_a_tick_is_decided_once_when_a_process_wakes_with_the_write_lock_of_sqlite_after_its_lease(
     shops: Shops, box: Letterbox, at: str, attempt: int
 ) -> None:
     """Check this although no other process can write before. A busy machine may cost one more lease."""
@@ -180,7 +182,7 @@ def test_a_process_that_wakes_with_the_write_lock_of_sqlite_after_its_lease_is_d
     [("sqlite", "sender", "handling"), ("postgresql", "relays", "effect")],
     indirect=["database_url"],
 )
-def test_what_a_zombie_enqueued_is_not_there(
+def test_messages_that_a_frozen_process_enqueued_are_not_there(
     shops: Shops, effects: Effects, box: Letterbox, sender: str, at: str
 ) -> None:
     if sender == "relays":
@@ -199,7 +201,9 @@ def test_what_a_zombie_enqueued_is_not_there(
 # -- poison ----------------------------------------------------------------------------------------
 
 
-def test_a_message_that_kills_its_process_is_buried_and_the_others_live(shops: Shops, box: Letterbox) -> None:
+def test_a_message_that_kills_its_process_is_buried_and_its_neighbours_are_handled(
+    shops: Shops, box: Letterbox
+) -> None:
     fleet = others(shops, 4, PROBE_ATTEMPTS=2, WORKERS_LEASE_SECONDS=1.5)
     notes = box.put("notes", [*range(7), "kill", *range(12)])
     assert eventually(box.are_over)
@@ -213,7 +217,7 @@ def test_a_message_that_kills_its_process_is_buried_and_the_others_live(shops: S
     assert box.check()[-1].pid in {member.pid for member in survivors}
 
 
-def test_where_there_is_one_attempt_a_killer_takes_no_neighbour_along(shops: Shops, box: Letterbox) -> None:
+def test_with_one_attempt_a_message_that_kills_its_process_buries_no_neighbour(shops: Shops, box: Letterbox) -> None:
     notes = box.put("notes", [*range(5), "kill", *range(5)])
     for _ in range(2):  # a process may be killed before it logs that it joined
         shops.start(PROBE_WORKERS="notes", PROBE_ATTEMPTS=1, WORKERS_LEASE_SECONDS=2)
@@ -226,7 +230,9 @@ def test_where_there_is_one_attempt_a_killer_takes_no_neighbour_along(shops: Sho
 # -- enqueueing ------------------------------------------------------------------------------------
 
 
-def test_four_producers_of_the_same_keys_enqueue_each_once(shops: Shops, effects: Effects, box: Letterbox) -> None:
+def test_four_producers_with_the_same_keys_enqueue_each_message_once(
+    shops: Shops, effects: Effects, box: Letterbox
+) -> None:
     others(shops)
     apps = [make_app(effects.url, unread("notes")) for _ in range(4)]
 
@@ -248,9 +254,7 @@ def test_four_producers_of_the_same_keys_enqueue_each_once(shops: Shops, effects
 # -- told to end -----------------------------------------------------------------------------------
 
 
-def test_of_a_batch_whose_process_is_told_to_end_the_rest_is_handled_elsewhere_at_once(
-    shops: Shops, box: Letterbox
-) -> None:
+def test_the_rest_of_a_stopping_process_batch_is_handled_elsewhere_at_once(shops: Shops, box: Letterbox) -> None:
     box.put("notes", ["one", "two", "wait", "four", "five"])
     [leaving] = others(shops, 1)
     leaving.wait_for("The note waits")
@@ -265,7 +269,7 @@ def test_of_a_batch_whose_process_is_told_to_end_the_rest_is_handled_elsewhere_a
     assert found[-1].at.timestamp() - told < 1 + MARGIN
 
 
-def test_what_a_process_does_not_end_in_time_is_handled_elsewhere_and_was_no_attempt(
+def test_a_message_that_a_process_does_not_finish_in_time_is_handled_elsewhere_without_counting_an_attempt(
     shops: Shops, box: Letterbox
 ) -> None:
     box.put("notes", ["deaf", "next"])
@@ -324,7 +328,7 @@ def cut(url: str, connections: set[int]) -> None:
 
 
 @on_postgresql
-def test_while_its_ear_is_cut_off_a_process_hears_of_messages_with_its_heartbeat(shops: Shops, box: Letterbox) -> None:
+def test_a_process_without_its_listener_finds_messages_with_its_heartbeat(shops: Shops, box: Letterbox) -> None:
     [member] = others(shops, 1, PROBE_RETRY=PATIENCE)
     assert eventually(lambda: listeners(box.url))
     cut(box.url, listeners(box.url))
@@ -336,7 +340,7 @@ def test_while_its_ear_is_cut_off_a_process_hears_of_messages_with_its_heartbeat
 
 
 @on_postgresql
-def test_an_ear_that_was_cut_off_grows_again(shops: Shops, box: Letterbox) -> None:
+def test_a_listener_whose_connection_was_cut_connects_again(shops: Shops, box: Letterbox) -> None:
     """Check this without a heartbeat, so that only LISTEN can notify the process."""
     others(shops, 1, WORKERS_HEARTBEAT_SECONDS=2 * PATIENCE, WORKERS_LEASE_SECONDS=5 * PATIENCE, PROBE_RETRY=0.1)
     first = eventually(lambda: listeners(box.url))

@@ -11,7 +11,7 @@ from tests.background.monitoring.test_metrics import Samples
 
 
 @on_sqlite
-def test_any_process_answers_for_the_fleet_and_for_its_own_requests_by_name(
+def test_any_process_reports_the_fleet_and_its_own_requests_by_name(
     database_url: str, shops: Shops, nursery: Nursery
 ) -> None:
     [member] = shops.join(PROBE_WORKERS="listener,quick")

@@ -99,7 +99,7 @@ def fill_pools(*apps: Flask) -> None:
                 each.close()
 
 
-def test_a_fail_over_that_closes_no_socket_fails_no_run_and_counts_no_attempt_at_a_message(
+def test_a_fail_over_that_closes_no_socket_fails_no_run_and_counts_no_attempt_of_a_message(
     server: PostgreSQL, url: URL, fleet: Fleet
 ) -> None:
     slow = type("Slow", (Slow,), {"began": threading.Event(), "go_on": threading.Event()})
@@ -147,7 +147,7 @@ def test_the_applications_pool_is_emptied_by_an_error_on_the_engines_own_connect
     assert app.extensions["background_workers"].presence.instance is instance
 
 
-def test_while_every_session_only_reads_no_process_is_ready_and_no_attempt_is_counted(
+def test_while_every_session_is_read_only_no_process_is_ready_and_no_attempt_is_counted(
     server: PostgreSQL, fleet: Fleet
 ) -> None:
     app = fleet.app(Noting, Often)
@@ -202,7 +202,7 @@ def test_a_message_whose_lease_ran_out_while_the_database_was_away_was_not_tried
 
 
 @pytest.mark.parametrize("raw", [False, True], ids=["by SQLAlchemy", "by the driver"])
-def test_a_read_only_session_that_the_server_caused_is_told_by_any_way_to_the_driver(
+def test_a_session_that_the_server_made_read_only_is_recognized_by_any_driver_error(
     server: PostgreSQL, url: URL, fleet: Fleet, raw: bool
 ) -> None:
     app = fleet.app(Hourly)
@@ -265,7 +265,7 @@ def test_a_message_whose_connection_was_ended_was_not_tried(fleet: Fleet) -> Non
 
 
 @pytest.mark.parametrize("mode", ["SET TRANSACTION READ ONLY", "SET default_transaction_read_only = on"])
-def test_a_handler_that_made_its_own_session_read_only_is_tried_as_often_as_any_that_fails(
+def test_a_handler_that_made_its_own_session_read_only_has_as_many_attempts_as_any_failing_handler(
     fleet: Fleet, mode: str
 ) -> None:
     class Reading(Noting):
@@ -281,7 +281,7 @@ def test_a_handler_that_made_its_own_session_read_only_is_tried_as_often_as_any_
     assert len(fleet.errors()) == Reading.max_attempts
 
 
-def test_a_run_whose_session_stays_read_only_by_its_own_doing_is_given_up(fleet: Fleet) -> None:
+def test_a_run_that_keeps_its_own_session_read_only_is_given_up(fleet: Fleet) -> None:
     class Stubborn(Hourly):
         period = timedelta(days=366)
         max_attempts = 2
@@ -301,7 +301,7 @@ def test_a_run_whose_session_stays_read_only_by_its_own_doing_is_given_up(fleet:
     wait_until(lambda: fleet.row("stubborn").pending_tick is None, "the end")
 
 
-def test_another_databases_errors_empty_no_pool(server: PostgreSQL, url: URL, fleet: Fleet) -> None:
+def test_errors_of_another_database_empty_no_pool(server: PostgreSQL, url: URL, fleet: Fleet) -> None:
     other = server.database()
     same = url.update_query_dict({"application_name": "another user of it"})
     app = fleet.app(Hourly, SQLALCHEMY_BINDS={"same": text(same), "other": text(other)})

@@ -35,9 +35,7 @@ def pooled(postgresql_url: str) -> Iterator[str]:
         yield text(url)
 
 
-def test_a_transaction_mode_pooler_may_stand_before_the_database(
-    nursery: Nursery, pooled: str, effects: Effects
-) -> None:
+def test_the_engine_works_behind_a_transaction_mode_pooler(nursery: Nursery, pooled: str, effects: Effects) -> None:
     more = {"PROBE_PERIOD": PERIOD.total_seconds()}
     with nursery.started(pooled, **more) as one, nursery.started(pooled, **more) as other:
         for process in (one, other):

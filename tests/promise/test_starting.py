@@ -110,7 +110,7 @@ def test_four_processes_that_start_at_once_prepare_a_fresh_clone_once(shop: Path
         ("{empty}", "has no schema", "flask db upgrade"),
     ],
 )
-def test_flask_run_against_a_database_that_is_not_ready_says_which_and_the_command_that_mends_it(
+def test_flask_run_names_the_database_that_is_not_ready_and_the_command_that_prepares_it(
     place: str, says: str, remedy: str, tmp_path: Path, empty_postgresql_url: str, nursery: Nursery
 ) -> None:
     missing = make_url(empty_postgresql_url).set(database="none").render_as_string(hide_password=False)
@@ -125,9 +125,7 @@ def test_flask_run_against_a_database_that_is_not_ready_says_which_and_the_comma
     assert not (tmp_path / "none.sqlite").exists()
 
 
-def test_flask_run_against_a_database_behind_the_migrations_says_so_and_how_to_mend_it(
-    shop: Path, sqlite_url: str
-) -> None:
+def test_flask_run_names_the_command_for_a_database_behind_the_migrations(shop: Path, sqlite_url: str) -> None:
     newest = max((shop / "migrations" / "versions").glob("*.py")).stem.partition("_")[0]
     (shop / "migrations" / "versions" / "9999_later.py").write_text(
         f'revision = "9999"\ndown_revision = "{newest}"\n\n\ndef upgrade():\n    pass\n'
@@ -139,7 +137,7 @@ def test_flask_run_against_a_database_behind_the_migrations_says_so_and_how_to_m
     assert "Traceback" not in output
 
 
-def test_flask_run_with_workers_disabled_serves_and_runs_none(sqlite_url: str, nursery: Nursery) -> None:
+def test_flask_run_with_workers_disabled_serves_and_runs_no_worker(sqlite_url: str, nursery: Nursery) -> None:
     env = environment(sqlite_url, WORKERS_ENABLED="false")
     with nursery.forked(flask("run", "--port", "0"), env) as server:
         assert get(server.wait_for(r"Running on (http://\S+)")[1]) == 200
@@ -252,7 +250,7 @@ def create_app():
 
 
 @pytest.mark.parametrize("more", [(), ("--preload",)], ids=["gunicorn", "preload"])
-def test_gunicorn_ends_with_one_sentence_about_a_worker_that_is_refused(
+def test_gunicorn_ends_with_one_sentence_about_a_refused_worker(
     sqlite_url: str, tmp_path: Path, more: tuple[str, ...]
 ) -> None:
     (tmp_path / "refused.py").write_text(REFUSED)
@@ -298,7 +296,7 @@ def test_gunicorn_waits_for_a_database_and_serves_meanwhile(
 # -- other servers ---------------------------------------------------------------------------------
 
 
-def test_another_server_starts_the_workers_with_the_first_request_and_says_how_to_do_better(
+def test_another_server_starts_the_workers_with_the_first_request_and_logs_a_better_way(
     effects: Effects, nursery: Nursery
 ) -> None:
     command = [sys.executable, "-m", "waitress", "--listen=127.0.0.1:0", "--call", "support.traced_app:create_app"]
@@ -322,7 +320,9 @@ def test_another_server_starts_the_workers_with_the_first_request_and_says_how_t
 # -- flask workers run -----------------------------------------------------------------------------
 
 
-def test_flask_workers_run_serves_the_workers_of_a_web_that_runs_none(effects: Effects, nursery: Nursery) -> None:
+def test_flask_workers_run_serves_the_workers_of_a_web_process_without_workers(
+    effects: Effects, nursery: Nursery
+) -> None:
     web = gunicorn("-w", "1", "support.traced_app:create_app()")
     with (
         nursery.forked(web, environment(effects.url, WORKERS_ENABLED="false")) as server,
@@ -377,7 +377,7 @@ def test_a_database_command_starts_no_thread_and_joins_no_fleet(sqlite_url: str,
 
 @pytest.mark.parametrize("agent", [None, "a reader's", "Mozilla/5.0"])
 @pytest.mark.parametrize("testing", [True, False])
-def test_a_test_client_never_starts_the_workers_whatever_it_says_and_whatever_testing_says(
+def test_a_test_client_never_starts_the_workers_whatever_its_user_agent_and_testing_are(
     sqlite_url: str, testing: bool, agent: str | None
 ) -> None:
     class Renamed(FlaskClient):
@@ -407,7 +407,7 @@ def test_a_test_client_never_starts_the_workers_whatever_it_says_and_whatever_te
     close(app)
 
 
-def test_the_first_request_starts_nothing_where_the_workers_are_disabled(
+def test_the_first_request_starts_nothing_if_the_workers_are_disabled(
     sqlite_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     app = create_app({"DATABASE_URL": sqlite_url, "SECRET_KEY": "test", "WORKERS_ENABLED": False})

@@ -62,7 +62,7 @@ def ends_within(process: Process, seconds: float, stop: Callable[[], None]) -> s
         "workers-run-ctrl-c",
     ],
 )
-def test_a_run_that_is_told_to_stop_is_handed_back_and_another_instance_takes_it_up_as_the_same_attempt(
+def test_a_stopping_run_is_handed_back_and_another_instance_runs_it_as_the_same_attempt(
     engine: str, command: list[str], number: int, group: bool, request: pytest.FixtureRequest, nursery: Nursery
 ) -> None:
     effects = Effects(request.getfixturevalue(f"{engine}_url"))
@@ -86,7 +86,7 @@ def test_a_run_that_is_told_to_stop_is_handed_back_and_another_instance_takes_it
     [("postgresql", FLASK_RUN), ("sqlite", GUNICORN), ("postgresql", GTHREAD)],
     ids=["flask-run", "gunicorn", "gthread"],
 )
-def test_a_run_that_does_not_listen_is_handed_back_in_time_and_its_late_commit_is_refused(
+def test_a_run_that_ignores_a_stop_request_is_handed_back_in_time_and_its_late_commit_is_refused(
     engine: str, command: list[str], request: pytest.FixtureRequest, tmp_path: Path, nursery: Nursery
 ) -> None:
     effects = Effects(request.getfixturevalue(f"{engine}_url"))
@@ -108,7 +108,7 @@ def test_a_run_that_does_not_listen_is_handed_back_in_time_and_its_late_commit_i
 
 
 @pytest.mark.parametrize("command", [FLASK_RUN, GUNICORN], ids=["flask-run", "gunicorn"])
-def test_a_run_that_holds_the_write_lock_of_sqlite_does_not_hold_the_exit_up(
+def test_a_run_that_holds_the_write_lock_of_sqlite_does_not_delay_the_exit(
     command: list[str], sqlite_url: str, nursery: Nursery
 ) -> None:
     effects = Effects(sqlite_url)
@@ -133,7 +133,7 @@ def test_a_run_that_holds_the_write_lock_of_sqlite_does_not_hold_the_exit_up(
     ],
     ids=["flask-run-term", "flask-run-ctrl-c", "gunicorn-quit", "workers-run-term"],
 )
-def test_who_insists_is_not_kept_waiting(command: list[str], hurry: int, sqlite_url: str, nursery: Nursery) -> None:
+def test_a_second_signal_ends_the_wait(command: list[str], hurry: int, sqlite_url: str, nursery: Nursery) -> None:
     effects = Effects(sqlite_url)
     env = environment(sqlite_url, PROBE_WORKERS="listener,deaf", WORKERS_SHUTDOWN_SECONDS=25)
     with nursery.forked(command, env) as first:
@@ -147,7 +147,7 @@ def test_who_insists_is_not_kept_waiting(command: list[str], hurry: int, sqlite_
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_gunicorn_does_not_take_a_signal_for_haste_that_reaches_every_process(
+def test_a_signal_that_reaches_every_process_of_gunicorn_does_not_shorten_the_wait(
     number: int, sqlite_url: str, nursery: Nursery
 ) -> None:
     """Signal all processes, as a service manager or a terminal does. The master then signals its workers again."""
@@ -161,7 +161,7 @@ def test_gunicorn_does_not_take_a_signal_for_haste_that_reaches_every_process(
 
 
 @pytest.mark.parametrize("kind", ["sync", "gthread"])
-def test_as_many_slow_clients_as_processes_have_runs_handed_back_and_no_attempt_counted(
+def test_when_slow_clients_block_every_process_runs_are_handed_back_without_counting_an_attempt(
     kind: str, effects: Effects, nursery: Nursery
 ) -> None:
     """Check a process with one thread and a slow client, which gunicorn kills after its timeout."""

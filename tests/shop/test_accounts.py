@@ -70,7 +70,7 @@ def stored(app: Flask, user: User) -> User:
 # ---- Sessions
 
 
-def test_no_session_begins_under_a_password_that_was_changed_while_the_old_one_was_checked(
+def test_no_session_begins_under_a_password_that_was_changed_during_its_check(
     app: Flask, clients: list[FlaskClient], make_user: Make, login: Login, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     user, (owner, thief), check = make_user(), clients, User.check_password
@@ -89,7 +89,7 @@ def test_no_session_begins_under_a_password_that_was_changed_while_the_old_one_w
 
 
 @on_sqlite
-def test_a_user_who_changes_the_password_stays_logged_in_here_and_nowhere_else(
+def test_a_user_who_changes_the_password_stays_logged_in_only_here(
     app: Flask, clients: list[FlaskClient], make_user: Make, login: Login
 ) -> None:
     user, (here, elsewhere) = make_user(), clients
@@ -103,7 +103,7 @@ def test_a_user_who_changes_the_password_stays_logged_in_here_and_nowhere_else(
 
 
 @on_sqlite
-def test_a_password_is_only_changed_by_who_knows_it_and_twice_the_same(
+def test_a_password_is_changed_only_by_a_user_who_knows_it_and_repeats_the_new_one(
     app: Flask, client: FlaskClient, make_user: Make, login: Login
 ) -> None:
     user = make_user()
@@ -119,7 +119,7 @@ def test_a_password_is_only_changed_by_who_knows_it_and_twice_the_same(
 
 
 @on_sqlite
-def test_a_session_ends_when_its_user_becomes_an_admin_or_stops_being_one(
+def test_a_session_ends_when_its_user_becomes_an_admin_or_is_no_longer_an_admin(
     client: FlaskClient, app: Flask, make_user: Make, login: Login, admin: User
 ) -> None:
     user, theirs = make_user(), app.test_client()
@@ -133,7 +133,7 @@ def test_a_session_ends_when_its_user_becomes_an_admin_or_stops_being_one(
 
 
 @on_sqlite
-def test_a_session_of_the_release_before_is_a_strangers(app: Flask, client: FlaskClient, make_user: Make) -> None:
+def test_a_session_of_the_previous_release_is_logged_out(app: Flask, client: FlaskClient, make_user: Make) -> None:
     user = make_user()
     for known_as in (str(user.id), f"{user.id}.", f"{user.id}.ñ", f"{user.id}.{'0' * 32}"):
         with client.session_transaction() as session:
@@ -142,7 +142,7 @@ def test_a_session_of_the_release_before_is_a_strangers(app: Flask, client: Flas
 
 
 @on_sqlite
-def test_a_token_is_worth_nothing_after_logging_in_or_out(app: Flask, client: FlaskClient, make_user: Make) -> None:
+def test_a_token_is_invalid_after_logging_in_or_out(app: Flask, client: FlaskClient, make_user: Make) -> None:
     app.config["WTF_CSRF_ENABLED"] = True
     form = {"email": make_user().email, "password": PASSWORD, "name": "Nat"}
     given_before = {**form, "csrf_token": token_on(client, "/login")}
@@ -158,7 +158,7 @@ def token_on(client: FlaskClient, path: str, **more: Any) -> str:
 
 
 @on_sqlite
-def test_a_session_is_worth_nothing_under_another_key(app: Flask, make_user: Make) -> None:
+def test_a_session_is_invalid_under_another_key(app: Flask, make_user: Make) -> None:
     user = make_user()
     with app.app_context():
         before = user.fingerprint
@@ -170,7 +170,7 @@ def test_a_session_is_worth_nothing_under_another_key(app: Flask, make_user: Mak
 
 
 @on_sqlite
-def test_a_hash_of_another_method_is_good_and_renewed_at_the_next_login(
+def test_a_hash_of_another_method_is_valid_and_renewed_at_the_next_login(
     app: Flask, clients: list[FlaskClient], make_user: Make
 ) -> None:
     old = generate_password_hash(PASSWORD, "pbkdf2:sha1:1")
@@ -183,7 +183,7 @@ def test_a_hash_of_another_method_is_good_and_renewed_at_the_next_login(
     assert all(is_logged_in(client) for client in clients)
 
 
-def test_of_those_who_renew_or_change_one_password_at_once_one_does(app: Flask, make_user: Make) -> None:
+def test_one_of_several_requests_that_change_a_password_at_once_changes_it(app: Flask, make_user: Make) -> None:
     user = make_user()
 
     def replace(index: int) -> bool:
@@ -321,7 +321,7 @@ def register(client: FlaskClient, email: str = "nat@example.com", **fields: str)
     return client.post("/register", data=form, follow_redirects=True)
 
 
-def test_registering_says_the_same_for_an_email_that_has_an_account_and_changes_nothing_of_it(
+def test_registering_an_existing_email_gives_the_same_response_and_changes_nothing(
     app: Flask, clients: list[FlaskClient]
 ) -> None:
     first = register(clients[0])
@@ -334,7 +334,7 @@ def test_registering_says_the_same_for_an_email_that_has_an_account_and_changes_
         assert (user.name, user.check_password(PASSWORD)) == ("Nat", True)
 
 
-def test_the_owner_of_an_email_is_told_by_mail_once_how_ever_often_others_register_with_it(
+def test_the_owner_of_an_email_gets_one_mail_however_often_strangers_register_it(
     app: Flask, client: FlaskClient, manager: BackgroundWorkerManager, outbox: Path
 ) -> None:
     for _ in range(3):
@@ -374,7 +374,7 @@ def choose(client: FlaskClient, link: str, password: str = NEW) -> TestResponse:
 
 
 @on_sqlite
-def test_an_admin_has_a_link_mailed_by_which_its_reader_chooses_a_password_once(
+def test_an_admin_has_a_link_mailed_that_sets_a_password_once(
     app: Flask, client: FlaskClient, manager: BackgroundWorkerManager, make_user: Make, admin: User, outbox: Path
 ) -> None:
     user, theirs = make_user(password_hash="!"), app.test_client()
@@ -400,7 +400,7 @@ def test_an_admin_has_a_link_mailed_by_which_its_reader_chooses_a_password_once(
 
 
 @on_sqlite
-def test_a_password_link_ends_the_sessions_that_there_were(
+def test_a_password_link_ends_the_existing_sessions(
     app: Flask, clients: list[FlaskClient], make_user: Make, login: Login, link_of: Callable[[User], str]
 ) -> None:
     user = make_user()
@@ -409,7 +409,7 @@ def test_a_password_link_ends_the_sessions_that_there_were(
     assert not is_logged_in(clients[0])
 
 
-def test_of_those_who_use_a_password_link_at_once_one_chooses_the_password(
+def test_one_of_several_simultaneous_uses_of_a_password_link_sets_the_password(
     app: Flask, make_user: Make, link_of: Callable[[User], str]
 ) -> None:
     user = make_user()
@@ -420,7 +420,7 @@ def test_of_those_who_use_a_password_link_at_once_one_chooses_the_password(
 
 
 @on_sqlite
-def test_a_password_link_that_is_old_void_or_none_changes_nothing(
+def test_an_old_used_or_invalid_password_link_changes_nothing(
     app: Flask,
     client: FlaskClient,
     make_user: Make,
@@ -450,7 +450,7 @@ def test_a_password_link_that_is_old_void_or_none_changes_nothing(
 
 
 @on_sqlite
-def test_a_password_link_leads_to_the_public_url_whatever_host_the_admin_asked(
+def test_a_password_link_leads_to_the_public_url_whatever_host_the_admin_used(
     app: Flask, client: FlaskClient, manager: BackgroundWorkerManager, make_user: Make, admin: User, outbox: Path
 ) -> None:
     app.config["PUBLIC_URL"] = "https://your.shop/books/"
@@ -489,7 +489,7 @@ def test_a_password_link_is_in_no_log_however_its_address_is_written(
 
 @pytest.mark.usefixtures("app")
 @on_sqlite
-def test_no_requested_address_holds_the_log_up() -> None:
+def test_no_requested_address_slows_the_log_down() -> None:
     began = time.process_time()
     for word in ("a", "aaaaaa.", ".aaaaaa." + "a" * 26, "%61", "%2e%"):
         logging.getLogger("werkzeug").warning('"GET /%s HTTP/1.1" 404', (word * 60_000)[:60_000])
@@ -497,7 +497,7 @@ def test_no_requested_address_holds_the_log_up() -> None:
 
 
 @on_sqlite
-def test_the_path_of_a_request_that_failed_is_one_line_of_the_log(
+def test_the_path_of_a_failed_request_is_one_line_of_the_log(
     app: Flask, client: FlaskClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     app.config["PROPAGATE_EXCEPTIONS"] = False
@@ -516,7 +516,7 @@ def entries(app: Flask) -> list[AuditEntry]:
         return list(db.session.scalars(select(AuditEntry).order_by(AuditEntry.id)))
 
 
-def test_what_an_admin_changes_is_written_down_with_who_what_when_and_from_where(
+def test_an_admins_change_is_recorded_with_admin_action_time_and_address(
     app: Flask, client: FlaskClient, make_user: Make, admin: User
 ) -> None:
     user = make_user()
@@ -533,7 +533,7 @@ def test_what_an_admin_changes_is_written_down_with_who_what_when_and_from_where
 
 
 @on_sqlite
-def test_no_field_of_a_form_passes_for_what_the_address_names(
+def test_no_field_of_a_form_replaces_a_part_of_the_address(
     app: Flask, client: FlaskClient, make_user: Make, admin: User
 ) -> None:
     user = make_user()
@@ -545,7 +545,7 @@ def test_no_field_of_a_form_passes_for_what_the_address_names(
     assert details["..."] == "31 more fields"
 
 
-def test_what_an_admin_tried_is_written_down_even_where_it_fails(app: Flask, client: FlaskClient, admin: User) -> None:
+def test_an_admins_failed_attempt_is_recorded(app: Flask, client: FlaskClient, admin: User) -> None:
     assert client.post("/admin/users/99/make-admin").status_code == 404
     with app.app_context():
         db.session.execute(text("DROP TABLE background_message_errors"))
@@ -568,7 +568,7 @@ def test_the_audit_is_paged_the_newest_first(app: Flask, client: FlaskClient, ad
     assert found == [[str(number) for number in range(24, 4, -1)], ["4", "3", "2", "1", "0"]]
 
 
-def test_an_admin_makes_and_unmakes_admins_but_the_last_one_stays(
+def test_an_admin_makes_and_unmakes_admins_but_the_last_admin_stays(
     app: Flask, client: FlaskClient, make_user: Make, admin: User
 ) -> None:
     user = make_user()
@@ -587,7 +587,7 @@ def test_an_admin_makes_and_unmakes_admins_but_the_last_one_stays(
     assert (stored(app, admin).is_admin, stored(app, user).is_admin) == (False, True)
 
 
-def test_admins_who_unmake_one_another_at_once_leave_one(app: Flask, make_user: Make) -> None:
+def test_admins_who_unmake_each_other_at_once_leave_one_admin(app: Flask, make_user: Make) -> None:
     admins = [make_user(is_admin=True) for _ in range(4)]
 
     def unmake(index: int) -> bool:
@@ -623,7 +623,7 @@ def test_every_answer_forbids_foreign_and_inline_content(app: Flask, client: Fla
 
 
 @on_sqlite
-def test_what_is_made_for_one_visitor_is_kept_by_no_cache(client: FlaskClient, make_user: Make, login: Login) -> None:
+def test_no_cache_keeps_a_page_made_for_one_visitor(client: FlaskClient, make_user: Make, login: Login) -> None:
     assert "Cache-Control" not in client.get("/").headers
     login(client, make_user())
     for path in ("/", "/orders", "/account", "/admin/users", "/nowhere", "/api/books"):
@@ -645,7 +645,7 @@ def test_no_script_or_other_site_gets_the_session_cookie(app: Flask, client: Fla
 
 
 @on_sqlite
-def test_a_form_is_taken_over_https_where_the_browser_says_what_our_policy_lets_it_say(
+def test_a_form_over_https_is_accepted_with_the_referrer_that_our_policy_allows(
     app: Flask, client: FlaskClient
 ) -> None:
     app.config["WTF_CSRF_ENABLED"] = True
@@ -695,7 +695,7 @@ def test_an_error_of_the_database_shows_no_email_that_is_taken(app: Flask, make_
 
 
 @on_postgresql
-def test_another_engine_of_the_process_is_left_alone(app: Flask, make_user: Make) -> None:
+def test_another_sqlalchemy_engine_of_the_process_is_left_alone(app: Flask, make_user: Make) -> None:
     user = make_user()
     with app.app_context():
         other = create_engine(db.engine.url, poolclass=NullPool)

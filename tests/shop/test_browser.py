@@ -65,7 +65,7 @@ def press(page, name: str) -> None:
     main.get_by_role("button", name=name, exact=True).or_(main.get_by_role("link", name=name)).first.click()
 
 
-def test_a_new_reader_registers_logs_in_and_orders_and_the_admin_sees_it(
+def test_a_new_reader_registers_logs_in_and_orders_and_the_admin_sees_the_new_user(
     app, manager, page, make_user, outbox, complaints
 ):
     make_user(email="admin@example.com", is_admin=True)

@@ -91,9 +91,7 @@ def test_without_a_schema_the_commands_for_messages_print_one_sentence(empty_dat
         close(app)
 
 
-def test_run_on_a_database_that_is_not_ready_ends_with_its_sentence(
-    empty_postgresql_url: str, command: Command
-) -> None:
+def test_run_on_a_database_that_is_not_ready_ends_with_a_sentence(empty_postgresql_url: str, command: Command) -> None:
     result = command("run", DATABASE_URL=empty_postgresql_url)
     assert result.returncode == 1
     assert result.stderr.startswith("Error: The database ")

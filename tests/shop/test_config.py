@@ -33,7 +33,7 @@ def load(folder: Path, given: Any = None) -> dict[str, Any]:
     return app.config
 
 
-def test_nothing_given_is_the_embedded_file_and_the_defaults(tmp_path: Path) -> None:
+def test_without_settings_the_embedded_file_and_the_defaults_are_used(tmp_path: Path) -> None:
     config = load(tmp_path)
     assert config["SQLALCHEMY_DATABASE_URI"] == f"sqlite:///{tmp_path / 'bookstore.sqlite'}"
     assert config["DATABASE_IS_EMBEDDED"] is True
@@ -42,7 +42,7 @@ def test_nothing_given_is_the_embedded_file_and_the_defaults(tmp_path: Path) -> 
     assert (config["WORKERS_THREADS"], config["PASSIVE_AFTER_DAYS"], config["LOG_LEVEL"]) == (10, 30, "INFO")
 
 
-def test_the_environment_wins_over_the_default_and_ones_own_over_both(
+def test_the_environment_overrides_the_default_and_the_argument_overrides_both(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PASSIVE_AFTER_DAYS", "60")
@@ -62,7 +62,7 @@ def test_a_given_mapping_or_object_takes_the_place_of_the_instance_file(tmp_path
         assert (config["WORKERS_THREADS"], config["PASSIVE_AFTER_DAYS"]) == (3, 30)
 
 
-def test_an_empty_variable_is_an_unset_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_empty_variable_counts_as_unset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DATABASE_URL", "")
     assert load(tmp_path)["DATABASE_IS_EMBEDDED"] is True
 
@@ -156,7 +156,7 @@ def test_a_sqlite_database_that_connections_cannot_share_is_refused(tmp_path: Pa
 
 
 @pytest.mark.parametrize("url", ["sqlite://shop.sqlite", "sqlite://tmp/shop.sqlite"])
-def test_a_sqlite_url_of_two_slashes_does_not_become_a_database_that_is_thrown_away(tmp_path: Path, url: str) -> None:
+def test_a_sqlite_url_of_two_slashes_does_not_become_a_temporary_database(tmp_path: Path, url: str) -> None:
     with pytest.raises(InvalidConfig, match="expected three slashes"):
         load(tmp_path, {"DATABASE_URL": url})
 
@@ -171,7 +171,7 @@ def test_a_sqlite_url_of_two_slashes_does_not_become_a_database_that_is_thrown_a
         "SMTP://127.0.0.1",
     ],
 )
-def test_a_mail_url_is_taken_as_it_is(tmp_path: Path, url: str) -> None:
+def test_a_valid_mail_url_is_kept_as_it_is(tmp_path: Path, url: str) -> None:
     assert load(tmp_path, {"MAIL_URL": url, "MAIL_FROM": "the-shop+1@mail.example.com"})["MAIL_URL"] == url
 
 
@@ -219,7 +219,7 @@ def test_an_empty_secret_key_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["SECRET_KEY", "DATABASE_URL"])
-def test_bytes_that_are_no_text_are_refused_without_being_shown(
+def test_bytes_that_are_not_text_are_refused_without_being_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setitem(os.environb, name.encode(), b"sqlite:///hunter2\xff\xfe")
@@ -229,7 +229,7 @@ def test_bytes_that_are_no_text_are_refused_without_being_shown(
 
 
 @pytest.mark.parametrize("token", ["", " ", "hunter2 ", "hunter2\n", "hünter2", b"hunter2", 7])
-def test_a_token_that_no_header_can_carry_is_refused_without_being_shown(tmp_path: Path, token: Any) -> None:
+def test_a_token_that_a_header_cannot_carry_is_refused_without_being_shown(tmp_path: Path, token: Any) -> None:
     with pytest.raises(InvalidConfig, match="METRICS_TOKEN is a value that is not shown; expected printable") as raised:
         load(tmp_path, {"METRICS_TOKEN": token})
     assert "nter" not in str(raised.value)
@@ -252,7 +252,7 @@ def test_the_heartbeat_follows_a_shorter_lease(tmp_path: Path, lease: float, hea
     assert load(tmp_path, {"WORKERS_LEASE_SECONDS": lease})["WORKERS_HEARTBEAT_SECONDS"] == heartbeat
 
 
-def test_a_misspelled_setting_is_pointed_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_misspelled_setting_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InvalidConfig, match="Did you mean WORKERS_THREADS"):
         load(tmp_path, {"WORKERS_THREAD": 3})
     monkeypatch.setenv("WORKERS_ENABLE", "0")
@@ -293,7 +293,7 @@ def test_an_empty_secret_key_file_is_refused(tmp_path: Path) -> None:
         load(tmp_path)
 
 
-def test_a_log_that_the_process_has_set_up_is_left_alone(tmp_path: Path) -> None:
+def test_a_configured_log_is_left_alone(tmp_path: Path) -> None:
     root = logging.getLogger()
     before = (root.level, list(root.handlers))
     app = Flask("config", instance_path=str(tmp_path))
@@ -303,7 +303,7 @@ def test_a_log_that_the_process_has_set_up_is_left_alone(tmp_path: Path) -> None
     assert logging.getLogger("apscheduler").level == logging.WARNING
 
 
-def test_a_connection_of_before_a_restart_of_postgresql_is_not_handed_to_a_request(
+def test_a_connection_from_before_a_restart_of_postgresql_is_not_given_to_a_request(
     postgresql_url: str, postgresql_server: URL
 ) -> None:
     app = create_app(settings(postgresql_url))

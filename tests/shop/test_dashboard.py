@@ -24,7 +24,7 @@ def page(client, path: str, status: int = 200) -> str:
 
 
 @on_sqlite
-def test_only_admins_see_and_steer_the_workers(app, client, make_user, login):
+def test_only_admins_see_and_control_the_workers(app, client, make_user, login):
     values = {"name": "talker", "id": 1, "filename": "dashboard.css"}
     rules = [rule for rule in app.url_map.iter_rules() if rule.endpoint.startswith("background.")]
     assert len(rules) >= 11

@@ -192,7 +192,7 @@ def test_times_are_shown_in_the_viewers_zone(opened):
     page.get_by_text("The tick 2026-01-20T01:30:00Z of price_check").wait_for()
 
 
-def test_a_hidden_page_asks_nothing_and_one_that_is_seen_again_asks_at_once(opened):
+def test_a_hidden_page_sends_no_request_and_sends_one_as_soon_as_it_is_visible(opened):
     page = opened("/workers/")
     show(page, "hidden")
     asked: list[str] = []
@@ -211,7 +211,7 @@ def show(page: "Page", state: str) -> None:
     )
 
 
-def test_a_server_that_does_not_answer_and_a_session_that_ended_are_said(opened):
+def test_the_page_reports_a_silent_server_and_an_ended_session(opened):
     page = opened("/workers/")
     page.route("**/workers/", lambda route: route.fulfill(status=200, body="Not this page"))
     status = page.get_by_role("status")
@@ -227,7 +227,7 @@ def test_a_server_that_does_not_answer_and_a_session_that_ended_are_said(opened)
 # -- it does not disturb its user -----------------------------------------------------------------
 
 
-def test_what_is_typed_and_opened_and_focused_stays_over_a_refresh(opened):
+def test_typed_text_and_opened_and_focused_elements_survive_a_refresh(opened):
     page = opened("/workers/")
     page.get_by_label("Change the schedule of newsletter_preview").click()
     field = row(page, "newsletter_preview").get_by_label("Period or cron")

@@ -20,7 +20,7 @@ def count(engine: Engine, condition: str = "true") -> int:
         return int(connection.execute(text(f"SELECT count(*) FROM users WHERE {condition}")).scalar_one())
 
 
-def test_demo_adds_so_many_users_a_tenth_of_them_stale(runner: FlaskCliRunner, engine: Engine) -> None:
+def test_demo_adds_the_given_number_of_users_a_tenth_of_them_stale(runner: FlaskCliRunner, engine: Engine) -> None:
     result = runner.invoke(args=["demo", "--users", "1000"])
     assert result.exit_code == 0, result.output
     assert count(engine) == 1000
@@ -43,7 +43,7 @@ def test_demo_can_be_run_again(runner: FlaskCliRunner, engine: Engine) -> None:
         assert connection.execute(text("SELECT count(*) FROM books")).scalar_one() == 12
 
 
-def test_demo_refuses_a_nonsense_number_in_one_sentence(runner: FlaskCliRunner, engine: Engine) -> None:
+def test_demo_refuses_an_invalid_number_in_one_sentence(runner: FlaskCliRunner, engine: Engine) -> None:
     for number in ("0", "-3", "many", "1.5", "1000000000000", "9" * 5_000, "", "²"):
         result = runner.invoke(args=["demo", f"--users={number}"])
         assert result.exit_code == 1
@@ -65,7 +65,7 @@ def test_init_db_makes_the_admin_once_and_shows_the_password_once(runner: FlaskC
     db.session.remove()
 
 
-def test_init_db_makes_an_admin_of_ones_own_and_takes_the_rights_of_the_demo_shops_away(
+def test_init_db_makes_the_given_admin_and_removes_the_rights_of_the_demo_admin(
     runner: FlaskCliRunner, engine: Engine, make_user: Callable[..., User]
 ) -> None:
     make_user(email="admin@example.com", is_admin=True)
@@ -76,7 +76,7 @@ def test_init_db_makes_an_admin_of_ones_own_and_takes_the_rights_of_the_demo_sho
     assert count(engine, "is_admin AND email = 'you@your.shop'") == count(engine, "is_admin") == 1
 
 
-def test_init_db_takes_no_address_that_is_none_the_demo_shops_or_a_customers(
+def test_init_db_refuses_an_invalid_address_the_demo_shops_address_and_a_customers_address(
     runner: FlaskCliRunner, engine: Engine, make_user: Callable[..., User]
 ) -> None:
     make_user(email="admin@example.com", is_admin=True)

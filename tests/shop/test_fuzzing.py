@@ -101,7 +101,7 @@ def visitors(app) -> Visitors:
 # -- bad requests -----------------------------------------------------------------------
 
 
-def test_no_text_that_is_stored_comes_out_as_markup(visitors):
+def test_no_stored_text_appears_as_markup(visitors):
     there = {name: visitors.endpoints(name) for name in ("", "customer", "admin")}
     assert {"account.profile", "shop.orders"} <= there["customer"] - there[""]
     assert {"admin.users", "background.overview"} <= there["admin"] - there["customer"]
@@ -112,7 +112,7 @@ def test_no_text_that_is_stored_comes_out_as_markup(visitors):
 
 # Werkzeug leaves a part's file to the garbage collector when the next part is nonsense.
 @pytest.mark.filterwarnings("ignore:Unclosed file <tempfile.SpooledTemporaryFile:ResourceWarning")
-def test_no_request_of_any_route_breaks_it(visitors):
+def test_no_request_to_any_route_breaks_the_shop(visitors):
     for name in ("", "customer", "admin"):
         visitors.look_around(name)
     for rule in visitors.rules():
@@ -163,7 +163,7 @@ def arguments(draw, command: click.Command) -> list[str]:
     return given + draw(st.just([]) | st.just([]) | st.lists(words, max_size=2))
 
 
-def test_no_argument_of_any_command_breaks_it(app, monkeypatch):
+def test_no_argument_breaks_any_command(app, monkeypatch):
     monkeypatch.setattr(demo, "MOST_USERS", 20)
     codes = set()
     for path, command in commands(app.cli):
@@ -230,7 +230,7 @@ def test_one_client_that_never_ends_its_request_holds_up_one_of_two_processes_on
             assert said(port, GET).startswith(b"HTTP/1.1 200 OK\r\n")
 
 
-def test_a_body_whose_chunks_are_nonsense_is_a_bad_request(server):
+def test_a_body_with_invalid_chunks_is_a_bad_request(server):
     port = int(server.wait_for(r"Listening at: http://127.0.0.1:(\d+)")[1])
     head = b"POST /login HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n"
     kind = b"Content-Type: application/x-www-form-urlencoded\r\n\r\n"

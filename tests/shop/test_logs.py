@@ -98,7 +98,7 @@ def strict(text: str) -> Any:
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
-def test_a_view_answers_in_json_whatever_the_numbers_are(app: Flask, value: float) -> None:
+def test_a_view_returns_valid_json_for_any_number(app: Flask, value: float) -> None:
     @app.get("/numbers")
     def numbers() -> dict[str, Any]:
         return {"value": value, "title": "Łódź", "infinity": "Infinity"}

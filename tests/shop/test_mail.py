@@ -116,7 +116,7 @@ def test_a_mail_arrives_with_its_headers(server: MailServer) -> None:
     assert (mail.get_content_type(), text_of(mail)) == ("text/plain", "Hello.\n")
 
 
-def test_any_text_arrives_as_it_was_in_lines_that_every_server_takes(server: MailServer) -> None:
+def test_any_text_arrives_unchanged_in_lines_that_every_server_accepts(server: MailServer) -> None:
     text = "Ñandú 🙂\n.\n..\nBcc: everyone@example.com\n" + "long " * 500 + "\n"
     send(server.url(), text=text)
     assert text_of(server.mails[0]) == text
@@ -134,7 +134,7 @@ def test_a_long_address_is_still_one_address(user: str, labels: int) -> None:
     assert address.addr_spec == to
 
 
-def test_an_international_address_is_one_that_the_server_understands(
+def test_an_international_address_is_encoded_for_the_server(
     server: MailServer, make_server: Callable[..., MailServer]
 ) -> None:
     send(server.url(), to="nat@bücher.de")
@@ -147,13 +147,13 @@ def test_an_international_address_is_one_that_the_server_understands(
 
 
 @pytest.mark.parametrize("to", ["nat@example.com\nBcc: all@example.com", "nat@example.com, all@example.com", ""])
-def test_what_is_no_address_is_not_sent_to(server: MailServer, to: str) -> None:
+def test_no_mail_is_sent_to_an_invalid_address(server: MailServer, to: str) -> None:
     with pytest.raises(ValueError, match=r"email|@-sign"):
         send(server.url(), to=to)
     assert server.mails == []
 
 
-def test_the_same_message_has_the_same_id_and_another_has_another(server: MailServer) -> None:
+def test_the_same_message_has_the_same_id_and_another_message_another_id(server: MailServer) -> None:
     for key, at in [("mail:7", AT), ("mail:7", AT), ("mail:8", AT), ("mail:7", AT + timedelta(seconds=1))]:
         send(server.url(), key=key, at=at)
     first, again, *others = [mail["Message-ID"] for mail in server.mails]
@@ -180,7 +180,7 @@ def test_a_wrong_password_is_one_sentence_without_the_password(make_server: Call
     assert server.mails == []
 
 
-def test_a_server_that_asks_for_no_password_is_told_none(make_server: Callable[..., MailServer]) -> None:
+def test_a_server_that_asks_for_no_password_gets_no_password(make_server: Callable[..., MailServer]) -> None:
     server = make_server(password=PASSWORD, auth_require_tls=True)
     with pytest.raises(MailNotSent, match="AUTH extension not supported") as raised:
         send(server.url(login=LOGIN))
@@ -226,7 +226,7 @@ def test_an_encrypted_connection_carries_password_and_mail(
     assert server.was_encrypted == [True]
 
 
-def test_smtp_with_starttls_sends_nothing_where_the_server_has_none(server: MailServer) -> None:
+def test_smtp_with_starttls_sends_nothing_to_a_server_without_it(server: MailServer) -> None:
     with pytest.raises(MailNotSent, match="STARTTLS extension not supported"):
         send(server.url("smtp+starttls"))
     assert server.mails == []
@@ -234,7 +234,7 @@ def test_smtp_with_starttls_sends_nothing_where_the_server_has_none(server: Mail
 
 @needs_a_network
 @pytest.mark.usefixtures("trusted")
-def test_plain_smtp_is_encrypted_where_another_machine_offers_it(
+def test_plain_smtp_is_encrypted_if_another_machine_offers_it(
     make_server: Callable[..., MailServer], certified: ssl.SSLContext
 ) -> None:
     elsewhere, here = make_server(own_address(), tls=certified), make_server(tls=certified)
@@ -247,33 +247,33 @@ def test_plain_smtp_is_encrypted_where_another_machine_offers_it(
 
 
 @pytest.mark.parametrize("answer", ["550 5.1.1 No such user", "451 4.7.1 Later"])
-def test_a_refused_recipient_is_an_error_with_the_servers_words(server: MailServer, answer: str) -> None:
+def test_a_refused_recipient_is_an_error_with_the_servers_text(server: MailServer, answer: str) -> None:
     server.trouble = [answer]
     with pytest.raises(MailNotSent, match=f"did not take the mail: SMTPRecipientsRefused: .*{answer[4:]}"):
         send(server.url())
     assert server.mails == []
 
 
-def test_a_server_that_is_not_there_is_an_error(server: MailServer) -> None:
+def test_an_unreachable_server_is_an_error(server: MailServer) -> None:
     with socket.create_server(("127.0.0.1", 0)) as gone:
         port = gone.getsockname()[1]
     with pytest.raises(MailNotSent, match=f"127.0.0.1:{port} did not take the mail: ConnectionRefusedError"):
         send(f"smtp://127.0.0.1:{port}")
 
 
-def test_a_server_that_says_nothing_is_an_error_after_the_timeout() -> None:
+def test_a_silent_server_is_an_error_after_the_timeout() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(MailNotSent, match="timed out"):
         send(f"smtp://127.0.0.1:{silent.getsockname()[1]}", timeout=0.2)
 
 
 @pytest.mark.parametrize("trouble", ["drop in data", "drop after data", "hang"])
-def test_a_mail_whose_end_is_not_answered_counts_as_not_sent(server: MailServer, trouble: str) -> None:
+def test_a_mail_without_a_reply_at_its_end_counts_as_not_sent(server: MailServer, trouble: str) -> None:
     server.trouble = [trouble]
     with pytest.raises(MailNotSent, match="did not take the mail: "):
         send(server.url(), timeout=0.5)
 
 
-def test_a_mail_that_was_taken_is_not_sent_again_for_want_of_a_goodbye(server: MailServer) -> None:
+def test_an_accepted_mail_is_not_sent_again_for_a_missing_goodbye(server: MailServer) -> None:
     server.trouble = ["", "drop at quit"]
     send(server.url())
     assert (len(server.mails), server.trouble) == (1, [])
@@ -291,7 +291,7 @@ def test_without_a_server_a_mail_is_a_file_in_the_outbox(tmp_path: Path) -> None
     assert (mail["To"], mail["Message-ID"]) == ("nat@example.com", "<mail.7.20261121033000@example.com>")
 
 
-def test_a_mail_that_is_kept_again_by_several_at_once_is_one_whole_file(tmp_path: Path) -> None:
+def test_a_mail_that_several_processes_keep_at_once_is_one_complete_file(tmp_path: Path) -> None:
     text = "Hello. " * 20_000
     in_threads(*[partial(send, None, tmp_path, text=text)] * 8)
     [name] = os.listdir(tmp_path)
@@ -349,7 +349,7 @@ def errors(app: Flask) -> list[str]:
         return list(db.session.scalars(select(message_errors.c.error).order_by(message_errors.c.id)))
 
 
-def test_the_customer_is_told_that_the_order_is_confirmed(
+def test_the_customer_gets_a_mail_about_the_confirmed_order(
     app: Flask, server: MailServer, make_order: Callable[..., int], mail_about: Callable[[int], int]
 ) -> None:
     mail_through(app, server.url())
@@ -367,7 +367,7 @@ def test_the_customer_is_told_that_the_order_is_confirmed(
 
 
 @on_sqlite
-def test_no_mail_says_what_a_user_typed(
+def test_no_mail_quotes_a_user(
     app: Flask, server: MailServer, make_order: Callable[..., int], manager: BackgroundWorkerManager
 ) -> None:
     mail_through(app, server.url())
@@ -386,7 +386,7 @@ def test_no_mail_says_what_a_user_typed(
 
 
 @on_sqlite
-def test_the_customer_is_told_that_the_book_is_sold_out(
+def test_the_customer_gets_a_mail_about_the_sold_out_book(
     app: Flask, server: MailServer, make_order: Callable[..., int], mail_about: Callable[[int], int]
 ) -> None:
     mail_through(app, server.url())
@@ -397,7 +397,7 @@ def test_the_customer_is_told_that_the_book_is_sold_out(
     assert "You will not be charged" in text_of(server.mails[0])
 
 
-def test_a_mail_is_tried_until_the_server_takes_it_under_one_id(
+def test_a_mail_is_tried_until_the_server_accepts_it_under_one_id(
     app: Flask,
     server: MailServer,
     make_order: Callable[..., int],
@@ -417,7 +417,7 @@ def test_a_mail_is_tried_until_the_server_takes_it_under_one_id(
 
 
 @on_sqlite
-def test_a_dead_letter_does_not_hold_the_password(
+def test_a_dead_letter_does_not_contain_the_password(
     app: Flask,
     make_server: Callable[..., MailServer],
     make_order: Callable[..., int],
@@ -440,7 +440,7 @@ def test_a_dead_letter_does_not_hold_the_password(
 
 
 @on_sqlite
-def test_a_mail_about_an_order_that_is_gone_is_not_sent(
+def test_a_mail_about_a_deleted_order_is_not_sent(
     app: Flask, server: MailServer, mail_about: Callable[[int], int], caplog: pytest.LogCaptureFixture
 ) -> None:
     mail_through(app, server.url())
@@ -452,7 +452,7 @@ def test_a_mail_about_an_order_that_is_gone_is_not_sent(
 
 
 @on_sqlite
-def test_a_server_that_is_slow_to_answer_holds_up_no_order(
+def test_a_slow_server_delays_no_order(
     app: Flask,
     server: MailServer,
     make_order: Callable[..., int],

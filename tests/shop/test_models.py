@@ -41,7 +41,7 @@ def readers(make_user: Callable[..., User]) -> None:
         make_user(email=email, name=name, status=status)
 
 
-def test_a_user_is_active_until_something_says_otherwise(make_user: Callable[..., User]) -> None:
+def test_a_user_is_active_by_default(make_user: Callable[..., User]) -> None:
     user = make_user()
     assert (user.status, user.is_admin, user.last_login_at) == ("active", False, None)
     assert user.created_at.tzinfo is UTC
@@ -81,7 +81,7 @@ def test_a_book_has_no_negative_stock_or_price(app: Flask, wrong: dict[str, int]
         db.session.rollback()
 
 
-def test_an_order_is_of_something(app: Flask, make_user: Callable[..., User]) -> None:
+def test_an_order_has_a_positive_quantity(app: Flask, make_user: Callable[..., User]) -> None:
     user = make_user()
     with app.app_context():
         book = Book(title="Emma", author="Jane Austen", price_cents=1290)
@@ -126,7 +126,7 @@ SEARCHES: list[tuple[dict[str, Any], list[str]]] = [
 
 
 @pytest.mark.usefixtures("readers")
-def test_pages_of_a_search_are_its_users_once_and_in_order(users: UserRepository) -> None:
+def test_the_pages_of_a_search_have_each_user_once_and_in_order(users: UserRepository) -> None:
     for (search, expected), limit in product(SEARCHES, (1, 2, 3, 50)):
         found = pages(users, limit, **search)
         assert [name for page in found for name in page] == expected, (search, limit)
@@ -134,6 +134,6 @@ def test_pages_of_a_search_are_its_users_once_and_in_order(users: UserRepository
 
 
 @pytest.mark.usefixtures("readers")
-def test_a_page_after_nonsense_is_the_first(users: UserRepository) -> None:
+def test_a_page_after_an_invalid_position_is_the_first_page(users: UserRepository) -> None:
     for after in ("", "nonsense", "id:x:", "name", "::", "id:99999999999999999999:", "\0"):
         assert [user.name for user in users.search(after=after, limit=1).users] == ["Ada"], after

@@ -107,7 +107,7 @@ def test_an_order_is_confirmed_takes_the_stock_and_is_mailed_about(
     assert "confirmed" in client.get("/orders").text
 
 
-def test_an_order_that_comes_too_late_is_sold_out_and_mailed_about(
+def test_a_late_order_is_sold_out_and_mailed_about(
     app: Flask, manager: BackgroundWorkerManager, make_book: Make, place: Make, outbox: Path
 ) -> None:
     book_id = make_book(stock=5)
@@ -119,7 +119,7 @@ def test_an_order_that_comes_too_late_is_sold_out_and_mailed_about(
     assert subjects(outbox) == ["Your order 1: confirmed", "Your order 2: sold out", "Your order 3: confirmed"]
 
 
-def test_two_instances_sell_what_there_is_and_no_more(
+def test_two_instances_sell_no_more_than_the_stock(
     app: Flask,
     manager: BackgroundWorkerManager,
     other: BackgroundWorkerManager,
@@ -144,7 +144,9 @@ def test_two_instances_sell_what_there_is_and_no_more(
     assert len(subjects(outbox)) == 60
 
 
-def test_an_order_that_many_settle_at_once_takes_its_books_once(app: Flask, make_book: Make, place: Make) -> None:
+def test_an_order_that_many_instances_settle_at_once_takes_its_books_once(
+    app: Flask, make_book: Make, place: Make
+) -> None:
     book_id = make_book(stock=5)
     order_id = place(book_id, 2)
 
@@ -154,7 +156,7 @@ def test_an_order_that_many_settle_at_once_takes_its_books_once(app: Flask, make
 
 
 @on_postgresql
-def test_who_settles_orders_holds_no_book_while_it_waits_for_one_before_it(
+def test_an_instance_that_settles_orders_holds_no_book_while_it_waits_for_an_earlier_book(
     app: Flask, engine: Engine, make_book: Make, place: Make
 ) -> None:
     """Check that two batches with the same books in opposite order cannot wait for each other."""
@@ -173,7 +175,7 @@ def test_who_settles_orders_holds_no_book_while_it_waits_for_one_before_it(
 
 
 @on_postgresql
-def test_who_places_an_order_is_not_held_up_by_those_who_settle_others(
+def test_placing_an_order_does_not_wait_for_instances_that_settle_other_orders(
     app: Flask, make_book: Make, place: Make
 ) -> None:
     book_id = make_book()
@@ -206,7 +208,7 @@ def test_a_request_that_fails_leaves_neither_order_nor_message(
 
 
 @on_sqlite
-def test_an_order_that_is_gone_is_passed_over(
+def test_a_deleted_order_is_skipped(
     app: Flask, manager: BackgroundWorkerManager, make_book: Make, place: Make, outbox: Path
 ) -> None:
     book_id = make_book(stock=5)
@@ -221,7 +223,7 @@ def test_an_order_that_is_gone_is_passed_over(
 
 
 @on_sqlite
-def test_a_message_that_names_no_order_does_not_keep_its_neighbours(
+def test_a_message_without_an_order_does_not_block_its_neighbours(
     app: Flask, manager: BackgroundWorkerManager, make_book: Make, place: Make, outbox: Path, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr(manager.topics["orders"], "max_attempts", 1)

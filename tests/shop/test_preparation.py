@@ -37,7 +37,7 @@ def embedded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Flask:
 
 
 @pytest.mark.usefixtures("open_umask")
-def test_the_lock_of_the_preparation_is_private_also_where_an_earlier_release_has_made_it(
+def test_the_lock_of_the_preparation_is_private_even_if_an_earlier_release_made_it(
     embedded: Flask, tmp_path: Path
 ) -> None:
     lock = tmp_path / "folder" / ".prepare.lock"

@@ -39,7 +39,7 @@ def test_a_probe_needs_no_login_and_leaves_session_and_cookies_alone(
         assert client.post(path).status_code == 405
 
 
-def test_ready_asks_again_for_migrations_that_were_behind_and_believes_for_a_while_that_they_are_at_head(
+def test_ready_checks_pending_migrations_each_time_and_finished_migrations_only_now_and_then(
     app: Flask, engine: Engine
 ) -> None:
     def at(revision: str) -> None:
@@ -76,7 +76,7 @@ def test_a_database_without_a_schema_is_not_ready(empty_database_url: str) -> No
     stop(app)
 
 
-def test_a_probe_makes_no_database_file_where_there_is_none(tmp_path: Path) -> None:
+def test_a_probe_makes_no_missing_database_file(tmp_path: Path) -> None:
     app = make_shop(f"sqlite:///{tmp_path}/none.sqlite")
     assert failed(app) == ["database", "migrations", "workers"]
     assert app.test_client().get("/metrics").status_code == 200

@@ -34,7 +34,7 @@ def no_settings_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- What production is
 
 
-def test_production_is_where_gunicorn_serves_a_database_url_and_where_one_says_so(
+def test_production_is_set_by_gunicorn_with_a_database_url_or_by_the_setting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = {"DATABASE_URL": "postgresql://db/shop", "SECRET_KEY": SECRET}
@@ -46,7 +46,7 @@ def test_production_is_where_gunicorn_serves_a_database_url_and_where_one_says_s
     assert load(tmp_path, {})["PRODUCTION"] is False  # the demo shop
 
 
-def test_logging_in_needs_https_in_production_unless_one_says_otherwise(tmp_path: Path) -> None:
+def test_logging_in_needs_https_in_production_by_default(tmp_path: Path) -> None:
     for given, secure in [
         ({}, False),
         ({"PRODUCTION": True, "SECRET_KEY": SECRET}, True),
@@ -71,14 +71,14 @@ def test_the_kept_key_is_not_enough_in_production(tmp_path: Path) -> None:
         *("You-Will-Never-Guess", " super-secret-key ", "a" * 40, b'_5#y2L"F4Q8z\n\xec]/', b"secret"),
     ],
 )
-def test_a_key_that_everybody_knows_or_can_guess_is_refused_in_production(tmp_path: Path, known: str | bytes) -> None:
+def test_a_well_known_or_short_key_is_refused_in_production(tmp_path: Path, known: str | bytes) -> None:
     assert load(tmp_path, {"SECRET_KEY": known})["SECRET_KEY"] == known
     with pytest.raises(InvalidConfig, match=r"^SECRET_KEY is short or well known in production") as raised:
         load(tmp_path, {"SECRET_KEY": known, "PRODUCTION": True})
     assert len(known) < 10 or str(known) not in str(raised.value)
 
 
-def test_a_random_key_is_good_for_production(tmp_path: Path) -> None:
+def test_a_random_key_is_accepted_in_production(tmp_path: Path) -> None:
     for key in (SECRET, secrets.token_bytes(24), secrets.token_urlsafe(12)):
         assert load(tmp_path, {"SECRET_KEY": key, "PRODUCTION": True})["PRODUCTION"] is True
 
@@ -135,7 +135,7 @@ def test_gunicorn_ends_with_the_demo_admin_in_its_database_and_says_why(
     assert "Traceback" not in output
 
 
-def test_flask_run_is_production_where_one_says_so(sqlite_url: str, nursery: Nursery) -> None:
+def test_flask_run_is_production_if_the_setting_says_so(sqlite_url: str, nursery: Nursery) -> None:
     add_demo_admin(sqlite_url)
     command = flask("run", "--port", "0")
     code, output = nursery.run(command, environment(sqlite_url, FLASK_APP="app", PRODUCTION="true"))
@@ -172,7 +172,7 @@ def add_demo_admin(url: str) -> None:
         (2, "192.0.2.2 http also.your.shop"),
     ],
 )
-def test_only_the_proxies_that_there_are_say_who_asks(database_url: str, proxies: int, seen: str) -> None:
+def test_only_the_configured_proxies_name_the_visitor(database_url: str, proxies: int, seen: str) -> None:
     app = create_app(settings(database_url, PROXIES=proxies))
     app.add_url_rule("/seen", view_func=lambda: f"{request.remote_addr} {request.scheme} {request.host}")
     headers = {
@@ -184,7 +184,7 @@ def test_only_the_proxies_that_there_are_say_who_asks(database_url: str, proxies
     close(app)
 
 
-def test_under_gunicorn_no_header_says_where_the_shop_is(sqlite_url: str, nursery: Nursery) -> None:
+def test_under_gunicorn_no_header_changes_the_path_of_the_shop(sqlite_url: str, nursery: Nursery) -> None:
     command = gunicorn("-w", "1", "app:create_app()")
     with nursery.forked(command, environment(sqlite_url, WORKERS_ENABLED="no")) as server:
         port = int(server.wait_for(r"Listening at: http://127.0.0.1:(\d+)")[1])
@@ -218,12 +218,12 @@ def test_a_command_that_serves_nothing_does_not_warn_of_proxies(sqlite_url: str,
 
 
 @pytest.mark.parametrize(("given", "kept"), [("0", 0), (0, 0), ("2", 2), (10, 10)])
-def test_the_number_of_proxies_may_be_none(tmp_path: Path, given: Any, kept: int) -> None:
+def test_the_number_of_proxies_may_be_zero(tmp_path: Path, given: Any, kept: int) -> None:
     assert load(tmp_path, {"PROXIES": given})["PROXIES"] == kept
 
 
 @pytest.mark.parametrize("given", [-1, 11, "one", True, False, 1.5])
-def test_a_nonsense_number_of_proxies_is_refused(tmp_path: Path, given: Any) -> None:
+def test_an_invalid_number_of_proxies_is_refused(tmp_path: Path, given: Any) -> None:
     with pytest.raises(InvalidConfig, match=r"^PROXIES is .*expected a whole number from 0 to 10"):
         load(tmp_path, {"PROXIES": given})
 
@@ -254,6 +254,6 @@ def test_the_public_url_may_have_a_path(tmp_path: Path, given: str, kept: str) -
         5,
     ],
 )
-def test_a_public_url_that_no_link_could_begin_with_is_refused(tmp_path: Path, given: Any) -> None:
+def test_an_invalid_public_url_is_refused(tmp_path: Path, given: Any) -> None:
     with pytest.raises(InvalidConfig, match=r"^PUBLIC_URL is .*expected https:// and a host"):
         load(tmp_path, {"PUBLIC_URL": given})

@@ -128,7 +128,7 @@ def test_the_example_of_an_applications_own_migrations_works_when_it_is_pasted(
     assert said.splitlines()[-4:] == last, said
 
 
-def test_the_deploy_commands_are_all_about_the_one_database(tmp_path: Path) -> None:
+def test_the_deploy_commands_all_use_one_database(tmp_path: Path) -> None:
     """Replace the last command, gunicorn, by one that checks whether the shop is ready."""
     block = re.search(r"## Deploy\n\n((?:    .*\n)+)", README)[1]
     url = f"sqlite:///{tmp_path / 'shop.sqlite'}"

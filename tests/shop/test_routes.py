@@ -104,7 +104,7 @@ def test_registering_makes_an_active_user_with_a_lower_case_email_and_a_scrypt_h
     assert user.password_hash.startswith("scrypt:32768:8:1$")
 
 
-def test_of_those_who_register_one_email_at_once_one_gets_the_account_and_all_the_same_answer(app):
+def test_of_several_registrations_of_one_email_at_once_one_gets_the_account_and_all_get_the_same_response(app):
     responses = at_once(6, lambda index: register(app.test_client(), name=f"Nat {index}"))
     assert {(response.status_code, response.location) for response in responses} == {(302, "/login")}
     with app.app_context():
@@ -112,7 +112,7 @@ def test_of_those_who_register_one_email_at_once_one_gets_the_account_and_all_th
     assert re.fullmatch(r"Nat \d", name)
 
 
-def test_what_the_database_could_not_keep_is_a_form_error(app, client):
+def test_text_that_the_database_cannot_store_is_a_form_error(app, client):
     for field, value, complaint in [
         ("name", "", "This field is required."),
         ("name", "   ", "This field is required."),
@@ -133,7 +133,7 @@ def test_what_the_database_could_not_keep_is_a_form_error(app, client):
     assert user_of(app, "nat@example.com") is None
 
 
-def test_what_is_too_long_for_an_email_is_not_looked_at_any_closer(client):
+def test_an_email_that_is_too_long_is_not_checked_further(client):
     complaints = text_of(register(client, email="n" * 400_000 + "@example.com"))
     assert "longer than 254 characters" in complaints
     assert "Invalid email address." not in complaints
@@ -147,7 +147,7 @@ def test_a_name_may_be_in_any_script_and_is_shown_as_text(app, client):
 
 
 @on_sqlite
-def test_an_uploaded_file_or_json_is_no_text_of_a_field(client):
+def test_an_uploaded_file_or_json_is_not_taken_as_text_of_a_field(client):
     file = (BytesIO(b"Nat"), "name.txt")
     assert client.post("/register", data={"name": file}).status_code == 200
     for json in ([1], {"name": 5}, "text"):
@@ -186,7 +186,7 @@ def test_logging_in_with_a_nul_is_a_form_error(client):
 
 
 @on_sqlite
-def test_logging_in_leads_to_the_page_that_was_asked_for(client, make_user):
+def test_logging_in_leads_to_the_requested_page(client, make_user):
     make_user(email="nat@example.com")
     asked = client.get("/orders?after=7")
     assert asked.status_code == 302
@@ -213,14 +213,14 @@ def test_logging_in_never_leads_to_another_host(client, make_user):
 
 
 @on_sqlite
-def test_registering_keeps_the_page_that_was_asked_for(client):
+def test_registering_keeps_the_requested_page(client):
     form = {"name": "Nat", "email": "nat@example.com", "password": PASSWORD, "repeated": PASSWORD}
     response = client.post("/register", query_string={"next": "/books/3"}, data=form)
     assert response.location == "/login?next=/books/3"
 
 
 @on_sqlite
-def test_logging_out_takes_a_post(client, reader):
+def test_logging_out_needs_a_post(client, reader):
     assert client.get("/logout").status_code == 405
     assert client.get("/account").status_code == 200
     assert client.post("/logout").location == "/"
@@ -245,7 +245,7 @@ def test_a_user_can_change_the_name_and_nothing_else(app, client, reader):
     assert (user.name, user.is_admin, user.status) == ("New Name", False, "active")
 
 
-def test_a_name_with_a_nul_is_not_taken(app, client, reader):
+def test_a_name_with_a_nul_is_refused(app, client, reader):
     assert "leave out control" in text_of(client.post("/account", data={"name": "N\0"}))
     assert user_of(app, "reader@example.com").name == "Reader"
 
@@ -285,7 +285,7 @@ def test_paging_keeps_the_search(client, make_book):
     assert titles == [f"Odd &amp; odd {index}" for index in range(49, 0, -2)]
 
 
-def test_a_search_that_no_database_should_see_is_a_form_error(client, admin):
+def test_a_search_that_the_database_cannot_handle_is_a_form_error(client, admin):
     for path in ("/books", "/admin/users"):
         for query in ("q=%00", "q=" + "x" * 101):
             page = client.get(f"{path}?{query}")
@@ -293,7 +293,7 @@ def test_a_search_that_no_database_should_see_is_a_form_error(client, admin):
             assert "invalid-feedback" in page.text, query
 
 
-def test_a_nonsense_start_is_the_first_page(client, make_book, admin):
+def test_an_invalid_start_is_the_first_page(client, make_book, admin):
     book_id = make_book()
     for start in ["x", "-1", "0", "1e3", "9" * 30, "9" * 5000, "%00", "²", "name:", "email:0", "name:²:x"]:
         assert f'href="/books/{book_id}"' in client.get(f"/books?after={start}").text, start
@@ -301,7 +301,7 @@ def test_a_nonsense_start_is_the_first_page(client, make_book, admin):
         assert "admin@example.com" in client.get(f"/admin/users?after={start}").text, start
 
 
-def test_a_book_that_is_not_there_is_not_found(client):
+def test_a_missing_book_is_not_found(client):
     for book_id in ["0", "-1", "7", "2147483647", "2147483648", "9" * 30, "x"]:
         assert client.get(f"/books/{book_id}").status_code == 404, book_id
         assert client.get(f"/api/books/{book_id}").status_code == 404, book_id
@@ -310,7 +310,7 @@ def test_a_book_that_is_not_there_is_not_found(client):
 # ---- Orders
 
 
-def test_an_order_keeps_the_price_of_its_moment_and_is_being_processed(app, client, reader, make_book):
+def test_an_order_keeps_the_price_of_its_time_and_is_being_processed(app, client, reader, make_book):
     book_id = make_book(stock=5, price_cents=1250)
     assert client.post(f"/books/{book_id}", data={"quantity": "2"}).location == "/orders"
     [order] = orders_of(app)
@@ -336,7 +336,7 @@ def test_the_orders_page_shows_the_outcome_of_each_order(app, client, reader, ma
     assert found == ["sold out", "confirmed", "confirmed", "being processed"]
 
 
-def test_more_than_the_stock_cannot_be_ordered(app, client, reader, make_book):
+def test_an_order_above_the_stock_is_refused(app, client, reader, make_book):
     book_id = make_book(stock=2)
     response = client.post(f"/books/{book_id}", data={"quantity": "3"})
     assert "Only 2 left: please order fewer." in text_of(response)
@@ -373,12 +373,12 @@ def test_a_stranger_who_orders_logs_in_and_is_back_at_the_book(app, client, make
     assert response.location == f"/books/{book_id}"
 
 
-def test_a_book_that_is_not_there_cannot_be_ordered(app, client, reader):
+def test_a_missing_book_cannot_be_ordered(app, client, reader):
     assert client.post("/books/7", data={"quantity": "1"}).status_code == 404
     assert orders_of(app) == []
 
 
-def test_my_orders_are_mine_alone_the_newest_first(app, client, reader, make_user, make_book):
+def test_my_orders_are_only_mine_the_newest_first(app, client, reader, make_user, make_book):
     other = make_user(email="other@example.com")
     book_id = make_book(stock=100)
     with app.app_context():
@@ -431,7 +431,7 @@ def test_paging_shows_every_user_once(client, admin, make_user):
 # ---- JSON
 
 
-def test_the_books_are_there_as_json_page_by_page(client, make_book):
+def test_the_books_are_available_as_json_page_by_page(client, make_book):
     ids = [make_book(title=f"Book {index}") for index in range(45)]
     found, path = [], "/api/books?q=book"
     while path:
@@ -442,7 +442,7 @@ def test_the_books_are_there_as_json_page_by_page(client, make_book):
 
 
 @on_sqlite
-def test_a_book_is_there_as_json(client, make_book):
+def test_a_book_is_available_as_json(client, make_book):
     book_id = make_book(description="Long.", isbn="9780141439549")
     assert client.get(f"/api/books/{book_id}").json == {
         "id": book_id,
@@ -481,12 +481,12 @@ def test_an_error_has_a_page_with_a_sentence(client, reader):
 
 
 @on_sqlite
-def test_a_host_that_is_none_is_a_bad_request(client):
+def test_an_invalid_host_is_a_bad_request(client):
     for host in ("a..b", "x" * 64):
         assert client.get("/", headers={"Host": host}).status_code == 400, host
 
 
-def test_a_fault_of_ours_has_a_page_even_without_a_database(app, client, reader):
+def test_a_server_error_has_a_page_even_without_a_database(app, client, reader):
     app.config["PROPAGATE_EXCEPTIONS"] = False
     with app.app_context():
         db.drop_all()
@@ -533,7 +533,7 @@ def test_a_page_costs_as_many_queries_for_many_rows_as_for_one(app, client, admi
     assert max(with_one_row.values()) <= 3
 
 
-def test_a_session_of_a_user_who_cannot_be_is_a_strangers(client):
+def test_a_session_with_an_impossible_user_is_logged_out(client):
     for user_id in ("x", "-1", "9" * 40):
         with client.session_transaction() as session:
             session["_user_id"] = user_id
@@ -541,7 +541,7 @@ def test_a_session_of_a_user_who_cannot_be_is_a_strangers(client):
 
 
 @on_sqlite
-def test_a_form_by_plain_http_where_sessions_need_https_is_told_so(
+def test_a_form_by_plain_http_is_refused_with_a_sentence_if_sessions_need_https(
     app: Flask, caplog: pytest.LogCaptureFixture
 ) -> None:
     app.config.update(WTF_CSRF_ENABLED=True, SESSION_COOKIE_SECURE=True)

@@ -54,7 +54,7 @@ def tables(engine: Engine) -> set[str]:
 
 
 @pytest.mark.filterwarnings("ignore:.*expression-based")  # the next test compares these indexes
-def test_the_migrations_make_what_the_models_say(engine: Engine) -> None:
+def test_the_migrations_make_the_tables_of_the_models(engine: Engine) -> None:
     with engine.connect() as connection:
         context = MigrationContext.configure(connection)
         assert compare_metadata(context, db.metadata) == []
@@ -163,7 +163,7 @@ SAYS_WHAT_TO_DO = {
 
 
 @pytest.mark.parametrize("revision", SAYS_WHAT_TO_DO)
-def test_a_database_of_before_0_1_0_is_told_what_to_do(
+def test_a_database_from_before_0_1_0_is_refused_with_the_command(
     app: Flask, engine: Engine, manager: BackgroundWorkerManager, runner: FlaskCliRunner, revision: str
 ) -> None:
     at_revision(engine, revision)
@@ -183,7 +183,7 @@ def definitions_of(engine: Engine) -> list[str]:
         return definitions(connection)
 
 
-def test_an_embedded_database_of_before_0_1_0_is_told_what_to_do(make_embedded: Callable[[], Flask]) -> None:
+def test_an_embedded_database_from_before_0_1_0_is_refused_with_the_command(make_embedded: Callable[[], Flask]) -> None:
     with make_embedded().app_context():
         at_revision(db.engine, "0006")
         with pytest.raises(DatabaseNotReady, match=SAYS_WHAT_TO_DO["0006"]):
@@ -229,7 +229,7 @@ def test_the_check_does_not_create_a_missing_sqlite_file(tmp_path: Path) -> None
     assert not path.exists()
 
 
-def test_a_file_that_is_no_database_is_called_so(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_database_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "text.sqlite"
     path.write_text("this is no database " * 1000)
     with app_context(f"sqlite:///{path}"), pytest.raises(DatabaseNotReady, match=r"expected a SQLite database"):
@@ -242,7 +242,7 @@ def test_a_missing_postgresql_database_names_createdb(postgresql_server: URL) ->
         demo.ensure_ready()
 
 
-def test_an_unreachable_server_is_called_so_without_the_password() -> None:
+def test_an_unreachable_server_is_reported_without_the_password() -> None:
     with app_context("postgresql://shop:hunter2@127.0.0.1:1/shop"), pytest.raises(DatabaseNotReady) as raised:
         demo.ensure_ready()
     message = str(raised.value)
@@ -253,7 +253,7 @@ def test_an_unreachable_server_is_called_so_without_the_password() -> None:
     assert raised.value.__suppress_context__
 
 
-def test_a_wrong_password_is_called_so_without_the_password(postgresql_server: URL) -> None:
+def test_a_wrong_password_is_reported_without_the_password(postgresql_server: URL) -> None:
     asked = password_is_asked_for(postgresql_server)
     with asked as url, app_context(url), pytest.raises(DatabaseNotReady) as raised:
         demo.ensure_ready()
@@ -349,7 +349,7 @@ def ask(clone: Path, question: str) -> Any:
     return answer
 
 
-def test_no_other_user_of_the_machine_reads_a_new_file_and_an_existing_file_stays_as_it_is(tmp_path: Path) -> None:
+def test_a_new_file_is_private_and_an_existing_file_keeps_its_mode(tmp_path: Path) -> None:
     for name, mode in (("new.sqlite", 0o600), ("there.sqlite", 0o640)):
         path = tmp_path / name
         if name == "there.sqlite":
@@ -362,7 +362,7 @@ def test_no_other_user_of_the_machine_reads_a_new_file_and_an_existing_file_stay
 
 
 @pytest.mark.parametrize("url", ["sqlite://", "sqlite:///file:other?mode=memory&uri=true"])
-def test_a_database_that_is_no_file_makes_none(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_database_that_is_not_a_file_makes_no_file(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     engine = create_engine(url, poolclass=NullPool)
     prepare(engine)

@@ -93,9 +93,7 @@ def test_each_slice_is_committed_and_reported(users: UserRepository, make_user: 
     assert seen == [(2, 5, 2), (4, 5, 4), (5, 5, 5)]
 
 
-def test_a_stopped_sweep_keeps_the_slices_that_it_committed(
-    users: UserRepository, make_user: Callable[..., User]
-) -> None:
+def test_a_stopped_sweep_keeps_its_committed_slices(users: UserRepository, make_user: Callable[..., User]) -> None:
     stale = [make_user(created_at=STALE) for _ in range(4)]
     users.slice_size = 2
 
@@ -182,7 +180,7 @@ def test_a_sweep_with_nothing_to_do_is_one_probe_of_the_index(
     assert "ix_users_last_seen_at_of_active" in plan(engine, sql, values)
 
 
-def test_the_look_for_stale_users_reads_the_index_of_the_active(users: UserRepository, engine: Engine) -> None:
+def test_the_query_for_stale_users_reads_the_index_of_active_users(users: UserRepository, engine: Engine) -> None:
     add_users(engine, 2_000, NOW)
     statements: list[tuple[str, Any]] = []
     event.listen(engine, "before_cursor_execute", lambda c, cur, sql, values, *_: statements.append((sql, values)))

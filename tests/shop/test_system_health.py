@@ -29,7 +29,7 @@ def check_health(manager: BackgroundWorkerManager, at: datetime = MINUTE) -> Non
     assert execution.state == "succeeded"
 
 
-def test_a_sample_says_how_the_database_the_disk_and_the_queue_are(
+def test_a_sample_describes_the_database_the_disk_and_the_queue(
     app: Flask, manager: BackgroundWorkerManager, engine: Engine
 ) -> None:
     states = {"waiting": 3, "running": 1, "done": 4, "dead": 2}
@@ -69,7 +69,7 @@ def test_a_disk_that_is_nearly_full_is_warned_about(
         assert ("The disk is nearly full: 40 MB are free." in caplog.text) is warns
 
 
-def test_an_instance_folder_that_is_not_there_is_no_trouble(
+def test_a_missing_instance_folder_causes_no_error(
     app: Flask, manager: BackgroundWorkerManager, tmp_path: Path
 ) -> None:
     app.instance_path = str(tmp_path / "not" / "there")
@@ -78,7 +78,7 @@ def test_an_instance_folder_that_is_not_there_is_no_trouble(
 
 
 @on_sqlite
-def test_counting_the_queue_does_not_read_what_was_handled(engine: Engine) -> None:
+def test_counting_the_queue_does_not_read_handled_messages(engine: Engine) -> None:
     for state, index in (("waiting", "due"), ("dead", "dead")):
         with engine.connect() as connection:
             plan = connection.execute(text(f"EXPLAIN QUERY PLAN {select(_number_of(state)).compile(engine)}")).all()

@@ -50,7 +50,7 @@ def counts(app: Flask) -> list[int]:
 
 
 @pytest.mark.usefixtures("nat")
-def test_the_eleventh_wrong_password_is_not_looked_at_and_neither_is_a_right_one(client: FlaskClient) -> None:
+def test_after_ten_wrong_passwords_no_password_is_checked(client: FlaskClient) -> None:
     assert codes(client, 12) == [200] * 10 + [429] * 2
     response = log_in(client, PASSWORD)
     assert response.status_code == 429
@@ -60,7 +60,7 @@ def test_the_eleventh_wrong_password_is_not_looked_at_and_neither_is_a_right_one
 
 @pytest.mark.usefixtures("nat")
 @on_sqlite
-def test_a_guesser_locks_neither_the_owner_elsewhere_nor_other_accounts_here(client: FlaskClient) -> None:
+def test_guesses_lock_neither_the_account_elsewhere_nor_other_accounts_here(client: FlaskClient) -> None:
     assert codes(client, 11)[-1] == 429
     assert log_in(client, email="pat@example.com").status_code == 200
     assert log_in(client, PASSWORD, address="192.0.2.2").status_code == 302
@@ -81,7 +81,7 @@ def test_fifty_wrong_passwords_are_enough_for_one_network(client: FlaskClient) -
 
 @on_sqlite
 @pytest.mark.usefixtures("nat")
-def test_a_network_is_an_address_or_what_a_visitor_has_of_ipv6(client: FlaskClient) -> None:
+def test_a_network_is_an_ipv4_address_or_an_ipv6_prefix(client: FlaskClient) -> None:
     for one, same, other in [
         ("2001:db8::1", "2001:db8::ffff:1", "2001:db8:0:1::1"),
         ("::ffff:192.0.2.7", "192.0.2.7", "::ffff:192.0.2.8"),
@@ -92,7 +92,7 @@ def test_a_network_is_an_address_or_what_a_visitor_has_of_ipv6(client: FlaskClie
 
 
 @pytest.mark.usefixtures("nat")
-def test_logging_in_rightly_costs_nothing(app: Flask, client: FlaskClient) -> None:
+def test_a_successful_login_is_not_counted(app: Flask, client: FlaskClient) -> None:
     assert codes(client, 3) == [200] * 3
     for _ in range(12):
         assert log_in(client, PASSWORD).status_code == 302
@@ -101,7 +101,7 @@ def test_logging_in_rightly_costs_nothing(app: Flask, client: FlaskClient) -> No
 
 
 @pytest.mark.usefixtures("nat")
-def test_of_many_guesses_at_once_no_more_are_looked_at_than_one_after_the_other(app: Flask) -> None:
+def test_simultaneous_guesses_are_limited_like_successive_guesses(app: Flask) -> None:
     found = sorted(at_once(16, lambda _: log_in(app.test_client()).status_code))
     assert found == [200] * 10 + [429] * 6
 
@@ -161,7 +161,7 @@ def expire(key: str) -> None:
     db.session.commit()
 
 
-def test_a_window_begins_with_its_first_hit_and_ends_on_the_databases_clock(limits: RateLimits) -> None:
+def test_a_window_begins_with_its_first_attempt_and_ends_by_the_databases_clock(limits: RateLimits) -> None:
     assert [limits.incr("a", 600), limits.incr("a", 5), limits.incr("a", 600, amount=3)] == [1, 2, 5]
     assert limits.get("a") == 5
     assert 590 < limits.get_expiry("a") - time.time() <= 600.5
@@ -171,7 +171,7 @@ def test_a_window_begins_with_its_first_hit_and_ends_on_the_databases_clock(limi
     assert limits.incr("a", 600) == 1
 
 
-def test_a_new_window_forgets_those_that_are_over(limits: RateLimits) -> None:
+def test_a_new_window_deletes_expired_windows(limits: RateLimits) -> None:
     for key in ("a", "b", "c"):
         limits.incr(key, 600)
     expire("a")
@@ -180,7 +180,7 @@ def test_a_new_window_forgets_those_that_are_over(limits: RateLimits) -> None:
     assert sorted(db.session.scalars(select(RateLimit.key))) == ["c", "d"]
 
 
-def test_what_is_given_back_after_the_window_is_no_credit_for_the_next(limits: RateLimits) -> None:
+def test_a_count_taken_back_after_its_window_is_no_credit_for_the_next_window(limits: RateLimits) -> None:
     limits.incr("a", 600)
     expire("a")
     assert limits.incr("a", 600, amount=-1) == 0
@@ -196,7 +196,7 @@ def test_counts_can_be_cleared(limits: RateLimits) -> None:
     assert limits.get("b") == 0
 
 
-def test_a_count_is_kept_whatever_becomes_of_the_request(limits: RateLimits) -> None:
+def test_a_count_is_kept_whatever_the_outcome_of_the_request(limits: RateLimits) -> None:
     db.session.execute(select(RateLimit.key)).all()
     limits.incr("a", 600)
     db.session.rollback()
@@ -237,6 +237,6 @@ def test_a_database_that_does_not_answer_allows_no_guess(app: Flask, client: Fla
         ("", "nowhere"),
     ],
 )
-def test_a_visitor_is_known_by_the_network_however_a_proxy_writes_it(app: Flask, address: str, known_as: str) -> None:
+def test_a_visitors_network_is_recognized_in_any_notation_of_a_proxy(app: Flask, address: str, known_as: str) -> None:
     with app.test_request_context(environ_base={"REMOTE_ADDR": address}):
         assert routes.network() == known_as

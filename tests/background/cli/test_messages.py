@@ -127,7 +127,7 @@ def test_the_list_can_be_narrowed_by_topic_state_and_number(
 
 
 @on_sqlite
-def test_for_scripts_the_list_has_the_whole_payload_and_error(
+def test_with_json_the_list_has_the_whole_payload_and_error(
     fleet: Fleet, manager: BackgroundWorkerManager, flask: Callable[..., Result]
 ) -> None:
     payload = {"text": "ü\n" * 1_000, "number": 10**1_000}
@@ -141,7 +141,7 @@ def test_for_scripts_the_list_has_the_whole_payload_and_error(
 
 
 @on_sqlite
-def test_everything_of_a_dead_letter_is_shown_with_the_error_of_every_attempt(
+def test_a_dead_letter_is_shown_with_the_error_of_every_attempt(
     fleet: Fleet, manager: BackgroundWorkerManager, flask: Callable[..., Result]
 ) -> None:
     fleet.enqueue("orders", "bad", key="order 17")
@@ -162,7 +162,7 @@ def test_everything_of_a_dead_letter_is_shown_with_the_error_of_every_attempt(
     assert errors[1]["error"].endswith("no such\x1b[31m book\n")
 
 
-def test_of_an_error_of_the_database_the_list_has_the_line_that_says_what_it_was(
+def test_for_an_error_of_the_database_the_list_shows_the_line_that_names_it(
     fleet: Fleet, manager: BackgroundWorkerManager, flask: Callable[..., Result]
 ) -> None:
     class Wrong(MessageWorker):
@@ -179,7 +179,7 @@ def test_of_an_error_of_the_database_the_list_has_the_line_that_says_what_it_was
 
 
 @on_sqlite
-def test_a_payload_is_shown_in_full_and_steers_no_terminal(
+def test_a_payload_is_shown_in_full_and_cannot_control_the_terminal(
     fleet: Fleet, manager: BackgroundWorkerManager, flask: Callable[..., Result]
 ) -> None:
     payload = {"order": 17, "title": "Über\u202e\x9b \x1b[31m\n", "long": "x" * 1_000}
@@ -190,7 +190,7 @@ def test_a_payload_is_shown_in_full_and_steers_no_terminal(
 
 
 @on_sqlite
-def test_a_row_written_by_hand_without_json_is_shown_as_it_is(
+def test_a_manually_written_row_without_json_is_shown_as_it_is(
     fleet: Fleet, manager: BackgroundWorkerManager, flask: Callable[..., Result]
 ) -> None:
     fleet.enqueue("orders", 1)
@@ -212,14 +212,14 @@ def test_a_row_written_by_hand_without_json_is_shown_as_it_is(
         ("  + Exception Group\n  |   File\n  | ValueError: 1\n  +---", "+---"),
     ],
 )
-def test_the_line_of_an_error_is_the_first_one_behind_the_frames(said: str | None, line: str | None) -> None:
+def test_the_line_of_an_error_is_the_first_line_after_the_frames(said: str | None, line: str | None) -> None:
     assert error_line(said) == line
 
 
 # -- retry ---------------------------------------------------------------------------------------
 
 
-def test_a_dead_letter_that_is_retried_is_handled_anew_and_keeps_its_errors(
+def test_a_retried_dead_letter_is_handled_again_and_keeps_its_errors(
     fleet: Fleet, manager: BackgroundWorkerManager, flask: Callable[..., Result]
 ) -> None:
     fleet.enqueue("orders", "bad", key="order 17")
@@ -247,7 +247,7 @@ def test_a_letter_that_fails_again_after_a_retry_has_all_its_attempts_again(
     assert [error.attempt for error in fleet.errors()] == [1, 2, 1, 2]
 
 
-def test_all_the_dead_are_retried_once_even_if_they_die_again_meanwhile(
+def test_all_dead_letters_are_retried_once_even_if_they_die_again_meanwhile(
     fleet: Fleet, manager: BackgroundWorkerManager, flask: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dead_letters, "_SLICE", 2)
@@ -283,7 +283,7 @@ def test_a_retry_wakes_the_consumers_whatever_their_heartbeat(
     wait_until(lambda: fleet.effects() == ["here", "bad"], "the retry")
 
 
-def test_of_several_ids_all_are_retried_or_none(
+def test_several_ids_are_all_retried_or_not_at_all(
     fleet: Fleet, manager: BackgroundWorkerManager, flask: Callable[..., Result]
 ) -> None:
     fleet.enqueue("orders", "bad", "fine", "bad")
@@ -303,7 +303,7 @@ def test_of_several_ids_all_are_retried_or_none(
 # -- discard -------------------------------------------------------------------------------------
 
 
-def test_a_discarded_message_is_never_handled_and_its_key_goes_on_to_refuse(
+def test_a_discarded_message_is_never_handled_and_its_key_still_refuses_a_second_message(
     fleet: Fleet, manager: BackgroundWorkerManager, flask: Callable[..., Result]
 ) -> None:
     fleet.enqueue("orders", "bad", key="a")
@@ -329,7 +329,7 @@ def test_a_discarded_message_can_be_retried(
 
 
 @on_sqlite
-def test_what_runs_or_is_done_is_not_discarded(
+def test_running_and_done_messages_are_not_discarded(
     fleet: Fleet, manager: BackgroundWorkerManager, flask: Callable[..., Result]
 ) -> None:
     fleet.enqueue("orders", "fine")
@@ -342,7 +342,7 @@ def test_what_runs_or_is_done_is_not_discarded(
         assert refused.count("\n") == 1
 
 
-def test_discarding_all_takes_the_dead_and_leaves_what_waits(
+def test_discarding_all_discards_dead_messages_and_keeps_waiting_messages(
     fleet: Fleet, manager: BackgroundWorkerManager, flask: Callable[..., Result]
 ) -> None:
     fleet.enqueue("orders", "bad")
@@ -378,7 +378,7 @@ def test_a_message_that_is_discarded_as_it_is_claimed_is_either_handled_or_disca
 # -- stats ---------------------------------------------------------------------------------------
 
 
-def test_the_stats_show_of_every_topic_what_waits_and_what_was_done(
+def test_the_stats_show_the_waiting_and_done_messages_of_every_topic(
     fleet: Fleet, manager: BackgroundWorkerManager, flask: Callable[..., Result]
 ) -> None:
     fleet.enqueue("orders", "fine", "fine", "bad")
@@ -404,7 +404,7 @@ def test_the_stats_show_of_every_topic_what_waits_and_what_was_done(
     assert re.match(r"orders  order_worker         2        1          1        1     \S+ s", lines[2])
 
 
-def test_the_stats_leave_out_what_was_done_more_than_an_hour_ago_and_count_the_age_from_when_it_was_due(
+def test_the_stats_omit_messages_done_over_an_hour_ago_and_count_the_age_since_the_due_time(
     fleet: Fleet, manager: BackgroundWorkerManager
 ) -> None:
     fleet.enqueue("orders", "old", "fine")
@@ -425,7 +425,7 @@ def test_the_stats_leave_out_what_was_done_more_than_an_hour_ago_and_count_the_a
     assert 2 * 86_400 <= orders.oldest_seconds < 2 * 86_400 + 60
 
 
-def test_the_answers_cost_the_same_statements_whatever_there_is(
+def test_the_commands_cost_the_same_statements_with_any_number_of_messages(
     fleet: Fleet, manager: BackgroundWorkerManager, flask: Callable[..., Result]
 ) -> None:
     counts = []
@@ -441,7 +441,7 @@ def test_the_answers_cost_the_same_statements_whatever_there_is(
 
 
 @on_postgresql
-def test_what_is_open_is_counted_and_listed_by_the_index_of_its_state(
+def test_open_messages_are_counted_and_listed_by_the_index_of_their_state(
     fleet: Fleet, manager: BackgroundWorkerManager
 ) -> None:
     with manager.app.app_context():
@@ -496,7 +496,7 @@ def test_a_wrong_argument_is_one_sentence(flask: Callable[..., Result]) -> None:
         assert said in result.stderr, arguments
 
 
-def test_a_topic_that_only_the_database_knows_is_one(fleet: Fleet, flask: Callable[..., Result]) -> None:
+def test_a_topic_that_only_the_database_knows_is_accepted(fleet: Fleet, flask: Callable[..., Result]) -> None:
     fleet.enqueue("orders", 1)
     with fleet.engine.begin() as connection:
         connection.execute(text("UPDATE background_messages SET topic = 'old', state = 'dead'"))
@@ -506,7 +506,7 @@ def test_a_topic_that_only_the_database_knows_is_one(fleet: Fleet, flask: Callab
     assert flask("retry", "--all", "--topic", "old").stdout == "No message is dead.\n"
 
 
-def test_the_same_is_refused_in_python(manager: BackgroundWorkerManager) -> None:
+def test_python_calls_refuse_the_same(manager: BackgroundWorkerManager) -> None:
     with pytest.raises(UnknownMessage):
         manager.messages.retry([2**70])
     with pytest.raises(UnknownMessage):
@@ -520,7 +520,7 @@ def test_the_same_is_refused_in_python(manager: BackgroundWorkerManager) -> None
 
 
 @on_sqlite
-def test_the_list_and_the_check_of_workers_name_those_that_handle_messages(
+def test_the_list_and_the_check_of_workers_name_the_message_workers(
     manager: BackgroundWorkerManager, flask: Callable[..., Result]
 ) -> None:
     line = "Messages: mail (mail_worker), orders (order_worker); see `flask messages stats`."
@@ -535,7 +535,7 @@ def test_the_list_and_the_check_of_workers_name_those_that_handle_messages(
 
 
 @on_sqlite
-def test_a_command_about_ticks_says_where_a_message_worker_is_seen(
+def test_a_command_about_ticks_names_the_command_for_a_message_worker(
     manager: BackgroundWorkerManager, flask: Callable[..., Result]
 ) -> None:
     for command in ("pause", "resume", "trigger", "history", "why", "run --once"):

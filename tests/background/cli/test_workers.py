@@ -160,7 +160,7 @@ def due(manager: BackgroundWorkerManager, name: str) -> datetime:
 # -- instances -----------------------------------------------------------------------------------
 
 
-def test_the_instances_are_shown_with_what_they_hold_and_their_clocks(
+def test_the_instances_are_shown_with_their_runs_and_their_clocks(
     flask: Callable[..., Result], manager: BackgroundWorkerManager
 ) -> None:
     assert "No instance was alive" in flask("instances").stdout
@@ -237,7 +237,7 @@ def test_the_list_shows_the_schedule_in_force_and_the_declared_one(
 
 
 @on_sqlite
-def test_the_list_bears_a_schedule_that_a_newer_release_brought(
+def test_the_list_shows_a_row_with_an_unreadable_schedule_of_a_newer_release(
     flask: Callable[..., Result], manager: BackgroundWorkerManager
 ) -> None:
     manager.recovery.look(Greet)
@@ -247,7 +247,7 @@ def test_the_list_bears_a_schedule_that_a_newer_release_brought(
     assert "The stored schedule 'on full moons' cannot be used" in flask("why", "greet", code=1).stderr
 
 
-def test_the_list_costs_the_same_queries_whatever_there_is(
+def test_the_list_costs_the_same_queries_with_any_number_of_workers(
     flask: Callable[..., Result], manager: BackgroundWorkerManager, write: Callable[..., None]
 ) -> None:
     counts = []
@@ -269,7 +269,7 @@ def leave_behind_one(manager: BackgroundWorkerManager, worker: type[PeriodicWork
     assert manager.stores.ledger.claim(worker.name, tick, state.schedule_text, (worker.name, "far:7"))
 
 
-def test_no_statement_about_executions_reads_more_than_a_range_of_an_index(
+def test_every_statement_on_executions_reads_only_a_range_of_an_index(
     flask: Callable[..., Result], manager: BackgroundWorkerManager
 ) -> None:
     engine = manager.stores.main.engine
@@ -360,7 +360,7 @@ def test_run_once_leaves_a_paused_and_a_disabled_worker_alone(
 
 
 @on_sqlite
-def test_run_once_wants_one_name(flask: Callable[..., Result]) -> None:
+def test_run_once_needs_one_name(flask: Callable[..., Result]) -> None:
     assert "`flask workers run NAME --once`" in flask("run", "--once", code=2).stderr
 
 
@@ -499,9 +499,7 @@ def test_run_without_names_serves_all_of_them(sqlite_url: str, tmp_path: Path, r
         assert process.wait() == 0, (tmp_path / "errors").read_text()
 
 
-def test_run_serves_the_named_workers_of_messages_and_no_others(
-    database_url: str, tmp_path: Path, running: Running
-) -> None:
+def test_run_serves_only_the_named_message_workers(database_url: str, tmp_path: Path, running: Running) -> None:
     app = make_app(database_url)
     workers: BackgroundWorkerManager = app.extensions["background_workers"]
     for topic in ("silent", "loud"):
@@ -521,7 +519,7 @@ def test_run_serves_the_named_workers_of_messages_and_no_others(
 
 
 @on_sqlite
-def test_a_second_signal_ends_a_run_that_does_not_listen(database_url: str, tmp_path: Path, running: Running) -> None:
+def test_a_second_signal_ends_a_run_that_ignores_the_first(database_url: str, tmp_path: Path, running: Running) -> None:
     with running(database_url, "busy", STUBBORN="1", WORKERS_SHUTDOWN_SECONDS="50") as process:
         process.wait_for("busy")
         process.signal(signal.SIGTERM)
@@ -540,7 +538,7 @@ def test_a_second_signal_ends_a_run_that_does_not_listen(database_url: str, tmp_
 
 
 @on_sqlite
-def test_pause_and_resume_say_what_they_changed(flask: Callable[..., Result], manager: BackgroundWorkerManager) -> None:
+def test_pause_and_resume_print_their_changes(flask: Callable[..., Result], manager: BackgroundWorkerManager) -> None:
     assert flask("resume", "greet").stdout.startswith("greet was not paused; its next tick is 20")
     assert re.fullmatch(r"greet is paused, since \S+Z\.\n", flask("pause", "greet").stdout)
     assert manager.recovery.look(Greet).paused_at
@@ -550,7 +548,7 @@ def test_pause_and_resume_say_what_they_changed(flask: Callable[..., Result], ma
 
 
 @on_sqlite
-def test_history_writes_every_moment_in_one_way(flask: Callable[..., Result], write: Callable[..., None]) -> None:
+def test_history_prints_every_moment_in_one_format(flask: Callable[..., Result], write: Callable[..., None]) -> None:
     tick = datetime(2026, 1, 1, tzinfo=UTC)
     write("greet", "skipped", tick, reason=f"still running the tick {(tick - MINUTE).isoformat()} on a:1")
     assert flask("history", "greet").stdout.rstrip().endswith("still running the tick 2025-12-31T23:59:00Z on a:1")
@@ -576,7 +574,7 @@ def test_history_is_newest_first_and_ends_a_failure_with_its_last_line(
 
 
 @on_sqlite
-def test_history_shows_a_running_row_whose_instance_is_gone_as_that(
+def test_history_marks_a_running_row_whose_instance_is_gone(
     flask: Callable[..., Result], manager: BackgroundWorkerManager
 ) -> None:
     leave_behind(manager, "greet", due(manager, "greet"))
@@ -601,7 +599,7 @@ def test_why_exits_with_0_when_it_ran_and_with_1_when_it_did_not(
 
 
 @on_sqlite
-def test_why_takes_a_moment_without_a_zone_as_utc_and_says_so(flask: Callable[..., Result]) -> None:
+def test_why_reads_a_moment_without_a_zone_as_utc_and_says_so(flask: Callable[..., Result]) -> None:
     naive = flask("why", "greet", "--at", "2999-01-01T12:34")
     assert naive.stderr == "2999-01-01T12:34 names no time zone, so it is taken as UTC.\n"
     assert "The tick 2999-01-01T12:30:00Z" in naive.stdout
@@ -620,7 +618,7 @@ def test_why_answers_for_a_worker_that_only_the_database_knows(
     assert len(flask("history", "weekly").stdout.splitlines()) == 2
 
 
-def test_a_name_of_a_host_steers_no_terminal(app: Flask, manager: BackgroundWorkerManager) -> None:
+def test_a_host_name_cannot_control_the_terminal(app: Flask, manager: BackgroundWorkerManager) -> None:
     manager.add(Weekly)
     assert manager.tick("weekly", manager.history.clock())
     with manager.stores.main.engine.begin() as connection:
@@ -654,27 +652,27 @@ def test_a_wrong_option_is_one_sentence(flask: Callable[..., Result]) -> None:
 
 
 @on_sqlite
-def test_an_unknown_name_is_answered_with_the_closest_one(flask: Callable[..., Result]) -> None:
+def test_an_unknown_name_is_refused_with_the_closest_name(flask: Callable[..., Result]) -> None:
     for command in ("run", "run --once", "trigger", "pause", "resume", "history", "why"):
         result = flask(*command.split(), "gret", code=2)
         assert result.stderr == "Error: There is no worker named 'gret'. Did you mean 'greet'?\n", command
 
 
 @pytest.mark.parametrize("group", [["workers"], ["messages"]])
-def test_the_help_of_a_group_cuts_no_sentence_short(app: Flask, group: list[str]) -> None:
+def test_the_help_of_a_group_shows_whole_sentences(app: Flask, group: list[str]) -> None:
     _, _, commands = app.test_cli_runner().invoke(args=[*group, "--help"]).stdout.partition("Commands:")
     assert commands
     assert "..." not in commands
 
 
-def test_a_usage_error_steers_no_terminal(app: Flask) -> None:
+def test_a_usage_error_cannot_control_the_terminal(app: Flask) -> None:
     for arguments in (["\x1b[2J"], ["list", "\x1b[2J"], ["list", "--\x1b[2J"]):
         result = app.test_cli_runner().invoke(args=["workers", *arguments], color=True)
         assert (result.exit_code, "\x1b" in result.stderr) == (2, False)
 
 
 @pytest.mark.parametrize("command", ["history", "why"])
-def test_a_name_that_is_no_text_is_unknown(flask: Callable[..., Result], command: str) -> None:
+def test_a_name_that_is_not_text_is_unknown(flask: Callable[..., Result], command: str) -> None:
     assert "no worker named '\\udcff'" in flask(command, os.fsdecode(b"\xff"), code=2).stderr
 
 
@@ -722,7 +720,7 @@ def test_a_command_in_a_process_that_runs_the_workers_leaves_them_running(
     assert manager.is_started
 
 
-def test_a_table_that_vanishes_meanwhile_is_one_sentence(
+def test_a_table_that_disappears_meanwhile_is_reported_in_one_sentence(
     flask: Callable[..., Result], manager: BackgroundWorkerManager
 ) -> None:
     with manager.stores.main.engine.begin() as connection:
@@ -732,5 +730,5 @@ def test_a_table_that_vanishes_meanwhile_is_one_sentence(
     assert result.stderr.count("\n") == 1
 
 
-def test_a_table_leaves_out_columns_in_which_nothing_stands() -> None:
+def test_a_table_omits_empty_columns() -> None:
     assert table(("a", "note", "b"), [["long one", "", "x"], ["y", "", ""]]) == "A         B\nlong one  x\ny"

@@ -75,7 +75,7 @@ def signed_on(manager: BackgroundWorkerManager, host: str, lease: timedelta = LE
 # -- the timeline --------------------------------------------------------------------------------
 
 
-def test_a_lost_run_and_the_one_that_took_it_over_stand_in_two_lanes_with_an_arrow(
+def test_a_lost_run_and_the_run_that_took_it_over_are_in_two_lanes_with_an_arrow(
     fleet: Fleet, manager: BackgroundWorkerManager, client: FlaskClient
 ) -> None:
     died = signed_on(manager, "dead-host", timedelta(seconds=-1))
@@ -90,7 +90,7 @@ def test_a_lost_run_and_the_one_that_took_it_over_stand_in_two_lanes_with_an_arr
 
 
 @on_sqlite
-def test_a_run_that_was_handed_back_points_to_where_it_went_on(
+def test_a_run_that_was_handed_back_points_to_its_next_attempt(
     fleet: Fleet, manager: BackgroundWorkerManager, client: FlaskClient
 ) -> None:
     left = signed_on(manager, "left-host")
@@ -105,7 +105,9 @@ def test_a_run_that_was_handed_back_points_to_where_it_went_on(
 
 
 @on_sqlite
-def test_the_timeline_of_one_worker_has_no_other(manager: BackgroundWorkerManager, client: FlaskClient) -> None:
+def test_the_timeline_of_one_worker_shows_no_other_worker(
+    manager: BackgroundWorkerManager, client: FlaskClient
+) -> None:
     claim(manager, signed_on(manager, "one-host"), last_hour())
     with manager.stores.main.engine.begin() as connection:
         connection.execute(insert(tables.workers).values(schedule_of("other")))
@@ -131,13 +133,15 @@ def ran(manager: BackgroundWorkerManager, *starts: datetime, length: timedelta =
 
 
 @on_sqlite
-def test_a_note_has_moments_as_the_commands_have_them(manager: BackgroundWorkerManager, client: FlaskClient) -> None:
+def test_a_note_has_moments_in_the_format_of_the_commands(
+    manager: BackgroundWorkerManager, client: FlaskClient
+) -> None:
     ran(manager, NOON, worker="ticker", state="skipped", reason=f"still running the tick {NOON.isoformat()} on a:1")
     page = see(client, "worker/ticker")
     assert f"still running the tick {NOON:%Y-%m-%dT%H:%M:%S}Z on a:1" in page
 
 
-def test_an_earlier_window_shows_what_ran_then_and_nothing_else(manager: BackgroundWorkerManager) -> None:
+def test_an_earlier_window_shows_only_runs_of_its_time(manager: BackgroundWorkerManager) -> None:
     minutes = [NOON + number * MINUTE for number in range(60)]
     ran(manager, *minutes)
     found = manager.history.window(5 * MINUTE, NOON + timedelta(minutes=30, seconds=30))
@@ -149,7 +153,7 @@ def test_an_earlier_window_shows_what_ran_then_and_nothing_else(manager: Backgro
     assert [record.tick for record in before.records] == minutes[15:21]
 
 
-def test_of_more_than_can_be_shown_the_newest_are_and_it_says_since_when(manager: BackgroundWorkerManager) -> None:
+def test_only_the_newest_runs_are_shown_and_the_page_says_since_when(manager: BackgroundWorkerManager) -> None:
     ran(manager, *(NOON + number * SECOND for number in range(60)))
     found = manager.history.window(MINUTE, NOON + 50 * SECOND, limit=10)
     assert [record.tick for record in found.records] == [NOON + number * SECOND for number in range(41, 51)]
@@ -192,27 +196,27 @@ def run(number: int, start: float, seconds: float | None, **more: Any) -> Record
     return RUN._replace(id=number, token=number, **times | more)
 
 
-def test_a_bar_goes_from_the_start_to_the_end_and_that_of_a_running_one_to_now() -> None:
+def test_a_bar_goes_from_the_start_to_the_end_and_for_a_running_execution_to_now() -> None:
     ended, running = bars(drawn(run(1, 15, 30), run(2, 30, None, worker="x", state="running")))
     assert ended.x == pytest.approx(0.6 + 97.8 / 4)
     assert ended.width == pytest.approx(97.8 / 2)
     assert running.x + running.width == pytest.approx(98.4)
 
 
-def test_what_is_shorter_than_a_pixel_is_seen_and_what_began_before_begins_at_the_edge() -> None:
+def test_a_run_shorter_than_a_pixel_is_visible_and_an_earlier_start_is_drawn_at_the_edge() -> None:
     short, early = bars(drawn(run(1, 15, 0.001), run(2, -600, 610, worker="x")))
     assert short.width > 0.3
     assert (early.x, early.tick_x) == (0.6, None)
 
 
-def test_the_bar_of_a_lost_one_ends_where_its_instance_was_heard_of_last() -> None:
+def test_the_bar_of_a_lost_run_ends_at_the_last_heartbeat_of_its_instance() -> None:
     gone = replace(SEEN, heartbeat_at=NOON + 20 * SECOND, is_alive=False)
     (lost,) = bars(drawn(run(1, 10, 40, state="lost"), seen=(gone,)))
     assert lost.x + lost.width == pytest.approx(0.6 + 97.8 / 3)
     assert lost.end_x == pytest.approx(0.6 + 97.8 * 50 / 60)
 
 
-def test_attempts_at_one_tick_are_connected_and_those_at_two_are_not() -> None:
+def test_attempts_at_one_tick_are_connected_and_attempts_at_two_ticks_are_not() -> None:
     first, second = run(1, 0, 10, state="failed"), run(2, 20, 5, attempt=2, tick=NOON)
     assert len(drawn(first, second).arrows) == 1
     assert not drawn(first, second._replace(tick=NOON + SECOND)).arrows
@@ -247,7 +251,7 @@ def test_ticks_that_no_instance_ran_have_a_lane_of_their_own() -> None:
 # -- the instances -------------------------------------------------------------------------------
 
 
-def test_the_instances_show_what_they_hold_and_which_are_gone(
+def test_the_page_of_instances_shows_their_runs_and_which_instances_are_gone(
     fleet: Fleet, manager: BackgroundWorkerManager, client: FlaskClient
 ) -> None:
     holder, left = signed_on(manager, "holder"), signed_on(manager, "left")
@@ -310,7 +314,7 @@ def test_a_message_that_died_is_shown_with_its_error_and_can_be_retried(
 
 
 @on_sqlite
-def test_all_of_a_topic_are_retried_or_discarded_once_the_box_is_ticked(
+def test_all_messages_of_a_topic_are_retried_or_discarded_after_the_box_is_ticked(
     fleet: Fleet, manager: BackgroundWorkerManager, client: FlaskClient
 ) -> None:
     bury(fleet, 3)
@@ -337,7 +341,7 @@ def test_the_dead_letters_are_paged_from_the_newest_to_the_oldest(
     assert seen == ids[::-1]
 
 
-def test_the_topics_show_their_depth_who_handles_them_and_what_was_done(
+def test_the_topics_show_their_depth_their_worker_and_their_done_messages(
     fleet: Fleet, manager: BackgroundWorkerManager, client: FlaskClient
 ) -> None:
     fleet.enqueue("orders", 1, 2)
@@ -367,7 +371,9 @@ def done(fleet: Fleet, count: int, apart: timedelta) -> None:
         connection.execute(insert(tables.messages), rows)
 
 
-def test_a_great_throughput_is_reckoned_from_the_newest(fleet: Fleet, manager: BackgroundWorkerManager) -> None:
+def test_a_high_throughput_is_estimated_from_the_newest_messages(
+    fleet: Fleet, manager: BackgroundWorkerManager
+) -> None:
     done(fleet, 6_000, timedelta(milliseconds=20))
     flow = manager.messages.flows()["orders"]
     assert flow.is_estimate
@@ -428,7 +434,7 @@ MISSING = [
 ]
 
 
-def test_nonsense_in_an_address_is_the_usual_page_or_none(client: FlaskClient) -> None:
+def test_an_invalid_address_shows_the_usual_page_or_not_found(client: FlaskClient) -> None:
     answers = {query: client.get(f"/workers/{query}").status_code for query in (*FINE, *MISSING)}
     assert answers == dict.fromkeys(FINE, 200) | dict.fromkeys(MISSING, 404)
 

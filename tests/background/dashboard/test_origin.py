@@ -116,7 +116,7 @@ FOREIGN = [
 ]
 
 
-def test_a_press_of_another_sites_page_changes_nothing_with_or_without_flask_wtf(make_host, caplog) -> None:
+def test_a_button_on_another_sites_page_changes_nothing_with_or_without_flask_wtf(make_host, caplog) -> None:
     app = make_host()
     with caplog.at_level(logging.WARNING):
         assert [headers for headers in FOREIGN if pressed(app, headers)] == []
@@ -152,7 +152,7 @@ def test_links_from_another_site_are_followed(make_host) -> None:
     assert [client.get(path, headers=headers).status_code for path in PAGES] == [200] * len(PAGES)
 
 
-def test_a_port_that_is_the_usual_one_may_be_written_or_left_out(make_host) -> None:
+def test_the_default_port_may_be_written_or_left_out(make_host) -> None:
     app = make_host()
     assert pressed(app, {"Origin": "http://shop.example", "Host": "shop.example:80"})
     assert pressed(app, {"Origin": "https://shop.example", "Host": "shop.example:443"})
@@ -194,7 +194,7 @@ def test_every_page_can_be_read_without_a_secret_key(make_host, prepare) -> None
         assert (response.status_code, "csrf_token" in response.text) == (200, False), path
 
 
-def test_without_a_secret_key_a_button_is_answered_and_its_page_shows_the_change(make_host) -> None:
+def test_without_a_secret_key_a_button_works_and_its_page_shows_the_change(make_host) -> None:
     client: FlaskClient = make_host().test_client()
     assert "paused" not in client.get("/workers/").text
     response = client.post(PAUSE)
@@ -266,7 +266,7 @@ def test_another_driver_of_the_database_is_refused_with_a_sentence() -> None:
         refuse_driver(engine)
 
 
-def test_the_engine_does_without_what_only_the_shop_needs(tmp_path) -> None:
+def test_the_engine_needs_no_package_of_the_shop(tmp_path) -> None:
     code, said = looked(tmp_path, "flask_wtf", "wtforms", "flask_login", "flask_limiter", "flask_bootstrap", "alembic")
     assert code == 0, said
     assert "noting" in said

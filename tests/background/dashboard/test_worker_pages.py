@@ -91,7 +91,7 @@ def add_workers(engine, *names: str) -> None:
 
 
 @on_sqlite
-def test_the_overview_shows_every_worker_its_schedule_and_its_last_run(client, manager):
+def test_the_overview_shows_every_worker_with_its_schedule_and_its_last_run(client, manager):
     manager.trigger("talker")
     manager.pause("measuring")
     text = said(page(client, "/workers/"))
@@ -105,7 +105,7 @@ def test_the_overview_shows_every_worker_its_schedule_and_its_last_run(client, m
 
 
 @on_sqlite
-def test_a_running_worker_is_shown_with_its_instance_and_how_far_it_is(client, manager):
+def test_a_running_worker_is_shown_with_its_instance_and_its_progress(client, manager):
     seen: list[str] = []
 
     class Looker(Hourly):
@@ -122,7 +122,7 @@ def test_a_running_worker_is_shown_with_its_instance_and_how_far_it_is(client, m
 
 
 @on_sqlite
-def test_the_last_outcome_says_at_which_attempt_it_came(client, manager, engine):
+def test_the_last_outcome_shows_its_attempt(client, manager, engine):
     manager.recovery.look(Talker)
     at = last_hour()
     run = {"tick": at, "started_at": at, "finished_at": at + timedelta(seconds=9)}
@@ -132,7 +132,7 @@ def test_the_last_outcome_says_at_which_attempt_it_came(client, manager, engine)
 
 
 @on_sqlite
-def test_the_picture_says_in_words_what_it_shows(client, manager, engine):
+def test_the_picture_has_a_description_in_words(client, manager, engine):
     manager.trigger("talker")
     at = last_hour()
     add_executions(
@@ -145,7 +145,7 @@ def test_the_picture_says_in_words_what_it_shows(client, manager, engine):
     assert f"<title>{at:%Y-%m-%d %H}:00:00 UTC: failed, 9.000 s</title>" in text
 
 
-def test_the_worker_page_pages_through_the_executions_and_keeps_to_one_state(client, manager, engine):
+def test_the_worker_page_pages_through_the_executions_of_one_state(client, manager, engine):
     manager.trigger("talker")
     first = last_hour() - timedelta(days=10)
     add_executions(
@@ -185,7 +185,7 @@ def test_executions_are_found_by_their_moment_in_any_zone(client, manager, engin
         assert "2026-01-22T03:00:00+00:00" in page(client, f"/workers/worker/talker?{nonsense}")
 
 
-def test_a_rare_state_is_looked_for_so_far_and_then_further_back(client, manager, engine, monkeypatch):
+def test_a_rare_state_is_searched_for_in_steps_further_back(client, manager, engine, monkeypatch):
     monkeypatch.setattr("background.history.executions.MOST_SEARCHED", 10)
     manager.recovery.look(Talker)
     first = last_hour() - timedelta(days=10)
@@ -203,7 +203,7 @@ def test_a_rare_state_is_looked_for_so_far_and_then_further_back(client, manager
 
 
 @on_sqlite
-def test_an_execution_shows_its_error_and_its_log_and_nothing_of_it_is_markup(client, manager, engine, monkeypatch):
+def test_an_execution_shows_its_error_and_its_log_without_markup_from_them(client, manager, engine, monkeypatch):
     monkeypatch.setattr(Talker, "ends_well", False)
     manager.trigger("talker")
     add_workers(engine, EVIL)
@@ -230,7 +230,7 @@ def test_why_is_answered_for_a_moment_in_any_zone(client, manager):
 
 
 @on_sqlite
-def test_a_question_about_no_moment_is_answered_beside_the_field(client, manager):
+def test_an_invalid_moment_is_reported_beside_the_field(client, manager):
     manager.trigger("talker")
 
     def ask(**question: str) -> str:
@@ -245,7 +245,7 @@ def test_a_question_about_no_moment_is_answered_beside_the_field(client, manager
 
 
 @on_sqlite
-def test_an_unknown_worker_is_a_page_that_is_not_there(client, manager):
+def test_an_unknown_worker_is_a_page_not_found(client, manager):
     for name in ("unknown", "%00", "a" * 300, "%F0%9F%90%A2", "%ff", "countings"):
         page(client, f"/workers/worker/{name}", 404)
         for action in ("run", "pause", "resume", "reschedule"):
@@ -270,7 +270,7 @@ def test_a_message_worker_leads_to_its_messages(client):
     assert client.post("/workers/worker/mailing/pause").status_code == 404
 
 
-def test_nonsense_in_an_address_is_no_error(client, manager):
+def test_an_invalid_address_causes_no_error(client, manager):
     manager.trigger("talker")
     nonsense = (
         "endpoint=x&_scheme=x&_external=1&_method=x&_anchor=x&name=x&id=x",
@@ -322,7 +322,7 @@ def test_a_page_costs_as_many_statements_with_60_workers_as_with_3(client, manag
 # -- steering ------------------------------------------------------------------------------------
 
 
-def test_a_request_is_run_by_the_first_instance_that_sees_it(client, manager):
+def test_the_first_instance_that_sees_a_request_runs_it(client, manager):
     assert "talker will run as soon as an instance is alive. No instance is alive now." in press(
         client, "/workers/worker/talker/run"
     )
@@ -332,7 +332,7 @@ def test_a_request_is_run_by_the_first_instance_that_sees_it(client, manager):
 
 
 @on_sqlite
-def test_pause_and_resume_say_what_they_did_and_twice_changes_nothing(client, manager):
+def test_pause_and_resume_report_their_changes_and_repeating_them_changes_nothing(client, manager):
     assert "talker is paused" in press(client, "/workers/worker/talker/pause")
     assert "was paused already" in press(client, "/workers/worker/talker/pause")
     assert manager.stores.ledger.look("talker").paused_at
@@ -356,7 +356,7 @@ def test_a_schedule_is_changed_and_reset_with_one_click(client, manager):
 
 
 @on_postgresql
-def test_a_change_that_the_database_does_not_take_is_said(client, manager, engine):
+def test_a_change_that_the_database_refuses_is_reported(client, manager, engine):
     manager.recovery.look(Talker)
     with engine.begin() as connection:
         connection.execute(select(tables.workers).where(tables.workers.c.name == "talker").with_for_update())
@@ -383,7 +383,7 @@ WRONG = [
 
 
 @on_sqlite
-def test_a_wrong_schedule_comes_back_with_a_sentence_beside_it(client, manager):
+def test_a_wrong_schedule_is_shown_again_with_a_sentence_beside_it(client, manager):
     manager.recovery.look(Talker)
     for schedule, timezone, sentence in WRONG:
         here = "/workers/worker/talker?state=failed"
@@ -409,11 +409,11 @@ def test_a_wrong_schedule_comes_back_with_a_sentence_beside_it(client, manager):
         (" 5 SEC ", 5), ("1h 2m 3s 4ms 5ms", 3723.009),
     ],
 )  # fmt: skip
-def test_a_period_is_read_as_people_write_it(text, seconds):
+def test_a_period_is_read_in_the_usual_notations(text, seconds):
     assert typed_schedule(text).period == timedelta(seconds=seconds)
 
 
-def test_a_cron_is_read_with_its_zone():
+def test_a_cron_is_read_with_its_time_zone():
     assert str(typed_schedule("*/5 8-17 * * mon-fri", " Europe/Berlin ")) == "cron */5 8-17 * * MON-FRI Europe/Berlin"
     with pytest.raises(InvalidSchedule, match="has 6 fields"):
         typed_schedule("0 0 2 * * *")
@@ -435,7 +435,7 @@ def test_a_button_leads_back_to_pages_of_the_dashboard_only(client):
 
 
 @on_sqlite
-def test_the_dashboard_stands_alone_in_an_app_without_a_layout_of_its_own(app, manager, tmp_path):
+def test_the_dashboard_has_a_layout_in_an_app_without_its_own(app, manager, tmp_path):
     bare = Flask("bare", root_path=str(tmp_path))
     bare.secret_key = "test"
     bare.config.update(app.config)

@@ -131,7 +131,7 @@ def connect(url: str) -> Any:
     return psycopg.connect(host=parts.query.get("host") or parts.host, user=parts.username, dbname=parts.database)
 
 
-def test_an_application_that_connects_by_a_function_has_its_workers_connected_by_it(
+def test_workers_connect_by_the_connection_function_of_the_application(
     hosts: Callable[..., Host], empty_database_url: str, tmp_path: Path
 ) -> None:
     on_sqlite = empty_database_url.startswith("sqlite")
@@ -144,7 +144,7 @@ def test_an_application_that_connects_by_a_function_has_its_workers_connected_by
     assert not (tmp_path / "dummy.sqlite-instances").exists()
 
 
-def test_what_an_application_does_at_each_connection_is_done_at_the_engines_too(
+def test_listeners_of_the_application_apply_to_the_engines_connections_too(
     hosts: Callable[..., Host], empty_database_url: str
 ) -> None:
     host = hosts()
@@ -195,7 +195,7 @@ def role(empty_database_url: str, postgresql_server: Any) -> Iterator[str]:
 
 
 @on_postgresql
-def test_a_role_and_a_search_path_that_a_listener_sets_are_those_of_the_engine(
+def test_a_role_and_a_search_path_that_a_listener_sets_apply_to_the_engine(
     role: str, hosts: Callable[..., Host]
 ) -> None:
     host = hosts()
@@ -216,9 +216,7 @@ def test_a_role_and_a_search_path_that_a_listener_sets_are_those_of_the_engine(
 
 
 @on_postgresql
-def test_what_a_listener_sets_and_does_not_commit_outlasts_the_engines_rollbacks(
-    role: str, hosts: Callable[..., Host]
-) -> None:
+def test_a_listeners_uncommitted_settings_survive_the_engines_rollbacks(role: str, hosts: Callable[..., Host]) -> None:
     host = hosts()
     event.listen(host.engine, "connect", lambda connection, _record: connection.execute(f"SET ROLE {role}"))
     own = host.bind().stores.connections
@@ -248,7 +246,7 @@ SCHEMAS = {
 
 
 @pytest.mark.parametrize("where", SCHEMAS)
-def test_the_engine_uses_the_tables_in_the_schema_that_the_application_has_them_in(
+def test_the_engine_uses_the_tables_in_the_applications_schema(
     hosts: Callable[..., Host], empty_database_url: str, tmp_path: Path, where: str
 ) -> None:
     db, config = SCHEMAS[where]()
@@ -290,25 +288,21 @@ AT_ONCE: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("how", AT_ONCE)
-def test_an_engine_that_is_told_to_commit_each_statement_is_refused_when_it_is_bound(
-    hosts: Callable[..., Host], how: str
-) -> None:
+def test_an_autocommit_engine_is_refused_at_binding(hosts: Callable[..., Host], how: str) -> None:
     config = dict(AT_ONCE[how])
     db = config.pop("db", lambda: None)()
     with pytest.raises(InvalidConfig, match=r"are in AUTOCOMMIT: .* expected real transactions\. Take"):
         hosts(db=db, **config).bind()
 
 
-def test_the_default_binds_own_options_are_looked_at_as_well(
-    hosts: Callable[..., Host], empty_database_url: str
-) -> None:
+def test_the_options_of_the_default_bind_are_checked_too(hosts: Callable[..., Host], empty_database_url: str) -> None:
     own = {"url": empty_database_url, "isolation_level": "AUTOCOMMIT"}
     with pytest.raises(InvalidConfig, match="AUTOCOMMIT"):
         hosts(SQLALCHEMY_BINDS={None: own}).bind()
 
 
 @pytest.mark.parametrize("how", ["a connect listener", "the driver's argument", "the session's option", "set later"])
-def test_a_session_that_commits_each_statement_is_refused_at_the_start_and_keeps_nothing(
+def test_an_autocommit_session_is_refused_at_the_start_and_keeps_nothing(
     hosts: Callable[..., Host], empty_database_url: str, how: str
 ) -> None:
     on_sqlite = empty_database_url.startswith("sqlite")
@@ -388,7 +382,7 @@ def test_a_session_that_reads_from_a_replica_is_fenced(hosts: Callable[..., Host
     assert host.noted() == []
 
 
-def test_the_fence_of_a_session_that_reads_from_a_replica_asks_the_database_itself(
+def test_the_fence_of_a_session_that_reads_from_a_replica_queries_the_main_database(
     hosts: Callable[..., Host], empty_database_url: str
 ) -> None:
     host = routed(hosts, empty_database_url)
@@ -452,11 +446,11 @@ def tenants(hosts: Callable[..., Host]) -> Host:
     return host
 
 
-def test_the_engine_works_in_sessions_that_have_the_engine_with_options_of_their_own(tenants: Host) -> None:
+def test_the_engine_works_in_sessions_with_execution_options_of_their_own(tenants: Host) -> None:
     tenants.works()
 
 
-def test_a_session_that_has_the_engine_with_options_of_its_own_is_fenced(tenants: Host) -> None:
+def test_a_session_with_execution_options_of_its_own_is_fenced(tenants: Host) -> None:
     def take_over(context: WorkerContext) -> None:
         context.session.rollback()
         with tenants.manager.stores.main.begin() as connection:
@@ -555,7 +549,7 @@ def test_ticks_heartbeats_messages_and_locks_work_where_the_server_isolates_stri
 
 
 @on_postgresql
-def test_the_level_that_an_application_chose_itself_stays_that_of_its_runs_and_is_warned_about_once(
+def test_an_isolation_level_that_the_application_chose_applies_to_its_runs_and_is_warned_about_once(
     hosts: Callable[..., Host], caplog: pytest.LogCaptureFixture
 ) -> None:
     host, seen = hosts(SQLALCHEMY_ENGINE_OPTIONS={"isolation_level": "REPEATABLE READ"}), []
@@ -596,7 +590,7 @@ def refused_at_once(host: Host, call: str) -> str:
 
 @on_sqlite
 @pytest.mark.parametrize("call", CALLS)
-def test_a_call_after_a_write_that_is_not_committed_says_so_at_once(hosts: Callable[..., Host], call: str) -> None:
+def test_a_call_after_an_uncommitted_write_is_refused_at_once(hosts: Callable[..., Host], call: str) -> None:
     host = hosts()
     host.bind()
     host.create()
@@ -614,9 +608,7 @@ def test_a_call_after_a_write_that_is_not_committed_says_so_at_once(hosts: Calla
 
 
 @pytest.mark.parametrize("call", ["tick", "trigger"])
-def test_no_worker_is_run_amid_a_transaction_whose_rows_it_could_wait_for(
-    hosts: Callable[..., Host], call: str
-) -> None:
+def test_no_worker_runs_amid_a_transaction_whose_rows_it_could_wait_for(hosts: Callable[..., Host], call: str) -> None:
     host = hosts()
     host.bind()
     host.create()
@@ -629,7 +621,7 @@ def test_no_worker_is_run_amid_a_transaction_whose_rows_it_could_wait_for(
 
 @on_postgresql
 @pytest.mark.parametrize("call", [each for each in CALLS if "messages" not in each])
-def test_a_call_that_needs_a_row_which_its_caller_holds_says_so_within_a_second(
+def test_a_call_that_needs_a_row_of_its_caller_is_refused_within_a_second(
     hosts: Callable[..., Host], call: str
 ) -> None:
     host = hosts()
@@ -644,7 +636,9 @@ def test_a_call_that_needs_a_row_which_its_caller_holds_says_so_within_a_second(
 
 
 @on_sqlite
-def test_a_worker_that_asks_for_another_amid_its_own_writes_is_told_to_commit_first(hosts: Callable[..., Host]) -> None:
+def test_a_worker_that_runs_another_worker_amid_its_own_writes_is_told_to_commit_first(
+    hosts: Callable[..., Host],
+) -> None:
     host = hosts()
     host.bind()
     host.create()

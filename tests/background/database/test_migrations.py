@@ -101,7 +101,7 @@ def host(hosts: Callable[[str], Host]) -> Host:
 
 
 @pytest.mark.parametrize("kind", METADATA)
-def test_the_newest_version_is_what_create_all_makes(hosts: Callable[[str], Host], kind: str) -> None:
+def test_create_all_makes_the_newest_version(hosts: Callable[[str], Host], kind: str) -> None:
     host = hosts(kind)
     host.migrate_to(len(migrations.STEPS))
     by_the_steps = host.definitions()
@@ -116,7 +116,7 @@ def test_the_newest_version_is_what_create_all_makes(hosts: Callable[[str], Host
 
 
 @pytest.mark.parametrize("kind", METADATA)
-def test_tables_that_have_the_version_are_left_as_they_are(hosts: Callable[[str], Host], kind: str) -> None:
+def test_tables_of_the_requested_version_are_left_unchanged(hosts: Callable[[str], Host], kind: str) -> None:
     host = hosts(kind)
     host.migrate_to(0)
     host.create_all()

@@ -73,7 +73,7 @@ def test_workers_run_and_the_commands_work_whatever_the_servers_defaults_are(odd
         assert "cannot be used" not in result.output
 
 
-def test_the_applications_own_moments_and_names_come_back_as_they_went(odd: Flask) -> None:
+def test_the_applications_own_moments_and_names_are_read_as_written(odd: Flask) -> None:
     at = datetime(2026, 2, 3, 4, 5, 6, 789, UTC)
     with odd.app_context():
         db.session.add(Note(text=NAME, at=at))
@@ -82,14 +82,14 @@ def test_the_applications_own_moments_and_names_come_back_as_they_went(odd: Flas
         assert (note.text, note.at) == (NAME, at)
 
 
-def test_a_setting_of_the_urls_own_does_not_matter_either(postgresql_url: str) -> None:
+def test_a_setting_in_the_url_does_not_matter_either(postgresql_url: str) -> None:
     url = make_url(postgresql_url).update_query_dict({"options": "-c datestyle=German -c client_encoding=LATIN1"})
     app = make_app(text(url), Hourly)
     assert manager_of(app).trigger("hourly") is not None
     close(app)
 
 
-def test_a_server_whose_settings_serve_is_told_nothing(postgresql_url: str) -> None:
+def test_a_server_with_suitable_settings_gets_no_setting(postgresql_url: str) -> None:
     engine = create_engine(postgresql_url, poolclass=NullPool)
     sent: list[str] = []
 

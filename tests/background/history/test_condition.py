@@ -109,7 +109,7 @@ def silent_app(fleet: Fleet) -> Flask:
     return app
 
 
-def test_every_page_has_a_banner_with_the_time_since_and_the_command_that_mends_it(
+def test_every_page_has_a_banner_with_the_time_and_the_command_to_run(
     silent_app: Flask, make_admin: Callable[[Flask], FlaskClient]
 ) -> None:
     client = make_admin(silent_app)
@@ -173,7 +173,7 @@ def test_an_instance_that_signed_off_counts_from_then_on(silent_app: Flask, flee
     assert "signed off: no worker runs" in command(silent_app, "list").stdout.splitlines()[0]
 
 
-def test_a_row_says_since_when_its_tick_waits(silent_app: Flask, fleet: Fleet, make_admin) -> None:
+def test_a_row_shows_since_when_its_tick_is_overdue(silent_app: Flask, fleet: Fleet, make_admin) -> None:
     hour = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
     fleet.set("hourly", mark=hour - 2 * HOUR, scheduled_at=hour - 9 * HOUR)
     since = (hour - HOUR).isoformat()
@@ -235,7 +235,7 @@ def test_a_run_that_does_not_end_is_stuck(
 
 
 @on_sqlite
-def test_a_run_is_not_stuck_that_lasts_as_long_as_those_before_it(fleet: Fleet) -> None:
+def test_a_run_that_lasts_as_long_as_earlier_runs_is_not_stuck(fleet: Fleet) -> None:
     web, app = fleet.app(Hourly), joined(fleet)
     manager_of(web).recovery.look(Hourly)
     running(fleet, app, "hourly", timedelta(hours=5))
@@ -245,7 +245,7 @@ def test_a_run_is_not_stuck_that_lasts_as_long_as_those_before_it(fleet: Fleet) 
     assert failed(web) == []
 
 
-def test_a_claim_of_an_instance_that_is_gone_is_stuck_once_another_should_have_taken_it(fleet: Fleet) -> None:
+def test_the_claim_of_a_dead_instance_is_stuck_if_no_instance_takes_it_over_in_time(fleet: Fleet) -> None:
     web, app = fleet.app(Hourly), joined(fleet)
     manager_of(web).recovery.look(Hourly)
     running(fleet, app, "hourly", timedelta(seconds=3), instance="unknown")
@@ -341,7 +341,7 @@ def changed_models() -> Iterator[None]:
     db.metadata.remove(table)
 
 
-def test_check_names_what_the_models_have_and_the_database_lacks(
+def test_check_names_the_parts_of_the_models_that_the_database_lacks(
     app: Flask, manager: BackgroundWorkerManager, changed_models: None
 ) -> None:
     manager.presence.sign_on()
@@ -374,7 +374,7 @@ def test_check_names_each_table_that_an_empty_database_lacks(
     ]
 
 
-def test_check_says_what_to_do_about_a_column_without_which_the_fleet_cannot_be_read(
+def test_check_names_the_remedy_for_a_missing_column_that_the_fleet_needs(
     app: Flask, manager: BackgroundWorkerManager
 ) -> None:
     with app.app_context(), db.engine.begin() as connection:
@@ -385,7 +385,7 @@ def test_check_says_what_to_do_about_a_column_without_which_the_fleet_cannot_be_
     assert "Not looked at: the fleet; whether a run would succeed" in checked.stdout
 
 
-def test_check_names_the_call_that_makes_what_the_engines_tables_lack(
+def test_check_names_the_call_that_brings_the_engines_tables_up_to_date(
     app: Flask, manager: BackgroundWorkerManager
 ) -> None:
     Migrate(app, db)
@@ -401,7 +401,7 @@ def test_check_names_the_call_that_makes_what_the_engines_tables_lack(
     )
 
 
-def test_check_leaves_alone_what_only_the_database_has(app: Flask, manager: BackgroundWorkerManager) -> None:
+def test_check_ignores_objects_that_only_the_database_has(app: Flask, manager: BackgroundWorkerManager) -> None:
     manager.presence.sign_on()
     with app.app_context(), db.engine.begin() as connection:
         connection.execute(sql("CREATE TABLE of_another_application (id INTEGER)"))
@@ -412,7 +412,7 @@ def test_check_leaves_alone_what_only_the_database_has(app: Flask, manager: Back
 # -- in an application that only uses the engine ---------------------------------------------------
 
 
-def test_a_host_that_only_uses_the_engine_has_it_all(empty_database_url: str, tmp_path) -> None:
+def test_a_host_application_has_every_view_of_the_condition(empty_database_url: str, tmp_path) -> None:
     app, other = Flask("host", root_path=str(tmp_path)), SQLAlchemy()
     app.config["SQLALCHEMY_DATABASE_URI"] = empty_database_url
     other.init_app(app)
@@ -452,7 +452,7 @@ def test_a_host_that_only_uses_the_engine_has_it_all(empty_database_url: str, tm
 # -- one line for each outage ----------------------------------------------------------------------
 
 
-def test_a_connection_that_the_instance_cut_itself_is_not_said_to_be_closed_by_the_server(
+def test_the_log_does_not_blame_the_server_for_a_connection_that_the_instance_cut(
     fleet: Fleet, caplog: pytest.LogCaptureFixture
 ) -> None:
     app = joined(fleet, Hourly)

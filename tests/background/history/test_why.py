@@ -123,13 +123,13 @@ def said(seen: Surroundings, worker: type[PeriodicWorker] | None = Tidy) -> str:
 # -- ticks with a row ----------------------------------------------------------------------------
 
 
-def test_a_tick_that_ran_says_when_where_and_how_long() -> None:
+def test_a_tick_that_ran_shows_its_start_its_instance_and_its_length() -> None:
     seen = around(record("succeeded"))
     assert said(seen) == "ran at 2026-11-20T12:00:01Z on a:1 and succeeded in 0.500 s"
     assert answer(seen).is_fine
 
 
-def test_a_second_attempt_tells_of_the_first() -> None:
+def test_a_second_attempt_names_the_first() -> None:
     lost = record("lost", reason="b:2 stopped renewing its lease", instance_name="b:2")
     assert said(around(lost, record("succeeded", attempt=2))) == (
         "ran at 2026-11-20T12:00:01Z on a:1 and succeeded in 0.500 s "
@@ -137,27 +137,27 @@ def test_a_second_attempt_tells_of_the_first() -> None:
     )
 
 
-def test_a_failed_tick_says_the_last_line_of_its_error() -> None:
+def test_a_failed_tick_shows_the_last_line_of_its_error() -> None:
     reason = "Traceback (most recent call last):\n  File ...\nValueError: no such book.\n"
     seen = around(record("failed", reason=reason))
     assert said(seen) == "ran at 2026-11-20T12:00:01Z on a:1 and failed after 0.500 s: ValueError: no such book"
     assert not answer(seen).is_fine
 
 
-def test_a_tick_that_timed_out_says_after_what() -> None:
+def test_a_tick_that_timed_out_shows_its_time_limit() -> None:
     seen = around(record("timed out", reason="ran longer than its timeout of 0:00:00.400"))
     assert said(seen) == (
         "ran at 2026-11-20T12:00:01Z on a:1 and timed out after 0.500 s: it ran longer than its timeout of 0:00:00.400"
     )
 
 
-def test_a_running_tick_says_since_when_and_how_far() -> None:
+def test_a_running_tick_shows_its_start_and_its_progress() -> None:
     seen = around(record("running", progress_done=2000.0, progress_total=5000.0))
     assert said(seen) == "has been running for 4 min 59 s, since 2026-11-20T12:00:01Z on a:1 (2,000 of 5,000 done)"
     assert answer(seen).is_fine
 
 
-def test_a_running_tick_whose_instance_is_gone_says_who_takes_it_over() -> None:
+def test_a_running_tick_whose_instance_is_gone_names_the_instance_that_takes_it_over() -> None:
     seen = around(record("running", instance_name="b:2", is_gone=True))
     assert said(seen) == "began at 2026-11-20T12:00:01Z on b:2, which is gone: will be taken over by a:1"
 
@@ -173,19 +173,19 @@ def test_a_running_tick_without_an_instance_to_take_it_over_names_the_remedy() -
 LOST = record("lost", reason="a:1 stopped renewing its lease")
 
 
-def test_a_lost_tick_that_is_retried_says_which_attempt_follows() -> None:
+def test_a_lost_tick_that_is_retried_names_the_next_attempt() -> None:
     assert said(around(LOST, known=state(pending_tick=NOON))) == (
         "was lost at 2026-11-20T12:00:01Z (a:1 stopped renewing its lease); attempt 2 follows by a:1"
     )
 
 
-def test_a_lost_tick_of_a_paused_worker_says_that_the_pause_holds_it_up() -> None:
+def test_a_lost_tick_of_a_paused_worker_names_the_pause() -> None:
     assert said(around(LOST, known=state(pending_tick=NOON, paused_at=NOON + MINUTE))).endswith(
         "attempt 2 follows, once the worker is resumed (it is paused since 2026-11-20T12:01:00Z)"
     )
 
 
-def test_a_lost_tick_that_is_given_up_says_after_how_many_attempts() -> None:
+def test_a_lost_tick_that_is_given_up_shows_the_number_of_attempts() -> None:
     assert said(around(record("lost", reason=LOST.reason, attempt=3))).endswith("given up after attempt 3 of 3")
 
 
@@ -193,13 +193,13 @@ def test_a_lost_tick_that_must_not_be_repeated_says_so() -> None:
     assert said(around(LOST), Once).endswith("and is given up, as Once has on_lost = 'skip'")
 
 
-def test_a_tick_that_was_handed_back_says_who_runs_it_again() -> None:
+def test_a_tick_that_was_handed_back_names_the_instance_that_runs_it_again() -> None:
     assert said(around(record("handed back"), known=state(pending_tick=NOON))) == (
         "was handed back by a:1 at 2026-11-20T12:00:01Z; it will be run again by a:1"
     )
 
 
-def test_a_skipped_tick_says_since_when_the_worker_was_paused() -> None:
+def test_a_skipped_tick_shows_since_when_the_worker_was_paused() -> None:
     reason = "paused since 2026-11-20T11:30:00+00:00"
     skipped = record("skipped", tick=NOON - 20 * MINUTE, through=NOON + 10 * MINUTE, reason=reason)
     assert said(around(skipped)) == (
@@ -208,14 +208,14 @@ def test_a_skipped_tick_says_since_when_the_worker_was_paused() -> None:
     )
 
 
-def test_a_skipped_tick_says_what_was_still_running() -> None:
+def test_a_skipped_tick_names_the_run_that_was_still_on() -> None:
     skipped = record("skipped", reason="still running the tick 2026-11-20T11:50:00+00:00 on b:2")
     assert said(around(skipped)) == (
         "was skipped, as the worker was still running the tick 2026-11-20T11:50:00Z on b:2"
     )
 
 
-def test_a_missed_tick_says_between_when_no_instance_came() -> None:
+def test_a_missed_tick_shows_the_time_without_an_instance() -> None:
     missed = record("missed", tick=NOON - HOUR, through=NOON, finished_at=NOON + 4 * MINUTE)
     assert said(around(missed)) == (
         "was missed, as no instance came to run it in time, nor any other tick between 2026-11-20T11:00:00Z and "
@@ -223,7 +223,7 @@ def test_a_missed_tick_says_between_when_no_instance_came() -> None:
     )
 
 
-def test_a_manual_run_is_called_one() -> None:
+def test_a_manual_run_is_called_manual() -> None:
     asked = NOON + timedelta(seconds=1.234)
     seen = around(record("succeeded", trigger="manual", tick=asked), at=asked)
     assert answer(seen).sentence == (
@@ -249,14 +249,14 @@ def test_a_tick_of_the_future_is_not_due_yet() -> None:
         (Tidy, {}, (), "no instance is alive now; `flask workers run` starts one"),
     ],
 )
-def test_a_tick_of_the_future_that_will_not_run_says_so(
+def test_a_future_tick_that_will_not_run_says_so(
     worker: type[PeriodicWorker], changed: dict[str, Any], alive: tuple[InstanceRecord, ...], obstacle: str
 ) -> None:
     seen = around(at=NOON, clock=NOON - 3 * MINUTE, known=state(**BEFORE_NOON | changed), alive=alive, last_seen=None)
     assert said(seen, worker) == f"is not due yet: it comes in 3 min, and {obstacle}"
 
 
-def test_a_tick_that_a_clock_set_back_brings_again_says_so() -> None:
+def test_a_tick_that_repeats_after_a_clock_was_set_back_says_so() -> None:
     known = state(mark=NOON + 2 * HOUR)
     assert said(around(known=known, clock=NOON - HOUR, at=NOON)) == (
         "waits: the database's clock was ahead, so the worker's ticks are decided up to 2026-11-20T14:00:00Z, and "
@@ -264,14 +264,14 @@ def test_a_tick_that_a_clock_set_back_brings_again_says_so() -> None:
     )
 
 
-def test_a_tick_behind_a_mark_that_the_history_does_not_reach_says_that_only_the_command_helps() -> None:
+def test_a_tick_below_a_mark_beyond_the_history_names_the_command() -> None:
     known = state(mark=NOON + timedelta(days=400))
     assert said(around(known=known, clock=NOON - HOUR, at=NOON)).endswith(
         "and go on by `flask workers repair` only, because the history is shorter than that"
     )
 
 
-def test_a_worker_that_no_instance_ever_started_says_so() -> None:
+def test_a_worker_without_any_instance_yet_says_so() -> None:
     seen = Surroundings("tidy", NOON, NOON, None)
     assert said(seen) == (
         "did not run: no instance has ever started the worker on this database, "
@@ -279,7 +279,7 @@ def test_a_worker_that_no_instance_ever_started_says_so() -> None:
     )
 
 
-def test_a_tick_before_the_worker_was_known_says_since_when_it_is() -> None:
+def test_a_tick_before_the_worker_was_known_shows_since_when_it_is_known() -> None:
     seen = around(at=NOON, known=state(scheduled_at=NOON + 3 * MINUTE, mark=NOON + 10 * MINUTE), clock=NOON + HOUR)
     assert said(seen) == (
         "was before this database knew the worker or its schedule (every 10 minutes, since 2026-11-20T12:03:00Z)"
@@ -295,7 +295,7 @@ def test_a_tick_of_the_first_period_is_older_than_the_schedule(mark: datetime) -
     )
 
 
-def test_a_tick_under_another_schedule_says_which_was_the_last_of_that() -> None:
+def test_a_tick_of_another_schedule_names_that_schedules_last_tick() -> None:
     before = record("succeeded", tick=NOON - 5 * MINUTE)
     known = state(scheduled_at=NOON + 6 * MINUTE, mark=NOON + 10 * MINUTE)
     seen = around(known=known, before=before, oldest=NOON - DAY, clock=NOON + HOUR)
@@ -305,7 +305,7 @@ def test_a_tick_under_another_schedule_says_which_was_the_last_of_that() -> None
     )
 
 
-def test_a_tick_whose_row_was_pruned_says_how_far_the_history_goes_back() -> None:
+def test_a_tick_whose_row_was_pruned_shows_how_far_the_history_goes_back() -> None:
     seen = around(clock=NOON + 20 * DAY, known=state(mark=NOON + 20 * DAY), oldest=NOON + 6 * DAY)
     assert answer(seen).state == "pruned"
     assert said(seen) == (
@@ -314,7 +314,7 @@ def test_a_tick_whose_row_was_pruned_says_how_far_the_history_goes_back() -> Non
     )
 
 
-def test_a_tick_that_left_no_row_says_between_which_rows_it_is_missing() -> None:
+def test_a_tick_without_a_row_names_the_rows_around_it() -> None:
     seen = around(
         at=NOON,
         clock=NOON + 2 * HOUR,
@@ -334,20 +334,20 @@ def test_a_disabled_worker_says_so() -> None:
     )
 
 
-def test_a_worker_that_is_paused_now_says_since_when() -> None:
+def test_a_worker_that_is_paused_now_shows_since_when() -> None:
     assert said(around(known=state(**BEFORE_NOON, paused_at=NOON - MINUTE))) == (
         "did not run: the worker is paused since 2026-11-20T11:59:00Z"
     )
 
 
-def test_a_tick_that_waits_for_an_older_one_to_be_run_again_says_for_which() -> None:
+def test_a_tick_that_waits_for_an_older_tick_names_it() -> None:
     assert said(around(known=state(**BEFORE_NOON, pending_tick=NOON - HOUR))) == (
         "has waited for 5 min: the tick 2026-11-20T11:00:00Z, which was lost or handed back, runs first by a:1"
     )
 
 
 @pytest.mark.parametrize(("alive", "gone"), [((A,), ""), ((B,), ", which is gone: will be taken over")])
-def test_a_tick_that_waits_for_a_running_one_says_where_that_runs(alive: tuple[InstanceRecord, ...], gone: str) -> None:
+def test_a_tick_that_waits_for_a_running_tick_names_its_instance(alive: tuple[InstanceRecord, ...], gone: str) -> None:
     running = Claim("tidy", NOON - HOUR, 1, 7, "schedule", 7)
     known = state(**BEFORE_NOON, running=running, instance="a", instance_name="a:1")
     assert said(around(known=known, alive=alive)) == (
@@ -363,12 +363,12 @@ def test_a_tick_is_overdue_when_no_instance_is_alive() -> None:
     )
 
 
-def test_a_tick_that_has_just_come_due_is_about_to_be_taken() -> None:
+def test_a_tick_that_has_just_fallen_due_is_about_to_be_claimed() -> None:
     seen = around(known=state(**BEFORE_NOON), at=NOON, clock=NOON + timedelta(seconds=0.2))
     assert said(seen) == "came due 0.200 s ago; a:1 will take it"
 
 
-def test_a_tick_without_catch_up_says_when_the_instances_started() -> None:
+def test_a_tick_without_catch_up_shows_when_the_instances_started() -> None:
     late = InstanceRecord("a", "a", 1, NOON + MINUTE, NOON + 5 * MINUTE, None)
     assert said(around(known=state(**BEFORE_NOON), alive=(late,)), Patient) == (
         "did not run: no instance was up when it was due (the oldest started at 2026-11-20T12:01:00Z), "
@@ -376,13 +376,13 @@ def test_a_tick_without_catch_up_says_when_the_instances_started() -> None:
     )
 
 
-def test_a_tick_that_living_instances_do_not_take_names_them() -> None:
+def test_a_tick_that_living_instances_do_not_claim_names_them() -> None:
     assert said(around(known=state(**BEFORE_NOON), alive=(A, B))).startswith(
         "is overdue by 5 min although a:1 or 1 more is alive: its log says why"
     )
 
 
-def test_a_worker_that_this_release_does_not_have_says_so() -> None:
+def test_a_worker_of_another_release_says_so() -> None:
     assert said(around(known=state(**BEFORE_NOON)), None) == (
         "is overdue by 5 min: this release does not have the worker, and no other release took it up"
     )
@@ -401,7 +401,7 @@ def test_a_worker_that_this_release_does_not_have_says_so() -> None:
         (360_000, "4 d 4 h"),
     ],
 )
-def test_a_length_of_time_is_told_in_its_two_largest_units(seconds: float, words: str) -> None:
+def test_a_length_of_time_is_shown_in_its_two_largest_units(seconds: float, words: str) -> None:
     assert span(timedelta(seconds=seconds)) == words
 
 
@@ -440,7 +440,7 @@ def known(manager: BackgroundWorkerManager) -> Callable[..., None]:
     return known
 
 
-def test_a_real_run_is_told_of_with_its_own_data(manager: BackgroundWorkerManager) -> None:
+def test_a_real_run_is_described_with_its_own_data(manager: BackgroundWorkerManager) -> None:
     tick = manager.history.clock()
     execution = manager.tick("tidy", tick)
     assert execution
@@ -476,7 +476,7 @@ def test_every_tick_within_a_row_of_missed_ones_was_missed_even_around_a_manual_
     assert manager.why("tidy", NOON - 35 * MINUTE).state == "succeeded"
 
 
-def test_the_attempts_at_a_tick_are_told_in_their_order(
+def test_the_attempts_at_a_tick_are_listed_in_their_order(
     manager: BackgroundWorkerManager, known: Callable[..., None], write: Callable[..., None]
 ) -> None:
     known()
@@ -485,7 +485,7 @@ def test_the_attempts_at_a_tick_are_told_in_their_order(
     assert [each.state for each in manager.why("tidy", NOON).records] == ["handed back", "lost", "succeeded"]
 
 
-def test_a_schedule_that_changed_since_answers_with_the_tick_before(
+def test_after_a_change_of_schedule_the_earlier_tick_is_described(
     manager: BackgroundWorkerManager, known: Callable[..., None], write: Callable[..., None]
 ) -> None:
     known(scheduled_at=NOON + 7 * MINUTE)
@@ -505,7 +505,7 @@ def test_a_tick_older_than_every_row_is_pruned(
     assert manager.why("tidy", NOON - 800 * DAY).state == "pruned"
 
 
-def test_a_pause_is_the_reason_that_is_told(manager: BackgroundWorkerManager, known: Callable[..., None]) -> None:
+def test_a_pause_is_the_reason_given(manager: BackgroundWorkerManager, known: Callable[..., None]) -> None:
     known(mark=NOON)
     manager.pause("tidy")
     moment = manager.history.clock()
@@ -514,7 +514,7 @@ def test_a_pause_is_the_reason_that_is_told(manager: BackgroundWorkerManager, kn
     assert manager.why("tidy", moment).state == "skipped"
 
 
-def test_ticks_before_the_first_claim_are_missed_since_the_worker_is_known(
+def test_ticks_before_the_first_claim_count_as_missed_since_the_worker_is_known(
     manager: BackgroundWorkerManager, known: Callable[..., None]
 ) -> None:
     known(mark=None, scheduled_at=NOON - HOUR)
@@ -555,7 +555,7 @@ def both_ways(manager: BackgroundWorkerManager) -> Answer:
     return now
 
 
-def test_a_tick_that_fell_before_its_schedule_was_changed_is_called_older_and_not_untaken(
+def test_a_tick_before_a_change_of_schedule_is_called_older_and_not_unclaimed(
     manager: BackgroundWorkerManager, write: Callable[..., None]
 ) -> None:
     manager.remove("tidy")
@@ -575,7 +575,7 @@ def test_a_tick_that_fell_before_its_schedule_was_changed_is_called_older_and_no
     assert "no instance took it" not in answer.sentence
 
 
-def test_what_an_older_schedule_did_later_does_not_change_the_answer(
+def test_later_rows_of_an_older_schedule_do_not_change_the_answer(
     manager: BackgroundWorkerManager, known: Callable[..., None], write: Callable[..., None]
 ) -> None:
     known(scheduled_at=NOON - MINUTE, mark=NOON)
@@ -591,7 +591,7 @@ def test_what_an_older_schedule_did_later_does_not_change_the_answer(
 @pytest.mark.parametrize("alive", [(), (A,)])
 @pytest.mark.parametrize("mark", [None, NOON - 10 * MINUTE, NOON, NOON + DAY])
 @pytest.mark.parametrize("scheduled", [-DAY, -MINUTE, 3 * MINUTE])
-def test_the_answer_about_a_tick_does_not_depend_on_the_moment_by_which_it_is_asked_for(
+def test_the_answer_about_a_tick_is_the_same_for_every_moment_that_belongs_to_it(
     alive: tuple[InstanceRecord, ...], mark: datetime | None, scheduled: timedelta
 ) -> None:
     known = state(mark=mark, scheduled_at=NOON + scheduled)
@@ -600,7 +600,7 @@ def test_the_answer_about_a_tick_does_not_depend_on_the_moment_by_which_it_is_as
     assert len(answers) == 1
 
 
-def test_an_instance_whose_row_was_deleted_is_not_said_to_have_stopped_renewing_its_lease(
+def test_an_instance_whose_row_was_deleted_is_not_blamed_for_its_lease(
     manager: BackgroundWorkerManager, known: Callable[..., None]
 ) -> None:
     known(mark=NOON - DAY, scheduled_at=NOON - 2 * DAY)

@@ -30,7 +30,7 @@ SILENCING: dict[str, Any] = {
 }
 
 
-def test_every_logger_of_the_engine_outlives_a_plain_dict_config() -> None:
+def test_every_logger_of_the_engine_survives_a_plain_dict_config() -> None:
     program = f"""
 import logging, logging.config, pkgutil
 from importlib import import_module
@@ -122,7 +122,7 @@ def test_the_libraries_below_the_engine_are_quiet_in_a_host_that_logs_at_info(tm
     assert all(name.startswith("background.") for name in loggers), done.stderr
 
 
-def test_a_level_that_the_application_gave_to_a_library_stays() -> None:
+def test_a_level_that_the_application_gave_to_a_library_is_kept() -> None:
     logger = logging.getLogger("a_library")
     logger.setLevel(logging.DEBUG)
     quieten("a_library")
@@ -141,9 +141,7 @@ class Failing(Hourly):
 @pytest.mark.parametrize(
     "arguments", [("workers", "history", "failing"), ("workers", "why", "failing"), ("messages", "list")]
 )
-def test_a_terminal_of_another_encoding_is_shown_escapes(
-    fleet: Fleet, encoding: str, arguments: tuple[str, ...]
-) -> None:
+def test_a_terminal_of_another_encoding_gets_escapes(fleet: Fleet, encoding: str, arguments: tuple[str, ...]) -> None:
     fleet.manager(Failing).tick("failing", last_hour())
     with fleet.engine.begin() as connection:
         now = datetime.now(UTC)
@@ -172,7 +170,7 @@ def strict(text: str) -> Any:
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
-def test_the_commands_print_json_whatever_is_in_the_database(fleet: Fleet, value: float) -> None:
+def test_the_commands_print_valid_json_for_any_row(fleet: Fleet, value: float) -> None:
     class Taking(MessageWorker):
         topic = "notes"
 

@@ -26,7 +26,7 @@ class Moody(Hourly):
             raise ValueError("not at odd hours")
 
 
-def test_each_execution_is_counted_by_its_outcome_and_by_how_long_it_took(fleet: Fleet) -> None:
+def test_each_execution_is_counted_by_its_outcome_and_its_duration(fleet: Fleet) -> None:
     manager = fleet.manager(Moody)
     for hours in range(5, 1, -1):  # longer ago than the last bucket, whenever this test runs
         manager.recovery.look(Moody)
@@ -39,7 +39,7 @@ def test_each_execution_is_counted_by_its_outcome_and_by_how_long_it_took(fleet:
     assert set(counts(fleet, "lateness")) == {"inf"}
 
 
-def test_a_manual_run_is_late_for_nothing(fleet: Fleet) -> None:
+def test_a_manual_run_has_no_delay(fleet: Fleet) -> None:
     fleet.manager(Hourly).trigger("hourly")
     assert counts(fleet) == {"succeeded": 1}
     assert counts(fleet, "lateness") == {}
@@ -57,7 +57,7 @@ def test_skipped_ticks_are_counted_each_and_a_gap_of_missed_ones_once(fleet: Fle
     assert counts(fleet) == {"skipped": 2, "missed": 1, "succeeded": 1}
 
 
-def test_counts_outlive_the_history(fleet: Fleet) -> None:
+def test_counts_survive_pruning(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
     manager.trigger("hourly")
     with fleet.engine.begin() as connection:
@@ -66,7 +66,7 @@ def test_counts_outlive_the_history(fleet: Fleet) -> None:
     assert counts(fleet) == {"succeeded": 2}
 
 
-def test_what_a_run_could_not_commit_is_not_counted(fleet: Fleet) -> None:
+def test_an_outcome_that_could_not_be_committed_is_not_counted(fleet: Fleet) -> None:
     class Overtaken(Hourly):
         def do_work(self, context: WorkerContext) -> None:
             fleet.take_over("overtaken")
@@ -75,7 +75,7 @@ def test_what_a_run_could_not_commit_is_not_counted(fleet: Fleet) -> None:
     assert counts(fleet) == {}
 
 
-def test_the_sums_tell_how_long_everything_took(fleet: Fleet) -> None:
+def test_the_sums_show_the_total_durations(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
     for _ in range(2):
         manager.trigger("hourly")

@@ -53,7 +53,7 @@ def test_a_heartbeat_is_one_statement_and_renews_the_lease(fleet: Fleet) -> None
     assert instance.is_alive
 
 
-def test_two_lives_of_one_process_are_two_instances(fleet: Fleet) -> None:
+def test_two_starts_of_one_process_are_two_instances(fleet: Fleet) -> None:
     first, second = Instance(LEASE), Instance(LEASE)
     assert first.id != second.id
     assert (first.host, first.pid) == (second.host, second.pid)
@@ -67,7 +67,7 @@ def test_the_deadline_counts_from_before_the_heartbeat_was_sent(fleet: Fleet) ->
     assert before + 5 <= instance.deadline <= after + 5
 
 
-def test_the_living_the_lost_and_those_who_signed_off_are_told_apart(fleet: Fleet) -> None:
+def test_living_lost_and_signed_off_instances_are_distinguished(fleet: Fleet) -> None:
     instances = fleet.manager().stores.leases
     alive, lost, left = Instance(LEASE), Instance(timedelta(seconds=-1)), Instance(LEASE)
     for instance in (alive, lost, left):
@@ -80,7 +80,7 @@ def test_the_living_the_lost_and_those_who_signed_off_are_told_apart(fleet: Flee
     }
 
 
-def test_a_heartbeat_after_the_signing_off_does_not_revive_the_instance(fleet: Fleet) -> None:
+def test_a_heartbeat_after_signing_off_does_not_revive_the_instance(fleet: Fleet) -> None:
     instances, instance = fleet.manager().stores.leases, Instance(LEASE)
     instances.beat(instance)
     instances.sign_off(instance)
@@ -88,7 +88,7 @@ def test_a_heartbeat_after_the_signing_off_does_not_revive_the_instance(fleet: F
     assert instances.gone({instance.id}) == {instance.id: True}
 
 
-def test_those_who_left_long_ago_are_forgotten(fleet: Fleet) -> None:
+def test_instances_that_left_long_ago_are_deleted(fleet: Fleet) -> None:
     instances = fleet.manager().stores.leases
     old, new = Instance(LEASE), Instance(LEASE)
     for instance in (old, new):
@@ -102,7 +102,7 @@ def test_those_who_left_long_ago_are_forgotten(fleet: Fleet) -> None:
         assert set(connection.scalars(select(tables.instances.c.id))) == {new.id}
 
 
-def test_the_databases_clock_is_taken_in_with_every_heartbeat(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_heartbeat_reads_the_databases_clock(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
     instances, instance = fleet.manager().stores.leases, Instance(LEASE)
     instances.beat(instance)
     assert abs(instance.clock_offset) < timedelta(seconds=1)
@@ -131,7 +131,7 @@ def test_one_heartbeat_renews_everything_that_an_instance_runs(fleet: Fleet) -> 
     wait_until(lambda: fleet.states() == ["succeeded", "succeeded"], "the end of both")
 
 
-def test_a_run_outside_any_started_instance_is_alive_as_long_as_it_takes(fleet: Fleet) -> None:
+def test_a_run_outside_any_started_instance_has_a_lease_as_long_as_it_runs(fleet: Fleet) -> None:
     class Long(Hourly):
         def do_work(self, context: WorkerContext) -> None:
             began = context.instance.deadline
@@ -144,7 +144,7 @@ def test_a_run_outside_any_started_instance_is_alive_as_long_as_it_takes(fleet: 
     assert manager.stores.leases.gone({execution.instance}) == {execution.instance: True}
 
 
-def test_an_instance_that_was_not_started_says_nothing(fleet: Fleet) -> None:
+def test_an_instance_that_was_not_started_logs_nothing(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
     with statements(manager.stores.leases.engine) as beats, statements(manager.stores.main.engine) as looks:
         threading.Event().wait(0.3)
@@ -198,7 +198,7 @@ def test_renewing_a_lease_waits_for_no_other_table(fleet: Fleet, caplog: pytest.
     wait_until(lambda: [each.state for each in fleet.messages()] == ["done"], "a message that was found")
 
 
-def test_looks_that_fail_while_heartbeats_go_on_are_told_of_once(
+def test_failing_looks_during_good_heartbeats_are_logged_once(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     manager = fleet.manager(Noted, WORKERS_LEASE_SECONDS=1)
@@ -221,7 +221,7 @@ def test_looks_that_fail_while_heartbeats_go_on_are_told_of_once(
 
 
 @on_postgresql
-def test_a_table_that_is_locked_right_after_a_heartbeat_does_not_hold_the_next_one_up(fleet: Fleet) -> None:
+def test_a_table_locked_right_after_a_heartbeat_does_not_delay_the_next_heartbeat(fleet: Fleet) -> None:
     working, go_on, locked = threading.Event(), threading.Event(), threading.Event()
 
     class Long(Hourly):
@@ -250,7 +250,7 @@ def test_a_table_that_is_locked_right_after_a_heartbeat_does_not_hold_the_next_o
     wait_until(lambda: fleet.states() == ["succeeded"], "the end of the run")
 
 
-def test_who_was_not_first_at_a_tick_has_read_once_and_lets_the_others_go_first_at_the_next_one(fleet: Fleet) -> None:
+def test_a_loser_of_a_tick_reads_once_and_waits_a_little_at_the_next_tick(fleet: Fleet) -> None:
     managers = [fleet.manager(Hourly) for _ in range(2)]
     for manager in managers:
         manager.start()
@@ -275,7 +275,7 @@ def armed_after(manager: BackgroundWorkerManager) -> timedelta:
     return job.trigger.run_date + manager.presence.instance.clock_offset - supervisor.timers._armed["hourly"]
 
 
-def test_no_instance_counts_as_lost_within_a_lease_after_the_databases_clock_was_set(
+def test_no_instance_counts_as_lost_within_a_lease_after_a_change_of_the_databases_clock(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     instances = fleet.manager(WORKERS_LEASE_SECONDS=1.5).stores.leases
@@ -292,7 +292,7 @@ def test_no_instance_counts_as_lost_within_a_lease_after_the_databases_clock_was
     assert wait_until(lambda: lost.id in instances.gone({lost.id}), "the lease is over")
 
 
-def test_slow_replies_are_not_taken_for_a_clock_that_was_set(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_replies_are_not_mistaken_for_a_change_of_the_clock(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
     instances, us = fleet.manager().stores.leases, Instance(LEASE)
     instances.beat(us)
     for _ in range(3):
@@ -303,7 +303,7 @@ def test_slow_replies_are_not_taken_for_a_clock_that_was_set(fleet: Fleet, monke
         assert not instances.beat(us).was_set
 
 
-def test_a_lease_of_before_the_databases_clock_was_set_back_is_none(fleet: Fleet) -> None:
+def test_a_lease_from_before_the_databases_clock_was_set_back_is_invalid(fleet: Fleet) -> None:
     instances, instance = fleet.manager(WORKERS_LEASE_SECONDS=1.5).stores.leases, Instance(LEASE)
     instances.beat(instance)
     later = datetime.now(UTC) + timedelta(minutes=2)
@@ -313,7 +313,7 @@ def test_a_lease_of_before_the_databases_clock_was_set_back_is_none(fleet: Fleet
     assert wait_until(lambda: instances.gone({instance.id}), "the lease is over") == {instance.id: False}
 
 
-def test_a_lease_that_runs_out_while_a_heartbeat_hangs_is_noticed(fleet: Fleet) -> None:
+def test_a_lease_that_ends_while_a_heartbeat_hangs_is_noticed(fleet: Fleet) -> None:
     working, told, go_on = threading.Event(), threading.Event(), threading.Event()
 
     class Long(Hourly):
@@ -343,7 +343,7 @@ def test_a_lease_that_runs_out_while_a_heartbeat_hangs_is_noticed(fleet: Fleet) 
     assert len(fleet.effects()) == 1
 
 
-def test_a_life_whose_lease_is_over_begins_no_run_until_the_fleet_knows_the_next_one(fleet: Fleet) -> None:
+def test_an_instance_whose_lease_is_over_begins_no_run_until_its_successor_has_joined(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
     manager.start()
     wait_until(lambda: fleet.states() == ["succeeded"], "the first run")
@@ -365,7 +365,7 @@ def test_a_life_whose_lease_is_over_begins_no_run_until_the_fleet_knows_the_next
     assert fleet.executions()[1].instance == manager.presence.instance.id != before.id
 
 
-def test_a_process_that_leaves_while_its_threads_ask_who_it_is_ends_in_peace(
+def test_a_process_that_leaves_while_its_threads_read_its_instance_ends_cleanly(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manager = fleet.manager(Hourly)
@@ -398,7 +398,7 @@ def test_a_process_that_leaves_while_its_threads_ask_who_it_is_ends_in_peace(
         assert asked, ask
 
 
-def test_what_an_instance_held_when_its_lease_ran_out_is_lost_and_not_handed_back(fleet: Fleet) -> None:
+def test_work_held_when_a_lease_ends_is_lost_and_not_handed_back(fleet: Fleet) -> None:
     class Once(Hourly):
         on_lost = "skip"
 
@@ -415,7 +415,7 @@ def test_what_an_instance_held_when_its_lease_ran_out_is_lost_and_not_handed_bac
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
-def test_those_who_come_to_one_database_by_different_links_are_one_fleet(
+def test_processes_that_open_one_database_by_different_links_are_one_fleet(
     fleet: Fleet, database_url: str, tmp_path: Path
 ) -> None:
     paths = [Path(make_url(database_url).database), tmp_path / "releases" / "2" / "shop.sqlite"]
@@ -428,7 +428,7 @@ def test_those_who_come_to_one_database_by_different_links_are_one_fleet(
 
 
 @on_sqlite
-def test_after_the_file_of_the_instances_is_deleted_they_meet_in_the_next_one(fleet: Fleet, sqlite_url: str) -> None:
+def test_after_the_file_of_the_instances_is_deleted_they_join_in_a_new_file(fleet: Fleet, sqlite_url: str) -> None:
     manager, newcomer = fleet.manager(), fleet.manager()
     manager.start()
     instance = wait_until(lambda: manager.presence.instance, "the joining")

@@ -37,7 +37,7 @@ from background.registry import declared_schedule
 MINUTE = timedelta(minutes=1)
 
 
-def test_of_eight_processes_at_the_same_instant_one_runs_the_tick(
+def test_one_of_eight_processes_at_the_same_instant_runs_the_tick(
     fleet: Fleet, nursery: Nursery, tmp_path: Path
 ) -> None:
     herd, errors = fleet.command("shared", last_hour().isoformat(), 8), tmp_path / "errors"
@@ -48,7 +48,7 @@ def test_of_eight_processes_at_the_same_instant_one_runs_the_tick(
     assert len(fleet.effects()) == 1
 
 
-def test_a_tick_below_the_mark_is_refused_though_its_history_is_pruned(fleet: Fleet) -> None:
+def test_a_tick_below_the_mark_is_refused_even_if_its_history_is_pruned(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
     assert manager.tick("hourly", last_hour()).state == "succeeded"
     with fleet.engine.begin() as connection:
@@ -58,14 +58,14 @@ def test_a_tick_below_the_mark_is_refused_though_its_history_is_pruned(fleet: Fl
     assert fleet.executions() == []
 
 
-def test_a_claim_that_comes_after_the_tick_ran_is_refused_though_it_looked_before(fleet: Fleet) -> None:
+def test_a_claim_that_comes_after_the_tick_ran_is_refused_even_if_it_looked_before(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
     schedule = manager.recovery.look(Hourly).schedule_text
     assert manager.tick("hourly", last_hour()).state == "succeeded"
     assert manager.stores.ledger.claim("hourly", last_hour(), schedule, ("late", "elsewhere:1")) is DECIDED
 
 
-def test_a_future_tick_is_not_run_early(fleet: Fleet) -> None:
+def test_a_future_tick_does_not_run_early(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
     assert manager.tick("hourly", datetime.now(UTC) + 2 * HOUR) is None
     assert manager.stores.ledger.claim("hourly", last_hour() + HOUR, "every 3600s", ("id", "name")) is BLOCKED
@@ -73,7 +73,7 @@ def test_a_future_tick_is_not_run_early(fleet: Fleet) -> None:
     assert fleet.executions() == []
 
 
-def test_a_tick_just_ahead_is_waited_for_and_claimed_once_the_databases_clock_is_there(fleet: Fleet) -> None:
+def test_a_tick_just_ahead_is_claimed_once_the_databases_clock_reaches_it(fleet: Fleet) -> None:
     class Quick(Hourly):
         period = timedelta(seconds=0.5)
 
@@ -97,7 +97,7 @@ def test_an_instance_that_comes_after_the_winner_does_one_read(fleet: Fleet) -> 
     assert shared == []
 
 
-def test_a_manual_run_at_the_tick_does_not_eat_the_tick(fleet: Fleet) -> None:
+def test_a_manual_run_at_the_tick_does_not_replace_the_tick(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
     assert manager.trigger("hourly").state == "succeeded"
     assert fleet.row("hourly").mark is None
@@ -105,7 +105,7 @@ def test_a_manual_run_at_the_tick_does_not_eat_the_tick(fleet: Fleet) -> None:
     assert [execution.trigger for execution in fleet.executions()] == ["manual", "schedule"]
 
 
-def test_a_tick_that_comes_while_a_manual_run_runs_is_run_after_it(fleet: Fleet) -> None:
+def test_a_tick_during_a_manual_run_runs_after_it(fleet: Fleet) -> None:
     working, go_on = threading.Event(), threading.Event()
 
     class Slow(Hourly):
@@ -128,7 +128,7 @@ def test_a_tick_that_comes_while_a_manual_run_runs_is_run_after_it(fleet: Fleet)
     ]
 
 
-def test_of_two_manual_runs_at_once_one_runs(fleet: Fleet) -> None:
+def test_one_of_two_simultaneous_manual_runs_runs(fleet: Fleet) -> None:
     go_on = threading.Event()
 
     class Slow(Hourly):
@@ -188,13 +188,13 @@ def test_two_pauses_are_two_skipped_rows(fleet: Fleet) -> None:
     assert manager.tick("hourly", last_hour()).state == "succeeded"
 
 
-def test_a_paused_worker_runs_by_hand(fleet: Fleet) -> None:
+def test_a_paused_worker_can_be_run_manually(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
     manager.pause("hourly")
     assert manager.trigger("hourly").state == "succeeded"
 
 
-def test_a_tick_that_comes_while_the_one_before_runs_is_skipped_and_says_so(fleet: Fleet) -> None:
+def test_a_tick_during_the_previous_run_is_skipped_and_says_so(fleet: Fleet) -> None:
     working, go_on = threading.Event(), threading.Event()
 
     class Slow(Hourly):
@@ -217,7 +217,7 @@ def test_a_tick_that_comes_while_the_one_before_runs_is_skipped_and_says_so(flee
     assert manager.tick("slow", last_hour()) is None
 
 
-def test_thirty_days_down_are_one_run_and_one_missed_row(fleet: Fleet) -> None:
+def test_thirty_days_of_downtime_are_one_run_and_one_missed_row(fleet: Fleet) -> None:
     class Minutely(Hourly):
         period = MINUTE
 
@@ -250,12 +250,12 @@ def test_consecutive_ticks_miss_nothing(fleet: Fleet) -> None:
     assert fleet.states() == ["succeeded"] * 3
 
 
-def test_ticks_from_before_a_worker_was_known_are_not_called_missed(fleet: Fleet) -> None:
+def test_ticks_before_a_worker_was_known_do_not_count_as_missed(fleet: Fleet) -> None:
     fleet.manager(Hourly).tick("hourly", last_hour())
     assert fleet.states() == ["succeeded"]
 
 
-def test_ticks_from_before_a_schedule_was_in_force_are_not_called_missed(fleet: Fleet) -> None:
+def test_ticks_before_a_schedule_was_in_force_do_not_count_as_missed(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
     assert manager.tick("hourly", last_hour() - 10 * HOUR).state == "succeeded"
     manager.reschedule("hourly", period=MINUTE)
@@ -265,7 +265,7 @@ def test_ticks_from_before_a_schedule_was_in_force_are_not_called_missed(fleet: 
     assert (missed.tick, missed.through) == (last_hour() - 2 * MINUTE, last_hour() - MINUTE)
 
 
-def test_a_tick_of_a_schedule_that_was_replaced_before_it_is_not_run(fleet: Fleet) -> None:
+def test_a_tick_of_a_schedule_that_was_replaced_earlier_does_not_run(fleet: Fleet) -> None:
     """Claim as an instance that has not seen the new schedule yet."""
     manager, other = fleet.manager(Hourly), fleet.manager(Hourly)
     manager.tick("hourly", last_hour() - 3 * HOUR)
@@ -287,7 +287,7 @@ def test_a_tick_of_a_schedule_that_was_replaced_before_it_is_not_run(fleet: Flee
     ],
     ids=["paused", "rescheduled", "run by hand", "requested"],
 )
-def test_a_claim_is_refused_where_something_changed_since_it_looked(
+def test_a_claim_is_refused_if_the_row_changed_since_it_looked(
     fleet: Fleet, change: Callable[[BackgroundWorkerManager], object]
 ) -> None:
     manager = fleet.manager(Hourly)
@@ -298,7 +298,7 @@ def test_a_claim_is_refused_where_something_changed_since_it_looked(
     assert fleet.row("hourly") == before
 
 
-def test_no_instance_runs_again_a_tick_that_was_paused_or_taken_since_it_was_seen(fleet: Fleet) -> None:
+def test_no_instance_reruns_a_tick_that_was_paused_or_claimed_since_it_looked(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
     ledger, schedule, ghost = (
         manager.stores.ledger,
@@ -316,7 +316,7 @@ def test_no_instance_runs_again_a_tick_that_was_paused_or_taken_since_it_was_see
     assert not ledger.request("hourly")
 
 
-def test_no_newer_tick_is_claimed_while_an_older_one_waits_for_its_next_attempt(fleet: Fleet) -> None:
+def test_no_newer_tick_is_claimed_while_an_older_tick_waits_for_its_next_attempt(fleet: Fleet) -> None:
     """Claim as an instance that read the row before the older tick was lost."""
     manager = fleet.manager(Hourly)
     schedule, ghost = manager.recovery.look(Hourly).schedule_text, ("ghost", "elsewhere:1")
@@ -330,7 +330,7 @@ def test_no_newer_tick_is_claimed_while_an_older_one_waits_for_its_next_attempt(
 
 
 @on_postgresql
-def test_a_claim_that_waits_for_the_winners_row_learns_by_the_same_statement_that_it_lost(fleet: Fleet) -> None:
+def test_a_claim_that_waits_for_the_winners_row_loses_in_the_same_statement(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
     schedule = manager.recovery.look(Hourly).schedule_text
     waiting = text("SELECT true FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'")
@@ -358,7 +358,7 @@ def writing(fleet: Fleet) -> Iterator[Connection]:
 
 
 @on_sqlite
-def test_a_claim_that_waits_for_the_write_lock_learns_by_one_read_afterwards_that_it_lost(
+def test_a_claim_that_waits_for_the_write_lock_loses_after_one_read(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("background.database.dialects.sqlite._MOMENT_SECONDS", PATIENCE)
@@ -386,7 +386,7 @@ def test_a_claim_that_comes_too_late_does_not_wait_for_a_run_that_keeps_the_writ
 
 
 @on_sqlite
-def test_an_open_tick_is_claimed_after_the_write_lock_is_free_if_it_is_still_open(
+def test_a_tick_that_is_still_open_is_claimed_after_the_write_lock_is_free(
     fleet: Fleet,
 ) -> None:
     manager = fleet.manager(Hourly)
@@ -408,7 +408,7 @@ def patience_of_pooled(manager: BackgroundWorkerManager) -> object:
 
 
 @on_sqlite
-def test_a_claim_of_a_file_that_is_no_database_for_a_moment_fails_as_any_other_and_is_made_afterwards(
+def test_a_claim_on_a_briefly_unreadable_file_fails_and_succeeds_afterwards(
     fleet: Fleet,
 ) -> None:
     manager = fleet.manager(Hourly)
@@ -432,7 +432,7 @@ def overwrite(path: Path, page: bytes) -> None:
         file.write(page)
 
 
-def test_a_winner_claims_with_one_request_of_postgresqls_and_a_look_and_two_writes_of_sqlites(fleet: Fleet) -> None:
+def test_a_winner_claims_with_one_request_on_postgresql_and_one_read_and_two_writes_on_sqlite(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
     schedule = manager.recovery.look(Hourly).schedule_text
     with statements(manager.stores.main.engine) as seen:
@@ -449,7 +449,7 @@ def test_no_statement_that_decides_who_runs_takes_longer_than_a_lease(fleet: Fle
         connection.execute(text("SELECT pg_sleep(:seconds)"), {"seconds": PATIENCE})
 
 
-def test_a_tick_whose_obstacle_goes_away_while_it_is_being_skipped_is_run(fleet: Fleet) -> None:
+def test_a_tick_whose_obstacle_disappears_while_it_is_being_skipped_runs(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
     manager.pause("hourly")
 
@@ -470,7 +470,7 @@ def test_a_tick_without_a_time_zone_is_refused_with_a_sentence(fleet: Fleet, at:
         fleet.manager(Shared).tick("shared", at)  # type: ignore[arg-type]
 
 
-def test_an_unknown_name_is_answered_with_the_nearest_one(fleet: Fleet) -> None:
+def test_an_unknown_name_is_refused_with_the_closest_name(fleet: Fleet) -> None:
     from background import UnknownWorker
 
     manager = fleet.manager(Shared)
@@ -496,9 +496,7 @@ def test_no_claim_waits_longer_for_a_table_than_for_a_row(fleet: Fleet, table: s
 
 @on_postgresql
 @pytest.mark.parametrize("level", ["repeatable read", "serializable"])
-def test_of_several_that_claim_at_once_one_wins_also_where_the_database_isolates_more_strictly(
-    fleet: Fleet, level: str
-) -> None:
+def test_one_of_several_simultaneous_claims_wins_also_with_stricter_isolation(fleet: Fleet, level: str) -> None:
     database = fleet.engine.url.database
     with fleet.engine.begin() as connection:
         connection.execute(text(f"ALTER DATABASE \"{database}\" SET default_transaction_isolation = '{level}'"))

@@ -70,7 +70,7 @@ def token(manager: BackgroundWorkerManager, name: str = NAME, timeout: float = 0
 # -- one at a time ---------------------------------------------------------------------------------
 
 
-def test_threads_of_one_instance_that_count_under_a_lock_count_right(fleet: Fleet) -> None:
+def test_threads_of_one_instance_that_count_under_a_lock_count_correctly(fleet: Fleet) -> None:
     manager, counted = joined(fleet.manager()), [0]
 
     def count() -> None:
@@ -86,7 +86,7 @@ def test_threads_of_one_instance_that_count_under_a_lock_count_right(fleet: Flee
     assert token(manager) == 21
 
 
-def test_a_lock_that_is_held_elsewhere_is_none(fleet: Fleet) -> None:
+def test_a_lock_that_is_held_elsewhere_is_not_acquired(fleet: Fleet) -> None:
     one, other = fleet.manager(), fleet.manager()
     with one.lock(NAME) as lock:
         assert lock
@@ -99,7 +99,7 @@ def test_a_lock_that_is_held_elsewhere_is_none(fleet: Fleet) -> None:
     assert token(other) == 2
 
 
-def test_who_waits_gives_up_after_the_timeout(fleet: Fleet) -> None:
+def test_a_waiting_caller_gives_up_after_the_timeout(fleet: Fleet) -> None:
     one, other = fleet.manager(), fleet.manager()
     with one.lock(NAME):
         before = monotonic()
@@ -107,7 +107,7 @@ def test_who_waits_gives_up_after_the_timeout(fleet: Fleet) -> None:
         assert monotonic() - before >= 0.3
 
 
-def test_who_waits_gets_it_when_it_is_released(fleet: Fleet, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_waiting_caller_gets_the_lock_when_it_is_released(fleet: Fleet, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "background.ledger.locks")
     one, other, tokens = fleet.manager(), fleet.manager(), []
     waiting = threading.Thread(target=lambda: tokens.append(token(other, timeout=PATIENCE)))
@@ -161,7 +161,7 @@ class Waiter(Hourly):
         context.raise_if_stopping()
 
 
-def test_a_run_that_is_told_to_stop_no_longer_waits_for_a_lock(fleet: Fleet) -> None:
+def test_a_stopping_run_no_longer_waits_for_a_lock(fleet: Fleet) -> None:
     waiter = type("Waiter", (Waiter,), {"began": threading.Event(), "name": "waiter"})
     one, other = fleet.manager(), fleet.manager(waiter)
     with one.lock(NAME):
@@ -176,7 +176,7 @@ def test_a_run_that_is_told_to_stop_no_longer_waits_for_a_lock(fleet: Fleet) -> 
 # -- not re-entrant --------------------------------------------------------------------------------
 
 
-def test_a_thread_that_asks_for_its_own_lock_is_refused_at_once_and_told(
+def test_a_thread_that_requests_its_own_lock_is_refused_at_once_with_a_warning(
     fleet: Fleet, caplog: pytest.LogCaptureFixture
 ) -> None:
     manager = fleet.manager()
@@ -195,7 +195,7 @@ def test_a_thread_that_asks_for_its_own_lock_is_refused_at_once_and_told(
 
 @on_sqlite
 @pytest.mark.parametrize("name", ["", " ", None, 42, b"invoice", "two\nlines", "null\0", "half\ud800", "x" * 198])
-def test_a_name_that_no_lock_can_have_is_refused(fleet: Fleet, name: Any) -> None:
+def test_an_invalid_name_of_a_lock_is_refused(fleet: Fleet, name: Any) -> None:
     manager = fleet.manager(LOCK_PREFIX="it:")
     with pytest.raises(InvalidLock, match=r"lock.*; expected .*: ") as error:
         manager.lock(name)
@@ -204,7 +204,7 @@ def test_a_name_that_no_lock_can_have_is_refused(fleet: Fleet, name: Any) -> Non
 
 @on_sqlite
 @pytest.mark.parametrize("timeout", [-1, -0.1, math.nan, math.inf, 86_401, True, "2", None, timedelta(seconds=2)])
-def test_a_timeout_that_is_no_number_of_seconds_is_refused(fleet: Fleet, timeout: Any) -> None:
+def test_a_timeout_that_is_not_a_number_of_seconds_is_refused(fleet: Fleet, timeout: Any) -> None:
     manager = fleet.manager()
     with pytest.raises(InvalidLock, match=r"expected a number of seconds") as error:
         manager.lock(NAME, timeout)
@@ -215,7 +215,7 @@ def test_the_longest_name_fits(fleet: Fleet) -> None:
     assert token(fleet.manager(LOCK_PREFIX="it:"), "ü" * 197) == 1
 
 
-def test_two_shops_on_one_database_have_locks_of_their_own_by_a_prefix(fleet: Fleet) -> None:
+def test_a_prefix_separates_the_locks_of_two_shops_on_one_database(fleet: Fleet) -> None:
     one, other = fleet.manager(LOCK_PREFIX="one:"), fleet.manager(LOCK_PREFIX="other:")
     with one.lock(NAME) as lock:
         assert lock.name == NAME
@@ -236,7 +236,7 @@ def test_an_instance_that_leaves_gives_up_the_locks_that_its_threads_still_hold(
             assert not lock.still_held()
 
 
-def test_a_life_whose_lease_is_over_gets_no_lock_until_it_begins_anew(fleet: Fleet) -> None:
+def test_an_instance_whose_lease_is_over_gets_no_lock_until_its_successor_has_joined(fleet: Fleet) -> None:
     slow = {"WORKERS_HEARTBEAT_SECONDS": 100, "WORKERS_LEASE_SECONDS": 600}
     manager = joined(fleet.manager(**slow))
     with manager.lock(NAME) as lock:
@@ -247,7 +247,7 @@ def test_a_life_whose_lease_is_over_gets_no_lock_until_it_begins_anew(fleet: Fle
     assert row(manager).holder is None
 
 
-def test_of_many_who_find_a_dead_holder_one_gets_the_lock(fleet: Fleet) -> None:
+def test_one_of_many_callers_that_find_a_dead_holder_gets_the_lock(fleet: Fleet) -> None:
     managers = [fleet.manager() for _ in range(4)]
     assert token(managers[0]) == 1
     set_row(managers[0], NAME, holder="of a dead one", instance="unheard of")
@@ -263,7 +263,7 @@ def test_of_many_who_find_a_dead_holder_one_gets_the_lock(fleet: Fleet) -> None:
 
 
 @pytest.mark.parametrize("breaks", [False, True], ids=["in time", "called off"])
-def test_a_lock_whose_token_came_again_after_lost_commits_is_left_to_its_holder(fleet: Fleet, breaks: bool) -> None:
+def test_a_lock_whose_token_repeats_after_lost_commits_stays_with_its_holder(fleet: Fleet, breaks: bool) -> None:
     """Have the database forget the last holder between another caller's look at the lock and its acquisition."""
     manager, other = joined(fleet.manager(WORKERS_LEASE_SECONDS=600)), fleet.manager()
     assert [token(manager), token(manager)] == [1, 2]
@@ -294,7 +294,7 @@ def prune(fleet: Fleet) -> None:
     assert fleet.manager(PruneHistoryWorker).trigger("prune_history_worker").state == "succeeded"
 
 
-def test_a_lock_that_was_forgotten_goes_on_above_its_last_token(fleet: Fleet) -> None:
+def test_a_deleted_lock_continues_above_its_last_token(fleet: Fleet) -> None:
     manager, long_ago = fleet.manager(), now(-timedelta(days=15))
     assert [token(manager) for _ in range(3)] == [1, 2, 3]
     assert token(manager, "died") == token(manager, "lately") == 1
@@ -312,7 +312,7 @@ def test_a_lock_that_was_forgotten_goes_on_above_its_last_token(fleet: Fleet) ->
     assert (token(manager, "kept"), token(manager)) == (4, 5)
 
 
-def test_a_lock_that_is_acquired_while_it_is_forgotten_is_not_forgotten_or_goes_on_above(fleet: Fleet) -> None:
+def test_a_lock_acquired_while_it_is_deleted_is_kept_or_continues_above_its_last_token(fleet: Fleet) -> None:
     manager, other, over = joined(fleet.manager()), fleet.manager(), threading.Event()
 
     def forget() -> None:
@@ -354,7 +354,7 @@ def test_a_process_that_has_not_joined_leaves_no_instance_behind_with_each_lock(
 # -- a broken database -----------------------------------------------------------------------------
 
 
-def test_a_database_that_is_broken_is_an_error_and_not_a_lock_that_is_held(
+def test_a_broken_database_is_an_error_and_not_a_held_lock(
     database_url: str,
 ) -> None:
     url = make_url(database_url)
@@ -384,7 +384,9 @@ def far(proxy: Proxy) -> Iterator[BackgroundWorkerManager]:
 
 
 @on_postgresql
-def test_a_restart_of_the_database_since_the_last_lock_is_no_error(proxy: Proxy, far: BackgroundWorkerManager) -> None:
+def test_a_restart_of_the_database_since_the_last_lock_causes_no_error(
+    proxy: Proxy, far: BackgroundWorkerManager
+) -> None:
     alone = make_app(text(proxy.url))
     manager: BackgroundWorkerManager = alone.extensions["background_workers"]
     assert (token(far), token(manager)) == (1, 2)
@@ -398,7 +400,7 @@ def is_acquisition(statement: str) -> bool:
 
 
 @on_postgresql
-def test_a_lock_whose_acquisition_was_not_answered_does_not_stay_held(
+def test_a_lock_whose_acquisition_got_no_reply_does_not_stay_held(
     fleet: Fleet, proxy: Proxy, far: BackgroundWorkerManager
 ) -> None:
     near = fleet.manager()
@@ -420,7 +422,7 @@ def test_a_lock_whose_acquisition_was_not_answered_does_not_stay_held(
     assert far.presence.instance.is_alive
 
 
-def test_an_acquisition_that_arrives_after_it_was_given_up_acquires_nothing(fleet: Fleet) -> None:
+def test_an_acquisition_that_arrives_after_its_caller_gave_up_acquires_nothing(fleet: Fleet) -> None:
     """Break the connection, and have the server execute its last statement a while later."""
     manager, other = joined(fleet.manager(WORKERS_LEASE_SECONDS=600)), fleet.manager()
     assert token(manager) == 1
@@ -441,7 +443,7 @@ def test_an_acquisition_that_arrives_after_it_was_given_up_acquires_nothing(flee
 
 
 @on_postgresql
-def test_a_release_that_fails_masks_nothing_and_is_made_up_for(
+def test_a_failing_release_hides_no_error_and_is_repeated(
     fleet: Fleet, proxy: Proxy, far: BackgroundWorkerManager, caplog: pytest.LogCaptureFixture
 ) -> None:
     near = fleet.manager()

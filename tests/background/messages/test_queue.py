@@ -47,7 +47,7 @@ def all_are(fleet: Fleet, state: str, count: int) -> None:
 # -- enqueueing ------------------------------------------------------------------------------------
 
 
-def test_a_message_is_there_once_the_caller_has_committed_and_not_if_it_or_its_savepoint_rolls_back(
+def test_a_message_exists_once_the_caller_commits_and_not_if_it_or_its_savepoint_rolls_back(
     fleet: Fleet,
 ) -> None:
     manager = fleet.manager(Notes)
@@ -66,7 +66,7 @@ def test_a_message_is_there_once_the_caller_has_committed_and_not_if_it_or_its_s
     assert [row.payload for row in fleet.messages()] == ['"kept"', '"kept too"']
 
 
-def test_a_second_message_with_the_key_of_another_is_not_enqueued_and_that_is_said(fleet: Fleet) -> None:
+def test_a_second_message_with_the_same_key_is_not_enqueued_and_returns_none(fleet: Fleet) -> None:
     class Letters(Notes):
         topic = "letters"
 
@@ -81,7 +81,7 @@ def test_a_second_message_with_the_key_of_another_is_not_enqueued_and_that_is_sa
     assert fleet.enqueue("notes", 5, key="a") == [None]
 
 
-def test_many_are_enqueued_in_their_order_but_for_the_keys_that_are_there(fleet: Fleet) -> None:
+def test_many_messages_are_enqueued_in_order_except_existing_keys(fleet: Fleet) -> None:
     manager = fleet.manager(Notes)
     fleet.enqueue("notes", "first", key="key 7")
     payloads = [{"number": number, "text": "ü\0\n"} for number in range(6_000)]
@@ -105,7 +105,7 @@ def test_enqueueing_costs_the_caller_one_statement_and_no_commit(fleet: Fleet) -
         assert len(seen) <= 3
 
 
-def test_a_handler_is_given_what_was_enqueued(fleet: Fleet) -> None:
+def test_a_handler_gets_the_enqueued_payload(fleet: Fleet) -> None:
     given: list[tuple[Message, WorkerContext, Any]] = []
 
     class Keeper(MessageWorker):
@@ -166,7 +166,7 @@ def cycle() -> Any:
         ("ü" * 131_072, r"The payload is 262,146 bytes"),
     ],
 )
-def test_a_payload_that_is_no_json_is_refused_with_the_path_to_it(
+def test_a_payload_that_is_not_json_is_refused_with_the_path_to_the_value(
     manager: BackgroundWorkerManager, payload: Any, said: str
 ) -> None:
     manager.add(Notes)
@@ -206,7 +206,7 @@ def test_a_wrong_topic_key_or_delay_is_refused_in_a_sentence(
 
 
 @on_sqlite
-def test_there_is_one_key_for_each_of_many_payloads(manager: BackgroundWorkerManager) -> None:
+def test_each_of_many_payloads_needs_one_key(manager: BackgroundWorkerManager) -> None:
     manager.add(Notes)
     with manager.app.app_context(), pytest.raises(InvalidMessage, match="There are 1 keys for 2 payloads"):
         manager.enqueue_many("notes", [1, 2], ["a"])
@@ -214,7 +214,7 @@ def test_there_is_one_key_for_each_of_many_payloads(manager: BackgroundWorkerMan
 
 @on_sqlite
 @pytest.mark.parametrize("single", [{"order": 1}, "order", b"order", 1, None])
-def test_one_payload_or_key_in_the_place_of_many_is_refused(manager: BackgroundWorkerManager, single: Any) -> None:
+def test_a_single_payload_or_key_instead_of_many_is_refused(manager: BackgroundWorkerManager, single: Any) -> None:
     manager.add(Notes)
     with manager.app.app_context():
         with pytest.raises(InvalidMessage, match=r"The payloads of many messages are .*; expected a list"):
@@ -256,7 +256,7 @@ def test_a_message_worker_that_cannot_work_is_refused_in_a_sentence(
 
 
 @on_sqlite
-def test_one_worker_handles_a_topic_and_its_name_is_no_other_workers(manager: BackgroundWorkerManager) -> None:
+def test_one_worker_handles_a_topic_and_its_name_is_unique(manager: BackgroundWorkerManager) -> None:
     manager.add(Hourly)
     manager.add(make(name="one"))
     with pytest.raises(DuplicateWorker, match="There is a worker of the topic 'made' already"):
@@ -281,7 +281,7 @@ def test_messages_are_handled_once_each_in_the_order_in_which_they_were_enqueued
 
 
 @on_postgresql
-def test_a_message_whose_transaction_ends_late_is_handled_after_those_that_were_there_before_it(fleet: Fleet) -> None:
+def test_a_message_whose_transaction_ends_late_is_handled_after_newer_messages(fleet: Fleet) -> None:
     """The message became due before them. A consumer that continues after the last handled id would never see it."""
     manager = fleet.manager(Notes)
     manager.start()
@@ -296,7 +296,7 @@ def test_a_message_whose_transaction_ends_late_is_handled_after_those_that_were_
     assert late.due_at < min(other.due_at for other in others)
 
 
-def test_an_enqueue_wakes_its_own_process_up_without_a_heartbeat(fleet: Fleet) -> None:
+def test_an_enqueue_wakes_its_own_process_without_a_heartbeat(fleet: Fleet) -> None:
     manager = fleet.manager(Notes, WORKERS_HEARTBEAT_SECONDS=MINUTE, WORKERS_LEASE_SECONDS=5 * MINUTE)
     manager.start()
     wait_until(lambda: manager.presence.instance is not None, "the start")
@@ -310,7 +310,9 @@ def test_an_enqueue_wakes_its_own_process_up_without_a_heartbeat(fleet: Fleet) -
     assert early == []
 
 
-def test_what_others_enqueue_is_handled_at_once_on_postgresql_and_at_the_next_heartbeat_on_sqlite(fleet: Fleet) -> None:
+def test_messages_of_other_processes_are_handled_at_once_on_postgresql_and_at_the_next_heartbeat_on_sqlite(
+    fleet: Fleet,
+) -> None:
     is_told = fleet.engine.dialect.name == "postgresql"
     manager = fleet.manager(
         Notes, WORKERS_HEARTBEAT_SECONDS=MINUTE if is_told else 0.5, WORKERS_LEASE_SECONDS=5 * MINUTE
@@ -324,7 +326,7 @@ def test_what_others_enqueue_is_handled_at_once_on_postgresql_and_at_the_next_he
 
 
 @on_postgresql
-def test_others_are_told_of_what_is_due_and_not_of_what_is_delayed(fleet: Fleet) -> None:
+def test_other_processes_are_notified_of_due_messages_and_not_of_delayed_ones(fleet: Fleet) -> None:
     manager = fleet.manager(Notes)
     with manager.stores.connections.listening() as connection:
         connection.execute(f"LISTEN {CHANNEL}")
@@ -352,7 +354,7 @@ def test_many_instances_share_the_messages_and_none_is_handled_twice(fleet: Flee
     assert sorted(fleet.keys()) == sorted(f"notes:{row.id}" for row in fleet.messages())
 
 
-def test_an_async_handler_and_one_of_batches_are_handlers_too(fleet: Fleet) -> None:
+def test_async_handlers_and_batch_handlers_work(fleet: Fleet) -> None:
     class Async(Notes):
         async def handle(self, message: Message, context: WorkerContext) -> None:
             effect(context, message.payload)
@@ -395,7 +397,7 @@ class Failing(Notes):
             raise ValueError(f"cannot do {message.payload}, attempt {message.attempt}")
 
 
-def test_a_message_that_fails_is_tried_again_and_buried_with_every_error_while_its_neighbours_are_done(
+def test_a_failing_message_is_retried_and_buried_with_every_error_while_its_neighbours_are_done(
     fleet: Fleet, caplog: pytest.LogCaptureFixture
 ) -> None:
     manager = fleet.manager(Failing)
@@ -458,7 +460,7 @@ def remove_session(_context: WorkerContext) -> None:
 
 
 @pytest.mark.parametrize("deed", [roll_back, remove_session])
-def test_whatever_a_handler_does_with_its_session_the_effects_of_its_neighbours_are_kept_once(
+def test_whatever_a_handler_does_with_its_session_its_neighbours_effects_are_kept_once(
     fleet: Fleet, deed: Misdeed
 ) -> None:
     class Daring(Notes):
@@ -475,7 +477,7 @@ def test_whatever_a_handler_does_with_its_session_the_effects_of_its_neighbours_
     assert fleet.errors() == []
 
 
-def test_of_a_batch_that_is_stopped_the_handled_ones_are_kept_and_the_rest_is_handed_back_untried(
+def test_a_stopped_batch_keeps_its_handled_messages_and_hands_the_rest_back_untried(
     fleet: Fleet,
 ) -> None:
     reached, told = threading.Event(), threading.Event()
@@ -516,7 +518,7 @@ def test_an_idle_instance_with_delayed_messages_is_one_statement_per_heartbeat(f
     assert states(fleet) == ["waiting"]
 
 
-def test_a_process_that_runs_some_workers_only_enqueues_for_the_others_too(fleet: Fleet) -> None:
+def test_a_process_with_some_workers_can_enqueue_for_all_topics(fleet: Fleet) -> None:
     class Forwarding(Notes):
         def handle(self, message: Message, context: WorkerContext) -> None:
             current_workers.enqueue("letters", message.payload)

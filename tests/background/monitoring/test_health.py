@@ -83,7 +83,7 @@ def manager_of(app: Flask) -> BackgroundWorkerManager:
 # -- the response -----------------------------------------------------------------------------
 
 
-def test_a_process_that_runs_no_workers_is_alive_and_ready_by_its_own_merits(app: Flask, client: FlaskClient) -> None:
+def test_a_process_without_workers_is_judged_alive_and_ready_without_them(app: Flask, client: FlaskClient) -> None:
     alive = client.get("/health/live")
     assert (alive.status_code, alive.json["status"]) == (200, "alive")
     assert alive.json["checks"] == {
@@ -107,7 +107,7 @@ def test_a_process_that_runs_no_workers_is_alive_and_ready_by_its_own_merits(app
         assert response.headers["Cache-Control"] == "no-store"
 
 
-def test_an_answer_contains_no_name_and_no_explanation(fleet: Fleet, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_response_contains_no_name_and_no_explanation(fleet: Fleet, caplog: pytest.LogCaptureFixture) -> None:
     app = fleet.app(Hourly)
     with caplog.at_level(logging.INFO):
         overdue(fleet, app)
@@ -135,7 +135,7 @@ def overdue(fleet: Fleet, app: Flask, name: str = "hourly", **more: Any) -> None
     fleet.set(name, **{"scheduled_at": day_ago - HOUR, "mark": day_ago} | more)
 
 
-def test_a_worker_is_overdue_once_a_tick_waits_and_two_more_have_come(fleet: Fleet) -> None:
+def test_a_worker_is_overdue_once_a_tick_waits_and_two_more_have_passed(fleet: Fleet) -> None:
     app = fleet.app(Daily)
     midnight = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
     overdue(fleet, app, "daily", scheduled_at=midnight - 10 * DAY)
@@ -155,7 +155,7 @@ def statuses(manager: BackgroundWorkerManager) -> list[status.WorkerStatus]:
 
 
 @pytest.mark.parametrize("ahead", [timedelta(minutes=1), HOUR, 400 * DAY], ids=str)
-def test_a_worker_is_overdue_although_a_clock_that_was_ahead_decided_its_ticks(fleet: Fleet, ahead: timedelta) -> None:
+def test_a_worker_is_overdue_even_if_a_clock_ahead_decided_its_ticks(fleet: Fleet, ahead: timedelta) -> None:
     app = fleet.app(Hourly)
     overdue(fleet, app, mark=datetime.now(UTC) + ahead)
     assert failed(app) == ["workers"]
@@ -201,7 +201,7 @@ def test_a_running_worker_is_overdue_only_if_no_instance_is_left_to_run_it(fleet
     lasting.go_on.set()
 
 
-def test_what_fell_while_nothing_was_up_is_not_waited_for_where_it_is_not_caught_up(fleet: Fleet) -> None:
+def test_a_tick_without_an_instance_is_not_overdue_without_catch_up(fleet: Fleet) -> None:
     app = fleet.app(CatchesNothingUp)
     overdue(fleet, app, "catches_nothing_up")
     assert failed(app) == ["workers"]  # no instance is up to run the next tick
@@ -209,7 +209,7 @@ def test_what_fell_while_nothing_was_up_is_not_waited_for_where_it_is_not_caught
     wait_until(lambda: failed(app) == [], "the other instance's start")
 
 
-def test_a_web_whose_workers_run_elsewhere_says_that_they_are_overdue_and_stays_ready(fleet: Fleet) -> None:
+def test_a_web_process_whose_workers_run_elsewhere_reports_them_overdue_and_stays_ready(fleet: Fleet) -> None:
     app = fleet.app(Hourly, WORKERS_ENABLED=False)
     overdue(fleet, app)
     manager_of(app).serve()
@@ -220,7 +220,7 @@ def test_a_web_whose_workers_run_elsewhere_says_that_they_are_overdue_and_stays_
     assert checks["heartbeat"] == {"ok": True, "here": False}
 
 
-def test_the_workers_are_one_read_and_a_cron_is_reckoned_once_per_tick(fleet: Fleet) -> None:
+def test_the_workers_are_one_read_and_a_cron_is_computed_once_per_tick(fleet: Fleet) -> None:
     def worker(number: int) -> type[PeriodicWorker]:
         return type(f"Cron{number}", (Hourly,), {"period": None, "cron": "0 3 * * *"})
 
@@ -282,7 +282,7 @@ def test_a_process_whose_scheduler_or_heartbeat_thread_died_is_not_alive(
 
 
 @on_sqlite
-def test_a_process_that_is_told_to_stop_is_alive_until_it_has_stopped(member: Flask) -> None:
+def test_a_stopping_process_is_alive_until_it_has_stopped(member: Flask) -> None:
     manager_of(member).tell()
     assert live(member)[0] == 200
 
@@ -290,7 +290,7 @@ def test_a_process_that_is_told_to_stop_is_alive_until_it_has_stopped(member: Fl
 # -- the database ----------------------------------------------------------------------------------
 
 
-def test_those_who_ask_while_the_database_hangs_share_one_question_and_not_for_ever(
+def test_probes_during_a_hanging_database_share_one_query_for_a_limited_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked, go_on = [], threading.Event()
@@ -329,7 +329,7 @@ def proxy(postgresql_url: str) -> Iterator[Proxy]:
     proxy.close()
 
 
-def test_ready_turns_with_the_database_and_a_hanging_one_does_not_hang_the_probe(
+def test_ready_follows_the_database_and_a_hanging_database_does_not_hang_the_probe(
     proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(HEALTH, "_ANSWER_SECONDS", 0.3)
@@ -356,7 +356,7 @@ def test_ready_turns_with_the_database_and_a_hanging_one_does_not_hang_the_probe
         stop(app)
 
 
-def test_ready_does_not_fail_for_connections_that_a_restart_of_the_database_left_dead(
+def test_ready_does_not_fail_for_connections_that_a_restart_of_the_database_ended(
     proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(HEALTH, "_ANSWER_SECONDS", PATIENCE)
@@ -378,7 +378,7 @@ def test_a_database_without_a_schema_is_not_ready(empty_database_url: str) -> No
     stop(app)
 
 
-def test_a_probe_makes_no_database_file_where_there_is_none(tmp_path: Path) -> None:
+def test_a_probe_makes_no_missing_database_file(tmp_path: Path) -> None:
     app = make_app(f"sqlite:///{tmp_path}/none.sqlite")
     assert failed(app) == ["database", "migrations", "workers"]
     assert app.test_client().get("/metrics").status_code == 200

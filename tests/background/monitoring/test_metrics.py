@@ -136,7 +136,7 @@ def test_a_worker_is_running_or_paused_or_overdue(fleet: Fleet) -> None:
     assert gauges() == [1, 1, 0, None]
 
 
-def test_the_living_and_their_clocks_are_named_and_the_others_are_not(fleet: Fleet) -> None:
+def test_only_living_instances_and_their_clocks_are_listed(fleet: Fleet) -> None:
     app = fleet.app(Hourly)
     now = datetime.now(UTC)
     each = {"pid": 1, "started_at": now, "heartbeat_at": now, "expires_at": now + HOUR}
@@ -155,7 +155,7 @@ def test_the_living_and_their_clocks_are_named_and_the_others_are_not(fleet: Fle
     assert samples.value("background_clock_offset_seconds", process="b:1") == -0.5
 
 
-def test_messages_are_counted_while_they_are_open_and_the_oldest_is_timed(fleet: Fleet) -> None:
+def test_open_messages_are_counted_and_the_oldest_is_timed(fleet: Fleet) -> None:
     app = fleet.app(Letters)
     fleet.enqueue("letters", 1, 2, 3, 4, 5)
     fleet.enqueue("letters", 6, delay=HOUR)
@@ -254,7 +254,7 @@ def test_requests_are_counted_by_rule_and_never_by_an_invented_path(app: Flask, 
 
 
 @on_sqlite
-def test_a_request_that_fails_or_is_refused_before_its_view_is_counted_too(database_url: str) -> None:
+def test_a_request_that_fails_or_is_refused_before_its_view_is_also_counted(database_url: str) -> None:
     app = make_app(database_url, TESTING=False)
     app.add_url_rule("/fails", "fails", lambda: 1 / 0)
     app.add_url_rule("/refuses", "refuses", lambda: "never")
@@ -297,7 +297,7 @@ def test_two_apps_of_one_process_count_their_own_requests(database_url: str) -> 
 
 
 @on_sqlite
-def test_with_a_token_only_who_brings_it_may_scrape(app: Flask, client: FlaskClient) -> None:
+def test_with_a_token_only_a_scrape_that_sends_it_is_allowed(app: Flask, client: FlaskClient) -> None:
     assert client.get("/metrics").status_code == 200
     app.config["METRICS_TOKEN"] = "s3cret"
     wrong = (
@@ -359,7 +359,7 @@ def test_the_alerts_are_as_promtool_expects(arguments: str) -> None:
 
 
 @on_sqlite
-def test_every_figure_that_an_alert_is_about_is_in_a_scrape(fleet: Fleet) -> None:
+def test_every_metric_of_an_alert_is_in_a_scrape(fleet: Fleet) -> None:
     app = fleet.app(Hourly, Letters)
     manager_of(app).start()
     wait_until(lambda: "succeeded" in fleet.states(), "the first run")

@@ -41,7 +41,7 @@ def database(request: pytest.FixtureRequest) -> tuple[str, Away]:
     return text(server.database()), lambda: stopped(server)
 
 
-def test_a_host_application_has_its_own_look_or_none(
+def test_a_host_application_keeps_its_own_error_page(
     database: tuple[str, Away], tmp_path_factory: pytest.TempPathFactory, caplog: pytest.LogCaptureFixture
 ) -> None:
     url, away = database
@@ -87,7 +87,7 @@ def host(url: str, folder: Path, own_look: bool) -> tuple[Flask, SQLAlchemy]:
     return app, own_db
 
 
-def test_what_the_database_did_answer_is_an_error_as_before(app: Flask, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_error_that_the_database_reports_stays_an_error(app: Flask, caplog: pytest.LogCaptureFixture) -> None:
     app.testing = False
     app.add_url_rule("/wrong", view_func=lambda: str(db.session.execute(db.text("SELECT 1 FROM nowhere"))))
     response = app.test_client().get("/wrong")
@@ -96,7 +96,7 @@ def test_what_the_database_did_answer_is_an_error_as_before(app: Flask, caplog: 
     assert "Traceback" in caplog.text
 
 
-def test_a_pool_that_has_no_connection_left_is_a_database_that_is_away(app: Flask) -> None:
+def test_an_exhausted_pool_counts_as_a_database_that_is_away(app: Flask) -> None:
     def use_up() -> str:
         raise PoolTimeout("QueuePool limit of size 5 overflow 10 reached")
 

@@ -47,7 +47,7 @@ def test_no_run_begins_before_its_tick(fleet: Fleet) -> None:
     assert all(execution.started_at >= execution.tick for execution in fleet.executions() if execution.started_at)
 
 
-def test_on_a_fresh_database_a_worker_that_asks_for_it_runs_at_once(fleet: Fleet) -> None:
+def test_on_a_new_database_a_worker_with_run_on_first_start_runs_at_once(fleet: Fleet) -> None:
     fleet.manager(Hourly).start()
     wait_until(lambda: fleet.states() == ["succeeded"], "the first run")
 
@@ -91,7 +91,7 @@ def test_a_disabled_worker_is_not_woken_but_runs_by_hand(fleet: Fleet) -> None:
     assert manager.trigger("off").state == "succeeded"
 
 
-def test_a_lost_tick_is_left_to_the_releases_that_do_not_disable_the_worker(fleet: Fleet) -> None:
+def test_a_lost_tick_is_left_to_releases_that_enable_the_worker(fleet: Fleet) -> None:
     class Off(Quick):
         enabled = False
 
@@ -166,7 +166,7 @@ def fleet_rows(fleet: Fleet) -> set[str]:
         return set(connection.scalars(select(tables.workers.c.name)))
 
 
-def test_a_worker_whose_row_is_gone_goes_on(fleet: Fleet) -> None:
+def test_a_worker_whose_row_was_deleted_goes_on(fleet: Fleet) -> None:
     """Delete the row, as a user or the restore of an older backup may do."""
     fleet.manager(Quick).start()
     wait_until(lambda: ticks(fleet, "quick"), "the first run")
@@ -176,7 +176,7 @@ def test_a_worker_whose_row_is_gone_goes_on(fleet: Fleet) -> None:
     wait_until(lambda: len(ticks(fleet, "quick")) >= 3, "the third run after that")
 
 
-def test_a_worker_whose_row_alone_is_gone_repeats_no_tick_and_runs_the_next_one(fleet: Fleet) -> None:
+def test_a_worker_with_only_its_own_row_deleted_repeats_no_tick_and_runs_the_next_tick(fleet: Fleet) -> None:
     """Check that its history shows the decided ticks and the used tokens."""
     manager, tick = fleet.manager(Hourly), last_hour()
     for number in (2, 1):
@@ -188,7 +188,7 @@ def test_a_worker_whose_row_alone_is_gone_repeats_no_tick_and_runs_the_next_one(
     assert fleet.states() == ["succeeded"] * 3
 
 
-def test_an_instance_outlives_an_error_that_is_not_the_databases(fleet: Fleet) -> None:
+def test_an_instance_survives_an_error_that_is_not_the_databases(fleet: Fleet) -> None:
     """Check, for example, a time that a user wrote in another format."""
     manager = fleet.manager(Quick, WORKERS_LEASE_SECONDS=PATIENCE)
     beat, failures = manager.stores.leases.beat, []
@@ -238,7 +238,7 @@ def test_a_tick_whose_claim_fails_with_an_unexpected_error_is_claimed_again(
     assert "Traceback" in caplog.text
 
 
-def test_a_tick_that_was_fired_by_a_wrong_clock_is_fired_again(fleet: Fleet) -> None:
+def test_a_tick_fired_by_a_wrong_clock_is_fired_again(fleet: Fleet) -> None:
     supervisor, tick = joined(fleet)
     schedule = supervisor._recovery.look(Rarely).schedule_text
     supervisor.timers._fire("rarely", tick, schedule)  # as a host clock that was set ahead does
@@ -255,7 +255,7 @@ def test_a_tick_that_was_fired_by_a_wrong_clock_is_fired_again(fleet: Fleet) -> 
     wait_until(is_armed, "the tick is waited for again")
 
 
-def test_a_host_that_slept_sees_what_is_due_with_its_next_heartbeat(
+def test_a_host_that_slept_finds_due_ticks_with_its_next_heartbeat(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     supervisor, tick = joined(fleet)
@@ -300,7 +300,7 @@ def test_a_lost_tick_runs_again_after_a_pause(fleet: Fleet) -> None:
 
 
 @on_postgresql
-def test_a_row_that_a_frozen_process_holds_does_not_use_up_the_threads(fleet: Fleet) -> None:
+def test_a_row_locked_by_a_frozen_process_does_not_use_up_the_threads(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly, Quick, WORKERS_THREADS=2)
     manager.recovery.look(Hourly)
     manager.stores.ledger.claim("hourly", last_hour(), "every 3600s", ("ghost", "elsewhere:1"))
@@ -312,7 +312,7 @@ def test_a_row_that_a_frozen_process_holds_does_not_use_up_the_threads(fleet: Fl
     wait_until(lambda: fleet.states("hourly") == ["lost", "succeeded"], "the taking over")
 
 
-def test_two_releases_with_different_periods_run_no_tick_twice_and_follow_the_newest(fleet: Fleet) -> None:
+def test_two_releases_with_different_periods_run_no_tick_twice_and_follow_the_newest_release(fleet: Fleet) -> None:
     old = type("Changing", (Hourly,), {"period": timedelta(seconds=0.3)})
     new = type("Changing", (Hourly,), {"period": timedelta(seconds=0.5)})
     fleet.manager(old).start()
@@ -329,7 +329,7 @@ def test_two_releases_with_different_periods_run_no_tick_twice_and_follow_the_ne
     assert len(keys) == len(set(keys))
 
 
-def test_when_the_release_that_came_last_has_left_the_one_that_stays_has_the_last_word(fleet: Fleet) -> None:
+def test_after_the_newest_release_has_left_the_remaining_release_sets_the_schedule(fleet: Fleet) -> None:
     """Restart a process of the old release in the middle of a deploy, and stop it at the end."""
     old = type("Changing", (Hourly,), {"period": timedelta(seconds=0.3)})
     new = type("Changing", (Hourly,), {"period": timedelta(seconds=0.5)})
@@ -344,7 +344,7 @@ def test_when_the_release_that_came_last_has_left_the_one_that_stays_has_the_las
     assert len(keys) == len(set(keys))
 
 
-def test_a_schedule_set_by_hand_outlives_a_release_with_another_schedule(fleet: Fleet) -> None:
+def test_a_schedule_set_by_a_user_survives_a_release_with_another_schedule(fleet: Fleet) -> None:
     old = fleet.manager(type("Changing", (Hourly,), {"period": 2 * HOUR}))
     old.recovery.look(old.workers["changing"])
     assert old.reschedule("changing", period=3 * HOUR)
@@ -356,7 +356,7 @@ def test_a_schedule_set_by_hand_outlives_a_release_with_another_schedule(fleet: 
     assert fleet.row("changing").schedule == "every 14400s"
 
 
-def test_a_tick_and_a_start_at_once_run_it_once(fleet: Fleet) -> None:
+def test_a_tick_and_a_start_at_the_same_time_run_it_once(fleet: Fleet) -> None:
     managers = [fleet.manager(Hourly) for _ in range(3)]
     in_threads(*[manager.start for manager in managers[:2]], lambda: managers[2].tick("hourly", last_hour()))
     wait_until(lambda: "succeeded" in fleet.states(), "the run")
@@ -387,7 +387,7 @@ def test_a_manual_run_does_not_take_the_tick_of_a_started_instance_away(fleet: F
     assert [execution.trigger for execution in fleet.executions()] == ["manual", "schedule"]
 
 
-def test_started_and_stopped_at_once_nothing_stays_behind(fleet: Fleet) -> None:
+def test_a_start_and_an_immediate_stop_leave_nothing_behind(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
     for _ in range(5):
         manager.start()
@@ -399,7 +399,7 @@ def test_started_and_stopped_at_once_nothing_stays_behind(fleet: Fleet) -> None:
         assert connection.scalars(alive).all() == []
 
 
-def test_a_stop_tells_the_runs_first_and_waits_for_them(fleet: Fleet) -> None:
+def test_a_stop_requests_the_end_of_the_runs_and_waits_for_them(fleet: Fleet) -> None:
     working = threading.Event()
 
     class Stoppable(Hourly):
@@ -429,7 +429,7 @@ def test_a_stopped_manager_starts_again(fleet: Fleet) -> None:
     assert [row.trigger for row in fleet.executions()[count:]] == ["schedule"] * bool(owed) + ["manual"]
 
 
-def test_a_tick_that_is_due_when_another_schedule_comes_into_force_is_still_run(
+def test_a_tick_that_is_due_when_another_schedule_comes_into_force_still_runs(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Spread(Hourly):
@@ -450,7 +450,7 @@ def test_a_tick_that_is_due_when_another_schedule_comes_into_force_is_still_run(
 # -- asking for a run ------------------------------------------------------------------------------
 
 
-def test_a_requested_run_is_done_by_an_instance_of_the_fleet_and_takes_no_tick_away(fleet: Fleet) -> None:
+def test_an_instance_of_the_fleet_does_a_requested_run_and_no_tick_is_lost(fleet: Fleet) -> None:
     fleet.manager(Hourly).start()
     wait_until(lambda: fleet.states() == ["succeeded"], "the catching up")
     asking = fleet.manager(Hourly)
@@ -470,13 +470,13 @@ def test_a_second_request_is_refused_until_the_first_has_ended(fleet: Fleet) -> 
     wait_until(lambda: len(fleet.keys()) == 3, "the third run")
 
 
-def test_of_many_requests_at_once_one_is_granted(fleet: Fleet) -> None:
+def test_one_of_many_simultaneous_requests_is_granted(fleet: Fleet) -> None:
     managers = [fleet.manager(Hourly) for _ in range(4)]
     managers[0].recovery.look(Hourly)
     assert sorted(in_threads(*[partial(each.request, "hourly") for each in managers])) == [False, False, False, True]
 
 
-def test_a_pause_holds_a_requested_run_up_neither_before_nor_after_it_was_handed_back(fleet: Fleet) -> None:
+def test_a_pause_delays_a_requested_run_neither_before_nor_after_it_was_handed_back(fleet: Fleet) -> None:
     ran: list[int] = []
 
     class HandedBackOnce(Hourly):
@@ -498,7 +498,7 @@ def test_a_pause_holds_a_requested_run_up_neither_before_nor_after_it_was_handed
     assert {row.trigger for row in fleet.executions()} == {"manual"}
 
 
-def test_a_requested_run_whose_instance_died_is_run_again(fleet: Fleet) -> None:
+def test_a_requested_run_whose_instance_died_runs_again(fleet: Fleet) -> None:
     class Reluctant(Hourly):
         catch_up = False
         run_on_first_start = False
@@ -527,7 +527,7 @@ def test_a_request_for_an_unknown_worker_is_refused(fleet: Fleet) -> None:
 # -- its parts -------------------------------------------------------------------------------------
 
 
-def test_threads_that_come_at_once_are_given_the_same_connections() -> None:
+def test_threads_get_the_same_connections() -> None:
     class Slow:
         @made_once
         def connections(self) -> object:
@@ -555,7 +555,7 @@ class Seldom(Hourly):
 
 
 @pytest.mark.parametrize("worker", [Yearly, Seldom])
-def test_a_new_worker_runs_no_tick_from_before_it_was_registered(fleet: Fleet, worker: type[Hourly]) -> None:
+def test_a_new_worker_runs_no_tick_from_before_its_registration(fleet: Fleet, worker: type[Hourly]) -> None:
     first, second = fleet.manager(worker, Quick), fleet.manager(worker, Quick)
     for manager in (first, second):
         manager.start()
@@ -585,7 +585,7 @@ def test_a_new_worker_begins_with_a_past_tick_that_the_caller_names(fleet: Fleet
     assert fleet.states() == ["succeeded"]
 
 
-def test_a_new_worker_runs_its_first_tick_after_it_was_registered(fleet: Fleet) -> None:
+def test_a_new_worker_runs_its_first_tick_after_its_registration(fleet: Fleet) -> None:
     class Brief(Quick):
         period = timedelta(seconds=1)
         run_on_first_start = False
@@ -597,7 +597,7 @@ def test_a_new_worker_runs_its_first_tick_after_it_was_registered(fleet: Fleet) 
     assert ticks(fleet, "brief")[0] == state.schedule.next(state.scheduled_at)
 
 
-def test_a_worker_that_is_known_makes_up_for_the_tick_that_an_outage_missed(fleet: Fleet) -> None:
+def test_a_known_worker_catches_up_with_a_tick_after_an_outage(fleet: Fleet) -> None:
     fleet.manager(Yearly).recovery.look(Yearly)
     tick = datetime(2026, 1, 1, 9, tzinfo=UTC)
     fleet.set("yearly", scheduled_at=tick - timedelta(days=1), mark=tick.replace(year=2025))
@@ -605,7 +605,7 @@ def test_a_worker_that_is_known_makes_up_for_the_tick_that_an_outage_missed(flee
     wait_until(lambda: ticks(fleet, "yearly") == [tick], "the tick that fell while nothing was up")
 
 
-def test_a_worker_that_asks_for_it_begins_with_its_latest_tick_and_even_without_catch_up(fleet: Fleet) -> None:
+def test_a_worker_with_run_on_first_start_begins_with_its_latest_tick_even_without_catch_up(fleet: Fleet) -> None:
     class Keen(Yearly):
         run_on_first_start = True
         catch_up = False

@@ -90,7 +90,7 @@ class Amnesiac(Hourly):
 
 
 @pytest.mark.parametrize("how", ["commit", "finish", "fail", "hand back", "swallow"])
-def test_a_run_whose_token_came_again_after_lost_commits_leaves_the_next_one_alone(fleet: Fleet, how: str) -> None:
+def test_a_run_whose_token_repeats_after_lost_commits_leaves_the_next_run_alone(fleet: Fleet, how: str) -> None:
     class Forgotten(Amnesiac):
         name = "hourly"
 
@@ -118,7 +118,7 @@ def test_a_run_whose_token_came_again_after_lost_commits_leaves_the_next_one_alo
     assert other.stores.ledger.end(repeated[0], "failed", "of its own")
 
 
-def test_a_tick_whose_claim_the_database_forgot_gets_a_row_and_runs_again(
+def test_a_tick_whose_claim_the_database_lost_gets_a_row_and_runs_again(
     fleet: Fleet, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Forgotten(Amnesiac):
@@ -146,7 +146,7 @@ def test_a_tick_whose_claim_the_database_forgot_gets_a_row_and_runs_again(
     assert fleet.effects() == ["again"]
 
 
-def test_a_batch_that_the_database_forgot_acknowledges_nothing_of_the_next_one(fleet: Fleet) -> None:
+def test_a_batch_that_the_database_lost_acknowledges_nothing_of_the_next_batch(fleet: Fleet) -> None:
     class Notes(MessageWorker):
         topic = "notes"
 
@@ -167,7 +167,7 @@ def test_a_batch_that_the_database_forgot_acknowledges_nothing_of_the_next_one(f
     assert [message.id for message in queue.left(second)] == second.ids
 
 
-def test_an_ending_leaves_an_execution_alone_that_is_not_its_own(fleet: Fleet) -> None:
+def test_ending_a_claim_leaves_another_claims_execution_alone(fleet: Fleet) -> None:
     """Give the execution's number and token to another claim, as restoring one table does."""
     manager = fleet.manager(Hourly)
     claim = claimed(manager, last_hour())
@@ -179,7 +179,7 @@ def test_an_ending_leaves_an_execution_alone_that_is_not_its_own(fleet: Fleet) -
     ]
 
 
-def test_a_token_that_was_lowered_goes_on_above_the_history(fleet: Fleet) -> None:
+def test_a_lowered_token_continues_above_the_history(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
     assert manager.tick("hourly", last_hour()).claim.token == 1
     assert manager.trigger("hourly").claim.token == 2
@@ -190,7 +190,7 @@ def test_a_token_that_was_lowered_goes_on_above_the_history(fleet: Fleet) -> Non
 
 
 @on_postgresql
-def test_a_claim_by_a_release_that_knows_no_ids_is_shown_taken_back_and_run_again(fleet: Fleet) -> None:
+def test_a_claim_of_a_release_without_ids_is_shown_recovered_and_run_again(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
     claim = claimed(manager, last_hour())
     assert manager.stores.ledger.end(claim, "failed")
@@ -251,7 +251,7 @@ AGAIN = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_rows_changed_by_hand_heal_with_a_line_and_a_row_and_every_page_works_meanwhile(
+def test_rows_edited_by_a_user_heal_with_a_log_line_and_a_row_and_every_page_works_meanwhile(
     fleet: Fleet, damage: Callable[..., None], client: FlaskClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     manager: BackgroundWorkerManager = client.application.extensions["background_workers"]
@@ -329,7 +329,7 @@ def test_a_run_whose_execution_is_deleted_goes_on_and_has_a_row_in_the_end(
     assert "was gone. It is written anew" in caplog.text
 
 
-def test_a_run_whose_workers_row_is_deleted_keeps_its_claim_by_the_row_that_comes_anew(
+def test_a_run_whose_workers_row_is_deleted_keeps_its_claim_in_the_new_row(
     fleet: Fleet, caplog: pytest.LogCaptureFixture
 ) -> None:
     with in_mid_run(fleet):
@@ -372,7 +372,7 @@ def is_there(fleet: Fleet) -> bool:
         return connection.execute(select(tables.workers)).first() is not None
 
 
-def test_a_stray_execution_is_not_run_again_where_anything_was_claimed_since(fleet: Fleet) -> None:
+def test_a_stray_execution_does_not_run_again_after_a_later_claim(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
     claimed(manager, last_hour() - HOUR)
     fleet.set("hourly", running=None)
@@ -386,7 +386,7 @@ def test_a_stray_execution_is_not_run_again_where_anything_was_claimed_since(fle
     ]
 
 
-def test_a_tick_that_was_handed_back_is_run_again_though_its_workers_row_is_deleted(fleet: Fleet) -> None:
+def test_a_tick_that_was_handed_back_runs_again_even_if_its_workers_row_is_deleted(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
     claim = claimed(manager, last_hour())
     assert manager.stores.ledger.end(claim, "handed back", next_attempt=1)
@@ -397,7 +397,7 @@ def test_a_tick_that_was_handed_back_is_run_again_though_its_workers_row_is_dele
 
 
 @on_postgresql
-def test_a_worker_whose_row_another_instance_makes_first_is_not_taken_for_one_that_was_deleted(
+def test_a_row_that_another_instance_makes_first_does_not_count_as_deleted(
     fleet: Fleet, caplog: pytest.LogCaptureFixture
 ) -> None:
     first, second = fleet.manager(Hourly), fleet.manager(Hourly)

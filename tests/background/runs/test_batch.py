@@ -107,7 +107,7 @@ def test_whatever_a_handler_raises_buries_its_own_message_only(
     assert fleet.effects()[-1] == "the next"
 
 
-def test_where_a_batch_fails_that_is_handled_at_once_its_good_messages_are_handled_alone(fleet: Fleet) -> None:
+def test_if_a_whole_batch_fails_its_good_messages_are_handled_one_by_one(fleet: Fleet) -> None:
     class Many(MessageWorker):
         topic = "notes"
         batch_size, max_attempts, backoff = 10, 2, timedelta()
@@ -130,7 +130,7 @@ def test_where_a_batch_fails_that_is_handled_at_once_its_good_messages_are_handl
     assert sorted(Many.sizes) == [1] * 22 + [10] * 3
 
 
-def test_where_there_is_one_attempt_the_first_failure_buries(fleet: Fleet) -> None:
+def test_with_one_attempt_the_first_failure_buries_a_message(fleet: Fleet) -> None:
     class Once(Notes):
         max_attempts = 1
 
@@ -255,7 +255,7 @@ def test_whatever_a_handler_does_to_its_session_its_neighbours_are_handled_once(
 
 
 @on_postgresql
-def test_effects_in_a_context_of_the_handlers_own_are_committed_apart_and_the_neighbours_once(fleet: Fleet) -> None:
+def test_effects_in_a_handlers_own_context_are_committed_separately_and_its_neighbours_once(fleet: Fleet) -> None:
     class Apart(Notes):
         def handle(self, message: Message, context: WorkerContext) -> None:
             if message.payload == "apart":
@@ -275,7 +275,7 @@ def test_effects_in_a_context_of_the_handlers_own_are_committed_apart_and_the_ne
 # -- enqueueing in a handler -------------------------------------------------------------------------
 
 
-def test_what_a_handler_enqueues_is_there_once_its_message_is_done_and_never_twice(fleet: Fleet) -> None:
+def test_messages_that_a_handler_enqueues_exist_once_its_message_is_done_and_never_twice(fleet: Fleet) -> None:
     class Chain(Notes):
         """Each message enqueues the next message. Every third fails at its first attempt, after the enqueue."""
 
@@ -295,7 +295,7 @@ def test_what_a_handler_enqueues_is_there_once_its_message_is_done_and_never_twi
     assert states(fleet) == ["done"] * 50
 
 
-def test_what_a_periodic_worker_enqueues_is_fenced_with_its_run(fleet: Fleet) -> None:
+def test_messages_that_a_periodic_worker_enqueues_are_fenced_with_its_run(fleet: Fleet) -> None:
     began, go_on = threading.Event(), threading.Event()
 
     class Sender(Hourly):
@@ -321,7 +321,7 @@ def test_what_a_periodic_worker_enqueues_is_fenced_with_its_run(fleet: Fleet) ->
 
 
 @pytest.mark.parametrize("taken", [["one", "two", "three"], ["two"]])
-def test_of_a_batch_that_others_took_a_message_of_nothing_is_committed_and_all_is_handled_once(
+def test_a_batch_that_lost_a_message_commits_nothing_and_every_message_is_handled_once(
     fleet: Fleet, caplog: pytest.LogCaptureFixture, taken: list[str]
 ) -> None:
     """Have a living instance, which trusts its claim, lose a message in the database only."""
@@ -353,7 +353,7 @@ def test_of_a_batch_that_others_took_a_message_of_nothing_is_committed_and_all_i
 # -- the handler's batches ------------------------------------------------------------------------------
 
 
-def test_a_big_payload_and_one_with_any_character_arrive_as_they_were(fleet: Fleet) -> None:
+def test_a_big_payload_and_any_character_arrive_unchanged(fleet: Fleet) -> None:
     given: list[Any] = []
 
     class Reader(Notes):
@@ -379,7 +379,7 @@ def test_a_big_payload_and_one_with_any_character_arrive_as_they_were(fleet: Fle
     assert given == payloads * 2
 
 
-def test_an_instance_handles_as_many_batches_at_a_time_as_it_may(fleet: Fleet) -> None:
+def test_an_instance_handles_as_many_batches_at_a_time_as_its_concurrency(fleet: Fleet) -> None:
     together = threading.Barrier(4)
 
     class Four(Notes):
@@ -397,7 +397,7 @@ def test_an_instance_handles_as_many_batches_at_a_time_as_it_may(fleet: Fleet) -
     assert fleet.errors() == []
 
 
-def test_a_worker_that_is_added_after_the_start_handles_what_waits_and_one_that_is_removed_nothing_more(
+def test_an_added_worker_handles_waiting_messages_and_a_removed_worker_handles_no_more(
     fleet: Fleet,
 ) -> None:
     removed = threading.Event()
@@ -425,7 +425,7 @@ def test_a_worker_that_is_added_after_the_start_handles_what_waits_and_one_that_
 
 
 @on_sqlite
-def test_a_backlog_leaves_the_write_lock_to_others_for_a_while_after_each_batch(fleet: Fleet) -> None:
+def test_a_backlog_frees_the_write_lock_for_a_while_after_each_batch(fleet: Fleet) -> None:
     class Holding(Notes):
         batch_size = 1
 
@@ -441,7 +441,7 @@ def test_a_backlog_leaves_the_write_lock_to_others_for_a_while_after_each_batch(
     assert min(rests) >= timedelta(seconds=0.019)
 
 
-def test_messages_without_end_starve_neither_ticks_nor_other_topics_where_there_is_one_thread(fleet: Fleet) -> None:
+def test_endless_messages_starve_neither_ticks_nor_other_topics_on_one_thread(fleet: Fleet) -> None:
     handled: list[Any] = []
     is_enough = threading.Event()
 
@@ -493,7 +493,7 @@ def test_an_error_at_the_end_of_the_context_costs_no_neighbour_an_attempt(fleet:
 # -- claims without a handler --------------------------------------------------------------------
 
 
-def test_what_was_claimed_and_never_arrived_is_handled_once_a_lease_has_passed(fleet: Fleet) -> None:
+def test_a_claim_whose_reply_was_lost_is_handled_once_after_a_lease(fleet: Fleet) -> None:
     fleet.manager(Notes)
     fleet.enqueue("notes", "lost on its way")
     manager = fleet.manager()
@@ -572,7 +572,7 @@ def quiet(fleet: Fleet, caplog: pytest.LogCaptureFixture) -> Quiet:
     return start
 
 
-def test_a_message_for_tomorrow_does_not_hold_one_for_now_up(fleet: Fleet, quiet: Quiet) -> None:
+def test_a_message_for_tomorrow_does_not_delay_a_message_for_now(fleet: Fleet, quiet: Quiet) -> None:
     manager = quiet(Notes)
     with manager.app.app_context():
         manager.enqueue("notes", "now")
@@ -582,7 +582,7 @@ def test_a_message_for_tomorrow_does_not_hold_one_for_now_up(fleet: Fleet, quiet
 
 
 @on_sqlite  # where no notification reaches the consumers
-def test_who_found_nothing_lets_others_go_first_and_looks_once_for_all_it_hears(
+def test_a_consumer_that_found_nothing_waits_a_little_and_looks_once_for_several_notifications(
     fleet: Fleet, quiet: Quiet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("background.process.consumers._YIELDED_SECONDS", (10 * MINUTE, 10 * MINUTE))
@@ -605,7 +605,7 @@ def test_who_found_nothing_lets_others_go_first_and_looks_once_for_all_it_hears(
     wait_until(lambda: fleet.effects() == ["its own", "another's"], "the handling at once")
 
 
-def test_many_messages_for_later_are_no_timers_of_this_process(fleet: Fleet, quiet: Quiet) -> None:
+def test_many_delayed_messages_set_no_timers_in_this_process(fleet: Fleet, quiet: Quiet) -> None:
     manager = quiet(Notes)
     timers = manager._supervisor.scheduler._scheduler
     before = len(timers.get_jobs())
@@ -617,7 +617,7 @@ def test_many_messages_for_later_are_no_timers_of_this_process(fleet: Fleet, qui
 
 
 @on_sqlite
-def test_those_that_are_delayed_after_it_do_not_hold_a_delayed_message_up(fleet: Fleet, quiet: Quiet) -> None:
+def test_later_delayed_messages_do_not_hold_up_a_delayed_message(fleet: Fleet, quiet: Quiet) -> None:
     manager = quiet(Notes)
 
     def is_one_handled_after_another_was_enqueued() -> bool:
@@ -629,7 +629,7 @@ def test_those_that_are_delayed_after_it_do_not_hold_a_delayed_message_up(fleet:
     wait_until(is_one_handled_after_another_was_enqueued, "the first")
 
 
-def test_one_that_is_due_a_little_earlier_does_not_take_the_timer_of_another(fleet: Fleet, quiet: Quiet) -> None:
+def test_a_message_due_a_little_earlier_does_not_take_the_timer_of_another_message(fleet: Fleet, quiet: Quiet) -> None:
     manager = quiet(Notes)
     with manager.app.app_context():
         for delay in (0.549, 0.46):
@@ -638,9 +638,7 @@ def test_one_that_is_due_a_little_earlier_does_not_take_the_timer_of_another(fle
     wait_until(lambda: is_over(fleet), "the handling of both")
 
 
-def test_a_savepoint_that_is_rolled_back_holds_no_message_up_that_was_enqueued_before(
-    fleet: Fleet, quiet: Quiet
-) -> None:
+def test_a_rolled_back_savepoint_holds_up_no_earlier_message(fleet: Fleet, quiet: Quiet) -> None:
     manager = quiet(Notes)
     with manager.app.app_context():
         manager.enqueue("notes", "kept")
@@ -651,7 +649,7 @@ def test_a_savepoint_that_is_rolled_back_holds_no_message_up_that_was_enqueued_b
     wait_until(lambda: fleet.effects() == ["kept"], "the handling")
 
 
-def test_a_worker_that_is_added_after_the_start_is_told_of_messages_too(fleet: Fleet, quiet: Quiet) -> None:
+def test_a_worker_that_is_added_after_the_start_is_notified_of_messages_too(fleet: Fleet, quiet: Quiet) -> None:
     manager = quiet()
     manager.add(Notes)
     with manager.app.app_context():
@@ -661,7 +659,9 @@ def test_a_worker_that_is_added_after_the_start_is_told_of_messages_too(fleet: F
 
 
 @on_postgresql
-def test_a_worker_that_is_added_after_the_start_hears_of_what_others_enqueue(fleet: Fleet, quiet: Quiet) -> None:
+def test_a_worker_that_is_added_after_the_start_is_notified_of_other_processes_messages(
+    fleet: Fleet, quiet: Quiet
+) -> None:
     manager = quiet()
     manager.add(Notes)
     fleet.manager(Notes)
@@ -671,7 +671,7 @@ def test_a_worker_that_is_added_after_the_start_hears_of_what_others_enqueue(fle
 
 
 @on_postgresql
-def test_a_process_with_many_open_files_hears_of_what_others_enqueue(
+def test_a_process_with_many_open_files_is_notified_of_other_processes_messages(
     fleet: Fleet, quiet: Quiet, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG, "background.database.notifications")
@@ -690,9 +690,7 @@ def test_a_process_with_many_open_files_hears_of_what_others_enqueue(
 
 
 @on_postgresql
-def test_a_process_signs_off_though_its_listener_heard_something_as_it_was_told_to_end(
-    fleet: Fleet, quiet: Quiet
-) -> None:
+def test_a_process_signs_off_even_if_its_listener_is_notified_during_the_stop(fleet: Fleet, quiet: Quiet) -> None:
     manager = quiet(Notes)
     listener = manager._supervisor._listener
     listener._stopped.set()

@@ -30,7 +30,7 @@ NOW = last_hour
 # -- one transaction -------------------------------------------------------------------------------
 
 
-def test_killed_between_its_last_effect_and_the_commit_a_run_leaves_neither_and_another_does_it_after_the_lease(
+def test_a_run_killed_between_its_last_effect_and_the_commit_leaves_neither_and_runs_again_after_the_lease(
     fleet: Fleet, nursery: Nursery
 ) -> None:
     with nursery.forked(fleet.command("stuck_at_the_end", NOW().isoformat()), environment()) as process:
@@ -84,7 +84,7 @@ def test_a_system_exit_in_a_run_is_a_failure_of_the_run_alone(fleet: Fleet) -> N
     assert fleet.effects() == []
 
 
-def test_an_interrupt_that_a_run_raises_itself_is_a_failure_and_not_run_again_for_ever(fleet: Fleet) -> None:
+def test_an_interrupt_raised_by_a_run_is_a_failure_and_does_not_run_again_for_ever(fleet: Fleet) -> None:
     class Interrupting(Hourly):
         def do_work(self, context: WorkerContext) -> None:
             raise KeyboardInterrupt
@@ -95,7 +95,7 @@ def test_an_interrupt_that_a_run_raises_itself_is_a_failure_and_not_run_again_fo
     assert manager.stores.ledger.look("interrupting").pending_tick is None
 
 
-def test_an_error_whose_text_no_database_can_hold_is_a_failed_run(
+def test_an_error_whose_text_a_database_cannot_hold_is_a_failed_run(
     fleet: Fleet, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Quote, for example, the name of a file, which can be any bytes."""
@@ -109,7 +109,7 @@ def test_an_error_whose_text_no_database_can_hold_is_a_failed_run(
     assert r"no file \udcff\x00.txt" in fleet.executions()[0].reason
 
 
-def test_a_worker_that_cannot_be_made_is_a_failed_run(fleet: Fleet) -> None:
+def test_a_worker_whose_constructor_fails_is_a_failed_run(fleet: Fleet) -> None:
     class Unmakable(Hourly):
         def __init__(self) -> None:
             raise OSError("no such mailbox")
@@ -131,7 +131,7 @@ def test_an_async_run_has_the_session_and_is_awaited(fleet: Fleet) -> None:
     assert fleet.effects() == ["before", "host"]
 
 
-def test_an_async_run_is_awaited_beside_the_loop_of_its_caller(fleet: Fleet) -> None:
+def test_an_async_run_is_awaited_beside_the_event_loop_of_its_caller(fleet: Fleet) -> None:
     import asyncio
 
     class Async(Hourly):
@@ -150,7 +150,7 @@ def test_an_async_run_is_awaited_beside_the_loop_of_its_caller(fleet: Fleet) -> 
     assert fleet.effects() == ["", "after the commit"]
 
 
-def test_a_cancelled_async_run_has_failed_and_is_not_tried_for_ever(fleet: Fleet) -> None:
+def test_a_cancelled_async_run_has_failed_and_does_not_run_again_for_ever(fleet: Fleet) -> None:
     import asyncio
 
     class Cancelled(Hourly):
@@ -176,7 +176,7 @@ def test_a_run_that_swallows_a_failed_flush_has_failed(fleet: Fleet) -> None:
     assert fleet.effects() == []
 
 
-def test_a_run_that_swallows_an_integrity_error_is_kept_whole_or_not_at_all(fleet: Fleet) -> None:
+def test_a_run_that_swallows_an_integrity_error_is_committed_completely_or_not_at_all(fleet: Fleet) -> None:
     """PostgreSQL aborts the transaction, SQLite the statement alone."""
 
     class Careless(Hourly):
@@ -250,7 +250,7 @@ def test_a_run_commits_in_slices_with_its_progress(fleet: Fleet) -> None:
     assert fleet.executions()[0].progress_done == 3
 
 
-def test_what_was_committed_in_slices_outlives_the_failure_after_it(fleet: Fleet) -> None:
+def test_committed_slices_survive_a_later_failure(fleet: Fleet) -> None:
     class Slicing(Hourly):
         def do_work(self, context: WorkerContext) -> None:
             effect(context, "a slice")
@@ -486,7 +486,7 @@ def test_a_run_can_commit_in_the_database_of_another_application(
     stop(*fleet.apps, *other.apps)
 
 
-def test_past_the_deadline_the_commit_is_refused_without_asking_the_database(fleet: Fleet) -> None:
+def test_after_the_deadline_the_commit_is_refused_without_a_query(fleet: Fleet) -> None:
     class Late(Hourly):
         def do_work(self, context: WorkerContext) -> None:
             effect(context)
@@ -501,7 +501,7 @@ def test_past_the_deadline_the_commit_is_refused_without_asking_the_database(fle
     assert fleet.effects() == []
 
 
-def test_a_run_that_wraps_the_loss_of_its_claim_is_lost_and_not_failed(fleet: Fleet) -> None:
+def test_a_run_that_wraps_claim_lost_in_its_own_error_is_lost_and_not_failed(fleet: Fleet) -> None:
     class Wrapping(Hourly):
         def do_work(self, context: WorkerContext) -> None:
             fleet.take_over("wrapping")
@@ -539,7 +539,7 @@ def test_a_timed_out_run_cannot_commit_and_the_next_tick_runs(fleet: Fleet, way_
     assert fleet.effects() == ["the next tick"]
 
 
-def test_a_run_that_was_told_to_stop_is_run_again_with_the_same_number_and_key(fleet: Fleet) -> None:
+def test_a_stopped_run_runs_again_with_the_same_attempt_and_key(fleet: Fleet) -> None:
     working = threading.Event()
 
     class Stoppable(Hourly):
@@ -605,7 +605,7 @@ def claimed_by_a_ghost(manager: BackgroundWorkerManager, name: str, ghost: str =
         assert manager.stores.ledger.claim(name, NOW() - HOUR, "every 3600s", (ghost, "elsewhere:1"))
 
 
-def test_the_claim_of_an_instance_that_is_gone_is_run_again_under_the_same_key(fleet: Fleet) -> None:
+def test_the_tick_of_a_dead_instance_runs_again_under_the_same_key(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
     claimed_by_a_ghost(manager, "hourly")
     assert manager.tick("hourly", NOW()).state == "succeeded"
@@ -635,7 +635,7 @@ def test_a_tick_whose_instances_keep_dying_is_given_up_after_max_attempts(fleet:
     assert len(fleet.effects()) == 1
 
 
-def test_a_lost_tick_is_not_repeated_where_the_worker_says_skip(fleet: Fleet) -> None:
+def test_a_lost_tick_is_not_repeated_if_the_worker_says_skip(fleet: Fleet) -> None:
     class Once(Hourly):
         on_lost = "skip"
 
@@ -670,7 +670,7 @@ def test_a_schedule_that_this_release_cannot_read_stops_no_other_worker(fleet: F
 
 
 @pytest.mark.parametrize("when", ["at its start", "later"])
-def test_a_worker_whose_schedule_this_release_could_not_read_for_a_while_runs_again(
+def test_a_worker_whose_schedule_was_unreadable_for_a_while_runs_again(
     fleet: Fleet, when: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Changing(Hourly):
@@ -691,7 +691,7 @@ def test_a_worker_whose_schedule_this_release_could_not_read_for_a_while_runs_ag
     assert "Traceback" not in caplog.text
 
 
-def test_what_an_instance_that_signed_off_still_held_was_handed_back(fleet: Fleet) -> None:
+def test_runs_of_an_instance_that_signed_off_are_handed_back(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
     ghost = Instance(timedelta(seconds=10))
     manager.stores.leases.beat(ghost)
@@ -731,7 +731,7 @@ def test_a_run_that_holds_the_write_lock_longer_than_the_lease_keeps_its_claim(f
     wait_until(lambda: fleet.states("orphaned") == ["lost", "succeeded"], "the taking over")
 
 
-def test_a_claim_whose_reply_got_lost_is_run_after_all(fleet: Fleet) -> None:
+def test_a_claim_whose_reply_was_lost_still_runs(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly, WORKERS_LEASE_SECONDS=1.5)
     manager.stores.controls.register({"hourly": declared_schedule(Hourly)})
 
@@ -751,7 +751,7 @@ def test_a_claim_whose_reply_got_lost_is_run_after_all(fleet: Fleet) -> None:
     assert fleet.effects() == [""]
 
 
-def test_an_instance_that_comes_back_after_its_lease_begins_anew(fleet: Fleet) -> None:
+def test_an_instance_that_comes_back_after_its_lease_begins_as_a_new_instance(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
     manager.start()
     wait_until(lambda: fleet.states() == ["succeeded"], "the run")

@@ -75,7 +75,7 @@ def test_whatever_a_run_raises_it_has_failed_and_the_next_tick_runs(fleet: Fleet
     assert set(fleet.states("odd")) <= {"failed", "succeeded", "running", "skipped", "missed"}
 
 
-def test_a_run_whose_rollback_fails_has_failed_and_is_not_run_for_ever(fleet: Fleet) -> None:
+def test_a_run_whose_rollback_fails_has_failed_and_does_not_run_for_ever(fleet: Fleet) -> None:
     class Unlucky(Hourly):
         def do_work(self, context: WorkerContext) -> None:
             effect(context)

@@ -222,7 +222,7 @@ def test_a_progress_that_is_not_a_finite_number_is_refused_at_the_call(fleet: Fl
         ((0, 0), (0, 0)),
     ],
 )
-def test_every_finite_number_is_taken_as_progress(
+def test_every_finite_number_is_accepted_as_progress(
     fleet: Fleet, given: tuple[Any, ...], written: tuple[Any, ...]
 ) -> None:
     class Importer(Hourly):
@@ -256,7 +256,7 @@ def other_fleet(
 MANY = "Łukasz, Ζεύς, 山 and 🐟"
 
 
-def test_what_a_database_of_another_encoding_cannot_hold_is_escaped(
+def test_characters_that_a_database_of_another_encoding_cannot_hold_are_escaped(
     other_fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("socket.gethostname", lambda: "łódź")
@@ -299,7 +299,7 @@ def test_what_a_database_of_another_encoding_cannot_hold_is_escaped(
     assert other_fleet.effects() == [""]
 
 
-def test_a_client_encoding_that_the_server_does_not_have_is_heeded_too(
+def test_a_client_encoding_unknown_to_the_server_is_respected_too(
     postgresql_server: URL, databases: Callable[[str], object]
 ) -> None:
     databases("CREATE DATABASE twice ENCODING 'LATIN1' TEMPLATE template0 LC_COLLATE 'C' LC_CTYPE 'C'")
@@ -385,7 +385,7 @@ def test_a_messages_error_that_the_database_refuses_is_replaced(fleet: Fleet) ->
     assert [row.error for row in fleet.errors()] == ["The error could not be written: see the log of the instance."]
 
 
-def test_an_outcome_that_is_refused_in_every_form_is_given_up_within_a_lease_and_the_worker_goes_on(
+def test_an_outcome_refused_in_every_form_is_given_up_within_a_lease_and_the_worker_goes_on(
     fleet: Fleet,
 ) -> None:
     with fleet.engine.begin() as connection:

@@ -34,7 +34,7 @@ class Talking(Hourly):
         thread.join()
 
 
-def test_an_execution_keeps_what_was_logged_by_whomever_while_it_ran(fleet: Fleet) -> None:
+def test_an_execution_keeps_all_log_lines_of_its_run(fleet: Fleet) -> None:
     state, lines = logged(fleet, Talking)
     assert state == "succeeded"
     assert [re.sub(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z ", "", line) for line in lines] == [
@@ -54,7 +54,7 @@ def test_a_run_that_failed_keeps_its_lines_too(fleet: Fleet) -> None:
     assert [line.endswith("On my way") for line in lines] == [True]
 
 
-def test_lines_are_there_with_each_commit_on_the_way(fleet: Fleet) -> None:
+def test_each_commit_of_a_run_saves_its_log_lines(fleet: Fleet) -> None:
     seen: list[str | None] = []
 
     class Slicing(Hourly):
@@ -70,7 +70,7 @@ def test_lines_are_there_with_each_commit_on_the_way(fleet: Fleet) -> None:
     assert [(log or "").count("Slice") for log in seen] == [1, 2]
 
 
-def test_a_long_log_is_not_written_anew_with_each_commit(fleet: Fleet) -> None:
+def test_a_long_log_is_not_written_again_with_each_commit(fleet: Fleet) -> None:
     class Talkative(Hourly):
         def do_work(self, context: WorkerContext) -> None:
             for number in range(200):
@@ -88,7 +88,7 @@ def test_a_long_log_is_not_written_anew_with_each_commit(fleet: Fleet) -> None:
     assert (fleet.executions()[0].log or "").count("Slice") == 200
 
 
-def test_of_a_run_that_logs_without_end_the_latest_lines_are_kept(fleet: Fleet) -> None:
+def test_the_latest_lines_of_an_endless_log_are_kept(fleet: Fleet) -> None:
     class Chattering(Hourly):
         def do_work(self, context: WorkerContext) -> None:
             for number in range(1_000):
@@ -102,7 +102,7 @@ def test_of_a_run_that_logs_without_end_the_latest_lines_are_kept(fleet: Fleet) 
     assert len(lines[-1]) < 2_100
 
 
-def test_a_line_that_cannot_be_written_does_no_harm(fleet: Fleet, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_log_line_that_cannot_be_written_causes_no_error(fleet: Fleet, capsys: pytest.CaptureFixture[str]) -> None:
     class Misspelling(Hourly):
         def do_work(self, context: WorkerContext) -> None:
             logging.raiseExceptions = False

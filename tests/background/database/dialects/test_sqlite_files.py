@@ -75,7 +75,7 @@ WAYS = [replace, move_away_and_copy, remove_all_and_copy]
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_fleet_whose_file_is_replaced_goes_on_in_the_new_file_and_says_so_once(
+def test_a_fleet_whose_file_is_replaced_goes_on_in_the_new_file_and_logs_it_once(
     fleet: Fleet, path: Path, way: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     manager = fleet.manager(Often)
@@ -97,7 +97,7 @@ def test_a_fleet_whose_file_is_replaced_goes_on_in_the_new_file_and_says_so_once
     assert len(re.findall(rf"{path} was (replaced|deleted) while this process had it open", caplog.text)) == 1
 
 
-def test_a_fleet_whose_write_ahead_log_is_deleted_says_so_and_commits_nothing_more(
+def test_a_fleet_whose_write_ahead_log_is_deleted_logs_it_and_commits_nothing_more(
     fleet: Fleet, path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     manager = fleet.manager(Often)
@@ -148,7 +148,7 @@ def test_a_request_commits_nothing_into_a_file_that_was_replaced_and_the_next_on
         assert new.execute("SELECT text FROM notes").fetchall() == [("written",)]
 
 
-def test_a_file_that_was_deleted_is_waited_for_and_no_empty_one_is_made(
+def test_a_fleet_waits_for_a_deleted_file_and_makes_no_empty_file(
     fleet: Fleet, path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     manager = fleet.manager(Often)
@@ -164,7 +164,7 @@ def test_a_file_that_was_deleted_is_waited_for_and_no_empty_one_is_made(
     wait_until(lambda: len(fleet.effects()) >= before + 2, "two runs in the file that was restored")
 
 
-def test_an_engine_that_was_disposed_of_may_make_a_file_anew(path: Path) -> None:
+def test_a_disposed_engine_may_make_a_new_file(path: Path) -> None:
     engine = create_engine(f"sqlite:///{path}", poolclass=NullPool)
     prepare(engine)
     with engine.connect():
@@ -213,14 +213,14 @@ def test_files_beside_the_database_that_were_made_with_wider_modes_are_made_priv
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a file to another user")
-def test_files_that_root_makes_beside_the_database_are_its_owners(fleet: Fleet, path: Path) -> None:
+def test_files_that_root_makes_beside_the_database_belong_to_its_owner(fleet: Fleet, path: Path) -> None:
     os.chown(path, 65534, 65534)
     fleet.manager(Hourly).tick("hourly", last_hour())
     owner = Path(f"{path}-instances").stat()
     assert (owner.st_uid, owner.st_gid) == (65534, 65534)
 
 
-def test_a_file_that_another_process_keeps_for_itself_is_named_after_seconds(
+def test_a_file_that_another_process_keeps_locked_is_reported_after_seconds(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("background.database.dialects.sqlite.OPEN_SECONDS", 0.2)
