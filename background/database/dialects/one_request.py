@@ -1,4 +1,4 @@
-"""Two statements in one request to the database, the first of which limits the second."""
+"""Two statements in one request to the database. The first limits the second."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
