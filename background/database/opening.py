@@ -55,10 +55,12 @@ def _connect(dialect: Any, record: Any, given: Any, named: Any) -> Any:
 def refuse_driver(engine: Engine) -> None:
     """Raise InvalidConfig for a database or a driver that the engine does not support."""
     dialect = engine.dialect
-    if dialect.name != "sqlite" and (dialect.name, dialect.driver) != ("postgresql", "psycopg"):
+    is_known = dialect.name == "sqlite" or (dialect.name, dialect.driver) == ("postgresql", "psycopg")
+    if not is_known or dialect.is_async:
+        kind = " (async)" if dialect.is_async else ""
         raise InvalidConfig(
-            f"The database is reached by {dialect.name}+{dialect.driver}; expected SQLite, or PostgreSQL by psycopg 3. "
-            "Write postgresql+psycopg://... and install it with `pip install psycopg`."
+            f"The database is reached by {dialect.name}+{dialect.driver}{kind}; expected SQLite, or PostgreSQL by "
+            "psycopg 3. Write postgresql+psycopg://... and install it with `pip install psycopg`."
         )
 
 

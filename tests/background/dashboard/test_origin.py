@@ -266,6 +266,12 @@ def test_another_driver_of_the_database_is_refused_with_a_sentence() -> None:
         refuse_driver(engine)
 
 
+def test_an_async_driver_is_refused_with_a_sentence() -> None:
+    engine = create_engine("postgresql+psycopg_async://localhost/shop")
+    with pytest.raises(InvalidConfig, match=r"reached by postgresql\+psycopg \(async\); expected SQLite, or"):
+        refuse_driver(engine)
+
+
 def test_the_engine_needs_no_package_of_the_shop(tmp_path) -> None:
     code, said = looked(tmp_path, "flask_wtf", "wtforms", "flask_login", "flask_limiter", "flask_bootstrap", "alembic")
     assert code == 0, said
