@@ -14,6 +14,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from ..database.clock import steady
 from ..errors import first_line
 from ..host.logs import logger_of
+from ..host.scheduler import Scheduler
 from ..ledger.leases import Instance, Pulse
 from ..messages.message import Batch
 from ..runs.batch import BatchRun
@@ -21,7 +22,6 @@ from ..runs.running import Runs
 from ..stores import Stores
 from ..worker import MessageWorker
 from .presence import Presence
-from .scheduler import Scheduler
 
 log = logger_of(__name__)
 

@@ -15,9 +15,9 @@ from ..database.connections import again_if_stale
 from ..database.notifications import Listener
 from ..errors import first_line
 from ..host.logs import Outage, logger_of
+from ..host.scheduler import Scheduler
 from ..ledger.claim import WorkerState
 from ..ledger.leases import LEASE_IS_OVER, OFFSET_WARNED, Instance, Pulse
-from ..registry import begins, declared_schedule
 from ..runs.running import Runs
 from ..stores import Stores
 from ..worker import AnyWorker, MessageWorker, PeriodicWorker
@@ -25,7 +25,7 @@ from .consumers import Consumers
 from .heartbeat import Heartbeat, Looking
 from .presence import Presence
 from .recovery import ClockRecovery, MessageRecovery, Recovery
-from .scheduler import Scheduler
+from .schedules import DeclaredSchedules
 from .ticks import Ticks
 from .timers import Timers, unless_expected
 
@@ -61,15 +61,15 @@ class Supervisor:
         threads = self.consumers.batches, self.scheduler.soon, self.consumers.wake_all
         self._message_recovery = MessageRecovery(app, stores, presence, topics, *threads)
         self._clock_recovery = ClockRecovery(stores, workers)
+        self._schedules = DeclaredSchedules(stores, presence, workers)
         self._listener: Listener | None = None
         self._heartbeat: Heartbeat | None = None
-        self._declared: dict[str, str] = {}
         self._under_way: set[str] = set()
         self._pulse: Pulse | None = None
         self._outage, self._blindness, self._cuts = Outage(), Outage(), 0
         self._beat_at: datetime | None = None
         self._logged_error = ""
-        self._is_settled = self._is_look_planned = self._is_off = self._left = False
+        self._is_look_planned = self._is_off = self._left = False
         self._looking = Looking(self._looked, self._look_failed)
         self._refreshing, self._entering = threading.Lock(), threading.Lock()
 
@@ -153,7 +153,7 @@ class Supervisor:
         return True
 
     def _admit(self, names: list[str]) -> None:
-        self._declare(names)
+        self._schedules.declare(names)
         self.refresh()
         for name in names:
             self.timers.arm_first(name)
@@ -204,7 +204,7 @@ class Supervisor:
         if pulse.is_blind:
             self._warn_of_lock()
         else:
-            if is_moved or pulse != before or pulse.is_busy or not self._is_settled:
+            if is_moved or pulse != before or pulse.is_busy or not self._schedules.are_settled:
                 self._looking.want(is_moved)
             if self._clock_recovery.is_due(pulse):
                 self._soon_once("clock", self._recover_clock)
@@ -298,10 +298,8 @@ class Supervisor:
         for state in ours:
             if state.name in gone or state.is_damaged or self._owed(state):
                 self._soon_once(f"settle:{state.name}", self._settle, state.name)
-        self._follow_releases(ours)
-        if deleted := [name for name in self._declared if name in self._workers and name not in states]:
-            self._is_settled = False
-            self._soon_once("declare", self._declare_again, deleted)
+        if stale := self._schedules.stale(states):
+            self._soon_once("declare", self._declare_again, stale)
 
     def _soon_once(self, key: str, call: Callable[..., object], *args: object) -> None:
         """Make the call in another thread, unless an earlier call goes on. That may wait for a thread or for a row."""
@@ -336,6 +334,14 @@ class Supervisor:
         worker = self._workers.get(state.name)
         return state.owed if worker and (worker.enabled or state.pending_trigger == "manual") else None
 
+    def _declare_again(self, names: list[str]) -> None:
+        try:
+            self._schedules.declare(names, again=True)
+        except SQLAlchemyError as error:  # the next heartbeat tries again
+            log.warning("Cannot declare the schedules of %d workers yet: %s", len(names), first_line(error))
+        finally:
+            self._under_way.discard("declare")
+
     def _recover_clock(self) -> None:
         try:
             has_messages = self._clock_recovery.recover()
@@ -347,36 +353,6 @@ class Supervisor:
             log.warning("Cannot resume yet what a clock that was ahead put off: %s", first_line(error))
         finally:
             self._under_way.discard("clock")
-
-    # -- declaring schedules -------------------------------------------------------------------
-
-    def _follow_releases(self, states: list[WorkerState]) -> None:
-        """Follow the schedule of the most recently started instance when two releases run side by side.
-
-        After it leaves, the remaining instances set the schedule.
-        """
-        others = [state for state in states if state.declared != self._declared.get(state.name, state.declared)]
-        gone = self._stores.leases.gone({str(state.declared_by) for state in others}) if others else {}
-        self._is_settled = not others
-        if stale := [state.name for state in others if str(state.declared_by) in gone]:
-            self._soon_once("declare", self._declare_again, stale)
-
-    def _declare_again(self, names: list[str]) -> None:
-        try:
-            self._declare(names, again=True)
-        except SQLAlchemyError as error:  # the next heartbeat tries again
-            log.warning("Cannot declare the schedules of %d workers yet: %s", len(names), first_line(error))
-        finally:
-            self._under_way.discard("declare")
-
-    def _declare(self, names: list[str], again: bool = False) -> None:
-        ours = {name: self._workers[name] for name in names if name in self._workers}
-        schedules = {name: declared_schedule(worker) for name, worker in ours.items()}
-        instance = self._presence.instance
-        by, known = instance.id if instance else None, schedules.keys() if again else ()
-        self._stores.controls.register(schedules, by, begins(ours.values()), known)
-        # Do this afterwards: for `refresh`, a declared worker without a row is a worker whose row was deleted.
-        self._declared |= {name: str(schedule) for name, schedule in schedules.items()}
 
 
 def _spread() -> float:

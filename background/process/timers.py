@@ -9,12 +9,12 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from ..errors import BackgroundError, InvalidSchedule, first_line
 from ..host.logs import logger_of
+from ..host.scheduler import Scheduler
 from ..ledger.claim import WorkerState
 from ..registry import schedule_in_force
 from ..runs.running import Runs
 from ..worker import PeriodicWorker
 from .presence import Presence
-from .scheduler import Scheduler
 from .ticks import Ticks
 
 log = logger_of(__name__)

@@ -386,7 +386,7 @@ def test_a_process_that_leaves_while_its_threads_read_its_instance_ends_cleanly(
         manager.presence.deadline,
         manager.presence.until_expiry,
         manager.presence.lose_lease,
-        partial(supervisor._declare, ["hourly"]),
+        partial(supervisor._schedules.declare, ["hourly"]),
         supervisor.timers._now,
         partial(supervisor.timers.arm_first, "hourly"),
         partial(manager.recovery.gone, []),
