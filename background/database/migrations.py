@@ -112,30 +112,9 @@ def _where(condition: str) -> dict[str, Any]:
 
 def _create(op: Any, schema: str | None) -> None:
     _create_workers(op, schema)
+    _create_executions(op, schema)
     _create_messages(op, schema)
-    op.create_table(
-        "background_instances",
-        Column("id", String(32), primary_key=True),
-        Column("host", String(255), nullable=False),
-        Column("pid", Integer, nullable=False),
-        Column("started_at", UtcDateTime, nullable=False),
-        Column("heartbeat_at", UtcDateTime, nullable=False),
-        Column("expires_at", UtcDateTime, nullable=False),
-        Column("signed_off_at", UtcDateTime),
-        Column("clock_offset", Float),
-        Column("release", String(100)),
-        schema=schema,
-    )
-    op.create_table(
-        "background_locks",
-        Column("name", String(200), primary_key=True),
-        Column("token", BigInteger, nullable=False),
-        Column("holder", String(32)),
-        Column("instance", String(32)),
-        Column("instance_name", String(255)),
-        Column("since", UtcDateTime, nullable=False),
-        schema=schema,
-    )
+    _create_instances(op, schema)
 
 
 def _create_workers(op: Any, schema: str | None) -> None:
@@ -164,6 +143,9 @@ def _create_workers(op: Any, schema: str | None) -> None:
         Column("paused_at", UtcDateTime),
         schema=schema,
     )
+
+
+def _create_executions(op: Any, schema: str | None) -> None:
     executions = "background_executions"
     op.create_table(
         executions,
@@ -243,6 +225,32 @@ def _create_messages(op: Any, schema: str | None) -> None:
         Column("at", UtcDateTime, nullable=False),
         Column("instance_name", String(255)),
         Column("error", Text, nullable=False),
+        schema=schema,
+    )
+
+
+def _create_instances(op: Any, schema: str | None) -> None:
+    op.create_table(
+        "background_instances",
+        Column("id", String(32), primary_key=True),
+        Column("host", String(255), nullable=False),
+        Column("pid", Integer, nullable=False),
+        Column("started_at", UtcDateTime, nullable=False),
+        Column("heartbeat_at", UtcDateTime, nullable=False),
+        Column("expires_at", UtcDateTime, nullable=False),
+        Column("signed_off_at", UtcDateTime),
+        Column("clock_offset", Float),
+        Column("release", String(100)),
+        schema=schema,
+    )
+    op.create_table(
+        "background_locks",
+        Column("name", String(200), primary_key=True),
+        Column("token", BigInteger, nullable=False),
+        Column("holder", String(32)),
+        Column("instance", String(32)),
+        Column("instance_name", String(255)),
+        Column("since", UtcDateTime, nullable=False),
         schema=schema,
     )
 
