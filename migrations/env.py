@@ -8,10 +8,9 @@ from alembic import context
 from alembic.util import CommandError
 from flask import current_app
 from sqlalchemy import Connection
-from sqlalchemy.exc import DBAPIError
 
-from background import DatabaseNotReady, include_object, render_item
-from migrations.schema import LOCK_SECONDS, refuse_unreleased, why_not
+from background import include_object, render_item
+from migrations.schema import LOCK_SECONDS, reaching, refuse_unreleased
 
 database = current_app.extensions["sqlalchemy"]
 # `schema.py` calls this in the same transaction, after the migrations.
@@ -65,17 +64,13 @@ def run_on_sqlite(connection: Connection) -> None:
 
 def _take_write_lock(connection: Connection) -> None:
     connection.exec_driver_sql(f"PRAGMA busy_timeout = {LOCK_SECONDS * 1000:.0f}")
-    try:
+    with reaching(database.engine.url):
         connection.exec_driver_sql("BEGIN IMMEDIATE")
-    except DBAPIError as error:
-        raise DatabaseNotReady(why_not(database.engine.url, error)) from None
 
 
 def connected() -> Connection:
-    try:
+    with reaching(database.engine.url):
         return database.engine.connect()
-    except DBAPIError as error:
-        raise DatabaseNotReady(why_not(database.engine.url, error)) from None
 
 
 if context.is_offline_mode():

@@ -24,6 +24,7 @@ from background.errors import DatabaseNotReady
 
 if TYPE_CHECKING:
     from alembic.config import Config
+    from alembic.script import ScriptDirectory
 
 logger = logging.getLogger(__name__)
 
@@ -113,11 +114,8 @@ def _found_revision(engine: Engine) -> str | None:
     if engine.dialect.name == "sqlite" and not Path(str(engine.url.database)).is_file():
         command = "flask run" if current_app.config["DATABASE_IS_EMBEDDED"] else "flask db upgrade"
         raise DatabaseNotReady(f"The database file {engine.url.database} does not exist. Make it with `{command}`.")
-    try:
-        with engine.connect() as connection:
-            return _read_revision(connection)
-    except DBAPIError as error:
-        raise DatabaseNotReady(why_not(engine.url, error)) from None
+    with reaching(engine.url), engine.connect() as connection:
+        return _read_revision(connection)
 
 
 def _read_revision(connection: Connection) -> str | None:
@@ -162,7 +160,16 @@ def _accept_without_record(connection: Connection, tables: set[str]) -> None:
     logger.warning("The database has no record of its migrations. If it is up to date, run `flask db stamp head`.")
 
 
-def why_not(url: URL, error: DBAPIError) -> str:
+@contextmanager
+def reaching(url: URL) -> Iterator[None]:
+    """Raise DatabaseNotReady, with the remedy, for an error of the database's driver in the block."""
+    try:
+        yield
+    except DBAPIError as error:
+        raise DatabaseNotReady(_why_not(url, error)) from None
+
+
+def _why_not(url: URL, error: DBAPIError) -> str:
     reason = (str(error.orig).strip() or "no reason given").splitlines()[0]
     if url.password:
         reason = reason.replace(str(url.password), "***")
@@ -227,17 +234,19 @@ def _is_locked(file: TextIO) -> bool:
 
 
 def _head() -> str | None:
-    from alembic.script import ScriptDirectory
-
-    return ScriptDirectory.from_config(_config()).get_current_head()
+    return _scripts().get_current_head()
 
 
 def _is_behind(found: str) -> bool:
     """Return whether this release knows the revision, and has a newer one. A newer release made an unknown one."""
+    scripts = _scripts()
+    return found != scripts.get_current_head() and found in {each.revision for each in scripts.walk_revisions()}
+
+
+def _scripts() -> "ScriptDirectory":
     from alembic.script import ScriptDirectory
 
-    known = {script.revision for script in ScriptDirectory.from_config(_config()).walk_revisions()}
-    return found in known and found != _head()
+    return ScriptDirectory.from_config(_config())
 
 
 def _config() -> "Config":
