@@ -32,19 +32,14 @@ def run(name: str) -> ResponseReturnValue:
 
 
 def pause(name: str) -> ResponseReturnValue:
-    if _manager_of(name).pause(name):
-        say(f"{name} is paused: no instance runs its ticks until it is resumed.", "success")
-    else:
-        say(f"{name} was paused already.", "info")
-    return back()
+    changed = _manager_of(name).pause(name)
+    done = f"{name} is paused: no instance runs its ticks until it is resumed."
+    return _answer(changed, done, f"{name} was paused already.")
 
 
 def resume(name: str) -> ResponseReturnValue:
-    if _manager_of(name).resume(name):
-        say(f"{name} is resumed: it runs again from its next tick.", "success")
-    else:
-        say(f"{name} was not paused.", "info")
-    return back()
+    changed = _manager_of(name).resume(name)
+    return _answer(changed, f"{name} is resumed: it runs again from its next tick.", f"{name} was not paused.")
 
 
 def reschedule(name: str) -> ResponseReturnValue:
@@ -64,7 +59,12 @@ def reschedule(name: str) -> ResponseReturnValue:
             changed = manager.reschedule(name, schedule.period)
     state = manager.stores.ledger.look(name)
     runs = f"{name} runs {state.schedule.describe()}" if state else name
-    say(f"{runs} from now on." if changed else f"{runs} already.", "success" if changed else "info")
+    return _answer(changed, f"{runs} from now on.", f"{runs} already.")
+
+
+def _answer(changed: bool, done: str, already: str) -> Response:
+    """Say whether the button changed anything, on the page that it is on."""
+    say(done if changed else already, "success" if changed else "info")
     return back()
 
 
