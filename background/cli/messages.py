@@ -8,7 +8,7 @@ import click
 
 from ..errors import spelled_out
 from ..history.messages import STATES, Failure, MessageRecord, Topic
-from ..history.text import clipped, decided, indented, second, span, table
+from ..history.text import clipped, decided, indented, second, span, table, whole_number
 from ..manager import the_manager
 from .shared import WorkersGroup, WrongUsage, as_json_option, checked_manager, one_state, print_json, row_limit
 
@@ -185,6 +185,6 @@ def _numbers(ids: tuple[str, ...], every: bool, topic: str | None) -> list[int] 
 
 
 def _number(id: str) -> int:
-    if not (id.isascii() and id.isdigit() and len(id) < 1_000):
+    if (number := whole_number(id)) is None:
         raise WrongUsage(f"The ID is {id!r}; expected a whole number: `flask messages list` shows them.")
-    return int(id)
+    return number

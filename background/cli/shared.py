@@ -11,7 +11,7 @@ from flask.cli import AppGroup, ScriptInfo
 from sqlalchemy.exc import DBAPIError
 
 from ..errors import DatabaseNotReady, first_line, spelled_out
-from ..history.text import moment
+from ..history.text import moment, whole_number
 from ..host import strict_json
 from ..manager import BackgroundWorkerManager, the_manager
 
@@ -69,9 +69,10 @@ def not_ready(error: Exception) -> DatabaseNotReady:
 
 def row_limit(text: str) -> int:
     """Convert the value of --limit to a number. Raises WrongUsage."""
-    if not (text.isascii() and text.isdigit() and len(text) < 1_000 and 1 <= int(text) <= MOST_ROWS):
+    number = whole_number(text)
+    if number is None or not 1 <= number <= MOST_ROWS:
         raise WrongUsage(f"--limit is {text!r}; expected a whole number from 1 to {MOST_ROWS}.")
-    return int(text)
+    return number
 
 
 def one_state(text: str | None, states: Collection[str]) -> str | None:

@@ -8,7 +8,7 @@ from flask.typing import ResponseReturnValue
 from ..database.tables import LARGEST_ID
 from ..errors import UnknownMessage, UnknownTopic, WrongState
 from ..history.messages import Flow
-from ..history.text import decided, indented
+from ..history.text import decided, indented, whole_number
 from ..manager import the_manager
 from .filters import back, say
 
@@ -49,8 +49,8 @@ def messages_page() -> ResponseReturnValue:
 
 def _before() -> int | None:
     """Return the place in the list that the address asks for. None means its beginning."""
-    text = request.args.get("before", "")
-    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 and int(text) <= LARGEST_ID else None
+    number = whole_number(request.args.get("before", ""))
+    return number if number is not None and number <= LARGEST_ID else None
 
 
 def message_page(id: int) -> ResponseReturnValue:

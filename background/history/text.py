@@ -1,4 +1,4 @@
-"""Writes moments, lengths of time and tables for people, and reads moments that people write."""
+"""Writes moments, lengths of time and tables for people, and reads moments and numbers that people write."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -34,6 +34,11 @@ def moment_in(text: str, zone: str = "UTC") -> datetime:
     if not EARLIEST <= at <= LATEST:
         raise ValueError(text)
     return at
+
+
+def whole_number(text: str) -> int | None:
+    """Read a whole number in ASCII digits. None for any other text."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 1_000 else None
 
 
 def second(at: datetime | None) -> str:
