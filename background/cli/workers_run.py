@@ -170,7 +170,7 @@ def repair() -> None:
     healed, number = manager.repair()
     clock = second(manager.history.clock())
     if healed or number:
-        click.echo(f"Due as before, by the database's clock {clock}: {repaired_text(healed, number)}.")
+        click.echo(f"Due again, by the database's clock {clock}: {repaired_text(healed, number)}.")
     else:
         click.echo(f"No worker and no message lies in the future of the database's clock, {clock}.")
 

@@ -51,11 +51,11 @@ def not_taken(error: SQLAlchemyError) -> ResponseReturnValue:
     """
     if request.method != "POST" or not isinstance(error, OperationalError) or is_away(error):
         return unavailable(error)
-    say(f"The database did not take that ({first_line(error)}). Try again.", "error")
+    say(f"The database did not make this change ({first_line(error)}). Try again.", "error")
     return back()
 
 
 def held_up(_error: CommitFirst) -> ResponseReturnValue:
     """Answer a button whose change waits for a transaction that the host application left open in this request."""
-    say("The database did not take that: this request has an open transaction of its own. Try again.", "error")
+    say("The database did not make this change: this request has an open transaction of its own. Try again.", "error")
     return back()

@@ -181,7 +181,7 @@ def _lane(scale: _Scale, seen: InstanceRecord | None, records: list[Record], y: 
 
 
 def _title_without_life(record: Record, name: str) -> str:
-    return f"{name}: it was here more than a day ago" if record.instance else "Ticks that no instance ran"
+    return f"{name}: last seen more than a day ago" if record.instance else "Ticks that no instance ran"
 
 
 def _with_life(scale: _Scale, lane: Lane, seen: InstanceRecord) -> Lane:

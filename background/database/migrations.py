@@ -59,7 +59,7 @@ def _version(connection: Any, schema: str | None) -> int:
     if not found and (tables := [name for name in metadata.tables if inspector.has_table(name, schema)]):
         raise InvalidMigration(
             f"The database has {', '.join(tables)}, but not all that version 1 of the engine's tables has; expected "
-            "all or none. Finish with the release that made them, or drop them."
+            "all or none. Finish with the release that made these tables, or drop them."
         )
     return found
 

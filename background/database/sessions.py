@@ -103,7 +103,7 @@ class Sessions:
         """Watch a run's statements on a `connection` that the fence does not guard.
 
         Reads are allowed. A write to the same database is refused, because no check of the claim would guard it. The
-        first write to another database is warned about.
+        first write to another database is logged as a warning.
         """
         url = connection.engine.url
 
@@ -114,14 +114,14 @@ class Sessions:
             if place(url) == place(self.engine.url):
                 raise NotFenced(
                     f"The run of {worker!r} writes to {url} by another engine or connection than db.engine, so no "
-                    "check of its claim would guard that; expected its writes on db.engine: have `get_bind` return "
-                    "db.engine for whatever is not a read."
+                    "check of its claim would guard the write; expected its writes on db.engine: have `get_bind` "
+                    "return db.engine for every statement that is not a read."
                 )
             if (worker, str(url)) not in self._warned:
                 self._warned.add((worker, str(url)))
                 log.warning(
                     "%s wrote to the second database %s, which is not part of the run's transaction: its commit is "
-                    "neither fenced nor one with the outcome. Make that write idempotent",
+                    "neither fenced nor part of the outcome's transaction. Make this write idempotent",
                     worker,
                     url,
                 )

@@ -163,7 +163,7 @@ def _unrecorded(around: Surroundings, known: Known, tick: datetime) -> tuple[str
     state = around.state
     if state and state.running and state.is_bare and state.running.tick == tick:
         where = f"is claimed by {_where(state, around)}"
-        return "running", f"{where}, but its row was deleted by hand, and the fleet writes it anew within a lease"
+        return "running", f"{where}, but its row was deleted by hand, and the fleet writes it again within a lease"
     if state and state.mark and tick <= state.mark and around.clock < state.mark:
         became = "unrecorded" if tick > around.clock else "overdue"
         is_proven = state.mark <= around.clock + timedelta(days=known.history_days)  # as ClockRepair decides
@@ -212,11 +212,11 @@ def _without_row(around: Surroundings, known: Known, tick: datetime) -> tuple[st
             f"is decided, but the history no longer has it: the history of the worker {kept} "
             f"(WORKERS_HISTORY_DAYS is {known.history_days:g})"
         )
-    between = "nothing is written about it"
+    between = "no row tells of it"
     if around.before and around.after:
         last, first = moment(around.before.through or around.before.tick), moment(around.after.tick)
         between = f"the history goes from {last} ({around.before.state}) straight to {first} ({around.after.state})"
-    return "unrecorded", f"did not run: no instance took it when it was due, and it is too late now; {between}"
+    return "unrecorded", f"did not run: no instance claimed it when it was due, and it is too late now; {between}"
 
 
 def _untaken(around: Surroundings, known: Known, tick: datetime, state: WorkerState) -> tuple[str, str]:
@@ -226,7 +226,7 @@ def _untaken(around: Surroundings, known: Known, tick: datetime, state: WorkerSt
     if state.paused_at:
         return "paused", f"did not run: the worker is paused since {second(state.paused_at)}"
     if state.pending_tick:
-        cause = "asked for by hand" if state.pending_trigger == "manual" else "lost or handed back"
+        cause = "requested by a user" if state.pending_trigger == "manual" else "lost or handed back"
         first = f"the tick {moment(state.pending_tick)}, which was {cause}, runs first"
         return "waiting", f"has waited for {late}: {first}{_by_instance(around)}"
     if state.running:
@@ -243,10 +243,10 @@ def _late_though_alive(around: Surroundings, known: Known, tick: datetime, late:
     if known.worker is None:
         return (
             "overdue",
-            f"is overdue by {late}: this release does not have the worker, and no other release took it up",
+            f"is overdue by {late}: this release does not have the worker, and no other release runs it",
         )
     if around.clock - tick <= _JUST:
-        return "waiting", f"came due {late} ago; {_alive(around)} will take it"
+        return "waiting", f"fell due {late} ago; {_alive(around)} will run it"
     if not known.worker.catch_up and all(each.started_at > tick for each in around.alive):
         began = second(around.alive[0].started_at)
         return "missed", (
@@ -255,7 +255,7 @@ def _late_though_alive(around: Surroundings, known: Known, tick: datetime, late:
         )
     return "overdue", (
         f"is overdue by {late} although {_alive(around)} is alive: its log says why "
-        "(another release, all its WORKERS_THREADS busy, or it cannot ask the database)"
+        "(another release, all its WORKERS_THREADS busy, or it cannot query the database)"
     )
 
 
@@ -295,4 +295,4 @@ def _since(state: WorkerState) -> str:
 
 
 def _clause(text: str | None) -> str:
-    return (text or "no reason is written down").rstrip(".")
+    return (text or "no reason is recorded").rstrip(".")

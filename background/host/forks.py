@@ -75,7 +75,7 @@ def _end(what: str, error: BaseException | None) -> None:
     came_back = f"raised {type(error).__name__}: {first_line(error)}" if error else "returned"
     try:
         log.warning(
-            "%s forked, and the child process %d came back (%s). It ends here, and nothing that it did is committed. "
+            "%s forked, and the child process %d returned (%s). It ends here, and nothing that it did is committed. "
             "End such a child with os._exit(), or start a process with subprocess or multiprocessing",
             what,
             os.getpid(),

@@ -238,7 +238,9 @@ class Ledger:
             written: Row[Any] | None = connection.execute(new.returning(*MOMENTS)).one_or_none()
             if written is not None:
                 tick, state = claim.tick.isoformat(), outcome["state"]
-                log.warning("%s: the row of the tick %s was gone. It is written anew: %s", claim.worker, tick, state)
+                log.warning(
+                    "%s: the row of the tick %s was missing. It is written again: %s", claim.worker, tick, state
+                )
                 return written
         return None
 

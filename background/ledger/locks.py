@@ -228,7 +228,7 @@ class Locks:
             self._in_background(lock._instance, _RELEASED, self._owner(lock))
             if not isinstance(error, SQLAlchemyError):
                 raise
-            log.warning("Lock %r: could not release it yet: %s", lock.name, first_line(error))
+            log.warning("Lock %r could not be released yet: %s", lock.name, first_line(error))
 
     def _in_background(self, *statement: Any) -> None:
         threading.Thread(target=self._keep_trying, args=statement, name="workers-lock", daemon=True).start()

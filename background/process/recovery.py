@@ -27,7 +27,7 @@ from .presence import Presence
 log = logger_of(__name__)
 
 _UNKNOWN = "its claim has neither an id nor an execution, so the instance that runs it is unknown"
-_STRANDED = "the reply to its claim got lost"
+_STRANDED = "the reply to its claim was lost"
 
 
 class Recovery:
@@ -174,13 +174,13 @@ class MessageRecovery:
         error = None if is_excused else f"its instance {self._stores.leases.ending(holder)}"
         if freed := self._stores.queue.take_back(holder, most, error):
             level = logging.INFO if signed_off else logging.WARNING
-            log.log(level, "Took back %d messages of an instance that is gone", len(freed))
+            log.log(level, "Took %d messages of a gone instance back", len(freed))
         if error is not None:
             self._bury(freed, error)
 
     def _bury(self, freed: Sequence[Freed], error: str) -> None:
         if dead := [each for each in freed if each.state == "dead"]:
-            log.error("Buried %d of these messages: that was their last attempt", len(dead))
+            log.error("Buried %d of these messages after their last attempt", len(dead))
             signal_buried(self._app, dead, error)
 
 
@@ -226,5 +226,5 @@ class ClockRecovery:
         repaired = [state.name for state in ours if self._stores.clock_repair.worker(state.name)]
         number = self._stores.clock_repair.messages()
         if repaired or number:
-            log.warning("The database's clock is right again. Due as before: %s", repaired_text(repaired, number))
+            log.warning("The database's clock is right again. Due again: %s", repaired_text(repaired, number))
         return number > 0

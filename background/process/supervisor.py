@@ -85,7 +85,7 @@ class Supervisor:
         self.scheduler.stop()
         try:
             if not runs.wait(seconds):
-                log.warning("Not everything ended in time; what still runs is handed back")
+                log.warning("Not every run ended in time: the remaining runs are handed back")
             elif self._heartbeat is not None:  # a join that goes on notices the stop by itself
                 self.scheduler.wait(_LAST_CALLS_SECONDS)
         finally:
@@ -162,7 +162,7 @@ class Supervisor:
         try:
             self._admit([name])
         except SQLAlchemyError as error:
-            log.warning("%s: cannot take it up yet: %s", name, first_line(error))
+            log.warning("%s: cannot start the worker yet: %s", name, first_line(error))
             self.timers.later(f"admit:{name}", failures, self._take_up, name)
 
     def _listen(self) -> None:
@@ -228,12 +228,12 @@ class Supervisor:
                 self._presence.sign_off(instance)
                 return False
             self._presence.instance = instance
-        log.warning("Instance %s could not renew its lease in time; it begins anew", instance.name)
+        log.warning("Instance %s could not renew its lease in time; it begins as a new instance", instance.name)
         return True
 
     def _end_outage(self, pulse: Pulse) -> None:
         if (lasted := self._outage.ended()) is not None:
-            log.warning("Heartbeats go on after %.1f s", lasted)
+            log.warning("Heartbeats continue after %.1f s", lasted)
             self._message_recovery.outage = (self._beat_at or pulse.clock, pulse.clock)
         self._beat_at = pulse.clock
 
@@ -318,7 +318,7 @@ class Supervisor:
                 self._ticks.run_pending(worker, pending)
         except SQLAlchemyError as error:
             level = logging.DEBUG if failures else logging.WARNING
-            log.log(level, "%s: cannot take its tick over yet: %s", name, first_line(error))
+            log.log(level, "%s: cannot take over its tick yet: %s", name, first_line(error))
             self.timers.later(f"settle:{name}", failures, self._settle, name)
 
     def _freed(self, worker: type[PeriodicWorker]) -> datetime | None:
@@ -350,7 +350,7 @@ class Supervisor:
                 self.consumers.wake_all()
         except SQLAlchemyError as error:  # the next heartbeat tries again
             self._clock_recovery.is_done = False
-            log.warning("Cannot resume yet what a clock that was ahead put off: %s", first_line(error))
+            log.warning("Cannot resume yet the ticks and messages that a clock ahead delayed: %s", first_line(error))
         finally:
             self._under_way.discard("clock")
 

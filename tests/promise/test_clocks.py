@@ -173,7 +173,7 @@ def test_clocks_that_are_set_forward_and_back_in_mid_run_move_no_tick(
             ticks_on(effects, 2)
         for process in (one, other):
             end(process)
-            assert "begins anew" not in process.output
+            assert "begins as a new instance" not in process.output
     found = effects.check_consecutive(PERIOD, since)
     assert statistics.median(seconds_late(found)) < 0.9
 
@@ -218,7 +218,7 @@ def test_a_run_during_which_clocks_are_set_is_neither_taken_over_nor_refused(
         wait_until(lambda: effects.ticks("deaf"), "the end of the run")
         for process in (one, other):
             end(process)
-            assert "begins anew" not in process.output
+            assert "begins as a new instance" not in process.output
     assert effects.states("deaf") == [("succeeded", 1)]
     assert len(effects.all("deaf")) == 1
 

@@ -107,7 +107,7 @@ def test_a_worker_that_kills_its_process_is_given_up_and_the_last_process_surviv
 def lost_the_tick(zombie: Member) -> None:
     """Wait until the process logs that it lost the tick, and goes on as another instance."""
     zombie.wait_for("Lost the tick")
-    zombie.wait_for("begins anew")
+    zombie.wait_for("begins as a new instance")
     assert "Traceback" not in zombie.output
 
 
@@ -144,7 +144,7 @@ def test_a_process_that_is_frozen_with_a_row_locked_loses_the_lock_with_its_leas
     assert eventually(effects.ticks)
     zombie.thaw()
     zombie.wait_for("Lost the tick")
-    zombie.wait_for("begins anew")
+    zombie.wait_for("begins as a new instance")
     (effect,) = effects.check_once()
     assert effect.pid != zombie.pid
     assert effects.states("ticker") == [("lost", 1), ("succeeded", 2)]
@@ -160,7 +160,7 @@ def test_a_process_that_is_frozen_between_the_check_and_the_commit_of_a_slice_lo
     assert eventually(lambda: effects.ticks("listener"))
     zombie.thaw()
     zombie.wait_for("Lost the tick")
-    zombie.wait_for("begins anew")
+    zombie.wait_for("begins as a new instance")
     assert [effect.attempt for effect in effects.all("listener", "began")] == [2]
     assert len(effects.check_once("listener")) == 1
     assert effects.states("listener") == [("lost", 1), ("succeeded", 2)]
@@ -185,7 +185,7 @@ def test_a_tick_is_decided_once_when_a_process_wakes_with_the_write_lock_of_sqli
     assert effects.states("ticker") == ([] if at == "claim" else [("running", 1)])
     zombie.thaw()
     zombie.wait_for("Ran the tick" if at == "commit" else "Lost the tick")
-    zombie.wait_for("begins anew")
+    zombie.wait_for("begins as a new instance")
     assert eventually(effects.ticks)
     effects.check_once()
     assert effects.states("ticker") == states

@@ -87,7 +87,7 @@ NOTES = ("done", "after the child", "of the child")
 def came_back(parent: Member, child: str) -> None:
     """Check that one log line names the child, and that the child ended with this exit code."""
     said, code = ENDINGS[child]
-    line = parent.wait_for(rf"forked, and the child process (\d+) came back \({said}.*{NEVER_COMMITTED}")
+    line = parent.wait_for(rf"forked, and the child process (\d+) returned \({said}.*{NEVER_COMMITTED}")
     parent.wait_for(rf"The child {line[1]} ended with {code}")
     assert parent.output.count("WARNING") == parent.output.count(NEVER_COMMITTED) == 1
     assert "Traceback" not in parent.output

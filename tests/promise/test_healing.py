@@ -331,4 +331,4 @@ def test_a_worker_whose_executions_are_deleted_before_its_process_is_killed_runs
     wait_until(lambda: [row.state for row in fleet.executions()] == ["lost", "succeeded"], "the second attempt")
     lost, again = fleet.executions()
     assert (lost.tick, lost.attempt, again.attempt) == (again.tick, 1, 2)
-    other.wait_for("was gone. It is written anew: running")
+    other.wait_for("was missing. It is written again: running")

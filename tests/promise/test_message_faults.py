@@ -150,7 +150,7 @@ def test_a_process_that_wakes_after_its_lease_acknowledges_nothing(
     before = box.rows()
     zombie.thaw()
     zombie.wait_for("Lost .* messages?|another instance took them over")
-    zombie.wait_for("begins anew")
+    zombie.wait_for("begins as a new instance")
     assert box.rows() == before
     assert {effect.attempt for effect in box.check_all_done()} == {2}
     assert zombie.pid not in box.pids()
@@ -170,7 +170,7 @@ def test_a_tick_is_decided_once_when_a_process_wakes_with_the_write_lock_of_sqli
     assert eventually(lambda: zombie.pid not in box.living())
     assert box.states() == {"running": 5}
     zombie.thaw()
-    zombie.wait_for("begins anew")
+    zombie.wait_for("begins as a new instance")
     assert eventually(box.are_over)
     attempts = {effect.attempt for effect in box.check_all_done()}
     assert attempts == {attempt} or (at == "effect" and min(attempts) == attempt)
@@ -192,7 +192,7 @@ def test_messages_that_a_frozen_process_enqueued_are_not_there(
     others(shops, **more)
     assert eventually(lambda: box.rows() and box.are_over())
     zombie.thaw()
-    zombie.wait_for("begins anew")
+    zombie.wait_for("begins as a new instance")
     zombie.wait_for("Lost")
     assert [effect.attempt for effect in effects.all(sender)] == [2]
     assert len(box.check_all_done()) == 1

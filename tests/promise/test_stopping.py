@@ -97,7 +97,7 @@ def test_a_run_that_ignores_a_stop_request_is_handed_back_in_time_and_its_late_c
         with another_instance(nursery, effects.url, PROBE_WORKERS="deaf", PROBE_SECONDS=0):
             stopped = time.monotonic()
             first.signal(signal.SIGTERM)
-            first.wait_for("Not everything ended in time; what still runs is handed back")
+            first.wait_for("Not every run ended in time: the remaining runs are handed back")
             assert time.monotonic() - stopped < 1 + MARGIN
             assert eventually(lambda: effects.ticks("deaf"))
             release.touch()

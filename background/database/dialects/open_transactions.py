@@ -38,8 +38,8 @@ class OpenTransactions:
         for driver in self._of_this_thread():
             if driver.in_transaction and is_locked(own) if self._on_sqlite else runs and _has_written(driver):
                 raise CommitFirst(
-                    f"{call} was called amid a transaction of the same thread that has written; expected none, as the "
-                    f"call commits on its own and would wait for it: {_REMEDY}."
+                    f"{call} was called amid a transaction of the same thread that has written; expected no such "
+                    f"transaction, as the call commits on its own and would wait for it: {_REMEDY}."
                 )
         try:
             yield
@@ -48,7 +48,7 @@ class OpenTransactions:
                 raise
             raise CommitFirst(
                 f"{call} waited in vain for a row that an open transaction has locked, perhaps the caller's own; "
-                f"expected it free: {_REMEDY}, or try again when the other transaction has ended."
+                f"expected a free row: {_REMEDY}, or try again when the other transaction has ended."
             ) from error
 
     def _of_this_thread(self) -> list[Any]:

@@ -49,7 +49,7 @@ def in_memory(engine: Engine) -> InvalidConfig:
     """Return the error for a database that only one connection can use."""
     return InvalidConfig(
         f"The database {engine.url} is in the memory of one connection; expected one that several connections "
-        "can share: use a file, in a test one of its temporary folder."
+        "can share: use a file, in a test a file in its temporary folder."
     )
 
 
@@ -134,7 +134,7 @@ def file_of(connection: Any) -> str:
 def _locked(path: str) -> str:
     return (
         f"database is locked: another process has kept {path} locked for {OPEN_SECONDS} s. "
-        f"Expected it free within that time: end that process (`fuser {path}` shows it)."
+        f"Expected an unlocked file within that time: end that process (`fuser {path}` shows it)."
     )
 
 

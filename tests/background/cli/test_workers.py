@@ -163,7 +163,7 @@ def due(manager: BackgroundWorkerManager, name: str) -> datetime:
 def test_the_instances_are_shown_with_their_runs_and_their_clocks(
     flask: Callable[..., Result], manager: BackgroundWorkerManager
 ) -> None:
-    assert "No instance was alive" in flask("instances").stdout
+    assert "No instance has been alive" in flask("instances").stdout
     leave_behind(manager, "greet", due(manager, "greet"))
     instance = manager.presence.sign_on()
     instance.clock_offset = timedelta(seconds=-7)

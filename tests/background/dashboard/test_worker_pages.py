@@ -360,7 +360,7 @@ def test_a_change_that_the_database_refuses_is_reported(client, manager, engine)
     manager.recovery.look(Talker)
     with engine.begin() as connection:
         connection.execute(select(tables.workers).where(tables.workers.c.name == "talker").with_for_update())
-        assert "The database did not take that" in press(client, "/workers/worker/talker/pause")
+        assert "The database did not make this change" in press(client, "/workers/worker/talker/pause")
     assert "talker is paused" in press(client, "/workers/worker/talker/pause")
 
 

@@ -323,7 +323,7 @@ def test_a_tick_without_a_row_names_the_rows_around_it() -> None:
         after=record("skipped", tick=NOON + HOUR),
     )
     assert said(seen) == (
-        "did not run: no instance took it when it was due, and it is too late now; "
+        "did not run: no instance claimed it when it was due, and it is too late now; "
         "the history goes from 2026-11-20T11:50:00Z (succeeded) straight to 2026-11-20T13:00:00Z (skipped)"
     )
 
@@ -365,7 +365,7 @@ def test_a_tick_is_overdue_when_no_instance_is_alive() -> None:
 
 def test_a_tick_that_has_just_fallen_due_is_about_to_be_claimed() -> None:
     seen = around(known=state(**BEFORE_NOON), at=NOON, clock=NOON + timedelta(seconds=0.2))
-    assert said(seen) == "came due 0.200 s ago; a:1 will take it"
+    assert said(seen) == "fell due 0.200 s ago; a:1 will run it"
 
 
 def test_a_tick_without_catch_up_shows_when_the_instances_started() -> None:
@@ -384,7 +384,7 @@ def test_a_tick_that_living_instances_do_not_claim_names_them() -> None:
 
 def test_a_worker_of_another_release_says_so() -> None:
     assert said(around(known=state(**BEFORE_NOON)), None) == (
-        "is overdue by 5 min: this release does not have the worker, and no other release took it up"
+        "is overdue by 5 min: this release does not have the worker, and no other release runs it"
     )
 
 

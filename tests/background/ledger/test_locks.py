@@ -457,7 +457,7 @@ def test_a_failing_release_hides_no_error_and_is_repeated(
 
     with pytest.raises(LookupError), far.lock(NAME) as lock:
         work(lock)
-    assert len([message for message in caplog.messages if "could not release it yet" in message]) == 1
+    assert len([message for message in caplog.messages if "could not be released yet" in message]) == 1
     assert token(near) is None
     proxy.heal()
     assert token(near, timeout=PATIENCE) == 2

@@ -326,7 +326,7 @@ def test_a_run_whose_execution_is_deleted_goes_on_and_has_a_row_in_the_end(
     assert row.started_at
     assert row.instance
     assert fleet.effects() == [""]
-    assert "was gone. It is written anew" in caplog.text
+    assert "was missing. It is written again" in caplog.text
 
 
 def test_a_run_whose_workers_row_is_deleted_keeps_its_claim_in_the_new_row(
