@@ -135,6 +135,18 @@ class WorkerContext:
 
     def check(self, session: Session) -> None:
         """Check, before every commit of the run, that its claim is in force. Raises ClaimLost."""
+        self.refuse_if_lost()
+        if self._finishing:
+            return
+        session.flush()
+        try:
+            self._check_claim(session)
+        except ClaimLost:
+            self.lose("another instance took it over")
+            raise
+
+    def _check_claim(self, session: Session) -> None:
+        """Check the claim in the session's transaction, and write what belongs to the commit. Raises ClaimLost."""
         raise NotImplementedError
 
     def refuse_if_lost(self) -> None:

@@ -39,7 +39,7 @@ class Controls:
         `first`, every new worker may begin with a past tick. A worker in `known` had a row before: a user deleted it.
         """
         with self._store.begin() as connection:
-            rows = {row.name: row for row in connection.execute(select(workers, now().label("clock")))}
+            rows = {row.name: row for row in connection.execute(select(workers))}
             clock = connection.execute(select(now())).scalar_one()
             for name, schedule in sorted(schedules.items()):  # two instances that wait for rows do so in one order
                 declared = {"declared": str(schedule), "declared_by": instance}
@@ -59,7 +59,7 @@ class Controls:
                         _adopt(connection, name, schedule.previous(clock), name in known)
                 elif row.declared != str(schedule):
                     if row.schedule == row.declared:
-                        declared |= _replacing(schedule, row.schedule, row.clock)
+                        declared |= _replacing(schedule, row.schedule, clock)
                     unchanged = (workers.c.declared == row.declared, workers.c.schedule == row.schedule)
                     connection.execute(update(workers).where(workers.c.name == name, *unchanged).values(declared))
 

@@ -85,8 +85,7 @@ class ClockRepair:
 
     def _put_off(self) -> Sequence[int]:
         """Return the ids of some delayed messages. This read needs no write lock on SQLite."""
-        with self._store.engine.connect() as connection:
-            return connection.scalars(select(messages.c.id).where(_is_put_off).limit(_SLICE)).all()
+        return [row.id for row in self._store.read(select(messages.c.id).where(_is_put_off).limit(_SLICE))]
 
     def pass_over(self, state: WorkerState, tick: datetime, attempt_after: Callable[[int], int | None]) -> bool:
         """Raise the mark to a tick that an instance ran while the clock was ahead. False if the tick did not run.
@@ -98,10 +97,10 @@ class ClockRepair:
         if state.mark_ahead is None or state.mark_ahead < tick:
             return False
         ran = select(executions.c.attempt, executions.c.state).where(attempted(state.name), executions.c.tick == tick)
-        with self._store.engine.connect() as connection:
-            row = connection.execute(ran.order_by(executions.c.id.desc()).limit(1)).one_or_none()
-        if row is None:
+        rows = self._store.read(ran.order_by(executions.c.id.desc()).limit(1))
+        if not rows:
             return False
+        row = rows[0]
         again = {"lost": attempt_after(row.attempt), "handed back": row.attempt}.get(row.state)
         values: dict[str, Any] = {"mark": tick}
         if again is not None:

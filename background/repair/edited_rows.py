@@ -57,8 +57,7 @@ class RowRepair:
         query = (
             select(strays).join_from(strays, workers, is_stray).where(workers.c.name == worker).order_by(strays.c.id)
         )
-        with self._store.begin() as connection:
-            return [_claim(row) for row in connection.execute(query)]
+        return [_claim(row) for row in self._store.read(query)]
 
     def end_stray(self, claim: Claim, next_attempt: int | None) -> tuple[bool, int | None]:
         """End a stray execution as lost. Return whether this call did, and the attempt that follows, or None.

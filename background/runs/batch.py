@@ -62,19 +62,11 @@ class MessageContext(WorkerContext):
         self._finishing = True
         self.session.commit()
 
-    def check(self, session: Session) -> None:
-        self.refuse_if_lost()
-        if self._finishing:
-            return
-        session.flush()
+    def _check_claim(self, session: Session) -> None:
         done = self._handled if session is self.session else []
         if done:
             self._refuse_if_rolled_back()
-        try:
-            self._messages.acknowledge(self.claim, done, self._open, self.within(session))
-        except ClaimLost:
-            self.lose("another instance took it over")
-            raise
+        self._messages.acknowledge(self.claim, done, self._open, self.within(session))
         self._open = [each for each in self._open if each not in done]
         if done:
             self._handled, self._transaction = [], None

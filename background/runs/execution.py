@@ -70,17 +70,9 @@ class TickContext(WorkerContext):
         self._finishing = True
         self.session.commit()
 
-    def check(self, session: Session) -> None:
-        """Check, before every commit of the run, that its claim is in force. Raises ClaimLost."""
-        self.refuse_if_lost()
-        if not self._finishing:
-            session.flush()
-            try:
-                self._ledger.check(self.claim, self.within(session), self._new_notes())
-            except ClaimLost:
-                self.lose("another instance took it over")
-                raise
-            self._progress = {}
+    def _check_claim(self, session: Session) -> None:
+        self._ledger.check(self.claim, self.within(session), self._new_notes())
+        self._progress = {}
 
 
 @dataclass(frozen=True)
