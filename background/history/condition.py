@@ -8,8 +8,8 @@ from sqlalchemy import Connection, String, cast, distinct, func, select
 
 from ..database.clock import single_statements
 from ..database.tables import executions, instances, messages, workers
+from ..ledger.claim import is_of_claim
 from ..ledger.leases import is_alive
-from ..ledger.ledger import is_of_claim
 from ..stores import Stores
 from ..worker import PeriodicWorker
 from .instances import InstanceHistory, Silence

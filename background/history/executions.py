@@ -26,8 +26,8 @@ from sqlalchemy import (
 
 from ..database.clock import now
 from ..database.tables import executions, workers
-from ..ledger.claim import WorkerState
-from ..ledger.ledger import Ledger, is_of_claim
+from ..ledger.claim import WorkerState, is_of_claim
+from ..ledger.ledger import Ledger
 from .instances import InstanceHistory
 from .records import Glance, Place, Record, Surroundings, Window
 

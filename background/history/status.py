@@ -12,8 +12,8 @@ from sqlalchemy import Row, bindparam, case, func, select
 from ..database.clock import AHEAD, elapsed, now, single_statements
 from ..database.tables import executions, instances, totals, workers
 from ..errors import InvalidSchedule
+from ..ledger.claim import is_of_claim
 from ..ledger.leases import is_alive
-from ..ledger.ledger import is_of_claim
 from ..schedule.parsing import parse_schedule
 from ..stores import Stores
 from ..worker import PeriodicWorker

@@ -1,10 +1,14 @@
-"""Values about claims: a claim, a worker's state as the database has it, and why a claim was refused."""
+"""A claim, the state of a worker as one read finds it, and why a claim was refused."""
 
 from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum
-from typing import Literal
+from typing import Any, Literal
 
+from sqlalchemy import Row, and_, bindparam, literal_column, or_, select
+
+from ..database.clock import now
+from ..database.tables import executions, workers
 from ..schedule.parsing import parse_schedule
 from ..schedule.periods import Schedule
 
@@ -103,3 +107,81 @@ class NotClaimed(Enum):
 
 
 DECIDED, BLOCKED = NotClaimed.DECIDED, NotClaimed.BLOCKED
+
+
+# The execution of the claim in force. A claim of an older release has no id.
+is_of_claim = and_(
+    executions.c.worker == workers.c.name,
+    executions.c.token == workers.c.running,
+    or_(executions.c.claim == workers.c.claim, executions.c.claim.is_(None)),
+)
+# An execution that says "running" while its claim is not in force: a stray.
+strays = executions.alias("strays")
+is_stray = and_(
+    strays.c.state == literal_column("'running'"),
+    strays.c.worker == workers.c.name,
+    or_(
+        strays.c.token.is_(None),
+        strays.c.token.is_distinct_from(workers.c.running),
+        and_(strays.c.claim.is_not(None), strays.c.claim.is_distinct_from(workers.c.claim)),
+    ),
+)
+
+STATES = select(
+    workers,
+    now().label("clock"),
+    select(strays.c.id).where(is_stray).correlate(workers).exists().label("has_strays"),
+    executions.c.claim.label("execution_claim"),
+    executions.c.id.label("execution"),
+    executions.c.tick,
+    executions.c.attempt,
+    executions.c.trigger,
+    executions.c.started_at,
+    executions.c.progress_done,
+    executions.c.progress_total,
+    executions.c.instance,
+    executions.c.instance_name,
+).outerjoin(executions, is_of_claim)
+ONE_STATE = STATES.where(workers.c.name == bindparam("name"))  # built once, as building takes as long as reading
+
+
+def state_of(row: Row[Any]) -> WorkerState:
+    """Return the state in a row of `STATES`."""
+    running = _running(row) if row.running is not None else None
+    return WorkerState(
+        name=row.name,
+        clock=row.clock,
+        mark=row.mark,
+        schedule_text=row.schedule,
+        scheduled_at=row.scheduled_at,
+        declared=row.declared,
+        declared_by=row.declared_by,
+        paused_at=row.paused_at,
+        pending_tick=row.pending_tick,
+        pending_trigger=row.pending_trigger,
+        running=running,
+        started_at=running.started_at if running else None,
+        progress_done=row.progress_done,
+        progress_total=row.progress_total,
+        instance=running.instance if running else None,
+        instance_name=running.instance_name if running else None,
+        has_strays=bool(row.has_strays),
+        mark_ahead=row.mark_ahead,
+    )
+
+
+def _running(row: Row[Any]) -> Claim:
+    """Return the claim in force, from its execution, else from the copy in the worker's row.
+
+    The copy serves if the execution was deleted by hand. If there is no copy, the claim was made by hand, and the
+    newest decided tick counts as its tick.
+    """
+    name, token = row.name, row.running
+    if row.execution is not None:
+        began = row.started_at, row.execution_claim, row.instance, row.instance_name
+        return Claim(name, row.tick, row.attempt or 1, token, row.trigger, row.execution, *began)
+    if row.claim is not None and row.claim_tick is not None:
+        began = row.claim_at, row.claim, row.claim_instance, row.claim_instance_name
+        return Claim(name, row.claim_tick, row.claim_attempt or 1, token, row.claim_trigger, None, *began)
+    tick = row.mark or row.scheduled_at
+    return Claim(name, tick, 1, token, "schedule", None, instance_name="an unknown instance")

@@ -14,7 +14,8 @@ from ..errors import InvalidSchedule
 from ..host.logs import logger_of
 from ..schedule.parsing import parse_schedule
 from ..schedule.periods import Schedule
-from .ledger import Ledger, marked, pending
+from .ledger import Ledger
+from .statements import marked, pending
 
 log = logger_of(__name__)
 

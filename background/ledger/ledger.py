@@ -10,15 +10,9 @@ from sqlalchemy import (
     ColumnElement,
     Connection,
     Row,
-    String,
     and_,
-    bindparam,
-    case,
     insert,
-    literal,
-    literal_column,
     null,
-    or_,
     select,
     true,
     update,
@@ -32,10 +26,10 @@ from ..errors import ClaimLost
 from ..host.logs import logger_of
 from ..schedule.periods import MICROSECOND
 from . import counters
-from .claim import Claim, NotClaimed, WorkerState
+from .claim import ONE_STATE, STATES, Claim, NotClaimed, WorkerState, state_of
 from .on_postgresql import ClaimsOnPostgreSQL
 from .on_sqlite import ClaimsOnSQLite
-from .statements import IS_FREE, MISS, SKIP, Values, at_tick, claimed, start
+from .statements import CLAIM_MANUAL, IS_FREE, MISS, SKIP, Values, at_tick, attempted, pending, start
 
 log = logger_of(__name__)
 
@@ -57,13 +51,13 @@ class Ledger:
 
     def look(self, name: str) -> WorkerState | None:
         """Read the worker's state, without a lock. None if no instance has registered the worker yet."""
-        rows = self.store.read(_one_state, {"name": name})
-        return _state(rows[0]) if rows else None
+        rows = self.store.read(ONE_STATE, {"name": name})
+        return state_of(rows[0]) if rows else None
 
     def states(self, names: Collection[str] | None = None) -> dict[str, WorkerState]:
         """Read the state of every worker in the database, or of the workers in `names`."""
-        query = _states if names is None else _states.where(workers.c.name.in_(names))
-        return {row.name: _state(row) for row in self.store.read(query)}
+        query = STATES if names is None else STATES.where(workers.c.name.in_(names))
+        return {row.name: state_of(row) for row in self.store.read(query)}
 
     # -- claiming ------------------------------------------------------------------------------
 
@@ -90,7 +84,7 @@ class Ledger:
         """
         values = _values(name, tick, instance)
         with self.store.begin() as connection:
-            token = connection.execute(_CLAIM_MANUAL, values).scalar_one_or_none()
+            token = connection.execute(CLAIM_MANUAL, values).scalar_one_or_none()
             return None if token is None else start(connection, values, token, 1, "manual")
 
     def request(self, name: str) -> bool:
@@ -287,19 +281,6 @@ class Ledger:
         counters.add_not_run(connection, name, state, at)
 
 
-def pending(tick: Any, attempt: int | None, trigger: str | None) -> dict[str, Any]:
-    """Return the columns of a worker's row that name the tick to claim next, before any other."""
-    return {"pending_tick": tick, "pending_attempt": attempt, "pending_trigger": trigger}
-
-
-def marked(tick: datetime, trigger: str) -> dict[str, Any]:
-    """Return the mark, raised to a scheduled tick if it is below. A tick that runs again must not count as open."""
-    if trigger != "schedule":
-        return {}
-    is_below = or_(workers.c.mark.is_(None), workers.c.mark < tick)
-    return {"mark": case((is_below, tick), else_=workers.c.mark)}
-
-
 def in_force(claim: Claim) -> ColumnElement[bool]:
     """Return the condition that `claim` is the one in the worker's row."""
     is_same = true() if claim.id is None else workers.c.claim == claim.id
@@ -310,96 +291,6 @@ def own(claim: Claim) -> ColumnElement[bool]:
     """Return the condition that an execution belongs to `claim`. After a restore, another claim may have its token."""
     same = executions.c.worker == claim.worker, executions.c.token == claim.token
     return and_(*same, executions.c.claim.is_(None) if claim.id is None else executions.c.claim == claim.id)
-
-
-def attempted(worker: str) -> ColumnElement[bool]:
-    """Return the condition that an execution is an attempt at a scheduled tick, not a row of skipped or missed ones."""
-    of_ticks = executions.c.worker == worker, executions.c.trigger == "schedule"
-    return and_(*of_ticks, executions.c.attempt.is_not(None))
-
-
-# The execution of the claim in force. A claim of an older release has no id.
-is_of_claim = and_(
-    executions.c.worker == workers.c.name,
-    executions.c.token == workers.c.running,
-    or_(executions.c.claim == workers.c.claim, executions.c.claim.is_(None)),
-)
-# An execution that says "running" while its claim is not in force: a stray.
-strays = executions.alias("strays")
-is_stray = and_(
-    strays.c.state == literal_column("'running'"),
-    strays.c.worker == workers.c.name,
-    or_(
-        strays.c.token.is_(None),
-        strays.c.token.is_distinct_from(workers.c.running),
-        and_(strays.c.claim.is_not(None), strays.c.claim.is_distinct_from(workers.c.claim)),
-    ),
-)
-
-_CLAIM_MANUAL = (
-    update(workers)
-    .where(workers.c.name == bindparam("of", type_=String()), IS_FREE)
-    .values(claimed(literal(1), literal("manual")))
-    .returning(workers.c.token)
-)
-
-_states = select(
-    workers,
-    now().label("clock"),
-    select(strays.c.id).where(is_stray).correlate(workers).exists().label("has_strays"),
-    executions.c.claim.label("execution_claim"),
-    executions.c.id.label("execution"),
-    executions.c.tick,
-    executions.c.attempt,
-    executions.c.trigger,
-    executions.c.started_at,
-    executions.c.progress_done,
-    executions.c.progress_total,
-    executions.c.instance,
-    executions.c.instance_name,
-).outerjoin(executions, is_of_claim)
-_one_state = _states.where(workers.c.name == bindparam("name"))  # built once, as building takes as long as reading
-
-
-def _state(row: Row[Any]) -> WorkerState:
-    running = _running(row) if row.running is not None else None
-    return WorkerState(
-        name=row.name,
-        clock=row.clock,
-        mark=row.mark,
-        schedule_text=row.schedule,
-        scheduled_at=row.scheduled_at,
-        declared=row.declared,
-        declared_by=row.declared_by,
-        paused_at=row.paused_at,
-        pending_tick=row.pending_tick,
-        pending_trigger=row.pending_trigger,
-        running=running,
-        started_at=running.started_at if running else None,
-        progress_done=row.progress_done,
-        progress_total=row.progress_total,
-        instance=running.instance if running else None,
-        instance_name=running.instance_name if running else None,
-        has_strays=bool(row.has_strays),
-        mark_ahead=row.mark_ahead,
-    )
-
-
-def _running(row: Row[Any]) -> Claim:
-    """Return the claim in force, from its execution, else from the copy in the worker's row.
-
-    The copy serves if the execution was deleted by hand. If there is no copy, the claim was made by hand, and the
-    newest decided tick counts as its tick.
-    """
-    name, token = row.name, row.running
-    if row.execution is not None:
-        began = row.started_at, row.execution_claim, row.instance, row.instance_name
-        return Claim(name, row.tick, row.attempt or 1, token, row.trigger, row.execution, *began)
-    if row.claim is not None and row.claim_tick is not None:
-        began = row.claim_at, row.claim, row.claim_instance, row.claim_instance_name
-        return Claim(name, row.claim_tick, row.claim_attempt or 1, token, row.claim_trigger, None, *began)
-    tick = row.mark or row.scheduled_at
-    return Claim(name, tick, 1, token, "schedule", None, instance_name="an unknown instance")
 
 
 def _values(name: str, tick: datetime, instance: tuple[str, str]) -> dict[str, Any]:

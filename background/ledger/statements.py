@@ -56,9 +56,16 @@ def at_tick(name: str, tick: datetime, schedule: str) -> dict[str, Any]:
     return {"of": name, "at": tick, "by": schedule, "previous": parse_schedule(schedule).previous(tick - MICROSECOND)}
 
 
+def attempted(worker: str | ColumnElement[str]) -> ColumnElement[bool]:
+    """Return the condition that an execution is an attempt at a scheduled tick, not a row of skipped or missed ones."""
+    of_ticks = executions.c.worker == worker, executions.c.trigger == "schedule"
+    return and_(*of_ticks, executions.c.attempt.is_not(None))
+
+
 _tick, _previous = (bindparam(name, type_=UtcDateTime()) for name in ("at", "previous"))
 _id, _instance, _instance_name = (bindparam(name, type_=String()) for name in ("claim_id", "on", "on_name"))
-_of_worker = workers.c.name == bindparam("of", type_=String())
+_worker = bindparam("of", type_=String())
+_of_worker = workers.c.name == _worker
 
 # Above the mark: no instance has decided the tick yet.
 _is_open = or_(workers.c.mark.is_(None), workers.c.mark < _tick)
@@ -70,23 +77,14 @@ _is_next = or_(workers.c.mark >= _previous, workers.c.scheduled_at >= _previous)
 _may_be_decided = and_(_tick <= now(), _is_in_force, _is_next)
 
 # While the database's clock was ahead, the tick may have run. The mark was lowered since, so the history tells.
-_execution = (
-    select(executions.c.id)
-    .where(
-        executions.c.worker == bindparam("of", type_=String()),
-        executions.c.tick == _tick,
-        executions.c.trigger == "schedule",
-        executions.c.attempt.is_not(None),
-    )
-    .exists()
-)
+_execution = select(executions.c.id).where(attempted(_worker), executions.c.tick == _tick).exists()
 _has_run = case((workers.c.mark_ahead >= _tick, _execution), else_=false())
 
 # Every condition of a claim except `_is_open`.
 _is_claimable = and_(_may_be_decided, workers.c.paused_at.is_(None), IS_FREE, not_(_has_run))
 
 
-def claimed(attempt: ColumnElement[int], trigger: ColumnElement[str]) -> dict[str, Any]:
+def _claimed(attempt: ColumnElement[int], trigger: ColumnElement[str]) -> dict[str, Any]:
     """Return the columns of the worker's row that a claim sets."""
     return {
         "token": _next_token,
@@ -101,7 +99,20 @@ def claimed(attempt: ColumnElement[int], trigger: ColumnElement[str]) -> dict[st
     }
 
 
-_SCHEDULED = claimed(literal(1), literal("schedule"))
+def pending(tick: Any, attempt: int | None, trigger: str | None) -> dict[str, Any]:
+    """Return the columns of a worker's row that name the tick to claim next, before any other."""
+    return {"pending_tick": tick, "pending_attempt": attempt, "pending_trigger": trigger}
+
+
+def marked(tick: datetime, trigger: str) -> dict[str, Any]:
+    """Return the mark, raised to a scheduled tick if it is below. A tick that runs again must not count as open."""
+    if trigger != "schedule":
+        return {}
+    is_below = or_(workers.c.mark.is_(None), workers.c.mark < tick)
+    return {"mark": case((is_below, tick), else_=workers.c.mark)}
+
+
+_SCHEDULED = _claimed(literal(1), literal("schedule"))
 
 # The statements. The first instance raises the mark to the tick, and `_is_open` is false for every later instance.
 
@@ -115,8 +126,15 @@ CLAIM = (
 CLAIM_PENDING = (
     update(workers)
     .where(_of_worker, workers.c.pending_tick == _tick, may_be_run_again, workers.c.running.is_(None))
-    .values(pending_tick=null(), **claimed(workers.c.pending_attempt, workers.c.pending_trigger))
+    .values(pending_tick=null(), **_claimed(workers.c.pending_attempt, workers.c.pending_trigger))
     .returning(workers.c.token, workers.c.pending_attempt, workers.c.pending_trigger)
+)
+# Claim a run that a user requested. The mark does not move.
+CLAIM_MANUAL = (
+    update(workers)
+    .where(_of_worker, IS_FREE)
+    .values(_claimed(literal(1), literal("manual")))
+    .returning(workers.c.token)
 )
 # Decide a tick that cannot run, because the worker is paused or still running.
 SKIP = (
@@ -166,7 +184,7 @@ def _claim_pending_and_start() -> Select[Any]:
 def _start(token: ColumnElement[int], attempt: ColumnElement[int], trigger: ColumnElement[str]) -> ReturningInsert[Any]:
     """Insert the execution's row of a claim that was won. Returns the columns that `claim_of` reads."""
     row: dict[str, ColumnElement[Any]] = {
-        "worker": bindparam("of", type_=String()),
+        "worker": _worker,
         "tick": _tick,
         "trigger": trigger,
         "state": literal("running"),

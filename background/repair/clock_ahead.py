@@ -15,7 +15,7 @@ from ..database.store import Store, count
 from ..database.tables import executions, is_in, messages, workers
 from ..errors import InvalidSchedule
 from ..ledger.claim import WorkerState
-from ..ledger.ledger import attempted, pending
+from ..ledger.statements import attempted, pending
 from ..schedule.parsing import parse_schedule
 from ..schedule.periods import MICROSECOND, Schedule
 

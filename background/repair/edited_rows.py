@@ -11,9 +11,9 @@ from ..database.clock import now
 from ..database.store import count
 from ..database.tables import executions, workers
 from ..ledger import counters
-from ..ledger.claim import Claim
-from ..ledger.ledger import MOMENTS, Ledger, in_force, is_stray, marked, pending, strays
-from ..ledger.statements import IS_FREE
+from ..ledger.claim import Claim, is_stray, strays
+from ..ledger.ledger import MOMENTS, Ledger, in_force
+from ..ledger.statements import IS_FREE, marked, pending
 
 GONE = "its claim is gone: it was ended by hand, or the database lost its commit"
 _RUNNING = {"state": "running"}
