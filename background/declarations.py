@@ -16,7 +16,7 @@ _POSITIONAL = {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_O
 _NEAR = 0.8  # of 1, by difflib: max_attemps and tiemout are near, handle_one and first_name are not
 
 
-def refuse_misspelt(cls: type, base: type) -> None:
+def refuse_misspelled(cls: type, base: type) -> None:
     """Raise InvalidWorker for an attribute of `cls` with nearly the name of an attribute of `base` that is not set.
 
     Every other attribute is the user's own. So is an attribute that the methods of the class use.

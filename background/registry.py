@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 from datetime import datetime, timedelta
 
-from .declarations import check_constructor, check_method, refuse_misspelt
+from .declarations import check_constructor, check_method, refuse_misspelled
 from .errors import DuplicateWorker, InvalidWorker, UnknownTopic, UnknownWorker
 from .ledger.claim import WorkerState
 from .schedule.parsing import make_schedule
@@ -97,24 +97,19 @@ def declared_schedule(cls: type[PeriodicWorker]) -> Schedule:
             f"{cls!r} is not a worker class; expected a subclass of PeriodicWorker or MessageWorker: "
             "write workers.add(MyWorker), without parentheses behind the class."
         )
-    refuse_misspelt(cls, PeriodicWorker)
+    refuse_misspelled(cls, PeriodicWorker)
     _check_class(cls, "do_work(self, context)", cls.do_work is PeriodicWorker.do_work)
     check_method(cls, "do_work", "context")
     schedule = make_schedule(cls.name, cls.period, cls.cron, cls.timezone)
     _check_attributes(
         cls,
-        ("max_attempts", *_COUNT, _is_count(cls.max_attempts)),
+        ("max_attempts", *_count(cls.max_attempts, MOST_ATTEMPTS)),
         ("on_lost", "'retry' or 'skip'", cls.on_lost in ("retry", "skip")),
-        ("timeout", "a timedelta above 0, or None", cls.timeout is None or _is_duration(cls.timeout, least=1)),
-        ("jitter", *_DURATION, _is_duration(cls.jitter, least=0)),
+        ("timeout", "a timedelta above 0 and at most 366 days, or None", _is_timeout(cls.timeout)),
+        ("jitter", *_duration(cls.jitter)),
         ("enabled", "True or False", isinstance(cls.enabled, bool)),
         ("catch_up", "True or False", isinstance(cls.catch_up, bool)),
         ("run_on_first_start", "True or False", isinstance(cls.run_on_first_start, bool)),
-    )
-    _check_attributes(
-        cls,
-        ("max_attempts", *_MOST_ATTEMPTS, cls.max_attempts <= MOST_ATTEMPTS),
-        ("timeout", "at most 366 days, or None", cls.timeout is None or cls.timeout <= LONGEST),
     )
     if cls.period is not None:
         _check_attributes(cls, ("jitter", f"at most its period, {cls.period}", cls.jitter <= cls.period))
@@ -123,7 +118,7 @@ def declared_schedule(cls: type[PeriodicWorker]) -> Schedule:
 
 def declared_topic(cls: type[MessageWorker]) -> str:
     """Check all attributes of the class, and return its topic. Raises InvalidWorker."""
-    refuse_misspelt(cls, MessageWorker)
+    refuse_misspelled(cls, MessageWorker)
     handlers = [name for name in ("handle", "handle_many") if getattr(cls, name) is not getattr(MessageWorker, name)]
     _check_class(cls, "either handle(self, message, context) or handle_many(self, messages, context)", not handlers)
     for name in handlers:
@@ -138,25 +133,17 @@ def declared_topic(cls: type[MessageWorker]) -> str:
     _check_attributes(
         cls,
         ("topic", _NAME, _is_name(cls.topic)),
-        ("batch_size", "a whole number from 1 to 10000", _is_count(cls.batch_size) and cls.batch_size <= 10_000),
-        ("max_attempts", *_COUNT, _is_count(cls.max_attempts)),
-        ("backoff", *_DURATION, _is_duration(cls.backoff, least=0)),
-        ("concurrency", *_COUNT, _is_count(cls.concurrency)),
-    )
-    _check_attributes(
-        cls,
-        ("max_attempts", *_MOST_ATTEMPTS, cls.max_attempts <= MOST_ATTEMPTS),
-        ("concurrency", f"at most {MOST_CONCURRENCY}", cls.concurrency <= MOST_CONCURRENCY),
+        ("batch_size", *_count(cls.batch_size, MOST_AT_ONCE)),
+        ("max_attempts", *_count(cls.max_attempts, MOST_ATTEMPTS)),
+        ("backoff", *_duration(cls.backoff)),
+        ("concurrency", *_count(cls.concurrency, MOST_CONCURRENCY)),
     )
     return cls.topic
 
 
-MOST_ATTEMPTS, MOST_CONCURRENCY = 1_000_000, 1_000
+MOST_ATTEMPTS, MOST_AT_ONCE, MOST_CONCURRENCY = 1_000_000, 10_000, 1_000
 _OF_TICKS = {"period", "cron", "timeout", "on_lost", "catch_up", "run_on_first_start", "jitter", "enabled"}
 _NAME = "1 to 100 letters, digits, '_', '-' or '.'"
-_COUNT = ("a whole number of at least 1",)
-_MOST_ATTEMPTS = (f"at most {MOST_ATTEMPTS}",)
-_DURATION = ("a timedelta of at least 0",)
 
 
 def _check_class(cls: AnyWorker, method: str, is_missing: bool) -> None:
@@ -185,9 +172,16 @@ def _is_name(value: object) -> bool:
     return isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9][\w.-]{0,99}", value) is not None
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+def _count(value: object, most: int) -> tuple[str, bool]:
+    """Return the expectation of a count, and whether `value` meets it."""
+    is_count = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
+    return f"a whole number from 1 to {most}", is_count
 
 
-def _is_duration(value: object, least: int) -> bool:
-    return isinstance(value, timedelta) and value >= timedelta(microseconds=least)
+def _duration(value: object) -> tuple[str, bool]:
+    """Return the expectation of a pause, and whether `value` meets it."""
+    return "a timedelta of at least 0", isinstance(value, timedelta) and value >= timedelta()
+
+
+def _is_timeout(value: object) -> bool:
+    return value is None or (isinstance(value, timedelta) and timedelta() < value <= LONGEST)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from ..errors import InvalidSchedule
 
-LONGEST = 150  # characters. With the longest zone, a schedule still fits into its column
+MOST_CHARACTERS = 150  # characters. With the longest zone, a schedule still fits into its column
 
 
 class Field(NamedTuple):
@@ -55,9 +55,9 @@ def canonical(expression: object) -> str:
     """Return the expression in the form that is stored. Raises InvalidSchedule if a field cannot be read."""
     if not isinstance(expression, str):
         raise InvalidSchedule(f"cron {expression!r} is not a string: write '30 2 * * *', for example.")
-    if len(expression) > LONGEST:
+    if len(expression) > MOST_CHARACTERS:
         raise InvalidSchedule(
-            f"cron {expression!r:.50} is {len(expression)} characters long: expected at most {LONGEST}; "
+            f"cron {expression!r:.50} is {len(expression)} characters long: expected at most {MOST_CHARACTERS}; "
             "write ranges and steps."
         )
     fields = expression.upper().split()

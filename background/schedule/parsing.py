@@ -6,8 +6,7 @@ from functools import lru_cache
 
 from ..errors import InvalidSchedule
 from .cron import Cron
-from .cron_fields import LONGEST as MOST
-from .cron_fields import refuse_useless_steps
+from .cron_fields import MOST_CHARACTERS, refuse_useless_steps
 from .periods import LONGEST, Every, Schedule
 
 
@@ -59,9 +58,9 @@ def typed_schedule(text: str, timezone: str = "") -> Schedule:
     text, timezone = text.strip(), timezone.strip()
     if not text:
         raise InvalidSchedule("The schedule is empty; expected a period such as 90s, 10 min or 1h30m, or a cron.")
-    if len(text) > MOST:
+    if len(text) > MOST_CHARACTERS:
         raise InvalidSchedule(
-            f"The schedule is {len(text)} characters long; expected at most {MOST}: write ranges and steps."
+            f"The schedule is {len(text)} characters long; expected at most {MOST_CHARACTERS}: write ranges and steps."
         )
     seconds, is_cron = _seconds(text), text.startswith("@") or "TZ=" in text
     if seconds is not None or (len(text.split()) < 5 and not is_cron):
