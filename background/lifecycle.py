@@ -16,6 +16,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from . import settings
 from .database.connections import made_once
+from .database.dialects import sqlite
 from .database.dialects.open_transactions import OpenTransactions
 from .database.outages import Outages
 from .errors import BackgroundError, InvalidConfig, first_line
@@ -107,7 +108,9 @@ class Lifecycle:
         self._lock, self._supervisor = threading.RLock(), None
         self._assemble(self.stores.outages)
         if is_in_a_run:
-            forks.cut_off(self._engines)
+            forks.cut_off()
+            for engine in self._engines:
+                sqlite.wait_briefly(engine)
 
     @made_once
     def locks(self) -> Locks:

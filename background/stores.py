@@ -94,7 +94,7 @@ class Stores:
         """Change nothing, and raise the errors of a database that takes no writes."""
         self.leases.write()
         if self.connections.heartbeat_file:  # on SQLite the instances are not in the main database's file
-            sqlite.try_to_write(self.main.engine)
+            sqlite.write_unless_locked(self.main.engine)
 
     def close(self) -> None:
         """Close the connections. They open again with their next use."""

@@ -18,8 +18,6 @@ from .logs import logger_of
 
 log = logger_of(__name__)
 
-_CHILDS_WAIT_SECONDS = 1.0
-
 _sockets: WeakSet[Any] = WeakSet()
 _of_parents: list[object] = []
 """Objects that a child keeps for ever. A freed connection would send a last packet on the parent's socket."""
@@ -107,7 +105,7 @@ def begin_anew(db: SQLAlchemy, engines: Iterable[Engine], *kept: object) -> None
         db.session.registry.clear()
 
 
-def cut_off(engines: Iterable[Engine]) -> None:
+def cut_off() -> None:
     """Replace each inherited socket by an unconnected one, in a forked child of a run.
 
     The child can then send nothing to the database server on its parent's connections. When the parent dies, its
@@ -117,14 +115,3 @@ def cut_off(engines: Iterable[Engine]) -> None:
         with suppress(Exception), socket.socket() as unconnected:  # the connection may be closed
             os.dup2(unconnected.fileno(), connection.fileno(), inheritable=False)
     _sockets.clear()
-    for engine in engines:
-        if engine.dialect.name == "sqlite":
-            event.listen(engine, "connect", _wait_briefly)
-
-
-def _wait_briefly(connection: Any, _record: Any) -> None:
-    """Have the connection wait only briefly for a lock.
-
-    SQLite keeps its locks in memory too. A lock that the parent held during the fork stays held in the child for ever.
-    """
-    connection.execute(f"PRAGMA busy_timeout = {_CHILDS_WAIT_SECONDS * 1000:.0f}")

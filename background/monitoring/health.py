@@ -18,7 +18,7 @@ from sqlalchemy.exc import ProgrammingError, SQLAlchemyError
 
 from ..database.clock import steady
 from ..database.connections import again_if_stale
-from ..database.dialects import sqlite
+from ..database.store import try_to_write
 from ..database.tables import workers
 from ..errors import BackgroundError, first_line
 from ..history.condition import condition
@@ -238,9 +238,4 @@ def _write_as_the_application(manager: BackgroundWorkerManager) -> None:
     """
     with manager.app.app_context():
         engine = manager.db.engine
-    nothing = update(workers).where(false()).values(paused_at=null())
-    if engine.dialect.name == "sqlite":
-        sqlite.try_to_write(engine, nothing)
-        return
-    with engine.begin() as connection:
-        connection.execute(nothing)
+    try_to_write(engine, update(workers).where(false()).values(paused_at=null()))

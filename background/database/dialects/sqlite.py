@@ -19,6 +19,7 @@ from .error_codes import is_busy
 BUSY_SECONDS = 30
 OPEN_SECONDS = 10
 """The longest wait for a new connection while another process keeps the file locked."""
+_CHILDS_WAIT_SECONDS = 1.0
 _MOMENT_SECONDS = 0.1
 # The dialects of engines that have opened their file since their last `dispose`.
 _opened_before: WeakSet[Dialect] = WeakSet()
@@ -39,6 +40,19 @@ def prepare(engine: Engine) -> None:
         event.listen(engine, "savepoint", _begin_before_savepoint)
 
 
+def wait_briefly(engine: Engine) -> None:
+    """Have each later connection of a SQLite `engine` wait only briefly for a lock, in a forked child of a run.
+
+    SQLite keeps its locks in memory too. A lock that the parent held during the fork stays held in the child for ever.
+    """
+    if engine.dialect.name == "sqlite":
+        event.listen(engine, "connect", _wait_briefly)
+
+
+def _wait_briefly(connection: Any, _record: Any) -> None:
+    connection.execute(f"PRAGMA busy_timeout = {_CHILDS_WAIT_SECONDS * 1000:.0f}")
+
+
 def refuse_memory(engine: Engine) -> None:
     """Raise InvalidConfig for a database in memory. A heartbeat on its only connection would roll a run back."""
     if engine.dialect.name == "sqlite" and engine.url.database in (None, "", ":memory:"):
@@ -53,7 +67,7 @@ def in_memory(engine: Engine) -> InvalidConfig:
     )
 
 
-def try_to_write(engine: Engine, *statements: Executable) -> None:
+def write_unless_locked(engine: Engine, *statements: Executable) -> None:
     """Execute `statements` in a transaction that is rolled back, unless another connection writes at this moment.
 
     Raises OperationalError for a read-only database, also without any statement.
