@@ -83,7 +83,6 @@ class Stores:
 
     def refuse_autocommit(self) -> None:
         """Open a session as the application does. Raises InvalidConfig if it commits each statement."""
-        refuse_autocommit_options(self._db.engine)
         session = self._db.session()
         try:
             self.connections.sessions.within(session)

@@ -70,7 +70,7 @@ class Sessions:
         self.is_strict = False
         """True if the server isolates more strictly than READ COMMITTED by default."""
         self._warned: set[tuple[str, str]] = set()
-        self._is_strictness_known = False
+        self._has_warned_of_strictness = False
 
     def within(self, session: Session, engine: Engine | None = None) -> Within:
         """Return the engine's statements in `session`. Raises InvalidConfig if each would commit separately.
@@ -91,8 +91,8 @@ class Sessions:
         chosen = driver.isolation_level
         if chosen is None and self.is_strict:
             connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL READ COMMITTED")
-        if chosen is not None and chosen > _READ_COMMITTED and not self._is_strictness_known:
-            self._is_strictness_known = True
+        if chosen is not None and chosen > _READ_COMMITTED and not self._has_warned_of_strictness:
+            self._has_warned_of_strictness = True
             log.warning(
                 "The application's sessions run at %s. There a run fails if the row of its worker changes meanwhile: "
                 "by a tick that falls during the run, a pause or a request. Prefer READ COMMITTED for runs",

@@ -261,7 +261,7 @@ _schedule_lines = (
 )
 _others = and_(is_alive, instances.c.id != bindparam("its_id"))
 _first_expiry = select(func.min(instances.c.expires_at)).where(_others).scalar_subquery()
-_is_put_off = or_(
+_is_worker_ahead = or_(
     workers.c.mark > now(AHEAD),
     workers.c.scheduled_at > now(AHEAD),
     and_(workers.c.pending_tick > now(AHEAD), workers.c.pending_trigger != "manual"),
@@ -272,7 +272,7 @@ def _pulse(topics: Sequence[str]) -> tuple[ColumnElement[Any], ...]:
     """Return the columns of a pulse that follow the clock. The due moments of the topics come last."""
     is_pending = and_(workers.c.pending_tick.is_not(None), may_be_run_again)
     is_busy = select(workers.c.name).where(or_(workers.c.running.is_not(None), is_pending)).exists()
-    is_ahead = select(workers.c.name).where(_is_put_off).exists()
+    is_any_ahead = select(workers.c.name).where(_is_worker_ahead).exists()
     return (
         select(func.aggregate_strings(_schedule_lines.c.line, "\n")).scalar_subquery(),
         or_(
@@ -280,6 +280,6 @@ def _pulse(topics: Sequence[str]) -> tuple[ColumnElement[Any], ...]:
             select(executions.c.id).where(executions.c.state == literal_column("'running'")).exists(),
             any_running,
         ),
-        or_(is_ahead, *any_put_off(topics)),
+        or_(is_any_ahead, *any_put_off(topics)),
         _first_expiry,
     )
