@@ -133,7 +133,7 @@ MUTATIONS = (
         [
             Edit(
                 "background/ledger/controls.py",
-                "adopt(connection, name, schedule.previous(clock), name in known)",
+                "_adopt(connection, name, schedule.previous(clock), name in known)",
                 "pass",
             )
         ],
@@ -141,7 +141,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a worker whose rows are all deleted begins with its next tick",
-        [Edit("background/ledger/controls.py", "begin = clock if name in known else wanted", "begin = asked")],
+        [Edit("background/ledger/controls.py", "begin = clock if name in known else wanted", "begin = wanted")],
         ["tests/background/repair/test_edited_rows.py", "-k", "all_of_whose_rows"],
     ),
     Mutation(
