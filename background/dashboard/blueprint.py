@@ -16,7 +16,7 @@ from .origin import refuse_foreign
 
 
 def dashboard(allow: Callable[[], ResponseReturnValue | None]) -> Blueprint:
-    """Return a blueprint at /workers. `allow` runs before each request. It returns None, or the answer of a refusal.
+    """Return a blueprint at /workers. `allow` runs before each request. It returns None, or the response of a refusal.
 
     The blueprint refuses changes that another site's page requests, with or without Flask-WTF. Another site cannot
     show it in a frame. Without a SECRET_KEY the pages and buttons work, but show no messages. An application's own
@@ -39,13 +39,13 @@ def dashboard(allow: Callable[[], ResponseReturnValue | None]) -> Blueprint:
 
 
 def refuse_frames(response: Response) -> Response:
-    """Keep another site from framing a page: a click there would count as one on the dashboard itself."""
+    """Keep another site from framing a page: a click there would count as a click on the dashboard itself."""
     response.headers.setdefault("X-Frame-Options", "SAMEORIGIN")
     return response
 
 
 def not_taken(error: SQLAlchemyError) -> ResponseReturnValue:
-    """Answer a request whose database is away, or did not make a button's change.
+    """Respond to a request whose database is away, or did not make a button's change.
 
     A run may hold the rows of the change for longer than a page waits.
     """
@@ -56,6 +56,6 @@ def not_taken(error: SQLAlchemyError) -> ResponseReturnValue:
 
 
 def held_up(_error: CommitFirst) -> ResponseReturnValue:
-    """Answer a button whose change waits for a transaction that the host application left open in this request."""
+    """Respond to a button whose change waits for a transaction that the host application left open in this request."""
     say("The database did not make this change: this request has an open transaction of its own. Try again.", "error")
     return back()

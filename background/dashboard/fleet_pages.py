@@ -74,14 +74,14 @@ def _addresses(names: Collection[str]) -> dict[str, str]:
 
 
 def _until() -> datetime | None:
-    """Return the end that the address asks for. None means now, also for an address that cannot be read."""
+    """Return the end of the picture, from the address. None means now, also if the address cannot be read."""
     with suppress(ValueError):
         return moment_in(request.args.get("until", ""))
     return None
 
 
 def _later(window: Window) -> str | None:
-    """Return the end of the next picture. None if that is now."""
+    """Return the end of the next picture. None means now."""
     until = window.until + (window.until - window.since)
     return moment(until) if until < window.clock else None
 
@@ -115,7 +115,7 @@ def instances_page() -> ResponseReturnValue:
 
 
 def _holders(manager: BackgroundWorkerManager, clock: datetime) -> list[Holder]:
-    """Return all known instances, those that are alive first."""
+    """Return all known instances, the living ones first."""
     messages = manager.messages.held()
     runs, locks = _by_instance(manager.history.running()), _by_instance(manager.locks.held())
     return [

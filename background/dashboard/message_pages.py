@@ -48,7 +48,7 @@ def messages_page() -> ResponseReturnValue:
 
 
 def _before() -> int | None:
-    """Return the place in the list that the address asks for. None means its beginning."""
+    """Return the place in the list, from the address. None means the beginning of the list."""
     number = whole_number(request.args.get("before", ""))
     return number if number is not None and number <= LARGEST_ID else None
 

@@ -16,7 +16,7 @@ _LONGEST = 200
 
 
 def refuse_foreign() -> None:
-    """Answer 403 if a page of another site (another scheme, host or port) sent a request to change something.
+    """Respond with 403 if a page of another site (another scheme, host or port) requests a change.
 
     A browser names the sender in Sec-Fetch-Site, else in Origin, else in Referer. No page can forge these headers. A
     client that sends none of these headers is not a modern browser, and no page can press its buttons.

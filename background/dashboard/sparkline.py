@@ -16,7 +16,7 @@ COUNT = 50
 _BAR, _STEP, _HIGHEST, _LOWEST, _MARK = 2, 3, 28, 3, 3
 
 
-@lru_cache(maxsize=200)  # a page that refreshes itself needs the same pictures every two seconds
+@lru_cache(maxsize=200)  # a live page draws the same pictures every two seconds
 def picture(glances: tuple[Glance, ...]) -> Markup:
     """Draw at most COUNT executions as SVG, oldest first. A mark below a bar says that it did not succeed."""
     took = [_took(each) for each in glances]

@@ -13,7 +13,7 @@ from ..history.records import InstanceRecord, Record, Window
 from ..history.text import clipped, moment, second, span
 
 AXIS, HEAD, ROW, BAR, PAD = 26, 20, 18, 12, 5  # pixels
-_LEFT, _RIGHT = 0.6, 98.4  # percent: leaves room for the signs at the ends
+_LEFT, _RIGHT = 0.6, 98.4  # percent: so that the signs at the ends have room
 _SLIMMEST = 0.35
 _MOST_ROWS = 48  # up to this number each worker has its own row in a lane. Above it, workers share rows
 _MOST_PACKED = 12
@@ -38,7 +38,7 @@ class Bar:
     width: float
     title: str
     tick_x: float | None
-    """The place of its tick. None if that is outside the picture."""
+    """The place of its tick. None if the tick is outside the picture."""
     end_x: float
     """The end of the bar. For a lost execution: the moment when another instance noticed the loss."""
     y: int = 0

@@ -77,7 +77,7 @@ def _refused(name: str, text: str, timezone: str) -> Response:
 
 
 def _manager_of(name: str) -> BackgroundWorkerManager:
-    """Return the manager if this release has a periodic worker of that name. Answer 404 or 409 if it has not."""
+    """Return the manager if this release has a periodic worker of that name. Otherwise respond with 404 or 409."""
     manager = the_manager()
     if name not in manager.workers:
         known(manager, name)

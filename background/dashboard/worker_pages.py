@@ -19,7 +19,7 @@ from .sparkline import COUNT, picture
 
 PER_PAGE = 20
 _LONGEST_NAME = 200
-_DRAFT = ("edit", "schedule", "timezone")  # parameters of an address that brings back a refused form
+_DRAFT = ("edit", "schedule", "timezone")  # parameters of an address that shows a refused form again
 
 
 def add_to(blueprint: Blueprint) -> None:
@@ -97,7 +97,7 @@ def worker_page(name: str) -> ResponseReturnValue:
 
 
 def known(manager: BackgroundWorkerManager, name: str) -> str:
-    """Return `name` if this release or the database has a worker of that name. Answer 404 if not."""
+    """Return `name` if this release or the database has a worker of that name. Otherwise respond with 404."""
     is_name = name.isprintable() and len(name) <= _LONGEST_NAME
     if name not in manager.workers and not (is_name and manager.stores.ledger.look(name)):
         abort(404)
@@ -118,7 +118,7 @@ def _place(place: Place) -> str:
 
 
 def _before() -> Place | None:
-    """Read the place, or the moment that the form asks for. None, the first page, if neither can be read."""
+    """Read the place or the moment from the address. None, the first page, if neither can be read."""
     tick, _, id = request.args.get("before", "").partition("~")
     with suppress(ValueError):
         return moment_in(tick), min(max(int(id), 0), LARGEST_ID)

@@ -122,7 +122,7 @@ class Connections:
 
     @made_once
     def _path(self) -> str:
-        """The path of the database's file, as the application wrote it. With a `creator`, as its connection has it."""
+        """The path of the database's file, as the application wrote it. With a `creator`, that of its connection."""
         path = str(self._shared.url.database)
         if has_creator(self._shared) or path.startswith("file:"):
             connection = self._opener.open()
@@ -134,7 +134,7 @@ class Connections:
 
     @property
     def _file(self) -> str:
-        return os.path.realpath(self._path)  # another process may reach the file by other links
+        return os.path.realpath(self._path)  # another process may open the file by other links
 
     def refuse_missing(self) -> None:
         """Raise FileNotFoundError for a missing SQLite file. SQLite would make an empty file."""
@@ -289,9 +289,9 @@ def _make(connection: Any, table: Table, dialect: Dialect) -> None:
 
 
 def again_if_stale(ask: Callable[[], Answer]) -> Answer:
-    """Return the answer of `ask`, which may be called twice.
+    """Return the result of `ask`, which may be called twice.
 
-    A pooled connection may be older than the server's last restart. Its first use fails then, so ask again.
+    A pooled connection may be older than the server's last restart. Its first use fails then, so call `ask` again.
     """
     try:
         return ask()

@@ -273,4 +273,4 @@ def _is_created(inspector: Inspector, schema: str | None) -> bool:
 
 
 STEPS = (Step(_create, _drop, _is_created),)
-"""The step to version 1, then the one to version 2, and so on."""
+"""The step to version 1, then the step to version 2, and so on."""

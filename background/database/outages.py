@@ -39,7 +39,7 @@ class Outages:
         self._counting = ForkSafeLock()
 
     def watch(self, engine: Engine) -> None:
-        """Have an outage that a connection of `engine` meets empty all watched pools. Add its pool to them."""
+        """Watch the pool of `engine`. An outage that one of its connections meets empties all watched pools."""
         if engine.dialect.name != "postgresql" or event.contains(engine, "handle_error", self._failed):
             return
         event.listen(engine, "connect", self._opened)
@@ -119,6 +119,6 @@ def _shows_outage(error: BaseException, driver: Any) -> bool:
 def _is_read_only_by_choice(driver: Any) -> bool:
     """Return whether the server takes writes, so that the user made the transaction read-only.
 
-    PostgreSQL reports both settings since version 14. For older servers the answer is no.
+    PostgreSQL reports both settings since version 14. For older servers the result is False.
     """
     return all(reported(driver, name) == "off" for name in ("default_transaction_read_only", "in_hot_standby"))

@@ -82,7 +82,7 @@ class Sessions:
     def begin(self, connection: Connection) -> None:
         """Begin a run's transaction. Refuse AUTOCOMMIT, and use READ COMMITTED if the server's default is stricter.
 
-        An isolation level that the application chose stays. A stricter level is warned about once.
+        An isolation level that the application chose stays. The log warns of a stricter level once.
         """
         refuse_autocommit(connection)
         if connection.dialect.name == "sqlite":

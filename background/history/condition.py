@@ -43,7 +43,7 @@ class Condition:
         return [each for each in self.statuses if each.is_late]
 
     def problems(self) -> list[str]:
-        """Return one sentence for each thing that an operator must mend."""
+        """Return one sentence for each problem that an operator must solve."""
         found = [silent(self.silence)] if self.silence else []
         for each in self.late:
             since = f"since {second(each.waits_since)} ({span(each.waits_for)})"

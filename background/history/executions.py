@@ -1,4 +1,4 @@
-"""Reads the executions for people. It decides nothing."""
+"""Reads the executions for people. Decides nothing."""
 
 from collections.abc import Collection
 from datetime import datetime, timedelta
@@ -54,7 +54,7 @@ class History:
             return list(connection.scalars(select(workers.c.name).order_by(workers.c.name)).all())
 
     def latest(self, names: Collection[str] | None = None) -> dict[str, Record]:
-        """Return the newest row of each worker (of `names`) that does not run. It may tell of ticks without a run."""
+        """Return each worker's newest row (of `names`) that is not running. It may be about ticks without a run."""
         each = executions.alias()
         newest = (
             select(each.c.id)
@@ -146,7 +146,7 @@ class History:
         return Window(since, until, clock, tuple(marked), complete_since, instances)
 
     def around(self, name: str, at: datetime | None = None) -> Surroundings:
-        """Return all that the rows say about the tick that `at` belongs to. By default `at` is now."""
+        """Return the rows about the tick that `at` belongs to. By default `at` is now."""
         state = self._ledger.look(name)
         clock = state.clock if state else self.clock()
         at = at or clock

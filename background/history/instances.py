@@ -1,4 +1,4 @@
-"""Reads the instances for people: the living ones and the gone ones. It decides nothing."""
+"""Reads the instances for people: living and gone. Decides nothing."""
 
 from collections.abc import Collection
 from dataclasses import dataclass, fields
@@ -49,7 +49,7 @@ class InstanceHistory:
             return set(ids) - set(connection.execute(alive).scalars())
 
     def seen(self) -> list[InstanceRecord]:
-        """Return the living instances, then the latest gone ones, each newest first."""
+        """Return the living instances, then the gone instances that left last, each newest first."""
         newest = _seen.order_by(instances.c.started_at.desc())
         with self._reading.connect() as connection:
             alive = connection.execute(newest.where(is_alive)).all()
@@ -74,7 +74,7 @@ class InstanceHistory:
             return tuple(InstanceRecord(*row) for row in connection.execute(query.limit(_MOST_LIVED)).all())
 
     def alive_and_last(self) -> tuple[tuple[InstanceRecord, ...], InstanceRecord | None]:
-        """Return the living instances, oldest first, and the one that was seen last."""
+        """Return the living instances, oldest first, and the instance that was seen last."""
         newest = instances.c.heartbeat_at.desc()
         with self._reading.connect() as connection:
             living = connection.execute(_seen.where(is_alive).order_by(instances.c.started_at)).all()

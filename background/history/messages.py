@@ -21,7 +21,7 @@ STATES = ("waiting", "running", "done", "dead", "discarded")
 _OPEN = ("waiting", "running", "dead")
 _SHORT = 200  # characters of a payload
 _RECENTLY, _JUST_NOW = timedelta(hours=1), timedelta(minutes=1)
-_SAMPLE = 5_000  # messages, from which a great throughput is estimated
+_SAMPLE = 5_000  # the newest messages, from which a high throughput is estimated
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class MessageRecord:
     attempt: int
     key: str | None
     payload: str
-    """JSON. In a list only its beginning, unless the caller asks for the whole."""
+    """JSON. In a list only its beginning, unless the caller wants the whole payload."""
     enqueued_at: datetime
     due_at: datetime
     claimed_at: datetime | None
@@ -116,7 +116,7 @@ class Flow:
     minute: int
     hour: int
     is_estimate: bool = False
-    """True if there were so many that the hour's number is extrapolated from the newest messages."""
+    """True if the hour's number is extrapolated from the newest messages."""
 
 
 class MessageHistory:
@@ -206,15 +206,16 @@ class MessageHistory:
     # -- retrying and discarding ---------------------------------------------------------------
 
     def retry(self, ids: Collection[int] | None, topic: str | None = None) -> int:
-        """Have the dead or discarded messages `ids` handled again, all or no message. None: all dead ones (of `topic`).
+        """Have dead or discarded messages handled again: all of `ids`, or for None all dead messages (of `topic`).
 
-        Return their number. Raises UnknownMessage, WrongState, UnknownTopic and CommitFirst.
+        If one of `ids` cannot be retried, no message changes. Return the number of messages. Raises
+        UnknownMessage, WrongState, UnknownTopic and CommitFirst.
         """
         with self._on_its_own("messages.retry"):
             return self._decide(self._dead_letters.retry, ids, topic)
 
     def discard(self, ids: Collection[int] | None, topic: str | None = None) -> int:
-        """Discard the dead or waiting messages `ids`, all or no message. None: all dead ones (of `topic`).
+        """Discard dead or waiting messages: all of `ids`, or for None all dead messages (of `topic`).
 
         Their rows stay as long as rows of done messages, and so do their keys. Returns and raises as `retry` does.
         """

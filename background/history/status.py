@@ -38,7 +38,7 @@ class WorkerStatus:
     waits_since: datetime | None
     """The first tick that is due and waits, if this release should run the worker."""
     waits_for: timedelta
-    """The time that this tick has waited. Zero if none waits."""
+    """The time that this tick has waited. Zero if no tick waits."""
     is_late: bool
     """True if this tick waits for longer than an instance needs to begin it, or no instance is alive."""
     stuck: str | None
@@ -111,7 +111,7 @@ def _status(row: Row[Any], mark: datetime | None, worker: type[PeriodicWorker] |
     is_paused, is_running = row.paused_at is not None, row.running is not None
     ticks = _ticks(row, mark, worker) if worker and not is_paused else None
     interval = (ticks[1] - ticks[0]) / 2 if ticks else None
-    # The claim of an instance that is gone is taken over only where another instance is alive.
+    # The claim of a gone instance is taken over only if another instance is alive.
     runs = is_running and row.alive_since is not None
     waiting = None if runs or not worker else _waiting(row, ticks)
     waits_for = row.clock - waiting if waiting else timedelta()
@@ -161,7 +161,7 @@ def _ticks(row: Row[Any], mark: datetime | None, worker: type[PeriodicWorker]) -
     Only moments up to now count: a later moment was written while the clock was ahead.
     """
     known = [mark, row.scheduled_at]
-    if not worker.catch_up:  # ticks that fell while no instance was up are not run
+    if not worker.catch_up:  # ticks that fell due while no instance was up do not run
         known.append(row.alive_since)
     since = max((at for at in known if at and at <= row.clock + AHEAD), default=row.clock)
     try:

@@ -11,7 +11,7 @@ from .records import Record, Surroundings
 from .text import moment, progress, second, span
 
 FINE = ("succeeded", "running", "not due")
-# The states of an answer about a tick without a row. It may still run, it did not run, or nothing is known.
+# The states of an answer about a tick without a row: it may still run, it did not run, or nothing is known.
 WITHOUT_A_ROW = (
     "not due",
     "waiting",

@@ -56,7 +56,7 @@ class Figures:
 
 
 class Fleet:
-    """Reads the figures of the fleet, or learns that the database is away or hangs."""
+    """Reads the figures of the fleet. Notices if the database is away or hangs."""
 
     def __init__(self) -> None:
         self._timebox = Timebox(_figures, _ANSWER_SECONDS)

@@ -1,7 +1,7 @@
 """Health of this process, for load balancers and restarts, and of the fleet, for alerts.
 
-No login is needed, so an answer names the failed check and never the reason. It contains no host and no error text.
-The fleet's answer names workers. The log has the reasons. No session is read. The checks use the engine's own
+No login is needed, so a response names the failed check and never the reason. It contains no host and no error text.
+The fleet's response names workers. The log has the reasons. No session is read. The checks use the engine's own
 connections. Two checks do not: the check of the migrations, and the check of the application's own pool.
 """
 
@@ -37,13 +37,13 @@ _OF_DATABASE = ("database", "migrations", "workers")
 
 @dataclass(frozen=True)
 class Check:
-    """The result of one check. `figures` are for the answer, and `reason` is for the log."""
+    """The result of one check. `figures` are for the response, and `reason` is for the log."""
 
     ok: bool
     figures: dict[str, Any]
     reason: str | None = None
     at: float | None = None
-    """The moment of the check, whose age is in the answer. None if the answer gives no age."""
+    """The moment of the check. The response has its age. None if the response gives no age."""
 
     def as_dict(self) -> dict[str, Any]:
         age = {} if self.at is None else {"age_seconds": round(steady() - self.at, 3)}
@@ -51,25 +51,25 @@ class Check:
 
 
 def health() -> Blueprint:
-    """Return a blueprint for GET /health/live, /ready and /workers, which answer 200 or 503, and JSON."""
+    """Return a blueprint for GET /health/live, /ready and /workers, which respond with 200 or 503, and JSON."""
     blueprint = Blueprint("health", __name__, url_prefix="/health")
     readiness, fleet = Readiness(), FleetHealth()
 
     @blueprint.get("/live")
     def live() -> ResponseReturnValue:
-        """Answer whether the process and its threads are alive, without a query."""
+        """Report whether the process and its threads are alive, without a query."""
         return _answer("alive", {"process": Check(True, {}), **_threads(current_workers)})
 
     @blueprint.get("/ready")
     def ready() -> ResponseReturnValue:
-        """Answer whether the database, its migrations, this instance's heartbeat and the workers are in order."""
+        """Report whether the database, its migrations, this instance's heartbeat and the workers are in order."""
         return _answer("ready", readiness.checks())
 
     @blueprint.get("/workers")
     def fleet_health() -> ResponseReturnValue:
-        """Answer whether an instance is alive, no worker is overdue or stuck, and the application can write.
+        """Report whether an instance is alive, no worker is overdue or stuck, and the application can write.
 
-        The answer is about the whole fleet, so each of its processes gives the same one.
+        The response is about the whole fleet, so each process gives the same response.
         """
         return _answer("running", fleet.checks())
 
@@ -139,7 +139,7 @@ class Change:
         self._failed: tuple[str, ...] = ()
 
     def log(self, checks: dict[str, Check]) -> None:
-        """Log a change since the last call."""
+        """Log the change since the last call."""
         failed = tuple(name for name, check in checks.items() if not check.ok)
         before, self._failed = self._failed, failed
         if failed and failed != before:

@@ -69,7 +69,7 @@ def _executions(figures: Figures) -> Iterator[Metric]:
 def _histogram(name: str, meaning: str, declared: Iterable[float], found: Mapping[str, Total]) -> Metric:
     """Build a histogram with the same buckets for all workers, so that Prometheus can add them up.
 
-    The buckets are the declared ones of this release, and all that another release has counted in.
+    The buckets are the buckets of this release, and all buckets in which another release has counted.
     """
     ours = {*map("{:g}".format, declared), "inf"}
     bounds = sorted(ours.union(*(total.numbers for total in found.values())), key=float)

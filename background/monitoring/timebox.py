@@ -14,7 +14,7 @@ _GIVEN_UP_SECONDS = 30.0
 
 
 class Timebox(Generic[Subject, Answer]):
-    """Asks on a thread of its own, one question at a time. Callers that come meanwhile get the same answer."""
+    """Runs one query at a time, on a thread of its own. Callers that come meanwhile get the same result."""
 
     def __init__(self, ask: Callable[[Subject], Answer], seconds: float) -> None:
         self._ask, self._seconds = ask, seconds
@@ -23,7 +23,7 @@ class Timebox(Generic[Subject, Answer]):
         self._asked_at = 0.0
 
     def answer(self, subject: Subject) -> Answer:
-        """Return the result of `ask(subject)`, or raise its error. Raises TimeoutError if neither comes in time."""
+        """Return the result of `ask(subject)`, or raise its error. Raises TimeoutError if it does not end in time."""
         with self._asking:
             age = steady() - self._asked_at
             if self._answer is None or self._answer.done() or age > _GIVEN_UP_SECONDS:

@@ -1,4 +1,4 @@
-"""Answers requests while the database is away: 503 and one line in the log, not 500 and a traceback."""
+"""Responds to requests while the database is away: 503 and one line in the log, not 500 and a traceback."""
 
 from flask import current_app, request
 from flask.typing import ResponseReturnValue
@@ -17,7 +17,7 @@ _RETRY_AFTER_SECONDS = 5
 
 
 def unavailable(error: SQLAlchemyError) -> ResponseReturnValue:
-    """Answer 503 with Retry-After, in the application's own look. Raise `error` again if the database did answer.
+    """Respond with 503 and Retry-After, in the application's own look. Raise `error` again if the database did answer.
 
     Register it as the error handler of an application or a blueprint.
     """

@@ -1,6 +1,6 @@
-"""Error codes of PostgreSQL and SQLite, and the questions that the engine asks about an error.
+"""Error codes of PostgreSQL and SQLite, and tests of an error.
 
-Each question takes the driver's error or SQLAlchemy's error for it. The answer is no for any other error.
+Each test takes the driver's error or SQLAlchemy's error for it. The result is False for any other error.
 """
 
 import sqlite3

@@ -9,7 +9,7 @@ from sqlalchemy.exc import DataError, IntegrityError
 def prepare(engine: Engine) -> None:
     """Have each later connection of a PostgreSQL engine set up. Leave other engines alone."""
     if engine.dialect.name == "postgresql" and not event.contains(engine, "connect", _configure):
-        event.listen(engine, "first_connect", _configure, insert=True)  # before SQLAlchemy asks the version
+        event.listen(engine, "first_connect", _configure, insert=True)  # before SQLAlchemy queries the version
         event.listen(engine, "connect", _configure)
 
 

@@ -29,8 +29,8 @@ def prepare(engine: Engine) -> None:
     """Have each later connection of a SQLite `engine` set up. Leave other engines alone.
 
     Use the driver's legacy transactions with BEGIN IMMEDIATE. A read keeps no snapshot, and the first write waits for
-    the lock. In a deferred transaction, a write after a read fails at once if another connection committed in between.
-    No time-out helps there.
+    the lock. In a deferred transaction, a write after a read fails immediately if another connection committed in
+    between. No time-out helps there.
     """
     if engine.dialect.name == "sqlite" and not event.contains(engine, "connect", _connected):
         event.listen(engine, "do_connect", connecting)
@@ -111,10 +111,10 @@ def configure(connection: Any, isolation_level: str | None) -> None:
 
 
 def _use_wal(connection: Any) -> None:
-    """Turn the write-ahead log on, or raise InvalidConfig if the file system refuses it.
+    """Turn the write-ahead log on. Raises InvalidConfig if the file system refuses it.
 
-    Concurrency: several processes may open a new file at once. One of them turns the log on. SQLite does not make the
-    other processes wait, so each of these tries again.
+    Concurrency: several processes may open a new file at the same time. One of them turns the log on. SQLite does not
+    make the other processes wait, so they try again.
     """
     mode = _made_wal(connection)
     if mode != "wal" and (path := file_of(connection)):
