@@ -11,30 +11,22 @@ from .records import Record, Surroundings
 from .text import moment, progress, second, span
 
 FINE = ("succeeded", "running", "not due")
-# The states of an answer about a tick without a row: it may still run, it did not run, or nothing is known.
-WITHOUT_A_ROW = (
-    "not due",
-    "waiting",
-    "overdue",
-    "paused",
-    "disabled",
-    "missed",
-    "before",
-    "pruned",
-    "unrecorded",
-    "unknown",
-)
 _JUST = timedelta(seconds=5)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """The answer about one tick. `state` is the state of the execution, or one of WITHOUT_A_ROW."""
+    """The answer about one tick."""
 
     worker: str
     at: datetime
     tick: datetime
     state: str
+    """The state of the execution.
+
+    Without an execution: "not due", "waiting", "overdue", "paused", "disabled", "missed", "before" (the schedule),
+    "pruned", "unrecorded" or "unknown".
+    """
     sentence: str
     records: tuple[Record, ...] = ()
 
