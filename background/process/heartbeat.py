@@ -13,7 +13,7 @@ _LAST_BEAT_SECONDS = 1.0
 class Heartbeat:
     """Calls `beat` every `interval` seconds, and `lost` after each `deadline`. Errors go to `failed`.
 
-    It calls `beat` earlier when the lease of another instance ends, in `left` seconds: that instance may be gone.
+    It calls `beat` earlier, after `until_expiry` seconds, when another instance's lease ends: it may be gone.
     It has two threads, as `beat` may hang in a broken network. The other thread watches the deadline meanwhile.
     """
 
@@ -24,10 +24,10 @@ class Heartbeat:
         failed: Callable[[Exception], None],
         deadline: Callable[[], float],
         lost: Callable[[], None],
-        left: Callable[[], float] = lambda: math.inf,
+        until_expiry: Callable[[], float] = lambda: math.inf,
     ) -> None:
         self._interval, self._beat, self._failed, self._deadline, self._lost = interval, beat, failed, deadline, lost
-        self._left = left
+        self._until_expiry = until_expiry
         self._stopped = threading.Event()
         self._beating = threading.Thread(target=self._renew, name="workers-heartbeat", daemon=True)
         self._watching = threading.Thread(target=self._watch, name="workers-lease", daemon=True)
@@ -48,7 +48,7 @@ class Heartbeat:
             self._beating.join(_LAST_BEAT_SECONDS)
 
     def _renew(self) -> None:
-        while not self._stopped.wait(min(self._left(), self._interval)):
+        while not self._stopped.wait(min(self._until_expiry(), self._interval)):
             try:
                 self._beat()
             except Exception as error:  # without this thread, the instance would stop for good

@@ -34,7 +34,8 @@ class DeclaredSchedules:
         Only reads. When two releases run side by side, the most recently started instance sets the schedule. After it
         leaves, the remaining instances set the schedule.
         """
-        declared = {name: text for name, text in self._declared.items() if name in self._workers}
+        known = self._declared.copy()  # another thread may declare a worker meanwhile
+        declared = {name: text for name, text in known.items() if name in self._workers}
         others = [states[name] for name, text in declared.items() if name in states and states[name].declared != text]
         deleted = [name for name in declared if name not in states]
         self.are_settled = not (others or deleted)
