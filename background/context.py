@@ -27,7 +27,7 @@ _PROGRESS_SECONDS = 5.0
 
 
 class Stopping(threading.Event):
-    """A flag that is true once the run should end. `context.stopping.wait(seconds)` replaces a sleep."""
+    """A flag that is set once the run should end. `context.stopping.wait(seconds)` replaces a sleep."""
 
     def __bool__(self) -> bool:
         return self.is_set()

@@ -124,7 +124,7 @@ class Lifecycle:
         """Call `callback` in an app context, before the workers of a serving process start.
 
         It raises DatabaseNotReady with the reason if they cannot start yet. Commands that only read call `check`
-        instead. It changes nothing, and raises DatabaseNotReady even if `callback` would mend the database.
+        instead. `check` changes nothing, and raises DatabaseNotReady even if `callback` would repair the database.
         """
         self._before_start.append(callback)
         if check is not None:
@@ -137,7 +137,7 @@ class Lifecycle:
 
     @property
     def has_served(self) -> bool:
-        """True once this process was asked to serve or to start. It may have stopped since."""
+        """True once this process has begun to serve or to start. It may have stopped since."""
         return self._served_in == os.getpid()
 
     @property
@@ -204,7 +204,7 @@ class Lifecycle:
     def start(self, names: Collection[str] = ()) -> None:
         """Join the fleet and run all workers until `stop`, or only the workers `names`.
 
-        Returns at once. Waits for a database in the background.
+        Returns immediately. Waits for a database in the background.
         """
         with self._lock:
             if self.is_started:
@@ -227,11 +227,11 @@ class Lifecycle:
         self.runs.tell()
 
     def hurry(self) -> None:
-        """Ask every run to stop, and have `stop` wait for them no longer."""
+        """Ask every run to stop, and no longer let `stop` wait for the runs."""
         self.runs.hurry()
 
     def stop(self, timeout: float | None = None) -> None:
-        """Leave the fleet: ask the runs to stop, wait `timeout` seconds from then on, and hand back the rest.
+        """Leave the fleet: ask the runs to stop, wait at most `timeout` seconds, and hand back the remaining runs.
 
         By default, `timeout` is WORKERS_SHUTDOWN_SECONDS.
         """

@@ -76,8 +76,8 @@ class BackgroundWorkerManager(Lifecycle):
         at most one lease. Raises UnknownWorker and the database's errors. Raises CommitFirst amid a transaction of this
         thread that has written.
 
-        This call asks for that tick, so it runs even if the worker is new to the database. A start does not ask: there
-        a new worker begins with its next tick (see `run_on_first_start`).
+        The tick runs even if the worker is new to the database. At a start, a new worker begins with its next tick (see
+        `run_on_first_start`).
         """
         worker = self._registry.known(name)
         if not isinstance(at, datetime) or at.tzinfo is None:
@@ -105,7 +105,7 @@ class BackgroundWorkerManager(Lifecycle):
             return self.ticks.run_now(worker)
 
     def request(self, name: str) -> bool:
-        """Have any instance run worker `name` now, at once or with its next heartbeat.
+        """Have an instance run worker `name` now, or with its next heartbeat.
 
         A pause does not delay the run. False if the worker runs already, or will run next. Raises UnknownWorker and
         CommitFirst.
@@ -169,12 +169,12 @@ class BackgroundWorkerManager(Lifecycle):
         return self._open.refused(call, self.stores.connections.claims, runs)
 
     def _reopen(self) -> None:
-        """Let runs begin after a stop, as this call asks for one."""
+        """Let runs begin again after a stop, because this call needs a run."""
         if not self.is_started:
             self.runs.open()
 
     def _refresh(self) -> None:
-        """Follow the change at once. The other instances follow it with their next heartbeats."""
+        """Follow the change now. The other instances follow the change with their next heartbeats."""
         if self._supervisor is not None:
             self._supervisor.refresh()
 
@@ -223,11 +223,12 @@ class BackgroundWorkerManager(Lifecycle):
     # -- locking -------------------------------------------------------------------------------
 
     def lock(self, name: str, timeout: float = 0) -> AbstractContextManager[Lock | None]:
-        """Take a lock: `with workers.lock("invoice-42") as lock:`. None if it is not free within `timeout` seconds.
+        """Take a lock: `with workers.lock("invoice-42") as lock:`. None if it stays held for `timeout` seconds.
 
-        One block in the whole fleet has it, until the block ends or its process stops or loses its lease. Not
-        re-entrant: the thread that has it gets None at once. Waiting callers take it in no order. A run that is asked
-        to stop waits no longer. Raises InvalidLock. Raises LockNotAcquired if the database does not answer.
+        One block in the whole fleet has the lock, until the block ends or its process stops or loses its lease. Not
+        re-entrant: the thread that has the lock gets None immediately. Waiting callers take the lock in no order. A run
+        that is asked to stop waits no longer. Raises InvalidLock. Raises LockNotAcquired if the database does not
+        answer.
         """
         self.locks.check(name, timeout)
         return self.locks.hold(name, timeout)
@@ -264,7 +265,7 @@ class BackgroundWorkerManager(Lifecycle):
 
 
 def the_manager() -> BackgroundWorkerManager:
-    """Return the manager of the current app. It outlives the app context, but `current_workers` does not."""
+    """Return the manager of the current app, which outlives the app context. `current_workers` does not."""
     manager: BackgroundWorkerManager = current_app.extensions["background_workers"]
     return manager
 

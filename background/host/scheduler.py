@@ -41,11 +41,11 @@ class Scheduler:
         return thread is None or thread.is_alive()
 
     def stop(self) -> None:
-        """Begin no other call. Does not wait for calls that go on."""
+        """Begin no other call. Does not wait for calls in progress."""
         self._scheduler.shutdown(wait=False)
 
     def wait(self, seconds: float) -> bool:
-        """Wait until no call goes on, so that the connections in use can be closed. False if a call still goes on."""
+        """Wait until no call is in progress, so that the connections in use can be closed. False if a call still is."""
         return self._threads.wait(seconds)
 
     def replace(self, thread: int) -> None:

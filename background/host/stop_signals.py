@@ -107,7 +107,7 @@ def let_through() -> None:
 def let_through_in_a_child(is_in_a_run: bool) -> None:
     """Unblock the signals in a forked child. If its parent runs workers, a signal ends the child by Python's default.
 
-    A server's handler would not end the child. It may only note the signal, or tell the parent by a shared pipe.
+    A server's handler would not end the child. It may only note the signal, or notify the parent by a shared pipe.
     """
     is_of_workers = is_in_a_run or (_notifier is not None and _notifier.process != os.getpid())
     if is_of_workers:
@@ -221,7 +221,7 @@ def _pass_on(number: int) -> bool:
 
 
 def _set_handler(signalnum: int, handler: Any) -> Any:
-    """Stand in for `signal.signal`, with its parameters. The engine's handler then calls `handler`."""
+    """Replace `signal.signal`, with its parameters. The engine's handler then calls `handler`."""
     if signalnum not in _NUMBERS:
         return _set(signalnum, handler)
     before = _get_handler(signalnum)
@@ -233,6 +233,6 @@ def _set_handler(signalnum: int, handler: Any) -> Any:
 
 
 def _get_handler(signalnum: int) -> Any:
-    """Stand in for `signal.getsignal`. Return the caller's handler, never the engine's."""
+    """Replace `signal.getsignal`. Return the caller's handler, never the engine's."""
     found = _get(signalnum)
     return _handlers[signalnum] if found is _handle else found

@@ -73,10 +73,11 @@ class Consumers:
             self.wake(topic)
 
     def hear(self, topic: str) -> None:
-        """Wake up for messages that another process enqueued: at once if this process found some at its last look.
+        """Wake up for messages that another process enqueued.
 
-        Otherwise wait 20 to 40 ms and look once. Processes that found messages last time go first. If all queried at
-        the same instant, all but one would find nothing and slow that one down.
+        Do this immediately if this process found messages at its last look. Otherwise wait 20 to 40 ms and look once.
+        Processes that found messages last time go first. If all queried at the same instant, all but one would find
+        nothing and slow the successful one down.
         """
         if topic not in self._yielding:
             self.wake(topic)
@@ -90,9 +91,10 @@ class Consumers:
         self.wake(topic)
 
     def wake_after(self, topic: str, pause: timedelta | None) -> None:
-        """Wake up for `topic` when the `pause` is over. After a longer pause than a heartbeat, heartbeats do that.
+        """Wake up for `topic` when the `pause` is over.
 
-        A heartbeat sees the first message that waits. A timer for each message would fill the memory.
+        After a pause longer than a heartbeat, a heartbeat does this: it sees the first message that waits. A timer for
+        each message would fill the memory.
         """
         seconds = pause.total_seconds() if pause else 0.0
         if not seconds:
@@ -113,7 +115,7 @@ class Consumers:
     # -- handling ------------------------------------------------------------------------------
 
     def _consume(self, worker: type[MessageWorker]) -> None:
-        """Handle batch after batch, until no message is due. Between two batches, let waiting calls have the thread."""
+        """Handle batch after batch, until no message is due. Between two batches, waiting calls may use the thread."""
         is_over = False
         self._yielding.add(worker.topic)  # until it finds messages
         try:
@@ -130,7 +132,7 @@ class Consumers:
                     self._active[worker.topic] -= 1
 
     def _ends(self, topic: str) -> bool:
-        """Return whether this consumer ends now. It goes on if it was woken while it looked."""
+        """Return whether this consumer ends now. It continues if it was woken while it looked."""
         with self._changed:
             if topic in self._again:
                 self._again.discard(topic)

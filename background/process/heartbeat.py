@@ -42,7 +42,7 @@ class Heartbeat:
         return self._beating.is_alive() and self._watching.is_alive()
 
     def stop(self) -> None:
-        """Begin no other beat. Wait for a beat that goes on, but not for long."""
+        """Begin no other beat. Wait briefly for a beat in progress."""
         self._stopped.set()
         if threading.current_thread() is not self._beating:
             self._beating.join(_LAST_BEAT_SECONDS)
@@ -88,7 +88,7 @@ class Looking:
         self._wanted.put(rearm)
 
     def stop(self) -> None:
-        """Begin no other look. Wait for a look that goes on, but not for long."""
+        """Begin no other look. Wait briefly for a look in progress."""
         self._wanted.put(None)
         if threading.current_thread() is not self._thread:
             self._thread.join(_LAST_LOOK_SECONDS)

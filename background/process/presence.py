@@ -29,13 +29,13 @@ class Presence:
         """Set from joining the fleet to leaving it."""
 
     def sign_on(self) -> Instance:
-        """Begin a new life of this process, and make it known to the fleet."""
+        """Begin a new instance of this process, and make it known to the fleet."""
         instance = Instance(self._stores.lease, release=self._app.config.get("RELEASE"))
         self._stores.leases.renew(instance)
         return instance
 
     def sign_off(self, instance: Instance, forget: bool = False) -> None:
-        """End that life. Everything that it still holds counts as handed back, or as lost if its lease is over.
+        """End the instance. Everything that it still holds counts as handed back, or as lost if its lease is over.
 
         With `forget` delete the instance's row.
         """
@@ -59,12 +59,12 @@ class Presence:
         return max(instance.first_expiry - steady(), 0.0) if (instance := self.instance) else math.inf
 
     def lose_lease(self) -> None:
-        """Stop the runs of this instance, if it has one: its lease ran out."""
+        """Stop the runs of this process's instance, if there is one: its lease is over."""
         if (instance := self.instance) is not None:
             self.lose(instance)
 
     def lose(self, instance: Instance) -> None:
-        """Stop the runs of `instance`, whose lease ran out. Cut the connections, so that no call waits longer."""
+        """Stop the runs of `instance`, whose lease is over. Cut the connections, so that no call waits longer."""
         self._runs.lose(LEASE_IS_OVER, instance)
         self._stores.connections.cut()
 

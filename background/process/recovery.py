@@ -1,4 +1,4 @@
-"""Recovers work: ticks and messages of gone instances, rows changed by hand, and rows from a clock that was ahead."""
+"""Recovers work: ticks and messages of gone instances, edited rows, and rows from a clock that was ahead."""
 
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence, Set
@@ -54,7 +54,7 @@ class Recovery:
         return state
 
     def freed(self, worker: type[PeriodicWorker], state: WorkerState) -> WorkerState:
-        """Mend the worker's rows, and take back a claim that no instance runs. Return the state after that."""
+        """Repair the worker's rows, and take back a claim that no instance runs. Return the state after that."""
         if state.is_damaged:
             self._mend(worker, state)
             state = self.look(worker)
@@ -89,7 +89,7 @@ class Recovery:
         Only reads. Leaves out workers that this release does not have.
         """
         held = [state for state in states if state.running and state.name in self._workers]
-        # After its lease is over, judge this instance like any other: its next life may not have signed on yet.
+        # After its lease is over, treat this instance like any other: its successor may not have signed on yet.
         own = instance.id if (instance := self._presence.instance) and instance.is_alive else None
         gone = self._stores.leases.gone({str(state.instance) for state in held} - {own}) if held else {}
         return {
@@ -99,7 +99,7 @@ class Recovery:
         }
 
     def _is_stranded(self, state: WorkerState) -> bool:
-        """Return whether this instance holds the claim but does not run it: the reply to the claim got lost."""
+        """Return whether this instance holds the claim but does not run it: the reply to the claim was lost."""
         if state.running is None or state.started_at is None or self._runs.has(state.running):
             return False
         return abs(state.clock - state.started_at) > self._stores.lease  # the clock may have been ahead at the claim
@@ -167,7 +167,7 @@ class MessageRecovery:
         self._wake()
 
     def _excused_holders(self, gone: Collection[str]) -> Collection[str]:
-        """Return the holders whose leases ran out during an outage, when no instance could renew its lease."""
+        """Return the holders whose leases ended during an outage, when no instance could renew its lease."""
         return self._stores.leases.expired(gone, *self.outage) if gone and self.outage else ()
 
     def _take_back(self, holder: str, most: dict[str, int], signed_off: bool, is_excused: bool) -> None:
@@ -185,7 +185,7 @@ class MessageRecovery:
 
 
 class ClockRecovery:
-    """Recovers the ticks of `workers` (by name) and the messages that a clock which was ahead put off."""
+    """Recovers the ticks of `workers` (by name) and the messages that a clock ahead delayed."""
 
     def __init__(self, stores: Stores, workers: Mapping[str, type[PeriodicWorker]]) -> None:
         self._stores, self._workers = stores, workers
@@ -212,12 +212,12 @@ class ClockRecovery:
         return go_on
 
     def is_due(self, pulse: Pulse) -> bool:
-        """Return whether `recover` should run: once after each change of the clock, and for all that was put off."""
+        """Return whether `recover` should run: once after each change of the clock, and while rows are delayed."""
         self.is_done = self.is_done and not (pulse.was_set or pulse.is_ahead)
         return self._stores.leases.is_steady and not self.is_done
 
     def recover(self) -> bool:
-        """Make the ticks and messages due again that the clock put off. Return whether messages are among them."""
+        """Make the delayed ticks and messages due again. Return whether messages are among them."""
         self.is_done = True
         states = self._stores.ledger.states()
         ours = [state for state in states.values() if state.name in self._workers and is_ahead(state)]

@@ -34,7 +34,7 @@ log = logger_of(__name__)
 _OFFSET_REARMED = timedelta(milliseconds=20)
 _LAST_CALLS_SECONDS = 1.0
 _CUT = "no answer came before the lease ended, so this instance cut its connections"
-_SPREAD_SECONDS = (0.005, 0.05)  # else all instances would answer the same news at once
+_SPREAD_SECONDS = (0.005, 0.05)  # otherwise all instances would react at the same time
 
 
 class Supervisor:
@@ -79,14 +79,14 @@ class Supervisor:
         self.scheduler.soon(self._join)
 
     def leave(self, seconds: float) -> None:
-        """Ask the runs to stop, wait `seconds` from then on, and sign off. That hands back the runs that go on."""
+        """Ask the runs to stop, wait at most `seconds`, and sign off. This hands back the remaining runs."""
         runs = self._runs
         runs.tell()
         self.scheduler.stop()
         try:
             if not runs.wait(seconds):
                 log.warning("Not every run ended in time: the remaining runs are handed back")
-            elif self._heartbeat is not None:  # a join that goes on notices the stop by itself
+            elif self._heartbeat is not None:  # a join in progress notices the stop by itself
                 self.scheduler.wait(_LAST_CALLS_SECONDS)
         finally:
             runs.lose("its instance stopped")
@@ -101,7 +101,7 @@ class Supervisor:
         return {"scheduler": self.scheduler.is_alive, "heartbeat": is_beating}
 
     def admit(self, worker: AnyWorker) -> None:
-        """Take up a worker that was added after the start."""
+        """Start a worker that was added after the start of the process."""
         if self._heartbeat is None:
             return
         if issubclass(worker, MessageWorker):
@@ -188,13 +188,13 @@ class Supervisor:
     # -- the heartbeat -------------------------------------------------------------------------
 
     def _beat(self) -> None:
-        """Renew the lease, then follow the pulse, which is the answer to the heartbeat."""
+        """Renew the lease, then follow the pulse, which the heartbeat returns."""
         if (instance := self._life()) is None:
             return
         self._cuts = self._stores.connections.cuts
         offset, before = instance.clock_offset, self._pulse
         self._pulse = pulse = self._stores.leases.beat(instance, sorted(self._topics))
-        self._end_outage(pulse)  # first: a new life looks at once, and must know which leases the outage ended
+        self._end_outage(pulse)  # first, as a new instance looks now, and must know the leases that ended
         if instance is not self._presence.instance and not self._begin_anew(instance):
             return
         self._warn_of_offset(instance)
@@ -212,7 +212,7 @@ class Supervisor:
         self.scheduler.look_again()
 
     def _life(self) -> Instance | None:
-        """Return the instance to renew. After its lease is over, return a new life of this process, or None."""
+        """Return the instance to renew. After its lease is over, return a new instance of this process, or None."""
         instance = self._presence.instance
         if instance is None or instance.is_alive:
             return instance
@@ -222,7 +222,7 @@ class Supervisor:
         return Instance(instance.lease, clock_offset=instance.clock_offset, release=instance.release)
 
     def _begin_anew(self, instance: Instance) -> bool:
-        """Begin another life, which has signed on. False if `leave` came first."""
+        """Begin another instance, which has signed on. False if `leave` came first."""
         with self._entering:
             if self._left:
                 self._presence.sign_off(instance)
@@ -273,7 +273,7 @@ class Supervisor:
         self._blindness.ended()
 
     def _look_failed(self, error: Exception) -> None:
-        """Have the next heartbeat ask again. The first heartbeat that fails reports a database that is away."""
+        """Have the next heartbeat look again. The first heartbeat that fails reports a database that is away."""
         self._pulse = None
         level = logging.DEBUG if self._outage.is_on else self._blindness.level()
         log.log(level, "Cannot look at the fleet: %s", first_line(error), exc_info=unless_expected(error))
@@ -293,7 +293,7 @@ class Supervisor:
         for name in self._clock_recovery.warn(states):  # its ticks go on, perhaps by a command
             self.timers.arm_first(name)
         gone = self._recovery.gone(ours)
-        if not self._outage.is_on:  # its end tells which instances could not renew their leases
+        if not self._outage.is_on:  # the end of the outage shows which leases it ended
             self._message_recovery.look()
         for state in ours:
             if state.name in gone or state.is_damaged or self._owed(state):
@@ -302,7 +302,7 @@ class Supervisor:
             self._soon_once("declare", self._declare_again, stale)
 
     def _soon_once(self, key: str, call: Callable[..., object], *args: object) -> None:
-        """Make the call in another thread, unless an earlier call goes on. That may wait for a thread or for a row."""
+        """Make the call in another thread, unless an earlier call still waits for a thread or for a row."""
         if key not in self._under_way:
             self._under_way.add(key)
             self.scheduler.soon(call, *args)
@@ -330,7 +330,7 @@ class Supervisor:
             self._under_way.discard(f"settle:{worker.name}")
 
     def _owed(self, state: WorkerState) -> datetime | None:
-        """Return the tick to run before any other. For a disabled worker, only a run that a user asked for."""
+        """Return the tick to run before any other. For a disabled worker, only a run that a user requested."""
         worker = self._workers.get(state.name)
         return state.owed if worker and (worker.enabled or state.pending_trigger == "manual") else None
 

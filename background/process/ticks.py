@@ -37,7 +37,7 @@ class Ticks:
     def run(
         self, worker: type[PeriodicWorker], tick: datetime, schedule: str, state: WorkerState | None = None
     ) -> Execution | None:
-        """Run `tick` of `schedule`, unless an instance has or does. None if this instance may not run it.
+        """Run `tick` of `schedule`, unless an instance has run it or runs it. None if this instance may not run it.
 
         Losing costs one statement. Pass `state` to have pending work checked first: a tick that was lost or handed back
         is not above the mark, and must not be mistaken for decided.
@@ -110,7 +110,7 @@ class Ticks:
         return reason if reason and self._stores.ledger.skip(state.name, tick, state.schedule_text, reason) else None
 
     def run_now(self, worker: type[PeriodicWorker]) -> Execution | None:
-        """Run the worker although no schedule asks for it. None if the worker runs already."""
+        """Run the worker outside its schedule. None if the worker runs already."""
         state, _ = self._cleared(worker, self._recovery.look(worker))
         return self._claim_and_run(worker, partial(self._stores.ledger.claim_manual, worker.name, state.clock)) or None
 

@@ -81,7 +81,7 @@ class Timers:
             self._scheduler.after(seconds, key, function, *args, failures + 1)
 
     def _arm(self, name: str, after: datetime | None, no_later_than: datetime | None = None) -> None:
-        """Arm the first tick after `after`. If a later tick is due already, or without `after`, arm the latest tick."""
+        """Arm the first tick after `after`. If a later tick is already due, or without `after`, arm the latest tick."""
         worker, state = self._workers.get(name), self._states.get(name)
         if worker is None:  # it was removed meanwhile
             return
