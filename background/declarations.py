@@ -19,7 +19,7 @@ _NEAR = 0.8  # of 1, by difflib: max_attemps and tiemout are near, handle_one an
 def refuse_misspelled(cls: type, base: type) -> None:
     """Raise InvalidWorker for an attribute of `cls` with nearly the name of an attribute of `base` that is not set.
 
-    Every other attribute is the user's own. So is an attribute that the methods of the class use.
+    Any other attribute, and an attribute that the methods of the class use, is the user's own.
     """
     own = [each for each in cls.__mro__ if each not in base.__mro__]
     declared = {name for each in own for name in vars(each)}

@@ -13,7 +13,7 @@ from .worker import AnyWorker, MessageWorker, PeriodicWorker
 
 
 class Registry:
-    """The registered workers: the periodic ones by name, the message workers by topic."""
+    """The registered workers: periodic workers by name, message workers by topic."""
 
     def __init__(self) -> None:
         self.workers: dict[str, type[PeriodicWorker]] = {}

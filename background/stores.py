@@ -58,7 +58,7 @@ class Stores:
 
     @made_once
     def row_repair(self) -> RowRepair:
-        """Rows that a user changed by hand."""
+        """Rows that a user edited."""
         return RowRepair(self.ledger)
 
     @made_once

@@ -178,7 +178,7 @@ def _outcome(count: int, ids: list[int] | None, one: str, many: str) -> str:
 def _numbers(ids: tuple[str, ...], every: bool, topic: str | None) -> list[int] | None:
     """Return the ids. None means all dead messages. Raises WrongUsage."""
     if bool(ids) == every:
-        raise WrongUsage("Expected the IDs of messages, or --all for all dead ones: `flask messages list` shows them.")
+        raise WrongUsage("Expected IDs of messages, or --all for all dead messages: `flask messages list` shows them.")
     if topic is not None and not every:
         raise WrongUsage(f"--topic {topic!r} goes with --all; expected IDs without it.")
     return None if every else [_number(each) for each in ids]

@@ -53,7 +53,7 @@ def _remedy(app: Flask, table: str, thing: str) -> str:
 def _lacking(engine: Engine, models: MetaData | None) -> Iterator[tuple[str, str]]:
     """Yield the table and the words for each thing that the database lacks."""
     quieten("alembic")
-    from alembic.autogenerate import compare_metadata  # late: only this command needs it
+    from alembic.autogenerate import compare_metadata  # imported here, as only this command needs Alembic
     from alembic.migration import MigrationContext
 
     if models is None:

@@ -46,7 +46,7 @@ def run(names: tuple[str, ...], once: bool) -> None:
 def _run_until_signal(manager: BackgroundWorkerManager, names: tuple[str, ...]) -> None:
     _prepare(manager)
     manager.start(names)
-    gc.freeze()  # else a full collection visits all imported objects, and stops every thread for 0.1 s
+    gc.freeze()  # otherwise a full collection visits all imported objects, and stops every thread for 0.1 s
     receiver, sender = socket.socketpair()
     sender.setblocking(False)
     signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
@@ -139,7 +139,7 @@ def _sigterm_as_sigint() -> Iterator[None]:
 def pause(name: str) -> None:
     """Run no more ticks of NAME until it is resumed.
 
-    The pause holds for every instance. A run that has begun goes on.
+    The pause holds for every instance. A run in progress goes on.
     """
     manager = _manager_of(name)
     changed = checked_manager().pause(name)

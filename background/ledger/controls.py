@@ -42,7 +42,7 @@ class Controls:
         with self._store.begin() as connection:
             rows = {row.name: row for row in connection.execute(select(workers))}
             clock = connection.execute(select(now())).scalar_one()
-            for name, schedule in sorted(schedules.items()):  # two instances that wait for rows do so in one order
+            for name, schedule in sorted(schedules.items()):  # two instances wait for the rows in the same order
                 declared = {"declared": str(schedule), "declared_by": instance}
                 if (row := rows.get(name)) is None:
                     wanted = first.get(name, clock) if first is not None else None
@@ -75,7 +75,7 @@ class Controls:
         return self._write(paused.values(paused_at=null()))
 
     def reschedule(self, name: str, schedule: Schedule | None) -> bool:
-        """Replace the schedule in force for the whole fleet. None restores the declared one. True if it changed."""
+        """Replace the schedule in force for the whole fleet. None restores the declared schedule. True if changed."""
         state = self._ledger.look(name)
         if state is None:
             return False

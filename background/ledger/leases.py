@@ -101,13 +101,13 @@ class Pulse:
     clock: datetime = field(compare=False)
     """The database's clock at the heartbeat."""
     due: Mapping[str, datetime] = field(compare=False)
-    """The moment when the first waiting message of each topic is due. Topics without one are left out."""
+    """The moment when the first waiting message of each topic is due. Topics without waiting messages are left out."""
     is_blind: bool = False
-    """True if another client kept a table locked, so that the heartbeat only renewed the lease and read nothing."""
+    """True if another client kept a table locked. The heartbeat then renewed the lease and read nothing."""
 
 
 class Leases:
-    """The rows of all instances: the living ones, and for a day the ended ones."""
+    """The rows of all instances: living instances, and for a day instances that left or died."""
 
     def __init__(self, engine: Engine, lease: float) -> None:
         self.engine = engine

@@ -188,7 +188,7 @@ class Ledger:
         return ended
 
     def outcome(self, claim: Claim) -> str:
-        """Read the state of the claim's execution: "lost" if its row is gone."""
+        """Read the state of the claim's execution: "lost" if its row is missing."""
         rows = self.store.read(select(executions.c.state).where(own(claim)))
         return str(rows[0].state) if rows else "lost"
 
@@ -282,7 +282,7 @@ class Ledger:
 
 
 def in_force(claim: Claim) -> ColumnElement[bool]:
-    """Return the condition that `claim` is the one in the worker's row."""
+    """Return the condition that `claim` is the claim in the worker's row."""
     is_same = true() if claim.id is None else workers.c.claim == claim.id
     return and_(workers.c.name == claim.worker, workers.c.running == claim.token, is_same)
 

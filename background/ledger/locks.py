@@ -151,7 +151,7 @@ class Locks:
             yield lock
         finally:
             self._held_here.discard(key)
-            if lock._instance.pid == os.getpid():  # else a forked child leaves its parent's block
+            if lock._instance.pid == os.getpid():  # otherwise a forked child leaves its parent's block
                 self._release(lock)
 
     def _wait(self, wanted: Lock, timeout: float) -> Lock | None:

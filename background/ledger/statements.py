@@ -76,7 +76,7 @@ _is_next = or_(workers.c.mark >= _previous, workers.c.scheduled_at >= _previous)
 # The first condition: the tick is due by the database's clock.
 _may_be_decided = and_(_tick <= now(), _is_in_force, _is_next)
 
-# While the database's clock was ahead, the tick may have run. The mark was lowered since, so the history tells.
+# While the database's clock was ahead, the tick may have run. The mark was lowered since, so the history decides.
 _execution = select(executions.c.id).where(attempted(_worker), executions.c.tick == _tick).exists()
 _has_run = case((workers.c.mark_ahead >= _tick, _execution), else_=false())
 

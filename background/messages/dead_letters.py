@@ -21,7 +21,7 @@ class DeadLetters:
         self._store = store
 
     def retry(self, ids: Collection[int] | None, topic: str | None = None) -> int:
-        """Let dead or discarded messages be handled again, or waiting ones at once. Their errors stay.
+        """Let dead or discarded messages be handled again, or waiting messages now. Their errors stay.
 
         Without `ids`, retry all dead messages (of `topic`). Return the number of messages. If one of `ids` is in
         another state, no message changes.
@@ -68,4 +68,4 @@ class DeadLetters:
             return UnknownMessage(min(missing))
         each = ", ".join(f"message {id} is {state}" for id, state in found)
         expected = f"messages that are {' or '.join(states)}"
-        return WrongState(f"Nothing was changed: {each}; expected {expected}: leave the others out.")
+        return WrongState(f"Nothing was changed: {each}; expected {expected}: leave out the other messages.")

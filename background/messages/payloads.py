@@ -79,7 +79,7 @@ def as_delay(delay: timedelta | float | None) -> timedelta | None:
     except (TypeError, ValueError, OverflowError):
         raise InvalidMessage(
             f"The delay of a message is {delay!r}; expected a timedelta or a number of seconds, at least 0 and at "
-            f"most {LONGEST_DELAY.days:,} days: leave it out to have the message handled at once."
+            f"most {LONGEST_DELAY.days:,} days: leave it out to have the message handled now."
         ) from None
     return found
 

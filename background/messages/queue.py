@@ -33,7 +33,7 @@ from .message import Batch, Freed, Message
 from .payloads import Draft
 
 _MOST_ROWS = 5_000  # of one INSERT
-_MOST_BYTES = 8_000_000  # of one INSERT: every server accepts so many, and they need little memory
+_MOST_BYTES = 8_000_000  # of one INSERT: every server accepts this size, and it needs little memory
 _columns = [messages.c[name] for name in ("id", "topic", "payload", "key", "attempt", "token", "enqueued_at", "due_at")]
 
 
@@ -119,7 +119,7 @@ class Queue:
         return [message for message in batch.messages if message.id in ids]
 
     def hand_back(self, batch: Batch, ids: Collection[int], pause: timedelta | None = None) -> None:
-        """Let any instance claim the `ids` that the batch still holds, at once or after `pause`. Counts no attempt."""
+        """Let any instance claim the `ids` that the batch still holds, now or after `pause`. Counts no attempt."""
         later = {"due_at": now(pause)} if pause else {}
         with self._store.begin() as connection:
             freed = release(connection, self._held(batch, ids), attempt=messages.c.attempt - 1, **later)

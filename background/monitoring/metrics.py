@@ -25,7 +25,7 @@ def metrics() -> Blueprint:
     def scrape() -> ResponseReturnValue:
         if not _is_allowed():
             return Response("A bearer token is required.\n", 401, {"WWW-Authenticate": "Bearer"}, "text/plain")
-        from .prometheus import CONTENT_TYPE, text  # late: only a process that is scraped needs the client library
+        from .prometheus import CONTENT_TYPE, text  # imported here, as only a scraped process needs the client library
 
         answer = text(fleet.figures(), timing.registry)
         return Response(answer, headers={"Cache-Control": "no-store"}, content_type=CONTENT_TYPE)

@@ -1,4 +1,4 @@
-"""Repairs rows that were changed by hand: executions without a claim, claims without an execution.
+"""Repairs rows that a user edited: executions without a claim, claims without an execution.
 
 A claim and its execution begin and end in one transaction, so one read shows a change by hand.
 """

@@ -126,7 +126,7 @@ class BatchRun:
             self._log.warning("Lost %d messages: %s", len(self._batch.messages), first_line(error))
             return None
         left = self._write("are left", partial(self._messages.left, self._batch)) or []
-        if not left:  # the reply to the commit got lost, or another instance has them
+        if not left:  # the reply to the commit was lost, or another instance has the messages
             self._log.warning("The messages are done, or another instance took them over: %s", first_line(error))
             return None
         if (pause := self._excuse(left, error)) is not None:

@@ -108,7 +108,7 @@ def write_failure(worker: type[PeriodicWorker], context: TickContext, outcome: "
         state = outcome.write("failed", traceback_of(error), error=error)
         if state != "succeeded":
             context.logger.error("Failed at the tick %s", tick, exc_info=error)
-    if state == "succeeded":  # the reply to its last commit got lost, or a listener of the commit failed
+    if state == "succeeded":  # the reply to its last commit was lost, or a listener of the commit failed
         context.logger.warning("Succeeded at the tick %s, but afterwards: %s", tick, first_line(error))
         outcome.signal("succeeded")
     return state
@@ -181,7 +181,7 @@ class Outcome:
         return write_with_retries(context.instance, f"that {context.worker} {state}", *writes) or "lost"
 
     def disown(self) -> None:
-        """Write the execution of a lost claim if it was deleted by hand, so that its tick has an answer."""
+        """Write the execution of a lost claim if it was deleted by hand, so that its tick has an outcome."""
         if self._context.instance.is_alive:
             disown = partial(RowRepair(self._ledger).disown, self._context.claim)
             write_with_retries(self._context.instance, f"that {self._context.worker} lost its claim", disown)

@@ -26,7 +26,7 @@ log = logger_of(__name__)
 
 
 class Runs:
-    """The runs of this process. They can be asked to stop, and waited for."""
+    """The runs of this process, and requests to stop them."""
 
     def __init__(self, app: Flask, db: SQLAlchemy, outages: Outages, hung: Callable[[int], None]) -> None:
         """Call `hung` with the thread of each run that timed out. The thread may never come back."""
@@ -52,7 +52,7 @@ class Runs:
                 context.stopping.set()
 
     def hurry(self) -> None:
-        """Ask every run to stop, and end `wait` at once."""
+        """Ask every run to stop, and end `wait` immediately."""
         with self._changed:
             self._hurried = True
             self._changed.notify_all()

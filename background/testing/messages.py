@@ -69,7 +69,7 @@ def assert_enqueued(app: Flask, topic: str, payload: Any = ANY) -> None:
     """Fail unless a committed message with this `payload` waits in `topic`. A delayed message waits, too."""
     if not _waiting(app, topic, payload):
         raise AssertionError(
-            f"No message waits in {topic!r} with {_named(payload)}; expected a committed one. "
+            f"No message waits in {topic!r} with {_named(payload)}; expected a committed message. "
             f"Waiting there: {_listed(_waiting(app, topic, ANY))}."
         )
 

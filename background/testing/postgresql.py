@@ -33,7 +33,7 @@ def started_server() -> Iterator[URL]:
 
 
 def server_folder() -> Path:
-    """Return a new folder for the files of a server: in memory if there is plenty, as a new database writes much."""
+    """Return a new folder for the files of a server: in memory if there is room, as a new database writes much."""
     memory = Path("/dev/shm")  # noqa: S108 - mkdtemp makes a folder of its own in it
     is_plenty = memory.exists() and shutil.disk_usage(memory).free > _PLENTY_BYTES
     return Path(tempfile.mkdtemp(prefix="bookstore-postgresql-", dir=memory if is_plenty else None))

@@ -30,7 +30,7 @@ def run_worker(app: Flask, worker: type[PeriodicWorker], at: datetime | None = N
     """Run the latest tick of `worker` up to `at` (aware, by default now), and return its execution.
 
     With `at`, the database's clock is at this moment during the run. So the tick may be years away. A worker that the
-    application did not register is registered. Raises what the worker raises. Raises TickNotRun, with the reason, if
+    application did not register is registered. Raises the worker's own error. Raises TickNotRun, with the reason, if
     the tick does not run: because it has run, because the worker is paused or disabled, or because it runs already.
     """
     manager = manager_of(app)

@@ -292,7 +292,7 @@ def test_several_ids_are_all_retried_or_not_at_all(
     leave_behind(manager, "orders")
     assert flask("retry", "1", "2", "4", code=1).stderr == (
         "Error: Nothing was changed: message 2 is done, message 4 is running; expected messages that are dead or "
-        "discarded or waiting: leave the others out.\n"
+        "discarded or waiting: leave out the other messages.\n"
     )
     assert "There is no message 99;" in flask("retry", "1", "99", "2", code=2).stderr
     assert states(fleet) == ["dead", "done", "dead", "running"]
@@ -487,8 +487,8 @@ def test_a_wrong_argument_is_one_sentence(flask: Callable[..., Result]) -> None:
         (("show", "0"), "There is no message 0;"),
         (("show", "one"), "The ID is 'one'; expected a whole number"),
         (("discard", "9" * 5_000), "expected a whole number"),
-        (("retry",), "Expected the IDs of messages, or --all for all dead ones"),
-        (("retry", "1", "--all"), "Expected the IDs of messages, or --all for all dead ones"),
+        (("retry",), "Expected IDs of messages, or --all for all dead messages"),
+        (("retry", "1", "--all"), "Expected IDs of messages, or --all for all dead messages"),
         (("discard", "1", "--topic", "mail"), "--topic 'mail' goes with --all; expected IDs without it."),
     ):
         result = flask(*arguments, code=2)
