@@ -146,7 +146,7 @@ class WorkerContext:
             raise
 
     def _check_claim(self, session: Session) -> None:
-        """Check the claim in the session's transaction, and write what belongs to the commit. Raises ClaimLost."""
+        """Check the claim in the session's transaction, and write the columns of this commit. Raises ClaimLost."""
         raise NotImplementedError
 
     def refuse_if_lost(self) -> None:

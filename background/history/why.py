@@ -140,7 +140,7 @@ def _is_pending(around: Surroundings, record: Record) -> bool:
 
 
 def _by_instance(around: Surroundings) -> str:
-    """Name the instance that will run it, or what prevents that."""
+    """Name the instance that will run it, or the obstacle."""
     if around.state and around.state.paused_at and not around.state.owed:
         return f", once the worker is resumed (it is paused since {second(around.state.paused_at)})"
     if around.alive:

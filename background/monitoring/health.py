@@ -232,7 +232,7 @@ def _heartbeat(manager: BackgroundWorkerManager) -> Check:
 
 
 def _write_as_the_application(manager: BackgroundWorkerManager) -> None:
-    """Write nothing, by a connection of the application's own pool. Raise what its writes would raise.
+    """Try a write that changes nothing, on the application's own pool. Raises the errors of a real write.
 
     On SQLite this does not wait for another connection that writes at this moment.
     """

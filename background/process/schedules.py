@@ -19,7 +19,7 @@ class DeclaredSchedules:
         """False while a row is missing, or has another release's schedule. Then each heartbeat should look."""
 
     def declare(self, names: Collection[str], again: bool = False) -> None:
-        """Write the schedules of the workers `names`. With `again`, replace those of an instance that left."""
+        """Write the schedules of the workers `names`. With `again`, replace the schedules of an instance that left."""
         ours = {name: self._workers[name] for name in names if name in self._workers}
         schedules = {name: declared_schedule(worker) for name, worker in ours.items()}
         instance = self._presence.instance

@@ -1,7 +1,7 @@
 """Removes the guards of the promise one at a time, and checks that a test fails without each.
 
     python tests/promise/mutations.py            all of them
-    python tests/promise/mutations.py -k WORDS   those with WORDS in the name of the guard, or in an edited file's
+    python tests/promise/mutations.py -k WORDS   only guards with WORDS in their name, or in an edited file's
     python tests/promise/mutations.py --look     check only that each guard is in its place, and run no test
 
 Works on a copy of the tree. Exits with 1 if a guard is not in its place, or if no test notices its removal.

@@ -223,7 +223,7 @@ def test_a_run_during_which_clocks_are_set_is_neither_taken_over_nor_refused(
     assert len(effects.all("deaf")) == 1
 
 
-def test_a_host_that_slept_past_its_lease_commits_nothing_and_begins_anew(
+def test_a_host_that_slept_past_its_lease_commits_nothing_and_begins_as_a_new_instance(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     working, refused = threading.Event(), threading.Event()

@@ -87,7 +87,7 @@ def test_eight_processes_of_logins_and_the_sweep_never_meet_a_locked_database(
         assert db.session.query(User).filter(User.last_login_at.is_(None)).count() == 0
 
 
-def test_a_shop_of_four_processes_balances_stock_orders_and_mails_though_one_is_killed(
+def test_stock_orders_and_mails_of_four_processes_agree_even_if_one_is_killed(
     app: Flask,
     database_url: str,
     make_user: Callable[..., User],

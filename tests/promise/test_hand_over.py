@@ -36,7 +36,7 @@ def joined(fleet: Fleet, *workers: AnyWorker) -> BackgroundWorkerManager:
     return manager
 
 
-def test_a_run_that_is_handed_back_is_taken_at_once_without_polling(fleet: Fleet) -> None:
+def test_a_run_that_is_handed_back_is_taken_over_at_once_without_polling(fleet: Fleet) -> None:
     first = joined(fleet, UntilTold)
     wait_until(lambda: fleet.states() == ["running"], "the first run")
     second = joined(fleet, UntilTold)
@@ -79,7 +79,7 @@ def deaf_run(fleet: Fleet) -> Iterator[BackgroundWorkerManager]:
     go_on.set()
 
 
-def test_messages_that_are_handed_back_are_taken_at_once(fleet: Fleet) -> None:
+def test_messages_that_are_handed_back_are_taken_over_at_once(fleet: Fleet) -> None:
     working, seen = threading.Event(), []
 
     class Notes(MessageWorker):
@@ -102,7 +102,7 @@ def test_messages_that_are_handed_back_are_taken_at_once(fleet: Fleet) -> None:
 
 
 @on_sqlite
-def test_instances_that_leave_while_another_instances_messages_are_taken_back_are_not_forgotten(fleet: Fleet) -> None:
+def test_leaving_instances_are_recovered_after_another_instances_messages(fleet: Fleet) -> None:
     class Notes(MessageWorker):
         topic = "notes"
 

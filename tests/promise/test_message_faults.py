@@ -251,7 +251,7 @@ def test_four_producers_with_the_same_keys_enqueue_each_message_once(
     close(*apps)
 
 
-# -- told to end -----------------------------------------------------------------------------------
+# -- stopping -----------------------------------------------------------------------------------
 
 
 def test_the_rest_of_a_stopping_process_batch_is_handled_elsewhere_at_once(shops: Shops, box: Letterbox) -> None:

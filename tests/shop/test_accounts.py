@@ -166,7 +166,7 @@ def test_a_session_is_invalid_under_another_key(app: Flask, make_user: Make) -> 
         assert user.fingerprint != before
 
 
-# ---- Hashes, and what a stranger can learn
+# ---- Hashes, and the responses to a stranger
 
 
 @on_sqlite
@@ -508,7 +508,7 @@ def test_the_path_of_a_failed_request_is_one_line_of_the_log(
     assert r"Exception on /account/reset/x\nINFO forged\x1b[2J [POST]" in caplog.messages
 
 
-# ---- Admins, and what they did
+# ---- Admins, and the audit
 
 
 def entries(app: Flask) -> list[AuditEntry]:

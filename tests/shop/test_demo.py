@@ -95,7 +95,7 @@ def test_init_db_refuses_an_invalid_address_the_demo_shops_address_and_a_custome
 
 
 @pytest.mark.parametrize("command", ["init-db", "demo"])
-def test_a_command_says_how_to_make_a_missing_schema(tmp_path: Path, command: str) -> None:
+def test_a_command_names_the_remedy_for_a_missing_schema(tmp_path: Path, command: str) -> None:
     app: Flask = create_app(settings(f"sqlite:///{tmp_path / 'missing.sqlite'}"))
     result = app.test_cli_runner().invoke(args=[command])
     assert result.exit_code == 1

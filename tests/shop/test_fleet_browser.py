@@ -51,7 +51,7 @@ def states_of(app: Any, topic: str) -> list[str]:
         return list(connection.execute(query).scalars())
 
 
-def test_a_dead_letter_is_retried_and_the_remaining_ones_are_discarded_together(app, opened):
+def test_a_dead_letter_is_retried_and_the_remaining_letters_are_discarded_together(app, opened):
     first, *_ = bury(app, 3, "returns")
     page = opened("/workers/messages?topic=returns")
     assert violations(page) == []

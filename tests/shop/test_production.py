@@ -111,7 +111,7 @@ def test_the_demo_admin_is_refused_in_production_until_it_is_no_longer_an_admin(
 
 
 @pytest.mark.parametrize("more", [(), ("--preload",)], ids=["gunicorn", "preload"])
-def test_gunicorn_ends_without_a_secret_key_and_says_why(
+def test_gunicorn_ends_with_a_sentence_without_a_secret_key(
     sqlite_url: str, more: tuple[str, ...], nursery: Nursery
 ) -> None:
     code, output = nursery.run(gunicorn("-w", "2", *more, "app:create_app()"), environment(sqlite_url, SECRET_KEY=""))
@@ -122,7 +122,7 @@ def test_gunicorn_ends_without_a_secret_key_and_says_why(
 
 
 @pytest.mark.parametrize("enabled", ["yes", "no"])
-def test_gunicorn_ends_with_the_demo_admin_in_its_database_and_says_why(
+def test_gunicorn_ends_with_a_sentence_if_its_database_has_the_demo_admin(
     sqlite_url: str, enabled: str, nursery: Nursery
 ) -> None:
     add_demo_admin(sqlite_url)

@@ -78,7 +78,7 @@ def walk(client, path: str, pattern: str) -> list[str]:
 
 
 @on_sqlite
-def test_the_home_page_says_where_to_watch_the_worker(client):
+def test_the_home_page_links_to_the_pages_about_the_worker(client):
     text = text_of(client.get("/"))
     assert "PassiveUserCheckerWorker" in text
     assert "have not logged in for 30 days" in text
@@ -344,7 +344,7 @@ def test_an_order_above_the_stock_is_refused(app, client, reader, make_book):
     assert orders_of(app) == []
 
 
-def test_a_book_that_is_sold_out_says_so(app, client, reader, make_book):
+def test_the_page_of_a_sold_out_book_says_so(app, client, reader, make_book):
     book_id = make_book(stock=0)
     assert "sold out" in text_of(client.get("/books"))
     assert 'name="quantity"' not in client.get(f"/books/{book_id}").text
@@ -464,7 +464,7 @@ def test_an_error_below_api_is_json(client):
     assert set(client.post("/api/books").allow) == {"GET", "HEAD", "OPTIONS"}
 
 
-# ---- Errors, and what holds for every page
+# ---- Errors, and rules for every page
 
 
 @on_sqlite

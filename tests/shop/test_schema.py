@@ -191,7 +191,7 @@ def test_an_embedded_database_from_before_0_1_0_is_refused_with_the_command(make
         dispose()
 
 
-def test_the_last_revision_before_0_1_0_goes_on_after_one_command(
+def test_the_last_revision_before_0_1_0_works_after_one_command(
     app: Flask, engine: Engine, runner: FlaskCliRunner
 ) -> None:
     at_revision(engine, "0006")

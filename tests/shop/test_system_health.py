@@ -45,7 +45,7 @@ def test_a_sample_describes_the_database_the_disk_and_the_queue(
     assert (sample.messages_waiting, sample.messages_dead) == (3, 2)
 
 
-def test_a_minute_has_one_sample_and_old_ones_go(app: Flask, manager: BackgroundWorkerManager) -> None:
+def test_a_minute_has_one_sample_and_old_samples_are_deleted(app: Flask, manager: BackgroundWorkerManager) -> None:
     app.config["WORKERS_HISTORY_DAYS"] = 2
     for at in (MINUTE - timedelta(days=3), MINUTE - timedelta(days=1), MINUTE):
         check_health(manager, at)

@@ -125,7 +125,7 @@ def hit(url: str, times: int) -> None:
     close(app)
 
 
-# ---- What else is throttled
+# ---- Other throttled pages
 
 
 @on_sqlite

@@ -72,7 +72,7 @@ auth_type = any
 listen_addr =
 unix_socket_dir = {folder}
 """)
-    user = "pgserver" if os.geteuid() == 0 else None  # pgbouncer refuses to run as root; the wheel made this user
+    user = "pgserver" if os.geteuid() == 0 else None  # pgbouncer refuses root, and the wheel made this user
     if user:
         shutil.chown(folder, user)
     command = [str(PGBOUNCER), str(folder / "pgbouncer.ini")]

@@ -61,7 +61,7 @@ def migrate(database_url: str) -> None:
         dispose()
 
 
-# -- fixtures: a conftest.py, or a file of tests, imports those that it needs ----------------------
+# -- fixtures: a conftest.py, or a file of tests, imports the ones that it needs ----------------------
 
 
 @pytest.fixture(scope="session")

@@ -256,7 +256,7 @@ def test_all_dead_letters_are_retried_once_even_if_they_die_again_meanwhile(
     handle_all(fleet, manager)
     fleet.enqueue("orders", "later", delay=3600)
     retried: list[int] = []
-    for some in manager.stores.dead_letters._slices(None):  # as `retry --all` does; between slices they die again
+    for some in manager.stores.dead_letters._slices(None):  # as `retry --all`, but they die between slices
         retried += some
         assert manager.messages.retry(some) == len(some) <= 2
         with fleet.engine.begin() as connection:

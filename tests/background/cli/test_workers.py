@@ -478,7 +478,7 @@ def states(database_url: str, name: str) -> list[str]:
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 @on_sqlite
-def test_run_serves_the_named_workers_until_it_is_told_to_stop(
+def test_run_serves_the_named_workers_until_a_stop_request(
     database_url: str, tmp_path: Path, running: Running, signum: signal.Signals
 ) -> None:
     with running(database_url, "busy") as process:

@@ -202,7 +202,7 @@ def test_without_a_secret_key_a_button_works_and_its_page_shows_the_change(make_
     assert "paused" in client.get(response.location).text
 
 
-# -- the start names what is missing ----------------------------------------------------------
+# -- the start names a missing package ----------------------------------------------------------
 
 HOST = """
 import sys

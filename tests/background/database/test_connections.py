@@ -462,7 +462,7 @@ def test_a_session_with_execution_options_of_its_own_is_fenced(tenants: Host) ->
     assert tenants.noted() == []
 
 
-def test_a_message_in_a_session_with_options_of_its_own_is_rolled_back_with_what_its_caller_wrote(
+def test_a_message_in_a_session_with_options_of_its_own_is_rolled_back_with_its_callers_writes(
     tenants: Host,
 ) -> None:
     with tenants.app.app_context():
@@ -523,7 +523,7 @@ def test_a_run_that_writes_to_a_second_database_is_warned_about_once(
 
 @on_postgresql
 @pytest.mark.parametrize("level", ["serializable", "repeatable read"])
-def test_ticks_heartbeats_messages_and_locks_work_where_the_server_isolates_strictly(
+def test_ticks_heartbeats_messages_and_locks_work_on_a_server_with_strict_isolation(
     hosts: Callable[..., Host], empty_database_url: str, postgresql_server: Any, level: str
 ) -> None:
     name = make_url(empty_database_url).database

@@ -37,7 +37,7 @@ class Naming(Hourly):
 
 @pytest.fixture(params=DEFAULTS, ids=lambda each: " ".join(each.values()))
 def odd_url(request: pytest.FixtureRequest, postgresql_url: str, databases: Callable[[str], object]) -> str:
-    """Give a database with those defaults."""
+    """Give a database with the defaults of another country and time zone."""
     for name, value in request.param.items():
         databases(f"ALTER DATABASE {make_url(postgresql_url).database} SET {name} = {value}")
     return postgresql_url

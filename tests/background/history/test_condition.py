@@ -304,7 +304,7 @@ def test_a_probe_of_the_fleet_fails_while_the_applications_pool_cannot_write(fle
 
 
 @on_sqlite
-def test_a_probe_of_the_fleet_waits_for_no_writer_and_fails_where_the_file_is_read_only(fleet: Fleet) -> None:
+def test_a_probe_of_the_fleet_waits_for_no_writer_and_fails_if_the_file_is_read_only(fleet: Fleet) -> None:
     app = joined(fleet, Hourly)
     with fleet.engine.begin() as connection:
         connection.execute(sql("UPDATE background_workers SET paused_at = NULL"))  # holds the write lock

@@ -464,7 +464,7 @@ def test_a_moment_belongs_to_the_latest_tick_up_to_it(
     assert manager.why("tidy", NOON + 10 * MINUTE).state == "overdue"
 
 
-def test_every_tick_within_a_row_of_missed_ones_was_missed_even_around_a_manual_run(
+def test_every_tick_within_a_row_of_missed_ticks_was_missed_even_around_a_manual_run(
     manager: BackgroundWorkerManager, known: Callable[..., None], write: Callable[..., None]
 ) -> None:
     known()

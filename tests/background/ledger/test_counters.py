@@ -45,7 +45,7 @@ def test_a_manual_run_has_no_delay(fleet: Fleet) -> None:
     assert counts(fleet, "lateness") == {}
 
 
-def test_skipped_ticks_are_counted_each_and_a_gap_of_missed_ones_once(fleet: Fleet) -> None:
+def test_each_skipped_tick_is_counted_and_a_gap_of_missed_ticks_once(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
     manager.pause("hourly")
     for hours in (5, 4):

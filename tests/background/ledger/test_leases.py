@@ -405,7 +405,7 @@ def test_work_held_when_a_lease_ends_is_lost_and_not_handed_back(fleet: Fleet) -
         def do_work(self, context: WorkerContext) -> None:
             effect(context)
             context.instance.lease = timedelta()
-            manager.stores.leases.beat(context.instance)  # the last heartbeat, whose lease is over at once
+            manager.stores.leases.beat(context.instance)  # the last heartbeat, with a lease that is over
 
     manager = fleet.manager(Once, WORKERS_HEARTBEAT_SECONDS=60, WORKERS_LEASE_SECONDS=200)
     assert manager.tick("once", last_hour()).state == "lost"

@@ -443,7 +443,7 @@ def test_a_winner_claims_with_one_request_on_postgresql_and_one_read_and_two_wri
 
 
 @on_postgresql
-def test_no_statement_that_decides_who_runs_takes_longer_than_a_lease(fleet: Fleet) -> None:
+def test_no_statement_that_decides_on_a_run_takes_longer_than_a_lease(fleet: Fleet) -> None:
     store = fleet.manager(WORKERS_LEASE_SECONDS=0.5).stores.main
     with pytest.raises(OperationalError, match="statement timeout"), store.begin() as connection:
         connection.execute(text("SELECT pg_sleep(:seconds)"), {"seconds": PATIENCE})

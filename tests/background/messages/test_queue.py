@@ -326,7 +326,7 @@ def test_messages_of_other_processes_are_handled_at_once_on_postgresql_and_at_th
 
 
 @on_postgresql
-def test_other_processes_are_notified_of_due_messages_and_not_of_delayed_ones(fleet: Fleet) -> None:
+def test_other_processes_are_notified_of_due_messages_and_not_of_delayed_messages(fleet: Fleet) -> None:
     manager = fleet.manager(Notes)
     with manager.stores.connections.listening() as connection:
         connection.execute(f"LISTEN {CHANNEL}")
@@ -340,7 +340,7 @@ def test_other_processes_are_notified_of_due_messages_and_not_of_delayed_ones(fl
         assert list(connection.notifies(timeout=0)) == []
 
 
-def test_many_instances_share_the_messages_and_none_is_handled_twice(fleet: Fleet) -> None:
+def test_many_instances_share_the_messages_and_handle_each_once(fleet: Fleet) -> None:
     class Eager(Notes):
         concurrency = 2
 

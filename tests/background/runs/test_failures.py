@@ -118,7 +118,7 @@ def test_whatever_a_run_raises_it_ends_and_its_reason_has_a_limit(
     assert last_line in str(error_line(row.reason))
 
 
-def test_a_reason_says_how_much_of_it_was_cut(fleet: Fleet) -> None:
+def test_a_reason_shows_how_many_characters_were_cut(fleet: Fleet) -> None:
     row = outcome(fleet, type("Raiser", (Raising,), {"fail": staticmethod(raise_huge)}))
     assert f"({HUGE - 4_000 + len('ValueError: az') + 1:,} characters are cut)" in row.reason
     assert row.reason.rstrip().endswith("xz")

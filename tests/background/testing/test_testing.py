@@ -84,7 +84,7 @@ def test_a_run_that_stops_is_handed_back(app: Flask) -> None:
     assert run_worker(app, Stopping).state == "handed back"
 
 
-def test_a_tick_that_does_not_run_says_why(app: Flask) -> None:
+def test_a_tick_that_does_not_run_raises_an_error_with_the_reason(app: Flask) -> None:
     run_worker(app, Hourly, at=IN_2030)
     with pytest.raises(TickNotRun, match=r"Hourly did not run\. .*2030-05-01.*succeeded"):
         run_worker(app, Hourly, at=IN_2030)
@@ -102,7 +102,7 @@ def test_a_disabled_worker_says_so(app: Flask) -> None:
 
 
 @on_sqlite
-def test_an_application_without_workers_is_told_apart(database_url: str) -> None:
+def test_an_application_without_workers_is_refused(database_url: str) -> None:
     with pytest.raises(RuntimeError, match=r"'plain' has no background workers; expected BackgroundWorkerManager"):
         run_worker(Flask("plain"), Hourly)
 
@@ -122,7 +122,7 @@ def test_a_clock_moves_only_when_it_is_moved(app: Flask) -> None:
     assert manager.history.clock() < IN_2030
 
 
-def test_of_two_clocks_the_inner_one_counts(app: Flask) -> None:
+def test_the_inner_of_two_clocks_counts(app: Flask) -> None:
     manager = app.extensions["background_workers"]
     with Clock():
         with Clock(IN_2030):
@@ -131,7 +131,7 @@ def test_of_two_clocks_the_inner_one_counts(app: Flask) -> None:
 
 
 @pytest.mark.parametrize("at", [datetime(2030, 5, 1), "2030-05-01", IN_2030.date()])  # noqa: DTZ001
-def test_a_clock_is_refused_a_moment_without_a_zone(at: object) -> None:
+def test_a_clock_refuses_a_moment_without_a_zone(at: object) -> None:
     with pytest.raises(ValueError, match="expected an aware datetime"):
         Clock(at)  # type: ignore[arg-type]
 
@@ -146,7 +146,7 @@ def noting(database_url: str) -> Iterator[Flask]:
     close(app)
 
 
-def test_messages_are_handled_with_those_that_their_handlers_enqueue(noting: Flask) -> None:
+def test_messages_are_handled_together_with_messages_that_their_handlers_enqueue(noting: Flask) -> None:
     enqueue(noting, "first", "third")
     drained = drain(noting)
     assert (drained.done, drained.waiting, drained.dead, drained.errors) == (3, 0, 0, ())
@@ -164,7 +164,7 @@ def test_a_message_that_fails_waits_and_dies_as_the_clock_moves(noting: Flask) -
         assert drain(noting).dead == 1
 
 
-def test_a_message_that_waits_is_found_by_its_payload(noting: Flask) -> None:
+def test_a_waiting_message_is_found_by_its_payload(noting: Flask) -> None:
     enqueue(noting, {"book": 1}, delay=timedelta(hours=1))
     assert_enqueued(noting, "notes")
     assert_enqueued(noting, "notes", {"book": 1})
@@ -177,7 +177,7 @@ def test_a_message_that_waits_is_found_by_its_payload(noting: Flask) -> None:
         assert_not_enqueued(noting, "notes")
 
 
-def test_a_message_that_is_not_committed_is_not_enqueued(noting: Flask) -> None:
+def test_an_uncommitted_message_does_not_count_as_enqueued(noting: Flask) -> None:
     with noting.app_context():
         current_workers.enqueue("notes", "perhaps")
         db.session.rollback()
