@@ -160,9 +160,11 @@ def error_line(text: str | None) -> str | None:
     frames = [at for at, line in enumerate(lines) if line.startswith('  File "')]
     behind = iter(lines[frames[-1] + 1 :] if frames else [])
     line = next((each for each in behind if not each.startswith(" ")), lines[-1].strip() if lines else None)
-    if line and line.endswith(": "):  # its message begins with empty lines
-        line += next((each.strip() for each in behind if each.strip()), "")
+    if line and _WITHOUT_TEXT.fullmatch(line):  # its message begins with empty lines
+        text = next((each.strip() for each in behind if each.strip()), "")
+        line = f"{line.rstrip()} {text}" if text else line.rstrip(": ")
     return line
 
 
 _END_OF_GROUP = re.compile(r" *\+-+")
+_WITHOUT_TEXT = re.compile(r"\S+: ?")

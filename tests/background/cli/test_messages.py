@@ -209,6 +209,7 @@ def test_a_manually_written_row_without_json_is_shown_as_it_is(
         ("its instance stopped renewing its lease", "its instance stopped renewing its lease"),
         ('Traceback:\n  File "a"\n    b\nKeyError: 1\n\nDuring ...\n  File "c"\n    d\n     ^\nE: 2\n\n3\n', "E: 2"),
         ('Traceback:\n  File "a"\n    b\nValueError: \n\n  first\nsecond\n', "ValueError: first"),
+        ('Traceback:\n  File "a"\n    b\nValueError: \n\n', "ValueError"),
         ("  + Exception Group\n  |   File\n  | ValueError: 1\n  +---", "+---"),
     ],
 )
