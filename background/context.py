@@ -113,7 +113,7 @@ class WorkerContext:
     def is_at_home(self, session: Session) -> bool:
         """Return whether `session` is on this run's database.
 
-        A session of another application, in that application's context, may be on another one.
+        A session of another application, in that application's context, may be on another database.
         """
         return bool(self._engine_of(session).url == self.database)
 
@@ -170,7 +170,7 @@ class WorkerContext:
 
 
 def _as_number(name: str, value: Any) -> float:
-    """Return the number as one that the database can hold. Raises InvalidProgress."""
+    """Return the number in a form that the database can hold. Raises InvalidProgress."""
     try:
         number = float(value) if isinstance(value, Real | Decimal) and not isinstance(value, bool) else math.nan
     except (ArithmeticError, ValueError):  # an int beyond the range of a float, or a signalling NaN

@@ -201,7 +201,7 @@ class Leases:
         return "stopped renewing its lease" if is_known else "is not known to the fleet: its row was deleted"
 
     def gone(self, ids: Collection[str]) -> dict[str, bool]:
-        """Return the instances of `ids` that are not alive: True if it signed off, False if it was lost.
+        """Return the instances of `ids` that are not alive: True if signed off, False if lost.
 
         After the database's clock was set, no instance counts as lost for one lease, in which all instances renew it.
         A process that started after the change did not see it. For its first lease, it also spares each instance with a

@@ -32,7 +32,7 @@ _LONGEST_WAIT_SECONDS = 1.0  # for a timer, which a clock that was set back may 
 
 
 class Consumers:
-    """Handles the messages of `workers` (by topic) on the scheduler's threads, until none is due."""
+    """Handles the messages of `workers` (by topic) on the scheduler's threads, until no message is due."""
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class Consumers:
             self._scheduler.after(seconds, f"heard:{topic}", self._wake_later, topic)
 
     def _wake_later(self, topic: str) -> None:
-        self._awaited.pop(topic, None)  # before the look: it may miss a message that is enqueued meanwhile
+        self._awaited.pop(topic, None)  # before the look, which may miss a message that is enqueued meanwhile
         self.wake(topic)
 
     def wake_after(self, topic: str, pause: timedelta | None) -> None:
@@ -117,7 +117,7 @@ class Consumers:
     def _consume(self, worker: type[MessageWorker]) -> None:
         """Handle batch after batch, until no message is due. Between two batches, waiting calls may use the thread."""
         is_over = False
-        self._yielding.add(worker.topic)  # until it finds messages
+        self._yielding.add(worker.topic)  # until a look finds messages
         try:
             while not is_over:
                 is_over = not self._handle_next(worker) and self._ends(worker.topic)
@@ -144,7 +144,7 @@ class Consumers:
         instance, topic = self._presence.instance, worker.topic
         if instance is None or not instance.is_alive or self._runs.stopping.is_set():
             return False
-        if self._workers.get(topic) is not worker:  # it was removed
+        if self._workers.get(topic) is not worker:  # the worker was removed
             return False
         # Without a second attempt, a message that kills its process would bury the whole batch.
         size = worker.batch_size if worker.max_attempts > 1 else 1
@@ -168,5 +168,5 @@ class Consumers:
         if pause is not None:
             self.wake_after(worker.topic, pause)
         if self._stores.main.has_one_writer:
-            # SQLite writers poll for the lock. Without this rest they would rarely find it free between two batches.
+            # SQLite writers poll for the lock. Without this rest they would rarely find it free between batches.
             self._runs.stopping.wait(min((steady() - began) / 4, _LONGEST_REST_SECONDS))

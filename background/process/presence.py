@@ -70,7 +70,7 @@ class Presence:
 
     @contextmanager
     def present(self, forget: bool = False) -> Iterator[Instance]:
-        """Give this process's instance. Outside the fleet (a command, a test), sign one on for the time of the block.
+        """Give this process's instance. Outside the fleet (a command, a test), sign an instance on for the block.
 
         With `forget` delete its row afterwards. Locks do this, as they leave no execution.
         """

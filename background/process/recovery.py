@@ -84,7 +84,7 @@ class Recovery:
         return bool(gone)
 
     def gone(self, states: Collection[WorkerState]) -> dict[str, bool]:
-        """Return the workers with a claim that no instance runs: True if it was handed back, False if it was lost.
+        """Return the workers with a claim that no instance runs: True if the claim was handed back, False if lost.
 
         Only reads. Leaves out workers that this release does not have.
         """
@@ -107,7 +107,7 @@ class Recovery:
     def _take_back(self, worker: type[PeriodicWorker], claim: Claim, state: WorkerState, signed_off: bool) -> None:
         if signed_off:
             own = self._presence.instance
-            is_own = own is not None and state.instance == own.id  # another instance may have run it in part
+            is_own = own is not None and state.instance == own.id  # another instance may have run the tick in part
             reason = f"{state.instance_name} {'did not run it' if is_own else 'signed off before the run ended'}"
             if self._stores.ledger.end(claim, "handed back", reason, claim.attempt):
                 send(self._app, execution_handed_back, claim=claim, reason=reason)
@@ -204,9 +204,9 @@ class ClockRecovery:
                 name,
                 until.isoformat(),
                 ahead[name].clock.isoformat(),
-                "Ticks and messages of that time go on once the clock has been right for the length of a lease"
+                "Ticks and messages up to then go on once the clock has been right for the length of a lease"
                 if is_proven
-                else "The history is shorter than that. If the clock is right now, run `flask workers repair`",
+                else "The history is shorter than this lead. If the clock is right now, run `flask workers repair`",
             )
         go_on, self._ahead = self._ahead - ahead.keys(), set(ahead)
         return go_on
@@ -221,7 +221,7 @@ class ClockRecovery:
         self.is_done = True
         states = self._stores.ledger.states()
         ours = [state for state in states.values() if state.name in self._workers and is_ahead(state)]
-        if not self._stores.clock_repair.is_proven(states.values()):  # only `flask workers repair` may do it
+        if not self._stores.clock_repair.is_proven(states.values()):  # only `flask workers repair` may do this
             ours = []
         repaired = [state.name for state in ours if self._stores.clock_repair.worker(state.name)]
         number = self._stores.clock_repair.messages()

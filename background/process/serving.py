@@ -38,10 +38,10 @@ class Servable(Protocol):
         """Make the database ready. Raises BackgroundError if that fails."""
 
     def serve(self) -> bool:
-        """Begin to serve. False if this process did before."""
+        """Begin to serve. False if this process has begun before."""
 
     def begin_anew(self, is_in_a_run: bool) -> None:
-        """Begin as another process, in a forked child. `is_in_a_run` is true if a run of a worker forked it."""
+        """Begin as another process, in a forked child. `is_in_a_run` is true if a run of a worker forked the child."""
 
 
 _managers: WeakSet[Servable] = WeakSet()
@@ -92,7 +92,7 @@ def _is_test_client() -> bool:
 
 
 def _let_the_child_end() -> None:
-    """Have the reloader's parent wait for its child after a Ctrl-C, which both get. It would kill it after 0.25 s."""
+    """Have the reloader's parent wait for its child after a Ctrl-C for both. It would kill the child after 0.25 s."""
     if sys.stdin is None or not sys.stdin.isatty() or os.tcgetpgrp(sys.stdin.fileno()) != os.getpgrp():
         return
 

@@ -228,7 +228,7 @@ class Supervisor:
                 self._presence.sign_off(instance)
                 return False
             self._presence.instance = instance
-        log.warning("Instance %s could not renew its lease in time; it begins as a new instance", instance.name)
+        log.warning("Instance %s could not renew its lease in time, so it begins as a new instance", instance.name)
         return True
 
     def _end_outage(self, pulse: Pulse) -> None:
@@ -249,7 +249,7 @@ class Supervisor:
         log.log(level, "The lease is renewed, but no work is found: another client keeps a table of the engine locked")
 
     def _beat_failed(self, error: Exception) -> None:
-        self._pulse = None  # this process may not have followed it
+        self._pulse = None  # this process may not have followed the last pulse
         was_cut, level = self._cuts != self._stores.connections.cuts, self._outage.level()
         log.log(level, "No heartbeat: %s", _CUT if was_cut else first_line(error), exc_info=unless_expected(error))
 
@@ -281,7 +281,7 @@ class Supervisor:
     def refresh(self, rearm: bool = False) -> None:
         """Follow the fleet's decisions: schedules, claims whose instance is gone, ticks to claim again.
 
-        Only reads. The heartbeat calls it in another thread, as it may wait for a lock.
+        Only reads. The heartbeat calls this in another thread, as this may wait for a lock.
         """
         with self._refreshing:
             again_if_stale(partial(self._refresh, rearm))
@@ -290,7 +290,7 @@ class Supervisor:
         states = self._stores.ledger.states()
         self.timers.follow(states, rearm)
         ours = [state for state in states.values() if state.name in self._workers]
-        for name in self._clock_recovery.warn(states):  # its ticks go on, perhaps by a command
+        for name in self._clock_recovery.warn(states):  # the worker's ticks go on, perhaps by a command
             self.timers.arm_first(name)
         gone = self._recovery.gone(ours)
         if not self._outage.is_on:  # the end of the outage shows which leases it ended

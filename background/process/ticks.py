@@ -80,7 +80,7 @@ class Ticks:
         return None
 
     def _when_due(self, worker: type[PeriodicWorker], tick: datetime, state: WorkerState) -> WorkerState:
-        """Wait, at most a lease, until the database's clock reaches `tick`. Rounding it would be early or late."""
+        """Wait, at most a lease, until the database's clock reaches `tick`. A rounded wait would end early or late."""
         while state.clock < tick <= state.clock + self._stores.lease and not self._runs.stopping.is_set():
             self._runs.stopping.wait((tick - state.clock).total_seconds())
             state = self._recovery.look(worker)

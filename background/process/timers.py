@@ -83,7 +83,7 @@ class Timers:
     def _arm(self, name: str, after: datetime | None, no_later_than: datetime | None = None) -> None:
         """Arm the first tick after `after`. If a later tick is already due, or without `after`, arm the latest tick."""
         worker, state = self._workers.get(name), self._states.get(name)
-        if worker is None:  # it was removed meanwhile
+        if worker is None:  # the worker was removed meanwhile
             return
         try:
             # The worker's row may be missing: deleted, or not in a restored backup. A look makes it before a claim.
@@ -114,7 +114,7 @@ class Timers:
             # After losing a tick, start 10 to 20 ms later next time. Otherwise every loser would wait for the winner's
             # row lock only to learn that it lost.
             (self._yielding.discard if is_ours else self._yielding.add)(name)
-        except InvalidSchedule as error:  # the next heartbeat logs it
+        except InvalidSchedule as error:  # the next heartbeat logs this error
             log.debug("%s: not running the tick %s: %s", name, tick.isoformat(), error)
         except Exception as error:  # no other thread of this process would try again
             level = logging.DEBUG if failures else logging.WARNING  # once per tick

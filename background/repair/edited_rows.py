@@ -1,6 +1,6 @@
 """Repairs rows that a user edited: executions without a claim, claims without an execution.
 
-A claim and its execution begin and end in one transaction, so one read shows a change by hand.
+A claim and its execution begin and end in one transaction, so one read shows an edited row.
 """
 
 from typing import Any

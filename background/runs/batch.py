@@ -43,7 +43,7 @@ class MessageContext(WorkerContext):
         self._transaction: SessionTransaction | None = None
 
     def begin(self, message: Message) -> None:
-        """Make `message` the current one of this run. Raises ClaimLost if the lease is over."""
+        """Make `message` the current message of this run. Raises ClaimLost if the lease is over."""
         self.refuse_if_lost()
         self.tick, self.attempt, self.token = message.tick, message.attempt, message.token
         self.idempotency_key = message.idempotency_key
@@ -51,7 +51,7 @@ class MessageContext(WorkerContext):
 
     def handled(self, *messages: Message) -> None:
         """Let the next commit acknowledge `messages`, together with the session's effects."""
-        self.session.flush()  # the next `book.stock = Book.stock + 1` would replace this one
+        self.session.flush()  # the next `book.stock = Book.stock + 1` would replace this change
         self._refuse_if_rolled_back()
         self._handled += [message.id for message in messages]
         self._transaction = self._transaction or self.session.get_transaction()
@@ -140,7 +140,7 @@ class BatchRun:
     def _excuse(self, left: Sequence[Message], error: BaseException) -> timedelta | None:
         """Hand the messages `left` back if the database failed. Return the pause before an instance may claim them.
 
-        This does not count as an attempt. A message is excused a few times only: its handler may cause the error.
+        This does not count as an attempt. A message is excused only a few times: its handler may cause the error.
         """
         times = max(self._excused[message.id] for message in left)
         if times >= _MOST_EXCUSED or not is_cut_off(error):
@@ -199,7 +199,7 @@ class BatchRun:
         """Write that `message` failed. Return the pause before its next attempt, or None."""
         key, worker = message.idempotency_key, self._worker
         if isinstance(error, RunStopped) and self._runs.stopping.is_set():
-            return None  # `run` hands it back with the rest
+            return None  # `run` hands this message back with the rest
         if isinstance(error, ClaimLost):
             self._log.warning("Lost the message %s: %s", key, first_line(error))
             return None

@@ -241,5 +241,5 @@ def timed_out_after(
 
 
 def _time_out(context: TickContext, outcome: Outcome) -> str:
-    """Write "timed out". The timer calls this, and the run again: on SQLite, it may hold the lock until it ends."""
+    """Write "timed out". The timer calls this, and later the run: on SQLite, the run may hold the lock to its end."""
     return outcome.write("timed out", f"ran longer than its timeout of {context.timed_out_after}")

@@ -71,7 +71,7 @@ def _before_commit(session: Session) -> None:
     run = current_run.get()
     if run is None or session.in_nested_transaction():  # releasing a savepoint commits nothing
         return
-    if run.is_at_home(session):  # the session of another application needs no claim of this one
+    if run.is_at_home(session):  # the session of another application needs no claim of this application
         run.check(session)
 
 

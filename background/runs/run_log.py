@@ -28,7 +28,7 @@ class LogLines(logging.Handler):
         """Keep the lines that any logger logs in this block, if they are `is_ours`."""
         root = logging.getLogger()
         if not root.handlers and logging.lastResort:
-            root.addHandler(logging.lastResort)  # it prints only if there is no handler, and this is one
+            root.addHandler(logging.lastResort)  # it prints only without a handler, and this class is a handler
         root.addHandler(self)
         try:
             yield

@@ -89,7 +89,7 @@ class Runs:
                 context.log_lines.attached(),
                 timed_out_after(worker.timeout, context, outcome, hung),
             ):
-                # After `entered`: a run that is not registered counts as stranded, and another instance takes it.
+                # After `entered`: a run that is not registered counts as stranded, and another instance takes over.
                 send(self._app, execution_started, claim=claim)
                 return Execution(claim, self._run(worker, context, outcome))
 
