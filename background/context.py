@@ -162,7 +162,7 @@ class WorkerContext:
         if self.lost_because:
             raise ClaimLost(
                 f"Worker {self.worker!r} lost its claim of {self._work()}: {self.lost_because}. "
-                "What this run had not committed is not kept; let the exception pass."
+                "The run's uncommitted work is discarded; let the exception pass."
             )
 
     def _work(self) -> str:

@@ -301,5 +301,5 @@ def _lost(claim: Claim) -> ClaimLost:
     return ClaimLost(
         f"Worker {claim.worker!r} no longer holds its claim of the tick {claim.tick.isoformat()} "
         f"(token {claim.token}): it was taken over, timed out or handed back. "
-        "What this run had not committed is not kept; let the exception pass."
+        "The run's uncommitted work is discarded; let the exception pass."
     )

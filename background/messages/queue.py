@@ -110,7 +110,7 @@ class Queue:
         if ours != len(ids):
             raise ClaimLost(
                 f"Worker {batch.worker!r} no longer holds {len(ids) - ours} of its {len(ids)} messages: they were "
-                "taken over. What it had not committed is not kept; let the exception pass."
+                "taken over. Its uncommitted work is discarded; let the exception pass."
             )
 
     def left(self, batch: Batch) -> list[Message]:
