@@ -124,16 +124,17 @@ class BackgroundWorkerManager(Lifecycle):
             return self.stores.controls.pause(name)
 
     def resume(self, name: str) -> bool:
-        """Run the ticks of `name` again, from the next one. False if it was not paused. Raises as `pause` does."""
+        """Run the ticks of `name` again, from the next tick on. False if it was not paused. Raises as `pause` does."""
         with self._controlled("resume", name):
             return self.stores.controls.resume(name)
 
     def reschedule(
         self, name: str, period: timedelta | None = None, cron: str | None = None, timezone: str | None = None
     ) -> bool:
-        """Give `name` another schedule in the whole fleet, across restarts. Without a schedule, the declared one.
+        """Give `name` another schedule in the whole fleet, across restarts.
 
-        A release that declares another schedule replaces it. False if the worker has that schedule already.
+        Without a schedule, restore the declared schedule. A release that declares another schedule replaces this one.
+        False if the worker has that schedule already.
         """
         self._registry.known(name)
         is_declared = period is None and cron is None and timezone is None
@@ -204,7 +205,7 @@ class BackgroundWorkerManager(Lifecycle):
         keys: Iterable[str | None] | None = None,
         delay: timedelta | float | None = None,
     ) -> int:
-        """Enqueue many messages in their order. `keys` has one key for each. Returns the number of new messages.
+        """Enqueue many messages in their order. `keys` has a key for each message. Returns the number of new messages.
 
         Checks all payloads and keys before it enqueues the first message.
         """

@@ -81,5 +81,5 @@ def _manager_of(name: str) -> BackgroundWorkerManager:
     manager = the_manager()
     if name not in manager.workers:
         known(manager, name)
-        abort(409, f"The worker {name!r} is not in this release; expected one that is: use an instance of its release.")
+        abort(409, f"The worker {name!r} is not in this release; use an instance of a release that has this worker.")
     return manager

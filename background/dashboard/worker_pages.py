@@ -139,7 +139,7 @@ def _why(manager: BackgroundWorkerManager, name: str) -> dict[str, Any]:
         except ValueError:
             shown["wrong"] = (
                 f"{at!r} is not a moment from {EARLIEST.year} to {LATEST.year - 1}; "
-                "expected one such as 2026-11-20T12:00."
+                "expected a moment such as 2026-11-20T12:00."
             )
     return shown
 

@@ -29,8 +29,8 @@ from .tables import metadata
 def migrate_to(op: Any, version: int, schema: str | None = None) -> None:
     """Bring the engine's tables from their version to `version`. 0 is a database without them.
 
-    `op` is Alembic's. `schema` is by default the one of the application's metadata. Nothing happens if the tables have
-    that version. Raises InvalidMigration.
+    `op` is Alembic's. By default, `schema` is that of the application's metadata. Nothing happens if the tables
+    have that version. Raises InvalidMigration.
     """
     if type(version) is not int or not 0 <= version <= len(STEPS):
         raise InvalidMigration(
@@ -58,7 +58,7 @@ def _version(connection: Any, schema: str | None) -> int:
     found = next((below for below, step in enumerate(STEPS) if not step.is_done(inspector, schema)), len(STEPS))
     if not found and (tables := [name for name in metadata.tables if inspector.has_table(name, schema)]):
         raise InvalidMigration(
-            f"The database has {', '.join(tables)}, but not all that version 1 of the engine's tables has; expected "
+            f"The database has {', '.join(tables)}, but not all parts of version 1 of the engine's tables; expected "
             "all or none. Finish with the release that made these tables, or drop them."
         )
     return found

@@ -195,7 +195,7 @@ def test_tables_of_no_version_are_left_alone_with_a_sentence(host: Host, lost: s
         connection.execute(text(f"{alter}DROP {lost}"))
     before = host.definitions()
     for version in (0, 1):
-        with pytest.raises(InvalidMigration, match=r"has background_workers, .*, but not all that version 1"):
+        with pytest.raises(InvalidMigration, match=r"has background_workers, .*, but not all parts of version 1"):
             host.migrate_to(version)
     assert host.definitions() == before
 
