@@ -11,7 +11,7 @@ class Talker(Hourly):
 
 @pytest.fixture
 def admin(app, manager, client, make_user, login):
-    """The client, logged in as an admin. There is one more worker."""
+    """Give the client, logged in as an admin. There is one more worker."""
     manager.add(Talker)
     login(client, make_user(is_admin=True))
     return client

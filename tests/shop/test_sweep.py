@@ -130,7 +130,7 @@ def log_in(user: User) -> None:
 def test_a_login_that_the_sweep_waits_for_wins(
     app: Flask, users: UserRepository, make_user: Callable[..., User]
 ) -> None:
-    """The login holds the row (on SQLite the only write lock) when the sweep's statement reaches it."""
+    """Hold the row (on SQLite the only write lock) when the sweep's statement reaches it."""
     user = make_user(created_at=STALE)
     reached, swept = Event(), []
 

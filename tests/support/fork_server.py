@@ -129,7 +129,7 @@ class Nursery:
             member.end()
 
     def run(self, command: Sequence[str], env: Mapping[str, str], errors: Path | None = None) -> tuple[int, str]:
-        """As `processes.run`."""
+        """Do the same as `processes.run`."""
         with self.forked(command, env, errors) as member:
             return member.wait(), member.output
 

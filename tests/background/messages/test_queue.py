@@ -282,7 +282,7 @@ def test_messages_are_handled_once_each_in_the_order_in_which_they_were_enqueued
 
 @on_postgresql
 def test_a_message_whose_transaction_ends_late_is_handled_after_newer_messages(fleet: Fleet) -> None:
-    """The message fell due before them. A consumer that continues after the last handled id would never see it."""
+    """Enqueue the late message first. A consumer that continues after the last handled id would miss it."""
     manager = fleet.manager(Notes)
     manager.start()
     with manager.app.app_context():

@@ -63,7 +63,7 @@ def test_on_postgresql(workers_app, clock):
 
 @pytest.fixture
 def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
-    """A folder with an application of one worker, and the plugin named in its conftest.py."""
+    """Give a folder with an application of one worker, whose conftest.py names the plugin."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     pytester.makeini("[pytest]\nworkers_app = visits:create_app\npythonpath = .\n")
     pytester.makepyfile(visits=APP, conftest='pytest_plugins = ["background.testing.plugin"]')
