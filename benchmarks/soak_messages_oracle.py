@@ -69,7 +69,7 @@ class Oracle:
             verdict.refused += letter.refused
             if letter.refused and (times[letter.id] or letter.key not in keys):
                 verdict.wrong += 1
-                verdict.violations.append(f"letter {letter.id}: its key {letter.key} was refused for nothing")
+                verdict.violations.append(f"letter {letter.id}: its key {letter.key} was refused without a reason")
             elif not letter.refused and times[letter.id] == 0:
                 verdict.lost += 1
                 verdict.violations.append(f"letter {letter.id}: committed, and its message is not there")
@@ -100,7 +100,7 @@ class Oracle:
                 self._violated(verdict, row, f"left {row.state}")
         elif (row.state == "dead") != (json.loads(row.payload)["kind"] == POISON):
             verdict.wrong += 1
-            self._violated(verdict, row, f"{row.state}, which it should not be")
+            self._violated(verdict, row, f"{row.state}, which is wrong")
         elif row.state == "dead":
             self._judge_errors(verdict, row)
 

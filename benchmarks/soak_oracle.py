@@ -134,7 +134,7 @@ class Oracle:
     def _excuse(self, key: Key) -> str | None:
         """Return the reason why a tick may lack an effect, if the history has a note of it.
 
-        `skipped`: the run before was in force. `outage`: the database was away until the next tick. `undone`: a crash
+        `skipped`: the previous run was in force. `outage`: the database was away until the next tick. `undone`: a crash
         lost commits after the tick. `deleted`: rows of the worker were deleted then.
         """
         worker, tick = key
