@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from typing import Any
 
 from sqlalchemy import ColumnElement, DateTime, Engine, Float, String, TypeDecorator, literal
@@ -10,6 +11,10 @@ from sqlalchemy.engine import Dialect
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.expression import FunctionElement
+
+from ..host.logs import logger_of
+
+log = logger_of(__name__)
 
 
 class UtcDateTime(TypeDecorator[datetime]):
@@ -37,7 +42,31 @@ class UtcDateTime(TypeDecorator[datetime]):
 
 
 def _from_text(value: str | None) -> datetime | None:
-    return None if value is None else datetime.fromisoformat(f"{value}+00:00")
+    if value is None:
+        return None
+    try:
+        found = datetime.fromisoformat(f"{value}+00:00")
+    except ValueError:
+        return _typed(value)
+    return found if found.tzinfo else _typed(value)
+
+
+@lru_cache(maxsize=1024)  # the warning appears once
+def _typed(value: str) -> datetime:
+    """Return a moment that a user typed in another form, such as 2026-11-30 or 2026-11-30T07:00:00Z.
+
+    An error here would end each page and each tick. So an unreadable text counts as 1970.
+    """
+    try:
+        found = datetime.fromisoformat(value)
+        return found.astimezone(UTC) if found.tzinfo else found.replace(tzinfo=UTC)
+    except (ValueError, OverflowError):
+        log.warning(
+            "The database has the moment %.50r; expected a text such as '2026-11-30 07:00:00.000000'. It counts as "
+            "1970 until the row is corrected",
+            value,
+        )
+        return datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def _in_utc(value: datetime | None) -> datetime | None:
