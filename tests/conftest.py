@@ -48,11 +48,11 @@ for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "quick: given by conftest.py; needs only SQLite and this process")
-    config.addinivalue_line("markers", "promise: given by conftest.py; real fleets, run by -m promise or by their path")
+    config.addinivalue_line("markers", "promise: takes long, as with real fleets; run by -m promise or by its path")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of the promise: real fleets under faults, which wait for leases and processes.
+    """Mark the tests in the folder of the promise. Tests elsewhere that take long have this mark as a decorator.
 
     Mark as quick the tests without PostgreSQL, a nursery, a browser and bad input.
     """

@@ -101,6 +101,7 @@ def test_a_failure_comes_with_its_error(fleet: Fleet, heard: Heard) -> None:
     assert error.__traceback__ is not None
 
 
+@pytest.mark.promise
 def test_the_instance_that_finds_an_instance_dead_signals_its_lost_run(fleet: Fleet, heard: Heard) -> None:
     manager = fleet.manager(Hourly)
     ghost = Instance(timedelta(seconds=-1))
@@ -147,6 +148,7 @@ def test_a_receiver_that_fails_harms_neither_the_run_nor_the_other_receivers(
     assert caplog.text.count(f"{kind.__name__}: the pager is broken") == 2
 
 
+@pytest.mark.promise
 def test_a_receiver_that_lasts_longer_than_the_lease_does_not_lose_its_run(fleet: Fleet) -> None:
     began: list[str] = []
 

@@ -268,6 +268,7 @@ def test_the_secret_key_is_made_once_and_kept_private(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["secret_key"]
 
 
+@pytest.mark.promise
 def test_processes_that_start_at_once_agree_on_the_secret_key(tmp_path: Path) -> None:
     program = (
         "import os; from multiprocessing import get_context; from flask import Flask; from config import load_config\n"

@@ -139,6 +139,7 @@ workers.stop()
 """
 
 
+@pytest.mark.promise
 def test_a_log_in_json_names_worker_tick_execution_and_instance_in_every_line_of_a_run(tmp_path: Path) -> None:
     environment = {"PYTHONPATH": str(ROOT), "PATH": ""}
     done = subprocess.run(

@@ -451,6 +451,7 @@ def test_a_mail_about_a_deleted_order_is_not_sent(
     assert server.mails == []
 
 
+@pytest.mark.promise
 @on_sqlite
 def test_a_slow_server_delays_no_order(
     app: Flask,
@@ -470,6 +471,7 @@ def test_a_slow_server_delays_no_order(
     assert states(app) == ["running"]
 
 
+@pytest.mark.promise
 def test_an_outage_of_a_day_is_survived() -> None:
     doubling = (MailWorker.backoff.total_seconds() * 2.0**attempt for attempt in range(MailWorker.max_attempts - 1))
     shortest = sum(0.75 * min(pause, _LONGEST_PAUSE_SECONDS) for pause in doubling)

@@ -119,6 +119,7 @@ def test_a_late_order_is_sold_out_and_mailed_about(
     assert subjects(outbox) == ["Your order 1: confirmed", "Your order 2: sold out", "Your order 3: confirmed"]
 
 
+@pytest.mark.promise
 def test_two_instances_sell_no_more_than_the_stock(
     app: Flask,
     manager: BackgroundWorkerManager,

@@ -116,6 +116,7 @@ print("left:", *tables())
 """
 
 
+@pytest.mark.promise
 def test_the_example_of_an_applications_own_migrations_works_when_it_is_pasted(
     empty_database_url: str, tmp_path: Path
 ) -> None:
@@ -128,6 +129,7 @@ def test_the_example_of_an_applications_own_migrations_works_when_it_is_pasted(
     assert said.splitlines()[-4:] == last, said
 
 
+@pytest.mark.promise
 def test_the_deploy_commands_all_use_one_database(tmp_path: Path) -> None:
     """Replace the last command, gunicorn, by one that checks whether the shop is ready."""
     block = re.search(r"## Deploy\n\n((?:    .*\n)+)", README)[1]

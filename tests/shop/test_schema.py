@@ -371,6 +371,7 @@ def test_a_database_that_is_not_a_file_makes_no_file(url: str, tmp_path: Path, m
     engine.dispose()
 
 
+@pytest.mark.promise
 def test_four_processes_at_once_prepare_the_embedded_shop_once_and_it_is_left_as_it_is(fresh_clone: Path) -> None:
     out, errors = prepare_at_once(fresh_clone, 4)
     assert out.count("the password") == 1
@@ -391,6 +392,7 @@ def test_four_processes_at_once_prepare_the_embedded_shop_once_and_it_is_left_as
     assert (fresh_clone / "instance" / "bookstore.sqlite").read_bytes() == before
 
 
+@pytest.mark.promise
 def test_a_process_killed_while_it_prepares_leaves_nothing_half_done(fresh_clone: Path) -> None:
     killed = start(fresh_clone, PREPARE_AND_STAND_STILL)
     assert killed.stdout is not None
@@ -463,6 +465,7 @@ for line in sys.argv[1:]:
 """
 
 
+@pytest.mark.promise
 def test_a_generated_migration_leaves_the_engines_tables_alone_and_imports_utcdatetime(
     fresh_clone: Path, database_url: str
 ) -> None:

@@ -235,6 +235,7 @@ print([process.exitcode for process in members])
 """
 
 
+@pytest.mark.promise
 def test_eight_processes_that_log_users_in_meet_no_locked_database(
     users: UserRepository, database_url: str, engine: Engine
 ) -> None:

@@ -106,6 +106,7 @@ def test_simultaneous_guesses_are_limited_like_successive_guesses(app: Flask) ->
     assert found == [200] * 10 + [429] * 6
 
 
+@pytest.mark.promise
 @on_postgresql
 def test_processes_share_one_count(app: Flask, database_url: str) -> None:
     children = [context.Process(target=hit, args=(database_url, 40)) for _ in range(3)]

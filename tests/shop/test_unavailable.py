@@ -75,6 +75,7 @@ def admin(shop: tuple[Flask, Away], login: Callable[..., None]) -> FlaskClient:
     return client
 
 
+@pytest.mark.promise
 def test_every_page_is_a_503_with_one_line_in_the_log_and_works_again_afterwards(
     shop: tuple[Flask, Away], admin: FlaskClient, caplog: pytest.LogCaptureFixture
 ) -> None:

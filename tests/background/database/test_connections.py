@@ -131,6 +131,7 @@ def connect(url: str) -> Any:
     return psycopg.connect(host=parts.query.get("host") or parts.host, user=parts.username, dbname=parts.database)
 
 
+@pytest.mark.promise
 def test_workers_connect_by_the_connection_function_of_the_application(
     hosts: Callable[..., Host], empty_database_url: str, tmp_path: Path
 ) -> None:
@@ -245,6 +246,7 @@ SCHEMAS = {
 }
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize("where", SCHEMAS)
 def test_the_engine_uses_the_tables_in_the_applications_schema(
     hosts: Callable[..., Host], empty_database_url: str, tmp_path: Path, where: str
@@ -398,6 +400,7 @@ def test_the_fence_of_a_session_that_reads_from_a_replica_queries_the_main_datab
     assert host.noted() == []
 
 
+@pytest.mark.promise
 def test_the_engine_works_in_sessions_that_read_from_a_replica(
     hosts: Callable[..., Host], empty_database_url: str
 ) -> None:
@@ -446,6 +449,7 @@ def tenants(hosts: Callable[..., Host]) -> Host:
     return host
 
 
+@pytest.mark.promise
 def test_the_engine_works_in_sessions_with_execution_options_of_their_own(tenants: Host) -> None:
     tenants.works()
 
@@ -473,6 +477,7 @@ def test_a_message_in_a_session_with_options_of_its_own_is_rolled_back_with_its_
     assert tenants.manager.messages.stats()[0].waiting == 0
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize(
     "read", ["/* of: shop */ SELECT 1", "-- of: shop\nSELECT 1", "\n/* a */ -- b\n WITH a AS (SELECT 1) SELECT 1"]
 )
@@ -493,6 +498,7 @@ def test_a_write_with_a_comment_before_it_is_refused_like_any_other(
     assert host.noted() == []
 
 
+@pytest.mark.promise
 def test_a_run_that_writes_to_a_second_database_is_warned_about_once(
     hosts: Callable[..., Host], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -521,6 +527,7 @@ def test_a_run_that_writes_to_a_second_database_is_warned_about_once(
 # -- a server that isolates strictly -----------------------------------------------------------
 
 
+@pytest.mark.promise
 @on_postgresql
 @pytest.mark.parametrize("level", ["serializable", "repeatable read"])
 def test_ticks_heartbeats_messages_and_locks_work_on_a_server_with_strict_isolation(
@@ -607,6 +614,7 @@ def test_a_call_after_an_uncommitted_write_is_refused_at_once(hosts: Callable[..
     assert "not committed" in host.noted()
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize("call", ["tick", "trigger"])
 def test_no_worker_runs_amid_a_transaction_whose_rows_it_could_wait_for(hosts: Callable[..., Host], call: str) -> None:
     host = hosts()
@@ -619,6 +627,7 @@ def test_no_worker_runs_amid_a_transaction_whose_rows_it_could_wait_for(hosts: C
         assert CALLS[call](host.manager).state == "succeeded"
 
 
+@pytest.mark.promise
 @on_postgresql
 @pytest.mark.parametrize("call", [each for each in CALLS if "messages" not in each])
 def test_a_call_that_needs_a_row_of_its_caller_is_refused_within_a_second(

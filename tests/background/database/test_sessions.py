@@ -57,6 +57,7 @@ def manager_of(app: Flask) -> BackgroundWorkerManager:
     return manager
 
 
+@pytest.mark.promise
 def test_workers_run_and_the_commands_work_whatever_the_servers_defaults_are(odd: Flask) -> None:
     tick = datetime.now(UTC)
     assert manager_of(odd).request("naming")  # before the start, whose own run would block it

@@ -205,6 +205,7 @@ def test_a_probe_names_the_workers_that_are_overdue_by_two_periods(fleet: Fleet)
     assert failed(app) == []  # this process does not have the worker
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize(
     ("worker", "since", "why"),
     [
@@ -245,6 +246,7 @@ def test_a_run_that_lasts_as_long_as_earlier_runs_is_not_stuck(fleet: Fleet) -> 
     assert failed(web) == []
 
 
+@pytest.mark.promise
 def test_the_claim_of_a_dead_instance_is_stuck_if_no_instance_takes_it_over_in_time(fleet: Fleet) -> None:
     web, app = fleet.app(Hourly), joined(fleet)
     manager_of(web).recovery.look(Hourly)
@@ -256,6 +258,7 @@ def test_the_claim_of_a_dead_instance_is_stuck_if_no_instance_takes_it_over_in_t
     assert "web-1:7, which runs it, is gone, and no instance takes it over" in command(web, "check").stderr
 
 
+@pytest.mark.promise
 def test_threads_that_are_used_up_are_a_problem_while_a_worker_waits(fleet: Fleet) -> None:
     class Other(Hourly):
         name = "other"
@@ -412,6 +415,7 @@ def test_check_ignores_objects_that_only_the_database_has(app: Flask, manager: B
 # -- in an application that only uses the engine ---------------------------------------------------
 
 
+@pytest.mark.promise
 def test_a_host_application_has_every_view_of_the_condition(empty_database_url: str, tmp_path) -> None:
     app, other = Flask("host", root_path=str(tmp_path)), SQLAlchemy()
     app.config["SQLALCHEMY_DATABASE_URI"] = empty_database_url

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import insert, update
+from support.databases import on_sqlite
 from support.fleet import FLASK_APP, Fleet, Hourly, last_hour
 from support.processes import environment
 
@@ -137,18 +138,33 @@ class Failing(Hourly):
         raise ValueError("Łukasz – 山")
 
 
-@pytest.mark.parametrize("encoding", ["latin-1", "ascii", "cp1252:strict"])
-@pytest.mark.parametrize(
-    "arguments", [("workers", "history", "failing"), ("workers", "why", "failing"), ("messages", "list")]
-)
-def test_a_terminal_of_another_encoding_gets_escapes(fleet: Fleet, encoding: str, arguments: tuple[str, ...]) -> None:
+def leave_rows_of_other_characters(fleet: Fleet) -> None:
     fleet.manager(Failing).tick("failing", last_hour())
     with fleet.engine.begin() as connection:
         now = datetime.now(UTC)
         row = {"topic": "notes", "payload": '"Łukasz – 山"', "state": "done", "enqueued_at": now, "due_at": now}
         connection.execute(insert(models.messages).values(row))
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii", "cp1252"])
+@pytest.mark.parametrize(
+    "arguments", [("workers", "history", "failing"), ("workers", "why", "failing"), ("messages", "list")]
+)
+def test_a_terminal_of_another_encoding_gets_escapes(fleet: Fleet, encoding: str, arguments: tuple[str, ...]) -> None:
+    leave_rows_of_other_characters(fleet)
+    done = fleet.app().test_cli_runner(charset=encoding).invoke(args=arguments)
+    said = done.stdout_bytes.decode("latin-1")
+    assert isinstance(done.exception, SystemExit | None), done.output
+    assert "ukasz" in said
+    assert "\\u5c71" in said or encoding == "ascii"  # Click itself sends UTF-8 to such a terminal
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252:strict"])
+@on_sqlite
+def test_a_process_whose_output_has_another_encoding_prints_escapes(fleet: Fleet, encoding: str) -> None:
+    leave_rows_of_other_characters(fleet)
     done = subprocess.run(
-        [sys.executable, "-m", "flask", *arguments],
+        [sys.executable, "-m", "flask", "workers", "history", "failing"],
         capture_output=True,
         env=environment(fleet.database_url, FLASK_APP=FLASK_APP, PYTHONIOENCODING=encoding),
         timeout=60,

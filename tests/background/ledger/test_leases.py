@@ -112,6 +112,7 @@ def test_every_heartbeat_reads_the_databases_clock(fleet: Fleet, monkeypatch: py
     assert abs(instance.database_time() - datetime.now(UTC) - timedelta(hours=1)) < timedelta(seconds=MARGIN)
 
 
+@pytest.mark.promise
 def test_one_heartbeat_renews_everything_that_an_instance_runs(fleet: Fleet) -> None:
     go_on, working = threading.Event(), threading.Semaphore(0)
 
@@ -131,6 +132,7 @@ def test_one_heartbeat_renews_everything_that_an_instance_runs(fleet: Fleet) -> 
     wait_until(lambda: fleet.states() == ["succeeded", "succeeded"], "the end of both")
 
 
+@pytest.mark.promise
 def test_a_run_outside_any_started_instance_has_a_lease_as_long_as_it_runs(fleet: Fleet) -> None:
     class Long(Hourly):
         def do_work(self, context: WorkerContext) -> None:
@@ -151,6 +153,7 @@ def test_an_instance_that_was_not_started_logs_nothing(fleet: Fleet) -> None:
     assert beats == looks == []
 
 
+@pytest.mark.promise
 def test_an_idle_instance_is_one_statement_per_heartbeat(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
     manager.start()
@@ -168,6 +171,7 @@ def test_an_idle_instance_is_one_statement_per_heartbeat(fleet: Fleet) -> None:
     assert looks == []
 
 
+@pytest.mark.promise
 @on_postgresql
 def test_renewing_a_lease_waits_for_no_other_table(fleet: Fleet, caplog: pytest.LogCaptureFixture) -> None:
     working, go_on = threading.Event(), threading.Event()
@@ -198,6 +202,7 @@ def test_renewing_a_lease_waits_for_no_other_table(fleet: Fleet, caplog: pytest.
     wait_until(lambda: [each.state for each in fleet.messages()] == ["done"], "a message that was found")
 
 
+@pytest.mark.promise
 def test_failing_looks_during_good_heartbeats_are_logged_once(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -220,6 +225,7 @@ def test_failing_looks_during_good_heartbeats_are_logged_once(
     assert manager.presence.instance.is_alive
 
 
+@pytest.mark.promise
 @on_postgresql
 def test_a_table_locked_right_after_a_heartbeat_does_not_delay_the_next_heartbeat(fleet: Fleet) -> None:
     working, go_on, locked = threading.Event(), threading.Event(), threading.Event()
@@ -275,6 +281,7 @@ def armed_after(manager: BackgroundWorkerManager) -> timedelta:
     return job.trigger.run_date + manager.presence.instance.clock_offset - supervisor.timers._armed["hourly"]
 
 
+@pytest.mark.promise
 def test_no_instance_counts_as_lost_within_a_lease_after_a_change_of_the_databases_clock(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -303,6 +310,7 @@ def test_slow_replies_are_not_mistaken_for_a_change_of_the_clock(fleet: Fleet, m
         assert not instances.beat(us).was_set
 
 
+@pytest.mark.promise
 def test_a_lease_from_before_the_databases_clock_was_set_back_is_invalid(fleet: Fleet) -> None:
     instances, instance = fleet.manager(WORKERS_LEASE_SECONDS=1.5).stores.leases, Instance(LEASE)
     instances.beat(instance)
@@ -313,6 +321,7 @@ def test_a_lease_from_before_the_databases_clock_was_set_back_is_invalid(fleet: 
     assert wait_until(lambda: instances.gone({instance.id}), "the lease is over") == {instance.id: False}
 
 
+@pytest.mark.promise
 def test_a_lease_that_ends_while_a_heartbeat_hangs_is_noticed(fleet: Fleet) -> None:
     working, told, go_on = threading.Event(), threading.Event(), threading.Event()
 
@@ -343,6 +352,7 @@ def test_a_lease_that_ends_while_a_heartbeat_hangs_is_noticed(fleet: Fleet) -> N
     assert len(fleet.effects()) == 1
 
 
+@pytest.mark.promise
 def test_an_instance_whose_lease_is_over_begins_no_run_until_its_successor_has_joined(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
     manager.start()
@@ -398,6 +408,7 @@ def test_a_process_that_leaves_while_its_threads_read_its_instance_ends_cleanly(
         assert asked, ask
 
 
+@pytest.mark.promise
 def test_work_held_when_a_lease_ends_is_lost_and_not_handed_back(fleet: Fleet) -> None:
     class Once(Hourly):
         on_lost = "skip"

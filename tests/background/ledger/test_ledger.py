@@ -37,6 +37,7 @@ from background.registry import declared_schedule
 MINUTE = timedelta(minutes=1)
 
 
+@pytest.mark.promise
 def test_one_of_eight_processes_at_the_same_instant_runs_the_tick(
     fleet: Fleet, nursery: Nursery, tmp_path: Path
 ) -> None:
@@ -374,6 +375,7 @@ def test_a_claim_that_waits_for_the_write_lock_loses_after_one_read(
     assert [each.split()[0] for each in seen] == ["SELECT"]
 
 
+@pytest.mark.promise
 @on_sqlite
 def test_a_claim_that_comes_too_late_does_not_wait_for_a_run_that_keeps_the_write_lock(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
@@ -442,6 +444,7 @@ def test_a_winner_claims_with_one_request_on_postgresql_and_one_read_and_two_wri
     assert "INSERT INTO background_executions" in seen[-1]
 
 
+@pytest.mark.promise
 @on_postgresql
 def test_no_statement_that_decides_on_a_run_takes_longer_than_a_lease(fleet: Fleet) -> None:
     store = fleet.manager(WORKERS_LEASE_SECONDS=0.5).stores.main
@@ -479,6 +482,7 @@ def test_an_unknown_name_is_refused_with_the_closest_name(fleet: Fleet) -> None:
             call("share")
 
 
+@pytest.mark.promise
 @on_postgresql
 @pytest.mark.parametrize("table", ["background_workers", "background_executions"])
 def test_no_claim_waits_longer_for_a_table_than_for_a_row(fleet: Fleet, table: str) -> None:

@@ -236,6 +236,7 @@ def test_an_instance_that_leaves_gives_up_the_locks_that_its_threads_still_hold(
             assert not lock.still_held()
 
 
+@pytest.mark.promise
 def test_an_instance_whose_lease_is_over_gets_no_lock_until_its_successor_has_joined(fleet: Fleet) -> None:
     slow = {"WORKERS_HEARTBEAT_SECONDS": 100, "WORKERS_LEASE_SECONDS": 600}
     manager = joined(fleet.manager(**slow))
@@ -247,6 +248,7 @@ def test_an_instance_whose_lease_is_over_gets_no_lock_until_its_successor_has_jo
     assert row(manager).holder is None
 
 
+@pytest.mark.promise
 def test_one_of_many_callers_that_find_a_dead_holder_gets_the_lock(fleet: Fleet) -> None:
     managers = [fleet.manager() for _ in range(4)]
     assert token(managers[0]) == 1
@@ -262,6 +264,7 @@ def test_one_of_many_callers_that_find_a_dead_holder_gets_the_lock(fleet: Fleet)
     assert sorted(tokens, key=str) == [2, None, None, None]
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize("breaks", [False, True], ids=["in time", "called off"])
 def test_a_lock_whose_token_repeats_after_lost_commits_stays_with_its_holder(fleet: Fleet, breaks: bool) -> None:
     """Have the database forget the last holder between another caller's look at the lock and its acquisition."""
@@ -294,6 +297,7 @@ def prune(fleet: Fleet) -> None:
     assert fleet.manager(PruneHistoryWorker).trigger("prune_history_worker").state == "succeeded"
 
 
+@pytest.mark.promise
 def test_a_deleted_lock_continues_above_its_last_token(fleet: Fleet) -> None:
     manager, long_ago = fleet.manager(), now(-timedelta(days=15))
     assert [token(manager) for _ in range(3)] == [1, 2, 3]
@@ -312,6 +316,7 @@ def test_a_deleted_lock_continues_above_its_last_token(fleet: Fleet) -> None:
     assert (token(manager, "kept"), token(manager)) == (4, 5)
 
 
+@pytest.mark.promise
 def test_a_lock_acquired_while_it_is_deleted_is_kept_or_continues_above_its_last_token(fleet: Fleet) -> None:
     manager, other, over = joined(fleet.manager()), fleet.manager(), threading.Event()
 
@@ -399,6 +404,7 @@ def is_acquisition(statement: str) -> bool:
     return statement.startswith("UPDATE background_locks SET token") and "RETURNING" in statement
 
 
+@pytest.mark.promise
 @on_postgresql
 def test_a_lock_whose_acquisition_got_no_reply_does_not_stay_held(
     fleet: Fleet, proxy: Proxy, far: BackgroundWorkerManager
@@ -422,6 +428,7 @@ def test_a_lock_whose_acquisition_got_no_reply_does_not_stay_held(
     assert far.presence.instance.is_alive
 
 
+@pytest.mark.promise
 def test_an_acquisition_that_arrives_after_its_caller_gave_up_acquires_nothing(fleet: Fleet) -> None:
     """Break the connection, and have the server execute its last statement a while later."""
     manager, other = joined(fleet.manager(WORKERS_LEASE_SECONDS=600)), fleet.manager()

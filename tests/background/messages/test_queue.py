@@ -310,6 +310,7 @@ def test_an_enqueue_wakes_its_own_process_without_a_heartbeat(fleet: Fleet) -> N
     assert early == []
 
 
+@pytest.mark.promise
 def test_messages_of_other_processes_are_handled_at_once_on_postgresql_and_at_the_next_heartbeat_on_sqlite(
     fleet: Fleet,
 ) -> None:
@@ -340,6 +341,7 @@ def test_other_processes_are_notified_of_due_messages_and_not_of_delayed_message
         assert list(connection.notifies(timeout=0)) == []
 
 
+@pytest.mark.promise
 def test_many_instances_share_the_messages_and_handle_each_once(fleet: Fleet) -> None:
     class Eager(Notes):
         concurrency = 2
@@ -459,6 +461,7 @@ def remove_session(_context: WorkerContext) -> None:
     db.session.remove()
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize("deed", [roll_back, remove_session])
 def test_whatever_a_handler_does_with_its_session_its_neighbours_effects_are_kept_once(
     fleet: Fleet, deed: Misdeed
@@ -477,6 +480,7 @@ def test_whatever_a_handler_does_with_its_session_its_neighbours_effects_are_kep
     assert fleet.errors() == []
 
 
+@pytest.mark.promise
 def test_a_stopped_batch_keeps_its_handled_messages_and_hands_the_rest_back_untried(
     fleet: Fleet,
 ) -> None:
@@ -503,6 +507,7 @@ def test_a_stopped_batch_keeps_its_handled_messages_and_hands_the_rest_back_untr
     assert fleet.effects() == ["0", "1", "2", "3", "4"]
 
 
+@pytest.mark.promise
 def test_an_idle_instance_with_delayed_messages_is_one_statement_per_heartbeat(fleet: Fleet) -> None:
     manager = fleet.manager(Notes)
     fleet.enqueue("notes", "later", delay=HOUR)

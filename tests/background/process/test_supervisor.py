@@ -52,6 +52,7 @@ def test_on_a_new_database_a_worker_with_run_on_first_start_runs_at_once(fleet: 
     wait_until(lambda: fleet.states() == ["succeeded"], "the first run")
 
 
+@pytest.mark.promise
 def test_a_restart_neither_repeats_a_tick_nor_starves_one(fleet: Fleet) -> None:
     for _ in range(3):
         manager = fleet.manager(Hourly)
@@ -65,6 +66,7 @@ def test_a_restart_neither_repeats_a_tick_nor_starves_one(fleet: Fleet) -> None:
     wait_until(lambda: fleet.states() == [*before, "succeeded"], "the tick that fell while nothing was up")
 
 
+@pytest.mark.promise
 def test_without_catch_up_a_start_waits_for_the_next_tick(fleet: Fleet) -> None:
     class Patient(Hourly):
         period = timedelta(seconds=2)
@@ -91,6 +93,7 @@ def test_a_disabled_worker_is_not_woken_but_runs_by_hand(fleet: Fleet) -> None:
     assert manager.trigger("off").state == "succeeded"
 
 
+@pytest.mark.promise
 def test_a_lost_tick_is_left_to_releases_that_enable_the_worker(fleet: Fleet) -> None:
     class Off(Quick):
         enabled = False
@@ -144,6 +147,7 @@ def test_a_reschedule_reaches_the_other_instances(fleet: Fleet) -> None:
     assert fleet.row("changing").schedule == "every 3600s"
 
 
+@pytest.mark.promise
 def test_a_reschedule_is_followed_within_two_heartbeats(fleet: Fleet) -> None:
     manager = fleet.manager(Rarely)
     manager.start()
@@ -166,6 +170,7 @@ def fleet_rows(fleet: Fleet) -> set[str]:
         return set(connection.scalars(select(tables.workers.c.name)))
 
 
+@pytest.mark.promise
 def test_a_worker_whose_row_was_deleted_goes_on(fleet: Fleet) -> None:
     """Delete the row, as a user or the restore of an older backup may do."""
     fleet.manager(Quick).start()
@@ -176,6 +181,7 @@ def test_a_worker_whose_row_was_deleted_goes_on(fleet: Fleet) -> None:
     wait_until(lambda: len(ticks(fleet, "quick")) >= 3, "the third run after that")
 
 
+@pytest.mark.promise
 def test_a_worker_with_only_its_own_row_deleted_repeats_no_tick_and_runs_the_next_tick(fleet: Fleet) -> None:
     """Check that its history shows the decided ticks and the used tokens."""
     manager, tick = fleet.manager(Hourly), last_hour()
@@ -188,6 +194,7 @@ def test_a_worker_with_only_its_own_row_deleted_repeats_no_tick_and_runs_the_nex
     assert fleet.states() == ["succeeded"] * 3
 
 
+@pytest.mark.promise
 def test_an_instance_survives_an_error_that_is_not_the_databases(fleet: Fleet) -> None:
     """Check, for example, a time that a user wrote in another format."""
     manager = fleet.manager(Quick, WORKERS_LEASE_SECONDS=PATIENCE)
@@ -220,6 +227,7 @@ def joined(fleet: Fleet) -> tuple[Supervisor, datetime]:
     return supervisor, ticks(fleet, "rarely")[0] + Rarely.period
 
 
+@pytest.mark.promise
 def test_a_tick_whose_claim_fails_with_an_unexpected_error_is_claimed_again(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -238,6 +246,7 @@ def test_a_tick_whose_claim_fails_with_an_unexpected_error_is_claimed_again(
     assert "Traceback" in caplog.text
 
 
+@pytest.mark.promise
 def test_a_tick_fired_by_a_wrong_clock_is_fired_again(fleet: Fleet) -> None:
     supervisor, tick = joined(fleet)
     schedule = supervisor._recovery.look(Rarely).schedule_text
@@ -255,6 +264,7 @@ def test_a_tick_fired_by_a_wrong_clock_is_fired_again(fleet: Fleet) -> None:
     wait_until(is_armed, "the tick is waited for again")
 
 
+@pytest.mark.promise
 def test_a_host_that_slept_finds_due_ticks_with_its_next_heartbeat(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -288,6 +298,7 @@ def test_a_pause_and_a_resume_reach_the_other_instances(fleet: Fleet) -> None:
     wait_until(lambda: len(ticks(fleet, "quick")) > count, "the next run")
 
 
+@pytest.mark.promise
 def test_a_lost_tick_runs_again_after_a_pause(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
     manager.recovery.look(Hourly)
@@ -299,6 +310,7 @@ def test_a_lost_tick_runs_again_after_a_pause(fleet: Fleet) -> None:
     wait_until(lambda: fleet.states() == ["lost", "succeeded"], "the second attempt")
 
 
+@pytest.mark.promise
 @on_postgresql
 def test_a_row_locked_by_a_frozen_process_does_not_use_up_the_threads(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly, Quick, WORKERS_THREADS=2)
@@ -312,6 +324,7 @@ def test_a_row_locked_by_a_frozen_process_does_not_use_up_the_threads(fleet: Fle
     wait_until(lambda: fleet.states("hourly") == ["lost", "succeeded"], "the taking over")
 
 
+@pytest.mark.promise
 def test_two_releases_with_different_periods_run_no_tick_twice_and_follow_the_newest_release(fleet: Fleet) -> None:
     old = type("Changing", (Hourly,), {"period": timedelta(seconds=0.3)})
     new = type("Changing", (Hourly,), {"period": timedelta(seconds=0.5)})
@@ -329,6 +342,7 @@ def test_two_releases_with_different_periods_run_no_tick_twice_and_follow_the_ne
     assert len(keys) == len(set(keys))
 
 
+@pytest.mark.promise
 def test_after_the_newest_release_has_left_the_remaining_release_sets_the_schedule(fleet: Fleet) -> None:
     """Restart a process of the old release in the middle of a deploy, and stop it at the end."""
     old = type("Changing", (Hourly,), {"period": timedelta(seconds=0.3)})
@@ -344,6 +358,7 @@ def test_after_the_newest_release_has_left_the_remaining_release_sets_the_schedu
     assert len(keys) == len(set(keys))
 
 
+@pytest.mark.promise
 def test_a_schedule_set_by_a_user_survives_a_release_with_another_schedule(fleet: Fleet) -> None:
     old = fleet.manager(type("Changing", (Hourly,), {"period": 2 * HOUR}))
     old.recovery.look(old.workers["changing"])
@@ -356,6 +371,7 @@ def test_a_schedule_set_by_a_user_survives_a_release_with_another_schedule(fleet
     assert fleet.row("changing").schedule == "every 14400s"
 
 
+@pytest.mark.promise
 def test_a_tick_and_a_start_at_the_same_time_run_it_once(fleet: Fleet) -> None:
     managers = [fleet.manager(Hourly) for _ in range(3)]
     in_threads(*[manager.start for manager in managers[:2]], lambda: managers[2].tick("hourly", last_hour()))
@@ -365,6 +381,7 @@ def test_a_tick_and_a_start_at_the_same_time_run_it_once(fleet: Fleet) -> None:
     assert len(fleet.effects()) == len({execution.tick for execution in fleet.executions()})
 
 
+@pytest.mark.promise
 def test_a_manual_run_does_not_take_the_tick_of_a_started_instance_away(fleet: Fleet) -> None:
     working, go_on = threading.Event(), threading.Event()
 
@@ -429,6 +446,7 @@ def test_a_stopped_manager_starts_again(fleet: Fleet) -> None:
     assert [row.trigger for row in fleet.executions()[count:]] == ["schedule"] * bool(owed) + ["manual"]
 
 
+@pytest.mark.promise
 def test_a_tick_that_is_due_when_another_schedule_comes_into_force_still_runs(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -461,6 +479,7 @@ def test_an_instance_of_the_fleet_does_a_requested_run_and_no_tick_is_lost(fleet
     assert len({row.instance for row in fleet.executions()}) == 1
 
 
+@pytest.mark.promise
 def test_a_second_request_is_refused_until_the_first_has_ended(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
     assert [manager.request("hourly"), manager.request("hourly")] == [True, False]
@@ -470,12 +489,14 @@ def test_a_second_request_is_refused_until_the_first_has_ended(fleet: Fleet) -> 
     wait_until(lambda: len(fleet.keys()) == 3, "the third run")
 
 
+@pytest.mark.promise
 def test_one_of_many_simultaneous_requests_is_granted(fleet: Fleet) -> None:
     managers = [fleet.manager(Hourly) for _ in range(4)]
     managers[0].recovery.look(Hourly)
     assert sorted(in_threads(*[partial(each.request, "hourly") for each in managers])) == [False, False, False, True]
 
 
+@pytest.mark.promise
 def test_a_pause_delays_a_requested_run_neither_before_nor_after_it_was_handed_back(fleet: Fleet) -> None:
     ran: list[int] = []
 
@@ -498,6 +519,7 @@ def test_a_pause_delays_a_requested_run_neither_before_nor_after_it_was_handed_b
     assert {row.trigger for row in fleet.executions()} == {"manual"}
 
 
+@pytest.mark.promise
 def test_a_requested_run_whose_instance_died_runs_again(fleet: Fleet) -> None:
     class Reluctant(Hourly):
         catch_up = False
@@ -554,6 +576,7 @@ class Seldom(Hourly):
     run_on_first_start = False
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize("worker", [Yearly, Seldom])
 def test_a_new_worker_runs_no_tick_from_before_its_registration(fleet: Fleet, worker: type[Hourly]) -> None:
     first, second = fleet.manager(worker, Quick), fleet.manager(worker, Quick)
@@ -570,6 +593,7 @@ def test_a_new_worker_runs_no_tick_from_before_its_registration(fleet: Fleet, wo
     assert f"whose first tick is {moment(declared_schedule(worker).next(at))}" in answer.sentence
 
 
+@pytest.mark.promise
 def test_a_caller_that_asks_for_the_latest_tick_of_a_new_worker_gets_it_once(fleet: Fleet) -> None:
     first, second = fleet.manager(Yearly), fleet.manager(Yearly)
     at = first.history.clock()
@@ -578,6 +602,7 @@ def test_a_caller_that_asks_for_the_latest_tick_of_a_new_worker_gets_it_once(fle
     assert fleet.states() == ["succeeded"]
 
 
+@pytest.mark.promise
 def test_a_new_worker_begins_with_a_past_tick_that_the_caller_names(fleet: Fleet) -> None:
     tick = datetime(2026, 1, 1, 9, tzinfo=UTC)
     manager = fleet.manager(Yearly)
@@ -597,6 +622,7 @@ def test_a_new_worker_runs_its_first_tick_after_its_registration(fleet: Fleet) -
     assert ticks(fleet, "brief")[0] == state.schedule.next(state.scheduled_at)
 
 
+@pytest.mark.promise
 def test_a_known_worker_catches_up_with_a_tick_after_an_outage(fleet: Fleet) -> None:
     fleet.manager(Yearly).recovery.look(Yearly)
     tick = datetime(2026, 1, 1, 9, tzinfo=UTC)
@@ -605,6 +631,7 @@ def test_a_known_worker_catches_up_with_a_tick_after_an_outage(fleet: Fleet) -> 
     wait_until(lambda: ticks(fleet, "yearly") == [tick], "the tick that fell while nothing was up")
 
 
+@pytest.mark.promise
 def test_a_worker_with_run_on_first_start_begins_with_its_latest_tick_even_without_catch_up(fleet: Fleet) -> None:
     class Keen(Yearly):
         run_on_first_start = True

@@ -89,6 +89,7 @@ class Amnesiac(Hourly):
                 effect(context)
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize("how", ["commit", "finish", "fail", "hand back", "swallow"])
 def test_a_run_whose_token_repeats_after_lost_commits_leaves_the_next_run_alone(fleet: Fleet, how: str) -> None:
     class Forgotten(Amnesiac):
@@ -250,6 +251,7 @@ AGAIN = {
 }
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_rows_edited_by_a_user_heal_with_a_log_line_and_a_row_and_every_page_works_meanwhile(
     fleet: Fleet, damage: Callable[..., None], client: FlaskClient, caplog: pytest.LogCaptureFixture

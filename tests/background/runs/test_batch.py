@@ -230,6 +230,7 @@ DEEDS = [
 ]
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize("deed", DEEDS)
 def test_whatever_a_handler_does_to_its_session_its_neighbours_are_handled_once(
     fleet: Fleet, deed: Callable[[WorkerContext], None]
@@ -254,6 +255,7 @@ def test_whatever_a_handler_does_to_its_session_its_neighbours_are_handled_once(
     assert len(rows) == 7
 
 
+@pytest.mark.promise
 @on_postgresql
 def test_effects_in_a_handlers_own_context_are_committed_separately_and_its_neighbours_once(fleet: Fleet) -> None:
     class Apart(Notes):
@@ -275,6 +277,7 @@ def test_effects_in_a_handlers_own_context_are_committed_separately_and_its_neig
 # -- enqueueing in a handler -------------------------------------------------------------------------
 
 
+@pytest.mark.promise
 def test_messages_that_a_handler_enqueues_exist_once_its_message_is_done_and_never_twice(fleet: Fleet) -> None:
     class Chain(Notes):
         """Each message enqueues the next message. Every third fails at its first attempt, after the enqueue."""
@@ -424,6 +427,7 @@ def test_an_added_worker_handles_waiting_messages_and_a_removed_worker_handles_n
     assert fleet.effects() == ["0, removing", "1, removing", "2, removing", "3", "4", "5"]
 
 
+@pytest.mark.promise
 @on_sqlite
 def test_a_backlog_frees_the_write_lock_for_a_while_after_each_batch(fleet: Fleet) -> None:
     class Holding(Notes):
@@ -441,6 +445,7 @@ def test_a_backlog_frees_the_write_lock_for_a_while_after_each_batch(fleet: Flee
     assert min(rests) >= timedelta(seconds=0.019)
 
 
+@pytest.mark.promise
 def test_endless_messages_starve_neither_ticks_nor_other_topics_on_one_thread(fleet: Fleet) -> None:
     handled: list[Any] = []
     is_enough = threading.Event()
@@ -493,6 +498,7 @@ def test_an_error_at_the_end_of_the_context_costs_no_neighbour_an_attempt(fleet:
 # -- claims without a handler --------------------------------------------------------------------
 
 
+@pytest.mark.promise
 def test_a_claim_whose_reply_was_lost_is_handled_once_after_a_lease(fleet: Fleet) -> None:
     fleet.manager(Notes)
     fleet.enqueue("notes", "lost on its way")
@@ -507,6 +513,7 @@ def test_a_claim_whose_reply_was_lost_is_handled_once_after_a_lease(fleet: Fleet
     assert [(row.state, row.attempt) for row in fleet.messages()] == [("done", 2)]
 
 
+@pytest.mark.promise
 @on_sqlite
 def test_an_instance_that_waited_for_the_write_lock_does_not_recover_a_batch_that_outlives_the_lease(
     fleet: Fleet,
@@ -532,6 +539,7 @@ def test_an_instance_that_waited_for_the_write_lock_does_not_recover_a_batch_tha
     assert [row.attempt for row in fleet.messages()] == [1, 1]
 
 
+@pytest.mark.promise
 def test_messages_of_a_gone_instance_with_a_topic_unknown_to_this_release_cause_no_further_reads(
     fleet: Fleet,
 ) -> None:
@@ -581,6 +589,7 @@ def test_a_message_for_tomorrow_does_not_delay_a_message_for_now(fleet: Fleet, q
     wait_until(lambda: fleet.effects() == ["now"], "the handling")
 
 
+@pytest.mark.promise
 @on_sqlite  # where no notification reaches the consumers
 def test_a_consumer_that_found_nothing_waits_a_little_and_looks_once_for_several_notifications(
     fleet: Fleet, quiet: Quiet, monkeypatch: pytest.MonkeyPatch
@@ -605,6 +614,7 @@ def test_a_consumer_that_found_nothing_waits_a_little_and_looks_once_for_several
     wait_until(lambda: fleet.effects() == ["its own", "another's"], "the handling at once")
 
 
+@pytest.mark.promise
 def test_many_delayed_messages_set_no_timers_in_this_process(fleet: Fleet, quiet: Quiet) -> None:
     manager = quiet(Notes)
     timers = manager._supervisor.scheduler._scheduler
@@ -616,6 +626,7 @@ def test_many_delayed_messages_set_no_timers_in_this_process(fleet: Fleet, quiet
     wait_until(lambda: len(timers.get_jobs()) <= before, "at most a look at them")
 
 
+@pytest.mark.promise
 @on_sqlite
 def test_later_delayed_messages_do_not_hold_up_a_delayed_message(fleet: Fleet, quiet: Quiet) -> None:
     manager = quiet(Notes)
@@ -629,6 +640,7 @@ def test_later_delayed_messages_do_not_hold_up_a_delayed_message(fleet: Fleet, q
     wait_until(is_one_handled_after_another_was_enqueued, "the first")
 
 
+@pytest.mark.promise
 def test_a_message_due_a_little_earlier_does_not_take_the_timer_of_another_message(fleet: Fleet, quiet: Quiet) -> None:
     manager = quiet(Notes)
     with manager.app.app_context():
@@ -638,6 +650,7 @@ def test_a_message_due_a_little_earlier_does_not_take_the_timer_of_another_messa
     wait_until(lambda: is_over(fleet), "the handling of both")
 
 
+@pytest.mark.promise
 def test_a_rolled_back_savepoint_holds_up_no_earlier_message(fleet: Fleet, quiet: Quiet) -> None:
     manager = quiet(Notes)
     with manager.app.app_context():
@@ -649,6 +662,7 @@ def test_a_rolled_back_savepoint_holds_up_no_earlier_message(fleet: Fleet, quiet
     wait_until(lambda: fleet.effects() == ["kept"], "the handling")
 
 
+@pytest.mark.promise
 def test_a_worker_that_is_added_after_the_start_is_notified_of_messages_too(fleet: Fleet, quiet: Quiet) -> None:
     manager = quiet()
     manager.add(Notes)
@@ -658,6 +672,7 @@ def test_a_worker_that_is_added_after_the_start_is_notified_of_messages_too(flee
     wait_until(lambda: fleet.effects() == ["own"], "the handling")
 
 
+@pytest.mark.promise
 @on_postgresql
 def test_a_worker_that_is_added_after_the_start_is_notified_of_other_processes_messages(
     fleet: Fleet, quiet: Quiet
@@ -670,6 +685,7 @@ def test_a_worker_that_is_added_after_the_start_is_notified_of_other_processes_m
         wait_until(lambda: is_over(fleet), "the handling")
 
 
+@pytest.mark.promise
 @on_postgresql
 def test_a_process_with_many_open_files_is_notified_of_other_processes_messages(
     fleet: Fleet, quiet: Quiet, caplog: pytest.LogCaptureFixture
@@ -689,6 +705,7 @@ def test_a_process_with_many_open_files_is_notified_of_other_processes_messages(
     assert "Cannot listen" not in caplog.text
 
 
+@pytest.mark.promise
 @on_postgresql
 def test_a_process_signs_off_even_if_its_listener_is_notified_during_the_stop(fleet: Fleet, quiet: Quiet) -> None:
     manager = quiet(Notes)

@@ -30,6 +30,7 @@ NOW = last_hour
 # -- one transaction -------------------------------------------------------------------------------
 
 
+@pytest.mark.promise
 def test_a_run_killed_between_its_last_effect_and_the_commit_leaves_neither_and_runs_again_after_the_lease(
     fleet: Fleet, nursery: Nursery
 ) -> None:
@@ -279,6 +280,7 @@ def test_a_run_whose_connection_breaks_has_failed_and_the_next_tick_runs(fleet: 
     assert len(fleet.effects()) == 1
 
 
+@pytest.mark.promise
 @on_postgresql
 def test_a_run_whose_database_goes_away_is_run_again_as_the_next_attempt(fleet: Fleet) -> None:
     class Unplugged(Hourly):
@@ -303,6 +305,7 @@ def test_a_run_whose_database_goes_away_is_run_again_as_the_next_attempt(fleet: 
     assert fleet.effects() == []
 
 
+@pytest.mark.promise
 @on_postgresql
 def test_a_run_that_cannot_connect_again_is_run_again_as_the_next_attempt(fleet: Fleet) -> None:
     class Refused(Hourly):
@@ -513,6 +516,7 @@ def test_a_run_that_wraps_claim_lost_in_its_own_error_is_lost_and_not_failed(fle
     assert fleet.manager(Wrapping).tick("wrapping", NOW()).state == "lost"
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize("way_out", ["commit", "raise_if_stopping", "return", "error"])
 def test_a_timed_out_run_cannot_commit_and_the_next_tick_runs(fleet: Fleet, way_out: str) -> None:
     class Hanging(Hourly):
@@ -564,6 +568,7 @@ def test_a_stopped_run_runs_again_with_the_same_attempt_and_key(fleet: Fleet) ->
     assert len(set(fleet.keys())) == 1
 
 
+@pytest.mark.promise
 def test_a_run_that_does_not_stop_in_time_is_handed_back_and_cannot_commit(fleet: Fleet) -> None:
     working, go_on, ended = threading.Event(), threading.Event(), threading.Event()
 
@@ -620,6 +625,7 @@ def test_the_tick_of_a_dead_instance_runs_again_under_the_same_key(fleet: Fleet)
     assert fleet.keys()[0] == f"hourly:{lost.tick.isoformat()}"
 
 
+@pytest.mark.promise
 def test_a_tick_whose_instances_keep_dying_is_given_up_after_max_attempts(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
     for _ in range(3):
@@ -669,6 +675,7 @@ def test_a_schedule_that_this_release_cannot_read_stops_no_other_worker(fleet: F
     wait_until(lambda: instance.deadline > renewed, "the next heartbeat")
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize("when", ["at its start", "later"])
 def test_a_worker_whose_schedule_was_unreadable_for_a_while_runs_again(
     fleet: Fleet, when: str, caplog: pytest.LogCaptureFixture
@@ -691,6 +698,7 @@ def test_a_worker_whose_schedule_was_unreadable_for_a_while_runs_again(
     assert "Traceback" not in caplog.text
 
 
+@pytest.mark.promise
 def test_runs_of_an_instance_that_signed_off_are_handed_back(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
     ghost = Instance(timedelta(seconds=10))
@@ -707,6 +715,7 @@ def test_runs_of_an_instance_that_signed_off_are_handed_back(fleet: Fleet) -> No
     assert "signed off before the run ended" in str(fleet.executions()[0].reason)  # the work may have been done in part
 
 
+@pytest.mark.promise
 def test_a_run_that_holds_the_write_lock_longer_than_the_lease_keeps_its_claim(fleet: Fleet) -> None:
     """Check this also while another claim must be recovered, which is a write."""
 
@@ -731,6 +740,7 @@ def test_a_run_that_holds_the_write_lock_longer_than_the_lease_keeps_its_claim(f
     wait_until(lambda: fleet.states("orphaned") == ["lost", "succeeded"], "the taking over")
 
 
+@pytest.mark.promise
 def test_a_claim_whose_reply_was_lost_still_runs(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly, WORKERS_LEASE_SECONDS=1.5)
     manager.stores.controls.register({"hourly": declared_schedule(Hourly)})
@@ -751,6 +761,7 @@ def test_a_claim_whose_reply_was_lost_still_runs(fleet: Fleet) -> None:
     assert fleet.effects() == [""]
 
 
+@pytest.mark.promise
 def test_an_instance_that_comes_back_after_its_lease_begins_as_a_new_instance(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
     manager.start()

@@ -43,6 +43,7 @@ def raises(error: BaseException) -> Callable[[], None]:
     return body
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize(
     "body",
     [
@@ -131,6 +132,7 @@ def test_a_tick_for_which_no_thread_is_free_is_late_and_not_dropped(fleet: Fleet
     assert fleet.effects()[:2] == ["first", "waiting"]
 
 
+@pytest.mark.promise
 def test_a_pool_of_connections_that_is_used_up_does_not_starve_the_heartbeat(fleet: Fleet) -> None:
     class Greedy(Hourly):
         def do_work(self, context: WorkerContext) -> None:
@@ -148,6 +150,7 @@ def test_a_pool_of_connections_that_is_used_up_does_not_starve_the_heartbeat(fle
     assert fleet.keys() == [f"greedy:{last_hour().isoformat()}"]
 
 
+@pytest.mark.promise
 @on_sqlite
 def test_many_claims_that_wait_for_the_write_lock_of_a_run_do_not_starve_its_heartbeat(fleet: Fleet) -> None:
     working = threading.Event()

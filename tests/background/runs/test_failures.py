@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from sqlalchemy import URL, event
 from sqlalchemy import text as sql
-from support.databases import text
+from support.databases import on_sqlite, text
 from support.fleet import Fleet, Hourly, effect, last_hour, make_tables, states, wait_until
 
 from background import Message, MessageWorker, WorkerContext
@@ -202,6 +202,7 @@ def test_a_messages_errors_have_a_limit_and_groups_say_their_first_member(
         (2j,),
     ],
 )
+@on_sqlite
 def test_a_progress_that_is_not_a_finite_number_is_refused_at_the_call(fleet: Fleet, given: tuple[Any, ...]) -> None:
     class Importer(Hourly):
         def do_work(self, context: WorkerContext) -> None:

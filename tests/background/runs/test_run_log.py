@@ -70,6 +70,7 @@ def test_each_commit_of_a_run_saves_its_log_lines(fleet: Fleet) -> None:
     assert [(log or "").count("Slice") for log in seen] == [1, 2]
 
 
+@pytest.mark.promise
 def test_a_long_log_is_not_written_again_with_each_commit(fleet: Fleet) -> None:
     class Talkative(Hourly):
         def do_work(self, context: WorkerContext) -> None:
