@@ -255,6 +255,7 @@ class Connections:
                 raise autocommit_refused(self._shared.url)
             connection.commit()  # keep the settings of a `connect` listener, such as a role
             connection.prepare_threshold = None
+            postgresql.read_any_moment(connection)
             connection.autocommit = True
             (default,) = connection.execute("SHOW default_transaction_isolation").fetchone()
             connection.autocommit = False

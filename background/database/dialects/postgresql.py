@@ -1,5 +1,7 @@
 """Settings that each connection to PostgreSQL needs, and errors without the refused row."""
 
+from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any
 
 from sqlalchemy import Engine, ExceptionContext, event
@@ -28,6 +30,36 @@ def _configure(connection: Any, _record: Any) -> None:
         connection.execute(statement)
     if wanted and not connection.autocommit:
         connection.commit()
+
+
+def read_any_moment(connection: Any) -> None:
+    """Have psycopg's `connection` read each moment that PostgreSQL can hold, such as 'infinity'."""
+    connection.adapters.register_loader("timestamptz", _moments())
+
+
+@lru_cache(maxsize=1)
+def _moments() -> Any:
+    """Return a loader that reads a moment beyond Python's range as 1970 or 9000.
+
+    The error of psycopg's own loader would end each page and each claim.
+    """
+    import psycopg  # deferred, as an application on SQLite needs no psycopg
+    from psycopg.adapt import Loader
+
+    class Moments(Loader):
+        def __init__(self, oid: int, context: Any = None) -> None:
+            super().__init__(oid, context)
+            usual: Any = psycopg.adapters.get_loader(oid, self.format)
+            self._load = usual(oid, context).load
+
+        def load(self, data: Any) -> Any:
+            try:
+                return self._load(data)
+            except psycopg.DataError:
+                is_before = bytes(data).startswith(b"-") or bytes(data).endswith(b"BC")
+                return datetime(1970 if is_before else 9000, 1, 1, tzinfo=UTC)
+
+    return Moments
 
 
 def hide_refused_rows(engine: Engine) -> None:
