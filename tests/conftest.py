@@ -1,5 +1,6 @@
 """Real databases for every test: SQLite files, and a PostgreSQL from a wheel."""
 
+import gc
 import os
 import shutil
 import signal
@@ -35,6 +36,8 @@ TURN_SECONDS = 10  # longer than any test that depends on the hour
 NOT_QUICK = {"postgresql", "postgresql_server", "server", "nursery", "browser", "fuzz", "promise"}
 
 _numbers = count(1)
+
+gc.disable()  # the imports and the collection make much that stays, and no garbage
 
 # Keep compiled files, whatever the environment says: hundreds of interpreters start from the same files.
 sys.dont_write_bytecode = False
@@ -83,6 +86,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 def pytest_collection_finish() -> None:
     freeze()
+    gc.enable()
 
 
 def pytest_runtest_setup() -> None:

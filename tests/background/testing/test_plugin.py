@@ -75,6 +75,7 @@ def test_a_test_of_a_worker_is_ten_lines(project: pytest.Pytester) -> None:
     project.runpytest_subprocess(str(path), "-p", "no:cacheprovider").assert_outcomes(passed=2)
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize("database", ["postgresql"])
 def test_a_marker_runs_it_on_a_postgresql(project: pytest.Pytester, database: str) -> None:
     path = project.makepyfile(test_visits=TEST + ON_POSTGRESQL)
