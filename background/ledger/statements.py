@@ -122,12 +122,15 @@ CLAIM = (
     .values(mark=_tick, **_SCHEDULED)
     .returning(workers.c.token)
 )
-# Claim the tick that is pending: it was lost, handed back or requested. The mark does not move.
+# Claim the tick that is pending: it was lost, handed back or requested. The mark does not move. A user who typed the
+# pending tick may have left its attempt and trigger empty.
+_pending_attempt = func.coalesce(workers.c.pending_attempt, 1).label("pending_attempt")
+_pending_trigger = func.coalesce(workers.c.pending_trigger, "schedule").label("pending_trigger")
 CLAIM_PENDING = (
     update(workers)
     .where(_of_worker, workers.c.pending_tick == _tick, may_be_run_again, workers.c.running.is_(None))
-    .values(pending_tick=null(), **_claimed(workers.c.pending_attempt, workers.c.pending_trigger))
-    .returning(workers.c.token, workers.c.pending_attempt, workers.c.pending_trigger)
+    .values(pending_tick=null(), **_claimed(_pending_attempt, _pending_trigger))
+    .returning(workers.c.token, _pending_attempt, _pending_trigger)
 )
 # Claim a run that a user requested. The mark does not move.
 CLAIM_MANUAL = (

@@ -22,7 +22,7 @@ from zoneinfo import ZoneInfo, available_timezones
 
 from ..errors import InvalidSchedule
 from .cron_fields import canonical
-from .periods import MICROSECOND, SECOND, Schedule
+from .periods import LAST, MICROSECOND, SECOND, Schedule
 
 HORIZON = timedelta(days=50 * 366)  # the rarest cron fires every 40 years
 
@@ -40,6 +40,12 @@ class Cron(Schedule):
         self.next(datetime(2000, 1, 1, tzinfo=UTC))  # raises if it never fires
 
     def next(self, at: datetime) -> datetime:
+        try:
+            return self._next(at)
+        except OverflowError:
+            return LAST
+
+    def _next(self, at: datetime) -> datetime:
         local, overlap = self._locate(at)
         found: list[datetime] = []
         for wall in self._walls(local - overlap):

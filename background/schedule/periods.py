@@ -7,6 +7,8 @@ from datetime import UTC, datetime, timedelta
 from ..errors import InvalidSchedule
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+LAST = datetime.max.replace(tzinfo=UTC)
+"""The end of the calendar. It stands for each later tick, which only a row that a user edited can lead to."""
 MICROSECOND = timedelta(microseconds=1)
 SECOND = timedelta(seconds=1)
 SHORTEST = timedelta(milliseconds=1)  # the resolution of SQLite's clock
@@ -55,7 +57,10 @@ class Every(Schedule):
         _check_period(self.period)
 
     def next(self, at: datetime) -> datetime:
-        return self.previous(at) + self.period
+        try:
+            return self.previous(at) + self.period
+        except OverflowError:
+            return LAST
 
     def previous(self, at: datetime) -> datetime:
         return EPOCH + (at - EPOCH) // self.period * self.period  # timedelta // timedelta is an exact int

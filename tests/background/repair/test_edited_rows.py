@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -271,6 +271,26 @@ def test_rows_edited_by_a_user_heal_with_a_log_line_and_a_row_and_every_page_wor
     look(fleet, client)
     assert manager.trigger("hourly").state == "succeeded"
     assert fleet.row("hourly").mark == last_hour()
+
+
+def test_a_pending_tick_that_a_user_typed_runs(fleet: Fleet) -> None:
+    manager = fleet.manager(Hourly)
+    manager.recovery.look(Hourly)
+    fleet.set("hourly", mark=last_hour(), pending_tick=last_hour(), pending_attempt=None, pending_trigger=None)
+    assert manager.tick("hourly", datetime.now(UTC)).state == "succeeded"
+    [row] = fleet.executions()
+    assert (row.tick, row.attempt, row.trigger) == (last_hour(), 1, "schedule")
+
+
+@pytest.mark.parametrize("column", ["mark", "scheduled_at"])
+@pytest.mark.parametrize("schedule", ["every 3600s", "cron 0 6 1 1 * UTC"])
+def test_a_moment_at_the_end_of_the_calendar_leaves_every_page_readable(
+    fleet: Fleet, client: FlaskClient, column: str, schedule: str
+) -> None:
+    manager: BackgroundWorkerManager = client.application.extensions["background_workers"]
+    manager.recovery.look(Hourly)
+    fleet.set("hourly", schedule=schedule, **{column: datetime(9999, 12, 31, 23, 59, tzinfo=UTC)})
+    look(fleet, client)
 
 
 def look(fleet: Fleet, client: FlaskClient) -> None:
