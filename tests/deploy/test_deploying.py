@@ -11,11 +11,16 @@ from pathlib import Path
 
 import pytest
 import trustme
+from flask import Flask
+from flask.testing import FlaskClient
 from sqlalchemy import create_engine
 from sqlalchemy import text as sql
 from sqlalchemy.pool import NullPool
+from support.fleet import wait_until
 from support.image import Image, needs_namespaces
 from support.processes import ROOT, environment
+
+from models import db
 
 PAGE = (ROOT / "docs" / "deploying.md").read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"^## (.*)\n((?:(?!## ).*\n)*)", PAGE, re.MULTILINE))
@@ -53,6 +58,14 @@ def test_the_commands_of_production_and_of_migrations_work(empty_postgresql_url:
     with_tools(BLOCKS["Migrations without downtime"][0], empty_postgresql_url)
     with_tools(BLOCKS["Production in three commands"][0], empty_postgresql_url)
     assert admins(empty_postgresql_url) == 1
+
+
+def test_a_release_stays_ready_on_the_schema_of_a_newer_release(app: Flask, client: FlaskClient) -> None:
+    with app.app_context():
+        db.session.execute(sql("UPDATE alembic_version SET version_num = '9999'"))
+        db.session.commit()
+    app.extensions["background_workers"].start()
+    wait_until(lambda: client.get("/health/ready").status_code == 200)
 
 
 @pytest.fixture

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.processes import Process, started
+from support.processes import ROOT, Process, started
 
+PLENTY_BYTES = 10**9
 SYSTEM_PYTHON = "/usr/bin/python3"  # has Docker's own rules for .dockerignore, of Debian's docker-compose
 _CONTEXT = """
 import sys
@@ -47,7 +48,7 @@ class Image:
 
     def _base_image(self) -> Path:
         """Give the image a command `python`, this machine's. Return its folder."""
-        python = Path(sys._base_executable).resolve()
+        python = _base_python()
         if not python.with_name("python").exists():
             self.file(str(python.parent)).mkdir(parents=True)
             self.file(str(python.with_name("python"))).symlink_to(python.name)
@@ -90,11 +91,24 @@ class Image:
 
 
 def needs_namespaces() -> None:
-    """Skip the test where this user cannot make a file system and a network of its own."""
+    """Skip the test where this user cannot make a file system above this machine's and a network of its own."""
     if missing := [each for each in ("unshare", "nsenter", "setpriv", "ip") if not shutil.which(each)]:
         pytest.skip(f"needs {', '.join(missing)}, of Debian's packages util-linux and iproute2")
-    if subprocess.run(["unshare", "--mount", "--net", "true"], capture_output=True).returncode:
-        pytest.skip("needs root, for namespaces")
+    if shutil.disk_usage("/dev/shm").free < PLENTY_BYTES:
+        pytest.skip(f"needs {PLENTY_BYTES / 10**9:g} GB in /dev/shm")
+    needed = " && ".join(f'test -e "$PWD/root{path}"' for path in (sys.prefix, _base_python(), ROOT))
+    mount = f"mount -t overlay overlay -o lowerdir=/,upperdir=upper,workdir=work root && {needed}"
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        for name in ("upper", "work", "root"):
+            (Path(folder) / name).mkdir()
+        tried = subprocess.run(["unshare", "--mount", "--net", "sh", "-c", mount], cwd=folder, capture_output=True)
+    if tried.returncode:
+        pytest.skip(f"needs root, namespaces, and the project on the root file system: {tried.stderr.decode()}")
+
+
+def _base_python() -> Path:
+    """Return this interpreter, outside its environment."""
+    return Path(sys._base_executable).resolve()  # type: ignore[attr-defined]
 
 
 def build(dockerfile: Path, context: Path, **arguments: str) -> Iterator[Image]:
