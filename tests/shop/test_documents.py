@@ -1,0 +1,341 @@
+"""The README and the pages of docs/: short, linked, and with snippets that run."""
+
+import re
+import shutil
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import pytest
+from flask import Flask
+from sqlalchemy import create_engine, select
+from sqlalchemy import text as sql
+from support.documents import PAGES, ROOT, commands, snippet, snippets, text
+from support.fleet import Fleet, Hourly, wait_until
+from support.processes import environment, run
+from support.shop import make_shop
+
+import workers
+from background import WorkerContext, current_workers
+from background.database.tables import metadata
+from background.testing import run_worker
+from models import Book, HealthSample, db
+
+README, WORKERS, MESSAGES, LOCKS = "README.md", "docs/workers.md", "docs/messages.md", "docs/locks.md"
+TESTING, QUICKSTART, UPGRADING = "docs/testing.md", "docs/quickstart.md", "docs/upgrading.md"
+
+
+# -- their form ------------------------------------------------------------------------------------
+
+
+def test_the_readme_is_read_in_five_minutes() -> None:
+    lines = text(README).splitlines()
+    assert len(lines) <= 110
+    assert max(map(len, lines)) <= 100
+    assert len(text(README).split()) <= 750
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_leads_somewhere(page: str) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", text(page)):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, heading = target.partition("#")
+        linked = (PAGES[page].parent / unquote(path)).resolve() if path else PAGES[page]
+        assert linked.exists(), f"{page} links to {target}"
+        if heading:
+            assert heading in _anchors(linked.read_text(encoding="utf-8")), f"{page} links to {target}"
+
+
+def _anchors(markdown: str) -> set[str]:
+    """Return the anchors that a forge gives to the headings."""
+    headings = re.findall(r"^#+ (.+)$", markdown, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_readme_leads_to_every_page() -> None:
+    linked = set(re.findall(r"\((docs/[\w-]+\.md)\)", text(README)))
+    assert linked == PAGES.keys() - {README}
+
+
+def test_the_page_of_the_settings_is_what_the_code_says() -> None:
+    done = subprocess.run([sys.executable, ".ci/configuration", "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_snippet_is_run() -> None:
+    source = Path(__file__).read_text(encoding="utf-8")
+    used = re.findall(r"snippet\((\w+), \"([^\"]+)\"\)", source)
+    for page in PAGES:
+        markers = [marker for name, marker in used if globals()[name] == page]
+        missed = [each for each in snippets(page) if not any(marker in each for marker in markers)]
+        assert not missed or page in ("docs/your-own-app.md", "docs/deploying.md"), f"{page}: {missed[0]}"
+
+
+# -- README ----------------------------------------------------------------------------------------
+
+
+def add_book(stock: int) -> None:
+    db.session.add(Book(title="Emma", author="Jane Austen", price_cents=900, stock=stock))
+    db.session.commit()
+
+
+def stocks() -> list[int]:
+    return list(db.session.scalars(select(Book.stock)))
+
+
+@pytest.mark.parametrize("page", [README, WORKERS])
+def test_the_worker_works_when_it_is_pasted(app: Flask, page: str) -> None:
+    found = snippet(README, "class RestockWorker") if page == README else snippet(WORKERS, "class RestockWorker")
+    declared, _, added = found.partition("# app.py")
+    pasted = dict(vars(workers))
+    exec(declared, pasted)
+    assert page == WORKERS or "from workers import RestockWorker" in added
+    assert page == WORKERS or "workers.add(RestockWorker)" in added
+    with app.app_context():
+        add_book(1)
+    run_worker(app, pasted["RestockWorker"])
+    with app.app_context():
+        assert stocks() == [11]
+
+
+@pytest.mark.parametrize("page", [README, MESSAGES])
+def test_the_message_works_when_it_is_pasted(fleet: Fleet, page: str) -> None:
+    found = snippet(README, "class DeliveryWorker") if page == README else snippet(MESSAGES, "class DeliveryWorker")
+    enqueueing, declared = found.split("\n\n", maxsplit=1)
+    pasted = {**vars(workers), "Book": Book, "current_workers": current_workers, "db": db}
+    exec(declared, pasted)
+    fleet.apps.append(make_shop(fleet.database_url, pasted["DeliveryWorker"]))
+    manager = fleet.apps[-1].extensions["background_workers"]
+    with manager.app.app_context():
+        add_book(1)
+        exec(enqueueing, pasted)
+        exec(enqueueing, pasted)
+        current_workers.enqueue_many("deliveries", [{"book": 1, "copies": copies} for copies in (2, 3)])
+        db.session.commit()
+    manager.start()
+    wait_until(lambda: [row.state for row in fleet.messages()] == ["done"] * 3, "the deliveries")
+    with manager.app.app_context():
+        assert stocks() == [16]
+
+
+@pytest.mark.promise
+def test_the_deploy_commands_are_all_about_the_one_database(tmp_path: Path) -> None:
+    """The last is gunicorn, in whose place the shop is asked whether it is ready."""
+    url = f"sqlite:///{tmp_path / 'shop.sqlite'}"
+    script, replaced = re.subn(r"postgresql://\S+", url, commands(README, "Deploy"))
+    assert replaced == 1
+    script = script.replace(". .venv/bin/activate\n", "")
+    script = re.sub(r"gunicorn\n", "flask workers list\n", script).replace("flask ", f"{sys.executable} -m flask ")
+    own = environment(FLASK_APP="app:create_app", WORKERS_LEASE_SECONDS=10)
+    done = subprocess.run(["sh", "-ec", script], env=own, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "The admin is" in done.stdout + done.stderr
+    engine = create_engine(url)
+    with engine.connect() as connection:
+        assert connection.scalar(sql("SELECT count(*) FROM users WHERE is_admin")) == 1
+    engine.dispose()
+
+
+# -- docs ------------------------------------------------------------------------------------------
+
+
+def test_long_work_is_committed_in_slices(app: Flask) -> None:
+    with app.app_context():
+        for minute in range(4):
+            taken_at = datetime(2026, 1, 1, 0, minute, tzinfo=UTC)
+            db.session.add(
+                HealthSample(taken_at=taken_at, database_ms=1, disk_free_bytes=1, messages_waiting=0, messages_dead=0)
+            )
+        db.session.commit()
+        ids = list(db.session.scalars(select(HealthSample.id)))
+    pasted: dict[str, Any] = {"slices": [ids[:2], ids[2:]], "delete": db.delete, "Sample": HealthSample}
+    exec(snippet(WORKERS, "context.raise_if_stopping()"), pasted)
+    worker = type(
+        "SliceWorker", (workers.PeriodicWorker,), {"period": timedelta(hours=1), "do_work": pasted["do_work"]}
+    )
+    assert run_worker(app, worker).state == "succeeded"
+    with app.app_context():
+        assert db.session.scalars(select(HealthSample)).all() == []
+
+
+def test_a_signal_is_received_when_it_is_pasted(fleet: Fleet, caplog: pytest.LogCaptureFixture) -> None:
+    class Failing(Hourly):
+        def do_work(self, context: WorkerContext) -> None:
+            raise ValueError("out of paper")
+
+    pasted: dict[str, Any] = {}
+    exec(snippet(WORKERS, "execution_failed.connect"), pasted)
+    try:
+        fleet.manager(Failing).tick("failing", datetime.now(UTC))
+    finally:
+        pasted["signals"].execution_failed.disconnect(pasted["page_operator"])
+    [record] = [record for record in caplog.records if record.levelname == "CRITICAL"]
+    assert record.getMessage().startswith("failing failed at ")
+    assert "ValueError: out of paper" in caplog.text
+
+
+def test_the_locks_are_taken_when_they_are_pasted(app: Flask) -> None:
+    done: list[object] = []
+    function = "def view():\n" + re.sub(r"^", "    ", snippet(LOCKS, "make_invoice"), flags=re.MULTILINE)
+    pasted: dict[str, Any] = {
+        "current_workers": current_workers,
+        "make_invoice": done.append,
+        "pay": lambda token: done.append(token),
+    }
+    exec(function, pasted)
+    with app.app_context():
+        assert pasted["view"]() is None
+        with current_workers.lock("invoice-42"):
+            pasted["timeout"] = 0
+            assert "Another request" in _refused(app, pasted["view"])
+        exec(snippet(LOCKS, "lock.still_held()"), pasted)
+    assert done == [42, 1]
+
+
+def _refused(app: Flask, view: Any) -> str:
+    """Return the answer of a view whose lock another caller holds. It waits for two seconds."""
+    answer: str = view()
+    return answer
+
+
+SAMPLE_WORKERS = """
+import pytest
+from background import MessageWorker, PeriodicWorker, current_workers
+from models import Book, User, db
+from workers import PassiveUserCheckerWorker
+
+class HourlyWorker(PeriodicWorker):
+    period = timedelta(hours=1)
+
+    def do_work(self, context):
+        context.logger.info("done")
+
+class DeliveryWorker(MessageWorker):
+    topic = "deliveries"
+
+    def handle(self, message, context):
+        context.session.get(Book, message.payload["book"]).stock += message.payload["copies"]
+
+@pytest.fixture(autouse=True)
+def prepared(workers_app):
+    manager = workers_app.extensions["background_workers"]
+    manager.add(HourlyWorker)
+    manager.add(DeliveryWorker)
+    with workers_app.app_context():
+        db.session.add(Book(title="Emma", author="Jane Austen", price_cents=900, stock=1))
+        db.session.commit()
+"""
+
+
+def test_the_examples_of_tests_pass(tmp_path: Path) -> None:
+    plugin, run_one = snippet(TESTING, "pytest_plugins"), snippet(TESTING, "PassiveUserCheckerWorker")
+    rest = [
+        snippet(TESTING, "three_hours"),
+        snippet(TESTING, "drain"),
+        snippet(TESTING, "worker_context"),
+        snippet(TESTING, "with running"),
+        snippet(README, "def test_a_tick_is_run").replace("RestockWorker", "HourlyWorker"),
+    ]
+    (tmp_path / "conftest.py").write_text(plugin)
+    imports, _, first = run_one.partition("\n\ndef ")
+    (tmp_path / "test_examples.py").write_text("\n".join([imports, SAMPLE_WORKERS, "def " + first, *rest]))
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_examples.py"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120)
+    assert "6 passed" in done.stdout, done.stdout
+
+
+def of_the_project(folder: Path) -> Path:
+    """Return a copy of the project's tracked files."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for name in filter(None, listed.stdout.split("\0")):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / name, folder / name)
+    return folder
+
+
+@pytest.mark.promise
+def test_the_quickstart_leads_to_a_table_a_worker_and_a_test(tmp_path: Path) -> None:
+    copy = of_the_project(tmp_path / "copy")
+    for name, marker_snippet in (
+        ("models.py", snippet(QUICKSTART, "class Visit(db.Model)")),
+        ("workers.py", snippet(QUICKSTART, "class VisitWorker")),
+    ):
+        with (copy / name).open("a") as file:
+            file.write("\n\n" + marker_snippet)
+    app = (copy / "app.py").read_text()
+    app = app.replace("SystemHealthWorker\n", "SystemHealthWorker, VisitWorker\n", 1)
+    app = app.replace(
+        "    workers.add(PruneHistoryWorker)\n", "    workers.add(PruneHistoryWorker)\n    workers.add(VisitWorker)\n"
+    )
+    (copy / "app.py").write_text(app)
+    (copy / "tests" / "test_visits.py").write_text(snippet(QUICKSTART, "def test_a_visit"))
+    url = f"sqlite:///{tmp_path / 'shop.sqlite'}"
+    own = environment(url, FLASK_APP="app:create_app") | {"PYTHONPATH": f"{copy}:{copy / 'tests'}"}
+    script = "flask db upgrade\n" + commands(QUICKSTART, "Add a table") + commands(QUICKSTART, "Add a worker")
+    script = script.replace("flask ", f"{sys.executable} -m flask ")
+    script = script.replace("why visit_worker", "why visit_worker || true")  # 1 says that the tick did not run
+    done = subprocess.run(["sh", "-ec", script], env=own, cwd=copy, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    assert "Recorded the visit" in done.stderr
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_visits.py"]
+    tested = subprocess.run(command, env=own, cwd=copy, capture_output=True, text=True, timeout=120)
+    assert "1 passed" in tested.stdout, tested.stdout
+
+
+OWN_APPLICATION = r"""
+import sys
+from pathlib import Path
+
+import background
+from background import BackgroundWorkerManager, UtcDateTime
+from flask import Flask
+from flask_migrate import Migrate
+from flask_sqlalchemy import SQLAlchemy
+
+app, db = Flask("host"), SQLAlchemy()
+app.config["SQLALCHEMY_DATABASE_URI"] = sys.argv[1]
+db.init_app(app)
+BackgroundWorkerManager(app, db)
+MIGRATE
+
+class Note(db.Model):
+    id = db.mapped_column(db.Integer, primary_key=True)
+    at = db.mapped_column(UtcDateTime)
+
+def flask(*arguments):
+    result = app.test_cli_runner().invoke(args=["db", *arguments])
+    assert result.exit_code == 0, (arguments, result.output, result.exception)
+
+def tables():
+    with app.app_context():
+        return sorted(set(db.inspect(db.engine).get_table_names()) - {"alembic_version"})
+
+flask("init")
+flask("revision", "--rev-id", "a")
+[first] = Path("migrations/versions").glob("a_*.py")
+first.write_text(first.read_text().partition("def upgrade")[0] + STEPS)
+flask("upgrade")
+flask("migrate", "--rev-id", "b")
+[second] = Path("migrations/versions").glob("b_*.py")
+print("background_" in second.read_text(), "from background import UtcDateTime" in second.read_text())
+flask("upgrade")
+flask("check")
+print(*tables())
+flask("downgrade", "base")
+print("left:", *tables())
+"""
+
+
+def test_an_applications_own_migrations_work_when_they_are_pasted(empty_database_url: str, tmp_path: Path) -> None:
+    migrate, steps = snippet(UPGRADING, "Migrate(app, db"), snippet(UPGRADING, "migrate_to")
+    program = OWN_APPLICATION.replace("MIGRATE", migrate).replace("STEPS", repr(steps))
+    code, said = run([sys.executable, "-c", program, empty_database_url], environment(), tmp_path)
+    assert code == 0, said
+    engines = " ".join(sorted(metadata.tables))
+    last = ["False True", "No new upgrade operations detected.", f"{engines} note", "left:"]
+    assert said.splitlines()[-4:] == last, said
