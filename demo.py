@@ -1,5 +1,6 @@
 """The demo shop, and the commands that fill a database: `flask init-db`, `flask demo --users 1000000`."""
 
+import logging
 import secrets
 import sys
 from collections.abc import Iterable, Iterator
@@ -19,6 +20,8 @@ from background.errors import DatabaseNotReady, InvalidConfig
 from config import address
 from migrations import schema
 from models import Book, User
+
+log = logging.getLogger(__name__)
 
 ADMIN = "admin@example.com"  # of the demo shop only: production refuses to start with this admin
 NO_PASSWORD = "!"  # noqa: S105 - this is not a hash, so no demo user can log in
@@ -92,6 +95,7 @@ LAST_NAMES = "Abbott Bauer Costa Dumont Eriksen Fischer Garcia Haddad Ivanova Ja
 
 def register_commands(app: Flask) -> None:
     app.cli.add_command(init_db)
+    app.cli.add_command(reset_password)
     app.cli.add_command(demo)
 
 
@@ -135,6 +139,24 @@ def init_db(admin: str) -> None:
             click.echo(f"The demo shop's {ADMIN} is no longer an admin.")
 
 
+@click.command("reset-password")
+@click.argument("email")
+@with_appcontext
+def reset_password(email: str) -> None:
+    """Give the user EMAIL a new password, and show it once. The user's sessions end."""
+    engine, email, password = _ready_engine(), email.strip().lower(), secrets.token_urlsafe(12)
+    password_hash = generate_password_hash(password, User.password_method)
+    with engine.begin() as connection:
+        changed = update(User).where(User.email == email).values(password_hash=password_hash)
+        if not connection.execute(changed).rowcount:
+            raise click.ClickException(
+                f"No user has the e-mail {email!r}; expected the e-mail of an account. "
+                "`flask init-db --admin EMAIL` makes an admin."
+            )
+        click.echo(f"\n  The password of {email} is {password} (shown this once)\n")
+        sys.stdout.flush()
+
+
 @click.command("demo")
 @click.option("--users", "number", default="10000", show_default=True, help="The number of users to add.")
 @with_appcontext
@@ -149,8 +171,20 @@ def demo(number: str) -> None:
 
 
 def ensure_ready() -> None:
-    """Prepare the embedded database with the demo shop, or check the one of DATABASE_URL."""
-    schema.ensure_ready(fill=open_shop)
+    """Prepare the embedded database with the demo shop, or check the one of DATABASE_URL.
+
+    From the second start on, say how to make a new password, as only the first start shows it.
+    """
+    is_new = False
+
+    def fill(connection: Connection) -> None:
+        nonlocal is_new
+        is_new = True
+        open_shop(connection)
+
+    schema.ensure_ready(fill)
+    if current_app.config["DATABASE_IS_EMBEDDED"] and not is_new:
+        log.info("The first start showed the admin's password; `flask reset-password %s` makes a new one", ADMIN)
 
 
 def open_shop(connection: Connection) -> None:

@@ -94,10 +94,32 @@ def test_init_db_refuses_an_invalid_address_the_demo_shops_address_and_a_custome
     assert count(engine, "is_admin") == 1
 
 
-@pytest.mark.parametrize("command", ["init-db", "demo"])
-def test_a_command_names_the_remedy_for_a_missing_schema(tmp_path: Path, command: str) -> None:
+def test_reset_password_shows_a_new_password_once(
+    runner: FlaskCliRunner, make_user: Callable[..., User], engine: Engine
+) -> None:
+    user = make_user(email="ada@example.com")
+    result = runner.invoke(args=["reset-password", " Ada@Example.com"])
+    found = re.search(r"The password of ada@example.com is (\S+) \(shown this once\)", result.output)
+    assert found, result.output
+    changed = db.session.get(User, user.id)
+    assert changed is not None
+    assert changed.check_password(found[1])
+    assert changed.fingerprint != user.fingerprint
+    db.session.remove()
+
+
+def test_reset_password_of_no_user_is_one_sentence(runner: FlaskCliRunner, engine: Engine) -> None:
+    result = runner.invoke(args=["reset-password", "ada@example.com"])
+    assert result.exit_code == 1
+    assert result.output.startswith(
+        "Error: No user has the e-mail 'ada@example.com'; expected the e-mail of an account"
+    )
+
+
+@pytest.mark.parametrize("command", [["init-db"], ["demo"], ["reset-password", "ada@example.com"]])
+def test_a_command_names_the_remedy_for_a_missing_schema(tmp_path: Path, command: list[str]) -> None:
     app: Flask = create_app(settings(f"sqlite:///{tmp_path / 'missing.sqlite'}"))
-    result = app.test_cli_runner().invoke(args=[command])
+    result = app.test_cli_runner().invoke(args=command)
     assert result.exit_code == 1
     assert "does not exist. Make it with `flask db upgrade`." in result.output
     assert not (tmp_path / "missing.sqlite").exists()

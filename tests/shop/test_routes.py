@@ -82,8 +82,26 @@ def test_the_home_page_links_to_the_pages_about_the_worker(client):
     text = text_of(client.get("/"))
     assert "PassiveUserCheckerWorker" in text
     assert "have not logged in for 30 days" in text
-    for place in ("The log output", "The passive users", "flask workers list"):
+    for place in ("The log output", "The workers, for an admin", "flask workers list"):
         assert place in text
+
+
+@on_sqlite
+def test_every_link_of_the_home_page_works_for_its_visitor(client, make_user, login):
+    for _ in ("a stranger", "an admin"):
+        page = client.get("/").text
+        links = [unescape(link) for link in re.findall(r'<a [^>]*href="(/[^"]*)"', page)]
+        assert links
+        assert {link: client.get(link).status_code for link in links} == dict.fromkeys(links, 200)
+        login(client, make_user(is_admin=True))
+    assert "The passive users" in client.get("/").text
+
+
+@on_sqlite
+def test_the_home_page_of_the_demo_says_how_to_log_in(app, client):
+    assert "reset-password" not in client.get("/").text
+    app.config["DATABASE_IS_EMBEDDED"] = True
+    assert "flask reset-password admin@example.com" in client.get("/").text
 
 
 def test_the_home_page_asks_the_database_nothing_for_a_stranger(app, client):
