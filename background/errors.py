@@ -73,6 +73,10 @@ class RunStopped(BackgroundError):
     """The run ends here and is handed back. Raised by `context.raise_if_stopping()`."""
 
 
+class DryRunCommits(BackgroundError):
+    """A worker committed during a dry run, which must be rolled back."""
+
+
 class UnknownTopic(BackgroundError):
     """A topic that no registered worker handles."""
 

@@ -67,11 +67,11 @@ def not_ready(error: Exception) -> DatabaseNotReady:
     return DatabaseNotReady(f"The database cannot be used ({first_line(error)}). `flask workers check` tries again.")
 
 
-def row_limit(text: str) -> int:
-    """Convert the value of --limit to a number. Raises WrongUsage."""
+def row_limit(text: str, option: str = "--limit") -> int:
+    """Convert the value of `option` to a number of rows. Raises WrongUsage."""
     number = whole_number(text)
     if number is None or not 1 <= number <= MOST_ROWS:
-        raise WrongUsage(f"--limit is {text!r}; expected a whole number from 1 to {MOST_ROWS}.")
+        raise WrongUsage(f"{option} is {text!r}; expected a whole number from 1 to {MOST_ROWS}.")
     return number
 
 

@@ -151,6 +151,25 @@ def check(as_json: bool) -> None:
         raise click.exceptions.Exit(1)
 
 
+@workers_cli.command()
+@click.argument("name")
+@click.option("--count", default="20", show_default=True, help="Show so many ticks.")
+def preview(name: str, count: str) -> None:
+    """Show the next ticks of NAME, in the worker's own time zone.
+
+    A note marks a tick at which the clocks change.
+    """
+    manager = the_manager()
+    if name not in manager.workers:
+        raise UnknownWorker(name, manager.names, manager.topic_of(name))
+    schedule, tick, rows = schedule_in_force(manager.workers[name], None), datetime.now(UTC), []
+    for _ in range(row_limit(count, "--count")):
+        tick = schedule.next(tick)
+        rows.append([moment(tick), f"{schedule.local(tick):%a %Y-%m-%d %H:%M:%S %Z}", schedule.oddity(tick)])
+    click.echo(f"{name} runs {schedule.in_words()}.")
+    click.echo(table(("utc", "local", "note"), rows))
+
+
 _NEVER_LOOKED_AT = (
     "whether a run would succeed",
     "workers that only another release has",

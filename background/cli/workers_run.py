@@ -4,7 +4,7 @@ import gc
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import click
@@ -13,6 +13,8 @@ from ..errors import UnknownWorker, spelled_out
 from ..history.text import moment, second
 from ..manager import BackgroundWorkerManager, the_manager
 from ..repair.clock_ahead import repaired_text
+from ..runs.dry_run import Change
+from ..runs.dry_run import dry_run as rolled_back
 from ..runs.execution import Execution
 from .shared import WrongUsage, checked_manager, not_ready
 from .workers import workers_cli
@@ -75,19 +77,36 @@ def _run_once(manager: BackgroundWorkerManager, name: str) -> None:
 
 @workers_cli.command()
 @click.argument("name")
-def trigger(name: str) -> None:
+@click.option("--dry-run", is_flag=True, help="Roll the run back, and show the rows that it would have changed.")
+def trigger(name: str, dry_run: bool) -> None:
     """Run NAME now, in this process, outside its schedule.
 
     Exits with 1 if the run did not succeed. Ctrl-C hands the run back, and another instance runs it.
+
+    --dry-run claims nothing and leaves no row in the history. Effects outside the database are not undone.
     """
     manager = _manager_of(name)
     _prepare(manager)
+    if dry_run:
+        store, at = manager.stores.main, manager.history.clock()
+        _print_changes(name, rolled_back(manager.app, manager.db, store, manager.workers[name], at))
+        return
     with _handed_back_on_signals(manager, name):
         execution = manager.trigger(name)
     if execution is None:
         click.echo(spelled_out(f"Not run: {_why_not_triggered(manager, name)}"))
         raise click.exceptions.Exit(1)
     _report(manager, execution)
+
+
+def _print_changes(name: str, changes: Sequence[Change]) -> None:
+    click.echo(f"{name} would change {'these rows' if changes else 'no row'}. The run was rolled back.")
+    for change in changes:
+        click.echo(spelled_out(f"{change.table}: {change.number:,} {change.kind}"))
+        for example in change.examples:
+            click.echo(spelled_out(f"  {example}"))
+        if change.number > len(change.examples) > 0:
+            click.echo(f"  and {change.number - len(change.examples):,} more")
 
 
 def _why_not_triggered(manager: BackgroundWorkerManager, name: str) -> str:

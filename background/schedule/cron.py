@@ -69,6 +69,25 @@ class Cron(Schedule):
     def describe(self) -> str:
         return f"at {self.expression} ({self.timezone})"
 
+    def in_words(self) -> str:
+        from cronsim import CronSim  # deferred, as in `_walls`
+
+        words: str = CronSim(self.expression, datetime(2000, 1, 1)).explain()  # noqa: DTZ001 - a wall clock's time
+        return f"{words[0].lower()}{words[1:]} ({self.timezone})"
+
+    def local(self, tick: datetime) -> datetime:
+        return tick.astimezone(ZoneInfo(self.timezone))
+
+    def oddity(self, tick: datetime) -> str:
+        wall = self.local(tick)
+        first, second = self._readings(wall.replace(tzinfo=None, fold=0))
+        if first != second:
+            times = "both times" if len(self._instants(wall.replace(tzinfo=None, fold=0))) == 2 else "the first time"
+            return f"the clocks show this time twice, and it runs {times}"
+        if next(self._walls(wall.replace(tzinfo=None) - SECOND)) != wall.replace(tzinfo=None):
+            return "the clocks skip its time, so it runs right after the gap"
+        return ""
+
     def _locate(self, at: datetime) -> tuple[datetime, timedelta]:
         """Return the wall clock's time at `at`, and the length of the overlap if the clock shows that time twice."""
         local = at.astimezone(ZoneInfo(self.timezone)).replace(tzinfo=None)

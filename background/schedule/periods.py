@@ -40,6 +40,18 @@ class Schedule(ABC):
     def describe(self) -> str:
         """Return the schedule in words for people."""
 
+    def in_words(self) -> str:
+        """Return the schedule as a sentence, without the fields of a cron."""
+        return self.describe()
+
+    def local(self, tick: datetime) -> datetime:
+        """Return the tick on the wall clock of the schedule's zone."""
+        return tick
+
+    def oddity(self, tick: datetime) -> str:
+        """Return how a change of the clocks affects the tick. Empty if it does not."""
+        return ""
+
     def __eq__(self, other: object) -> bool:
         return str(self) == str(other) if isinstance(other, Schedule) else NotImplemented
 

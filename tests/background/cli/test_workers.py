@@ -35,6 +35,7 @@ from background import (
 )
 from background.database.tables import executions, instances
 from background.history.text import table
+from background.schedule.cron import Cron
 
 MINUTE = timedelta(minutes=1)
 
@@ -732,3 +733,53 @@ def test_a_table_that_disappears_meanwhile_is_reported_in_one_sentence(
 
 def test_a_table_omits_empty_columns() -> None:
     assert table(("a", "note", "b"), [["long one", "", "x"], ["y", "", ""]]) == "A         B\nlong one  x\ny"
+
+
+# -- preview ---------------------------------------------------------------------------------------
+
+
+def _previewed(app: Flask, *arguments: str) -> list[str]:
+    result = app.test_cli_runner().invoke(args=["workers", "preview", *arguments])
+    assert result.exit_code == 0, result.output
+    return result.output.splitlines()
+
+
+@on_sqlite
+def test_preview_shows_the_next_ticks_in_the_workers_zone_and_the_cron_in_words(app: Flask) -> None:
+    class Morning(Greet):
+        cron, period = "30 6 * * MON-FRI", None
+        timezone = "Asia/Tokyo"
+
+    app.extensions["background_workers"].add(Morning)
+    lines = _previewed(app, "morning", "--count", "3")
+    assert lines[0] == "morning runs at 06:30 on Monday through Friday (Asia/Tokyo)."
+    assert len(lines) == 5
+    assert all(re.search(r"T21:30:00Z +\w{3} \d{4}-\d\d-\d\d 06:30:00 JST", line) for line in lines[2:])
+
+
+@on_sqlite
+def test_preview_marks_the_ticks_at_which_the_clocks_change(app: Flask) -> None:
+    class Nightly(Greet):
+        cron, period = "30 2 * * *", None
+        timezone = "Europe/Berlin"
+
+    app.extensions["background_workers"].add(Nightly)
+    lines = _previewed(app, "nightly", "--count", "366")
+    assert sum("the clocks skip its time, so it runs right after the gap" in line for line in lines) == 1
+    assert sum("the clocks show this time twice, and it runs the first time" in line for line in lines) == 1
+
+
+def test_a_cron_that_follows_the_clock_is_marked_at_both_of_its_times() -> None:
+    schedule = Cron("*/30 * * * *", "Europe/Berlin")
+    autumn = datetime(2026, 10, 25, tzinfo=UTC)
+    notes = [schedule.oddity(autumn + minutes * MINUTE) for minutes in (0, 30, 60, 90)]
+    assert notes == ["the clocks show this time twice, and it runs both times"] * 4
+    assert schedule.oddity(autumn + 120 * MINUTE) == ""
+
+
+@on_sqlite
+def test_preview_of_a_period_is_in_utc_and_a_wrong_count_is_one_sentence(flask: Callable[..., Result]) -> None:
+    assert flask("preview", "greet").output.splitlines()[0] == "greet runs every 10 minutes."
+    refused = flask("preview", "greet", "--count", "none", code=2)
+    assert refused.output == "Error: --count is 'none'; expected a whole number from 1 to 10000.\n"
+    assert "Did you mean 'greet'?" in flask("preview", "gret", code=2).output

@@ -1,0 +1,121 @@
+"""A dry run shows the rows that a run would change, and changes none."""
+
+import pytest
+from flask import Flask
+from sqlalchemy import delete, select, update
+from support.fleet import Hourly, Note, db, effect, effects
+
+from background import MessageWorker, WorkerContext, current_workers
+
+
+class ChangingWorker(Hourly):
+    """Changes rows by the ORM, by statements, and by a message."""
+
+    def do_work(self, context: WorkerContext) -> None:
+        session = context.session
+        session.add(Note(text="new", number=1))
+        [first] = session.scalars(select(Note).where(Note.text == "note 0"))
+        first.number = 7
+        session.execute(update(Note).where(Note.number == 2).values(number=Note.number + 40))
+        session.execute(delete(Note).where(Note.number >= 100))
+        effect(context)
+        current_workers.enqueue("notes", {"book": 1})
+
+
+class SlicingWorker(Hourly):
+    def do_work(self, context: WorkerContext) -> None:
+        effect(context)
+        context.commit()
+
+
+class FailingWorker(Hourly):
+    def do_work(self, context: WorkerContext) -> None:
+        effect(context)
+        raise LookupError("no such book")
+
+
+class AsyncWorker(Hourly):
+    async def do_work(self, context: WorkerContext) -> None:  # type: ignore[override]
+        effect(context)
+
+
+class NoteWorker(MessageWorker):
+    topic = "notes"
+
+    def handle(self, message, context):  # type: ignore[no-untyped-def]
+        raise NotImplementedError
+
+
+@pytest.fixture
+def host(app: Flask) -> Flask:
+    manager = app.extensions["background_workers"]
+    for worker in (ChangingWorker, SlicingWorker, FailingWorker, AsyncWorker, NoteWorker):
+        manager.add(worker)
+    with app.app_context():
+        db.session.add_all([Note(text=f"note {number}", number=number) for number in (0, 1, 2, 2, *range(100, 115))])
+        db.session.commit()
+    return app
+
+
+def dry_run(app: Flask, name: str) -> tuple[int, str]:
+    result = app.test_cli_runner().invoke(args=["workers", "trigger", name, "--dry-run"])
+    return result.exit_code, result.output
+
+
+def rows(app: Flask) -> list[tuple[str, int]]:
+    with app.app_context():
+        return [(row.text, row.number) for row in db.session.execute(select(Note.text, Note.number).order_by(Note.id))]
+
+
+def test_it_shows_each_table_with_the_number_of_rows_and_examples(host: Flask) -> None:
+    before = rows(host)
+    code, said = dry_run(host, "changing_worker")
+    assert code == 0, said
+    lines = said.splitlines()
+    assert lines[0] == "changing_worker would change these rows. The run was rolled back."
+    assert "notes: 1 inserted" in lines
+    assert "  text='new', number=1" in lines
+    assert "notes: 3 updated" in lines
+    assert any(line.endswith("number: 0 -> 7") for line in lines)
+    assert sum("text='note 2', number=2" in line for line in lines) == 2
+    assert "notes: 15 deleted" in lines
+    assert "  and 5 more" in lines
+    assert "effects: 1 inserted" in lines
+    assert "background_messages: 1 inserted" in lines
+    assert rows(host) == before
+
+
+def test_nothing_of_it_stays(host: Flask) -> None:
+    manager = host.extensions["background_workers"]
+    dry_run(host, "changing_worker")
+    assert manager.history.executions("changing_worker") == []
+    assert manager.messages.letters() == []
+    with host.app_context():
+        assert db.session.execute(select(effects)).all() == []
+
+
+def test_a_worker_that_commits_slices_is_refused_with_the_reason(host: Flask) -> None:
+    code, said = dry_run(host, "slicing_worker")
+    assert code == 1
+    assert "'slicing_worker' commits during its run, so a dry run cannot roll it back; expected" in said
+    with host.app_context():
+        assert db.session.execute(select(effects)).all() == []
+
+
+def test_an_error_of_the_worker_is_the_answer(host: Flask) -> None:
+    result = host.test_cli_runner().invoke(args=["workers", "trigger", "failing_worker", "--dry-run"])
+    assert isinstance(result.exception, LookupError)
+    with host.app_context():
+        assert db.session.execute(select(effects)).all() == []
+
+
+def test_an_async_worker_is_awaited(host: Flask) -> None:
+    code, said = dry_run(host, "async_worker")
+    assert (code, "effects: 1 inserted" in said) == (0, True), said
+
+
+def test_a_real_run_follows_as_if_there_had_been_none(host: Flask) -> None:
+    dry_run(host, "changing_worker")
+    result = host.test_cli_runner().invoke(args=["workers", "trigger", "changing_worker"])
+    assert result.exit_code == 0, result.output
+    assert ("note 0", 7) in rows(host)
