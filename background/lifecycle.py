@@ -49,7 +49,8 @@ class Lifecycle:
         self._before_start: list[Callable[[], None]] = []
         self._checks: list[Callable[[], None]] = []
         self._lock = threading.RLock()
-        self._supervisor: Supervisor | None = None
+        self.supervisor: Supervisor | None = None
+        """The threads of the started workers. None before a start and after a stop."""
         self._started_in = self._served_in = 0  # process ids: a forked child inherits them, but not the threads
         if app is not None and db is not None:
             self.init_app(app, db)
@@ -91,12 +92,12 @@ class Lifecycle:
         self.ticks = Ticks(self.stores, self.presence, self.recovery, self.runs, self._postpone)
 
     def _replace_thread(self, thread: int) -> None:
-        if self._supervisor is not None:
-            self._supervisor.scheduler.replace(thread)
+        if self.supervisor is not None:
+            self.supervisor.scheduler.replace(thread)
 
     def _postpone(self, name: str, tick: datetime, schedule: str) -> None:
-        if self._supervisor is not None:
-            self._supervisor.timers.postpone(name, tick, schedule)
+        if self.supervisor is not None:
+            self.supervisor.timers.postpone(name, tick, schedule)
 
     def begin_anew(self, is_in_a_run: bool) -> None:
         """Begin as another process, in a forked child.
@@ -104,8 +105,8 @@ class Lifecycle:
         The child has no threads of its parent, which keep the parent in the fleet. It must not use the parent's
         connections. A child of a run does not even reach the database server with them.
         """
-        forks.begin_anew(self.db, self._engines, self.ticks, self._supervisor)
-        self._lock, self._supervisor = threading.RLock(), None
+        forks.begin_anew(self.db, self._engines, self.ticks, self.supervisor)
+        self._lock, self.supervisor = threading.RLock(), None
         self._assemble(self.stores.outages)
         if is_in_a_run:
             forks.cut_off()
@@ -150,7 +151,7 @@ class Lifecycle:
 
         None if no workers run in this process.
         """
-        supervisor = self._supervisor
+        supervisor = self.supervisor
         return supervisor.threads_alive() if self.is_started and supervisor is not None else None
 
     def start_under_flask_run(self) -> None:
@@ -219,8 +220,8 @@ class Lifecycle:
                 workers = {name: worker for name, worker in workers.items() if name in names}
                 topics = {topic: worker for topic, worker in topics.items() if worker.name in names}
             parts = self.stores, self.runs, self.presence, self.recovery, self.ticks
-            self._supervisor = Supervisor(self.app, self.db, *parts, workers, topics, self.prepare)
-            self._supervisor.join()
+            self.supervisor = Supervisor(self.app, self.db, *parts, workers, topics, self.prepare)
+            self.supervisor.join()
 
     def tell(self) -> None:
         """Ask every run to stop, and begin no other run. `stop` follows."""
@@ -236,9 +237,9 @@ class Lifecycle:
         By default, `timeout` is WORKERS_SHUTDOWN_SECONDS.
         """
         with self._lock:
-            if self.is_started and self._supervisor is not None:
+            if self.is_started and self.supervisor is not None:
                 try:
-                    self._supervisor.leave(self.app.config["WORKERS_SHUTDOWN_SECONDS"] if timeout is None else timeout)
+                    self.supervisor.leave(self.app.config["WORKERS_SHUTDOWN_SECONDS"] if timeout is None else timeout)
                 finally:
-                    self._started_in, self._supervisor = 0, None
+                    self._started_in, self.supervisor = 0, None
             self.stores.close()

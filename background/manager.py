@@ -58,14 +58,14 @@ class BackgroundWorkerManager(Lifecycle):
     def add(self, worker: AnyWorker) -> None:
         """Register a worker class. Raises InvalidWorker, InvalidSchedule or DuplicateWorker."""
         self._registry.add(worker)
-        if self._supervisor is not None:
-            self._supervisor.admit(worker)
+        if self.supervisor is not None:
+            self.supervisor.admit(worker)
 
     def remove(self, name: str) -> None:
         """Unregister a worker in this process. Its rows stay, and other instances go on running it."""
         self._registry.remove(name)
-        if self._supervisor is not None:
-            self._supervisor.timers.disarm(name)
+        if self.supervisor is not None:
+            self.supervisor.timers.disarm(name)
 
     # -- running and controlling ---------------------------------------------------------------
 
@@ -176,8 +176,8 @@ class BackgroundWorkerManager(Lifecycle):
 
     def _refresh(self) -> None:
         """Follow the change now. The other instances follow the change with their next heartbeats."""
-        if self._supervisor is not None:
-            self._supervisor.refresh()
+        if self.supervisor is not None:
+            self.supervisor.refresh()
 
     # -- messages ------------------------------------------------------------------------------
 
@@ -218,7 +218,7 @@ class BackgroundWorkerManager(Lifecycle):
         return count
 
     def _wake_when_committed(self, session: Session, topic: str, delay: timedelta | None) -> None:
-        if (supervisor := self._supervisor) is not None:
+        if (supervisor := self.supervisor) is not None:
             when_committed(session, f"messages:{topic}:{delay}", partial(supervisor.consumers.wake_after, topic, delay))
 
     # -- locking -------------------------------------------------------------------------------

@@ -59,11 +59,11 @@ class Supervisor:
         self.timers = Timers(self.scheduler, ticks, presence, runs, workers)
         self._topics, self.consumers = topics, Consumers(app, db, stores, presence, runs, self.scheduler, topics)
         threads = self.consumers.batches, self.scheduler.soon, self.consumers.wake_all
-        self._message_recovery = MessageRecovery(app, stores, presence, topics, *threads)
+        self.message_recovery = MessageRecovery(app, stores, presence, topics, *threads)
         self._clock_recovery = ClockRecovery(stores, workers)
-        self._schedules = DeclaredSchedules(stores, presence, workers)
-        self._listener: Listener | None = None
-        self._heartbeat: Heartbeat | None = None
+        self.schedules = DeclaredSchedules(stores, presence, workers)
+        self.listener: Listener | None = None
+        self.heartbeat: Heartbeat | None = None
         self._under_way: set[str] = set()
         self._pulse: Pulse | None = None
         self._outage, self._blindness, self._cuts = Outage(), Outage(), 0
@@ -86,7 +86,7 @@ class Supervisor:
         try:
             if not runs.wait(seconds):
                 log.warning("Not every run ended in time: the remaining runs are handed back")
-            elif self._heartbeat is not None:  # a join in progress notices the stop by itself
+            elif self.heartbeat is not None:  # a join in progress notices the stop by itself
                 self.scheduler.wait(_LAST_CALLS_SECONDS)
         finally:
             runs.lose("its instance stopped")
@@ -96,13 +96,13 @@ class Supervisor:
         """Return whether the threads that every run needs are alive. True while this process joins or leaves."""
         if self._runs.stopping.is_set():
             return {"scheduler": True, "heartbeat": True}
-        heartbeat = self._heartbeat
+        heartbeat = self.heartbeat
         is_beating = heartbeat is None or (heartbeat.is_alive and self._looking.is_alive)
         return {"scheduler": self.scheduler.is_alive, "heartbeat": is_beating}
 
     def admit(self, worker: AnyWorker) -> None:
         """Start a worker that was added after the start of the process."""
-        if self._heartbeat is None:
+        if self.heartbeat is None:
             return
         if issubclass(worker, MessageWorker):
             self.scheduler.soon(self._listen)
@@ -114,7 +114,7 @@ class Supervisor:
     def _join(self, failures: int = 0) -> None:
         try:
             self._prepare()
-            if self._heartbeat is None and not self._enter():
+            if self.heartbeat is None and not self._enter():
                 return
             self._admit(list(self._workers))
         except Exception as error:  # no other thread would try again
@@ -149,11 +149,11 @@ class Supervisor:
             )
             self._looking.start()
             heartbeat.start()
-            self._heartbeat = heartbeat
+            self.heartbeat = heartbeat
         return True
 
     def _admit(self, names: list[str]) -> None:
-        self._schedules.declare(names)
+        self.schedules.declare(names)
         self.refresh()
         for name in names:
             self.timers.arm_first(name)
@@ -168,17 +168,17 @@ class Supervisor:
     def _listen(self) -> None:
         self.consumers.wake_all()
         with self._entering:
-            if not (self._left or self._listener):
-                self._listener = Listener(self._stores.connections, self._heard)
-                self._listener.start()
+            if not (self._left or self.listener):
+                self.listener = Listener(self._stores.connections, self._heard)
+                self.listener.start()
 
     def _leave(self) -> None:
         with self._entering:
             self._left = True
-        if self._listener is not None:
-            self._listener.stop()
-        if self._heartbeat is not None:
-            self._heartbeat.stop()
+        if self.listener is not None:
+            self.listener.stop()
+        if self.heartbeat is not None:
+            self.heartbeat.stop()
             self._looking.stop()
         instance, self._presence.instance = self._presence.instance, None
         if instance is not None:
@@ -204,7 +204,7 @@ class Supervisor:
         if pulse.is_blind:
             self._warn_of_lock()
         else:
-            if is_moved or pulse != before or pulse.is_busy or not self._schedules.are_settled:
+            if is_moved or pulse != before or pulse.is_busy or not self.schedules.are_settled:
                 self._looking.want(is_moved)
             if self._clock_recovery.is_due(pulse):
                 self._soon_once("clock", self._recover_clock)
@@ -234,7 +234,7 @@ class Supervisor:
     def _end_outage(self, pulse: Pulse) -> None:
         if (lasted := self._outage.ended()) is not None:
             log.warning("Heartbeats continue after %.1f s", lasted)
-            self._message_recovery.outage = (self._beat_at or pulse.clock, pulse.clock)
+            self.message_recovery.outage = (self._beat_at or pulse.clock, pulse.clock)
         self._beat_at = pulse.clock
 
     def _warn_of_offset(self, instance: Instance) -> None:
@@ -294,11 +294,11 @@ class Supervisor:
             self.timers.arm_first(name)
         gone = self._recovery.gone(ours)
         if not self._outage.is_on:  # the end of the outage shows which leases it ended
-            self._message_recovery.look()
+            self.message_recovery.look()
         for state in ours:
             if state.name in gone or state.is_damaged or self._owed(state):
                 self._soon_once(f"settle:{state.name}", self._settle, state.name)
-        if stale := self._schedules.stale(states):
+        if stale := self.schedules.stale(states):
             self._soon_once("declare", self._declare_again, stale)
 
     def _soon_once(self, key: str, call: Callable[..., object], *args: object) -> None:
@@ -336,7 +336,7 @@ class Supervisor:
 
     def _declare_again(self, names: list[str]) -> None:
         try:
-            self._schedules.declare(names, again=True)
+            self.schedules.declare(names, again=True)
         except SQLAlchemyError as error:  # the next heartbeat tries again
             log.warning("Cannot declare the schedules of %d workers yet: %s", len(names), first_line(error))
         finally:

@@ -38,19 +38,19 @@ class Timers:
         self._scheduler, self._ticks, self._workers = scheduler, ticks, workers
         self._presence, self._runs = presence, runs
         self._states: Mapping[str, WorkerState] = {}
-        self._armed: dict[str, datetime] = {}
+        self.armed: dict[str, datetime] = {}
         self._yielding: set[str] = set()
 
     def follow(self, states: Mapping[str, WorkerState], rearm: bool) -> None:
         """Follow the schedules in force. With `rearm` arm every worker again, as a clock was set."""
         before, self._states = self._states, states
-        for name in self._armed.keys() & before.keys() & states.keys():
+        for name in self.armed.keys() & before.keys() & states.keys():
             if before[name].schedule_text != states[name].schedule_text:
-                if self._armed[name] > self._now():  # a tick that is due fires soon, and arms the next tick
+                if self.armed[name] > self._now():  # a tick that is due fires soon, and arms the next tick
                     self._arm(name, after=states[name].scheduled_at)
             elif rearm:
                 # While the clock was wrong, a tick may have fired before its time, without a run.
-                self._arm(name, after=self._now(), no_later_than=self._armed[name])
+                self._arm(name, after=self._now(), no_later_than=self.armed[name])
 
     def arm_first(self, name: str) -> None:
         """Begin with the latest tick. If the worker does not catch up, begin with the next tick.
@@ -64,7 +64,7 @@ class Timers:
 
     def disarm(self, name: str) -> None:
         """Fire no further tick of the worker."""
-        if self._armed.pop(name, None):
+        if self.armed.pop(name, None):
             self._scheduler.forget(f"tick:{name}")
 
     def postpone(self, name: str, tick: datetime, schedule: str) -> None:
@@ -91,12 +91,12 @@ class Timers:
         except InvalidSchedule as error:  # a newer release's schedule, until `follow` finds another schedule
             log.error("%s: %s", name, error)
             self.disarm(name)
-            self._armed[name] = _NEVER
+            self.armed[name] = _NEVER
             return
         text = state.schedule_text if state else str(schedule)
         latest = schedule.previous(self._now())
         tick = latest if after is None else max(schedule.next(after), latest)
-        self._armed[name] = tick = min(tick, no_later_than or tick)
+        self.armed[name] = tick = min(tick, no_later_than or tick)
         offset = instance.clock_offset if (instance := self._presence.instance) else timedelta()
         spread = random.uniform(0, worker.jitter.total_seconds())  # noqa: S311 - no secret
         if name in self._yielding:

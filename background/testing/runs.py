@@ -73,17 +73,22 @@ def running(app: Flask, *names: str) -> Iterator[BackgroundWorkerManager]:
     manager = manager_of(app)
     manager.start(names)
     try:
-        until = time.monotonic() + _JOINING_SECONDS
-        while manager.presence.instance is None:
-            if time.monotonic() > until:
-                raise TimeoutError(
-                    f"The workers have not joined the fleet within {_JOINING_SECONDS:.0f} seconds; expected a database "
-                    "that is ready: the log says why it is not."
-                )
-            time.sleep(0.005)
+        wait_until_joined(manager)
         yield manager
     finally:
         manager.stop()
+
+
+def wait_until_joined(manager: BackgroundWorkerManager) -> None:
+    """Wait until a started process has joined the fleet. Raises TimeoutError after 30 seconds."""
+    until = time.monotonic() + _JOINING_SECONDS
+    while manager.supervisor is None or manager.supervisor.heartbeat is None:
+        if time.monotonic() > until:
+            raise TimeoutError(
+                f"The workers have not joined the fleet within {_JOINING_SECONDS:.0f} seconds; expected a database "
+                "that is ready: the log says why it is not."
+            )
+        time.sleep(0.005)
 
 
 class UnitContext(WorkerContext):

@@ -32,7 +32,7 @@ class UntilTold(Hourly):
 def joined(fleet: Fleet, *workers: AnyWorker) -> BackgroundWorkerManager:
     manager = fleet.manager(*workers, **SLOW)
     manager.start()
-    wait_until(lambda: manager._supervisor._listener, "the start")  # type: ignore[union-attr]
+    wait_until(lambda: manager.supervisor.listener, "the start")  # type: ignore[union-attr]
     return manager
 
 

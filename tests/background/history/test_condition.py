@@ -24,6 +24,7 @@ from background.dashboard import dashboard
 from background.database import tables
 from background.history.condition import condition
 from background.monitoring.health import health
+from background.testing.runs import wait_until_joined
 
 PAGES = ("", "timeline", "timeline?until=2026-01-01T00:00Z", "instances", "messages", "worker/hourly")
 
@@ -70,7 +71,7 @@ def joined(fleet: Fleet, *workers: type[PeriodicWorker], **config: Any) -> Flask
     """Give an application that has joined the fleet, and whose workers are known."""
     app = fleet.app(*workers, **config)
     manager_of(app).start()
-    wait_until(lambda: manager_of(app)._supervisor._heartbeat, "joining")
+    wait_until_joined(manager_of(app))
     for worker in workers:
         manager_of(app).recovery.look(worker)
     return app
@@ -460,9 +461,9 @@ def test_the_log_does_not_blame_the_server_for_a_connection_that_the_instance_cu
     fleet: Fleet, caplog: pytest.LogCaptureFixture
 ) -> None:
     app = joined(fleet, Hourly)
-    supervisor, connections = manager_of(app)._supervisor, manager_of(app).stores.connections
+    supervisor, connections = manager_of(app).supervisor, manager_of(app).stores.connections
     assert supervisor is not None
-    supervisor._heartbeat.stop()
+    supervisor.heartbeat.stop()
     caplog.clear()
     supervisor._outage.ended()
     supervisor._beat()

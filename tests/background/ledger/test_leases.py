@@ -265,7 +265,7 @@ def test_a_loser_of_a_tick_reads_once_and_waits_a_little_at_the_next_tick(fleet:
     )
     [execution] = fleet.executions()
     [loser] = [each for each in managers if each.presence.instance.id != execution.instance]
-    timers = loser._supervisor.timers
+    timers = loser.supervisor.timers
     wait_until(lambda: "hourly" in timers._yielding, "the look of the one that comes second")
     with statements(loser.stores.main.engine) as seen:
         timers._fire("hourly", execution.tick, "every 3600s")
@@ -276,9 +276,9 @@ def test_a_loser_of_a_tick_reads_once_and_waits_a_little_at_the_next_tick(fleet:
 
 def armed_after(manager: BackgroundWorkerManager) -> timedelta:
     """Return the delay between the tick and the next wake-up, by the database's clock."""
-    supervisor = manager._supervisor
+    supervisor = manager.supervisor
     job = supervisor.scheduler._scheduler.get_job("tick:hourly")
-    return job.trigger.run_date + manager.presence.instance.clock_offset - supervisor.timers._armed["hourly"]
+    return job.trigger.run_date + manager.presence.instance.clock_offset - supervisor.timers.armed["hourly"]
 
 
 @pytest.mark.promise
@@ -381,7 +381,7 @@ def test_a_process_that_leaves_while_its_threads_read_its_instance_ends_cleanly(
     manager = fleet.manager(Hourly)
     manager.start()
     wait_until(lambda: fleet.states() == ["succeeded"], "the first run")
-    supervisor, instance = manager._supervisor, manager.presence.instance
+    supervisor, instance = manager.supervisor, manager.presence.instance
     manager.stop()
     asked: list[Instance | None] = []
 
@@ -396,7 +396,7 @@ def test_a_process_that_leaves_while_its_threads_read_its_instance_ends_cleanly(
         manager.presence.deadline,
         manager.presence.until_expiry,
         manager.presence.lose_lease,
-        partial(supervisor._schedules.declare, ["hourly"]),
+        partial(supervisor.schedules.declare, ["hourly"]),
         supervisor.timers._now,
         partial(supervisor.timers.arm_first, "hourly"),
         partial(manager.recovery.gone, []),

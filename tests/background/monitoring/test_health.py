@@ -28,6 +28,7 @@ from background.database.clock import steady
 from background.history import status
 from background.monitoring import timebox
 from background.monitoring.timebox import Timebox
+from background.testing.runs import wait_until_joined
 
 DAY = timedelta(days=1)
 HEALTH = import_module("background.monitoring.health")  # the package has a function with this name
@@ -243,7 +244,7 @@ def member(fleet: Fleet) -> Flask:
     """Give an application whose workers have joined."""
     app = fleet.app(Hourly)
     manager_of(app).start()
-    wait_until(lambda: manager_of(app)._supervisor._heartbeat, "joining")
+    wait_until_joined(manager_of(app))
     return app
 
 
@@ -252,7 +253,7 @@ def test_a_member_is_ready_while_its_heartbeat_is_fresh_and_not_after_it_has_lef
     assert live(member) == (200, {"process": True, "scheduler": True, "heartbeat": True})
     _, checks = ready(member)
     assert 0 <= checks["heartbeat"]["age_seconds"] < 2
-    manager_of(member)._supervisor._heartbeat.stop()
+    manager_of(member).supervisor.heartbeat.stop()
     wait_until(lambda: failed(member) == ["heartbeat"], "the lease's end")
     assert live(member)[0] == 503
     manager_of(member).stop()
@@ -266,7 +267,7 @@ def test_a_member_is_ready_while_its_heartbeat_is_fresh_and_not_after_it_has_lef
 def test_a_process_whose_scheduler_or_heartbeat_thread_died_is_not_alive(
     member: Flask, thread: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    supervisor = manager_of(member)._supervisor
+    supervisor = manager_of(member).supervisor
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
 
     def die(*_: object) -> None:
@@ -276,7 +277,7 @@ def test_a_process_whose_scheduler_or_heartbeat_thread_died_is_not_alive(
         supervisor.scheduler._scheduler._process_jobs = die
         supervisor.scheduler.look_again()
     else:
-        supervisor._heartbeat._beat = die
+        supervisor.heartbeat._beat = die
     wait_until(lambda: live(member)[0] == 503, "its death")
     assert live(member)[1] == {"process": True, "scheduler": True, "heartbeat": True} | {thread: False}
 

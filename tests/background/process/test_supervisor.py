@@ -122,7 +122,7 @@ def test_a_worker_can_be_added_to_and_removed_from_a_started_manager(fleet: Flee
     manager.add(Quick)
     wait_until(lambda: len(ticks(fleet, "quick")) >= 2, "two runs of the added one")
     manager.remove("quick")
-    assert manager._supervisor.scheduler.wait(PATIENCE)  # for runs that had begun
+    assert manager.supervisor.scheduler.wait(PATIENCE)  # for runs that had begun
     count = len(fleet.executions("quick"))
     threading.Event().wait(0.6)  # two periods
     assert len(fleet.executions("quick")) == count
@@ -151,11 +151,11 @@ def test_a_reschedule_reaches_the_other_instances(fleet: Fleet) -> None:
 def test_a_reschedule_is_followed_within_two_heartbeats(fleet: Fleet) -> None:
     manager = fleet.manager(Rarely)
     manager.start()
-    supervisor = wait_until(lambda: ticks(fleet, "rarely") and manager._supervisor, "the first run")
+    supervisor = wait_until(lambda: ticks(fleet, "rarely") and manager.supervisor, "the first run")
     beat, armed = manager.stores.leases.beat, []
 
     def note(instance: Instance, topics: Sequence[str] = ()) -> Pulse:
-        armed.append(supervisor.timers._armed["rarely"])
+        armed.append(supervisor.timers.armed["rarely"])
         return beat(instance, topics)
 
     manager.stores.leases.beat = note  # type: ignore[method-assign]
@@ -222,7 +222,7 @@ def joined(fleet: Fleet) -> tuple[Supervisor, datetime]:
     manager = fleet.manager(Rarely)
     manager.start()
     wait_until(lambda: ticks(fleet, "rarely"), "the first run")
-    supervisor = manager._supervisor
+    supervisor = manager.supervisor
     assert supervisor is not None
     return supervisor, ticks(fleet, "rarely")[0] + Rarely.period
 
@@ -249,14 +249,15 @@ def test_a_tick_whose_claim_fails_with_an_unexpected_error_is_claimed_again(
 @pytest.mark.promise
 def test_a_tick_fired_by_a_wrong_clock_is_fired_again(fleet: Fleet) -> None:
     supervisor, tick = joined(fleet)
-    schedule = supervisor._recovery.look(Rarely).schedule_text
+    manager = fleet.apps[-1].extensions["background_workers"]
+    schedule = manager.recovery.look(Rarely).schedule_text
     supervisor.timers._fire("rarely", tick, schedule)  # as a host clock that was set ahead does
-    assert supervisor.timers._armed["rarely"] > tick
-    instance = supervisor._presence.instance
+    assert supervisor.timers.armed["rarely"] > tick
+    instance = manager.presence.instance
     assert instance is not None
 
     def is_armed() -> bool:
-        if supervisor.timers._armed["rarely"] == tick:
+        if supervisor.timers.armed["rarely"] == tick:
             return True
         instance.clock_offset += timedelta(seconds=1)  # a heartbeat that begins after this finds another tick
         return False
@@ -277,7 +278,7 @@ def test_a_host_that_slept_finds_due_ticks_with_its_next_heartbeat(
             return tick + timedelta(seconds=1)
 
     monkeypatch.setattr("apscheduler.schedulers.base.datetime", Later)
-    wait_until(lambda: supervisor.timers._armed["rarely"] > tick, "it was fired")
+    wait_until(lambda: supervisor.timers.armed["rarely"] > tick, "it was fired")
 
 
 def test_a_pause_and_a_resume_reach_the_other_instances(fleet: Fleet) -> None:
@@ -397,7 +398,7 @@ def test_a_manual_run_does_not_take_the_tick_of_a_started_instance_away(fleet: F
     manual.start()
     assert working.wait(PATIENCE)
     started.start()
-    wait_until(lambda: started.presence.instance is not None and started._supervisor.timers._armed, "the start")
+    wait_until(lambda: started.presence.instance is not None and started.supervisor.timers.armed, "the start")
     go_on.set()
     manual.join(PATIENCE)
     wait_until(lambda: fleet.states() == ["succeeded", "succeeded"], "the tick")
@@ -456,9 +457,9 @@ def test_a_tick_that_is_due_when_another_schedule_comes_into_force_still_runs(
     monkeypatch.setattr(timers.random, "uniform", lambda *_: 360_000.0)  # this schedule does not begin in the test
     manager = fleet.manager(Spread, WORKERS_HEARTBEAT_SECONDS=0.1)
     manager.start()
-    supervisor = manager._supervisor
+    supervisor = manager.supervisor
     assert supervisor is not None
-    armed = supervisor.timers._armed
+    armed = supervisor.timers.armed
     tick = wait_until(lambda: armed.get("spread"), "the first tick is waited for")
     assert manager.reschedule("spread", period=HOUR)
     assert fleet.row("spread").schedule == "every 3600s"

@@ -554,8 +554,8 @@ def test_messages_of_a_gone_instance_with_a_topic_unknown_to_this_release_cause_
     manager = fleet.manager(Notes)
     manager.start()
     wait_until(lambda: manager.presence.instance, "the start")
-    manager._supervisor._message_recovery.look()
-    assert not manager._supervisor._message_recovery._freeing
+    manager.supervisor.message_recovery.look()
+    assert not manager.supervisor.message_recovery._freeing
     assert states(fleet) == ["running"]
 
 
@@ -574,7 +574,7 @@ def quiet(fleet: Fleet, caplog: pytest.LogCaptureFixture) -> Quiet:
         manager = fleet.manager(*workers, WORKERS_HEARTBEAT_SECONDS=MINUTE, WORKERS_LEASE_SECONDS=5 * MINUTE)
         manager.start()
         wait_until(lambda: "joined with" in caplog.text, "the start")
-        wait_until(lambda: not manager._supervisor.consumers._active["notes"], "the first look")
+        wait_until(lambda: not manager.supervisor.consumers._active["notes"], "the first look")
         return manager
 
     return start
@@ -596,7 +596,7 @@ def test_a_consumer_that_found_nothing_waits_a_little_and_looks_once_for_several
 ) -> None:
     monkeypatch.setattr("background.process.consumers._YIELDED_SECONDS", (10 * MINUTE, 10 * MINUTE))
     manager = quiet(Notes)
-    consumers, timers = manager._supervisor.consumers, manager._supervisor.scheduler._scheduler
+    consumers, timers = manager.supervisor.consumers, manager.supervisor.scheduler._scheduler
     wait_until(lambda: "notes" in consumers._yielding, "a look that finds nothing")
     for _ in range(3):
         consumers.hear("notes")
@@ -617,7 +617,7 @@ def test_a_consumer_that_found_nothing_waits_a_little_and_looks_once_for_several
 @pytest.mark.promise
 def test_many_delayed_messages_set_no_timers_in_this_process(fleet: Fleet, quiet: Quiet) -> None:
     manager = quiet(Notes)
-    timers = manager._supervisor.scheduler._scheduler
+    timers = manager.supervisor.scheduler._scheduler
     before = len(timers.get_jobs())
     with manager.app.app_context():
         for number in range(100):
@@ -709,7 +709,7 @@ def test_a_process_with_many_open_files_is_notified_of_other_processes_messages(
 @on_postgresql
 def test_a_process_signs_off_even_if_its_listener_is_notified_during_the_stop(fleet: Fleet, quiet: Quiet) -> None:
     manager = quiet(Notes)
-    listener = manager._supervisor._listener
+    listener = manager.supervisor.listener
     listener._stopped.set()
     fleet.manager(Notes)
     fleet.enqueue("notes", "heard")
