@@ -75,6 +75,8 @@ class Base(DeclarativeBase):
 
 
 db = SQLAlchemy(model_class=Base)
+# A plain `Mapped[datetime]` is an aware UTC moment on both engines.
+Base.registry.update_type_annotation_map({datetime: UtcDateTime})
 
 
 def ordered_text(length: int) -> String:
@@ -93,8 +95,8 @@ class User(UserMixin, db.Model):  # type: ignore[name-defined, misc]
     password_hash: Mapped[str] = mapped_column(String(255))
     status: Mapped[str] = mapped_column(String(10), default="active", server_default="active")
     is_admin: Mapped[bool] = mapped_column(default=False, server_default=false())
-    created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now())
-    last_login_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    created_at: Mapped[datetime] = mapped_column(default=now())
+    last_login_at: Mapped[datetime | None]
 
     orders: Mapped[list["Order"]] = relationship(back_populates="user")
 
@@ -180,7 +182,7 @@ class Order(db.Model):  # type: ignore[name-defined, misc]
     # received -> confirmed (its books are taken from the stock) or sold out. The release before messages wrote
     # "placed", and took the books at once. It may still write while both releases run.
     status: Mapped[str] = mapped_column(String(10), default="received", server_default="placed")
-    created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now())
+    created_at: Mapped[datetime] = mapped_column(default=now())
 
     user: Mapped[User] = relationship(back_populates="orders")
     book: Mapped[Book] = relationship()
@@ -192,7 +194,7 @@ class HealthSample(db.Model):  # type: ignore[name-defined, misc]
     __tablename__ = "health_samples"
 
     id: Mapped[int] = mapped_column(primary_key=True)
-    taken_at: Mapped[datetime] = mapped_column(UtcDateTime, index=True)
+    taken_at: Mapped[datetime] = mapped_column(index=True)
     database_ms: Mapped[float] = mapped_column(Float)  # of one round trip
     disk_free_bytes: Mapped[int] = mapped_column(BigInteger)
     messages_waiting: Mapped[int]
@@ -205,7 +207,7 @@ class AuditEntry(db.Model):  # type: ignore[name-defined, misc]
     __tablename__ = "audit_entries"
 
     id: Mapped[int] = mapped_column(primary_key=True)
-    at: Mapped[datetime] = mapped_column(UtcDateTime, default=now())
+    at: Mapped[datetime] = mapped_column(default=now())
     user_id: Mapped[int] = mapped_column(ForeignKey("users.id"))
     action: Mapped[str] = mapped_column(String(100))
     details: Mapped[str] = mapped_column(Text)
@@ -221,7 +223,7 @@ class RateLimit(db.Model):  # type: ignore[name-defined, misc]
 
     key: Mapped[str] = mapped_column(ordered_text(200), primary_key=True)
     hits: Mapped[int]
-    expires_at: Mapped[datetime] = mapped_column(UtcDateTime, index=True)
+    expires_at: Mapped[datetime] = mapped_column(index=True)
 
 
 class RateLimits(Storage):
