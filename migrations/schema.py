@@ -4,14 +4,15 @@ Without DATABASE_URL the embedded file is made or brought up to date. With DATAB
 `DatabaseNotReady` names the fault and the command that repairs it.
 """
 
-import fcntl
 import logging
 import os
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, TextIO
 
 from flask import current_app
@@ -25,6 +26,12 @@ from background.errors import DatabaseNotReady
 if TYPE_CHECKING:
     from alembic.config import Config
     from alembic.script import ScriptDirectory
+
+fcntl: ModuleType | None
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
 
 logger = logging.getLogger(__name__)
 
@@ -209,8 +216,8 @@ def _lock(path: Path, database: Path) -> Iterator[None]:
     """Hold the lock at `path`. Raise DatabaseNotReady if another process keeps it for LOCK_SECONDS."""
     make_private(str(path), like=str(database))
     until = time.monotonic() + LOCK_SECONDS
-    with path.open("r+") as file:
-        while not _is_locked(file):
+    with path.open("r+") as file, ExitStack() as held:
+        while not _is_locked(file, held):
             if time.monotonic() > until:
                 holder = file.read().strip()
                 raise DatabaseNotReady(
@@ -225,12 +232,26 @@ def _lock(path: Path, database: Path) -> Iterator[None]:
         yield
 
 
-def _is_locked(file: TextIO) -> bool:
-    """Lock the file now. False if another process has it."""
+def _is_locked(file: TextIO, held: ExitStack) -> bool:
+    """Lock the file until `held` is closed. False if another process has it."""
+    if fcntl is None:
+        return _is_locked_by_sqlite(Path(f"{file.name}.sqlite"), held)
     with suppress(BlockingIOError):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
     return False
+
+
+def _is_locked_by_sqlite(path: Path, held: ExitStack) -> bool:
+    """Lock a database file of its own, as SQLite can lock files on every system."""
+    connection = sqlite3.connect(path, timeout=0, isolation_level=None)
+    try:
+        connection.execute("BEGIN EXCLUSIVE")
+    except sqlite3.OperationalError:
+        connection.close()
+        return False
+    held.callback(connection.close)
+    return True
 
 
 def _head() -> str | None:

@@ -46,7 +46,8 @@ def _renew_locks() -> None:
         lock.renew()
 
 
-os.register_at_fork(after_in_child=_renew_locks)
+if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
+    os.register_at_fork(after_in_child=_renew_locks)
 
 
 @contextmanager

@@ -62,7 +62,8 @@ def listen() -> None:
         _handlers[number] = before
         _set(number, _handle)
         # A server with its own handler expects that a signal does not interrupt its system calls.
-        signal.siginterrupt(number, before in (signal.SIG_DFL, signal.default_int_handler))
+        if hasattr(signal, "siginterrupt"):  # not on Windows
+            signal.siginterrupt(number, before in (signal.SIG_DFL, signal.default_int_handler))
 
 
 def is_heard(number: int) -> bool:

@@ -93,7 +93,9 @@ def _is_test_client() -> bool:
 
 def _let_the_child_end() -> None:
     """Have the reloader's parent wait for its child after a Ctrl-C for both. It would kill the child after 0.25 s."""
-    if sys.stdin is None or not sys.stdin.isatty() or os.tcgetpgrp(sys.stdin.fileno()) != os.getpgrp():
+    if sys.stdin is None or not sys.stdin.isatty() or not hasattr(os, "tcgetpgrp"):  # not on Windows
+        return
+    if os.tcgetpgrp(sys.stdin.fileno()) != os.getpgrp():
         return
 
     def once(_signum: int, _frame: FrameType | None) -> None:
@@ -111,4 +113,5 @@ def _forked() -> None:
         stop_signals.let_through_in_a_child(is_in_a_run)
 
 
-os.register_at_fork(before=stop_signals.hold_back, after_in_parent=stop_signals.let_through, after_in_child=_forked)
+if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
+    os.register_at_fork(before=stop_signals.hold_back, after_in_parent=stop_signals.let_through, after_in_child=_forked)

@@ -114,8 +114,9 @@ def make_private(path: str, like: str | None = None) -> None:
 def _make(path: str, mode: int, model: os.stat_result | None) -> None:
     descriptor = os.open(path, os.O_CREAT | os.O_EXCL, mode)
     try:
-        os.fchmod(descriptor, mode)  # whatever the umask is
-        if model is not None:
+        if hasattr(os, "fchmod"):  # not on Windows
+            os.fchmod(descriptor, mode)  # whatever the umask is
+        if model is not None and hasattr(os, "fchown"):
             os.fchown(descriptor, model.st_uid, model.st_gid)
     finally:
         os.close(descriptor)
