@@ -1,6 +1,7 @@
 """Fixtures for pytest: `workers_app`, `workers_database_url` and `clock`. The marker `postgresql` chooses the database.
 
-Name this plugin in conftest.py: `pytest_plugins = ["background.testing.plugin"]`.
+Name this plugin in conftest.py: `pytest_plugins = ["background.testing.plugin"]`. Where the engine was installed from
+its wheel, pytest finds the plugin by itself.
 """
 
 import importlib
