@@ -33,7 +33,8 @@ def create_app(config: Mapping[str, Any] | object | None = None) -> Flask:
     Migrate(app, db, directory=str(Path(app.root_path) / "migrations"))
 
     svcs.flask.init_app(app)
-    mail = app.config["MAIL_URL"], app.config["MAIL_FROM"], Path(app.instance_path) / "outbox"
+    outbox = Path(app.instance_path) / "outbox"
+    mail = app.config["MAIL_URL"], app.config["MAIL_FROM"], outbox, app.config["APP_NAME"]
     svcs.flask.register_factory(app, UserRepository, lambda: UserRepository(db.session))
     svcs.flask.register_factory(app, OrderRepository, lambda: OrderRepository(db.session))
     svcs.flask.register_factory(app, Mailer, lambda: Mailer(*mail))

@@ -41,10 +41,14 @@ from background.settings import (
     cast,
     cast_all,
     number,
+    printable,
     refuse_misspelled,
     settle,
     whole,
 )
+
+APP_NAME = "Bookstore"
+"""The name of the application. It stands here alone."""
 
 _PREFIXES = (*PREFIXES, "PASSIVE_")
 TEXT_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
@@ -121,6 +125,12 @@ def address(value: Any) -> str:
     return str(value)
 
 
+def _file_name(name: str) -> str:
+    """Return the name as a part of a file's name: "My Shop" becomes "my-shop"."""
+    return "-".join(re.findall("[a-z0-9]+", name.lower())) or "application"
+
+
+_FILE = f"{_file_name(APP_NAME)}.sqlite"
 _MAIL = (
     "smtp://host, smtp+starttls://user:password@host:587 (never without TLS) or smtps:// (TLS from the start), "
     "user and password in ASCII and percent-encoded"
@@ -128,6 +138,9 @@ _MAIL = (
 _DATABASE = "postgresql://user:password@host/name, or sqlite:/// and the path of a file"
 
 _OWN = {
+    "APP_NAME": Setting(
+        APP_NAME, printable(1, 60), "1 to 60 printable characters", "the name of the application, in pages and mails"
+    ),
     "DATABASE_URL": Setting(
         None, database_url, _DATABASE, "the database (unset: a SQLite file in instance/)", is_secret=True
     ),
@@ -135,7 +148,9 @@ _OWN = {
         None, secret, "a text that is not empty", "signs the sessions (unset: made once, in instance/)", is_secret=True
     ),
     "MAIL_URL": Setting(None, mail_url, _MAIL, "the mail server (unset: files in instance/outbox/)", is_secret=True),
-    "MAIL_FROM": Setting("bookstore@localhost", address, "one e-mail address in ASCII", "the sender of the mails"),
+    "MAIL_FROM": Setting(
+        f"{_file_name(APP_NAME)}@localhost", address, "one e-mail address in ASCII", "the sender of the mails"
+    ),
     "PASSIVE_AFTER_DAYS": Setting(30, number(36_500), DAYS, "users not seen for longer become passive"),
     "LOG_FORMAT": Setting("text", log_format, "text or json", "one line, or one JSON object, for each record"),
     "PRODUCTION": Setting(
@@ -324,15 +339,11 @@ def _refuse_weak_secret(key: str | bytes | None) -> None:
 def _set_database(app: Flask) -> None:
     """Set SQLALCHEMY_DATABASE_URI (a given one wins), DATABASE_IS_EMBEDDED and DATABASE_IS_TEMPORARY."""
     chosen = app.config.get("SQLALCHEMY_DATABASE_URI") or app.config["DATABASE_URL"]
-    url = (
-        URL.create("sqlite", database="bookstore.sqlite")
-        if chosen is None
-        else cast("DATABASE_URL", chosen, _OWN["DATABASE_URL"])
-    )
-    if url.get_backend_name() == "sqlite" and url.host:  # `sqlite://shop.sqlite` would be a database in memory
+    url = URL.create("sqlite", database=_FILE) if chosen is None else cast("DATABASE_URL", chosen, _OWN["DATABASE_URL"])
+    if url.get_backend_name() == "sqlite" and url.host:  # `sqlite://my.sqlite` would be a database in memory
         raise InvalidConfig(
             f"DATABASE_URL is {url}, whose {url.host!r} is read as a host; expected three slashes before the path "
-            f"of a file. Write sqlite:///bookstore.sqlite for a file in the instance folder."
+            f"of a file. Write sqlite:///{_FILE} for a file in the instance folder."
         )
     # For a test or a prototype: see `_temporary_file`.
     is_temporary = url.get_backend_name() == "sqlite" and url.database in (None, "", ":memory:")
@@ -383,7 +394,7 @@ def _usable_url(url: URL, folder: Path) -> URL:
     if not url.database or ":memory:" in url.database or url.database.startswith("file:"):
         raise InvalidConfig(
             f"DATABASE_URL is {url}; expected the path of a plain file, which several connections can share. "
-            f"Write sqlite:///bookstore.sqlite for a file in the instance folder."
+            f"Write sqlite:///{_FILE} for a file in the instance folder."
         )
     return url.set(database=str(folder / url.database))
 
@@ -393,9 +404,9 @@ def _temporary_file(app: Flask) -> str:
 
     A database in memory has a single connection, on which a heartbeat's read would roll a run back.
     """
-    folder = tempfile.mkdtemp(prefix="bookstore-")
+    folder = tempfile.mkdtemp(prefix=f"{_file_name(APP_NAME)}-")
     weakref.finalize(app, _remove, folder, os.getpid())
-    return str(Path(folder) / "bookstore.sqlite")
+    return str(Path(folder) / _FILE)
 
 
 def _remove(folder: str, owner: int) -> None:

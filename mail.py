@@ -14,6 +14,7 @@ from urllib.parse import unquote, urlsplit
 from flask import current_app, render_template
 
 from background import WorkerContext
+from config import APP_NAME
 from models import OrderRepository, UserRepository
 
 # The functions import these modules, because a process that only serves sends no mail.
@@ -43,7 +44,9 @@ def about_order(order_id: int, _payload: Payload, context: WorkerContext) -> Mai
 
 def welcome(user_id: int, _payload: Payload, context: WorkerContext) -> Mail | None:
     user = context.services.get(UserRepository).get(user_id)
-    return user and Mail(user.email, "Welcome to the Bookstore", render_template("welcome_mail.txt"))
+    return user and Mail(
+        user.email, f"Welcome to the {current_app.config['APP_NAME']}", render_template("welcome_mail.txt")
+    )
 
 
 def registered_again(user_id: int, _payload: Payload, context: WorkerContext) -> Mail | None:
@@ -83,9 +86,9 @@ class Mailer:
 
     timeout = 30.0  # seconds for each reply: some servers scan a mail first
 
-    def __init__(self, url: str | None, sender: str, outbox: Path) -> None:
+    def __init__(self, url: str | None, sender: str, outbox: Path, name: str = APP_NAME) -> None:
         self.url = urlsplit(url or "")
-        self.sender, self.outbox = sender, outbox
+        self.sender, self.outbox, self.name = sender, outbox, name
 
     def send(self, to: str, subject: str, text: str, key: str, at: datetime) -> str:
         """Send a mail, and return its place. Raises MailNotSent.
@@ -105,7 +108,7 @@ class Mailer:
 
         mail = EmailMessage(SMTPUTF8)
         address = validate_email(to, check_deliverability=False)  # as the form of the registration does
-        mail["From"] = Address("Bookstore", addr_spec=self.sender)
+        mail["From"] = Address(self.name, addr_spec=self.sender)
         mail["To"] = Address(username=address.local_part, domain=address.ascii_domain)
         mail["Subject"] = subject
         mail["Date"] = at

@@ -36,7 +36,7 @@ def server_folder() -> Path:
     """Return a new folder for the files of a server: in memory if there is room, as a new database writes much."""
     memory = Path("/dev/shm")  # noqa: S108 - mkdtemp makes a folder of its own in it
     is_plenty = memory.exists() and shutil.disk_usage(memory).free > _PLENTY_BYTES
-    return Path(tempfile.mkdtemp(prefix="bookstore-postgresql-", dir=memory if is_plenty else None))
+    return Path(tempfile.mkdtemp(prefix="workers-postgresql-", dir=memory if is_plenty else None))
 
 
 def administer(server: URL, *statements: str) -> None:

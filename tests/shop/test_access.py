@@ -66,7 +66,7 @@ def routes(app: Flask) -> Iterator[tuple[str, str, str]]:
 
 
 def sample(rule: Rule) -> dict[str, Any]:
-    given = {"filename": "bookstore.css", "name": "passive_user_checker_worker", "token": "x"}
+    given = {"filename": "style.css", "name": "passive_user_checker_worker", "token": "x"}
     return {argument: given.get(argument, 1) for argument in rule.arguments}
 
 

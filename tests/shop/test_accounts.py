@@ -607,7 +607,7 @@ def test_admins_who_unmake_each_other_at_once_leave_one_admin(app: Flask, make_u
 def test_every_answer_forbids_foreign_and_inline_content(app: Flask, client: FlaskClient) -> None:
     app.config["PROPAGATE_EXCEPTIONS"] = False
     app.add_url_rule("/fault", view_func=lambda: 1 / 0)
-    paths = {"/": 200, "/login": 200, "/static/bookstore.css": 200, "/nowhere": 404, "/api/books": 200, "/logout": 405}
+    paths = {"/": 200, "/login": 200, "/static/style.css": 200, "/nowhere": 404, "/api/books": 200, "/logout": 405}
     for path, code in {**paths, "/orders": 302, "/fault": 500}.items():
         response = client.get(path, buffered=True)
         assert response.status_code == code
@@ -628,7 +628,7 @@ def test_no_cache_keeps_a_page_made_for_one_visitor(client: FlaskClient, make_us
     login(client, make_user())
     for path in ("/", "/orders", "/account", "/admin/users", "/nowhere", "/api/books"):
         assert client.get(path).headers["Cache-Control"] == "no-store", path
-    assert client.get("/static/bookstore.css", buffered=True).headers.get("Cache-Control") != "no-store"
+    assert client.get("/static/style.css", buffered=True).headers.get("Cache-Control") != "no-store"
 
 
 @on_sqlite

@@ -88,7 +88,7 @@ def test_every_page_is_a_503_with_one_line_in_the_log_and_works_again_afterwards
         for path in ("/books/1", "/login", "/account", "/workers/worker/mail_worker/pause", "/workers/messages/retry"):
             is_away(caplog, admin, "POST", path)
         assert admin.get("/").status_code == 503  # this page names the user
-        with admin.get("/static/bookstore.css") as response:
+        with admin.get("/static/style.css") as response:
             assert response.status_code == 200
     for path, code in usual.items():
         assert eventually_is(admin, path) == code
