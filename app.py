@@ -8,6 +8,7 @@ import svcs
 from flask import Flask
 from flask_migrate import Migrate
 
+import books
 import demo
 import routes
 from background import BackgroundWorkerManager, PruneHistoryWorker
@@ -16,8 +17,8 @@ from background.monitoring.metrics import metrics
 from config import StrictJSON, configure_logging, hide_refused_rows, load_config, trust_proxies
 from mail import Mailer
 from migrations import schema
-from models import OrderRepository, UserRepository, db
-from workers import MailWorker, OrderWorker, PassiveUserCheckerWorker, SystemHealthWorker
+from models import UserRepository, db
+from workers import MailWorker, PassiveUserCheckerWorker, SystemHealthWorker
 
 
 def create_app(config: Mapping[str, Any] | object | None = None) -> Flask:
@@ -36,19 +37,18 @@ def create_app(config: Mapping[str, Any] | object | None = None) -> Flask:
     outbox = Path(app.instance_path) / "outbox"
     mail = app.config["MAIL_URL"], app.config["MAIL_FROM"], outbox, app.config["APP_NAME"]
     svcs.flask.register_factory(app, UserRepository, lambda: UserRepository(db.session))
-    svcs.flask.register_factory(app, OrderRepository, lambda: OrderRepository(db.session))
     svcs.flask.register_factory(app, Mailer, lambda: Mailer(*mail))
 
     workers = BackgroundWorkerManager(app, db)
     workers.before_start(demo.ensure_ready, check=schema.check)
     workers.before_start(demo.refuse_in_production)
     workers.add(PassiveUserCheckerWorker)
-    workers.add(OrderWorker)
     workers.add(MailWorker)
     workers.add(SystemHealthWorker)
     workers.add(PruneHistoryWorker)
 
     routes.register(app)
+    books.register(app, workers)
     app.register_blueprint(health())
     app.register_blueprint(metrics())
     demo.register_commands(app)

@@ -3,7 +3,7 @@
 import logging
 import secrets
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime, timedelta
 from itertools import islice, product
 from random import Random
@@ -19,7 +19,7 @@ from werkzeug.security import generate_password_hash
 from background.errors import DatabaseNotReady, InvalidConfig
 from config import address
 from migrations import schema
-from models import Book, User
+from models import User
 
 log = logging.getLogger(__name__)
 
@@ -27,50 +27,8 @@ ADMIN = "admin@example.com"  # of the demo shop only: production refuses to star
 NO_PASSWORD = "!"  # noqa: S105 - this is not a hash, so no demo user can log in
 MOST_USERS = 100_000_000
 
-BOOKS = [
-    (
-        "Pride and Prejudice",
-        "Jane Austen",
-        1290,
-        "Elizabeth Bennet, Mr Darcy, and the price of first impressions.",
-    ),
-    ("Frankenstein", "Mary Shelley", 1150, "A student makes a creature, and leaves it to make itself."),
-    (
-        "Moby-Dick",
-        "Herman Melville",
-        1690,
-        "One captain, one whale, and everything there is to know about whaling.",
-    ),
-    (
-        "Jane Eyre",
-        "Charlotte Brontë",
-        1390,
-        "A governess, a house with a locked attic, and an unbending will.",
-    ),
-    ("Great Expectations", "Charles Dickens", 1450, "Pip comes into money, and learns the giver's name."),
-    (
-        "The Moonstone",
-        "Wilkie Collins",
-        1250,
-        "A diamond vanishes from a country house. The first detective novel.",
-    ),
-    ("Middlemarch", "George Eliot", 1790, "A provincial town, and the people who wanted more of it."),
-    (
-        "Treasure Island",
-        "Robert Louis Stevenson",
-        990,
-        "A map, a sea cook with one leg, and pieces of eight.",
-    ),
-    (
-        "Around the World in Eighty Days",
-        "Jules Verne",
-        1090,
-        "A wager, a timetable, and a forgotten time zone.",
-    ),
-    ("The Time Machine", "H. G. Wells", 890, "A traveller comes late to dinner, from the year 802,701."),
-    ("Dracula", "Bram Stoker", 1190, "Diaries, letters and telegrams about a guest from Transylvania."),
-    ("The Adventures of Sherlock Holmes", "Arthur Conan Doyle", 1350, "Twelve cases from 221B Baker Street."),
-]
+CONTENTS: set[Callable[[Connection], None]] = set()
+"""Functions that write further first content, unless it is there."""
 
 # Name, days since the account was made, days since the last login (None: never).
 USERS = [
@@ -165,8 +123,7 @@ def demo(number: str) -> None:
     number_of_users = _number_of_users(number)
     engine = _ready_engine()
     with engine.begin() as connection:
-        if connection.scalar(select(func.count()).select_from(Book)) == 0:
-            _stock_books(connection)
+        _fill(connection)
     add_users(engine, number_of_users, datetime.now(UTC))
 
 
@@ -190,7 +147,7 @@ def ensure_ready() -> None:
 def open_shop(connection: Connection) -> None:
     """Write the embedded database's first content, in the transaction that makes its tables."""
     at = datetime.now(UTC)
-    _stock_books(connection)
+    _fill(connection)
     _welcome_users(connection, at)
     _create_admin(connection, ADMIN)
 
@@ -220,20 +177,9 @@ def _number_of_users(given: str) -> int:
     return int(given)
 
 
-def _stock_books(connection: Connection) -> None:
-    connection.execute(
-        insert(Book),
-        [
-            {
-                "title": title,
-                "author": author,
-                "price_cents": price,
-                "stock": 5 + 3 * i,
-                "description": description,
-            }
-            for i, (title, author, price, description) in enumerate(BOOKS)
-        ],
-    )
+def _fill(connection: Connection) -> None:
+    for fill in CONTENTS:
+        fill(connection)
 
 
 def _welcome_users(connection: Connection, at: datetime) -> None:

@@ -1,4 +1,4 @@
-"""The shop's mails, and the mailer, which sends them by SMTP or keeps them as files."""
+"""The mails about accounts, and the mailer, which sends them by SMTP or keeps them as files."""
 
 import os
 import tempfile
@@ -15,7 +15,7 @@ from flask import current_app, render_template
 
 from background import WorkerContext
 from config import APP_NAME
-from models import OrderRepository, UserRepository
+from models import UserRepository
 
 # The functions import these modules, because a process that only serves sends no mail.
 if TYPE_CHECKING:
@@ -32,14 +32,6 @@ class Mail(NamedTuple):
     to: str
     subject: str
     text: str
-
-
-def about_order(order_id: int, _payload: Payload, context: WorkerContext) -> Mail | None:
-    order = context.services.get(OrderRepository).get(order_id)
-    if order is None:
-        return None
-    text = render_template("order_mail.txt", order=order)
-    return Mail(order.user.email, f"Your order {order.id}: {order.status}", text)
 
 
 def welcome(user_id: int, _payload: Payload, context: WorkerContext) -> Mail | None:
@@ -59,14 +51,13 @@ def password_link(user_id: int, payload: Payload, context: WorkerContext) -> Mai
     if user is None:
         return None
     root = urlsplit(current_app.config["PUBLIC_URL"] or payload["root"])
-    shop = current_app.url_map.bind(root.netloc, root.path, url_scheme=root.scheme)
-    link = shop.build("account.reset_password", {"token": user.password_token()}, force_external=True)
+    site = current_app.url_map.bind(root.netloc, root.path, url_scheme=root.scheme)
+    link = site.build("account.reset_password", {"token": user.password_token()}, force_external=True)
     return Mail(user.email, "Choose your password", render_template("password_mail.txt", link=link))
 
 
-# A payload has one of these fields, with the id of the order or user that the mail is about.
+# A payload has one of these fields, with the id of the user that the mail is about.
 MAILS: dict[str, Callable[[int, Payload, WorkerContext], Mail | None]] = {
-    "order": about_order,
     "welcome": welcome,
     "registered again": registered_again,
     "password link": password_link,

@@ -98,8 +98,6 @@ class User(UserMixin, db.Model):  # type: ignore[name-defined, misc]
     created_at: Mapped[datetime] = mapped_column(default=now())
     last_login_at: Mapped[datetime | None]
 
-    orders: Mapped[list["Order"]] = relationship(back_populates="user")
-
     def set_password(self, password: str) -> None:
         self.password_hash = generate_password_hash(password, self.password_method)
 
@@ -149,43 +147,6 @@ User.__table__.append_constraint(CheckConstraint(User.status.in_(["active", "pas
 Index("ix_users_last_seen_at_of_active", _last_seen_at, postgresql_where=_is_active, sqlite_where=_is_active)
 Index("ix_users_id_of_passive", User.id, postgresql_where=_is_passive, sqlite_where=_is_passive)
 Index("ix_users_lower_name", _name, User.id)
-
-
-class Book(db.Model):  # type: ignore[name-defined, misc]
-    __tablename__ = "books"
-    __table_args__ = (
-        CheckConstraint("price_cents >= 0", name="price_cents"),
-        CheckConstraint("stock >= 0", name="stock"),
-    )
-
-    id: Mapped[int] = mapped_column(primary_key=True)
-    title: Mapped[str] = mapped_column(String(200), index=True)
-    author: Mapped[str] = mapped_column(String(200))
-    isbn: Mapped[str | None] = mapped_column(String(17), unique=True)
-    description: Mapped[str] = mapped_column(Text, default="", server_default="")
-    price_cents: Mapped[int]
-    stock: Mapped[int] = mapped_column(default=0, server_default="0")
-
-
-class Order(db.Model):  # type: ignore[name-defined, misc]
-    __tablename__ = "orders"
-    __table_args__ = (
-        CheckConstraint("quantity > 0", name="quantity"),
-        CheckConstraint("price_cents >= 0", name="price_cents"),
-    )
-
-    id: Mapped[int] = mapped_column(primary_key=True)
-    user_id: Mapped[int] = mapped_column(ForeignKey("users.id"), index=True)
-    book_id: Mapped[int] = mapped_column(ForeignKey("books.id"), index=True)
-    quantity: Mapped[int]
-    price_cents: Mapped[int]  # of one copy, when the order was placed
-    # received -> confirmed (its books are taken from the stock) or sold out. The release before messages wrote
-    # "placed", and took the books at once. It may still write while both releases run.
-    status: Mapped[str] = mapped_column(String(10), default="received", server_default="placed")
-    created_at: Mapped[datetime] = mapped_column(default=now())
-
-    user: Mapped[User] = relationship(back_populates="orders")
-    book: Mapped[Book] = relationship()
 
 
 class HealthSample(db.Model):  # type: ignore[name-defined, misc]
@@ -521,6 +482,46 @@ def _parse_position(after: str | None) -> tuple[str, int, str]:
 def _rows_changed(session: Session | scoped_session[Any], statement: Update) -> int:
     """Execute the statement. Return the number of changed rows."""
     return session.execute(statement).rowcount  # type: ignore[attr-defined, no-any-return]
+
+
+# ---- The shop: an application without it ends here
+
+
+class Book(db.Model):  # type: ignore[name-defined, misc]
+    __tablename__ = "books"
+    __table_args__ = (
+        CheckConstraint("price_cents >= 0", name="price_cents"),
+        CheckConstraint("stock >= 0", name="stock"),
+    )
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    title: Mapped[str] = mapped_column(String(200), index=True)
+    author: Mapped[str] = mapped_column(String(200))
+    isbn: Mapped[str | None] = mapped_column(String(17), unique=True)
+    description: Mapped[str] = mapped_column(Text, default="", server_default="")
+    price_cents: Mapped[int]
+    stock: Mapped[int] = mapped_column(default=0, server_default="0")
+
+
+class Order(db.Model):  # type: ignore[name-defined, misc]
+    __tablename__ = "orders"
+    __table_args__ = (
+        CheckConstraint("quantity > 0", name="quantity"),
+        CheckConstraint("price_cents >= 0", name="price_cents"),
+    )
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    user_id: Mapped[int] = mapped_column(ForeignKey("users.id"), index=True)
+    book_id: Mapped[int] = mapped_column(ForeignKey("books.id"), index=True)
+    quantity: Mapped[int]
+    price_cents: Mapped[int]  # of one copy, when the order was placed
+    # received -> confirmed (its books are taken from the stock) or sold out. The release before messages wrote
+    # "placed", and took the books at once. It may still write while both releases run.
+    status: Mapped[str] = mapped_column(String(10), default="received", server_default="placed")
+    created_at: Mapped[datetime] = mapped_column(default=now())
+
+    user: Mapped[User] = relationship(backref="orders")
+    book: Mapped[Book] = relationship()
 
 
 class OrderRepository:

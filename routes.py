@@ -30,7 +30,7 @@ from flask_limiter import Limiter, RateLimitExceeded
 from flask_login import LoginManager, current_user, login_required, login_user, logout_user
 from flask_wtf import CSRFProtect, FlaskForm
 from flask_wtf.csrf import CSRFError
-from sqlalchemy import Select, or_, select
+from sqlalchemy import Select, select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import InstrumentedAttribute, joinedload
 from werkzeug.datastructures import MultiDict
@@ -40,7 +40,6 @@ from werkzeug.wrappers import Response
 from wtforms import (
     EmailField,
     Form,
-    IntegerField,
     PasswordField,
     SearchField,
     SelectChoice,
@@ -54,7 +53,6 @@ from wtforms.validators import (
     EqualTo,
     InputRequired,
     Length,
-    NumberRange,
     Optional,
     ValidationError,
 )
@@ -63,16 +61,16 @@ from background import current_workers
 from background.dashboard import dashboard
 from background.dashboard.origin import is_own_path
 from background.monitoring.unavailable import unavailable
-from models import AuditEntry, Book, Order, OrderRepository, User, UserRepository, db
+from models import AuditEntry, User, UserRepository, db
 
 PAGE_SIZE = 20
 MAX_BODY = 500_000  # bytes, far more than a form of ours needs
+JSON = "/api"  # the prefix of the addresses that answer with JSON
 MAX_ID = 2**31 - 1  # the largest INTEGER of a column
 
-shop = Blueprint("shop", __name__)
+pages = Blueprint("pages", __name__)
 account = Blueprint("account", __name__)
 admin = Blueprint("admin", __name__, url_prefix="/admin")
-api = Blueprint("api", __name__, url_prefix="/api")
 
 # Failed logins count per network, and per network and account. So a visitor cannot lock an account for other networks.
 FAILED_LOGINS_OF_NETWORK = "50 per 10 minutes"
@@ -127,15 +125,23 @@ def register(app: Flask) -> None:
     # As a global, not by a context processor, current_user costs a query only in a template that names it. So the error
     # page works without the database.
     app.jinja_env.globals["current_user"] = current_user
-    app.jinja_env.filters.update(money=money, moment=moment)
+    app.jinja_env.globals["navigation"] = app.extensions["navigation"] = Navigation([], [])
+    app.jinja_env.filters.update(moment=moment)
     app.url_map.converters["id"] = IdConverter
-    for blueprint in (shop, account, admin, api, dashboard(admins_only)):
+    for blueprint in (pages, account, admin, dashboard(admins_only)):
         app.register_blueprint(blueprint)
     for without_host in (BadHost, SecurityError):  # without a host, a page cannot name its own addresses
         app.register_error_handler(without_host, HTTPException.get_response)
     app.register_error_handler(HTTPException, show_error)
     app.register_error_handler(SQLAlchemyError, unavailable)
     app.after_request(set_headers)
+
+
+class Navigation(NamedTuple):
+    """Further links at the top of each page: the endpoint and the text of each."""
+
+    for_all: list[tuple[str, str]]
+    for_users: list[tuple[str, str]]
 
 
 class IdConverter(IntegerConverter):
@@ -165,10 +171,6 @@ def set_headers(response: Response) -> Response:
     if not (request.endpoint or "").endswith("static") and session:
         response.headers["Cache-Control"] = "no-store"
     return response
-
-
-def money(cents: int) -> str:
-    return f"€{cents // 100:,}.{cents % 100:02d}"
 
 
 def moment(at: datetime) -> str:
@@ -262,15 +264,6 @@ class LoginForm(PostedForm):
     )
 
 
-class OrderForm(PostedForm):
-    quantity = IntegerField(
-        "Quantity",
-        default=1,
-        validators=[InputRequired(), NumberRange(min=1, max=100)],
-        render_kw={"inputmode": "numeric"},
-    )
-
-
 class SearchForm(FlaskForm):
     """A form that changes nothing, so it comes by GET and needs no token."""
 
@@ -328,77 +321,12 @@ def row_id(text: str) -> int:
     return number
 
 
-# ---- The shop
+# ---- The home page
 
 
-@shop.get("/")
+@pages.get("/")
 def home() -> ResponseReturnValue:
     return render_template("home.html")
-
-
-@shop.get("/books")
-def catalogue() -> ResponseReturnValue:
-    form = SearchForm(request.args)
-    page = find_books(form.q.data) if form.validate() else NOTHING
-    return render_template("catalogue.html", form=form, page=page)
-
-
-def find_books(text: str | None) -> Page:
-    """Return the books whose title or author contains `text`."""
-    query = select(Book)
-    if text:
-        query = query.where(
-            or_(Book.title.icontains(text, autoescape=True), Book.author.icontains(text, autoescape=True))
-        )
-    return newest_first(query, Book.id)
-
-
-@shop.get("/books/<id:book_id>")
-def book(book_id: int) -> ResponseReturnValue:
-    return book_page(book_id, OrderForm())
-
-
-# The form posts to the book's own address, so that a visitor who logs in first comes back to the book.
-@shop.post("/books/<id:book_id>")
-@login_required
-def order(book_id: int) -> ResponseReturnValue:
-    form = OrderForm()
-    if not form.validate():
-        return book_page(book_id, form)
-    if not place_order(current_user.id, book_id, form.quantity.data):
-        return book_page(book_id, form, too_few=True)
-    flash("Thank you, your order is placed. We will confirm it by e-mail.", "success")
-    return redirect(url_for("shop.orders"))
-
-
-def book_page(book_id: int, form: OrderForm, too_few: bool = False) -> ResponseReturnValue:
-    book = db.get_or_404(Book, book_id)
-    if too_few:
-        form.quantity.errors = [not_enough(book)]
-    return render_template("book.html", book=book, form=form)
-
-
-def not_enough(book: Book) -> str:
-    if book.stock:
-        return f"Only {book.stock} left: please order fewer."
-    return "Sorry, this book has just been sold out."
-
-
-def place_order(user_id: int, book_id: int, quantity: int) -> bool:
-    """Write the order and the message that settles it, in one transaction. Return False if the stock is too small."""
-    order_id = svcs.flask.get(OrderRepository).place(user_id, book_id, quantity)
-    if order_id is None:
-        return False
-    current_workers.enqueue("orders", {"order": order_id})
-    db.session.commit()
-    return True
-
-
-@shop.get("/orders")
-@login_required
-def orders() -> ResponseReturnValue:
-    own = select(Order).where(Order.user_id == current_user.id).options(joinedload(Order.book))
-    return render_template("orders.html", page=newest_first(own, Order.id))
 
 
 # ---- The account
@@ -479,7 +407,7 @@ def user_with(email: str, password: str) -> User | None:
 def next_page() -> str:
     """Return the visitor's target if it is a page of ours, otherwise the home page."""
     target = request.args.get("next", "")
-    return target if is_own_path(target) else url_for("shop.home")
+    return target if is_own_path(target) else url_for("pages.home")
 
 
 @account.post("/logout")
@@ -487,7 +415,7 @@ def logout() -> ResponseReturnValue:
     logout_user()
     session.clear()
     flash("You have been logged out.", "info")
-    return redirect(url_for("shop.home"))
+    return redirect(url_for("pages.home"))
 
 
 @account.route("/account", methods=["GET", "POST"])
@@ -646,29 +574,6 @@ def audit() -> ResponseReturnValue:
     return render_template("audit.html", page=page)
 
 
-# ---- JSON
-
-
-@api.get("/books")
-def books_json() -> ResponseReturnValue:
-    form = SearchForm(request.args)
-    if not form.validate():
-        abort(400, f"q: {form.q.errors[0]}")
-    page = find_books(form.q.data)
-    following = page.following and url_for("api.books_json", q=form.q.data, after=page.following)
-    return jsonify(books=[book_as_json(book) for book in page.rows], next=following)
-
-
-@api.get("/books/<id:book_id>")
-def book_json(book_id: int) -> ResponseReturnValue:
-    return jsonify(book_as_json(db.get_or_404(Book, book_id)))
-
-
-def book_as_json(book: Book) -> dict[str, Any]:
-    names = ("id", "title", "author", "isbn", "description", "price_cents", "stock")
-    return {name: getattr(book, name) for name in names}
-
-
 # ---- Errors
 
 ERROR_SENTENCES = {
@@ -699,7 +604,7 @@ def show_error(error: HTTPException) -> Response:
     if isinstance(error, RateLimitExceeded) and limiter.current_limit is not None:
         seconds = max(1, ceil(limiter.current_limit.reset_at - time.time()))
         sentence, response.headers["Retry-After"] = too_often(seconds), str(seconds)
-    if request.path.startswith(f"{api.url_prefix}/"):
+    if request.path.startswith(f"{JSON}/"):
         response.data = jsonify(error=error.name, message=error.description).data
         response.content_type = "application/json"
     else:

@@ -2,7 +2,6 @@
 
 import shutil
 import time
-from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from sqlalchemy import ScalarSelect, delete, func, select
 from background import Message, MessageWorker, PeriodicWorker, WorkerContext, current_workers
 from background.database.tables import is_in
 from mail import MAILS, SENT_ONCE, Mailer
-from models import HealthSample, OrderRepository, UserRepository
+from models import HealthSample, UserRepository
 
 
 class PassiveUserCheckerWorker(PeriodicWorker):
@@ -34,18 +33,6 @@ class PassiveUserCheckerWorker(PeriodicWorker):
         count = users.update_inactive_user_statuses(cutoff, after_slice)
         context.logger.info("Set %s users to passive.", f"{count:,}")
         context.logger.info("Completed: Setting status of inactive users...")
-
-
-class OrderWorker(MessageWorker):
-    """Take the books of the placed orders from the stock, once for each order, and mail the customers."""
-
-    topic = "orders"
-
-    def handle_many(self, messages: Sequence[Message], context: WorkerContext) -> None:
-        orders = sorted({message.payload["order"] for message in messages})
-        # Each order is settled once, so each customer gets one mail.
-        settled = context.services.get(OrderRepository).settle(orders)
-        current_workers.enqueue_many("mail", [{"order": order_id} for order_id in settled])
 
 
 class MailWorker(MessageWorker):

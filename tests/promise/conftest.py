@@ -5,7 +5,6 @@ from support.shop import (  # noqa: F401 - fixtures
     compiled_templates,
     engine,
     login,
-    make_book,
     make_user,
     outbox,
     template_postgresql,

@@ -61,10 +61,10 @@ EMBEDDED = """
 
 
 def test_check_on_the_embedded_default_makes_no_database(tmp_path: Path, command: Command) -> None:
-    (tmp_path / "shop.py").write_text(textwrap.dedent(EMBEDDED))
+    (tmp_path / "embedded.py").write_text(textwrap.dedent(EMBEDDED))
     instance = tmp_path / "instance"
     instance.mkdir()
-    result = command("check", FLASK_APP="shop", PYTHONPATH=f"{ROOT}{os.pathsep}{tmp_path}", INSTANCE=str(instance))
+    result = command("check", FLASK_APP="embedded", PYTHONPATH=f"{ROOT}{os.pathsep}{tmp_path}", INSTANCE=str(instance))
     assert result.returncode == 1
     assert result.stderr.count("\n") == 1
     assert "does not exist. Make it with `flask run`." in result.stderr

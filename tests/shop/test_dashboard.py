@@ -39,7 +39,7 @@ def test_only_admins_see_and_control_the_workers(app, client, make_user, login):
     login(client, make_user())
     for path, method in requests:
         assert client.open(path, method=method).status_code == 403, path
-    assert "/workers/" not in page(client, "/books")
+    assert "/workers/" not in page(client, "/account")
 
 
 @on_sqlite

@@ -26,7 +26,12 @@ import demo
 from app import create_app
 from background import BackgroundWorkerManager, MessageWorker, PeriodicWorker
 from background.database.tables import executions, instances, message_errors, messages
-from models import AuditEntry, Book, Order, User, db
+from models import AuditEntry, User, db
+
+try:
+    from tests.books import rows as books
+except ImportError:  # an application without the shop
+    books = None  # type: ignore[assignment]
 
 pytestmark = pytest.mark.fuzz
 
@@ -67,14 +72,14 @@ def app(database_url, tmp_path) -> Iterator[Flask]:
 def fill(manager: BackgroundWorkerManager) -> None:
     manager.tick("babble", manager.history.clock())
     manager.trigger("babble")
-    db.session.add(Book(title=EVIL[:200], author=EVIL[:200], description=EVIL, price_cents=1, stock=10**9))
     for name, is_admin in (("customer", False), ("admin", True)):
         db.session.add(User(email=f"{name}@example.com", name=EVIL[:120], is_admin=is_admin, password_hash="!"))
     db.session.flush()
     at = datetime.now(UTC)
     for user in db.session.scalars(select(User)).all():
-        db.session.add(Order(user_id=user.id, book_id=1, quantity=1, price_cents=1))
         db.session.add(AuditEntry(user_id=user.id, action=EVIL[:100], details=EVIL, address=EVIL[:45]))
+    if books:
+        books.add_book(EVIL)
     for state in ("dead", "waiting", "running", "done"):
         manager.enqueue("prattle", {EVIL: [EVIL]}, key=f"{state}{MARKUP[1]}")
         newest = select(messages.c.id).order_by(messages.c.id.desc()).limit(1).scalar_subquery()
@@ -103,10 +108,12 @@ def visitors(app) -> Visitors:
 
 def test_no_stored_text_appears_as_markup(visitors):
     there = {name: visitors.endpoints(name) for name in ("", "customer", "admin")}
-    assert {"account.profile", "shop.orders"} <= there["customer"] - there[""]
+    assert "account.profile" in there["customer"] - there[""]
+    assert not books or "shop.orders" in there["customer"] - there[""]
     assert {"admin.users", "background.overview"} <= there["admin"] - there["customer"]
     shown = {visitors.learn(path) for path, page in visitors.look_around("admin").items() if MARK in page}
-    assert shown >= {"shop.book", "shop.orders", "account.profile", "admin.users", "admin.audit"}
+    assert shown >= {"account.profile", "admin.users", "admin.audit"}
+    assert not books or shown >= {"shop.book", "shop.orders"}
     assert shown >= {f"background.{name}" for name in ("worker", "execution", "timeline", "instances", "message")}
 
 

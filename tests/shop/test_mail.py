@@ -28,7 +28,7 @@ from background import BackgroundWorkerManager, current_workers
 from background.database.tables import message_errors, messages
 from background.runs.batch import _LONGEST_PAUSE_SECONDS
 from mail import MAILS, Mailer, MailNotSent
-from models import Book, Order, User, db
+from models import User, db
 from workers import MailWorker
 
 AT = datetime(2026, 11, 21, 3, 30, tzinfo=UTC)
@@ -302,27 +302,13 @@ def test_a_mail_that_several_processes_keep_at_once_is_one_complete_file(tmp_pat
 
 
 @pytest.fixture
-def make_order(app: Flask, make_user: Callable[..., User]) -> Callable[..., int]:
-    def make(name: str = "Nat", status: str = "confirmed", title: str = "Middlemarch") -> int:
-        user = make_user(email="nat@example.com", name=name)
-        with app.app_context():
-            book = Book(title=title, author="George Eliot", price_cents=1250, stock=5)
-            order = Order(user_id=user.id, book=book, quantity=2, price_cents=1250, status=status)
-            db.session.add(order)
-            db.session.commit()
-            return order.id
+def mail_about(app: Flask, manager: BackgroundWorkerManager) -> Callable[..., int]:
+    """Enqueue the mail about a user, or of another kind, and have it sent by the workers."""
 
-    return make
-
-
-@pytest.fixture
-def mail_about(app: Flask, manager: BackgroundWorkerManager) -> Callable[[int], int]:
-    """Enqueue the mail about an order, and have it sent by the workers."""
-
-    def enqueue(order_id: int) -> int:
+    def enqueue(row_id: int, kind: str = "welcome") -> int:
         manager.start()
         with app.app_context():
-            message_id = current_workers.enqueue("mail", {"order": order_id})
+            message_id = current_workers.enqueue("mail", {kind: row_id})
             db.session.commit()
         assert message_id is not None
         return message_id
@@ -349,65 +335,36 @@ def errors(app: Flask) -> list[str]:
         return list(db.session.scalars(select(message_errors.c.error).order_by(message_errors.c.id)))
 
 
-def test_the_customer_gets_a_mail_about_the_confirmed_order(
-    app: Flask, server: MailServer, make_order: Callable[..., int], mail_about: Callable[[int], int]
-) -> None:
-    mail_through(app, server.url())
-    order_id = make_order(title="Ñandú & <b>\nBcc: all@example.com\n.\n")
-    message_id = mail_about(order_id)
-    wait_until(lambda: states(app) == ["done"])
-    [mail] = server.mails
-    assert server.recipients == [["nat@example.com"]]
-    assert mail["Subject"] == f"Your order {order_id}: confirmed"
-    assert mail["Message-ID"].startswith(f"<mail.{message_id}.")
-    assert mail["Bcc"] is None
-    text = text_of(mail)
-    assert text.startswith("Hello,\n\nthank you for your order.")
-    assert "2 x Ñandú & <b>\nBcc: all@example.com\n.\n (George Eliot), €25.00\n" in text
-
-
 @on_sqlite
 def test_no_mail_quotes_a_user(
-    app: Flask, server: MailServer, make_order: Callable[..., int], manager: BackgroundWorkerManager
+    app: Flask, server: MailServer, make_user: Callable[..., User], manager: BackgroundWorkerManager
 ) -> None:
     mail_through(app, server.url())
-    order_id = make_order(name="You have won! https://evil.example/")
+    user = make_user(name="You have won! https://evil.example/")
+    kinds = set(MAILS) - {"order"}  # another test has the mails of the shop
     with app.app_context():
-        user_id = db.session.scalar(select(User.id))
-        for kind in MAILS:
-            payload = {kind: order_id if kind == "order" else user_id, "root": "http://localhost/"}
+        for kind in kinds:
+            payload = {kind: user.id, "root": "http://localhost/"}
             current_workers.enqueue("mail", payload)
         db.session.commit()
     manager.start()
-    wait_until(lambda: len(server.mails) == len(MAILS))
+    wait_until(lambda: len(server.mails) == len(kinds))
     for mail in server.mails:
         assert text_of(mail).startswith("Hello,\n")
         assert "won" not in f"{mail}{text_of(mail)}", mail["Subject"]
 
 
-@on_sqlite
-def test_the_customer_gets_a_mail_about_the_sold_out_book(
-    app: Flask, server: MailServer, make_order: Callable[..., int], mail_about: Callable[[int], int]
-) -> None:
-    mail_through(app, server.url())
-    order_id = make_order(status="sold out")
-    mail_about(order_id)
-    wait_until(lambda: states(app) == ["done"])
-    assert server.mails[0]["Subject"] == f"Your order {order_id}: sold out"
-    assert "You will not be charged" in text_of(server.mails[0])
-
-
 def test_a_mail_is_tried_until_the_server_accepts_it_under_one_id(
     app: Flask,
     server: MailServer,
-    make_order: Callable[..., int],
-    mail_about: Callable[[int], int],
+    make_user: Callable[..., User],
+    mail_about: Callable[..., int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(MailWorker, "backoff", timedelta(milliseconds=5))
     mail_through(app, server.url(), lambda: 0.5 if server.trouble == ["hang"] else 5)
     server.trouble = ["451 4.7.1 Later", "550 5.1.1 No such user", "drop in data", "drop after data", "hang"]
-    mail_about(make_order())
+    mail_about(make_user().id)
     wait_until(lambda: states(app) == ["done"])
     assert len({mail["Message-ID"] for mail in server.mails}) == 1
     assert len(set(server.raw)) == 1
@@ -420,8 +377,8 @@ def test_a_mail_is_tried_until_the_server_accepts_it_under_one_id(
 def test_a_dead_letter_does_not_contain_the_password(
     app: Flask,
     make_server: Callable[..., MailServer],
-    make_order: Callable[..., int],
-    mail_about: Callable[[int], int],
+    make_user: Callable[..., User],
+    mail_about: Callable[..., int],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -430,7 +387,7 @@ def test_a_dead_letter_does_not_contain_the_password(
     monkeypatch.setattr(MailWorker, "max_attempts", 3)
     mail_through(app, server.url(login=LOGIN))
     caplog.set_level(logging.DEBUG)
-    mail_about(make_order())
+    mail_about(make_user().id)
     wait_until(lambda: states(app) == ["dead"])
     assert server.passwords[0] == PASSWORD
     everything = "\n".join([caplog.text, *errors(app)])
@@ -440,35 +397,15 @@ def test_a_dead_letter_does_not_contain_the_password(
 
 
 @on_sqlite
-def test_a_mail_about_a_deleted_order_is_not_sent(
-    app: Flask, server: MailServer, mail_about: Callable[[int], int], caplog: pytest.LogCaptureFixture
+def test_a_mail_about_a_deleted_user_is_not_sent(
+    app: Flask, server: MailServer, mail_about: Callable[..., int], caplog: pytest.LogCaptureFixture
 ) -> None:
     mail_through(app, server.url())
     caplog.set_level(logging.WARNING)
     mail_about(77)
     wait_until(lambda: states(app) == ["done"])
-    assert "Order 77 no longer exists: no mail is sent." in caplog.text
+    assert "Welcome 77 no longer exists: no mail is sent." in caplog.text
     assert server.mails == []
-
-
-@pytest.mark.promise
-@on_sqlite
-def test_a_slow_server_delays_no_order(
-    app: Flask,
-    server: MailServer,
-    make_order: Callable[..., int],
-    mail_about: Callable[[int], int],
-    manager: BackgroundWorkerManager,
-) -> None:
-    """Check that nothing is locked while a mail is being sent, on the database with a single writer."""
-    mail_through(app, server.url(), timeout=lambda: 30)
-    server.trouble = ["hang"]
-    mail_about(make_order())
-    wait_until(lambda: server.mails)
-    with app.app_context():
-        db.session.add(Book(title="Emma", author="Jane Austen", price_cents=900, stock=1))
-        db.session.commit()
-    assert states(app) == ["running"]
 
 
 @pytest.mark.promise

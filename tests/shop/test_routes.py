@@ -12,7 +12,7 @@ from support.databases import on_sqlite
 from support.fleet import at_once, statements
 from support.shop import PASSWORD, PASSWORD_METHOD
 
-from models import Book, Order, User, db
+from models import User, db
 
 # ---- Helpers
 
@@ -40,16 +40,6 @@ def text_of(response) -> str:
 def user_of(app, email: str) -> User | None:
     with app.app_context():
         return db.session.scalar(select(User).where(User.email == email))
-
-
-def stock_of(app, book_id: int) -> int:
-    with app.app_context():
-        return db.session.get_one(Book, book_id).stock
-
-
-def orders_of(app) -> list[Order]:
-    with app.app_context():
-        return list(db.session.scalars(select(Order).order_by(Order.id)))
 
 
 def register(client, **fields):
@@ -206,10 +196,10 @@ def test_logging_in_with_a_nul_is_a_form_error(client):
 @on_sqlite
 def test_logging_in_leads_to_the_requested_page(client, make_user):
     make_user(email="nat@example.com")
-    asked = client.get("/orders?after=7")
+    asked = client.get("/account?from=7")
     assert asked.status_code == 302
     response = client.post(asked.location, data={"email": "nat@example.com", "password": PASSWORD})
-    assert response.location == "/orders?after=7"
+    assert response.location == "/account?from=7"
 
 
 @on_sqlite
@@ -268,146 +258,6 @@ def test_a_name_with_a_nul_is_refused(app, client, reader):
     assert user_of(app, "reader@example.com").name == "Reader"
 
 
-# ---- The catalogue
-
-
-def test_the_catalogue_is_searched_by_title_and_author(client, make_book):
-    make_book(title="Middlemarch", author="George Eliot")
-    make_book(title="Beloved", author="Toni Morrison")
-    make_book(title="100% Wool", author="A_B")
-    for text, titles in {
-        "middle": ["Middlemarch"],
-        "MORRISON": ["Beloved"],
-        "0%": ["100% Wool"],
-        "a_b": ["100% Wool"],
-        "%": ["100% Wool"],
-        " ": ["100% Wool", "Beloved", "Middlemarch"],
-        "nothing": [],
-    }.items():
-        page = client.get("/books", query_string={"q": text})
-        assert re.findall(r'<a href="/books/\d+">([^<]*)</a>', page.text) == titles, text
-
-
-def test_paging_shows_every_book_once_the_newest_first(client, make_book):
-    ids: list[str] = []
-    for number in (0, 19, 20, 21, 45):
-        ids += [str(make_book(title=f"Book {index}")) for index in range(len(ids), number)]
-        assert walk(client, "/books", r'<a href="/books/(\d+)">') == ids[::-1]
-
-
-@on_sqlite
-def test_paging_keeps_the_search(client, make_book):
-    for index in range(50):
-        make_book(title=("Odd & odd" if index % 2 else "Even") + f" {index}")
-    titles = walk(client, "/books?q=odd+%26", r'<a href="/books/\d+">([^<]*)</a>')
-    assert titles == [f"Odd &amp; odd {index}" for index in range(49, 0, -2)]
-
-
-def test_a_search_that_the_database_cannot_handle_is_a_form_error(client, admin):
-    for path in ("/books", "/admin/users"):
-        for query in ("q=%00", "q=" + "x" * 101):
-            page = client.get(f"{path}?{query}")
-            assert page.status_code == 200
-            assert "invalid-feedback" in page.text, query
-
-
-def test_an_invalid_start_is_the_first_page(client, make_book, admin):
-    book_id = make_book()
-    for start in ["x", "-1", "0", "1e3", "9" * 30, "9" * 5000, "%00", "²", "name:", "email:0", "name:²:x"]:
-        assert f'href="/books/{book_id}"' in client.get(f"/books?after={start}").text, start
-        assert client.get(f"/orders?after={start}").status_code == 200, start
-        assert "admin@example.com" in client.get(f"/admin/users?after={start}").text, start
-
-
-def test_a_missing_book_is_not_found(client):
-    for book_id in ["0", "-1", "7", "2147483647", "2147483648", "9" * 30, "x"]:
-        assert client.get(f"/books/{book_id}").status_code == 404, book_id
-        assert client.get(f"/api/books/{book_id}").status_code == 404, book_id
-
-
-# ---- Orders
-
-
-def test_an_order_keeps_the_price_of_its_time_and_is_being_processed(app, client, reader, make_book):
-    book_id = make_book(stock=5, price_cents=1250)
-    assert client.post(f"/books/{book_id}", data={"quantity": "2"}).location == "/orders"
-    [order] = orders_of(app)
-    assert (order.user_id, order.book_id, order.quantity, order.price_cents, order.status) == (
-        reader.id,
-        book_id,
-        2,
-        1250,
-        "received",
-    )
-    text = text_of(client.get("/orders"))
-    assert "Thank you, your order is placed. We will confirm it by e-mail." in text
-    assert re.search(r"Middlemarch 2 €25.00 .* being processed", text)
-
-
-def test_the_orders_page_shows_the_outcome_of_each_order(app, client, reader, make_book):
-    book_id = make_book()
-    with app.app_context():
-        for status in ("received", "placed", "confirmed", "sold out"):
-            db.session.add(Order(user_id=reader.id, book_id=book_id, quantity=1, price_cents=900, status=status))
-        db.session.commit()
-    found = re.findall(r'data-label="Status">([^<]*)<', client.get("/orders").text)
-    assert found == ["sold out", "confirmed", "confirmed", "being processed"]
-
-
-def test_an_order_above_the_stock_is_refused(app, client, reader, make_book):
-    book_id = make_book(stock=2)
-    response = client.post(f"/books/{book_id}", data={"quantity": "3"})
-    assert "Only 2 left: please order fewer." in text_of(response)
-    assert stock_of(app, book_id) == 2
-    assert orders_of(app) == []
-
-
-def test_the_page_of_a_sold_out_book_says_so(app, client, reader, make_book):
-    book_id = make_book(stock=0)
-    assert "sold out" in text_of(client.get("/books"))
-    assert 'name="quantity"' not in client.get(f"/books/{book_id}").text
-    response = client.post(f"/books/{book_id}", data={"quantity": "1"})
-    assert "Sorry, this book has just been sold out." in text_of(response)
-    assert orders_of(app) == []
-
-
-@on_sqlite
-def test_a_quantity_is_a_number_from_1_to_100(app, client, reader, make_book):
-    book_id = make_book(stock=500)
-    for quantity in ["", "0", "-1", "101", "1.5", "two", "9" * 30, "9" * 5000, "\0"]:
-        response = client.post(f"/books/{book_id}", data={"quantity": quantity})
-        assert response.status_code == 200
-        assert "invalid-feedback" in response.text, quantity
-    assert stock_of(app, book_id) == 500
-
-
-@on_sqlite
-def test_a_stranger_who_orders_logs_in_and_is_back_at_the_book(app, client, make_user, make_book):
-    book_id = make_book()
-    make_user(email="nat@example.com")
-    response = client.post(f"/books/{book_id}", data={"quantity": "1"})
-    assert orders_of(app) == []
-    response = client.post(response.location, data={"email": "nat@example.com", "password": PASSWORD})
-    assert response.location == f"/books/{book_id}"
-
-
-def test_a_missing_book_cannot_be_ordered(app, client, reader):
-    assert client.post("/books/7", data={"quantity": "1"}).status_code == 404
-    assert orders_of(app) == []
-
-
-def test_my_orders_are_only_mine_the_newest_first(app, client, reader, make_user, make_book):
-    other = make_user(email="other@example.com")
-    book_id = make_book(stock=100)
-    with app.app_context():
-        for index in range(45):
-            for user, price in ((reader, 100 + index), (other, 900)):
-                db.session.add(Order(user_id=user.id, book_id=book_id, quantity=1, price_cents=price))
-        db.session.commit()
-    totals = walk(client, "/orders", r"€(\d\.\d\d)")
-    assert totals == [f"{(100 + index) / 100:.2f}" for index in range(44, -1, -1)]
-
-
 # ---- The admin's users
 
 
@@ -446,40 +296,16 @@ def test_paging_shows_every_user_once(client, admin, make_user):
         assert sorted(emails) == [f"u{index:02}" for index in range(45)], query
 
 
-# ---- JSON
+def test_a_search_that_the_database_cannot_handle_is_a_form_error(client, admin):
+    for query in ("q=%00", "q=" + "x" * 101):
+        page = client.get(f"/admin/users?{query}")
+        assert page.status_code == 200
+        assert "invalid-feedback" in page.text, query
 
 
-def test_the_books_are_available_as_json_page_by_page(client, make_book):
-    ids = [make_book(title=f"Book {index}") for index in range(45)]
-    found, path = [], "/api/books?q=book"
-    while path:
-        answer = client.get(path).json
-        found += [book["id"] for book in answer["books"]]
-        path = answer["next"]
-    assert found == ids[::-1]
-
-
-@on_sqlite
-def test_a_book_is_available_as_json(client, make_book):
-    book_id = make_book(description="Long.", isbn="9780141439549")
-    assert client.get(f"/api/books/{book_id}").json == {
-        "id": book_id,
-        "title": "Middlemarch",
-        "author": "George Eliot",
-        "isbn": "9780141439549",
-        "description": "Long.",
-        "price_cents": 1250,
-        "stock": 5,
-    }
-
-
-@on_sqlite
-def test_an_error_below_api_is_json(client):
-    missing = client.get("/api/books/7")
-    assert (missing.status_code, missing.json["error"]) == (404, "Not Found")
-    wrong = client.get("/api/books?q=%00")
-    assert (wrong.status_code, wrong.json["message"]) == (400, "q: Please leave out control characters.")
-    assert set(client.post("/api/books").allow) == {"GET", "HEAD", "OPTIONS"}
+def test_an_invalid_start_is_the_first_page(client, admin):
+    for start in ["x", "-1", "0", "1e3", "9" * 30, "9" * 5000, "%00", "²", "name:", "email:0", "name:²:x"]:
+        assert "admin@example.com" in client.get(f"/admin/users?after={start}").text, start
 
 
 # ---- Errors, and rules for every page
@@ -508,47 +334,48 @@ def test_a_server_error_has_a_page_even_without_a_database(app, client, reader):
     app.config["PROPAGATE_EXCEPTIONS"] = False
     with app.app_context():
         db.drop_all()
-    response = client.get("/orders")
+    response = client.get("/account")
     assert response.status_code == 500
     assert "Something went wrong on our side, and the error is in the log." in text_of(response)
 
 
 PAGES = [
-    *("/", "/books", "/books/1", "/login", "/register", "/account", "/account/password", "/account/reset/x", "/orders"),
+    *("/", "/login", "/register", "/account", "/account/password", "/account/reset/x"),
     *("/admin/users", "/admin/audit", "/nowhere"),
 ]
 
 
 @on_sqlite
-def test_no_page_has_an_inline_script_or_style_or_a_foreign_address(client, admin, make_book):
-    assert make_book() == 1
+def test_no_page_has_an_inline_script_or_style_or_a_foreign_address(client, admin):
     for path in PAGES:
-        html = client.get(path).text
-        assert not re.search(r"<script|<style|\sstyle=|\son\w+=|javascript:", html), path
-        assert not re.search(r"""(src|href|action)=["'](https?:)?//""", html), path
+        assert_own(client.get(path).text, path)
 
 
-def test_a_page_costs_as_many_queries_for_many_rows_as_for_one(app, client, admin, make_user, make_book):
-    def queries(path):
-        with statements(Engine) as asked:
-            assert client.get(path).status_code == 200
-        return len(asked)
+def assert_own(html: str, path: str) -> None:
+    assert not re.search(r"<script|<style|\sstyle=|\son\w+=|javascript:", html), path
+    assert not re.search(r"""(src|href|action)=["'](https?:)?//""", html), path
 
-    def add_an_order_of_a_new_book(index):
-        book_id = make_book(title=f"Book {index}")
+
+def test_a_page_costs_as_many_queries_for_many_rows_as_for_one(client, admin, make_user):
+    def make_an_admin(index):
         user = make_user(email=f"u{index}@example.com")
         client.post(f"/admin/users/{user.id}/make-admin")
-        client.post(f"/books/{book_id}", data={"quantity": "1"})
 
-    paths = ["/", "/books", "/api/books", "/orders", "/account", "/admin/users", "/admin/users?q=u", "/admin/audit"]
-    add_an_order_of_a_new_book(0)
-    client.get("/orders")
-    with_one_row = {path: queries(path) for path in paths}
+    paths = ["/", "/account", "/admin/users", "/admin/users?q=u", "/admin/audit"]
+    make_an_admin(0)
+    client.get("/account")
+    with_one_row = {path: queries(client, path) for path in paths}
     for index in range(1, 15):
-        add_an_order_of_a_new_book(index)
-    client.get("/orders")
-    assert {path: queries(path) for path in paths} == with_one_row
+        make_an_admin(index)
+    client.get("/account")
+    assert {path: queries(client, path) for path in paths} == with_one_row
     assert max(with_one_row.values()) <= 3
+
+
+def queries(client, path: str) -> int:
+    with statements(Engine) as asked:
+        assert client.get(path).status_code == 200
+    return len(asked)
 
 
 def test_a_session_with_an_impossible_user_is_logged_out(client):

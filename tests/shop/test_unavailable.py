@@ -10,19 +10,23 @@ from typing import Any
 import pytest
 from flask import Flask
 from flask.testing import FlaskClient
-from sqlalchemy import insert
 from support.databases import close, text
 from support.processes import eventually
 from support.servers import PostgreSQL, moved, stopped
 from support.shop import PASSWORD_HASH, migrate, settings
 
 from app import create_app
-from models import Book, User, db
+from models import User, db
+
+try:
+    from tests.books import rows as books
+except ImportError:  # an application without the shop
+    books = None  # type: ignore[assignment]
 
 Away = Callable[[], Any]
 
-SHOP = ("/books", "/books/1", "/orders", "/account", "/admin/users", "/admin/audit")
-API = ("/api/books", "/api/books/1")
+PAGES = ("/account", "/admin/users", "/admin/audit", *(books.PAGES if books else ()))
+API = books.JSON if books else ()
 DASHBOARD = ("/workers/", "/workers/timeline", "/workers/instances", "/workers/messages", "/workers/messages/1")
 
 
@@ -46,7 +50,7 @@ def database(request: pytest.FixtureRequest) -> tuple[str, Away]:
 
 @pytest.fixture
 def shop(database: tuple[str, Away]) -> Iterator[tuple[Flask, Away]]:
-    """Give the shop with one book, and a block in which its database is away."""
+    """Give the application, and a block in which its database is away."""
     app = create_app(settings(database[0], TESTING=False))
 
     @contextmanager
@@ -59,7 +63,8 @@ def shop(database: tuple[str, Away]) -> Iterator[tuple[Flask, Away]]:
             yield
 
     with app.app_context():
-        db.session.execute(insert(Book).values(title="Emma", author="Jane Austen", price_cents=900, stock=3))
+        if books:
+            books.add_book()
         columns = {"email": "admin@example.org", "name": "A", "password_hash": PASSWORD_HASH, "is_admin": True}
         db.session.add(User(**columns, created_at=datetime.now(UTC)))
         db.session.commit()
@@ -80,12 +85,12 @@ def test_every_page_is_a_503_with_one_line_in_the_log_and_works_again_afterwards
     shop: tuple[Flask, Away], admin: FlaskClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     _, away = shop
-    usual = {path: admin.get(path).status_code for path in (*SHOP, *API, *DASHBOARD)}
+    usual = {path: admin.get(path).status_code for path in (*PAGES, *API, *DASHBOARD)}
     assert set(usual.values()) == {200, 404}
     with away():
         for path in usual:
             is_away(caplog, admin, "GET", path)
-        for path in ("/books/1", "/login", "/account", "/workers/worker/mail_worker/pause", "/workers/messages/retry"):
+        for path in (*PAGES[4:5], "/login", "/account", "/workers/worker/mail_worker/pause", "/workers/messages/retry"):
             is_away(caplog, admin, "POST", path)
         assert admin.get("/").status_code == 503  # this page names the user
         with admin.get("/static/style.css") as response:

@@ -1,4 +1,4 @@
-"""Helpers and fixtures of the tests that use the shop itself: its application, its schema, its users and books."""
+"""Helpers and fixtures of the tests that use the application itself: its schema and its users."""
 
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -21,7 +21,7 @@ from background import BackgroundWorkerManager
 from background.worker import AnyWorker
 from mail import Mailer
 from migrations import schema
-from models import Book, User, db
+from models import User, db
 
 PASSWORD = "correct horse battery staple"
 PASSWORD_METHOD = User.password_method
@@ -67,10 +67,11 @@ def migrate(database_url: str) -> None:
 @pytest.fixture(scope="session")
 def template_postgresql(postgresql_server: URL) -> str:
     """Give the name of a database with the shop's schema. Each test gets a copy."""
-    administer(postgresql_server, "CREATE DATABASE migrated")
-    migrate(text(postgresql_server.set(database="migrated")))
+    name = f"migrated_{next(_numbers)}"  # each folder of tests that imports this fixture has its own
+    administer(postgresql_server, f"CREATE DATABASE {name}")
+    migrate(text(postgresql_server.set(database=name)))
     freeze()
-    return "migrated"
+    return name
 
 
 @pytest.fixture(scope="session")
@@ -121,21 +122,6 @@ def make_user(app: Flask) -> Callable[..., User]:
             db.session.refresh(user)
             db.session.expunge(user)
         return user
-
-    return make
-
-
-@pytest.fixture
-def make_book(app: Flask) -> Callable[..., int]:
-    """Make and commit a book with the given columns. Return its id."""
-
-    def make(**columns: Any) -> int:
-        usual = {"title": "Middlemarch", "author": "George Eliot", "price_cents": 1250, "stock": 5}
-        with app.app_context():
-            book = Book(**usual | columns)
-            db.session.add(book)
-            db.session.commit()
-            return book.id
 
     return make
 

@@ -1,0 +1,94 @@
+"""The mails about orders reach a real server, and hold up no other order."""
+
+from collections.abc import Callable
+
+import pytest
+from flask import Flask
+from support.databases import on_sqlite
+from support.fleet import wait_until
+from support.mail_server import MailServer
+
+from background import BackgroundWorkerManager
+from models import Book, Order, User, db
+from tests.shop.test_mail import (  # noqa: F401 - some are fixtures
+    mail_about,
+    mail_through,
+    make_server,
+    server,
+    states,
+    text_of,
+)
+
+
+@pytest.fixture
+def make_order(app: Flask, make_user: Callable[..., User]) -> Callable[..., int]:
+    def make(name: str = "Nat", status: str = "confirmed", title: str = "Middlemarch") -> int:
+        user = make_user(email="nat@example.com", name=name)
+        with app.app_context():
+            book = Book(title=title, author="George Eliot", price_cents=1250, stock=5)
+            order = Order(user_id=user.id, book=book, quantity=2, price_cents=1250, status=status)
+            db.session.add(order)
+            db.session.commit()
+            return order.id
+
+    return make
+
+
+def test_the_customer_gets_a_mail_about_the_confirmed_order(
+    app: Flask, server: MailServer, make_order: Callable[..., int], mail_about: Callable[..., int]
+) -> None:
+    mail_through(app, server.url())
+    order_id = make_order(title="Ñandú & <b>\nBcc: all@example.com\n.\n")
+    message_id = mail_about(order_id, "order")
+    wait_until(lambda: states(app) == ["done"])
+    [mail] = server.mails
+    assert server.recipients == [["nat@example.com"]]
+    assert mail["Subject"] == f"Your order {order_id}: confirmed"
+    assert mail["Message-ID"].startswith(f"<mail.{message_id}.")
+    assert mail["Bcc"] is None
+    text = text_of(mail)
+    assert text.startswith("Hello,\n\nthank you for your order.")
+    assert "2 x Ñandú & <b>\nBcc: all@example.com\n.\n (George Eliot), €25.00\n" in text
+
+
+@on_sqlite
+def test_the_customer_gets_a_mail_about_the_sold_out_book(
+    app: Flask, server: MailServer, make_order: Callable[..., int], mail_about: Callable[..., int]
+) -> None:
+    mail_through(app, server.url())
+    order_id = make_order(status="sold out")
+    mail_about(order_id, "order")
+    wait_until(lambda: states(app) == ["done"])
+    assert server.mails[0]["Subject"] == f"Your order {order_id}: sold out"
+    assert "You will not be charged" in text_of(server.mails[0])
+
+
+@pytest.mark.promise
+@on_sqlite
+def test_a_slow_server_delays_no_order(
+    app: Flask,
+    server: MailServer,
+    make_order: Callable[..., int],
+    mail_about: Callable[..., int],
+    manager: BackgroundWorkerManager,
+) -> None:
+    """Check that nothing is locked while a mail is being sent, on the database with a single writer."""
+    mail_through(app, server.url(), timeout=lambda: 30)
+    server.trouble = ["hang"]
+    mail_about(make_order(), "order")
+    wait_until(lambda: server.mails)
+    with app.app_context():
+        db.session.add(Book(title="Emma", author="Jane Austen", price_cents=900, stock=1))
+        db.session.commit()
+    assert states(app) == ["running"]
+
+
+@on_sqlite
+def test_no_mail_about_an_order_says_what_a_user_typed(
+    app: Flask, server: MailServer, make_order: Callable[..., int], mail_about: Callable[..., int]
+) -> None:
+    mail_through(app, server.url())
+    mail_about(make_order(name="You have won! https://evil.example/"), "order")
+    wait_until(lambda: server.mails)
+    assert text_of(server.mails[0]).startswith("Hello,\n")
+    assert "won" not in f"{server.mails[0]}{text_of(server.mails[0])}"
