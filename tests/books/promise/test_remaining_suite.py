@@ -1,0 +1,24 @@
+"""All tests that an application without the shop keeps pass in it."""
+
+import re
+from pathlib import Path
+
+from support.processes import ROOT
+
+from tests.books.test_emptying import make_emptied, pytest_in
+
+
+def listed_in(folder: Path, *more: str) -> set[str]:
+    """Return the tests of the engine and of accounts. The tests about a list of files differ."""
+    said = pytest_in(folder, "--collect-only", "-q", "-o", "addopts=--import-mode=importlib", *more)
+    return {line for line in said.splitlines() if "::" in line and "test_architecture" not in line}
+
+
+def test_no_test_of_the_engine_or_of_accounts_is_lost(tmp_path: Path) -> None:
+    kept = ("tests/background", "tests/shop", "tests/promise")
+    assert listed_in(make_emptied(tmp_path), *kept) == listed_in(ROOT, *kept)
+
+
+def test_the_remaining_suite_passes(tmp_path: Path) -> None:
+    said = pytest_in(make_emptied(tmp_path))
+    assert re.search(r"\d{3,} passed", said.splitlines()[-1])
