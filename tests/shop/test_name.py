@@ -16,7 +16,7 @@ from mail import welcome
 from models import User, db
 
 PRODUCT = (".py", ".html", ".txt", ".css", ".js", ".mako", ".ini", ".toml", ".yml")
-APART = re.compile(r"(tests|benchmarks|docs)/")
+APART = re.compile(r"(tests|benchmarks|docs|deploy)/")
 
 
 def files() -> list[Path]:
