@@ -17,7 +17,7 @@ from sqlalchemy.exc import IntegrityError
 from werkzeug.security import generate_password_hash
 
 from background.errors import DatabaseNotReady, InvalidConfig
-from config import address
+from config import address, may_serve
 from migrations import schema
 from models import User
 
@@ -140,7 +140,7 @@ def ensure_ready() -> None:
         open_shop(connection)
 
     schema.ensure_ready(fill)
-    if current_app.config["DATABASE_IS_EMBEDDED"] and not is_new:
+    if current_app.config["DATABASE_IS_EMBEDDED"] and not is_new and may_serve():
         log.info("The first start showed the admin's password; `flask reset-password %s` makes a new one", ADMIN)
 
 

@@ -1,7 +1,7 @@
 """Checks of a worker class: the names of its attributes, the parameters of its methods, and its constructor."""
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from difflib import get_close_matches
 from functools import partial
 from types import CodeType, FunctionType
@@ -33,6 +33,15 @@ def refuse_misspelled(cls: type, base: type) -> None:
                 f"{cls.__name__} has an attribute {name!r}, which the engine does not know. Did you mean {meant!r}? "
                 "If the attribute is your own, give it a name that is less similar."
             )
+
+
+def refuse_misplaced(cls: type, base: type, misplaced: Collection[str], expected: str) -> None:
+    """Raise InvalidWorker for an attribute of the other kind of worker, unless the methods of the class use it."""
+    own = [each for each in cls.__mro__ if each not in base.__mro__]
+    declared = {name for each in own for name in vars(each)}
+    for name in sorted(declared & set(misplaced) - _used(own)):
+        other, this = ("PeriodicWorker", "MessageWorker")[:: -1 if base.__name__ == "PeriodicWorker" else 1]
+        raise InvalidWorker(f"{cls.__name__}.{name} is for a {other} only; expected {expected} on a {this}: remove it.")
 
 
 def _meant(name: str, known: set[str]) -> str | None:

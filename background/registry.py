@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 from datetime import datetime, timedelta
 
-from .declarations import check_constructor, check_method, refuse_misspelled
+from .declarations import check_constructor, check_method, refuse_misplaced, refuse_misspelled
 from .errors import DuplicateWorker, InvalidWorker, UnknownTopic, UnknownWorker
 from .ledger.claim import WorkerState
 from .schedule.parsing import make_schedule
@@ -98,6 +98,7 @@ def declared_schedule(cls: type[PeriodicWorker]) -> Schedule:
             "write workers.add(MyWorker), without parentheses behind the class."
         )
     refuse_misspelled(cls, PeriodicWorker)
+    refuse_misplaced(cls, PeriodicWorker, _OF_MESSAGES, "period or cron, max_attempts, on_lost and timeout")
     _check_class(cls, "do_work(self, context)", cls.do_work is PeriodicWorker.do_work)
     check_method(cls, "do_work", "context")
     schedule = make_schedule(cls.name, cls.period, cls.cron, cls.timezone)
@@ -125,11 +126,7 @@ def declared_topic(cls: type[MessageWorker]) -> str:
         check_method(cls, name, "message" if name == "handle" else "messages", "context")
     if len(handlers) == 2:
         raise InvalidWorker(f"{cls.__name__} has both handle and handle_many; expected one of them: remove the other.")
-    if misplaced := sorted(_OF_TICKS & set(dir(cls))):
-        raise InvalidWorker(
-            f"{cls.__name__}.{misplaced[0]} is for a PeriodicWorker only; expected topic, batch_size, max_attempts, "
-            f"backoff and concurrency on a MessageWorker: remove it."
-        )
+    refuse_misplaced(cls, MessageWorker, _OF_TICKS, "topic, batch_size, max_attempts, backoff and concurrency")
     _check_attributes(
         cls,
         ("topic", _NAME, _is_name(cls.topic)),
@@ -143,6 +140,7 @@ def declared_topic(cls: type[MessageWorker]) -> str:
 
 MOST_ATTEMPTS, MOST_AT_ONCE, MOST_CONCURRENCY = 1_000_000, 10_000, 1_000
 _OF_TICKS = {"period", "cron", "timeout", "on_lost", "catch_up", "run_on_first_start", "jitter", "enabled"}
+_OF_MESSAGES = {"topic", "backoff", "concurrency", "handle", "handle_many"}
 _NAME = "1 to 100 letters, digits, '_', '-' or '.'"
 
 

@@ -179,7 +179,7 @@ def reaching(url: URL) -> Iterator[None]:
 def _why_not(url: URL, error: DBAPIError) -> str:
     reason = (str(error.orig).strip() or "no reason given").splitlines()[0]
     if url.password:
-        reason = reason.replace(str(url.password), "***")
+        reason = reason.replace(f":{url.password}@", ":***@")
     if url.get_backend_name() == "sqlite":
         folder = Path(str(url.database)).parent
         if not folder.is_dir():
@@ -197,7 +197,7 @@ def _why_not(url: URL, error: DBAPIError) -> str:
         )
     return (
         f"The database {_shown(url)} cannot be reached ({reason}). "
-        f"Start its server or correct DATABASE_URL; `flask db current` tries again."
+        f"Start its server or correct DATABASE_URL, and try again."
     )
 
 

@@ -35,6 +35,9 @@ TURN_SECONDS = 10  # longer than any test that depends on the hour
 # The fixtures, parameters and markers of slow tests.
 NOT_QUICK = {"postgresql", "postgresql_server", "server", "nursery", "browser", "fuzz", "promise"}
 
+# The folders whose tests take long: real fleets under faults, and tools that an operator has.
+LONG = ("promise", "deploy")
+
 _numbers = count(1)
 
 gc.disable()  # the imports and the collection make much that stays, and no garbage
@@ -55,12 +58,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests in the folder of the promise. Tests elsewhere that take long have this mark as a decorator.
+    """Mark the tests in the folders that take long. Tests elsewhere that take long have this mark as a decorator.
 
     Mark as quick the tests without PostgreSQL, a nursery, a browser and bad input.
     """
     for item in items:
-        if item.path.parent.name == "promise":
+        if item.path.parent.name in LONG:
             item.add_marker("promise")
         parameters = getattr(getattr(item, "callspec", None), "params", {}).values()
         needs = {each for each in parameters if isinstance(each, str)} | {each.name for each in item.iter_markers()}

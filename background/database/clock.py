@@ -29,7 +29,7 @@ class UtcDateTime(TypeDecorator[datetime]):
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> Any:
         if value is None:
             return None
-        if value.tzinfo is None:
+        if not isinstance(value, datetime) or value.tzinfo is None:
             raise ValueError(
                 f"{value!r} has no time zone; expected an aware datetime: write datetime.now(UTC) or add tzinfo=UTC."
             )

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import date, datetime, timedelta
 from math import inf
 from typing import Any
 from uuid import uuid4
@@ -158,4 +158,4 @@ def _shown(columns: Any) -> str:
 
 
 def _value(value: object) -> str:
-    return shortened(repr(value), _LONGEST_VALUE)
+    return value.isoformat() if isinstance(value, date) else shortened(repr(value), _LONGEST_VALUE)

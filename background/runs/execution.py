@@ -20,6 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from ..context import WorkerContext
+from ..database.dialects.error_codes import is_undefined
 from ..database.outages import is_cut_off, may_pass
 from ..errors import ClaimLost, InvalidWorker, RunStopped, first_line
 from ..host.forks import ended_in_a_fork
@@ -108,6 +109,8 @@ def write_failure(worker: type[PeriodicWorker], context: TickContext, outcome: "
         state = outcome.write("failed", traceback_of(error), error=error)
         if state != "succeeded":
             context.logger.error("Failed at the tick %s", tick, exc_info=error)
+            if is_undefined(error):
+                context.logger.error("The database lacks a table or a column of the models: see `flask workers check`")
     if state == "succeeded":  # the reply to its last commit was lost, or a listener of the commit failed
         context.logger.warning("Succeeded at the tick %s, but afterwards: %s", tick, first_line(error))
         outcome.signal("succeeded")

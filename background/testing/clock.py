@@ -25,6 +25,8 @@ class Clock:
 
     def move(self, by: timedelta) -> None:
         """Move the clock ahead by `by`."""
+        if not isinstance(by, timedelta):
+            raise TypeError(f"The clock was moved by {by!r}; expected a timedelta: write timedelta(hours=1).")
         self.now += by
 
     def __enter__(self) -> "Clock":

@@ -34,8 +34,8 @@ def run_worker(app: Flask, worker: type[PeriodicWorker], at: datetime | None = N
     the tick does not run: because it has run, because the worker is paused or disabled, or because it runs already.
     """
     manager = manager_of(app)
-    if manager.workers.get(worker.name) is not worker:
-        manager.add(worker)
+    if not isinstance(worker, type) or manager.workers.get(worker.name) is not worker:
+        manager.add(worker)  # also refuses anything that is no worker class
     errors: list[BaseException] = []
 
     def note(sender: Flask, claim: Claim, error: BaseException) -> None:

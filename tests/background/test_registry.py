@@ -270,6 +270,25 @@ def test_a_misspelled_attribute_of_a_base_class_is_found(manager: BackgroundWork
         manager.add(type("Other", (worker(max_attemps=5),), {}))
 
 
+@pytest.mark.parametrize("attribute", ["topic", "backoff", "concurrency", "handle", "handle_many"])
+def test_an_attribute_of_message_workers_is_refused_on_a_periodic_worker(
+    manager: BackgroundWorkerManager, attribute: str
+) -> None:
+    with pytest.raises(InvalidWorker, match=f"Sample.{attribute} is for a MessageWorker only; expected period or cron"):
+        manager.add(worker(**{attribute: 5}))
+
+
+def test_an_attribute_that_a_worker_uses_is_its_own(manager: BackgroundWorkerManager) -> None:
+    class Spread(PeriodicWorker):
+        period = HOUR
+        backoff = timedelta(minutes=1)
+
+        def do_work(self, context: WorkerContext) -> None:
+            context.stopping.wait(self.backoff.total_seconds())
+
+    manager.add(Spread)
+
+
 class Busy(Tidy):
     """Has and uses names of its own, and some resemble the engine's."""
 

@@ -51,3 +51,10 @@ def test_a_plain_column_refuses_a_moment_without_a_zone(reminder: type) -> None:
         db.session.commit()
     db.session.rollback()
     assert isinstance(reminder.__table__.c.at.type, UtcDateTime)
+
+
+def test_a_plain_column_refuses_a_text(reminder: type) -> None:
+    db.session.add(reminder(at="2026-03-29"))
+    with pytest.raises(Exception, match="'2026-03-29' has no time zone; expected an aware datetime"):
+        db.session.commit()
+    db.session.rollback()

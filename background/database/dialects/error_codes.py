@@ -12,6 +12,7 @@ _CONNECTION_BROKEN = "08"
 _FEATURE_NOT_SUPPORTED = "0A000"
 _READ_ONLY = "25006"
 _LOGIN_REFUSED = "28"
+_UNDEFINED = ("42P01", "42703")  # a table, a column
 _DATABASE_UNKNOWN = "3D"
 _SERIALIZATION_FAILURE = "40001"
 _OUT_OF_RESOURCES = "53"
@@ -27,6 +28,12 @@ _OF_A_FILE = (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR)
 def is_database_unknown(error: BaseException) -> bool:
     """Return whether PostgreSQL has no database of that name."""
     return _has(error, _DATABASE_UNKNOWN)
+
+
+def is_undefined(error: BaseException) -> bool:
+    """Return whether the database has no such table or column. SQLite has no code for this."""
+    text = str(getattr(error, "orig", None) or error)
+    return _has(error, *_UNDEFINED) or text.startswith(("no such table: ", "no such column: "))
 
 
 def is_lock_unavailable(error: BaseException) -> bool:

@@ -447,3 +447,19 @@ def test_many_payloads_are_enqueued_in_statements_of_a_bounded_size(fleet: Fleet
     assert len(sizes) > 3
     assert max(sizes) < 20_000_000
     assert [json.loads(row.payload) for row in fleet.messages()] == payloads
+
+
+# -- a missing table ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("statement", ["SELECT * FROM reminders", "SELECT note2 FROM effects"])
+def test_a_run_that_needs_a_missing_table_or_column_names_the_command_that_finds_it(
+    fleet: Fleet, caplog: pytest.LogCaptureFixture, statement: str
+) -> None:
+    class Reminding(Hourly):
+        def do_work(self, context: WorkerContext) -> None:
+            context.session.execute(sql(statement))
+
+    assert fleet.manager(Reminding).tick("reminding", last_hour()).state == "failed"
+    hint = "The database lacks a table or a column of the models: see `flask workers check`"
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"][1:] == [hint]

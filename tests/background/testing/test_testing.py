@@ -9,7 +9,7 @@ from sqlalchemy import select
 from support.databases import close, on_sqlite
 from support.fleet import Hourly, db, effect, effects, last_hour, make_app
 
-from background import MessageWorker, RunStopped, UnknownTopic, WorkerContext, current_workers
+from background import InvalidWorker, MessageWorker, RunStopped, UnknownTopic, WorkerContext, current_workers
 from background.testing import (
     Clock,
     TickNotRun,
@@ -134,6 +134,17 @@ def test_the_inner_of_two_clocks_counts(app: Flask) -> None:
 def test_a_clock_refuses_a_moment_without_a_zone(at: object) -> None:
     with pytest.raises(ValueError, match="expected an aware datetime"):
         Clock(at)  # type: ignore[arg-type]
+
+
+def test_a_clock_is_moved_by_a_timedelta_only() -> None:
+    with pytest.raises(TypeError, match=r"moved by 5; expected a timedelta: write timedelta\(hours=1\)"):
+        Clock().move(5)  # type: ignore[arg-type]
+
+
+@on_sqlite
+def test_a_name_instead_of_a_worker_is_refused_in_one_sentence(app: Flask) -> None:
+    with pytest.raises(InvalidWorker, match="'hourly' is not a worker class; expected a subclass of PeriodicWorker"):
+        run_worker(app, "hourly")  # type: ignore[arg-type]
 
 
 # -- messages --------------------------------------------------------------------------------------
