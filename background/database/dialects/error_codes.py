@@ -32,7 +32,7 @@ def is_database_unknown(error: BaseException) -> bool:
 
 def is_undefined(error: BaseException) -> bool:
     """Return whether the database has no such table or column. SQLite has no code for this."""
-    text = str(getattr(error, "orig", None) or error)
+    text = str(error.orig) if isinstance(error, DBAPIError) else ""
     return _has(error, *_UNDEFINED) or text.startswith(("no such table: ", "no such column: "))
 
 
