@@ -37,6 +37,8 @@ NOT_QUICK = {"postgresql", "postgresql_server", "server", "nursery", "browser", 
 
 # The folders whose tests take long: real fleets under faults, and tools that an operator has.
 LONG = ("promise", "deploy")
+# The folders whose tests read pages and commands. Their second run, on PostgreSQL, is left to the long tests.
+READING = ("cli", "dashboard", "history", "monitoring", "shop", "books")
 
 _numbers = count(1)
 
@@ -63,9 +65,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     Mark as quick the tests without PostgreSQL, a nursery, a browser and bad input.
     """
     for item in items:
-        if item.path.parent.name in LONG:
-            item.add_marker("promise")
         parameters = getattr(getattr(item, "callspec", None), "params", {}).values()
+        folder = item.path.parent.name
+        if folder in LONG or (folder in READING and "postgresql" in parameters):
+            item.add_marker("promise")
         needs = {each for each in parameters if isinstance(each, str)} | {each.name for each in item.iter_markers()}
         if not NOT_QUICK & needs.union(getattr(item, "fixturenames", ())):
             item.add_marker("quick")

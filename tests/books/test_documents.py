@@ -231,6 +231,7 @@ def prepared(workers_app):
 """
 
 
+@pytest.mark.promise
 def test_the_examples_of_tests_pass(tmp_path: Path) -> None:
     plugin, run_one = snippet(TESTING, "pytest_plugins"), snippet(TESTING, "PassiveUserCheckerWorker")
     rest = [

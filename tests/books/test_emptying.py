@@ -90,6 +90,7 @@ def test_flask_run_serves_a_page_and_runs_the_worker(emptied: Path) -> None:
         assert "Traceback" not in server.output
 
 
+@pytest.mark.promise
 def test_a_quick_part_of_the_remaining_tests_passes(emptied: Path) -> None:
     paths = [f"tests/shop/test_{name}.py" for name in ("routes", "access", "name")]
     said = pytest_in(emptied, "-m", "quick", "-k", "sqlite or not server", *paths)
