@@ -10,8 +10,8 @@ from flask import Flask
 from sqlalchemy import Engine, insert, select, text
 from support.databases import on_sqlite
 
-from background import BackgroundWorkerManager
 from background.database.tables import messages
+from background.testing import TickNotRun, run_worker
 from models import HealthSample, db
 from workers import SystemHealthWorker, _number_of
 
@@ -23,21 +23,17 @@ def samples(app: Flask) -> list[HealthSample]:
         return list(db.session.scalars(select(HealthSample).order_by(HealthSample.taken_at)))
 
 
-def check_health(manager: BackgroundWorkerManager, at: datetime = MINUTE) -> None:
-    execution = manager.tick(SystemHealthWorker.name, at)
-    assert execution is not None
-    assert execution.state == "succeeded"
+def check_health(app: Flask, at: datetime = MINUTE) -> None:
+    assert run_worker(app, SystemHealthWorker, at).state == "succeeded"
 
 
-def test_a_sample_describes_the_database_the_disk_and_the_queue(
-    app: Flask, manager: BackgroundWorkerManager, engine: Engine
-) -> None:
+def test_a_sample_describes_the_database_the_disk_and_the_queue(app: Flask, engine: Engine) -> None:
     states = {"waiting": 3, "running": 1, "done": 4, "dead": 2}
     with engine.begin() as connection:
         for state, number in states.items():
             row = {"topic": "mail", "payload": "{}", "state": state, "enqueued_at": MINUTE, "due_at": MINUTE}
             connection.execute(insert(messages).values([row] * number))
-    check_health(manager, MINUTE + timedelta(seconds=7))
+    check_health(app, MINUTE + timedelta(seconds=7))
     [sample] = samples(app)
     assert sample.taken_at == MINUTE
     assert 0 < sample.database_ms < 5_000
@@ -45,17 +41,17 @@ def test_a_sample_describes_the_database_the_disk_and_the_queue(
     assert (sample.messages_waiting, sample.messages_dead) == (3, 2)
 
 
-def test_a_minute_has_one_sample_and_old_samples_are_deleted(app: Flask, manager: BackgroundWorkerManager) -> None:
+def test_a_minute_has_one_sample_and_old_samples_are_deleted(app: Flask) -> None:
     app.config["WORKERS_HISTORY_DAYS"] = 2
     for at in (MINUTE - timedelta(days=3), MINUTE - timedelta(days=1), MINUTE):
-        check_health(manager, at)
-    assert manager.tick(SystemHealthWorker.name, MINUTE) is None
+        check_health(app, at)
+    with pytest.raises(TickNotRun, match="succeeded"):
+        run_worker(app, SystemHealthWorker, MINUTE)
     assert [sample.taken_at for sample in samples(app)] == [MINUTE - timedelta(days=1), MINUTE]
 
 
 def test_a_disk_that_is_nearly_full_is_warned_about(
     app: Flask,
-    manager: BackgroundWorkerManager,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -65,15 +61,13 @@ def test_a_disk_that_is_nearly_full_is_warned_about(
         monkeypatch.setattr(shutil, "disk_usage", lambda _path, usage=usage: usage)
         caplog.clear()
         with caplog.at_level(logging.WARNING):
-            check_health(manager, MINUTE + timedelta(minutes=minutes))
+            check_health(app, MINUTE + timedelta(minutes=minutes))
         assert ("The disk is nearly full: 40 MB are free." in caplog.text) is warns
 
 
-def test_a_missing_instance_folder_causes_no_error(
-    app: Flask, manager: BackgroundWorkerManager, tmp_path: Path
-) -> None:
+def test_a_missing_instance_folder_causes_no_error(app: Flask, tmp_path: Path) -> None:
     app.instance_path = str(tmp_path / "not" / "there")
-    check_health(manager)
+    check_health(app)
     assert samples(app)[0].disk_free_bytes > 0
 
 
