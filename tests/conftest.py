@@ -40,6 +40,8 @@ LONG = ("promise", "deploy")
 # The folders whose tests read pages and commands. Their second run, on PostgreSQL, is left to the long tests.
 READING = ("cli", "dashboard", "history", "monitoring", "shop", "books")
 
+USUAL = "not browser and not fuzz"  # the choice in pyproject.toml
+
 _numbers = count(1)
 
 gc.disable()  # the imports and the collection make much that stays, and no garbage
@@ -66,10 +68,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     for item in items:
         parameters = getattr(getattr(item, "callspec", None), "params", {}).values()
-        folder = item.path.parent.name
-        if folder in LONG or (folder in READING and "postgresql" in parameters):
+        folder, marks = item.path.parent.name, {each.name for each in item.iter_markers()}
+        if folder in LONG or (folder in READING and "postgresql" in parameters and not {"browser", "fuzz"} & marks):
             item.add_marker("promise")
-        needs = {each for each in parameters if isinstance(each, str)} | {each.name for each in item.iter_markers()}
+            marks.add("promise")
+        needs = {each for each in parameters if isinstance(each, str)} | marks
         if not NOT_QUICK & needs.union(getattr(item, "fixturenames", ())):
             item.add_marker("quick")
 
@@ -82,9 +85,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     """
     if config.args_source is not pytest.Config.ArgsSource.TESTPATHS:
         return
-    if "promise" not in config.option.markexpr:
-        chosen = config.option.markexpr
-        config.option.markexpr = f"({chosen}) and not promise" if chosen else "not promise"
+    if config.option.markexpr == USUAL:
+        config.option.markexpr = f"{USUAL} and not promise"
     is_undecided = getattr(config.option, "numprocesses", 0) is None and not hasattr(config, "workerinput")
     if is_undecided and not config.option.usepdb:
         config.option.numprocesses = PROCESSES
