@@ -133,8 +133,8 @@ class BackgroundWorkerManager(Lifecycle):
     ) -> bool:
         """Give `name` another schedule in the whole fleet, across restarts.
 
-        Without a schedule, restore the declared schedule. A release that declares another schedule replaces this one.
-        False if the worker has that schedule already.
+        Without a schedule, restore the declared schedule. A release that declares another schedule does not replace
+        this one. False if the worker has that schedule already.
         """
         self._registry.known(name)
         is_declared = period is None and cron is None and timezone is None

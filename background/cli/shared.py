@@ -10,7 +10,7 @@ import click
 from flask.cli import AppGroup, ScriptInfo
 from sqlalchemy.exc import DBAPIError
 
-from ..errors import DatabaseNotReady, first_line, spelled_out
+from ..errors import DatabaseNotReady, UnknownWorker, first_line, spelled_out
 from ..history.text import moment, whole_number
 from ..host import strict_json
 from ..manager import BackgroundWorkerManager, the_manager
@@ -50,6 +50,14 @@ class WrongUsage(click.ClickException):
 
 
 as_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def manager_of(name: str) -> BackgroundWorkerManager:
+    """Return the manager if it has a periodic worker of that name. Raises UnknownWorker."""
+    manager = the_manager()
+    if name not in manager.workers:
+        raise UnknownWorker(name, manager.names, manager.topic_of(name))
+    return manager
 
 
 def checked_manager() -> BackgroundWorkerManager:

@@ -1,4 +1,4 @@
-"""Commands of `flask workers` that only read: list, instances, check, history, why."""
+"""Commands of `flask workers` that only read: list, instances, check, preview, history, why."""
 
 from contextlib import suppress
 from dataclasses import asdict
@@ -15,12 +15,14 @@ from ..history.records import STATES, InstanceRecord, Record
 from ..history.text import EARLIEST, LATEST, ahead, moment, moment_in, progress, second, silent, span, table
 from ..ledger.claim import WorkerState
 from ..manager import BackgroundWorkerManager, the_manager
-from ..registry import schedule_in_force
+from ..registry import declared_schedule, schedule_in_force
+from ..schedule.periods import LAST
 from .shared import (
     WorkersGroup,
     WrongUsage,
     as_json_option,
     checked_manager,
+    manager_of,
     not_ready,
     one_state,
     print_json,
@@ -153,18 +155,17 @@ def check(as_json: bool) -> None:
 
 @workers_cli.command()
 @click.argument("name")
-@click.option("--count", default="20", show_default=True, help="Show so many ticks.")
+@click.option("--count", default="20", show_default=True, help="The number of ticks to show.")
 def preview(name: str, count: str) -> None:
-    """Show the next ticks of NAME, in the worker's own time zone.
+    """Show the next ticks of NAME, by its declared schedule.
 
-    A note marks a tick at which the clocks change.
+    In UTC, and in the schedule's own time zone. A note marks each tick that a change of the clocks affects. A schedule
+    that an admin set on the dashboard is not read: `flask workers list` shows it.
     """
-    manager = the_manager()
-    if name not in manager.workers:
-        raise UnknownWorker(name, manager.names, manager.topic_of(name))
-    schedule, tick, rows = schedule_in_force(manager.workers[name], None), datetime.now(UTC), []
+    schedule, tick, rows = declared_schedule(manager_of(name).workers[name]), datetime.now(UTC), []
     for _ in range(row_limit(count, "--count")):
-        tick = schedule.next(tick)
+        if (tick := schedule.next(tick)) == LAST:
+            break  # the calendar ends
         rows.append([moment(tick), f"{schedule.local(tick):%a %Y-%m-%d %H:%M:%S %Z}", schedule.oddity(tick)])
     click.echo(f"{name} runs {schedule.in_words()}.")
     click.echo(table(("utc", "local", "note"), rows))

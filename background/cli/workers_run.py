@@ -16,7 +16,7 @@ from ..repair.clock_ahead import repaired_text
 from ..runs.dry_run import Change
 from ..runs.dry_run import dry_run as rolled_back
 from ..runs.execution import Execution
-from .shared import WrongUsage, checked_manager, not_ready
+from .shared import WrongUsage, checked_manager, manager_of, not_ready
 from .workers import workers_cli
 
 # -- running -------------------------------------------------------------------------------------
@@ -40,7 +40,7 @@ def run(names: tuple[str, ...], once: bool) -> None:
     if not once:
         _run_until_signal(manager, names)
     elif len(names) == 1:
-        _run_once(_manager_of(names[0]), names[0])
+        _run_once(manager_of(names[0]), names[0])
     else:
         raise WrongUsage("--once expects the name of one worker: write `flask workers run NAME --once`.")
 
@@ -85,7 +85,7 @@ def trigger(name: str, dry_run: bool) -> None:
 
     --dry-run claims nothing and leaves no row in the history. Effects outside the database are not undone.
     """
-    manager = _manager_of(name)
+    manager = manager_of(name)
     _prepare(manager)
     if dry_run:
         store, at = manager.stores.main, manager.history.clock()
@@ -160,7 +160,7 @@ def pause(name: str) -> None:
 
     The pause holds for every instance. A run in progress goes on.
     """
-    manager = _manager_of(name)
+    manager = manager_of(name)
     changed = checked_manager().pause(name)
     state = manager.stores.ledger.look(name)
     since = f", since {second(state.paused_at)}" if state else ""
@@ -171,7 +171,7 @@ def pause(name: str) -> None:
 @click.argument("name")
 def resume(name: str) -> None:
     """Run NAME again, from its next tick on."""
-    manager = _manager_of(name)
+    manager = manager_of(name)
     changed = checked_manager().resume(name)
     state = manager.stores.ledger.look(name)
     following = f"; its next tick is {moment(state.schedule.next(state.clock))}" if state else ""
@@ -202,11 +202,3 @@ def _prepare(manager: BackgroundWorkerManager) -> None:
         manager.prepare()
     except OSError as error:
         raise not_ready(error) from None
-
-
-def _manager_of(name: str) -> BackgroundWorkerManager:
-    """Return the manager if it has a periodic worker of that name. Raises UnknownWorker."""
-    manager = the_manager()
-    if name not in manager.workers:
-        raise UnknownWorker(name, manager.names, manager.topic_of(name))
-    return manager

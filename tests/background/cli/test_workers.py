@@ -778,6 +778,16 @@ def test_a_cron_that_follows_the_clock_is_marked_at_both_of_its_times() -> None:
 
 
 @on_sqlite
+def test_preview_ends_with_the_calendar(app: Flask) -> None:
+    class Leap(Greet):
+        cron, period = "0 0 29 2 *", None
+        timezone = "Europe/Berlin"
+
+    app.extensions["background_workers"].add(Leap)
+    assert "9996-02-29 00:00:00 CET" in _previewed(app, "leap", "--count", "10000")[-1]
+
+
+@on_sqlite
 def test_preview_of_a_period_is_in_utc_and_a_wrong_count_is_one_sentence(flask: Callable[..., Result]) -> None:
     assert flask("preview", "greet").output.splitlines()[0] == "greet runs every 10 minutes."
     refused = flask("preview", "greet", "--count", "none", code=2)
