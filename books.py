@@ -1,4 +1,4 @@
-"""The shop: its pages, JSON, worker, mail and demo books. An application without a shop deletes this file."""
+"""The shop: its pages, JSON, worker, mail and demo books. Delete this file to have an application without a shop."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -23,7 +23,7 @@ api = Blueprint("api", __name__, url_prefix=JSON)
 
 
 def register(app: Flask, workers: BackgroundWorkerManager) -> None:
-    """Give the app the shop. Call this after the application's own pages are there."""
+    """Add the shop to the app. Call this after the application's own pages are registered."""
     svcs.flask.register_factory(app, OrderRepository, lambda: OrderRepository(db.session))
     workers.add(OrderWorker)
     MAILS["order"] = about_order

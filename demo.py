@@ -28,7 +28,7 @@ NO_PASSWORD = "!"  # noqa: S105 - this is not a hash, so no demo user can log in
 MOST_USERS = 100_000_000
 
 CONTENTS: set[Callable[[Connection], None]] = set()
-"""Functions that write further first content, unless it is there."""
+"""Functions that each write more of the first content, unless the database has it already."""
 
 # Name, days since the account was made, days since the last login (None: never).
 USERS = [
@@ -101,7 +101,10 @@ def init_db(admin: str) -> None:
 @click.argument("email")
 @with_appcontext
 def reset_password(email: str) -> None:
-    """Give the user EMAIL a new password, and show it once. The user's sessions end."""
+    """Give the user EMAIL a new password, and show it once.
+
+    The user's sessions end.
+    """
     engine, email, password = _ready_engine(), email.strip().lower(), secrets.token_urlsafe(12)
     password_hash = generate_password_hash(password, User.password_method)
     with engine.begin() as connection:
@@ -128,9 +131,9 @@ def demo(number: str) -> None:
 
 
 def ensure_ready() -> None:
-    """Prepare the embedded database with the demo shop, or check the one of DATABASE_URL.
+    """Prepare the embedded database with the demo shop, or check the database of DATABASE_URL.
 
-    From the second start on, say how to make a new password, as only the first start shows it.
+    Each later start logs how to make a new password, because only the first start shows the password.
     """
     is_new = False
 

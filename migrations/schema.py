@@ -1,7 +1,7 @@
 """Checks that the database fits this release, before the workers of a serving process start.
 
-Without DATABASE_URL the embedded file is made or brought up to date. With DATABASE_URL the database is left alone:
-`DatabaseNotReady` names the fault and the command that repairs it.
+Without DATABASE_URL, `ensure_ready` makes the embedded file or brings it up to date. With DATABASE_URL it changes
+nothing. `DatabaseNotReady` names the fault and the command that repairs it.
 """
 
 import logging
@@ -46,7 +46,7 @@ Fill = Callable[[Connection], None]
 
 
 def ensure_ready(fill: Fill | None = None) -> None:
-    """Prepare the embedded database, or check the one of DATABASE_URL. Needs an application context.
+    """Prepare the embedded database, or check the database of DATABASE_URL. Needs an application context.
 
     `fill` writes the first content of a new embedded database, in the transaction that makes its tables.
     """

@@ -49,9 +49,9 @@ class DryContext(WorkerContext):
 
 
 def dry_run(app: Flask, db: SQLAlchemy, store: Store, worker: type[PeriodicWorker], at: datetime) -> list[Change]:
-    """Run `worker` in this process and roll its session back. Return what it would have changed, in its order.
+    """Run `worker` in this process and roll its session back. Return the changes in the order of their first rows.
 
-    Raises what the worker raises, and DryRunCommits for a worker that commits. Effects outside the session stay.
+    Raises the worker's own error, and DryRunCommits for a worker that commits. Effects outside the session stay.
     """
     claim = Claim(worker.name, at, 1, token=0, trigger="manual", execution=None, id=uuid4().hex)
     with app.app_context():
@@ -116,7 +116,7 @@ def _noted(db: SQLAlchemy) -> Iterator[Changes]:
 
 
 def _enqueued(store: Store, session: Session, newest: int) -> list[Change]:
-    """Return the messages above the id `newest` that only this session sees, as it has not committed them."""
+    """Return the messages above the id `newest` that only this session sees, because they are not committed."""
     since = select(messages.c.id, messages.c.topic, messages.c.payload).where(messages.c.id > newest)
     committed = {row.id for row in store.read(since)}
     own = [row for row in store.sessions.within(session).execute(since).all() if row.id not in committed]
@@ -125,7 +125,7 @@ def _enqueued(store: Store, session: Session, newest: int) -> list[Change]:
 
 
 def _rows(session: Session, statement: Update | Delete) -> list[str]:
-    """Return the first rows that the statement finds, as they are before it."""
+    """Return the first rows that the statement would change, with their present values."""
     table: Any = statement.table
     if not isinstance(table, Table):
         return []

@@ -1,4 +1,4 @@
-"""Helpers for the tests of your own workers. `background.testing.plugin` has them as fixtures of pytest."""
+"""Helpers for the tests of your own workers. `background.testing.plugin` has fixtures for pytest."""
 
 from .clock import Clock
 from .messages import Drained, assert_enqueued, assert_not_enqueued, drain

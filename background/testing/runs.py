@@ -1,4 +1,4 @@
-"""Runs of a worker in a test: one tick, a running instance, and a context for a call of `do_work`."""
+"""Runs of a worker in a test: one tick, an instance, and a context for a call of `do_work`."""
 
 import time
 from collections.abc import Iterator
@@ -29,9 +29,9 @@ class TickNotRun(BackgroundError):
 def run_worker(app: Flask, worker: type[PeriodicWorker], at: datetime | None = None) -> Execution:
     """Run the latest tick of `worker` up to `at` (aware, by default now), and return its execution.
 
-    With `at`, the database's clock is at this moment during the run. So the tick may be years away. A worker that the
-    application did not register is registered. Raises the worker's own error. Raises TickNotRun, with the reason, if
-    the tick does not run: because it has run, because the worker is paused or disabled, or because it runs already.
+    With `at`, the database's clock stands at this moment during the run. So the tick may be years away. Registers the
+    worker if the application did not. Raises the worker's own error. Raises TickNotRun, with the reason, if the tick
+    does not run: it has run, it runs already, or the worker is paused or disabled.
     """
     manager = manager_of(app)
     if not isinstance(worker, type) or manager.workers.get(worker.name) is not worker:
@@ -92,7 +92,7 @@ def wait_until_joined(manager: BackgroundWorkerManager) -> None:
 
 
 class UnitContext(WorkerContext):
-    """A context without a claim: nothing is written in the history, and every commit is allowed."""
+    """A context without a claim: the history gets no row, and every commit is allowed."""
 
     def finish(self) -> None:
         """Commit the session."""
@@ -104,8 +104,8 @@ def worker_context(
 ) -> WorkerContext:
     """Return a context for `MyWorker().do_work(context)` in a unit test. Call it in an app context.
 
-    The database must have your own tables, but needs none of the engine's. What `do_work` writes is in
-    `context.session` and not committed. `context.stopping.set()` asks the worker to stop.
+    The database must have your own tables, but needs none of the engine's. The writes of `do_work` stay uncommitted in
+    `context.session`. `context.stopping.set()` asks the worker to stop.
     """
     if not current_app:
         raise RuntimeError(
