@@ -2,14 +2,13 @@
 
 import os
 import re
-import shutil
 import subprocess
 import urllib.request
 from pathlib import Path
 
 import pytest
 from sqlalchemy import create_engine, inspect
-from support.processes import ROOT, environment, flask, run, started
+from support.processes import ROOT, copy_project, environment, flask, run, started
 
 PAGE = (ROOT / "docs" / "your-own-app.md").read_text(encoding="utf-8")
 LISTED, COMMANDS = re.search(r"Six places.*?\n\n((?:- .*\n)+)\n.*?\n\n((?:    .*\n)+)", PAGE).groups()
@@ -23,10 +22,7 @@ def emptied(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_emptied(folder: Path) -> Path:
     """Copy the tracked files to `folder`, and run the page's commands there. Return the folder."""
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for name in filter(lambda name: (ROOT / name).is_file(), listed.splitlines()):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, folder / name)
+    copy_project(folder)
     (folder / ".venv").symlink_to(ROOT / ".venv")
     script = f"{COMMANDS}\ngit init -q\ngit add -A"  # some tests ask git for the files
     done = subprocess.run(["sh", "-ec", script], cwd=folder, capture_output=True, text=True)

@@ -1,6 +1,5 @@
 """The Dockerfile's instructions, executed one by one in a root file system of their own."""
 
-import shutil
 import signal
 import subprocess
 from contextlib import contextmanager
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from support.image import Image, build
-from support.processes import ROOT, eventually
+from support.processes import ROOT, copy_project, eventually
 
 PRIVATE = (".env", "instance/secret_key", "instance/bookstore.sqlite", "shop.sqlite-wal", "tests/x.pyc")
 
@@ -16,11 +15,7 @@ PRIVATE = (".env", "instance/secret_key", "instance/bookstore.sqlite", "shop.sql
 @pytest.fixture
 def context(tmp_path: Path) -> Path:
     """Give the files of a clone, and files that must not get into an image."""
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
-    for name in listed.stdout.splitlines():
-        if (ROOT / name).is_file():
-            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(ROOT / name, tmp_path / name)
+    copy_project(tmp_path)
     for name in PRIVATE:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("private")

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from support.processes import ROOT, Process, environment, run, started
+from support.processes import ROOT, Process, copy_project, environment, run, started
 
 PAGE = (ROOT / "docs" / "your-own-app.md").read_text(encoding="utf-8")
 APP = re.search(r"```python\n(# notes\.py\n.*?)```", PAGE, re.DOTALL)[1]
@@ -36,11 +36,7 @@ def pip(python: Path, *arguments: str, cwd: Path = ROOT) -> None:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Build the wheel by the page's command, in a copy of the tracked files."""
-    copy = tmp_path_factory.mktemp("clone")
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for name in filter(lambda name: (ROOT / name).is_file(), listed.splitlines()):
-        (copy / name).parent.mkdir(parents=True, exist_ok=True)
-        (copy / name).write_bytes((ROOT / name).read_bytes())
+    copy = copy_project(tmp_path_factory.mktemp("clone"))
     pip(Path(sys.executable), *command("pip wheel")[1:], cwd=copy)
     [made] = (copy / "dist").iterdir()
     assert made.name == Path(command("pip install")[2]).name

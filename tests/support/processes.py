@@ -4,6 +4,7 @@ import fcntl
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -39,6 +40,16 @@ def environment(database_url: str | None = None, **more: object) -> dict[str, st
     if database_url is not None:
         ours["DATABASE_URL"] = database_url
     return kept | {name: str(value) for name, value in (ours | more).items()}
+
+
+def copy_project(folder: Path) -> Path:
+    """Copy the project's tracked files to `folder`. Return the folder."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    return folder
 
 
 def flask(*arguments: str) -> list[str]:
