@@ -165,7 +165,7 @@ _OWN = {
         None,
         public_url,
         "https:// and a host",
-        "the address of the shop, for links in mails; unset: the one that the admin used",
+        "the address of this application, for links in mails; unset: the address that the admin used",
     ),
     "SESSION_COOKIE_SECURE": Setting(None, boolean, BOOLEAN, "whether logging in needs HTTPS (unset: in production)"),
     "LOG_LEVEL": Setting("INFO", level, "DEBUG, INFO, WARNING, ERROR or CRITICAL", "the lowest level that is logged"),

@@ -484,7 +484,7 @@ def _rows_changed(session: Session | scoped_session[Any], statement: Update) -> 
     return session.execute(statement).rowcount  # type: ignore[attr-defined, no-any-return]
 
 
-# ---- The shop: an application without it ends here
+# ---- The shop: an application without the shop ends here
 
 
 class Book(db.Model):  # type: ignore[name-defined, misc]

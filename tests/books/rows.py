@@ -15,7 +15,7 @@ JSON = ("/api/books", "/api/books/1")
 
 
 def add_book(text: str = "Middlemarch") -> None:
-    """Add a book whose texts are `text`, and an order of each user."""
+    """Add a book with `text` as title, author and description, and an order of the book for each user."""
     book = Book(title=text[:200], author=text[:200], description=text, price_cents=1, stock=10**9)
     db.session.add(book)
     db.session.flush()

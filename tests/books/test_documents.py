@@ -60,7 +60,7 @@ def test_the_readme_leads_to_every_page() -> None:
     assert linked == PAGES.keys() - {README}
 
 
-def test_the_page_of_the_settings_is_what_the_code_says() -> None:
+def test_the_page_of_the_settings_matches_the_code() -> None:
     done = subprocess.run([sys.executable, ".ci/configuration", "--check"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -122,7 +122,7 @@ def test_the_message_works_when_it_is_pasted(fleet: Fleet, page: str) -> None:
 
 
 @pytest.mark.promise
-def test_the_deploy_commands_are_all_about_the_one_database(tmp_path: Path) -> None:
+def test_the_deploy_commands_all_use_the_same_database(tmp_path: Path) -> None:
     """`flask workers list` replaces the last command, which is gunicorn."""
     url = f"sqlite:///{tmp_path / 'shop.sqlite'}"
     script, replaced = re.subn(r"postgresql://\S+", url, commands(README, "Deploy"))
@@ -231,7 +231,7 @@ def test_the_examples_of_tests_pass(tmp_path: Path) -> None:
         snippet(TESTING, "drain"),
         snippet(TESTING, "worker_context"),
         snippet(TESTING, "with running"),
-        snippet(README, "def test_a_tick_is_run").replace("RestockWorker", "HourlyWorker"),
+        snippet(README, "def test_a_tick_runs").replace("RestockWorker", "HourlyWorker"),
     ]
     (tmp_path / "conftest.py").write_text(plugin)
     imports, _, first = run_one.partition("\n\ndef ")

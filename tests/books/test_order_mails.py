@@ -1,4 +1,4 @@
-"""The mails about orders reach a real server, and hold up no other order."""
+"""The mails about orders reach a real server, and delay no other order."""
 
 from collections.abc import Callable
 
@@ -84,7 +84,7 @@ def test_a_slow_server_delays_no_order(
 
 
 @on_sqlite
-def test_no_mail_about_an_order_says_what_a_user_typed(
+def test_no_mail_about_an_order_quotes_the_name_that_a_user_typed(
     app: Flask, server: MailServer, make_order: Callable[..., int], mail_about: Callable[..., int]
 ) -> None:
     mail_through(app, server.url())

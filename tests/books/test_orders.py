@@ -86,7 +86,7 @@ def subjects(outbox: Path) -> list[str]:
     return sorted(message_from_bytes(path.read_bytes(), policy=default)["Subject"] for path in mails)
 
 
-def test_an_order_is_confirmed_takes_the_stock_and_is_mailed_about(
+def test_an_order_takes_the_stock_is_confirmed_and_leads_to_a_mail(
     app: Flask,
     client: FlaskClient,
     manager: BackgroundWorkerManager,
@@ -107,7 +107,7 @@ def test_an_order_is_confirmed_takes_the_stock_and_is_mailed_about(
     assert "confirmed" in client.get("/orders").text
 
 
-def test_a_late_order_is_sold_out_and_mailed_about(
+def test_a_late_order_is_sold_out_and_leads_to_a_mail(
     app: Flask, manager: BackgroundWorkerManager, make_book: Make, place: Make, outbox: Path
 ) -> None:
     book_id = make_book(stock=5)

@@ -23,7 +23,7 @@ THREADS, REQUESTS, MESSAGES = 10, 3, 200
 
 
 class Busy(MessageWorker):
-    """As many runs at once as the process has threads. The first ones wait for each other."""
+    """Has as many runs at once as the process has threads. The first runs wait for each other."""
 
     topic = "busy"
     concurrency = THREADS
@@ -58,7 +58,7 @@ def test_a_process_has_no_more_connections_than_the_page_says(
     app.extensions["background_workers"].start()
     most = busiest(fleet, app, count)
     assert THREADS < most <= eval(FORMULA, {"WORKERS_THREADS": THREADS, "requests": REQUESTS})
-    wait_until(lambda: count() <= KEPT, "the end of the connections that are not kept")
+    wait_until(lambda: count() <= KEPT, "the close of the connections that are not kept")
 
 
 def busiest(fleet: Fleet, app: Flask, count: Callable[[], int]) -> int:

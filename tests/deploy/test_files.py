@@ -41,7 +41,7 @@ def test_systemd_finds_nothing_wrong_with_the_units(units: list[Path]) -> None:
     assert not [line for line in said.splitlines() if "bookstore" in line]
 
 
-def test_systemd_calls_the_units_confined(units: list[Path]) -> None:
+def test_systemd_rates_the_units_as_confined(units: list[Path]) -> None:
     for unit in units:
         limit = ("--offline=true", "--threshold=20")  # in tenths: 92 without any hardening
         checked_by("systemd-analyze", "of Debian's package systemd", "security", "--no-pager", *limit, unit)
@@ -119,7 +119,7 @@ def test_nginx_waits_longer_for_an_answer_than_gunicorn_does() -> None:
     assert read > of_gunicorn("timeout")
 
 
-def test_each_file_says_what_of_it_is_tested() -> None:
+def test_each_file_says_which_part_is_tested() -> None:
     for path in [*DEPLOY.rglob("*"), ROOT / ".github" / "workflows" / "ci.yml"]:
         if path.is_file():
             head = path.read_text(encoding="utf-8").partition("\n\n")[0]

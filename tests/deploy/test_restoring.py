@@ -22,7 +22,7 @@ from background.database.tables import messages
 PAGE = (ROOT / "docs" / "deploying.md").read_text(encoding="utf-8")
 
 outside: list[str] = []
-"""The effects outside the database, as a mail is."""
+"""The effects outside the database, such as mails."""
 may_end = threading.Event()
 
 
@@ -77,7 +77,7 @@ def mail(app: Flask, name: str, **more: Any) -> int | None:
 
 
 def let_fall_due(fleet: Fleet, name: str) -> None:
-    """Make a delayed message due, as its hour would. A backup takes longer than any short delay."""
+    """Make a delayed message due. Its delay is an hour, because a backup takes longer than any short delay."""
     with fleet.engine.begin() as connection:
         connection.execute(update(messages).where(messages.c.key == name).values(due_at=datetime.now(UTC)))
 

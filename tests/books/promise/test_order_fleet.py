@@ -50,7 +50,7 @@ def test_stock_orders_and_mails_of_four_processes_agree_even_if_one_is_killed(
     with app.app_context():
         orders = list(db.session.scalars(db.select(Order)))
         left = {book.id: book.stock for book in db.session.scalars(db.select(Book))}
-    # A client whose process was killed during its request cannot know whether the order was placed.
+    # A client cannot know whether its order was placed if the server's process was killed during the request.
     assert placed <= len(orders) <= placed + len(users)
     assert {order.status for order in orders} <= {"confirmed", "sold out"}
     assert min(left.values()) < 3  # the books with the smallest stock are sold out

@@ -1,4 +1,4 @@
-"""All tests that an application without the shop keeps pass in it."""
+"""The tests that remain in an application without the shop pass there."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ from tests.books.test_emptying import make_emptied, pytest_in
 
 
 def listed_in(folder: Path, *more: str) -> set[str]:
-    """Return the tests of the engine and of accounts. The tests about a list of files differ."""
+    """Return the tests of the engine and of accounts, without the tests about a list of files, which differ."""
     said = pytest_in(folder, "--collect-only", "-q", "-o", "addopts=--import-mode=importlib", *more)
     return {line for line in said.splitlines() if "::" in line and "test_architecture" not in line}
 
