@@ -4,7 +4,6 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime, timedelta
-from typing import Any
 from uuid import uuid4
 
 from flask import Flask, current_app
@@ -99,9 +98,7 @@ class UnitContext(WorkerContext):
         self.session.commit()
 
 
-def worker_context(
-    worker: str = "a_worker", tick: datetime | None = None, attempt: int = 1, **claim: Any
-) -> WorkerContext:
+def worker_context(worker: str = "a_worker", tick: datetime | None = None, attempt: int = 1) -> WorkerContext:
     """Return a context for `MyWorker().do_work(context)` in a unit test. Call it in an app context.
 
     The database must have your own tables, but needs none of the engine's. The writes of `do_work` stay uncommitted in
@@ -114,7 +111,7 @@ def worker_context(
         )
     manager = the_manager()
     tick = tick or datetime.now(UTC).replace(microsecond=0)
-    made = Claim(worker, tick, attempt, token=1, trigger="schedule", execution=None, id=uuid4().hex, **claim)
+    made = Claim(worker, tick, attempt, token=1, trigger="schedule", execution=None, id=uuid4().hex)
     instance = Instance(timedelta(days=1), deadline=float("inf"))
     return UnitContext(made, made, instance, manager.db, manager.stores.main.sessions)
 
