@@ -12,7 +12,6 @@ import pytest
 from flask import Flask
 from sqlalchemy import create_engine, select
 from sqlalchemy import text as sql
-from support.documents import PAGES, ROOT, commands, snippet, snippets, text
 from support.fleet import Fleet, Hourly, wait_until
 from support.processes import copy_project, environment, run
 from support.shop import make_shop
@@ -22,6 +21,7 @@ from background import WorkerContext, current_workers
 from background.database.tables import metadata
 from background.testing import run_worker
 from models import Book, HealthSample, db
+from tests.books.documents import PAGES, ROOT, commands, snippet, snippets, text
 
 README, WORKERS, MESSAGES, LOCKS = "README.md", "docs/workers.md", "docs/messages.md", "docs/locks.md"
 TESTING, QUICKSTART, UPGRADING = "docs/testing.md", "docs/quickstart.md", "docs/upgrading.md"
