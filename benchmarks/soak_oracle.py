@@ -19,6 +19,7 @@ Key = tuple[str, datetime]
 Spans = Sequence[tuple[float, float]]  # in Unix seconds
 
 CATCHING_UP_SECONDS = 2.0  # after an outage
+PUT_OFF_SECONDS = 1.0  # after an outage, for the ticks of 80 workers
 MET_SECONDS = 0.1  # from the recovery of a tick to its next claim
 _MOST_USUAL_SECONDS = 0.5  # a later start is not the machine's fault
 
@@ -168,7 +169,12 @@ class Oracle:
         )
 
     def _was_away(self, since: datetime, until: datetime) -> bool:
-        return any(gone <= since.timestamp() and until.timestamp() <= back for gone, back in self._absences)
+        """Return whether the database was away from a tick until the next one, or until right before it.
+
+        The fleet needs a moment for the ticks of all workers that an outage put off.
+        """
+        began, ended = since.timestamp(), until.timestamp() - PUT_OFF_SECONDS
+        return any(gone <= began and ended <= back for gone, back in self._absences)
 
     def _judge_effects(self, verdict: Verdict) -> None:
         last: dict[str, datetime] = {}

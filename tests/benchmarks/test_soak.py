@@ -160,8 +160,9 @@ def test_a_missed_tick_is_excused_by_a_database_that_was_away_for_all_of_its_per
     soaked.did_not_run("missed")
     began, ended = TICK.timestamp(), NEXT.timestamp()
     assert soaked.judge().lost == 1
-    assert soaked.judge(absences=[(began, ended - 0.1)]).lost == 1
-    verdict = soaked.judge(absences=[(began, ended)])
+    assert soaked.judge(absences=[(began, ended - 1.1)]).lost == 1
+    assert soaked.judge(absences=[(began + 0.1, ended)]).lost == 1
+    verdict = soaked.judge(absences=[(began, ended - 0.9)])
     assert (verdict.lost, verdict.outage) == (0, 1)
 
 
