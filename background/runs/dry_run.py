@@ -1,17 +1,19 @@
 """A run that is rolled back, and the rows that it would have changed."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
 from math import inf
+from types import MappingProxyType
 from typing import Any
 from uuid import uuid4
 
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
-from sqlalchemy import Delete, Insert, Table, Update, event, func, inspect, select
-from sqlalchemy.orm import ORMExecuteState, Session, UOWTransaction
+from sqlalchemy import Connection, Delete, Insert, TextClause, Update, event, func, select
+from sqlalchemy.orm import Session
 
 from ..context import WorkerContext
 from ..database.store import Store
@@ -40,18 +42,22 @@ class Change:
 class DryContext(WorkerContext):
     """The context of a run without a claim, which may not commit."""
 
+    refusal: DryRunCommits | None = None
+    """The refusal of a commit, which the worker may have caught."""
+
     def check(self, session: Session) -> None:
         """Refuse the commit of the run. Raises DryRunCommits."""
-        raise DryRunCommits(
+        self.refusal = DryRunCommits(
             f"The worker {self.worker!r} commits during its run, so a dry run cannot roll it back; expected a worker "
             "that commits only at its end. Run it with `flask workers trigger`, on a copy of the database."
         )
+        raise self.refusal
 
 
 def dry_run(app: Flask, db: SQLAlchemy, store: Store, worker: type[PeriodicWorker], at: datetime) -> list[Change]:
     """Run `worker` in this process and roll its session back. Return the changes in the order of their first rows.
 
-    Raises the worker's own error, and DryRunCommits for a worker that commits. Effects outside the session stay.
+    Raises the worker's own error, and DryRunCommits for a worker that commits. Effects outside the database stay.
     """
     claim = Claim(worker.name, at, 1, token=0, trigger="manual", execution=None, id=uuid4().hex)
     with app.app_context():
@@ -59,60 +65,77 @@ def dry_run(app: Flask, db: SQLAlchemy, store: Store, worker: type[PeriodicWorke
         [(newest,)] = store.read(select(func.max(messages.c.id)))
         token = current_run.set(context)
         try:
-            with _noted(db) as changes:
+            with _noted(db, context) as changes:
                 await_result(worker().do_work(context))
                 context.session.flush()
+                if context.refusal:
+                    raise context.refusal
             return [*changes.values(), *_enqueued(store, context.session, newest or 0)]
         finally:
-            context.session.rollback()
+            context.session.invalidate()  # SQLAlchemy counts a refused commit of the connection as done
             current_run.reset(token)
 
 
 Changes = dict[tuple[str, str], Change]
+_KINDS = {"insert": "inserted", "update": "updated", "delete": "deleted"}
+_CHANGING = re.compile(r"\s*(insert\s+into|update|delete\s+from)\s+([^\s(]+)", re.IGNORECASE)
 
 
 @contextmanager
-def _noted(db: SQLAlchemy) -> Iterator[Changes]:
-    """Note the changes of every session of `db` during the block."""
+def _noted(db: SQLAlchemy, context: DryContext) -> Iterator[Changes]:
+    """Note the changes that each connection of `db` makes during the block, and refuse to commit them."""
     changes: Changes = {}
+    before: dict[Connection, tuple[int, list[str]]] = {}
+    rowcounts: dict[Connection, int] = {}
+    changed: set[Connection] = set()
 
-    def note(table: Any, kind: str, number: int, examples: list[str]) -> None:
-        change = changes.setdefault((str(table), kind), Change(str(table), kind))
-        change.number += number
-        change.examples += examples[: MOST_EXAMPLES - len(change.examples)]
+    def note(connection: Connection, table: str, kind: str, number: int, examples: list[str]) -> None:
+        if not table.startswith("background_"):  # the engine commits its locks by itself
+            changed.add(connection)
+        if table != messages.name and number:
+            change = changes.setdefault((table, kind), Change(table, kind))
+            change.number += number
+            change.examples += examples[: MOST_EXAMPLES - len(change.examples)]
 
-    def flushed(session: Session, context: UOWTransaction, instances: Any) -> None:
-        for each in session.new:
-            note(_table_of(each), "inserted", 1, [_shown(_columns(each))])
-        for each in session.dirty:
-            if session.is_modified(each):
-                note(_table_of(each), "updated", 1, [_difference(each)])
-        for each in session.deleted:
-            note(_table_of(each), "deleted", 1, [_shown(_columns(each))])
+    def executing(connection: Connection, statement: Any, many: Any, one: Any, options: Any) -> None:
+        if isinstance(statement, Update | Delete):
+            before[connection] = _rows(connection, statement, many or [one])
 
-    def executed(state: ORMExecuteState) -> Any:
-        statement = state.statement
+    def executed(connection: Connection, statement: Any, many: Any, one: Any, options: Any, result: Any) -> None:
         if isinstance(statement, Update | Delete):
             kind = "updated" if isinstance(statement, Update) else "deleted"
-            before = _rows(state.session, statement)
-            result: Any = state.invoke_statement()
-            note(statement.table, kind, max(result.rowcount, 0), before)
-            return result
-        if isinstance(statement, Insert):
-            result = state.invoke_statement()
-            given = state.parameters if isinstance(state.parameters, list) else [state.parameters or {}]
-            number = result.rowcount if result.rowcount > 0 else len(given)
-            note(statement.table, "inserted", number, [_shown(each) for each in given if each])
-            return result
-        return None
+            note(connection, str(statement.table), kind, *before.pop(connection))
+        elif isinstance(statement, Insert):
+            given = many or [one]
+            number = len(given) if len(given) > 1 else max(rowcounts[connection], int(result.returns_rows))
+            table: Any = statement.table
+            shown = [_shown({own.name: each[own.key] for own in table.c if own.key in each}) for each in given if each]
+            note(connection, str(table), "inserted", number, shown)
 
-    event.listen(db.session, "before_flush", flushed)
-    event.listen(db.session, "do_orm_execute", executed)
-    try:
+    def sent(connection: Connection, cursor: Any, statement: str, parameters: Any, sent: Any, many: bool) -> None:
+        rowcounts[connection] = cursor.rowcount
+        is_text = sent.compiled is None or isinstance(sent.compiled.statement, TextClause)
+        if is_text and (found := _CHANGING.match(statement)):
+            kind = _KINDS[found[1].split()[0].lower()]
+            note(connection, found[2], kind, max(cursor.rowcount, 0), [])
+
+    def committing(connection: Connection) -> None:
+        if connection in changed:
+            connection.dialect.do_rollback(connection.connection)
+            context.check(context.session)
+
+    listeners: dict[str, Callable[..., Any]] = {
+        "before_execute": executing,
+        "after_execute": executed,
+        "after_cursor_execute": sent,
+        "commit": committing,
+    }
+    with ExitStack() as block:
+        for engine in db.engines.values():
+            for name, listener in listeners.items():
+                event.listen(engine, name, listener)
+                block.callback(event.remove, engine, name, listener)
         yield changes
-    finally:
-        event.remove(db.session, "before_flush", flushed)
-        event.remove(db.session, "do_orm_execute", executed)
 
 
 def _enqueued(store: Store, session: Session, newest: int) -> list[Change]:
@@ -124,37 +147,30 @@ def _enqueued(store: Store, session: Session, newest: int) -> list[Change]:
     return [Change(str(messages), "inserted", len(own), examples)] if own else []
 
 
-def _rows(session: Session, statement: Update | Delete) -> list[str]:
-    """Return the first rows that the statement would change, with their present values."""
+def _rows(
+    connection: Connection, statement: Update | Delete, parameters: list[dict[str, Any]]
+) -> tuple[int, list[str]]:
+    """Return the number of rows that the statement would change, and its first rows, with their present values."""
     table: Any = statement.table
-    if not isinstance(table, Table):
-        return []
-    found = session.connection().execute(select(table).where(*statement._where_criteria).limit(MOST_EXAMPLES))
-    return [_shown(row._mapping) for row in found]
+    number, examples = 0, list[str]()
+    for each in parameters:
+        criteria = statement._where_criteria
+        own = {column.key: column.name for column in table.c}
+        new = {own[key]: value for key, value in each.items() if key in own and isinstance(statement, Update)}
+        found = select(table).where(*criteria)
+        number += connection.scalar(select(func.count()).select_from(found.subquery()), each) or 0
+        if left := MOST_EXAMPLES - len(examples):
+            examples += [_shown(row._mapping, new) for row in connection.execute(found.limit(left), each)]
+    return number, examples
 
 
-def _table_of(row: object) -> Any:
-    return inspect(row).mapper.local_table
-
-
-def _columns(row: object) -> dict[str, Any]:
-    return {each.key: getattr(row, each.key) for each in inspect(row).mapper.column_attrs}
-
-
-def _difference(row: object) -> str:
-    """Return the key of a row, and its changed columns with their values before and after."""
-    state: Any = inspect(row)
-    changed = {each.key: each.history for each in state.attrs if each.history.has_changes()}
-    parts = [
-        f"{name}: {_value(past.deleted[0]) if past.deleted else '?'} -> {_value(past.added[0])}"
-        for name, past in changed.items()
-        if past.added
-    ]
-    return f"{state.identity}: {', '.join(parts)}"
-
-
-def _shown(columns: Any) -> str:
-    return ", ".join(f"{name}={_value(value)}" for name, value in columns.items() if value is not None)
+def _shown(columns: Any, new: Mapping[str, Any] = MappingProxyType({})) -> str:
+    """Return the values of a row, and beside them the `new` values."""
+    return ", ".join(
+        f"{name}={_value(value)}{f' -> {_value(new[name])}' if name in new else ''}"
+        for name, value in columns.items()
+        if value is not None or name in new
+    )
 
 
 def _value(value: object) -> str:

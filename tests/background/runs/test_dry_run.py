@@ -1,11 +1,15 @@
 """A dry run shows the rows that a run would change, and changes none."""
 
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+
 import pytest
-from flask import Flask
-from sqlalchemy import delete, select, update
+from flask import Flask, current_app
+from sqlalchemy import bindparam, delete, insert, select, text, update
 from support.fleet import Hourly, Note, db, effect, effects
 
 from background import MessageWorker, WorkerContext, current_workers
+from background.errors import DryRunCommits
 
 
 class ChangingWorker(Hourly):
@@ -28,6 +32,58 @@ class SlicingWorker(Hourly):
         context.commit()
 
 
+class EngineWorker(Hourly):
+    def do_work(self, context: WorkerContext) -> None:
+        with db.engine.begin() as connection:
+            connection.execute(insert(effects).values(key="engine", note=""))
+
+
+class ConnectionWorker(Hourly):
+    def do_work(self, context: WorkerContext) -> None:
+        effect(context)
+        context.session.connection().commit()
+
+
+class ThreadedWorker(Hourly):
+    def do_work(self, context: WorkerContext) -> None:
+        def write() -> None:
+            with app.app_context():
+                db.session.execute(insert(effects).values(key="thread", note=""))
+                db.session.commit()
+
+        app = current_app._get_current_object()  # type: ignore[attr-defined]
+        with ThreadPoolExecutor(1) as pool, suppress(DryRunCommits):
+            pool.submit(write).result()
+
+
+class CatchingWorker(Hourly):
+    def do_work(self, context: WorkerContext) -> None:
+        effect(context)
+        with suppress(DryRunCommits):
+            context.commit()
+
+
+class TextualWorker(Hourly):
+    def do_work(self, context: WorkerContext) -> None:
+        context.session.execute(text("UPDATE notes SET number = 5 WHERE number < 100"))
+        context.session.connection().exec_driver_sql("DELETE FROM notes WHERE number >= 100")
+
+
+class BulkWorker(Hourly):
+    """Changes rows in each way that SQLAlchemy offers for many rows."""
+
+    def do_work(self, context: WorkerContext) -> None:
+        session = context.session
+        session.execute(insert(Note), [{"text": "many", "number": 1}] * 3)
+        session.execute(insert(Note).values([{"text": "values"}] * 2))
+        session.execute(
+            insert(Note).from_select(["text", "number"], select(Note.text, Note.number).order_by(Note.id).limit(4))
+        )
+        session.execute(update(Note), [{"id": 1, "number": 9}, {"id": 2, "number": 9}])
+        session.execute(update(Note).where(Note.number == bindparam("old")).values(number=3), {"old": 2})
+        session.scalars(delete(Note).where(Note.number >= 100).returning(Note.id)).all()
+
+
 class FailingWorker(Hourly):
     def do_work(self, context: WorkerContext) -> None:
         effect(context)
@@ -46,10 +102,13 @@ class NoteWorker(MessageWorker):
         raise NotImplementedError
 
 
+COMMITTING = (SlicingWorker, EngineWorker, ConnectionWorker, ThreadedWorker, CatchingWorker)
+
+
 @pytest.fixture
 def host(app: Flask) -> Flask:
     manager = app.extensions["background_workers"]
-    for worker in (ChangingWorker, SlicingWorker, FailingWorker, AsyncWorker, NoteWorker):
+    for worker in (ChangingWorker, *COMMITTING, TextualWorker, BulkWorker, FailingWorker, AsyncWorker, NoteWorker):
         manager.add(worker)
     with app.app_context():
         db.session.add_all([Note(text=f"note {number}", number=number) for number in (0, 1, 2, 2, *range(100, 115))])
@@ -76,7 +135,7 @@ def test_it_shows_each_table_with_the_number_of_rows_and_examples(host: Flask) -
     assert "notes: 1 inserted" in lines
     assert "  text='new', number=1" in lines
     assert "notes: 3 updated" in lines
-    assert any(line.endswith("number: 0 -> 7") for line in lines)
+    assert any(line.endswith("number=0 -> 7") for line in lines)
     assert sum("text='note 2', number=2" in line for line in lines) == 2
     assert "notes: 15 deleted" in lines
     assert "  and 5 more" in lines
@@ -94,12 +153,29 @@ def test_nothing_of_it_stays(host: Flask) -> None:
         assert db.session.execute(select(effects)).all() == []
 
 
-def test_a_worker_that_commits_slices_is_refused_with_the_reason(host: Flask) -> None:
-    code, said = dry_run(host, "slicing_worker")
+@pytest.mark.parametrize("worker", COMMITTING)
+def test_a_worker_that_commits_by_any_connection_is_refused_with_the_reason(host: Flask, worker: type[Hourly]) -> None:
+    dry_run(host, worker.name)
+    code, said = dry_run(host, worker.name)  # the first dry run left no transaction open
     assert code == 1
-    assert "'slicing_worker' commits during its run, so a dry run cannot roll it back; expected" in said
+    assert f"{worker.name!r} commits during its run, so a dry run cannot roll it back; expected" in said
     with host.app_context():
         assert db.session.execute(select(effects)).all() == []
+
+
+def test_it_counts_the_rows_of_textual_statements(host: Flask) -> None:
+    code, said = dry_run(host, "textual_worker")
+    assert (code, said.splitlines()[1:3]) == (0, ["notes: 4 updated", "notes: 15 deleted"])
+
+
+def test_it_counts_the_rows_of_statements_for_many_rows(host: Flask) -> None:
+    code, said = dry_run(host, "bulk_worker")
+    assert code == 0, said
+    counts = [line for line in said.splitlines() if line.startswith("notes: ")]
+    assert counts[0] == "notes: 9 inserted"
+    assert "  id=1, text='note 0', number=0 -> 9" in said.splitlines()
+    assert counts[1] == "notes: 6 updated"
+    assert counts[2] == "notes: 15 deleted"
 
 
 def test_an_error_of_the_worker_is_the_answer(host: Flask) -> None:
