@@ -109,7 +109,7 @@ def reset_password(email: str) -> None:
     password_hash = generate_password_hash(password, User.password_method)
     with engine.begin() as connection:
         changed = update(User).where(User.email == email).values(password_hash=password_hash)
-        if not connection.execute(changed).rowcount:
+        if not email.isprintable() or not connection.execute(changed).rowcount:
             raise click.ClickException(
                 f"No user has the e-mail {email!r}; expected the e-mail of an account. "
                 "`flask init-db --admin EMAIL` makes an admin."

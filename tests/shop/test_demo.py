@@ -106,12 +106,11 @@ def test_reset_password_shows_a_new_password_once(
     db.session.remove()
 
 
-def test_reset_password_of_no_user_is_one_sentence(runner: FlaskCliRunner, engine: Engine) -> None:
-    result = runner.invoke(args=["reset-password", "ada@example.com"])
+@pytest.mark.parametrize("email", ["ada@example.com", "%", "ada\0@example.com", "\udcff@example.com"])
+def test_reset_password_of_no_user_is_one_sentence(runner: FlaskCliRunner, engine: Engine, email: str) -> None:
+    result = runner.invoke(args=["reset-password", email])
     assert result.exit_code == 1
-    assert result.output.startswith(
-        "Error: No user has the e-mail 'ada@example.com'; expected the e-mail of an account"
-    )
+    assert result.output.startswith(f"Error: No user has the e-mail {email!r}; expected the e-mail of an account")
 
 
 @pytest.mark.parametrize("command", [["init-db"], ["demo"], ["reset-password", "ada@example.com"]])
