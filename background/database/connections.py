@@ -16,6 +16,7 @@ from sqlalchemy.pool import QueuePool
 from sqlalchemy.schema import CreateTable
 
 from ..host.forks import ForkSafeLock
+from ..host.listeners import is_new
 from .dialects import postgresql, sqlite
 from .dialects import sqlite_files as database_files
 from .opening import Opener, has_creator
@@ -237,7 +238,7 @@ class Connections:
 
         @event.listens_for(engine, "connect")
         def connected(connection: Any, _record: Any) -> None:
-            if connection in self._strict and not event.contains(engine, "begin", self._begin):
+            if connection in self._strict and is_new(engine, self._begin):
                 event.listen(engine, "begin", self._begin)
 
         return engine

@@ -7,13 +7,14 @@ from typing import Any
 from sqlalchemy import Engine, event
 
 from ..errors import InvalidConfig
+from ..host.listeners import is_new
 
 _thread = threading.local()
 
 
 def prepare(engine: Engine) -> None:
     """Let an Opener connect through `engine`. Call this before any thread connects."""
-    if not event.contains(engine, "do_connect", _connect):
+    if is_new(engine, _connect):
         event.listen(engine, "do_connect", _connect)
 
 

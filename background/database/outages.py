@@ -15,6 +15,7 @@ from sqlalchemy.exc import (
 )
 
 from ..host.forks import ForkSafeLock
+from ..host.listeners import is_new
 from .dialects.error_codes import is_connect_failure, is_connection_ended, is_of_recovery, is_read_only, is_too_large
 from .dialects.postgresql import reported
 
@@ -40,7 +41,7 @@ class Outages:
 
     def watch(self, engine: Engine) -> None:
         """Watch the pool of `engine`. An outage that one of its connections meets empties all watched pools."""
-        if engine.dialect.name != "postgresql" or event.contains(engine, "handle_error", self._failed):
+        if engine.dialect.name != "postgresql" or not is_new(engine, self._failed):
             return
         event.listen(engine, "connect", self._opened)
         event.listen(engine, "checkout", self._check)

@@ -14,6 +14,7 @@ from sqlalchemy import Engine, event
 from sqlalchemy.pool import Pool
 
 from ..errors import first_line
+from .listeners import is_new
 from .logs import logger_of
 
 log = logger_of(__name__)
@@ -86,7 +87,7 @@ def _end(what: str, error: BaseException | None) -> None:
 
 def watch_sockets() -> None:
     """Note each later socket to a database server, of all engines of this process."""
-    if not event.contains(Pool, "connect", _connected):
+    if is_new(Pool, _connected):
         event.listen(Pool, "connect", _connected)
 
 

@@ -10,6 +10,7 @@ from sqlalchemy import Connection, event
 from sqlalchemy.orm import Session, SessionTransaction
 
 from ..context import WorkerContext
+from ..host.listeners import is_new
 
 _WHEN_COMMITTED = "background_when_committed"
 
@@ -46,7 +47,7 @@ def fence(db: SQLAlchemy) -> None:
         ("after_commit", _after_commit),
         ("after_rollback", _after_rollback),
     ):
-        if not event.contains(db.session, name, listener):
+        if is_new(db.session, listener):
             event.listen(db.session, name, listener)
 
 

@@ -7,10 +7,12 @@ from typing import Any
 from sqlalchemy import Engine, ExceptionContext, event
 from sqlalchemy.exc import DataError, IntegrityError
 
+from ...host.listeners import is_new
+
 
 def prepare(engine: Engine) -> None:
     """Have each later connection of a PostgreSQL engine set up. Leave other engines alone."""
-    if engine.dialect.name == "postgresql" and not event.contains(engine, "connect", _configure):
+    if engine.dialect.name == "postgresql" and is_new(engine, _configure):
         event.listen(engine, "first_connect", _configure, insert=True)  # before SQLAlchemy queries the version
         event.listen(engine, "connect", _configure)
 

@@ -13,6 +13,7 @@ from sqlalchemy import Connection, Dialect, Engine, Executable, event
 from sqlalchemy.exc import OperationalError
 
 from ...errors import InvalidConfig
+from ...host.listeners import is_new
 from . import sqlite_files as database_files
 from .error_codes import is_busy
 
@@ -32,7 +33,7 @@ def prepare(engine: Engine) -> None:
     the lock. In a deferred transaction, a write after a read fails immediately if another connection committed in
     between. No time-out helps there.
     """
-    if engine.dialect.name == "sqlite" and not event.contains(engine, "connect", _connected):
+    if engine.dialect.name == "sqlite" and is_new(engine, _connected):
         event.listen(engine, "do_connect", connecting)
         event.listen(engine, "connect", _connected)
         event.listen(engine, "engine_disposed", _disposed)

@@ -1,0 +1,22 @@
+"""Remembers the targets of event listeners, so that each listener comes to a target once."""
+
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+_known: WeakKeyDictionary[Any, set[tuple[object, int]]] = WeakKeyDictionary()
+
+
+def is_new(target: object, listener: Callable[..., Any]) -> bool:
+    """Return True the first time that `listener` comes to `target`, which the caller lets it listen to then.
+
+    SQLAlchemy's `event.contains` knows a target by its `id`. A later object may have the same id, and would be left
+    without the listener: an application's sessions without the fence, for example.
+    """
+    # Not the method itself, which would keep its object and so the target. The target keeps the object alive.
+    key = getattr(listener, "__func__", listener), id(getattr(listener, "__self__", None))
+    known = _known.setdefault(target, set())
+    if key in known:
+        return False
+    known.add(key)
+    return True
