@@ -5,12 +5,11 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 from flask import Flask
-from sqlalchemy import create_engine, select
+from sqlalchemy import select
 from support.databases import close, on_sqlite
 from support.fleet import Hourly, db, effect, effects, last_hour, make_app
 
 from background import InvalidWorker, MessageWorker, RunStopped, UnknownTopic, WorkerContext, current_workers
-from background.database.clock import now
 from background.testing import (
     Clock,
     TickNotRun,
@@ -237,10 +236,10 @@ def test_an_instance_runs_for_the_length_of_a_block(app: Flask) -> None:
     assert [each.is_alive for each in manager.instance_history.seen()] == [False]
 
 
-def test_a_clock_that_is_entered_again_leaves_the_clock_between_in_force() -> None:
+def test_a_clock_that_is_entered_again_leaves_the_clock_between_in_force(app: Flask) -> None:
+    manager = app.extensions["background_workers"]
     outer, inner = Clock(IN_2030), Clock(IN_2030 + timedelta(days=1))
     with outer, inner:
         with outer:
             pass
-        with create_engine("sqlite://").connect() as connection:
-            assert connection.scalar(select(now())) == inner.now
+        assert manager.history.clock() == inner.now
