@@ -133,7 +133,7 @@ def demo(number: str) -> None:
 def ensure_ready() -> None:
     """Prepare the embedded database with the demo shop, or check the database of DATABASE_URL.
 
-    Each later start logs how to make a new password, because only the first start shows the password.
+    Only the first start shows the password. A server's later starts log how to make a new password.
     """
     is_new = False
 

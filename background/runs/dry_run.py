@@ -16,6 +16,7 @@ from sqlalchemy import Connection, Delete, Insert, TextClause, Update, event, fu
 from sqlalchemy.orm import Session
 
 from ..context import WorkerContext
+from ..database.sessions import Sessions
 from ..database.store import Store
 from ..database.tables import messages
 from ..errors import DryRunCommits, shortened
@@ -39,8 +40,15 @@ class Change:
     examples: list[str] = field(default_factory=list)
 
 
-class DryContext(WorkerContext):
-    """The context of a run without a claim, which may not commit."""
+class UnclaimedContext(WorkerContext):
+    """The context of a run whose claim is in no row. The history does not show the run."""
+
+    def __init__(self, claim: Claim, db: SQLAlchemy, sessions: Sessions) -> None:
+        super().__init__(claim, claim, Instance(timedelta(days=1), deadline=inf), db, sessions)
+
+
+class DryContext(UnclaimedContext):
+    """The context of a dry run, which may not commit."""
 
     refusal: DryRunCommits | None = None
     """The refusal of a commit, which the worker may have caught."""
@@ -61,11 +69,11 @@ def dry_run(app: Flask, db: SQLAlchemy, store: Store, worker: type[PeriodicWorke
     """
     claim = Claim(worker.name, at, 1, token=0, trigger="manual", execution=None, id=uuid4().hex)
     with app.app_context():
-        context = DryContext(claim, claim, Instance(timedelta(days=1), deadline=inf), db, store.sessions)
+        context = DryContext(claim, db, store.sessions)
         [(newest,)] = store.read(select(func.max(messages.c.id)))
         token = current_run.set(context)
         try:
-            with _noted(db, context) as changes:
+            with Recorder(context).listening(db) as changes:
                 await_result(worker().do_work(context))
                 context.session.flush()
                 if context.refusal:
@@ -81,61 +89,68 @@ _KINDS = {"insert": "inserted", "update": "updated", "delete": "deleted"}
 _CHANGING = re.compile(r"\s*(insert\s+into|update|delete\s+from)\s+([^\s(]+)", re.IGNORECASE)
 
 
-@contextmanager
-def _noted(db: SQLAlchemy, context: DryContext) -> Iterator[Changes]:
-    """Note the changes that each connection of `db` makes during the block, and refuse to commit them."""
-    changes: Changes = {}
-    before: dict[Connection, tuple[int, list[str]]] = {}
-    rowcounts: dict[Connection, int] = {}
-    changed: set[Connection] = set()
+class Recorder:
+    """Records the changes that the connections of an application make, and refuses to commit them."""
 
-    def note(connection: Connection, table: str, kind: str, number: int, examples: list[str]) -> None:
+    def __init__(self, context: DryContext) -> None:
+        self._context = context
+        self._changes: Changes = {}
+        self._before: dict[Connection, tuple[int, list[str]]] = {}
+        self._rowcounts: dict[Connection, int] = {}
+        self._changed: set[Connection] = set()
+
+    @contextmanager
+    def listening(self, db: SQLAlchemy) -> Iterator[Changes]:
+        """Listen to each engine of `db` during the block. Give the changes so far."""
+        listeners: dict[str, Callable[..., Any]] = {
+            "before_execute": self._executing,
+            "after_execute": self._executed,
+            "after_cursor_execute": self._sent,
+            "commit": self._committing,
+        }
+        with ExitStack() as block:
+            for engine in db.engines.values():
+                for name, listener in listeners.items():
+                    event.listen(engine, name, listener)
+                    block.callback(event.remove, engine, name, listener)
+            yield self._changes
+
+    def _note(self, connection: Connection, table: str, kind: str, number: int, examples: list[str]) -> None:
         if not table.startswith("background_"):  # the engine commits its locks by itself
-            changed.add(connection)
+            self._changed.add(connection)
         if table != messages.name and number:
-            change = changes.setdefault((table, kind), Change(table, kind))
+            change = self._changes.setdefault((table, kind), Change(table, kind))
             change.number += number
             change.examples += examples[: MOST_EXAMPLES - len(change.examples)]
 
-    def executing(connection: Connection, statement: Any, many: Any, one: Any, options: Any) -> None:
+    def _executing(self, connection: Connection, statement: Any, many: Any, one: Any, options: Any) -> None:
         if isinstance(statement, Update | Delete):
-            before[connection] = _rows(connection, statement, many or [one])
+            self._before[connection] = _rows(connection, statement, many or [one])
 
-    def executed(connection: Connection, statement: Any, many: Any, one: Any, options: Any, result: Any) -> None:
+    def _executed(self, connection: Connection, statement: Any, many: Any, one: Any, options: Any, result: Any) -> None:
         if isinstance(statement, Update | Delete):
             kind = "updated" if isinstance(statement, Update) else "deleted"
-            note(connection, str(statement.table), kind, *before.pop(connection))
+            self._note(connection, str(statement.table), kind, *self._before.pop(connection))
         elif isinstance(statement, Insert):
             given = many or [one]
-            number = len(given) if len(given) > 1 else max(rowcounts[connection], int(result.returns_rows))
+            number = len(given) if len(given) > 1 else max(self._rowcounts[connection], int(result.returns_rows))
             table: Any = statement.table
             shown = [_shown({own.name: each[own.key] for own in table.c if own.key in each}) for each in given if each]
-            note(connection, str(table), "inserted", number, shown)
+            self._note(connection, str(table), "inserted", number, shown)
 
-    def sent(connection: Connection, cursor: Any, statement: str, parameters: Any, sent: Any, many: bool) -> None:
-        rowcounts[connection] = cursor.rowcount
+    def _sent(
+        self, connection: Connection, cursor: Any, statement: str, parameters: Any, sent: Any, many: bool
+    ) -> None:
+        self._rowcounts[connection] = cursor.rowcount
         is_text = sent.compiled is None or isinstance(sent.compiled.statement, TextClause)
         if is_text and (found := _CHANGING.match(statement)):
             kind = _KINDS[found[1].split()[0].lower()]
-            note(connection, found[2], kind, max(cursor.rowcount, 0), [])
+            self._note(connection, found[2], kind, max(cursor.rowcount, 0), [])
 
-    def committing(connection: Connection) -> None:
-        if connection in changed:
+    def _committing(self, connection: Connection) -> None:
+        if connection in self._changed:
             connection.dialect.do_rollback(connection.connection)
-            context.check(context.session)
-
-    listeners: dict[str, Callable[..., Any]] = {
-        "before_execute": executing,
-        "after_execute": executed,
-        "after_cursor_execute": sent,
-        "commit": committing,
-    }
-    with ExitStack() as block:
-        for engine in db.engines.values():
-            for name, listener in listeners.items():
-                event.listen(engine, name, listener)
-                block.callback(event.remove, engine, name, listener)
-        yield changes
+            self._context.check(self._context.session)
 
 
 def _enqueued(store: Store, session: Session, newest: int) -> list[Change]:

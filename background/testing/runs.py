@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from uuid import uuid4
 
 from flask import Flask, current_app
@@ -11,8 +11,8 @@ from flask import Flask, current_app
 from ..context import WorkerContext
 from ..errors import BackgroundError
 from ..ledger.claim import Claim
-from ..ledger.leases import Instance
 from ..manager import BackgroundWorkerManager, the_manager
+from ..runs.dry_run import UnclaimedContext
 from ..runs.execution import Execution
 from ..signals import execution_failed
 from ..worker import PeriodicWorker
@@ -44,17 +44,12 @@ def run_worker(app: Flask, worker: type[PeriodicWorker], at: datetime | None = N
         if at is not None:
             block.enter_context(Clock(at))
         block.enter_context(execution_failed.connected_to(note, app))
-        execution = manager.tick(worker.name, at or _now(manager))
+        execution = manager.tick(worker.name, at or manager.history.clock())
         if execution is None:
             raise TickNotRun(_reason(manager, worker, at))
     if errors:
         raise errors[0]
     return execution
-
-
-def _now(manager: BackgroundWorkerManager) -> datetime:
-    """Return the database's time, which is the test's clock if there is one."""
-    return manager.history.clock()
 
 
 def _reason(manager: BackgroundWorkerManager, worker: type[PeriodicWorker], at: datetime | None) -> str:
@@ -90,14 +85,6 @@ def wait_until_joined(manager: BackgroundWorkerManager) -> None:
         time.sleep(0.005)
 
 
-class UnitContext(WorkerContext):
-    """A context without a claim: the history gets no row, and every commit is allowed."""
-
-    def finish(self) -> None:
-        """Commit the session."""
-        self.session.commit()
-
-
 def worker_context(worker: str = "a_worker", tick: datetime | None = None, attempt: int = 1) -> WorkerContext:
     """Return a context for `MyWorker().do_work(context)` in a unit test. Call it in an app context.
 
@@ -112,8 +99,7 @@ def worker_context(worker: str = "a_worker", tick: datetime | None = None, attem
     manager = the_manager()
     tick = tick or datetime.now(UTC).replace(microsecond=0)
     made = Claim(worker, tick, attempt, token=1, trigger="schedule", execution=None, id=uuid4().hex)
-    instance = Instance(timedelta(days=1), deadline=float("inf"))
-    return UnitContext(made, made, instance, manager.db, manager.stores.main.sessions)
+    return UnclaimedContext(made, manager.db, manager.stores.main.sessions)
 
 
 def manager_of(app: Flask) -> BackgroundWorkerManager:
