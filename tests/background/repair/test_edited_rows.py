@@ -357,8 +357,9 @@ def test_a_run_whose_workers_row_is_deleted_keeps_its_claim_in_the_new_row(
     with in_mid_run(fleet):
         before = fleet.row("hourly")
         execute(fleet, delete(tables.workers))
-        wait_until(lambda: "the worker's row was deleted by hand" in caplog.text, "the healing")
+        wait_until(lambda: is_there(fleet), "the worker's row")
         after = fleet.row("hourly")
+        assert "the worker's row was deleted by hand" in caplog.text
         assert (after.token, after.running, after.claim) == (before.token, before.running, before.claim)
     wait_until(lambda: fleet.states() == ["succeeded"], "the end")
     assert fleet.effects() == [""]
@@ -383,7 +384,8 @@ def test_a_worker_all_of_whose_rows_are_deleted_begins_with_its_next_tick_and_a_
     wait_until(lambda: fleet.states() == ["succeeded"], "the first tick")
     wait_until(lambda: fleet.row("hourly").running is None, "its end")
     execute(fleet, delete(tables.workers), delete(tables.executions))
-    wait_until(lambda: "it has no history" in caplog.text, "the healing")
+    wait_until(lambda: is_there(fleet), "the worker's row")
+    assert "it has no history" in caplog.text
     assert fleet.row("hourly").mark == last_hour()
     assert "overdue" not in manager.why("hourly").sentence
     assert fleet.effects() == [""]
