@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from flask import current_app, render_template
+from flask_security.confirmable import generate_confirmation_token
 
 from background import WorkerContext
 from config import APP_NAME
-from models import UserRepository
+from models import User, UserRepository
 
 # The functions import these modules, because a process that only serves sends no mail.
 if TYPE_CHECKING:
@@ -27,40 +28,85 @@ Payload = Mapping[str, Any]
 
 
 class Mail(NamedTuple):
-    """A mail's reader, subject and text."""
+    """A mail's reader, subject and text, and the link in the text that the reader waits for."""
 
     to: str
     subject: str
     text: str
+    link: str | None = None
 
 
 def welcome(user_id: int, _payload: Payload, context: WorkerContext) -> Mail | None:
-    user = context.services.get(UserRepository).get(user_id)
+    user = _user(user_id, context)
     return user and Mail(
         user.email, f"Welcome to the {current_app.config['APP_NAME']}", render_template("welcome_mail.txt")
     )
 
 
+def confirm(user_id: int, payload: Payload, context: WorkerContext) -> Mail | None:
+    """Return the mail of a registration: the link that confirms the e-mail, or that it has an account already."""
+    user = _user(user_id, context)
+    if user is None:
+        return None
+    if getattr(user, "confirmed_at", None) is not None:
+        return registered_again(user_id, payload, context)
+    link = _link("security.confirm_email", generate_confirmation_token(user), payload)
+    return Mail(user.email, "Please confirm your e-mail address", render_template("confirm_mail.txt", link=link), link)
+
+
 def registered_again(user_id: int, _payload: Payload, context: WorkerContext) -> Mail | None:
-    user = context.services.get(UserRepository).get(user_id)
+    user = _user(user_id, context)
     return user and Mail(user.email, "You have an account already", render_template("again_mail.txt"))
 
 
+def no_account(email: str, _payload: Payload, _context: WorkerContext) -> Mail:
+    """Return the mail to a reader without an account, after a visitor asked for a link."""
+    return Mail(email, "You have no account", render_template("no_account_mail.txt"))
+
+
 def password_link(user_id: int, payload: Payload, context: WorkerContext) -> Mail | None:
-    user = context.services.get(UserRepository).get(user_id)
+    return _password_mail("password_mail.txt", user_id, payload, context)
+
+
+def admin_link(user_id: int, payload: Payload, context: WorkerContext) -> Mail | None:
+    """Return the mail to a new admin, whose password was discarded."""
+    return _password_mail("admin_mail.txt", user_id, payload, context)
+
+
+def password_changed(user_id: int, _payload: Payload, context: WorkerContext) -> Mail | None:
+    user = _user(user_id, context)
+    return user and Mail(user.email, "Your password has been changed", render_template("changed_mail.txt"))
+
+
+def _password_mail(template: str, user_id: int, payload: Payload, context: WorkerContext) -> Mail | None:
+    user = _user(user_id, context)
     if user is None:
         return None
+    link = _link("account.reset_password", user.password_token(), payload)
+    return Mail(user.email, "Choose your password", render_template(template, link=link), link)
+
+
+def _user(user_id: int, context: WorkerContext) -> User | None:
+    """Return the user. None if the account is gone."""
+    return context.services.get(UserRepository).get(user_id)
+
+
+def _link(endpoint: str, token: str, payload: Payload) -> str:
+    """Return the address that a mail shows. It is made when the mail is sent, so no message holds the token."""
     root = urlsplit(current_app.config["PUBLIC_URL"] or payload["root"])
     site = current_app.url_map.bind(root.netloc, root.path, url_scheme=root.scheme)
-    link = site.build("account.reset_password", {"token": user.password_token()}, force_external=True)
-    return Mail(user.email, "Choose your password", render_template("password_mail.txt", link=link))
+    return site.build(endpoint, {"token": token}, force_external=True)
 
 
-# A payload has one of these fields, with the id of the user that the mail is about.
-MAILS: dict[str, Callable[[int, Payload, WorkerContext], Mail | None]] = {
+# A payload has one of these fields, with the id of the user that the mail is about. "no account" has the e-mail.
+MAILS: dict[str, Callable[[Any, Payload, WorkerContext], Mail | None]] = {
     "welcome": welcome,
+    "confirm": confirm,
     "registered again": registered_again,
+    "no account": no_account,
     "password link": password_link,
+    "admin link": admin_link,
+    "password changed": password_changed,
 }
 
 # Mails that are sent once, however often a request enqueues them. `handle` sets the key, not the request. Otherwise a

@@ -57,7 +57,8 @@ class MailWorker(MessageWorker):
         if mail is None:
             context.logger.warning("%s %s no longer exists: no mail is sent.", kind.capitalize(), payload[kind])
             return
-        place = context.services.get(Mailer).send(*mail, key=message.idempotency_key, at=message.enqueued_at)
+        mailer = context.services.get(Mailer)
+        place = mailer.send(mail.to, mail.subject, mail.text, key=message.idempotency_key, at=message.enqueued_at)
         context.logger.info("The mail about %s %s is at %s.", kind, payload[kind], place)
 
 
