@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup run test promise check fix browser soak ci
+.PHONY: help setup run test promise check fix lock browser soak ci
 bin := .venv/bin
 
 help: ## Show this list.
@@ -27,6 +27,10 @@ check: .venv ## Check style, types and prose, within a minute.
 fix: .venv ## Format the code, and fix the errors that ruff can fix.
 	$(bin)/ruff check --fix .
 	$(bin)/ruff format .
+
+lock: .venv ## Renew requirements.lock, the versions and hashes of a deployment.
+	CUSTOM_COMPILE_COMMAND="make lock" $(bin)/pip-compile --quiet --upgrade --generate-hashes --strip-extras \
+		--no-emit-options --output-file requirements.lock requirements.txt
 
 promise: .venv ## Run the tests with real fleets under faults, for some minutes.
 	$(bin)/pytest -m promise

@@ -39,7 +39,7 @@ def assert_it_holds_what_the_shop_needs_and_no_more(image: Image) -> None:
     application = {path.name for path in image.file("/app").iterdir()} - {"__pycache__", ".dockerignore"}
     modules = {path.name for path in ROOT.glob("*.py")}
     folders = {"background", "migrations", "static", "templates", "instance"}
-    assert application == modules | folders | {"requirements.txt", "LICENSE"}
+    assert application == modules | folders | {"requirements.txt", "requirements.lock", "LICENSE"}
     assert not list(image.file("/app/instance").iterdir())
     packages = {path.name for path in image.file("/venv").glob("lib/python*/site-packages/*")}
     assert {"flask", "gunicorn", "psycopg"} < packages
