@@ -1,6 +1,8 @@
 """The shop: its pages, JSON, worker, mail and demo books. Delete this file to have an application without a shop."""
 
 from collections.abc import Sequence
+from hashlib import sha256
+from secrets import token_urlsafe
 from typing import Any
 
 import svcs
@@ -9,7 +11,7 @@ from flask.typing import ResponseReturnValue
 from flask_login import current_user, login_required
 from sqlalchemy import Connection, func, insert, or_, select
 from sqlalchemy.orm import joinedload
-from wtforms import IntegerField
+from wtforms import HiddenField, IntegerField
 from wtforms.validators import InputRequired, NumberRange
 
 import demo
@@ -17,6 +19,10 @@ from background import BackgroundWorkerManager, Message, MessageWorker, WorkerCo
 from mail import MAILS, Mail, Payload
 from models import Book, Order, OrderRepository, db
 from routes import JSON, NOTHING, Page, PostedForm, SearchForm, newest_first
+from throttle import throttled, user
+
+ORDERS_OF_USER = "60 per hour"
+SEARCHES_OF_NETWORK = "60 per minute"  # a search reads the whole table
 
 shop = Blueprint("shop", __name__)
 api = Blueprint("api", __name__, url_prefix=JSON)
@@ -39,8 +45,17 @@ def money(cents: int) -> str:
     return f"€{cents // 100:,}.{cents % 100:02d}"
 
 
+class WholeNumberField(IntegerField):
+    """A field for ASCII digits. Python's own `int` also reads 1_0 and digits of other scripts."""
+
+    def process_formdata(self, valuelist: list[str]) -> None:
+        texts = map(str.strip, valuelist)
+        super().process_formdata([text if text.isascii() and text.isdecimal() else "" for text in texts])
+
+
 class OrderForm(PostedForm):
-    quantity = IntegerField(
+    number = HiddenField(default=lambda: token_urlsafe(16))  # of this form: it orders once, however often it is posted
+    quantity = WholeNumberField(
         "Quantity",
         default=1,
         validators=[InputRequired(), NumberRange(min=1, max=100)],
@@ -51,7 +66,15 @@ class OrderForm(PostedForm):
 # ---- Pages
 
 
+def is_no_search() -> bool:
+    return not request.args.get("q")
+
+
+search_throttled = throttled(SEARCHES_OF_NETWORK, methods=None, exempt_when=is_no_search)
+
+
 @shop.get("/books")
+@search_throttled
 def catalogue() -> ResponseReturnValue:
     form = SearchForm(request.args)
     page = find_books(form.q.data) if form.validate() else NOTHING
@@ -76,11 +99,12 @@ def book(book_id: int) -> ResponseReturnValue:
 # The form posts to the book's own address, so that a visitor who logs in first comes back to the book.
 @shop.post("/books/<id:book_id>")
 @login_required
+@throttled(ORDERS_OF_USER, user)
 def order(book_id: int) -> ResponseReturnValue:
     form = OrderForm()
     if not form.validate():
         return book_page(book_id, form)
-    if not place_order(current_user.id, book_id, form.quantity.data):
+    if not place_order(current_user.id, book_id, form.quantity.data, form.number.data):
         return book_page(book_id, form, too_few=True)
     flash("Thank you, your order is placed. We will confirm it by e-mail.", "success")
     return redirect(url_for("shop.orders"))
@@ -99,14 +123,19 @@ def not_enough(book: Book) -> str:
     return "Sorry, this book has just been sold out."
 
 
-def place_order(user_id: int, book_id: int, quantity: int) -> bool:
-    """Write the order and the message that settles it, in one transaction. Return False if the stock is too small."""
+def place_order(user_id: int, book_id: int, quantity: int, number: str) -> bool:
+    """Write the order and the message that settles it, in one transaction. Return False if the stock is too small.
+
+    Concurrency: another request may post the same form. The message's key is new in one of them, and both return True.
+    """
     order_id = svcs.flask.get(OrderRepository).place(user_id, book_id, quantity)
-    if order_id is None:
-        return False
-    current_workers.enqueue("orders", {"order": order_id})
-    db.session.commit()
-    return True
+    key = sha256(f"{user_id} {book_id} {quantity} {number}".encode()).hexdigest()
+    is_new = current_workers.enqueue("orders", {"order": order_id}, key=key) is not None
+    if is_new and order_id is not None:
+        db.session.commit()
+        return True
+    db.session.rollback()
+    return not is_new
 
 
 @shop.get("/orders")
@@ -120,6 +149,7 @@ def orders() -> ResponseReturnValue:
 
 
 @api.get("/books")
+@search_throttled
 def books_json() -> ResponseReturnValue:
     form = SearchForm(request.args)
     if not form.validate():

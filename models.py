@@ -1,11 +1,10 @@
 """The shop's tables, and the statements on its users and orders."""
 
 import hmac
-import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from string import ascii_lowercase, ascii_uppercase
 from typing import Any, ClassVar
 
@@ -13,7 +12,6 @@ from flask import current_app
 from flask_login import UserMixin
 from flask_sqlalchemy import SQLAlchemy
 from itsdangerous import BadData, URLSafeTimedSerializer
-from limits.storage import Storage
 from sqlalchemy import (
     BigInteger,
     BindParameter,
@@ -30,22 +28,18 @@ from sqlalchemy import (
     Update,
     and_,
     bindparam,
-    case,
     cast,
-    delete,
     false,
     func,
     literal_column,
     not_,
     select,
     text,
-    true,
     tuple_,
     update,
 )
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.dialects.postgresql import VARCHAR
-from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import (
     DeclarativeBase,
     InstrumentedAttribute,
@@ -59,7 +53,7 @@ from sqlalchemy.orm import (
 )
 from werkzeug.security import check_password_hash, generate_password_hash
 
-from background.database.clock import UtcDateTime, elapsed, now, single_statements
+from background.database.clock import UtcDateTime, now
 
 
 class Base(DeclarativeBase):
@@ -185,75 +179,6 @@ class RateLimit(db.Model):  # type: ignore[name-defined, misc]
     key: Mapped[str] = mapped_column(ordered_text(200), primary_key=True)
     hits: Mapped[int]
     expires_at: Mapped[datetime] = mapped_column(index=True)
-
-
-class RateLimits(Storage):
-    """The storage of Flask-Limiter (`database://`): one count for all processes and machines.
-
-    Each count has a connection of its own, and is committed at once. A rollback of the request does not undo it. If
-    the database does not answer, the request fails.
-    """
-
-    STORAGE_SCHEME = ["database"]
-    base_exceptions = SQLAlchemyError
-
-    def incr(self, key: str, expiry: int, amount: int = 1) -> int:
-        """Add `amount` within the window, or begin a window of `expiry` seconds. Return the count.
-
-        Concurrency: other requests may count the same key. Each adds to the current count, and one begins the window.
-        """
-        insert: Any = {"postgresql": postgresql.insert, "sqlite": sqlite.insert}[db.engine.dialect.name]
-        first = {"hits": max(amount, 0), "expires_at": now(timedelta(seconds=expiry))}
-        is_over = RateLimit.expires_at <= now()
-        counted = (
-            insert(RateLimit)
-            .values(key=key, **first)
-            .on_conflict_do_update(
-                index_elements=[RateLimit.key],
-                set_={
-                    "hits": case((is_over, first["hits"]), else_=RateLimit.hits + amount),
-                    "expires_at": case((is_over, first["expires_at"]), else_=RateLimit.expires_at),
-                },
-            )
-            .returning(RateLimit.hits)
-        )
-        with single_statements(db.engine).begin() as connection:
-            hits: int = connection.execute(counted).scalar_one()
-            if hits == amount:  # a window began, so delete some expired windows
-                connection.execute(_forget)
-        return hits
-
-    def get(self, key: str) -> int:
-        return int(self._ask(RateLimit.hits, key) or 0)
-
-    def get_expiry(self, key: str) -> float:
-        """Return the end of the window on this host's clock."""
-        return time.time() + (self._ask(elapsed(now(), RateLimit.expires_at), key) or 0.0)
-
-    def _ask(self, column: Any, key: str) -> Any:
-        current = select(column).where(RateLimit.key == key, RateLimit.expires_at > now())
-        with single_statements(db.engine).connect() as connection:
-            return connection.scalar(current)
-
-    def check(self) -> bool:
-        with single_statements(db.engine).connect() as connection:
-            return connection.scalar(select(1)) == 1
-
-    def clear(self, key: str) -> None:
-        self._delete(RateLimit.key == key)
-
-    def reset(self) -> int:
-        return self._delete(true())
-
-    def _delete(self, condition: ColumnElement[bool]) -> int:
-        with single_statements(db.engine).begin() as connection:
-            return connection.execute(delete(RateLimit).where(condition)).rowcount
-
-
-# Concurrency: other requests may delete the same rows, or begin a window in one of them. A locked row is skipped, so no
-# request waits, and a window that began stays.
-_over = select(RateLimit.key).where(RateLimit.expires_at <= now()).limit(100).with_for_update(skip_locked=True)
-_forget = delete(RateLimit).where(RateLimit.key.in_(_over))
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,9 @@
 """The application's own pages and JSON."""
 
 import json
-import time
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
-from hashlib import sha256
-from ipaddress import ip_address, ip_network
-from math import ceil
 from typing import Any, NamedTuple, cast
 
 import svcs
@@ -26,7 +22,7 @@ from flask import (
 )
 from flask.typing import ResponseReturnValue
 from flask_bootstrap import Bootstrap5
-from flask_limiter import Limiter, RateLimitExceeded
+from flask_limiter import RateLimitExceeded
 from flask_login import LoginManager, current_user, login_required, login_user, logout_user
 from flask_wtf import CSRFProtect, FlaskForm
 from flask_wtf.csrf import CSRFError
@@ -57,6 +53,7 @@ from wtforms.validators import (
     ValidationError,
 )
 
+import throttle
 from background import current_workers
 from background.dashboard import dashboard
 from background.dashboard.origin import is_own_path
@@ -72,13 +69,6 @@ pages = Blueprint("pages", __name__)
 account = Blueprint("account", __name__)
 admin = Blueprint("admin", __name__, url_prefix="/admin")
 
-# Failed logins count per network, and per network and account. So a visitor cannot lock an account for other networks.
-FAILED_LOGINS_OF_NETWORK = "50 per 10 minutes"
-FAILED_LOGINS_OF_NETWORK_AND_ACCOUNT = "10 per 10 minutes"
-FAILED_CHANGES_OF_USER = "10 per 10 minutes"
-REGISTRATIONS_OF_NETWORK = "20 per hour"
-RESETS_OF_NETWORK = "20 per hour"
-
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; object-src 'none'; base-uri 'none'; "
     "frame-ancestors 'none'; form-action 'self'",
@@ -93,34 +83,12 @@ login_manager.login_message = "Please log in first."
 login_manager.login_message_category = "info"
 
 
-def network() -> str:
-    """Return the visitor's network: an IPv4 address, or the /64 of an IPv6 address."""
-    try:
-        address = ip_address(_without_port(request.remote_addr or ""))
-    except ValueError:
-        return "nowhere"  # behind a proxy on a socket that PROXIES does not count
-    address = getattr(address, "ipv4_mapped", None) or address
-    return str(address) if address.version == 4 else str(ip_network((address, 64), strict=False))
-
-
-def _without_port(address: str) -> str:
-    """Remove the port that some proxies forward: 192.0.2.7:4711, or [2001:db8::7]:4711."""
-    if address.startswith("["):
-        return address[1:].partition("]")[0]
-    return address.partition(":")[0] if address.count(":") == 1 else address
-
-
-limiter = Limiter(network, storage_uri="database://", strategy="fixed-window")
-
-
 def register(app: Flask) -> None:
     """Give the app its pages: extensions, template helpers, blueprints and error pages."""
     app.config.setdefault("BOOTSTRAP_SERVE_LOCAL", True)
     app.config["MAX_CONTENT_LENGTH"] = app.config["MAX_CONTENT_LENGTH"] or MAX_BODY
     Bootstrap5(app)
     csrf.init_app(app)
-    app.config.setdefault("RATELIMIT_ENABLED", True)
-    limiter.init_app(app)
     login_manager.init_app(app, add_context_processor=False)
     # As a global, not by a context processor, current_user costs a query only in a template that names it. So the error
     # page works without the database.
@@ -130,6 +98,7 @@ def register(app: Flask) -> None:
     app.url_map.converters["id"] = IdConverter
     for blueprint in (pages, account, admin, dashboard(admins_only)):
         app.register_blueprint(blueprint)
+    throttle.register(app)
     for without_host in (BadHost, SecurityError):  # without a host, a page cannot name its own addresses
         app.register_error_handler(without_host, HTTPException.get_response)
     app.register_error_handler(HTTPException, show_error)
@@ -188,10 +157,25 @@ def lower(text: str | None) -> str | None:
     return text.lower() if text else text
 
 
-def no_control_characters(_form: Form, field: FormField) -> None:
-    """Refuse control characters. PostgreSQL refuses NUL, and the field is one line."""
-    if any(unicodedata.category(character) == "Cc" for character in field.data or ""):
+DIRECTIONS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+BLANK = frozenset("\u115f\u1160\u2800\u3164\uffa0")  # letters and symbols that show nothing
+MOST_MARKS = 4  # on one letter: more than any language needs
+
+
+def readable(_form: Form, field: FormField) -> None:
+    """Refuse text that is not one line, that shows nothing, or that hides its neighbours on a page.
+
+    PostgreSQL also refuses NUL. A text that is too long is not checked further.
+    """
+    if field.errors or not field.data:
+        return
+    kinds = [unicodedata.category(character) for character in field.data]
+    if {"Cc", "Zl", "Zp"}.intersection(kinds) or DIRECTIONS.intersection(field.data):
         raise ValidationError("Please leave out control characters.")
+    if not any(kind[0] in "LNPS" for kind, each in zip(kinds, field.data, strict=True) if each not in BLANK):
+        raise ValidationError("Please use characters that can be seen.")
+    if "M" * (MOST_MARKS + 1) in "".join("M" if kind in ("Mn", "Me") else "-" for kind in kinds if kind != "Cf"):
+        raise ValidationError(f"Please put at most {MOST_MARKS} accents on one letter.")
 
 
 class ShortEmail(Email):
@@ -214,7 +198,7 @@ class NameForm(PostedForm):
     name = StringField(
         "Name",
         filters=[strip],
-        validators=[DataRequired(), Length(max=120), no_control_characters],
+        validators=[DataRequired(), Length(max=120), readable],
         render_kw={"autocomplete": "name"},
     )
 
@@ -237,7 +221,7 @@ class RegisterForm(NewPasswordForm, NameForm):
     email = EmailField(
         "E-mail",
         filters=[strip, lower],
-        validators=[DataRequired(), Length(max=254), no_control_characters, ShortEmail()],
+        validators=[DataRequired(), Length(max=254), readable, ShortEmail()],
         render_kw={"autocomplete": "email"},
     )
 
@@ -254,7 +238,7 @@ class LoginForm(PostedForm):
     email = EmailField(
         "E-mail",
         filters=[strip, lower],
-        validators=[DataRequired(), Length(max=254), no_control_characters],
+        validators=[DataRequired(), Length(max=254), readable],
         render_kw={"autocomplete": "username"},
     )
     password = PasswordField(
@@ -273,7 +257,7 @@ class SearchForm(FlaskForm):
     q = SearchField(
         "Search",
         filters=[strip],
-        validators=[Optional(), Length(max=100), no_control_characters],
+        validators=[Optional(), Length(max=100), readable],
         render_kw={"autocomplete": "off"},
     )
 
@@ -332,30 +316,7 @@ def home() -> ResponseReturnValue:
 # ---- The account
 
 
-def throttled(limit: str, key: Callable[[], str] = network) -> Callable[[Any], Any]:
-    """Count each POST by `key` before it is handled, also when several come at once. Answer 429 past `limit`."""
-    return limiter.limit(limit, key_func=key, methods=["POST"])
-
-
-def do_not_count() -> None:
-    """Take back the count of this request, because it succeeded."""
-    for limit in limiter.current_limits:
-        limiter.limiter.hit(limit.limit, *limit.request_args, cost=-1)
-
-
-def network_and_account() -> str:
-    email = request.form.get("email", "").strip().lower()
-    return f"{network()} {sha256(email.encode()).hexdigest()[:32]}"
-
-
-def own_id() -> str:
-    key = f"user {current_user.id}"
-    db.session.rollback()  # the count needs another connection: requests that keep one could all wait for a second
-    return key
-
-
 @account.route("/register", methods=["GET", "POST"])
-@throttled(REGISTRATIONS_OF_NETWORK)
 def register_user() -> ResponseReturnValue:
     form = RegisterForm()
     if form.validate_on_submit():
@@ -378,8 +339,6 @@ def create_user(form: RegisterForm) -> None:
 
 
 @account.route("/login", methods=["GET", "POST"])
-@throttled(FAILED_LOGINS_OF_NETWORK)
-@throttled(FAILED_LOGINS_OF_NETWORK_AND_ACCOUNT, network_and_account)
 def login() -> ResponseReturnValue:
     if current_user.is_authenticated:
         return redirect(next_page())
@@ -392,7 +351,6 @@ def login() -> ResponseReturnValue:
             session.clear()  # another person may have begun this session, and know its token
             login_user(user)  # before the commit, after which another request may change the password
             db.session.commit()
-            do_not_count()
             return redirect(next_page())
         form.password.errors = ["Wrong e-mail or password."]
     return render_template("login.html", form=form)
@@ -432,7 +390,6 @@ def profile() -> ResponseReturnValue:
 
 @account.route("/account/password", methods=["GET", "POST"])
 @login_required
-@throttled(FAILED_CHANGES_OF_USER, own_id)
 def change_password() -> ResponseReturnValue:
     form = ChangePasswordForm()
     if form.validate_on_submit():
@@ -451,13 +408,11 @@ def replace_own_password(form: ChangePasswordForm) -> bool:
     changed = svcs.flask.get(UserRepository).replace_password(user, form.password.data)
     db.session.commit()
     if changed:
-        do_not_count()  # after the commit, as `own_id` explains
         login_user(user)
     return changed
 
 
 @account.route("/account/reset/<token>", methods=["GET", "POST"])
-@throttled(RESETS_OF_NETWORK)
 def reset_password(token: str) -> ResponseReturnValue:
     """Show the page of a password link. Opening it (as mail scanners do) does not use it up."""
     users = svcs.flask.get(UserRepository)
@@ -596,14 +551,13 @@ NEEDS_HTTPS = "This shop needs HTTPS, and this page came without it. Please try 
 
 def show_error(error: HTTPException) -> Response:
     """Answer with the error as a page or, below /api, as JSON. Keep the error's own headers."""
+    if isinstance(error, RateLimitExceeded):
+        throttle.explain(error)
     response = error.get_response()
     sentence = ERROR_SENTENCES.get(error.code or 500, error.description)
     if isinstance(error, CSRFError) and current_app.config["SESSION_COOKIE_SECURE"] and not request.is_secure:
         sentence = NEEDS_HTTPS
         current_app.logger.warning(SENT_BY_HTTP)
-    if isinstance(error, RateLimitExceeded) and limiter.current_limit is not None:
-        seconds = max(1, ceil(limiter.current_limit.reset_at - time.time()))
-        sentence, response.headers["Retry-After"] = too_often(seconds), str(seconds)
     if request.path.startswith(f"{JSON}/"):
         response.data = jsonify(error=error.name, message=error.description).data
         response.content_type = "application/json"
@@ -611,9 +565,3 @@ def show_error(error: HTTPException) -> Response:
         response.data = render_template("error.html", error=error, sentence=sentence)
         response.content_type = "text/html; charset=utf-8"
     return response
-
-
-def too_often(seconds: int) -> str:
-    minutes = max(1, round(seconds / 60))
-    wait = "a minute" if minutes == 1 else f"{minutes} minutes"
-    return f"There were too many attempts from your network. Please wait for {wait}, then try again."

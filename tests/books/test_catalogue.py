@@ -223,3 +223,17 @@ def test_no_page_of_books_has_an_inline_script_or_style_or_a_foreign_address(cli
 def test_no_cache_keeps_json_that_is_made_for_one_visitor(client, reader):
     for path in ("/orders", "/api/books"):
         assert client.get(path).headers["Cache-Control"] == "no-store", path
+
+
+@on_sqlite
+def test_a_network_searches_sixty_times_a_minute_at_most_and_looks_at_pages_as_often_as_it_likes(client, make_book):
+    make_book()
+    for path in ("/books", "/api/books"):
+        assert {client.get(path).status_code for _ in range(70)} == {200}
+        assert [client.get(f"{path}?q=x").status_code for _ in range(61)] == [200] * 60 + [429], path
+        assert client.get(path).status_code == 200
+        elsewhere = {"REMOTE_ADDR": "192.0.2.2"}
+        assert client.get(f"{path}?q=x", environ_overrides=elsewhere).status_code == 200
+    refused = client.get("/api/books?q=x")
+    assert refused.json["message"].startswith("There were too many attempts from your network.")
+    assert 0 < int(refused.headers["Retry-After"]) <= 61

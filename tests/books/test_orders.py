@@ -1,5 +1,6 @@
 """The workers settle placed orders, each once, and never sell more than the stock."""
 
+import re
 import threading
 from collections.abc import Callable, Iterator
 from email import message_from_bytes
@@ -14,7 +15,7 @@ from flask import Flask
 from flask.testing import FlaskClient
 from sqlalchemy import Engine, event, select, text, update
 from support.databases import close, on_postgresql, on_sqlite
-from support.fleet import in_threads, wait_until
+from support.fleet import at_once, in_threads, wait_until
 from support.shop import settings
 
 from app import create_app
@@ -105,6 +106,86 @@ def test_an_order_takes_the_stock_is_confirmed_and_leads_to_a_mail(
     assert (statuses(app), stock_of(app, book_id)) == (["confirmed"], 3)
     assert subjects(outbox) == ["Your order 1: confirmed"]
     assert "confirmed" in client.get("/orders").text
+
+
+def number_of(client: FlaskClient, book_id: int) -> str:
+    """Return the number in the book's form."""
+    found = re.search(r'name="number"[^>]* value="([^"]+)"', client.get(f"/books/{book_id}").text)
+    assert found is not None
+    return found[1]
+
+
+def test_a_form_that_is_posted_several_times_at_once_orders_once(
+    app: Flask, client: FlaskClient, make_user: Make, login: Make, make_book: Make
+) -> None:
+    book_id = make_book(stock=5)
+    user = make_user()
+    clients = [app.test_client() for _ in range(4)]
+    for each in (client, *clients):
+        login(each, user)
+    form = {"quantity": "2", "number": number_of(client, book_id)}
+    answers = at_once(4, lambda index: clients[index].post(f"/books/{book_id}", data=form))
+    assert {(answer.status_code, answer.location) for answer in answers} == {(302, "/orders")}
+    assert (statuses(app), queue(app)) == (["received"], [("orders", "waiting")])
+
+
+def test_a_form_that_is_posted_again_is_answered_as_before_also_when_the_book_is_sold_out(
+    app: Flask, client: FlaskClient, make_user: Make, login: Make, make_book: Make
+) -> None:
+    login(client, make_user())
+    book_id = make_book(stock=2)
+    form = {"quantity": "2", "number": number_of(client, book_id)}
+    assert client.post(f"/books/{book_id}", data=form).location == "/orders"
+    settle_and_commit(app, [1])
+    assert stock_of(app, book_id) == 0
+    assert client.post(f"/books/{book_id}", data=form).location == "/orders"
+    assert "sold out" in client.post(f"/books/{book_id}", data=form | {"number": "another"}).text
+    assert (statuses(app), len(queue(app))) == (["confirmed"], 1)
+
+
+@on_sqlite
+def test_each_page_user_and_quantity_makes_an_order_of_its_own(
+    app: Flask, client: FlaskClient, make_user: Make, login: Make, make_book: Make
+) -> None:
+    book_id, other = make_book(), app.test_client()
+    login(client, make_user())
+    login(other, make_user())
+    number = number_of(client, book_id)
+    assert number != number_of(client, book_id)
+    for each, form in [
+        (client, {"quantity": "1", "number": number}),
+        (client, {"quantity": "2", "number": number}),
+        (client, {"quantity": "1", "number": number_of(client, book_id)}),
+        (client, {"quantity": "1"}),
+        (client, {"quantity": "1"}),
+        (other, {"quantity": "1", "number": number}),
+    ]:
+        assert each.post(f"/books/{book_id}", data=form).location == "/orders"
+    assert len(statuses(app)) == 6
+
+
+@on_sqlite
+def test_a_quantity_is_of_ascii_digits(
+    app: Flask, client: FlaskClient, make_user: Make, login: Make, make_book: Make
+) -> None:
+    login(client, make_user())
+    book_id = make_book(stock=500)
+    for quantity in ("1_0", "٣", "+3", "-1", "0", "101", "1.0", "1e1", "3 0", "０", "²", "9" * 5_000, "", " "):
+        answer = client.post(f"/books/{book_id}", data={"quantity": quantity})
+        assert (answer.status_code, "invalid-feedback" in answer.text) == (200, True), quantity
+    assert statuses(app) == []
+    assert client.post(f"/books/{book_id}", data={"quantity": " 3 "}).location == "/orders"
+
+
+@on_sqlite
+def test_one_user_orders_sixty_times_an_hour_at_most(
+    app: Flask, client: FlaskClient, make_user: Make, login: Make, make_book: Make
+) -> None:
+    login(client, make_user())
+    book_id = make_book(stock=500)
+    found = [client.post(f"/books/{book_id}", data={"quantity": "1"}).status_code for _ in range(61)]
+    assert found == [302] * 60 + [429]
+    assert len(statuses(app)) == 60
 
 
 def test_a_late_order_is_sold_out_and_leads_to_a_mail(

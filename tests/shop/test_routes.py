@@ -141,6 +141,29 @@ def test_text_that_the_database_cannot_store_is_a_form_error(app, client):
     assert user_of(app, "nat@example.com") is None
 
 
+@on_sqlite
+def test_a_name_that_hides_itself_or_its_neighbours_is_refused(app, client, reader):
+    for name, complaint in [
+        ("\u200b\u200d", "use characters that can be seen"),
+        ("\u3164", "use characters that can be seen"),
+        ("\u0301", "use characters that can be seen"),
+        ("\u202eretaeR", "leave out control characters"),
+        ("Nat\u2066", "leave out control characters"),
+        ("Nat\u2028Turner", "leave out control characters"),
+        ("N" + "\u0301" * 5, "at most 4 accents on one letter"),
+        ("N" + "\u0301\u200d" * 5, "at most 4 accents on one letter"),
+    ]:
+        assert complaint in text_of(client.post("/account", data={"name": name})), ascii(name)
+    assert user_of(app, "reader@example.com").name == "Reader"
+
+
+@on_sqlite
+def test_names_of_many_languages_are_welcome(app, client, reader):
+    for name in ["Nguye\u0302\u0303n", "مهدی‌پور", "บุญเรือง", "בְּרֵאשִׁ֖ית", "རྐྱེན", "क्षत्रिय", "👩‍👩‍👧", "O’Brien-Łoś"]:
+        client.post("/account", data={"name": name})
+        assert user_of(app, "reader@example.com").name == name
+
+
 def test_an_email_that_is_too_long_is_not_checked_further(client):
     complaints = text_of(register(client, email="n" * 400_000 + "@example.com"))
     assert "longer than 254 characters" in complaints

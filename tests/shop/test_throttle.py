@@ -1,4 +1,4 @@
-"""Throttling of password guesses: one count for all processes, and no client locks another one out."""
+"""Limits of what one user or one network may do: one count for all processes, and no client locks another one out."""
 
 import multiprocessing
 import time
@@ -18,9 +18,10 @@ from support.processes import MARGIN
 from support.shop import PASSWORD, settings
 from werkzeug.test import TestResponse
 
-import routes
+import throttle
 from app import create_app
-from models import RateLimit, RateLimits, User, db
+from models import RateLimit, User, db
+from throttle import RateLimits
 
 context = multiprocessing.get_context("fork")  # as under gunicorn --preload, no connection is open
 
@@ -92,12 +93,31 @@ def test_a_network_is_an_ipv4_address_or_an_ipv6_prefix(client: FlaskClient) -> 
 
 
 @pytest.mark.usefixtures("nat")
-def test_a_successful_login_is_not_counted(app: Flask, client: FlaskClient) -> None:
-    assert codes(client, 3) == [200] * 3
-    for _ in range(12):
-        assert log_in(client, PASSWORD).status_code == 302
-        client.post("/logout")
-    assert counts(app) == [3, 3]
+@on_sqlite
+def test_right_passwords_are_counted_too(client: FlaskClient) -> None:
+    found = []
+    for _ in range(11):
+        found.append(log_in(client, PASSWORD).status_code)
+        client.delete_cookie("session")
+    assert found == [302] * 10 + [429]
+
+
+@pytest.mark.usefixtures("nat")
+def test_guesses_from_many_networks_have_one_ceiling_for_each_account(client: FlaskClient) -> None:
+    found = [code for network in range(11) for code in codes(client, 10, address=f"198.51.100.{network}")]
+    assert found == [200] * 100 + [429] * 10
+    assert "too many attempts with this account" in log_in(client, address="192.0.2.2").text
+    assert log_in(client, email="pat@example.com", address="192.0.2.2").status_code == 200
+
+
+@pytest.mark.usefixtures("nat")
+def test_that_ceiling_does_not_lock_the_owner_out_of_a_known_network(app: Flask, client: FlaskClient) -> None:
+    assert log_in(client, PASSWORD).status_code == 302
+    others = app.test_client()
+    for network in range(10):
+        codes(others, 10, address=f"198.51.100.{network}")
+    assert log_in(app.test_client(), PASSWORD, address="192.0.2.2").status_code == 429
+    assert log_in(app.test_client(), PASSWORD).status_code == 302
 
 
 @pytest.mark.usefixtures("nat")
@@ -126,7 +146,107 @@ def hit(url: str, times: int) -> None:
     close(app)
 
 
-# ---- Other throttled pages
+# ---- Every route that may write
+
+
+@pytest.fixture
+def log_admin_in(app: Flask, make_user: Callable[..., User], login: Callable[..., None]) -> Callable[[], FlaskClient]:
+    """Give a new client of one admin, who may use every route. The user with the id 1 is another one."""
+    make_user()
+    user = make_user(is_admin=True)
+
+    def log_in() -> FlaskClient:
+        client = app.test_client()
+        login(client, user)
+        return client
+
+    return log_in
+
+
+@pytest.fixture
+def admin(log_admin_in: Callable[[], FlaskClient]) -> FlaskClient:
+    return log_admin_in()
+
+
+def writing(app: Flask) -> list[tuple[str, str, str]]:
+    """Return the endpoint, a method and a path of each route that takes a method that may write."""
+    adapter = app.url_map.bind("localhost")
+    return [
+        (rule.endpoint, method, adapter.build(rule.endpoint, dict.fromkeys(rule.arguments, 1), method))
+        for rule in app.url_map.iter_rules()
+        for method in sorted(rule.methods & set(throttle.WRITING))
+    ]
+
+
+def make_the_next_request_the_thousandth(app: Flask) -> None:
+    """Add 998 to each count of the request before."""
+    with app.app_context():
+        db.session.execute(update(RateLimit).values(hits=RateLimit.hits + 998))
+        db.session.commit()
+
+
+def forget(app: Flask) -> None:
+    with app.app_context():
+        RateLimits().reset()
+
+
+@on_sqlite
+def test_the_thousandth_writing_request_of_one_user_is_refused_at_every_route(
+    app: Flask, log_admin_in: Callable[[], FlaskClient]
+) -> None:
+    asked = writing(app)
+    assert len(asked) > 15
+    for endpoint, method, path in asked:
+        client = log_admin_in()
+        forget(app)
+        first = client.open(path, method=method, environ_overrides={"REMOTE_ADDR": "192.0.2.1"})
+        assert first.status_code != 429
+        make_the_next_request_the_thousandth(app)
+        second = log_admin_in().open(path, method=method, environ_overrides={"REMOTE_ADDR": "192.0.2.2"})
+        assert second.status_code == 429, endpoint
+        assert "too many attempts with this account" in second.text
+        assert int(second.headers["Retry-After"]) > 0
+
+
+@on_sqlite
+def test_the_thousandth_writing_request_of_one_network_is_refused_at_every_route(
+    app: Flask, admin: FlaskClient, client: FlaskClient
+) -> None:
+    for endpoint, method, path in writing(app):
+        forget(app)
+        assert admin.open(path, method=method).status_code != 429
+        make_the_next_request_the_thousandth(app)
+        assert client.open(path, method=method).status_code == 429, endpoint
+    assert "too many attempts from your network" in client.post("/logout").text
+
+
+@on_sqlite
+def test_reading_is_not_counted(app: Flask, admin: FlaskClient) -> None:
+    forget(app)
+    for path in ("/", "/account", "/admin/users", "/workers/"):
+        assert admin.get(path).status_code == 200
+    assert counts(app) == []
+
+
+@on_sqlite
+def test_an_ordinary_day_meets_no_limit(admin: FlaskClient) -> None:
+    path = "/workers/worker/passive_user_checker_worker"
+    found = {admin.post(f"{path}/{what}").status_code for _ in range(100) for what in ("pause", "resume")}
+    assert found == {303}
+
+
+@on_sqlite
+def test_a_refused_visitor_has_one_line_in_the_log(
+    client: FlaskClient, nat: User, caplog: pytest.LogCaptureFixture
+) -> None:
+    codes(client, 40)
+    [line] = [record for record in caplog.records if record.name in ("security", "flask-limiter")]
+    assert line.name == "security"
+    assert "192.0.2.1" in line.getMessage()
+    assert nat.email not in caplog.text
+
+
+# ---- Stricter limits
 
 
 @on_sqlite
@@ -240,4 +360,4 @@ def test_a_database_that_does_not_answer_allows_no_guess(app: Flask, client: Fla
 )
 def test_a_visitors_network_is_recognized_in_any_notation_of_a_proxy(app: Flask, address: str, known_as: str) -> None:
     with app.test_request_context(environ_base={"REMOTE_ADDR": address}):
-        assert routes.network() == known_as
+        assert throttle.network() == known_as
