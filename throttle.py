@@ -9,7 +9,7 @@ from ipaddress import ip_address, ip_network
 from math import ceil
 from typing import Any
 
-from flask import Flask, Response, g, request
+from flask import Flask, Response, g, request, session
 from flask_limiter import ApplicationLimit, Limiter, RateLimitExceeded, RequestLimit
 from flask_login import current_user, user_logged_in
 from limits.storage import Storage
@@ -31,9 +31,10 @@ LOGINS_OF_NETWORK = "50 per 10 minutes"
 LOGINS_OF_NETWORK_AND_ACCOUNT = "10 per 10 minutes"
 LOGINS_OF_ACCOUNT = "100 per hour"  # from all networks together, except those that the account was used from
 DAYS_KNOWN = 90  # of such a network, since the last login
-PASSWORDS_OF_USER = "10 per 10 minutes"
-REGISTRATIONS_OF_NETWORK = "20 per hour"
-RESETS_OF_NETWORK = "20 per hour"
+CODES_OF_ACCOUNT = "20 per hour"  # of a second factor
+PASSWORDS_OF_USER = "10 per 10 minutes"  # of each form that asks a user for a password or a code
+MAILS_OF_NETWORK = "20 per hour"  # of registering, and of each form that asks for a link
+LINKS_OF_NETWORK = "20 per hour"  # of each form behind a link
 
 security = logging.getLogger("security")
 
@@ -70,8 +71,13 @@ def is_not_for_user() -> bool:
 
 
 def account() -> str:
-    """Return the account that the visitor names, as a digest, so that the counts hold no address."""
+    """Return the account that the form names, as a digest, so that the counts hold no address."""
     return f"account {_digest(request.form.get('email', ''))}"
+
+
+def account_of_code() -> str:
+    """Return the account whose password was right and whose second factor is asked for."""
+    return f"account {_digest(session.get('tf_user_id', ''))}"
 
 
 def _digest(email: str) -> str:
@@ -133,13 +139,30 @@ LOGIN = [
     throttled(LOGINS_OF_NETWORK_AND_ACCOUNT, network_and_account),
     throttled(LOGINS_OF_ACCOUNT, account, exempt_when=is_known),
 ]
+CODE = [throttled(LOGINS_OF_NETWORK), throttled(CODES_OF_ACCOUNT, account_of_code)]
+OWN_PASSWORD = [throttled(PASSWORDS_OF_USER, user, exempt_when=is_not_for_user)]
+MAILS = [throttled(MAILS_OF_NETWORK)]
+LINKS = [throttled(LINKS_OF_NETWORK)]
 
 # The stricter limits of some routes, by their endpoints.
 LIMITS: dict[str, Sequence[Callable[[Any], Any]]] = {
     "account.login": LOGIN,
-    "account.register_user": [throttled(REGISTRATIONS_OF_NETWORK)],
-    "account.reset_password": [throttled(RESETS_OF_NETWORK)],
-    "account.change_password": [throttled(PASSWORDS_OF_USER, user, exempt_when=is_not_for_user)],
+    "account.register_user": MAILS,
+    "account.reset_password": LINKS,
+    "account.change_password": OWN_PASSWORD,
+    "account.delete": OWN_PASSWORD,
+    "security.login": LOGIN,
+    "security.verify": OWN_PASSWORD,
+    "security.change_password": OWN_PASSWORD,
+    "security.register": MAILS,
+    "security.forgot_password": MAILS,
+    "security.send_confirmation": MAILS,
+    "security.reset_password": LINKS,
+    "security.confirm_email": LINKS,
+    "security.two_factor_token_validation": CODE,
+    "security.two_factor_rescue": MAILS,
+    "security.two_factor_setup": OWN_PASSWORD,
+    "security.two_factor_setup_validate": OWN_PASSWORD,
 }
 
 
