@@ -9,6 +9,7 @@ from .database.clock import UtcDateTime
 from .database.migrations import include_object, migrate_to, render_item
 from .errors import (
     BackgroundError,
+    Bury,
     ClaimLost,
     CommitFirst,
     DatabaseNotReady,
@@ -40,6 +41,7 @@ from .worker import MessageWorker, PeriodicWorker
 __all__ = [
     "BackgroundError",
     "BackgroundWorkerManager",
+    "Bury",
     "ClaimLost",
     "CommitFirst",
     "DatabaseNotReady",

@@ -106,6 +106,13 @@ class InvalidMessage(BackgroundError):
     """A payload that is not JSON or is too large, or a key or a delay that is not allowed."""
 
 
+class Bury(BackgroundError):
+    """Raised by a handler: its message is buried without another attempt. The reason is the message's error."""
+
+    def __init__(self, reason: object) -> None:
+        super().__init__(str(reason))
+
+
 class BatchRolledBack(BackgroundError):
     """A handler rolled back the transaction of a whole batch."""
 

@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 
 from ..context import WorkerContext
 from ..database.outages import is_cut_off
-from ..errors import BatchRolledBack, ClaimLost, RunStopped, first_line
+from ..errors import BatchRolledBack, Bury, ClaimLost, RunStopped, first_line
 from ..host.forks import ended_in_a_fork
 from ..host.logs import logger_of
 from ..ledger.leases import Instance
@@ -203,15 +203,18 @@ class BatchRun:
         if isinstance(error, ClaimLost):
             self._log.warning("Lost the message %s: %s", key, first_line(error))
             return None
-        if (excused := self._excuse([message], error)) is not None:
+        is_final = isinstance(error, Bury)
+        if not is_final and (excused := self._excuse([message], error)) is not None:
             return excused
-        pause = _pause(worker, message.attempt)
-        text = traceback_of(error)
+        pause, most = _pause(worker, message.attempt), message.attempt if is_final else worker.max_attempts
+        text = first_line(error) if is_final else traceback_of(error)
         fail = partial(self._messages.fail, self._batch, [message.id])
-        write = partial(fail, text, worker.max_attempts, pause)
-        freed = self._write("failed", write, partial(fail, _UNWRITTEN, worker.max_attempts, pause))
+        freed = self._write("failed", partial(fail, text, most, pause), partial(fail, _UNWRITTEN, most, pause))
         if freed and freed[0].state == "dead":
-            self._log.error("Buried the message %s, attempt %d failed", key, message.attempt, exc_info=error)
+            if is_final:
+                self._log.warning("Buried the message %s: %s", key, text)
+            else:
+                self._log.error("Buried the message %s, attempt %d failed", key, message.attempt, exc_info=error)
             signal_buried(self._app, freed, text)
         elif freed:
             details = (key, message.attempt, pause.total_seconds(), summary(error))

@@ -29,7 +29,7 @@ class Drained:
     """The number of messages that failed and are tried again later."""
     dead: int
     errors: tuple[str, ...]
-    """The traceback of each failed attempt, oldest first."""
+    """The traceback of each failed attempt, or the reason of its `Bury`, oldest first."""
 
 
 def drain(app: Flask, topic: str | None = None) -> Drained:

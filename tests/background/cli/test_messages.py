@@ -14,6 +14,7 @@ from support.fleet import Fleet, Hourly, effect, in_threads, statements, states,
 
 from background import (
     BackgroundWorkerManager,
+    Bury,
     Message,
     MessageWorker,
     UnknownMessage,
@@ -40,6 +41,8 @@ class OrderWorker(MessageWorker):
     def handle(self, message: Message, context: WorkerContext) -> None:
         if message.payload == "bad" and not OrderWorker.is_mended:
             raise ValueError("no such\x1b[31m book")
+        if message.payload == "hopeless":
+            raise Bury("no such\x1b[31m reader")
         effect(context, str(message.payload)[:100])
 
 
@@ -124,6 +127,17 @@ def test_the_list_can_be_narrowed_by_topic_state_and_number(
     assert [row["id"] for row in rows(flask, "--state", "done")] == [2]
     nothing = flask("list", "--topic", "orders", "--state", "discarded")
     assert nothing.stdout == "There is no message of orders that is discarded.\n"
+
+
+@on_sqlite
+def test_a_message_that_its_handler_buried_is_listed_and_shown_with_the_reason(
+    fleet: Fleet, manager: BackgroundWorkerManager, flask: Callable[..., Result]
+) -> None:
+    fleet.enqueue("orders", "hopeless")
+    handle_all(fleet, manager)
+    _header, dead = flask("list", "--state", "dead").stdout.splitlines()
+    assert re.search(r'^1 +orders +dead +1 .*"hopeless" +no such\\x1b\[31m reader$', dead)
+    assert flask("show", "1").stdout.endswith(":\nno such\\x1b[31m reader\n")
 
 
 @on_sqlite

@@ -19,7 +19,7 @@ from sqlalchemy.exc import IntegrityError
 from support.databases import on_postgresql, on_sqlite
 from support.fleet import HOUR, PATIENCE, Fleet, Hourly, db, effect, states, wait_until
 
-from background import BackgroundWorkerManager, Message, MessageWorker, WorkerContext, current_workers
+from background import BackgroundWorkerManager, Bury, Message, MessageWorker, WorkerContext, current_workers
 from background.database import tables
 
 MINUTE = 60
@@ -145,6 +145,77 @@ def test_with_one_attempt_the_first_failure_buries_a_message(fleet: Fleet) -> No
     assert states(fleet) == ["done", "dead", "done"]
     assert fleet.effects() == ["one", "three"]
     assert [row.attempt for row in fleet.errors()] == [1]
+
+
+@pytest.mark.parametrize("size", [1, 100])
+def test_a_handler_buries_its_message_for_a_reason_without_another_attempt(
+    fleet: Fleet, caplog: pytest.LogCaptureFixture, size: int
+) -> None:
+    class Burying(Notes):
+        batch_size, max_attempts = size, 5
+
+        def handle(self, message: Message, context: WorkerContext) -> None:
+            effect(context, message.payload)
+            if message.payload == "bad":
+                raise Bury("there is no such book\n(a second line)") from LookupError("book 17")
+
+    manager = fleet.manager(Burying)
+    fleet.enqueue("notes", "one", "bad", "three")
+    manager.start()
+    wait_until(lambda: is_over(fleet), "the end")
+    assert states(fleet) == ["done", "dead", "done"]
+    assert fleet.effects() == ["one", "three"]
+    assert [(row.attempt, row.error) for row in fleet.errors()] == [(1, "there is no such book")]
+    line = f"Buried the message notes:{fleet.messages()[1].id}: there is no such book"
+    wait_until(lambda: line in caplog.messages, "the line about the burial")  # the log says so after the commit
+    assert [record.levelname for record in caplog.records if record.getMessage() == line] == ["WARNING"]
+    assert "Traceback" not in caplog.text
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_batch_handler_that_buries_is_called_again_for_each_message(fleet: Fleet, is_async: bool) -> None:
+    class Burying(MessageWorker):
+        topic = "notes"
+        backoff = timedelta()
+
+        def handle_many(self, messages: Sequence[Message], context: WorkerContext) -> Any:
+            return self._later(messages, context) if is_async else self._now(messages, context)
+
+        async def _later(self, messages: Sequence[Message], context: WorkerContext) -> None:
+            self._now(messages, context)
+
+        def _now(self, messages: Sequence[Message], context: WorkerContext) -> None:
+            for message in messages:
+                effect(context, message.payload)
+            if bad := {message.payload for message in messages} & {3, 17}:
+                raise Bury(bad)
+
+    manager = fleet.manager(Burying)
+    fleet.enqueue("notes", *range(30))
+    manager.start()
+    wait_until(lambda: is_over(fleet), "the end")
+    assert fleet.effects() == [str(each) for each in range(30) if each not in (3, 17)]
+    assert [(row.attempt, row.error) for row in fleet.errors()] == [(1, "{3}"), (1, "{17}")]
+
+
+def test_a_buried_message_can_be_retried(fleet: Fleet) -> None:
+    class Burying(Notes):
+        is_mended = False
+
+        def handle(self, message: Message, context: WorkerContext) -> None:
+            if not Burying.is_mended:
+                raise Bury("")
+            effect(context, message.payload)
+
+    manager = fleet.manager(Burying)
+    [number] = fleet.enqueue("notes", "one")
+    manager.start()
+    wait_until(lambda: states(fleet) == ["dead"], "the burial")
+    assert [row.error for row in fleet.errors()] == ["Bury"]
+    Burying.is_mended = True
+    manager.messages.retry([number])
+    wait_until(lambda: states(fleet) == ["done"], "the retry")
+    assert fleet.effects() == ["one"]
 
 
 # -- the handler's session -----------------------------------------------------------------
