@@ -1,10 +1,13 @@
-"""The mails about accounts, and the mailer, which sends them by SMTP or keeps them as files."""
+"""The mails about accounts, their number an hour, and the mailer: it sends by SMTP, or keeps files."""
 
 import os
+import re
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from contextlib import closing, suppress
-from datetime import datetime
+from datetime import datetime, timedelta
+from hashlib import sha256
 from ipaddress import ip_address
 from pathlib import Path
 from ssl import create_default_context
@@ -13,10 +16,13 @@ from urllib.parse import unquote, urlsplit
 
 from flask import current_app, render_template
 from flask_security.confirmable import generate_confirmation_token
+from limits import RateLimitItemPerHour
+from limits.strategies import FixedWindowRateLimiter
 
 from background import WorkerContext
 from config import APP_NAME
 from models import User, UserRepository
+from throttle import RateLimits
 
 # The functions import these modules, because a process that only serves sends no mail.
 if TYPE_CHECKING:
@@ -113,9 +119,45 @@ MAILS: dict[str, Callable[[Any, Payload, WorkerContext], Mail | None]] = {
 # request could find the key taken and commit nothing. Its response time would show that the e-mail has an account.
 SENT_ONCE = {"registered again"}
 
+# Mails above the limit of the hour that are sent later. Other mails are dropped: the reader has one of them already.
+CAN_WAIT: set[str] = set()
+
+
+class HourlyLimit:
+    """The mails of one kind to one reader within an hour, counted for all processes, unless RATELIMIT_ENABLED is off.
+
+    Each kind has a count of its own. So a stranger who asks for many mails of one kind holds no other kind up.
+    """
+
+    most = 10
+
+    def __init__(self, kind: str, to: str) -> None:
+        reader = sha256(to.strip().lower().encode()).hexdigest()[:32]  # the table of the counts has no address
+        self._mails = RateLimitItemPerHour(self.most), "mail", kind, reader
+        self._limiter = FixedWindowRateLimiter(RateLimits())
+        self._is_off = not current_app.config["RATELIMIT_ENABLED"]
+
+    def count(self) -> bool:
+        """Count a mail. Return False, and count nothing, if the hour has its mails already."""
+        return self._is_off or (self._limiter.test(*self._mails) and self._limiter.hit(*self._mails))
+
+    def give_back(self) -> None:
+        """Take a mail that was not sent off the count."""
+        if not self._is_off:
+            self._limiter.hit(*self._mails, cost=-1)
+
+    @property
+    def remaining(self) -> timedelta:
+        """The time until the hour is over."""
+        return timedelta(seconds=max(0.0, self._limiter.get_window_stats(*self._mails).reset_time - time.time()))
+
 
 class MailNotSent(Exception):
-    """The mail server refused a mail, or did not confirm it."""
+    """The mail server did not take a mail, or did not confirm it. The text names no reader."""
+
+
+class MailRefused(MailNotSent):
+    """A mail that cannot be sent: its address is invalid, or the server refused it for good."""
 
 
 class Mailer:
@@ -128,23 +170,30 @@ class Mailer:
         self.sender, self.outbox, self.name = sender, outbox, name
 
     def send(self, to: str, subject: str, text: str, key: str, at: datetime) -> str:
-        """Send a mail, and return its place. Raises MailNotSent.
+        """Send a mail, and return its place. Raises MailRefused if another try would fail, too, or else MailNotSent.
 
         Calls with the same `key` and `at` (a message has both) use the same Message-ID.
         """
         name = f"{key.replace(':', '.')}.{at:%Y%m%d%H%M%S}"  # with the time, because a new database counts from 1 again
         mail = self._compose(to, subject, text, name, at)
-        return self._deliver(mail) if self.url.hostname else self._keep(mail, self.outbox / f"{name}.eml")
+        return self._deliver(mail) if self.has_server else self._keep(mail, self.outbox / f"{name}.eml")
+
+    @property
+    def has_server(self) -> bool:
+        return bool(self.url.hostname)
 
     def _compose(self, to: str, subject: str, text: str, name: str, at: datetime) -> "EmailMessage":
         from email.headerregistry import Address
         from email.message import EmailMessage
         from email.policy import SMTPUTF8
 
-        from email_validator import validate_email
+        from email_validator import EmailNotValidError, validate_email
 
         mail = EmailMessage(SMTPUTF8)
-        address = validate_email(to, check_deliverability=False)  # as the form of the registration does
+        try:
+            address = validate_email(to, check_deliverability=False)  # as the form of the registration does
+        except EmailNotValidError as error:
+            raise MailRefused(f"The reader's e-mail is invalid: {_without_addresses(error)}") from None
         mail["From"] = Address(self.name, addr_spec=self.sender)
         mail["To"] = Address(username=address.local_part, domain=address.ascii_domain)
         mail["Subject"] = subject
@@ -169,13 +218,15 @@ class Mailer:
         try:
             with closing(self._connect()) as smtp:
                 self._begin(smtp)
-                smtp.send_message(mail)
+                if refusal := _refusal(smtp, mail):
+                    raise MailRefused(f"{server} refused the mail for good: {refusal}")
                 with suppress(OSError):  # the server has the mail, so do not send it again for a missing goodbye
                     smtp.quit()
         except SMTPAuthenticationError as error:  # without the server's text, which may repeat the password
             raise MailNotSent(f"{server} refuses the user and password of MAIL_URL ({error.smtp_code}).") from None
         except OSError as error:  # the base of every error of smtplib
-            raise MailNotSent(f"{server} did not take the mail: {type(error).__name__}: {error}") from error
+            text = _without_addresses(error)
+            raise MailNotSent(f"{server} did not take the mail: {type(error).__name__}: {text}") from None
         return server
 
     def _connect(self) -> "SMTP":
@@ -209,3 +260,37 @@ class Mailer:
     @property
     def _port(self) -> int:
         return self.url.port or {"smtp": 25, "smtp+starttls": 587, "smtps": 465}[self.url.scheme]
+
+
+def _refusal(smtp: "SMTP", mail: "EmailMessage") -> str | None:
+    """Send the mail. Return the server's reply if it refuses the reader or the text for good, else None.
+
+    Raises the errors of smtplib for all other failures. A refused sender or a missing log-in is the operator's to mend.
+    """
+    from smtplib import SMTPDataError, SMTPNotSupportedError, SMTPRecipientsRefused
+
+    try:
+        smtp.send_message(mail)
+    except SMTPNotSupportedError:
+        return "it does not offer SMTPUTF8, which the reader's e-mail needs."
+    except (SMTPRecipientsRefused, SMTPDataError) as error:
+        reply: tuple[int, Any] = (
+            next(iter(error.recipients.values()))
+            if isinstance(error, SMTPRecipientsRefused)
+            else (error.smtp_code, error.smtp_error)
+        )
+        code, text = reply
+        if code < _LASTING or code == _LOG_IN_FIRST:
+            raise
+        return f"{code} {_without_addresses(text.decode(errors='replace'))}"
+    return None
+
+
+_LASTING = 500  # the first code of the replies that another try does not change
+_LOG_IN_FIRST = 530
+_ADDRESS = re.compile(r'[^\s<>()\[\],;:"]+@[^\s<>()\[\],;:"]+')
+
+
+def _without_addresses(text: object) -> str:
+    """Return the text in one line, without its e-mail addresses. Servers repeat the reader's."""
+    return _ADDRESS.sub("(e-mail)", " ".join(str(text).split()))

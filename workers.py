@@ -8,9 +8,9 @@ from pathlib import Path
 from flask import current_app
 from sqlalchemy import ScalarSelect, delete, func, select
 
-from background import Message, MessageWorker, PeriodicWorker, WorkerContext, current_workers
+from background import Bury, Message, MessageWorker, PeriodicWorker, WorkerContext, current_workers
 from background.database.tables import is_in
-from mail import MAILS, SENT_ONCE, Mailer
+from mail import CAN_WAIT, MAILS, SENT_ONCE, HourlyLimit, Mail, Mailer, MailNotSent, MailRefused
 from models import HealthSample, UserRepository
 
 
@@ -57,9 +57,32 @@ class MailWorker(MessageWorker):
         if mail is None:
             context.logger.warning("%s %s no longer exists: no mail is sent.", kind.capitalize(), payload[kind])
             return
+        # "no account" has an e-mail instead of an id, which no line of the log may name.
+        about = f"{kind} {payload[kind]}" if isinstance(payload[kind], int) else kind
+        limit = HourlyLimit(kind, mail.to)
+        if limit.count():
+            self._send(mail, limit, about, message, context)
+        elif kind in CAN_WAIT:
+            current_workers.enqueue(self.topic, payload, delay=limit.remaining)
+            context.logger.info("The mail about %s waits: %s", about, _TOO_MANY % limit.most)
+        else:
+            context.logger.warning("The mail about %s is dropped: %s", about, _TOO_MANY % limit.most)
+
+    def _send(self, mail: Mail, limit: HourlyLimit, about: str, message: Message, context: WorkerContext) -> None:
         mailer = context.services.get(Mailer)
-        place = mailer.send(mail.to, mail.subject, mail.text, key=message.idempotency_key, at=message.enqueued_at)
-        context.logger.info("The mail about %s %s is at %s.", kind, payload[kind], place)
+        try:
+            place = mailer.send(mail.to, mail.subject, mail.text, key=message.idempotency_key, at=message.enqueued_at)
+        except MailRefused as error:
+            raise Bury(error) from None
+        except (MailNotSent, OSError):  # an OSError of the outbox
+            limit.give_back()
+            raise
+        is_shown = mail.link and not (mailer.has_server or current_app.config["PRODUCTION"])
+        link = f" Its link: {mail.link}" if is_shown else ""
+        context.logger.info("The mail about %s is at %s.%s", about, place, link)
+
+
+_TOO_MANY = "its reader got %d of these mails within an hour."
 
 
 class SystemHealthWorker(PeriodicWorker):

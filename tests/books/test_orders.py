@@ -21,7 +21,7 @@ from support.shop import settings
 from app import create_app
 from background import BackgroundWorkerManager, current_workers
 from background.database.tables import message_errors, messages
-from mail import Mailer
+from mail import HourlyLimit, Mailer
 from models import Book, Order, OrderRepository, db
 
 Make = Callable[..., Any]
@@ -208,8 +208,10 @@ def test_two_instances_sell_no_more_than_the_stock(
     make_book: Make,
     place: Make,
     outbox: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Name the books in both orders and each order twice, so that careless code deadlocks or sells too much."""
+    monkeypatch.setattr(HourlyLimit, "most", 60)
     first, second = make_book(stock=20), make_book(stock=13)
     for index in range(60):
         place((first, second, second, first)[index % 4], 1 + index % 3, times=2)
@@ -314,5 +316,5 @@ def test_a_message_without_an_order_does_not_block_its_neighbours(
         current_workers.enqueue("orders", {"ordre": 1})
         db.session.commit()
     manager.start()
-    wait_until(lambda: sorted(queue(app)) == [("mail", "done"), ("orders", "dead"), ("orders", "done")])
+    wait_until(lambda: sorted(queue(app)) == [("order_mail", "done"), ("orders", "dead"), ("orders", "done")])
     assert statuses(app) == ["confirmed"]

@@ -82,7 +82,7 @@ def test_four_processes_that_start_at_once_prepare_a_fresh_clone_once(shop: Path
             stack.enter_context(started(flask("run", "--port", "0"), clone_environment(shop), shop)) for _ in range(4)
         ]
         for server in servers:
-            server.wait_for("joined with 5 workers")
+            server.wait_for("joined with 6 workers")
             assert get(server.wait_for(r"Running on (http://\S+)")[1]) == 200
         ran = re.compile("(checker|history)_worker: Ran the tick")  # the third runs at every full minute
         assert eventually(lambda: len({name for server in servers for name in ran.findall(server.output)}) == 2)

@@ -19,16 +19,17 @@ import trustme
 from flask import Flask
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sqlalchemy import select
+from sqlalchemy import select, update
 from support.databases import on_sqlite
-from support.fleet import in_threads, wait_until
+from support.fleet import at_once, in_threads, wait_until
 from support.mail_server import MailServer
 
 from background import BackgroundWorkerManager, current_workers
 from background.database.tables import message_errors, messages
 from background.runs.batch import _LONGEST_PAUSE_SECONDS
-from mail import MAILS, Mailer, MailNotSent
-from models import User, db
+from background.runs.failures import traceback_of
+from mail import MAILS, HourlyLimit, Mailer, MailNotSent, MailRefused
+from models import RateLimit, User, db
 from workers import MailWorker
 
 AT = datetime(2026, 11, 21, 3, 30, tzinfo=UTC)
@@ -139,16 +140,18 @@ def test_an_international_address_is_encoded_for_the_server(
 ) -> None:
     send(server.url(), to="nat@bücher.de")
     assert server.recipients == [["nat@xn--bcher-kva.de"]]
-    with pytest.raises(MailNotSent, match="SMTPUTF8"):
-        send(server.url(), to="ñat@example.com")
+    to = "ñat@example.com"
+    with pytest.raises(MailRefused, match="refused the mail for good: it does not offer SMTPUTF8") as refused:
+        send(server.url(), to=to)
+    assert "ñat@" not in traceback_of(refused.value)
     modern = make_server(enable_SMTPUTF8=True)
-    send(modern.url(), to="ñat@example.com")
+    send(modern.url(), to=to)
     assert modern.recipients == [["ñat@example.com"]]
 
 
 @pytest.mark.parametrize("to", ["nat@example.com\nBcc: all@example.com", "nat@example.com, all@example.com", ""])
 def test_no_mail_is_sent_to_an_invalid_address(server: MailServer, to: str) -> None:
-    with pytest.raises(ValueError, match=r"email|@-sign"):
+    with pytest.raises(MailRefused, match=r"The reader's e-mail is invalid: .*(email|@-sign)"):
         send(server.url(), to=to)
     assert server.mails == []
 
@@ -246,11 +249,42 @@ def test_plain_smtp_is_encrypted_if_another_machine_offers_it(
 # ---- Servers that fail
 
 
-@pytest.mark.parametrize("answer", ["550 5.1.1 No such user", "451 4.7.1 Later"])
-def test_a_refused_recipient_is_an_error_with_the_servers_text(server: MailServer, answer: str) -> None:
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ("550 5.1.1 <nat@example.com>: No such user", "550 5.1.1 <(e-mail)>: No such user"),
+        ("553 Nat@EXAMPLE.com=unknown", "553 (e-mail)"),
+        ("text 554 5.7.1 Spam, nat@example.com wants none", "554 5.7.1 Spam, (e-mail) wants none"),
+    ],
+)
+def test_a_refusal_for_good_is_an_error_with_the_servers_text_and_without_the_email(
+    server: MailServer, answer: str, said: str
+) -> None:
     server.trouble = [answer]
-    with pytest.raises(MailNotSent, match=f"did not take the mail: SMTPRecipientsRefused: .*{answer[4:]}"):
+    with pytest.raises(MailRefused) as refused:
         send(server.url())
+    assert str(refused.value) == f"127.0.0.1:{server.port} refused the mail for good: {said}"
+    assert "nat@" not in traceback_of(refused.value).lower()
+    assert server.mails == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ("451 4.7.1 <nat@example.com>: Later", "SMTPRecipientsRefused: .*4.7.1 <.e-mail.>: Later"),
+        ("text 452 4.3.1 Full", "SMTPDataError: .*452, .*4.3.1 Full"),
+        ("sender 550 5.7.1 shop@example.com may not send", "SMTPSenderRefused: .*550, .*may not send"),
+        ("530 5.7.0 Log in first", "SMTPRecipientsRefused: .*530, .*Log in first"),
+    ],
+)
+def test_a_refusal_that_may_pass_or_that_an_operator_can_mend_is_not_for_good(
+    server: MailServer, answer: str, said: str
+) -> None:
+    server.trouble = [answer]
+    with pytest.raises(MailNotSent, match=f"did not take the mail: {said}") as failed:
+        send(server.url())
+    assert not isinstance(failed.value, MailRefused)
+    assert "@example.com" not in traceback_of(failed.value)
     assert server.mails == []
 
 
@@ -305,10 +339,10 @@ def test_a_mail_that_several_processes_keep_at_once_is_one_complete_file(tmp_pat
 def mail_about(app: Flask, manager: BackgroundWorkerManager) -> Callable[..., int]:
     """Enqueue the mail about a user, or of another kind, and have it sent by the workers."""
 
-    def enqueue(row_id: int, kind: str = "welcome") -> int:
+    def enqueue(row_id: int, kind: str = "welcome", topic: str = "mail") -> int:
         manager.start()
         with app.app_context():
-            message_id = current_workers.enqueue("mail", {kind: row_id})
+            message_id = current_workers.enqueue(topic, {kind: row_id})
             db.session.commit()
         assert message_id is not None
         return message_id
@@ -330,6 +364,12 @@ def states(app: Flask) -> list[str]:
         return list(db.session.scalars(select(messages.c.state)))
 
 
+def logged(caplog: pytest.LogCaptureFixture) -> str:
+    """Return the lines of the engine and its workers. The mail server of the tests has lines of its own."""
+    records = [record for record in caplog.records if record.name.startswith("background.")]
+    return "\n".join(map(caplog.handler.format, records))
+
+
 def errors(app: Flask) -> list[str]:
     with app.app_context():
         return list(db.session.scalars(select(message_errors.c.error).order_by(message_errors.c.id)))
@@ -344,7 +384,7 @@ def test_no_mail_quotes_a_user(
     kinds = set(MAILS) - {"order"}  # another test has the mails of the shop
     with app.app_context():
         for kind in kinds:
-            payload = {kind: user.id, "root": "http://localhost/"}
+            payload = {kind: user.email if kind == "no account" else user.id, "root": "http://localhost/"}
             current_workers.enqueue("mail", payload)
         db.session.commit()
     manager.start()
@@ -363,7 +403,7 @@ def test_a_mail_is_tried_until_the_server_accepts_it_under_one_id(
 ) -> None:
     monkeypatch.setattr(MailWorker, "backoff", timedelta(milliseconds=5))
     mail_through(app, server.url(), lambda: 0.5 if server.trouble == ["hang"] else 5)
-    server.trouble = ["451 4.7.1 Later", "550 5.1.1 No such user", "drop in data", "drop after data", "hang"]
+    server.trouble = ["451 4.7.1 Later", "text 451 4.3.0 Later", "drop in data", "drop after data", "hang"]
     mail_about(make_user().id)
     wait_until(lambda: states(app) == ["done"])
     assert len({mail["Message-ID"] for mail in server.mails}) == 1
@@ -394,6 +434,175 @@ def test_a_dead_letter_does_not_contain_the_password(
     assert "refuses the user and password of MAIL_URL" in everything
     for secret in ("s3", "AHNob3"):  # plain, percent-encoded, and as the protocol sends it
         assert secret not in everything
+
+
+@on_sqlite
+@pytest.mark.parametrize(
+    ("email", "trouble", "error"),
+    [
+        ("nat@example.com", "550 5.1.1 <nat@example.com>: No such user", "refused the mail for good: 550 5.1.1"),
+        ("nat@example.com", "text 554 5.6.0 Unwanted", "refused the mail for good: 554 5.6.0 Unwanted"),
+        ("ñat@example.com", "", "refused the mail for good: it does not offer SMTPUTF8"),
+        ("nat@localhost", "", "The reader's e-mail is invalid: "),
+    ],
+)
+def test_a_mail_that_is_refused_for_good_is_buried_at_once_in_one_line(
+    app: Flask,
+    server: MailServer,
+    make_user: Callable[..., User],
+    mail_about: Callable[..., int],
+    caplog: pytest.LogCaptureFixture,
+    email: str,
+    trouble: str,
+    error: str,
+) -> None:
+    mail_through(app, server.url())
+    server.trouble = [trouble]
+    message_id = mail_about(make_user(email=email).id)
+    wait_until(lambda: states(app) == ["dead"])
+    [reason] = errors(app)
+    assert error in reason
+    wait_until(lambda: f"Buried the message mail:{message_id}: {reason}" in caplog.messages)
+    assert "Traceback" not in logged(caplog) + reason
+    assert email not in logged(caplog) + reason
+
+
+def test_a_mail_that_is_tried_again_names_no_email_in_the_log_and_the_errors(
+    app: Flask,
+    server: MailServer,
+    make_user: Callable[..., User],
+    mail_about: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    monkeypatch.setattr(MailWorker, "backoff", timedelta())
+    monkeypatch.setattr(MailWorker, "max_attempts", 2)
+    mail_through(app, server.url())
+    server.trouble = ["451 <nat@example.com> is busy", "sender 550 no mail for nat@example.com"]
+    message_id = mail_about(make_user(email="nat@example.com").id)
+    wait_until(lambda: f"Buried the message mail:{message_id}, attempt 2 failed" in caplog.messages)
+    assert "is busy" in errors(app)[0]
+    assert "no mail for" in errors(app)[1]
+    assert "nat@" not in "\n".join([logged(caplog), *errors(app)])
+
+
+# ---- The limit of an hour
+
+
+def test_mails_of_one_kind_above_the_limit_of_an_hour_are_dropped_and_other_mails_are_sent(
+    app: Flask,
+    server: MailServer,
+    make_user: Callable[..., User],
+    mail_about: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(HourlyLimit, "most", 2)
+    mail_through(app, server.url())
+    reader, other = make_user(email="nat@example.com"), make_user(email="pat@example.com")
+    for _ in range(4):
+        mail_about(reader.id)
+    mail_about(other.id)
+    mail_about(reader.id, "registered again")
+    wait_until(lambda: set(states(app)) == {"done"})
+    assert sorted(map(str, server.recipients)) == ["['nat@example.com']"] * 3 + ["['pat@example.com']"]
+    dropped = f"The mail about welcome {reader.id} is dropped: its reader got 2 of these mails within an hour."
+    assert caplog.messages.count(dropped) == 2
+    assert "@example.com" not in logged(caplog)
+    end_the_hour(app)
+    mail_about(reader.id)
+    wait_until(lambda: len(server.mails) == 5)
+
+
+def end_the_hour(app: Flask) -> None:
+    """End the hours of all counts."""
+    with app.app_context():
+        db.session.execute(update(RateLimit).values(expires_at=AT))
+        db.session.commit()
+
+
+def test_processes_that_send_at_once_share_the_limit_of_an_hour(app: Flask, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HourlyLimit, "most", 5)
+
+    def count(number: int) -> bool:
+        with app.app_context():
+            return HourlyLimit("welcome", ["nat@example.com", " Nat@Example.com"][number % 2]).count()
+
+    assert sum(at_once(16, count)) == 5
+
+
+@on_sqlite
+def test_mails_that_the_server_did_not_take_do_not_count(
+    app: Flask,
+    server: MailServer,
+    make_user: Callable[..., User],
+    mail_about: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(HourlyLimit, "most", 1)
+    monkeypatch.setattr(MailWorker, "backoff", timedelta())
+    mail_through(app, server.url())
+    server.trouble = ["451 4.7.1 Later"] * 3
+    mail_about(make_user().id)
+    wait_until(lambda: states(app) == ["done"])
+    assert len(server.mails) == 1
+
+
+@on_sqlite
+def test_without_limits_every_mail_is_sent(
+    app: Flask,
+    server: MailServer,
+    make_user: Callable[..., User],
+    mail_about: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(HourlyLimit, "most", 1)
+    monkeypatch.setitem(app.config, "RATELIMIT_ENABLED", False)
+    mail_through(app, server.url())
+    user = make_user()
+    for _ in range(3):
+        mail_about(user.id)
+    wait_until(lambda: len(server.mails) == 3)
+    with app.app_context():
+        assert db.session.scalar(select(RateLimit.key)) is None
+
+
+# ---- The link in the log
+
+
+@on_sqlite
+@pytest.mark.parametrize(("has_server", "is_production"), [(False, False), (True, False), (False, True)])
+def test_the_log_has_the_link_of_a_mail_without_a_server_and_outside_production(
+    app: Flask,
+    server: MailServer,
+    make_user: Callable[..., User],
+    manager: BackgroundWorkerManager,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+    has_server: bool,
+    is_production: bool,
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    monkeypatch.setitem(app.config, "PRODUCTION", is_production)
+    url = server.url() if has_server else None
+    svcs.flask.register_factory(app, Mailer, lambda: Mailer(url, "shop@example.com", tmp_path))
+    user = make_user()
+    with app.app_context():
+        current_workers.enqueue("mail", {"password link": user.id, "root": "http://localhost/"})
+        db.session.commit()
+    manager.start()
+    wait_until(lambda: states(app) == ["done"])
+    [line] = [line for line in caplog.messages if line.startswith(f"The mail about password link {user.id} is at ")]
+    if has_server or is_production:
+        assert "/account/reset/" not in logged(caplog)
+        return
+    [file] = tmp_path.glob("*.eml")
+    link = line.rpartition("Its link: ")[2]
+    assert link.startswith("http://localhost/account/reset/")
+    assert link in text_of(message_from_bytes(file.read_bytes(), policy=default))
 
 
 @on_sqlite

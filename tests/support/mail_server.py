@@ -15,8 +15,9 @@ from aiosmtpd.smtp import SMTP, AuthResult, Envelope, LoginPassword, Session
 class MailServer:
     """Keeps the mails that it receives in `mails` and `recipients`. Each entry of `trouble` is a fault for one mail.
 
-    An entry is a reply to a recipient ("550 ..."), or one of `drop in data`, `drop after data`, `hang` (instead of a
-    reply to the data), `drop at quit`. An empty entry is no fault.
+    An entry is a reply to a recipient ("550 ..."), to the sender ("sender 550 ...") or to the text ("text 550 ..."). Or
+    it is one of `drop in data`, `drop after data`, `hang` (instead of a reply to the data), `drop at quit`. An
+    empty entry is no fault.
     """
 
     def __init__(
@@ -74,6 +75,15 @@ class MailServer:
 
     # -- methods that aiosmtpd calls
 
+    async def handle_MAIL(
+        self, server: SMTP, _session: Session, envelope: Envelope, address: str, options: list[str]
+    ) -> str:
+        if self.trouble and self.trouble[0].startswith("sender "):
+            return self.trouble.pop(0).removeprefix("sender ")
+        envelope.mail_from = address
+        envelope.mail_options.extend(options)
+        return "250 OK"
+
     async def handle_RCPT(
         self, server: SMTP, _session: Session, envelope: Envelope, address: str, _options: list[str]
     ) -> str:
@@ -83,6 +93,8 @@ class MailServer:
         return "250 OK"
 
     async def handle_DATA(self, server: SMTP, session: Session, envelope: Envelope) -> str:
+        if self.trouble and self.trouble[0].startswith("text "):
+            return self.trouble.pop(0).removeprefix("text ")
         self.raw.append(envelope.original_content)
         self.mails.append(message_from_bytes(envelope.original_content, policy=default))
         self.recipients.append(envelope.rcpt_tos)

@@ -43,9 +43,11 @@ def create_app() -> Flask:
         print(os.environ["PROBE_SAYS"], flush=True)
     app = shop.create_app({"WTF_CSRF_ENABLED": False, "RATELIMIT_ENABLED": False, "SESSION_COOKIE_SECURE": False})
     workers = app.extensions["background_workers"]
-    for worker in (*workers.workers.values(), *workers.topics.values()):
+    own = (*workers.workers.values(), *workers.topics.values())
+    for worker in own:
         workers.remove(worker.name)
-    known = {worker.name: worker for kind in (PeriodicWorker, MessageWorker) for worker in kind.__subclasses__()}
+    others = (worker for kind in (PeriodicWorker, MessageWorker) for worker in kind.__subclasses__())
+    known = {worker.name: worker for worker in (*own, *others)}
     for name in filter(None, os.environ.get("PROBE_WORKERS", "ticker").split(",")):
         workers.add(known[name])
     app.cli.command("count")(count)

@@ -31,7 +31,7 @@ def test_stock_orders_and_mails_of_four_processes_agree_even_if_one_is_killed(
     users = [make_user() for _ in range(6)]
     stocks = {make_book(stock=stock): stock for stock in (30, 60, 1_000)}
     mails = MailServer().start()
-    more = {"PROBE_WORKERS": "order_worker,mail_worker", "MAIL_URL": mails.url(), "WORKERS_LEASE_SECONDS": 2}
+    more = {"PROBE_WORKERS": "order_worker,order_mail_worker", "MAIL_URL": mails.url(), "WORKERS_LEASE_SECONDS": 2}
     try:
         command = gunicorn("-w", "4", "--preload", "support.traced_app:create_app()")
         with nursery.forked(command, environment(database_url, **more)) as server:
