@@ -10,11 +10,13 @@ from flask_migrate import Migrate
 
 import books
 import demo
+import hosts
+import production
 import routes
 from background import BackgroundWorkerManager, PruneHistoryWorker
 from background.monitoring.health import health
 from background.monitoring.metrics import metrics
-from config import StrictJSON, configure_logging, hide_refused_rows, load_config, trust_proxies
+from config import StrictJSON, configure_logging, hide_refused_rows, load_config
 from mail import Mailer
 from migrations import schema
 from models import UserRepository, db
@@ -27,7 +29,8 @@ def create_app(config: Mapping[str, Any] | object | None = None) -> Flask:
     app.json = StrictJSON(app)
     load_config(app, config)
     configure_logging(app)
-    trust_proxies(app)
+    hosts.trust_proxies(app)
+    hosts.guard(app)
 
     db.init_app(app)
     hide_refused_rows(app, db)
@@ -40,8 +43,9 @@ def create_app(config: Mapping[str, Any] | object | None = None) -> Flask:
     svcs.flask.register_factory(app, Mailer, lambda: Mailer(*mail))
 
     workers = BackgroundWorkerManager(app, db)
+    production.insist(app, workers)
     workers.before_start(demo.ensure_ready, check=schema.check)
-    workers.before_start(demo.refuse_in_production)
+    workers.before_start(production.refuse_data)
     workers.add(PassiveUserCheckerWorker)
     workers.add(MailWorker)
     workers.add(SystemHealthWorker)

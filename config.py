@@ -1,7 +1,7 @@
 """The settings of the application: the default, the cast and the meaning of each.
 
 Later sources win: the default, the environment, then the argument of `create_app` (a mapping or an object).
-Without an argument, `instance/config.py` comes last.
+Without an argument, `instance/config.py` comes last, and a file `.env` adds to the environment.
 """
 
 import logging
@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,12 @@ from urllib.parse import unquote, urlsplit
 
 import click
 from flask import Flask
-from flask.cli import run_command
+from flask.cli import AppGroup, load_dotenv, run_command
+from flask.helpers import get_load_dotenv
 from flask.json.provider import DefaultJSONProvider
 from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError
-from werkzeug.middleware.proxy_fix import ProxyFix
 
 from background import RunFields
 from background.database.dialects import postgresql
@@ -50,7 +50,7 @@ from background.settings import (
 APP_NAME = "Bookstore"
 """The name of the application. It stands here alone."""
 
-_PREFIXES = (*PREFIXES, "PASSIVE_")
+_PREFIXES = (*PREFIXES, "PASSIVE_", "PUBLIC_", "DEMO_")
 TEXT_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 
 
@@ -157,15 +157,18 @@ _OWN = {
         None,
         boolean,
         BOOLEAN,
-        "refuse to start with a weak SECRET_KEY, in debug mode or with the demo admin; unset: "
-        "where gunicorn serves a DATABASE_URL",
+        "refuse to start with settings that are not safe; unset: where a server other than `flask run` serves a "
+        "DATABASE_URL",
+    ),
+    "DEMO_ON_NETWORK": Setting(
+        False, boolean, BOOLEAN, "whether the demo shop, which has no DATABASE_URL, answers other machines"
     ),
     "PROXIES": Setting(0, none_or_whole(10), "a whole number from 0 to 10", "the number of your proxies in front"),
     "PUBLIC_URL": Setting(
         None,
         public_url,
         "https:// and a host",
-        "the address of this application, for links in mails; unset: the address that the admin used",
+        "the address of this application, for links in mails; in production pages answer its host only",
     ),
     "SESSION_COOKIE_SECURE": Setting(None, boolean, BOOLEAN, "whether logging in needs HTTPS (unset: in production)"),
     "LOG_LEVEL": Setting("INFO", level, "DEBUG, INFO, WARNING, ERROR or CRITICAL", "the lowest level that is logged"),
@@ -177,6 +180,8 @@ KEYS = SETTINGS | _OWN
 
 def load_config(app: Flask, given: Mapping[str, Any] | object | None = None) -> None:
     """Fill `app.config` from every source and check it. Raises InvalidConfig for the first wrong value."""
+    if given is None and get_load_dotenv():
+        load_dotenv()  # as `flask` does: a variable of the environment wins
     app.config.from_mapping({name: key.default for name, key in KEYS.items()}, SESSION_COOKIE_SAMESITE="Lax")
     app.config.from_mapping(_environment())
     _load_own(app, given)
@@ -187,26 +192,33 @@ def load_config(app: Flask, given: Mapping[str, Any] | object | None = None) -> 
     if app.config["RELEASE"] is None:
         app.config["RELEASE"] = _commit(Path(app.root_path) / ".git")
     _settle_production(app.config)
+    app.config["SECRET_KEY_IS_MADE"] = app.config["SECRET_KEY"] is None
     if app.config["SECRET_KEY"] is None:
-        app.config["SECRET_KEY"] = _kept_secret_key(Path(app.instance_path))
-
-
-def trust_proxies(app: Flask) -> None:
-    """Take the visitor's address, scheme and host from the last PROXIES entries of X-Forwarded-*."""
-    if number := app.config["PROXIES"]:
-        app.wsgi_app = ProxyFix(app.wsgi_app, number, number, number)  # type: ignore[method-assign]
-    elif app.config["PRODUCTION"] and may_serve():
-        logging.getLogger(__name__).warning(
-            "PROXIES is 0 in production; expected a proxy in front that buffers requests: without one, as many slow "
-            "clients as gunicorn has threads stop the shop, and all visitors of a proxy count as one network. Put a "
-            "proxy in front and set PROXIES=1, and run long work in `flask workers run`"
-        )
+        app.config["SECRET_KEY"] = _made_secret_key(app)
 
 
 def may_serve() -> bool:
     """Return whether this process may serve pages later. `flask run` is the only `flask` command that does."""
+    return flask_command() in (None, run_command)
+
+
+def flask_command() -> click.Command | None:
+    """Return the `flask` command that this process executes. None in any other process."""
     context = click.get_current_context(silent=True)
-    return context is None or context.command is run_command
+    is_of_flask = context is not None and isinstance(context.find_root().command, AppGroup)
+    return context.command if context is not None and is_of_flask else None
+
+
+def settle_cookies(config: MutableMapping[str, Any]) -> None:
+    """Settle the session's cookie once PRODUCTION is known.
+
+    No other host of the domain can plant a cookie whose name begins with `__Host-`.
+    """
+    if config["SESSION_COOKIE_SECURE"] is None:
+        config["SESSION_COOKIE_SECURE"] = config["PRODUCTION"]
+    is_of_host = not config["SESSION_COOKIE_DOMAIN"] and (config["SESSION_COOKIE_PATH"] or "/") == "/"
+    if config["SESSION_COOKIE_SECURE"] and is_of_host and config["SESSION_COOKIE_NAME"] == "session":
+        config["SESSION_COOKIE_NAME"] = "__Host-session"
 
 
 def configure_logging(app: Flask) -> None:
@@ -291,49 +303,12 @@ def _load_own(app: Flask, given: Mapping[str, Any] | object | None) -> None:
         app.config.from_object(given)
 
 
-# Keys that tutorials use.
-_KNOWN_SECRETS = {
-    "this-should-be-changed",
-    "you-will-never-guess",
-    "your-secret-key-here",
-    "change-this-secret-key",
-    "my-super-secret-key",
-    "thisisasecretkey",
-    "super-secret-key",
-    "supersecretkey123",
-    "keep-it-secret-keep-it-safe",
-    "192b9bdd22ab9ed4d12e236c78afcb9a393ec15f71bbf5dc987d54727823bcbf",
-    '_5#y2l"f4q8z\n\xec]/',
-}
-
-
-def _settle_production(config: dict[str, Any]) -> None:
-    if config["PRODUCTION"] is None:
-        served_by = os.environ.get("SERVER_SOFTWARE", "")  # gunicorn sets this variable before it loads an application
-        config["PRODUCTION"] = served_by.startswith("gunicorn/") and not config["DATABASE_IS_EMBEDDED"]
-    if config["SESSION_COOKIE_SECURE"] is None:
-        config["SESSION_COOKIE_SECURE"] = config["PRODUCTION"]
-    if config["PRODUCTION"]:
-        _refuse_debug(config)
-        _refuse_weak_secret(config["SECRET_KEY"])
-
-
-def _refuse_debug(config: dict[str, Any]) -> None:
-    if config["DEBUG"]:
-        raise InvalidConfig(
-            "The debugger is on in production, where it lets visitors run code; expected it off. Remove FLASK_DEBUG, "
-            "--debug and DEBUG, or set PRODUCTION=false if you are the only visitor."
-        )
-
-
-def _refuse_weak_secret(key: str | bytes | None) -> None:
-    text = key.decode("latin-1") if isinstance(key, bytes) else key
-    if text is None or len(text) < 16 or text.strip().lower() in _KNOWN_SECRETS or len(set(text)) < 6:
-        raise InvalidConfig(
-            f"SECRET_KEY is {'not set' if text is None else 'short or well known'} in production, where it guards the "
-            "sessions; expected a random text that all processes share. Make one with "
-            '`python -c "import secrets; print(secrets.token_hex())"` and set SECRET_KEY to it.'
-        )
+def _settle_production(config: MutableMapping[str, Any]) -> None:
+    """Settle PRODUCTION where it is known by now. Elsewhere it stays None until a server begins: see production.py."""
+    if config["PRODUCTION"] is None and (config["DATABASE_IS_EMBEDDED"] or flask_command() is run_command):
+        config["PRODUCTION"] = False
+    if config["PRODUCTION"] is not None:
+        settle_cookies(config)
 
 
 def _set_database(app: Flask) -> None:
@@ -429,6 +404,12 @@ def _commit_of(branch: str, repository: Path) -> str:
         return loose.read_text(encoding="ascii")
     packed = (repository / "packed-refs").read_text(encoding="ascii")
     return next((line for line in packed.splitlines() if line.endswith(f" {branch}")), "")
+
+
+def _made_secret_key(app: Flask) -> str:
+    """Return a key for an application without one. Where a server would refuse it, it lasts as long as the process."""
+    is_kept = app.config["PRODUCTION"] is False or flask_command() is not None
+    return _kept_secret_key(Path(app.instance_path)) if is_kept else secrets.token_hex()
 
 
 def _kept_secret_key(folder: Path) -> str:

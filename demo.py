@@ -16,7 +16,7 @@ from sqlalchemy import Connection, Engine, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 from werkzeug.security import generate_password_hash
 
-from background.errors import DatabaseNotReady, InvalidConfig
+from background.errors import DatabaseNotReady
 from config import address, may_serve
 from migrations import schema
 from models import User
@@ -55,18 +55,6 @@ def register_commands(app: Flask) -> None:
     app.cli.add_command(init_db)
     app.cli.add_command(reset_password)
     app.cli.add_command(demo)
-
-
-def refuse_in_production() -> None:
-    """Raise InvalidConfig where the demo shop's admin is an admin in production. Needs an application context."""
-    if not current_app.config["PRODUCTION"]:
-        return
-    with current_app.extensions["sqlalchemy"].engine.connect() as connection:
-        if connection.scalar(select(User.id).where(User.email == ADMIN, User.is_admin)) is not None:
-            raise InvalidConfig(
-                f"The demo shop's {ADMIN} is an admin of this database in production; expected an admin of yours. "
-                f"Make one with `flask init-db --admin you@your.shop`, which removes that admin's rights."
-            )
 
 
 @click.command("init-db")

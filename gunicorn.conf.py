@@ -7,10 +7,16 @@ import sys
 from contextlib import contextmanager
 
 from click import ClickException
+from flask.cli import load_dotenv
+from flask.helpers import get_load_dotenv
 from gunicorn.arbiter import Arbiter
 from gunicorn.glogging import Logger
 from gunicorn.http.errors import ParseException
 from werkzeug.exceptions import BadRequest
+
+# Before the first setting that a variable gives. A restart reads a changed `.env`, and a HUP does not.
+if get_load_dotenv():
+    load_dotenv()
 
 wsgi_app = "app:create_app()"
 workers = int(os.environ.get("WEB_CONCURRENCY", "2"))
@@ -22,6 +28,8 @@ timeout = 60
 # there forwards a visitor's own headers SCRIPT_NAME, which goes before every address of a page, and PATH_INFO.
 forwarder_headers = ""
 secure_scheme_headers = {}
+# One line for each request, to standard output. The application hides the tokens of password links in it.
+accesslog = "-"
 
 
 class JsonLogger(Logger):
@@ -50,7 +58,7 @@ sys.excepthook = report_refusal
 
 
 def on_starting(server):
-    """Report a wrong setting once and end, before every gunicorn worker reports it.
+    """Report wrong settings once and end, before every gunicorn worker reports them. Warn once of the others.
 
     A child process checks the settings. A HUP does not reload the modules that the master itself imports.
     """
@@ -66,8 +74,12 @@ def check_settings(server):
 
     try:
         from config import load_config
+        from production import check
 
-        load_config(Flask("app", instance_relative_config=True))
+        app = Flask("app", instance_relative_config=True)
+        load_config(app)
+        for sentence in check(app):
+            server.log.warning("%s", sentence)
     except ClickException as error:
         server.log.error("%s", error)
         return Arbiter.WORKER_BOOT_ERROR
@@ -90,6 +102,8 @@ def post_worker_init(worker):
     if manager := background_workers(worker):
         refuse_broken_bodies(worker.wsgi)
         ignore_one_interrupt()
+        if beginning := worker.wsgi.extensions.get("production"):
+            beginning.begin()
         with ending_on_refusal(worker):
             manager.serve()
     gc.freeze()  # otherwise a full collection walks all imports: no other thread runs for 0.1 s

@@ -3,7 +3,7 @@
 import logging
 import os
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from datetime import datetime
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 log = logger_of(__name__)
 
+Look = Callable[[], tuple[Iterable[str], Iterable[str]]]
+
 
 class Lifecycle:
     """Binds the engine to one application, and starts and stops it in each process."""
@@ -48,6 +50,7 @@ class Lifecycle:
         self._registry = Registry()
         self._before_start: list[Callable[[], None]] = []
         self._checks: list[Callable[[], None]] = []
+        self._looks: list[Look] = []
         self._lock = threading.RLock()
         self.supervisor: Supervisor | None = None
         """The threads of the started workers. None before a start and after a stop."""
@@ -130,6 +133,23 @@ class Lifecycle:
         self._before_start.append(callback)
         if check is not None:
             self._checks.append(check)
+
+    def also_check(self, look: Look) -> None:
+        """Have `flask workers check` call `look` in an app context, for problems and warnings of the application.
+
+        It returns a sentence for each problem, and for each warning. Only problems make the command exit with 1.
+        """
+        self._looks.append(look)
+
+    def look(self) -> tuple[list[str], list[str]]:
+        """Return the problems and the warnings that the application finds in itself."""
+        problems: list[str] = []
+        warnings: list[str] = []
+        for look in self._looks:
+            found, warned = look()
+            problems += found
+            warnings += warned
+        return problems, warnings
 
     @property
     def is_started(self) -> bool:

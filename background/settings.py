@@ -109,7 +109,7 @@ SETTINGS = {
         None,
         token,
         "printable ASCII without spaces",
-        "the bearer token that a scrape of /metrics must send (unset: none)",
+        "the bearer token that a scrape of /metrics must send (unset: only this machine may scrape)",
         is_secret=True,
     ),
     "RELEASE": Setting(

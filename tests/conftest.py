@@ -50,6 +50,8 @@ gc.disable()  # the imports and the collection make much that stays, and no garb
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
+os.environ["FLASK_SKIP_DOTENV"] = "1"  # a developer's own file
+
 # A shell starts its background processes with these signals ignored, and the tests' servers would inherit this.
 for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
     if signal.getsignal(number) == signal.SIG_IGN:

@@ -127,7 +127,8 @@ def check(as_json: bool) -> None:
     """Validate settings, workers, database and fleet.
 
     Changes nothing. Exits with 1 if there is a problem. Problems are: no instance is alive, a worker is overdue or
-    stuck, threads are used up, a model has no migration. The application validates settings and workers when it starts.
+    stuck, threads are used up, a model has no migration, a server would refuse the settings. The application validates
+    settings and workers when it starts.
     """
     manager = the_manager()
     states: dict[str, WorkerState] = {}
@@ -143,12 +144,13 @@ def check(as_json: bool) -> None:
             problems.append(str((error if isinstance(error, BackgroundError) else not_ready(error)).message))
     if lacking is None:
         unseen.insert(-len(_NEVER_LOOKED_AT), "whether a model has no migration")
-    problems += lacking or []
+    of_application, warnings = manager.look()
+    problems += (lacking or []) + of_application
     rows = [_next_ticks(manager, name, states.get(name), datetime.now(UTC)) for name in manager.workers]
     if as_json:
-        print_json({"workers": rows, "problems": problems, "not_looked_at": unseen})
+        print_json({"workers": rows, "problems": problems, "warnings": warnings, "not_looked_at": unseen})
     else:
-        _print_checked(rows, problems, alive, unseen)
+        _print_checked(rows, problems, warnings, alive, unseen)
     if problems:
         raise click.exceptions.Exit(1)
 
@@ -204,11 +206,15 @@ def _next_ticks(manager: BackgroundWorkerManager, name: str, state: WorkerState 
     }
 
 
-def _print_checked(rows: list[dict[str, Any]], problems: list[str], alive: int, unseen: list[str]) -> None:
+def _print_checked(
+    rows: list[dict[str, Any]], problems: list[str], warnings: list[str], alive: int, unseen: list[str]
+) -> None:
     headers = ("name", "schedule", "next tick", "then", "then", "note")
     _print_workers(headers, [_checked_cells(row) for row in rows])
     for problem in problems:
         click.echo(f"Problem: {spelled_out(problem)}", err=True)
+    for warning in warnings:
+        click.echo(f"Warning: {spelled_out(warning)}", err=True)
     click.echo(f"Not looked at: {'; '.join(unseen)}.")
     if not problems:
         workers, fleet = _count(len(the_manager().names), "worker"), _count(alive, "instance")

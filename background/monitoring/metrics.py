@@ -7,14 +7,20 @@ from flask.typing import ResponseReturnValue
 
 from ..host.dependencies import require
 from .fleet_figures import Fleet
+from .peer import is_of_this_machine
 from .request_timing import RequestTiming
+
+_ONLY_HERE = (
+    "METRICS_TOKEN is not set, so the metrics are for programs on this machine only, and not through a proxy; "
+    "expected such a program. Set METRICS_TOKEN, and send it as the bearer token.\n"
+)
 
 
 def metrics() -> Blueprint:
     """Return a blueprint for GET /metrics.
 
-    With METRICS_TOKEN, a request needs it as its bearer token. Otherwise any client may read the metrics. Raises
-    MissingDependency if prometheus-client is not installed.
+    With METRICS_TOKEN, a request needs it as its bearer token. Otherwise only programs on this machine may read the
+    metrics, and not through a proxy. Raises MissingDependency if prometheus-client is not installed.
     """
     require(["prometheus_client"], "/metrics")
     blueprint = Blueprint("metrics", __name__)
@@ -23,8 +29,8 @@ def metrics() -> Blueprint:
 
     @blueprint.get("/metrics")
     def scrape() -> ResponseReturnValue:
-        if not _is_allowed():
-            return Response("A bearer token is required.\n", 401, {"WWW-Authenticate": "Bearer"}, "text/plain")
+        if (refusal := _refusal()) is not None:
+            return refusal
         from .prometheus import CONTENT_TYPE, text  # imported here, as only a scraped process needs the client library
 
         answer = text(fleet.figures(), timing.registry)
@@ -33,10 +39,13 @@ def metrics() -> Blueprint:
     return blueprint
 
 
-def _is_allowed() -> bool:
+def _refusal() -> Response | None:
+    """Return the response to a request that may not read the metrics. None if it may."""
     token = current_app.config.get("METRICS_TOKEN")
     if not token:
-        return True
+        return None if is_of_this_machine(request) else Response(_ONLY_HERE, 403, mimetype="text/plain")
     # Not `request.authorization`, which parses a token with a "=" inside as parameters.
     scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-    return scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), token.encode())
+    if scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), token.encode()):
+        return None
+    return Response("A bearer token is required.\n", 401, {"WWW-Authenticate": "Bearer"}, "text/plain")

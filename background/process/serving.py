@@ -54,7 +54,7 @@ def attach(manager: Servable, app: Flask) -> None:
 
     @app.before_request
     def start_with_the_first_request() -> None:
-        if manager.has_served or app.testing or _is_test_client():
+        if manager.has_served or app.testing or is_test_client():
             return
         if manager.serve() and manager.is_started:
             log.warning(
@@ -79,7 +79,7 @@ def start_under_flask_run(manager: Servable) -> None:
     manager.serve()
 
 
-def _is_test_client() -> bool:
+def is_test_client() -> bool:
     """Look for a test client among the callers: a test must not start the workers without an explicit call."""
     frame: FrameType | None = sys._getframe()
     is_served = False

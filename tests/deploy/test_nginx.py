@@ -42,10 +42,10 @@ ECHO = """
 import sys
 from flask import Flask, request
 sys.path.insert(0, {root!r})
-from config import trust_proxies
+from hosts import trust_proxies
 
 app = Flask("echo")
-app.config.update(PROXIES=1, PRODUCTION=False)
+app.config.update(PROXIES=1)
 trust_proxies(app)
 
 @app.route("/", methods=["GET", "POST"])

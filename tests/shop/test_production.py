@@ -1,7 +1,10 @@
-"""Production refuses to start with well-known secrets, and trusts only its own proxies."""
+"""Production: the servers that are in it, the complaints that refuse their start, and the proxies that they trust."""
 
 import secrets
 import signal
+import sys
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,83 +15,213 @@ from sqlalchemy import create_engine, text
 from support.bad_http import said
 from support.databases import close, on_sqlite
 from support.fork_server import Nursery
-from support.processes import environment, flask, gunicorn
+from support.processes import environment, flask, gunicorn, started
+from support.servers import served
 from support.shop import settings
 
+import production
 from app import create_app
 from background.errors import InvalidConfig
 from config import KEYS
-from demo import refuse_in_production
 from models import User
 from tests.shop.test_config import load
 
 SECRET = secrets.token_hex()
+SAFE = {"SECRET_KEY": SECRET, "PUBLIC_URL": "https://127.0.0.1", "METRICS_TOKEN": SECRET}
+COMPLETE = {**SAFE, "MAIL_URL": "smtp://mail", "PROXIES": "1"}
 
 
 @pytest.fixture(autouse=True)
 def no_settings_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*KEYS, "SERVER_SOFTWARE", "FLASK_DEBUG"):
+    for name in (*KEYS, "FLASK_DEBUG"):
         monkeypatch.delenv(name, raising=False)
 
 
-# ---- What production is
+def answer(address: str, path: str = "/login", **headers: str) -> tuple[int, str]:
+    """Return the status of the page, and the cookie that it sets."""
+    try:
+        asked = urllib.request.Request(address + path, headers=headers)
+        with urllib.request.urlopen(asked, timeout=30) as response:
+            return response.status, response.headers["Set-Cookie"] or ""
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.headers["Set-Cookie"] or ""
 
 
-def test_production_is_set_by_gunicorn_with_a_database_url_or_by_the_setting(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+# ---- The servers that are in production
+
+
+@on_sqlite
+def test_the_first_request_of_a_server_with_a_database_url_begins_production(database_url: str) -> None:
+    app = create_app({"DATABASE_URL": database_url, "WORKERS_ENABLED": False, **SAFE})
+    assert not app.config["PRODUCTION"]
+    assert app.test_client().get("/login").status_code == 200
+    assert not app.config["PRODUCTION"]
+    with served(app) as address:
+        status, cookie = answer(address)
+    assert (status, app.config["PRODUCTION"]) == (200, True)
+    assert cookie.startswith("__Host-session=")
+    assert {"Secure", "HttpOnly", "Path=/", "SameSite=Lax"} <= set(cookie.split("; "))
+    assert "Domain" not in cookie
+    close(app)
+
+
+@on_sqlite
+@pytest.mark.parametrize("more", [{"PRODUCTION": "no"}, {"TESTING": True}, {"DATABASE_URL": "sqlite://"}])
+def test_neither_a_demo_nor_a_test_is_in_production(database_url: str, more: dict[str, Any]) -> None:
+    app = create_app({"DATABASE_URL": database_url, "WORKERS_ENABLED": False, **more})
+    with served(app) as address:
+        status, cookie = answer(address)
+    assert status == 200
+    assert cookie.startswith("session=")
+    assert not app.config["PRODUCTION"]
+    close(app)
+
+
+def test_another_server_answers_503_to_each_request_until_its_settings_are_safe(
+    sqlite_url: str, nursery: Nursery
 ) -> None:
-    url = {"DATABASE_URL": "postgresql://db/shop", "SECRET_KEY": SECRET}
-    assert load(tmp_path, url)["PRODUCTION"] is False
-    assert load(tmp_path, {**url, "PRODUCTION": "true"})["PRODUCTION"] is True
-    monkeypatch.setenv("SERVER_SOFTWARE", "gunicorn/27.1")
-    assert load(tmp_path, url)["PRODUCTION"] is True
-    assert load(tmp_path, {**url, "PRODUCTION": "no"})["PRODUCTION"] is False
-    assert load(tmp_path, {})["PRODUCTION"] is False  # the demo shop
+    command = [sys.executable, "-m", "waitress", "--listen=127.0.0.1:0", "--call", "app:create_app"]
+    with nursery.forked(command, environment(sqlite_url, PUBLIC_URL="")) as server:
+        address = server.wait_for(r"Serving on (http://\S+)")[1]
+        assert [answer(address, path)[0] for path in ("/", "/login", "/health/live", "/static/style.css")] == [503] * 4
+        server.wait_for("PUBLIC_URL is not set in production")
+        assert server.output.count("PUBLIC_URL is not set in production") == 1
+        assert "joined" not in server.output
+    with nursery.forked(command, environment(sqlite_url, PUBLIC_URL="https://127.0.0.1")) as server:
+        address = server.wait_for(r"Serving on (http://\S+)")[1]
+        status, cookie = answer(address)
+        assert status == 200
+        assert cookie.startswith("__Host-session=")
+        assert server.output.count("PROXIES is 0 in production") == 1
+        server.wait_for("joined")
+
+
+def test_flask_run_is_production_if_the_setting_says_so(sqlite_url: str, nursery: Nursery) -> None:
+    add_demo_admin(sqlite_url)
+    command = flask("run", "--port", "0")
+    unsafe = environment(sqlite_url, FLASK_APP="app", SECRET_KEY="dev", PUBLIC_URL="")
+    code, output = nursery.run(command, {**unsafe, "PRODUCTION": "true"})
+    assert code == 1
+    assert "Error: SECRET_KEY is short or well known in production" in output
+    assert "PUBLIC_URL is not set in production" in output
+    code, output = nursery.run(command, environment(sqlite_url, FLASK_APP="app", PRODUCTION="true"))
+    assert code == 1
+    assert "Error: The demo shop's admin@example.com is an admin" in output
+    assert "Traceback" not in output
+    with nursery.forked(command, unsafe) as server:
+        address = server.wait_for(r"Running on (http://\S+)")[1]
+        assert answer(address)[0] == 200
+        assert "in production" not in server.output
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 0
 
 
 def test_logging_in_needs_https_in_production_by_default(tmp_path: Path) -> None:
-    for given, secure in [
-        ({}, False),
-        ({"PRODUCTION": True, "SECRET_KEY": SECRET}, True),
-        ({"PRODUCTION": True, "SECRET_KEY": SECRET, "SESSION_COOKIE_SECURE": "no"}, False),
+    for given, secure, name in [
+        ({}, False, "session"),
+        ({"PRODUCTION": True, **SAFE}, True, "__Host-session"),
+        ({"PRODUCTION": True, **SAFE, "SESSION_COOKIE_SECURE": "no"}, False, "session"),
+        ({"SESSION_COOKIE_SECURE": "yes"}, True, "__Host-session"),
+        ({"SESSION_COOKIE_SECURE": "yes", "SESSION_COOKIE_DOMAIN": "your.shop"}, True, "session"),
+        ({"SESSION_COOKIE_SECURE": "yes", "SESSION_COOKIE_PATH": "/books"}, True, "session"),
+        ({"SESSION_COOKIE_SECURE": "yes", "SESSION_COOKIE_NAME": "mine"}, True, "mine"),
     ]:
         config = load(tmp_path, given)
-        assert (config["SESSION_COOKIE_SECURE"], config["SESSION_COOKIE_HTTPONLY"]) == (secure, True)
+        assert (config["SESSION_COOKIE_SECURE"], config["SESSION_COOKIE_NAME"]) == (secure, name)
+        assert config["SESSION_COOKIE_HTTPONLY"] is True
         assert config["SESSION_COOKIE_SAMESITE"] == "Lax"
 
 
-def test_the_kept_key_is_not_enough_in_production(tmp_path: Path) -> None:
-    load(tmp_path)
-    assert (tmp_path / "secret_key").exists()
-    with pytest.raises(InvalidConfig, match=r"^SECRET_KEY is not set in production.*`python -c .*token_hex\(\)"):
-        load(tmp_path, {"PRODUCTION": True})
+# ---- The complaints
+
+
+def grave(folder: Path, given: dict[str, Any]) -> list[str]:
+    return production.complaints_about(load(folder, {"PRODUCTION": True, **given}), is_grave=True)
+
+
+def warned(folder: Path, given: dict[str, Any]) -> list[str]:
+    return production.complaints_about(load(folder, {"PRODUCTION": True, **given}), is_grave=False)
+
+
+def test_safe_settings_have_no_complaint(tmp_path: Path) -> None:
+    assert grave(tmp_path, COMPLETE) == warned(tmp_path, COMPLETE) == []
 
 
 @pytest.mark.parametrize(
-    "known",
+    ("given", "beginning"),
     [
-        *("dev", "secret", "changeme", "change-me", "your-secret-key", "...", "fifteen letters"),
-        *("You-Will-Never-Guess", " super-secret-key ", "a" * 40, b'_5#y2L"F4Q8z\n\xec]/', b"secret"),
+        ({"DEBUG": True}, "The debugger is on in production"),
+        ({"TESTING": True}, "TESTING is True in production"),
+        ({"SECRET_KEY": None}, "SECRET_KEY is not set in production"),
+        ({"SECRET_KEY": "dev"}, "SECRET_KEY is short or well known in production"),
+        ({"PUBLIC_URL": None}, "PUBLIC_URL is not set in production"),
+        ({"PUBLIC_URL": "http://your.shop"}, "PUBLIC_URL is http://your.shop/ in production"),
+        ({"WTF_CSRF_ENABLED": False}, "WTF_CSRF_ENABLED or WTF_CSRF_CHECK_DEFAULT is false in production"),
+        ({"WTF_CSRF_CHECK_DEFAULT": False}, "WTF_CSRF_ENABLED or WTF_CSRF_CHECK_DEFAULT is false in production"),
+        ({"RATELIMIT_ENABLED": False}, "RATELIMIT_ENABLED is false in production"),
+        ({"METRICS_TOKEN": "fifteen-letters"}, "METRICS_TOKEN is short in production"),
+        ({"SESSION_COOKIE_HTTPONLY": False}, "SESSION_COOKIE_HTTPONLY is False"),
+        ({"SESSION_COOKIE_SAMESITE": None}, "SESSION_COOKIE_HTTPONLY is True and SESSION_COOKIE_SAMESITE None"),
     ],
 )
-def test_a_well_known_or_short_key_is_refused_in_production(tmp_path: Path, known: str | bytes) -> None:
-    assert load(tmp_path, {"SECRET_KEY": known})["SECRET_KEY"] == known
-    with pytest.raises(InvalidConfig, match=r"^SECRET_KEY is short or well known in production") as raised:
-        load(tmp_path, {"SECRET_KEY": known, "PRODUCTION": True})
-    assert len(known) < 10 or str(known) not in str(raised.value)
+def test_a_grave_complaint_says_the_value_the_expectation_and_the_remedy(
+    tmp_path: Path, given: dict[str, Any], beginning: str
+) -> None:
+    [sentence] = grave(tmp_path, {**COMPLETE, **given})
+    assert sentence.startswith(beginning)
+    assert "; expected " in sentence
+    assert "fifteen" not in sentence
+    assert "\n" not in sentence
+    assert warned(tmp_path, {**COMPLETE, **given}) == []
 
 
-def test_a_random_key_is_accepted_in_production(tmp_path: Path) -> None:
-    for key in (SECRET, secrets.token_bytes(24), secrets.token_urlsafe(12)):
-        assert load(tmp_path, {"SECRET_KEY": key, "PRODUCTION": True})["PRODUCTION"] is True
+@pytest.mark.parametrize(
+    ("given", "beginning"),
+    [
+        ({"SESSION_COOKIE_SECURE": False}, "SESSION_COOKIE_SECURE is false in production"),
+        ({"METRICS_TOKEN": None}, "METRICS_TOKEN is not set in production"),
+        ({"MAIL_URL": None}, "MAIL_URL is not set in production"),
+        ({"PROXIES": 0}, "PROXIES is 0 in production"),
+    ],
+)
+def test_the_other_complaints_warn(tmp_path: Path, given: dict[str, Any], beginning: str) -> None:
+    [sentence] = warned(tmp_path, {**COMPLETE, **given})
+    assert sentence.startswith(beginning)
+    assert "; expected " in sentence
+    assert grave(tmp_path, {**COMPLETE, **given}) == []
 
 
-def test_the_debugger_is_refused_in_production(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InvalidConfig, match=r"^The debugger is on in production"):
-        load(tmp_path, {"SECRET_KEY": SECRET, "PRODUCTION": True, "DEBUG": True})
-    monkeypatch.setenv("FLASK_DEBUG", "1")
-    with pytest.raises(InvalidConfig, match=r"^The debugger is on in production"):
-        load(tmp_path, {"SECRET_KEY": SECRET, "PRODUCTION": True})
+@pytest.mark.parametrize(
+    "weak",
+    [
+        *("dev", "secret", "changeme", "change-me", "your-secret-key", "...", "fifteen letters", b"secret"),
+        *("You-Will-Never-Guess", " super-secret-key ", "a" * 40, b'_5#y2L"F4Q8z\n\xec]/', "1234567890" * 4),
+        *("change-me-in-production", "replace-with-a-secret", "password12345678", "abcdefabcdefabcdef", "aB3-" * 10),
+        *("bookstorebookstore", "Bookstore-2026-xK7pQ2wR9z", "correct horse battery staple", "correct-HORSE-1"),
+        *("8b785540c06807fb8212bca02a56a6", "6Rgavnbf_fjX0yWA", b"\xfb^o*\xecY\xb3\xad.\x1a\x98"),
+        "192b9bdd22ab9ed4d12e236c78afcb9a393ec15f71bbf5dc987d54727823bcbf",
+    ],
+)
+def test_a_key_that_a_visitor_could_guess_is_refused_in_production(tmp_path: Path, weak: str | bytes) -> None:
+    assert load(tmp_path, {"SECRET_KEY": weak})["SECRET_KEY"] == weak
+    [sentence] = grave(tmp_path, {**COMPLETE, "SECRET_KEY": weak})
+    assert sentence.startswith("SECRET_KEY is short or well known in production")
+    assert len(weak) < 10 or str(weak) not in sentence
+
+
+@pytest.mark.parametrize("make", [secrets.token_hex, secrets.token_urlsafe, secrets.token_bytes])
+@pytest.mark.parametrize("size", [16, 24, 32, 64, 500])
+def test_each_random_key_of_128_bits_is_accepted(make: Callable[[int], str | bytes], size: int) -> None:
+    assert not [key for key in (make(size) for _ in range(50)) if production.is_weak(key, "Bookstore")]
+
+
+def test_the_key_that_the_instance_folder_keeps_is_not_enough_in_production(tmp_path: Path) -> None:
+    load(tmp_path)
+    kept = (tmp_path / "secret_key").read_text()
+    config = load(tmp_path, {"PRODUCTION": True})
+    assert config["SECRET_KEY"] != kept
+    assert config["SECRET_KEY_IS_MADE"] is True
 
 
 def test_the_demo_admin_is_refused_in_production_until_it_is_no_longer_an_admin(
@@ -96,29 +229,41 @@ def test_the_demo_admin_is_refused_in_production_until_it_is_no_longer_an_admin(
 ) -> None:
     make_user(email="admin@example.com", is_admin=True)
     with app.app_context():
-        refuse_in_production()
+        production.refuse_data()
         app.config["PRODUCTION"] = True
         with pytest.raises(
             InvalidConfig, match=r"^The demo shop's admin@example.com is an admin .*init-db --admin you@"
         ):
-            refuse_in_production()
+            production.refuse_data()
     app.test_cli_runner().invoke(args=["init-db"])
     with app.app_context():
-        refuse_in_production()
+        production.refuse_data()
 
 
-# ---- As an operator meets it
+# ---- As an operator meets them
 
 
 @pytest.mark.parametrize("more", [(), ("--preload",)], ids=["gunicorn", "preload"])
-def test_gunicorn_ends_with_a_sentence_without_a_secret_key(
+def test_gunicorn_ends_with_a_line_for_each_grave_complaint(
     sqlite_url: str, more: tuple[str, ...], nursery: Nursery
 ) -> None:
-    code, output = nursery.run(gunicorn("-w", "2", *more, "app:create_app()"), environment(sqlite_url, SECRET_KEY=""))
-    assert code == (1 if more else 3)
-    assert output.count("SECRET_KEY is not set in production") == 1
+    env = environment(sqlite_url, SECRET_KEY="", PUBLIC_URL="", METRICS_TOKEN="x")
+    code, output = nursery.run(gunicorn("-w", "2", *more, "app:create_app()"), env)
+    assert code == 3
+    for each in ("SECRET_KEY is not set", "PUBLIC_URL is not set", "METRICS_TOKEN is short"):
+        assert sum(f"{each} in production" in line for line in output.splitlines()) == 1, output
+    assert "MAIL_URL" not in output
     assert "Booting worker" not in output
     assert "Traceback" not in output
+
+
+def test_gunicorn_warns_once_of_the_other_complaints(sqlite_url: str, nursery: Nursery) -> None:
+    env = environment(sqlite_url, WORKERS_ENABLED="no")
+    with nursery.forked(gunicorn("-w", "3", "app:create_app()"), env) as server:
+        server.wait_for("The background workers are off in this process", times=3)
+        for each in ("PROXIES is 0", "MAIL_URL is not set", "METRICS_TOKEN is not set"):
+            assert server.output.count(f"{each} in production") == 1, server.output
+            assert "[WARNING]" in server.wait_for(f".*{each}")[0]
 
 
 @pytest.mark.parametrize("enabled", ["yes", "no"])
@@ -135,17 +280,45 @@ def test_gunicorn_ends_with_a_sentence_if_its_database_has_the_demo_admin(
     assert "Traceback" not in output
 
 
-def test_flask_run_is_production_if_the_setting_says_so(sqlite_url: str, nursery: Nursery) -> None:
-    add_demo_admin(sqlite_url)
-    command = flask("run", "--port", "0")
-    code, output = nursery.run(command, environment(sqlite_url, FLASK_APP="app", PRODUCTION="true"))
-    assert code == 1
-    assert "Error: The demo shop's admin@example.com is an admin" in output
+def test_gunicorn_refuses_what_only_the_application_itself_is_given(
+    tmp_path: Path, sqlite_url: str, nursery: Nursery
+) -> None:
+    (tmp_path / "careless.py").write_text(
+        "import app\ndef create_app(): return app.create_app({'WTF_CSRF_ENABLED': False})\n"
+    )
+    env = environment(sqlite_url)
+    env["PYTHONPATH"] += f":{tmp_path}"
+    code, output = nursery.run(gunicorn("-w", "1", "careless:create_app()"), env)
+    assert code == 3
+    assert output.count("WTF_CSRF_ENABLED or WTF_CSRF_CHECK_DEFAULT is false in production") == 1
     assert "Traceback" not in output
-    with nursery.forked(command, environment(sqlite_url, FLASK_APP="app", SECRET_KEY="dev")) as server:
-        server.wait_for("Running on http")
-        server.signal(signal.SIGTERM)
-        assert server.wait() == 0
+
+
+def test_check_names_each_complaint_about_a_server_of_these_settings(sqlite_url: str, nursery: Nursery) -> None:
+    add_demo_admin(sqlite_url)
+    env = environment(sqlite_url, FLASK_APP="app", PUBLIC_URL="", METRICS_TOKEN="x")
+    code, output = nursery.run(flask("workers", "check"), env)
+    assert code == 1
+    for each in ("PUBLIC_URL is not set", "METRICS_TOKEN is short", "The demo shop's admin@example.com is an admin"):
+        assert f"Problem: {each}" in output
+    assert "Warning: MAIL_URL is not set in production" in output
+    code, output = nursery.run(flask("workers", "check"), {**env, "PRODUCTION": "false"})
+    assert "in production" not in output
+
+
+def test_a_command_that_serves_nothing_neither_warns_nor_refuses(sqlite_url: str, nursery: Nursery) -> None:
+    for more in ({"PRODUCTION": "true"}, {}):
+        env = environment(sqlite_url, FLASK_APP="app", SECRET_KEY="dev", PUBLIC_URL="", **more)
+        code, output = nursery.run(flask("workers", "list"), env)
+        assert code == 0, output
+        assert "production" not in output
+
+
+def test_flask_workers_run_refuses_grave_complaints_if_the_setting_says_so(sqlite_url: str, nursery: Nursery) -> None:
+    env = environment(sqlite_url, FLASK_APP="app", PUBLIC_URL="", PRODUCTION="true")
+    code, output = nursery.run(flask("workers", "run"), env)
+    assert code == 1
+    assert "Error: PUBLIC_URL is not set in production" in output
 
 
 def add_demo_admin(url: str) -> None:
@@ -158,6 +331,36 @@ def add_demo_admin(url: str) -> None:
             )
         )
     engine.dispose()
+
+
+# ---- A file of settings
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        flask("run", "--port", "0"),
+        gunicorn("-c", str(Path(production.__file__).with_name("gunicorn.conf.py")), "-w", "1"),
+        [sys.executable, "-m", "waitress", "--listen=127.0.0.1:0", "--call", "app:create_app"],
+    ],
+    ids=["flask", "gunicorn", "waitress"],
+)
+def test_each_server_reads_the_same_file_of_settings_and_the_environment_wins(
+    tmp_path: Path, sqlite_url: str, command: list[str]
+) -> None:
+    pytest.importorskip("dotenv", reason="needs python-dotenv, of requirements.txt")
+    folder = tmp_path / "project" / "below"
+    folder.mkdir(parents=True)
+    (folder.parent / ".env").write_text(
+        f"DATABASE_URL={sqlite_url}\nAPP_NAME='From the file'\nPRODUCTION=false\nLOG_FORMAT=json\n"
+    )
+    env = environment(None, FLASK_APP="app:create_app", FLASK_SKIP_DOTENV="false", LOG_FORMAT="text")
+    with started(command, env, cwd=folder) as server:
+        address = server.wait_for(r"(?:Running on|Listening at:|Serving on) (http://127\.0\.0\.1:\d+)")[1]
+        with urllib.request.urlopen(f"{address}/login", timeout=30) as response:
+            assert "From the file" in response.read().decode()
+        server.wait_for(r"INFO .*joined")
+        assert '{"time"' not in server.output
 
 
 # ---- Proxies
@@ -200,21 +403,6 @@ def test_under_gunicorn_no_header_changes_the_path_of_the_shop(sqlite_url: str, 
             assert answer.startswith(b"HTTP/1.1 200 OK" if path == "/" else b"HTTP/1.1 404"), header
             assert b"Strict-Transport-Security" not in answer, header
             assert b'href="//evil' not in answer, header
-
-
-@on_sqlite
-def test_production_without_a_proxy_warns_at_the_start(database_url: str, caplog: pytest.LogCaptureFixture) -> None:
-    for production, proxies, times in [(True, 0, 1), (True, 1, 0), (False, 0, 0), (False, 2, 0)]:
-        caplog.clear()
-        close(create_app(settings(database_url, SECRET_KEY=SECRET, PRODUCTION=production, PROXIES=proxies)))
-        assert caplog.text.count("PROXIES is 0 in production") == times, (production, proxies)
-
-
-def test_a_command_that_serves_nothing_does_not_warn_of_proxies(sqlite_url: str, nursery: Nursery) -> None:
-    env = environment(sqlite_url, FLASK_APP="app", PRODUCTION="true")
-    code, output = nursery.run(flask("workers", "list"), env)
-    assert code == 0
-    assert "PROXIES" not in output
 
 
 @pytest.mark.parametrize(("given", "kept"), [("0", 0), (0, 0), ("2", 2), (10, 10)])

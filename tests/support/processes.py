@@ -21,18 +21,22 @@ PATIENCE = float(os.environ.get("TEST_PATIENCE", "60"))
 """Seconds that a busy machine may take for an event that should happen within one."""
 MARGIN = 2.0  # seconds that a busy machine may add to the promised time
 
+PRODUCTION = {"SECRET_KEY": "of-the-tests-4f1d9a7c3be2", "PUBLIC_URL": "https://localhost"}
+"""The settings without which no server of a DATABASE_URL starts."""
+
 Found = TypeVar("Found")
 
 
 def environment(database_url: str | None = None, **more: object) -> dict[str, str]:
     """Return this environment without the shop's settings, with short heartbeats, and with `more` on top."""
-    own = ("FLASK_", "WORKERS_", "WERKZEUG_", "PROBE_", "GUNICORN_", "WEB_", "DATABASE_URL", "LOG_LEVEL")
+    own = ("FLASK_", "WORKERS_", "WERKZEUG_", "PROBE_", "GUNICORN_", "WEB_", "DATABASE_URL", "LOG_LEVEL", "PRODUCTION")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(own)}
     ours: dict[str, object] = {
         "FLASK_APP": ROOT / "tests" / "support" / "traced_app.py",
         "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"))),
+        "FLASK_SKIP_DOTENV": 1,
         "PYTHONUNBUFFERED": 1,
-        "SECRET_KEY": "of-the-tests-4f1d9a7c3be2",
+        **PRODUCTION,
         "WORKERS_HEARTBEAT_SECONDS": 0.2,
         "WORKERS_LEASE_SECONDS": 5,
         "WORKERS_SHUTDOWN_SECONDS": 2,

@@ -41,7 +41,7 @@ listener._RETRY_SECONDS = float(os.environ.get("PROBE_RETRY", listener._RETRY_SE
 def create_app() -> Flask:
     if "PROBE_SAYS" in os.environ:
         print(os.environ["PROBE_SAYS"], flush=True)
-    app = shop.create_app({"WTF_CSRF_ENABLED": False, "RATELIMIT_ENABLED": False, "SESSION_COOKIE_SECURE": False})
+    app = shop.create_app({"WTF_CSRF_ENABLED": False, "RATELIMIT_ENABLED": False, "PRODUCTION": False})
     workers = app.extensions["background_workers"]
     own = (*workers.workers.values(), *workers.topics.values())
     for worker in own:

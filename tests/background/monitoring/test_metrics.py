@@ -16,6 +16,7 @@ from support.databases import close, on_sqlite, text
 from support.fleet import HOUR, Fleet, Hourly, make_app, statements, stop, wait_until
 from support.processes import MARGIN, ROOT
 from support.proxy import Proxy
+from werkzeug.middleware.proxy_fix import ProxyFix
 
 from background import BackgroundWorkerManager, MessageWorker
 from background.database import tables
@@ -318,6 +319,27 @@ def test_with_a_token_only_a_scrape_that_sends_it_is_allowed(app: Flask, client:
     for token, header in (("s3cret", "bearer s3cret"), ("abc=def==", "Bearer abc=def==")):
         app.config["METRICS_TOKEN"] = token
         assert client.get("/metrics", headers={"Authorization": header}).status_code == 200
+
+
+@on_sqlite
+def test_without_a_token_only_a_program_on_this_machine_may_scrape_and_no_proxy(app: Flask) -> None:
+    def scraped_from(peer: str, **headers: str) -> int:
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        response = app.test_client().get("/metrics", headers=named, environ_overrides={"REMOTE_ADDR": peer})
+        assert ("background_up" in response.text) == (response.status_code == 200)
+        assert ("METRICS_TOKEN" in response.text) == (response.status_code == 403)
+        return response.status_code
+
+    for peer in ("127.0.0.1", "127.0.0.2", "::1", "::ffff:127.0.0.1"):
+        assert scraped_from(peer) == 200, peer
+    for peer in ("192.0.2.7", "10.0.0.1", "2001:db8::7", "::ffff:192.0.2.7", "", "nonsense"):
+        assert scraped_from(peer) == 403, peer
+    for header in ("X_Forwarded_For", "Forwarded", "X_Real_IP", "Via"):
+        assert scraped_from("127.0.0.1", **{header: "127.0.0.1"}) == 403, header
+    app.wsgi_app = ProxyFix(app.wsgi_app)  # type: ignore[method-assign]
+    assert scraped_from("192.0.2.7", X_Forwarded_For="127.0.0.1") == 403
+    app.config["METRICS_TOKEN"] = "s3cret"
+    assert scraped_from("192.0.2.7", Authorization="Bearer s3cret") == 200
 
 
 # -- promtool --------------------------------------------------------------------------------------
