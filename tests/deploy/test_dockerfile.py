@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from support.image import Image, build
-from support.processes import ROOT, copy_project, eventually
+from support.processes import ROOT, WITHOUT_WARNINGS, copy_project, eventually
 
 PRIVATE = (".env", "instance/secret_key", "instance/bookstore.sqlite", "shop.sqlite-wal", "tests/x.pyc")
 
@@ -25,7 +25,7 @@ def context(tmp_path: Path) -> Path:
 def test_the_dockerfile_makes_an_image_that_serves_without_root_and_without_writable_files(
     context: Path, empty_postgresql_url: str
 ) -> None:
-    settings = {"DATABASE_URL": empty_postgresql_url, "SECRET_KEY": "of-the-tests-4f1d9a7c3be2", "PROXIES": "1"}
+    settings = WITHOUT_WARNINGS | {"DATABASE_URL": empty_postgresql_url}
     with contextmanager(build)(context / "deploy" / "Dockerfile", context, RELEASE="abc123") as image:
         assert_it_holds_what_the_shop_needs_and_no_more(image)
         prepared = image.run("flask db upgrade && flask init-db --admin you@example.org", **settings)

@@ -23,6 +23,12 @@ MARGIN = 2.0  # seconds that a busy machine may add to the promised time
 
 PRODUCTION = {"SECRET_KEY": "of-the-tests-4f1d9a7c3be2", "PUBLIC_URL": "https://localhost"}
 """The settings without which no server of a DATABASE_URL starts."""
+WITHOUT_WARNINGS = PRODUCTION | {
+    "METRICS_TOKEN": "of-the-tests-9b21c07d5e",
+    "MAIL_URL": "smtp://127.0.0.1:9",
+    "PROXIES": "1",
+}
+"""The settings of a server that does not even warn."""
 
 Found = TypeVar("Found")
 
