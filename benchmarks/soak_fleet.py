@@ -156,6 +156,7 @@ class Fleet:
             "FLASK_APP": "benchmarks.soak_worker",
             "DATABASE_URL": self._database.url_of(slot),
             "SECRET_KEY": "of-the-soak-4f1d9a7c3be2",
+            "PUBLIC_URL": "https://localhost",
             "PYTHONUNBUFFERED": "1",
             "SOAK_SEED": str(self._seed),
             "WORKERS_LEASE_SECONDS": str(LEASE_SECONDS),

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from flask import Flask, request
+from itsdangerous import URLSafeTimedSerializer
 from sqlalchemy import create_engine, text
 from support.bad_http import said
 from support.databases import close, on_sqlite
@@ -264,6 +265,17 @@ def test_gunicorn_warns_once_of_the_other_complaints(sqlite_url: str, nursery: N
         for each in ("PROXIES is 0", "MAIL_URL is not set", "METRICS_TOKEN is not set"):
             assert server.output.count(f"{each} in production") == 1, server.output
             assert "[WARNING]" in server.wait_for(f".*{each}")[0]
+
+
+def test_gunicorn_logs_each_request_without_the_tokens_of_links(sqlite_url: str, nursery: Nursery) -> None:
+    token = URLSafeTimedSerializer(SECRET).dumps([4711, "of a link"])
+    with nursery.forked(gunicorn("-w", "1", "app:create_app()"), environment(sqlite_url)) as server:
+        address = server.wait_for(r"Listening at: (http://\S+)")[1]
+        answer(address, f"/account/reset/{token}", Host="localhost")
+        answer(address, "/login?page=1", Host="localhost")
+        server.wait_for(r'"GET /account/reset/\.\.\. HTTP/1\.1" \d{3} ')
+        server.wait_for(r'^127\.0\.0\.1 .*"GET /login\?page=1 HTTP/1\.1" 200 ')
+        assert token not in server.output
 
 
 @pytest.mark.parametrize("enabled", ["yes", "no"])
