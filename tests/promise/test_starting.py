@@ -17,7 +17,7 @@ from flask.testing import FlaskClient
 from sqlalchemy import make_url
 from support.databases import close, on_sqlite
 from support.fork_server import Nursery
-from support.processes import MARGIN, ROOT, Process, environment, eventually, flask, gunicorn, run, started
+from support.processes import MARGIN, PRODUCTION, ROOT, Process, environment, eventually, flask, gunicorn, run, started
 from support.run_traces import Effects
 from support.servers import served
 from werkzeug.middleware.proxy_fix import ProxyFix
@@ -411,9 +411,9 @@ def test_a_test_client_never_starts_the_workers_whatever_its_user_agent_and_test
 def test_the_first_request_starts_nothing_if_the_workers_are_disabled(
     sqlite_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    app = create_app({"DATABASE_URL": sqlite_url, "SECRET_KEY": "test", "WORKERS_ENABLED": False})
+    app = create_app({"DATABASE_URL": sqlite_url, "WORKERS_ENABLED": False, **PRODUCTION})
     with served(app) as address:
-        assert get(address) == 200
+        assert get(address.replace("127.0.0.1", "localhost")) == 200
     workers = app.extensions["background_workers"]
     assert workers.has_served
     assert not workers.is_started

@@ -25,13 +25,13 @@ MANGLED = [
     *("\xe4", "\u0660", "a,b", "<b>", "a%2eb", "http://evil.example"),
 ]
 PATHS = [
-    *("/", "/login", "/account", "/admin/users", "/workers", "/workers/", "/workers//messages", "/books//1"),
-    *("/api/books", "/static/style.css", "/static//style.css", "/health/live", "/health/ready", "/metrics", "/nowhere"),
+    *("/", "/login", "/account", "/admin/users", "/workers", "/workers/", "/workers//messages", "/admin//users"),
+    *("/static/style.css", "/static//style.css", "/health/live", "/health/ready", "/metrics", "/nowhere"),
 ]
 REDIRECTS = {
     "/workers": "/workers/",
     "/workers?state=failed&at=//x": "/workers/?state=failed&at=//x",
-    "/books//1": "/books/1",
+    "/account//password": "/account/password",
     "/admin//users": "/admin/users",
     "/workers//messages": "/workers/messages",
     "/static//style.css": "/static/style.css",
@@ -64,7 +64,7 @@ def test_a_mangled_host_is_a_bad_request_on_each_address(client: FlaskClient, ho
 
 def test_a_server_answers_a_mangled_host_with_400(of_gunicorn: int) -> None:
     for host in ("good@evil.example", "evil.example/x", "[::1", "a b", "", "a\x01b", "a\x7fb"):
-        for path in ("/", "/workers", "/books//1", "/health/live", "/metrics"):
+        for path in ("/", "/workers", "/admin//users", "/health/live", "/metrics"):
             asked = f"GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n"
             answer = said(of_gunicorn, asked.encode())
             assert answer.startswith(b"HTTP/1.1 400 "), (host, path, answer)
@@ -138,7 +138,7 @@ def test_a_redirect_of_the_url_map_does_not_name_the_host_that_the_request_named
 
 
 def test_a_servers_redirects_are_relative(of_gunicorn: int) -> None:
-    for path, target in {**REDIRECTS, "//workers": "/workers/", "//books//1": "/books/1"}.items():
+    for path, target in {**REDIRECTS, "//workers": "/workers/", "//admin//users": "/admin/users"}.items():
         asked = f"GET {path} HTTP/1.1\r\nHost: your.shop\r\nConnection: close\r\n\r\n"
         answer = said(of_gunicorn, asked.encode()).decode()
         assert f"\r\nLocation: {target}\r\n" in answer
