@@ -21,6 +21,7 @@ from support.image import Image, needs_namespaces
 from support.processes import ROOT, environment
 
 from models import db
+from production import COMPLAINTS
 
 PAGE = (ROOT / "docs" / "deploying.md").read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"^## (.*)\n((?:(?!## ).*\n)*)", PAGE, re.MULTILINE))
@@ -105,6 +106,13 @@ def test_the_commands_for_one_machine_work(machine: Image, empty_postgresql_url:
 def test_the_page_names_each_alert() -> None:
     alerts = re.findall(r"- alert: (\w+)", (ROOT / "background" / "alerts.yml").read_text(encoding="utf-8"))
     assert re.findall(r"^\| ([A-Z]\w+[A-Z]\w+) \|", SECTIONS["Alerts"], re.MULTILINE) == alerts
+
+
+def test_the_page_names_each_setting_that_production_complains_about() -> None:
+    said = " ".join(each.sentence for each in COMPLAINTS)
+    named = set(re.findall(r"\b[A-Z]+_[A-Z_]+\b", said))
+    assert {"SECRET_KEY", "PUBLIC_URL", "METRICS_TOKEN", "MAIL_URL"} < named
+    assert named <= set(re.findall(r"\b[A-Z_]+\b", SECTIONS["What production insists on"]))
 
 
 def test_the_page_names_each_file_of_the_folder() -> None:

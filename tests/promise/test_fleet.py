@@ -20,7 +20,7 @@ from http import HTTPStatus
 from flask import Flask
 from support.databases import on_sqlite
 from support.fork_server import Nursery
-from support.processes import environment, eventually, gunicorn
+from support.processes import WITHOUT_WARNINGS, environment, eventually, gunicorn
 from support.run_traces import Effects
 from support.shop import PASSWORD
 
@@ -33,7 +33,9 @@ PERIOD = timedelta(seconds=float(os.environ.get("FLEET_PERIOD", "1")))
 def test_four_gunicorn_workers_run_consecutive_ticks_once_each(database_url: str, nursery: Nursery) -> None:
     effects = Effects(database_url)
     command = gunicorn("-w", "4", "--preload", "support.traced_app:create_app()")
-    with nursery.forked(command, environment(database_url, PROBE_PERIOD=PERIOD.total_seconds(), PROXIES=1)) as server:
+    with nursery.forked(
+        command, environment(database_url, PROBE_PERIOD=PERIOD.total_seconds(), **WITHOUT_WARNINGS)
+    ) as server:
         server.wait_for("joined", times=4)
         # The run that catches up at the start may still be on at the first tick after it, which is then skipped.
         assert eventually(lambda: effects.ticks(), 20)

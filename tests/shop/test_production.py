@@ -80,16 +80,16 @@ def test_neither_a_demo_nor_a_test_is_in_production(database_url: str, more: dic
 
 
 def test_another_server_answers_503_to_each_request_until_its_settings_are_safe(
-    sqlite_url: str, nursery: Nursery
+    database_url: str, nursery: Nursery
 ) -> None:
     command = [sys.executable, "-m", "waitress", "--listen=127.0.0.1:0", "--call", "app:create_app"]
-    with nursery.forked(command, environment(sqlite_url, PUBLIC_URL="")) as server:
+    with nursery.forked(command, environment(database_url, PUBLIC_URL="")) as server:
         address = server.wait_for(r"Serving on (http://\S+)")[1]
         assert [answer(address, path)[0] for path in ("/", "/login", "/health/live", "/static/style.css")] == [503] * 4
         server.wait_for("PUBLIC_URL is not set in production")
         assert server.output.count("PUBLIC_URL is not set in production") == 1
         assert "joined" not in server.output
-    with nursery.forked(command, environment(sqlite_url, PUBLIC_URL="https://127.0.0.1")) as server:
+    with nursery.forked(command, environment(database_url, PUBLIC_URL="https://127.0.0.1")) as server:
         address = server.wait_for(r"Serving on (http://\S+)")[1]
         status, cookie = answer(address)
         assert status == 200
@@ -280,11 +280,11 @@ def test_gunicorn_logs_each_request_without_the_tokens_of_links(sqlite_url: str,
 
 @pytest.mark.parametrize("enabled", ["yes", "no"])
 def test_gunicorn_ends_with_a_sentence_if_its_database_has_the_demo_admin(
-    sqlite_url: str, enabled: str, nursery: Nursery
+    database_url: str, enabled: str, nursery: Nursery
 ) -> None:
-    add_demo_admin(sqlite_url)
+    add_demo_admin(database_url)
     code, output = nursery.run(
-        gunicorn("-w", "1", "app:create_app()"), environment(sqlite_url, WORKERS_ENABLED=enabled)
+        gunicorn("-w", "1", "app:create_app()"), environment(database_url, WORKERS_ENABLED=enabled)
     )
     assert code == 3
     assert "The demo shop's admin@example.com is an admin of this database in production" in output
