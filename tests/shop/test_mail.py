@@ -586,14 +586,15 @@ def test_the_log_has_the_link_of_a_mail_without_a_server_and_outside_production(
     is_production: bool,
 ) -> None:
     caplog.set_level(logging.DEBUG)
-    monkeypatch.setitem(app.config, "PRODUCTION", is_production)
     url = server.url() if has_server else None
     svcs.flask.register_factory(app, Mailer, lambda: Mailer(url, "shop@example.com", tmp_path))
     user = make_user()
+    manager.start()
+    wait_until(lambda: manager.presence.instance is not None)  # in production, the start refuses a test's settings
+    monkeypatch.setitem(app.config, "PRODUCTION", is_production)
     with app.app_context():
         current_workers.enqueue("mail", {"password link": user.id, "root": "http://localhost/"})
         db.session.commit()
-    manager.start()
     wait_until(lambda: states(app) == ["done"])
     [line] = [line for line in caplog.messages if line.startswith(f"The mail about password link {user.id} is at ")]
     if has_server or is_production:
