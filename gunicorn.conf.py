@@ -102,9 +102,9 @@ def post_worker_init(worker):
     if manager := background_workers(worker):
         refuse_broken_bodies(worker.wsgi)
         ignore_one_interrupt()
-        if beginning := worker.wsgi.extensions.get("production"):
-            beginning.begin()
         with ending_on_refusal(worker):
+            if beginning := worker.wsgi.extensions.get("production"):
+                beginning.begin()
             manager.serve()
     gc.freeze()  # otherwise a full collection walks all imports: no other thread runs for 0.1 s
 

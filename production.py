@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 RANDOM_TEXT = '`python3 -c "import secrets; print(secrets.token_hex())"`'
+GRAVE, WARNING = True, False
 LEAST_TOKEN = 16  # characters
 LEAST_BITS = 128  # of SECRET_KEY
 
@@ -78,60 +79,60 @@ def _has_demo_admin(connection: Connection) -> bool:
 
 COMPLAINTS = [
     Complaint(
-        True,
+        GRAVE,
         lambda config: config["DEBUG"],
         "The debugger is on in production, where it lets visitors run code; expected it off. Remove FLASK_DEBUG, "
         "--debug and DEBUG.",
     ),
     Complaint(
-        True,
+        GRAVE,
         lambda config: config["TESTING"],
         "TESTING is {TESTING} in production, where it passes errors on to the server; expected false. Remove it.",
     ),
     Complaint(
-        True,
+        GRAVE,
         lambda config: config["SECRET_KEY_IS_MADE"],
         "SECRET_KEY is not set in production, where it signs the sessions; expected a random text that all processes "
         f"share. Make one with {RANDOM_TEXT} and set SECRET_KEY to it.",
     ),
     Complaint(
-        True,
+        GRAVE,
         lambda config: is_weak(config["SECRET_KEY"], config["APP_NAME"]),
         "SECRET_KEY is short or well known in production, where it signs the sessions; expected a random text of "
         f"{LEAST_BITS} bits. Make one with {RANDOM_TEXT} and set SECRET_KEY to it.",
     ),
     Complaint(
-        True,
+        GRAVE,
         lambda config: config["PUBLIC_URL"] is None,
         "PUBLIC_URL is not set in production, where links in mails lead to it and pages answer its host only; expected "
         "https:// and the host of this application. Set PUBLIC_URL to it.",
     ),
     Complaint(
-        True,
+        GRAVE,
         lambda config: (config["PUBLIC_URL"] or "").startswith("http://"),
         "PUBLIC_URL is {PUBLIC_URL} in production, so the links in mails have no encryption; expected https://. Set up "
         "HTTPS and write https://, or set PRODUCTION=false for a trial.",
     ),
     Complaint(
-        True,
+        GRAVE,
         lambda config: not (config.get("WTF_CSRF_ENABLED", True) and config.get("WTF_CSRF_CHECK_DEFAULT", True)),
         "WTF_CSRF_ENABLED or WTF_CSRF_CHECK_DEFAULT is false in production, so any other site can send this one's "
         "forms; expected both true. Remove them.",
     ),
     Complaint(
-        True,
+        GRAVE,
         lambda config: not config.get("RATELIMIT_ENABLED", True),
         "RATELIMIT_ENABLED is false in production, so one visitor may try any number of passwords; expected true. "
         "Remove it.",
     ),
     Complaint(
-        True,
+        GRAVE,
         lambda config: config["METRICS_TOKEN"] is not None and len(config["METRICS_TOKEN"]) < LEAST_TOKEN,
         f"METRICS_TOKEN is short in production, where it guards /metrics; expected at least {LEAST_TOKEN} characters. "
         f"Make one with {RANDOM_TEXT}.",
     ),
     Complaint(
-        True,
+        GRAVE,
         lambda config: (
             not config["SESSION_COOKIE_HTTPONLY"] or config["SESSION_COOKIE_SAMESITE"] not in ("Lax", "Strict")
         ),
@@ -139,33 +140,33 @@ COMPLAINTS = [
         "production; expected true, and Lax or Strict, so that other sites cannot use the session. Remove them.",
     ),
     Complaint(
-        True,
+        GRAVE,
         _has_demo_admin,
         f"The demo shop's {ADMIN} is an admin of this database in production; expected an admin of yours. Make one "
         "with `flask init-db --admin you@your.shop`, which removes that admin's rights.",
         is_about_data=True,
     ),
     Complaint(
-        False,
+        WARNING,
         lambda config: config["SESSION_COOKIE_SECURE"] is False,
         "SESSION_COOKIE_SECURE is false in production, so sessions may travel without encryption; expected true. "
         "Remove it once there is HTTPS.",
     ),
     Complaint(
-        False,
+        WARNING,
         lambda config: config["METRICS_TOKEN"] is None,
         "METRICS_TOKEN is not set in production, so /metrics answers programs on this machine only; expected a random "
         f"text. Make one with {RANDOM_TEXT}, and give it to Prometheus.",
     ),
     # Not grave: no door is open. The mails wait in files, and readers cannot register until an operator reads them.
     Complaint(
-        False,
+        WARNING,
         lambda config: config["MAIL_URL"] is None,
         "MAIL_URL is not set in production, so no reader gets a mail, and the mails are files in instance/outbox; "
         "expected a mail server. Set MAIL_URL.",
     ),
     Complaint(
-        False,
+        WARNING,
         lambda config: config["PROXIES"] == 0,
         "PROXIES is 0 in production; expected a proxy in front that buffers requests: without one, as many slow "
         "clients as the server has threads stop the shop, and all visitors of a proxy count as one network. Put a "
@@ -195,6 +196,8 @@ class Beginning:
     def begin(self, warns: bool = False) -> None:
         """Settle PRODUCTION in a process that serves, once. With `warns`, log what is not grave.
 
+        Raises InvalidConfig for the grave complaints about the settings, at each call.
+
         Concurrency: several first requests may call this in different threads. The later ones wait for the first.
         """
         with self._lock:
@@ -204,17 +207,20 @@ class Beginning:
             if config["PRODUCTION"] is None:
                 config["PRODUCTION"] = True
                 settle_cookies(config)
+            _refuse_settings(config)
             self._is_over = True
-            if warns:
-                for sentence in complaints_about(config, is_grave=False):
-                    log.warning("%s", sentence)
+            for sentence in complaints_about(config, is_grave=False) if warns else []:
+                log.warning("%s", sentence)
 
     def before(self, inner: Callable[..., Iterable[bytes]]) -> Callable[..., Iterable[bytes]]:
         """Return a WSGI application that begins with its first request, unless a test sends it."""
 
         def wsgi_app(environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
             if not (self._is_over or self._app.testing or is_test_client()):
-                self.begin(warns=True)
+                try:
+                    self.begin(warns=True)
+                except InvalidConfig as error:
+                    return refused(error)(environ, start_response)
             return inner(environ, start_response)
 
         return wsgi_app
@@ -226,14 +232,16 @@ def check(app: Flask) -> list[str]:
     Raises InvalidConfig for the grave ones.
     """
     Beginning(app).begin()
-    with app.app_context():
-        refuse_settings()
     return complaints_about(app.config, is_grave=False) if app.config["PRODUCTION"] else []
 
 
 def refuse_settings() -> None:
     """Raise InvalidConfig with a line for each grave complaint about the settings. Needs an application context."""
-    _refuse(complaints_about(current_app.config, is_grave=True) if current_app.config["PRODUCTION"] else [])
+    _refuse_settings(current_app.config)
+
+
+def _refuse_settings(config: dict[str, Any]) -> None:
+    _refuse(complaints_about(config, is_grave=True) if config["PRODUCTION"] else [])
 
 
 def refuse_data() -> None:

@@ -79,6 +79,18 @@ def test_neither_a_demo_nor_a_test_is_in_production(database_url: str, more: dic
     close(app)
 
 
+@on_sqlite
+def test_a_process_whose_workers_began_before_it_served_is_refused_too(
+    database_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = create_app({"DATABASE_URL": database_url, "WORKERS_ENABLED": False, **SAFE, "WTF_CSRF_ENABLED": False})
+    app.extensions["background_workers"].serve()
+    with served(app) as address:
+        assert [answer(address)[0] for _ in range(2)] == [503, 503]
+    assert caplog.text.count("WTF_CSRF_ENABLED or WTF_CSRF_CHECK_DEFAULT is false in production") == 1
+    close(app)
+
+
 def test_another_server_answers_503_to_each_request_until_its_settings_are_safe(
     database_url: str, nursery: Nursery
 ) -> None:
