@@ -26,6 +26,7 @@ from workers import MailWorker, PassiveUserCheckerWorker, SystemHealthWorker
 def create_app(config: Mapping[str, Any] | object | None = None) -> Flask:
     """Make the application. `config` is a mapping, an object, or None (environment and instance/config.py)."""
     app = Flask(__name__, instance_relative_config=True)
+    app.json_provider_class = StrictJSON  # Flask-Security makes a provider from the class
     app.json = StrictJSON(app)
     load_config(app, config)
     configure_logging(app)

@@ -16,9 +16,10 @@ from wtforms.validators import InputRequired, NumberRange
 
 import demo
 from background import BackgroundWorkerManager, Message, MessageWorker, WorkerContext, current_workers
+from forms import PostedForm, SearchForm
 from mail import CAN_WAIT, MAILS, Mail, Payload
 from models import Book, Order, OrderRepository, db
-from routes import JSON, NOTHING, Page, PostedForm, SearchForm, newest_first
+from routes import JSON, NOTHING, Page, newest_first
 from throttle import throttled, user
 from workers import MailWorker
 
@@ -198,7 +199,7 @@ class OrderMailWorker(MailWorker):
 
 def about_order(order_id: int, _payload: Payload, context: WorkerContext) -> Mail | None:
     order = context.services.get(OrderRepository).get(order_id)
-    if order is None:
+    if order is None or order.user.is_deleted:
         return None
     text = render_template("books/order_mail.txt", order=order)
     return Mail(order.user.email, f"Your order {order.id}: {order.status}", text)

@@ -171,6 +171,7 @@ _OWN = {
         "the address of this application, for links in mails; in production pages answer its host only",
     ),
     "SESSION_COOKIE_SECURE": Setting(None, boolean, BOOLEAN, "whether logging in needs HTTPS (unset: in production)"),
+    "TWO_FACTOR": Setting(True, boolean, BOOLEAN, "offer admins to log in with a code of an authenticator app, too"),
     "LOG_LEVEL": Setting("INFO", level, "DEBUG, INFO, WARNING, ERROR or CRITICAL", "the lowest level that is logged"),
 }
 

@@ -4,6 +4,7 @@ import logging
 import secrets
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from itertools import islice, product
 from random import Random
@@ -12,19 +13,20 @@ from typing import Any
 import click
 from flask import Flask, current_app
 from flask.cli import with_appcontext
+from flask_security import hash_password
 from sqlalchemy import Connection, Engine, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
-from werkzeug.security import generate_password_hash
 
+from accounts import normalized
+from background.database.clock import now
 from background.errors import DatabaseNotReady
 from config import address, may_serve
 from migrations import schema
-from models import User
+from models import User, new_uniquifier
 
 log = logging.getLogger(__name__)
 
 ADMIN = "admin@example.com"  # of the demo shop only: production refuses to start with this admin
-NO_PASSWORD = "!"  # noqa: S105 - this is not a hash, so no demo user can log in
 MOST_USERS = 100_000_000
 
 CONTENTS: set[Callable[[Connection], None]] = set()
@@ -45,8 +47,8 @@ USERS = [
 ]
 
 # The columns as text that both databases read. "None" is a user who never logged in.
-DemoUser = tuple[str, str, str, str, str]
-COLUMNS = "email, name, password_hash, created_at, last_login_at"
+DemoUser = tuple[str, str, str, str, str, str]  # no password, so no demo user can log in
+COLUMNS = "email, name, fs_uniquifier, created_at, confirmed_at, last_login_at"
 FIRST_NAMES = "Alice Bruno Chiara Dmitri Elif Farah Goran Hanna Igor Jonas Kenji Lucia Mina Noor Olga Pablo"
 LAST_NAMES = "Abbott Bauer Costa Dumont Eriksen Fischer Garcia Haddad Ivanova Jansen Kaya Lindgren"
 
@@ -91,12 +93,15 @@ def init_db(admin: str) -> None:
 def reset_password(email: str) -> None:
     """Give the user EMAIL a new password, and show it once.
 
-    The user's sessions end.
+    The user's sessions end. The e-mail counts as confirmed, and logging in no longer asks for a code.
     """
-    engine, email, password = _ready_engine(), email.strip().lower(), secrets.token_urlsafe(12)
-    password_hash = generate_password_hash(password, User.password_method)
+    engine, password = _ready_engine(), secrets.token_urlsafe(12)
+    with suppress(ValueError):
+        email = normalized(email)
+    access = {"password": hash_password(password), "confirmed_at": func.coalesce(User.confirmed_at, now())}
+    ended = {"fs_uniquifier": new_uniquifier(), "tf_primary_method": None, "tf_totp_secret": None}
     with engine.begin() as connection:
-        changed = update(User).where(User.email == email).values(password_hash=password_hash)
+        changed = update(User).where(User.email == email).values(**access, **ended)
         if not email.isprintable() or not connection.execute(changed).rowcount:
             raise click.ClickException(
                 f"No user has the e-mail {email!r}; expected the e-mail of an account. "
@@ -154,7 +159,7 @@ def _ready_engine() -> Engine:
 
 def _own_address(given: str) -> str:
     try:
-        email = address(given.strip().lower())
+        email = normalized(address(given.strip()))
     except ValueError:
         email = ADMIN
     if email == ADMIN or len(email) > 254:
@@ -180,8 +185,8 @@ def _welcome_users(connection: Connection, at: datetime) -> None:
             {
                 "email": f"user{i}@example.com",
                 "name": name,
-                "password_hash": NO_PASSWORD,
                 "created_at": at - timedelta(days=created),
+                "confirmed_at": at - timedelta(days=created),
                 "last_login_at": None if last is None else at - timedelta(days=last),
             }
             for i, (name, created, last) in enumerate(USERS, start=1)
@@ -192,8 +197,8 @@ def _welcome_users(connection: Connection, at: datetime) -> None:
 def _create_admin(connection: Connection, email: str) -> None:
     """Create the admin. Show the password before the commit, so that the password of a saved admin is never lost."""
     password = secrets.token_urlsafe(12)
-    password_hash = generate_password_hash(password, User.password_method)
-    connection.execute(insert(User).values(email=email, name="Admin", is_admin=True, password_hash=password_hash))
+    admin = {"email": email, "name": "Admin", "is_admin": True, "confirmed_at": datetime.now(UTC)}
+    connection.execute(insert(User).values(**admin, password=hash_password(password)))
     click.echo(f"\n  The admin is {email}, the password {password} (shown this once)\n")
     sys.stdout.flush()
 
@@ -228,7 +233,7 @@ def _insert_many(connection: Connection, users: Iterable[DemoUser]) -> Iterator[
     driver.execute("PRAGMA cache_size = -262144")  # KiB, because the indexes are not written in order
     for batch in _in_batches(users):
         driver.executemany(
-            f"INSERT INTO users ({COLUMNS}) VALUES (?, ?, ?, ?, nullif(?, 'None'))",  # noqa: S608
+            f"INSERT INTO users ({COLUMNS}) VALUES (?, ?, ?, ?, ?, nullif(?, 'None'))",  # noqa: S608
             batch,
         )
         driver.commit()
@@ -254,4 +259,4 @@ def _demo_users(first: int, count: int, at: datetime) -> Iterator[DemoUser]:
         time = f"{number % 24:02}:{number % 59:02}:{number % 60:02}.{int(random.random() * 1e6):06}"
         last_login_at = f"{days[days_ago]} {time}" if number % 7 else "None"
         created_at = f"{days[days_ago + number % 500]} {time}" if number % 7 else f"{days[days_ago]} {time}"
-        yield f"{login}.{number}@example.com", name, NO_PASSWORD, created_at, last_login_at
+        yield f"{login}.{number}@example.com", name, new_uniquifier(), created_at, created_at, last_login_at

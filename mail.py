@@ -16,6 +16,7 @@ from urllib.parse import unquote, urlsplit
 
 from flask import current_app, render_template
 from flask_security.confirmable import generate_confirmation_token
+from flask_security.recoverable import generate_reset_password_token
 from limits import RateLimitItemPerHour
 from limits.strategies import FixedWindowRateLimiter
 
@@ -54,7 +55,7 @@ def confirm(user_id: int, payload: Payload, context: WorkerContext) -> Mail | No
     user = _user(user_id, context)
     if user is None:
         return None
-    if getattr(user, "confirmed_at", None) is not None:
+    if user.confirmed_at is not None:
         return registered_again(user_id, payload, context)
     link = _link("security.confirm_email", generate_confirmation_token(user), payload)
     return Mail(user.email, "Please confirm your e-mail address", render_template("confirm_mail.txt", link=link), link)
@@ -88,13 +89,14 @@ def _password_mail(template: str, user_id: int, payload: Payload, context: Worke
     user = _user(user_id, context)
     if user is None:
         return None
-    link = _link("account.reset_password", user.password_token(), payload)
+    link = _link("security.reset_password", generate_reset_password_token(user), payload)
     return Mail(user.email, "Choose your password", render_template(template, link=link), link)
 
 
 def _user(user_id: int, context: WorkerContext) -> User | None:
     """Return the user. None if the account is gone."""
-    return context.services.get(UserRepository).get(user_id)
+    user = context.services.get(UserRepository).get(user_id)
+    return None if user is None or user.is_deleted else user
 
 
 def _link(endpoint: str, token: str, payload: Payload) -> str:

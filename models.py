@@ -1,17 +1,14 @@
 """The shop's tables, and the statements on its users and orders."""
 
-import hmac
 from collections.abc import Callable, Collection
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from string import ascii_lowercase, ascii_uppercase
-from typing import Any, ClassVar
+from typing import Any
+from uuid import uuid4
 
-from flask import current_app
-from flask_login import UserMixin
+from flask_security import UserMixin
 from flask_sqlalchemy import SQLAlchemy
-from itsdangerous import BadData, URLSafeTimedSerializer
 from sqlalchemy import (
     BigInteger,
     BindParameter,
@@ -35,6 +32,7 @@ from sqlalchemy import (
     not_,
     select,
     text,
+    true,
     tuple_,
     update,
 )
@@ -51,7 +49,6 @@ from sqlalchemy.orm import (
     relationship,
     scoped_session,
 )
-from werkzeug.security import check_password_hash, generate_password_hash
 
 from background.database.clock import UtcDateTime, now
 
@@ -78,56 +75,36 @@ def ordered_text(length: int) -> String:
     return String(length).with_variant(VARCHAR(length, collation="C"), "postgresql")
 
 
+def new_uniquifier() -> str:
+    """Return another `fs_uniquifier`. Sessions and links name it, so they end when it changes."""
+    return uuid4().hex
+
+
 class User(UserMixin, db.Model):  # type: ignore[name-defined, misc]
     __tablename__ = "users"
 
-    password_method: ClassVar[str] = "scrypt:32768:8:1"  # noqa: S105 - werkzeug's spelling. A login renews hashes of another method
-
     id: Mapped[int] = mapped_column(primary_key=True)
-    email: Mapped[str] = mapped_column(ordered_text(254), unique=True)
+    email: Mapped[str] = mapped_column(ordered_text(254), unique=True)  # as `accounts.normalized` returns it
     name: Mapped[str] = mapped_column(ordered_text(120))
-    password_hash: Mapped[str] = mapped_column(String(255))
+    password: Mapped[str | None] = mapped_column(String(255))  # a hash. None: none is chosen yet
+    active: Mapped[bool] = mapped_column(default=True, server_default=true())  # an admin may disable the account
+    fs_uniquifier: Mapped[str] = mapped_column(String(64), unique=True, default=new_uniquifier)
+    confirmed_at: Mapped[datetime | None]
+    tf_primary_method: Mapped[str | None] = mapped_column(String(64))  # of two-factor
+    tf_totp_secret: Mapped[str | None] = mapped_column(String(255))
     status: Mapped[str] = mapped_column(String(10), default="active", server_default="active")
     is_admin: Mapped[bool] = mapped_column(default=False, server_default=false())
     created_at: Mapped[datetime] = mapped_column(default=now())
-    last_login_at: Mapped[datetime | None]
+    last_login_at: Mapped[datetime | None]  # type: ignore[assignment]
 
-    def set_password(self, password: str) -> None:
-        self.password_hash = generate_password_hash(password, self.password_method)
-
-    def check_password(self, password: str) -> bool:
-        """Return whether `password` is right. Without a usable hash the check takes as long as for a wrong password."""
-        if self.password_hash.count("$") > 1:
-            with suppress(ValueError):  # the hash names an unknown method
-                return check_password_hash(self.password_hash, password)
-        generate_password_hash(password, self.password_method)
-        return False
+    # Concurrency: another request may change the password or end the sessions. A change to a user that was read before
+    # raises StaleDataError, so one of several such requests succeeds.
+    __mapper_args__ = {"version_id_col": fs_uniquifier, "version_id_generator": False}
 
     @property
-    def has_renewable_password(self) -> bool:
-        return not self.password_hash.startswith(f"{self.password_method}$")
-
-    @property
-    def fingerprint(self) -> str:
-        """Return a digest of the rights and the password. Sessions and links end when it changes."""
-        key = current_app.config["SECRET_KEY"]
-        content = f"fingerprint of user {self.id} {self.is_admin} {self.password_hash}"
-        return hmac.digest(key.encode() if isinstance(key, str) else key, content.encode(), "sha256").hex()[:32]
-
-    def has_fingerprint(self, given: str) -> bool:
-        return hmac.compare_digest(self.fingerprint.encode(), given.encode(errors="replace"))
-
-    def get_id(self) -> str:
-        """Return the id for the session cookie. The session ends when the password or the rights change."""
-        return f"{self.id}.{self.fingerprint}"
-
-    def password_token(self) -> str:
-        """Return the token of a password link. It works for an hour, until the password or the rights change."""
-        return _password_tokens().dumps([self.id, self.fingerprint])
-
-
-def _password_tokens() -> URLSafeTimedSerializer:
-    return URLSafeTimedSerializer(current_app.config["SECRET_KEY"], salt="password link")
+    def is_deleted(self) -> bool:
+        """True if the user deleted the account. The row stays, as other rows refer to it."""
+        return "@" not in self.email
 
 
 _name = func.lower(User.name)
@@ -193,7 +170,6 @@ class UserRepository:
     """The statements on users. It commits only the slices of a sweep."""
 
     slice_size = 5_000
-    link_seconds = 3600  # the life of a password link
 
     def __init__(self, session: Session | scoped_session[Any]) -> None:
         self.session = session
@@ -202,52 +178,26 @@ class UserRepository:
         return self.session.get(User, user_id)
 
     def by_email(self, email: str) -> User | None:
-        return self.session.scalar(select(User).where(User.email == email.strip().lower()))
+        return self.session.scalar(select(User).where(User.email == email))
 
-    def add(self, name: str, email: str, password: str) -> tuple[int, bool]:
-        """Add a user unless the e-mail is taken. Return the id of its user, and whether that user is new.
+    def add(self, name: str, email: str, password: str | None) -> User:
+        """Add a user unless the e-mail is taken. Return its user. `password` is a hash.
 
         Both cases run the same statements and take the same time.
         Concurrency: other requests may add the same e-mail. One of them adds the user.
         """
-        user = User()
-        user.set_password(password)
         insert: Any = postgresql.insert if self._postgresql else sqlite.insert
-        new = insert(User).values(name=name, email=email, password_hash=user.password_hash)
-        new = new.on_conflict_do_nothing(index_elements=[User.email]).returning(User.id)
-        is_new = self.session.scalar(new) is not None
-        return self.session.scalars(select(User.id).where(User.email == email)).one(), is_new
-
-    def by_password_token(self, token: str) -> User | None:
-        """Return the user of a password link's token. None if the token is invalid, too old or used."""
-        try:
-            user_id, fingerprint = _password_tokens().loads(token, max_age=self.link_seconds)
-        except BadData:
-            return None
-        user = self.get(user_id)
-        return user if user is not None and user.has_fingerprint(fingerprint) else None
-
-    def replace_password(self, user: User, password: str) -> bool:
-        """Replace the password, and return whether it was.
-
-        Concurrency: other requests may replace it. One request that saw the same password succeeds.
-        """
-        known = user.password_hash
-        replacement = User()
-        replacement.set_password(password)
-        statement = (
-            update(User)
-            .where(User.id == user.id, User.password_hash == known)
-            .values(password_hash=replacement.password_hash)
-            .execution_options(synchronize_session=False)
-        )
-        changed = _rows_changed(self.session, statement)
-        self.session.expire(user)
-        return bool(changed)
+        new = insert(User).values(name=name, email=email, password=password)
+        self.session.execute(new.on_conflict_do_nothing(index_elements=[User.email]))
+        return self.session.scalars(select(User).where(User.email == email)).one()
 
     def make_admin(self, user_id: int) -> bool:
-        """Make the user an admin. Return False if the user is an admin already, or does not exist."""
-        return self._set_admin(update(User).where(User.id == user_id, not_(User.is_admin)), True)
+        """Make the user an admin, and discard the password: a stranger may have chosen it.
+
+        Return False if the user is an admin already, does not exist, is disabled, or has not confirmed the e-mail.
+        """
+        user = and_(User.id == user_id, not_(User.is_admin), User.active, User.confirmed_at.is_not(None))
+        return self._change(user, is_admin=True, password=None)
 
     def unmake_admin(self, user_id: int) -> bool:
         """Take the admin rights away. Return False if the user is not an admin, or is the last one.
@@ -258,18 +208,35 @@ class UserRepository:
         other = aliased(User)
         self.session.execute(select(User.id).where(User.is_admin).order_by(User.id).with_for_update())
         is_another = select(other.id).where(other.is_admin, other.id != user_id).exists()
-        return self._set_admin(update(User).where(User.id == user_id, User.is_admin, is_another), False)
+        return self._change(and_(User.id == user_id, User.is_admin, is_another), is_admin=False)
 
-    def _set_admin(self, statement: Update, is_admin: bool) -> bool:
-        statement = statement.values(is_admin=is_admin).execution_options(synchronize_session=False)
-        return bool(_rows_changed(self.session, statement))
+    def disable(self, user_id: int) -> bool:
+        """Keep the user from logging in. Return False for an admin: all admins are active, so one remains."""
+        return self._change(and_(User.id == user_id, User.active, not_(User.is_admin)), active=False)
+
+    def enable(self, user_id: int) -> bool:
+        return self._change(and_(User.id == user_id, not_(User.active), User.email.contains("@")), active=True)
+
+    def end_sessions(self, user_id: int) -> bool:
+        return self._change(User.id == user_id)
+
+    def delete(self, user: User) -> bool:
+        """Remove the personal data of the user. Return False for an admin, or if the user was changed meanwhile."""
+        known = and_(User.id == user.id, User.fs_uniquifier == user.fs_uniquifier, not_(User.is_admin))
+        nothing = dict.fromkeys(("password", "confirmed_at", "last_login_at", "tf_primary_method", "tf_totp_secret"))
+        return self._change(known, email=f"deleted {user.id}", name="Deleted user", active=False, **nothing)
+
+    def _change(self, users: ColumnElement[bool], **values: Any) -> bool:
+        """Change the matching user, and end its sessions. Return whether there was one."""
+        statement = update(User).where(users).values(**values, fs_uniquifier=new_uniquifier())
+        return bool(_rows_changed(self.session, statement.execution_options(synchronize_session=False)))
 
     def record_login(self, user_id: int, at: datetime, let_in_by: str | None = None) -> bool:
         """Write the login, and make the user active.
 
-        Concurrency: another request may change the password. Return False if its hash is no longer `let_in_by`.
+        Concurrency: another request may change the password. Return False if `fs_uniquifier` is no longer `let_in_by`.
         """
-        user = User.id == user_id if let_in_by is None else and_(User.id == user_id, User.password_hash == let_in_by)
+        user = User.id == user_id if let_in_by is None else and_(User.id == user_id, User.fs_uniquifier == let_in_by)
         return bool(_rows_changed(self.session, update(User).where(user).values(last_login_at=at, status="active")))
 
     def update_inactive_user_statuses(

@@ -1,9 +1,8 @@
 """The application's own pages and JSON."""
 
 import json
-import unicodedata
-from collections.abc import Sequence
-from datetime import UTC, datetime
+from collections.abc import Callable, Sequence
+from datetime import datetime
 from typing import Any, NamedTuple, cast
 
 import svcs
@@ -23,41 +22,25 @@ from flask import (
 from flask.typing import ResponseReturnValue
 from flask_bootstrap import Bootstrap5
 from flask_limiter import RateLimitExceeded
-from flask_login import LoginManager, current_user, login_required, login_user, logout_user
-from flask_wtf import CSRFProtect, FlaskForm
+from flask_login import current_user
+from flask_security import auth_required
+from flask_wtf import CSRFProtect
 from flask_wtf.csrf import CSRFError
 from sqlalchemy import Select, select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import InstrumentedAttribute, joinedload
-from werkzeug.datastructures import MultiDict
 from werkzeug.exceptions import BadHost, HTTPException, SecurityError
 from werkzeug.routing import IntegerConverter, Map
 from werkzeug.wrappers import Response
-from wtforms import (
-    EmailField,
-    Form,
-    PasswordField,
-    SearchField,
-    SelectChoice,
-    SelectField,
-    StringField,
-)
-from wtforms import Field as FormField
-from wtforms.validators import (
-    DataRequired,
-    Email,
-    EqualTo,
-    InputRequired,
-    Length,
-    Optional,
-    ValidationError,
-)
+from wtforms import SelectChoice, SelectField
+from wtforms.validators import Optional
 
+import accounts
 import throttle
 from background import current_workers
 from background.dashboard import dashboard
-from background.dashboard.origin import is_own_path
 from background.monitoring.unavailable import unavailable
+from forms import SearchForm
 from models import AuditEntry, User, UserRepository, db
 
 PAGE_SIZE = 20
@@ -66,7 +49,6 @@ JSON = "/api"  # the prefix of the addresses that answer with JSON
 MAX_ID = 2**31 - 1  # the largest INTEGER of a column
 
 pages = Blueprint("pages", __name__)
-account = Blueprint("account", __name__)
 admin = Blueprint("admin", __name__, url_prefix="/admin")
 
 HEADERS = {
@@ -79,10 +61,6 @@ HEADERS = {
 }
 
 csrf = CSRFProtect()
-login_manager = LoginManager()
-login_manager.login_view = "account.login"
-login_manager.login_message = "Please log in first."
-login_manager.login_message_category = "info"
 
 
 def register(app: Flask) -> None:
@@ -91,14 +69,14 @@ def register(app: Flask) -> None:
     app.config["MAX_CONTENT_LENGTH"] = app.config["MAX_CONTENT_LENGTH"] or MAX_BODY
     Bootstrap5(app)
     csrf.init_app(app)
-    login_manager.init_app(app, add_context_processor=False)
+    accounts.register(app)
     # As a global, not by a context processor, current_user costs a query only in a template that names it. So the error
     # page works without the database.
     app.jinja_env.globals["current_user"] = current_user
     app.jinja_env.globals["navigation"] = app.extensions["navigation"] = Navigation([], [])
     app.jinja_env.filters.update(moment=moment)
     app.url_map.converters["id"] = IdConverter
-    for blueprint in (pages, account, admin, dashboard(admins_only)):
+    for blueprint in (pages, admin, dashboard(admins_only)):
         app.register_blueprint(blueprint)
     throttle.register(app)
     for without_host in (BadHost, SecurityError):  # without a host, a page cannot name its own addresses
@@ -122,18 +100,6 @@ class IdConverter(IntegerConverter):
         super().__init__(map, min=1, max=MAX_ID)
 
 
-@login_manager.user_loader
-def load_user(session_id: str) -> User | None:
-    """Return the user whose `get_id` still is `session_id`."""
-    user_id, _, fingerprint = session_id.partition(".")
-    if not (
-        user_id.isdecimal() and len(user_id) <= 18
-    ):  # another application with the same key may have set the cookie
-        return None
-    user = svcs.flask.get(UserRepository).get(int(user_id))
-    return user if user is not None and user.has_fingerprint(fingerprint) else None
-
-
 def set_headers(response: Response) -> Response:
     """Add the headers of every response. A cache must not keep a page that was made for one visitor."""
     response.headers.update(HEADERS)
@@ -146,122 +112,6 @@ def set_headers(response: Response) -> Response:
 
 def moment(at: datetime) -> str:
     return f"{at:%d %b %Y, %H:%M} UTC"
-
-
-# ---- Forms: both databases can store every valid value
-
-
-def strip(text: str | None) -> str | None:
-    return text.strip() if text else text
-
-
-def lower(text: str | None) -> str | None:
-    return text.lower() if text else text
-
-
-DIRECTIONS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-BLANK = frozenset("\u115f\u1160\u2800\u3164\uffa0")  # letters and symbols that show nothing
-MOST_MARKS = 4  # on one letter: more than any language needs
-
-
-def readable(_form: Form, field: FormField) -> None:
-    """Refuse text that is not one line, that shows nothing, or that hides its neighbours on a page.
-
-    PostgreSQL also refuses NUL. A text that is too long is not checked further.
-    """
-    if field.errors or not field.data:
-        return
-    kinds = [unicodedata.category(character) for character in field.data]
-    if {"Cc", "Zl", "Zp"}.intersection(kinds) or DIRECTIONS.intersection(field.data):
-        raise ValidationError("Please leave out control characters.")
-    if not any(kind[0] in "LNPS" for kind, each in zip(kinds, field.data, strict=True) if each not in BLANK):
-        raise ValidationError("Please use characters that can be seen.")
-    if "M" * (MOST_MARKS + 1) in "".join("M" if kind in ("Mn", "Me") else "-" for kind in kinds if kind != "Cf"):
-        raise ValidationError(f"Please put at most {MOST_MARKS} accents on one letter.")
-
-
-class ShortEmail(Email):
-    """Checks the e-mail only if the checks before it passed. The longest text of a form would take half a second."""
-
-    def __call__(self, form: Form, field: FormField) -> None:
-        if not field.errors:
-            super().__call__(form, field)
-
-
-class PostedForm(FlaskForm):
-    """Reads only a browser's form. Flask-WTF would also read an uploaded file, or JSON, as the text of a field."""
-
-    class Meta(FlaskForm.Meta):
-        def wrap_formdata(self, form: Form, formdata: Any) -> Any:
-            return formdata if isinstance(formdata, MultiDict) else request.form or None
-
-
-class NameForm(PostedForm):
-    name = StringField(
-        "Name",
-        filters=[strip],
-        validators=[DataRequired(), Length(max=120), readable],
-        render_kw={"autocomplete": "name"},
-    )
-
-
-class NewPasswordForm(PostedForm):
-    password = PasswordField(
-        "Password",
-        description="At least 8 characters.",
-        validators=[InputRequired(), Length(8, 128, "Please use 8 to 128 characters.")],
-        render_kw={"autocomplete": "new-password"},
-    )
-    repeated = PasswordField(
-        "Password again",
-        validators=[InputRequired(), EqualTo("password", "The two passwords differ.")],
-        render_kw={"autocomplete": "new-password"},
-    )
-
-
-class RegisterForm(NewPasswordForm, NameForm):
-    email = EmailField(
-        "E-mail",
-        filters=[strip, lower],
-        validators=[DataRequired(), Length(max=254), readable, ShortEmail()],
-        render_kw={"autocomplete": "email"},
-    )
-
-
-class ChangePasswordForm(NewPasswordForm):
-    current = PasswordField(
-        "Current password",
-        validators=[InputRequired(), Length(max=128)],
-        render_kw={"autocomplete": "current-password"},
-    )
-
-
-class LoginForm(PostedForm):
-    email = EmailField(
-        "E-mail",
-        filters=[strip, lower],
-        validators=[DataRequired(), Length(max=254), readable],
-        render_kw={"autocomplete": "username"},
-    )
-    password = PasswordField(
-        "Password",
-        validators=[InputRequired(), Length(max=128)],
-        render_kw={"autocomplete": "current-password"},
-    )
-
-
-class SearchForm(FlaskForm):
-    """A form that changes nothing, so it comes by GET and needs no token."""
-
-    class Meta:
-        csrf = False
-
-    q = SearchField(
-        "Search",
-        filters=[strip],
-        validators=[Optional(), Length(max=100), readable],
-        render_kw={"autocomplete": "off"},
-    )
 
 
 class UserSearchForm(SearchForm):
@@ -315,132 +165,30 @@ def home() -> ResponseReturnValue:
     return render_template("home.html")
 
 
-# ---- The account
-
-
-@account.route("/register", methods=["GET", "POST"])
-def register_user() -> ResponseReturnValue:
-    form = RegisterForm()
-    if form.validate_on_submit():
-        create_user(form)
-        flash(
-            "Thank you! If this e-mail had no account yet, it has one now: please log in. We also sent a mail.", "info"
-        )
-        return redirect(url_for("account.login", next=request.args.get("next")))
-    return render_template("register.html", form=form)
-
-
-def create_user(form: RegisterForm) -> None:
-    """Add the user, and enqueue a mail. Only the mail shows whether the e-mail had an account.
-
-    The response and its time do not show it: both cases run the same statements and commit a message.
-    """
-    user_id, is_new = svcs.flask.get(UserRepository).add(form.name.data, form.email.data, form.password.data)
-    current_workers.enqueue("mail", {"welcome" if is_new else "registered again": user_id})
-    db.session.commit()
-
-
-@account.route("/login", methods=["GET", "POST"])
-def login() -> ResponseReturnValue:
-    if current_user.is_authenticated:
-        return redirect(next_page())
-    form = LoginForm()
-    if form.validate_on_submit():
-        users, user = svcs.flask.get(UserRepository), user_with(form.email.data, form.password.data)
-        if user is not None and users.record_login(user.id, datetime.now(UTC), user.password_hash):
-            if user.has_renewable_password:
-                users.replace_password(user, form.password.data)
-            session.clear()  # another person may have begun this session, and know its token
-            login_user(user)  # before the commit, after which another request may change the password
-            db.session.commit()
-            return redirect(next_page())
-        form.password.errors = ["Wrong e-mail or password."]
-    return render_template("login.html", form=form)
-
-
-def user_with(email: str, password: str) -> User | None:
-    """Return the user of this e-mail and password. An unknown e-mail takes as long as a wrong password."""
-    user = svcs.flask.get(UserRepository).by_email(email) or User(password_hash="")
-    return user if user.check_password(password) else None
-
-
-def next_page() -> str:
-    """Return the visitor's target if it is a page of ours, otherwise the home page."""
-    target = request.args.get("next", "")
-    return target if is_own_path(target) else url_for("pages.home")
-
-
-@account.post("/logout")
-def logout() -> ResponseReturnValue:
-    logout_user()
-    session.clear()
-    flash("You have been logged out.", "info")
-    return redirect(url_for("pages.home"))
-
-
-@account.route("/account", methods=["GET", "POST"])
-@login_required
-def profile() -> ResponseReturnValue:
-    form = NameForm(obj=current_user)
-    if form.validate_on_submit():
-        current_user.name = form.name.data
-        db.session.commit()
-        flash("Your name has been changed.", "success")
-        return redirect(url_for("account.profile"))
-    return render_template("account.html", form=form)
-
-
-@account.route("/account/password", methods=["GET", "POST"])
-@login_required
-def change_password() -> ResponseReturnValue:
-    form = ChangePasswordForm()
-    if form.validate_on_submit():
-        if replace_own_password(form):
-            flash("Your password has been changed. You have been logged out everywhere else.", "success")
-            return redirect(url_for("account.profile"))
-        form.current.errors = ["This is not your current password."]
-    return render_template("password.html", form=form)
-
-
-def replace_own_password(form: ChangePasswordForm) -> bool:
-    """Replace the password and keep this session. Return False if the current password is wrong."""
-    user = db.session.get_one(User, current_user.id)
-    if not user.check_password(form.current.data):
-        return False
-    changed = svcs.flask.get(UserRepository).replace_password(user, form.password.data)
-    db.session.commit()
-    if changed:
-        login_user(user)
-    return changed
-
-
-@account.route("/account/reset/<token>", methods=["GET", "POST"])
-def reset_password(token: str) -> ResponseReturnValue:
-    """Show the page of a password link. Opening it (as mail scanners do) does not use it up."""
-    users = svcs.flask.get(UserRepository)
-    user, form = users.by_password_token(token), NewPasswordForm()
-    if user is not None and form.validate_on_submit():
-        if users.replace_password(user, form.password.data):
-            db.session.commit()
-            flash("Your password has been changed. Please log in.", "success")
-            return redirect(url_for("account.login"))
-        user = None  # another request has just used the link
-    return render_template("reset.html", user=user, form=form), 200 if user else 404
-
-
 # ---- The admin's pages
 
 
 @admin.before_request
 def admins_only() -> ResponseReturnValue | None:
-    """Let only admins pass, and record each change before it is done. Any blueprint may use this function."""
+    """Let only admins pass. A change needs a recent login, and is recorded before. Any blueprint may use this."""
     if not current_user.is_authenticated:
-        return cast(Response, login_manager.unauthorized())
+        return cast(Response, current_app.login_manager.unauthorized())  # type: ignore[attr-defined]
     if not current_user.is_admin:
         abort(403)
     if request.method not in ("GET", "HEAD", "OPTIONS"):
+        if (question := recent_login()) is not None:
+            return cast(Response, question)
         write_audit()
     return None
+
+
+@auth_required(
+    "session",
+    within=lambda: current_app.config["SECURITY_FRESHNESS"],
+    grace=lambda: current_app.config["SECURITY_FRESHNESS_GRACE_PERIOD"],
+)
+def recent_login() -> None:
+    """Pass a session with a recent login. Else the decorator returns the way to the page that asks for the password."""
 
 
 MOST_FIELDS = 20  # of a form, in an audit entry
@@ -499,23 +247,52 @@ def send_password_link(user_id: int) -> ResponseReturnValue:
 def make_admin(user_id: int) -> ResponseReturnValue:
     user = db.get_or_404(User, user_id)
     changed = svcs.flask.get(UserRepository).make_admin(user_id)
+    if changed:
+        current_workers.enqueue("mail", {"admin link": user.id, "root": request.url_root})
     db.session.commit()
-    flash(f"{user.email} is an admin{'' if changed else ' already'}.", "success" if changed else "info")
+    if changed:
+        flash(f"{user.email} is an admin. A mail has the link to choose a new password.", "success")
+    elif user.is_admin:
+        flash(f"{user.email} is an admin already.", "info")
+    else:
+        flash(f"{user.email} is disabled or has not confirmed the e-mail: nothing was changed.", "warning")
     return back_to_users()
 
 
 @admin.post("/users/<id:user_id>/unmake-admin")
 def unmake_admin(user_id: int) -> ResponseReturnValue:
+    done, not_done = (
+        "is no longer an admin.",
+        "is the last admin, or is not an admin: nothing was changed. Make another admin first.",
+    )
+    return change_user(user_id, UserRepository.unmake_admin, done, not_done)
+
+
+@admin.post("/users/<id:user_id>/log-out")
+def log_out(user_id: int) -> ResponseReturnValue:
+    return change_user(user_id, UserRepository.end_sessions, "has been logged out everywhere.", "is gone.")
+
+
+@admin.post("/users/<id:user_id>/disable")
+def disable(user_id: int) -> ResponseReturnValue:
+    done = "is logged out, and cannot log in again until an admin enables the account."
+    not_done = "is disabled already, or is an admin: nothing was changed. Remove the admin rights first."
+    return change_user(user_id, UserRepository.disable, done, not_done)
+
+
+@admin.post("/users/<id:user_id>/enable")
+def enable(user_id: int) -> ResponseReturnValue:
+    not_done = "is enabled already, or has deleted the account: nothing was changed."
+    return change_user(user_id, UserRepository.enable, "can log in again.", not_done)
+
+
+def change_user(
+    user_id: int, change: Callable[[UserRepository, int], bool], done: str, not_done: str
+) -> ResponseReturnValue:
     user = db.get_or_404(User, user_id)
-    changed = svcs.flask.get(UserRepository).unmake_admin(user_id)
+    changed = change(svcs.flask.get(UserRepository), user_id)
     db.session.commit()
-    if changed:
-        flash(f"{user.email} is no longer an admin.", "success")
-    else:
-        flash(
-            f"{user.email} is the last admin, or is not an admin: nothing was changed. Make another admin first.",
-            "warning",
-        )
+    flash(f"{user.email} {done if changed else not_done}", "success" if changed else "warning")
     return back_to_users()
 
 

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from hashlib import sha256
 from ipaddress import ip_address, ip_network
@@ -17,6 +18,7 @@ from sqlalchemy import ColumnElement, case, delete, select, true
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import SQLAlchemyError
 
+from accounts import normalized
 from background.database.clock import elapsed, now, single_statements
 from models import RateLimit, User, db
 
@@ -81,7 +83,9 @@ def account_of_code() -> str:
 
 
 def _digest(email: str) -> str:
-    return sha256(email.strip().lower().encode()).hexdigest()[:32]
+    with suppress(ValueError):
+        email = normalized(email)
+    return sha256(email.encode()).hexdigest()[:32]
 
 
 def network_and_account() -> str:
@@ -146,10 +150,6 @@ LINKS = [throttled(LINKS_OF_NETWORK)]
 
 # The stricter limits of some routes, by their endpoints.
 LIMITS: dict[str, Sequence[Callable[[Any], Any]]] = {
-    "account.login": LOGIN,
-    "account.register_user": MAILS,
-    "account.reset_password": LINKS,
-    "account.change_password": OWN_PASSWORD,
     "account.delete": OWN_PASSWORD,
     "security.login": LOGIN,
     "security.verify": OWN_PASSWORD,

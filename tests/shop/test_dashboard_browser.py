@@ -55,7 +55,8 @@ def other_address(nursery, database) -> Iterator[str]:
 def app(database) -> Iterator[Flask]:
     app = lively.create_app(database)
     with app.app_context():
-        db.session.add(User(email="admin@example.com", name="Ada", password_hash=PASSWORD_HASH, is_admin=True))
+        admin = {"email": "admin@example.com", "name": "Ada", "is_admin": True, "confirmed_at": datetime.now(UTC)}
+        db.session.add(User(**admin, password=PASSWORD_HASH))
         db.session.commit()
     app.extensions["background_workers"].start()
     yield app

@@ -9,7 +9,7 @@ import pytest
 from flask import Flask
 from flask.testing import FlaskCliRunner
 from sqlalchemy import Engine, text
-from support.shop import settings
+from support.shop import has_password, settings
 
 from app import create_app
 from models import User, UserRepository, db
@@ -30,7 +30,7 @@ def test_demo_adds_the_given_number_of_users_a_tenth_of_them_stale(runner: Flask
     user = db.session.get(User, 1)
     assert user is not None
     assert user.created_at < datetime.now(UTC)
-    assert not user.check_password("!")
+    assert user.password is None
     db.session.remove()
 
 
@@ -58,7 +58,8 @@ def test_init_db_makes_the_admin_once_and_shows_the_password_once(runner: FlaskC
     admin = UserRepository(db.session).by_email("admin@localhost")
     assert admin is not None
     assert admin.is_admin
-    assert admin.check_password(found[1])
+    assert has_password(admin, found[1])
+    assert admin.confirmed_at is not None
     assert count(engine) == 1
     db.session.remove()
 
@@ -101,8 +102,8 @@ def test_reset_password_shows_a_new_password_once(
     assert found, result.output
     changed = db.session.get(User, user.id)
     assert changed is not None
-    assert changed.check_password(found[1])
-    assert changed.fingerprint != user.fingerprint
+    assert has_password(changed, found[1])
+    assert changed.fs_uniquifier != user.fs_uniquifier
     db.session.remove()
 
 

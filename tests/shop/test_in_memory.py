@@ -49,7 +49,7 @@ def test_a_tick_and_a_manual_run_work_in_memory(memory: Flask) -> None:
 
 def test_the_workers_start_and_stop_in_memory_beside_a_session_in_use(memory: Flask) -> None:
     manager = memory.extensions["background_workers"]
-    db.session.add(User(email="a@example.com", name="A", password_hash=""))
+    db.session.add(User(email="a@example.com", name="A"))
     manager.start()
     db.session.commit()
     ran = select(tables.executions.c.worker).where(tables.executions.c.state == "succeeded")

@@ -350,8 +350,8 @@ def add_demo_admin(url: str) -> None:
     with engine.begin() as connection:
         connection.execute(
             text(
-                "INSERT INTO users (email, name, password_hash, is_admin, created_at) "
-                "VALUES ('admin@example.com', 'Admin', '!', true, '2026-11-21 00:00:00.000000')"
+                "INSERT INTO users (email, name, fs_uniquifier, is_admin, created_at) "
+                "VALUES ('admin@example.com', 'Admin', 'x', true, '2026-11-21 00:00:00.000000')"
             )
         )
     engine.dispose()

@@ -65,8 +65,8 @@ def shop(database: tuple[str, Away]) -> Iterator[tuple[Flask, Away]]:
     with app.app_context():
         if books:
             books.add_book()
-        columns = {"email": "admin@example.org", "name": "A", "password_hash": PASSWORD_HASH, "is_admin": True}
-        db.session.add(User(**columns, created_at=datetime.now(UTC)))
+        columns = {"email": "admin@example.org", "name": "A", "password": PASSWORD_HASH, "is_admin": True}
+        db.session.add(User(**columns, created_at=datetime.now(UTC), confirmed_at=datetime.now(UTC)))
         db.session.commit()
     yield app, away
     close(app)

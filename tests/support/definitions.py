@@ -21,5 +21,7 @@ def definitions(connection: Connection, schema: str | None = None) -> list[str]:
             ),
             {"schema": schema or "public"},
         )
-    parts = [re.split(r"\s*,\s*|\s*\n\s*", row[0]) for row in rows if "alembic_version" not in row[0]]
+    # A table that SQLite renamed has its name in quotes.
+    written = [re.sub(r'^CREATE TABLE "(\w+)"', r"CREATE TABLE \1", row[0]) for row in rows]
+    parts = [re.split(r"\s*,\s*|\s*\n\s*", each) for each in written if "alembic_version" not in each]
     return sorted(" ".join(sorted(some)) for some in parts)

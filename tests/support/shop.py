@@ -11,10 +11,10 @@ import svcs
 from flask import Flask
 from flask.testing import FlaskClient
 from jinja2 import FileSystemBytecodeCache
+from passlib.hash import argon2
 from sqlalchemy import URL, Engine
 from support.databases import administer, close, dispose, freeze, text
 from support.fleet import QUICK
-from werkzeug.security import generate_password_hash
 
 from app import create_app
 from background import BackgroundWorkerManager
@@ -24,11 +24,14 @@ from migrations import schema
 from models import User, db
 
 PASSWORD = "correct horse battery staple"
-PASSWORD_METHOD = User.password_method
-User.password_method = "pbkdf2:sha256:1"  # quick: it guards nothing
-PASSWORD_HASH = generate_password_hash(PASSWORD, User.password_method)
+QUICK_HASHES = {"argon2__memory_cost": 8, "argon2__rounds": 1, "argon2__parallelism": 1}  # they guard nothing
+PASSWORD_HASH = argon2.using(memory_cost=8, rounds=1, parallelism=1).hash(PASSWORD)
 
 _numbers = count(1)
+
+
+def has_password(user: User, password: str) -> bool:
+    return user.password is not None and argon2.verify(password, user.password)
 
 
 def settings(database_url: str, **more: Any) -> dict[str, Any]:
@@ -38,6 +41,7 @@ def settings(database_url: str, **more: Any) -> dict[str, Any]:
         "WTF_CSRF_ENABLED": False,
         "SECRET_KEY": "test",
         "RELEASE": "tested",
+        "SECURITY_PASSWORD_HASH_PASSLIB_OPTIONS": QUICK_HASHES,
         **more,
     }
 
@@ -111,8 +115,9 @@ def make_user(app: Flask) -> Callable[..., User]:
         columns = {
             "email": f"reader{number}@example.com",
             "name": f"Reader {number}",
-            "password_hash": PASSWORD_HASH,
+            "password": PASSWORD_HASH,
             "created_at": datetime.now(UTC),
+            "confirmed_at": datetime.now(UTC),
             **columns,
         }
         with app.app_context():

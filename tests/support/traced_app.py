@@ -23,6 +23,7 @@ from support.run_traces import leave, leave_each
 from werkzeug.serving import make_server
 
 import app as shop
+from accounts import SETTINGS
 from background import ClaimLost, Message, MessageWorker, PeriodicWorker, WorkerContext, current_workers
 from background.database import notifications as listener
 from background.database.clock import now
@@ -30,7 +31,8 @@ from background.ledger.ledger import Ledger
 from background.manager import the_manager
 from models import User, UserRepository
 
-User.password_method = "pbkdf2:sha256:1"  # quick, as in shop.py
+# Quick, as in shop.py.
+SETTINGS["PASSWORD_HASH_PASSLIB_OPTIONS"] = {"argon2__memory_cost": 8, "argon2__rounds": 1, "argon2__parallelism": 1}
 _SECONDS = float(os.environ.get("PROBE_SECONDS", "60"))
 _TAKES = float(os.environ.get("PROBE_TAKES", "0"))
 _connections: list[int] = []

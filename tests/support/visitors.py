@@ -16,6 +16,7 @@ from werkzeug.exceptions import HTTPException
 from werkzeug.routing import RequestRedirect, Rule
 from werkzeug.test import TestResponse
 
+from background.database.clock import now
 from models import RateLimit, User, db
 
 
@@ -54,7 +55,13 @@ class Visitors:
             db.session.commit()
 
     def _restore(self, email: str, is_admin: bool) -> None:
-        rights = {"password_hash": PASSWORD_HASH, "status": "active", "is_admin": is_admin}
+        rights = {
+            "password": PASSWORD_HASH,
+            "active": True,
+            "status": "active",
+            "is_admin": is_admin,
+            "confirmed_at": now(),
+        }
         with self.app.app_context():
             db.session.execute(update(User).where(User.email == email).values(**rights))
             db.session.commit()

@@ -1,0 +1,336 @@
+"""Logging in, registering, passwords and second factors: Flask-Security, configured."""
+
+import hmac
+import re
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from threading import Lock
+from typing import Any
+from urllib.parse import urlsplit
+
+import svcs
+from email_validator import SPECIAL_USE_DOMAIN_NAMES, EmailNotValidError, validate_email
+from flask import (
+    Blueprint,
+    Flask,
+    abort,
+    after_this_request,
+    current_app,
+    flash,
+    g,
+    redirect,
+    render_template,
+    request,
+    session,
+    url_for,
+)
+from flask.typing import ResponseReturnValue
+from flask_login import current_user, login_required, user_logged_out
+from flask_login.utils import _user_context_processor
+from flask_security import (
+    MailUtil,
+    PasswordUtil,
+    RoleMixin,
+    Security,
+    SQLAlchemyUserDatastore,
+    password_reset,
+    uia_email_mapper,
+    user_authenticated,
+)
+from flask_security.confirmable import confirm_email_token_status
+from flask_security.utils import get_message, password_length_validator
+from sqlalchemy.orm.exc import StaleDataError
+from werkzeug.wrappers import Response
+
+import forms
+from background import current_workers
+from background.dashboard.origin import is_own_path
+from models import User, UserRepository, db
+
+SPECIAL_USE_DOMAIN_NAMES.remove("localhost")  # the domain of the admin of `flask init-db`
+
+IDLE = timedelta(hours=12)  # a session ends so long after its last request
+ABSOLUTE = timedelta(days=7)  # and so long after the password was entered
+RECENT = timedelta(minutes=15)  # an admin's change needs a password, or another change, within this time
+
+SENT = "We have sent a mail to %(email)s. Please read on there.", "info"
+INVALID_LINK = (
+    "This link is no longer valid. Each link works once, and for a limited time. Please ask for another link."
+)
+
+SETTINGS = {
+    **dict.fromkeys(("CONFIRMABLE", "RECOVERABLE", "CHANGEABLE", "REGISTERABLE", "RETURN_GENERIC_RESPONSES"), True),
+    **dict.fromkeys(("CLI_USERS_NAME", "CLI_ROLES_NAME", "EMAIL_PLAINTEXT", "EMAIL_HTML", "STATIC_FOLDER"), None),
+    "AUTO_LOGIN_AFTER_CONFIRM": True,  # the page of the link asks for the password
+    "API_ENABLED_METHODS": ["session"],
+    "USER_IDENTITY_ATTRIBUTES": [{"email": {"mapper": uia_email_mapper}}],
+    "PASSWORD_SCHEMES": ["argon2"],
+    "PASSWORD_SINGLE_HASH": True,
+    # At least as slow as OWASP's cheat sheet asks for.
+    "PASSWORD_HASH_PASSLIB_OPTIONS": {"argon2__memory_cost": 19456, "argon2__rounds": 2, "argon2__parallelism": 1},
+    "PASSWORD_NORMALIZE_FORM": "NFKC",
+    "HASHING_SCHEMES": ["hex_sha256"],  # of what a signed link names, which is no secret
+    "CONFIRM_EMAIL_WITHIN": timedelta(days=2),
+    "RESET_PASSWORD_WITHIN": timedelta(hours=1),
+    "FRESHNESS": RECENT,
+    "FRESHNESS_GRACE_PERIOD": RECENT,
+    "TWO_FACTOR_ENABLED_METHODS": ["authenticator"],
+    "TWO_FACTOR_AUTHENTICATOR_VALIDITY": 30,
+    "TWO_FACTOR_RESCUE_EMAIL": False,
+    "CONFIRM_URL": "/account/confirm",
+    "RESET_URL": "/account/reset",
+    "CHANGE_URL": "/account/password",
+    "VERIFY_URL": "/account/verify",
+    "TWO_FACTOR_SETUP_URL": "/account/two-factor",
+    "TWO_FACTOR_TOKEN_VALIDATION_URL": "/account/two-factor/code",
+    "TWO_FACTOR_RESCUE_URL": "/account/two-factor/help",
+    "TWO_FACTOR_SELECT_URL": "/account/two-factor/select",
+    "POST_REGISTER_VIEW": "security.login",
+    "POST_CHANGE_VIEW": "account.profile",
+    "CONFIRM_ERROR_VIEW": "security.login",
+    "TWO_FACTOR_POST_SETUP_VIEW": "account.profile",
+    "MSG_UNAUTHENTICATED": ("Please log in first.", "info"),
+    "MSG_GENERIC_AUTHN_FAILED": ("Wrong e-mail or password, or the e-mail is not confirmed yet.", "error"),
+    "MSG_REAUTHENTICATION_SUCCESSFUL": ("Thank you. You can go on now.", "info"),
+    **dict.fromkeys(("MSG_CONFIRM_REGISTRATION", "MSG_CONFIRMATION_REQUEST", "MSG_PASSWORD_RESET_REQUEST"), SENT),
+    "MSG_EMAIL_CONFIRMED": ("Thank you! Your e-mail is confirmed.", "success"),
+    "MSG_ALREADY_CONFIRMED": ("This e-mail is confirmed already. Please log in.", "info"),
+    "MSG_INVALID_CONFIRMATION_TOKEN": (INVALID_LINK, "warning"),
+    "MSG_CONFIRMATION_EXPIRED": (INVALID_LINK, "warning"),
+    "MSG_INVALID_RESET_PASSWORD_TOKEN": (INVALID_LINK, "warning"),
+    "MSG_PASSWORD_RESET_EXPIRED": (INVALID_LINK, "warning"),
+    "MSG_PASSWORD_RESET_NO_LOGIN": ("Your password has been changed. Please log in.", "success"),
+    "MSG_PASSWORD_CHANGE": ("Your password has been changed. You have been logged out everywhere else.", "success"),
+    "MSG_PASSWORD_IS_THE_SAME": ("This is your current password. Please choose another one.", "error"),
+    "MSG_PASSWORD_NOT_PROVIDED": ("This field is required.", "error"),
+    "MSG_EMAIL_NOT_PROVIDED": ("This field is required.", "error"),
+    "MSG_PASSWORD_INVALID_LENGTH": ("Please use 8 to 128 characters.", "error"),
+    "MSG_PASSWORD_TOO_SIMPLE": ("This password is easy to guess. Please choose another one.", "error"),
+    "MSG_INVALID_PASSWORD": ("This is not your current password.", "error"),
+    "MSG_INVALID_EMAIL_ADDRESS": ("Invalid email address.", "error"),
+    "MSG_FORGOT_PASSWORD": ("Forgot your password?", "info"),
+    "MSG_TWO_FACTOR_INVALID_TOKEN": ("This code is not valid. Your app shows a new one every 30 seconds.", "error"),
+    "MSG_TWO_FACTOR_LOGIN_SUCCESSFUL": ("You are logged in.", "success"),
+    "MSG_TWO_FACTOR_CHANGE_METHOD_SUCCESSFUL": ("From now on, logging in asks for a code of your app.", "success"),
+    "MSG_TWO_FACTOR_DISABLED": ("Logging in no longer asks for a code.", "success"),
+    "MSG_TWO_FACTOR_PERMISSION_DENIED": ("Please log in first.", "info"),
+}
+
+account = Blueprint("account", __name__)
+
+
+def register(app: Flask) -> None:
+    """Add the accounts to the app. Call this after CSRFProtect is there."""
+    key = app.config["SECRET_KEY"]
+    totp_key = hmac.digest(key.encode() if isinstance(key, str) else key, b"two-factor", "sha256").hex()
+    two_factor = {"TWO_FACTOR": app.config["TWO_FACTOR"], "TOTP_ISSUER": app.config["APP_NAME"]}
+    for name, value in {**SETTINGS, **two_factor, "TOTP_SECRETS": {"1": totp_key}}.items():
+        app.config.setdefault(f"SECURITY_{name}", value)
+    app.config["PERMANENT_SESSION_LIFETIME"] = IDLE
+    if app.config["SESSION_COOKIE_SECURE"]:
+        app.config["SESSION_COOKIE_NAME"] = "__Host-session"  # no other host of the domain can set it
+    users = Users(db, User, RoleMixin)
+    security = Security(app, users, mail_util_cls=Post, password_util_cls=Passwords, **forms.ACCOUNTS)
+    security.want_json(lambda _request: False)
+    security.reauthn_handler(ask_for_password)
+    ask_for_the_user_only_where_needed(app, security)
+    load = security.login_manager._user_callback
+    security.login_manager.user_loader(lambda uniquifier: None if is_over() else load(uniquifier))
+    app.view_functions["security.confirm_email"] = asking_for_password(app.view_functions["security.confirm_email"])
+    app.before_request(refuse_json)
+    app.register_error_handler(StaleDataError, changed_meanwhile)
+    user_authenticated.connect(begin_session, app)
+    user_logged_out.connect(end_sessions, app)
+    password_reset.connect(confirm, app)
+    app.register_blueprint(account)
+
+
+def ask_for_the_user_only_where_needed(app: Flask, security: Security) -> None:
+    """Leave the database alone in a request that needs no user, as for a static file or the page of an error."""
+    app.template_context_processors[None].remove(_user_context_processor)
+    security.principal.identity_loaders.clear()
+    security.login_manager.request_loader(None)  # there are no tokens instead of a session
+
+
+def normalized(email: str) -> str:
+    """Return the one form of an e-mail: NFC, a domain in ASCII, lower case. Raises ValueError if it is none.
+
+    All that compare e-mails use it: the forms, the counts, the commands.
+    """
+    valid = validate_email(email.strip()[:500], check_deliverability=False, globally_deliverable=False)
+    return f"{valid.local_part}@{valid.ascii_domain}".lower()
+
+
+# ---- What Flask-Security calls
+
+
+class Users(SQLAlchemyUserDatastore):
+    def put(self, model: Any) -> Any:
+        """Write at once. So a view raises StaleDataError, which has a page."""
+        self.db.session.add(model)
+        self.db.session.flush()
+        return model
+
+    def create_user(self, **columns: Any) -> User:
+        """Return the user of the e-mail, new or not. Only the mail shows the difference."""
+        return UserRepository(db.session).add(columns["name"], columns["email"], columns["password"])
+
+
+class Post(MailUtil):
+    """Enqueues each mail in the request's transaction. `mail.py` writes it."""
+
+    kinds = {
+        "welcome": "confirm",
+        "confirmation_instructions": "confirm",
+        "reset_instructions": "password link",
+        "reset_notice": "password changed",
+        "change_notice": "password changed",
+    }
+
+    def send_mail(self, template: str, *_: Any, **context: Any) -> None:
+        user = context["user"]
+        about = {self.kinds[template.rpartition("/")[2]]: user.id} if user.id else {"no account": user.email}
+        current_workers.enqueue("mail", {**about, "root": request.url_root})
+        after_this_request(commit)
+
+    def normalize(self, email: str) -> str:
+        return normalized(email)
+
+    def validate(self, email: str) -> str:
+        try:
+            validate_email(email.strip()[:500], check_deliverability=False)
+        except EmailNotValidError as error:
+            raise ValueError(str(error)) from None
+        return normalized(email)
+
+
+def commit(response: Response) -> Response:
+    db.session.commit()
+    return response
+
+
+class Passwords(PasswordUtil):
+    _one_at_a_time = Lock()  # zxcvbn keeps the words in a variable of its module
+
+    def validate(self, password: str, is_register: bool, **given: Any) -> tuple[list[str] | None, str]:
+        """Return complaints about a new password, and its normalized form."""
+        from zxcvbn import zxcvbn  # reads its lists of words
+
+        normal = self.normalize(password)
+        if too_long_or_short := password_length_validator(normal):
+            return too_long_or_short, normal
+        user = given.get("user")
+        known = [user.email, user.name] if user else [str(given.get(name)) for name in ("email", "name")]
+        known.append(current_app.config["APP_NAME"])
+        words = {*known, known[0].partition("@")[0], *re.findall(r"\w{3,}", " ".join(known))}
+        with self._one_at_a_time:
+            score = zxcvbn(normal[:72], sorted(words))["score"]  # it accepts no longer text
+        complaints = [get_message("PASSWORD_TOO_SIMPLE")[0]] if score < 3 else None
+        return complaints, normal
+
+
+def begin_session(_app: Flask, user: User, authn_via: list[str] | None = None, **_: Any) -> None:
+    """Begin a session of a new login. Another person may have begun this one, and know its token.
+
+    Concurrency: another request may end the user's sessions. Then this session is over, and nothing is written.
+    """
+    for name in session.keys() - {"_user_id", "_id", "_fresh", "fs_paa"}:
+        session.pop(name)
+    g.pop("csrf_token", None)
+    session.permanent = True
+    if authn_via == ["change"]:  # a new password is not a login
+        return
+    if not UserRepository(db.session).record_login(user.id, datetime.now(UTC), user.fs_uniquifier):
+        db.session.rollback()
+
+
+def is_over() -> bool:
+    """Return whether the password of this session was entered too long ago."""
+    return bool(time.time() - session.get("fs_paa", 0) > ABSOLUTE.total_seconds())
+
+
+def end_sessions(app: Flask, user: Any, **_: Any) -> None:
+    """End all sessions of a user who logs out. A copy of the cookie is worth nothing then."""
+    if user.is_authenticated:
+        app.extensions["security"].datastore.set_uniquifier(user)
+        db.session.commit()
+        session.clear()
+        flash("You have been logged out.", "info")
+
+
+def confirm(app: Flask, user: User, **_: Any) -> None:
+    """Confirm the e-mail of a user who has chosen a password by a link. The link came to the same mailbox."""
+    if user.confirmed_at is None:
+        user.confirmed_at = datetime.now(UTC)
+        app.extensions["security"].datastore.put(user)
+
+
+def asking_for_password(confirm_email: Callable[..., Any]) -> Callable[..., Any]:
+    """Ask for the password before `confirm_email`.
+
+    So a stranger who registered with the e-mail of another person gets no account by that person's click. And opening
+    the link, as mail scanners do, confirms nothing.
+    """
+
+    def ask(token: str) -> Any:
+        is_too_old, is_invalid, user = confirm_email_token_status(token)
+        if is_too_old or is_invalid or user.confirmed_at is not None:
+            return confirm_email(token)
+        form = forms.VerifyForm(user=user)
+        if form.validate_on_submit():
+            return confirm_email(token)
+        return render_template("security/confirm.html", form=form)
+
+    return ask
+
+
+def ask_for_password(_within: timedelta, _grace: timedelta) -> Response:
+    """Redirect to the page that asks for the password. From there the user returns to the page of the button."""
+    flash("Please enter your password again. Then repeat the step, if it is not done.", "info")
+    page = urlsplit(request.full_path.rstrip("?") if request.method == "GET" else request.referrer or "/")
+    target = f"{page.path}?{page.query}" if page.query else page.path
+    return redirect(url_for("security.verify", next=target if is_own_path(target) else "/"))
+
+
+def refuse_json() -> None:
+    """Refuse JSON where Flask-Security would read it as a form."""
+    if request.blueprint == "security" and request.is_json:
+        abort(415)
+
+
+def changed_meanwhile(_error: StaleDataError) -> ResponseReturnValue:
+    """Respond to a request whose user another request has just changed."""
+    db.session.rollback()
+    flash("Your account was changed at the same time, so nothing was done here. Please look, and try again.", "warning")
+    return redirect(url_for("security.login"))
+
+
+# ---- The account
+
+
+@account.route("/account", methods=["GET", "POST"])
+@login_required
+def profile() -> ResponseReturnValue:
+    form = forms.NameForm(obj=current_user)
+    if form.validate_on_submit():
+        current_user.name = form.name.data
+        db.session.commit()
+        flash("Your name has been changed.", "success")
+        return redirect(url_for("account.profile"))
+    return render_template("account.html", form=form)
+
+
+@account.route("/account/delete", methods=["GET", "POST"])
+@login_required
+def delete() -> ResponseReturnValue:
+    """Delete the account of a user who enters the password. The last admin cannot be lost this way."""
+    form = forms.VerifyForm(user=current_user)
+    if form.validate_on_submit():
+        if svcs.flask.get(UserRepository).delete(current_user):
+            db.session.commit()
+            session.clear()
+            flash("Your account has been deleted.", "success")
+            return redirect(url_for("pages.home"))
+        form.password.errors = ["You are an admin. Another admin must take your rights first."]
+    return render_template("delete.html", form=form)

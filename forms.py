@@ -1,0 +1,179 @@
+"""The fields and forms that several pages use. Both databases can store every valid value."""
+
+import unicodedata
+from typing import Any
+
+import flask_security
+from flask import request
+from flask_security.forms import EmailValidation, IsString, SendConfirmationForm, email_required, password_required
+from flask_wtf import FlaskForm
+from werkzeug.datastructures import MultiDict
+from wtforms import EmailField, Field, Form, PasswordField, RadioField, SearchField, SelectChoice, StringField
+from wtforms.validators import DataRequired, EqualTo, Length, Optional, ValidationError
+
+from models import User, UserRepository, db
+
+
+def strip(text: str | None) -> str | None:
+    return text.strip() if text else text
+
+
+DIRECTIONS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+BLANK = frozenset("\u115f\u1160\u2800\u3164\uffa0")  # letters and symbols that show nothing
+MOST_MARKS = 4  # on one letter: more than any language needs
+
+
+def readable(_form: Form, field: Field) -> None:
+    """Refuse text that is not one line, that shows nothing, or that hides its neighbours on a page.
+
+    PostgreSQL also refuses NUL. A text that is too long is not checked further.
+    """
+    if field.errors or not field.data:
+        return
+    kinds = [unicodedata.category(character) for character in field.data]
+    if {"Cc", "Zl", "Zp"}.intersection(kinds) or DIRECTIONS.intersection(field.data):
+        raise ValidationError("Please leave out control characters.")
+    if not any(kind[0] in "LNPS" for kind, each in zip(kinds, field.data, strict=True) if each not in BLANK):
+        raise ValidationError("Please use characters that can be seen.")
+    if "M" * (MOST_MARKS + 1) in "".join("M" if kind in ("Mn", "Me") else "-" for kind in kinds if kind != "Cf"):
+        raise ValidationError(f"Please put at most {MOST_MARKS} accents on one letter.")
+
+
+class PostedForm(FlaskForm):
+    """Reads only a browser's form. Flask-WTF would also read an uploaded file, or JSON, as the text of a field."""
+
+    class Meta(FlaskForm.Meta):
+        def wrap_formdata(self, form: Form, formdata: Any) -> Any:
+            return formdata if isinstance(formdata, MultiDict) else request.form or None
+
+
+class NameForm(PostedForm):
+    name = StringField(
+        "Name",
+        filters=[strip],
+        validators=[DataRequired(), Length(max=120), readable],
+        render_kw={"autocomplete": "name"},
+    )
+
+
+class SearchForm(FlaskForm):
+    """A form that changes nothing, so it comes by GET and needs no token."""
+
+    class Meta:
+        csrf = False
+
+    q = SearchField(
+        "Search",
+        filters=[strip],
+        validators=[Optional(), Length(max=100), readable],
+        render_kw={"autocomplete": "off"},
+    )
+
+
+# ---- The forms of Flask-Security, with the fields' names and limits of this application
+
+NOT_LONGER = Length(max=512, message="Please use 8 to 128 characters.")  # before the password is normalized and hashed
+
+
+def password_field(label: str, autocomplete: str, *validators: Any, description: str = "") -> PasswordField:
+    validators = IsString(), password_required, NOT_LONGER, *validators
+    return PasswordField(label, validators, description=description, render_kw={"autocomplete": autocomplete})
+
+
+def new_password() -> PasswordField:
+    return password_field("Password", "new-password", description="At least 8 characters, and hard to guess.")
+
+
+def repeated(field: str = "password") -> PasswordField:
+    return password_field("Password again", "new-password", EqualTo(field, "The two passwords differ."))
+
+
+def email_field(autocomplete: str = "email", **strictness: bool) -> EmailField:
+    validators = IsString(), email_required, EmailValidation(**strictness)
+    return EmailField("E-mail", validators, render_kw={"autocomplete": autocomplete})
+
+
+class NextAnywhere:
+    """A form that accepts any target. A redirect to another host is not followed anyway."""
+
+    def validate_next(self, field: Field) -> None:
+        pass
+
+
+class RegisterForm(NextAnywhere, flask_security.RegisterFormV2):
+    """Does not look whether the e-mail has an account. `UserRepository.add` does the same for both cases."""
+
+    name = StringField(
+        "Name",
+        filters=[strip],
+        validators=[IsString(), DataRequired(), Length(max=120), readable],
+        render_kw={"autocomplete": "name"},
+    )
+    email = email_field(verify=True)
+    password = new_password()
+    password_confirm = repeated()
+
+
+class LoginForm(NextAnywhere, flask_security.LoginForm):
+    email = email_field("username")
+    password = password_field("Password", "current-password")
+    remember = None
+
+
+class AskingForm:
+    """A form that asks for a mail. An e-mail without an account gets one too, which says so."""
+
+    email = email_field()
+    user: Any
+
+    def validate(self, **options: Any) -> bool:
+        if not flask_security.Form.validate(self, **options):
+            return False
+        self.user = UserRepository(db.session).by_email(self.email.data) or User(email=self.email.data)
+        return True
+
+
+class ForgotPasswordForm(AskingForm, flask_security.ForgotPasswordForm):
+    pass
+
+
+class ConfirmForm(AskingForm, SendConfirmationForm):
+    pass
+
+
+class ResetPasswordForm(flask_security.ResetPasswordForm):
+    password = new_password()
+    password_confirm = repeated()
+
+
+class ChangePasswordForm(flask_security.ChangePasswordForm):
+    password = password_field("Current password", "current-password")
+    new_password = new_password()
+    new_password_confirm = repeated("new_password")
+
+
+class VerifyForm(NextAnywhere, flask_security.VerifyForm):
+    password = password_field("Password", "current-password")
+
+
+class TwoFactorForm(flask_security.TwoFactorSetupForm):
+    setup = RadioField(choices=[SelectChoice(name) for name in ("authenticator", "disable")], validate_choice=False)
+
+
+class RescueForm(flask_security.TwoFactorRescueForm):
+    """A form without a choice: an operator helps, with `flask reset-password`."""
+
+    help_setup = RadioField(choices=[])
+
+
+ACCOUNTS: dict[str, Any] = {
+    "register_form": RegisterForm,
+    "login_form": LoginForm,
+    "forgot_password_form": ForgotPasswordForm,
+    "send_confirmation_form": ConfirmForm,
+    "reset_password_form": ResetPasswordForm,
+    "change_password_form": ChangePasswordForm,
+    "verify_form": VerifyForm,
+    "two_factor_setup_form": TwoFactorForm,
+    "two_factor_rescue_form": RescueForm,
+}
