@@ -65,6 +65,7 @@ SETTINGS = {
     "AUTO_LOGIN_AFTER_CONFIRM": True,  # the page of the link asks for the password
     "API_ENABLED_METHODS": ["session"],
     "USER_IDENTITY_ATTRIBUTES": [{"email": {"mapper": uia_email_mapper}}],
+    "DATETIME_FACTORY": lambda: datetime.now(UTC),
     "PASSWORD_SCHEMES": ["argon2"],
     "PASSWORD_SINGLE_HASH": True,
     # At least as slow as OWASP's cheat sheet asks for.

@@ -34,6 +34,7 @@ if books:
     CUSTOMERS |= books.CUSTOMERS
 ADMINS_BLUEPRINTS = {"admin", "background"}
 
+ENDS_SESSIONS = {"/logout", "/admin/users/1/log-out", "/account/two-factor/code"}
 ONLY_READ = {"GET", "HEAD", "OPTIONS"}
 Make = Callable[..., Any]
 
@@ -108,7 +109,7 @@ def test_every_route_is_open_to_the_right_visitors_only(
     asked = list(routes(app))
     assert {owner for *_, owner in asked} == set(expected)
     for method, path, owner in asked:
-        if path not in ("/logout", "/admin/users/1/log-out"):
+        if path not in ENDS_SESSIONS:
             assert verdict(clients[visitor], method, path) == expected[owner], f"{method} {path}"
     if visitor != "admin":
         assert traces(app) == [0, 0, 1]

@@ -234,7 +234,7 @@ def test_logging_in_never_leads_to_another_host(client, make_user):
         "orders",
     ]:
         location = log_in(client, "nat@example.com", target=target).location
-        assert location in ("/", "orders", "/%5Cevil.example/"), target
+        assert not re.match(r"\w+:|[/\\]{2}|/\\", location), target
         client.post("/logout")
 
 
