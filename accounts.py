@@ -25,6 +25,7 @@ from flask import (
     session,
     url_for,
 )
+from flask.sessions import SecureCookieSessionInterface, SessionMixin
 from flask.typing import ResponseReturnValue
 from flask_login import current_user, login_required, user_logged_out
 from flask_login.utils import _user_context_processor
@@ -121,6 +122,13 @@ SETTINGS = {
 account = Blueprint("account", __name__)
 
 
+class Sessions(SecureCookieSessionInterface):
+    """Renews the cookie in each response to a request that asked for its user. A file or a probe does not."""
+
+    def should_set_cookie(self, app: Flask, session: SessionMixin) -> bool:
+        return session.modified or (hasattr(session, "asked_for") and super().should_set_cookie(app, session))
+
+
 def register(app: Flask) -> None:
     """Add the accounts to the app. Call this after CSRFProtect is there."""
     key = app.config["SECRET_KEY"]
@@ -129,6 +137,7 @@ def register(app: Flask) -> None:
     for name, value in {**SETTINGS, **two_factor, "TOTP_SECRETS": {"1": totp_key}}.items():
         app.config.setdefault(f"SECURITY_{name}", value)
     app.config["PERMANENT_SESSION_LIFETIME"] = IDLE
+    app.session_interface = Sessions()
     if app.config["SESSION_COOKIE_SECURE"]:
         app.config["SESSION_COOKIE_NAME"] = "__Host-session"  # no other host of the domain can set it
     users = Users(db, User, RoleMixin)
@@ -248,6 +257,7 @@ def begin_session(_app: Flask, user: User, authn_via: list[str] | None = None, *
 
 def is_over() -> bool:
     """Return whether the password of this session was entered too long ago."""
+    session.asked_for = True  # type: ignore[attr-defined]
     return bool(time.time() - session.get("fs_paa", 0) > ABSOLUTE.total_seconds())
 
 

@@ -11,7 +11,7 @@ from flask import Flask
 from flask.testing import FlaskClient
 from sqlalchemy import select, text
 from sqlalchemy.exc import DBAPIError
-from support.accounts import (
+from support.account_forms import (
     NEW,
     Login,
     Make,

@@ -2,7 +2,7 @@
 
 from flask import Flask
 from flask.testing import FlaskClient
-from support.accounts import Login, Make, token_on
+from support.account_forms import Login, Make, token_on
 from support.databases import on_sqlite
 from support.shop import PASSWORD
 

@@ -14,7 +14,7 @@ from flask_security.recoverable import generate_reset_password_token
 from itsdangerous import URLSafeTimedSerializer
 from passlib.hash import argon2
 from sqlalchemy import text
-from support.accounts import (
+from support.account_forms import (
     NEW,
     Login,
     Make,

@@ -13,7 +13,7 @@ from flask import Flask
 from flask.testing import FlaskClient
 from flask_security import hash_password
 from sqlalchemy import Engine, event, func, select
-from support.accounts import (
+from support.account_forms import (
     NEW,
     Make,
     is_logged_in,

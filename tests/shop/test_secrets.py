@@ -7,7 +7,7 @@ from flask import Flask
 from sqlalchemy import create_engine, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
-from support.accounts import Make
+from support.account_forms import Make
 from support.databases import on_postgresql
 from support.shop import PASSWORD_HASH
 

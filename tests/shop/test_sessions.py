@@ -7,7 +7,7 @@ import pytest
 from flask import Flask
 from flask.testing import FlaskClient
 from sqlalchemy import Engine, update
-from support.accounts import NEW, Login, Make, change, is_logged_in, log_in, stored, token_on
+from support.account_forms import NEW, Login, Make, change, is_logged_in, log_in, stored, token_on
 from support.databases import close, on_sqlite
 from support.fleet import at_once, in_threads, statements
 from support.shop import PASSWORD, settings
