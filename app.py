@@ -8,6 +8,7 @@ import svcs
 from flask import Flask
 from flask_migrate import Migrate
 
+import audit
 import books
 import demo
 import hosts
@@ -20,7 +21,7 @@ from config import StrictJSON, configure_logging, hide_refused_rows, load_config
 from mail import Mailer
 from migrations import schema
 from models import UserRepository, db
-from workers import MailWorker, PassiveUserCheckerWorker, SystemHealthWorker
+from workers import MailWorker, PassiveUserCheckerWorker, PruneAuditWorker, SystemHealthWorker
 
 
 def create_app(config: Mapping[str, Any] | object | None = None) -> Flask:
@@ -51,12 +52,14 @@ def create_app(config: Mapping[str, Any] | object | None = None) -> Flask:
     workers.add(MailWorker)
     workers.add(SystemHealthWorker)
     workers.add(PruneHistoryWorker)
+    workers.add(PruneAuditWorker)
 
     routes.register(app)
     books.register(app, workers)
     app.register_blueprint(health())
     app.register_blueprint(metrics())
     demo.register_commands(app)
+    audit.register(app, routes.admins_only)
 
     workers.start_under_flask_run()
     return app

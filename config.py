@@ -152,6 +152,7 @@ _OWN = {
         f"{_file_name(APP_NAME)}@localhost", address, "one e-mail address in ASCII", "the sender of the mails"
     ),
     "PASSIVE_AFTER_DAYS": Setting(30, number(36_500), DAYS, "users not seen for longer become passive"),
+    "AUDIT_DAYS": Setting(365, number(36_500), DAYS, "entries of the audit are kept for so long"),
     "LOG_FORMAT": Setting("text", log_format, "text or json", "one line, or one JSON object, for each record"),
     "PRODUCTION": Setting(
         None,

@@ -134,18 +134,20 @@ class HealthSample(db.Model):  # type: ignore[name-defined, misc]
 
 
 class AuditEntry(db.Model):  # type: ignore[name-defined, misc]
-    """One action of an admin, recorded before it takes effect, and never pruned."""
+    """One action of an admin's page or of a command, recorded before it takes effect."""
 
     __tablename__ = "audit_entries"
 
     id: Mapped[int] = mapped_column(primary_key=True)
-    at: Mapped[datetime] = mapped_column(default=now())
-    user_id: Mapped[int] = mapped_column(ForeignKey("users.id"))
+    at: Mapped[datetime] = mapped_column(default=now(), index=True)
+    user_id: Mapped[int | None] = mapped_column(ForeignKey("users.id"))  # None for a command
     action: Mapped[str] = mapped_column(String(100))
     details: Mapped[str] = mapped_column(Text)
-    address: Mapped[str] = mapped_column(String(45))
+    address: Mapped[str] = mapped_column(String(45))  # of a command: the name of its machine
+    operator: Mapped[str | None] = mapped_column(String(100))  # of a command: the operating system's user
+    outcome: Mapped[str | None] = mapped_column(String(200))  # written after the action
 
-    user: Mapped[User] = relationship()
+    user: Mapped[User | None] = relationship()
 
 
 class RateLimit(db.Model):  # type: ignore[name-defined, misc]

@@ -1,8 +1,7 @@
 """The application's own pages and JSON."""
 
-import json
 from collections.abc import Callable, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, NamedTuple, cast
 
 import svcs
@@ -26,21 +25,22 @@ from flask_login import current_user
 from flask_security import auth_required
 from flask_wtf import CSRFProtect
 from flask_wtf.csrf import CSRFError
-from sqlalchemy import Select, select
+from sqlalchemy import Select, or_, select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import InstrumentedAttribute, joinedload
 from werkzeug.exceptions import BadHost, HTTPException, SecurityError
 from werkzeug.routing import IntegerConverter, Map
 from werkzeug.wrappers import Response
-from wtforms import SelectChoice, SelectField
-from wtforms.validators import Optional
+from wtforms import DateField, SearchField, SelectChoice, SelectField
+from wtforms.validators import Length, Optional
 
 import accounts
+import audit
 import throttle
 from background import current_workers
 from background.dashboard import dashboard
 from background.monitoring.unavailable import unavailable
-from forms import SearchForm
+from forms import SearchForm, readable, strip
 from models import AuditEntry, User, UserRepository, db
 
 PAGE_SIZE = 20
@@ -126,6 +126,11 @@ class UserSearchForm(SearchForm):
     )
 
 
+class AuditSearchForm(SearchForm):
+    action = SearchField("Action", filters=[strip], validators=[Optional(), Length(max=100), readable])
+    since = DateField("Since", validators=[Optional()])
+
+
 # ---- Keyset pages: as fast at the millionth row as at the first, without a count
 
 
@@ -175,10 +180,10 @@ def admins_only() -> ResponseReturnValue | None:
         return cast(Response, current_app.login_manager.unauthorized())  # type: ignore[attr-defined]
     if not current_user.is_admin:
         abort(403)
-    if request.method not in ("GET", "HEAD", "OPTIONS"):
+    if request.method not in audit.READING:
         if (question := recent_login()) is not None:
             return cast(Response, question)
-        write_audit()
+        audit.begin_request()
     return None
 
 
@@ -189,32 +194,6 @@ def admins_only() -> ResponseReturnValue | None:
 )
 def recent_login() -> None:
     """Pass a session with a recent login. Else the decorator returns the way to the page that asks for the password."""
-
-
-MOST_FIELDS = 20  # of a form, in an audit entry
-LONGEST_FIELD = 200
-
-
-def write_audit() -> None:
-    """Write the audit entry of this request and commit it, so that a failing attempt is recorded too."""
-    fields = [(name, value) for name, value in request.form.items() if not is_secret(name)]
-    details = {name[:LONGEST_FIELD]: value[:LONGEST_FIELD] for name, value in fields[:MOST_FIELDS]}
-    if (more := len(fields) - MOST_FIELDS) > 0:
-        details["..."] = f"{more} more fields"
-    # Last, so that a field of a form cannot replace a part of the address.
-    details |= {name: str(value)[:LONGEST_FIELD] for name, value in (request.view_args or {}).items()}
-    entry = AuditEntry(
-        user_id=current_user.id,
-        action=str(request.endpoint)[:100],
-        details=json.dumps(details),
-        address=(request.remote_addr or "")[:45],
-    )
-    db.session.add(entry)
-    db.session.commit()
-
-
-def is_secret(name: str) -> bool:
-    return any(part in name.lower() for part in ("password", "token", "secret", "repeated"))
 
 
 @admin.get("/users")
@@ -302,10 +281,25 @@ def back_to_users() -> Response:
     return redirect(url_for("admin.users", **search))  # type: ignore[arg-type]
 
 
-@admin.get("/audit")
-def audit() -> ResponseReturnValue:
-    page = newest_first(select(AuditEntry).options(joinedload(AuditEntry.user)), AuditEntry.id)
-    return render_template("audit.html", page=page)
+@admin.get("/audit", endpoint="audit")
+def show_audit() -> ResponseReturnValue:
+    form = AuditSearchForm(request.args)
+    page = find_entries(form) if form.validate() else NOTHING
+    search = {name: value for name, value in form.data.items() if value}
+    return render_template("audit.html", form=form, page=page, search=search)
+
+
+def find_entries(form: AuditSearchForm) -> Page:
+    """Return the entries of the user or operator, of the action, and since the day (UTC) that the form names."""
+    query = select(AuditEntry).options(joinedload(AuditEntry.user)).outerjoin(AuditEntry.user)
+    if who := form.q.data:
+        by_user = User.email.startswith(who.lower(), autoescape=True)
+        query = query.where(or_(by_user, AuditEntry.operator.startswith(who, autoescape=True)))
+    if action := form.action.data:
+        query = query.where(AuditEntry.action.contains(action, autoescape=True))
+    if since := form.since.data:
+        query = query.where(AuditEntry.at >= datetime(since.year, since.month, since.day, tzinfo=UTC))
+    return newest_first(query, AuditEntry.id)
 
 
 # ---- Errors

@@ -11,7 +11,7 @@ from sqlalchemy import ScalarSelect, delete, func, select
 from background import Bury, Message, MessageWorker, PeriodicWorker, WorkerContext, current_workers
 from background.database.tables import is_in
 from mail import CAN_WAIT, MAILS, SENT_ONCE, HourlyLimit, Mail, Mailer, MailNotSent, MailRefused
-from models import HealthSample, UserRepository
+from models import AuditEntry, HealthSample, UserRepository
 
 
 class PassiveUserCheckerWorker(PeriodicWorker):
@@ -109,6 +109,17 @@ class SystemHealthWorker(PeriodicWorker):
         context.session.add(sample)
         kept = timedelta(days=current_app.config["WORKERS_HISTORY_DAYS"])
         context.session.execute(delete(HealthSample).where(HealthSample.taken_at < context.tick - kept))
+
+
+class PruneAuditWorker(PeriodicWorker):
+    """Delete the entries of the audit that are older than AUDIT_DAYS."""
+
+    period = timedelta(days=1)
+    run_on_first_start = True
+
+    def do_work(self, context: WorkerContext) -> None:
+        kept = timedelta(days=current_app.config["AUDIT_DAYS"])
+        context.session.execute(delete(AuditEntry).where(AuditEntry.at < context.tick - kept))
 
 
 def _number_of(state: str) -> ScalarSelect[int]:
