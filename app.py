@@ -14,6 +14,7 @@ import demo
 import hosts
 import production
 import routes
+import security_log
 from background import BackgroundWorkerManager, PruneHistoryWorker
 from background.monitoring.health import health
 from background.monitoring.metrics import metrics
@@ -57,8 +58,9 @@ def create_app(config: Mapping[str, Any] | object | None = None) -> Flask:
     routes.register(app)
     books.register(app, workers)
     app.register_blueprint(health())
-    app.register_blueprint(metrics())
+    app.register_blueprint(metrics(security_log.figures))
     demo.register_commands(app)
+    security_log.register(app)
     audit.register(app, routes.admins_only)
 
     workers.start_under_flask_run()

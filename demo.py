@@ -17,6 +17,7 @@ from flask_security import hash_password
 from sqlalchemy import Connection, Engine, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
+import security_log
 from accounts import normalized
 from background.database.clock import now
 from background.errors import DatabaseNotReady
@@ -71,7 +72,8 @@ def init_db(admin: str) -> None:
     engine = _ready_engine()
     try:
         with engine.begin() as connection:
-            _create_admin(connection, email)
+            created = _create_admin(connection, email)
+        security_log.record("right given", created)
     except IntegrityError:
         with engine.connect() as connection:
             is_admin = connection.scalar(select(User.is_admin).where(User.email == email))
@@ -82,8 +84,9 @@ def init_db(admin: str) -> None:
             ) from None
         click.echo(f"The admin {email} exists already. Nothing was changed.")
     with engine.begin() as connection:
-        retire = update(User).where(User.email == ADMIN, User.is_admin).values(is_admin=False)
-        if connection.execute(retire).rowcount:
+        retire = update(User).where(User.email == ADMIN, User.is_admin).values(is_admin=False).returning(User.id)
+        if retired := connection.scalar(retire):
+            security_log.record("right taken", retired)
             click.echo(f"The demo shop's {ADMIN} is no longer an admin.")
 
 
@@ -101,14 +104,16 @@ def reset_password(email: str) -> None:
     access = {"password": hash_password(password), "confirmed_at": func.coalesce(User.confirmed_at, now())}
     ended = {"fs_uniquifier": new_uniquifier(), "tf_primary_method": None, "tf_totp_secret": None}
     with engine.begin() as connection:
-        changed = update(User).where(User.email == email).values(**access, **ended)
-        if not email.isprintable() or not connection.execute(changed).rowcount:
+        change = update(User).where(User.email == email).values(**access, **ended).returning(User.id)
+        changed = connection.scalar(change) if email.isprintable() else None
+        if changed is None:
             raise click.ClickException(
                 f"No user has the e-mail {email!r}; expected the e-mail of an account. "
                 "`flask init-db --admin EMAIL` makes an admin."
             )
         click.echo(f"\n  The password of {email} is {password} (shown this once)\n")
         sys.stdout.flush()
+    security_log.record("password changed", changed)
 
 
 @click.command("demo")
@@ -194,13 +199,18 @@ def _welcome_users(connection: Connection, at: datetime) -> None:
     )
 
 
-def _create_admin(connection: Connection, email: str) -> None:
-    """Create the admin. Show the password before the commit, so that the password of a saved admin is never lost."""
+def _create_admin(connection: Connection, email: str) -> int:
+    """Create the admin, and return the id.
+
+    Show the password before the commit, so that the password of a saved admin is never lost.
+    """
     password = secrets.token_urlsafe(12)
     admin = {"email": email, "name": "Admin", "is_admin": True, "confirmed_at": datetime.now(UTC)}
-    connection.execute(insert(User).values(**admin, password=hash_password(password)))
+    add = insert(User).values(**admin, password=hash_password(password)).returning(User.id)
+    created: int = connection.execute(add).scalar_one()
     click.echo(f"\n  The admin is {email}, the password {password} (shown this once)\n")
     sys.stdout.flush()
+    return created
 
 
 def add_users(engine: Engine, count: int, at: datetime) -> None:

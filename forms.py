@@ -5,7 +5,9 @@ from typing import Any
 
 import flask_security
 from flask import request
+from flask_login import current_user
 from flask_security.forms import EmailValidation, IsString, SendConfirmationForm, email_required, password_required
+from flask_security.utils import get_message
 from flask_wtf import FlaskForm
 from werkzeug.datastructures import MultiDict
 from wtforms import EmailField, Field, Form, PasswordField, RadioField, SearchField, SelectChoice, StringField
@@ -150,6 +152,12 @@ class ChangePasswordForm(flask_security.ChangePasswordForm):
     password = password_field("Current password", "current-password")
     new_password = new_password()
     new_password_confirm = repeated("new_password")
+
+    def validate(self, **options: Any) -> bool:
+        is_valid: bool = super().validate(**options)
+        if not is_valid and get_message("INVALID_PASSWORD")[0] in self.password.errors:
+            current_user.track_failed_authn("password")  # as all other forms do that check a password
+        return is_valid
 
 
 class VerifyForm(NextAnywhere, flask_security.VerifyForm):

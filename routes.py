@@ -36,6 +36,7 @@ from wtforms.validators import Length, Optional
 
 import accounts
 import audit
+import security_log
 import throttle
 from background import current_workers
 from background.dashboard import dashboard
@@ -218,6 +219,7 @@ def send_password_link(user_id: int) -> ResponseReturnValue:
     user = db.get_or_404(User, user_id)
     current_workers.enqueue("mail", {"password link": user.id, "root": request.url_root})
     db.session.commit()
+    security_log.record("link asked", user_id, by=current_user.id)
     flash(f"A password link is on its way to {user.email}. It is valid for one hour.", "success")
     return back_to_users()
 
@@ -230,6 +232,7 @@ def make_admin(user_id: int) -> ResponseReturnValue:
         current_workers.enqueue("mail", {"admin link": user.id, "root": request.url_root})
     db.session.commit()
     if changed:
+        security_log.record("right given", user_id, by=current_user.id)
         flash(f"{user.email} is an admin. A mail has the link to choose a new password.", "success")
     elif user.is_admin:
         flash(f"{user.email} is an admin already.", "info")
@@ -244,7 +247,7 @@ def unmake_admin(user_id: int) -> ResponseReturnValue:
         "is no longer an admin.",
         "is the last admin, or is not an admin: nothing was changed. Make another admin first.",
     )
-    return change_user(user_id, UserRepository.unmake_admin, done, not_done)
+    return change_user(user_id, UserRepository.unmake_admin, done, not_done, "right taken")
 
 
 @admin.post("/users/<id:user_id>/log-out")
@@ -266,11 +269,13 @@ def enable(user_id: int) -> ResponseReturnValue:
 
 
 def change_user(
-    user_id: int, change: Callable[[UserRepository, int], bool], done: str, not_done: str
+    user_id: int, change: Callable[[UserRepository, int], bool], done: str, not_done: str, event: str | None = None
 ) -> ResponseReturnValue:
     user = db.get_or_404(User, user_id)
     changed = change(svcs.flask.get(UserRepository), user_id)
     db.session.commit()
+    if changed and event:
+        security_log.record(event, user_id, by=current_user.id)
     flash(f"{user.email} {done if changed else not_done}", "success" if changed else "warning")
     return back_to_users()
 
@@ -324,6 +329,7 @@ NEEDS_HTTPS = "This shop needs HTTPS, and this page came without it. Please try 
 
 def show_error(error: HTTPException) -> Response:
     """Answer with the error as a page or, below /api, as JSON. Keep the error's own headers."""
+    security_log.refused(error)
     if isinstance(error, RateLimitExceeded):
         throttle.explain(error)
     response = error.get_response()

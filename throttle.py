@@ -38,8 +38,6 @@ PASSWORDS_OF_USER = "10 per 10 minutes"  # of each form that asks a user for a p
 MAILS_OF_NETWORK = "20 per hour"  # of registering, and of each form that asks for a link
 LINKS_OF_NETWORK = "20 per hour"  # of each form behind a link
 
-security = logging.getLogger("security")
-
 
 # ---- The visitor
 
@@ -112,17 +110,15 @@ def remember_network(response: Response) -> Response:
 # ---- The limits
 
 
-def tell(limit: RequestLimit) -> None:
-    """Log the first refusal of a window. A visitor who keeps asking gets no further line."""
-    if g.hits == limit.limit.amount + 1:
-        security.warning("Throttled: %s, %s, more than %s", network(), request.endpoint, limit.limit)
+def note_refusal(limit: RequestLimit) -> None:
+    g.is_first_refusal = g.hits == limit.limit.amount + 1  # of a window
 
 
 limiter = Limiter(
     network,
     storage_uri="database://",
     strategy="fixed-window",
-    on_breach=tell,
+    on_breach=note_refusal,
     application_limits=[
         ApplicationLimit(WRITES_OF_NETWORK, scope="writes", methods=WRITING),
         ApplicationLimit(WRITES_OF_USER, user, scope="writes", methods=WRITING, exempt_when=is_not_for_user),

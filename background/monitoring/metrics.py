@@ -1,6 +1,8 @@
 """Metrics for Prometheus, about the fleet and about the requests to this process."""
 
 import hmac
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 from flask import Blueprint, Response, current_app, request
 from flask.typing import ResponseReturnValue
@@ -10,14 +12,17 @@ from .fleet_figures import Fleet
 from .peer import is_of_this_machine
 from .request_timing import RequestTiming
 
+if TYPE_CHECKING:
+    from prometheus_client import Metric
+
 _ONLY_HERE = (
     "METRICS_TOKEN is not set, so the metrics are for programs on this machine only, and not through a proxy; "
     "expected such a program. Set METRICS_TOKEN, and send it as the bearer token.\n"
 )
 
 
-def metrics() -> Blueprint:
-    """Return a blueprint for GET /metrics.
+def metrics(more: "Callable[[], Iterable[Metric]]" = tuple) -> Blueprint:
+    """Return a blueprint for GET /metrics. `more` returns metrics of the application, for each scrape.
 
     With METRICS_TOKEN, a request needs it as its bearer token. Otherwise only programs on this machine may read the
     metrics, and not through a proxy. Raises MissingDependency if prometheus-client is not installed.
@@ -33,7 +38,7 @@ def metrics() -> Blueprint:
             return refusal
         from .prometheus import CONTENT_TYPE, text  # imported here, as only a scraped process needs the client library
 
-        answer = text(fleet.figures(), timing.registry)
+        answer = text(fleet.figures(), timing.registry, more)
         return Response(answer, headers={"Cache-Control": "no-store"}, content_type=CONTENT_TYPE)
 
     return blueprint

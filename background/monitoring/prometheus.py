@@ -1,6 +1,6 @@
 """Writes the figures in Prometheus's text format, by its own client library."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Metric, generate_latest
@@ -33,11 +33,20 @@ class _Fleet(Collector):
             yield from _messages(self._figures.topics)
 
 
-def text(figures: Figures | None, timing: CollectorRegistry) -> bytes:
-    """Write the fleet's `figures` (None if the database is away), and this process's request `timing`."""
-    fleet = CollectorRegistry()
-    fleet.register(_Fleet(figures))
-    return generate_latest(fleet) + generate_latest(timing)
+class _More(Collector):
+    def __init__(self, metrics: Callable[[], Iterable[Metric]]) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> Iterable[Metric]:
+        return self._metrics()
+
+
+def text(figures: Figures | None, timing: CollectorRegistry, more: Callable[[], Iterable[Metric]]) -> bytes:
+    """Write the fleet's `figures` (None if the database is away), this process's request `timing`, and `more`."""
+    own = CollectorRegistry()
+    own.register(_Fleet(figures))
+    own.register(_More(more))
+    return generate_latest(own) + generate_latest(timing)
 
 
 def _executions(figures: Figures) -> Iterator[Metric]:

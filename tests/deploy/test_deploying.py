@@ -104,7 +104,8 @@ def test_the_commands_for_one_machine_work(machine: Image, empty_postgresql_url:
 
 
 def test_the_page_names_each_alert() -> None:
-    alerts = re.findall(r"- alert: (\w+)", (ROOT / "background" / "alerts.yml").read_text(encoding="utf-8"))
+    files = [(ROOT / folder / "alerts.yml").read_text(encoding="utf-8") for folder in ("background", "deploy")]
+    alerts = re.findall(r"- alert: (\w+)", "".join(files))
     assert re.findall(r"^\| ([A-Z]\w+[A-Z]\w+) \|", SECTIONS["Alerts"], re.MULTILINE) == alerts
 
 

@@ -1,0 +1,177 @@
+"""Security events: one line of the logger `security`, and one count in /metrics, for each."""
+
+import logging
+import os
+import re
+import secrets
+import socket
+from collections.abc import Iterator
+from contextlib import suppress
+from logging import INFO, WARNING
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+from flask import Flask, Response, current_app, g, has_request_context, request
+from flask_limiter import RateLimitExceeded
+from flask_login import current_user, user_logged_out
+from flask_security import (
+    confirm_instructions_sent,
+    password_changed,
+    password_reset,
+    reset_password_instructions_sent,
+    user_authenticated,
+    user_confirmed,
+    user_failed_authn,
+    user_registered,
+)
+from flask_wtf.csrf import CSRFError
+from sqlalchemy.exc import SQLAlchemyError
+from werkzeug.exceptions import Forbidden, HTTPException
+
+from throttle import network
+
+if TYPE_CHECKING:
+    from prometheus_client import Metric
+
+log = logging.getLogger("security")
+
+EVENTS = {
+    "login": INFO,
+    "refused": WARNING,
+    "throttled": WARNING,
+    "logged out": INFO,
+    "password changed": INFO,
+    "link asked": INFO,
+    "link used": INFO,
+    "right given": INFO,
+    "right taken": INFO,
+    "forbidden": WARNING,
+    "CSRF": WARNING,
+}
+"""The events, each with the level of its lines."""
+
+LOGIN = "security.login"
+_SANE = re.compile(r"[\w.:-]{1,64}", re.ASCII)
+
+
+def register(app: Flask) -> None:
+    app.after_request(answered)
+    user_authenticated.connect(logged_in, app)
+    user_failed_authn.connect(failed, app)
+    user_logged_out.connect(logged_out, app)
+    password_changed.connect(changed, app)
+    password_reset.connect(reset, app)
+    user_confirmed.connect(confirmed, app)
+    for asked in (user_registered, confirm_instructions_sent, reset_password_instructions_sent):
+        asked.connect(link_asked, app)
+
+
+def record(event: str, user_id: int | None = None, is_logged: bool = True, **more: Any) -> None:
+    """Count the event, and write its line.
+
+    A line names the account by its id. It never has the address of a failed login, where some people type a password.
+    """
+    count(event)
+    if is_logged:
+        fields = {"user": user_id, **more}
+        if has_request_context():
+            fields |= {"network": network(), "endpoint": request.endpoint, "request": request_id()}
+        given = {name: value for name, value in fields.items() if value is not None}
+        text = " ".join([event, *(f"{name}={value}" for name, value in given.items())])
+        log.log(EVENTS[event], "%s", text, extra={"event": event, **given})
+
+
+def request_id() -> str:
+    """Return the X-Request-ID of the proxy in front if it is one word, or make an id for this request."""
+    if "request_id" not in g:
+        given = request.headers.get("X-Request-ID", "")
+        is_proxys = current_app.config["PROXIES"] and _SANE.fullmatch(given)
+        g.request_id = given if is_proxys else secrets.token_hex(8)
+    return str(g.request_id)
+
+
+# ---- The events of a request
+
+
+def refused(error: HTTPException) -> None:
+    """Record an error that refuses a request."""
+    if isinstance(error, RateLimitExceeded):  # a visitor who keeps asking gets no further line
+        record("throttled", own_id(), is_logged=g.get("is_first_refusal", True))
+    elif isinstance(error, Forbidden):
+        record("forbidden", own_id())
+    elif isinstance(error, CSRFError):
+        record("CSRF", own_id())
+
+
+def own_id() -> int | None:
+    with suppress(SQLAlchemyError):  # the page of an error works without the database
+        return current_user.id if current_user.is_authenticated else None
+    return None
+
+
+def answered(response: Response) -> Response:
+    """Record a login that was refused, whether or not there is such an account."""
+    if request.method == "POST" and request.endpoint == LOGIN and response.status_code == 200:
+        record("refused", g.get("refused_user"))
+    if "request_id" in g:
+        response.headers["X-Request-ID"] = request_id()
+    return response
+
+
+# ---- Signals
+
+
+def logged_in(_app: Flask, user: Any, authn_via: list[str] | None = None, **_: Any) -> None:
+    if authn_via != ["change"]:  # a new password is not a login
+        record("login", user.id)
+
+
+def failed(_app: Flask, user: Any, **_: Any) -> None:
+    if request.endpoint == LOGIN:
+        g.refused_user = user.id  # `answered` also records the login of an account that does not exist
+    else:
+        record("refused", user.id)
+
+
+def logged_out(_app: Flask, user: Any, **_: Any) -> None:
+    if user is not None and user.is_authenticated:
+        record("logged out", user.id)
+
+
+def changed(_app: Flask, user: Any, **_: Any) -> None:
+    record("password changed", user.id)
+
+
+def reset(_app: Flask, user: Any, **_: Any) -> None:
+    record("link used", user.id)
+    record("password changed", user.id)
+
+
+def link_asked(_app: Flask, user: Any, **_: Any) -> None:
+    record("link asked", user.id)  # None for an e-mail without an account
+
+
+def confirmed(_app: Flask, user: Any, **_: Any) -> None:
+    record("link used", user.id)
+
+
+# ---- Metrics
+
+_counts = dict.fromkeys(EVENTS, 0)
+_lock = Lock()
+
+
+def count(event: str) -> None:
+    with _lock:
+        _counts[event] += 1
+
+
+def figures() -> Iterator["Metric"]:
+    """Yield the counts of this process, also those of 0. Prometheus sees no increase in a series that begins with 1."""
+    from prometheus_client.core import CounterMetricFamily
+
+    labels = ("event", "process")  # without the process, several behind one port would share a series
+    family = CounterMetricFamily("security_events", "Security events of this process.", labels=labels)
+    for event, number in _counts.items():
+        family.add_metric((event, f"{socket.gethostname()}:{os.getpid()}"), number)
+    yield family
