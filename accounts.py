@@ -47,6 +47,7 @@ from werkzeug.wrappers import Response
 import forms
 from background import current_workers
 from background.dashboard.origin import is_own_path
+from hosts import root_of_links
 from models import User, UserRepository, db
 
 SPECIAL_USE_DOMAIN_NAMES.remove("localhost")  # the domain of the admin of `flask init-db`
@@ -201,7 +202,7 @@ class Post(MailUtil):
     def send_mail(self, template: str, *_: Any, **context: Any) -> None:
         user = context["user"]
         about = {self.kinds[template.rpartition("/")[2]]: user.id} if user.id else {"no account": user.email}
-        current_workers.enqueue("mail", {**about, "root": request.url_root})
+        current_workers.enqueue("mail", {**about, "root": root_of_links()})
         after_this_request(commit)
 
     def normalize(self, email: str) -> str:

@@ -66,3 +66,12 @@ def keep_redirect_here(response: Response) -> Response:
         target = urlunsplit(("", "", f"/{path.lstrip('/')}", query, ""))
         response.location, response.data = target, redirect(target).data
     return response
+
+
+def root_of_links() -> str | None:
+    """Return the root of the addresses in mails, for a payload.
+
+    In production it is PUBLIC_URL or none, because a visitor may send any Host header.
+    """
+    config = current_app.config
+    return config["PUBLIC_URL"] or (None if config["PRODUCTION"] else request.url_root)

@@ -100,8 +100,17 @@ def _user(user_id: int, context: WorkerContext) -> User | None:
 
 
 def _link(endpoint: str, token: str, payload: Payload) -> str:
-    """Return the address that a mail shows. It is made when the mail is sent, so no message holds the token."""
-    root = urlsplit(current_app.config["PUBLIC_URL"] or payload["root"])
+    """Return the address that a mail shows. It is made when the mail is sent, so no message holds the token.
+
+    Raises MailNotSent if neither the settings nor the payload have a root.
+    """
+    address = current_app.config["PUBLIC_URL"] or payload["root"]
+    if address is None:
+        raise MailNotSent(
+            "PUBLIC_URL was not set in production when this mail was asked for, so its link has no address; expected "
+            "https:// and the host of this application. Set PUBLIC_URL for the web and the workers."
+        )
+    root = urlsplit(address)
     site = current_app.url_map.bind(root.netloc, root.path, url_scheme=root.scheme)
     return site.build(endpoint, {"token": token}, force_external=True)
 

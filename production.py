@@ -10,6 +10,7 @@ import logging
 import re
 import threading
 from collections.abc import Callable, Iterable
+from math import log2
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flask import Flask, Response, current_app
@@ -47,7 +48,7 @@ class Complaint(NamedTuple):
 def is_weak(key: str | bytes, name: str) -> bool:
     """Return whether a visitor could guess the key of the application `name`.
 
-    It has less than 128 bits by its length and variety, or a word of a placeholder.
+    It has less than 128 bits by its length and variety, or a word that asks for a replacement.
     """
     text = key.decode("latin-1") if isinstance(key, bytes) else key
     if _KNOWN.search(text) or name.lower() in text.lower() or _pairs(text) < min(len(text), 32) * 0.6:
@@ -56,7 +57,7 @@ def is_weak(key: str | bytes, name: str) -> bool:
 
 
 # Words of the placeholders that tutorials and templates use, and two keys of Flask's documentation.
-_KNOWN = re.compile(r"secret|password|change|replace|default|example|production|development|192b9bdd22ab|_5#y2l", re.I)
+_KNOWN = re.compile(r"password|change|replace|default|example|192b9bdd22ab|_5#y2l", re.I)
 
 
 def _pairs(text: str) -> int:
@@ -70,7 +71,7 @@ def _bits_per_character(text: str) -> float:
     if re.fullmatch(r"[0-9a-f]+|[0-9A-F]+", text):
         return 4
     classes = [re.search(each, text) for each in ("[a-z]", "[A-Z]", "[0-9]")]
-    return 6 if sum(map(bool, classes)) > 1 else 2  # letters of one kind are words
+    return 6 if sum(map(bool, classes)) > 1 else log2(len(set(text)))  # letters of one kind may be words
 
 
 def _has_demo_admin(connection: Connection) -> bool:
@@ -100,12 +101,6 @@ COMPLAINTS = [
         lambda config: is_weak(config["SECRET_KEY"], config["APP_NAME"]),
         "SECRET_KEY is short or well known in production, where it signs the sessions; expected a random text of "
         f"{LEAST_BITS} bits. Make one with {RANDOM_TEXT} and set SECRET_KEY to it.",
-    ),
-    Complaint(
-        GRAVE,
-        lambda config: config["PUBLIC_URL"] is None,
-        "PUBLIC_URL is not set in production, where links in mails lead to it and pages answer its host only; expected "
-        "https:// and the host of this application. Set PUBLIC_URL to it.",
     ),
     Complaint(
         GRAVE,
@@ -151,6 +146,13 @@ COMPLAINTS = [
         lambda config: config["SESSION_COOKIE_SECURE"] is False,
         "SESSION_COOKIE_SECURE is false in production, so sessions may travel without encryption; expected true. "
         "Remove it once there is HTTPS.",
+    ),
+    # Not grave: no mail gets a link from a visitor's Host header. The mails with links wait until it is set.
+    Complaint(
+        WARNING,
+        lambda config: config["PUBLIC_URL"] is None,
+        "PUBLIC_URL is not set in production, so pages answer any host, and no mail with a link is sent; expected "
+        "https:// and the host of this application. Set PUBLIC_URL to it.",
     ),
     Complaint(
         WARNING,

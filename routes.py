@@ -42,6 +42,7 @@ from background import current_workers
 from background.dashboard import dashboard
 from background.monitoring.unavailable import unavailable
 from forms import SearchForm, readable, strip
+from hosts import root_of_links
 from models import AuditEntry, User, UserRepository, db
 
 PAGE_SIZE = 20
@@ -217,7 +218,7 @@ def find_users(form: UserSearchForm) -> Page:
 def send_password_link(user_id: int) -> ResponseReturnValue:
     """Enqueue a mail with a link to choose a password. Only the mail worker makes the link."""
     user = db.get_or_404(User, user_id)
-    current_workers.enqueue("mail", {"password link": user.id, "root": request.url_root})
+    current_workers.enqueue("mail", {"password link": user.id, "root": root_of_links()})
     db.session.commit()
     security_log.record("link asked", user_id, by=current_user.id)
     flash(f"A password link is on its way to {user.email}. It is valid for one hour.", "success")
@@ -229,7 +230,7 @@ def make_admin(user_id: int) -> ResponseReturnValue:
     user = db.get_or_404(User, user_id)
     changed = svcs.flask.get(UserRepository).make_admin(user_id)
     if changed:
-        current_workers.enqueue("mail", {"admin link": user.id, "root": request.url_root})
+        current_workers.enqueue("mail", {"admin link": user.id, "root": root_of_links()})
     db.session.commit()
     if changed:
         security_log.record("right given", user_id, by=current_user.id)

@@ -35,6 +35,7 @@ from support.shop import PASSWORD, PASSWORD_HASH, has_password, settings
 from werkzeug.test import TestResponse
 
 from app import create_app
+from background.testing import drain
 from models import User, UserRepository, db
 
 
@@ -316,6 +317,18 @@ def test_a_link_leads_to_the_public_url_whatever_host_the_admin_used(
     client.post(f"/admin/users/{make_user().id}/password-link", headers={"X-Forwarded-Host": "evil.example"})
     [mail] = send_mails(app, outbox)
     assert "\nhttps://your.shop/books/account/reset/" in mail.get_content().replace("\r", "")
+
+
+@on_sqlite
+def test_in_production_without_a_public_url_no_mail_has_a_link_to_the_host_of_a_request(
+    app: Flask, client: FlaskClient, make_user: Make, admin: User, outbox: Path
+) -> None:
+    app.config["PRODUCTION"] = True
+    client.post(f"/admin/users/{make_user().id}/password-link", headers={"X-Forwarded-Host": "evil.example"})
+    app.config["PRODUCTION"] = False  # as in the process of the workers
+    [error] = drain(app, "mail").errors
+    assert "PUBLIC_URL was not set in production" in str(error)
+    assert not outbox.exists()
 
 
 # ---- Links stay out of the log

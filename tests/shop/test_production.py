@@ -95,11 +95,11 @@ def test_another_server_answers_503_to_each_request_until_its_settings_are_safe(
     database_url: str, nursery: Nursery
 ) -> None:
     command = [sys.executable, "-m", "waitress", "--listen=127.0.0.1:0", "--call", "app:create_app"]
-    with nursery.forked(command, environment(database_url, PUBLIC_URL="")) as server:
+    with nursery.forked(command, environment(database_url, PUBLIC_URL="http://your.shop")) as server:
         address = server.wait_for(r"Serving on (http://\S+)")[1]
         assert [answer(address, path)[0] for path in ("/", "/login", "/health/live", "/static/style.css")] == [503] * 4
-        server.wait_for("PUBLIC_URL is not set in production")
-        assert server.output.count("PUBLIC_URL is not set in production") == 1
+        server.wait_for("PUBLIC_URL is http://your.shop/ in production")
+        assert server.output.count("PUBLIC_URL is http://your.shop/ in production") == 1
         assert "joined" not in server.output
     with nursery.forked(command, environment(database_url, PUBLIC_URL="https://127.0.0.1")) as server:
         address = server.wait_for(r"Serving on (http://\S+)")[1]
@@ -113,11 +113,11 @@ def test_another_server_answers_503_to_each_request_until_its_settings_are_safe(
 def test_flask_run_is_production_if_the_setting_says_so(sqlite_url: str, nursery: Nursery) -> None:
     add_demo_admin(sqlite_url)
     command = flask("run", "--port", "0")
-    unsafe = environment(sqlite_url, FLASK_APP="app", SECRET_KEY="dev", PUBLIC_URL="")
+    unsafe = environment(sqlite_url, FLASK_APP="app", SECRET_KEY="dev", PUBLIC_URL="http://your.shop")
     code, output = nursery.run(command, {**unsafe, "PRODUCTION": "true"})
     assert code == 1
     assert "Error: SECRET_KEY is short or well known in production" in output
-    assert "PUBLIC_URL is not set in production" in output
+    assert "PUBLIC_URL is http://your.shop/ in production" in output
     code, output = nursery.run(command, environment(sqlite_url, FLASK_APP="app", PRODUCTION="true"))
     assert code == 1
     assert "Error: The demo shop's admin@example.com is an admin" in output
@@ -168,7 +168,6 @@ def test_safe_settings_have_no_complaint(tmp_path: Path) -> None:
         ({"TESTING": True}, "TESTING is True in production"),
         ({"SECRET_KEY": None}, "SECRET_KEY is not set in production"),
         ({"SECRET_KEY": "dev"}, "SECRET_KEY is short or well known in production"),
-        ({"PUBLIC_URL": None}, "PUBLIC_URL is not set in production"),
         ({"PUBLIC_URL": "http://your.shop"}, "PUBLIC_URL is http://your.shop/ in production"),
         ({"WTF_CSRF_ENABLED": False}, "WTF_CSRF_ENABLED or WTF_CSRF_CHECK_DEFAULT is false in production"),
         ({"WTF_CSRF_CHECK_DEFAULT": False}, "WTF_CSRF_ENABLED or WTF_CSRF_CHECK_DEFAULT is false in production"),
@@ -193,6 +192,7 @@ def test_a_grave_complaint_says_the_value_the_expectation_and_the_remedy(
     ("given", "beginning"),
     [
         ({"SESSION_COOKIE_SECURE": False}, "SESSION_COOKIE_SECURE is false in production"),
+        ({"PUBLIC_URL": None}, "PUBLIC_URL is not set in production"),
         ({"METRICS_TOKEN": None}, "METRICS_TOKEN is not set in production"),
         ({"MAIL_URL": None}, "MAIL_URL is not set in production"),
         ({"PROXIES": 0}, "PROXIES is 0 in production"),
@@ -260,10 +260,10 @@ def test_the_demo_admin_is_refused_in_production_until_it_is_no_longer_an_admin(
 def test_gunicorn_ends_with_a_line_for_each_grave_complaint(
     sqlite_url: str, more: tuple[str, ...], nursery: Nursery
 ) -> None:
-    env = environment(sqlite_url, SECRET_KEY="", PUBLIC_URL="", METRICS_TOKEN="x")
+    env = environment(sqlite_url, SECRET_KEY="", PUBLIC_URL="http://your.shop", METRICS_TOKEN="x")
     code, output = nursery.run(gunicorn("-w", "2", *more, "app:create_app()"), env)
     assert code == 3
-    for each in ("SECRET_KEY is not set", "PUBLIC_URL is not set", "METRICS_TOKEN is short"):
+    for each in ("SECRET_KEY is not set", "PUBLIC_URL is http://your.shop/", "METRICS_TOKEN is short"):
         assert sum(f"{each} in production" in line for line in output.splitlines()) == 1, output
     assert "MAIL_URL" not in output
     assert "Booting worker" not in output
@@ -320,10 +320,14 @@ def test_gunicorn_refuses_what_only_the_application_itself_is_given(
 
 def test_check_names_each_complaint_about_a_server_of_these_settings(sqlite_url: str, nursery: Nursery) -> None:
     add_demo_admin(sqlite_url)
-    env = environment(sqlite_url, FLASK_APP="app", PUBLIC_URL="", METRICS_TOKEN="x")
+    env = environment(sqlite_url, FLASK_APP="app", PUBLIC_URL="http://your.shop", METRICS_TOKEN="x")
     code, output = nursery.run(flask("workers", "check"), env)
     assert code == 1
-    for each in ("PUBLIC_URL is not set", "METRICS_TOKEN is short", "The demo shop's admin@example.com is an admin"):
+    for each in (
+        "PUBLIC_URL is http://your.shop/",
+        "METRICS_TOKEN is short",
+        "The demo shop's admin@example.com is an admin",
+    ):
         assert f"Problem: {each}" in output
     assert "Warning: MAIL_URL is not set in production" in output
     code, output = nursery.run(flask("workers", "check"), {**env, "PRODUCTION": "false"})
@@ -332,17 +336,17 @@ def test_check_names_each_complaint_about_a_server_of_these_settings(sqlite_url:
 
 def test_a_command_that_serves_nothing_neither_warns_nor_refuses(sqlite_url: str, nursery: Nursery) -> None:
     for more in ({"PRODUCTION": "true"}, {}):
-        env = environment(sqlite_url, FLASK_APP="app", SECRET_KEY="dev", PUBLIC_URL="", **more)
+        env = environment(sqlite_url, FLASK_APP="app", SECRET_KEY="dev", PUBLIC_URL="http://your.shop", **more)
         code, output = nursery.run(flask("workers", "list"), env)
         assert code == 0, output
         assert "production" not in output
 
 
 def test_flask_workers_run_refuses_grave_complaints_if_the_setting_says_so(sqlite_url: str, nursery: Nursery) -> None:
-    env = environment(sqlite_url, FLASK_APP="app", PUBLIC_URL="", PRODUCTION="true")
+    env = environment(sqlite_url, FLASK_APP="app", PUBLIC_URL="http://your.shop", PRODUCTION="true")
     code, output = nursery.run(flask("workers", "run"), env)
     assert code == 1
-    assert "Error: PUBLIC_URL is not set in production" in output
+    assert "Error: PUBLIC_URL is http://your.shop/ in production" in output
 
 
 def add_demo_admin(url: str) -> None:
