@@ -5,15 +5,11 @@ nothing. `DatabaseNotReady` names the fault and the command that repairs it.
 """
 
 import logging
-import os
 import sqlite3
-import threading
-import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import closing, contextmanager
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
 from flask import current_app
 from sqlalchemy import URL, Connection, Engine, inspect, text
@@ -26,12 +22,6 @@ from background.errors import DatabaseNotReady
 if TYPE_CHECKING:
     from alembic.config import Config
     from alembic.script import ScriptDirectory
-
-fcntl: ModuleType | None
-try:
-    import fcntl
-except ImportError:  # on Windows
-    fcntl = None
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +81,7 @@ def _prepare(engine: Engine, fill: Fill | None) -> None:
     """
     folder = Path(str(engine.url.database)).parent
     folder.mkdir(parents=True, exist_ok=True)
-    with _lock(folder / ".prepare.lock", Path(str(engine.url.database))):
+    with _lock(folder / ".prepare.sqlite", Path(str(engine.url.database))):
         found = _found_revision(engine) if Path(str(engine.url.database)).exists() else None
         if found is None:
             upgrade(fill)
@@ -142,16 +132,10 @@ def refuse_unreleased(url: URL, found: str | None) -> None:
     """Raise DatabaseNotReady for a database that the migrations before 0.1.0 made."""
     if found not in UNRELEASED:
         return
-    stamp = f"`flask db stamp --purge {SAME_AS_UNRELEASED}`"
-    if found == UNRELEASED[-1]:
-        raise DatabaseNotReady(
-            f"The database {_shown(url)} is at revision {found} of the migrations before 0.1.0, whose tables are those "
-            f"of {SAME_AS_UNRELEASED}: back it up, and record that with {stamp}."
-        )
     raise DatabaseNotReady(
         f"The database {_shown(url)} is at revision {found} of the migrations before 0.1.0; expected "
-        f"{UNRELEASED[-1]}: run `flask db upgrade` with the version that made it and {stamp} with this one, or begin "
-        "with an empty database."
+        f"{UNRELEASED[-1]}: reach that with the version that made the database, back it up, and record it with "
+        f"`flask db stamp --purge {SAME_AS_UNRELEASED}`."
     )
 
 
@@ -213,45 +197,21 @@ def _createdb(url: URL) -> str:
 
 @contextmanager
 def _lock(path: Path, database: Path) -> Iterator[None]:
-    """Hold the lock at `path`. Raise DatabaseNotReady if another process keeps it for LOCK_SECONDS."""
+    """Hold the lock at `path`. Raise DatabaseNotReady if another process keeps it for LOCK_SECONDS.
+
+    It is the lock of a database without tables, as SQLite can lock files on every system.
+    """
     make_private(str(path), like=str(database))
-    until = time.monotonic() + LOCK_SECONDS
-    with path.open("r+") as file, ExitStack() as held:
-        while not _is_locked(file, held):
-            if time.monotonic() > until:
-                holder = file.read().strip()
-                raise DatabaseNotReady(
-                    f"{f'Process {holder}' if holder else 'Another process'} has kept the lock {path} for "
-                    f"{LOCK_SECONDS} s; expected it to prepare {database} within that time. Wait until it ends, "
-                    "or end it, and start again."
-                )
-            threading.Event().wait(0.05)
-        file.truncate()
-        file.write(str(os.getpid()))
-        file.flush()
+    with closing(sqlite3.connect(path, timeout=LOCK_SECONDS, isolation_level=None)) as connection:
+        try:
+            connection.execute("BEGIN EXCLUSIVE")
+        except sqlite3.OperationalError as error:
+            raise DatabaseNotReady(
+                f"Another process has kept the lock {path} for {LOCK_SECONDS} s ({error}); expected it to "
+                f"prepare {database} within that time. Wait until it ends, or end it (`fuser {path}` shows it), and "
+                "start again."
+            ) from None
         yield
-
-
-def _is_locked(file: TextIO, held: ExitStack) -> bool:
-    """Lock the file until `held` is closed. False if another process has it."""
-    if fcntl is None:
-        return _is_locked_by_sqlite(Path(f"{file.name}.sqlite"), held)
-    with suppress(BlockingIOError):
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    return False
-
-
-def _is_locked_by_sqlite(path: Path, held: ExitStack) -> bool:
-    """Lock a database file of its own, as SQLite can lock files on every system."""
-    connection = sqlite3.connect(path, timeout=0, isolation_level=None)
-    try:
-        connection.execute("BEGIN EXCLUSIVE")
-    except sqlite3.OperationalError:
-        connection.close()
-        return False
-    held.callback(connection.close)
-    return True
 
 
 def _head() -> str | None:
