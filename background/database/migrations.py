@@ -8,18 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sqlalchemy import (
-    BigInteger,
-    Column,
-    Float,
-    ForeignKey,
-    Inspector,
-    Integer,
-    String,
-    Text,
-    inspect,
-    text,
-)
+from sqlalchemy import BigInteger, Column, Float, ForeignKey, Inspector, Integer, String, Text, inspect, text
 
 from ..errors import InvalidMigration
 from .clock import UtcDateTime

@@ -174,13 +174,7 @@ messages = Table(
 
 
 Index("ix_background_messages_key", messages.c.topic, messages.c.key, unique=True, **_where("key IS NOT NULL"))
-Index(
-    "ix_background_messages_due",
-    messages.c.topic,
-    messages.c.due_at,
-    messages.c.id,
-    **_where("state = 'waiting'"),
-)
+Index("ix_background_messages_due", messages.c.topic, messages.c.due_at, messages.c.id, **_where("state = 'waiting'"))
 Index("ix_background_messages_running", messages.c.instance, **_where("state = 'running'"))
 Index("ix_background_messages_dead", messages.c.topic, messages.c.id, **_where("state = 'dead'"))
 Index("ix_background_messages_finished", messages.c.finished_at, **_where("finished_at IS NOT NULL"))

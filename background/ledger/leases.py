@@ -249,9 +249,7 @@ class Leases:
 
 _is_ahead = instances.c.heartbeat_at > now(timedelta(seconds=_STEP_SECONDS))  # the clock was set back since
 is_alive: ColumnElement[bool] = and_(
-    instances.c.signed_off_at.is_(None),
-    instances.c.expires_at > now(),
-    not_(_is_ahead),
+    instances.c.signed_off_at.is_(None), instances.c.expires_at > now(), not_(_is_ahead)
 )
 
 _schedule_lines = (

@@ -6,17 +6,7 @@ from types import MappingProxyType
 from typing import Any
 from uuid import uuid4
 
-from sqlalchemy import (
-    ColumnElement,
-    Connection,
-    Row,
-    and_,
-    insert,
-    null,
-    select,
-    true,
-    update,
-)
+from sqlalchemy import ColumnElement, Connection, Row, and_, insert, null, select, true, update
 
 from ..database.clock import now
 from ..database.sessions import Executes
@@ -249,11 +239,7 @@ class Ledger:
         )
         extended_at = connection.execute(
             update(executions)
-            .where(
-                executions.c.id == newest,
-                executions.c.state == "skipped",
-                executions.c.reason == reason,
-            )
+            .where(executions.c.id == newest, executions.c.state == "skipped", executions.c.reason == reason)
             .values(through=tick, finished_at=now())
             .returning(executions.c.finished_at)
         ).scalar_one_or_none()
@@ -268,13 +254,7 @@ class Ledger:
         at = connection.execute(
             insert(executions)
             .values(
-                worker=name,
-                tick=first,
-                through=last,
-                trigger="schedule",
-                state=state,
-                reason=reason,
-                finished_at=now(),
+                worker=name, tick=first, through=last, trigger="schedule", state=state, reason=reason, finished_at=now()
             )
             .returning(executions.c.finished_at)
         ).scalar_one()

@@ -79,8 +79,7 @@ def health() -> Blueprint:
 def _answer(word: str, checks: dict[str, Check]) -> ResponseReturnValue:
     is_ok = all(check.ok for check in checks.values())
     answer = jsonify(
-        status=word if is_ok else f"not {word}",
-        checks={name: check.as_dict() for name, check in checks.items()},
+        status=word if is_ok else f"not {word}", checks={name: check.as_dict() for name, check in checks.items()}
     )
     answer.headers["Cache-Control"] = "no-store"
     answer.status_code = 200 if is_ok else 503

@@ -43,9 +43,7 @@ def text(figures: Figures | None, timing: CollectorRegistry) -> bytes:
 def _executions(figures: Figures) -> Iterator[Metric]:
     states = figures.totals.get("state", {})
     ended = CounterMetricFamily(
-        "background_executions",
-        "Executions by state. A range of missed ticks counts once.",
-        labels=("worker", "state"),
+        "background_executions", "Executions by state. A range of missed ticks counts once.", labels=("worker", "state")
     )
     since = GaugeMetricFamily(
         "background_seconds_since_last_success",
