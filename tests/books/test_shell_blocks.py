@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -123,6 +124,15 @@ def alive(database_url: str) -> Iterator[None]:
 def test_the_commands_of_the_page_are_accepted(app: Flask, page: str) -> None:
     for line in lines(page):
         succeed(line, app)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make, of Debian's package of that name")
+def test_make_has_each_target_for_contributors() -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    targets = set(re.findall(r"(?:^    |`)make (\w+)", page, re.MULTILINE))
+    assert {"setup", "test"} < targets
+    code, said = run(["make", "--dry-run", *sorted(targets)], environment())
+    assert code == 0, said
 
 
 @pytest.mark.parametrize("page", PAGES)
