@@ -41,17 +41,16 @@ class History:
 
     def __init__(self, ledger: Ledger, instances: InstanceHistory) -> None:
         self._ledger, self._instances = ledger, instances
-        self._reading = ledger.store.single
+        self._read = ledger.store.read
 
     def clock(self) -> datetime:
         """Read the database's clock."""
-        with self._reading.connect() as connection:
-            return connection.execute(select(now())).scalar_one()
+        [(clock,)] = self._read(select(now()))
+        return clock  # type: ignore[no-any-return]
 
     def names(self) -> list[str]:
         """Return the workers that the database knows."""
-        with self._reading.connect() as connection:
-            return list(connection.scalars(select(workers.c.name).order_by(workers.c.name)).all())
+        return [row.name for row in self._read(select(workers.c.name).order_by(workers.c.name))]
 
     def latest(self, names: Collection[str] | None = None) -> dict[str, Record]:
         """Return each worker's newest row (of `names`) that is not running. It may be about ticks without a run."""
@@ -93,18 +92,15 @@ class History:
 
     def _last_of(self, places: Select[Any]) -> Place | None:
         """Return the last of the MOST_SEARCHED rows that were read. None if there are fewer."""
-        with self._reading.connect() as connection:
-            last = connection.execute(places.offset(MOST_SEARCHED - 1).limit(1)).one_or_none()
-        return (last.tick, last.id) if last else None
+        last = self._read(places.offset(MOST_SEARCHED - 1).limit(1))
+        return (last[0].tick, last[0].id) if last else None
 
     def recent(self, names: Collection[str], count: int) -> dict[str, list[Glance]]:
         """Return the newest `count` executions of each worker of `names`, oldest first."""
         found: dict[str, list[Glance]] = {name: [] for name in names}
         if found:
             parameters = {f"worker_{number}": name for number, name in enumerate(found)}
-            with self._reading.connect() as connection:
-                glances = map(Glance._make, connection.execute(_glances(len(found), count), parameters).all())
-            for glance in glances:
+            for glance in map(Glance._make, self._read(_glances(len(found), count), parameters)):
                 found[glance.worker].append(glance)
         return {name: glances[::-1] for name, glances in found.items()}
 
@@ -114,8 +110,8 @@ class History:
 
     def log(self, execution: int) -> str | None:
         """Return the log lines of that execution. None if it logged nothing, or was pruned."""
-        with self._reading.connect() as connection:
-            return connection.scalar(select(executions.c.log).where(executions.c.id == execution))
+        rows = self._read(select(executions.c.log).where(executions.c.id == execution))
+        return rows[0].log if rows else None
 
     def running(self) -> list[Record]:
         """Return the running executions of all workers, without reasons."""
@@ -179,15 +175,11 @@ class History:
     def _behind(self, name: str, at: datetime) -> tuple[Record | None, datetime | None]:
         later = _of(name).where(executions.c.tick > at, executions.c.trigger == "schedule")
         after = self._records(later.order_by(executions.c.tick, executions.c.id).limit(1))
-        with self._reading.connect() as connection:
-            oldest = connection.execute(
-                select(func.min(executions.c.tick)).where(executions.c.worker == name)
-            ).scalar_one()
+        [(oldest,)] = self._read(select(func.min(executions.c.tick)).where(executions.c.worker == name))
         return (after[0] if after else None), oldest
 
     def _records(self, query: Select[Any]) -> list[Record]:
-        with self._reading.connect() as connection:
-            return [Record(*row) for row in connection.execute(query).all()]
+        return [Record(*row) for row in self._read(query)]
 
     def _marked(self, records: list[Record]) -> list[Record]:
         """Return the records with `is_gone` filled in."""

@@ -5,14 +5,14 @@ The number of queries does not depend on the number of workers. No query reads e
 """
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, String, and_, case, cast, func, select
+from sqlalchemy import String, and_, case, cast, func, select
 from sqlalchemy.exc import SQLAlchemyError
 
-from ..database.clock import elapsed, now, single_statements
+from ..database.clock import elapsed, now
 from ..database.connections import again_if_stale
 from ..database.tables import instances, totals
 from ..errors import first_line
@@ -79,19 +79,16 @@ def _figures(manager: BackgroundWorkerManager) -> Figures:
 
 def _read(manager: BackgroundWorkerManager) -> Figures:
     manager.stores.connections.refuse_missing()
-    with single_statements(manager.stores.main.engine).connect() as connection:
-        sums = _read_totals(connection)
-    with single_statements(manager.stores.leases.engine).connect() as connection:
-        alive = connection.execute(_alive).all()
+    sums, alive = _sums(manager.stores.main.read(_totals)), manager.stores.leases.read(_alive)
     # If containers share a host name and a process id, the largest offset is reported.
     known = sorted((row for row in alive if row.clock_offset is not None), key=lambda row: abs(row.clock_offset))
     offsets = {f"{row.host}:{row.pid}": -row.clock_offset for row in known}
     return Figures(sums, statuses(manager.stores, manager.workers), offsets, len(alive), manager.messages.depths())
 
 
-def _read_totals(connection: Connection) -> Totals:
+def _sums(rows: Iterable[Any]) -> Totals:
     found: dict[str, dict[str, Total]] = defaultdict(dict)
-    for kind, worker, numbers, seconds, age in connection.execute(_totals):
+    for kind, worker, numbers, seconds, age in rows:
         pairs = (pair.split("=") for pair in numbers.split(","))
         found[kind][worker] = Total({label: int(number) for label, number in pairs}, seconds, age)
     return found
