@@ -98,7 +98,7 @@ executions = Table(
     Column("state", String(12), nullable=False),
     Column("attempt", Integer),
     Column("token", BigInteger),
-    # The random id of this execution's claim. NULL if an older release made the claim.
+    # The random id of this execution's claim. NULL for an execution without a claim.
     Column("claim", String(32)),
     Column("instance", String(32)),
     Column("instance_name", String(255)),
