@@ -6,7 +6,7 @@ connections. Two checks do not: the check of the migrations, and the check of th
 """
 
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -50,10 +50,18 @@ class Check:
         return {"ok": self.ok, **self.figures, **age}
 
 
+Ask = Callable[[BackgroundWorkerManager], dict[str, Check]]
+
+
 def health() -> Blueprint:
     """Return a blueprint for GET /health/live, /ready and /workers, which respond with 200 or 503, and JSON."""
     blueprint = Blueprint("health", __name__, url_prefix="/health")
-    readiness, fleet = Readiness(), FleetHealth()
+    readiness = Probe("Not ready", "Ready again", {_OF_DATABASE: Readiness().ask})
+    fleet = Probe(
+        "The fleet does not run as it should",
+        "The fleet runs as it should again",
+        {("instances", "overdue", "stuck"): _fleet, ("write",): _write},
+    )
 
     @blueprint.get("/live")
     def live() -> ResponseReturnValue:
@@ -63,7 +71,7 @@ def health() -> Blueprint:
     @blueprint.get("/ready")
     def ready() -> ResponseReturnValue:
         """Report whether the database, its migrations, this instance's heartbeat and the workers are in order."""
-        return _answer("ready", readiness.checks())
+        return _answer("ready", readiness.checks(heartbeat=_heartbeat(current_workers)))
 
     @blueprint.get("/workers")
     def fleet_health() -> ResponseReturnValue:
@@ -93,29 +101,47 @@ def _threads(manager: BackgroundWorkerManager) -> dict[str, Check]:
     return {name: Check(is_alive, {"here": True}) for name, is_alive in alive.items()}
 
 
+class Probe:
+    """The checks of one endpoint. Logs when they begin to fail, fail in another way, or succeed again."""
+
+    def __init__(self, failing: str, good: str, parts: Mapping[tuple[str, ...], Ask]) -> None:
+        """Take the text for each line of the log, and the functions that make checks, by the names of these checks."""
+        self._failing, self._good = failing, good
+        self._parts = [(names, Timebox(ask, _ANSWER_SECONDS)) for names, ask in parts.items()]
+        self._failed: tuple[str, ...] = ()
+
+    def checks(self, **more: Check) -> dict[str, Check]:
+        """Return each check by its name, within seconds even if the database hangs, and the checks `more`."""
+        checks: dict[str, Check] = {}
+        for names, timebox in self._parts:
+            try:
+                checks |= timebox.answer(the_manager())
+            except (BackgroundError, SQLAlchemyError, sqlite3.Error, OSError) as error:  # TimeoutError is an OSError
+                checks |= dict.fromkeys(names, Check(False, {}, first_line(error)))
+        self._log_change(checks | more)
+        return checks | more
+
+    def _log_change(self, checks: dict[str, Check]) -> None:
+        """Log the change since the last call. A probe comes every few seconds."""
+        failed = tuple(name for name, check in checks.items() if not check.ok)
+        before, self._failed = self._failed, failed
+        if failed and failed != before:
+            reasons = (f"{name} ({check.reason})" for name, check in checks.items() if check.reason and not check.ok)
+            log.warning("%s: %s", self._failing, "; ".join(reasons) or ", ".join(failed))
+        elif before and not failed:
+            log.info("%s", self._good)
+
+
 class Readiness:
-    """Checks the readiness of this process, and logs when it changes."""
+    """The checks of the database and the workers, and the moment of the last good check of the migrations."""
 
     def __init__(self) -> None:
-        self._timebox = Timebox(self._ask, _ANSWER_SECONDS)
         self._migrated_at: float | None = None
-        self._change = Change("Not ready", "Ready again")
 
-    def checks(self) -> dict[str, Check]:
-        """Return each check by its name, within seconds even if the database hangs."""
-        checks = {**self._of_database(), "heartbeat": _heartbeat(current_workers)}
-        self._change.log(checks)
-        return checks
-
-    def _of_database(self) -> dict[str, Check]:
-        try:
-            return self._timebox.answer(the_manager())
-        except TimeoutError as error:
-            return dict.fromkeys(_OF_DATABASE, Check(False, {}, first_line(error)))
-
-    def _ask(self, manager: BackgroundWorkerManager) -> dict[str, Check]:
+    def ask(self, manager: BackgroundWorkerManager) -> dict[str, Check]:
+        """Return the checks. If the database fails, the other checks would fail as well."""
         checks = {"database": _checked(lambda: _database(manager))}
-        if not checks["database"].ok:  # the other checks would fail as well
+        if not checks["database"].ok:
             return checks | dict.fromkeys(_OF_DATABASE[1:], Check(False, {}))
         checks["migrations"] = _checked(lambda: self._migrations(manager))
         checks["workers"] = _checked(lambda: _workers(manager))
@@ -128,44 +154,6 @@ class Readiness:
             manager.check()
             self._migrated_at = steady()
         return Check(True, {}, at=self._migrated_at)
-
-
-class Change:
-    """Logs when checks begin to fail, fail in another way, or succeed again. A probe comes every few seconds."""
-
-    def __init__(self, failing: str, good: str) -> None:
-        self._failing, self._good = failing, good
-        self._failed: tuple[str, ...] = ()
-
-    def log(self, checks: dict[str, Check]) -> None:
-        """Log the change since the last call."""
-        failed = tuple(name for name, check in checks.items() if not check.ok)
-        before, self._failed = self._failed, failed
-        if failed and failed != before:
-            reasons = (f"{name} ({check.reason})" for name, check in checks.items() if check.reason and not check.ok)
-            log.warning("%s: %s", self._failing, "; ".join(reasons) or ", ".join(failed))
-        elif before and not failed:
-            log.info("%s", self._good)
-
-
-class FleetHealth:
-    """Checks the fleet, and that the application's own pool can write. Logs when the result changes."""
-
-    def __init__(self) -> None:
-        self._fleet = Timebox(_fleet, _ANSWER_SECONDS)
-        self._write = Timebox(_write, _ANSWER_SECONDS)
-        self._change = Change("The fleet does not run as it should", "The fleet runs as it should again")
-
-    def checks(self) -> dict[str, Check]:
-        """Return each check by its name, within seconds even if the database hangs."""
-        checks: dict[str, Check] = {}
-        for timebox, names in ((self._fleet, ("instances", "overdue", "stuck")), (self._write, ("write",))):
-            try:
-                checks |= timebox.answer(the_manager())
-            except (BackgroundError, SQLAlchemyError, sqlite3.Error, OSError) as error:  # TimeoutError is an OSError
-                checks |= dict.fromkeys(names, Check(False, {}, first_line(error)))
-        self._change.log(checks)
-        return checks
 
 
 def _fleet(manager: BackgroundWorkerManager) -> dict[str, Check]:

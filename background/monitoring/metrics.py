@@ -27,7 +27,7 @@ def metrics() -> Blueprint:
             return Response("A bearer token is required.\n", 401, {"WWW-Authenticate": "Bearer"}, "text/plain")
         from .prometheus import CONTENT_TYPE, text  # imported here, as only a scraped process needs the client library
 
-        answer = text(fleet.figures(), timing.registry)
+        answer = text(fleet.figures(), timing.series)
         return Response(answer, headers={"Cache-Control": "no-store"}, content_type=CONTENT_TYPE)
 
     return blueprint

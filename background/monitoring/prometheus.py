@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 
-from prometheus_client import CollectorRegistry, Metric, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, Metric, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
@@ -33,11 +33,25 @@ class _Fleet(Collector):
             yield from _messages(self._figures.topics)
 
 
-def text(figures: Figures | None, timing: CollectorRegistry) -> bytes:
-    """Write the fleet's `figures` (None if the database is away), and this process's request `timing`."""
+class RequestSeries:
+    """The requests to one application in this process.
+
+    Each series has the process as a label. Without it, several processes behind one port would share one series.
+    """
+
+    def __init__(self) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]
+        self.registry, labels = CollectorRegistry(), ("method", "endpoint", "process")
+        counted, timed = "Requests that this process answered.", "Time that this process took for a request."
+        self.requests = Counter("http_requests", counted, (*labels, "status"), registry=self.registry)
+        self.durations = Histogram("http_request_duration_seconds", timed, labels, registry=self.registry)
+
+
+def text(figures: Figures | None, requests: RequestSeries) -> bytes:
+    """Write the fleet's `figures` (None if the database is away), and the `requests` to this process."""
     fleet = CollectorRegistry()
     fleet.register(_Fleet(figures))
-    return generate_latest(fleet) + generate_latest(timing)
+    return generate_latest(fleet) + generate_latest(requests.registry)
 
 
 def _executions(figures: Figures) -> Iterator[Metric]:
