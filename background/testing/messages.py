@@ -43,7 +43,7 @@ def drain(app: Flask, topic: str | None = None) -> Drained:
         raise UnknownTopic(topic, manager.topics)
     workers = [worker for of, worker in manager.topics.items() if topic in (None, of)]
     ids: set[int] = set()
-    while found := [id for worker in workers for id in _handle_due(app, manager, worker)]:
+    while found := [id for worker in workers for id in _handle_due(manager, worker)]:
         ids.update(found)
     store = manager.stores.main
     states = Counter(
@@ -54,14 +54,14 @@ def drain(app: Flask, topic: str | None = None) -> Drained:
     return Drained(states["done"], states["waiting"], states["dead"], errors)
 
 
-def _handle_due(app: Flask, manager: BackgroundWorkerManager, worker: type[MessageWorker]) -> list[int]:
+def _handle_due(manager: BackgroundWorkerManager, worker: type[MessageWorker]) -> list[int]:
     """Handle one batch. Return the ids of its messages."""
     queue = manager.stores.queue
     with manager.presence.present() as instance:
         batch = queue.claim(worker.name, worker.topic, worker.batch_size, (instance.id, instance.name))
         if batch is None:
             return []
-        BatchRun(worker, batch, queue, manager.runs, instance, app, manager.db, Counter()).run()
+        BatchRun(worker, batch, queue, manager.runs, instance, Counter()).run()
         return list(batch.ids)
 
 
