@@ -16,7 +16,7 @@ from sqlalchemy import Connection, Engine, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 from werkzeug.security import generate_password_hash
 
-from background.errors import DatabaseNotReady, InvalidConfig
+from background.errors import InvalidConfig
 from config import address, may_serve
 from migrations import schema
 from models import User
@@ -156,10 +156,7 @@ def open_shop(connection: Connection) -> None:
 
 
 def _ready_engine() -> Engine:
-    try:
-        ensure_ready()
-    except DatabaseNotReady as error:
-        raise click.ClickException(str(error)) from None
+    ensure_ready()
     engine: Engine = current_app.extensions["sqlalchemy"].engine
     return engine
 

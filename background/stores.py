@@ -83,11 +83,8 @@ class Stores:
 
     def refuse_autocommit(self) -> None:
         """Open a session as the application does. Raises InvalidConfig if it commits each statement."""
-        session = self.db.session()
-        try:
+        with self.db.session() as session:
             self.connections.sessions.within(session)
-        finally:
-            session.close()
 
     def write(self) -> None:
         """Change nothing, and raise the errors of a database that takes no writes."""

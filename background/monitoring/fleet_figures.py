@@ -13,7 +13,6 @@ from sqlalchemy import String, and_, case, cast, func, select
 from sqlalchemy.exc import SQLAlchemyError
 
 from ..database.clock import elapsed, now
-from ..database.connections import again_if_stale
 from ..database.tables import instances, totals
 from ..errors import first_line
 from ..history.messages import Topic
@@ -74,10 +73,6 @@ class Fleet:
 
 
 def _figures(manager: BackgroundWorkerManager) -> Figures:
-    return again_if_stale(lambda: _read(manager))
-
-
-def _read(manager: BackgroundWorkerManager) -> Figures:
     manager.stores.connections.refuse_missing()
     sums, alive = _sums(manager.stores.main.read(_totals)), manager.stores.leases.read(_alive)
     # If containers share a host name and a process id, the largest offset is reported.
