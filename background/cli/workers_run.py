@@ -3,7 +3,6 @@
 import gc
 import signal
 import socket
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -140,9 +139,6 @@ def _handed_back_on_signals(manager: BackgroundWorkerManager, name: str) -> Iter
 @contextmanager
 def _sigterm_as_sigint() -> Iterator[None]:
     """Treat SIGTERM like Ctrl-C: raise KeyboardInterrupt in the main thread."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
