@@ -256,9 +256,7 @@ def _drop(op: Any, schema: str | None) -> None:
 
 
 def _is_created(inspector: Inspector, schema: str | None) -> bool:
-    return all(inspector.has_table(table, schema) for table in _TABLES) and any(
-        column["name"] == "mark_ahead" for column in inspector.get_columns("background_workers", schema)
-    )
+    return all(inspector.has_table(table, schema) for table in _TABLES)
 
 
 STEPS = (Step(_create, _drop, _is_created),)
