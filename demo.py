@@ -3,7 +3,7 @@
 import logging
 import secrets
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from itertools import islice, product
 from random import Random
@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 ADMIN = "admin@example.com"  # of the demo shop only: production refuses to start with this admin
 NO_PASSWORD = "!"  # noqa: S105 - this is not a hash, so no demo user can log in
 MOST_USERS = 100_000_000
+BATCH = 10_000  # users that one transaction adds
 
 CONTENTS: set[Callable[[Connection], None]] = set()
 """Functions that each write more of the first content, unless the database has it already."""
@@ -44,9 +45,6 @@ USERS = [
     ("Srinivasa Ramanujan", 5, None),
 ]
 
-# The columns as text that both databases read. "None" is a user who never logged in.
-DemoUser = tuple[str, str, str, str, str]
-COLUMNS = "email, name, password_hash, created_at, last_login_at"
 FIRST_NAMES = "Alice Bruno Chiara Dmitri Elif Farah Goran Hanna Igor Jonas Kenji Lucia Mina Noor Olga Pablo"
 LAST_NAMES = "Abbott Bauer Costa Dumont Eriksen Fischer Garcia Haddad Ivanova Jansen Kaya Lindgren"
 
@@ -208,59 +206,34 @@ def _create_admin(connection: Connection, email: str) -> None:
 
 
 def add_users(engine: Engine, count: int, at: datetime) -> None:
-    """Append `count` users in the database's fastest way. Every tenth is stale, and the ages are mixed."""
+    """Append `count` users. Every tenth is stale, and the ages are mixed.
+
+    Concurrency: SQLite has one writer, so other processes wait for a batch.
+    """
     with engine.connect() as connection:
         highest = connection.scalar(select(func.max(User.id))) or 0
-    add = {"postgresql": _copy, "sqlite": _insert_many}[engine.dialect.name]
-    with (
-        click.progressbar(length=count, label=f"Adding {count} users") as bar,
-        engine.connect() as connection,
-    ):
-        for added in add(connection, _demo_users(highest + 1, count, at)):
-            bar.update(added)
+    users = _demo_users(highest + 1, count, at)
+    with click.progressbar(length=count, label=f"Adding {count} users") as bar:
+        while batch := list(islice(users, BATCH)):
+            with engine.begin() as connection:
+                connection.execute(insert(User), batch)
+            bar.update(len(batch))
     with engine.begin() as connection:
         connection.exec_driver_sql("ANALYZE users")
 
 
-def _copy(connection: Connection, users: Iterable[DemoUser]) -> Iterator[int]:
-    driver: Any = connection.connection.driver_connection
-    with driver.cursor() as cursor, cursor.copy(f"COPY users ({COLUMNS}) FROM STDIN") as copy:
-        for batch in _in_batches(users):
-            copy.write("".join(["\t".join(user).replace("\tNone", "\t\\N") + "\n" for user in batch]))
-            yield len(batch)
-    driver.commit()
-
-
-def _insert_many(connection: Connection, users: Iterable[DemoUser]) -> Iterator[int]:
-    """Insert a batch per transaction. Concurrency: SQLite has one writer, so other processes wait for a batch."""
-    driver: Any = connection.connection.driver_connection
-    driver.execute("PRAGMA cache_size = -262144")  # KiB, because the indexes are not written in order
-    for batch in _in_batches(users):
-        driver.executemany(
-            f"INSERT INTO users ({COLUMNS}) VALUES (?, ?, ?, ?, nullif(?, 'None'))",  # noqa: S608
-            batch,
-        )
-        driver.commit()
-        yield len(batch)
-    driver.execute("PRAGMA cache_size = -2000")
-
-
-def _in_batches(users: Iterable[DemoUser], size: int = 10_000) -> Iterator[list[DemoUser]]:
-    users = iter(users)
-    while batch := list(islice(users, size)):
-        yield batch
-
-
-def _demo_users(first: int, count: int, at: datetime) -> Iterator[DemoUser]:
+def _demo_users(first: int, count: int, at: datetime) -> Iterator[dict[str, Any]]:
     """Yield users. The number in the e-mail is above every id, so above the number of every earlier demo user."""
     random = Random(first)  # noqa: S311 - the same numbers give the same users
-    days = [f"{at - timedelta(days=ago):%Y-%m-%d}" for ago in range(1_000)]
-    pairs = product(FIRST_NAMES.split(), LAST_NAMES.split())
-    names = [(f"{given}.{family}".lower(), f"{given} {family}") for given, family in pairs]
+    names = list(product(FIRST_NAMES.split(), LAST_NAMES.split()))
     for number in range(first, first + count):
-        login, name = names[int(random.random() * len(names))]
-        days_ago = int(random.random() * 400) + 32 if number % 10 == 0 else int(random.random() * 26) + 1
-        time = f"{number % 24:02}:{number % 59:02}:{number % 60:02}.{int(random.random() * 1e6):06}"
-        last_login_at = f"{days[days_ago]} {time}" if number % 7 else "None"
-        created_at = f"{days[days_ago + number % 500]} {time}" if number % 7 else f"{days[days_ago]} {time}"
-        yield f"{login}.{number}@example.com", name, NO_PASSWORD, created_at, last_login_at
+        given, family = random.choice(names)
+        days = random.randint(32, 431) if number % 10 == 0 else random.randint(1, 26)
+        seen_at = at - timedelta(days, random.randrange(86_400))
+        yield {
+            "email": f"{given}.{family}.{number}@example.com".lower(),
+            "name": f"{given} {family}",
+            "password_hash": NO_PASSWORD,
+            "created_at": seen_at - timedelta(days=number % 500 if number % 7 else 0),
+            "last_login_at": seen_at if number % 7 else None,
+        }
