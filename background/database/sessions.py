@@ -1,7 +1,7 @@
 """The engine's statements in the application's sessions, and settings of sessions that the engine refuses."""
 
 import re
-from typing import Any, Protocol
+from typing import Any
 
 from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy import URL, Connection, Engine, Executable, event, update
@@ -20,16 +20,6 @@ _READS = re.compile(r"(select|show|explain|values|table|pragma|savepoint|release
 _WRITES = re.compile(r"\b(insert|update|delete|merge)\b", re.IGNORECASE)
 
 
-class Executes(Protocol):
-    """A connection, or the engine's part in a session."""
-
-    def execute(self, statement: Any, parameters: Any = None, /) -> Any:
-        """Run one statement. Return its result."""
-
-    def get_execution_options(self) -> Any:
-        """Return the options with which each statement runs."""
-
-
 class Within:
     """The engine's statements in one session. They use the database and the schema of the engine's tables."""
 
@@ -45,6 +35,8 @@ class Within:
     def get_execution_options(self) -> dict[str, Any]:
         return self._options
 
+
+Executes = Connection | Within
 
 _A_WRITE = update(workers)
 
