@@ -247,6 +247,7 @@ _schedule_lines = (
     .order_by(workers.c.name)
     .subquery()
 )
+_NEWLINE: Any = literal_column("'\n'")  # SQLAlchemy would write a text into each request anew
 _others = and_(is_alive, instances.c.id != bindparam("its_id"))
 _first_expiry = select(func.min(instances.c.expires_at)).where(_others).scalar_subquery()
 _is_worker_ahead = or_(
@@ -262,7 +263,7 @@ def _pulse(topics: Sequence[str]) -> tuple[ColumnElement[Any], ...]:
     is_busy = select(workers.c.name).where(or_(workers.c.running.is_not(None), is_pending)).exists()
     is_any_ahead = select(workers.c.name).where(_is_worker_ahead).exists()
     return (
-        select(func.aggregate_strings(_schedule_lines.c.line, "\n")).scalar_subquery(),
+        select(func.aggregate_strings(_schedule_lines.c.line, _NEWLINE)).scalar_subquery(),
         or_(
             is_busy,
             select(executions.c.id).where(executions.c.state == literal_column("'running'")).exists(),
