@@ -218,11 +218,10 @@ class ClockRecovery:
         """Make the delayed ticks and messages due again. Return whether messages are among them."""
         self.is_done = True
         states = self._stores.ledger.states()
-        ours = [state for state in states.values() if state.name in self._workers and is_ahead(state)]
+        ours = [state for state in states.values() if state.name in self._workers]
         if not self._stores.clock_repair.is_proven(states.values()):  # only `flask workers repair` may do this
             ours = []
-        repaired = [state.name for state in ours if self._stores.clock_repair.worker(state.name)]
-        number = self._stores.clock_repair.messages()
+        repaired, number = self._stores.clock_repair.all(ours)
         if repaired or number:
             log.warning("The database's clock is right again. Due again: %s", repaired_text(repaired, number))
         return number > 0
