@@ -90,7 +90,7 @@ class Stores:
         """Change nothing, and raise the errors of a database that takes no writes."""
         self.leases.write()
         if self.connections.heartbeat_file:  # on SQLite the instances are not in the main database's file
-            sqlite.write_unless_locked(self.main.engine)
+            sqlite.is_locked(self.main.engine)  # raises the errors of a write
 
     def close(self) -> None:
         """Close the connections. They open again with their next use."""

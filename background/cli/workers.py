@@ -134,7 +134,7 @@ def check(as_json: bool) -> None:
     problems, unseen, alive = [], list(_NEVER_LOOKED_AT), 0
     try:
         states = checked_manager().stores.ledger.states()
-        found = condition(manager.stores, manager.workers, manager.app.config["WORKERS_THREADS"])
+        found = condition(manager.stores, manager.workers)
         problems, alive = found.problems(), found.alive
         lacking = unmigrated(manager.app, manager.db)
     except (BackgroundError, DBAPIError) as error:

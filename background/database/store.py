@@ -25,7 +25,6 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql, sqlite
 
 from .clock import single_statements
-from .dialects.sqlite import write_unless_locked
 from .notifications import CHANNEL
 from .sessions import Sessions
 
@@ -130,15 +129,6 @@ class Store(Statements):
 def limit(setting: str, seconds: float) -> ColumnElement[str]:
     """Return a column that gives PostgreSQL a time limit, until the end of the transaction."""
     return func.set_config(setting, f"{seconds * 1000:.0f}", True)
-
-
-def try_to_write(engine: Engine, nothing: Executable) -> None:
-    """Execute `nothing`, which changes no row. On SQLite this waits for no other connection that writes."""
-    if engine.dialect.name == "sqlite":
-        write_unless_locked(engine, nothing)
-        return
-    with engine.begin() as connection:
-        connection.execute(nothing)
 
 
 def count(result: Any) -> int:

@@ -61,11 +61,12 @@ def _are(count: int) -> str:
     return "1 instance is" if count == 1 else f"{count} instances are"
 
 
-def condition(stores: Stores, ours: Mapping[str, type[PeriodicWorker]], threads: int) -> Condition:
+def condition(stores: Stores, ours: Mapping[str, type[PeriodicWorker]]) -> Condition:
     """Return the fleet's condition by the database's clock, in a constant number of queries.
 
-    `ours` are the workers of this release, and `threads` is the number of threads of an instance.
+    `ours` are the workers of this release. Each instance should have as many threads as this process.
     """
+    threads = stores.app.config["WORKERS_THREADS"]
     # Read where the instances' rows are. On SQLite that is a file of its own, which can read the other rows too.
     alive: dict[str, str] = {row.id: row.name for row in stores.leases.read(_alive)}
     full = {alive[id]: count for id, count in _busy(stores).items() if id in alive and count >= threads}

@@ -18,7 +18,7 @@ from sqlalchemy.exc import ProgrammingError, SQLAlchemyError
 
 from ..database.clock import steady
 from ..database.connections import again_if_stale
-from ..database.store import try_to_write
+from ..database.dialects.sqlite import is_locked
 from ..database.tables import workers
 from ..errors import BackgroundError, first_line
 from ..history.condition import condition
@@ -159,7 +159,7 @@ class Readiness:
 def _fleet(manager: BackgroundWorkerManager) -> dict[str, Check]:
     manager.stores.connections.refuse_missing()
     asked_at = steady()
-    found = condition(manager.stores, manager.workers, manager.app.config["WORKERS_THREADS"])
+    found = condition(manager.stores, manager.workers)
     silent_for = found.silence.length if found.silence else None
     silence = {} if silent_for is None else {"silent_seconds": round(silent_for.total_seconds(), 1)}
     return {
@@ -224,4 +224,8 @@ def _write_as_the_application(manager: BackgroundWorkerManager) -> None:
     """
     with manager.app.app_context():
         engine = manager.db.engine
-    try_to_write(engine, update(workers).where(false()).values(paused_at=null()))
+    if engine.dialect.name == "sqlite":
+        is_locked(engine)  # raises the errors of a write
+        return
+    with engine.begin() as connection:
+        connection.execute(update(workers).where(false()).values(paused_at=null()))

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 from weakref import WeakSet
 
-from sqlalchemy import Connection, Dialect, Engine, Executable, event
+from sqlalchemy import Connection, Dialect, Engine, event
 from sqlalchemy.exc import OperationalError
 
 from ...errors import InvalidConfig
@@ -68,19 +68,8 @@ def in_memory(engine: Engine) -> InvalidConfig:
     )
 
 
-def write_unless_locked(engine: Engine, *statements: Executable) -> None:
-    """Execute `statements` in a transaction that is rolled back, unless another connection writes at this moment.
-
-    Raises OperationalError for a read-only database, also without any statement.
-    """
-    with engine.connect() as connection:
-        if _is_lock_taken(connection):
-            for statement in statements:
-                connection.execute(statement)
-
-
 def is_locked(engine: Engine) -> bool:
-    """Return whether a connection holds the write lock now."""
+    """Return whether a connection holds the write lock now. Raises OperationalError for a read-only database."""
     with engine.connect() as connection:
         return not _is_lock_taken(connection)
 
