@@ -151,7 +151,14 @@ def are_coloured(inspector: Any, schema: str | None) -> bool:
 
 @pytest.fixture
 def second_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    newest = MetaData()
+    for table in migrations.metadata.tables.values():
+        table.to_metadata(newest)
+    locks = newest.tables["background_locks"]
+    locks.append_column(Column("colour", String(10)))
+    locks.c.token.nullable = True
     second = migrations.Step(colour_locks, bleach_locks, are_coloured)
+    monkeypatch.setattr(migrations, "metadata", newest)
     monkeypatch.setattr(migrations, "STEPS", (*migrations.STEPS[:1], second))
 
 
@@ -208,8 +215,9 @@ def offline(host: Host, start: str | None) -> tuple[Operations, StringIO]:
     return Operations(context), script
 
 
-@pytest.mark.usefixtures("second_version")
-def test_sql_from_base_makes_the_tables_step_by_step(host: Host) -> None:
+def test_sql_from_base_makes_the_tables_step_by_step(host: Host, request: pytest.FixtureRequest) -> None:
+    if host.engine.dialect.name == "postgresql":  # without a connection, Alembic rebuilds no table of SQLite
+        request.getfixturevalue("second_version")
     host.migrate_to(1)
     expected = host.definitions()
     host.migrate_to(0)
