@@ -127,7 +127,7 @@ def _report(manager: BackgroundWorkerManager, execution: Execution) -> None:
 
 @contextmanager
 def _handed_back_on_signals(manager: BackgroundWorkerManager, name: str) -> Iterator[None]:
-    """Treat SIGTERM like Ctrl-C, which raises KeyboardInterrupt. Print the outcome, and exit with 1."""
+    """Treat SIGTERM like Ctrl-C. After either signal, print the outcome of the run, and exit with 1."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield

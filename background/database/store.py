@@ -36,6 +36,7 @@ class Statements:
 
     def __init__(self, engine: Engine) -> None:
         self.engine, self.single = engine, single_statements(engine)
+        """`single` is the same engine, with a transaction for each statement."""
         self.on_sqlite = engine.dialect.name == "sqlite"
         self.insert: Callable[[Table], Any] = sqlite.insert if self.on_sqlite else postgresql.insert
         """The engine's `insert`, which knows ON CONFLICT."""
