@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from difflib import get_close_matches
+from functools import partial
 from typing import Any, NamedTuple
 
 from .errors import InvalidConfig
@@ -39,25 +40,26 @@ def _token(value: Any) -> str:
     return value
 
 
+def _amount(value: Any, least: float, most: int) -> float:
+    if isinstance(value, bool):
+        raise ValueError(value)
+    amount = float(value)
+    if not (math.isfinite(amount) and amount > 0 and least <= amount <= most):
+        raise ValueError(value)
+    return int(amount) if amount.is_integer() else amount
+
+
 def number(unit: str, most: int, least: float = 0.0) -> Kind:
     """Return the kind of numbers of this `unit` above 0, from `least` to `most`."""
-
-    def cast(value: Any) -> float:
-        if isinstance(value, bool):
-            raise ValueError(value)
-        amount = float(value)
-        if not (math.isfinite(amount) and amount > 0 and least <= amount <= most):
-            raise ValueError(value)
-        return int(amount) if amount.is_integer() else amount
-
-    return cast, f"a number of {unit} {f'from {least} to' if least else 'above 0 and at most'} {most}"
+    expected = f"a number of {unit} {f'from {least} to' if least else 'above 0 and at most'} {most}"
+    return partial(_amount, least=least, most=most), expected
 
 
 def whole(most: int) -> Kind:
     """Return the kind of whole numbers from 1 to `most`."""
 
     def cast(value: Any) -> int:
-        amount = number("", most)[0](value)
+        amount = _amount(value, 1, most)
         if not isinstance(amount, int):
             raise ValueError(value)
         return amount
