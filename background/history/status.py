@@ -67,7 +67,7 @@ def statuses(stores: Stores, workers_here: Mapping[str, type[PeriodicWorker]]) -
 
 _age = elapsed(executions.c.started_at, now())
 _average = (
-    select(func.sum(totals.c.seconds) / func.sum(totals.c.count))
+    select(func.sum(totals.c.seconds) / func.nullif(func.sum(totals.c.count), 0))
     .where(totals.c.worker == workers.c.name, totals.c.kind == "duration")
     .scalar_subquery()
 )

@@ -84,8 +84,9 @@ def _figures(manager: BackgroundWorkerManager) -> Figures:
 def _sums(rows: Iterable[Any]) -> Totals:
     found: dict[str, dict[str, Total]] = defaultdict(dict)
     for kind, worker, numbers, seconds, age in rows:
-        pairs = (pair.split("=") for pair in numbers.split(","))
-        found[kind][worker] = Total({label: int(number) for label, number in pairs}, seconds, age)
+        pairs = (pair.rpartition("=") for pair in numbers.split(","))
+        counts = {label: int(number) for label, _, number in pairs if number.isdecimal()}  # a user may have typed text
+        found[kind][worker] = Total(counts, seconds, age)
     return found
 
 

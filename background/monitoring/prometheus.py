@@ -84,12 +84,20 @@ def _histogram(name: str, meaning: str, declared: Iterable[float], found: Mappin
     The buckets are the buckets of this release, and all buckets in which another release has counted.
     """
     ours = {*map("{:g}".format, declared), "inf"}
-    bounds = sorted(ours.union(*(total.numbers for total in found.values())), key=float)
+    bounds = sorted(ours.union(*(filter(_is_bound, total.numbers) for total in found.values())), key=float)
     family = HistogramMetricFamily(name, meaning, labels=("worker",))
     for worker, total in sorted(found.items()):
         sums = accumulate(total.numbers.get(bound, 0) for bound in bounds)
         family.add_metric((worker,), list(zip([*bounds[:-1], "+Inf"], sums, strict=True)), total.seconds)
     return family
+
+
+def _is_bound(label: str) -> bool:
+    """Return whether a release wrote the label. A user may have typed text, a NaN, or a bound in another form."""
+    try:
+        return f"{float(label):g}" == label and float(label) > 0
+    except ValueError:
+        return False
 
 
 def _workers(found: Sequence[WorkerStatus]) -> Iterator[Metric]:
