@@ -142,18 +142,22 @@ class History:
         return Window(since, until, clock, tuple(marked), complete_since, instances)
 
     def around(self, name: str, at: datetime | None = None) -> Surroundings:
-        """Return the rows about the tick that `at` belongs to. By default `at` is now."""
+        """Return the rows about the tick that `at` belongs to. By default `at` is now, and a later manual run counts.
+
+        With `at`, the rows are the same for each moment that belongs to the tick.
+        """
         state = self._ledger.look(name)
         clock = state.clock if state else self.clock()
-        at = at or clock
+        is_now, at = at is None, at or clock
         alive, last_seen = self._instances.alive_and_last()
         if state is None:
             return Surroundings(name, at, clock, None, alive=alive, last_seen=last_seen)
         records, before = self._belonging(name, at, state)
+        manual = self._manual(name, state.schedule.previous(at)) if is_now else None
         if records:
-            return Surroundings(name, at, clock, state, records, alive=alive, last_seen=last_seen)
+            return Surroundings(name, at, clock, state, records, alive=alive, last_seen=last_seen, manual=manual)
         after, oldest = self._behind(name, state.schedule.previous(at))
-        return Surroundings(name, at, clock, state, (), before, after, oldest, alive, last_seen)
+        return Surroundings(name, at, clock, state, (), before, after, oldest, alive, last_seen, manual)
 
     def _belonging(self, name: str, at: datetime, state: WorkerState) -> tuple[tuple[Record, ...], Record | None]:
         """Return the rows of the tick that `at` belongs to. If it has none, return the newest row before it.
@@ -171,6 +175,11 @@ class History:
             return (), newest
         same = [each for each in reversed(found) if (each.tick, each.trigger) == (newest.tick, newest.trigger)]
         return tuple(self._marked(same)), None
+
+    def _manual(self, name: str, tick: datetime) -> Record | None:
+        """Return the newest attempt at a manual run that was requested after `tick`."""
+        manual = _of(name).where(executions.c.trigger == "manual", executions.c.tick > tick)
+        return next(iter(self._marked(self._records(manual.order_by(*_newest_first).limit(1)))), None)
 
     def _behind(self, name: str, at: datetime) -> tuple[Record | None, datetime | None]:
         later = _of(name).where(executions.c.tick > at, executions.c.trigger == "schedule")
