@@ -4,6 +4,7 @@ import logging
 import secrets
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from itertools import islice, product
 from random import Random
@@ -76,23 +77,27 @@ def init_db(admin: str) -> None:
     The database must have its schema. The demo shop's admin loses its rights.
     """
     email = _own_address(admin)
-    engine = _ready_engine()
-    try:
+    with _ready_engine() as engine:
+        try:
+            with engine.begin() as connection:
+                _create_admin(connection, email)
+        except IntegrityError:
+            _refuse_customer(engine, email)
+            click.echo(f"The admin {email} exists already. Nothing was changed.")
         with engine.begin() as connection:
-            _create_admin(connection, email)
-    except IntegrityError:
-        with engine.connect() as connection:
-            is_admin = connection.scalar(select(User.is_admin).where(User.email == email))
-        if not is_admin:
-            raise click.ClickException(
-                f"{email} has an account without admin rights; expected an e-mail without an account, or an admin's. "
-                f"An admin can give the rights on the page of users."
-            ) from None
-        click.echo(f"The admin {email} exists already. Nothing was changed.")
-    with engine.begin() as connection:
-        retire = update(User).where(User.email == ADMIN, User.is_admin).values(is_admin=False)
-        if connection.execute(retire).rowcount:
-            click.echo(f"The demo shop's {ADMIN} is no longer an admin.")
+            retire = update(User).where(User.email == ADMIN, User.is_admin).values(is_admin=False)
+            if connection.execute(retire).rowcount:
+                click.echo(f"The demo shop's {ADMIN} is no longer an admin.")
+
+
+def _refuse_customer(engine: Engine, email: str) -> None:
+    with engine.connect() as connection:
+        is_admin = connection.scalar(select(User.is_admin).where(User.email == email))
+    if not is_admin:
+        raise click.ClickException(
+            f"{email} has an account without admin rights; expected an e-mail without an account, or an admin's. "
+            f"An admin can give the rights on the page of users."
+        )
 
 
 @click.command("reset-password")
@@ -103,9 +108,9 @@ def reset_password(email: str) -> None:
 
     The user's sessions end.
     """
-    engine, email, password = _ready_engine(), email.strip().lower(), secrets.token_urlsafe(12)
+    email, password = email.strip().lower(), secrets.token_urlsafe(12)
     password_hash = generate_password_hash(password, User.password_method)
-    with engine.begin() as connection:
+    with _ready_engine() as engine, engine.begin() as connection:
         changed = update(User).where(User.email == email).values(password_hash=password_hash)
         if not email.isprintable() or not connection.execute(changed).rowcount:
             raise click.ClickException(
@@ -122,10 +127,10 @@ def reset_password(email: str) -> None:
 def demo(number: str) -> None:
     """Add users, a tenth of them stale, for trying the shop at size."""
     number_of_users = _number_of_users(number)
-    engine = _ready_engine()
-    with engine.begin() as connection:
-        _fill(connection)
-    add_users(engine, number_of_users, datetime.now(UTC))
+    with _ready_engine() as engine:
+        with engine.begin() as connection:
+            _fill(connection)
+        add_users(engine, number_of_users, datetime.now(UTC))
 
 
 def ensure_ready() -> None:
@@ -153,10 +158,13 @@ def open_shop(connection: Connection) -> None:
     _create_admin(connection, ADMIN)
 
 
-def _ready_engine() -> Engine:
+@contextmanager
+def _ready_engine() -> Iterator[Engine]:
+    """Give the engine of a database that is ready. An error of the database in the block becomes one sentence."""
     ensure_ready()
     engine: Engine = current_app.extensions["sqlalchemy"].engine
-    return engine
+    with schema.reaching(engine.url):
+        yield engine
 
 
 def _own_address(given: str) -> str:

@@ -11,7 +11,7 @@ from flask import current_app
 from sqlalchemy import Connection
 
 from background import include_object, render_item
-from migrations.schema import LOCK_SECONDS, reaching, refuse_unreleased
+from migrations.schema import LOCK_SECONDS, reaching, refuse_unreleased, writing
 
 database = current_app.extensions["sqlalchemy"]
 # `schema.py` calls this in the same transaction, after the migrations.
@@ -90,5 +90,5 @@ if context.is_offline_mode():
     with context.begin_transaction():
         context.run_migrations()
 else:
-    with connected() as connection:
+    with writing(database.engine.url), connected() as connection:
         {"postgresql": run_on_postgresql, "sqlite": run_on_sqlite}[connection.dialect.name](connection)
