@@ -17,6 +17,7 @@ from sqlalchemy import Connection, Engine, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 from werkzeug.security import generate_password_hash
 
+from background.database.dialects.encodings import storable
 from background.errors import InvalidConfig
 from config import address, may_serve
 from migrations import schema
@@ -112,7 +113,7 @@ def reset_password(email: str) -> None:
     password_hash = generate_password_hash(password, User.password_method)
     with _ready_engine() as engine, engine.begin() as connection:
         changed = update(User).where(User.email == email).values(password_hash=password_hash)
-        if not email.isprintable() or not connection.execute(changed).rowcount:
+        if storable(email, engine.dialect) != email or not connection.execute(changed).rowcount:
             raise click.ClickException(
                 f"No user has the e-mail {email!r}; expected the e-mail of an account. "
                 "`flask init-db --admin EMAIL` makes an admin."
