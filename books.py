@@ -208,45 +208,15 @@ def about_order(order_id: int, _payload: Payload, context: WorkerContext) -> Mai
 # ---- The demo shop
 
 BOOKS = [
-    (
-        "Pride and Prejudice",
-        "Jane Austen",
-        1290,
-        "Elizabeth Bennet, Mr Darcy, and the price of first impressions.",
-    ),
+    ("Pride and Prejudice", "Jane Austen", 1290, "Elizabeth Bennet, Mr Darcy, and the price of first impressions."),
     ("Frankenstein", "Mary Shelley", 1150, "A student makes a creature, and leaves it to make itself."),
-    (
-        "Moby-Dick",
-        "Herman Melville",
-        1690,
-        "One captain, one whale, and everything there is to know about whaling.",
-    ),
-    (
-        "Jane Eyre",
-        "Charlotte Brontë",
-        1390,
-        "A governess, a house with a locked attic, and an unbending will.",
-    ),
+    ("Moby-Dick", "Herman Melville", 1690, "One captain, one whale, and everything there is to know about whaling."),
+    ("Jane Eyre", "Charlotte Brontë", 1390, "A governess, a house with a locked attic, and an unbending will."),
     ("Great Expectations", "Charles Dickens", 1450, "Pip comes into money, and learns the giver's name."),
-    (
-        "The Moonstone",
-        "Wilkie Collins",
-        1250,
-        "A diamond vanishes from a country house. The first detective novel.",
-    ),
+    ("The Moonstone", "Wilkie Collins", 1250, "A diamond vanishes from a country house. The first detective novel."),
     ("Middlemarch", "George Eliot", 1790, "A provincial town, and the people who wanted more of it."),
-    (
-        "Treasure Island",
-        "Robert Louis Stevenson",
-        990,
-        "A map, a sea cook with one leg, and pieces of eight.",
-    ),
-    (
-        "Around the World in Eighty Days",
-        "Jules Verne",
-        1090,
-        "A wager, a timetable, and a forgotten time zone.",
-    ),
+    ("Treasure Island", "Robert Louis Stevenson", 990, "A map, a sea cook with one leg, and pieces of eight."),
+    ("Around the World in Eighty Days", "Jules Verne", 1090, "A wager, a timetable, and a forgotten time zone."),
     ("The Time Machine", "H. G. Wells", 890, "A traveller comes late to dinner, from the year 802,701."),
     ("Dracula", "Bram Stoker", 1190, "Diaries, letters and telegrams about a guest from Transylvania."),
     ("The Adventures of Sherlock Holmes", "Arthur Conan Doyle", 1350, "Twelve cases from 221B Baker Street."),
@@ -260,13 +230,7 @@ def stock_books(connection: Connection) -> None:
     connection.execute(
         insert(Book),
         [
-            {
-                "title": title,
-                "author": author,
-                "price_cents": price,
-                "stock": 5 + 3 * i,
-                "description": description,
-            }
+            {"title": title, "author": author, "price_cents": price, "stock": 5 + 3 * i, "description": description}
             for i, (title, author, price, description) in enumerate(BOOKS)
         ],
     )

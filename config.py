@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -36,11 +36,10 @@ from background.settings import (
     DAYS,
     PREFIXES,
     SETTINGS,
+    Kind,
     Setting,
-    boolean,
     cast,
     cast_all,
-    number,
     printable,
     refuse_misspelled,
     settle,
@@ -54,11 +53,11 @@ _PREFIXES = (*PREFIXES, "PASSIVE_", "PUBLIC_", "DEMO_")
 TEXT_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 
 
-def none_or_whole(most: int) -> Callable[[Any], int]:
+def none_or_whole(most: int) -> Kind:
     def cast(value: Any) -> int:
-        return 0 if value in (0, "0") and not isinstance(value, bool) else whole(most)(value)
+        return 0 if value in (0, "0") and not isinstance(value, bool) else whole(most)[0](value)
 
-    return cast
+    return cast, f"a whole number from 0 to {most}"
 
 
 def level(value: Any) -> str:
@@ -138,9 +137,7 @@ _MAIL = (
 _DATABASE = "postgresql://user:password@host/name, or sqlite:/// and the path of a file"
 
 _OWN = {
-    "APP_NAME": Setting(
-        APP_NAME, printable(1, 60), "1 to 60 printable characters", "the name of the application, in pages and mails"
-    ),
+    "APP_NAME": Setting(APP_NAME, *printable(1, 60), "the name of the application, in pages and mails"),
     "DATABASE_URL": Setting(
         None, database_url, _DATABASE, "the database (unset: a SQLite file in instance/)", is_secret=True
     ),
@@ -151,28 +148,27 @@ _OWN = {
     "MAIL_FROM": Setting(
         f"{_file_name(APP_NAME)}@localhost", address, "one e-mail address in ASCII", "the sender of the mails"
     ),
-    "PASSIVE_AFTER_DAYS": Setting(30, number(36_500), DAYS, "users not seen for longer become passive"),
-    "AUDIT_DAYS": Setting(365, number(36_500), DAYS, "entries of the audit are kept for so long"),
+    "PASSIVE_AFTER_DAYS": Setting(30, *DAYS, "users not seen for longer become passive"),
+    "AUDIT_DAYS": Setting(365, *DAYS, "entries of the audit are kept for so long"),
     "LOG_FORMAT": Setting("text", log_format, "text or json", "one line, or one JSON object, for each record"),
     "PRODUCTION": Setting(
         None,
-        boolean,
-        BOOLEAN,
+        *BOOLEAN,
         "refuse to start with settings that are not safe; unset: where a server other than `flask run` serves a "
         "DATABASE_URL",
     ),
     "DEMO_ON_NETWORK": Setting(
-        False, boolean, BOOLEAN, "whether the demo shop, which has no DATABASE_URL, answers other machines"
+        False, *BOOLEAN, "whether the demo shop, which has no DATABASE_URL, answers other machines"
     ),
-    "PROXIES": Setting(0, none_or_whole(10), "a whole number from 0 to 10", "the number of your proxies in front"),
+    "PROXIES": Setting(0, *none_or_whole(10), "the number of your proxies in front"),
     "PUBLIC_URL": Setting(
         None,
         public_url,
         "https:// and a host",
         "the address of this application, for links in mails; in production pages answer its host only",
     ),
-    "SESSION_COOKIE_SECURE": Setting(None, boolean, BOOLEAN, "whether logging in needs HTTPS (unset: in production)"),
-    "TWO_FACTOR": Setting(True, boolean, BOOLEAN, "offer admins to log in with a code of an authenticator app, too"),
+    "SESSION_COOKIE_SECURE": Setting(None, *BOOLEAN, "whether logging in needs HTTPS (unset: in production)"),
+    "TWO_FACTOR": Setting(True, *BOOLEAN, "offer admins to log in with a code of an authenticator app, too"),
     "LOG_LEVEL": Setting("INFO", level, "DEBUG, INFO, WARNING, ERROR or CRITICAL", "the lowest level that is logged"),
 }
 

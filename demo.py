@@ -3,8 +3,8 @@
 import logging
 import secrets
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from itertools import islice, product
 from random import Random
@@ -20,7 +20,7 @@ from sqlalchemy.exc import IntegrityError
 import security_log
 from accounts import normalized
 from background.database.clock import now
-from background.errors import DatabaseNotReady
+from background.database.dialects.encodings import storable
 from config import address, may_serve
 from migrations import schema
 from models import User, new_uniquifier
@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 ADMIN = "admin@example.com"  # of the demo shop only: production refuses to start with this admin
 MOST_USERS = 100_000_000
+BATCH = 10_000  # users that one transaction adds
 
 CONTENTS: set[Callable[[Connection], None]] = set()
 """Functions that each write more of the first content, unless the database has it already."""
@@ -47,9 +48,6 @@ USERS = [
     ("Srinivasa Ramanujan", 5, None),
 ]
 
-# The columns as text that both databases read. "None" is a user who never logged in.
-DemoUser = tuple[str, str, str, str, str, str]  # no password, so no demo user can log in
-COLUMNS = "email, name, fs_uniquifier, created_at, confirmed_at, last_login_at"
 FIRST_NAMES = "Alice Bruno Chiara Dmitri Elif Farah Goran Hanna Igor Jonas Kenji Lucia Mina Noor Olga Pablo"
 LAST_NAMES = "Abbott Bauer Costa Dumont Eriksen Fischer Garcia Haddad Ivanova Jansen Kaya Lindgren"
 
@@ -69,25 +67,29 @@ def init_db(admin: str) -> None:
     The database must have its schema. The demo shop's admin loses its rights.
     """
     email = _own_address(admin)
-    engine = _ready_engine()
-    try:
+    with _ready_engine() as engine:
+        try:
+            with engine.begin() as connection:
+                created = _create_admin(connection, email)
+            security_log.record("right given", created)
+        except IntegrityError:
+            _refuse_customer(engine, email)
+            click.echo(f"The admin {email} exists already. Nothing was changed.")
         with engine.begin() as connection:
-            created = _create_admin(connection, email)
-        security_log.record("right given", created)
-    except IntegrityError:
-        with engine.connect() as connection:
-            is_admin = connection.scalar(select(User.is_admin).where(User.email == email))
-        if not is_admin:
-            raise click.ClickException(
-                f"{email} has an account without admin rights; expected an e-mail without an account, or an admin's. "
-                f"An admin can give the rights on the page of users."
-            ) from None
-        click.echo(f"The admin {email} exists already. Nothing was changed.")
-    with engine.begin() as connection:
-        retire = update(User).where(User.email == ADMIN, User.is_admin).values(is_admin=False).returning(User.id)
-        if retired := connection.scalar(retire):
-            security_log.record("right taken", retired)
-            click.echo(f"The demo shop's {ADMIN} is no longer an admin.")
+            retire = update(User).where(User.email == ADMIN, User.is_admin).values(is_admin=False).returning(User.id)
+            if retired := connection.scalar(retire):
+                security_log.record("right taken", retired)
+                click.echo(f"The demo shop's {ADMIN} is no longer an admin.")
+
+
+def _refuse_customer(engine: Engine, email: str) -> None:
+    with engine.connect() as connection:
+        is_admin = connection.scalar(select(User.is_admin).where(User.email == email))
+    if not is_admin:
+        raise click.ClickException(
+            f"{email} has an account without admin rights; expected an e-mail without an account, or an admin's. "
+            f"An admin can give the rights on the page of users."
+        )
 
 
 @click.command("reset-password")
@@ -98,14 +100,14 @@ def reset_password(email: str) -> None:
 
     The user's sessions end. The e-mail counts as confirmed, and logging in no longer asks for a code.
     """
-    engine, password = _ready_engine(), secrets.token_urlsafe(12)
+    password = secrets.token_urlsafe(12)
     with suppress(ValueError):
         email = normalized(email)
-    access = {"password": hash_password(password), "confirmed_at": func.coalesce(User.confirmed_at, now())}
-    ended = {"fs_uniquifier": new_uniquifier(), "tf_primary_method": None, "tf_totp_secret": None}
-    with engine.begin() as connection:
+    with _ready_engine() as engine, engine.begin() as connection:
+        access = {"password": hash_password(password), "confirmed_at": func.coalesce(User.confirmed_at, now())}
+        ended = {"fs_uniquifier": new_uniquifier(), "tf_primary_method": None, "tf_totp_secret": None}
         change = update(User).where(User.email == email).values(**access, **ended).returning(User.id)
-        changed = connection.scalar(change) if email.isprintable() else None
+        changed = connection.scalar(change) if storable(email, engine.dialect) == email else None
         if changed is None:
             raise click.ClickException(
                 f"No user has the e-mail {email!r}; expected the e-mail of an account. "
@@ -122,10 +124,10 @@ def reset_password(email: str) -> None:
 def demo(number: str) -> None:
     """Add users, a tenth of them stale, for trying the shop at size."""
     number_of_users = _number_of_users(number)
-    engine = _ready_engine()
-    with engine.begin() as connection:
-        _fill(connection)
-    add_users(engine, number_of_users, datetime.now(UTC))
+    with _ready_engine() as engine:
+        with engine.begin() as connection:
+            _fill(connection)
+        add_users(engine, number_of_users, datetime.now(UTC))
 
 
 def ensure_ready() -> None:
@@ -153,13 +155,13 @@ def open_shop(connection: Connection) -> None:
     _create_admin(connection, ADMIN)
 
 
-def _ready_engine() -> Engine:
-    try:
-        ensure_ready()
-    except DatabaseNotReady as error:
-        raise click.ClickException(str(error)) from None
+@contextmanager
+def _ready_engine() -> Iterator[Engine]:
+    """Give the engine of a database that is ready. An error of the database in the block becomes one sentence."""
+    ensure_ready()
     engine: Engine = current_app.extensions["sqlalchemy"].engine
-    return engine
+    with schema.reaching(engine.url):
+        yield engine
 
 
 def _own_address(given: str) -> str:
@@ -214,59 +216,35 @@ def _create_admin(connection: Connection, email: str) -> int:
 
 
 def add_users(engine: Engine, count: int, at: datetime) -> None:
-    """Append `count` users in the database's fastest way. Every tenth is stale, and the ages are mixed."""
+    """Append `count` users. Every tenth is stale, and the ages are mixed.
+
+    Concurrency: SQLite has one writer, so other processes wait for a batch.
+    """
     with engine.connect() as connection:
         highest = connection.scalar(select(func.max(User.id))) or 0
-    add = {"postgresql": _copy, "sqlite": _insert_many}[engine.dialect.name]
-    with (
-        click.progressbar(length=count, label=f"Adding {count} users") as bar,
-        engine.connect() as connection,
-    ):
-        for added in add(connection, _demo_users(highest + 1, count, at)):
-            bar.update(added)
+    users = _demo_users(highest + 1, count, at)
+    with click.progressbar(length=count, label=f"Adding {count} users") as bar:
+        while batch := list(islice(users, BATCH)):
+            with engine.begin() as connection:
+                connection.execute(insert(User), batch)
+            bar.update(len(batch))
     with engine.begin() as connection:
         connection.exec_driver_sql("ANALYZE users")
 
 
-def _copy(connection: Connection, users: Iterable[DemoUser]) -> Iterator[int]:
-    driver: Any = connection.connection.driver_connection
-    with driver.cursor() as cursor, cursor.copy(f"COPY users ({COLUMNS}) FROM STDIN") as copy:
-        for batch in _in_batches(users):
-            copy.write("".join(["\t".join(user).replace("\tNone", "\t\\N") + "\n" for user in batch]))
-            yield len(batch)
-    driver.commit()
-
-
-def _insert_many(connection: Connection, users: Iterable[DemoUser]) -> Iterator[int]:
-    """Insert a batch per transaction. Concurrency: SQLite has one writer, so other processes wait for a batch."""
-    driver: Any = connection.connection.driver_connection
-    driver.execute("PRAGMA cache_size = -262144")  # KiB, because the indexes are not written in order
-    for batch in _in_batches(users):
-        driver.executemany(
-            f"INSERT INTO users ({COLUMNS}) VALUES (?, ?, ?, ?, ?, nullif(?, 'None'))",  # noqa: S608
-            batch,
-        )
-        driver.commit()
-        yield len(batch)
-    driver.execute("PRAGMA cache_size = -2000")
-
-
-def _in_batches(users: Iterable[DemoUser], size: int = 10_000) -> Iterator[list[DemoUser]]:
-    users = iter(users)
-    while batch := list(islice(users, size)):
-        yield batch
-
-
-def _demo_users(first: int, count: int, at: datetime) -> Iterator[DemoUser]:
+def _demo_users(first: int, count: int, at: datetime) -> Iterator[dict[str, Any]]:
     """Yield users. The number in the e-mail is above every id, so above the number of every earlier demo user."""
     random = Random(first)  # noqa: S311 - the same numbers give the same users
-    days = [f"{at - timedelta(days=ago):%Y-%m-%d}" for ago in range(1_000)]
-    pairs = product(FIRST_NAMES.split(), LAST_NAMES.split())
-    names = [(f"{given}.{family}".lower(), f"{given} {family}") for given, family in pairs]
+    names = list(product(FIRST_NAMES.split(), LAST_NAMES.split()))
     for number in range(first, first + count):
-        login, name = names[int(random.random() * len(names))]
-        days_ago = int(random.random() * 400) + 32 if number % 10 == 0 else int(random.random() * 26) + 1
-        time = f"{number % 24:02}:{number % 59:02}:{number % 60:02}.{int(random.random() * 1e6):06}"
-        last_login_at = f"{days[days_ago]} {time}" if number % 7 else "None"
-        created_at = f"{days[days_ago + number % 500]} {time}" if number % 7 else f"{days[days_ago]} {time}"
-        yield f"{login}.{number}@example.com", name, new_uniquifier(), created_at, created_at, last_login_at
+        given, family = random.choice(names)
+        days = random.randint(32, 431) if number % 10 == 0 else random.randint(1, 26)
+        seen_at = at - timedelta(days, random.randrange(86_400))
+        created_at = seen_at - timedelta(days=number % 500 if number % 7 else 0)
+        yield {
+            "email": f"{given}.{family}.{number}@example.com".lower(),
+            "name": f"{given} {family}",
+            "created_at": created_at,
+            "confirmed_at": created_at,
+            "last_login_at": seen_at if number % 7 else None,
+        }

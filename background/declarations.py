@@ -2,15 +2,14 @@
 
 import inspect
 from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
 from difflib import get_close_matches
-from functools import partial
 from types import CodeType, FunctionType
 from typing import Any
 
 from .errors import InvalidWorker
 from .worker import snake_case
 
-_MOST_LAYERS = 50  # a wrapper may wrap itself
 _ANYTHING = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
 _POSITIONAL = {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD}
 _NEAR = 0.8  # of 1, by difflib: max_attemps and tiemout are near, handle_one and first_name are not
@@ -71,19 +70,18 @@ def _codes(value: Any) -> Iterator[CodeType]:
 
 def check_method(cls: type, name: str, *parameters: str) -> None:
     """Raise InvalidWorker unless the method can be called with `parameters`, and does its work in that call."""
-    found = inspect.getattr_static(cls, name)
-    expected = f"{name}({', '.join(('self', *parameters))})"
-    function, number = _function(found, cls), len(parameters) + (not isinstance(found, staticmethod))
-    if not callable(function):
+    found, expected = inspect.getattr_static(cls, name), f"{name}({', '.join(('self', *parameters))})"
+    is_method = hasattr(found, "__get__") and not isinstance(found, property)
+    method = found.__get__(object(), cls) if is_method else found
+    if not callable(method):
         raise InvalidWorker(f"{cls.__name__}.{name} is {found!r:.100}; expected a method: write def {expected}.")
+    function, number = getattr(method, "__func__", method), len(parameters) + inspect.ismethod(method)
     if _is_generator(function):
         raise InvalidWorker(
             f"{cls.__name__}.{name} is a generator, so calling it does nothing; expected a method "
             "that does its work when it is called: move the generator into a helper, and loop over it."
         )
-    if not isinstance(found, FunctionType | classmethod | staticmethod):
-        number = len(parameters)
-    if (signature := _signature(function)) and not _can_be_given(function, signature, number):
+    if (signature := _misfit(function, number)) is not None:
         kind = "@staticmethod " if isinstance(found, staticmethod) else ""
         raise InvalidWorker(
             f"{cls.__name__}.{name} is declared as {kind}{name}{signature}; expected {expected}: "
@@ -91,36 +89,38 @@ def check_method(cls: type, name: str, *parameters: str) -> None:
         )
 
 
-def _function(found: Any, cls: type) -> Any:
-    """Return the function itself. For another kind of attribute, return the value that an instance has."""
-    if isinstance(found, FunctionType | property):
-        return found
-    if isinstance(found, classmethod | staticmethod):
-        return found.__func__
-    return found.__get__(object(), cls) if hasattr(found, "__get__") else found
-
-
 def check_constructor(cls: type) -> None:
     """Raise InvalidWorker for a class that cannot be called without arguments."""
-    signature = _signature(cls)
-    if signature and not _takes(signature, 0):
+    if (signature := _misfit(cls, 0)) is not None:
         raise InvalidWorker(
             f"{cls.__name__}{signature} needs arguments; expected a class that is called without any: "
             "ask for a service where it is used, by context.services.get(...)."
         )
 
 
-def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
-    """Return the parameters of a call. None if they are unknown, as for some built-in functions.
+def _is_generator(function: Callable[..., Any]) -> bool:
+    """Return whether the function has a `yield`, also below decorators and partial functions."""
+    with suppress(ValueError):  # a wrapper may wrap itself
+        layers = function, inspect.unwrap(function)
+        return any(inspect.isgeneratorfunction(each) or inspect.isasyncgenfunction(each) for each in layers)
+    return False
 
-    A wrapper that passes on all its arguments has the parameters of the function that it wraps.
+
+def _misfit(function: Callable[..., Any], number: int) -> inspect.Signature | None:
+    """Return the parameters of the function, without types, if a call with `number` arguments does not suit them.
+
+    A wrapper that passes on all its arguments has the parameters of the function that it wraps. It may add arguments,
+    so that function may need more.
     """
     try:
-        signatures = [_bare(inspect.signature(each, follow_wrapped=False)) for each in _layers(function)]
-    except (TypeError, ValueError):
+        own, inner = (inspect.signature(function, follow_wrapped=each) for each in (False, True))
+    except (TypeError, ValueError):  # they are unknown, as for some built-in functions
         return None
-    own = (each for each in signatures if {one.kind for one in each.parameters.values()} - _ANYTHING)
-    return next(own, signatures[-1])
+    kinds = [each.kind for each in inner.parameters.values()]
+    if {each.kind for each in own.parameters.values()} <= _ANYTHING:
+        fits = inspect.Parameter.VAR_POSITIONAL in kinds or sum(kind in _POSITIONAL for kind in kinds) >= number
+        return None if fits else _bare(inner)
+    return None if _takes(own, number) else _bare(own)
 
 
 def _bare(signature: inspect.Signature) -> inspect.Signature:
@@ -129,35 +129,9 @@ def _bare(signature: inspect.Signature) -> inspect.Signature:
     return inspect.Signature(parameters)
 
 
-def _can_be_given(function: Any, signature: inspect.Signature, number: int) -> bool:
-    """Return whether a call with `number` arguments suits `signature`.
-
-    A wrapper may add arguments of its own, so the function below it may need more.
-    """
-    if _bare(inspect.signature(function, follow_wrapped=False)) == signature:
-        return _takes(signature, number)
-    kinds = [each.kind for each in signature.parameters.values()]
-    positional = [kind for kind in kinds if kind in _POSITIONAL]
-    return len(positional) >= number or inspect.Parameter.VAR_POSITIONAL in kinds
-
-
 def _takes(signature: inspect.Signature, number: int) -> bool:
     try:
         signature.bind(*range(number))
     except TypeError:
         return False
     return True
-
-
-def _is_generator(function: Callable[..., Any]) -> bool:
-    """Return whether the function has a `yield`, also below decorators and partial functions."""
-    return any(inspect.isgeneratorfunction(each) or inspect.isasyncgenfunction(each) for each in _layers(function))
-
-
-def _layers(function: Any) -> list[Any]:
-    """Return the function, then the function that it wraps, and so on."""
-    layers: list[Any] = []
-    while function is not None and len(layers) < _MOST_LAYERS:
-        layers.append(function)
-        function = function.func if isinstance(function, partial) else getattr(function, "__wrapped__", None)
-    return layers

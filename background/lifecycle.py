@@ -90,8 +90,8 @@ class Lifecycle:
         self.__dict__.pop("locks", None)
         self.stores = Stores(self.app, self.db, outages)
         self.runs = Runs(self.app, self.db, outages, self._replace_thread)
-        self.presence = Presence(self.app, self.stores, self.runs)
-        self.recovery = Recovery(self.app, self.stores, self.presence, self.runs, self._registry.workers)
+        self.presence = Presence(self.stores, self.runs)
+        self.recovery = Recovery(self.stores, self.presence, self.runs, self._registry.workers)
         self.ticks = Ticks(self.stores, self.presence, self.recovery, self.runs, self._postpone)
 
     def _replace_thread(self, thread: int) -> None:
@@ -240,7 +240,7 @@ class Lifecycle:
                 workers = {name: worker for name, worker in workers.items() if name in names}
                 topics = {topic: worker for topic, worker in topics.items() if worker.name in names}
             parts = self.stores, self.runs, self.presence, self.recovery, self.ticks
-            self.supervisor = Supervisor(self.app, self.db, *parts, workers, topics, self.prepare)
+            self.supervisor = Supervisor(*parts, workers, topics, self.prepare)
             self.supervisor.join()
 
     def tell(self) -> None:

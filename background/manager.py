@@ -19,7 +19,6 @@ from .host.logs import logger_of
 from .ledger.locks import Lock
 from .lifecycle import Lifecycle
 from .messages.payloads import as_delay, draft, drafts
-from .repair.clock_ahead import is_ahead
 from .runs.execution import Execution
 from .runs.fence import when_committed
 from .schedule.parsing import make_schedule
@@ -151,9 +150,7 @@ class BackgroundWorkerManager(Lifecycle):
         tick runs twice. Returns the workers, and the number of messages.
         """
         with self._on_its_own("repair"):
-            clock_repair = self.stores.clock_repair
-            names = [name for name, state in self.stores.ledger.states().items() if is_ahead(state)]
-            repaired = [name for name in names if clock_repair.worker(name)], clock_repair.messages()
+            repaired = self.stores.clock_repair.all(self.stores.ledger.states().values())
         self._refresh()
         return repaired
 

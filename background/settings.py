@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from difflib import get_close_matches
+from functools import partial
 from typing import Any, NamedTuple
 
 from .errors import InvalidConfig
@@ -20,104 +21,90 @@ class Setting(NamedTuple):
     """True for a value that no error may show."""
 
 
+Kind = tuple[Callable[[Any], Any], str]
+"""A cast, and the values that it expects."""
+
 _BOOLEANS = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "false", "no", "off"), False)
 PREFIXES = ("WORKERS_", "MESSAGES_", "METRICS_")
 _CUTOFF = 0.8  # from 0 to 1, for difflib. An application may have its own settings with these prefixes
-BOOLEAN = "true or false (also 1/0, yes/no, on/off)"
-DAYS = "a number of days above 0 and at most 36500"
 
 
-def boolean(value: Any) -> bool:
-    """Cast true/false, 1/0, yes/no and on/off."""
+def _boolean(value: Any) -> bool:
     return value if isinstance(value, bool) else _BOOLEANS[str(value).strip().lower()]
 
 
-def number(most: float, least: float = 0.0) -> Callable[[Any], float]:
-    """Return a cast for numbers above 0, from `least` to `most`."""
-
-    def cast(value: Any) -> float:
-        if isinstance(value, bool):
-            raise ValueError(value)
-        amount = float(value)
-        if not (math.isfinite(amount) and amount > 0 and least <= amount <= most):
-            raise ValueError(value)
-        return int(amount) if amount.is_integer() else amount
-
-    return cast
-
-
-def whole(most: int) -> Callable[[Any], int]:
-    """Return a cast for whole numbers from 1 to `most`."""
-
-    def cast(value: Any) -> int:
-        amount = number(most)(value)
-        if not isinstance(amount, int):
-            raise ValueError(value)
-        return amount
-
-    return cast
-
-
-def printable(least: int, most: int) -> Callable[[Any], str]:
-    """Return a cast for printable texts of `least` to `most` characters."""
-
-    def cast(value: Any) -> str:
-        if not isinstance(value, str) or not least <= len(value) <= most or not value.isprintable():
-            raise ValueError(value)
-        return value
-
-    return cast
-
-
-def token(value: Any) -> str:
+def _token(value: Any) -> str:
     """Cast a text that a header can carry."""
     if not isinstance(value, str) or not re.fullmatch(r"[!-~]+", value):
         raise ValueError(value)
     return value
 
 
+def _amount(value: Any, least: float, most: int) -> float:
+    if isinstance(value, bool):
+        raise ValueError(value)
+    amount = float(value)
+    if not (math.isfinite(amount) and amount > 0 and least <= amount <= most):
+        raise ValueError(value)
+    return int(amount) if amount.is_integer() else amount
+
+
+def number(unit: str, most: int, least: float = 0.0) -> Kind:
+    """Return the kind of numbers of this `unit` above 0, from `least` to `most`."""
+    expected = f"a number of {unit} {f'from {least} to' if least else 'above 0 and at most'} {most}"
+    return partial(_amount, least=least, most=most), expected
+
+
+def whole(most: int) -> Kind:
+    """Return the kind of whole numbers from 1 to `most`."""
+
+    def cast(value: Any) -> int:
+        amount = _amount(value, 1, most)
+        if not isinstance(amount, int):
+            raise ValueError(value)
+        return amount
+
+    return cast, f"a whole number from 1 to {most}"
+
+
+def printable(least: int, most: int) -> Kind:
+    """Return the kind of printable texts of `least` to `most` characters."""
+
+    def cast(value: Any) -> str:
+        if not isinstance(value, str) or not least <= len(value) <= most or not value.isprintable():
+            raise ValueError(value)
+        return value
+
+    return cast, f"{least} to {most} printable characters"
+
+
+BOOLEAN: Kind = _boolean, "true or false (also 1/0, yes/no, on/off)"
+TOKEN: Kind = _token, "printable ASCII without spaces"
+DAYS = number("days", 36_500)
+
 SETTINGS = {
-    "WORKERS_ENABLED": Setting(True, boolean, BOOLEAN, "whether a serving process runs the background workers"),
+    "WORKERS_ENABLED": Setting(True, *BOOLEAN, "whether a serving process runs the background workers"),
     "WORKERS_HEARTBEAT_SECONDS": Setting(
         None,
-        number(86_400, least=0.01),
-        "a number of seconds from 0.01 to 86400",
+        *number("seconds", 86_400, least=0.01),
         "how often an instance renews its lease (unset: 2, or a quarter of the lease)",
     ),
     "WORKERS_LEASE_SECONDS": Setting(
-        10,
-        number(86_400, least=0.5),
-        "a number of seconds from 0.5 to 86400",
-        "how long an instance counts as alive without a heartbeat",
+        10, *number("seconds", 86_400, least=0.5), "how long an instance counts as alive without a heartbeat"
     ),
-    "WORKERS_SHUTDOWN_SECONDS": Setting(
-        20,
-        number(86_400),
-        "a number of seconds above 0 and at most 86400",
-        "how long a stop waits for running work",
-    ),
-    "WORKERS_HISTORY_DAYS": Setting(14, number(36_500), DAYS, "how long the executions of a worker are kept"),
-    "WORKERS_THREADS": Setting(
-        10, whole(1_000), "a whole number from 1 to 1000", "how many runs a process has at once"
-    ),
-    "MESSAGES_MAX_BYTES": Setting(
-        262_144, whole(1_000_000_000), "a whole number of bytes from 1 to 1000000000", "how long a payload may be"
-    ),
-    "MESSAGES_KEY_DAYS": Setting(14, number(36_500), DAYS, "how long the key of a done message refuses a new message"),
-    "LOCK_PREFIX": Setting("", printable(0, 100), "at most 100 printable characters", "precedes the name of each lock"),
+    "WORKERS_SHUTDOWN_SECONDS": Setting(20, *number("seconds", 86_400), "how long a stop waits for running work"),
+    "WORKERS_HISTORY_DAYS": Setting(14, *DAYS, "how long the executions of a worker are kept"),
+    "WORKERS_THREADS": Setting(10, *whole(1_000), "how many runs a process has at once"),
+    "MESSAGES_MAX_BYTES": Setting(262_144, *whole(1_000_000_000), "how long a payload may be, in bytes"),
+    "MESSAGES_KEY_DAYS": Setting(14, *DAYS, "how long the key of a done message refuses a new message"),
+    "LOCK_PREFIX": Setting("", *printable(0, 100), "precedes the name of each lock"),
     "METRICS_TOKEN": Setting(
         None,
-        token,
-        "printable ASCII without spaces",
+        *TOKEN,
         "the bearer token that a scrape of /metrics must send (unset: only this machine may scrape)",
         is_secret=True,
     ),
-    "RELEASE": Setting(
-        None,
-        printable(1, 100),
-        "a text of 1 to 100 printable characters",
-        "the name of this release in the list of instances",
-    ),
+    "RELEASE": Setting(None, *printable(1, 100), "the name of this release in the list of instances"),
 }
 
 

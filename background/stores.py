@@ -27,18 +27,18 @@ class Stores:
     """The engine's access to one database. Opens nothing before its first use."""
 
     def __init__(self, app: Flask, db: SQLAlchemy, outages: Outages) -> None:
-        self._app, self._db, self.outages = app, db, outages
+        self.app, self.db, self.outages = app, db, outages
 
     @property
     def lease(self) -> timedelta:
         """The time for which an instance counts as alive without a heartbeat."""
-        return timedelta(seconds=self._app.config["WORKERS_LEASE_SECONDS"])
+        return timedelta(seconds=self.app.config["WORKERS_LEASE_SECONDS"])
 
     @made_once
     def connections(self) -> Connections:
         """The engine's own pools."""
-        with self._app.app_context():
-            return Connections(self._db.engine, self.lease.total_seconds(), schema_of(self._db), self.outages)
+        with self.app.app_context():
+            return Connections(self.db.engine, self.lease.total_seconds(), schema_of(self.db), self.outages)
 
     @made_once
     def main(self) -> Store:
@@ -64,7 +64,7 @@ class Stores:
     @made_once
     def clock_repair(self) -> ClockRepair:
         """Rows from a time when the database's clock was ahead."""
-        return ClockRepair(self.main, timedelta(days=self._app.config["WORKERS_HISTORY_DAYS"]))
+        return ClockRepair(self.main, timedelta(days=self.app.config["WORKERS_HISTORY_DAYS"]))
 
     @made_once
     def queue(self) -> Queue:
@@ -83,17 +83,14 @@ class Stores:
 
     def refuse_autocommit(self) -> None:
         """Open a session as the application does. Raises InvalidConfig if it commits each statement."""
-        session = self._db.session()
-        try:
+        with self.db.session() as session:
             self.connections.sessions.within(session)
-        finally:
-            session.close()
 
     def write(self) -> None:
         """Change nothing, and raise the errors of a database that takes no writes."""
         self.leases.write()
         if self.connections.heartbeat_file:  # on SQLite the instances are not in the main database's file
-            sqlite.write_unless_locked(self.main.engine)
+            sqlite.is_locked(self.main.engine)  # raises the errors of a write
 
     def close(self) -> None:
         """Close the connections. They open again with their next use."""

@@ -4,21 +4,33 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import click
 from alembic import context
 from alembic.util import CommandError
 from flask import current_app
 from sqlalchemy import Connection
 
 from background import include_object, render_item
-from migrations.schema import LOCK_SECONDS, reaching, refuse_unreleased
+from migrations.schema import LOCK_SECONDS, reaching, refuse_unreleased, writing
 
 database = current_app.extensions["sqlalchemy"]
 # `schema.py` calls this in the same transaction, after the migrations.
 finish: Callable[[Connection], None] | None = context.config.attributes.get("finish")
 
 
+def skip_empty(_context: Any, _revision: Any, scripts: list[Any]) -> None:
+    """Make no file if `flask db migrate` finds no change of the models. `flask db revision` makes an empty file."""
+    if getattr(context.config.cmd_opts, "autogenerate", False) and scripts[0].upgrade_ops.is_empty():
+        scripts.clear()
+        click.echo("The database has all that the models have, so no migration is made.")
+
+
 def configure(**arguments: Any) -> None:
-    hooks = {"include_object": include_object, "render_item": render_item}
+    hooks = {
+        "include_object": include_object,
+        "render_item": render_item,
+        "process_revision_directives": skip_empty,
+    }
     context.configure(target_metadata=database.metadata, render_as_batch=True, **hooks, **arguments)
 
 
@@ -78,5 +90,5 @@ if context.is_offline_mode():
     with context.begin_transaction():
         context.run_migrations()
 else:
-    with connected() as connection:
+    with writing(database.engine.url), connected() as connection:
         {"postgresql": run_on_postgresql, "sqlite": run_on_sqlite}[connection.dialect.name](connection)

@@ -5,33 +5,31 @@ nothing. `DatabaseNotReady` names the fault and the command that repairs it.
 """
 
 import logging
-import os
 import sqlite3
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
 from flask import current_app
-from sqlalchemy import URL, Connection, Engine, inspect, text
+from sqlalchemy import URL, Connection, Engine, Table, inspect, text
 from sqlalchemy.exc import DBAPIError
 
-from background.database.dialects.error_codes import is_database_unknown
+from background.database import tables
+from background.database.dialects.error_codes import (
+    is_busy,
+    is_database_unknown,
+    is_of_another_schema,
+    is_of_storage,
+)
 from background.database.dialects.sqlite_files import make_private
-from background.errors import DatabaseNotReady
+from background.errors import DatabaseNotReady, shortened
+from background.host.logs import Outage
 
 if TYPE_CHECKING:
     from alembic.config import Config
     from alembic.script import ScriptDirectory
-
-fcntl: ModuleType | None
-try:
-    import fcntl
-except ImportError:  # on Windows
-    fcntl = None
 
 logger = logging.getLogger(__name__)
 
@@ -89,10 +87,9 @@ def _prepare(engine: Engine, fill: Fill | None) -> None:
     Concurrency: several processes may start at once. The first one prepares, the others wait and find it done. Schema
     and first content are one transaction, so a process that is killed here leaves nothing behind.
     """
-    folder = Path(str(engine.url.database)).parent
-    folder.mkdir(parents=True, exist_ok=True)
-    with _lock(folder / ".prepare.lock", Path(str(engine.url.database))):
-        found = _found_revision(engine) if Path(str(engine.url.database)).exists() else None
+    path = Path(str(engine.url.database))
+    with writing(engine.url), _lock(path.parent / ".prepare.sqlite", path):
+        found = _found_revision(engine) if path.exists() else None
         if found is None:
             upgrade(fill)
         elif _is_behind(found):
@@ -104,21 +101,27 @@ def _prepare(engine: Engine, fill: Fill | None) -> None:
 
 def _compare(engine: Engine, found: str) -> None:
     head = _head()  # reads all migrations
-    if found == head:
-        return
     if _is_behind(found):
         raise DatabaseNotReady(
             f"The database {_shown(engine.url)} is at revision {found}, behind this release's {head}. "
             f"Bring it up to date with `flask db upgrade`."
         )
-    logger.warning(
-        "The database is at revision %s, which this release (%s) does not know: a newer release made it.", found, head
-    )
+    with reaching(engine.url), engine.connect() as connection:
+        missing = _missing(connection, tables.metadata.tables)  # the first migration makes them
+    if missing:
+        raise DatabaseNotReady(
+            f"The database {_shown(engine.url)} is at revision {found} by its record, but lacks {missing}. Correct "
+            "DATABASE_URL, or record the true revision with `flask db stamp --purge` and run `flask db upgrade`."
+        )
+    if found != head:
+        _warn(
+            f"The database is at revision {found}, which this release ({head}) does not know: a newer release made it."
+        )
 
 
 def _found_revision(engine: Engine) -> str | None:
     """Return the revision of the database. None if it has no tables yet."""
-    if engine.dialect.name == "sqlite" and not Path(str(engine.url.database)).is_file():
+    if engine.dialect.name == "sqlite" and not Path(str(engine.url.database)).exists():
         command = "flask run" if current_app.config["DATABASE_IS_EMBEDDED"] else "flask db upgrade"
         raise DatabaseNotReady(f"The database file {engine.url.database} does not exist. Make it with `{command}`.")
     with reaching(engine.url), engine.connect() as connection:
@@ -126,14 +129,13 @@ def _found_revision(engine: Engine) -> str | None:
 
 
 def _read_revision(connection: Connection) -> str | None:
-    tables = set(inspect(connection).get_table_names())
-    if "alembic_version" in tables:
+    if inspect(connection).has_table("alembic_version"):  # on any schema of the search path, as Alembic looks
         found: str | None = connection.scalar(text("SELECT version_num FROM alembic_version"))
         if found is not None:
             refuse_unreleased(connection.engine.url, found)
             return found
-    if "users" in tables:
-        _accept_without_record(connection, tables)
+    if "users" in inspect(connection).get_table_names():
+        _accept_without_record(connection)
         return _head()
     return None
 
@@ -142,29 +144,39 @@ def refuse_unreleased(url: URL, found: str | None) -> None:
     """Raise DatabaseNotReady for a database that the migrations before 0.1.0 made."""
     if found not in UNRELEASED:
         return
-    stamp = f"`flask db stamp --purge {SAME_AS_UNRELEASED}`"
-    if found == UNRELEASED[-1]:
-        raise DatabaseNotReady(
-            f"The database {_shown(url)} is at revision {found} of the migrations before 0.1.0, whose tables are those "
-            f"of {SAME_AS_UNRELEASED}: back it up, and record that with {stamp}."
-        )
     raise DatabaseNotReady(
         f"The database {_shown(url)} is at revision {found} of the migrations before 0.1.0; expected "
-        f"{UNRELEASED[-1]}: run `flask db upgrade` with the version that made it and {stamp} with this one, or begin "
-        "with an empty database."
+        f"{UNRELEASED[-1]}: reach that with the version that made the database, back it up, and record it with "
+        f"`flask db stamp --purge {SAME_AS_UNRELEASED}`."
     )
 
 
-def _accept_without_record(connection: Connection, tables: set[str]) -> None:
+def _accept_without_record(connection: Connection) -> None:
     """Accept a database that has all tables but no revision, as `db.create_all()` leaves it."""
-    missing = current_app.extensions["sqlalchemy"].metadata.tables.keys() - tables
-    if missing:
+    if missing := _missing(connection, current_app.extensions["sqlalchemy"].metadata.tables):
         raise DatabaseNotReady(
             f"The database {_shown(connection.engine.url)} has tables but no record of its migrations, "
-            f"and lacks {', '.join(sorted(missing))}. If its revision is known, record it with `flask db stamp`. "
+            f"and lacks {missing}. If its revision is known, record it with `flask db stamp`. "
             f"If the data has no value, delete the database and run `flask db upgrade`."
         )
-    logger.warning("The database has no record of its migrations. If it is up to date, run `flask db stamp head`.")
+    _warn("The database has no record of its migrations. If it is up to date, run `flask db stamp head`.")
+
+
+def _missing(connection: Connection, tables: Mapping[str, Table]) -> str:
+    """Return the names of the `tables` that the database lacks."""
+    inspector = inspect(connection)
+    there = set(inspector.get_table_names())  # in one query, for the usual case that all are there
+    return ", ".join(
+        name
+        for name, table in sorted(tables.items())
+        if not (name in there or inspector.has_table(table.name, table.schema))
+    )
+
+
+def _warn(sentence: str) -> None:
+    """Log the sentence as a warning, once in the life of the application. Each probe of /health/ready comes here."""
+    outages = current_app.extensions.setdefault("schema", defaultdict(Outage))
+    logger.log(outages[sentence].level(), "%s", sentence)
 
 
 @contextmanager
@@ -176,10 +188,34 @@ def reaching(url: URL) -> Iterator[None]:
         raise DatabaseNotReady(_why_not(url, error)) from None
 
 
+@contextmanager
+def writing(url: URL) -> Iterator[None]:
+    """Raise DatabaseNotReady for a file that cannot be written, and for tables that the migrations do not expect."""
+    try:
+        yield
+    except DBAPIError as error:
+        if is_of_storage(error):
+            raise DatabaseNotReady(_why_not(url, error)) from None
+        if is_of_another_schema(error):
+            raise DatabaseNotReady(_misfit(url, error)) from None
+        raise
+    except (OSError, sqlite3.Error) as error:
+        raise DatabaseNotReady(
+            f"The folder of the database file {url.database} cannot be used ({error}); expected a folder that this "
+            "process can write to. Make it writable, or set DATABASE_URL."
+        ) from None
+
+
+def _misfit(url: URL, error: DBAPIError) -> str:
+    statement = " ".join(str(error.statement).split())
+    return (
+        f"The database {_shown(url)} does not fit its recorded revision, so nothing was changed: {_reason(url, error)} "
+        f"({shortened(statement, 60)}). Record the true revision with `flask db stamp`, or use an empty database."
+    )
+
+
 def _why_not(url: URL, error: DBAPIError) -> str:
-    reason = (str(error.orig).strip() or "no reason given").splitlines()[0]
-    if url.password:
-        reason = reason.replace(f":{url.password}@", ":***@")
+    reason = _reason(url, error)
     if url.get_backend_name() == "sqlite":
         folder = Path(str(url.database)).parent
         if not folder.is_dir():
@@ -189,7 +225,9 @@ def _why_not(url: URL, error: DBAPIError) -> str:
                 f"The database file {url.database} cannot be used ({reason}): another process keeps it locked. "
                 f"End that process (`fuser {url.database}` shows it), and try again."
             )
-        return f"The database file {url.database} cannot be used ({reason}); expected a SQLite database."
+        return (
+            f"The database file {url.database} cannot be used ({reason}); expected a SQLite database, and room on disk."
+        )
     if is_database_unknown(error) or f'database "{url.database}" does not exist' in reason:
         return (
             f"The database {_shown(url)} does not exist on its server. "
@@ -199,6 +237,11 @@ def _why_not(url: URL, error: DBAPIError) -> str:
         f"The database {_shown(url)} cannot be reached ({reason}). "
         f"Start its server or correct DATABASE_URL, and try again."
     )
+
+
+def _reason(url: URL, error: DBAPIError) -> str:
+    reason = (str(error.orig).strip() or "no reason given").splitlines()[0]
+    return reason.replace(f":{url.password}@", ":***@") if url.password else reason
 
 
 def _shown(url: URL) -> str:
@@ -213,45 +256,24 @@ def _createdb(url: URL) -> str:
 
 @contextmanager
 def _lock(path: Path, database: Path) -> Iterator[None]:
-    """Hold the lock at `path`. Raise DatabaseNotReady if another process keeps it for LOCK_SECONDS."""
+    """Hold the lock at `path`. Raise DatabaseNotReady if another process keeps it for LOCK_SECONDS.
+
+    It is the lock of a database without tables, as SQLite can lock files on every system.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
     make_private(str(path), like=str(database))
-    until = time.monotonic() + LOCK_SECONDS
-    with path.open("r+") as file, ExitStack() as held:
-        while not _is_locked(file, held):
-            if time.monotonic() > until:
-                holder = file.read().strip()
-                raise DatabaseNotReady(
-                    f"{f'Process {holder}' if holder else 'Another process'} has kept the lock {path} for "
-                    f"{LOCK_SECONDS} s; expected it to prepare {database} within that time. Wait until it ends, "
-                    "or end it, and start again."
-                )
-            threading.Event().wait(0.05)
-        file.truncate()
-        file.write(str(os.getpid()))
-        file.flush()
+    with closing(sqlite3.connect(path, timeout=LOCK_SECONDS, isolation_level=None)) as connection:
+        try:
+            connection.execute("BEGIN EXCLUSIVE")
+        except sqlite3.OperationalError as error:
+            if not is_busy(error):
+                raise
+            raise DatabaseNotReady(
+                f"Another process has kept the lock {path} for {LOCK_SECONDS} s ({error}); expected it to "
+                f"prepare {database} within that time. Wait until it ends, or end it (`fuser {path}` shows it), and "
+                "start again."
+            ) from None
         yield
-
-
-def _is_locked(file: TextIO, held: ExitStack) -> bool:
-    """Lock the file until `held` is closed. False if another process has it."""
-    if fcntl is None:
-        return _is_locked_by_sqlite(Path(f"{file.name}.sqlite"), held)
-    with suppress(BlockingIOError):
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    return False
-
-
-def _is_locked_by_sqlite(path: Path, held: ExitStack) -> bool:
-    """Lock a database file of its own, as SQLite can lock files on every system."""
-    connection = sqlite3.connect(path, timeout=0, isolation_level=None)
-    try:
-        connection.execute("BEGIN EXCLUSIVE")
-    except sqlite3.OperationalError:
-        connection.close()
-        return False
-    held.callback(connection.close)
-    return True
 
 
 def _head() -> str | None:

@@ -12,7 +12,7 @@ from ..errors import BackgroundError, UnknownWorker, spelled_out
 from ..history.condition import condition
 from ..history.overview import overview
 from ..history.records import STATES, InstanceRecord, Record
-from ..history.text import EARLIEST, LATEST, ahead, moment, moment_in, progress, second, silent, span, table
+from ..history.text import ahead, moment, moment_in, progress, second, silent, span, table
 from ..ledger.claim import WorkerState
 from ..manager import BackgroundWorkerManager, the_manager
 from ..registry import declared_schedule, schedule_in_force
@@ -135,7 +135,7 @@ def check(as_json: bool) -> None:
     problems, unseen, alive = [], list(_NEVER_LOOKED_AT), 0
     try:
         states = checked_manager().stores.ledger.states()
-        found = condition(manager.stores, manager.workers, manager.app.config["WORKERS_THREADS"])
+        found = condition(manager.stores, manager.workers)
         problems, alive = found.problems(), found.alive
         lacking = unmigrated(manager.app, manager.db)
     except (BackgroundError, DBAPIError) as error:
@@ -301,11 +301,8 @@ def _stored(manager: BackgroundWorkerManager, name: str) -> None:
 def _moment(text: str) -> datetime:
     try:
         at = moment_in(text)
-    except ValueError:
-        raise WrongUsage(
-            f"--at is {text!r}; expected a moment from {EARLIEST.year} to {LATEST.year - 1} in ISO 8601, "
-            f"such as 2026-11-20T12:00Z."
-        ) from None
+    except ValueError as error:
+        raise WrongUsage(f"--at: {error}") from None
     if datetime.fromisoformat(text.strip()).tzinfo is None:
         click.echo(f"{text} names no time zone, so it is taken as UTC.", err=True)
     return at

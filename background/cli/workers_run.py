@@ -3,7 +3,6 @@
 import gc
 import signal
 import socket
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -128,24 +127,14 @@ def _report(manager: BackgroundWorkerManager, execution: Execution) -> None:
 
 @contextmanager
 def _handed_back_on_signals(manager: BackgroundWorkerManager, name: str) -> Iterator[None]:
+    """Treat SIGTERM like Ctrl-C. After either signal, print the outcome of the run, and exit with 1."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with _sigterm_as_sigint():
-            yield
+        yield
     except KeyboardInterrupt:
         newest = manager.history.executions(name, limit=1)
         click.echo(manager.why(name, newest[0].tick).sentence if newest else f"{name} was not run.")
         raise click.exceptions.Exit(1) from None
-
-
-@contextmanager
-def _sigterm_as_sigint() -> Iterator[None]:
-    """Treat SIGTERM like Ctrl-C: raise KeyboardInterrupt in the main thread."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -60,7 +60,7 @@ def _typed(value: str) -> datetime:
     try:
         found = datetime.fromisoformat(value)
         return found.astimezone(UTC) if found.tzinfo else found.replace(tzinfo=UTC)
-    except (ValueError, OverflowError):
+    except (TypeError, ValueError, OverflowError):
         log.warning(
             "The database has the moment %.50r; expected a text such as '2026-11-30 07:00:00.000000'. It counts as "
             "1970 until the row is corrected",
@@ -118,7 +118,7 @@ def with_time(statement: str, at: datetime, dialect: str) -> str:
 
 
 class elapsed(FunctionElement[float]):
-    """The seconds from one moment in the database to a later moment."""
+    """The seconds from one moment in the database to a later moment. NULL if a user typed one that is unreadable."""
 
     name = "elapsed"
     type = Float()
@@ -128,7 +128,9 @@ class elapsed(FunctionElement[float]):
 @compiles(elapsed, "postgresql")
 def _elapsed_on_postgresql(element: elapsed, compiler: SQLCompiler, **kwargs: Any) -> str:
     since, until = (compiler.process(each, **kwargs) for each in element.clauses)
-    return f"CAST(extract(epoch FROM {until} - {since}) AS float)"
+    # PostgreSQL before version 17 cannot subtract 'infinity'. In later versions the difference is infinite, too.
+    length = f"CAST(extract(epoch FROM {until} - {since}) AS float)"
+    return f"CASE WHEN isfinite({since}) AND isfinite({until}) THEN {length} END"
 
 
 @compiles(elapsed, "sqlite")

@@ -1,6 +1,7 @@
 """The versions of the engine's tables, and the steps between them, for the migrations of an application.
 
-To change the tables, change tables.py and append a Step to STEPS. A step of a release never changes.
+To change the tables, change tables.py and append a Step to STEPS. A step of a release never changes. A new database
+gets the newest tables. The steps lead from there to an older version.
 SQLite rebuilds a table where it cannot alter it: see `op.batch_alter_table`.
 """
 
@@ -8,18 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sqlalchemy import (
-    BigInteger,
-    Column,
-    Float,
-    ForeignKey,
-    Inspector,
-    Integer,
-    String,
-    Text,
-    inspect,
-    text,
-)
+from sqlalchemy import Inspector, MetaData, inspect
 
 from ..errors import InvalidMigration
 from .clock import UtcDateTime
@@ -94,8 +84,8 @@ def render_item(kind: str, item: Any, autogenerate: Any) -> str | Literal[False]
 class Step:
     """The way from one version of the tables to the next and back. `is_done` looks for the newer version.
 
-    Each function is given the schema of the tables. Constraints have no names here, so an application's naming
-    convention holds for them as in `db.create_all()`.
+    Each function is given the schema of the tables. A constraint without a name gets the name that the application's
+    naming convention gives it.
     """
 
     up: Callable[[Any, str | None], None]
@@ -103,173 +93,24 @@ class Step:
     is_done: Callable[[Inspector, str | None], bool]
 
 
-_Id = BigInteger().with_variant(Integer, "sqlite")
-
-
-def _where(condition: str) -> dict[str, Any]:
-    return {"postgresql_where": text(condition), "sqlite_where": text(condition)}
-
-
 def _create(op: Any, schema: str | None) -> None:
-    _create_workers(op, schema)
-    _create_executions(op, schema)
-    _create_messages(op, schema)
-    _create_instances(op, schema)
-
-
-def _create_workers(op: Any, schema: str | None) -> None:
-    op.create_table(
-        "background_workers",
-        Column("name", String(200), primary_key=True),
-        Column("mark", UtcDateTime),
-        Column("mark_ahead", UtcDateTime),
-        Column("previous_mark", UtcDateTime),
-        Column("token", BigInteger, nullable=False, server_default="0"),
-        Column("running", BigInteger),
-        Column("claim", String(32)),
-        Column("claim_tick", UtcDateTime),
-        Column("claim_attempt", Integer),
-        Column("claim_trigger", String(10)),
-        Column("claim_instance", String(32)),
-        Column("claim_instance_name", String(255)),
-        Column("claim_at", UtcDateTime),
-        Column("pending_tick", UtcDateTime),
-        Column("pending_attempt", Integer),
-        Column("pending_trigger", String(10)),
-        Column("schedule", String(200), nullable=False),
-        Column("declared", String(200), nullable=False),
-        Column("declared_by", String(32)),
-        Column("scheduled_at", UtcDateTime, nullable=False),
-        Column("paused_at", UtcDateTime),
-        schema=schema,
-    )
-
-
-def _create_executions(op: Any, schema: str | None) -> None:
-    executions = "background_executions"
-    op.create_table(
-        executions,
-        Column("id", _Id, primary_key=True),
-        Column("worker", String(200), nullable=False),
-        Column("tick", UtcDateTime, nullable=False),
-        Column("through", UtcDateTime),
-        Column("trigger", String(10), nullable=False),
-        Column("state", String(12), nullable=False),
-        Column("attempt", Integer),
-        Column("token", BigInteger),
-        Column("claim", String(32)),
-        Column("instance", String(32)),
-        Column("instance_name", String(255)),
-        Column("started_at", UtcDateTime),
-        Column("finished_at", UtcDateTime),
-        Column("progress_done", Float),
-        Column("progress_total", Float),
-        Column("reason", Text),
-        Column("log", Text),
-        schema=schema,
-    )
-    op.create_index("ix_background_executions_worker_tick", executions, ["worker", "tick"], schema=schema)
-    op.create_index("ix_background_executions_token", executions, ["worker", "token"], unique=True, schema=schema)
-    op.create_index(
-        "ix_background_executions_running", executions, ["worker"], schema=schema, **_where("state = 'running'")
-    )
-    op.create_table(
-        "background_totals",
-        Column("worker", String(200), primary_key=True),
-        Column("kind", String(10), primary_key=True),
-        Column("label", String(12), primary_key=True),
-        Column("count", BigInteger, nullable=False),
-        Column("seconds", Float, nullable=False),
-        Column("latest_at", UtcDateTime, nullable=False),
-        schema=schema,
-    )
-
-
-def _create_messages(op: Any, schema: str | None) -> None:
-    messages = "background_messages"
-    op.create_table(
-        messages,
-        Column("id", _Id, primary_key=True),
-        Column("topic", String(100), nullable=False),
-        Column("key", String(200)),
-        Column("payload", Text, nullable=False),
-        Column("state", String(10), nullable=False, server_default="waiting"),
-        Column("enqueued_at", UtcDateTime, nullable=False),
-        Column("due_at", UtcDateTime, nullable=False),
-        Column("attempt", Integer, nullable=False, server_default="0"),
-        Column("token", BigInteger, nullable=False, server_default="0"),
-        Column("batch", String(32)),
-        Column("instance", String(32)),
-        Column("instance_name", String(255)),
-        Column("claimed_at", UtcDateTime),
-        Column("finished_at", UtcDateTime),
-        schema=schema,
-    )
-    for name, columns, condition in (
-        ("key", ["topic", "key"], "key IS NOT NULL"),
-        ("due", ["topic", "due_at", "id"], "state = 'waiting'"),
-        ("running", ["instance"], "state = 'running'"),
-        ("dead", ["topic", "id"], "state = 'dead'"),
-        ("finished", ["finished_at"], "finished_at IS NOT NULL"),
-    ):
-        is_unique = name == "key"
-        op.create_index(
-            f"ix_{messages}_{name}", messages, columns, unique=is_unique, schema=schema, **_where(condition)
-        )
-    parent = ForeignKey(f"{schema}.{messages}.id" if schema else f"{messages}.id", ondelete="CASCADE")
-    op.create_table(
-        "background_message_errors",
-        Column("id", _Id, primary_key=True),
-        Column("message", _Id, parent, nullable=False, index=True),
-        Column("attempt", Integer, nullable=False),
-        Column("at", UtcDateTime, nullable=False),
-        Column("instance_name", String(255)),
-        Column("error", Text, nullable=False),
-        schema=schema,
-    )
-
-
-def _create_instances(op: Any, schema: str | None) -> None:
-    op.create_table(
-        "background_instances",
-        Column("id", String(32), primary_key=True),
-        Column("host", String(255), nullable=False),
-        Column("pid", Integer, nullable=False),
-        Column("started_at", UtcDateTime, nullable=False),
-        Column("heartbeat_at", UtcDateTime, nullable=False),
-        Column("expires_at", UtcDateTime, nullable=False),
-        Column("signed_off_at", UtcDateTime),
-        Column("clock_offset", Float),
-        Column("release", String(100)),
-        schema=schema,
-    )
-    op.create_table(
-        "background_locks",
-        Column("name", String(200), primary_key=True),
-        Column("token", BigInteger, nullable=False),
-        Column("holder", String(32)),
-        Column("instance", String(32)),
-        Column("instance_name", String(255)),
-        Column("since", UtcDateTime, nullable=False),
-        schema=schema,
-    )
-
-
-_TABLES = (
-    *("background_message_errors", "background_messages", "background_locks", "background_instances"),
-    *("background_totals", "background_executions", "background_workers"),
-)
+    """Make the newest tables, as `db.create_all()` does, and go back from there to version 1."""
+    context = op.get_context()
+    names = getattr(context.opts.get("target_metadata"), "naming_convention", None)
+    newest = MetaData(naming_convention=names)
+    for table in metadata.sorted_tables:
+        context.impl.create_table(table.to_metadata(newest, schema=schema))  # type: ignore[arg-type]
+    for step in reversed(STEPS[1:]):
+        step.down(op, schema)
 
 
 def _drop(op: Any, schema: str | None) -> None:
-    for table in _TABLES:
-        op.drop_table(table, schema=schema)
+    for table in reversed(metadata.sorted_tables):
+        op.drop_table(table.name, schema=schema)
 
 
 def _is_created(inspector: Inspector, schema: str | None) -> bool:
-    return all(inspector.has_table(table, schema) for table in _TABLES) and any(
-        column["name"] == "mark_ahead" for column in inspector.get_columns("background_workers", schema)
-    )
+    return all(inspector.has_table(name, schema) for name in metadata.tables)
 
 
 STEPS = (Step(_create, _drop, _is_created),)

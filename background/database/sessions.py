@@ -1,7 +1,6 @@
 """The engine's statements in the application's sessions, and settings of sessions that the engine refuses."""
 
-import re
-from typing import Any, Protocol
+from typing import Any
 
 from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy import URL, Connection, Engine, Executable, event, update
@@ -9,25 +8,13 @@ from sqlalchemy.orm import Session
 
 from ..errors import InvalidConfig, NotFenced
 from ..host.logs import logger_of
+from .dialects.writes import is_write
 from .outages import place
 from .tables import workers
 
 log = logger_of(__name__)
 
 _READ_COMMITTED = 2  # of psycopg's IsolationLevel
-_BEFORE = re.compile(r"(?:[\s(]|--[^\n]*\n|/\*.*?\*/)*", re.DOTALL)  # spaces and comments before a statement
-_READS = re.compile(r"(select|show|explain|values|table|pragma|savepoint|release|rollback|set)\b", re.IGNORECASE)
-_WRITES = re.compile(r"\b(insert|update|delete|merge)\b", re.IGNORECASE)
-
-
-class Executes(Protocol):
-    """A connection, or the engine's part in a session."""
-
-    def execute(self, statement: Any, parameters: Any = None, /) -> Any:
-        """Run one statement. Return its result."""
-
-    def get_execution_options(self) -> Any:
-        """Return the options with which each statement runs."""
 
 
 class Within:
@@ -45,6 +32,8 @@ class Within:
     def get_execution_options(self) -> dict[str, Any]:
         return self._options
 
+
+Executes = Connection | Within
 
 _A_WRITE = update(workers)
 
@@ -109,7 +98,7 @@ class Sessions:
 
         @event.listens_for(connection, "before_cursor_execute")
         def sending(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
-            if not _is_write(statement):
+            if not is_write(statement):
                 return
             if place(url) == place(self.engine.url):
                 raise NotFenced(
@@ -125,11 +114,6 @@ class Sessions:
                     worker,
                     url,
                 )
-
-
-def _is_write(statement: str) -> bool:
-    bare = _BEFORE.sub("", statement, count=1)
-    return not _READS.match(bare) and (not bare.lower().startswith("with") or bool(_WRITES.search(bare)))
 
 
 def schema_of(db: SQLAlchemy) -> str | None:
@@ -156,15 +140,19 @@ def refuse_autocommit_options(engine: Engine) -> None:
 
 def refuse_autocommit(connection: Connection) -> None:
     """Raise InvalidConfig if `connection` commits each statement. Sends no statement."""
+    if commits_each_statement(connection):
+        raise autocommit_refused(connection.engine.url)
+
+
+def commits_each_statement(connection: Connection) -> bool:
+    """Return whether `connection` is in AUTOCOMMIT, and no `begin` listener has begun a transaction."""
     driver: Any = connection.connection.driver_connection
     if connection.dialect.name == "sqlite":
         # Since Python 3.12, `autocommit` may be a bool. It then overrides `isolation_level`.
         setting = getattr(driver, "autocommit", None)
         commits = driver.isolation_level is None if not isinstance(setting, bool) else setting
-        if commits and not driver.in_transaction:  # a `begin` listener may have begun a transaction
-            raise autocommit_refused(connection.engine.url)
-    elif driver.autocommit and driver.info.transaction_status == 0:
-        raise autocommit_refused(connection.engine.url)
+        return bool(commits and not driver.in_transaction)
+    return bool(driver.autocommit and driver.info.transaction_status == 0)
 
 
 def autocommit_refused(url: URL) -> InvalidConfig:

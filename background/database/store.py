@@ -13,8 +13,6 @@ from sqlalchemy import (
     CursorResult,
     Engine,
     Executable,
-    Row,
-    Select,
     Subquery,
     Table,
     Text,
@@ -27,14 +25,34 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql, sqlite
 
 from .clock import single_statements
-from .dialects.sqlite import write_unless_locked
 from .notifications import CHANNEL
 from .sessions import Sessions
 
 _LOCK_SECONDS = 1.0  # after waiting this long for a row lock, free the thread and try again later
 
 
-class Store:
+class Statements:
+    """Statements on one engine, each in a transaction of its own."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.single = engine, single_statements(engine)
+        """`single` is the same engine, with a transaction for each statement."""
+        self.on_sqlite = engine.dialect.name == "sqlite"
+        self.insert: Callable[[Table], Any] = sqlite.insert if self.on_sqlite else postgresql.insert
+        """The engine's `insert`, which knows ON CONFLICT."""
+
+    def read(self, query: Executable, values: dict[str, Any] | None = None) -> Sequence[Any]:
+        """Return the rows (of SQLAlchemy) that `query` finds."""
+        with self.single.connect() as connection:
+            return connection.execute(query, values).all()
+
+    def change(self, statement: Executable, values: dict[str, Any] | None = None) -> int:
+        """Execute an INSERT, an UPDATE or a DELETE. Return how many rows it changed."""
+        with self.single.begin() as connection:
+            return count(connection.execute(statement, values))
+
+
+class Store(Statements):
     """Transactions on the engine's own connections.
 
     `ring` is called when a row becomes available to any instance. `sessions` adds the engine's statements to the
@@ -42,13 +60,10 @@ class Store:
     """
 
     def __init__(self, engine: Engine, lease: float, ring: Callable[[], None], sessions: Sessions) -> None:
-        self.engine, self.ring, self.sessions = engine, ring, sessions
-        self.single = single_statements(engine)
-        """The same engine, with a transaction for each statement."""
-        self.on_sqlite = engine.dialect.name == "sqlite"
+        super().__init__(engine)
+        self.ring, self.sessions = ring, sessions
         self.has_one_writer = self.on_sqlite
         """True if a write locks the whole database, so that a read should come first."""
-        self.insert = insert_on(engine)
         self.idle: tuple[ColumnElement[str], ...] = ()
         """Columns for a SELECT or a RETURNING that holds a worker's row: they limit how long the row is held."""
         self.limits: tuple[ColumnElement[str], ...] = ()
@@ -67,11 +82,6 @@ class Store:
             if self.limits:
                 connection.execute(select(*self.limits))
             yield connection
-
-    def read(self, query: Select[Any], values: dict[str, Any] | None = None) -> Sequence[Row[Any]]:
-        """Return the rows that `query` finds, in a transaction of its own."""
-        with self.single.connect() as connection:
-            return connection.execute(query, values).all()
 
     # -- lists of any length, in one parameter -------------------------------------------------
 
@@ -117,23 +127,9 @@ class Store:
         return number
 
 
-def insert_on(engine: Engine) -> Callable[[Table], Any]:
-    """Return the engine's `insert`, which knows ON CONFLICT."""
-    return sqlite.insert if engine.dialect.name == "sqlite" else postgresql.insert
-
-
 def limit(setting: str, seconds: float) -> ColumnElement[str]:
     """Return a column that gives PostgreSQL a time limit, until the end of the transaction."""
     return func.set_config(setting, f"{seconds * 1000:.0f}", True)
-
-
-def try_to_write(engine: Engine, nothing: Executable) -> None:
-    """Execute `nothing`, which changes no row. On SQLite this waits for no other connection that writes."""
-    if engine.dialect.name == "sqlite":
-        write_unless_locked(engine, nothing)
-        return
-    with engine.begin() as connection:
-        connection.execute(nothing)
 
 
 def count(result: Any) -> int:

@@ -1,7 +1,10 @@
 """The engine's tables. `BackgroundWorkerManager.init_app` copies them into the application's metadata."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
+from decimal import Decimal
+from functools import lru_cache
+from math import isfinite
 from typing import Any
 
 from sqlalchemy import (
@@ -25,8 +28,11 @@ from sqlalchemy import (
     select,
 )
 
+from ..host.logs import logger_of
 from .clock import AHEAD, UtcDateTime, now
 from .dialects.encodings import storable
+
+log = logger_of(__name__)
 
 metadata = MetaData()
 
@@ -39,6 +45,46 @@ class AnyText(TypeDecorator[str]):
 
     def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
         return value and storable(value, dialect)
+
+
+class Whole(TypeDecorator[int]):
+    """A whole number. SQLite keeps any text that a user types into its column."""
+
+    impl = Integer
+    cache_ok = True
+
+    def result_processor(self, dialect: Dialect, coltype: object) -> Callable[[Any], Any] | None:
+        return _number if dialect.name == "sqlite" else None
+
+
+class Large(Whole):
+    """A whole number of 64 bits."""
+
+    impl = BigInteger
+    cache_ok = True
+
+
+class Real(TypeDecorator[float]):
+    """A finite number. Its column also keeps NaN and Infinity, and on SQLite any text."""
+
+    impl = Float
+    cache_ok = True
+
+    def result_processor(self, dialect: Dialect, coltype: object) -> Callable[[Any], Any]:
+        return _number
+
+
+def _number(value: Any) -> Any:
+    if value is None or type(value) is int or (isinstance(value, float | Decimal) and isfinite(value)):
+        return value
+    return _no_number(f"{value!r:.50}")
+
+
+@lru_cache(maxsize=1024)  # the warning appears once
+def _no_number(value: str) -> int:
+    """Return 0 for a value that is not a finite number. An error here would end each page that shows its row."""
+    log.warning("The database has %s in a column of numbers. It counts as 0 until the row is corrected", value)
+    return 0
 
 
 LARGEST_ID = 2**63 - 1
@@ -58,19 +104,19 @@ workers = Table(
     Column("previous_mark", UtcDateTime),
     # Grows with every claim. `running` is the token of the claim in force, or NULL. `claim` is the random id of that
     # claim, or NULL. A token can repeat after the database lost commits. An id cannot.
-    Column("token", BigInteger, nullable=False, server_default="0"),
-    Column("running", BigInteger),
+    Column("token", Large, nullable=False, server_default="0"),
+    Column("running", Large),
     Column("claim", String(32)),
     # A copy of the newest claim. A user may delete the execution's row while the claim is in force.
     Column("claim_tick", UtcDateTime),
-    Column("claim_attempt", Integer),
+    Column("claim_attempt", Whole),
     Column("claim_trigger", String(10)),
     Column("claim_instance", String(32)),
     Column("claim_instance_name", String(255)),
     Column("claim_at", UtcDateTime),
     # A lost or handed back tick, which must be claimed before any newer tick. Or a run that a user requested.
     Column("pending_tick", UtcDateTime),
-    Column("pending_attempt", Integer),
+    Column("pending_attempt", Whole),
     Column("pending_trigger", String(10)),
     # The schedule in force, as text. `declared` is the schedule in the code of a release, before any `reschedule`.
     # `declared_by` is the instance that wrote it. Of two releases side by side, the release that stays writes last.
@@ -96,16 +142,16 @@ executions = Table(
     Column("through", UtcDateTime),
     Column("trigger", String(10), nullable=False),
     Column("state", String(12), nullable=False),
-    Column("attempt", Integer),
-    Column("token", BigInteger),
-    # The random id of this execution's claim. NULL if an older release made the claim.
+    Column("attempt", Whole),
+    Column("token", Large),
+    # The random id of this execution's claim. NULL for an execution without a claim.
     Column("claim", String(32)),
     Column("instance", String(32)),
     Column("instance_name", String(255)),
     Column("started_at", UtcDateTime),
     Column("finished_at", UtcDateTime),
-    Column("progress_done", Float),
-    Column("progress_total", Float),
+    Column("progress_done", Real),
+    Column("progress_total", Real),
     Column("reason", AnyText),
     # The lines that the run logged. Written with the outcome, and with each earlier commit of the run.
     Column("log", AnyText),
@@ -126,12 +172,12 @@ instances = Table(
     metadata,
     Column("id", String(32), primary_key=True),
     Column("host", String(255), nullable=False),
-    Column("pid", Integer, nullable=False),
+    Column("pid", Whole, nullable=False),
     Column("started_at", UtcDateTime, nullable=False),
     Column("heartbeat_at", UtcDateTime, nullable=False),
     Column("expires_at", UtcDateTime, nullable=False),
     Column("signed_off_at", UtcDateTime),
-    Column("clock_offset", Float),
+    Column("clock_offset", Real),
     Column("release", String(LONGEST_RELEASE)),
 )
 
@@ -144,8 +190,8 @@ totals = Table(
     Column("worker", String(200), primary_key=True),
     Column("kind", String(10), primary_key=True),
     Column("label", String(12), primary_key=True),
-    Column("count", BigInteger, nullable=False),
-    Column("seconds", Float, nullable=False),
+    Column("count", Large, nullable=False),
+    Column("seconds", Real, nullable=False),
     Column("latest_at", UtcDateTime, nullable=False),
 )
 
@@ -162,9 +208,9 @@ messages = Table(
     Column("enqueued_at", UtcDateTime, nullable=False),
     Column("due_at", UtcDateTime, nullable=False),
     # Counted by the claim, before the handler runs. A message that was handed back does not count as tried.
-    Column("attempt", Integer, nullable=False, server_default="0"),
+    Column("attempt", Whole, nullable=False, server_default="0"),
     # Grows by one at every claim. `batch` is the id of all messages of that claim. The fence checks it.
-    Column("token", BigInteger, nullable=False, server_default="0"),
+    Column("token", Large, nullable=False, server_default="0"),
     Column("batch", String(32)),
     Column("instance", String(32)),
     Column("instance_name", String(255)),
@@ -174,13 +220,7 @@ messages = Table(
 
 
 Index("ix_background_messages_key", messages.c.topic, messages.c.key, unique=True, **_where("key IS NOT NULL"))
-Index(
-    "ix_background_messages_due",
-    messages.c.topic,
-    messages.c.due_at,
-    messages.c.id,
-    **_where("state = 'waiting'"),
-)
+Index("ix_background_messages_due", messages.c.topic, messages.c.due_at, messages.c.id, **_where("state = 'waiting'"))
 Index("ix_background_messages_running", messages.c.instance, **_where("state = 'running'"))
 Index("ix_background_messages_dead", messages.c.topic, messages.c.id, **_where("state = 'dead'"))
 Index("ix_background_messages_finished", messages.c.finished_at, **_where("finished_at IS NOT NULL"))
@@ -190,7 +230,7 @@ message_errors = Table(
     metadata,
     Column("id", _Id, primary_key=True),
     Column("message", _Id, ForeignKey(messages.c.id, ondelete="CASCADE"), nullable=False, index=True),
-    Column("attempt", Integer, nullable=False),
+    Column("attempt", Whole, nullable=False),
     Column("at", UtcDateTime, nullable=False),
     Column("instance_name", String(255)),
     Column("error", AnyText, nullable=False),
@@ -202,7 +242,7 @@ locks = Table(
     Column("name", String(200), primary_key=True),
     # Grows each time the lock is acquired, even after its row was pruned. The row with the empty name keeps the
     # greatest token of all pruned rows.
-    Column("token", BigInteger, nullable=False),
+    Column("token", Large, nullable=False),
     # The id of one acquisition, or NULL if the lock is free. `instance` is the instance whose lease keeps it.
     Column("holder", String(32)),
     Column("instance", String(32)),

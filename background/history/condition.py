@@ -4,9 +4,8 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, String, cast, distinct, func, select
+from sqlalchemy import String, cast, distinct, func, select
 
-from ..database.clock import single_statements
 from ..database.tables import executions, instances, messages, workers
 from ..ledger.claim import is_of_claim
 from ..ledger.leases import is_alive
@@ -62,16 +61,15 @@ def _are(count: int) -> str:
     return "1 instance is" if count == 1 else f"{count} instances are"
 
 
-def condition(stores: Stores, ours: Mapping[str, type[PeriodicWorker]], threads: int) -> Condition:
+def condition(stores: Stores, ours: Mapping[str, type[PeriodicWorker]]) -> Condition:
     """Return the fleet's condition by the database's clock, in a constant number of queries.
 
-    `ours` are the workers of this release, and `threads` is the number of threads of an instance.
+    `ours` are the workers of this release. Each instance should have as many threads as this process.
     """
+    threads = stores.app.config["WORKERS_THREADS"]
     # Read where the instances' rows are. On SQLite that is a file of its own, which can read the other rows too.
-    with single_statements(stores.leases.engine).connect() as connection:
-        alive: dict[str, str] = {row.id: row.name for row in connection.execute(_alive)}
-        busy = _busy(connection)
-    full = {alive[id]: count for id, count in busy.items() if id in alive and count >= threads}
+    alive: dict[str, str] = {row.id: row.name for row in stores.leases.read(_alive)}
+    full = {alive[id]: count for id, count in _busy(stores).items() if id in alive and count >= threads}
     return Condition(InstanceHistory(stores.leases).silence(), len(alive), statuses(stores, ours), full)
 
 
@@ -85,10 +83,10 @@ _batches = (
 )
 
 
-def _busy(connection: Connection) -> dict[str, int]:
+def _busy(stores: Stores) -> dict[str, int]:
     """Count the threads that each instance uses for runs and for batches of messages."""
     busy: Counter[str] = Counter()
     for query in (_runs, _batches):
-        for instance, count in connection.execute(query):
+        for instance, count in stores.leases.read(query):
             busy[instance] += count
     return busy

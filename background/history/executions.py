@@ -41,17 +41,16 @@ class History:
 
     def __init__(self, ledger: Ledger, instances: InstanceHistory) -> None:
         self._ledger, self._instances = ledger, instances
-        self._reading = ledger.store.single
+        self._read = ledger.store.read
 
     def clock(self) -> datetime:
         """Read the database's clock."""
-        with self._reading.connect() as connection:
-            return connection.execute(select(now())).scalar_one()
+        [(clock,)] = self._read(select(now()))
+        return clock  # type: ignore[no-any-return]
 
     def names(self) -> list[str]:
         """Return the workers that the database knows."""
-        with self._reading.connect() as connection:
-            return list(connection.scalars(select(workers.c.name).order_by(workers.c.name)).all())
+        return [row.name for row in self._read(select(workers.c.name).order_by(workers.c.name))]
 
     def latest(self, names: Collection[str] | None = None) -> dict[str, Record]:
         """Return each worker's newest row (of `names`) that is not running. It may be about ticks without a run."""
@@ -93,18 +92,15 @@ class History:
 
     def _last_of(self, places: Select[Any]) -> Place | None:
         """Return the last of the MOST_SEARCHED rows that were read. None if there are fewer."""
-        with self._reading.connect() as connection:
-            last = connection.execute(places.offset(MOST_SEARCHED - 1).limit(1)).one_or_none()
-        return (last.tick, last.id) if last else None
+        last = self._read(places.offset(MOST_SEARCHED - 1).limit(1))
+        return (last[0].tick, last[0].id) if last else None
 
     def recent(self, names: Collection[str], count: int) -> dict[str, list[Glance]]:
         """Return the newest `count` executions of each worker of `names`, oldest first."""
         found: dict[str, list[Glance]] = {name: [] for name in names}
         if found:
             parameters = {f"worker_{number}": name for number, name in enumerate(found)}
-            with self._reading.connect() as connection:
-                glances = map(Glance._make, connection.execute(_glances(len(found), count), parameters).all())
-            for glance in glances:
+            for glance in map(Glance._make, self._read(_glances(len(found), count), parameters)):
                 found[glance.worker].append(glance)
         return {name: glances[::-1] for name, glances in found.items()}
 
@@ -114,8 +110,8 @@ class History:
 
     def log(self, execution: int) -> str | None:
         """Return the log lines of that execution. None if it logged nothing, or was pruned."""
-        with self._reading.connect() as connection:
-            return connection.scalar(select(executions.c.log).where(executions.c.id == execution))
+        rows = self._read(select(executions.c.log).where(executions.c.id == execution))
+        return rows[0].log if rows else None
 
     def running(self) -> list[Record]:
         """Return the running executions of all workers, without reasons."""
@@ -146,18 +142,22 @@ class History:
         return Window(since, until, clock, tuple(marked), complete_since, instances)
 
     def around(self, name: str, at: datetime | None = None) -> Surroundings:
-        """Return the rows about the tick that `at` belongs to. By default `at` is now."""
+        """Return the rows about the tick that `at` belongs to. By default `at` is now, and a later manual run counts.
+
+        With `at`, the rows are the same for each moment that belongs to the tick.
+        """
         state = self._ledger.look(name)
         clock = state.clock if state else self.clock()
-        at = at or clock
+        is_now, at = at is None, at or clock
         alive, last_seen = self._instances.alive_and_last()
         if state is None:
             return Surroundings(name, at, clock, None, alive=alive, last_seen=last_seen)
         records, before = self._belonging(name, at, state)
+        manual = self._manual(name, state.schedule.previous(at)) if is_now else None
         if records:
-            return Surroundings(name, at, clock, state, records, alive=alive, last_seen=last_seen)
+            return Surroundings(name, at, clock, state, records, alive=alive, last_seen=last_seen, manual=manual)
         after, oldest = self._behind(name, state.schedule.previous(at))
-        return Surroundings(name, at, clock, state, (), before, after, oldest, alive, last_seen)
+        return Surroundings(name, at, clock, state, (), before, after, oldest, alive, last_seen, manual)
 
     def _belonging(self, name: str, at: datetime, state: WorkerState) -> tuple[tuple[Record, ...], Record | None]:
         """Return the rows of the tick that `at` belongs to. If it has none, return the newest row before it.
@@ -176,18 +176,19 @@ class History:
         same = [each for each in reversed(found) if (each.tick, each.trigger) == (newest.tick, newest.trigger)]
         return tuple(self._marked(same)), None
 
+    def _manual(self, name: str, tick: datetime) -> Record | None:
+        """Return the newest attempt at a manual run that was requested after `tick`."""
+        manual = _of(name).where(executions.c.trigger == "manual", executions.c.tick > tick)
+        return next(iter(self._marked(self._records(manual.order_by(*_newest_first).limit(1)))), None)
+
     def _behind(self, name: str, at: datetime) -> tuple[Record | None, datetime | None]:
         later = _of(name).where(executions.c.tick > at, executions.c.trigger == "schedule")
         after = self._records(later.order_by(executions.c.tick, executions.c.id).limit(1))
-        with self._reading.connect() as connection:
-            oldest = connection.execute(
-                select(func.min(executions.c.tick)).where(executions.c.worker == name)
-            ).scalar_one()
+        [(oldest,)] = self._read(select(func.min(executions.c.tick)).where(executions.c.worker == name))
         return (after[0] if after else None), oldest
 
     def _records(self, query: Select[Any]) -> list[Record]:
-        with self._reading.connect() as connection:
-            return [Record(*row) for row in connection.execute(query).all()]
+        return [Record(*row) for row in self._read(query)]
 
     def _marked(self, records: list[Record]) -> list[Record]:
         """Return the records with `is_gone` filled in."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from sqlalchemy import Select, and_, func, not_, or_, select, true
 
-from ..database.clock import now, single_statements
+from ..database.clock import now
 from ..database.tables import instances
 from ..ledger.leases import Leases, is_alive
 from .records import InstanceRecord
@@ -38,31 +38,27 @@ class InstanceHistory:
     """Reads the rows of the instances."""
 
     def __init__(self, rows: Leases) -> None:
-        self._reading = single_statements(rows.engine)
+        self._read = rows.read
 
     def gone(self, ids: Collection[str]) -> set[str]:
         """Return the instances of `ids` that are not alive."""
         if not ids:
             return set()
         alive = select(instances.c.id).where(instances.c.id.in_(ids), is_alive)
-        with self._reading.connect() as connection:
-            return set(ids) - set(connection.execute(alive).scalars())
+        return set(ids) - {row.id for row in self._read(alive)}
 
     def seen(self) -> list[InstanceRecord]:
         """Return the living instances, then the gone instances that left last, each newest first."""
         newest = _seen.order_by(instances.c.started_at.desc())
-        with self._reading.connect() as connection:
-            alive = connection.execute(newest.where(is_alive)).all()
-            gone = connection.execute(newest.where(not_(is_alive)).limit(_MOST_GONE)).all()
-        return [InstanceRecord(*row) for row in (*alive, *gone)]
+        alive, gone = newest.where(is_alive), newest.where(not_(is_alive)).limit(_MOST_GONE)
+        return [InstanceRecord(*row) for query in (alive, gone) for row in self._read(query)]
 
     def silence(self) -> Silence | None:
         """Return the state of a fleet in which no instance is alive, in one read. None while an instance is alive."""
         left = func.coalesce(instances.c.signed_off_at, instances.c.heartbeat_at)
         latest = _seen.order_by(is_alive.desc(), left.desc()).limit(1).subquery()
         one = select(now().label("clock")).subquery()
-        with self._reading.connect() as connection:
-            clock, *row = connection.execute(select(one.c.clock, latest).outerjoin_from(one, latest, true())).one()
+        [(clock, *row)] = self._read(select(one.c.clock, latest).outerjoin_from(one, latest, true()))
         last = None if row[0] is None else InstanceRecord(*row)
         return None if last and last.is_alive else Silence(last, clock)
 
@@ -70,16 +66,13 @@ class InstanceHistory:
         """Return the instances that lived between the two moments, and the instances `ids`, oldest first."""
         lived = and_(instances.c.started_at <= until, instances.c.heartbeat_at >= since)
         query = _seen.where(or_(lived, instances.c.id.in_(ids))).order_by(instances.c.started_at, instances.c.id)
-        with self._reading.connect() as connection:
-            return tuple(InstanceRecord(*row) for row in connection.execute(query.limit(_MOST_LIVED)).all())
+        return tuple(InstanceRecord(*row) for row in self._read(query.limit(_MOST_LIVED)))
 
     def alive_and_last(self) -> tuple[tuple[InstanceRecord, ...], InstanceRecord | None]:
         """Return the living instances, oldest first, and the instance that was seen last."""
-        newest = instances.c.heartbeat_at.desc()
-        with self._reading.connect() as connection:
-            living = connection.execute(_seen.where(is_alive).order_by(instances.c.started_at)).all()
-            last = connection.execute(_seen.order_by(newest).limit(1)).one_or_none()
-        return tuple(InstanceRecord(*row) for row in living), (InstanceRecord(*last) if last else None)
+        living = self._read(_seen.where(is_alive).order_by(instances.c.started_at))
+        last = self._read(_seen.order_by(instances.c.heartbeat_at.desc()).limit(1))
+        return tuple(InstanceRecord(*row) for row in living), (InstanceRecord(*last[0]) if last else None)
 
 
 _seen: Select[Any] = select(

@@ -329,10 +329,7 @@ def _flow(row: Row[Any]) -> Flow:
 _took = elapsed(messages.c.due_at, messages.c.finished_at)
 _handled = (
     select(
-        messages.c.topic,
-        func.count().label("handled"),
-        func.avg(_took).label("mean"),
-        func.max(_took).label("longest"),
+        messages.c.topic, func.count().label("handled"), func.avg(_took).label("mean"), func.max(_took).label("longest")
     )
     .where(messages.c.state == "done", messages.c.finished_at > select(now(-_RECENTLY)).scalar_subquery())
     .group_by(messages.c.topic)

@@ -66,10 +66,7 @@ def _trouble(status: WorkerStatus | None) -> dict[str, Any]:
     """Return since when a tick of the worker waits, and why its run is stuck. None if all is well."""
     if status is None:
         return {"overdue_since": None, "stuck": None}
-    return {
-        "overdue_since": status.waits_since if status.is_late else None,
-        "stuck": status.stuck,
-    }
+    return {"overdue_since": status.waits_since if status.is_late else None, "stuck": status.stuck}
 
 
 def _running(state: WorkerState, claim: Claim, gone: set[str]) -> dict[str, Any]:

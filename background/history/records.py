@@ -137,3 +137,5 @@ class Surroundings:
     """The tick of the worker's oldest row. Earlier rows may have been pruned."""
     alive: tuple[InstanceRecord, ...] = ()
     last_seen: InstanceRecord | None = None
+    manual: Record | None = None
+    """The newest attempt at a manual run after that tick, if the question is about now."""

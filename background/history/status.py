@@ -9,7 +9,7 @@ from typing import Any
 
 from sqlalchemy import Row, bindparam, case, func, select
 
-from ..database.clock import AHEAD, elapsed, now, single_statements
+from ..database.clock import AHEAD, elapsed, now
 from ..database.tables import executions, instances, totals, workers
 from ..errors import InvalidSchedule
 from ..ledger.claim import is_of_claim
@@ -57,10 +57,9 @@ def statuses(stores: Stores, workers_here: Mapping[str, type[PeriodicWorker]]) -
     """
     ours = {name: worker for name, worker in workers_here.items() if worker.enabled}
     # Read where the instances' rows are. On SQLite that is a file of its own, which can read the other rows too.
-    with single_statements(stores.leases.engine).connect() as connection:
-        rows = connection.execute(_query).all()
-        ahead = [row.name for row in rows if row.mark and row.mark > row.clock + AHEAD]
-        decided = connection.execute(_decided_by_now, {"names": ahead}).all() if ahead else ()
+    rows = stores.leases.read(_query)
+    ahead = [row.name for row in rows if row.mark and row.mark > row.clock + AHEAD]
+    decided = stores.leases.read(_decided_by_now, {"names": ahead}) if ahead else ()
     lease = stores.lease.total_seconds()
     marks = {row.name: row.mark for row in rows} | {each[0]: each[1] for each in decided}
     return [_status(row, marks[row.name], ours.get(row.name), lease) for row in rows]
@@ -68,7 +67,7 @@ def statuses(stores: Stores, workers_here: Mapping[str, type[PeriodicWorker]]) -
 
 _age = elapsed(executions.c.started_at, now())
 _average = (
-    select(func.sum(totals.c.seconds) / func.sum(totals.c.count))
+    select(func.sum(totals.c.seconds) / func.nullif(func.sum(totals.c.count), 0))
     .where(totals.c.worker == workers.c.name, totals.c.kind == "duration")
     .scalar_subquery()
 )

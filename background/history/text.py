@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from zoneinfo import ZoneInfo
@@ -13,7 +14,7 @@ from .instances import Silence
 from .records import Record
 
 WIDEST = 120  # characters of one cell
-EARLIEST, LATEST = datetime(1970, 1, 2, tzinfo=UTC), datetime(9000, 1, 1, tzinfo=UTC)  # that can be asked about
+_EARLIEST, _LATEST = datetime(1970, 1, 2, tzinfo=UTC), datetime(9000, 1, 1, tzinfo=UTC)  # that can be asked about
 
 
 def moment(at: datetime | None) -> str:
@@ -24,16 +25,17 @@ def moment(at: datetime | None) -> str:
 
 
 def moment_in(text: str, zone: str = "UTC") -> datetime:
-    """Read ISO 8601, in `zone` if it names no zone. Raises ValueError, and InvalidSchedule for the zone."""
+    """Read ISO 8601, in `zone` if it names no zone. Raises ValueError with a sentence, and InvalidSchedule."""
     check_timezone(zone)
-    try:
+    with suppress(ValueError, OverflowError):
         given = datetime.fromisoformat(text.strip())
         at = (given if given.tzinfo else given.replace(tzinfo=ZoneInfo(zone))).astimezone(UTC)
-    except OverflowError as error:
-        raise ValueError(text) from error
-    if not EARLIEST <= at <= LATEST:
-        raise ValueError(text)
-    return at
+        if _EARLIEST <= at <= _LATEST:
+            return at
+    raise ValueError(
+        f"{text!r} is not a moment from {_EARLIEST.year} to {_LATEST.year - 1}; expected one in ISO 8601, such as "
+        "2026-11-20T12:00Z."
+    )
 
 
 def whole_number(text: str) -> int | None:

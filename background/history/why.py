@@ -1,6 +1,6 @@
 """Answers why a tick did not run, in one sentence made from the rows. Time is an argument."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
 from ..errors import spelled_out
@@ -57,8 +57,15 @@ def why(around: Surroundings, worker: type[PeriodicWorker] | None, history_days:
     state, clause = (last.state, _recorded(around, known)) if last else _unrecorded(around, known, tick)
     subject = f"The tick {moment(tick)} of {around.name}"
     if last and last.trigger == "manual":
-        subject = f"The manual run of {around.name} asked for at {moment(tick)}"
+        subject = _manual(last)
+    elif around.manual:
+        run = replace(around, records=(around.manual,))
+        clause = f"{clause}. {_manual(around.manual)} {_recorded(run, known)}"
     return Answer(around.name, around.at, tick, state, spelled_out(f"{subject} {clause}."), around.records)
+
+
+def _manual(record: Record) -> str:
+    return f"The manual run of {record.worker} asked for at {moment(record.tick)}"
 
 
 # -- a tick with a row ---------------------------------------------------------------------------

@@ -12,19 +12,12 @@ _MODULES = ("flask", "sqlalchemy", "flask_sqlalchemy", "svcs", "apscheduler", "c
 def require(modules: Iterable[str], purpose: str) -> None:
     """Raise MissingDependency unless each of the `modules` can be imported. Imports none of them."""
     for module in modules:
-        if not _is_there(module):
+        if find_spec(module) is None:
             package = module.replace("_", "-")
             raise MissingDependency(
                 f"The package {package!r} is not installed; expected it, as {purpose} needs it. "
                 f"Install it with `pip install {package}`."
             )
-
-
-def _is_there(module: str) -> bool:
-    try:
-        return find_spec(module) is not None
-    except (ImportError, ValueError):
-        return False
 
 
 require(_MODULES, "the engine of the background workers")

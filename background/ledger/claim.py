@@ -29,7 +29,7 @@ class Claim:
     """The id of the execution's row. None if that row was deleted by hand."""
     started_at: datetime | None = None
     id: str | None = None
-    """Random. None if an older release made the claim."""
+    """Random. None if a user wrote the claim into the worker's row."""
     instance: str | None = None
     instance_name: str | None = None
 
@@ -109,11 +109,11 @@ class NotClaimed(Enum):
 DECIDED, BLOCKED = NotClaimed.DECIDED, NotClaimed.BLOCKED
 
 
-# The execution of the claim in force. A claim of an older release has no id.
+# The execution of the claim in force.
 is_of_claim = and_(
     executions.c.worker == workers.c.name,
     executions.c.token == workers.c.running,
-    or_(executions.c.claim == workers.c.claim, executions.c.claim.is_(None)),
+    executions.c.claim.is_not_distinct_from(workers.c.claim),
 )
 # An execution that says "running" while its claim is not in force: a stray.
 strays = executions.alias("strays")
@@ -123,7 +123,7 @@ is_stray = and_(
     or_(
         strays.c.token.is_(None),
         strays.c.token.is_distinct_from(workers.c.running),
-        and_(strays.c.claim.is_not(None), strays.c.claim.is_distinct_from(workers.c.claim)),
+        strays.c.claim.is_distinct_from(workers.c.claim),
     ),
 )
 
@@ -131,7 +131,6 @@ STATES = select(
     workers,
     now().label("clock"),
     select(strays.c.id).where(is_stray).correlate(workers).exists().label("has_strays"),
-    executions.c.claim.label("execution_claim"),
     executions.c.id.label("execution"),
     executions.c.tick,
     executions.c.attempt,
@@ -178,10 +177,10 @@ def _running(row: Row[Any]) -> Claim:
     """
     name, token = row.name, row.running
     if row.execution is not None:
-        began = row.started_at, row.execution_claim, row.instance, row.instance_name
+        began = row.started_at, row.claim, row.instance, row.instance_name
         return Claim(name, row.tick, row.attempt or 1, token, row.trigger, row.execution, *began)
     if row.claim is not None and row.claim_tick is not None:
         began = row.claim_at, row.claim, row.claim_instance, row.claim_instance_name
         return Claim(name, row.claim_tick, row.claim_attempt or 1, token, row.claim_trigger, None, *began)
     tick = row.mark or row.scheduled_at
-    return Claim(name, tick, 1, token, "schedule", None, instance_name="an unknown instance")
+    return Claim(name, tick, 1, token, "schedule", None, id=row.claim, instance_name="an unknown instance")

@@ -30,10 +30,10 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import OperationalError
 
-from ..database.clock import AHEAD, now, single_statements, steady
+from ..database.clock import AHEAD, now, steady
 from ..database.dialects.error_codes import is_lock_unavailable
 from ..database.dialects.one_request import limited
-from ..database.store import insert_on, limit
+from ..database.store import Statements, limit
 from ..database.tables import (
     LONGEST_RELEASE,
     AnyText,
@@ -106,13 +106,12 @@ class Pulse:
     """True if another client kept a table locked. The heartbeat then renewed the lease and read nothing."""
 
 
-class Leases:
+class Leases(Statements):
     """The rows of all instances: living instances, and for a day instances that left or died."""
 
     def __init__(self, engine: Engine, lease: float) -> None:
-        self.engine = engine
+        super().__init__(engine)
         self._lease = lease
-        self._single = single_statements(engine)
         self._looks: dict[tuple[str, ...], Callable[[Connection, dict[str, Any]], Any]] = {}
         self._renewal = self._upsert(null(), false(), false(), _first_expiry)
         # The longest wait of `_look` for a lock. The renewal comes after it, and must be well within the lease.
@@ -143,7 +142,7 @@ class Leases:
         sent, instance.first_expiry = steady(), math.inf
         values = {f"its_{name}": getattr(instance, name) for name in _IDENTITY}
         values |= {"lease": instance.lease.total_seconds(), "offset": instance.clock_offset.total_seconds()}
-        with self._single.begin() as connection:
+        with self.single.begin() as connection:
             host_before = time.time()  # not before connecting, which may take long
             clock, schedules, is_busy, is_ahead, expiry, *dues = send(connection, values)
             host_after = time.time()
@@ -171,33 +170,28 @@ class Leases:
         identity: dict[str, Any] = {name: bindparam(f"its_{name}") for name in _IDENTITY}
         # Escapes for characters that the database cannot hold make a release longer.
         identity["release"] = func.substr(bindparam("its_release", type_=AnyText()), 1, LONGEST_RELEASE)
-        row = insert_on(self.engine)(instances).values({**identity, "started_at": now(), **renewed})
+        row = self.insert(instances).values({**identity, "started_at": now(), **renewed})
         return row.on_conflict_do_update(index_elements=["id"], set_=renewed).returning(now(), *columns)
 
     def write(self) -> None:
         """Execute an UPDATE that changes nothing, but fails on a database that accepts no writes."""
-        with self._single.begin() as connection:
-            connection.execute(update(instances).where(false()).values(pid=instances.c.pid))
+        self.change(update(instances).where(false()).values(pid=instances.c.pid))
 
     def sign_off(self, instance: Instance) -> None:
         """Sign off. Everything still held counts as handed back, and later commits are refused."""
         instance.deadline = 0.0
-        with self._single.begin() as connection:
-            connection.execute(
-                update(instances).where(instances.c.id == instance.id).values(signed_off_at=now(), expires_at=now())
-            )
-            connection.execute(delete(instances).where(instances.c.expires_at < now(-_FORGOTTEN_AFTER)))
+        own = update(instances).where(instances.c.id == instance.id)
+        self.change(own.values(signed_off_at=now(), expires_at=now()))
+        self.change(delete(instances).where(instances.c.expires_at < now(-_FORGOTTEN_AFTER)))
 
     def forget(self, instance: Instance) -> None:
         """Delete the row of an instance that ran nothing (one may exist per lock taken outside a worker)."""
         instance.deadline = 0.0
-        with self._single.begin() as connection:
-            connection.execute(delete(instances).where(instances.c.id == instance.id))
+        self.change(delete(instances).where(instances.c.id == instance.id))
 
     def ending(self, id: str) -> str:
         """Return how the lease of an instance ended that did not sign off, for the history and the log."""
-        with self._single.connect() as connection:
-            is_known = connection.scalar(select(instances.c.id).where(instances.c.id == id)) is not None
+        is_known = self.read(select(instances.c.id).where(instances.c.id == id))
         return "stopped renewing its lease" if is_known else "is not known to the fleet: its row was deleted"
 
     def gone(self, ids: Collection[str]) -> dict[str, bool]:
@@ -209,10 +203,7 @@ class Leases:
         """
         sent = steady()
         columns = (instances.c.id, instances.c.signed_off_at, is_alive.label("is_alive"), _is_ahead.label("is_ahead"))
-        query = select(*columns, now().label("clock")).where(instances.c.id.in_(ids))
-        with self._single.connect() as connection:
-            rows = connection.execute(query).all()
-        if rows:
+        if rows := self.read(select(*columns, now().label("clock")).where(instances.c.id.in_(ids))):
             self._was_set(rows[0].clock, sent)
         signed_off = {row.id for row in rows if row.signed_off_at is not None}
         spared = {row.id for row in rows if row.is_alive or (row.is_ahead and sent < self._began + self._lease)}
@@ -223,8 +214,7 @@ class Leases:
     def expired(self, ids: Collection[str], since: datetime, until: datetime) -> set[str]:
         """Return the instances of `ids` whose leases ended between two moments of the database's clock."""
         query = select(instances.c.id).where(instances.c.id.in_(ids), instances.c.expires_at.between(since, until))
-        with self._single.connect() as connection:
-            return set(connection.scalars(query))
+        return {row.id for row in self.read(query)}
 
     @property
     def is_steady(self) -> bool:
@@ -249,9 +239,7 @@ class Leases:
 
 _is_ahead = instances.c.heartbeat_at > now(timedelta(seconds=_STEP_SECONDS))  # the clock was set back since
 is_alive: ColumnElement[bool] = and_(
-    instances.c.signed_off_at.is_(None),
-    instances.c.expires_at > now(),
-    not_(_is_ahead),
+    instances.c.signed_off_at.is_(None), instances.c.expires_at > now(), not_(_is_ahead)
 )
 
 _schedule_lines = (
@@ -259,6 +247,7 @@ _schedule_lines = (
     .order_by(workers.c.name)
     .subquery()
 )
+_NEWLINE: Any = literal_column("'\n'")  # SQLAlchemy would write a text into each request anew
 _others = and_(is_alive, instances.c.id != bindparam("its_id"))
 _first_expiry = select(func.min(instances.c.expires_at)).where(_others).scalar_subquery()
 _is_worker_ahead = or_(
@@ -274,7 +263,7 @@ def _pulse(topics: Sequence[str]) -> tuple[ColumnElement[Any], ...]:
     is_busy = select(workers.c.name).where(or_(workers.c.running.is_not(None), is_pending)).exists()
     is_any_ahead = select(workers.c.name).where(_is_worker_ahead).exists()
     return (
-        select(func.aggregate_strings(_schedule_lines.c.line, "\n")).scalar_subquery(),
+        select(func.aggregate_strings(_schedule_lines.c.line, _NEWLINE)).scalar_subquery(),
         or_(
             is_busy,
             select(executions.c.id).where(executions.c.state == literal_column("'running'")).exists(),

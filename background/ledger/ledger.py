@@ -6,17 +6,7 @@ from types import MappingProxyType
 from typing import Any
 from uuid import uuid4
 
-from sqlalchemy import (
-    ColumnElement,
-    Connection,
-    Row,
-    and_,
-    insert,
-    null,
-    select,
-    true,
-    update,
-)
+from sqlalchemy import ColumnElement, Connection, Row, and_, insert, null, select, update
 
 from ..database.clock import now
 from ..database.sessions import Executes
@@ -206,9 +196,7 @@ class Ledger:
             return False
         outcome = {"finished_at": now(), **outcome}
         ended = connection.execute(update(executions).where(own(claim)).values(outcome).returning(*MOMENTS))
-        row = ended.one_or_none() or self.write_anew(
-            connection, claim, outcome, [claim.token, None] if claim.id else [None]
-        )
+        row = ended.one_or_none() or self.write_anew(connection, claim, outcome, [claim.token, None])
         if row is not None:
             counters.add_execution(connection, claim, outcome["state"], *row)
         return True
@@ -249,11 +237,7 @@ class Ledger:
         )
         extended_at = connection.execute(
             update(executions)
-            .where(
-                executions.c.id == newest,
-                executions.c.state == "skipped",
-                executions.c.reason == reason,
-            )
+            .where(executions.c.id == newest, executions.c.state == "skipped", executions.c.reason == reason)
             .values(through=tick, finished_at=now())
             .returning(executions.c.finished_at)
         ).scalar_one_or_none()
@@ -268,13 +252,7 @@ class Ledger:
         at = connection.execute(
             insert(executions)
             .values(
-                worker=name,
-                tick=first,
-                through=last,
-                trigger="schedule",
-                state=state,
-                reason=reason,
-                finished_at=now(),
+                worker=name, tick=first, through=last, trigger="schedule", state=state, reason=reason, finished_at=now()
             )
             .returning(executions.c.finished_at)
         ).scalar_one()
@@ -283,14 +261,14 @@ class Ledger:
 
 def in_force(claim: Claim) -> ColumnElement[bool]:
     """Return the condition that `claim` is the claim in the worker's row."""
-    is_same = true() if claim.id is None else workers.c.claim == claim.id
-    return and_(workers.c.name == claim.worker, workers.c.running == claim.token, is_same)
+    same = workers.c.name == claim.worker, workers.c.running == claim.token
+    return and_(*same, workers.c.claim.is_not_distinct_from(claim.id))
 
 
 def own(claim: Claim) -> ColumnElement[bool]:
     """Return the condition that an execution belongs to `claim`. After a restore, another claim may have its token."""
     same = executions.c.worker == claim.worker, executions.c.token == claim.token
-    return and_(*same, executions.c.claim.is_(None) if claim.id is None else executions.c.claim == claim.id)
+    return and_(*same, executions.c.claim.is_not_distinct_from(claim.id))
 
 
 def _values(name: str, tick: datetime, instance: tuple[str, str]) -> dict[str, Any]:

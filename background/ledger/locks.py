@@ -3,19 +3,20 @@
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
 from sqlalchemy import Engine, Executable, Row, String, and_, bindparam, delete, func, null, or_, select, update
 from sqlalchemy.exc import SQLAlchemyError
 
-from ..database.clock import now, single_statements, steady
+from ..database.clock import now, steady
 from ..database.connections import again_if_stale
-from ..database.store import count, insert_on
+from ..database.store import Statements
 from ..database.tables import locks
 from ..errors import InvalidLock, LockNotAcquired, first_line
 from ..host.logs import logger_of
@@ -65,7 +66,7 @@ class Lock:
         return self._instance.is_alive and self._locks.has(self) and self._instance.is_alive
 
 
-class Locks:
+class Locks(Statements):
     """The locks of one database. Each statement is a transaction of its own, so a frozen process holds no row.
 
     `present` gives the caller's instance. `waits` waits for a number of seconds. It returns True if the caller must
@@ -80,9 +81,8 @@ class Locks:
         prefix: str,
         waits: Callable[[float], bool],
     ) -> None:
-        self._engine, self._instances = single_statements(engine), instances
-        self._present, self._prefix, self._waits = present, prefix, waits
-        self._insert = insert_on(engine)
+        super().__init__(engine)
+        self._instances, self._present, self._prefix, self._waits = instances, present, prefix, waits
         self._held_here: set[tuple[str, int, int]] = set()
 
     @contextmanager
@@ -129,7 +129,7 @@ class Locks:
         gone = self._instances.gone({row.instance for row in holders})
         idle = and_(old, or_(locks.c.holder.is_(None), locks.c.instance.in_(gone)))
         highest = select(func.coalesce(func.max(locks.c.token), 0)).where(idle).scalar_subquery()
-        floor = self._insert(locks).values(name=_FLOOR, token=highest, since=now())
+        floor = self.insert(locks).values(name=_FLOOR, token=highest, since=now())
         raised, is_higher = {"token": floor.excluded.token}, locks.c.token < floor.excluded.token
         self._run(floor.on_conflict_do_update(index_elements=["name"], set_=raised, where=is_higher))
         some = select(locks.c.name).where(idle).limit(most)
@@ -196,7 +196,7 @@ class Locks:
 
         Concurrency: every caller may do this, and the first inserts the row.
         """
-        row = self._insert(locks).values(name=self._prefix + name, token=0, since=now())
+        row = self.insert(locks).values(name=self._prefix + name, token=0, since=now())
         self._run(row.on_conflict_do_nothing())
 
     def _take(self, wanted: Lock, seen: Row[Any]) -> int | None:
@@ -208,7 +208,7 @@ class Locks:
         """
         instance, values = wanted._instance, self._owner(wanted) | {"seen": seen.token, "seen_by": seen.holder}
         try:
-            with self._engine.begin() as connection:
+            with self.single.begin() as connection:
                 acquiring = values | {"its_id": instance.id, "its_name": instance.name}
                 return connection.execute(_TAKEN, acquiring).scalar_one_or_none()
         except BaseException:  # the UPDATE may still have succeeded, or may succeed later: only its reply is missing
@@ -264,20 +264,12 @@ class Locks:
     def _owner(self, lock: Lock) -> dict[str, Any]:
         return {"of": self._prefix + lock.name, "by": lock._holder}
 
-    def _all(self, query: Executable, values: dict[str, Any] | None = None) -> list[Row[Any]]:
-        return again_if_stale(lambda: self._rows(query, values))
-
-    def _rows(self, query: Executable, values: dict[str, Any] | None) -> list[Row[Any]]:
-        with self._engine.connect() as connection:
-            return list(connection.execute(query, values))
+    def _all(self, query: Executable, values: dict[str, Any] | None = None) -> Sequence[Any]:
+        return again_if_stale(partial(self.read, query, values))
 
     def _run(self, statement: Executable, values: dict[str, Any] | None = None) -> int:
         """Run a statement that does no harm if it runs twice. Return how many rows it changed."""
-        return again_if_stale(lambda: self._changed(statement, values))
-
-    def _changed(self, statement: Executable, values: dict[str, Any] | None) -> int:
-        with self._engine.begin() as connection:
-            return count(connection.execute(statement, values))
+        return again_if_stale(partial(self.change, statement, values))
 
 
 _floor = locks.alias("floor")

@@ -153,10 +153,7 @@ MISS = (
     .returning(workers.c.previous_mark, workers.c.scheduled_at)
 )
 # See, without changing the row, whether the tick may be claimed.
-LOOK = select(
-    _is_open.label("is_open"),
-    and_(_is_open, _is_claimable).label("is_claimable"),
-).where(_of_worker)
+LOOK = select(_is_open.label("is_open"), and_(_is_open, _is_claimable).label("is_claimable")).where(_of_worker)
 
 
 def _look_and_claim() -> Select[Any]:

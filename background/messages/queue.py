@@ -148,13 +148,7 @@ class Queue:
             finished_at=case((is_last, now())),
         )
         errors = [
-            {
-                "message": row.id,
-                "attempt": row.attempt,
-                "instance_name": row.instance_name,
-                "error": error,
-                "at": now(),
-            }
+            {"message": row.id, "attempt": row.attempt, "instance_name": row.instance_name, "error": error, "at": now()}
             for row in failed
         ]
         if errors:
@@ -261,10 +255,7 @@ def _claim() -> Any:
     first = select(due.c.id, due.c.attempt).order_by(due.c.due_at, due.c.id).limit(1).cte("first")
     return (
         update(messages)
-        .where(
-            messages.c.id == due.c.id,
-            case((first.c.attempt > 0, due.c.id == first.c.id), else_=due.c.attempt == 0),
-        )
+        .where(messages.c.id == due.c.id, case((first.c.attempt > 0, due.c.id == first.c.id), else_=due.c.attempt == 0))
         .values(
             state="running",
             attempt=messages.c.attempt + 1,
@@ -283,10 +274,7 @@ def _acknowledge(store: Store) -> Executable:
     return store.holding(
         update(messages)
         .where(is_one, messages.c.batch == bindparam("by"), is_running)
-        .values(
-            state=case((is_done, "done"), else_="running"),
-            finished_at=case((is_done, now())),
-        )
+        .values(state=case((is_done, "done"), else_="running"), finished_at=case((is_done, now())))
     )
 
 

@@ -5,15 +5,14 @@ The number of queries does not depend on the number of workers. No query reads e
 """
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, String, and_, case, cast, func, select
+from sqlalchemy import String, and_, case, cast, func, select
 from sqlalchemy.exc import SQLAlchemyError
 
-from ..database.clock import elapsed, now, single_statements
-from ..database.connections import again_if_stale
+from ..database.clock import elapsed, now
 from ..database.tables import instances, totals
 from ..errors import first_line
 from ..history.messages import Topic
@@ -74,26 +73,20 @@ class Fleet:
 
 
 def _figures(manager: BackgroundWorkerManager) -> Figures:
-    return again_if_stale(lambda: _read(manager))
-
-
-def _read(manager: BackgroundWorkerManager) -> Figures:
     manager.stores.connections.refuse_missing()
-    with single_statements(manager.stores.main.engine).connect() as connection:
-        sums = _read_totals(connection)
-    with single_statements(manager.stores.leases.engine).connect() as connection:
-        alive = connection.execute(_alive).all()
+    sums, alive = _sums(manager.stores.main.read(_totals)), manager.stores.leases.read(_alive)
     # If containers share a host name and a process id, the largest offset is reported.
     known = sorted((row for row in alive if row.clock_offset is not None), key=lambda row: abs(row.clock_offset))
     offsets = {f"{row.host}:{row.pid}": -row.clock_offset for row in known}
     return Figures(sums, statuses(manager.stores, manager.workers), offsets, len(alive), manager.messages.depths())
 
 
-def _read_totals(connection: Connection) -> Totals:
+def _sums(rows: Iterable[Any]) -> Totals:
     found: dict[str, dict[str, Total]] = defaultdict(dict)
-    for kind, worker, numbers, seconds, age in connection.execute(_totals):
-        pairs = (pair.split("=") for pair in numbers.split(","))
-        found[kind][worker] = Total({label: int(number) for label, number in pairs}, seconds, age)
+    for kind, worker, numbers, seconds, age in rows:
+        pairs = (pair.rpartition("=") for pair in numbers.split(","))
+        counts = {label: int(number) for label, _, number in pairs if number.isdecimal()}  # a user may have typed text
+        found[kind][worker] = Total(counts, seconds, age)
     return found
 
 

@@ -6,7 +6,7 @@ connections. Two checks do not: the check of the migrations, and the check of th
 """
 
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ from sqlalchemy.exc import ProgrammingError, SQLAlchemyError
 
 from ..database.clock import steady
 from ..database.connections import again_if_stale
-from ..database.store import try_to_write
+from ..database.dialects.sqlite import is_locked
 from ..database.tables import workers
 from ..errors import BackgroundError, first_line
 from ..history.condition import condition
@@ -50,10 +50,18 @@ class Check:
         return {"ok": self.ok, **self.figures, **age}
 
 
+Ask = Callable[[BackgroundWorkerManager], dict[str, Check]]
+
+
 def health() -> Blueprint:
     """Return a blueprint for GET /health/live, /ready and /workers, which respond with 200 or 503, and JSON."""
     blueprint = Blueprint("health", __name__, url_prefix="/health")
-    readiness, fleet = Readiness(), FleetHealth()
+    readiness = Probe("Not ready", "Ready again", {_OF_DATABASE: Readiness().ask})
+    fleet = Probe(
+        "The fleet does not run as it should",
+        "The fleet runs as it should again",
+        {("instances", "overdue", "stuck"): _fleet, ("write",): _write},
+    )
 
     @blueprint.get("/live")
     def live() -> ResponseReturnValue:
@@ -63,7 +71,7 @@ def health() -> Blueprint:
     @blueprint.get("/ready")
     def ready() -> ResponseReturnValue:
         """Report whether the database, its migrations, this instance's heartbeat and the workers are in order."""
-        return _answer("ready", readiness.checks())
+        return _answer("ready", readiness.checks(heartbeat=_heartbeat(current_workers)))
 
     @blueprint.get("/workers")
     def fleet_health() -> ResponseReturnValue:
@@ -79,8 +87,7 @@ def health() -> Blueprint:
 def _answer(word: str, checks: dict[str, Check]) -> ResponseReturnValue:
     is_ok = all(check.ok for check in checks.values())
     answer = jsonify(
-        status=word if is_ok else f"not {word}",
-        checks={name: check.as_dict() for name, check in checks.items()},
+        status=word if is_ok else f"not {word}", checks={name: check.as_dict() for name, check in checks.items()}
     )
     answer.headers["Cache-Control"] = "no-store"
     answer.status_code = 200 if is_ok else 503
@@ -94,29 +101,47 @@ def _threads(manager: BackgroundWorkerManager) -> dict[str, Check]:
     return {name: Check(is_alive, {"here": True}) for name, is_alive in alive.items()}
 
 
+class Probe:
+    """The checks of one endpoint. Logs when they begin to fail, fail in another way, or succeed again."""
+
+    def __init__(self, failing: str, good: str, parts: Mapping[tuple[str, ...], Ask]) -> None:
+        """Take the text for each line of the log, and the functions that make checks, by the names of these checks."""
+        self._failing, self._good = failing, good
+        self._parts = [(names, Timebox(ask, _ANSWER_SECONDS)) for names, ask in parts.items()]
+        self._failed: tuple[str, ...] = ()
+
+    def checks(self, **more: Check) -> dict[str, Check]:
+        """Return each check by its name, within seconds even if the database hangs, and the checks `more`."""
+        checks: dict[str, Check] = {}
+        for names, timebox in self._parts:
+            try:
+                checks |= timebox.answer(the_manager())
+            except (BackgroundError, SQLAlchemyError, sqlite3.Error, OSError) as error:  # TimeoutError is an OSError
+                checks |= dict.fromkeys(names, Check(False, {}, first_line(error)))
+        self._log_change(checks | more)
+        return checks | more
+
+    def _log_change(self, checks: dict[str, Check]) -> None:
+        """Log the change since the last call. A probe comes every few seconds."""
+        failed = tuple(name for name, check in checks.items() if not check.ok)
+        before, self._failed = self._failed, failed
+        if failed and failed != before:
+            reasons = (f"{name} ({check.reason})" for name, check in checks.items() if check.reason and not check.ok)
+            log.warning("%s: %s", self._failing, "; ".join(reasons) or ", ".join(failed))
+        elif before and not failed:
+            log.info("%s", self._good)
+
+
 class Readiness:
-    """Checks the readiness of this process, and logs when it changes."""
+    """The checks of the database and the workers, and the moment of the last good check of the migrations."""
 
     def __init__(self) -> None:
-        self._timebox = Timebox(self._ask, _ANSWER_SECONDS)
         self._migrated_at: float | None = None
-        self._change = Change("Not ready", "Ready again")
 
-    def checks(self) -> dict[str, Check]:
-        """Return each check by its name, within seconds even if the database hangs."""
-        checks = {**self._of_database(), "heartbeat": _heartbeat(current_workers)}
-        self._change.log(checks)
-        return checks
-
-    def _of_database(self) -> dict[str, Check]:
-        try:
-            return self._timebox.answer(the_manager())
-        except TimeoutError as error:
-            return dict.fromkeys(_OF_DATABASE, Check(False, {}, first_line(error)))
-
-    def _ask(self, manager: BackgroundWorkerManager) -> dict[str, Check]:
+    def ask(self, manager: BackgroundWorkerManager) -> dict[str, Check]:
+        """Return the checks. If the database fails, the other checks would fail as well."""
         checks = {"database": _checked(lambda: _database(manager))}
-        if not checks["database"].ok:  # the other checks would fail as well
+        if not checks["database"].ok:
             return checks | dict.fromkeys(_OF_DATABASE[1:], Check(False, {}))
         checks["migrations"] = _checked(lambda: self._migrations(manager))
         checks["workers"] = _checked(lambda: _workers(manager))
@@ -131,48 +156,10 @@ class Readiness:
         return Check(True, {}, at=self._migrated_at)
 
 
-class Change:
-    """Logs when checks begin to fail, fail in another way, or succeed again. A probe comes every few seconds."""
-
-    def __init__(self, failing: str, good: str) -> None:
-        self._failing, self._good = failing, good
-        self._failed: tuple[str, ...] = ()
-
-    def log(self, checks: dict[str, Check]) -> None:
-        """Log the change since the last call."""
-        failed = tuple(name for name, check in checks.items() if not check.ok)
-        before, self._failed = self._failed, failed
-        if failed and failed != before:
-            reasons = (f"{name} ({check.reason})" for name, check in checks.items() if check.reason and not check.ok)
-            log.warning("%s: %s", self._failing, "; ".join(reasons) or ", ".join(failed))
-        elif before and not failed:
-            log.info("%s", self._good)
-
-
-class FleetHealth:
-    """Checks the fleet, and that the application's own pool can write. Logs when the result changes."""
-
-    def __init__(self) -> None:
-        self._fleet = Timebox(_fleet, _ANSWER_SECONDS)
-        self._write = Timebox(_write, _ANSWER_SECONDS)
-        self._change = Change("The fleet does not run as it should", "The fleet runs as it should again")
-
-    def checks(self) -> dict[str, Check]:
-        """Return each check by its name, within seconds even if the database hangs."""
-        checks: dict[str, Check] = {}
-        for timebox, names in ((self._fleet, ("instances", "overdue", "stuck")), (self._write, ("write",))):
-            try:
-                checks |= timebox.answer(the_manager())
-            except (BackgroundError, SQLAlchemyError, sqlite3.Error, OSError) as error:  # TimeoutError is an OSError
-                checks |= dict.fromkeys(names, Check(False, {}, first_line(error)))
-        self._change.log(checks)
-        return checks
-
-
 def _fleet(manager: BackgroundWorkerManager) -> dict[str, Check]:
     manager.stores.connections.refuse_missing()
     asked_at = steady()
-    found = again_if_stale(lambda: condition(manager.stores, manager.workers, manager.app.config["WORKERS_THREADS"]))
+    found = condition(manager.stores, manager.workers)
     silent_for = found.silence.length if found.silence else None
     silence = {} if silent_for is None else {"silent_seconds": round(silent_for.total_seconds(), 1)}
     return {
@@ -190,7 +177,7 @@ def _fleet(manager: BackgroundWorkerManager) -> dict[str, Check]:
 def _write(manager: BackgroundWorkerManager) -> dict[str, Check]:
     manager.stores.connections.refuse_missing()
     began = steady()
-    again_if_stale(lambda: _write_as_the_application(manager))
+    _write_as_the_application(manager)
     return {"write": Check(True, {"milliseconds": round((steady() - began) * 1000, 1)}, at=began)}
 
 
@@ -205,10 +192,9 @@ def _database(manager: BackgroundWorkerManager) -> Check:
     """Check that the database takes writes: after a fail-over, connections may lead to a read-only server."""
     manager.stores.connections.refuse_missing()
     began = steady()
-    # Each has a pool of its own, whose connections a restart of the database may have left dead.
-    again_if_stale(manager.history.clock)
+    manager.history.clock()
     with suppress(ProgrammingError):  # without tables the database works, and the check of the migrations fails
-        again_if_stale(manager.stores.write)
+        manager.stores.write()
     return Check(True, {"milliseconds": round((steady() - began) * 1000, 1)}, at=began)
 
 
@@ -238,4 +224,8 @@ def _write_as_the_application(manager: BackgroundWorkerManager) -> None:
     """
     with manager.app.app_context():
         engine = manager.db.engine
-    try_to_write(engine, update(workers).where(false()).values(paused_at=null()))
+    if engine.dialect.name == "sqlite":
+        is_locked(engine)  # raises the errors of a write
+        return
+    with engine.begin() as connection:
+        connection.execute(update(workers).where(false()).values(paused_at=null()))

@@ -38,7 +38,7 @@ def metrics(more: "Callable[[], Iterable[Metric]]" = tuple) -> Blueprint:
             return refusal
         from .prometheus import CONTENT_TYPE, text  # imported here, as only a scraped process needs the client library
 
-        answer = text(fleet.figures(), timing.registry, more)
+        answer = text(fleet.figures(), timing.series, more)
         return Response(answer, headers={"Cache-Control": "no-store"}, content_type=CONTENT_TYPE)
 
     return blueprint

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 
-from prometheus_client import CollectorRegistry, Metric, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, Metric, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
@@ -41,20 +41,32 @@ class _More(Collector):
         return self._metrics()
 
 
-def text(figures: Figures | None, timing: CollectorRegistry, more: Callable[[], Iterable[Metric]]) -> bytes:
-    """Write the fleet's `figures` (None if the database is away), this process's request `timing`, and `more`."""
+class RequestSeries:
+    """The requests to one application in this process.
+
+    Each series has the process as a label. Without it, several processes behind one port would share one series.
+    """
+
+    def __init__(self) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]
+        self.registry, labels = CollectorRegistry(), ("method", "endpoint", "process")
+        counted, timed = "Requests that this process answered.", "Time that this process took for a request."
+        self.requests = Counter("http_requests", counted, (*labels, "status"), registry=self.registry)
+        self.durations = Histogram("http_request_duration_seconds", timed, labels, registry=self.registry)
+
+
+def text(figures: Figures | None, requests: RequestSeries, more: Callable[[], Iterable[Metric]]) -> bytes:
+    """Write the fleet's `figures` (None if the database is away), the `requests` to this process, and `more`."""
     own = CollectorRegistry()
     own.register(_Fleet(figures))
     own.register(_More(more))
-    return generate_latest(own) + generate_latest(timing)
+    return generate_latest(own) + generate_latest(requests.registry)
 
 
 def _executions(figures: Figures) -> Iterator[Metric]:
     states = figures.totals.get("state", {})
     ended = CounterMetricFamily(
-        "background_executions",
-        "Executions by state. A range of missed ticks counts once.",
-        labels=("worker", "state"),
+        "background_executions", "Executions by state. A range of missed ticks counts once.", labels=("worker", "state")
     )
     since = GaugeMetricFamily(
         "background_seconds_since_last_success",
@@ -81,12 +93,20 @@ def _histogram(name: str, meaning: str, declared: Iterable[float], found: Mappin
     The buckets are the buckets of this release, and all buckets in which another release has counted.
     """
     ours = {*map("{:g}".format, declared), "inf"}
-    bounds = sorted(ours.union(*(total.numbers for total in found.values())), key=float)
+    bounds = sorted(ours.union(*(filter(_is_bound, total.numbers) for total in found.values())), key=float)
     family = HistogramMetricFamily(name, meaning, labels=("worker",))
     for worker, total in sorted(found.items()):
         sums = accumulate(total.numbers.get(bound, 0) for bound in bounds)
         family.add_metric((worker,), list(zip([*bounds[:-1], "+Inf"], sums, strict=True)), total.seconds)
     return family
+
+
+def _is_bound(label: str) -> bool:
+    """Return whether a release wrote the label. A user may have typed text, a NaN, or a bound in another form."""
+    try:
+        return f"{float(label):g}" == label and float(label) > 0
+    except ValueError:
+        return False
 
 
 def _workers(found: Sequence[WorkerStatus]) -> Iterator[Metric]:

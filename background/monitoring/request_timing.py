@@ -10,18 +10,14 @@ from flask import Flask, Response, request
 from ..database.connections import made_once
 
 if TYPE_CHECKING:
-    from prometheus_client import CollectorRegistry, Counter, Histogram
+    from .prometheus import RequestSeries
 
 _METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"))
-_LABELS = ("method", "endpoint", "process")
 _BEGAN, _STATUS = "background.request.began", "background.request.status"
 
 
 class RequestTiming:
-    """Counts and times the requests to one application in this process.
-
-    Each series has the process as a label. Without it, several processes behind one port would share one series.
-    """
+    """Counts and times the requests to one application in this process."""
 
     def watch(self, app: Flask) -> None:
         """Measure every request, from before the first hook of `app` until after its last hook."""
@@ -30,25 +26,10 @@ class RequestTiming:
         app.teardown_request(self._ended)
 
     @made_once
-    def registry(self) -> "CollectorRegistry":
-        from prometheus_client import CollectorRegistry, disable_created_metrics
+    def series(self) -> "RequestSeries":
+        from .prometheus import RequestSeries  # imported here, as a process that serves nothing needs no client library
 
-        disable_created_metrics()  # type: ignore[no-untyped-call]
-        return CollectorRegistry()
-
-    @made_once
-    def _requests(self) -> "Counter":
-        from prometheus_client import Counter
-
-        meaning = "Requests that this process answered."
-        return Counter("http_requests", meaning, (*_LABELS, "status"), registry=self.registry)
-
-    @made_once
-    def _durations(self) -> "Histogram":
-        from prometheus_client import Histogram
-
-        meaning = "Time that this process took for a request."
-        return Histogram("http_request_duration_seconds", meaning, _LABELS, registry=self.registry)
+        return RequestSeries()
 
     def _began(self) -> None:
         request.environ[_BEGAN] = perf_counter()
@@ -66,5 +47,5 @@ class RequestTiming:
         method = request.method if request.method in _METHODS else "other"
         # The rule, such as "/books/<id>", not the path: a client could make up paths, and each would be a series.
         labels = (method, rule.rule if rule else "none", f"{socket.gethostname()}:{os.getpid()}")
-        self._requests.labels(*labels, str(environ.get(_STATUS, 500))).inc()
-        self._durations.labels(*labels).observe(seconds)
+        self.series.requests.labels(*labels, str(environ.get(_STATUS, 500))).inc()
+        self.series.durations.labels(*labels).observe(seconds)

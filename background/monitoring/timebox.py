@@ -3,9 +3,11 @@
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from typing import Generic, TypeVar
 
 from ..database.clock import steady
+from ..database.connections import again_if_stale
 
 Subject = TypeVar("Subject")
 Answer = TypeVar("Answer")
@@ -14,7 +16,10 @@ _GIVEN_UP_SECONDS = 30.0
 
 
 class Timebox(Generic[Subject, Answer]):
-    """Runs one query at a time, on a thread of its own. Callers that come meanwhile get the same result."""
+    """Runs one query at a time, on a thread of its own. Callers that come meanwhile get the same result.
+
+    The query may run twice, as the first use of a stale connection fails.
+    """
 
     def __init__(self, ask: Callable[[Subject], Answer], seconds: float) -> None:
         self._ask, self._seconds = ask, seconds
@@ -37,6 +42,6 @@ class Timebox(Generic[Subject, Answer]):
 
     def _settle(self, answer: Future[Answer], subject: Subject) -> None:
         try:
-            answer.set_result(self._ask(subject))
+            answer.set_result(again_if_stale(partial(self._ask, subject)))
         except Exception as error:  # `answer` raises it in the caller's thread
             answer.set_exception(error)

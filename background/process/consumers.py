@@ -7,8 +7,6 @@ from collections import Counter
 from collections.abc import Mapping
 from datetime import timedelta
 
-from flask import Flask
-from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy.exc import SQLAlchemyError
 
 from ..database.clock import steady
@@ -36,15 +34,13 @@ class Consumers:
 
     def __init__(
         self,
-        app: Flask,
-        db: SQLAlchemy,
         stores: Stores,
         presence: Presence,
         runs: Runs,
         scheduler: Scheduler,
         workers: Mapping[str, type[MessageWorker]],
     ) -> None:
-        self._app, self._db, self._scheduler, self._workers = app, db, scheduler, workers
+        self._scheduler, self._workers = scheduler, workers
         self._stores, self._presence, self._runs = stores, presence, runs
         self._active: Counter[str] = Counter()
         self._again: set[str] = set()
@@ -99,7 +95,7 @@ class Consumers:
         seconds = pause.total_seconds() if pause else 0.0
         if not seconds:
             self.wake(topic)
-        elif seconds <= self._app.config["WORKERS_HEARTBEAT_SECONDS"] and not self._runs.stopping.is_set():
+        elif seconds <= self._stores.app.config["WORKERS_HEARTBEAT_SECONDS"] and not self._runs.stopping.is_set():
             slot = math.ceil((steady() + seconds) / _SLOT_SECONDS)  # one timer for all messages of a slot, at its end
             self._scheduler.after(slot * _SLOT_SECONDS - steady(), f"messages:{topic}:{slot}", self.wake, topic)
 
@@ -161,8 +157,7 @@ class Consumers:
         began = steady()
         self.batches.add(batch.id)
         try:
-            parts = self._stores.queue, self._runs, instance, self._app, self._db, self._excused
-            pause = BatchRun(worker, batch, *parts).run()
+            pause = BatchRun(worker, batch, self._stores.queue, self._runs, instance, self._excused).run()
         finally:
             self.batches.discard(batch.id)
         if pause is not None:

@@ -44,8 +44,7 @@ class Heartbeat:
     def stop(self) -> None:
         """Begin no other beat. Wait briefly for a beat in progress."""
         self._stopped.set()
-        if threading.current_thread() is not self._beating:
-            self._beating.join(_LAST_BEAT_SECONDS)
+        self._beating.join(_LAST_BEAT_SECONDS)
 
     def _renew(self) -> None:
         while not self._stopped.wait(min(self._until_expiry(), self._interval)):
@@ -90,8 +89,7 @@ class Looking:
     def stop(self) -> None:
         """Begin no other look. Wait briefly for a look in progress."""
         self._wanted.put(None)
-        if threading.current_thread() is not self._thread:
-            self._thread.join(_LAST_LOOK_SECONDS)
+        self._thread.join(_LAST_LOOK_SECONDS)
 
     def _serve(self) -> None:
         while (wanted := self._wanted.get()) is not None:

@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from flask import Flask
 from sqlalchemy.exc import SQLAlchemyError
 
 from ..database.clock import steady
@@ -23,14 +22,14 @@ log = logger_of(__name__)
 class Presence:
     """This process's instance, if it has joined the fleet."""
 
-    def __init__(self, app: Flask, stores: Stores, runs: Runs) -> None:
-        self._app, self._stores, self._runs = app, stores, runs
+    def __init__(self, stores: Stores, runs: Runs) -> None:
+        self._stores, self._runs = stores, runs
         self.instance: Instance | None = None
         """Set from joining the fleet to leaving it."""
 
     def sign_on(self) -> Instance:
         """Begin a new instance of this process, and make it known to the fleet."""
-        instance = Instance(self._stores.lease, release=self._app.config.get("RELEASE"))
+        instance = Instance(self._stores.lease, release=self._stores.app.config.get("RELEASE"))
         self._stores.leases.renew(instance)
         return instance
 
@@ -86,7 +85,7 @@ class Presence:
                 outage.ended()
 
         heartbeat = Heartbeat(
-            self._app.config["WORKERS_HEARTBEAT_SECONDS"],
+            self._stores.app.config["WORKERS_HEARTBEAT_SECONDS"],
             beat,
             lambda error: log.log(outage.level(), "No heartbeat: %s", first_line(error)),
             lambda: instance.deadline,

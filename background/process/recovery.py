@@ -4,7 +4,6 @@ import logging
 from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from datetime import datetime
 
-from flask import Flask
 from sqlalchemy.exc import SQLAlchemyError
 
 from ..errors import first_line
@@ -34,9 +33,9 @@ class Recovery:
     """Recovers the ticks of `workers` (by name)."""
 
     def __init__(
-        self, app: Flask, stores: Stores, presence: Presence, runs: Runs, workers: Mapping[str, type[PeriodicWorker]]
+        self, stores: Stores, presence: Presence, runs: Runs, workers: Mapping[str, type[PeriodicWorker]]
     ) -> None:
-        self._app, self._stores, self._presence, self._runs, self._workers = app, stores, presence, runs, workers
+        self._stores, self._presence, self._runs, self._workers = stores, presence, runs, workers
 
     def look(self, worker: type[PeriodicWorker], asked: datetime | None = None) -> WorkerState:
         """Read the worker's state. If it has no row, make the row first.
@@ -73,7 +72,7 @@ class Recovery:
 
     def _tell_of_loss(self, claim: Claim, reason: str, again: int | None) -> None:
         log.warning("%s: lost the tick %s, %s: %s", claim.worker, claim.tick.isoformat(), reason, follows(again))
-        send(self._app, execution_lost, claim=claim, reason=reason)
+        send(self._stores.app, execution_lost, claim=claim, reason=reason)
 
     def recover(self, states: Collection[WorkerState]) -> bool:
         """End the claims that no instance runs. False if every claim runs."""
@@ -110,7 +109,7 @@ class Recovery:
             is_own = own is not None and state.instance == own.id  # another instance may have run the tick in part
             reason = f"{state.instance_name} {'did not run it' if is_own else 'signed off before the run ended'}"
             if self._stores.ledger.end(claim, "handed back", reason, claim.attempt):
-                send(self._app, execution_handed_back, claim=claim, reason=reason)
+                send(self._stores.app, execution_handed_back, claim=claim, reason=reason)
             return
         again = attempt_after(worker, claim.attempt)
         reason = f"{state.instance_name} {self._stores.leases.ending(str(state.instance))}"
@@ -123,7 +122,6 @@ class MessageRecovery:
 
     def __init__(
         self,
-        app: Flask,
         stores: Stores,
         presence: Presence,
         workers: Mapping[str, type[MessageWorker]],
@@ -132,7 +130,7 @@ class MessageRecovery:
         wake: Callable[[], None],
     ) -> None:
         """Take the batches that this process handles, and calls that use another thread and wake the consumers."""
-        self._app, self._stores, self._presence, self._workers = app, stores, presence, workers
+        self._stores, self._presence, self._workers = stores, presence, workers
         self._batches, self._soon, self._wake = batches, soon, wake
         self._freeing: set[str] = set()
         self.outage: tuple[datetime, datetime] | None = None
@@ -181,7 +179,7 @@ class MessageRecovery:
     def _bury(self, freed: Sequence[Freed], error: str) -> None:
         if dead := [each for each in freed if each.state == "dead"]:
             log.error("Buried %d of these messages after their last attempt", len(dead))
-            signal_buried(self._app, dead, error)
+            signal_buried(self._stores.app, dead, error)
 
 
 class ClockRecovery:
@@ -220,11 +218,10 @@ class ClockRecovery:
         """Make the delayed ticks and messages due again. Return whether messages are among them."""
         self.is_done = True
         states = self._stores.ledger.states()
-        ours = [state for state in states.values() if state.name in self._workers and is_ahead(state)]
+        ours = [state for state in states.values() if state.name in self._workers]
         if not self._stores.clock_repair.is_proven(states.values()):  # only `flask workers repair` may do this
             ours = []
-        repaired = [state.name for state in ours if self._stores.clock_repair.worker(state.name)]
-        number = self._stores.clock_repair.messages()
+        repaired, number = self._stores.clock_repair.all(ours)
         if repaired or number:
             log.warning("The database's clock is right again. Due again: %s", repaired_text(repaired, number))
         return number > 0

@@ -13,7 +13,6 @@ from flask.cli import run_command
 from flask.helpers import get_debug_flag
 from werkzeug.serving import is_running_from_reloader
 
-from ..errors import BackgroundError
 from ..host import stop_signals
 from ..host.logs import logger_of
 from ..runs.fence import current_run
@@ -23,12 +22,8 @@ log = logger_of(__name__)
 _TEST_CLIENTS = ("werkzeug.test", "webtest.app", "httpx._transports.wsgi")  # Flask uses Werkzeug's
 
 
-class Servable(Protocol):
+class Servable(stop_signals.Stoppable, Protocol):
     """The manager of one application, for the process that serves."""
-
-    @property
-    def is_started(self) -> bool:
-        """True while its workers run in this process."""
 
     @property
     def has_served(self) -> bool:
@@ -72,10 +67,7 @@ def start_under_flask_run(manager: Servable) -> None:
     if reloads and not is_running_from_reloader():
         _let_the_child_end()
         return
-    try:
-        manager.prepare()
-    except BackgroundError as error:
-        raise click.ClickException(str(error)) from None
+    manager.prepare()  # otherwise `serve` would log its error and wait
     manager.serve()
 
 

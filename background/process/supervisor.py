@@ -7,8 +7,6 @@ from collections.abc import Callable
 from datetime import datetime, timedelta
 from functools import partial
 
-from flask import Flask
-from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy.exc import SQLAlchemyError
 
 from ..database.connections import again_if_stale
@@ -42,8 +40,6 @@ class Supervisor:
 
     def __init__(
         self,
-        app: Flask,
-        db: SQLAlchemy,
         stores: Stores,
         runs: Runs,
         presence: Presence,
@@ -53,13 +49,13 @@ class Supervisor:
         topics: dict[str, type[MessageWorker]],
         prepare: Callable[[], None],
     ) -> None:
-        self._config, self._workers, self._prepare = app.config, workers, prepare
+        self._config, self._workers, self._prepare = stores.app.config, workers, prepare
         self._stores, self._runs, self._presence, self._recovery, self._ticks = stores, runs, presence, recovery, ticks
-        self.scheduler = Scheduler(app.config["WORKERS_THREADS"])
+        self.scheduler = Scheduler(self._config["WORKERS_THREADS"])
         self.timers = Timers(self.scheduler, ticks, presence, runs, workers)
-        self._topics, self.consumers = topics, Consumers(app, db, stores, presence, runs, self.scheduler, topics)
+        self._topics, self.consumers = topics, Consumers(stores, presence, runs, self.scheduler, topics)
         threads = self.consumers.batches, self.scheduler.soon, self.consumers.wake_all
-        self.message_recovery = MessageRecovery(app, stores, presence, topics, *threads)
+        self.message_recovery = MessageRecovery(stores, presence, topics, *threads)
         self._clock_recovery = ClockRecovery(stores, workers)
         self.schedules = DeclaredSchedules(stores, presence, workers)
         self.listener: Listener | None = None

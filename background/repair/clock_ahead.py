@@ -42,6 +42,11 @@ class ClockRepair:
         """
         return all(state.mark is None or state.mark <= state.clock + self._history for state in states)
 
+    def all(self, states: Iterable[WorkerState]) -> tuple[list[str], int]:
+        """Repair the workers and the messages. Return the names of the repaired workers, and the number of messages."""
+        names = [state.name for state in states if is_ahead(state)]
+        return [name for name in names if self.worker(name)], self.messages()
+
     def worker(self, name: str) -> bool:
         """Let the ticks of the worker go on from the clock's present time. False if no moment lies in its future.
 

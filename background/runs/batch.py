@@ -98,12 +98,10 @@ class BatchRun:
         messages: Queue,
         runs: Runs,
         instance: Instance,
-        app: Flask,
-        db: SQLAlchemy,
         excused: Counter[int],
     ) -> None:
         self._worker, self._batch, self._messages, self._runs = worker, batch, messages, runs
-        self._instance, self._app, self._db, self._excused = instance, app, db, excused
+        self._instance, self._excused = instance, excused
         self._log = logger_of(f"background.{worker.name}")
 
     def run(self) -> timedelta | None:
@@ -162,8 +160,8 @@ class BatchRun:
     def _handle(self, messages: Sequence[Message]) -> BaseException | None:
         """Run the handler, and commit its effects with the acknowledgement. Return the error, if there was an error."""
         try:
-            with ended_in_a_fork(f"The run of {self._worker.__name__}"), self._app.app_context():
-                context = MessageContext(self._batch, messages, self._messages, self._instance, self._db)
+            with ended_in_a_fork(f"The run of {self._worker.__name__}"), self._runs.app.app_context():
+                context = MessageContext(self._batch, messages, self._messages, self._instance, self._runs.db)
                 with self._runs.entered(context):
                     self._run(messages, context)
         except BaseException as error:  # also an error of the application at the end of its context
@@ -215,7 +213,7 @@ class BatchRun:
                 self._log.warning("Buried the message %s: %s", key, text)
             else:
                 self._log.error("Buried the message %s, attempt %d failed", key, message.attempt, exc_info=error)
-            signal_buried(self._app, freed, text)
+            signal_buried(self._runs.app, freed, text)
         elif freed:
             details = (key, message.attempt, pause.total_seconds(), summary(error))
             self._log.warning("The message %s failed, attempt %d; the next in %.1f s: %s", *details)

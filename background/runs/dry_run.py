@@ -16,10 +16,12 @@ from sqlalchemy import Connection, Delete, Insert, TextClause, Update, event, fu
 from sqlalchemy.orm import Session
 
 from ..context import WorkerContext
-from ..database.sessions import Sessions
+from ..database.dialects.writes import is_write
+from ..database.sessions import Sessions, commits_each_statement
 from ..database.store import Store
 from ..database.tables import messages
 from ..errors import DryRunCommits, shortened
+from ..host.forks import ended_in_a_fork
 from ..ledger.claim import Claim
 from ..ledger.leases import Instance
 from ..worker import PeriodicWorker
@@ -73,7 +75,7 @@ def dry_run(app: Flask, db: SQLAlchemy, store: Store, worker: type[PeriodicWorke
         [(newest,)] = store.read(select(func.max(messages.c.id)))
         token = current_run.set(context)
         try:
-            with Recorder(context).listening(db) as changes:
+            with Recorder(context).listening(db) as changes, ended_in_a_fork(f"The dry run of {worker.__name__}"):
                 await_result(worker().do_work(context))
                 context.session.flush()
                 if context.refusal:
@@ -105,6 +107,7 @@ class Recorder:
         listeners: dict[str, Callable[..., Any]] = {
             "before_execute": self._executing,
             "after_execute": self._executed,
+            "before_cursor_execute": self._sending,
             "after_cursor_execute": self._sent,
             "commit": self._committing,
         }
@@ -115,9 +118,7 @@ class Recorder:
                     block.callback(event.remove, engine, name, listener)
             yield self._changes
 
-    def _note(self, connection: Connection, table: str, kind: str, number: int, examples: list[str]) -> None:
-        if not table.startswith("background_"):  # the engine commits its locks by itself
-            self._changed.add(connection)
+    def _note(self, table: str, kind: str, number: int, examples: list[str]) -> None:
         if table != messages.name and number:
             change = self._changes.setdefault((table, kind), Change(table, kind))
             change.number += number
@@ -130,13 +131,21 @@ class Recorder:
     def _executed(self, connection: Connection, statement: Any, many: Any, one: Any, options: Any, result: Any) -> None:
         if isinstance(statement, Update | Delete):
             kind = "updated" if isinstance(statement, Update) else "deleted"
-            self._note(connection, str(statement.table), kind, *self._before.pop(connection))
+            self._note(str(statement.table), kind, *self._before.pop(connection))
         elif isinstance(statement, Insert):
             given = many or [one]
             number = len(given) if len(given) > 1 else max(self._rowcounts[connection], int(result.returns_rows))
             table: Any = statement.table
             shown = [_shown({own.name: each[own.key] for own in table.c if own.key in each}) for each in given if each]
-            self._note(connection, str(table), "inserted", number, shown)
+            self._note(str(table), "inserted", number, shown)
+
+    def _sending(
+        self, connection: Connection, cursor: Any, statement: str, parameters: Any, context: Any, many: bool
+    ) -> None:
+        if is_write(statement):
+            self._changed.add(connection)
+            if _commits_at_once(connection, statement):
+                self._committing(connection)
 
     def _sent(
         self, connection: Connection, cursor: Any, statement: str, parameters: Any, sent: Any, many: bool
@@ -145,12 +154,19 @@ class Recorder:
         is_text = sent.compiled is None or isinstance(sent.compiled.statement, TextClause)
         if is_text and (found := _CHANGING.match(statement)):
             kind = _KINDS[found[1].split()[0].lower()]
-            self._note(connection, found[2], kind, max(cursor.rowcount, 0), [])
+            self._note(found[2], kind, max(cursor.rowcount, 0), [])
 
     def _committing(self, connection: Connection) -> None:
         if connection in self._changed:
             connection.dialect.do_rollback(connection.connection)
             self._context.check(self._context.session)
+
+
+def _commits_at_once(connection: Connection, statement: str) -> bool:
+    """Return whether the write is outside a transaction. SQLite's driver begins none for DDL."""
+    driver: Any = connection.connection.driver_connection
+    is_begun = connection.dialect.name != "sqlite" or driver.in_transaction
+    return commits_each_statement(connection) or not (is_begun or _CHANGING.match(statement))
 
 
 def _enqueued(store: Store, session: Session, newest: int) -> list[Change]:

@@ -30,7 +30,7 @@ class Runs:
 
     def __init__(self, app: Flask, db: SQLAlchemy, outages: Outages, hung: Callable[[int], None]) -> None:
         """Call `hung` with the thread of each run that timed out. The thread may never come back."""
-        self._app, self._db, self._outages, self._hung = app, db, outages, hung
+        self.app, self.db, self._outages, self._hung = app, db, outages, hung
         self._contexts: set[WorkerContext] = set()
         self._changed = threading.Condition()
         self.stopping = threading.Event()
@@ -81,16 +81,16 @@ class Runs:
         """Run `claim` and write its outcome. This raises no error of the worker's code."""
         hung = partial(self._hung, threading.get_ident())
         # Around the context, too: the application may also fork at the end of the context.
-        with ended_in_a_fork(f"The run of {worker.__name__}"), self._app.app_context():
-            context = TickContext(claim, ledger, instance, self._db)
-            outcome = Outcome(self._app, context, ledger)
+        with ended_in_a_fork(f"The run of {worker.__name__}"), self.app.app_context():
+            context = TickContext(claim, ledger, instance, self.db)
+            outcome = Outcome(self.app, context, ledger)
             with (
                 self.entered(context),
                 context.log_lines.attached(),
                 timed_out_after(worker.timeout, context, outcome, hung),
             ):
                 # After `entered`: a run that is not registered counts as stranded, and another instance takes over.
-                send(self._app, execution_started, claim=claim)
+                send(self.app, execution_started, claim=claim)
                 return Execution(claim, self._run(worker, context, outcome))
 
     @contextmanager
@@ -132,7 +132,7 @@ class Runs:
         """Undo the work of a failed run since its last commit."""
         self._outages.notice(why)
         try:
-            self._db.session.rollback()
+            self.db.session.rollback()
         except Exception as error:  # the connection broke, or a listener failed. The database rolls back by itself
             log.warning("Closed the connection of a run, which cannot roll back: %s", first_line(error))
-            self._db.session().invalidate()
+            self.db.session().invalidate()

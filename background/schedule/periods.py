@@ -13,12 +13,7 @@ MICROSECOND = timedelta(microseconds=1)
 SECOND = timedelta(seconds=1)
 SHORTEST = timedelta(milliseconds=1)  # the resolution of SQLite's clock
 LONGEST = timedelta(days=366)  # for rarer dates a user means the calendar, and needs a cron
-UNITS = {
-    "day": timedelta(days=1),
-    "hour": timedelta(hours=1),
-    "minute": timedelta(minutes=1),
-    "second": SECOND,
-}
+UNITS = {"day": timedelta(days=1), "hour": timedelta(hours=1), "minute": timedelta(minutes=1), "second": SECOND}
 
 
 class Schedule(ABC):

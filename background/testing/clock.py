@@ -1,6 +1,6 @@
 """The clock of a test, in the place of the database's clock."""
 
-from datetime import UTC, datetime, timedelta
+from datetime import MAXYEAR, MINYEAR, UTC, datetime, timedelta
 from types import TracebackType
 from typing import Any
 
@@ -28,11 +28,9 @@ class Clock:
         """Move the clock ahead by `by`."""
         if not isinstance(by, timedelta):
             raise TypeError(f"The clock was moved by {by!r}; expected a timedelta: write timedelta(hours=1).")
-        self.now += by
+        self.set(self.now + by)
 
     def __enter__(self) -> "Clock":
-        if not _clocks:
-            event.listen(Engine, "before_cursor_execute", _at_the_time_of_the_clock, retval=True)
         _clocks.append(self)
         return self
 
@@ -41,21 +39,28 @@ class Clock:
     ) -> None:
         last = max(at for at, each in enumerate(_clocks) if each is self)  # a block may enter its clock again
         del _clocks[last]
-        if not _clocks:
-            event.remove(Engine, "before_cursor_execute", _at_the_time_of_the_clock)
 
 
 _clocks: list[Clock] = []
 """The clocks whose blocks this process has entered. The innermost clock counts."""
 
 
+@event.listens_for(Engine, "before_cursor_execute", retval=True)
 def _at_the_time_of_the_clock(
     connection: Connection, cursor: Any, statement: str, parameters: Any, context: Any, many: bool
 ) -> tuple[str, Any]:
-    return with_time(statement, _clocks[-1].now, connection.dialect.name), parameters
+    """Put the clock's time into the statement.
+
+    Concurrency: other threads send statements while a block begins or ends. So this listener is never removed.
+    """
+    for clock in _clocks[-1:]:
+        statement = with_time(statement, clock.now, connection.dialect.name)
+    return statement, parameters
 
 
 def _aware(at: datetime) -> datetime:
     if not isinstance(at, datetime) or at.tzinfo is None:
         raise ValueError(f"The clock was set to {at!r}; expected an aware datetime: write datetime(..., tzinfo=UTC).")
+    if not MINYEAR < at.year < MAXYEAR:
+        raise ValueError(f"The clock was set to {at}; expected a year from {MINYEAR + 1} to {MAXYEAR - 1}.")
     return at.astimezone(UTC)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from flask import Flask
-from sqlalchemy import select
+from sqlalchemy import func, select
 
-from ..database.tables import message_errors, messages
+from ..database.tables import is_waiting, message_errors, messages
 from ..errors import UnknownTopic
 from ..manager import BackgroundWorkerManager
 from ..runs.batch import BatchRun
@@ -18,6 +18,7 @@ from .runs import manager_of
 ANY: Any = object()
 """Any payload."""
 _MOST_SHOWN = 20
+_MOST_MORE = 10_000  # messages that one drain handles beside the messages that wait at its start
 
 
 @dataclass(frozen=True)
@@ -36,16 +37,22 @@ def drain(app: Flask, topic: str | None = None) -> Drained:
     """Handle every message of `topic` that is due now, and the messages that the handlers enqueue. None: all topics.
 
     Returns once no message is due. A message that failed is due again after its worker's `backoff`: move the clock and
-    drain again. Raises UnknownTopic.
+    drain again. Raises UnknownTopic, and RuntimeError if there is no end.
     """
     manager = manager_of(app)
     if topic is not None and topic not in manager.topics:
         raise UnknownTopic(topic, manager.topics)
     workers = [worker for of, worker in manager.topics.items() if topic in (None, of)]
-    ids: set[int] = set()
-    while found := [id for worker in workers for id in _handle_due(app, manager, worker)]:
+    store, ids, handled = manager.stores.main, set[int](), 0
+    [(waiting,)] = store.read(select(func.count()).select_from(messages).where(is_waiting))
+    while found := [id for worker in workers for id in _handle_due(manager, worker)]:
         ids.update(found)
-    store = manager.stores.main
+        handled += len(found)
+        if handled > waiting + _MOST_MORE:
+            raise RuntimeError(
+                f"drain has handled {handled:,} messages, although {waiting:,} waited at its start; expected handlers "
+                "that come to an end. A handler enqueues another message each time, or fails without a `backoff`."
+            )
     states = Counter(
         row.state for row in store.read(select(messages.c.state).where(store.is_among(messages.c.id, ids)))
     )
@@ -54,14 +61,14 @@ def drain(app: Flask, topic: str | None = None) -> Drained:
     return Drained(states["done"], states["waiting"], states["dead"], errors)
 
 
-def _handle_due(app: Flask, manager: BackgroundWorkerManager, worker: type[MessageWorker]) -> list[int]:
+def _handle_due(manager: BackgroundWorkerManager, worker: type[MessageWorker]) -> list[int]:
     """Handle one batch. Return the ids of its messages."""
     queue = manager.stores.queue
     with manager.presence.present() as instance:
         batch = queue.claim(worker.name, worker.topic, worker.batch_size, (instance.id, instance.name))
         if batch is None:
             return []
-        BatchRun(worker, batch, queue, manager.runs, instance, app, manager.db, Counter()).run()
+        BatchRun(worker, batch, queue, manager.runs, instance, Counter()).run()
         return list(batch.ids)
 
 

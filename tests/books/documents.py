@@ -1,6 +1,7 @@
 """The README and the pages of docs/: their links and their snippets."""
 
 import re
+import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -22,6 +23,14 @@ def snippet(page: str, marker: str) -> str:
     """Return the only block of Python on the page that contains `marker`."""
     [found] = [each for each in snippets(page) if marker in each]
     return found
+
+
+def blocks(page: str) -> list[str]:
+    """Return the blocks of the page that are not Python, without their indent: commands, drawings and output."""
+    rest = re.sub(r"^```python\n.*?^```\n", "", text(page), flags=re.DOTALL | re.MULTILINE)
+    fenced = re.compile(r"^```\w*\n(.*?)^```\n", re.DOTALL | re.MULTILINE)
+    indented = re.findall(r"(?<=\n\n)(?:    .*\n)+", fenced.sub("", rest))
+    return [*fenced.findall(rest), *(textwrap.dedent(each) for each in indented)]
 
 
 def commands(page: str, heading: str) -> str:

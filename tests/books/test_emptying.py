@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+import sys
 import urllib.request
 from pathlib import Path
 
@@ -10,9 +11,11 @@ import pytest
 from sqlalchemy import create_engine, inspect
 from support.processes import ROOT, copy_project, environment, flask, run, started
 
+from tests.books.documents import blocks
+
 PAGE = (ROOT / "docs" / "your-own-app.md").read_text(encoding="utf-8")
-LISTED, COMMANDS = re.search(r"Seven places.*?\n\n((?:- .*\n)+)\n.*?\n\n((?:    .*\n)+)", PAGE).groups()
-PLACES = re.findall(r"^- `([^`]+)`", LISTED, re.MULTILINE)
+PLACES = re.findall(r"^- `([^`]+)`", PAGE.partition("## Another name")[0], re.MULTILINE)
+DROP, COMMANDS, MAKE, *_ = blocks("docs/your-own-app.md")
 
 
 @pytest.fixture(scope="module")
@@ -24,10 +27,14 @@ def make_emptied(folder: Path) -> Path:
     """Copy the tracked files to `folder`, and run the page's commands there. Return the folder."""
     copy_project(folder)
     (folder / ".venv").symlink_to(ROOT / ".venv")
-    script = f"{COMMANDS}\ngit init -q\ngit add -A"  # some tests ask git for the files
-    done = subprocess.run(["sh", "-ec", script], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    execute(f"{COMMANDS}\ngit init -q\ngit add -A", own_environment(folder), folder)  # some tests ask git for the files
     return folder
+
+
+def execute(script: str, env: dict[str, str], folder: Path) -> None:
+    env = env | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    code, said = run(["sh", "-ec", script], env, folder)
+    assert code == 0, said
 
 
 def own_environment(emptied: Path, url: str | None = None) -> dict[str, str]:
@@ -73,6 +80,21 @@ def test_the_schema_has_no_table_of_books_and_orders(emptied: Path, empty_databa
     tables = set(inspect(engine).get_table_names())
     engine.dispose()
     assert {"users", "audit_entries", "background_workers"} <= tables
+    assert not {"books", "orders"} & tables
+
+
+@pytest.mark.promise
+def test_the_shops_tables_are_dropped_and_own_tables_made(tmp_path: Path, empty_database_url: str) -> None:
+    copy, env = copy_project(tmp_path / "copy"), own_environment(tmp_path / "copy", empty_database_url)
+    (copy / ".venv").symlink_to(ROOT / ".venv")
+    execute(f"flask db upgrade\n{DROP}\n{COMMANDS}", env, copy)
+    with (copy / "models.py").open("a") as models:
+        models.write("\n\nclass Plan(db.Model):\n    id: Mapped[int] = mapped_column(primary_key=True)\n")
+    execute(f"{MAKE}\nflask db check", env, copy)
+    engine = create_engine(empty_database_url)
+    tables = set(inspect(engine).get_table_names())
+    engine.dispose()
+    assert "plan" in tables
     assert not {"books", "orders"} & tables
 
 

@@ -46,8 +46,8 @@ def test_each_command_of_the_page_belongs_to_a_test() -> None:
 
 
 def with_tools(script: str, database_url: str) -> None:
-    """Execute the script with the project's commands. `true` replaces gunicorn, which other tests start."""
-    script = re.sub(r"postgresql://\S+", database_url, script).replace("&& gunicorn", "&& true")
+    """Execute the script with the project's commands. gunicorn only checks itself. Other tests start gunicorn."""
+    script = re.sub(r"postgresql://\S+", database_url, script).replace("&& gunicorn", "&& gunicorn --check-config")
     env = environment(
         database_url, FLASK_APP="app:create_app", PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     )
@@ -89,8 +89,8 @@ def machine() -> Iterator[Image]:
 
 def test_the_commands_for_one_machine_work(machine: Image, empty_postgresql_url: str) -> None:
     first, second = BLOCKS["One machine with systemd and nginx"]
-    by_hand = r"systemctl (start bookstore-web bookstore-workers|reload nginx)\n"  # needs a running systemd
-    first, second = (f"set -e\ncd /opt/bookstore\n{re.sub(by_hand, '', block)}" for block in (first, second))
+    first, second = (f"set -e\ncd /opt/bookstore\n{block}" for block in (first, second))
+    # Offline, systemctl reads each command, enables the units, and starts none.
     machine.run(re.sub(r"postgresql://\S+", empty_postgresql_url, first), SYSTEMD_OFFLINE="1")
     assert admins(empty_postgresql_url) == 1
     assert machine.file("/etc/bookstore.env").stat().st_mode & 0o777 == 0o600
@@ -100,7 +100,7 @@ def test_the_commands_for_one_machine_work(machine: Image, empty_postgresql_url:
     assert "bookstore" not in said
     if not Path("/usr/sbin/nginx").exists():
         pytest.skip("needs nginx, of Debian's package nginx-light")
-    machine.run(second, own_network=True)
+    machine.run(second, own_network=True, SYSTEMD_OFFLINE="1")
 
 
 def test_the_page_names_each_alert() -> None:

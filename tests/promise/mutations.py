@@ -99,18 +99,12 @@ MUTATIONS = (
     ),
     Mutation(
         "a claim is known by more than a token",
-        [
-            Edit(
-                "background/ledger/ledger.py",
-                "is_same = true() if claim.id is None else workers.c.claim == claim.id",
-                "is_same = true()",
-            )
-        ],
+        [Edit("background/ledger/ledger.py", "(*same, workers.c.claim.is_not_distinct_from(claim.id))", "(*same)")],
         ["tests/background/repair/test_edited_rows.py", "-k", "token_repeats"],
     ),
     Mutation(
         "an ending touches its own execution only",
-        [Edit("background/ledger/ledger.py", "else executions.c.claim == claim.id)", "else true())")],
+        [Edit("background/ledger/ledger.py", "(*same, executions.c.claim.is_not_distinct_from(claim.id))", "(*same)")],
         ["tests/background/repair/test_edited_rows.py", "-k", "another_claims_execution"],
     ),
     Mutation(

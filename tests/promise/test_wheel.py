@@ -15,6 +15,7 @@ import pytest
 from support.processes import ROOT, Process, copy_project, environment, run, started
 
 PAGE = (ROOT / "docs" / "your-own-app.md").read_text(encoding="utf-8")
+TESTING = (ROOT / "docs" / "testing.md").read_text(encoding="utf-8")
 APP = re.search(r"```python\n(# notes\.py\n.*?)```", PAGE, re.DOTALL)[1]
 MIGRATED = APP.replace("    with app.app_context():\n        db.create_all()\n", "    MIGRATE\n").replace(
     "MIGRATE", re.search(r"`(Migrate\(app, db, include_object.*?\))`", PAGE)[1]
@@ -100,6 +101,23 @@ def test_four_lines_run_the_workers_and_the_dashboard(python: Path, tmp_path: Pa
     assert "Traceback" not in server.output
 
 
+def test_gunicorn_starts_the_workers_of_each_process(python: Path, tmp_path: Path) -> None:
+    pip(python, "install", "gunicorn")
+    (tmp_path / "notes.py").write_text(APP)
+    (tmp_path / "gunicorn.conf.py").write_text(
+        re.search(r"```python\n(# gunicorn\.conf\.py\n.*?)```", PAGE, re.DOTALL)[1]
+    )
+    code, said = run([str(python), "-m", "flask", "workers", "list"], own_environment(tmp_path), tmp_path)
+    assert code == 0, said
+    command = [str(python), "-m", "gunicorn", "--no-control-socket", "-b", "127.0.0.1:0"]
+    with started(command, own_environment(tmp_path), tmp_path) as server:
+        server.wait_for("joined with 1 worker", times=2)
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 0
+    assert server.output.count(" left") == 2
+    assert "Traceback" not in server.output
+
+
 def test_a_migration_makes_the_tables(python: Path, tmp_path: Path) -> None:
     pip(python, "install", "flask-migrate")
     (tmp_path / "notes.py").write_text(MIGRATED)
@@ -128,7 +146,8 @@ def test_a_migration_makes_the_tables(python: Path, tmp_path: Path) -> None:
 def test_pytest_finds_the_fixtures_by_itself(python: Path, tmp_path: Path) -> None:
     pip(python, "install", "pytest")
     (tmp_path / "notes.py").write_text(APP)
-    (tmp_path / "pytest.ini").write_text("[pytest]\nworkers_app = notes:create_app\npythonpath = .\n")
+    [configuration] = re.findall(r"```toml\n(.*?)```", TESTING, re.DOTALL)
+    (tmp_path / "pyproject.toml").write_text(configuration.replace("shop:make_app", "notes:create_app"))
     (tmp_path / "test_notes.py").write_text(
         "from background.testing import run_worker\n"
         "from notes import Note, NoteWorker\n"

@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 from flask import Flask
 from flask.testing import FlaskCliRunner
-from sqlalchemy import Engine, text
+from sqlalchemy import URL, Engine, text
+from support.databases import close
+from support.databases import text as as_text
 from support.shop import has_password, settings
 
 from app import create_app
+from migrations import schema
 from models import User, UserRepository, db
 
 
@@ -112,6 +115,19 @@ def test_reset_password_of_no_user_is_one_sentence(runner: FlaskCliRunner, engin
     result = runner.invoke(args=["reset-password", email])
     assert result.exit_code == 1
     assert result.output.startswith(f"Error: No user has the e-mail {email!r}; expected the e-mail of an account")
+
+
+def test_reset_password_of_an_email_beyond_the_encoding_of_the_database_is_one_sentence(
+    postgresql_server: URL, databases: Callable[[str], object]
+) -> None:
+    databases("CREATE DATABASE latin ENCODING 'LATIN1' LC_COLLATE 'C' LC_CTYPE 'C' TEMPLATE template0")
+    app = create_app(settings(as_text(postgresql_server.set(database="latin"))))
+    with app.app_context():
+        schema.upgrade()
+    result = app.test_cli_runner().invoke(args=["reset-password", "漢@example.com"])
+    assert result.output.startswith("Error: No user has the e-mail '漢@example.com'; expected the e-mail of an account")
+    close(app)
+    databases("DROP DATABASE latin WITH (FORCE)")
 
 
 @pytest.mark.parametrize("command", [["init-db"], ["demo"], ["reset-password", "ada@example.com"]])

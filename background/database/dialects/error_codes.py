@@ -13,6 +13,8 @@ _FEATURE_NOT_SUPPORTED = "0A000"
 _READ_ONLY = "25006"
 _LOGIN_REFUSED = "28"
 _UNDEFINED = ("42P01", "42703")  # a table, a column
+_DUPLICATE = ("42P07", "42701", "42710")  # a table or an index, a column, another object
+_SCHEMA_UNKNOWN = "3F000"
 _DATABASE_UNKNOWN = "3D"
 _SERIALIZATION_FAILURE = "40001"
 _OUT_OF_RESOURCES = "53"
@@ -23,6 +25,7 @@ _SERVER_ENDED = "57P"  # shut down, crashed, starting, dropped, or idle for too 
 _INTERNAL = "XX000"
 
 _OF_A_FILE = (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR)
+_OF_STORAGE = (*_OF_A_FILE, sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT)
 
 
 def is_database_unknown(error: BaseException) -> bool:
@@ -34,6 +37,17 @@ def is_undefined(error: BaseException) -> bool:
     """Return whether the database has no such table or column. SQLite has no code for this."""
     text = str(error.orig) if isinstance(error, DBAPIError) else ""
     return _has(error, *_UNDEFINED) or text.startswith(("no such table: ", "no such column: "))
+
+
+def is_of_another_schema(error: BaseException) -> bool:
+    """Return whether a statement does not fit the tables that are there. SQLite has no code for this."""
+    text = str(error.orig) if isinstance(error, DBAPIError) else ""
+    return is_undefined(error) or _has(error, *_DUPLICATE, _SCHEMA_UNKNOWN) or text.endswith(" already exists")
+
+
+def is_of_storage(error: BaseException) -> bool:
+    """Return whether SQLite cannot read or write its file: a full disk, a read-only folder, another kind of file."""
+    return _sqlite_code(error) in _OF_STORAGE
 
 
 def is_lock_unavailable(error: BaseException) -> bool:

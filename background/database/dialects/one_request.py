@@ -4,8 +4,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sqlalchemy import Connection, Engine, Select
-from sqlalchemy.engine.interfaces import Compiled
-from sqlalchemy.sql.compiler import SQLCompiler
 
 Values = Mapping[str, Any]
 
@@ -37,7 +35,7 @@ class OneRequest:
 
         driver: Any = connection.connection.driver_connection
         cursor = ClientCursor(driver)
-        texts = (cursor.mogrify(*_text_and_parameters(each, values)) for each in (self._first, self._second))
+        texts = (cursor.mogrify(str(each), _parameters(each, values)) for each in (self._first, self._second))
         sent = connection.exec_driver_sql("; ".join(texts), execution_options={"no_parameters": True})
         sent.cursor.nextset()
         row = sent.cursor.fetchone()
@@ -45,13 +43,7 @@ class OneRequest:
         return row
 
 
-def _text_and_parameters(statement: Compiled, values: Values) -> tuple[str, Values | None]:
-    """Return the statement as text, and the parameters in it, for the driver."""
-    if not isinstance(statement, SQLCompiler) or not statement.literal_execute_params:
-        return str(statement), statement.construct_params(values)
-    expanded = statement.construct_expanded_state(values)  # SQLAlchemy itself writes some values into the text
-    processors: Any = statement._bind_processors
-    return expanded.statement, {
-        name: processors[name](value) if name in processors else value
-        for name, value in (expanded.parameters or {}).items()
-    }
+def _parameters(statement: Any, values: Values) -> Values:
+    """Return the parameters of the statement, as the driver takes them."""
+    given, processors = statement.construct_params(values), statement._bind_processors
+    return {name: processors[name](value) if name in processors else value for name, value in given.items()}

@@ -9,13 +9,14 @@ from contextlib import contextmanager, suppress
 from typing import Any
 from weakref import WeakSet
 
-from sqlalchemy import Connection, Dialect, Engine, Executable, event
+from sqlalchemy import Connection, Dialect, Engine, event
 from sqlalchemy.exc import OperationalError
 
 from ...errors import InvalidConfig
 from ...host.listeners import is_new
 from . import sqlite_files as database_files
 from .error_codes import is_busy
+from .writes import is_write_with_cte
 
 BUSY_SECONDS = 30
 OPEN_SECONDS = 10
@@ -39,6 +40,7 @@ def prepare(engine: Engine) -> None:
         event.listen(engine, "engine_disposed", _disposed)
         database_files.watch(engine)
         event.listen(engine, "savepoint", _begin_before_savepoint)
+        event.listen(engine, "before_cursor_execute", _begin_before_cte)
 
 
 def wait_briefly(engine: Engine) -> None:
@@ -68,19 +70,8 @@ def in_memory(engine: Engine) -> InvalidConfig:
     )
 
 
-def write_unless_locked(engine: Engine, *statements: Executable) -> None:
-    """Execute `statements` in a transaction that is rolled back, unless another connection writes at this moment.
-
-    Raises OperationalError for a read-only database, also without any statement.
-    """
-    with engine.connect() as connection:
-        if _is_lock_taken(connection):
-            for statement in statements:
-                connection.execute(statement)
-
-
 def is_locked(engine: Engine) -> bool:
-    """Return whether a connection holds the write lock now."""
+    """Return whether a connection holds the write lock now. Raises OperationalError for a read-only database."""
     with engine.connect() as connection:
         return not _is_lock_taken(connection)
 
@@ -199,6 +190,13 @@ def _begin_before_savepoint(connection: Connection, _name: str) -> None:
     """Begin a transaction before a SAVEPOINT. The release of the savepoint would commit otherwise."""
     if not connection.connection.dbapi_connection.in_transaction:  # type: ignore[union-attr]
         connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def _begin_before_cte(connection: Connection, _cursor: Any, statement: str, *_: Any) -> None:
+    """Begin a transaction before a write that begins with WITH. The driver begins none, so SQLite would commit it."""
+    driver: Any = connection.connection.driver_connection
+    if is_write_with_cte(statement) and driver.isolation_level is not None and not driver.in_transaction:
+        driver.execute("BEGIN IMMEDIATE")
 
 
 def lock_soon(connection: Connection) -> None:

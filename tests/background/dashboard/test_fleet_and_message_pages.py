@@ -267,7 +267,7 @@ def test_the_page_of_instances_shows_their_runs_and_which_instances_are_gone(
         of_holder = tables.instances.c.id == holder.id
         connection.execute(update(tables.instances).where(of_holder).values(clock_offset=-1.5, release="3f2a91c"))
         locked = {"instance": holder.id, "instance_name": holder.name, "since": NOON}
-    with manager.locks._engine.begin() as connection:
+    with manager.locks.single.begin() as connection:
         connection.execute(insert(tables.locks).values(name="invoice-42", token=1, holder="h", **locked))
     rows = {
         row.partition("</th>")[0].rpartition('"row">')[2].split(" ")[0]: row

@@ -206,11 +206,7 @@ def test_without_a_secret_key_a_button_works_and_its_page_shows_the_change(make_
 
 HOST = """
 import sys
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {absent!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-sys.meta_path.insert(0, Absent())
+sys.modules.update(dict.fromkeys({absent!r}))
 from flask import Flask
 from background import BackgroundWorkerManager, PeriodicWorker
 from flask_sqlalchemy import SQLAlchemy

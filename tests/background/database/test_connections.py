@@ -549,7 +549,7 @@ def test_ticks_heartbeats_messages_and_locks_work_on_a_server_with_strict_isolat
     Noting.then = outlasted
     host.works()
     assert set(seen) == {"read committed"}
-    with host.manager.stores.leases._single.connect() as connection:
+    with host.manager.stores.leases.single.connect() as connection:
         assert connection.scalar(text("SHOW transaction_isolation")) == "read committed"
     with host.app.app_context():  # the application's own sessions have the server's default
         assert host.db.session.scalar(text("SHOW transaction_isolation")) == level

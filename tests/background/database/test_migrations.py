@@ -151,7 +151,14 @@ def are_coloured(inspector: Any, schema: str | None) -> bool:
 
 @pytest.fixture
 def second_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    newest = MetaData()
+    for table in migrations.metadata.tables.values():
+        table.to_metadata(newest)
+    locks = newest.tables["background_locks"]
+    locks.append_column(Column("colour", String(10)))
+    locks.c.token.nullable = True
     second = migrations.Step(colour_locks, bleach_locks, are_coloured)
+    monkeypatch.setattr(migrations, "metadata", newest)
     monkeypatch.setattr(migrations, "STEPS", (*migrations.STEPS[:1], second))
 
 
@@ -187,12 +194,10 @@ def test_a_version_that_this_release_does_not_know_is_refused(host: Host, versio
     assert host.tables() == set()
 
 
-@pytest.mark.parametrize("lost", ["TABLE background_locks", "COLUMN mark_ahead"])
-def test_tables_of_no_version_are_left_alone_with_a_sentence(host: Host, lost: str) -> None:
+def test_tables_of_no_version_are_left_alone_with_a_sentence(host: Host) -> None:
     host.create_all()
     with host.engine.begin() as connection:
-        alter = "" if lost.startswith("TABLE") else "ALTER TABLE background_workers "
-        connection.execute(text(f"{alter}DROP {lost}"))
+        connection.execute(text("DROP TABLE background_locks"))
     before = host.definitions()
     for version in (0, 1):
         with pytest.raises(InvalidMigration, match=r"has background_workers, .*, but not all parts of version 1"):
@@ -210,8 +215,9 @@ def offline(host: Host, start: str | None) -> tuple[Operations, StringIO]:
     return Operations(context), script
 
 
-@pytest.mark.usefixtures("second_version")
-def test_sql_from_base_makes_the_tables_step_by_step(host: Host) -> None:
+def test_sql_from_base_makes_the_tables_step_by_step(host: Host, request: pytest.FixtureRequest) -> None:
+    if host.engine.dialect.name == "postgresql":  # without a connection, Alembic rebuilds no table of SQLite
+        request.getfixturevalue("second_version")
     host.migrate_to(1)
     expected = host.definitions()
     host.migrate_to(0)

@@ -281,11 +281,11 @@ def test_the_fleet_is_seen_in_a_constant_number_of_queries(fleet: Fleet) -> None
     manager = manager_of(fleet.app(*workers))
     manager.stores.controls.register({})
     with statements(manager.stores.leases.engine) as few:
-        condition(manager.stores, manager.workers, 10)
+        condition(manager.stores, manager.workers)
     for worker in workers:
         manager.recovery.look(worker)
     with statements(manager.stores.leases.engine) as many:
-        assert len(condition(manager.stores, manager.workers, 10).statuses) == 30
+        assert len(condition(manager.stores, manager.workers).statuses) == 30
     assert len(few) == len(many) == 5
 
 

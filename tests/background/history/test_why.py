@@ -13,7 +13,7 @@ from support.fleet import make_app, statements
 from background import BackgroundWorkerManager, PeriodicWorker, UnknownWorker, WorkerContext
 from background.database.tables import executions, workers
 from background.history.records import InstanceRecord, Record, Surroundings
-from background.history.text import span
+from background.history.text import moment, span
 from background.history.why import Answer, why
 from background.ledger.claim import Claim, WorkerState
 
@@ -586,6 +586,20 @@ def test_later_rows_of_an_older_schedule_do_not_change_the_answer(
     assert {answer.sentence for answer in answers} == {answers[0].sentence}
     assert answers[0].state == "succeeded"
     assert manager.why("tidy", NOON + 3 * MINUTE).sentence.startswith("The manual run")
+
+
+def test_the_answer_about_now_adds_a_manual_run_after_the_latest_tick(manager: BackgroundWorkerManager) -> None:
+    manager.remove("tidy")
+    manager.add(type("Daily", (Tidy,), {"name": "tidy", "period": DAY}))
+    manager.tick("tidy", manager.history.clock())
+    assert "manual" not in manager.why("tidy").sentence
+    run = manager.trigger("tidy")
+    assert run is not None
+    answer = manager.why("tidy")
+    assert answer.tick < run.claim.tick
+    assert answer.sentence.startswith("The tick ")
+    assert f". The manual run of tidy asked for at {moment(run.claim.tick)} ran at " in answer.sentence
+    assert "manual" not in manager.why("tidy", answer.tick).sentence
 
 
 @pytest.mark.parametrize("alive", [(), (A,)])

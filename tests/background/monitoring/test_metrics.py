@@ -174,6 +174,18 @@ def test_open_messages_are_counted_and_the_oldest_is_timed(fleet: Fleet) -> None
     assert 600 <= (samples.value("background_message_oldest_seconds", topic="letters") or 0) < 630
 
 
+@pytest.mark.parametrize("label", ["soon", "nan", "-5", "1=2", "1,2=3", "", "1e1", "Infinity"])
+def test_a_total_whose_label_a_user_typed_is_left_out_of_the_buckets(fleet: Fleet, label: str) -> None:
+    app = fleet.app(Hourly)
+    count(app, ("hourly", "duration", "0.1", 2, 0.2), ("hourly", "duration", label, 5, 0.5))
+    samples = scrape(app)
+    assert samples.value("background_execution_duration_seconds_bucket", worker="hourly", le="0.1") == 2
+    assert samples.labels("background_execution_duration_seconds_bucket", "le") == {
+        *map("{:g}".format, DURATIONS),
+        "+Inf",
+    }
+
+
 def test_a_scrape_costs_as_many_queries_for_many_workers_as_for_one(fleet: Fleet) -> None:
     app = fleet.app(Hourly, Letters)
 

@@ -190,21 +190,6 @@ def test_a_lowered_token_continues_above_the_history(fleet: Fleet) -> None:
     assert manager.tick("hourly", last_hour()).claim.token == 4
 
 
-@on_postgresql
-def test_a_claim_of_a_release_without_ids_is_shown_recovered_and_run_again(fleet: Fleet) -> None:
-    manager = fleet.manager(Hourly)
-    claim = claimed(manager, last_hour())
-    assert manager.stores.ledger.end(claim, "failed")
-    fleet.set("hourly", running=2, token=2, claim=claim.id, mark=last_hour())  # the id is that of an earlier claim
-    old = {"worker": "hourly", "tick": last_hour(), "trigger": "manual", "state": "running", "attempt": 1, "token": 2}
-    execute(fleet, insert(tables.executions).values(**old, instance="old", instance_name="old:1"))
-    state = manager.stores.ledger.look("hourly")
-    assert (state.running.token, state.running.id, state.instance) == (2, None, "old")
-    assert not state.is_damaged
-    manager.start()
-    wait_until(lambda: fleet.states() == ["failed", "lost", "succeeded"], "the run after it")
-
-
 # -- changes by hand -------------------------------------------------------------------------------
 
 

@@ -1,11 +1,13 @@
 """A dry run shows the rows that a run would change, and changes none."""
 
+import logging
+import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import pytest
 from flask import Flask, current_app
-from sqlalchemy import bindparam, delete, insert, select, text, update
+from sqlalchemy import bindparam, delete, insert, inspect, select, text, update
 from support.fleet import Hourly, Note, db, effect, effects
 
 from background import MessageWorker, WorkerContext, current_workers
@@ -84,6 +86,49 @@ class BulkWorker(Hourly):
         session.scalars(delete(Note).where(Note.number >= 100).returning(Note.id)).all()
 
 
+class AutocommitWorker(Hourly):
+    def do_work(self, context: WorkerContext) -> None:
+        with db.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            connection.execute(insert(effects).values(key="autocommit", note=""))
+
+
+class CteWorker(Hourly):
+    def do_work(self, context: WorkerContext) -> None:
+        with db.engine.begin() as connection:
+            connection.execute(text("WITH a AS (SELECT 1) INSERT INTO effects (key, note) SELECT 'cte', '' FROM a"))
+
+
+class TableWorker(Hourly):
+    def do_work(self, context: WorkerContext) -> None:
+        with db.engine.begin() as connection:
+            connection.execute(text("CREATE TABLE made (id INTEGER)"))
+
+
+class ReadingWorker(Hourly):
+    """Commits what changes no row, holds a lock, and uses a savepoint."""
+
+    def do_work(self, context: WorkerContext) -> None:
+        with db.engine.begin() as connection:
+            connection.execute(text("-- a comment\nSELECT 1"))
+        with context.session.begin_nested(), current_workers.lock("books") as lock:
+            assert lock
+            effect(context)
+
+
+class ForkingWorker(Hourly):
+    """Forks, and the child writes, commits and returns."""
+
+    def do_work(self, context: WorkerContext) -> None:
+        effect(context)
+        if child := os.fork():
+            os.waitpid(child, 0)
+            return
+        logging.getLogger("background.host.forks").addHandler(logging.StreamHandler(os.fdopen(os.dup(2), "w")))
+        with suppress(DryRunCommits):
+            db.session.execute(insert(effects).values(key="child", note=""))
+            db.session.commit()
+
+
 class FailingWorker(Hourly):
     def do_work(self, context: WorkerContext) -> None:
         effect(context)
@@ -102,13 +147,17 @@ class NoteWorker(MessageWorker):
         raise NotImplementedError
 
 
-COMMITTING = (SlicingWorker, EngineWorker, ConnectionWorker, ThreadedWorker, CatchingWorker)
+COMMITTING = (
+    *(SlicingWorker, EngineWorker, ConnectionWorker, ThreadedWorker, CatchingWorker),
+    *(AutocommitWorker, CteWorker, TableWorker),
+)
+OTHERS = (TextualWorker, BulkWorker, ReadingWorker, ForkingWorker, FailingWorker, AsyncWorker, NoteWorker)
 
 
 @pytest.fixture
 def host(app: Flask) -> Flask:
     manager = app.extensions["background_workers"]
-    for worker in (ChangingWorker, *COMMITTING, TextualWorker, BulkWorker, FailingWorker, AsyncWorker, NoteWorker):
+    for worker in (ChangingWorker, *COMMITTING, *OTHERS):
         manager.add(worker)
     with app.app_context():
         db.session.add_all([Note(text=f"note {number}", number=number) for number in (0, 1, 2, 2, *range(100, 115))])
@@ -159,6 +208,22 @@ def test_a_worker_that_commits_by_any_connection_is_refused_with_the_reason(host
     code, said = dry_run(host, worker.name)  # the first dry run left no transaction open
     assert code == 1
     assert f"{worker.name!r} commits during its run, so a dry run cannot roll it back; expected" in said
+    with host.app_context():
+        assert db.session.execute(select(effects)).all() == []
+        assert not inspect(db.engine).has_table("made")
+
+
+def test_a_savepoint_a_lock_and_a_commit_of_reads_are_allowed(host: Flask) -> None:
+    code, said = dry_run(host, "reading_worker")
+    assert (code, "effects: 1 inserted" in said) == (0, True), said
+
+
+def test_a_forked_child_neither_commits_nor_goes_on_with_the_command(
+    host: Flask, capfd: pytest.CaptureFixture[str]
+) -> None:
+    code, said = dry_run(host, "forking_worker")
+    assert (code, "effects: 1 inserted" in said) == (0, True), said
+    assert "The dry run of ForkingWorker forked, and the child process" in capfd.readouterr().err
     with host.app_context():
         assert db.session.execute(select(effects)).all() == []
 

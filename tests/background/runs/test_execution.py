@@ -194,6 +194,19 @@ def test_a_run_that_swallows_an_integrity_error_is_committed_completely_or_not_a
     )
 
 
+@pytest.mark.parametrize("before", ["", "-- a comment\n", "/* a comment */ "])
+def test_a_write_that_begins_with_a_cte_is_part_of_the_run(fleet: Fleet, before: str) -> None:
+    class Counting(Hourly):
+        def do_work(self, context: WorkerContext) -> None:
+            context.session.execute(
+                text(f"{before}WITH a AS (SELECT 'cte' AS key) INSERT INTO effects (key, note) SELECT key, '' FROM a")
+            )
+            raise ZeroDivisionError
+
+    assert fleet.manager(Counting).tick("counting", NOW()).state == "failed"
+    assert fleet.effects() == []
+
+
 def test_a_savepoint_of_a_run_is_not_a_commit_of_its_own(fleet: Fleet) -> None:
     class Nesting(Hourly):
         def do_work(self, context: WorkerContext) -> None:

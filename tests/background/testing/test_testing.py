@@ -1,6 +1,8 @@
 """The helpers that `background.testing` gives to the tests of an application's own workers."""
 
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -20,6 +22,7 @@ from background.testing import (
     running,
     worker_context,
 )
+from background.testing import messages as testing_messages
 
 IN_2030 = datetime(2030, 5, 1, 12, 30, tzinfo=UTC)
 
@@ -136,6 +139,31 @@ def test_a_clock_refuses_a_moment_without_a_zone(at: object) -> None:
         Clock(at)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("at", [datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)])
+def test_a_clock_refuses_an_end_of_the_calendar(at: datetime) -> None:
+    with pytest.raises(ValueError, match="expected a year from 2 to 9998"):
+        Clock(at)
+
+
+def test_other_threads_read_the_database_while_clocks_begin_and_end(app: Flask) -> None:
+    manager, ended = app.extensions["background_workers"], threading.Event()
+
+    def read() -> int:
+        number = 0
+        while not ended.is_set():
+            assert manager.history.clock() <= IN_2030
+            number += 1
+        return number
+
+    with ThreadPoolExecutor(3) as pool:
+        readers = [pool.submit(read) for _ in range(3)]
+        for _ in range(3_000):
+            with Clock(IN_2030):
+                pass
+        ended.set()
+        assert all(reader.result() > 0 for reader in readers)
+
+
 def test_a_clock_is_moved_by_a_timedelta_only() -> None:
     with pytest.raises(TypeError, match=r"moved by 5; expected a timedelta: write timedelta\(hours=1\)"):
         Clock().move(5)  # type: ignore[arg-type]
@@ -173,6 +201,23 @@ def test_a_message_that_fails_waits_and_dies_as_the_clock_moves(noting: Flask) -
         assert drain(noting).waiting == 0  # it is not due
         clock.move(timedelta(minutes=2))
         assert drain(noting).dead == 1
+
+
+class EndlessWorker(MessageWorker):
+    topic = "endless"
+
+    def handle(self, message, context: WorkerContext) -> None:  # type: ignore[no-untyped-def]
+        current_workers.enqueue("endless", message.payload + 1)
+
+
+def test_a_handler_that_enqueues_without_end_is_an_error(noting: Flask, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(testing_messages, "_MOST_MORE", 20)
+    noting.extensions["background_workers"].add(EndlessWorker)
+    with noting.app_context():
+        current_workers.enqueue_many("endless", [0] * 30)
+        db.session.commit()
+    with pytest.raises(RuntimeError, match=r"has handled \d+ messages, although 30 waited .* enqueues another message"):
+        drain(noting)
 
 
 def test_a_waiting_message_is_found_by_its_payload(noting: Flask) -> None:
