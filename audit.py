@@ -18,6 +18,7 @@ from sqlalchemy import update
 from sqlalchemy.exc import SQLAlchemyError
 from werkzeug.wrappers import Response
 
+from background.database.dialects.encodings import storable
 from background.errors import spelled_out
 from models import AuditEntry, db
 
@@ -177,5 +178,6 @@ def begin(action: str, details: Mapping[str, str], address: str, **who: Any) -> 
 def finish(entry: int | None, outcome: str) -> None:
     """Write the outcome. What the action left uncommitted is rolled back, as without the audit."""
     db.session.rollback()
-    db.session.execute(update(AuditEntry).where(AuditEntry.id == entry).values(outcome=outcome[:200]))
+    written = storable(outcome, db.engine.dialect)[:200]
+    db.session.execute(update(AuditEntry).where(AuditEntry.id == entry).values(outcome=written))
     db.session.commit()

@@ -43,9 +43,10 @@ TESTED = (
     (DEPLOYING, "cp deploy/nginx", DEPLOYED, "test_the_commands_for_one_machine_work"),
     (DEPLOYING, "# SQLite", "tests/deploy/test_restoring.py", "execute"),
     (DEPLOYING, "# PostgreSQL", "tests/deploy/test_restoring.py", "execute"),
+    (DEPLOYING, "python3 -m venv", "tests/deploy/test_lock.py", "test_a_deployment_installs_by_hash"),
     (DEPLOYING, "PGOPTIONS", DEPLOYED, "test_the_commands_of_production_and_of_migrations_work"),
     (OWN_APP, "rm -r books.py", EMPTIED, "make_emptied"),
-    (OWN_APP, "flask db downgrade", EMPTIED, "test_the_shops_tables_are_dropped_and_own_tables_made"),
+    (OWN_APP, "DROP TABLE", EMPTIED, "test_the_shops_tables_are_dropped_and_own_tables_made"),
     (OWN_APP, "flask db migrate", EMPTIED, "test_the_shops_tables_are_dropped_and_own_tables_made"),
     (OWN_APP, "pip wheel", "tests/promise/test_wheel.py", "wheel"),
     (OWN_APP, "pip install dist", "tests/promise/test_wheel.py", "wheel"),
@@ -53,7 +54,7 @@ TESTED = (
 )
 
 # Blocks that are not commands.
-DRAWINGS = ("INFO background.", "APScheduler -> ", "testing       --> ", "2 * (WORKERS_THREADS")
+DRAWINGS = ("INFO background.", "WARNING security:", "APScheduler -> ", "testing       --> ", "2 * (WORKERS_THREADS")
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -159,7 +160,8 @@ def parse(words: list[str], app: Flask) -> None:
 
 def lines(page: str) -> list[list[str]]:
     """Return the words of each command of the page."""
-    split = [shlex.split(line, comments=True) for block in blocks(page) for line in block.splitlines()]
+    commands = [block for block in blocks(page) if not block.startswith(DRAWINGS)]
+    split = [shlex.split(line, comments=True) for block in commands for line in block.splitlines()]
     return [words for words in split if words]
 
 

@@ -1,4 +1,4 @@
-"""What the tests of accounts do to the shop's forms, and read in its database and outbox."""
+"""Steps of the tests of accounts, in the forms, the database and the outbox of the shop."""
 
 import json
 import re
