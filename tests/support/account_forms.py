@@ -1,4 +1,4 @@
-"""What the tests of accounts do to the shop's forms, and read in its database and outbox."""
+"""Helpers of the tests of accounts: they fill the shop's forms, and read its database and outbox."""
 
 import json
 import re
