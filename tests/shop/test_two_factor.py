@@ -63,6 +63,13 @@ def test_a_code_without_the_password_logs_no_one_in(app: Flask, client: FlaskCli
 
 
 @on_sqlite
+def test_the_page_of_the_code_does_not_log_a_user_out(client: FlaskClient, admin: User) -> None:
+    for response in (client.get(CODE), client.post(CODE, data={"code": "000000"})):
+        assert response.location == "/account"
+    assert is_logged_in(client)
+
+
+@on_sqlite
 def test_a_half_login_ends_with_the_sessions(app: Flask, client: FlaskClient, admin: User) -> None:
     phone, other = set_up(client), app.test_client()
     log_in(other, admin.email, PASSWORD)
