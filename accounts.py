@@ -150,6 +150,7 @@ def register(app: Flask) -> None:
     security.login_manager.user_loader(lambda uniquifier: None if is_over() else load(uniquifier))
     app.view_functions["security.confirm_email"] = asking_for_password(app.view_functions["security.confirm_email"])
     app.before_request(refuse_json)
+    app.before_request(keep_session)
     app.register_error_handler(StaleDataError, changed_meanwhile)
     user_authenticated.connect(begin_session, app)
     user_logged_out.connect(end_sessions, app)
@@ -309,6 +310,13 @@ def refuse_json() -> None:
     """Refuse JSON where Flask-Security would read it as a form."""
     if request.blueprint == "security" and request.is_json:
         abort(415)
+
+
+def keep_session() -> Response | None:
+    """Lead a logged-in user away from the page of a login's code, which would log the user out."""
+    if request.endpoint == "security.two_factor_token_validation" and current_user.is_authenticated:
+        return redirect(url_for("account.profile"))
+    return None
 
 
 def changed_meanwhile(_error: StaleDataError) -> ResponseReturnValue:

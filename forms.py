@@ -121,6 +121,10 @@ class LoginForm(NextAnywhere, flask_security.LoginForm):
     password = password_field("Password", "current-password")
     remember = None
 
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.next.data = self.next.data or "/"  # otherwise the redirect to the second factor names the host
+
 
 class AskingForm:
     """A form that asks for a mail. An e-mail without an account gets one too, which says so."""
@@ -168,6 +172,14 @@ class TwoFactorForm(flask_security.TwoFactorSetupForm):
     setup = RadioField(choices=[SelectChoice(name) for name in ("authenticator", "disable")], validate_choice=False)
 
 
+class CodeForm(flask_security.TwoFactorVerifyCodeForm):
+    code = StringField(
+        "Code",
+        [IsString(), DataRequired(), Length(max=20)],
+        render_kw={"autocomplete": "one-time-code", "inputmode": "numeric"},
+    )
+
+
 class RescueForm(flask_security.TwoFactorRescueForm):
     """A form without a choice: an operator helps, with `flask reset-password`."""
 
@@ -183,5 +195,6 @@ ACCOUNTS: dict[str, Any] = {
     "change_password_form": ChangePasswordForm,
     "verify_form": VerifyForm,
     "two_factor_setup_form": TwoFactorForm,
+    "two_factor_verify_code_form": CodeForm,
     "two_factor_rescue_form": RescueForm,
 }

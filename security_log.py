@@ -1,39 +1,31 @@
 """Security events: one line of the logger `security`, and one count in /metrics, for each."""
 
-import logging
 import os
 import re
 import secrets
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from logging import INFO, WARNING
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
+from blinker import NamedSignal
 from flask import Flask, Response, current_app, g, has_request_context, request
 from flask_limiter import RateLimitExceeded
 from flask_login import current_user, user_logged_out
-from flask_security import (
-    confirm_instructions_sent,
-    password_changed,
-    password_reset,
-    reset_password_instructions_sent,
-    user_authenticated,
-    user_confirmed,
-    user_failed_authn,
-    user_registered,
-)
+from flask_security import signals
 from flask_wtf.csrf import CSRFError
 from sqlalchemy.exc import SQLAlchemyError
 from werkzeug.exceptions import Forbidden, HTTPException
 
+from background.host.logs import logger_of
 from throttle import network
 
 if TYPE_CHECKING:
     from prometheus_client import Metric
 
-log = logging.getLogger("security")
+log = logger_of("security")  # a plain dictConfig does not silence it
 
 EVENTS = {
     "login": INFO,
@@ -56,14 +48,8 @@ _SANE = re.compile(r"[\w.:-]{1,64}", re.ASCII)
 
 def register(app: Flask) -> None:
     app.after_request(answered)
-    user_authenticated.connect(logged_in, app)
-    user_failed_authn.connect(failed, app)
-    user_logged_out.connect(logged_out, app)
-    password_changed.connect(changed, app)
-    password_reset.connect(reset, app)
-    user_confirmed.connect(confirmed, app)
-    for asked in (user_registered, confirm_instructions_sent, reset_password_instructions_sent):
-        asked.connect(link_asked, app)
+    for signal, receiver in RECEIVERS:
+        signal.connect(receiver, app)
 
 
 def record(event: str, user_id: int | None = None, is_logged: bool = True, **more: Any) -> None:
@@ -138,21 +124,26 @@ def logged_out(_app: Flask, user: Any, **_: Any) -> None:
         record("logged out", user.id)
 
 
-def changed(_app: Flask, user: Any, **_: Any) -> None:
-    record("password changed", user.id)
+def recording(*events: str) -> Callable[..., None]:
+    def receive(_app: Flask, user: Any, **_: Any) -> None:
+        for event in events:
+            record(event, user.id)  # None for an e-mail without an account
+
+    return receive
 
 
-def reset(_app: Flask, user: Any, **_: Any) -> None:
-    record("link used", user.id)
-    record("password changed", user.id)
-
-
-def link_asked(_app: Flask, user: Any, **_: Any) -> None:
-    record("link asked", user.id)  # None for an e-mail without an account
-
-
-def confirmed(_app: Flask, user: Any, **_: Any) -> None:
-    record("link used", user.id)
+RECEIVERS: list[tuple[NamedSignal, Callable[..., None]]] = [
+    (signals.user_authenticated, logged_in),
+    (signals.user_failed_authn, failed),
+    (user_logged_out, logged_out),
+    (signals.password_changed, recording("password changed")),
+    (signals.password_reset, recording("link used", "password changed")),
+    (signals.user_confirmed, recording("link used")),
+    (signals.user_registered, recording("link asked")),
+    (signals.confirm_instructions_sent, recording("link asked")),
+    (signals.reset_password_instructions_sent, recording("link asked")),
+]
+"""The signals keep no receiver alive, so this list does."""
 
 
 # ---- Metrics

@@ -19,6 +19,7 @@ from typing import Any
 
 from flask import Flask
 from flask.testing import FlaskClient
+from flask_security import hash_password
 from sqlalchemy import Connection, Engine, event, text
 
 from app import create_app
@@ -186,8 +187,8 @@ def counted() -> Iterator[list[str]]:
 
 
 def fill(app: Flask, size: Size) -> None:
-    admin = User(email=EMAIL, name="Admin", is_admin=True, created_at=datetime.now(UTC))
-    admin.set_password(PASSWORD)
+    admin = User(email=EMAIL, name="Admin", is_admin=True, created_at=datetime.now(UTC), confirmed_at=datetime.now(UTC))
+    admin.password = hash_password(PASSWORD)
     db.session.add(admin)
     db.session.commit()
     heartbeats = app.extensions["background_workers"].stores.connections.heartbeats

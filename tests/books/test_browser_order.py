@@ -1,6 +1,7 @@
 """A reader orders a book in a real browser."""
 
 from sqlalchemy import select
+from support.account_forms import link_in, send_mails
 from support.fleet import wait_until
 from support.shop import PASSWORD
 
@@ -38,7 +39,16 @@ def test_a_new_reader_registers_logs_in_and_orders_and_the_admin_sees_the_new_us
     page.get_by_label("Password", exact=True).fill(PASSWORD)
     page.get_by_label("Password again").fill(PASSWORD)
     press(page, "Register")
-    log_in(page, "nat@example.com")
+    page.get_by_text("We have sent a mail to nat@example.com.").wait_for()
+    assert_usable(page)
+    [mail] = send_mails(app, outbox)
+    page.goto(link_in(mail))
+    assert_usable(page)
+    page.get_by_label("Password").fill(PASSWORD)
+    press(page, "Confirm")
+    page.get_by_text("Your e-mail is confirmed.").wait_for()
+    press(page, "See the books")
+    press(page, "Middlemarch")
 
     page.get_by_label("Quantity").fill("2")
     press(page, "Order")

@@ -25,6 +25,7 @@ from tests.books.documents import PAGES, ROOT, commands, snippet, snippets, text
 
 README, WORKERS, MESSAGES, LOCKS = "README.md", "docs/workers.md", "docs/messages.md", "docs/locks.md"
 TESTING, QUICKSTART, UPGRADING = "docs/testing.md", "docs/quickstart.md", "docs/upgrading.md"
+SECURITY = "docs/security.md"
 
 
 # -- their form ------------------------------------------------------------------------------------
@@ -328,3 +329,14 @@ def test_an_applications_own_migrations_work_when_they_are_pasted(empty_database
     engines = " ".join(sorted(metadata.tables))
     last = ["False True", "No new upgrade operations detected.", f"{engines} note", "left:"]
     assert said.splitlines()[-4:] == last, said
+
+
+def test_each_row_of_the_page_of_security_has_tests_that_exist() -> None:
+    page = text(SECURITY)
+    rows = re.findall(r"^\| (\d+)\. [^|]+ \| yes \|", page, re.MULTILINE)
+    assert len(rows) == len(re.findall(r"^\| \d+\.", page, re.MULTILINE)) > 40
+    named = re.findall(r"^(\d+) (tests/\S+\.py)::(test_\w+)$", page, re.MULTILINE)
+    assert sorted({number for number, *_ in named}, key=int) == rows
+    for _, path, name in named:
+        source = (ROOT / path).read_text(encoding="utf-8")
+        assert re.search(rf"^def {name}\(", source, re.MULTILINE), f"{SECURITY} names {name}, which {path} lacks"

@@ -34,7 +34,7 @@ if books:
     CUSTOMERS |= books.CUSTOMERS
 ADMINS_BLUEPRINTS = {"admin", "background"}
 
-ENDS_SESSIONS = {"/logout", "/admin/users/1/log-out", "/account/two-factor/code"}
+ENDS_SESSIONS = {"/logout", "/admin/users/1/log-out"}
 ONLY_READ = {"GET", "HEAD", "OPTIONS"}
 Make = Callable[..., Any]
 

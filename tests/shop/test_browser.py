@@ -2,8 +2,11 @@
 
 import shutil
 from collections.abc import Iterator
+from datetime import timedelta
 
 import pytest
+from passlib.totp import TOTP
+from support.account_forms import NEW, link_in, send_mails
 from support.servers import served
 from support.shop import PASSWORD
 
@@ -67,6 +70,101 @@ def log_in(page, email: str) -> None:
     page.get_by_label("Password").fill(PASSWORD)
     press(page, "Log in")
     page.get_by_role("button", name="Log out").wait_for()
+
+
+def test_a_user_changes_forgets_and_chooses_the_password_and_deletes_the_account(
+    app, page, make_user, outbox, complaints
+):
+    make_user(email="nat@example.com")
+    page.goto("/login")
+    page.get_by_label("E-mail").fill("nat@example.com")
+    page.get_by_label("Password").fill("wrong horse")
+    press(page, "Log in")
+    page.get_by_text("Wrong e-mail or password").wait_for()
+    assert_usable(page)
+    press(page, "Forgot your password?")
+    assert_usable(page)
+    page.get_by_label("E-mail").fill("nat@example.com")
+    press(page, "Send the mail")
+    page.get_by_text("We have sent a mail to nat@example.com.").wait_for()
+    [mail] = send_mails(app, outbox)
+    page.goto(link_in(mail))
+    page.get_by_label("Password", exact=True).fill("natnatnat")
+    page.get_by_label("Password again").fill("natnatnat")
+    press(page, "Save")
+    page.get_by_text("This password is easy to guess.").wait_for()
+    assert_usable(page)
+    page.get_by_label("Password", exact=True).fill(PASSWORD)
+    page.get_by_label("Password again").fill(PASSWORD)
+    press(page, "Save")
+    log_in(page, "nat@example.com")
+    page.get_by_role("link", name="My account").click()
+    assert_usable(page)
+    press(page, "Change password")
+    page.get_by_label("Current password").fill("wrong horse")
+    page.get_by_label("Password", exact=True).fill(NEW)
+    page.get_by_label("Password again").fill(NEW)
+    press(page, "Change password")
+    page.get_by_text("This is not your current password.").wait_for()
+    assert_usable(page)
+    page.goto("/account")
+    press(page, "Delete my account")
+    assert_usable(page)
+    page.get_by_label("Password").fill(PASSWORD)
+    press(page, "Delete my account")
+    page.get_by_text("Your account has been deleted.").wait_for()
+    page.get_by_role("link", name="Log in").wait_for()
+    assert complaints == []
+
+
+def test_an_admin_sets_up_an_app_and_logs_in_with_its_code(app, page, make_user, complaints):
+    make_user(email="admin@example.com", is_admin=True)
+    page.goto("/login")
+    log_in(page, "admin@example.com")
+    page.get_by_role("link", name="My account").click()
+    press(page, "Log in with a code of an app, too")
+    assert_usable(page)
+    press(page, "Set up an app")
+    page.get_by_role("img", name="The key for the app").wait_for()
+    assert_usable(page)
+    app_on_the_phone = TOTP(key=page.locator("code").inner_text(), format="base32")
+    page.get_by_label("Code").fill(app_on_the_phone.generate().token)
+    press(page, "Switch on")
+    page.get_by_text("From now on, logging in asks for a code of your app.").wait_for()
+    page.get_by_role("button", name="Log out").click()
+    page.goto("/login")
+    page.get_by_label("E-mail").fill("admin@example.com")
+    page.get_by_label("Password").fill(PASSWORD)
+    press(page, "Log in")
+    page.get_by_label("Code").fill("000000")
+    press(page, "Log in")
+    page.get_by_text("This code is not valid.").wait_for()
+    assert_usable(page)
+    page.get_by_label("Code").fill(app_on_the_phone.generate().token)
+    press(page, "Log in")
+    page.get_by_role("button", name="Log out").wait_for()
+    assert complaints == []
+
+
+def test_an_admin_who_comes_back_enters_the_password_before_a_change(app, page, make_user, complaints):
+    app.config["SECURITY_FRESHNESS"] = timedelta(seconds=1)
+    make_user(email="admin@example.com", is_admin=True)
+    make_user(email="nat@example.com", name="Nat")
+    page.goto("/login")
+    log_in(page, "admin@example.com")
+    page.goto("/admin/users?q=nat")
+    page.wait_for_timeout(1100)
+    press(page, "Disable the account of Nat")
+    page.get_by_text("Please enter your password again.").wait_for()
+    assert_usable(page)
+    page.get_by_label("Password").fill(PASSWORD)
+    press(page, "Go on")
+    press(page, "Disable the account of Nat")
+    page.get_by_text("is logged out, and cannot log in again").wait_for()
+    assert_usable(page)
+    press(page, "Enable the account of Nat")
+    page.get_by_text("nat@example.com can log in again.").wait_for()
+    assert complaints == []
 
 
 def test_the_shop_is_used_by_keyboard_alone(app, page, make_user, complaints):

@@ -225,7 +225,7 @@ def test_asking_for_a_link_does_the_same_for_a_known_and_an_unknown_email(
 
 
 @on_sqlite
-def test_an_account_that_is_closed_is_refused_like_a_stranger(client: FlaskClient, make_user: Make) -> None:
+def test_an_account_that_lets_no_user_in_is_refused_like_a_stranger(client: FlaskClient, make_user: Make) -> None:
     answers = set()
     columns: list[dict[str, Any]] = [{"password": None}, {"password": ""}, {"active": False}, {"confirmed_at": None}]
     for each in columns:

@@ -568,3 +568,59 @@ def test_migrating_a_database_that_cannot_be_used_is_a_sentence(tmp_path: Path, 
     assert re.search(said, result.stderr, re.MULTILINE), result.output
     assert "Traceback" not in result.output
     assert "sekrit" not in result.output
+
+
+# -- the accounts of Flask-Security -------------------------------------------------------------------
+
+
+OLD_USERS = """
+    INSERT INTO users (id, email, name, password_hash, status, is_admin, created_at, last_login_at) VALUES
+    (1, 'nat@example.com', 'Nat', 'scrypt:32768:8:1$a$b', 'passive', false, '2026-01-02 03:04:05.000006', NULL),
+    (2, 'you@your.shop', 'You', 'scrypt:32768:8:1$c$d', 'active', true, '2026-01-03 00:00:00.000000',
+     '2026-02-03 00:00:00.000000'),
+    (3, 'x@exämple.com', 'X', '!', 'active', false, '2026-01-04 00:00:00.000000', NULL),
+    (4, 'y@exämple.com', 'Y', '!', 'active', false, '2026-01-04 00:00:00.000000', NULL),
+    (5, 'y@xn--exmple-cua.com', 'Y', '!', 'active', false, '2026-01-04 00:00:00.000000', NULL)
+"""
+
+
+def test_the_accounts_of_before_are_carried_over_without_their_passwords(engine: Engine) -> None:
+    with engine.connect() as connection:
+        before = definitions(connection)
+    command.downgrade(schema._config(), "1002")
+    with engine.begin() as connection:
+        connection.execute(text(OLD_USERS))
+        connection.execute(
+            text(
+                "INSERT INTO audit_entries (user_id, at, action, details, address)"
+                " VALUES (2, '2026-02-03 00:00:00.000000', 'admin.make_admin', '{}', '::1')"
+            )
+        )
+    schema.upgrade()
+    with engine.connect() as connection:
+        assert definitions(connection) == before
+        assert connection.scalar(text("SELECT user_id FROM audit_entries")) == 2
+    users = db.session.scalars(db.select(User).order_by(User.id)).all()
+    assert [user.email for user in users] == [
+        "nat@example.com",
+        "you@your.shop",
+        "x@xn--exmple-cua.com",
+        "y@exämple.com",  # its e-mail is that of another account
+        "y@xn--exmple-cua.com",
+    ]
+    assert [(user.status, user.is_admin) for user in users[:2]] == [("passive", False), ("active", True)]
+    assert all(user.confirmed_at == user.created_at and user.active and user.password is None for user in users)
+    assert len({user.fs_uniquifier for user in users}) == 5
+    assert users[1].last_login_at is not None
+    db.session.remove()
+
+
+def test_a_downgrade_keeps_the_accounts(engine: Engine) -> None:
+    db.session.add(User(email="nat@example.com", name="Nat", password="x"))
+    db.session.commit()
+    db.session.remove()
+    command.downgrade(schema._config(), "1002")
+    with engine.connect() as connection:
+        found = connection.execute(text("SELECT email, password_hash FROM users")).all()
+    assert [tuple(row) for row in found] == [("nat@example.com", "!")]
+    schema.upgrade()

@@ -234,6 +234,11 @@ def test_a_line_of_text_has_the_same_facts() -> None:
     assert written.getvalue().endswith("WARNING security: forbidden user=7 by=3\n")
 
 
+def test_a_plain_configuration_of_logs_does_not_silence_the_events() -> None:
+    security_log.log.disabled = True  # as `dictConfig` does to each logger that it does not name
+    assert not security_log.log.disabled
+
+
 # -- metrics and alerts -----------------------------------------------------------------------------
 
 

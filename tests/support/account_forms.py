@@ -1,4 +1,4 @@
-"""Steps of the tests of accounts, in the forms, the database and the outbox of the shop."""
+"""Helpers of the tests of accounts: they fill the shop's forms, and read its database and outbox."""
 
 import json
 import re
