@@ -133,7 +133,8 @@ def begin_command(name: str, given: Mapping[str, Any], is_ready: bool = False) -
     database = db.engine.url.database
     if db.engine.dialect.name == "sqlite" and not Path(str(database)).is_file():
         return None  # a connection would make an empty file
-    details = {name: str(value)[:LONGEST_FIELD] for name, value in given.items() if value not in (None, (), False)}
+    texts = {name: " ".join(value) if isinstance(value, tuple) else value for name, value in given.items()}
+    details = {name: str(value)[:LONGEST_FIELD] for name, value in texts.items() if value not in (None, "", False)}
     try:
         return begin(name, details, socket.gethostname(), operator=system_user())
     except SQLAlchemyError:

@@ -155,7 +155,7 @@ def test_a_command_is_recorded_with_its_operator_machine_and_outcome(
         {"name": PASSIVE},
         "done",
     )
-    assert (discard.action, json.loads(discard.details)) == ("flask messages discard", {"ids": "('4711',)"})
+    assert (discard.action, json.loads(discard.details)) == ("flask messages discard", {"ids": "4711"})
     assert discard.outcome.startswith("exit code 2: ")
     assert reset.outcome.startswith("exit code 1: No user has the e-mail 'them@example.com'")
 
