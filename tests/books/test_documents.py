@@ -16,6 +16,7 @@ from support.fleet import Fleet, Hourly, wait_until
 from support.processes import copy_project, environment, run
 from support.shop import make_shop
 
+import accounts
 import workers
 from background import WorkerContext, current_workers
 from background.database.tables import metadata
@@ -340,3 +341,17 @@ def test_each_row_of_the_page_of_security_has_tests_that_exist() -> None:
     for _, path, name in named:
         source = (ROOT / path).read_text(encoding="utf-8")
         assert re.search(rf"^def {name}\(", source, re.MULTILINE), f"{SECURITY} names {name}, which {path} lacks"
+
+
+def test_the_page_of_security_has_the_times_of_the_accounts() -> None:
+    page = text(SECURITY)
+    for row, time in (
+        ("a session without a request | 12 hours", accounts.IDLE),
+        ("a session, from the moment of its password | 7 days", accounts.ABSOLUTE),
+        ("a recent login, for an admin's change | 15 minutes", accounts.RECENT),
+        ("a link to choose a password | 1 hour", accounts.SETTINGS["RESET_PASSWORD_WITHIN"]),
+        ("a link to confirm an e-mail | 2 days", accounts.SETTINGS["CONFIRM_EMAIL_WITHIN"]),
+    ):
+        number, unit = row.split()[-2:]
+        assert f"| {row} |" in page
+        assert timedelta(**{f"{unit.rstrip('s')}s": int(number)}) == time
