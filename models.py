@@ -9,6 +9,7 @@ from uuid import uuid4
 
 from flask_security import UserMixin
 from flask_sqlalchemy import SQLAlchemy
+from passlib.exc import UnknownHashError
 from sqlalchemy import (
     BigInteger,
     BindParameter,
@@ -38,6 +39,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.dialects.postgresql import VARCHAR
+from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import (
     DeclarativeBase,
     InstrumentedAttribute,
@@ -48,7 +50,9 @@ from sqlalchemy.orm import (
     mapped_column,
     relationship,
     scoped_session,
+    synonym,
 )
+from sqlalchemy.sql.functions import FunctionElement
 
 from background.database.clock import UtcDateTime, now
 
@@ -80,15 +84,34 @@ def new_uniquifier() -> str:
     return uuid4().hex
 
 
+class RandomText(FunctionElement[str]):
+    """A text that is another one in each row, so that a row that SQL or an earlier release adds has one, too."""
+
+    inherit_cache = True
+
+
+@compiles(RandomText, "sqlite")
+def _on_sqlite(*_: Any, **__: Any) -> str:
+    return "(lower(hex(randomblob(16))))"
+
+
+@compiles(RandomText, "postgresql")
+def _on_postgresql(*_: Any, **__: Any) -> str:
+    return "replace(gen_random_uuid()::text, '-', '')"
+
+
 class User(UserMixin, db.Model):  # type: ignore[name-defined, misc]
     __tablename__ = "users"
 
     id: Mapped[int] = mapped_column(primary_key=True)
     email: Mapped[str] = mapped_column(ordered_text(254), unique=True)  # as `accounts.normalized` returns it
     name: Mapped[str] = mapped_column(ordered_text(120))
-    password: Mapped[str | None] = mapped_column(String(255))  # a hash. None: none is chosen yet
+    password: Mapped[str | None] = mapped_column("password_hash", String(255), key="password")  # None: none is chosen
+    password_hash = synonym("password")
     active: Mapped[bool] = mapped_column(default=True, server_default=true())  # an admin may disable the account
-    fs_uniquifier: Mapped[str] = mapped_column(String(64), unique=True, default=new_uniquifier)
+    fs_uniquifier: Mapped[str] = mapped_column(
+        String(64), unique=True, default=new_uniquifier, server_default=RandomText()
+    )
     confirmed_at: Mapped[datetime | None]
     tf_primary_method: Mapped[str | None] = mapped_column(String(64))  # of two-factor
     tf_totp_secret: Mapped[str | None] = mapped_column(String(255))
@@ -100,6 +123,13 @@ class User(UserMixin, db.Model):  # type: ignore[name-defined, misc]
     # Concurrency: another request may change the password or end the sessions. A change to a user that was read before
     # raises StaleDataError, so one of several such requests succeeds.
     __mapper_args__ = {"version_id_col": fs_uniquifier, "version_id_generator": False}
+
+    def verify_and_update_password(self, password: str) -> bool:
+        """Return whether the password is right. A hash of another kind, such as an earlier release's, never is."""
+        try:
+            return bool(super().verify_and_update_password(password))
+        except UnknownHashError:
+            return False
 
     @property
     def is_deleted(self) -> bool:

@@ -26,7 +26,6 @@ def ordered_text(length: int) -> sa.String:
 
 def new_columns() -> list[sa.Column]:
     return [
-        sa.Column("password", sa.String(255)),
         sa.Column("active", sa.Boolean(), server_default=sa.true(), nullable=False),
         sa.Column("fs_uniquifier", sa.String(64)),
         sa.Column("confirmed_at", UtcDateTime()),
@@ -65,16 +64,19 @@ def upgrade() -> None:
         normalize_emails()
     drop_indexes()
     with op.batch_alter_table("users", copy_from=users()) as table:
-        table.alter_column("fs_uniquifier", existing_type=sa.String(64), nullable=False)
+        # An earlier release may still add users, which get the default.
+        default = sa.text(random_text())
+        table.alter_column("fs_uniquifier", existing_type=sa.String(64), nullable=False, server_default=default)
         table.create_unique_constraint("uq_users_fs_uniquifier", ["fs_uniquifier"])
-        table.drop_column("password_hash")
+        table.alter_column("password_hash", existing_type=sa.String(255), nullable=True)
+    op.execute("UPDATE users SET password_hash = NULL")
     create_indexes()
 
 
 def random_text() -> str:
     """Return SQL for a text that is another one in each row."""
     if is_sqlite():
-        return "lower(hex(randomblob(16)))"
+        return "(lower(hex(randomblob(16))))"
     return "replace(gen_random_uuid()::text, '-', '')"
 
 
@@ -115,8 +117,7 @@ def create_indexes() -> None:
 
 
 def downgrade() -> None:
-    """Bring the column of the hashes back. No hash of Flask-Security is valid there, so the users need new passwords."""
-    op.add_column("users", sa.Column("password_hash", sa.String(255)))
+    """Discard the hashes of Flask-Security, which are not valid there. So the users need new passwords."""
     op.execute("UPDATE users SET password_hash = '!'")
     drop_indexes()
     unique = sa.UniqueConstraint("fs_uniquifier", name="uq_users_fs_uniquifier")

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from flask import Flask
+from sqlalchemy import select, text
 from sqlalchemy.exc import IntegrityError
 
 from models import User, UserRepository, db
@@ -39,6 +40,19 @@ def readers(make_user: Callable[..., User]) -> None:
         ("100%@example.com", "Adam", "passive"),
     ]:
         make_user(email=email, name=name, status=status)
+
+
+def test_sql_of_an_earlier_release_adds_a_user_with_sessions_of_its_own(users: UserRepository) -> None:
+    columns = "email, name, password_hash, created_at"
+    for email in ("nat@example.com", "ada@example.com"):
+        statement = f"INSERT INTO users ({columns}) VALUES ('{email}', 'Nat', '!', '2026-01-02 03:04:05.000006')"
+        db.session.execute(text(statement))
+    db.session.add(User(email="bob@example.com", name="Bob", password_hash="!"))
+    db.session.commit()
+    found = list(db.session.scalars(select(User)))
+    assert [user.password for user in found] == ["!"] * 3
+    assert len({user.fs_uniquifier for user in found}) == 3
+    assert all(user.active for user in found)
 
 
 def test_a_user_is_active_by_default(make_user: Callable[..., User]) -> None:
