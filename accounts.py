@@ -139,8 +139,6 @@ def register(app: Flask) -> None:
         app.config.setdefault(f"SECURITY_{name}", value)
     app.config["PERMANENT_SESSION_LIFETIME"] = IDLE
     app.session_interface = Sessions()
-    if app.config["SESSION_COOKIE_SECURE"]:
-        app.config["SESSION_COOKIE_NAME"] = "__Host-session"  # no other host of the domain can set it
     users = Users(db, User, RoleMixin)
     security = Security(app, users, mail_util_cls=Post, password_util_cls=Passwords, **forms.ACCOUNTS)
     security.want_json(lambda _request: False)
@@ -148,9 +146,10 @@ def register(app: Flask) -> None:
     ask_for_the_user_only_where_needed(app, security)
     load = security.login_manager._user_callback
     security.login_manager.user_loader(lambda uniquifier: None if is_over() else load(uniquifier))
-    app.view_functions["security.confirm_email"] = asking_for_password(app.view_functions["security.confirm_email"])
+    for name, wrap in (("confirm_email", asking_for_password), ("two_factor_token_validation", keeping_session)):
+        if (view := app.view_functions.get(f"security.{name}")) is not None:
+            app.view_functions[f"security.{name}"] = wrap(view)
     app.before_request(refuse_json)
-    app.before_request(keep_session)
     app.register_error_handler(StaleDataError, changed_meanwhile)
     user_authenticated.connect(begin_session, app)
     user_logged_out.connect(end_sessions, app)
@@ -312,11 +311,9 @@ def refuse_json() -> None:
         abort(415)
 
 
-def keep_session() -> Response | None:
+def keeping_session(ask_for_code: Callable[..., Any]) -> Callable[..., Any]:
     """Lead a logged-in user away from the page of a login's code, which would log the user out."""
-    if request.endpoint == "security.two_factor_token_validation" and current_user.is_authenticated:
-        return redirect(url_for("account.profile"))
-    return None
+    return lambda: redirect(url_for("account.profile")) if current_user.is_authenticated else ask_for_code()
 
 
 def changed_meanwhile(_error: StaleDataError) -> ResponseReturnValue:

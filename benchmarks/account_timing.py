@@ -15,7 +15,7 @@ import time
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
-from itertools import count
+from itertools import count, product
 from math import exp, sqrt
 
 from flask import Flask
@@ -57,13 +57,11 @@ def measured(url: str, number: int) -> Iterator[Sample]:
             upgrade()
             fill(number + WARM_UP)
         client, networks = app.test_client(), count(1)
-        wanted = [(form, kind, index) for form in FORMS for kind in CLASSES for index in range(number)]
+        wanted = list(product(FORMS, CLASSES, range(number)))
         random.shuffle(wanted)
         gc.collect()
         gc.freeze()  # like gunicorn.conf.py
-        for form, kind, index in [
-            (form, kind, number + index) for index in range(WARM_UP) for form, kind, _ in wanted[:6]
-        ]:
+        for index, form, kind in product(range(number, number + WARM_UP), FORMS, CLASSES):
             ask(client, form, kind, index, next(networks))
         for form, kind, index in wanted:
             yield form, kind, ask(client, form, kind, index, next(networks))

@@ -82,7 +82,7 @@ def test_four_processes_that_start_at_once_prepare_a_fresh_clone_once(shop: Path
             stack.enter_context(started(flask("run", "--port", "0"), clone_environment(shop), shop)) for _ in range(4)
         ]
         for server in servers:
-            server.wait_for("joined with 6 workers")
+            server.wait_for("joined with 7 workers")
             assert get(server.wait_for(r"Running on (http://\S+)")[1]) == 200
         ran = re.compile("(checker|history)_worker: Ran the tick")  # the third runs at every full minute
         assert eventually(lambda: len({name for server in servers for name in ran.findall(server.output)}) == 2)
@@ -98,7 +98,9 @@ def test_four_processes_that_start_at_once_prepare_a_fresh_clone_once(shop: Path
         times = connection.execute(
             "SELECT worker, count(*) FROM background_executions WHERE worker NOT LIKE 'system%' GROUP BY worker, tick"
         ).fetchall()
-        assert {worker for worker, _ in times} == {"passive_user_checker_worker", "prune_history_worker"}
+        assert {worker for worker, _ in times} == {
+            f"{name}_worker" for name in ("passive_user_checker", "prune_history", "prune_audit")
+        }
         assert {count for _, count in times} == {1}
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from flask import Flask
-from flask.testing import FlaskCliRunner
+from flask.testing import FlaskClient, FlaskCliRunner
 from sqlalchemy import URL, Engine, text
 from support.databases import close
 from support.databases import text as as_text
@@ -52,7 +52,9 @@ def test_demo_refuses_an_invalid_number_in_one_sentence(runner: FlaskCliRunner, 
     assert count(engine) == 0
 
 
-def test_init_db_makes_the_admin_once_and_shows_the_password_once(runner: FlaskCliRunner, engine: Engine) -> None:
+def test_init_db_makes_the_admin_once_and_shows_the_password_once(
+    runner: FlaskCliRunner, engine: Engine, client: FlaskClient
+) -> None:
     first, second = (runner.invoke(args=["init-db"]) for _ in range(2))
     assert (first.exit_code, second.exit_code) == (0, 0), first.output + second.output
     found = re.search(r"the password (\S+) ", first.output)
@@ -63,6 +65,8 @@ def test_init_db_makes_the_admin_once_and_shows_the_password_once(runner: FlaskC
     assert admin.is_admin
     assert has_password(admin, found[1])
     assert admin.confirmed_at is not None
+    form = {"email": "admin@localhost", "password": found[1]}
+    assert client.post("/login", data=form).status_code == 302
     assert count(engine) == 1
     db.session.remove()
 

@@ -573,6 +573,7 @@ def test_migrating_a_database_that_cannot_be_used_is_a_sentence(tmp_path: Path, 
 # -- the accounts of Flask-Security -------------------------------------------------------------------
 
 
+BEFORE_ACCOUNTS = schema._scripts().get_revision("1003").down_revision
 OLD_USERS = """
     INSERT INTO users (id, email, name, password_hash, status, is_admin, created_at, last_login_at) VALUES
     (1, 'nat@example.com', 'Nat', 'scrypt:32768:8:1$a$b', 'passive', false, '2026-01-02 03:04:05.000006', NULL),
@@ -587,7 +588,7 @@ OLD_USERS = """
 def test_the_accounts_of_before_are_carried_over_without_their_passwords(engine: Engine) -> None:
     with engine.connect() as connection:
         before = definitions(connection)
-    command.downgrade(schema._config(), "1002")
+    command.downgrade(schema._config(), BEFORE_ACCOUNTS)
     with engine.begin() as connection:
         connection.execute(text(OLD_USERS))
         connection.execute(
@@ -619,7 +620,7 @@ def test_a_downgrade_keeps_the_accounts(engine: Engine) -> None:
     db.session.add(User(email="nat@example.com", name="Nat", password="x"))
     db.session.commit()
     db.session.remove()
-    command.downgrade(schema._config(), "1002")
+    command.downgrade(schema._config(), BEFORE_ACCOUNTS)
     with engine.connect() as connection:
         found = connection.execute(text("SELECT email, password_hash FROM users")).all()
     assert [tuple(row) for row in found] == [("nat@example.com", "!")]

@@ -164,7 +164,7 @@ def test_no_other_host_of_the_domain_sets_the_cookie_where_sessions_need_https(
     assert "HttpOnly" in cookie
     assert "SameSite=Lax" in cookie
     assert "Secure" not in cookie
-    secure = create_app(settings(database_url, SESSION_COOKIE_SECURE=True))
+    secure = create_app(settings(database_url, PRODUCTION=False, SESSION_COOKIE_SECURE=True))
     cookie = secure.test_client().post("/login", data=form, base_url="https://localhost").headers["Set-Cookie"]
     assert cookie.startswith("__Host-session=")
     assert "Secure; HttpOnly; Path=/; SameSite=Lax" in cookie
