@@ -57,9 +57,7 @@ ABSOLUTE = timedelta(days=7)  # and so long after the password was entered
 RECENT = timedelta(minutes=15)  # an admin's change needs a password, or another change, within this time
 
 SENT = "We have sent a mail to %(email)s. Please read on there.", "info"
-INVALID_LINK = (
-    "This link is no longer valid. Each link works once, and for a limited time. Please ask for another link."
-)
+INVALID_LINK = "This link is no longer valid. It works once, and for a limited time. Please ask for another.", "warning"
 
 SETTINGS = {
     **dict.fromkeys(("CONFIRMABLE", "RECOVERABLE", "CHANGEABLE", "REGISTERABLE", "RETURN_GENERIC_RESPONSES"), True),
@@ -74,7 +72,6 @@ SETTINGS = {
     "PASSWORD_HASH_PASSLIB_OPTIONS": {"argon2__memory_cost": 19456, "argon2__rounds": 2, "argon2__parallelism": 1},
     "PASSWORD_NORMALIZE_FORM": "NFKC",
     "HASHING_SCHEMES": ["hex_sha256"],  # of what a signed link names, which is no secret
-    "CONFIRM_EMAIL_WITHIN": timedelta(days=2),
     "RESET_PASSWORD_WITHIN": timedelta(hours=1),
     "FRESHNESS": RECENT,
     "FRESHNESS_GRACE_PERIOD": RECENT,
@@ -87,8 +84,6 @@ SETTINGS = {
     "VERIFY_URL": "/account/verify",
     "TWO_FACTOR_SETUP_URL": "/account/two-factor",
     "TWO_FACTOR_TOKEN_VALIDATION_URL": "/account/two-factor/code",
-    "TWO_FACTOR_RESCUE_URL": "/account/two-factor/help",
-    "TWO_FACTOR_SELECT_URL": "/account/two-factor/select",
     "POST_REGISTER_VIEW": "security.login",
     "POST_CHANGE_VIEW": "account.profile",
     "CONFIRM_ERROR_VIEW": "security.login",
@@ -97,27 +92,18 @@ SETTINGS = {
     "MSG_GENERIC_AUTHN_FAILED": ("Wrong e-mail or password, or the e-mail is not confirmed yet.", "error"),
     "MSG_REAUTHENTICATION_SUCCESSFUL": ("Thank you. You can go on now.", "info"),
     **dict.fromkeys(("MSG_CONFIRM_REGISTRATION", "MSG_CONFIRMATION_REQUEST", "MSG_PASSWORD_RESET_REQUEST"), SENT),
-    "MSG_EMAIL_CONFIRMED": ("Thank you! Your e-mail is confirmed.", "success"),
     "MSG_ALREADY_CONFIRMED": ("This e-mail is confirmed already. Please log in.", "info"),
-    "MSG_INVALID_CONFIRMATION_TOKEN": (INVALID_LINK, "warning"),
-    "MSG_CONFIRMATION_EXPIRED": (INVALID_LINK, "warning"),
-    "MSG_INVALID_RESET_PASSWORD_TOKEN": (INVALID_LINK, "warning"),
-    "MSG_PASSWORD_RESET_EXPIRED": (INVALID_LINK, "warning"),
+    **dict.fromkeys(("MSG_INVALID_CONFIRMATION_TOKEN", "MSG_CONFIRMATION_EXPIRED"), INVALID_LINK),
+    **dict.fromkeys(("MSG_INVALID_RESET_PASSWORD_TOKEN", "MSG_PASSWORD_RESET_EXPIRED"), INVALID_LINK),
     "MSG_PASSWORD_RESET_NO_LOGIN": ("Your password has been changed. Please log in.", "success"),
     "MSG_PASSWORD_CHANGE": ("Your password has been changed. You have been logged out everywhere else.", "success"),
     "MSG_PASSWORD_IS_THE_SAME": ("This is your current password. Please choose another one.", "error"),
-    "MSG_PASSWORD_NOT_PROVIDED": ("This field is required.", "error"),
-    "MSG_EMAIL_NOT_PROVIDED": ("This field is required.", "error"),
     "MSG_PASSWORD_INVALID_LENGTH": ("Please use 8 to 128 characters.", "error"),
     "MSG_PASSWORD_TOO_SIMPLE": ("This password is easy to guess. Please choose another one.", "error"),
     "MSG_INVALID_PASSWORD": ("This is not your current password.", "error"),
-    "MSG_INVALID_EMAIL_ADDRESS": ("Invalid email address.", "error"),
-    "MSG_FORGOT_PASSWORD": ("Forgot your password?", "info"),
     "MSG_TWO_FACTOR_INVALID_TOKEN": ("This code is not valid. Your app shows a new one every 30 seconds.", "error"),
-    "MSG_TWO_FACTOR_LOGIN_SUCCESSFUL": ("You are logged in.", "success"),
     "MSG_TWO_FACTOR_CHANGE_METHOD_SUCCESSFUL": ("From now on, logging in asks for a code of your app.", "success"),
     "MSG_TWO_FACTOR_DISABLED": ("Logging in no longer asks for a code.", "success"),
-    "MSG_TWO_FACTOR_PERMISSION_DENIED": ("Please log in first.", "info"),
 }
 
 account = Blueprint("account", __name__)
@@ -140,7 +126,7 @@ def register(app: Flask) -> None:
     app.config["PERMANENT_SESSION_LIFETIME"] = IDLE
     app.session_interface = Sessions()
     users = Users(db, User, RoleMixin)
-    security = Security(app, users, mail_util_cls=Post, password_util_cls=Passwords, **forms.ACCOUNTS)
+    security = Security(app, users, mail_util_cls=Post, password_util_cls=Passwords, **forms.ACCOUNT_FORMS)
     security.want_json(lambda _request: False)
     security.reauthn_handler(ask_for_password)
     ask_for_the_user_only_where_needed(app, security)

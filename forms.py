@@ -6,12 +6,12 @@ from typing import Any
 import flask_security
 from flask import request
 from flask_login import current_user
-from flask_security.forms import EmailValidation, IsString, SendConfirmationForm, email_required, password_required
+from flask_security.forms import EmailValidation, IsString, SendConfirmationForm
 from flask_security.utils import get_message
 from flask_wtf import FlaskForm
 from werkzeug.datastructures import MultiDict
 from wtforms import EmailField, Field, Form, PasswordField, RadioField, SearchField, SelectChoice, StringField
-from wtforms.validators import DataRequired, EqualTo, Length, Optional, ValidationError
+from wtforms.validators import DataRequired, EqualTo, InputRequired, Length, Optional, ValidationError
 
 from models import User, UserRepository, db
 
@@ -49,13 +49,13 @@ class PostedForm(FlaskForm):
             return formdata if isinstance(formdata, MultiDict) else request.form or None
 
 
+def name_field() -> StringField:
+    validators = IsString(), DataRequired(), Length(max=120), readable
+    return StringField("Name", validators, filters=[strip], render_kw={"autocomplete": "name"})
+
+
 class NameForm(PostedForm):
-    name = StringField(
-        "Name",
-        filters=[strip],
-        validators=[DataRequired(), Length(max=120), readable],
-        render_kw={"autocomplete": "name"},
-    )
+    name = name_field()
 
 
 class SearchForm(FlaskForm):
@@ -78,7 +78,7 @@ NOT_LONGER = Length(max=512, message="Please use 8 to 128 characters.")  # befor
 
 
 def password_field(label: str, autocomplete: str, *validators: Any, description: str = "") -> PasswordField:
-    validators = IsString(), password_required, NOT_LONGER, *validators
+    validators = IsString(), InputRequired(), NOT_LONGER, *validators
     return PasswordField(label, validators, description=description, render_kw={"autocomplete": autocomplete})
 
 
@@ -91,7 +91,7 @@ def repeated(field: str = "password") -> PasswordField:
 
 
 def email_field(autocomplete: str = "email", **strictness: bool) -> EmailField:
-    validators = IsString(), email_required, EmailValidation(**strictness)
+    validators = IsString(), InputRequired(), EmailValidation(**strictness)
     return EmailField("E-mail", validators, render_kw={"autocomplete": autocomplete})
 
 
@@ -105,12 +105,7 @@ class NextAnywhere:
 class RegisterForm(NextAnywhere, flask_security.RegisterFormV2):
     """Does not look whether the e-mail has an account. `UserRepository.add` does the same for both cases."""
 
-    name = StringField(
-        "Name",
-        filters=[strip],
-        validators=[IsString(), DataRequired(), Length(max=120), readable],
-        render_kw={"autocomplete": "name"},
-    )
+    name = name_field()
     email = email_field(verify=True)
     password = new_password()
     password_confirm = repeated()
@@ -186,7 +181,7 @@ class RescueForm(flask_security.TwoFactorRescueForm):
     help_setup = RadioField(choices=[])
 
 
-ACCOUNTS: dict[str, Any] = {
+ACCOUNT_FORMS: dict[str, Any] = {
     "register_form": RegisterForm,
     "login_form": LoginForm,
     "forgot_password_form": ForgotPasswordForm,

@@ -189,11 +189,7 @@ def admins_only() -> ResponseReturnValue | None:
     return None
 
 
-@auth_required(
-    "session",
-    within=lambda: current_app.config["SECURITY_FRESHNESS"],
-    grace=lambda: current_app.config["SECURITY_FRESHNESS_GRACE_PERIOD"],
-)
+@auth_required("session", within=lambda: current_app.config["SECURITY_FRESHNESS"])
 def recent_login() -> None:
     """Pass a session with a recent login. Else the decorator returns the way to the page that asks for the password."""
 

@@ -46,7 +46,7 @@ def test_a_new_reader_registers_logs_in_and_orders_and_the_admin_sees_the_new_us
     assert_usable(page)
     page.get_by_label("Password").fill(PASSWORD)
     press(page, "Confirm")
-    page.get_by_text("Your e-mail is confirmed.").wait_for()
+    page.get_by_text("Your email has been confirmed.").wait_for()
     press(page, "See the books")
     press(page, "Middlemarch")
 
