@@ -35,6 +35,7 @@ from flask_security import (
     RoleMixin,
     Security,
     SQLAlchemyUserDatastore,
+    Totp,
     password_reset,
     uia_email_mapper,
     user_authenticated,
@@ -126,7 +127,8 @@ def register(app: Flask) -> None:
     app.config["PERMANENT_SESSION_LIFETIME"] = IDLE
     app.session_interface = Sessions()
     users = Users(db, User, RoleMixin)
-    security = Security(app, users, mail_util_cls=Post, password_util_cls=Passwords, **forms.ACCOUNT_FORMS)
+    own: dict[str, Any] = {"mail_util_cls": Post, "password_util_cls": Passwords, "totp_cls": Codes}
+    security = Security(app, users, **own, **forms.ACCOUNT_FORMS)
     security.want_json(lambda _request: False)
     security.reauthn_handler(ask_for_password)
     ask_for_the_user_only_where_needed(app, security)
@@ -205,6 +207,16 @@ class Post(MailUtil):
 def commit(response: Response) -> Response:
     db.session.commit()
     return response
+
+
+class Codes(Totp):
+    """Accepts each code of a second factor once, so that a code that was watched is worth nothing."""
+
+    def get_last_counter(self, user: Any) -> int | None:
+        return user.tf_last_counter  # type: ignore[no-any-return]
+
+    def set_last_counter(self, user: Any, tmatch: Any) -> None:
+        user.tf_last_counter = tmatch.counter
 
 
 class Passwords(PasswordUtil):

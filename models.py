@@ -7,7 +7,7 @@ from string import ascii_lowercase, ascii_uppercase
 from typing import Any
 from uuid import uuid4
 
-from flask_security import UserMixin
+from flask_security import UserMixin, hash_password
 from flask_sqlalchemy import SQLAlchemy
 from passlib.exc import UnknownHashError
 from sqlalchemy import (
@@ -115,6 +115,7 @@ class User(UserMixin, db.Model):  # type: ignore[name-defined, misc]
     confirmed_at: Mapped[datetime | None]
     tf_primary_method: Mapped[str | None] = mapped_column(String(64))  # of two-factor
     tf_totp_secret: Mapped[str | None] = mapped_column(String(255))
+    tf_last_counter: Mapped[int | None]  # of the last code, which is accepted once
     status: Mapped[str] = mapped_column(String(10), default="active", server_default="active")
     is_admin: Mapped[bool] = mapped_column(default=False, server_default=false())
     created_at: Mapped[datetime] = mapped_column(default=now())
@@ -129,6 +130,7 @@ class User(UserMixin, db.Model):  # type: ignore[name-defined, misc]
         try:
             return bool(super().verify_and_update_password(password))
         except UnknownHashError:
+            hash_password(password)  # takes as long
             return False
 
     @property

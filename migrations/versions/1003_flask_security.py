@@ -31,6 +31,7 @@ def new_columns() -> list[sa.Column]:
         sa.Column("confirmed_at", UtcDateTime()),
         sa.Column("tf_primary_method", sa.String(64)),
         sa.Column("tf_totp_secret", sa.String(255)),
+        sa.Column("tf_last_counter", sa.Integer()),
     ]
 
 

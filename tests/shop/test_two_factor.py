@@ -35,6 +35,11 @@ def set_up(client: FlaskClient) -> TOTP:
     return phone
 
 
+def next_code(phone: TOTP) -> str:
+    """Return a code that was not used yet."""
+    return str(phone.generate(time.time() + 30).token)
+
+
 def test_an_admin_logs_in_with_a_code_of_the_app_too(app: Flask, client: FlaskClient, admin: User) -> None:
     phone, other = set_up(client), app.test_client()
     assert log_in(other, admin.email, PASSWORD)
@@ -42,7 +47,7 @@ def test_an_admin_logs_in_with_a_code_of_the_app_too(app: Flask, client: FlaskCl
     assert other.get("/admin/users").status_code == 302
     assert "This code is not valid." in other.post(CODE, data={"code": "000000"}).text
     assert not is_logged_in(other)
-    assert other.post(CODE, data={"code": phone.generate().token}).location == "/"
+    assert other.post(CODE, data={"code": next_code(phone)}).location == "/"
     assert other.get("/admin/users").status_code == 200
 
 
@@ -52,13 +57,13 @@ def test_logging_in_with_a_code_leads_to_the_requested_page(app: Flask, client: 
     form = {"email": admin.email, "password": PASSWORD}
     step = other.post("/login?next=/admin/users", data=form).location
     assert step == "/account/two-factor/code?next=/admin/users"
-    assert other.post(step, data={"code": phone.generate().token}).location == "/admin/users"
+    assert other.post(step, data={"code": next_code(phone)}).location == "/admin/users"
 
 
 @on_sqlite
 def test_a_code_without_the_password_logs_no_one_in(app: Flask, client: FlaskClient, admin: User) -> None:
     phone, other = set_up(client), app.test_client()
-    assert other.post(CODE, data={"code": phone.generate().token}).location == "/login"
+    assert other.post(CODE, data={"code": next_code(phone)}).location == "/login"
     assert not is_logged_in(other)
 
 
@@ -70,11 +75,21 @@ def test_the_page_of_the_code_does_not_log_a_user_out(client: FlaskClient, admin
 
 
 @on_sqlite
+def test_a_code_logs_in_once(app: Flask, client: FlaskClient, admin: User) -> None:
+    code = next_code(set_up(client))
+    for expected in (True, False):
+        other = app.test_client()
+        log_in(other, admin.email, PASSWORD)
+        other.post(CODE, data={"code": code})
+        assert is_logged_in(other) == expected
+
+
+@on_sqlite
 def test_a_half_login_ends_with_the_sessions(app: Flask, client: FlaskClient, admin: User) -> None:
     phone, other = set_up(client), app.test_client()
     log_in(other, admin.email, PASSWORD)
     client.post("/logout")
-    assert other.post(CODE, data={"code": phone.generate().token}).location == "/login"
+    assert other.post(CODE, data={"code": next_code(phone)}).location == "/login"
     assert not is_logged_in(other)
 
 
