@@ -55,10 +55,10 @@ SPECIAL_USE_DOMAIN_NAMES.remove("localhost")  # the domain of the admin of `flas
 
 IDLE = timedelta(hours=12)  # a session ends so long after its last request
 ABSOLUTE = timedelta(days=7)  # and so long after the password was entered
-RECENT = timedelta(minutes=15)  # an admin's change needs a password, or another change, within this time
+RECENT = timedelta(minutes=15)  # an admin's change needs the password, or another change, in the time before it
 
-SENT = "We have sent a mail to %(email)s. Please read on there.", "info"
-INVALID_LINK = "This link is no longer valid. It works once, and for a limited time. Please ask for another.", "warning"
+SENT = "We have sent a mail to %(email)s. Please check your inbox.", "info"
+INVALID_LINK = "This link is no longer valid. It works once, for a limited time. Please ask for a new link.", "warning"
 
 SETTINGS = {
     **dict.fromkeys(("CONFIRMABLE", "RECOVERABLE", "CHANGEABLE", "REGISTERABLE", "RETURN_GENERIC_RESPONSES"), True),
@@ -72,7 +72,7 @@ SETTINGS = {
     # At least as slow as OWASP's cheat sheet asks for.
     "PASSWORD_HASH_PASSLIB_OPTIONS": {"argon2__memory_cost": 19456, "argon2__rounds": 2, "argon2__parallelism": 1},
     "PASSWORD_NORMALIZE_FORM": "NFKC",
-    "HASHING_SCHEMES": ["hex_sha256"],  # of what a signed link names, which is no secret
+    "HASHING_SCHEMES": ["hex_sha256"],  # of the parts of a signed link that are not secret
     "RESET_PASSWORD_WITHIN": timedelta(hours=1),
     "FRESHNESS": RECENT,
     "FRESHNESS_GRACE_PERIOD": RECENT,
@@ -91,27 +91,27 @@ SETTINGS = {
     "TWO_FACTOR_POST_SETUP_VIEW": "account.profile",
     "MSG_UNAUTHENTICATED": ("Please log in first.", "info"),
     "MSG_GENERIC_AUTHN_FAILED": ("Wrong e-mail or password, or the e-mail is not confirmed yet.", "error"),
-    "MSG_REAUTHENTICATION_SUCCESSFUL": ("Thank you. You can go on now.", "info"),
+    "MSG_REAUTHENTICATION_SUCCESSFUL": ("Thank you. You can continue now.", "info"),
     **dict.fromkeys(("MSG_CONFIRM_REGISTRATION", "MSG_CONFIRMATION_REQUEST", "MSG_PASSWORD_RESET_REQUEST"), SENT),
     "MSG_ALREADY_CONFIRMED": ("This e-mail is confirmed already. Please log in.", "info"),
     **dict.fromkeys(("MSG_INVALID_CONFIRMATION_TOKEN", "MSG_CONFIRMATION_EXPIRED"), INVALID_LINK),
     **dict.fromkeys(("MSG_INVALID_RESET_PASSWORD_TOKEN", "MSG_PASSWORD_RESET_EXPIRED"), INVALID_LINK),
     "MSG_PASSWORD_RESET_NO_LOGIN": ("Your password has been changed. Please log in.", "success"),
     "MSG_PASSWORD_CHANGE": ("Your password has been changed. You have been logged out everywhere else.", "success"),
-    "MSG_PASSWORD_IS_THE_SAME": ("This is your current password. Please choose another one.", "error"),
+    "MSG_PASSWORD_IS_THE_SAME": ("This is your current password. Please choose another password.", "error"),
     "MSG_PASSWORD_INVALID_LENGTH": ("Please use 8 to 128 characters.", "error"),
-    "MSG_PASSWORD_TOO_SIMPLE": ("This password is easy to guess. Please choose another one.", "error"),
+    "MSG_PASSWORD_TOO_SIMPLE": ("This password is easy to guess. Please choose another password.", "error"),
     "MSG_INVALID_PASSWORD": ("This is not your current password.", "error"),
-    "MSG_TWO_FACTOR_INVALID_TOKEN": ("This code is not valid. Your app shows a new one every 30 seconds.", "error"),
-    "MSG_TWO_FACTOR_CHANGE_METHOD_SUCCESSFUL": ("From now on, logging in asks for a code of your app.", "success"),
-    "MSG_TWO_FACTOR_DISABLED": ("Logging in no longer asks for a code.", "success"),
+    "MSG_TWO_FACTOR_INVALID_TOKEN": ("This code is not valid. Your app shows a new code every 30 seconds.", "error"),
+    "MSG_TWO_FACTOR_CHANGE_METHOD_SUCCESSFUL": ("Two-factor login is on. Each login now asks for a code.", "success"),
+    "MSG_TWO_FACTOR_DISABLED": ("Two-factor login is off.", "success"),
 }
 
 account = Blueprint("account", __name__)
 
 
 class Sessions(SecureCookieSessionInterface):
-    """Renews the cookie in each response to a request that asked for its user. A file or a probe does not."""
+    """Renews the cookie in each response whose request read its user. A static file or a probe reads no user."""
 
     def should_set_cookie(self, app: Flask, session: SessionMixin) -> bool:
         return session.modified or (hasattr(session, "asked_for") and super().should_set_cookie(app, session))
@@ -146,16 +146,16 @@ def register(app: Flask) -> None:
 
 
 def ask_for_the_user_only_where_needed(app: Flask, security: Security) -> None:
-    """Leave the database alone in a request that needs no user, as for a static file or the page of an error."""
+    """Load the user only when a view reads it. A static file or an error page then needs no query."""
     app.template_context_processors[None].remove(_user_context_processor)
     security.principal.identity_loaders.clear()
-    security.login_manager.request_loader(None)  # there are no tokens instead of a session
+    security.login_manager.request_loader(None)  # only a session logs in, not a token in a request
 
 
 def normalized(email: str) -> str:
-    """Return the one form of an e-mail: NFC, a domain in ASCII, lower case. Raises ValueError if it is none.
+    """Return the normalized e-mail: NFC, a domain in ASCII, lower case. Raises ValueError if it is invalid.
 
-    All that compare e-mails use it: the forms, the counts, the commands.
+    The forms, the rate limits and the commands compare e-mails in this form.
     """
     valid = validate_email(email.strip()[:500], check_deliverability=False, globally_deliverable=False)
     return f"{valid.local_part}@{valid.ascii_domain}".lower()
@@ -166,13 +166,13 @@ def normalized(email: str) -> str:
 
 class Users(SQLAlchemyUserDatastore):
     def put(self, model: Any) -> Any:
-        """Write at once. So a view raises StaleDataError, which has a page."""
+        """Write at once, so that the view itself raises StaleDataError, not the commit after it."""
         self.db.session.add(model)
         self.db.session.flush()
         return model
 
     def create_user(self, **columns: Any) -> User:
-        """Return the user of the e-mail, new or not. Only the mail shows the difference."""
+        """Return the user with this e-mail, new or existing. Only the mail shows the difference."""
         return UserRepository(db.session).add(columns["name"], columns["email"], columns["password"])
 
 
@@ -240,7 +240,7 @@ class Passwords(PasswordUtil):
 
 
 def begin_session(_app: Flask, user: User, authn_via: list[str] | None = None, **_: Any) -> None:
-    """Begin a session of a new login. Another person may have begun this one, and know its token.
+    """Clear the old session after a login, as another person may know its token. Record the login.
 
     Concurrency: another request may end the user's sessions. Then this session is over, and nothing is written.
     """
@@ -261,7 +261,7 @@ def is_over() -> bool:
 
 
 def end_sessions(app: Flask, user: Any, **_: Any) -> None:
-    """End all sessions of a user who logs out. A copy of the cookie is worth nothing then."""
+    """End all sessions of a user who logs out, so that a copied cookie is invalid too."""
     if user.is_authenticated:
         app.extensions["security"].datastore.set_uniquifier(user)
         db.session.commit()
@@ -270,7 +270,7 @@ def end_sessions(app: Flask, user: Any, **_: Any) -> None:
 
 
 def confirm(app: Flask, user: User, **_: Any) -> None:
-    """Confirm the e-mail of a user who has chosen a password by a link. The link came to the same mailbox."""
+    """Confirm the e-mail of a user who reset the password. The reset link went to the same mailbox."""
     if user.confirmed_at is None:
         user.confirmed_at = datetime.now(UTC)
         app.extensions["security"].datastore.put(user)
@@ -279,8 +279,8 @@ def confirm(app: Flask, user: User, **_: Any) -> None:
 def asking_for_password(confirm_email: Callable[..., Any]) -> Callable[..., Any]:
     """Ask for the password before `confirm_email`.
 
-    So a stranger who registered with the e-mail of another person gets no account by that person's click. And opening
-    the link, as mail scanners do, confirms nothing.
+    A stranger may register with another person's e-mail. That person's click on the link must not confirm the
+    stranger's password. A mail scanner that opens the link confirms nothing either.
     """
 
     def ask(token: str) -> Any:
@@ -296,8 +296,8 @@ def asking_for_password(confirm_email: Callable[..., Any]) -> Callable[..., Any]
 
 
 def ask_for_password(_within: timedelta, _grace: timedelta) -> Response:
-    """Redirect to the page that asks for the password. From there the user returns to the page of the button."""
-    flash("Please enter your password again. Then repeat the step, if it is not done.", "info")
+    """Redirect to the page that asks for the password. It leads the user back to the page with the button."""
+    flash("Please enter your password again. Then repeat your last step.", "info")
     page = urlsplit(request.full_path.rstrip("?") if request.method == "GET" else request.referrer or "/")
     target = f"{page.path}?{page.query}" if page.query else page.path
     return redirect(url_for("security.verify", next=target if is_own_path(target) else "/"))
@@ -310,14 +310,14 @@ def refuse_json() -> None:
 
 
 def keeping_session(ask_for_code: Callable[..., Any]) -> Callable[..., Any]:
-    """Lead a logged-in user away from the page of a login's code, which would log the user out."""
+    """Redirect a logged-in user from the page for a login's code, because that page would log the user out."""
     return lambda: redirect(url_for("account.profile")) if current_user.is_authenticated else ask_for_code()
 
 
 def changed_meanwhile(_error: StaleDataError) -> ResponseReturnValue:
-    """Respond to a request whose user another request has just changed."""
+    """Tell the user that another request has just changed the same account."""
     db.session.rollback()
-    flash("Your account was changed at the same time, so nothing was done here. Please look, and try again.", "warning")
+    flash("Your account was changed at the same time, so nothing was saved. Please try again.", "warning")
     return redirect(url_for("security.login"))
 
 

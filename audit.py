@@ -1,4 +1,4 @@
-"""The audit: each action of an admin's page and of an operator's command, who did it, and its outcome."""
+"""The audit: the changes by admins and by operators' commands, each with its actor and its outcome."""
 
 import json
 import logging
@@ -24,7 +24,7 @@ from models import AuditEntry, db
 
 log = logging.getLogger(__name__)
 
-MOST_FIELDS = 20  # of a form, in an entry
+MOST_FIELDS = 20  # the fields of a form that an entry keeps
 LONGEST_FIELD = 200
 READING = ("GET", "HEAD", "OPTIONS")
 
@@ -37,7 +37,7 @@ COMMANDS: dict[str, Iterable[str]] = {
 
 
 def register(app: Flask, guard: Callable[..., Any]) -> None:
-    """Record the commands, and the requests to the blueprints that `guard` guards. Call this after they are there."""
+    """Record the commands, and the requests to the blueprints that `guard` guards. Call this after both exist."""
     app.after_request(lambda response: answered(response, guard))
     app.teardown_request(ended)
     for name, changing in COMMANDS.items():
@@ -58,7 +58,7 @@ def own_copy(cli: click.Group, name: str) -> click.Group:
 
 
 def begin_request() -> None:
-    """Record this request, and commit the entry. So an attempt that fails is recorded too."""
+    """Record this request, and commit the entry, so that an attempt that fails is recorded too."""
     fields = [(name, value) for name, value in request.form.items() if not is_secret(name)]
     details = {name[:LONGEST_FIELD]: value[:LONGEST_FIELD] for name, value in fields[:MOST_FIELDS]}
     if (more := len(fields) - MOST_FIELDS) > 0:
@@ -95,7 +95,7 @@ def ended(error: BaseException | None) -> None:
     outcome = f"500 {type(error).__name__}" if error else g.audit_outcome
     try:
         finish(entry, outcome)
-    except SQLAlchemyError:  # the response is made already, so the visitor gets it
+    except SQLAlchemyError:  # the action is done, so the visitor gets the response
         log.exception("The outcome %r of the audit's entry %s could not be written", outcome, entry)
 
 
@@ -129,7 +129,7 @@ def recorded(name: str, command: click.Command) -> click.Command:
 
 
 def begin_command(name: str, given: Mapping[str, Any], is_ready: bool = False) -> int | None:
-    """Record a command. Return None for a database that is not ready. The command makes it ready, or says why not."""
+    """Record a command. Return None if the database is not ready: the command prepares it, or says why it cannot."""
     database = db.engine.url.database
     if db.engine.dialect.name == "sqlite" and not Path(str(database)).is_file():
         return None  # a connection would make an empty file
@@ -145,7 +145,7 @@ def begin_command(name: str, given: Mapping[str, Any], is_ready: bool = False) -
 
 
 def system_user() -> str:
-    """Return the operating system's user. The environment may name any user, so it is not asked."""
+    """Return the operating system's user. A variable of the environment could name any user, so do not read it."""
     try:
         import pwd
     except ImportError:  # on Windows
@@ -177,7 +177,7 @@ def begin(action: str, details: Mapping[str, str], address: str, **who: Any) -> 
 
 
 def finish(entry: int | None, outcome: str) -> None:
-    """Write the outcome. What the action left uncommitted is rolled back, as without the audit."""
+    """Write the outcome. First roll back the uncommitted writes of the action, as they were never committed."""
     db.session.rollback()
     written = storable(outcome, db.engine.dialect)[:200]
     db.session.execute(update(AuditEntry).where(AuditEntry.id == entry).values(outcome=written))

@@ -58,7 +58,7 @@ class WholeNumberField(IntegerField):
 
 
 class OrderForm(PostedForm):
-    number = HiddenField(default=lambda: token_urlsafe(16))  # of this form: it orders once, however often it is posted
+    number = HiddenField(default=lambda: token_urlsafe(16))  # the form orders once, even if it is posted several times
     quantity = WholeNumberField(
         "Quantity",
         default=1,
@@ -130,7 +130,7 @@ def not_enough(book: Book) -> str:
 def place_order(user_id: int, book_id: int, quantity: int, number: str) -> bool:
     """Write the order and the message that settles it, in one transaction. Return False if the stock is too small.
 
-    Concurrency: another request may post the same form. The message's key is new in one of them, and both return True.
+    Concurrency: another request may post the same form. Only one enqueues the message's key, and both return True.
     """
     order_id = svcs.flask.get(OrderRepository).place(user_id, book_id, quantity)
     key = sha256(f"{user_id} {book_id} {quantity} {number}".encode()).hexdigest()
@@ -189,7 +189,7 @@ class OrderWorker(MessageWorker):
 
 
 class OrderMailWorker(MailWorker):
-    """Send the mails about orders. In a topic of their own, they hold up no link that a reader waits for.
+    """Send the mails about orders. Their own topic keeps them from delaying a link that a reader waits for.
 
     `MailWorker` still sends the mails about orders that an earlier release enqueued.
     """

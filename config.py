@@ -149,7 +149,7 @@ _OWN = {
         f"{_file_name(APP_NAME)}@localhost", address, "one e-mail address in ASCII", "the sender of the mails"
     ),
     "PASSIVE_AFTER_DAYS": Setting(30, *DAYS, "users not seen for longer become passive"),
-    "AUDIT_DAYS": Setting(365, *DAYS, "entries of the audit are kept for so long"),
+    "AUDIT_DAYS": Setting(365, *DAYS, "how long the audit keeps its entries"),
     "LOG_FORMAT": Setting("text", log_format, "text or json", "one line, or one JSON object, for each record"),
     "PRODUCTION": Setting(
         None,
@@ -168,7 +168,7 @@ _OWN = {
         "the address of this application, for links in mails; in production pages answer its host only",
     ),
     "SESSION_COOKIE_SECURE": Setting(None, *BOOLEAN, "whether logging in needs HTTPS (unset: in production)"),
-    "TWO_FACTOR": Setting(True, *BOOLEAN, "offer admins to log in with a code of an authenticator app, too"),
+    "TWO_FACTOR": Setting(True, *BOOLEAN, "offer two-factor login, by an authenticator app, to admins"),
     "LOG_LEVEL": Setting("INFO", level, "DEBUG, INFO, WARNING, ERROR or CRITICAL", "the lowest level that is logged"),
 }
 
@@ -179,7 +179,7 @@ KEYS = SETTINGS | _OWN
 def load_config(app: Flask, given: Mapping[str, Any] | object | None = None) -> None:
     """Fill `app.config` from every source and check it. Raises InvalidConfig for the first wrong value."""
     if given is None and get_load_dotenv():
-        load_dotenv()  # as `flask` does: a variable of the environment wins
+        load_dotenv()  # like `flask`: a variable of the environment wins
     app.config.from_mapping({name: key.default for name, key in KEYS.items()}, SESSION_COOKIE_SAMESITE="Lax")
     app.config.from_mapping(_environment())
     _load_own(app, given)
@@ -302,7 +302,7 @@ def _load_own(app: Flask, given: Mapping[str, Any] | object | None) -> None:
 
 
 def _settle_production(config: MutableMapping[str, Any]) -> None:
-    """Settle PRODUCTION where it is known by now. Elsewhere it stays None until a server begins: see production.py."""
+    """Settle PRODUCTION if it is known now. Otherwise it stays None until a server begins: see production.py."""
     if config["PRODUCTION"] is None and (config["DATABASE_IS_EMBEDDED"] or flask_command() is run_command):
         config["PRODUCTION"] = False
     if config["PRODUCTION"] is not None:
@@ -405,7 +405,7 @@ def _commit_of(branch: str, repository: Path) -> str:
 
 
 def _made_secret_key(app: Flask) -> str:
-    """Return a key for an application without one. Where a server would refuse it, it lasts as long as the process."""
+    """Return a key for an application without one. If a server would refuse the key, do not keep it in a file."""
     is_kept = app.config["PRODUCTION"] is False or flask_command() is not None
     return _kept_secret_key(Path(app.instance_path)) if is_kept else secrets.token_hex()
 

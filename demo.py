@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 ADMIN = "admin@example.com"  # of the demo shop only: production refuses to start with this admin
 MOST_USERS = 100_000_000
-BATCH = 10_000  # users that one transaction adds
+BATCH = 10_000  # users for each transaction
 
 CONTENTS: set[Callable[[Connection], None]] = set()
 """Functions that each write more of the first content, unless the database has it already."""
@@ -157,7 +157,7 @@ def open_shop(connection: Connection) -> None:
 
 @contextmanager
 def _ready_engine() -> Iterator[Engine]:
-    """Give the engine of a database that is ready. An error of the database in the block becomes one sentence."""
+    """Give the engine of a ready database. A database error in the block becomes one sentence."""
     ensure_ready()
     engine: Engine = current_app.extensions["sqlalchemy"].engine
     with schema.reaching(engine.url):

@@ -1,4 +1,4 @@
-"""The fields and forms that several pages use. Both databases can store every valid value."""
+"""Fields and forms for several pages. Both databases can store each valid value."""
 
 import unicodedata
 from typing import Any
@@ -42,7 +42,7 @@ def readable(_form: Form, field: Field) -> None:
 
 
 class PostedForm(FlaskForm):
-    """Reads only a browser's form. Flask-WTF would also read an uploaded file, or JSON, as the text of a field."""
+    """Reads only the fields of a browser's form. Flask-WTF would also read an uploaded file or JSON as text."""
 
     class Meta(FlaskForm.Meta):
         def wrap_formdata(self, form: Form, formdata: Any) -> Any:
@@ -59,7 +59,7 @@ class NameForm(PostedForm):
 
 
 class SearchForm(FlaskForm):
-    """A form that changes nothing, so it comes by GET and needs no token."""
+    """A form that changes nothing, so browsers send it by GET, without a CSRF token."""
 
     class Meta:
         csrf = False
@@ -96,14 +96,14 @@ def email_field(autocomplete: str = "email", **strictness: bool) -> EmailField:
 
 
 class NextAnywhere:
-    """A form that accepts any target. A redirect to another host is not followed anyway."""
+    """A form that accepts any `next`. Flask-Security never redirects to another host."""
 
     def validate_next(self, field: Field) -> None:
         pass
 
 
 class RegisterForm(NextAnywhere, flask_security.RegisterFormV2):
-    """Does not look whether the e-mail has an account. `UserRepository.add` does the same for both cases."""
+    """Does not check whether the e-mail has an account: `UserRepository.add` does the same work in both cases."""
 
     name = name_field()
     email = email_field(verify=True)
@@ -122,7 +122,7 @@ class LoginForm(NextAnywhere, flask_security.LoginForm):
 
 
 class AskingForm:
-    """A form that asks for a mail. An e-mail without an account gets one too, which says so."""
+    """A form that asks for a mail. If the e-mail has no account, the mail says so."""
 
     email = email_field()
     user: Any
@@ -155,7 +155,7 @@ class ChangePasswordForm(flask_security.ChangePasswordForm):
     def validate(self, **options: Any) -> bool:
         is_valid: bool = super().validate(**options)
         if not is_valid and get_message("INVALID_PASSWORD")[0] in self.password.errors:
-            current_user.track_failed_authn("password")  # as all other forms do that check a password
+            current_user.track_failed_authn("password")  # as the other forms that check a password do
         return is_valid
 
 

@@ -14,7 +14,7 @@ from gunicorn.glogging import Logger
 from gunicorn.http.errors import ParseException
 from werkzeug.exceptions import BadRequest
 
-# Before the first setting that a variable gives. A restart reads a changed `.env`, and a HUP does not.
+# Read `.env` before the first setting that needs it. A restart reads a changed `.env`, but a HUP does not.
 if get_load_dotenv():
     load_dotenv()
 
@@ -28,7 +28,7 @@ timeout = 60
 # there forwards a visitor's own headers SCRIPT_NAME, which goes before every address of a page, and PATH_INFO.
 forwarder_headers = ""
 secure_scheme_headers = {}
-# One line for each request, to standard output. The application hides the tokens of password links in it.
+# One line for each request, to standard output. The application hides the tokens of links.
 accesslog = "-"
 
 

@@ -1,4 +1,4 @@
-"""The addresses of a request: the proxies that name the visitor, the host that was asked for, and this machine."""
+"""The addresses of a request: the visitor behind the proxies, the requested host, and this machine."""
 
 from urllib.parse import urlsplit, urlunsplit
 
@@ -10,11 +10,11 @@ from werkzeug.routing import RequestRedirect
 from background.monitoring.peer import is_of_this_machine
 
 PROBES = ("health", "metrics")
-"""The blueprints that answer any host: a probe asks for an address of a process, and gets no link."""
+"""The blueprints that answer any host. A probe requests the address of a process, and its response has no link."""
 
 OTHER_MACHINE = (
-    "This is a demo with a known admin, so it answers programs on its own machine only; set DATABASE_URL for an "
-    "application of your own, or DEMO_ON_NETWORK=true to show the demo to other machines.\n"
+    "This is a demo, so it answers programs on its own machine only; set DATABASE_URL for an application of your "
+    "own, or DEMO_ON_NETWORK=true to show the demo to other machines.\n"
 )
 
 
@@ -25,14 +25,14 @@ def trust_proxies(app: Flask) -> None:
 
 
 def guard(app: Flask) -> None:
-    """Refuse requests for another host, and for a demo from another machine. Call this before other such functions."""
+    """Refuse other hosts, and other machines that request a demo. Call this before other `before_request` functions."""
     app.before_request(refuse_host)
     app.before_request(keep_demo_here)
     app.after_request(keep_redirect_here)
 
 
 def refuse_host() -> None:
-    """Raise a 400 for a mangled host on each address, and in production for a host that PUBLIC_URL does not have.
+    """Raise a 400 for a mangled host, and in production for another host than PUBLIC_URL's.
 
     Flask's own TRUSTED_HOSTS replaces the host of PUBLIC_URL.
     """
@@ -49,7 +49,7 @@ def refuse_host() -> None:
 
 
 def keep_demo_here() -> Response | None:
-    """Answer 403 to another machine that asks for the demo shop, unless DEMO_ON_NETWORK allows it."""
+    """Answer 403 to another machine that requests the demo shop, unless DEMO_ON_NETWORK allows it."""
     config = current_app.config
     if not config["DATABASE_IS_EMBEDDED"] or config["DEMO_ON_NETWORK"] or is_of_this_machine(request):
         return None
@@ -59,7 +59,7 @@ def keep_demo_here() -> Response | None:
 def keep_redirect_here(response: Response) -> Response:
     """Remove the host from a redirect of the URL map, as for a missing or a doubled slash.
 
-    Such a redirect may be kept for ever, and its host came from the request.
+    A browser may keep such a redirect for ever, and its host came from the request.
     """
     if isinstance(request.routing_exception, RequestRedirect) and response.location:
         _scheme, _host, path, query, _fragment = urlsplit(response.location)
@@ -69,7 +69,7 @@ def keep_redirect_here(response: Response) -> Response:
 
 
 def root_of_links() -> str | None:
-    """Return the root of the addresses in mails, for a payload.
+    """Return the root URL of the links in a mail, for its payload.
 
     In production it is PUBLIC_URL or none, because a visitor may send any Host header.
     """

@@ -1,4 +1,4 @@
-"""The mails about accounts, their number an hour, and the mailer: it sends by SMTP, or keeps files."""
+"""The mails about accounts, their hourly limit, and the mailer, which sends by SMTP or writes files."""
 
 import os
 import re
@@ -51,7 +51,7 @@ def welcome(user_id: int, _payload: Payload, context: WorkerContext) -> Mail | N
 
 
 def confirm(user_id: int, payload: Payload, context: WorkerContext) -> Mail | None:
-    """Return the mail of a registration: the link that confirms the e-mail, or that it has an account already."""
+    """Return the mail for a registration: the confirmation link, or the news that the e-mail has an account."""
     user = _user(user_id, context)
     if user is None:
         return None
@@ -90,7 +90,7 @@ def _password_mail(template: str, user_id: int, payload: Payload, context: Worke
     if user is None:
         return None
     link = _link("security.reset_password", generate_reset_password_token(user), payload)
-    return Mail(user.email, "Choose your password", render_template(template, link=link), link)
+    return Mail(user.email, "Choose a new password", render_template(template, link=link), link)
 
 
 def _user(user_id: int, context: WorkerContext) -> User | None:
@@ -100,7 +100,7 @@ def _user(user_id: int, context: WorkerContext) -> User | None:
 
 
 def _link(endpoint: str, token: str, payload: Payload) -> str:
-    """Return the address that a mail shows. It is made when the mail is sent, so no message holds the token.
+    """Return the link in a mail. The worker makes it when it sends the mail, so no message holds the token.
 
     Raises MailNotSent if neither the settings nor the payload have a root.
     """
@@ -130,14 +130,14 @@ MAILS: dict[str, Callable[[Any, Payload, WorkerContext], Mail | None]] = {
 # request could find the key taken and commit nothing. Its response time would show that the e-mail has an account.
 SENT_ONCE = {"registered again"}
 
-# Mails above the limit of the hour that are sent later. Other mails are dropped: the reader has one of them already.
+# Kinds of mails that wait when they exceed the hourly limit. Other mails are dropped: the reader has one already.
 CAN_WAIT: set[str] = set()
 
 
 class HourlyLimit:
-    """The mails of one kind to one reader within an hour, counted for all processes, unless RATELIMIT_ENABLED is off.
+    """The hourly limit of mails of one kind to one reader, which all processes share. RATELIMIT_ENABLED turns it off.
 
-    Each kind has a count of its own. So a stranger who asks for many mails of one kind holds no other kind up.
+    Each kind has its own count. A stranger who asks for many mails of one kind does not block another kind.
     """
 
     most = 10
@@ -149,11 +149,11 @@ class HourlyLimit:
         self._is_off = not current_app.config["RATELIMIT_ENABLED"]
 
     def count(self) -> bool:
-        """Count a mail. Return False, and count nothing, if the hour has its mails already."""
+        """Count a mail. Return False, and count nothing, if the limit is reached."""
         return self._is_off or (self._limiter.test(*self._mails) and self._limiter.hit(*self._mails))
 
     def give_back(self) -> None:
-        """Take a mail that was not sent off the count."""
+        """Subtract a mail that was not sent from the count."""
         if not self._is_off:
             self._limiter.hit(*self._mails, cost=-1)
 
@@ -181,7 +181,7 @@ class Mailer:
         self.sender, self.outbox, self.name = sender, outbox, name
 
     def send(self, to: str, subject: str, text: str, key: str, at: datetime) -> str:
-        """Send a mail, and return its place. Raises MailRefused if another try would fail, too, or else MailNotSent.
+        """Send a mail, and return its place. Raises MailRefused if another attempt would fail too, else MailNotSent.
 
         Calls with the same `key` and `at` (a message has both) use the same Message-ID.
         """
@@ -276,7 +276,7 @@ class Mailer:
 def _refusal(smtp: "SMTP", mail: "EmailMessage") -> str | None:
     """Send the mail. Return the server's reply if it refuses the reader or the text for good, else None.
 
-    Raises the errors of smtplib for all other failures. A refused sender or a missing log-in is the operator's to mend.
+    Raises the errors of smtplib for all other failures. The operator can correct a refused sender or login.
     """
     from smtplib import SMTPDataError, SMTPNotSupportedError, SMTPRecipientsRefused
 
@@ -297,11 +297,11 @@ def _refusal(smtp: "SMTP", mail: "EmailMessage") -> str | None:
     return None
 
 
-_LASTING = 500  # the first code of the replies that another try does not change
+_LASTING = 500  # from this code on, another attempt gets the same reply
 _LOG_IN_FIRST = 530
 _ADDRESS = re.compile(r'[^\s<>()\[\],;:"]+@[^\s<>()\[\],;:"]+')
 
 
 def _without_addresses(text: object) -> str:
-    """Return the text in one line, without its e-mail addresses. Servers repeat the reader's."""
+    """Return the text in one line, without its e-mail addresses. A server may repeat the reader's address."""
     return _ADDRESS.sub("(e-mail)", " ".join(str(text).split()))

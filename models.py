@@ -80,12 +80,12 @@ def ordered_text(length: int) -> String:
 
 
 def new_uniquifier() -> str:
-    """Return another `fs_uniquifier`. Sessions and links name it, so they end when it changes."""
+    """Return a new `fs_uniquifier`. Sessions and links contain it, so they become invalid when it changes."""
     return uuid4().hex
 
 
 class RandomText(FunctionElement[str]):
-    """A text that is another one in each row, so that a row that SQL or an earlier release adds has one, too."""
+    """A random text, different in each row. Rows that SQL or an earlier release adds get one, too."""
 
     inherit_cache = True
 
@@ -106,16 +106,18 @@ class User(UserMixin, db.Model):  # type: ignore[name-defined, misc]
     id: Mapped[int] = mapped_column(primary_key=True)
     email: Mapped[str] = mapped_column(ordered_text(254), unique=True)  # as `accounts.normalized` returns it
     name: Mapped[str] = mapped_column(ordered_text(120))
-    password: Mapped[str | None] = mapped_column("password_hash", String(255), key="password")  # None: none is chosen
+    password: Mapped[str | None] = mapped_column(
+        "password_hash", String(255), key="password"
+    )  # None until the user chooses one
     password_hash = synonym("password")
     active: Mapped[bool] = mapped_column(default=True, server_default=true())  # an admin may disable the account
     fs_uniquifier: Mapped[str] = mapped_column(
         String(64), unique=True, default=new_uniquifier, server_default=RandomText()
     )
     confirmed_at: Mapped[datetime | None]
-    tf_primary_method: Mapped[str | None] = mapped_column(String(64))  # of two-factor
+    tf_primary_method: Mapped[str | None] = mapped_column(String(64))  # of two-factor login
     tf_totp_secret: Mapped[str | None] = mapped_column(String(255))
-    tf_last_counter: Mapped[int | None]  # of the last code, which is accepted once
+    tf_last_counter: Mapped[int | None]  # of the last code, so that each code is accepted once
     status: Mapped[str] = mapped_column(String(10), default="active", server_default="active")
     is_admin: Mapped[bool] = mapped_column(default=False, server_default=false())
     created_at: Mapped[datetime] = mapped_column(default=now())
@@ -126,11 +128,11 @@ class User(UserMixin, db.Model):  # type: ignore[name-defined, misc]
     __mapper_args__ = {"version_id_col": fs_uniquifier, "version_id_generator": False}
 
     def verify_and_update_password(self, password: str) -> bool:
-        """Return whether the password is right. A hash of another kind, such as an earlier release's, never is."""
+        """Return whether the password is right. A hash of another kind, as of an earlier release, is never right."""
         try:
             return bool(super().verify_and_update_password(password))
         except UnknownHashError:
-            hash_password(password)  # takes as long
+            hash_password(password)  # takes as long as a wrong password
             return False
 
     @property
@@ -166,7 +168,7 @@ class HealthSample(db.Model):  # type: ignore[name-defined, misc]
 
 
 class AuditEntry(db.Model):  # type: ignore[name-defined, misc]
-    """One action of an admin's page or of a command, recorded before it takes effect."""
+    """One change by an admin or by a command, recorded before it takes effect."""
 
     __tablename__ = "audit_entries"
 
@@ -175,8 +177,8 @@ class AuditEntry(db.Model):  # type: ignore[name-defined, misc]
     user_id: Mapped[int | None] = mapped_column(ForeignKey("users.id"))  # None for a command
     action: Mapped[str] = mapped_column(String(100))
     details: Mapped[str] = mapped_column(Text)
-    address: Mapped[str] = mapped_column(String(45))  # of a command: the name of its machine
-    operator: Mapped[str | None] = mapped_column(String(100))  # of a command: the operating system's user
+    address: Mapped[str] = mapped_column(String(45))  # a command has the name of its machine
+    operator: Mapped[str | None] = mapped_column(String(100))  # the operating system's user who called a command
     outcome: Mapped[str | None] = mapped_column(String(200))  # written after the action
 
     user: Mapped[User | None] = relationship()
@@ -215,7 +217,7 @@ class UserRepository:
         return self.session.scalar(select(User).where(User.email == email))
 
     def add(self, name: str, email: str, password: str | None) -> User:
-        """Add a user unless the e-mail is taken. Return its user. `password` is a hash.
+        """Add a user unless the e-mail is taken. Return the user of this e-mail. `password` is a hash.
 
         Both cases run the same statements and take the same time.
         Concurrency: other requests may add the same e-mail. One of them adds the user.
@@ -245,7 +247,7 @@ class UserRepository:
         return self._change(and_(User.id == user_id, User.is_admin, is_another), is_admin=False)
 
     def disable(self, user_id: int) -> bool:
-        """Keep the user from logging in. Return False for an admin: all admins are active, so one remains."""
+        """Keep the user from logging in. Return False for an admin, so that an active admin remains."""
         return self._change(and_(User.id == user_id, User.active, not_(User.is_admin)), active=False)
 
     def enable(self, user_id: int) -> bool:
@@ -261,7 +263,7 @@ class UserRepository:
         return self._change(known, email=f"deleted {user.id}", name="Deleted user", active=False, **nothing)
 
     def _change(self, users: ColumnElement[bool], **values: Any) -> bool:
-        """Change the matching user, and end its sessions. Return whether there was one."""
+        """Change the matching user, and end the user's sessions. Return whether a user matched."""
         statement = update(User).where(users).values(**values, fs_uniquifier=new_uniquifier())
         return bool(_rows_changed(self.session, statement.execution_options(synchronize_session=False)))
 

@@ -1,9 +1,9 @@
-"""Production: the rule that says where it is, and the complaints about settings that are not safe there.
+"""Production: the rule for being in production, and the complaints about settings that are not safe there.
 
-Production is a server, other than `flask run`, that serves a DATABASE_URL. gunicorn.conf.py tells that its process
-serves. Under any other WSGI server the first request does. The setting PRODUCTION overrules both.
+A server with a DATABASE_URL is in production, unless it is `flask run`. Under gunicorn, gunicorn.conf.py decides this
+at the start. Under any other WSGI server the first request decides it. The setting PRODUCTION overrules both.
 
-Grave complaints refuse the start. The others warn once.
+A grave complaint refuses the start. Any other complaint is a warning, once.
 """
 
 import logging
@@ -48,7 +48,7 @@ class Complaint(NamedTuple):
 def is_weak(key: str | bytes, name: str) -> bool:
     """Return whether a visitor could guess the key of the application `name`.
 
-    It has less than 128 bits by its length and variety, or a word that asks for a replacement.
+    Such a key has less than 128 bits by its length and variety, or contains a word of a placeholder.
     """
     text = key.decode("latin-1") if isinstance(key, bytes) else key
     if _KNOWN.search(text) or name.lower() in text.lower() or _pairs(text) < min(len(text), 32) * 0.6:
@@ -147,7 +147,7 @@ COMPLAINTS = [
         "SESSION_COOKIE_SECURE is false in production, so sessions may travel without encryption; expected true. "
         "Remove it once there is HTTPS.",
     ),
-    # Not grave: no mail gets a link from a visitor's Host header. The mails with links wait until it is set.
+    # Not grave: no mail has a link to a visitor's Host header. Mails with links wait until PUBLIC_URL is set.
     Complaint(
         WARNING,
         lambda config: config["PUBLIC_URL"] is None,
@@ -160,7 +160,7 @@ COMPLAINTS = [
         "METRICS_TOKEN is not set in production, so /metrics answers programs on this machine only; expected a random "
         f"text. Make one with {RANDOM_TEXT}, and give it to Prometheus.",
     ),
-    # Not grave: no door is open. The mails wait in files, and readers cannot register until an operator reads them.
+    # Not grave: this exposes nothing. Mails wait in files, so readers cannot confirm their registration.
     Complaint(
         WARNING,
         lambda config: config["MAIL_URL"] is None,
@@ -178,7 +178,7 @@ COMPLAINTS = [
 
 
 def insist(app: Flask, workers: BackgroundWorkerManager) -> None:
-    """Have each server that begins settle PRODUCTION, and refuse its grave complaints."""
+    """Make each server settle PRODUCTION when it begins, and refuse to start with a grave complaint."""
     app.extensions["production"] = beginning = Beginning(app)
     workers.before_start(refuse_settings)
     workers.also_check(look)
@@ -196,7 +196,7 @@ class Beginning:
         self._is_over = False
 
     def begin(self, warns: bool = False) -> None:
-        """Settle PRODUCTION in a process that serves, once. With `warns`, log what is not grave.
+        """Settle PRODUCTION in a process that serves, once. With `warns`, log the other complaints.
 
         Raises InvalidConfig for the grave complaints about the settings, at each call.
 
@@ -272,7 +272,7 @@ def complaints_about_data() -> list[str]:
 
 
 def look() -> tuple[list[str], list[str]]:
-    """Return the grave complaints and the others, as a server with these settings would find them."""
+    """Return the grave complaints and the warnings that a server with these settings would find."""
     config = current_app.config
     is_for_servers = not (config["DATABASE_IS_EMBEDDED"] or config["TESTING"])
     if not (is_for_servers if config["PRODUCTION"] is None else config["PRODUCTION"]):
@@ -281,7 +281,7 @@ def look() -> tuple[list[str], list[str]]:
     try:
         grave += complaints_about_data()
     except SQLAlchemyError:
-        log.debug("The database was not looked at", exc_info=True)  # `flask workers check` reports its trouble
+        log.debug("The database was not looked at", exc_info=True)  # `flask workers check` reports the database's error
     return grave, complaints_about(config, is_grave=False)
 
 
@@ -289,7 +289,7 @@ _logged: set[str] = set()
 
 
 def refused(error: InvalidConfig) -> Response:
-    """Answer a request to an application that did not start, as under a server that starts it with a request."""
+    """Answer 503 for an application that did not start, as its server can only start it with a request."""
     if error.message not in _logged:
         _logged.add(error.message)
         log.error("%s", error.message)

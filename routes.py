@@ -177,7 +177,7 @@ def home() -> ResponseReturnValue:
 
 @admin.before_request
 def admins_only() -> ResponseReturnValue | None:
-    """Let only admins pass. A change needs a recent login, and is recorded before. Any blueprint may use this."""
+    """Let only admins pass. A change needs a recent login, and is recorded first. Any blueprint may use this."""
     if not current_user.is_authenticated:
         return cast(Response, current_app.login_manager.unauthorized())  # type: ignore[attr-defined]
     if not current_user.is_admin:
@@ -191,7 +191,7 @@ def admins_only() -> ResponseReturnValue | None:
 
 @auth_required("session", within=lambda: current_app.config["SECURITY_FRESHNESS"])
 def recent_login() -> None:
-    """Pass a session with a recent login. Else the decorator returns the way to the page that asks for the password."""
+    """Let a session with a recent login pass. Else the decorator redirects to the page that asks for the password."""
 
 
 @admin.get("/users")
@@ -217,7 +217,7 @@ def send_password_link(user_id: int) -> ResponseReturnValue:
     current_workers.enqueue("mail", {"password link": user.id, "root": root_of_links()})
     db.session.commit()
     security_log.record("link asked", user_id, by=current_user.id)
-    flash(f"A password link is on its way to {user.email}. It is valid for one hour.", "success")
+    flash(f"A password reset link is on its way to {user.email}. It is valid for one hour.", "success")
     return back_to_users()
 
 
@@ -230,7 +230,7 @@ def make_admin(user_id: int) -> ResponseReturnValue:
     db.session.commit()
     if changed:
         security_log.record("right given", user_id, by=current_user.id)
-        flash(f"{user.email} is an admin. A mail has the link to choose a new password.", "success")
+        flash(f"{user.email} is an admin now. We have sent a mail with a link to choose a new password.", "success")
     elif user.is_admin:
         flash(f"{user.email} is an admin already.", "info")
     else:

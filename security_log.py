@@ -55,7 +55,7 @@ def register(app: Flask) -> None:
 def record(event: str, user_id: int | None = None, is_logged: bool = True, **more: Any) -> None:
     """Count the event, and write its line.
 
-    A line names the account by its id. It never has the address of a failed login, where some people type a password.
+    A line names the account by its id. It never has the e-mail of a failed login: some people type a password there.
     """
     count(event)
     if is_logged:
@@ -68,7 +68,7 @@ def record(event: str, user_id: int | None = None, is_logged: bool = True, **mor
 
 
 def request_id() -> str:
-    """Return the X-Request-ID of the proxy in front if it is one word, or make an id for this request."""
+    """Return the X-Request-ID of the proxy in front if it is one word, or else a new id."""
     if "request_id" not in g:
         given = request.headers.get("X-Request-ID", "")
         is_proxys = current_app.config["PROXIES"] and _SANE.fullmatch(given)
@@ -81,7 +81,7 @@ def request_id() -> str:
 
 def refused(error: HTTPException) -> None:
     """Record an error that refuses a request."""
-    if isinstance(error, RateLimitExceeded):  # a visitor who keeps asking gets no further line
+    if isinstance(error, RateLimitExceeded):  # only the first refusal of a window has a line
         record("throttled", own_id(), is_logged=g.get("is_first_refusal", True))
     elif isinstance(error, Forbidden):
         record("forbidden", own_id())
@@ -96,7 +96,7 @@ def own_id() -> int | None:
 
 
 def answered(response: Response) -> Response:
-    """Record a login that was refused, whether or not there is such an account."""
+    """Record a refused login, with or without an account of this e-mail."""
     if request.method == "POST" and request.endpoint == LOGIN and response.status_code == 200:
         record("refused", g.get("refused_user"))
     if "request_id" in g:
@@ -158,10 +158,10 @@ def count(event: str) -> None:
 
 
 def figures() -> Iterator["Metric"]:
-    """Yield the counts of this process, also those of 0. Prometheus sees no increase in a series that begins with 1."""
+    """Yield this process's counts, including zeros: Prometheus sees no increase in a series that begins with 1."""
     from prometheus_client.core import CounterMetricFamily
 
-    labels = ("event", "process")  # without the process, several behind one port would share a series
+    labels = ("event", "process")  # without it, several processes behind one port would share a series
     family = CounterMetricFamily("security_events", "Security events of this process.", labels=labels)
     for event, number in _counts.items():
         family.add_metric((event, f"{socket.gethostname()}:{os.getpid()}"), number)

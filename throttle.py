@@ -1,4 +1,4 @@
-"""Limits of what one user or one network may do. All processes share the counts, which are in the database."""
+"""Rate limits for each user and each network. All processes share the counts, which are in the database."""
 
 import logging
 import time
@@ -31,12 +31,12 @@ WRITES_OF_USER = "300 per hour"
 # Each attempt to log in is counted, also with the right password: checking a password takes long.
 LOGINS_OF_NETWORK = "50 per 10 minutes"
 LOGINS_OF_NETWORK_AND_ACCOUNT = "10 per 10 minutes"
-LOGINS_OF_ACCOUNT = "100 per hour"  # from all networks together, except those that the account was used from
-DAYS_KNOWN = 90  # of such a network, since the last login
-CODES_OF_ACCOUNT = "20 per hour"  # of a second factor
-PASSWORDS_OF_USER = "10 per 10 minutes"  # of each form that asks a user for a password or a code
-MAILS_OF_NETWORK = "20 per hour"  # of registering, and of each form that asks for a link
-LINKS_OF_NETWORK = "20 per hour"  # of each form behind a link
+LOGINS_OF_ACCOUNT = "100 per hour"  # from all networks together, except the known networks
+DAYS_KNOWN = 90  # for which a network is known to an account after a login
+CODES_OF_ACCOUNT = "20 per hour"  # of two-factor login
+PASSWORDS_OF_USER = "10 per 10 minutes"  # for each form that asks a logged-in user for a password or a code
+MAILS_OF_NETWORK = "20 per hour"  # for registering, and for each form that asks for a link
+LINKS_OF_NETWORK = "20 per hour"  # for each form behind a link
 
 
 # ---- The visitor
@@ -47,7 +47,7 @@ def network() -> str:
     try:
         address = ip_address(_without_port(request.remote_addr or ""))
     except ValueError:
-        return "nowhere"  # behind a proxy on a socket that PROXIES does not count
+        return "nowhere"  # the proxy uses a Unix socket, and PROXIES does not count it
     address = getattr(address, "ipv4_mapped", None) or address
     return str(address) if address.version == 4 else str(ip_network((address, 64), strict=False))
 
@@ -61,22 +61,23 @@ def _without_port(address: str) -> str:
 
 def user() -> str:
     key = f"user {current_user.id}"
-    db.session.rollback()  # the count needs another connection: requests that keep one could all wait for a second
+    # Release the connection, because the count needs another. Otherwise requests that keep one could all wait for it.
+    db.session.rollback()
     return key
 
 
 def is_not_for_user() -> bool:
-    """Return whether the request is not counted for a user: it only reads, or comes from a stranger."""
+    """Return whether no user's count applies: the request only reads, or its visitor is not logged in."""
     return request.method not in WRITING or not current_user.is_authenticated
 
 
 def account() -> str:
-    """Return the account that the form names, as a digest, so that the counts hold no address."""
+    """Return the account that the form names, as a digest, so that the counts hold no e-mail."""
     return f"account {_digest(request.form.get('email', ''))}"
 
 
 def account_of_code() -> str:
-    """Return the account whose password was right and whose second factor is asked for."""
+    """Return the account that passed the password and now needs its code."""
     return f"account {_digest(session.get('tf_user_id', ''))}"
 
 
@@ -91,7 +92,7 @@ def network_and_account() -> str:
 
 
 def is_known() -> bool:
-    """Return whether the account was used from this network, so that a guesser elsewhere cannot lock its owner out."""
+    """Return whether the account logged in from this network. A guesser elsewhere cannot lock this owner out."""
     return request.method not in WRITING or limiter.storage.get(f"known {network_and_account()}") > 0
 
 
@@ -111,7 +112,7 @@ def remember_network(response: Response) -> Response:
 
 
 def note_refusal(limit: RequestLimit) -> None:
-    g.is_first_refusal = g.hits == limit.limit.amount + 1  # of a window
+    g.is_first_refusal = g.hits == limit.limit.amount + 1  # in this window
 
 
 limiter = Limiter(
@@ -127,7 +128,7 @@ limiter = Limiter(
 
 
 def throttled(limit: str, key: Callable[[], str] = network, **more: Any) -> Callable[[Any], Any]:
-    """Count each writing request to a view by `key`, also when several come at once. Answer 429 past `limit`.
+    """Count each writing request to a view by `key`, also simultaneous ones. Answer 429 above `limit`.
 
     `more` are arguments of Flask-Limiter's `limit`.
     """

@@ -57,7 +57,7 @@ class MailWorker(MessageWorker):
         if mail is None:
             context.logger.warning("%s %s no longer exists: no mail is sent.", kind.capitalize(), payload[kind])
             return
-        # "no account" has an e-mail instead of an id, which no line of the log may name.
+        # "no account" has an e-mail instead of an id, and the log must not contain e-mails.
         about = f"{kind} {payload[kind]}" if isinstance(payload[kind], int) else kind
         limit = HourlyLimit(kind, mail.to)
         if limit.count():

@@ -2,9 +2,9 @@
 
     python -m benchmarks.account_timing --engine postgresql
 
-Needs requirements-dev.txt: it starts a PostgreSQL of its own. The requests are mixed at random. Each request comes from
-another network, so no limit refuses it. The times include no network. A p-value below 0.01 means that the two classes
-can be told apart. --csv prints every sample instead.
+Needs requirements-dev.txt, because it starts its own PostgreSQL. It sends the requests in random order, and each from
+another network, so that no limit refuses them. The times include no network. A p-value below 0.01 shows a difference
+between the two classes. --csv prints every sample instead.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """The accounts of Flask-Security.
 
-The password hashes of before are discarded. A user who has one asks for a password link.
+The old password hashes are discarded. Each user must ask for a password reset link.
 
 Revision ID: 1003
 Revises: 1002
@@ -59,7 +59,7 @@ def users(*constraints: sa.UniqueConstraint) -> sa.Table:
 def upgrade() -> None:
     for column in new_columns():
         op.add_column("users", column)
-    # Only a link to the mailbox lets the owner of an existing account in, so its e-mail counts as confirmed.
+    # Without a password, each user needs a reset link from the mailbox. So the e-mail counts as confirmed.
     op.execute(f"UPDATE users SET fs_uniquifier = {random_text()}, confirmed_at = created_at")
     if not op.get_context().as_sql:
         normalize_emails()
@@ -75,7 +75,7 @@ def upgrade() -> None:
 
 
 def random_text() -> str:
-    """Return SQL for a text that is another one in each row."""
+    """Return SQL for a random text, different in each row."""
     if is_sqlite():
         return "(lower(hex(randomblob(16))))"
     return "replace(gen_random_uuid()::text, '-', '')"
@@ -86,7 +86,7 @@ def is_sqlite() -> bool:
 
 
 def normalize_emails() -> None:
-    """Write each e-mail as the forms look it up. An e-mail that another account has then stays as it is."""
+    """Normalize each e-mail, as the forms do. An e-mail that would equal another account's stays unchanged."""
     connection = op.get_bind()
     is_ascii = "email NOT GLOB '*[^ -~]*'" if is_sqlite() else "email !~ '[^ -~]'"
     taken = "SELECT 1 FROM users WHERE email = :email"
@@ -98,7 +98,7 @@ def normalize_emails() -> None:
 
 
 def drop_indexes() -> None:
-    """Drop the indexes of SQLite's copy. A generated migration may have lost those on expressions."""
+    """Drop the indexes. A generated migration may have lost the indexes on expressions."""
     for name in ("ix_users_last_seen_at_of_active", "ix_users_id_of_passive", "ix_users_lower_name"):
         op.drop_index(name, "users", if_exists=True)
 
@@ -118,7 +118,7 @@ def create_indexes() -> None:
 
 
 def downgrade() -> None:
-    """Discard the hashes of Flask-Security, which are not valid there. So the users need new passwords."""
+    """Discard the hashes of Flask-Security, which the earlier release cannot read. All users need a new password."""
     op.execute("UPDATE users SET password_hash = '!'")
     drop_indexes()
     unique = sa.UniqueConstraint("fs_uniquifier", name="uq_users_fs_uniquifier")

@@ -1,4 +1,4 @@
-"""The audit of commands, and of outcomes.
+"""Commands and outcomes in the audit.
 
 Revision ID: 1004
 Revises: 1003

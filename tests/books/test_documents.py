@@ -347,10 +347,10 @@ def test_the_page_of_security_has_the_times_of_the_accounts() -> None:
     page = text(SECURITY)
     for row, time in (
         ("a session without a request | 12 hours", accounts.IDLE),
-        ("a session, from the moment of its password | 7 days", accounts.ABSOLUTE),
+        ("a session, since the password was entered | 7 days", accounts.ABSOLUTE),
         ("a recent login, for an admin's change | 15 minutes", accounts.RECENT),
-        ("a link to choose a password | 1 hour", accounts.SETTINGS["RESET_PASSWORD_WITHIN"]),
-        ("a link to confirm an e-mail | 2 days", accounts.SETTINGS["CONFIRM_EMAIL_WITHIN"]),
+        ("a password reset link | 1 hour", accounts.SETTINGS["RESET_PASSWORD_WITHIN"]),
+        ("a confirmation link | 2 days", accounts.SETTINGS["CONFIRM_EMAIL_WITHIN"]),
     ):
         number, unit = row.split()[-2:]
         assert f"| {row} |" in page

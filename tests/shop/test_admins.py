@@ -81,7 +81,7 @@ def test_a_new_admin_is_told_by_mail_and_chooses_a_new_password(
     app: Flask, client: FlaskClient, make_user: Make, admin: User, outbox: Path
 ) -> None:
     user, theirs = make_user(), app.test_client()
-    assert "A mail has the link to choose a new password." in press(client, user, "make-admin")
+    assert "We have sent a mail with a link to choose a new password." in press(client, user, "make-admin")
     assert stored(app, user).password is None
     assert not log_in(theirs, user.email, PASSWORD)
     assert payloads(app) == [{"admin link": user.id}]

@@ -228,7 +228,7 @@ def test_an_email_without_an_account_gets_the_same_response_and_a_mail_without_a
         assert known.replace("nat@", "") == unknown.replace("tan@", "")
     found = sorted((mail["To"], mail["Subject"]) for mail in send_mails(app, outbox))
     assert found == [
-        ("nat@example.com", "Choose your password"),
+        ("nat@example.com", "Choose a new password"),
         ("nat@example.com", "You have an account already"),
         ("tan@example.com", "You have no account"),
         ("tan@example.com", "You have no account"),

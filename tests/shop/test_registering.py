@@ -53,7 +53,7 @@ def test_a_new_reader_confirms_the_email_by_the_link_and_the_password(
     [mail] = send_mails(app, outbox)
     assert (mail["To"], mail["Subject"]) == ("nat@example.com", "Please confirm your e-mail address")
     link = link_in(mail)
-    assert "For the account of nat@example.com." in client.get(link).text
+    assert "Your e-mail is nat@example.com." in client.get(link).text
     assert stored(app, user).confirmed_at is None  # opening the link, as mail scanners do, confirms nothing
     assert client.post(link, data={"password": PASSWORD}).location == "/"
     assert is_logged_in(client)
@@ -295,7 +295,7 @@ def test_a_mail_that_an_earlier_release_enqueued_is_sent_once(app: Flask, make_u
             current_workers.enqueue("mail", {kind: user.id, "root": "http://localhost/"})
         db.session.commit()
     assert sorted(mail["Subject"] for mail in send_mails(app, outbox)) == [
-        "Choose your password",
+        "Choose a new password",
         "Welcome to the Bookstore",
         "You have an account already",
     ]

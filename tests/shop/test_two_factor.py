@@ -116,7 +116,7 @@ def test_switching_it_on_or_off_needs_a_recent_login(app: Flask, client: FlaskCl
 def test_a_user_without_rights_is_not_asked_to_set_it_up(
     client: FlaskClient, make_user: Make, login: Login, admin: User
 ) -> None:
-    assert "Log in with a code of an app, too" in client.get("/account").text
+    assert "Set up two-factor login" in client.get("/account").text
     client.post("/logout")
     login(client, make_user())
     assert "with a code" not in client.get("/account").text
