@@ -73,6 +73,7 @@ SETTINGS = {
     "PASSWORD_HASH_PASSLIB_OPTIONS": {"argon2__memory_cost": 19456, "argon2__rounds": 2, "argon2__parallelism": 1},
     "PASSWORD_NORMALIZE_FORM": "NFKC",
     "HASHING_SCHEMES": ["hex_sha256"],  # of the parts of a signed link that are not secret
+    "CONFIRM_EMAIL_WITHIN": timedelta(days=2),  # as confirm_mail.txt says
     "RESET_PASSWORD_WITHIN": timedelta(hours=1),
     "FRESHNESS": RECENT,
     "FRESHNESS_GRACE_PERIOD": RECENT,

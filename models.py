@@ -106,9 +106,7 @@ class User(UserMixin, db.Model):  # type: ignore[name-defined, misc]
     id: Mapped[int] = mapped_column(primary_key=True)
     email: Mapped[str] = mapped_column(ordered_text(254), unique=True)  # as `accounts.normalized` returns it
     name: Mapped[str] = mapped_column(ordered_text(120))
-    password: Mapped[str | None] = mapped_column(
-        "password_hash", String(255), key="password"
-    )  # None until the user chooses one
+    password: Mapped[str | None] = mapped_column("password_hash", String(255), key="password")  # None: not chosen yet
     password_hash = synonym("password")
     active: Mapped[bool] = mapped_column(default=True, server_default=true())  # an admin may disable the account
     fs_uniquifier: Mapped[str] = mapped_column(

@@ -142,7 +142,7 @@ class History:
         return Window(since, until, clock, tuple(marked), complete_since, instances)
 
     def around(self, name: str, at: datetime | None = None) -> Surroundings:
-        """Return the rows about the tick that `at` belongs to. By default `at` is now, and a later manual run counts.
+        """Return the rows about the tick that `at` belongs to. Without `at`, it is now, and a later manual run counts.
 
         With `at`, the rows are the same for each moment that belongs to the tick.
         """

@@ -14,7 +14,7 @@ from .instances import Silence
 from .records import Record
 
 WIDEST = 120  # characters of one cell
-_EARLIEST, _LATEST = datetime(1970, 1, 2, tzinfo=UTC), datetime(9000, 1, 1, tzinfo=UTC)  # that can be asked about
+_EARLIEST, _LATEST = datetime(1970, 1, 2, tzinfo=UTC), datetime(9000, 1, 1, tzinfo=UTC)  # of a question
 
 
 def moment(at: datetime | None) -> str:

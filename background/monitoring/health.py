@@ -105,13 +105,13 @@ class Probe:
     """The checks of one endpoint. Logs when they begin to fail, fail in another way, or succeed again."""
 
     def __init__(self, failing: str, good: str, parts: Mapping[tuple[str, ...], Ask]) -> None:
-        """Take the text for each line of the log, and the functions that make checks, by the names of these checks."""
+        """Take the texts for the log, and the functions that make the checks, by the names of the checks."""
         self._failing, self._good = failing, good
         self._parts = [(names, Timebox(ask, _ANSWER_SECONDS)) for names, ask in parts.items()]
         self._failed: tuple[str, ...] = ()
 
     def checks(self, **more: Check) -> dict[str, Check]:
-        """Return each check by its name, within seconds even if the database hangs, and the checks `more`."""
+        """Return each check by its name, with the checks `more`. This takes seconds even if the database hangs."""
         checks: dict[str, Check] = {}
         for names, timebox in self._parts:
             try:
@@ -133,7 +133,7 @@ class Probe:
 
 
 class Readiness:
-    """The checks of the database and the workers, and the moment of the last good check of the migrations."""
+    """The checks of the database and the workers. Remembers when the migrations were last right."""
 
     def __init__(self) -> None:
         self._migrated_at: float | None = None

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from prometheus_client import Metric
 
 _ONLY_HERE = (
-    "METRICS_TOKEN is not set, so the metrics are for programs on this machine only, and not through a proxy; "
+    "METRICS_TOKEN is not set, so only programs on this machine may read the metrics, without a proxy; "
     "expected such a program. Set METRICS_TOKEN, and send it as the bearer token.\n"
 )
 

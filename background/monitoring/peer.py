@@ -1,4 +1,4 @@
-"""Tells the requests of this machine from the requests of other machines."""
+"""Distinguishes requests from this machine and requests from other machines."""
 
 from ipaddress import ip_address
 
@@ -18,6 +18,6 @@ def is_of_this_machine(request: Request) -> bool:
     connection = request.environ.get("werkzeug.proxy_fix.orig", request.environ)
     try:
         address = ip_address(connection.get("REMOTE_ADDR") or "")
-    except ValueError:  # a Unix socket, which only a proxy uses
+    except ValueError:  # only a proxy uses a Unix socket
         return False
     return (getattr(address, "ipv4_mapped", None) or address).is_loopback

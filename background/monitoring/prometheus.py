@@ -102,7 +102,7 @@ def _histogram(name: str, meaning: str, declared: Iterable[float], found: Mappin
 
 
 def _is_bound(label: str) -> bool:
-    """Return whether a release wrote the label. A user may have typed text, a NaN, or a bound in another form."""
+    """Return whether a release wrote the label. A user may have typed another text into the row."""
     try:
         return f"{float(label):g}" == label and float(label) > 0
     except ValueError:

@@ -27,7 +27,7 @@ class RequestTiming:
 
     @made_once
     def series(self) -> "RequestSeries":
-        from .prometheus import RequestSeries  # imported here, as a process that serves nothing needs no client library
+        from .prometheus import RequestSeries  # here, because a process that serves nothing needs no client library
 
         return RequestSeries()
 

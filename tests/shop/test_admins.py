@@ -50,7 +50,7 @@ def test_an_admin_makes_and_unmakes_admins_but_the_last_admin_stays(
 
     assert "is the last admin, or is not an admin" in press(admin, "unmake-admin")
     assert "is the last admin, or is not an admin" in press(user, "unmake-admin")
-    assert f"{user.email} is an admin." in press(user, "make-admin")
+    assert f"{user.email} is an admin now." in press(user, "make-admin")
     assert f"{user.email} is an admin already." in press(user, "make-admin")
     assert f"{user.email} is no longer an admin." in press(user, "unmake-admin")
     press(user, "make-admin")
@@ -172,7 +172,7 @@ def test_a_user_deletes_the_account_by_the_password_and_the_row_stays_without_pe
 
 
 @on_sqlite
-def test_an_admin_does_not_delete_the_own_account_and_a_deleted_account_stays_deleted(
+def test_an_admin_cannot_delete_their_account_and_a_deleted_account_stays_deleted(
     app: Flask, client: FlaskClient, make_user: Make, admin: User
 ) -> None:
     page = client.post("/account/delete", data={"password": PASSWORD}).text

@@ -1,4 +1,4 @@
-"""The audit: each action of an admin's page and of a command, who did it, and its outcome."""
+"""The audit: the changes by admins and commands, with their actors and outcomes."""
 
 import json
 import os
@@ -31,7 +31,7 @@ READING = {
     "workers": {"check", "history", "instances", "list", "preview", "run", "why"},
     "messages": {"list", "show", "stats"},
 }
-"""The commands that change nothing, those of a server, and those of Alembic, which make the audit's own table."""
+"""The commands that change nothing, that serve, or that are Alembic's, which makes the audit's own table."""
 
 
 @pytest.fixture
@@ -243,7 +243,7 @@ def test_the_page_shows_the_actions_that_an_admin_searches_for(
 @on_sqlite
 @pytest.mark.usefixtures("recorded")
 @pytest.mark.parametrize("search", ["since=yesterday", "q=%00", "action=%0a%07", f"action={'x' * 101}"])
-def test_a_search_that_cannot_be_is_explained(client: FlaskClient, search: str) -> None:
+def test_an_invalid_search_is_explained(client: FlaskClient, search: str) -> None:
     page = client.get(f"/admin/audit?{search}")
     assert page.status_code == 200
     assert "invalid-feedback" in page.text

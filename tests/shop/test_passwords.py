@@ -1,4 +1,4 @@
-"""Passwords: which are accepted, how they are kept, and how they are changed, forgotten and chosen by a link."""
+"""Passwords: their rules, their hashes, changing them, and resetting them by a link."""
 
 import logging
 import time
@@ -157,7 +157,7 @@ def test_a_password_is_changed_only_by_a_user_who_knows_it_and_repeats_the_new_o
         ({"current": ""}, "This field is required."),
         ({"repeated": "tulips"}, "The two passwords differ."),
         ({"password": "short", "repeated": "short"}, "use 8 to 128 characters"),
-        ({"password": PASSWORD, "repeated": PASSWORD}, "Please choose another one."),
+        ({"password": PASSWORD, "repeated": PASSWORD}, "This is your current password."),
     ]:
         assert complaint in change(client, **given).text
     assert stored(app, user).password == user.password

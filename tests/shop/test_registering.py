@@ -138,7 +138,7 @@ def test_every_spelling_of_an_email_is_one_account(app: Flask, client: FlaskClie
 @pytest.mark.parametrize(
     "email", ["", "nat", "nat@", "nat@a..b", "nat\0@example.com", "n" * 300 + "@example.com", "a b@c.d"]
 )
-def test_what_is_no_email_has_no_normal_form(email: str) -> None:
+def test_an_invalid_email_has_no_normal_form(email: str) -> None:
     with pytest.raises(ValueError, match=r"."):
         accounts.normalized(email)
 
@@ -225,7 +225,7 @@ def test_asking_for_a_link_does_the_same_for_a_known_and_an_unknown_email(
 
 
 @on_sqlite
-def test_an_account_that_lets_no_user_in_is_refused_like_a_stranger(client: FlaskClient, make_user: Make) -> None:
+def test_an_account_that_cannot_log_in_is_refused_like_an_unknown_email(client: FlaskClient, make_user: Make) -> None:
     answers = set()
     columns: list[dict[str, Any]] = [{"active": False}, {"confirmed_at": None}]
     columns += [{"password": each} for each in (None, "", "!", "scrypt:32768:8:1$a$b")]

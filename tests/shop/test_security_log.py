@@ -1,4 +1,4 @@
-"""The log of security events: a line and a count for each, with user, network and request, and without an address."""
+"""The log of security events: each has a line and a count, with user, network and request, and without an e-mail."""
 
 import io
 import json

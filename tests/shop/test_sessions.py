@@ -31,7 +31,7 @@ def admin(client: FlaskClient, make_user: Make, login: Login) -> User:
 
 
 def copy_cookie(client: FlaskClient, app: Flask) -> FlaskClient:
-    """Return a thief: another browser with a copy of this one's cookie."""
+    """Return another browser with a copy of this client's cookie."""
     thief, cookie = app.test_client(), client.get_cookie("session")
     assert cookie is not None
     thief.set_cookie("session", cookie.value)
@@ -173,7 +173,7 @@ def test_no_other_host_of_the_domain_sets_the_cookie_where_sessions_need_https(
 
 
 @on_sqlite
-def test_a_login_by_json_or_a_token_in_the_address_is_none(app: Flask, client: FlaskClient, make_user: Make) -> None:
+def test_json_or_a_token_in_the_address_logs_no_user_in(app: Flask, client: FlaskClient, make_user: Make) -> None:
     user = make_user()
     assert client.post("/login", json={"email": user.email, "password": PASSWORD}).status_code == 415
     with app.test_request_context():

@@ -1,4 +1,4 @@
-"""Limits of what one user or one network may do: one count for all processes, and no client locks another one out."""
+"""Rate limits: all processes share one count, and no client locks another client out."""
 
 import multiprocessing
 import time
@@ -152,7 +152,7 @@ def hit(url: str, times: int) -> None:
 
 @pytest.fixture
 def log_admin_in(app: Flask, make_user: Callable[..., User], login: Callable[..., None]) -> Callable[[], FlaskClient]:
-    """Give a new client of one admin, who may use every route. The user with the id 1 is another one."""
+    """Give a function that logs one admin in on a new client. The user with the id 1 is another user."""
     make_user()
     user = make_user(is_admin=True)
 
@@ -170,7 +170,7 @@ def admin(log_admin_in: Callable[[], FlaskClient]) -> FlaskClient:
 
 
 def writing(app: Flask) -> list[tuple[str, str, str]]:
-    """Return the endpoint, a method and a path of each route that takes a method that may write."""
+    """Return the endpoint, a writing method and a path of each route that has such a method."""
     adapter = app.url_map.bind("localhost")
     return [
         (rule.endpoint, method, adapter.build(rule.endpoint, dict.fromkeys(rule.arguments, 1), method))
@@ -180,7 +180,7 @@ def writing(app: Flask) -> list[tuple[str, str, str]]:
 
 
 def make_the_next_request_the_thousandth(app: Flask) -> None:
-    """Add 998 to each count of the request before."""
+    """Add 998 to each count of the previous request."""
     with app.app_context():
         db.session.execute(update(RateLimit).values(hits=RateLimit.hits + 998))
         db.session.commit()
@@ -252,7 +252,7 @@ def test_a_refused_visitor_has_one_line_in_the_log(
 
 @on_sqlite
 def test_each_form_of_accounts_has_a_stricter_limit(app: Flask) -> None:
-    """Check all but three: they change the name, end the session, and choose the kind of the second factor."""
+    """Three forms need no such limit: the name, the log out, and the choice of the second factor."""
     forms = {endpoint for endpoint, *_ in writing(app) if endpoint.split(".")[0] in ("security", "account")}
     free = {"account.profile", "security.logout", "security.tf_select"}
     assert forms - free == throttle.LIMITS.keys()

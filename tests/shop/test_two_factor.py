@@ -1,4 +1,4 @@
-"""Two-factor: admins may ask for a code of an authenticator app, too."""
+"""Two-factor login: admins can log in with a password and a code from an authenticator app."""
 
 import re
 import time
@@ -26,7 +26,7 @@ def admin(client: FlaskClient, make_user: Make, login: Login) -> User:
 
 
 def set_up(client: FlaskClient) -> TOTP:
-    """Set an app up by the page. Return the app."""
+    """Set up an authenticator app on the page. Return the app."""
     page = client.post(SETUP, data={"setup": "authenticator"}).text
     phone = TOTP(key=re.search(r"<code>([^<]+)</code>", page)[1], format="base32")  # type: ignore[index]
     action = unescape(re.search(r'action="(/account/two-factor/[^"]+)"', page)[1])  # type: ignore[index]

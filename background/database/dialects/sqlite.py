@@ -193,7 +193,7 @@ def _begin_before_savepoint(connection: Connection, _name: str) -> None:
 
 
 def _begin_before_cte(connection: Connection, _cursor: Any, statement: str, *_: Any) -> None:
-    """Begin a transaction before a write that begins with WITH. The driver begins none, so SQLite would commit it."""
+    """Begin a transaction before a write that begins with WITH. Otherwise SQLite would commit the write at once."""
     driver: Any = connection.connection.driver_connection
     if is_write_with_cte(statement) and driver.isolation_level is not None and not driver.in_transaction:
         driver.execute("BEGIN IMMEDIATE")

@@ -76,7 +76,7 @@ def look_everywhere(app: Flask) -> None:
 
 @on_sqlite
 @pytest.mark.parametrize("value", ["'many'", "x'00ff'", "9e999", "1.5"])
-def test_a_value_that_is_no_number_ends_no_page_and_no_command(
+def test_a_value_that_is_not_a_number_ends_no_page_and_no_command(
     app: Flask, edited: Callable[[tuple[type, ...], str], None], value: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     edited((tables.Whole, tables.Real), value)
