@@ -54,7 +54,14 @@ TESTED = (
 )
 
 # Blocks that are not commands.
-DRAWINGS = ("INFO background.", "WARNING security:", "APScheduler -> ", "testing       --> ", "2 * (WORKERS_THREADS")
+DRAWINGS = (
+    "1 tests/",
+    "INFO background.",
+    "WARNING security:",
+    "APScheduler -> ",
+    "testing       --> ",
+    "2 * (WORKERS_THREADS",
+)
 
 
 @pytest.mark.parametrize("page", PAGES)
