@@ -103,6 +103,7 @@ SETTINGS = {
     "MSG_PASSWORD_INVALID_LENGTH": ("Please use 8 to 128 characters.", "error"),
     "MSG_PASSWORD_TOO_SIMPLE": ("This password is easy to guess. Please choose another password.", "error"),
     "MSG_INVALID_PASSWORD": ("This is not your current password.", "error"),
+    "MSG_FORGOT_PASSWORD": ("Forgot your password?", "info"),  # as the mails call it
     "MSG_TWO_FACTOR_INVALID_TOKEN": ("This code is not valid. Your app shows a new code every 30 seconds.", "error"),
     "MSG_TWO_FACTOR_CHANGE_METHOD_SUCCESSFUL": ("Two-factor login is on. Each login now asks for a code.", "success"),
     "MSG_TWO_FACTOR_DISABLED": ("Two-factor login is off.", "success"),
