@@ -18,10 +18,10 @@ from sqlalchemy import Connection, Engine, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 import security_log
-from accounts import normalized
 from background.database.clock import now
 from background.database.dialects.encodings import storable
 from config import address, may_serve
+from forms import normalized_email
 from migrations import schema
 from models import User, new_uniquifier
 
@@ -102,7 +102,7 @@ def reset_password(email: str) -> None:
     """
     password = secrets.token_urlsafe(12)
     with suppress(ValueError):
-        email = normalized(email)
+        email = normalized_email(email)
     with _ready_engine() as engine, engine.begin() as connection:
         access = {"password": hash_password(password), "confirmed_at": func.coalesce(User.confirmed_at, now())}
         ended = {"fs_uniquifier": new_uniquifier(), "tf_primary_method": None, "tf_totp_secret": None}
@@ -166,7 +166,7 @@ def _ready_engine() -> Iterator[Engine]:
 
 def _own_address(given: str) -> str:
     try:
-        email = normalized(address(given.strip()))
+        email = normalized_email(address(given.strip()))
     except ValueError:
         email = ADMIN
     if email == ADMIN or len(email) > 254:

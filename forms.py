@@ -1,19 +1,24 @@
 """Fields and forms for several pages. Both databases can store each valid value."""
 
+import re
 import unicodedata
+from threading import Lock
 from typing import Any
 
 import flask_security
-from flask import request
+from email_validator import SPECIAL_USE_DOMAIN_NAMES, validate_email
+from flask import current_app, request
 from flask_login import current_user
 from flask_security.forms import EmailValidation, IsString, SendConfirmationForm
-from flask_security.utils import get_message
+from flask_security.utils import get_message, password_length_validator
 from flask_wtf import FlaskForm
 from werkzeug.datastructures import MultiDict
 from wtforms import EmailField, Field, Form, PasswordField, RadioField, SearchField, SelectChoice, StringField
 from wtforms.validators import DataRequired, EqualTo, InputRequired, Length, Optional, ValidationError
 
 from models import User, UserRepository, db
+
+SPECIAL_USE_DOMAIN_NAMES.remove("localhost")  # the domain of the admin of `flask init-db`
 
 
 def strip(text: str | None) -> str | None:
@@ -39,6 +44,35 @@ def readable(_form: Form, field: Field) -> None:
         raise ValidationError("Please use characters that can be seen.")
     if "M" * (MOST_MARKS + 1) in "".join("M" if kind in ("Mn", "Me") else "-" for kind in kinds if kind != "Cf"):
         raise ValidationError(f"Please put at most {MOST_MARKS} accents on one letter.")
+
+
+def normalized_email(email: str) -> str:
+    """Return the normalized e-mail: NFC, a domain in ASCII, lower case. Raises ValueError if it is invalid.
+
+    The forms, the rate limits and the commands compare e-mails in this form.
+    """
+    valid = validate_email(email.strip()[:500], check_deliverability=False, globally_deliverable=False)
+    return f"{valid.local_part}@{valid.ascii_domain}".lower()
+
+
+class Passwords(flask_security.PasswordUtil):
+    _one_at_a_time = Lock()  # zxcvbn keeps the words in a variable of its module
+
+    def validate(self, password: str, is_register: bool, **given: Any) -> tuple[list[str] | None, str]:
+        """Return complaints about a new password, and its normalized form."""
+        from zxcvbn import zxcvbn  # reads its lists of words
+
+        normal = self.normalize(password)
+        if too_long_or_short := password_length_validator(normal):
+            return too_long_or_short, normal
+        user = given.get("user")
+        known = [user.email, user.name] if user else [str(given.get(name)) for name in ("email", "name")]
+        known.append(current_app.config["APP_NAME"])
+        words = {*known, known[0].partition("@")[0], *re.findall(r"\w{3,}", " ".join(known))}
+        with self._one_at_a_time:
+            score = zxcvbn(normal[:72], sorted(words))["score"]  # it accepts no longer text
+        complaints = [get_message("PASSWORD_TOO_SIMPLE")[0]] if score < 3 else None
+        return complaints, normal
 
 
 class PostedForm(FlaskForm):

@@ -104,7 +104,7 @@ class User(UserMixin, db.Model):  # type: ignore[name-defined, misc]
     __tablename__ = "users"
 
     id: Mapped[int] = mapped_column(primary_key=True)
-    email: Mapped[str] = mapped_column(ordered_text(254), unique=True)  # as `accounts.normalized` returns it
+    email: Mapped[str] = mapped_column(ordered_text(254), unique=True)  # as `forms.normalized_email` returns it
     name: Mapped[str] = mapped_column(ordered_text(120))
     password: Mapped[str | None] = mapped_column("password_hash", String(255), key="password")  # None: not chosen yet
     password_hash = synonym("password")

@@ -18,8 +18,8 @@ from sqlalchemy import ColumnElement, case, delete, select, true
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import SQLAlchemyError
 
-from accounts import normalized
 from background.database.clock import elapsed, now, single_statements
+from forms import normalized_email
 from models import RateLimit, User, db
 
 WRITING = ["POST", "PUT", "PATCH", "DELETE"]
@@ -83,7 +83,7 @@ def account_of_code() -> str:
 
 def _digest(email: str) -> str:
     with suppress(ValueError):
-        email = normalized(email)
+        email = normalized_email(email)
     return sha256(email.encode()).hexdigest()[:32]
 
 

@@ -17,6 +17,7 @@ from support.processes import copy_project, environment, run
 from support.shop import make_shop
 
 import accounts
+import sessions
 import workers
 from background import WorkerContext, current_workers
 from background.database.tables import metadata
@@ -346,9 +347,9 @@ def test_each_row_of_the_page_of_security_has_tests_that_exist() -> None:
 def test_the_page_of_security_has_the_times_of_the_accounts() -> None:
     page = text(SECURITY)
     for row, time in (
-        ("a session without a request | 12 hours", accounts.IDLE),
-        ("a session, since the password was entered | 7 days", accounts.ABSOLUTE),
-        ("a recent login, for an admin's change | 15 minutes", accounts.RECENT),
+        ("a session without a request | 12 hours", sessions.IDLE),
+        ("a session, since the password was entered | 7 days", sessions.ABSOLUTE),
+        ("a recent login, for an admin's change | 15 minutes", sessions.RECENT),
         ("a password reset link | 1 hour", accounts.SETTINGS["RESET_PASSWORD_WITHIN"]),
         ("a confirmation link | 2 days", accounts.SETTINGS["CONFIRM_EMAIL_WITHIN"]),
     ):

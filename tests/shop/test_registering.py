@@ -28,7 +28,7 @@ from support.account_forms import (
 from support.databases import on_sqlite
 from support.shop import PASSWORD, PASSWORD_HASH, has_password
 
-import accounts
+import forms
 from background import current_workers
 from models import User, UserRepository, db
 
@@ -125,7 +125,7 @@ def test_every_spelling_of_an_email_is_one_account(app: Flask, client: FlaskClie
     }
     for number, (normal, others) in enumerate(spellings.items()):
         for spelling in [normal, *others]:
-            assert accounts.normalized(spelling) == normal
+            assert forms.normalized_email(spelling) == normal
             origin = {"REMOTE_ADDR": f"192.0.2.{number}"}
             form = {"name": "Nat", "email": spelling, "password": PASSWORD, "password_confirm": PASSWORD}
             assert client.post("/register", data=form, environ_overrides=origin).status_code == 302, spelling
@@ -140,11 +140,11 @@ def test_every_spelling_of_an_email_is_one_account(app: Flask, client: FlaskClie
 )
 def test_an_invalid_email_has_no_normal_form(email: str) -> None:
     with pytest.raises(ValueError, match=r"."):
-        accounts.normalized(email)
+        forms.normalized_email(email)
 
 
 def test_the_admin_of_a_new_installation_has_a_normal_form() -> None:
-    assert accounts.normalized("Admin@localhost") == "admin@localhost"
+    assert forms.normalized_email("Admin@localhost") == "admin@localhost"
 
 
 # ---- No response says who has an account

@@ -12,7 +12,7 @@ from support.databases import close, on_sqlite
 from support.fleet import at_once, in_threads, statements
 from support.shop import PASSWORD, settings
 
-import accounts
+import sessions
 from app import create_app
 from forms import NameForm
 from models import User, UserRepository, db
@@ -112,9 +112,9 @@ def test_a_session_ends_after_a_time_without_a_request_and_a_week_after_its_pass
     login(client, make_user())
     cookie = client.get("/").headers["Set-Cookie"]  # each response renews the cookie
     expires = datetime.strptime(cookie.split("Expires=")[1][:29], "%a, %d %b %Y %H:%M:%S %Z").replace(tzinfo=UTC)
-    assert abs(expires - datetime.now(UTC) - accounts.IDLE) < timedelta(minutes=1)
-    assert app.config["PERMANENT_SESSION_LIFETIME"] == accounts.IDLE  # the age of a signed cookie that is accepted
-    for age, expected in ((accounts.ABSOLUTE - timedelta(minutes=1), True), (accounts.ABSOLUTE, False)):
+    assert abs(expires - datetime.now(UTC) - sessions.IDLE) < timedelta(minutes=1)
+    assert app.config["PERMANENT_SESSION_LIFETIME"] == sessions.IDLE  # the age of a signed cookie that is accepted
+    for age, expected in ((sessions.ABSOLUTE - timedelta(minutes=1), True), (sessions.ABSOLUTE, False)):
         with client.session_transaction() as content:
             content["fs_paa"] = time.time() - age.total_seconds()
         assert is_logged_in(client) == expected

@@ -70,7 +70,7 @@ def test_a_code_without_the_password_logs_no_one_in(app: Flask, client: FlaskCli
 @on_sqlite
 def test_the_page_of_the_code_does_not_log_a_user_out(client: FlaskClient, admin: User) -> None:
     for response in (client.get(CODE), client.post(CODE, data={"code": "000000"})):
-        assert response.location == "/account"
+        assert response.location == "/"
     assert is_logged_in(client)
 
 
