@@ -60,11 +60,11 @@ def own_copy(cli: click.Group, name: str) -> click.Group:
 def begin_request() -> None:
     """Record this request, and commit the entry, so that an attempt that fails is recorded too."""
     fields = [(name, value) for name, value in request.form.items() if not is_secret(name)]
-    details = {name[:LONGEST_FIELD]: value[:LONGEST_FIELD] for name, value in fields[:MOST_FIELDS]}
+    details = dict(fields[:MOST_FIELDS])
     if (more := len(fields) - MOST_FIELDS) > 0:
         details["..."] = f"{more} more fields"
     # Last, so that a field of a form cannot replace a part of the address.
-    details |= {name: str(value)[:LONGEST_FIELD] for name, value in (request.view_args or {}).items()}
+    details |= request.view_args or {}
     g.audit_entry = begin(str(request.endpoint), details, request.remote_addr or "", user_id=current_user.id)
 
 
@@ -134,7 +134,7 @@ def begin_command(name: str, given: Mapping[str, Any], is_ready: bool = False) -
     if db.engine.dialect.name == "sqlite" and not Path(str(database)).is_file():
         return None  # a connection would make an empty file
     texts = {name: " ".join(value) if isinstance(value, tuple) else value for name, value in given.items()}
-    details = {name: str(value)[:LONGEST_FIELD] for name, value in texts.items() if value not in (None, "", False)}
+    details = {name: value for name, value in texts.items() if value not in (None, "", False)}
     try:
         return begin(name, details, socket.gethostname(), operator=system_user())
     except SQLAlchemyError:
@@ -169,8 +169,9 @@ def in_words(error: BaseException) -> str:
 # ---- The table
 
 
-def begin(action: str, details: Mapping[str, str], address: str, **who: Any) -> int:
-    entry = AuditEntry(action=action[:100], details=json.dumps(details), address=address[:45], **who)
+def begin(action: str, details: Mapping[str, Any], address: str, **who: Any) -> int:
+    texts = {name[:LONGEST_FIELD]: str(value)[:LONGEST_FIELD] for name, value in details.items()}
+    entry = AuditEntry(action=action[:100], details=json.dumps(texts), address=address[:45], **who)
     db.session.add(entry)
     db.session.commit()
     return entry.id

@@ -47,6 +47,14 @@ def counts(app: Flask) -> list[int]:
         return list(db.session.scalars(select(RateLimit.hits).order_by(RateLimit.hits)))
 
 
+def raise_the_highest_count(app: Flask, to: int) -> None:
+    """Make the highest count as high as after more attempts. A test needs no hundred requests then."""
+    highest = counts(app)[-1]
+    with app.app_context():
+        db.session.execute(update(RateLimit).where(RateLimit.hits == highest).values(hits=to))
+        db.session.commit()
+
+
 # ---- Logging in
 
 
@@ -76,9 +84,11 @@ def test_an_account_is_the_same_however_its_email_is_written(client: FlaskClient
 
 
 @on_sqlite
-def test_fifty_wrong_passwords_are_enough_for_one_network(client: FlaskClient) -> None:
-    found = [log_in(client, email=f"{index // 5}@example.com").status_code for index in range(51)]
-    assert found == [200] * 50 + [429]
+def test_fifty_wrong_passwords_are_enough_for_one_network(app: Flask, client: FlaskClient) -> None:
+    for number in (1, 2):
+        assert log_in(client, email=f"{number}@example.com").status_code == 200
+    raise_the_highest_count(app, to=49)
+    assert [log_in(client, email=f"{number}@example.com").status_code for number in (3, 4)] == [200, 429]
 
 
 @on_sqlite
@@ -104,19 +114,25 @@ def test_right_passwords_are_counted_too(client: FlaskClient) -> None:
 
 
 @pytest.mark.usefixtures("nat")
-def test_guesses_from_many_networks_have_one_ceiling_for_each_account(client: FlaskClient) -> None:
-    found = [code for network in range(11) for code in codes(client, 10, address=f"198.51.100.{network}")]
-    assert found == [200] * 100 + [429] * 10
+def test_guesses_from_many_networks_have_one_ceiling_for_each_account(app: Flask, client: FlaskClient) -> None:
+    guess_from_two_networks(app, client)
+    assert codes(client, 3, address="198.51.100.3") == [200, 429, 429]
     assert "too many attempts with this account" in log_in(client, address="192.0.2.2").text
     assert log_in(client, email="pat@example.com", address="192.0.2.2").status_code == 200
+
+
+def guess_from_two_networks(app: Flask, client: FlaskClient) -> None:
+    """Leave one of the hundred guesses at the account."""
+    for network in (1, 2):
+        assert log_in(client, address=f"198.51.100.{network}").status_code == 200
+    raise_the_highest_count(app, to=99)
 
 
 @pytest.mark.usefixtures("nat")
 def test_that_ceiling_does_not_lock_the_owner_out_of_a_known_network(app: Flask, client: FlaskClient) -> None:
     assert log_in(client, PASSWORD).status_code == 302
-    others = app.test_client()
-    for network in range(10):
-        codes(others, 10, address=f"198.51.100.{network}")
+    guess_from_two_networks(app, app.test_client())
+    assert codes(app.test_client(), 2, address="198.51.100.3") == [200, 429]
     assert log_in(app.test_client(), PASSWORD, address="192.0.2.2").status_code == 429
     assert log_in(app.test_client(), PASSWORD).status_code == 302
 
@@ -230,17 +246,19 @@ def test_reading_is_not_counted(app: Flask, admin: FlaskClient) -> None:
 
 
 @on_sqlite
-def test_an_ordinary_day_meets_no_limit(admin: FlaskClient) -> None:
+def test_an_ordinary_day_meets_no_limit(app: Flask, admin: FlaskClient) -> None:
     path = "/workers/worker/passive_user_checker_worker"
-    found = {admin.post(f"{path}/{what}").status_code for _ in range(100) for what in ("pause", "resume")}
-    assert found == {303}
+    forget(app)
+    assert admin.post(f"{path}/pause").status_code == 303
+    raise_the_highest_count(app, to=199)
+    assert admin.post(f"{path}/resume").status_code == 303
 
 
 @on_sqlite
 def test_a_refused_visitor_has_one_line_in_the_log(
     client: FlaskClient, nat: User, caplog: pytest.LogCaptureFixture
 ) -> None:
-    codes(client, 40)
+    codes(client, 15)
     lines = [record.getMessage() for record in caplog.records if record.name in ("security", "flask-limiter")]
     [line] = [line for line in lines if not line.startswith("refused")]
     assert line.startswith("throttled network=192.0.2.1 ")
