@@ -41,6 +41,8 @@ from hosts import root_of_links
 from models import User, UserRepository, db
 
 SENT = "We have sent a mail to %(email)s. Please check your inbox.", "info"
+LOGGED = f"{SENT[0]} This shop has no mail server yet, so look for the link in its log.", "info"
+SENDING = "CONFIRM_REGISTRATION", "CONFIRMATION_REQUEST", "PASSWORD_RESET_REQUEST"
 INVALID_LINK = "This link is no longer valid. It works once, for a limited time. Please ask for a new link.", "warning"
 
 SETTINGS = {
@@ -77,8 +79,7 @@ SETTINGS = {
     "MSG_UNAUTHENTICATED": ("Please log in first.", "info"),
     "MSG_GENERIC_AUTHN_FAILED": ("Wrong e-mail or password, or the e-mail is not confirmed yet.", "error"),
     "MSG_REAUTHENTICATION_SUCCESSFUL": ("Thank you. You can continue now.", "info"),
-    **dict.fromkeys(("MSG_CONFIRM_REGISTRATION", "MSG_CONFIRMATION_REQUEST", "MSG_PASSWORD_RESET_REQUEST"), SENT),
-    "MSG_ALREADY_CONFIRMED": ("This e-mail is confirmed already. Please log in.", "info"),
+    "MSG_ALREADY_CONFIRMED": ("This e-mail is confirmed already.", "info"),
     **dict.fromkeys(("MSG_INVALID_CONFIRMATION_TOKEN", "MSG_CONFIRMATION_EXPIRED"), INVALID_LINK),
     **dict.fromkeys(("MSG_INVALID_RESET_PASSWORD_TOKEN", "MSG_PASSWORD_RESET_EXPIRED"), INVALID_LINK),
     "MSG_PASSWORD_RESET_NO_LOGIN": ("Your password has been changed. Please log in.", "success"),
@@ -86,7 +87,7 @@ SETTINGS = {
     "MSG_PASSWORD_IS_THE_SAME": ("This is your current password. Please choose another password.", "error"),
     "MSG_PASSWORD_INVALID_LENGTH": ("Please use 8 to 128 characters.", "error"),
     "MSG_PASSWORD_TOO_SIMPLE": ("This password is easy to guess. Please choose another password.", "error"),
-    "MSG_INVALID_PASSWORD": ("This is not your current password.", "error"),
+    "MSG_INVALID_PASSWORD": ("This is not your password.", "error"),
     "MSG_FORGOT_PASSWORD": ("Forgot your password?", "info"),  # as the mails call it
     "MSG_TWO_FACTOR_INVALID_TOKEN": ("This code is not valid. Your app shows a new code every 30 seconds.", "error"),
     "MSG_TWO_FACTOR_CHANGE_METHOD_SUCCESSFUL": ("Two-factor login is on. Each login now asks for a code.", "success"),
@@ -101,7 +102,9 @@ def register(app: Flask) -> None:
     key = app.config["SECRET_KEY"]
     totp_key = hmac.digest(key.encode() if isinstance(key, str) else key, b"two-factor", "sha256").hex()
     two_factor = {"TWO_FACTOR": app.config["TWO_FACTOR"], "TOTP_ISSUER": app.config["APP_NAME"]}
-    for name, value in {**SETTINGS, **two_factor, "TOTP_SECRETS": {"1": totp_key}}.items():
+    is_logged = not app.config["MAIL_URL"] and app.config["PRODUCTION"] is False  # see `MailWorker`
+    messages = dict.fromkeys((f"MSG_{name}" for name in SENDING), LOGGED if is_logged else SENT)
+    for name, value in {**SETTINGS, **messages, **two_factor, "TOTP_SECRETS": {"1": totp_key}}.items():
         app.config.setdefault(f"SECURITY_{name}", value)
     users = Users(db, User, RoleMixin)
     own: dict[str, Any] = {"mail_util_cls": QueuedMails, "password_util_cls": forms.Passwords, "totp_cls": Codes}
@@ -164,6 +167,11 @@ def commit(response: Response) -> Response:
 
 class Codes(Totp):
     """Accepts each code of a second factor once, so that a code that was watched is worth nothing."""
+
+    def generate_totp_secret(self) -> str:
+        """Keep the key of a set-up that is not done. After a wrong code, the key in the app still works."""
+        begun: str | None = session.get("tf_totp_secret")
+        return begun or super().generate_totp_secret()
 
     def get_last_counter(self, user: Any) -> int | None:
         return user.tf_last_counter  # type: ignore[no-any-return]

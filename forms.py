@@ -116,12 +116,12 @@ def password_field(label: str, autocomplete: str, *validators: Any, description:
     return PasswordField(label, validators, description=description, render_kw={"autocomplete": autocomplete})
 
 
-def new_password() -> PasswordField:
-    return password_field("Password", "new-password", description="At least 8 characters, and hard to guess.")
+def new_password(label: str = "Password") -> PasswordField:
+    return password_field(label, "new-password", description="At least 8 characters, and hard to guess.")
 
 
-def repeated(field: str = "password") -> PasswordField:
-    return password_field("Password again", "new-password", EqualTo(field, "The two passwords differ."))
+def repeated(field: str = "password", label: str = "Password again") -> PasswordField:
+    return password_field(label, "new-password", EqualTo(field, "The two passwords differ."))
 
 
 def email_field(autocomplete: str = "email", **strictness: bool) -> EmailField:
@@ -183,8 +183,8 @@ class ResetPasswordForm(flask_security.ResetPasswordForm):
 
 class ChangePasswordForm(flask_security.ChangePasswordForm):
     password = password_field("Current password", "current-password")
-    new_password = new_password()
-    new_password_confirm = repeated("new_password")
+    new_password = new_password("New password")
+    new_password_confirm = repeated("new_password", "New password again")
 
     def validate(self, **options: Any) -> bool:
         is_valid: bool = super().validate(**options)

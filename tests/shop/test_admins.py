@@ -157,7 +157,7 @@ def test_a_user_deletes_the_account_by_the_password_and_the_row_stays_without_pe
     user, elsewhere = make_user(email="nat@example.com", name="Nat Turner"), app.test_client()
     for each in (client, elsewhere):
         login(each, user)
-    assert "This is not your current password." in client.post("/account/delete", data={"password": "wrong"}).text
+    assert "This is not your password." in client.post("/account/delete", data={"password": "wrong"}).text
     assert (
         "Your account has been deleted."
         in client.post("/account/delete", data={"password": PASSWORD}, follow_redirects=True).text
@@ -220,7 +220,7 @@ def test_a_change_by_an_admin_needs_a_recent_login(
     assert not stored(app, user).is_admin
     question = response.location
     assert "Please enter your password again." in client.get(question).text
-    assert "This is not your current password." in client.post(question, data={"password": "wrong"}).text
+    assert "This is not your password." in client.post(question, data={"password": "wrong"}).text
     assert client.post(question, data={"password": PASSWORD}).location == "/admin/users?q=reader"
     press(client, user, "make-admin")
     assert stored(app, user).is_admin

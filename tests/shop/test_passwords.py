@@ -153,7 +153,7 @@ def test_a_password_is_changed_only_by_a_user_who_knows_it_and_repeats_the_new_o
     user = make_user()
     login(client, user)
     for given, complaint in [
-        ({"current": "wrong horse"}, "This is not your current password."),
+        ({"current": "wrong horse"}, "This is not your password."),
         ({"current": ""}, "This field is required."),
         ({"repeated": "tulips"}, "The two passwords differ."),
         ({"password": "short", "repeated": "short"}, "use 8 to 128 characters"),

@@ -25,10 +25,11 @@ from support.account_forms import (
     stored,
     user_of,
 )
-from support.databases import on_sqlite
-from support.shop import PASSWORD, PASSWORD_HASH, has_password
+from support.databases import close, on_sqlite
+from support.shop import PASSWORD, PASSWORD_HASH, has_password, settings
 
 import forms
+from app import create_app
 from background import current_workers
 from models import User, UserRepository, db
 
@@ -61,7 +62,21 @@ def test_a_new_reader_confirms_the_email_by_the_link_and_the_password(
     assert confirmed.confirmed_at is not None
     assert confirmed.last_login_at is not None
     again = app.test_client().get(link, follow_redirects=True).text
-    assert "This e-mail is confirmed already. Please log in." in again
+    assert "This e-mail is confirmed already." in again
+
+
+@on_sqlite
+@pytest.mark.parametrize(
+    ("settings_of_server", "is_told"),
+    [({"PRODUCTION": False}, True), ({"PRODUCTION": False, "MAIL_URL": "smtp://mail.example.org"}, False), ({}, False)],
+)
+def test_a_page_says_that_the_link_is_in_the_log_where_it_is(
+    database_url: str, app: Flask, settings_of_server: dict[str, Any], is_told: bool
+) -> None:
+    trial = create_app(settings(database_url, **settings_of_server))
+    page = trial.test_client().post("/account/reset", data={"email": "nat@example.com"}).text
+    assert ("look for the link in its log" in page) is is_told
+    close(trial)
 
 
 @on_sqlite
@@ -73,7 +88,7 @@ def test_a_reader_gives_no_account_to_the_stranger_who_registered_with_the_email
     register(reader, password=NEW)
     for mail in send_mails(app, outbox):
         assert mail["Subject"] == "Please confirm your e-mail address"
-        assert "This is not your current password." in reader.post(link_in(mail), data={"password": NEW}).text
+        assert "This is not your password." in reader.post(link_in(mail), data={"password": NEW}).text
     assert not log_in(stranger, "nat@example.com", "the stranger chose this")
     assert not log_in(reader, "nat@example.com", NEW)
 

@@ -31,6 +31,7 @@ def set_up(client: FlaskClient) -> TOTP:
     phone = TOTP(key=re.search(r"<code>([^<]+)</code>", page)[1], format="base32")  # type: ignore[index]
     action = unescape(re.search(r'action="(/account/two-factor/[^"]+)"', page)[1])  # type: ignore[index]
     assert client.post(action, data={"code": "000000"}).location == SETUP
+    assert phone.pretty_key() in client.post(SETUP, data={"setup": "authenticator"}).text  # the app is not set up twice
     assert client.post(action, data={"code": phone.generate().token}).location == "/account"
     return phone
 
