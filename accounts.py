@@ -31,6 +31,7 @@ from flask_security import (
     uia_email_mapper,
 )
 from flask_security.confirmable import confirm_email_token_status
+from passlib.exc import UsedTokenError
 from sqlalchemy.orm.exc import StaleDataError
 from werkzeug.wrappers import Response
 
@@ -115,6 +116,8 @@ def register(app: Flask) -> None:
     views["security.confirm_email"] = asking_for_password(views["security.confirm_email"])
     if code := views.get("security.two_factor_token_validation"):  # it would log a user out
         views["security.two_factor_token_validation"] = anonymous_user_required(code)
+    if set_up := views.get("security.two_factor_setup_validate"):  # the token in its address names no user
+        views["security.two_factor_setup_validate"] = sessions.needs_recent_login(set_up)
     app.before_request(refuse_json)
     app.register_error_handler(StaleDataError, changed_meanwhile)
     password_reset.connect(confirm_by_password_link, app)
@@ -177,7 +180,8 @@ class Codes(Totp):
         return user.tf_last_counter  # type: ignore[no-any-return]
 
     def set_last_counter(self, user: Any, tmatch: Any) -> None:
-        user.tf_last_counter = tmatch.counter
+        if not UserRepository(db.session).use_code(user.id, tmatch.counter):
+            raise UsedTokenError
 
 
 def confirm_by_password_link(app: Flask, user: User, **_: Any) -> None:
@@ -207,8 +211,8 @@ def asking_for_password(confirm_email: Callable[..., Any]) -> Callable[..., Any]
 
 
 def refuse_json() -> None:
-    """Refuse JSON where Flask-Security would read it as a form."""
-    if request.blueprint == "security" and request.is_json:
+    """Refuse JSON where a form of Flask-Security would read it."""
+    if request.blueprint in ("security", "account") and request.is_json:
         abort(415)
 
 

@@ -31,6 +31,7 @@ from sqlalchemy import (
     func,
     literal_column,
     not_,
+    or_,
     select,
     text,
     true,
@@ -272,6 +273,15 @@ class UserRepository:
         """
         user = User.id == user_id if let_in_by is None else and_(User.id == user_id, User.fs_uniquifier == let_in_by)
         return bool(_rows_changed(self.session, update(User).where(user).values(last_login_at=at, status="active")))
+
+    def use_code(self, user_id: int, counter: int) -> bool:
+        """Note the counter of a code of the second factor. Return False if this code or a later one was used.
+
+        Concurrency: other requests may send the same code. One of them raises the counter.
+        """
+        is_new = or_(User.tf_last_counter.is_(None), User.tf_last_counter < counter)
+        used = update(User).where(User.id == user_id, is_new).values(tf_last_counter=counter)
+        return bool(_rows_changed(self.session, used))
 
     def update_inactive_user_statuses(
         self, cutoff: datetime, after_slice: Callable[[int, int], None] | None = None

@@ -22,7 +22,6 @@ from flask.typing import ResponseReturnValue
 from flask_bootstrap import Bootstrap5
 from flask_limiter import RateLimitExceeded
 from flask_login import current_user
-from flask_security import auth_required
 from flask_wtf import CSRFProtect
 from flask_wtf.csrf import CSRFError
 from sqlalchemy import Select, or_, select
@@ -37,6 +36,7 @@ from wtforms.validators import Length, Optional
 import accounts
 import audit
 import security_log
+import sessions
 import throttle
 from background import current_workers
 from background.dashboard import dashboard
@@ -189,7 +189,7 @@ def admins_only() -> ResponseReturnValue | None:
     return None
 
 
-@auth_required("session", within=lambda: current_app.config["SECURITY_FRESHNESS"])
+@sessions.needs_recent_login
 def recent_login() -> None:
     """Let a session with a recent login pass. Else the decorator redirects to the page that asks for the password."""
 

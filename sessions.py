@@ -5,11 +5,11 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import urlsplit
 
-from flask import Flask, flash, g, redirect, request, session, url_for
+from flask import Flask, current_app, flash, g, redirect, request, session, url_for
 from flask.sessions import SecureCookieSessionInterface, SessionMixin
 from flask_login import user_logged_out
 from flask_login.utils import _user_context_processor
-from flask_security import Security, user_authenticated
+from flask_security import Security, auth_required, user_authenticated
 from werkzeug.wrappers import Response
 
 from background.dashboard.origin import is_own_path
@@ -18,6 +18,9 @@ from models import User, UserRepository, db
 IDLE = timedelta(hours=12)  # a session ends so long after its last request
 ABSOLUTE = timedelta(days=7)  # and so long after the password was entered
 RECENT = timedelta(minutes=15)  # an admin's change needs the password, or another change, in the time before it
+
+needs_recent_login = auth_required("session", within=lambda: current_app.config["SECURITY_FRESHNESS"])
+"""Decorates a view of a session with a recent login. Other sessions get the page that asks for the password."""
 
 
 def register(app: Flask, security: Security) -> None:

@@ -224,3 +224,11 @@ def test_a_static_file_asks_the_database_for_no_user(client: FlaskClient, make_u
         assert client.get("/static/style.css", buffered=True).status_code == 200
         assert client.get("/health/live").status_code == 200
     assert asked == []
+
+
+@on_sqlite
+@pytest.mark.parametrize("body", ["[1]", '"x"', "null", '{"password": 1}'])
+def test_json_is_no_form_of_an_account(client: FlaskClient, make_user: Make, login: Login, body: str) -> None:
+    login(client, make_user())
+    for path in ("/account", "/account/delete", "/account/password", "/account/verify"):
+        assert client.post(path, data=body, content_type="application/json").status_code == 415

@@ -10,6 +10,7 @@ from flask.testing import FlaskClient, FlaskCliRunner
 from passlib.totp import TOTP
 from support.account_forms import Login, Make, is_logged_in, log_in, stored
 from support.databases import close, on_sqlite
+from support.fleet import at_once
 from support.shop import PASSWORD, settings
 
 from app import create_app
@@ -27,13 +28,18 @@ def admin(client: FlaskClient, make_user: Make, login: Login) -> User:
 
 def set_up(client: FlaskClient) -> TOTP:
     """Set up an authenticator app on the page. Return the app."""
-    page = client.post(SETUP, data={"setup": "authenticator"}).text
-    phone = TOTP(key=re.search(r"<code>([^<]+)</code>", page)[1], format="base32")  # type: ignore[index]
-    action = unescape(re.search(r'action="(/account/two-factor/[^"]+)"', page)[1])  # type: ignore[index]
+    phone, action = begin(client)
     assert client.post(action, data={"code": "000000"}).location == SETUP
     assert phone.pretty_key() in client.post(SETUP, data={"setup": "authenticator"}).text  # the app is not set up twice
     assert client.post(action, data={"code": phone.generate().token}).location == "/account"
     return phone
+
+
+def begin(client: FlaskClient) -> tuple[TOTP, str]:
+    """Ask for an app's secret. Return the app, and the address that its first code is sent to."""
+    page = client.post(SETUP, data={"setup": "authenticator"}).text
+    phone = TOTP(key=re.search(r"<code>([^<]+)</code>", page)[1], format="base32")  # type: ignore[index]
+    return phone, unescape(re.search(r'action="(/account/two-factor/[^"]+)"', page)[1])  # type: ignore[index]
 
 
 def next_code(phone: TOTP) -> str:
@@ -111,6 +117,32 @@ def test_switching_it_on_or_off_needs_a_recent_login(app: Flask, client: FlaskCl
     assert client.post(SETUP, data={"setup": "disable"}).location == "/account"
     assert log_in(app.test_client(), admin.email, PASSWORD)
     assert stored(app, admin).tf_totp_secret is None
+
+
+@on_sqlite
+def test_an_old_session_does_not_set_up_the_app_of_another_user(
+    app: Flask, client: FlaskClient, make_user: Make, login: Login, admin: User
+) -> None:
+    strangers = app.test_client()
+    login(strangers, make_user())
+    phone, action = begin(strangers)
+    with client.session_transaction() as content:
+        content.update(fs_paa=time.time() - 16 * 60, fs_gexp=0)
+    assert client.post(action, data={"code": next_code(phone)}).location.startswith("/account/verify")
+    assert stored(app, admin).tf_primary_method is None
+
+
+def test_a_code_works_once_also_for_several_logins_at_once(app: Flask, client: FlaskClient, admin: User) -> None:
+    phone, clients = set_up(client), [app.test_client() for _ in range(4)]
+    for each in clients:
+        assert log_in(each, admin.email, PASSWORD)
+    used = next_code(phone)
+
+    def enter(number: int) -> bool:
+        return clients[number].post(CODE, data={"code": used}).status_code == 302
+
+    assert sorted(at_once(4, enter)) == [False, False, False, True]
+    assert sum(map(is_logged_in, clients)) == 1
 
 
 @on_sqlite
