@@ -77,7 +77,9 @@ def answered(response: Response, guard: Callable[..., Any]) -> Response:
     g.audit_outcome = response.status
     if request.method in READING or "audit_entry" in g or guard not in guards():
         return response
-    is_throttled, asks_for_password = response.status_code == 429, response.status_code in range(300, 400)
+    # An admin who keeps asking gets no further entry.
+    is_throttled = response.status_code == 429 and g.get("is_first_refusal", True)
+    asks_for_password = response.status_code in range(300, 400)
     if (is_throttled or asks_for_password) and current_user.is_authenticated and current_user.is_admin:
         begin_request()
         g.audit_outcome = f"refused: {response.status if is_throttled else 'no recent login'}"

@@ -4,6 +4,7 @@ import os
 import re
 import secrets
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from logging import INFO, WARNING
@@ -43,10 +44,14 @@ EVENTS = {
 """The events, each with the level of its lines."""
 
 LOGIN = "security.login"
+HOUR = 3_600.0  # seconds
+MOST_LOGGED = 10_000  # refusals that a process remembers
+_lock = Lock()
 _SANE = re.compile(r"[\w.:-]{1,64}", re.ASCII)
 
 
 def register(app: Flask) -> None:
+    app.extensions["logged_refusals"] = {}
     app.after_request(answered)
     for signal, receiver in RECEIVERS:
         signal.connect(receiver, app)
@@ -83,10 +88,25 @@ def refused(error: HTTPException) -> None:
     """Record an error that refuses a request."""
     if isinstance(error, RateLimitExceeded):  # only the first refusal of a window has a line
         record("throttled", own_id(), is_logged=g.get("is_first_refusal", True))
-    elif isinstance(error, Forbidden):
-        record("forbidden", own_id())
-    elif isinstance(error, CSRFError):
-        record("CSRF", own_id())
+    elif isinstance(error, Forbidden | CSRFError):
+        event, user_id = "forbidden" if isinstance(error, Forbidden) else "CSRF", own_id()
+        record(event, user_id, is_logged=is_new((event, network(), user_id)))
+
+
+def is_new(refusal: tuple[str, str, int | None]) -> bool:
+    """Return whether this process logged no such refusal within the hour, so a visitor cannot fill the log.
+
+    This needs no database, because the page of an error works without one.
+    """
+    at = time.monotonic()
+    with _lock:
+        logged = current_app.extensions["logged_refusals"]
+        if at - logged.get(refusal, -HOUR) < HOUR:
+            return False
+        if len(logged) >= MOST_LOGGED:
+            logged.clear()
+        logged[refusal] = at
+        return True
 
 
 def own_id() -> int | None:
@@ -149,7 +169,6 @@ RECEIVERS: list[tuple[NamedSignal, Callable[..., None]]] = [
 # ---- Metrics
 
 _counts = dict.fromkeys(EVENTS, 0)
-_lock = Lock()
 
 
 def count(event: str) -> None:

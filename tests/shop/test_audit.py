@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from flask import Flask
 from flask.testing import FlaskClient, FlaskCliRunner
-from sqlalchemy import select, text
+from sqlalchemy import select, text, update
 from sqlalchemy.exc import OperationalError
 from support.databases import close, on_sqlite
 from support.shop import PASSWORD, settings
@@ -19,7 +19,7 @@ from support.shop import PASSWORD, settings
 import audit
 from app import create_app
 from background.testing import run_worker
-from models import AuditEntry, User, db
+from models import AuditEntry, RateLimit, User, db
 from workers import PruneAuditWorker
 
 Make = Callable[..., User]
@@ -105,6 +105,17 @@ def test_an_admins_change_that_is_throttled_is_recorded_as_refused(
     assert outcomes(app) == [("admin.make_admin", "refused: 429 TOO MANY REQUESTS")]
     [entry] = entries(app)
     assert (entry.user_id, json.loads(entry.details)) == (admin.id, {"user_id": str(admin.id)})
+
+
+@on_sqlite
+def test_an_admin_who_is_throttled_again_and_again_has_one_entry(app: Flask, client: FlaskClient, admin: User) -> None:
+    nonsense = "/workers/worker/nonsense/pause"
+    client.post(nonsense)
+    with app.app_context():
+        db.session.execute(update(RateLimit).where(RateLimit.key.contains(f"/user {admin.id}/")).values(hits=300))
+        db.session.commit()
+    assert [client.post(nonsense).status_code for _ in range(3)] == [429] * 3
+    assert [outcome for _, outcome in outcomes(app)] == ["404 NOT FOUND", "refused: 429 TOO MANY REQUESTS"]
 
 
 @on_sqlite

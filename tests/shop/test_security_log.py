@@ -170,6 +170,22 @@ def test_a_form_without_a_token_is_recorded(app: Flask, client: FlaskClient, lin
 
 
 @on_sqlite
+def test_each_forbidden_page_and_bad_form_is_counted_and_the_first_of_a_visitor_is_logged(
+    app: Flask, client: FlaskClient, make_user: Make, login: Callable[[FlaskClient, User], None], lines: Lines
+) -> None:
+    login(client, make_user())
+    before = counted(client, "forbidden"), counted(client, "CSRF")
+    for _ in range(3):
+        assert client.get("/admin/users").status_code == 403
+    app.config["WTF_CSRF_ENABLED"] = True
+    for last in (1, 1, 2):
+        assert client.post("/login", environ_overrides={"REMOTE_ADDR": f"192.0.2.{last}"}).status_code == 400
+    events = [line["event"] for line in lines()]
+    assert [event for event in events if event != "login"] == ["forbidden", "CSRF", "CSRF"]
+    assert (counted(client, "forbidden"), counted(client, "CSRF")) == (before[0] + 3, before[1] + 3)
+
+
+@on_sqlite
 def test_each_throttled_request_is_counted_and_the_first_is_logged(client: FlaskClient, lines: Lines) -> None:
     before = counted(client, "throttled")
     number = int(throttle.LOGINS_OF_NETWORK_AND_ACCOUNT.split()[0])
@@ -209,8 +225,8 @@ def test_the_id_of_a_request_is_the_proxys_if_it_is_one_word(
 
 
 def test_two_requests_have_two_ids(client: FlaskClient, reader: User, lines: Lines) -> None:
-    for _ in range(2):
-        client.get("/admin/users")
+    for address in ("192.0.2.1", "192.0.2.2"):
+        client.get("/admin/users", environ_overrides={"REMOTE_ADDR": address})
     assert len({line["request"] for line in lines() if line["event"] == "forbidden"}) == 2
 
 
