@@ -106,7 +106,8 @@ def reset_password(email: str) -> None:
     with _ready_engine() as engine, engine.begin() as connection:
         access = {"password": hash_password(password), "confirmed_at": func.coalesce(User.confirmed_at, now())}
         ended = {"fs_uniquifier": new_uniquifier(), "tf_primary_method": None, "tf_totp_secret": None}
-        change = update(User).where(User.email == email).values(**access, **ended).returning(User.id)
+        account = User.email == email, User.email.contains("@")  # a deleted account has none
+        change = update(User).where(*account).values(**access, **ended).returning(User.id)
         changed = connection.scalar(change) if storable(email, engine.dialect) == email else None
         if changed is None:
             raise click.ClickException(

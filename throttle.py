@@ -22,6 +22,8 @@ from background.database.clock import elapsed, now, single_statements
 from forms import normalized_email
 from models import RateLimit, User, db
 
+log = logging.getLogger(__name__)
+
 WRITING = ["POST", "PUT", "PATCH", "DELETE"]
 
 # Each request that may write is counted, whatever its route. A new route needs no line of its own.
@@ -103,8 +105,11 @@ def note_login(_app: Flask, user: User) -> None:
 def remember_network(response: Response) -> Response:
     """Remember the network of a login, after the login's transaction: on SQLite only one connection can write."""
     if key := g.pop("logged_in", None):
-        limiter.storage.clear(key)
-        limiter.storage.incr(key, DAYS_KNOWN * 86_400)
+        try:
+            limiter.storage.clear(key)
+            limiter.storage.incr(key, DAYS_KNOWN * 86_400)
+        except SQLAlchemyError:  # the login is done already
+            log.exception("The network of a login could not be remembered")
     return response
 
 

@@ -11,7 +11,7 @@ from flask import Flask
 from flask.testing import FlaskClient
 from limits.storage import storage_from_string
 from sqlalchemy import select, update
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, OperationalError
 from support.databases import close, on_postgresql, on_sqlite
 from support.fleet import at_once
 from support.processes import MARGIN
@@ -135,6 +135,21 @@ def test_that_ceiling_does_not_lock_the_owner_out_of_a_known_network(app: Flask,
     assert codes(app.test_client(), 2, address="198.51.100.3") == [200, 429]
     assert log_in(app.test_client(), PASSWORD, address="192.0.2.2").status_code == 429
     assert log_in(app.test_client(), PASSWORD).status_code == 302
+
+
+@on_sqlite
+def test_a_login_whose_network_cannot_be_remembered_is_a_login(
+    client: FlaskClient, nat: User, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On SQLite, a run may take the only write lock after the transaction of the login."""
+
+    def locked(*_: Any) -> None:
+        raise OperationalError("DELETE", {}, Exception("database is locked"))
+
+    monkeypatch.setattr(RateLimits, "clear", locked)
+    assert log_in(client, PASSWORD).status_code == 302
+    assert client.get("/account").status_code == 200
+    assert "The network of a login could not be remembered" in caplog.text
 
 
 @pytest.mark.usefixtures("nat")
