@@ -1,5 +1,6 @@
 """Security events: one line of the logger `security`, and one count in /metrics, for each."""
 
+import logging
 import os
 import re
 import secrets
@@ -52,6 +53,7 @@ _SANE = re.compile(r"[\w.:-]{1,64}", re.ASCII)
 
 def register(app: Flask) -> None:
     app.extensions["logged_refusals"] = {}
+    logging.getLogger("flask_wtf.csrf").setLevel(WARNING)  # it has a line for each form without a token
     app.after_request(answered)
     for signal, receiver in RECEIVERS:
         signal.connect(receiver, app)

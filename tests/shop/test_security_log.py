@@ -171,10 +171,16 @@ def test_a_form_without_a_token_is_recorded(app: Flask, client: FlaskClient, lin
 
 @on_sqlite
 def test_each_forbidden_page_and_bad_form_is_counted_and_the_first_of_a_visitor_is_logged(
-    app: Flask, client: FlaskClient, make_user: Make, login: Callable[[FlaskClient, User], None], lines: Lines
+    app: Flask,
+    client: FlaskClient,
+    make_user: Make,
+    login: Callable[[FlaskClient, User], None],
+    lines: Lines,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     login(client, make_user())
     before = counted(client, "forbidden"), counted(client, "CSRF")
+    caplog.set_level(logging.INFO)
     for _ in range(3):
         assert client.get("/admin/users").status_code == 403
     app.config["WTF_CSRF_ENABLED"] = True
@@ -182,6 +188,7 @@ def test_each_forbidden_page_and_bad_form_is_counted_and_the_first_of_a_visitor_
         assert client.post("/login", environ_overrides={"REMOTE_ADDR": f"192.0.2.{last}"}).status_code == 400
     events = [line["event"] for line in lines()]
     assert [event for event in events if event != "login"] == ["forbidden", "CSRF", "CSRF"]
+    assert "CSRF token is missing" not in caplog.text
     assert (counted(client, "forbidden"), counted(client, "CSRF")) == (before[0] + 3, before[1] + 3)
 
 
