@@ -173,7 +173,7 @@ class Codes(Totp):
 
     def generate_totp_secret(self) -> str:
         """Keep the key of a set-up that is not done. After a wrong code, the key in the app still works."""
-        begun: str | None = session.get("tf_totp_secret")
+        begun: str | None = session.get("tf_totp_secret") if session else None  # no session without a request
         return begun or super().generate_totp_secret()
 
     def get_last_counter(self, user: Any) -> int | None:
