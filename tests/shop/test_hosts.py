@@ -62,6 +62,7 @@ def test_a_mangled_host_is_a_bad_request_on_each_address(client: FlaskClient, ho
         assert "Content-Security-Policy" in response.headers
 
 
+@pytest.mark.promise
 def test_a_server_answers_a_mangled_host_with_400(of_gunicorn: int) -> None:
     for host in ("good@evil.example", "evil.example/x", "[::1", "a b", "", "a\x01b", "a\x7fb"):
         for path in ("/", "/workers", "/admin//users", "/health/live", "/metrics"):
@@ -71,6 +72,7 @@ def test_a_server_answers_a_mangled_host_with_400(of_gunicorn: int) -> None:
             assert b"evil" not in answer
 
 
+@pytest.mark.promise
 def test_in_production_pages_answer_the_host_of_the_public_url_and_probes_answer_any(of_gunicorn: int) -> None:
     def status(path: str, host: str) -> int:
         connection = http.client.HTTPConnection("127.0.0.1", of_gunicorn, timeout=30)
@@ -137,6 +139,7 @@ def test_a_redirect_of_the_url_map_does_not_name_the_host_that_the_request_named
     close(app)
 
 
+@pytest.mark.promise
 def test_a_servers_redirects_are_relative(of_gunicorn: int) -> None:
     for path, target in {**REDIRECTS, "//workers": "/workers/", "//admin//users": "/admin/users"}.items():
         asked = f"GET {path} HTTP/1.1\r\nHost: your.shop\r\nConnection: close\r\n\r\n"
@@ -183,6 +186,7 @@ def test_a_shop_of_a_database_url_answers_other_machines(app: Flask) -> None:
     assert response.status_code == 200
 
 
+@pytest.mark.promise
 @needs_a_network
 @pytest.mark.parametrize("kind", ["flask", "gunicorn"])
 def test_a_demo_that_listens_on_all_addresses_refuses_the_machines_own_address_on_the_network(

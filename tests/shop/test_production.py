@@ -364,6 +364,7 @@ def add_demo_admin(url: str) -> None:
 # ---- A file of settings
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize(
     "command",
     [
