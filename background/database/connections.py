@@ -291,13 +291,17 @@ def _make(connection: Any, table: Table, dialect: Dialect) -> None:
 
 
 def again_if_stale(ask: Callable[[], Answer]) -> Answer:
-    """Return the result of `ask`, which may be called twice.
+    """Return the result of `ask`, which may be called once more for each pool.
 
     A pooled connection may be older than the server's last restart. Its first use fails then, so call `ask` again.
     """
-    try:
-        return ask()
-    except DBAPIError as error:
-        if not error.connection_invalidated:
-            raise
-        return ask()
+    for _ in range(_POOLS):
+        try:
+            return ask()
+        except DBAPIError as error:
+            if not error.connection_invalidated:
+                raise
+    return ask()
+
+
+_POOLS = 3  # the application's, the engine's and its heartbeats'

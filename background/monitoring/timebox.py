@@ -18,7 +18,7 @@ _GIVEN_UP_SECONDS = 30.0
 class Timebox(Generic[Subject, Answer]):
     """Runs one query at a time, on a thread of its own. Callers that come meanwhile get the same result.
 
-    The query may run twice, as the first use of a stale connection fails.
+    The query may run again, as the first use of a stale connection fails.
     """
 
     def __init__(self, ask: Callable[[Subject], Answer], seconds: float) -> None:

@@ -154,15 +154,15 @@ def test_each_command_in_a_sentence_is_accepted(tmp_path: Path, page: str) -> No
 
 def parse(words: list[str], app: Flask) -> None:
     command: click.Command | None = FlaskGroup(create_app=lambda: app)
-    context = click.Context(command, obj=ScriptInfo(create_app=lambda: app))
     if words[0] == "--app":
         del words[:2]
-    while isinstance(command, click.Group) and words:
-        name = words.pop(0)
-        command = command.get_command(context, name)
-        assert command is not None, name
-    if not isinstance(command, click.Group):
-        command.make_context(name, words, context)
+    with click.Context(command, obj=ScriptInfo(create_app=lambda: app)) as context:
+        while isinstance(command, click.Group) and words:
+            name = words.pop(0)
+            command = command.get_command(context, name)
+            assert command is not None, name
+        if not isinstance(command, click.Group):
+            command.make_context(name, words, context)
 
 
 def lines(page: str) -> list[list[str]]:
