@@ -188,9 +188,9 @@ def test_when_slow_clients_block_every_process_runs_are_handed_back_without_coun
         assert "SIGKILL" not in server.output
         assert "Traceback" not in server.output
     for worker in ("listener", "deaf"):
-        (first, second) = effects.states(worker)
-        assert first == ("handed back", 1), server.output
-        assert second in [("handed back", 1), ("running", 1)], "no instance was there to see it handed back"
+        *earlier, last = effects.states(worker)  # a process may take a run over before its own end
+        assert set(earlier) == {("handed back", 1)}, server.output
+        assert last in [("handed back", 1), ("running", 1)], "no instance was there to see it handed back"
 
 
 def test_ctrl_c_in_a_terminal_lets_the_reloaders_child_end_its_run(sqlite_url: str) -> None:

@@ -16,7 +16,7 @@ from ...errors import InvalidConfig
 from ...host.listeners import is_new
 from . import sqlite_files as database_files
 from .error_codes import is_busy
-from .writes import is_write_with_cte
+from .writes import COMMITS_ITSELF, is_write_with_cte
 
 BUSY_SECONDS = 30
 OPEN_SECONDS = 10
@@ -194,8 +194,10 @@ def _begin_before_savepoint(connection: Connection, _name: str) -> None:
 
 def _begin_before_cte(connection: Connection, _cursor: Any, statement: str, *_: Any) -> None:
     """Begin a transaction before a write that begins with WITH. Otherwise SQLite would commit the write at once."""
+    if connection.get_execution_options().get(COMMITS_ITSELF) or not is_write_with_cte(statement):
+        return
     driver: Any = connection.connection.driver_connection
-    if is_write_with_cte(statement) and driver.isolation_level is not None and not driver.in_transaction:
+    if driver.isolation_level is not None and not driver.in_transaction:
         driver.execute("BEGIN IMMEDIATE")
 
 

@@ -2,6 +2,9 @@
 
 import re
 
+COMMITS_ITSELF = "background_commits_itself"
+"""The option of a connection to SQLite that begins no transaction before a write with WITH."""
+
 _BEFORE = re.compile(r"(?:[\s(]|--[^\n]*\n|/\*.*?\*/)*", re.DOTALL)  # spaces and comments before a statement
 _READS = re.compile(r"(select|show|explain|values|table|pragma|begin|savepoint|release|rollback|set)\b", re.IGNORECASE)
 _WRITES = re.compile(r"\b(insert|update|delete|merge)\b", re.IGNORECASE)
