@@ -104,6 +104,7 @@ def dead_letter(app: Flask) -> int:
     return found
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize("page", ON_A_FLEET)
 def test_the_commands_of_the_page_succeed(app: Flask, dead_letter: int, database_url: str, page: str) -> None:
     """The line `flask workers run` of the page is the process beside which the other lines are executed."""

@@ -91,6 +91,7 @@ def test_a_process_whose_workers_began_before_it_served_is_refused_too(
     close(app)
 
 
+@pytest.mark.promise
 def test_another_server_answers_503_to_each_request_until_its_settings_are_safe(
     database_url: str, nursery: Nursery
 ) -> None:
@@ -110,6 +111,7 @@ def test_another_server_answers_503_to_each_request_until_its_settings_are_safe(
         server.wait_for("joined")
 
 
+@pytest.mark.promise
 def test_flask_run_is_production_if_the_setting_says_so(sqlite_url: str, nursery: Nursery) -> None:
     add_demo_admin(sqlite_url)
     command = flask("run", "--port", "0")
@@ -256,6 +258,7 @@ def test_the_demo_admin_is_refused_in_production_until_it_is_no_longer_an_admin(
 # ---- As an operator meets them
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize("more", [(), ("--preload",)], ids=["gunicorn", "preload"])
 def test_gunicorn_ends_with_a_line_for_each_grave_complaint(
     sqlite_url: str, more: tuple[str, ...], nursery: Nursery
@@ -270,6 +273,7 @@ def test_gunicorn_ends_with_a_line_for_each_grave_complaint(
     assert "Traceback" not in output
 
 
+@pytest.mark.promise
 def test_gunicorn_warns_once_of_the_other_complaints(sqlite_url: str, nursery: Nursery) -> None:
     env = environment(sqlite_url, WORKERS_ENABLED="no")
     with nursery.forked(gunicorn("-w", "3", "app:create_app()"), env) as server:
@@ -279,6 +283,7 @@ def test_gunicorn_warns_once_of_the_other_complaints(sqlite_url: str, nursery: N
             assert "[WARNING]" in server.wait_for(f".*{each}")[0]
 
 
+@pytest.mark.promise
 def test_gunicorn_logs_each_request_without_the_tokens_of_links(sqlite_url: str, nursery: Nursery) -> None:
     token = URLSafeTimedSerializer(SECRET).dumps([4711, "of a link"])
     with nursery.forked(gunicorn("-w", "1", "app:create_app()"), environment(sqlite_url)) as server:
@@ -290,6 +295,7 @@ def test_gunicorn_logs_each_request_without_the_tokens_of_links(sqlite_url: str,
         assert token not in server.output
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize("enabled", ["yes", "no"])
 def test_gunicorn_ends_with_a_sentence_if_its_database_has_the_demo_admin(
     database_url: str, enabled: str, nursery: Nursery
@@ -304,6 +310,7 @@ def test_gunicorn_ends_with_a_sentence_if_its_database_has_the_demo_admin(
     assert "Traceback" not in output
 
 
+@pytest.mark.promise
 def test_gunicorn_refuses_what_only_the_application_itself_is_given(
     tmp_path: Path, sqlite_url: str, nursery: Nursery
 ) -> None:
@@ -318,6 +325,7 @@ def test_gunicorn_refuses_what_only_the_application_itself_is_given(
     assert "Traceback" not in output
 
 
+@pytest.mark.promise
 def test_check_names_each_complaint_about_a_server_of_these_settings(sqlite_url: str, nursery: Nursery) -> None:
     add_demo_admin(sqlite_url)
     env = environment(sqlite_url, FLASK_APP="app", PUBLIC_URL="http://your.shop", METRICS_TOKEN="x")
@@ -334,6 +342,7 @@ def test_check_names_each_complaint_about_a_server_of_these_settings(sqlite_url:
     assert "in production" not in output
 
 
+@pytest.mark.promise
 def test_a_command_that_serves_nothing_neither_warns_nor_refuses(sqlite_url: str, nursery: Nursery) -> None:
     for more in ({"PRODUCTION": "true"}, {}):
         env = environment(sqlite_url, FLASK_APP="app", SECRET_KEY="dev", PUBLIC_URL="http://your.shop", **more)
@@ -342,6 +351,7 @@ def test_a_command_that_serves_nothing_neither_warns_nor_refuses(sqlite_url: str
         assert "production" not in output
 
 
+@pytest.mark.promise
 def test_flask_workers_run_refuses_grave_complaints_if_the_setting_says_so(sqlite_url: str, nursery: Nursery) -> None:
     env = environment(sqlite_url, FLASK_APP="app", PUBLIC_URL="http://your.shop", PRODUCTION="true")
     code, output = nursery.run(flask("workers", "run"), env)
@@ -416,6 +426,7 @@ def test_only_the_configured_proxies_name_the_visitor(database_url: str, proxies
     close(app)
 
 
+@pytest.mark.promise
 def test_under_gunicorn_no_header_changes_the_path_of_the_shop(sqlite_url: str, nursery: Nursery) -> None:
     command = gunicorn("-w", "1", "app:create_app()")
     with nursery.forked(command, environment(sqlite_url, WORKERS_ENABLED="no")) as server:

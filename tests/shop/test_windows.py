@@ -49,6 +49,7 @@ def own_environment(clone: Path) -> dict[str, str]:
     return environment(FLASK_APP="app:create_app", PYTHONPATH=clone)
 
 
+@pytest.mark.promise
 def test_the_names_are_gone() -> None:
     program = f"{WITHOUT_UNIX}\nimport app\nimport fcntl"
     code, said = run([sys.executable, "-c", program], environment())
@@ -56,6 +57,7 @@ def test_the_names_are_gone() -> None:
     assert "import of fcntl halted" in said.splitlines()[-1]
 
 
+@pytest.mark.promise
 def test_flask_run_makes_the_database_serves_and_runs_a_tick(clone: Path) -> None:
     with started(command("run", "-p", "0"), own_environment(clone), clone) as server:
         server.wait_for(RAN)
@@ -67,6 +69,7 @@ def test_flask_run_makes_the_database_serves_and_runs_a_tick(clone: Path) -> Non
         assert "Traceback" not in server.output
 
 
+@pytest.mark.promise
 def test_flask_workers_run_runs_a_tick_and_stops(clone: Path) -> None:
     with started(command("workers", "run"), own_environment(clone), clone) as workers:
         workers.wait_for(RAN)
