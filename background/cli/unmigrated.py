@@ -14,7 +14,7 @@ from ..database.migrations import STEPS
 from ..database.tables import metadata
 from ..host.logs import quieten
 
-_MOST = 10
+_MOST = 20
 
 
 def unmigrated(app: Flask, db: SQLAlchemy) -> list[str] | None:

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sqlalchemy import Inspector, MetaData, inspect
+from sqlalchemy import Column, Inspector, MetaData, String, Text, inspect
+from sqlalchemy.types import TypeEngine
 
 from ..errors import InvalidMigration
 from .clock import UtcDateTime
@@ -43,8 +44,7 @@ def _version(connection: Any, schema: str | None) -> int:
 
     The columns are also there after `db.create_all()`, which would write no number into a row or a comment.
     """
-    schema = connection.get_execution_options().get("schema_translate_map", {}).get(schema, schema)
-    inspector = inspect(connection)
+    schema, inspector = _translated(connection, schema), inspect(connection)
     found = next((below for below, step in enumerate(STEPS) if not step.is_done(inspector, schema)), len(STEPS))
     if not found and (tables := [name for name in metadata.tables if inspector.has_table(name, schema)]):
         raise InvalidMigration(
@@ -52,6 +52,17 @@ def _version(connection: Any, schema: str | None) -> int:
             "all or none. Finish with the release that made these tables, or drop them."
         )
     return found
+
+
+def _translated(connection: Any, schema: str | None) -> str | None:
+    """Return the schema that `schema_translate_map` gives. Alembic ignores this map when it alters a table."""
+    translations: dict[str | None, str] = connection.get_execution_options().get("schema_translate_map", {})
+    return translations.get(schema, schema)
+
+
+def _altered(op: Any, schema: str | None) -> str | None:
+    """Return the schema to name in an ALTER TABLE. Offline, there is no connection with a translation."""
+    return schema if op.get_context().as_sql else _translated(op.get_bind(), schema)
 
 
 _OFFLINE = "version_of_the_engines_tables"
@@ -106,12 +117,51 @@ def _create(op: Any, schema: str | None) -> None:
 
 def _drop(op: Any, schema: str | None) -> None:
     for table in reversed(metadata.sorted_tables):
-        op.drop_table(table.name, schema=schema)
+        if table.name not in _NEW_TABLES:
+            op.drop_table(table.name, schema=schema)
 
 
 def _is_created(inspector: Inspector, schema: str | None) -> bool:
-    return all(inspector.has_table(name, schema) for name in metadata.tables)
+    return all(inspector.has_table(name, schema) for name in metadata.tables if name not in _NEW_TABLES)
 
 
-STEPS = (Step(_create, _drop, _is_created),)
+_NEW_TABLES = {"background_topics"}
+_NEW_COLUMNS: dict[str, dict[str, TypeEngine[Any]]] = {
+    "background_workers": {"pending_after": UtcDateTime()},
+    "background_executions": {"cancelled_at": UtcDateTime(), "cancelled_by": String(255), "cursor": Text()},
+}
+
+
+def _add_cancelling(op: Any, schema: str | None) -> None:
+    """Add the columns and tables for cancelled and continued runs, retries after a failure, and paused topics."""
+    for table, columns in _NEW_COLUMNS.items():
+        for name, type in columns.items():
+            op.add_column(table, Column(name, type), schema=_altered(op, schema))
+    op.create_table(
+        "background_topics",
+        Column("topic", String(100), primary_key=True),
+        Column("paused_at", UtcDateTime(), nullable=False),
+        schema=schema,
+    )
+
+
+def _remove_cancelling(op: Any, schema: str | None) -> None:
+    for table in _NEW_TABLES:
+        op.drop_table(table, schema=schema)
+    for table, columns in _NEW_COLUMNS.items():
+        for name in columns:
+            op.drop_column(table, name, schema=_altered(op, schema))
+
+
+def _has_cancelling(inspector: Inspector, schema: str | None) -> bool:
+    return all(inspector.has_table(name, schema) for name in _NEW_TABLES) and all(
+        columns.keys() <= {column["name"] for column in inspector.get_columns(table, schema)}
+        for table, columns in _NEW_COLUMNS.items()
+    )
+
+
+STEPS = (
+    Step(_create, _drop, _is_created),
+    Step(_add_cancelling, _remove_cancelling, _has_cancelling),
+)
 """The step to version 1, then the step to version 2, and so on."""

@@ -125,6 +125,8 @@ workers = Table(
     Column("declared_by", String(32)),
     Column("scheduled_at", UtcDateTime, nullable=False),
     Column("paused_at", UtcDateTime),
+    # The moment from which the pending tick may be claimed. NULL: at once. Set for a failed tick that is tried again.
+    Column("pending_after", UtcDateTime),
 )
 
 # A pending tick may no longer be due, because the database's clock was set back.
@@ -155,6 +157,11 @@ executions = Table(
     Column("reason", AnyText),
     # The lines that the run logged. Written with the outcome, and with each earlier commit of the run.
     Column("log", AnyText),
+    # The request to cancel this execution, and the user who made it.
+    Column("cancelled_at", UtcDateTime),
+    Column("cancelled_by", String(255)),
+    # The last committed `context.cursor`, as JSON. The next attempt at the tick begins with it.
+    Column("cursor", Text),
     Index("ix_background_executions_worker_tick", "worker", "tick"),
     Index("ix_background_executions_token", "worker", "token", unique=True),
 )
@@ -234,6 +241,14 @@ message_errors = Table(
     Column("at", UtcDateTime, nullable=False),
     Column("instance_name", String(255)),
     Column("error", AnyText, nullable=False),
+)
+
+# The paused topics. A topic without a row is not paused.
+topics = Table(
+    "background_topics",
+    metadata,
+    Column("topic", String(100), primary_key=True),
+    Column("paused_at", UtcDateTime, nullable=False),
 )
 
 locks = Table(

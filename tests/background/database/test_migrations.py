@@ -129,7 +129,7 @@ def test_a_migration_may_name_the_schema(hosts: Callable[[str], Host]) -> None:
     host = hosts("in a schema")
     with host.engine.begin() as connection:
         op = Operations(MigrationContext.configure(connection))
-        migrate_to(op, version=1, schema="shop")
+        migrate_to(op, version=len(migrations.STEPS), schema="shop")
     assert host.tables() == {table.name for table in host.metadata.tables.values()}
 
 
@@ -150,35 +150,35 @@ def are_coloured(inspector: Any, schema: str | None) -> bool:
 
 
 @pytest.fixture
-def second_version(monkeypatch: pytest.MonkeyPatch) -> None:
+def next_version(monkeypatch: pytest.MonkeyPatch) -> None:
     newest = MetaData()
     for table in migrations.metadata.tables.values():
         table.to_metadata(newest)
     locks = newest.tables["background_locks"]
     locks.append_column(Column("colour", String(10)))
     locks.c.token.nullable = True
-    second = migrations.Step(colour_locks, bleach_locks, are_coloured)
+    step = migrations.Step(colour_locks, bleach_locks, are_coloured)
     monkeypatch.setattr(migrations, "metadata", newest)
-    monkeypatch.setattr(migrations, "STEPS", (*migrations.STEPS[:1], second))
+    monkeypatch.setattr(migrations, "STEPS", (*migrations.STEPS, step))
 
 
-@pytest.mark.usefixtures("second_version")
+@pytest.mark.usefixtures("next_version")
 @pytest.mark.parametrize("kind", ["plain", "in a schema"])
 def test_each_version_is_reached_from_each_other(hosts: Callable[[str], Host], kind: str) -> None:
     host = hosts(kind)
-    for version in (0, 0, 1, 1, 2, 2, 1, 0, 2, 0):
+    for version in (0, 0, 1, 1, 2, 2, 3, 3, 2, 1, 3, 1, 0, 3, 0):
         host.migrate_to(version)
-        assert len(host.tables()) == (7 if version else 0)
-        assert version != 1 or "colour" not in host.columns("background_locks")
-        assert version != 2 or "colour" in host.columns("background_locks")
+        assert len(host.tables()) == (0, 7, 8, 8)[version]
+        assert version == 0 or ("cursor" in host.columns("background_executions")) == (version >= 2)
+        assert version == 0 or ("colour" in host.columns("background_locks")) == (version == 3)
 
 
-@pytest.mark.usefixtures("second_version")
+@pytest.mark.usefixtures("next_version")
 def test_a_step_keeps_the_rows(host: Host) -> None:
     host.migrate_to(1)
     with host.engine.begin() as connection:
         connection.execute(host.metadata.tables["background_locks"].insert().values(name="a", token=7, since=SINCE))
-    for version in (2, 1):
+    for version in (3, 1, 2):
         host.migrate_to(version)
         with host.engine.begin() as connection:
             assert connection.execute(text("SELECT name, token FROM background_locks")).all() == [("a", 7)]
@@ -187,9 +187,9 @@ def test_a_step_keeps_the_rows(host: Host) -> None:
 SINCE = text("'2026-01-01 00:00:00.000000+00:00'")
 
 
-@pytest.mark.parametrize("version", [-1, 2, "1", True, None, 1.0])
+@pytest.mark.parametrize("version", [-1, 3, "1", True, None, 1.0])
 def test_a_version_that_this_release_does_not_know_is_refused(host: Host, version: Any) -> None:
-    with pytest.raises(InvalidMigration, match=rf"no version {version!r}; expected a whole number from 0 .* to 1"):
+    with pytest.raises(InvalidMigration, match=rf"no version {version!r}; expected a whole number from 0 .* to 2"):
         host.migrate_to(version)
     assert host.tables() == set()
 
@@ -217,7 +217,7 @@ def offline(host: Host, start: str | None) -> tuple[Operations, StringIO]:
 
 def test_sql_from_base_makes_the_tables_step_by_step(host: Host, request: pytest.FixtureRequest) -> None:
     if host.engine.dialect.name == "postgresql":  # without a connection, Alembic rebuilds no table of SQLite
-        request.getfixturevalue("second_version")
+        request.getfixturevalue("next_version")
     host.migrate_to(1)
     expected = host.definitions()
     host.migrate_to(0)

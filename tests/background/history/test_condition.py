@@ -400,7 +400,7 @@ def test_check_names_the_call_that_brings_the_engines_tables_up_to_date(
     assert checked.exit_code == 1
     assert checked.stderr == (
         "Problem: The models have the index ix_background_messages_dead of background_messages, which the database "
-        "lacks: make a migration with `flask db revision` that calls `background.migrate_to(op, version=1)`, or that "
+        "lacks: make a migration with `flask db revision` that calls `background.migrate_to(op, version=2)`, or that "
         "makes it by hand if the tables have that version.\n"
     )
 
