@@ -10,9 +10,9 @@ from werkzeug.wrappers import Response
 from ..errors import CommitFirst, first_line
 from ..manager import the_manager
 from ..monitoring.unavailable import is_away, unavailable
-from . import fleet_pages, message_pages, worker_actions, worker_pages
 from .filters import add_filters, back, say
 from .origin import refuse_foreign
+from .pages import fleet, messages, overview, worker_actions, workers
 
 
 def dashboard(allow: Callable[[], ResponseReturnValue | None]) -> Blueprint:
@@ -33,7 +33,7 @@ def dashboard(allow: Callable[[], ResponseReturnValue | None]) -> Blueprint:
     # A function, which only the dashboard's own pages call: the host's error page must not query the database.
     blueprint.context_processor(lambda: {"silence": lambda: the_manager().instance_history.silence()})
     add_filters(blueprint)
-    for part in (worker_pages, worker_actions, fleet_pages, message_pages):
+    for part in (overview, workers, worker_actions, fleet, messages):
         part.add_to(blueprint)
     return blueprint
 

@@ -11,13 +11,13 @@ from urllib.parse import quote
 from flask import Blueprint, abort, render_template, request, url_for
 from flask.typing import ResponseReturnValue
 
-from ..history.records import STATES, InstanceRecord, Record, Window
-from ..history.text import moment, moment_in
-from ..ledger.leases import OFFSET_WARNED
-from ..ledger.locks import Holding
-from ..manager import BackgroundWorkerManager, the_manager
-from .filters import state_class
-from .timeline import SIGNS, draw
+from ...history.records import STATES, InstanceRecord, Record, Window
+from ...history.text import moment, moment_in
+from ...ledger.leases import OFFSET_WARNED
+from ...ledger.locks import Holding
+from ...manager import BackgroundWorkerManager, the_manager
+from ..filters import state_class
+from ..timeline import SIGNS, draw
 
 LENGTHS = {
     "1m": ("1 minute", timedelta(minutes=1)),

@@ -6,13 +6,13 @@ from flask import Blueprint, abort, request
 from flask.typing import ResponseReturnValue
 from werkzeug.wrappers import Response
 
-from ..errors import InvalidSchedule
-from ..manager import BackgroundWorkerManager, the_manager
-from ..schedule.cron import Cron
-from ..schedule.parsing import typed_schedule
-from ..schedule.periods import Every
-from .filters import back, say
-from .worker_pages import known
+from ...errors import InvalidSchedule
+from ...manager import BackgroundWorkerManager, the_manager
+from ...schedule.cron import Cron
+from ...schedule.parsing import typed_schedule
+from ...schedule.periods import Every
+from ..filters import back, say
+from .workers import known
 
 
 def add_to(blueprint: Blueprint) -> None:

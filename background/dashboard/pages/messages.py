@@ -5,12 +5,12 @@ from collections.abc import Callable
 from flask import Blueprint, abort, render_template, request
 from flask.typing import ResponseReturnValue
 
-from ..database.tables import LARGEST_ID
-from ..errors import UnknownMessage, UnknownTopic, WrongState
-from ..history.messages import Flow
-from ..history.text import decided, indented, whole_number
-from ..manager import the_manager
-from .filters import back, say
+from ...database.tables import LARGEST_ID
+from ...errors import UnknownMessage, UnknownTopic, WrongState
+from ...history.messages import Flow
+from ...history.text import decided, indented, whole_number
+from ...manager import the_manager
+from ..filters import back, say
 
 _PAGE = 25
 _CLASSES = {"running": "running", "done": "succeeded", "dead": "failed"}

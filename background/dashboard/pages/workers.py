@@ -1,0 +1,94 @@
+"""Pages of one worker with its executions, and of one execution."""
+
+from contextlib import suppress
+from typing import Any
+
+from flask import Blueprint, abort, redirect, render_template, request, url_for
+from flask.typing import ResponseReturnValue
+
+from ...database.tables import LARGEST_ID
+from ...errors import InvalidSchedule
+from ...history.executions import MOST_SEARCHED
+from ...history.records import STATES, Place
+from ...history.text import moment_in
+from ...manager import BackgroundWorkerManager, the_manager
+from .drafts import LONGEST_NAME, draft, here
+from .overview import rows
+
+PER_PAGE = 20
+
+
+def add_to(blueprint: Blueprint) -> None:
+    blueprint.add_url_rule("/worker/<name>", "worker", worker_page)
+    blueprint.add_url_rule(f"/worker/<name>/<int(max={LARGEST_ID}):id>", "execution", execution_page)
+
+
+def worker_page(name: str) -> ResponseReturnValue:
+    manager = the_manager()
+    if topic := manager.topic_of(name):
+        return redirect(url_for("background.messages", topic=topic))
+    found = rows(manager, [known(manager, name)])
+    state = request.args.get("state")
+    state = state if state in STATES else None
+    executions, following = manager.history.page(name, PER_PAGE, state, _before())
+    return render_template(
+        "background/worker.html",
+        row=found[0],
+        worker=manager.workers.get(name),
+        state=manager.stores.ledger.look(name),
+        clock=manager.history.clock(),
+        executions=executions,
+        following=_place(following) if following else None,
+        searched=MOST_SEARCHED,
+        states=STATES,
+        only=state,
+        until=request.args.get("until", "")[:100],
+        draft=draft(),
+        here=here(),
+        **_why(manager, name),
+    )
+
+
+def known(manager: BackgroundWorkerManager, name: str) -> str:
+    """Return `name` if this release or the database has a worker of that name. Otherwise respond with 404."""
+    is_name = name.isprintable() and len(name) <= LONGEST_NAME
+    if name not in manager.workers and not (is_name and manager.stores.ledger.look(name)):
+        abort(404)
+    return name
+
+
+def execution_page(name: str, id: int) -> ResponseReturnValue:
+    manager = the_manager()
+    record = manager.history.execution(id)
+    if record is None or record.worker != name:
+        abort(404)
+    return render_template("background/execution.html", record=record, log=manager.history.log(id))
+
+
+def _place(place: Place) -> str:
+    """Write the place where the next page begins, for an address."""
+    return f"{place[0].isoformat()}~{place[1]}"
+
+
+def _before() -> Place | None:
+    """Read the place or the moment from the address. None, the first page, if neither can be read."""
+    tick, _, id = request.args.get("before", "").partition("~")
+    with suppress(ValueError):
+        return moment_in(tick), min(max(int(id), 0), LARGEST_ID)
+    with suppress(ValueError, InvalidSchedule):
+        return moment_in(request.args.get("until", "")[:100], request.args.get("zone", "UTC")[:100]), LARGEST_ID
+    return None
+
+
+def _why(manager: BackgroundWorkerManager, name: str) -> dict[str, Any]:
+    """Return the answer to "why did it not run?", or the error of the question."""
+    at, zone = request.args.get("at", "").strip()[:100], request.args.get("zone", "UTC")[:100]
+    shown: dict[str, Any] = {"at": at, "zone": zone}
+    if at:
+        try:
+            shown["answer"] = manager.why(name, moment_in(at, zone))
+        except InvalidSchedule as error:
+            shown["wrong"] = error.message
+        except ValueError as error:
+            shown["wrong"] = str(error)
+    return shown
