@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sqlalchemy import Column, Inspector, MetaData, String, Text, inspect
+from sqlalchemy import Column, Inspector, MetaData, String, Text, inspect, text
 from sqlalchemy.types import TypeEngine
 
 from ..errors import InvalidMigration
@@ -130,6 +130,7 @@ _NEW_COLUMNS: dict[str, dict[str, TypeEngine[Any]]] = {
     "background_workers": {"pending_after": UtcDateTime()},
     "background_executions": {"cancelled_at": UtcDateTime(), "cancelled_by": String(255), "cursor": Text()},
 }
+_FAILING = ("ix_background_messages_failing", "background_messages")
 
 
 def _add_cancelling(op: Any, schema: str | None) -> None:
@@ -143,9 +144,12 @@ def _add_cancelling(op: Any, schema: str | None) -> None:
         Column("paused_at", UtcDateTime(), nullable=False),
         schema=schema,
     )
+    failing = text("state = 'waiting' AND attempt > 0")
+    op.create_index(*_FAILING, ["topic", "id"], schema=schema, postgresql_where=failing, sqlite_where=failing)
 
 
 def _remove_cancelling(op: Any, schema: str | None) -> None:
+    op.drop_index(*_FAILING, schema=schema)
     for table in _NEW_TABLES:
         op.drop_table(table, schema=schema)
     for table, columns in _NEW_COLUMNS.items():

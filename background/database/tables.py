@@ -167,6 +167,10 @@ executions = Table(
 )
 
 
+FAILING = "state = 'waiting' AND attempt > 0"
+"""The condition of the waiting messages whose last attempt failed."""
+
+
 def _where(condition: str) -> dict[str, Any]:
     # Literals, not parameters. The database must see the values to know that a partial index applies.
     return {"postgresql_where": literal_column(condition), "sqlite_where": literal_column(condition)}
@@ -229,6 +233,7 @@ messages = Table(
 Index("ix_background_messages_key", messages.c.topic, messages.c.key, unique=True, **_where("key IS NOT NULL"))
 Index("ix_background_messages_due", messages.c.topic, messages.c.due_at, messages.c.id, **_where("state = 'waiting'"))
 Index("ix_background_messages_running", messages.c.instance, **_where("state = 'running'"))
+Index("ix_background_messages_failing", messages.c.topic, messages.c.id, **_where(FAILING))
 Index("ix_background_messages_dead", messages.c.topic, messages.c.id, **_where("state = 'dead'"))
 Index("ix_background_messages_finished", messages.c.finished_at, **_where("finished_at IS NOT NULL"))
 
@@ -275,6 +280,7 @@ def is_in(state: str) -> ColumnElement[bool]:
 
 
 is_waiting, is_running, is_dead = is_in("waiting"), is_in("running"), is_in("dead")
+is_failing = and_(is_waiting, messages.c.attempt > literal_column("0"))
 
 
 def next_due(topics: Iterable[str]) -> Iterator[ColumnElement[datetime | None]]:

@@ -7,11 +7,21 @@ from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Row, Select, func, literal, null, select, union_all
+from sqlalchemy import ColumnElement, Row, Select, func, literal, null, select, union_all
 
 from ..database.clock import elapsed, now
 from ..database.store import Store
-from ..database.tables import LARGEST_ID, is_in, message_errors, messages
+from ..database.tables import (
+    LARGEST_ID,
+    is_dead,
+    is_failing,
+    is_in,
+    is_running,
+    is_waiting,
+    message_errors,
+    messages,
+    topics,
+)
 from ..errors import UnknownMessage, UnknownTopic, error_line
 from ..messages.dead_letters import DeadLetters
 from ..worker import MessageWorker
@@ -107,16 +117,13 @@ class Topic:
     mean_seconds: float | None = None
     """The mean time from due to done, of the messages that `handled` counts."""
     longest_seconds: float | None = None
-
-
-@dataclass(frozen=True)
-class Flow:
-    """The number of messages of one topic that were done lately."""
-
-    minute: int
-    hour: int
+    failing: int = 0
+    """The number of waiting messages whose last attempt failed."""
+    paused_at: datetime | None = None
+    per_minute: int = 0
+    """The number of messages done within the last minute."""
     is_estimate: bool = False
-    """True if the hour's number is extrapolated from the newest messages."""
+    """True if `handled` is extrapolated from the newest messages."""
 
 
 class MessageHistory:
@@ -168,21 +175,22 @@ class MessageHistory:
         return found[0], [Failure(**row._mapping) for row in self._store.read(query)]
 
     def stats(self) -> list[Topic]:
-        """Return every topic of this release, and every other topic in the database."""
+        """Return every topic of this release, and every other topic in the database. Reads each message of the hour."""
         found = self._depths()
         for row in self._store.read(_handled):
-            found.setdefault(row.topic, {}).update(
-                handled=row.handled, mean_seconds=row.mean, longest_seconds=row.longest
-            )
+            found.setdefault(row.topic, {}).update(row._mapping)
         return self._topics(found)
 
     def depths(self) -> list[Topic]:
         """Return the topics as `stats` does, but without the messages that are done. Does not read their rows."""
         return self._topics(self._depths())
 
-    def flows(self) -> dict[str, Flow]:
-        """Return the flow of each topic that had messages done lately. Many messages do not make it slower."""
-        return {row.topic: _flow(row) for row in self._store.read(_finished)}
+    def figures(self) -> list[Topic]:
+        """Return the topics as `stats` does, without the times. Many messages that are done do not make it slower."""
+        found = self._depths()
+        for row in self._store.read(_finished):
+            found.setdefault(row.topic, {}).update(_flow(row))
+        return self._topics(found)
 
     def held(self) -> dict[str, int]:
         """Return the number of messages that each instance handles, by its id."""
@@ -193,15 +201,18 @@ class MessageHistory:
         found: dict[str, dict[str, Any]] = {topic: {} for topic in self._workers}
         for row in self._store.read(_depths):
             of_topic = found.setdefault(row.topic, {})
+            if row.state == "paused":
+                of_topic["paused_at"] = row.since
+                continue
             of_topic[row.state] = row.count
             if row.state == "waiting":
-                waited = (row.clock - row.first_due_at).total_seconds()
+                waited = (row.clock - row.since).total_seconds()
                 of_topic |= {"delayed": row.delayed, "oldest_seconds": waited if waited >= 0 else None}
         return found
 
     def _topics(self, found: Mapping[str, dict[str, Any]]) -> list[Topic]:
         names = {topic: worker.name for topic, worker in self._workers.items()}
-        return [Topic(topic, names.get(topic), **more) for topic, more in sorted(found.items())]
+        return [Topic(**{"topic": topic, "worker": names.get(topic)} | more) for topic, more in sorted(found.items())]
 
     # -- retrying and discarding ---------------------------------------------------------------
 
@@ -275,18 +286,20 @@ def _records(whole: bool) -> Select[Any]:
     return select(*named, payload.label("payload"), newest.label("error"), now().label("clock"))
 
 
-def _depth(state: str, *more: Any) -> Select[Any]:
-    """Count the messages of one state by topic. Reads only the index of that state."""
-    columns = (messages.c.topic, literal(state).label("state"), func.count().label("count"), *more)
-    return select(*columns).where(is_in(state)).group_by(messages.c.topic)
+def _depth(name: str, which: ColumnElement[bool], *more: Any) -> Select[Any]:
+    """Count the messages of one kind by topic. Reads only the index of that kind."""
+    columns = (messages.c.topic, literal(name).label("state"), func.count().label("count"), *more)
+    return select(*columns).where(which).group_by(messages.c.topic)
 
 
 _clock = select(now()).scalar_subquery()  # read once
 _delayed = func.count().filter(messages.c.due_at > _clock)
 _open = union_all(
-    _depth("waiting", _delayed.label("delayed"), func.min(messages.c.due_at).label("first_due_at")),
-    _depth("running", null(), null()),
-    _depth("dead", null(), null()),
+    _depth("waiting", is_waiting, _delayed.label("delayed"), func.min(messages.c.due_at).label("since")),
+    _depth("failing", is_failing, null(), null()),
+    _depth("running", is_running, null(), null()),
+    _depth("dead", is_dead, null(), null()),
+    select(topics.c.topic, literal("paused"), literal(0), null(), topics.c.paused_at),
 ).subquery()
 _depths = select(_open, now().label("clock"))
 
@@ -317,19 +330,23 @@ _finished = (
 )
 
 
-def _flow(row: Row[Any]) -> Flow:
+def _flow(row: Row[Any]) -> dict[str, Any]:
     covered = row.clock - row.oldest
     if row.sample < _SAMPLE or covered >= _RECENTLY:
-        return Flow(row.minute, row.hour)
+        return {"per_minute": row.minute, "handled": row.hour}
     share = max(covered, timedelta(milliseconds=1))
     minute = row.minute if covered >= _JUST_NOW else round(row.minute * (_JUST_NOW / share))
-    return Flow(minute, round(row.hour * (_RECENTLY / share)), is_estimate=True)
+    return {"per_minute": minute, "handled": round(row.hour * (_RECENTLY / share)), "is_estimate": True}
 
 
 _took = elapsed(messages.c.due_at, messages.c.finished_at)
 _handled = (
     select(
-        messages.c.topic, func.count().label("handled"), func.avg(_took).label("mean"), func.max(_took).label("longest")
+        messages.c.topic,
+        func.count().label("handled"),
+        func.count().filter(messages.c.finished_at > select(now(-_JUST_NOW)).scalar_subquery()).label("per_minute"),
+        func.avg(_took).label("mean_seconds"),
+        func.max(_took).label("longest_seconds"),
     )
     .where(messages.c.state == "done", messages.c.finished_at > select(now(-_RECENTLY)).scalar_subquery())
     .group_by(messages.c.topic)

@@ -7,7 +7,6 @@ from flask.typing import ResponseReturnValue
 
 from ...database.tables import LARGEST_ID
 from ...errors import UnknownMessage, UnknownTopic, WrongState
-from ...history.messages import Flow
 from ...history.text import decided, indented, whole_number
 from ...manager import the_manager
 from ..filters import back, say
@@ -30,15 +29,13 @@ def add_to(blueprint: Blueprint) -> None:
 
 def messages_page() -> ResponseReturnValue:
     mailbox, topic, before = the_manager().messages, request.args.get("topic") or None, _before()
-    topics, flows = mailbox.depths(), mailbox.flows()
     try:
         letters = mailbox.letters(topic, "dead", _PAGE + 1, before=before)
     except UnknownTopic as error:
         abort(404, str(error))
     return render_template(
         "background/messages.html",
-        topics=topics,
-        flows={each.topic: flows.get(each.topic, Flow(0, 0)) for each in topics},
+        topics=mailbox.figures(),
         topic=topic,
         before=before,
         letters=letters[:_PAGE],

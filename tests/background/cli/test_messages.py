@@ -440,6 +440,29 @@ def test_the_stats_omit_messages_done_over_an_hour_ago_and_count_the_age_since_t
     assert 2 * 86_400 <= orders.oldest_seconds < 2 * 86_400 + 60
 
 
+def test_the_figures_of_every_topic_take_the_same_few_statements(
+    fleet: Fleet, manager: BackgroundWorkerManager
+) -> None:
+    fleet.enqueue("orders", *["fine"] * 3)
+    handle_all(fleet, manager)
+    fleet.enqueue("orders", "due", "failed", "taken")
+    fleet.enqueue("orders", "later", delay=3600)
+    fleet.enqueue("mail", "hopeless")
+    with fleet.engine.begin() as connection:
+        connection.execute(update(tables.messages).where(tables.messages.c.payload == '"failed"').values(attempt=1))
+        connection.execute(update(tables.messages).where(tables.messages.c.topic == "mail").values(topic="old"))
+        connection.execute(insert(tables.topics).values(topic="orders", paused_at=manager.history.clock()))
+    with statements(manager.stores.main.engine) as sent:
+        mail, old, orders = manager.messages.figures()
+    assert len(sent) == 2
+    assert (orders.waiting, orders.delayed, orders.failing, orders.running) == (4, 1, 1, 0)
+    assert (orders.handled, orders.per_minute, orders.is_estimate) == (3, 3, False)
+    assert orders.paused_at is not None
+    assert orders.oldest_seconds is not None
+    assert (mail.topic, mail.worker, mail.waiting, mail.paused_at) == ("mail", "mail_worker", 0, None)
+    assert (old.topic, old.worker, old.waiting, old.failing) == ("old", None, 1, 0)
+
+
 def test_the_commands_cost_the_same_statements_with_any_number_of_messages(
     fleet: Fleet, manager: BackgroundWorkerManager, flask: Callable[..., Result]
 ) -> None:
@@ -482,7 +505,14 @@ def test_open_messages_are_counted_and_listed_by_the_index_of_their_state(
         plans = ["\n".join(connection.exec_driver_sql(f"EXPLAIN {each}", more).scalars()) for each, more in asked]
     assert not [plan for plan in plans if "Seq Scan on background_messages" in plan], plans
     of_stats, _, dead, waiting = plans
-    for plan, state in ((of_stats, "due"), (of_stats, "running"), (of_stats, "dead"), (dead, "dead"), (waiting, "due")):
+    for plan, state in (
+        (of_stats, "due"),
+        (of_stats, "failing"),
+        (of_stats, "running"),
+        (of_stats, "dead"),
+        (dead, "dead"),
+        (waiting, "due"),
+    ):
         assert f"ix_background_messages_{state}" in plan
 
 

@@ -375,10 +375,10 @@ def test_a_high_throughput_is_estimated_from_the_newest_messages(
     fleet: Fleet, manager: BackgroundWorkerManager
 ) -> None:
     done(fleet, 6_000, timedelta(milliseconds=20))
-    flow = manager.messages.flows()["orders"]
-    assert flow.is_estimate
-    assert flow.minute == pytest.approx(3_000, rel=0.2)  # inserting them took a while
-    assert flow.hour == pytest.approx(180_000, rel=0.2)
+    [orders] = manager.messages.figures()
+    assert orders.is_estimate
+    assert orders.per_minute == pytest.approx(3_000, rel=0.2)  # inserting them took a while
+    assert orders.handled == pytest.approx(180_000, rel=0.2)
 
 
 # -- all of them ---------------------------------------------------------------------------------
