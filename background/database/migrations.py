@@ -9,7 +9,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sqlalchemy import Column, Inspector, MetaData, String, Text, inspect, text
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    ColumnElement,
+    Inspector,
+    Integer,
+    MetaData,
+    String,
+    Text,
+    inspect,
+    literal_column,
+    text,
+)
 from sqlalchemy.types import TypeEngine
 
 from ..errors import InvalidMigration
@@ -125,7 +137,7 @@ def _is_created(inspector: Inspector, schema: str | None) -> bool:
     return all(inspector.has_table(name, schema) for name in metadata.tables if name not in _NEW_TABLES)
 
 
-_NEW_TABLES = {"background_topics"}
+_NEW_TABLES = {"background_topics", "background_incidents"}
 _NEW_COLUMNS: dict[str, dict[str, TypeEngine[Any]]] = {
     "background_workers": {"pending_after": UtcDateTime()},
     "background_executions": {"cancelled_at": UtcDateTime(), "cancelled_by": String(255), "cursor": Text()},
@@ -134,7 +146,7 @@ _FAILING = ("ix_background_messages_failing", "background_messages")
 
 
 def _add_cancelling(op: Any, schema: str | None) -> None:
-    """Add the columns and tables for cancelled and continued runs, retries after a failure, and paused topics."""
+    """Add the parts for cancelled and continued runs, retries after a failure, paused topics and incidents."""
     for table, columns in _NEW_COLUMNS.items():
         for name, type in columns.items():
             op.add_column(table, Column(name, type), schema=_altered(op, schema))
@@ -144,6 +156,28 @@ def _add_cancelling(op: Any, schema: str | None) -> None:
         Column("paused_at", UtcDateTime(), nullable=False),
         schema=schema,
     )
+    _add_incidents(op, schema)
+
+
+def _add_incidents(op: Any, schema: str | None) -> None:
+    op.create_table(
+        "background_incidents",
+        Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True),
+        Column("kind", String(20), nullable=False),
+        Column("subject", String(255), nullable=False),
+        Column("opened_at", UtcDateTime(), nullable=False),
+        Column("ended_at", UtcDateTime()),
+        Column("detail", Text(), nullable=False),
+        schema=schema,
+    )
+    is_open: ColumnElement[bool] = literal_column("ended_at IS NULL")
+    indexes: dict[str, tuple[list[str], dict[str, Any]]] = {
+        "open": (["kind", "subject"], {"postgresql_where": is_open, "sqlite_where": is_open}),
+        "begun": (["kind", "subject", "opened_at"], {}),
+    }
+    for name, (keys, where) in indexes.items():
+        index = f"ix_background_incidents_{name}"
+        op.create_index(index, "background_incidents", keys, unique=True, schema=schema, **where)
     failing = text("state = 'waiting' AND attempt > 0")
     op.create_index(*_FAILING, ["topic", "id"], schema=schema, postgresql_where=failing, sqlite_where=failing)
 

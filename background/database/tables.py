@@ -256,6 +256,22 @@ topics = Table(
     Column("paused_at", UtcDateTime, nullable=False),
 )
 
+# The incidents that alerts tell of. `opened_at` is the moment when the trouble began, or was noticed.
+# The open row of the kind "look" is no incident: its `opened_at` is the moment of the fleet's last look for incidents.
+incidents = Table(
+    "background_incidents",
+    metadata,
+    Column("id", _Id, primary_key=True),
+    Column("kind", String(20), nullable=False),
+    # The worker, the topic or the host. Empty for the whole fleet.
+    Column("subject", String(255), nullable=False),
+    Column("opened_at", UtcDateTime, nullable=False),
+    Column("ended_at", UtcDateTime),
+    Column("detail", AnyText, nullable=False),
+)
+Index("ix_background_incidents_open", incidents.c.kind, incidents.c.subject, unique=True, **_where("ended_at IS NULL"))
+Index("ix_background_incidents_begun", incidents.c.kind, incidents.c.subject, incidents.c.opened_at, unique=True)
+
 locks = Table(
     "background_locks",
     metadata,
