@@ -16,7 +16,6 @@ from ..history.text import ahead, moment, moment_in, progress, second, silent, s
 from ..ledger.claim import WorkerState
 from ..manager import BackgroundWorkerManager, the_manager
 from ..registry import declared_schedule, schedule_in_force
-from ..schedule.periods import LAST
 from .shared import (
     WorkersGroup,
     WrongUsage,
@@ -164,11 +163,9 @@ def preview(name: str, count: str) -> None:
     In UTC, and in the schedule's own time zone. A note marks each tick that a change of the clocks affects. A schedule
     that an admin set on the dashboard is not read: `flask workers list` shows it.
     """
-    schedule, tick, rows = declared_schedule(manager_of(name).workers[name]), datetime.now(UTC), []
-    for _ in range(row_limit(count, "--count")):
-        if (tick := schedule.next(tick)) == LAST:
-            break  # the calendar ends
-        rows.append([moment(tick), f"{schedule.local(tick):%a %Y-%m-%d %H:%M:%S %Z}", schedule.oddity(tick)])
+    schedule = declared_schedule(manager_of(name).workers[name])
+    ticks = schedule.following(datetime.now(UTC), row_limit(count, "--count"))
+    rows = [[moment(at), f"{schedule.local(at):%a %Y-%m-%d %H:%M:%S %Z}", schedule.oddity(at)] for at in ticks]
     click.echo(f"{name} runs {schedule.in_words()}.")
     click.echo(table(("utc", "local", "note"), rows))
 
@@ -194,13 +191,10 @@ def _lacking(manager: BackgroundWorkerManager, error: Exception) -> list[str] | 
 
 def _next_ticks(manager: BackgroundWorkerManager, name: str, state: WorkerState | None, at: datetime) -> dict[str, Any]:
     schedule = schedule_in_force(manager.workers[name], state if state and state.overridden else None)
-    ticks: list[datetime] = []
-    for _ in range(3):
-        ticks.append(schedule.next(ticks[-1] if ticks else at))
     return {
         "name": name,
         "schedule": schedule.describe(),
-        "next_ticks": ticks,
+        "next_ticks": schedule.following(at, 3),
         "enabled": manager.workers[name].enabled,
         "paused_at": state.paused_at if state else None,
     }

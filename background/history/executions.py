@@ -29,10 +29,12 @@ from ..database.tables import executions, workers
 from ..ledger.claim import WorkerState, is_of_claim
 from ..ledger.ledger import Ledger
 from .instances import InstanceHistory
-from .records import Glance, Place, Record, Surroundings, Window
+from .records import ErrorGroup, Glance, Place, Record, Surroundings, Window, grouped
 
 MOST_SEARCHED = 5_000
+ERRORS_IN, MOST_ERRORS = 1_000, 100  # the newest executions that are searched for errors, and the errors that are read
 _MOST_ATTEMPTS = 50
+_ERRORS = ("failed", "timed out")
 _HIGHEST_BIT = 2**40  # of an id
 
 
@@ -77,7 +79,8 @@ class History:
     ) -> tuple[list[Record], Place | None]:
         """Return the newest executions of `name` before that place, and the place where the next page begins, if any.
 
-        No index has the states, so a search for one state reads only the newest MOST_SEARCHED rows.
+        The attempts at one tick stay on one page, unless they fill it. No index has the states, so a search for one
+        state reads only the newest MOST_SEARCHED rows.
         """
         older = and_(executions.c.worker == name, true() if before is None else _is_before(before))
         places = select(executions.c.tick, executions.c.id, executions.c.state).where(older).order_by(*_newest_first)
@@ -87,7 +90,8 @@ class History:
             query = _of(name).where(executions.c.id.in_(select(searched.c.id).where(searched.c.state == state)))
         found = self._marked(self._records(query.order_by(*_newest_first).limit(limit + 1)))
         if len(found) > limit:
-            return found[:limit], (found[limit - 1].tick, found[limit - 1].id)
+            whole = [each for each in found if each.tick != found[limit].tick] or found[:limit]
+            return whole, (whole[-1].tick, whole[-1].id)
         return found, self._last_of(places) if state is not None else None
 
     def _last_of(self, places: Select[Any]) -> Place | None:
@@ -107,6 +111,28 @@ class History:
     def execution(self, id: int) -> Record | None:
         """Return the execution `id`. None if it does not exist, or was pruned."""
         return next(iter(self._marked(self._records(_whole.where(executions.c.id == id)))), None)
+
+    def neighbours(self, record: Record) -> tuple[int | None, int | None]:
+        """Return the ids of the worker's executions before and after `record`, in the order of `page`."""
+        place, ids = (record.tick, record.id), select(executions.c.id).where(executions.c.worker == record.worker)
+        before = ids.where(_is_before(place)).order_by(*_newest_first).limit(1)
+        after = ids.where(_is_after(place)).order_by(executions.c.tick, executions.c.id).limit(1)
+        [(previous, following)] = self._read(select(before.scalar_subquery(), after.scalar_subquery()))
+        return previous, following
+
+    def attempts(self, record: Record) -> list[Record]:
+        """Return every attempt at the tick of `record`, oldest first, without reasons."""
+        same = executions.c.worker == record.worker, executions.c.tick == record.tick
+        attempts = _brief.where(*same, executions.c.trigger == record.trigger).order_by(executions.c.id)
+        return self._marked(self._records(attempts.limit(_MOST_ATTEMPTS)))
+
+    def errors(self, name: str) -> list[ErrorGroup]:
+        """Return the errors of the newest ERRORS_IN executions, grouped. At most MOST_ERRORS executions are read."""
+        searched = select(*_columns).where(executions.c.worker == name).order_by(*_newest_first).limit(ERRORS_IN)
+        newest = searched.subquery()
+        failed = select(newest, now()).where(newest.c.state.in_(_ERRORS))
+        found = self._records(failed.order_by(newest.c.tick.desc(), newest.c.id.desc()).limit(MOST_ERRORS))
+        return grouped((each.last_line or each.state, each.ended_at, each.id) for each in found)
 
     def log(self, execution: int) -> str | None:
         """Return the log lines of that execution. None if it logged nothing, or was pruned."""
@@ -236,6 +262,11 @@ def _last_begun(at: datetime) -> ColumnElement[int]:
 
 def _overlaps(record: Record, since: datetime, until: datetime) -> bool:
     return record.began_at <= until and record.ended_at >= since
+
+
+def _is_after(place: Place) -> ColumnElement[bool]:
+    tick, id = place
+    return and_(executions.c.tick >= tick, or_(executions.c.tick > tick, executions.c.id > id))
 
 
 def _is_before(place: Place) -> ColumnElement[bool]:

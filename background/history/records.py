@@ -1,7 +1,9 @@
 """The records that people read: instances, executions, and the rows around a tick."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from itertools import groupby
 from typing import Any, NamedTuple
 
 from ..errors import error_line
@@ -88,6 +90,28 @@ class Record(NamedTuple):
 
     def covers(self, tick: datetime) -> bool:
         return self.tick <= tick <= (self.through or self.tick)
+
+
+@dataclass(frozen=True)
+class ErrorGroup:
+    """The errors with the same last line."""
+
+    line: str
+    count: int
+    first_at: datetime
+    last_at: datetime
+    newest: int
+    """The id of the row with the newest error."""
+
+
+def grouped(errors: Iterable[tuple[str, datetime, int]]) -> list[ErrorGroup]:
+    """Group errors by their text. Each has its last line, its moment and the id of its row. Most frequent first."""
+    groups = []
+    for line, same in groupby(sorted(errors), key=lambda error: error[0]):
+        of_line = list(same)
+        (_, first, _), (_, last, newest) = of_line[0], of_line[-1]
+        groups.append(ErrorGroup(line, len(of_line), first, last, newest))
+    return sorted(groups, key=lambda group: (-group.count, group.line))
 
 
 class Glance(NamedTuple):

@@ -27,6 +27,13 @@ class Schedule(ABC):
     def previous(self, at: datetime) -> datetime:
         """Return the last tick at or before the aware `at`, in UTC."""
 
+    def following(self, at: datetime, count: int) -> list[datetime]:
+        """Return the first `count` ticks after the aware `at`. The end of the calendar is not a tick."""
+        ticks: list[datetime] = []
+        while len(ticks) < count and (at := self.next(at)) < LAST:
+            ticks.append(at)
+        return ticks
+
     @abstractmethod
     def __str__(self) -> str:
         """Return the canonical text, which the database keeps and `parse_schedule` reads."""

@@ -246,6 +246,12 @@ def test_a_period_ticks_at_whole_multiples_since_the_epoch(period: timedelta, at
     assert since % period == timedelta()
 
 
+def test_the_ticks_that_follow_end_with_the_calendar() -> None:
+    daily, end = Every(DAY), datetime.max.replace(tzinfo=UTC)
+    assert daily.following(EPOCH, 3) == [EPOCH + DAY, EPOCH + 2 * DAY, EPOCH + 3 * DAY]
+    assert daily.following(end - 2 * DAY, 5) == [daily.previous(end) - DAY, daily.previous(end)]
+
+
 def test_instants_of_other_zones_are_accepted_and_returned_in_utc() -> None:
     at = datetime(2025, 7, 1, 12, 5, tzinfo=ZoneInfo("Asia/Kathmandu"))
     for schedule in (Every(5 * MINUTE), Cron("*/10 * * * *", "Asia/Kathmandu")):
