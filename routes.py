@@ -113,7 +113,7 @@ def set_headers(response: Response) -> Response:
 
 
 def moment(at: datetime) -> str:
-    return f"{at:%d %b %Y, %H:%M} UTC"
+    return f"{at:%Y-%m-%d %H:%M:%S} UTC"
 
 
 class UserSearchForm(SearchForm):

@@ -57,6 +57,7 @@ def assert_usable(page) -> None:
     for width in (1024, 768, 390):
         page.set_viewport_size({"width": width, "height": 844})
         assert page.evaluate("document.documentElement.scrollWidth") <= width, page.url
+        assert page.locator("header").bounding_box()["height"] < 100, "at most two rows"
     assert violations(page) == [], page.url
 
 

@@ -20,6 +20,7 @@ from support.processes import PATIENCE
 from support.servers import served
 from support.shop import PASSWORD, PASSWORD_HASH
 
+import background
 from background import PeriodicWorker
 from background.database import tables
 from background.registry import declared_schedule
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, BrowserContext, Page
 
 CHROMIUM = shutil.which("chromium")
-AXE = Path(__file__).parents[1] / "support" / "axe.min.js"
+ROOT = Path(__file__).parents[2]
+AXE = ROOT / "tests" / "support" / "axe.min.js"
 
 pytestmark = [
     pytest.mark.browser,
@@ -334,10 +336,65 @@ def test_the_banner_of_a_fleet_without_an_instance_is_accessible_and_fits_a_phon
 
 
 def violations(page: "Page") -> list[str]:
-    """Return the violations of WCAG 2 A and AA that axe-core finds."""
+    """Return the violations of WCAG 2 A and AA that axe-core finds in the page, dark and light."""
     page.evaluate(AXE.read_text(encoding="utf-8"))
-    found = page.evaluate("axe.run({ runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa'] })")["violations"]
-    return [f"{each['id']}: {node['html']} {node['failureSummary']}" for each in found for node in each["nodes"]]
+    found: list[str] = []
+    for scheme in ("dark", "light"):
+        page.emulate_media(color_scheme=scheme, reduced_motion="reduce")  # no colour is in transition
+        run = page.evaluate("axe.run({ runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa'] })")
+        found += [
+            f"{scheme}, {each['id']}: {node['html']} {node['failureSummary']}"
+            for each in run["violations"]
+            for node in each["nodes"]
+        ]
+    return found
+
+
+# -- it is dark or light ---------------------------------------------------------------------
+
+
+def test_the_browsers_preference_chooses_the_theme_without_a_script(opened):
+    for path in ("/workers/", "/admin/users"):
+        dark = opened(path, java_script_enabled=False, color_scheme="dark")
+        light = opened(path, java_script_enabled=False, color_scheme="light")
+        assert brightness(dark) < 40 < 200 < brightness(light)
+        assert dark.get_by_role("button", name="Dark theme").is_hidden()
+
+
+def test_the_switch_changes_the_theme_of_all_pages_and_is_kept_until_it_is_changed_back(opened):
+    page = opened("/workers/", color_scheme="light")
+    switch = page.get_by_role("button", name="Dark theme")
+    assert switch.get_attribute("aria-pressed") == "false"
+    switch.focus()
+    page.keyboard.press("Enter")
+    assert switch.get_attribute("aria-pressed") == "true"
+    for path in ("/admin/users", "/workers/timeline"):
+        page.goto(path, wait_until="commit")
+        page.locator("body").wait_for(state="attached")
+        assert page.evaluate("document.documentElement.dataset.bsTheme") == "dark", "before the page is complete"
+        assert brightness(page) < 40
+    switch.click()
+    page.emulate_media(color_scheme="dark")
+    wait_until(lambda: brightness(page) < 40, "the browser's preference is in force again")
+    assert page.evaluate("localStorage.length") == 0
+
+
+def test_the_shop_and_the_dashboard_have_the_same_script_for_the_viewer():
+    dashboards = Path(background.__file__).parent / "dashboard" / "static" / "viewer.js"
+    assert (ROOT / "static" / "viewer.js").read_text() == dashboards.read_text()
+
+
+def test_each_colour_of_the_dashboard_has_a_name():
+    style = (Path(background.__file__).parent / "dashboard" / "static" / "dashboard.css").read_text(encoding="utf-8")
+    names, others = style.split("}", 1)
+    assert "--bw-text: light-dark(" in names
+    assert re.findall(r"#[0-9a-f]{3,8}\b|rgb\(", others) == []
+
+
+def brightness(page: "Page") -> int:
+    """Return the mean of red, green and blue of the page's background."""
+    colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    return sum(map(int, re.findall(r"\d+", colour)[:3])) // 3
 
 
 @pytest.mark.skipif("SCREENSHOT" not in os.environ, reason="SCREENSHOT names no file to write the picture to")

@@ -1,4 +1,4 @@
-/* Refreshes a page of the dashboard, and shows its times in the viewer's zone. Every page works without it. */
+/* Refreshes a page of the dashboard, and counts down to its ticks. Every page works without it. */
 "use strict";
 
 (() => {
@@ -14,25 +14,7 @@
 
   // -- times -------------------------------------------------------------------------------------
 
-  const wall = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "medium" });
-  const clock = new Intl.DateTimeFormat(undefined, { timeStyle: "medium" });
-
-  /* Writes times in the viewer's zone. The title keeps the server's text, in UTC. */
-  function localise(root) {
-    for (const time of root.querySelectorAll("time[datetime]:not([data-countdown])")) {
-      const at = new Date(time.dateTime);
-      const isToday = at.toDateString() === new Date().toDateString();
-      time.textContent = (isToday ? clock : wall).format(at);
-    }
-    for (const mark of root.querySelectorAll("[data-time]")) {
-      const second = mark.textContent.length > 5 ? "2-digit" : undefined;
-      const shape = { hour: "2-digit", minute: "2-digit", second, hourCycle: "h23" };
-      mark.textContent = new Date(mark.dataset.time).toLocaleTimeString(undefined, shape);
-    }
-    const zone = Intl.DateTimeFormat().resolvedOptions().timeZone;
-    for (const each of root.querySelectorAll("[data-zone]")) each.textContent = zone;
-    for (const each of root.querySelectorAll("[data-zone-field]")) each.value = zone;
-  }
+  const { clock } = viewer;
 
   function countDown(root) {
     for (const time of root.querySelectorAll("time[data-countdown]")) {
@@ -96,7 +78,7 @@
 
   function show(fresh) {
     read(fresh);
-    localise(fresh);
+    viewer.localise(fresh);
     countDown(fresh);
     Idiomorph.morph(live(), fresh, {
       morphStyle: "outerHTML",
@@ -166,7 +148,6 @@
 
   /* Scroll a picture that is wider than the screen to its newest end. */
   for (const box of document.querySelectorAll(".bw-timeline")) box.scrollLeft = box.scrollWidth;
-  localise(document);
   findPlace();
   if (live()) {
     read(live());
