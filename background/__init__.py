@@ -33,6 +33,7 @@ from .errors import (
 )
 from .ledger.locks import Lock
 from .manager import BackgroundWorkerManager, current_workers
+from .messages.later import Later
 from .messages.message import Message
 from .pruning import PruneHistoryWorker
 from .runs.fence import RunFields
@@ -54,6 +55,7 @@ __all__ = [
     "InvalidProgress",
     "InvalidSchedule",
     "InvalidWorker",
+    "Later",
     "Lock",
     "LockNotAcquired",
     "Message",

@@ -52,7 +52,8 @@ class MessageWorker:
     Give it `topic`, and write `handle`, or `handle_many` for a whole batch. Both may be `async`. One transaction has
     the session's effects and the acknowledgement of the batch. If a message fails, the engine rolls the batch back and
     handles its messages one by one. So one bad message neither blocks nor repeats the good messages. A handler that
-    raises `Bury("why")` has its message buried without another attempt.
+    raises `Bury("why")` has its message buried without another attempt. A handler that raises `Later(5)` gets its
+    message again in 5 minutes, and this attempt does not count.
     """
 
     name: ClassVar[str] = ""

@@ -8,7 +8,7 @@ import click
 
 from ..errors import spelled_out
 from ..history.messages import STATES, Failure, MessageRecord, Topic
-from ..history.text import clipped, decided, indented, second, span, table, whole_number
+from ..history.text import clipped, decided, indented, postponed, second, span, table, whole_number
 from ..manager import the_manager
 from .shared import WorkersGroup, WrongUsage, as_json_option, checked_manager, one_state, print_json, row_limit
 
@@ -61,6 +61,8 @@ def _state(letter: MessageRecord) -> str:
 def _note(letter: MessageRecord) -> str:
     if letter.state == "running":
         return f"on {letter.instance_name}{', which is gone: will be taken over' if letter.is_gone else ''}"
+    if letter.state == "waiting" and letter.postponed and not letter.attempt:
+        return postponed(letter.postponed, letter.postponed_because)
     return "" if letter.state == "done" else letter.last_line or ""
 
 
@@ -96,6 +98,7 @@ def _facts(letter: MessageRecord) -> dict[str, str]:
         "due": second(letter.due_at),
         "claimed": f"{second(letter.claimed_at)} on {letter.instance_name}" if letter.claimed_at else "-",
         "finished": second(letter.finished_at),
+        "postponed": postponed(letter.postponed, letter.postponed_because)[10:] if letter.postponed else "-",
     }
     return {name: text for name, text in facts.items() if text != "-"}
 

@@ -26,7 +26,7 @@ from sqlalchemy.types import TypeEngine
 
 from ..errors import InvalidMigration
 from .clock import UtcDateTime
-from .tables import metadata
+from .tables import AnyText, Whole, metadata
 
 
 def migrate_to(op: Any, version: int, schema: str | None = None) -> None:
@@ -141,12 +141,13 @@ _NEW_TABLES = {"background_topics", "background_incidents"}
 _NEW_COLUMNS: dict[str, dict[str, TypeEngine[Any]]] = {
     "background_workers": {"pending_after": UtcDateTime()},
     "background_executions": {"cancelled_at": UtcDateTime(), "cancelled_by": String(255), "cursor": Text()},
+    "background_messages": {"postponed": Whole(), "postponed_because": AnyText()},
 }
-_FAILING = ("ix_background_messages_failing", "background_messages")
+_NEW_INDEX = ("ix_background_messages_tried", "background_messages")
 
 
 def _add_cancelling(op: Any, schema: str | None) -> None:
-    """Add the parts for cancelled and continued runs, retries after a failure, paused topics and incidents."""
+    """Add the parts for cancelled, continued and retried runs, paused topics, postponed messages and incidents."""
     for table, columns in _NEW_COLUMNS.items():
         for name, type in columns.items():
             op.add_column(table, Column(name, type), schema=_altered(op, schema))
@@ -156,6 +157,8 @@ def _add_cancelling(op: Any, schema: str | None) -> None:
         Column("paused_at", UtcDateTime(), nullable=False),
         schema=schema,
     )
+    tried = text("state = 'waiting' AND (attempt > 0 OR postponed > 0)")
+    op.create_index(*_NEW_INDEX, ["topic", "id"], schema=schema, postgresql_where=tried, sqlite_where=tried)
     _add_incidents(op, schema)
 
 
@@ -178,12 +181,10 @@ def _add_incidents(op: Any, schema: str | None) -> None:
     for name, (keys, where) in indexes.items():
         index = f"ix_background_incidents_{name}"
         op.create_index(index, "background_incidents", keys, unique=True, schema=schema, **where)
-    failing = text("state = 'waiting' AND attempt > 0")
-    op.create_index(*_FAILING, ["topic", "id"], schema=schema, postgresql_where=failing, sqlite_where=failing)
 
 
 def _remove_cancelling(op: Any, schema: str | None) -> None:
-    op.drop_index(*_FAILING, schema=schema)
+    op.drop_index(*_NEW_INDEX, schema=schema)
     for table in _NEW_TABLES:
         op.drop_table(table, schema=schema)
     for table, columns in _NEW_COLUMNS.items():

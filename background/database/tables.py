@@ -167,8 +167,8 @@ executions = Table(
 )
 
 
-FAILING = "state = 'waiting' AND attempt > 0"
-"""The condition of the waiting messages whose last attempt failed."""
+TRIED = "state = 'waiting' AND (attempt > 0 OR postponed > 0)"
+"""The condition of the waiting messages that failed or were postponed."""
 
 
 def _where(condition: str) -> dict[str, Any]:
@@ -227,13 +227,16 @@ messages = Table(
     Column("instance_name", String(255)),
     Column("claimed_at", UtcDateTime),
     Column("finished_at", UtcDateTime),
+    # The number of times that a handler raised `Later`, and the reason that it gave last.
+    Column("postponed", Whole),
+    Column("postponed_because", AnyText),
 )
 
 
 Index("ix_background_messages_key", messages.c.topic, messages.c.key, unique=True, **_where("key IS NOT NULL"))
 Index("ix_background_messages_due", messages.c.topic, messages.c.due_at, messages.c.id, **_where("state = 'waiting'"))
 Index("ix_background_messages_running", messages.c.instance, **_where("state = 'running'"))
-Index("ix_background_messages_failing", messages.c.topic, messages.c.id, **_where(FAILING))
+Index("ix_background_messages_tried", messages.c.topic, messages.c.id, **_where(TRIED))
 Index("ix_background_messages_dead", messages.c.topic, messages.c.id, **_where("state = 'dead'"))
 Index("ix_background_messages_finished", messages.c.finished_at, **_where("finished_at IS NOT NULL"))
 
@@ -296,7 +299,9 @@ def is_in(state: str) -> ColumnElement[bool]:
 
 
 is_waiting, is_running, is_dead = is_in("waiting"), is_in("running"), is_in("dead")
-is_failing = and_(is_waiting, messages.c.attempt > literal_column("0"))
+_has_failed, _was_postponed = messages.c.attempt > literal_column("0"), messages.c.postponed > literal_column("0")
+_is_tried = and_(is_waiting, or_(_has_failed, _was_postponed))
+is_failing, is_postponed = and_(_is_tried, _has_failed), and_(_is_tried, _was_postponed)
 
 
 def next_due(topics: Iterable[str]) -> Iterator[ColumnElement[datetime | None]]:

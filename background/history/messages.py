@@ -16,6 +16,7 @@ from ..database.tables import (
     is_dead,
     is_failing,
     is_in,
+    is_postponed,
     is_running,
     is_waiting,
     message_errors,
@@ -73,6 +74,10 @@ class MessageRecord:
     """The database's clock when this was read."""
     is_gone: bool = False
     """True if it says "running" and its instance is gone: another instance will take it over."""
+    postponed: int | None = None
+    """The number of times that its handler raised `Later`."""
+    postponed_because: str | None = None
+    """The reason that the handler gave last."""
 
     @property
     def is_delayed(self) -> bool:
@@ -118,7 +123,9 @@ class Topic:
     """The mean time from due to done, of the messages that `handled` counts."""
     longest_seconds: float | None = None
     failing: int = 0
-    """The number of waiting messages whose last attempt failed."""
+    """The number of waiting messages that failed before."""
+    postponed: int = 0
+    """The number of waiting messages whose handler raised `Later`."""
     paused_at: datetime | None = None
     per_minute: int = 0
     """The number of messages done within the last minute."""
@@ -297,6 +304,7 @@ _delayed = func.count().filter(messages.c.due_at > _clock)
 _open = union_all(
     _depth("waiting", is_waiting, _delayed.label("delayed"), func.min(messages.c.due_at).label("since")),
     _depth("failing", is_failing, null(), null()),
+    _depth("postponed", is_postponed, null(), null()),
     _depth("running", is_running, null(), null()),
     _depth("dead", is_dead, null(), null()),
     select(topics.c.topic, literal("paused"), literal(0), null(), topics.c.paused_at),

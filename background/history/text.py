@@ -88,6 +88,12 @@ def decided(count: int, one: str, many: str) -> str:
     return f"{count:,} message{f' {one}' if count == 1 else f's {many}'}." if count else "No message is dead."
 
 
+def postponed(count: int, reason: str | None) -> str:
+    """Say how often a handler raised `Later` for its message, and the reason that it gave last."""
+    times = "once" if count == 1 else f"{count:,} times"
+    return f"postponed {times}{f': {reason}' if reason else ''}"
+
+
 def indented(value: Any) -> str:
     """Write JSON over several lines. Characters that are invisible or steer a terminal become escapes."""
     text = strict_json.dumps(value, indent=2, ensure_ascii=False)

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from ..errors import InvalidMessage
 
@@ -70,15 +70,15 @@ def _listed(values: Iterable[T], what: str) -> list[T]:
     return list(values)
 
 
-def as_delay(delay: timedelta | float | None) -> timedelta | None:
-    """Return a delay as a timedelta. A number means seconds. Raises InvalidMessage."""
+def as_delay(delay: timedelta | float | None, unit: Literal["seconds", "minutes"] = "seconds") -> timedelta | None:
+    """Return a delay as a timedelta. A number has the `unit`. Raises InvalidMessage."""
     try:
-        found = delay if isinstance(delay, timedelta | None) else timedelta(seconds=delay)
+        found = delay if isinstance(delay, timedelta | None) else timedelta(**{unit: delay})
         if isinstance(delay, bool) or (found is not None and not timedelta() <= found <= LONGEST_DELAY):
             raise ValueError(delay)
     except (TypeError, ValueError, OverflowError):
         raise InvalidMessage(
-            f"The delay of a message is {delay!r}; expected a timedelta or a number of seconds, at least 0 and at "
+            f"The delay of a message is {delay!r}; expected a timedelta or a number of {unit}, at least 0 and at "
             f"most {LONGEST_DELAY.days:,} days: leave it out to have the message handled now."
         ) from None
     return found

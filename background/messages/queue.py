@@ -14,6 +14,7 @@ from sqlalchemy import (
     and_,
     bindparam,
     case,
+    func,
     insert,
     literal,
     or_,
@@ -125,6 +126,18 @@ class Queue:
             freed = release(connection, self._held(batch, ids), attempt=messages.c.attempt - 1, **later)
         if freed:
             self._store.ring()
+
+    def postpone(self, batch: Batch, ids: Collection[int], pause: timedelta, reason: str | None) -> int:
+        """Let any instance claim the `ids` that the batch still holds after `pause`, and count that. Counts no attempt.
+
+        Return the number of messages.
+
+        Concurrency: an instance that believes this one dead may take the messages over first.
+        """
+        counted = {"postponed": func.coalesce(messages.c.postponed, 0) + 1, "postponed_because": reason}
+        with self._store.begin() as connection:
+            which = self._held(batch, ids)
+            return len(release(connection, which, attempt=messages.c.attempt - 1, due_at=now(pause), **counted))
 
     def fail(self, batch: Batch, ids: Collection[int], error: str, most: int, pause: timedelta) -> list[Freed]:
         """Write an `error` for each of `ids` that the batch still holds.

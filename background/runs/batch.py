@@ -18,6 +18,7 @@ from ..errors import BatchRolledBack, Bury, ClaimLost, RunStopped, first_line
 from ..host.forks import ended_in_a_fork
 from ..host.logs import logger_of
 from ..ledger.leases import Instance
+from ..messages.later import Later
 from ..messages.message import Batch, Freed, Message
 from ..messages.queue import Queue
 from ..signals import message_buried, send
@@ -141,7 +142,7 @@ class BatchRun:
         This does not count as an attempt. A message is excused only a few times: its handler may cause the error.
         """
         times = max(self._excused[message.id] for message in left)
-        if times >= _MOST_EXCUSED or not is_cut_off(error):
+        if isinstance(error, Bury | Later) or times >= _MOST_EXCUSED or not is_cut_off(error):
             return None
         self._excused.update(message.id for message in left)
         # No pause at first: perhaps only a pooled connection was stale.
@@ -201,9 +202,11 @@ class BatchRun:
         if isinstance(error, ClaimLost):
             self._log.warning("Lost the message %s: %s", key, first_line(error))
             return None
-        is_final = isinstance(error, Bury)
-        if not is_final and (excused := self._excuse([message], error)) is not None:
+        if isinstance(error, Later):
+            return self._postpone(message, error)
+        if (excused := self._excuse([message], error)) is not None:
             return excused
+        is_final = isinstance(error, Bury)
         pause, most = _pause(worker, message.attempt), message.attempt if is_final else worker.max_attempts
         text = first_line(error) if is_final else traceback_of(error)
         fail = partial(self._messages.fail, self._batch, [message.id])
@@ -219,6 +222,15 @@ class BatchRun:
             self._log.warning("The message %s failed, attempt %d; the next in %.1f s: %s", *details)
             return pause
         return None
+
+    def _postpone(self, message: Message, later: Later) -> timedelta | None:
+        """Write that the handler wants `message` later. Return the pause until then, or None."""
+        text = first_line(later) if later.has_reason else None
+        postpone = partial(self._messages.postpone, self._batch, [message.id], later.delay)
+        if not self._write("are postponed", partial(postpone, text), partial(postpone, _UNWRITTEN)):
+            return None
+        self._log.info("Postponed the message %s by %s: %s", message.idempotency_key, later.delay, first_line(later))
+        return later.delay
 
     def _write(self, what: str, *writes: Callable[[], T]) -> T | None:
         return write_with_retries(self._instance, f"which messages of {self._batch.worker} {what}", *writes)

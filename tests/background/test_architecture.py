@@ -102,6 +102,7 @@ def test_all_public_names_exist() -> None:
         "InvalidLock",
         "InvalidMigration",
         "InvalidSchedule",
+        "Later",
         "Lock",
         "LockNotAcquired",
         "PeriodicWorker",

@@ -98,6 +98,22 @@ MUTATIONS = (
         ["tests/background/ledger/test_leases.py", "-k", "locked_right_after_a_heartbeat"],
     ),
     Mutation(
+        "a message that its handler postpones is still of its batch",
+        [Edit("background/messages/queue.py", "which = self._held(batch, ids)", "which = messages.c.id.in_(ids)")],
+        ["tests/background/runs/test_batch.py", "-k", "not_postponed"],
+    ),
+    Mutation(
+        "a postponed message counts no attempt",
+        [
+            Edit(
+                "background/messages/queue.py",
+                "attempt=messages.c.attempt - 1, due_at=now(pause), **counted",
+                "due_at=now(pause), **counted",
+            )
+        ],
+        ["tests/background/runs/test_batch.py", "-k", "no_attempt_counts"],
+    ),
+    Mutation(
         "a claim is known by more than a token",
         [Edit("background/ledger/ledger.py", "(*same, workers.c.claim.is_not_distinct_from(claim.id))", "(*same)")],
         ["tests/background/repair/test_edited_rows.py", "-k", "token_repeats"],

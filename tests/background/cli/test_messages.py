@@ -507,7 +507,7 @@ def test_open_messages_are_counted_and_listed_by_the_index_of_their_state(
     of_stats, _, dead, waiting = plans
     for plan, state in (
         (of_stats, "due"),
-        (of_stats, "failing"),
+        (of_stats, "tried"),
         (of_stats, "running"),
         (of_stats, "dead"),
         (dead, "dead"),

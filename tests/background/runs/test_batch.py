@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from datetime import timedelta
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from flask import current_app, g
@@ -19,7 +19,16 @@ from sqlalchemy.exc import IntegrityError
 from support.databases import on_postgresql, on_sqlite
 from support.fleet import HOUR, PATIENCE, Fleet, Hourly, db, effect, states, wait_until
 
-from background import BackgroundWorkerManager, Bury, Message, MessageWorker, WorkerContext, current_workers
+from background import (
+    BackgroundWorkerManager,
+    Bury,
+    InvalidMessage,
+    Later,
+    Message,
+    MessageWorker,
+    WorkerContext,
+    current_workers,
+)
 from background.database import tables
 
 MINUTE = 60
@@ -216,6 +225,84 @@ def test_a_buried_message_can_be_retried(fleet: Fleet) -> None:
     manager.messages.retry([number])
     wait_until(lambda: states(fleet) == ["done"], "the retry")
     assert fleet.effects() == ["one"]
+
+
+@pytest.mark.parametrize("size", [1, 100])
+def test_a_handler_gets_its_message_again_later_and_no_attempt_counts(
+    fleet: Fleet, caplog: pytest.LogCaptureFixture, size: int
+) -> None:
+    caplog.set_level(logging.INFO, "background")
+
+    class Postponing(Notes):
+        batch_size, max_attempts = size, 2
+        heard: ClassVar[list[int]] = []
+
+        def handle(self, message: Message, context: WorkerContext) -> None:
+            effect(context, message.payload)
+            if message.payload == "early" and len(self.heard) < 3:
+                self.heard.append(context.attempt)
+                raise Later(timedelta(milliseconds=30), "the bank is closed\n(a second line)") from LookupError("bank")
+
+    manager = fleet.manager(Postponing)
+    fleet.enqueue("notes", "one", "early", "three")
+    manager.start()
+    wait_until(lambda: is_over(fleet), "the end")
+    assert states(fleet) == ["done"] * 3
+    assert sorted(fleet.effects()) == ["early", "one", "three"]
+    assert Postponing.heard[-1] == 1
+    early, failures = manager.messages.letter(fleet.messages()[1].id)
+    assert (early.attempt, failures) == (1, [])
+    assert early.postponed in (2, 3)  # a batch calls the handler once more
+    assert early.postponed_because == "the bank is closed"
+    line = f"Postponed the message notes:{early.id} by 0:00:00.030000: the bank is closed"
+    assert [record.levelname for record in caplog.records if record.getMessage() == line] == ["INFO"] * early.postponed
+    assert "Traceback" not in caplog.text
+
+
+def test_a_batch_handler_that_postpones_is_called_again_for_each_message(fleet: Fleet) -> None:
+    class Postponing(MessageWorker):
+        topic = "notes"
+
+        def handle_many(self, messages: Sequence[Message], context: WorkerContext) -> None:
+            for message in messages:
+                effect(context, message.payload)
+            if {message.payload for message in messages} & {3, 17}:
+                raise Later(5)
+
+    manager = fleet.manager(Postponing)
+    fleet.enqueue("notes", *range(30))
+    manager.start()
+    wait_until(lambda: states(fleet).count("done") == 28, "the other messages")
+    wait_until(lambda: "running" not in states(fleet), "the end of the batch")
+    assert fleet.effects() == [str(each) for each in range(30) if each not in (3, 17)]
+    letters = manager.messages.letters("notes", "waiting")
+    assert [(each.value, each.attempt, each.postponed, each.postponed_because) for each in letters] == [
+        (17, 0, 1, None),
+        (3, 0, 1, None),
+    ]
+    minutes = [(each.due_at - each.claimed_at) / timedelta(minutes=1) for each in letters if each.claimed_at]
+    assert minutes == pytest.approx([5, 5], abs=0.5)
+    [notes] = manager.messages.figures()
+    assert (notes.postponed, notes.failing, notes.delayed) == (2, 0, 2)
+
+
+def test_a_message_that_another_instance_took_over_is_not_postponed(fleet: Fleet) -> None:
+    queue = fleet.manager(Notes).stores.queue
+    fleet.enqueue("notes", "one")
+    ours = queue.claim("notes", "notes", 1, ("us", "here:1"))
+    assert ours
+    queue.take_back("us", {"notes": 5}, error=None)
+    theirs = queue.claim("notes", "notes", 1, ("them", "there:1"))
+    assert theirs
+    assert queue.postpone(ours, ours.ids, timedelta(minutes=5), "early") == 0
+    [row] = fleet.messages()
+    assert (row.state, row.batch, row.attempt, row.postponed) == ("running", theirs.id, 1, None)
+
+
+@pytest.mark.parametrize("minutes", [0, -1, timedelta(), None, "5", float("nan"), True, timedelta(days=40_000)])
+def test_a_delay_that_is_no_delay_is_refused(minutes: Any) -> None:
+    with pytest.raises(InvalidMessage, match="expected a"):
+        Later(minutes)
 
 
 # -- the handler's session -----------------------------------------------------------------
