@@ -10,13 +10,21 @@ from werkzeug.wrappers import Response
 from ..errors import CommitFirst, first_line
 from ..manager import the_manager
 from ..monitoring.unavailable import is_away, unavailable
+from .access import Access, guard
 from .filters import add_filters, back, say
 from .origin import refuse_foreign
 from .pages import fleet, messages, overview, worker_actions, workers
 
 
-def dashboard(allow: Callable[[], ResponseReturnValue | None]) -> Blueprint:
+def dashboard(
+    allow: Callable[[], ResponseReturnValue | None],
+    may_change: Callable[[], bool] = lambda: True,
+    user: Callable[[], str | None] = lambda: None,
+) -> Blueprint:
     """Return a blueprint at /workers. `allow` runs before each request. It returns None, or the response of a refusal.
+
+    A person for whom `may_change` returns False sees all pages without their buttons, and each change is refused.
+    `user` returns the name of the person who changes something, for example an e-mail. The history shows this name.
 
     The blueprint refuses changes that another site's page requests, with or without Flask-WTF. Another site cannot
     show it in a frame. Without a SECRET_KEY the pages and buttons work, but show no messages. An application's own
@@ -27,6 +35,7 @@ def dashboard(allow: Callable[[], ResponseReturnValue | None]) -> Blueprint:
     )
     blueprint.before_request(refuse_foreign)
     blueprint.before_request(allow)
+    guard(blueprint, Access(may_change, user))
     blueprint.after_request(refuse_frames)
     blueprint.register_error_handler(SQLAlchemyError, not_taken)
     blueprint.register_error_handler(CommitFirst, held_up)

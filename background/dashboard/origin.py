@@ -9,7 +9,7 @@ from ..host.logs import logger_of
 
 log = logger_of(__name__)
 
-_HARMLESS = ("GET", "HEAD", "OPTIONS")
+HARMLESS = ("GET", "HEAD", "OPTIONS")
 _OWN = ("same-origin", "none")  # "none": the user typed the address, or opened a bookmark
 _PORTS = {"http": 80, "https": 443}
 _LONGEST = 200
@@ -21,7 +21,7 @@ def refuse_foreign() -> None:
     A browser names the sender in Sec-Fetch-Site, else in Origin, else in Referer. No page can forge these headers. A
     client that sends none of these headers is not a modern browser, and no page can press its buttons.
     """
-    if request.method in _HARMLESS:
+    if request.method in HARMLESS:
         return
     if (sender := _foreign_sender()) is not None:
         log.warning("Refused %s %s: sent with %s", request.method, spelled_out(request.path[:_LONGEST]), sender)
