@@ -61,7 +61,7 @@ def create_app(config: Mapping[str, Any] | object | None = None) -> Flask:
     app.register_blueprint(metrics(security_log.figures))
     demo.register_commands(app)
     security_log.register(app)
-    audit.register(app, routes.admins_only)
+    audit.register(app, {routes.admins_only, routes.viewers_too})
 
     workers.start_under_flask_run()
     return app

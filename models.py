@@ -119,6 +119,7 @@ class User(UserMixin, db.Model):  # type: ignore[name-defined, misc]
     tf_last_counter: Mapped[int | None]  # of the last code, so that each code is accepted once
     status: Mapped[str] = mapped_column(String(10), default="active", server_default="active")
     is_admin: Mapped[bool] = mapped_column(default=False, server_default=false())
+    is_viewer: Mapped[bool] = mapped_column(default=False, server_default=false())  # sees the workers' pages
     created_at: Mapped[datetime] = mapped_column(default=now())
     last_login_at: Mapped[datetime | None]  # type: ignore[assignment]
 
@@ -133,6 +134,10 @@ class User(UserMixin, db.Model):  # type: ignore[name-defined, misc]
         except UnknownHashError:
             hash_password(password)  # takes as long as a wrong password
             return False
+
+    @property
+    def sees_workers(self) -> bool:
+        return self.is_admin or self.is_viewer
 
     @property
     def is_deleted(self) -> bool:
@@ -232,7 +237,7 @@ class UserRepository:
         Return False if the user is an admin already, does not exist, is disabled, or has not confirmed the e-mail.
         """
         user = and_(User.id == user_id, not_(User.is_admin), User.active, User.confirmed_at.is_not(None))
-        return self._change(user, is_admin=True, password=None)
+        return self._change(user, is_admin=True, is_viewer=False, password=None)
 
     def unmake_admin(self, user_id: int) -> bool:
         """Take the admin rights away. Return False if the user is not an admin, or is the last one.
@@ -244,6 +249,17 @@ class UserRepository:
         self.session.execute(select(User.id).where(User.is_admin).order_by(User.id).with_for_update())
         is_another = select(other.id).where(other.is_admin, other.id != user_id).exists()
         return self._change(and_(User.id == user_id, User.is_admin, is_another), is_admin=False)
+
+    def make_viewer(self, user_id: int) -> bool:
+        """Let the user see the workers' pages, without the right to change anything.
+
+        Return False if the user sees them already, does not exist, is disabled, or has not confirmed the e-mail.
+        """
+        user = and_(User.id == user_id, not_(User.is_admin), not_(User.is_viewer), User.active)
+        return self._change(and_(user, User.confirmed_at.is_not(None)), is_viewer=True)
+
+    def unmake_viewer(self, user_id: int) -> bool:
+        return self._change(and_(User.id == user_id, User.is_viewer), is_viewer=False)
 
     def disable(self, user_id: int) -> bool:
         """Keep the user from logging in. Return False for an admin, so that an active admin remains."""
@@ -259,7 +275,9 @@ class UserRepository:
         """Remove the personal data of the user. Return False for an admin, or if the user was changed meanwhile."""
         known = and_(User.id == user.id, User.fs_uniquifier == user.fs_uniquifier, not_(User.is_admin))
         nothing = dict.fromkeys(("password", "confirmed_at", "last_login_at", "tf_primary_method", "tf_totp_secret"))
-        return self._change(known, email=f"deleted {user.id}", name="Deleted user", active=False, **nothing)
+        return self._change(
+            known, email=f"deleted {user.id}", name="Deleted user", active=False, is_viewer=False, **nothing
+        )
 
     def _change(self, users: ColumnElement[bool], **values: Any) -> bool:
         """Change the matching user, and end the user's sessions. Return whether a user matched."""

@@ -78,7 +78,8 @@ def register(app: Flask) -> None:
     app.jinja_env.globals["navigation"] = app.extensions["navigation"] = Navigation([], [])
     app.jinja_env.filters.update(moment=moment)
     app.url_map.converters["id"] = IdConverter
-    for blueprint in (pages, admin, dashboard(admins_only)):
+    workers = dashboard(viewers_too, may_change=lambda: current_user.is_admin, user=lambda: current_user.email)
+    for blueprint in (pages, admin, workers):
         app.register_blueprint(blueprint)
     throttle.register(app)
     for without_host in (BadHost, SecurityError):  # without a host, a page cannot name its own addresses
@@ -178,11 +179,20 @@ def home() -> ResponseReturnValue:
 @admin.before_request
 def admins_only() -> ResponseReturnValue | None:
     """Let only admins pass. A change needs a recent login, and is recorded first. Any blueprint may use this."""
+    return stop_unless(lambda user: user.is_admin)
+
+
+def viewers_too() -> ResponseReturnValue | None:
+    """Let admins and viewers pass. The dashboard refuses a viewer's changes."""
+    return stop_unless(lambda user: user.sees_workers)
+
+
+def stop_unless(may_pass: Callable[[User], bool]) -> ResponseReturnValue | None:
     if not current_user.is_authenticated:
         return cast(Response, current_app.login_manager.unauthorized())  # type: ignore[attr-defined]
-    if not current_user.is_admin:
+    if not may_pass(current_user):
         abort(403)
-    if request.method not in audit.READING:
+    if current_user.is_admin and request.method not in audit.READING:
         if (question := recent_login()) is not None:
             return cast(Response, question)
         audit.begin_request()
@@ -247,6 +257,19 @@ def unmake_admin(user_id: int) -> ResponseReturnValue:
     return change_user(user_id, UserRepository.unmake_admin, done, not_done, "right taken")
 
 
+@admin.post("/users/<id:user_id>/make-viewer")
+def make_viewer(user_id: int) -> ResponseReturnValue:
+    done = "sees the workers' pages now, after the next login."
+    not_done = "sees them already, is disabled, or has not confirmed the e-mail: nothing was changed."
+    return change_user(user_id, UserRepository.make_viewer, done, not_done, "right given")
+
+
+@admin.post("/users/<id:user_id>/unmake-viewer")
+def unmake_viewer(user_id: int) -> ResponseReturnValue:
+    done, not_done = "no longer sees the workers' pages.", "is not a viewer: nothing was changed."
+    return change_user(user_id, UserRepository.unmake_viewer, done, not_done, "right taken")
+
+
 @admin.post("/users/<id:user_id>/log-out")
 def log_out(user_id: int) -> ResponseReturnValue:
     return change_user(user_id, UserRepository.end_sessions, "has been logged out everywhere.", "is gone.")
@@ -308,7 +331,7 @@ def find_entries(form: AuditSearchForm) -> Page:
 
 ERROR_SENTENCES = {
     400: "This page cannot read the request of the browser. Please go back, reload and try again.",
-    403: "You may not see this page. If you need access, ask an administrator.",
+    403: "You may not see or change this page. If you need access, ask an administrator.",
     404: "There is no such page. It may have moved, or the address may be mistyped.",
     405: "This page does not accept this kind of request.",
     413: "The request is larger than this page accepts.",

@@ -23,7 +23,7 @@ def dashboard(
 ) -> Blueprint:
     """Return a blueprint at /workers. `allow` runs before each request. It returns None, or the response of a refusal.
 
-    A person for whom `may_change` returns False sees all pages without their buttons, and each change is refused.
+    If `may_change` returns False, the person sees all pages without their buttons, and each change is refused.
     `user` returns the name of the person who changes something, for example an e-mail. The history shows this name.
 
     The blueprint refuses changes that another site's page requests, with or without Flask-WTF. Another site cannot

@@ -1,4 +1,4 @@
-"""Access to every route, for a stranger, a customer and an admin."""
+"""Access to every route, for a stranger, a customer, a viewer and an admin."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +19,8 @@ try:
 except ImportError:  # an application without the shop
     books = None  # type: ignore[assignment]
 
-# A route that is missing here fails these tests. Every route of the admins' blueprints is for admins only.
+# A route that is missing here fails these tests. Every route of the admins' blueprints is for admins only. Viewers see
+# the pages of the workers.
 ANYBODYS = {
     *("static", "bootstrap.static", "health.live", "health.ready", "health.fleet_health", "metrics.scrape"),
     "pages.home",
@@ -41,35 +42,36 @@ Make = Callable[..., Any]
 
 @pytest.fixture
 def app(app: Flask, make_user: Make) -> Flask:
-    """Give the app with rows: a book, and users whose ids are 1 and 2, so that the routes find their rows."""
+    """Give the app with rows: a book, and users whose ids are 1 to 3, so that the routes find their rows."""
     if books:
         with app.app_context():
             books.add_book()
             db.session.commit()
     make_user(email="reader@example.com")
     make_user(email="admin@example.com", is_admin=True)
+    make_user(email="viewer@example.com", is_viewer=True)
     return app
 
 
 @pytest.fixture
 def clients(app: Flask) -> dict[str, FlaskClient]:
-    """Give the clients of a stranger, a customer and an admin."""
-    clients = {name: app.test_client() for name in ("stranger", "customer", "admin")}
-    for client, user_id in ((clients["customer"], 1), (clients["admin"], 2)):
+    """Give the clients of a stranger, a customer, a viewer and an admin."""
+    clients = {name: app.test_client() for name in ("stranger", "customer", "viewer", "admin")}
+    for name, user_id in (("customer", 1), ("admin", 2), ("viewer", 3)):
         with app.app_context():
             known_as = db.session.get_one(User, user_id).get_id()
-        with client.session_transaction() as session:
+        with clients[name].session_transaction() as session:
             session.update(_user_id=known_as, fs_paa=time.time())
     return clients
 
 
-def whose(endpoint: str) -> str:
+def whose(endpoint: str, method: str) -> str:
     if endpoint in ANYBODYS:
         return "everyone's"
     if endpoint in CUSTOMERS:
         return "customers'"
     assert endpoint.split(".")[0] in ADMINS_BLUEPRINTS, f"The route {endpoint} is missing in this file."
-    return "admins'"
+    return "viewers'" if endpoint.startswith("background.") and method in ONLY_READ else "admins'"
 
 
 def routes(app: Flask) -> Iterator[tuple[str, str, str]]:
@@ -78,7 +80,7 @@ def routes(app: Flask) -> Iterator[tuple[str, str, str]]:
     for rule in app.url_map.iter_rules():
         path = adapter.build(rule.endpoint, sample(rule))
         for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}:
-            yield method, path, whose(rule.endpoint)
+            yield method, path, whose(rule.endpoint, method)
 
 
 def sample(rule: Rule) -> dict[str, Any]:
@@ -96,17 +98,19 @@ def verdict(client: FlaskClient, method: str, path: str) -> str:
 
 @on_sqlite
 @pytest.mark.parametrize(
-    ("visitor", "expected"),
+    ("visitor", "verdicts"),
     [
-        ("stranger", {"everyone's": "welcome", "customers'": "log in", "admins'": "log in"}),
-        ("customer", {"everyone's": "welcome", "customers'": "welcome", "admins'": "for others"}),
-        ("admin", {"everyone's": "welcome", "customers'": "welcome", "admins'": "welcome"}),
+        ("stranger", ["welcome", "log in", "log in", "log in"]),
+        ("customer", ["welcome", "welcome", "for others", "for others"]),
+        ("viewer", ["welcome", "welcome", "welcome", "for others"]),
+        ("admin", ["welcome", "welcome", "welcome", "welcome"]),
     ],
 )
 def test_every_route_is_open_to_the_right_visitors_only(
-    app: Flask, clients: dict[str, FlaskClient], visitor: str, expected: dict[str, str]
+    app: Flask, clients: dict[str, FlaskClient], visitor: str, verdicts: list[str]
 ) -> None:
     asked = list(routes(app))
+    expected = dict(zip(("everyone's", "customers'", "viewers'", "admins'"), verdicts, strict=True))
     assert {owner for *_, owner in asked} == set(expected)
     for method, path, owner in asked:
         if path not in ENDS_SESSIONS:

@@ -107,6 +107,32 @@ def test_an_unconfirmed_or_disabled_user_does_not_become_an_admin(
     assert "Make an admin" not in page
 
 
+@on_sqlite
+def test_a_viewer_sees_the_workers_without_buttons_until_an_admin_takes_the_right(
+    app: Flask, client: FlaskClient, make_user: Make, login: Login, admin: User
+) -> None:
+    user, theirs = make_user(), app.test_client()
+    assert f"{user.email} sees the workers&#39; pages now" in press(client, user, "make-viewer")
+    assert "sees them already" in press(client, user, "make-viewer")
+    login(theirs, stored(app, user))
+    assert 'action="/workers/worker' not in theirs.get("/workers/").text
+    assert theirs.post("/workers/worker/passive_user_checker_worker/pause").status_code == 403
+    assert 'href="/workers/"' in theirs.get("/").text
+    assert 'href="/admin' not in theirs.get("/").text
+    assert "no longer sees the workers" in press(client, user, "unmake-viewer")
+    assert not is_logged_in(theirs)
+    login(theirs, stored(app, user))
+    assert theirs.get("/workers/").status_code == 403
+    press(client, user, "make-viewer")
+    press(client, user, "make-admin")
+    assert not stored(app, user).is_viewer
+    assert "sees them already" in press(client, user, "make-viewer")
+    with app.app_context():
+        recorded = set(db.session.scalars(select(AuditEntry.action)))
+    assert {"admin.make_viewer", "admin.unmake_viewer"} <= recorded
+    assert "background.pause" not in recorded, "it was refused"
+
+
 # ---- Accounts end
 
 

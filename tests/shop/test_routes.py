@@ -334,7 +334,7 @@ def test_an_error_has_a_page_with_a_sentence(client, reader):
     for path, code, sentence in [
         ("/nowhere", 404, "There is no such page."),
         ("/logout", 405, "This page does not accept this kind of request."),
-        ("/admin/users", 403, "You may not see this page."),
+        ("/admin/users", 403, "You may not see or change this page."),
     ]:
         response = client.get(path)
         assert response.status_code == code
