@@ -32,7 +32,7 @@ READING = ("GET", "HEAD", "OPTIONS")
 COMMANDS: dict[str, Iterable[str]] = {
     "": ("init-db", "reset-password", "demo"),
     "workers": ("trigger", "pause", "resume", "repair"),
-    "messages": ("retry", "discard"),
+    "messages": ("enqueue", "pause", "resume", "retry", "discard"),
 }
 
 

@@ -117,13 +117,21 @@ class BackgroundWorkerManager(Lifecycle):
     def pause(self, name: str) -> bool:
         """Run no tick of `name` in the fleet until `resume`. A run in progress goes on. False if paused already.
 
-        Commits on its own. Raises CommitFirst if it would wait for the caller's own transaction.
+        For a message worker, pause its topic: no instance claims its messages. Commits on its own. Raises CommitFirst
+        if it would wait for the caller's own transaction.
         """
+        if topic := self.topic_of(name):
+            return self.messages.pause(topic)
         with self._controlled("pause", name):
             return self.stores.controls.pause(name)
 
     def resume(self, name: str) -> bool:
-        """Run the ticks of `name` again, from the next tick on. False if it was not paused. Raises as `pause` does."""
+        """Run the ticks of `name` again, from the next tick on. False if it was not paused. Raises as `pause` does.
+
+        For a message worker, resume its topic.
+        """
+        if topic := self.topic_of(name):
+            return self.messages.resume(topic)
         with self._controlled("resume", name):
             return self.stores.controls.resume(name)
 
@@ -245,10 +253,15 @@ class BackgroundWorkerManager(Lifecycle):
 
     @property
     def messages(self) -> MessageHistory:
-        """The messages, for people to read, to retry and to discard."""
+        """The messages, for people to read, to retry and to discard. Its `pause` and `resume` take a topic."""
         stores = self.stores
         return MessageHistory(
-            stores.main, stores.dead_letters, self.instance_history, self._registry.topics, self._on_its_own
+            stores.main,
+            stores.dead_letters,
+            stores.pauses,
+            self.instance_history,
+            self._registry.topics,
+            self._on_its_own,
         )
 
     def why(self, name: str, at: datetime | None = None) -> Answer:

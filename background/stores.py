@@ -18,6 +18,7 @@ from .ledger.controls import Controls
 from .ledger.leases import Leases
 from .ledger.ledger import Ledger
 from .messages.dead_letters import DeadLetters
+from .messages.pauses import Pauses
 from .messages.queue import Queue
 from .repair.clock_ahead import ClockRepair
 from .repair.edited_rows import RowRepair
@@ -75,6 +76,11 @@ class Stores:
     def dead_letters(self) -> DeadLetters:
         """Messages that a user retries or discards."""
         return DeadLetters(self.main)
+
+    @made_once
+    def pauses(self) -> Pauses:
+        """The paused topics."""
+        return Pauses(self.main)
 
     @made_once
     def leases(self) -> Leases:

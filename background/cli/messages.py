@@ -1,4 +1,4 @@
-"""Commands of `flask messages`: list, show, stats, retry, discard."""
+"""Commands of `flask messages`: list, show, stats, enqueue, pause, resume, retry, discard."""
 
 from collections.abc import Callable
 from dataclasses import asdict
@@ -9,8 +9,19 @@ import click
 from ..errors import spelled_out
 from ..history.messages import STATES, Failure, MessageRecord, Topic
 from ..history.text import clipped, decided, indented, postponed, second, span, table, whole_number
+from ..host import strict_json
 from ..manager import the_manager
-from .shared import WorkersGroup, WrongUsage, as_json_option, checked_manager, one_state, print_json, row_limit
+from .shared import (
+    WorkersGroup,
+    WrongUsage,
+    as_json_option,
+    checked_manager,
+    one_state,
+    pause_topic,
+    print_json,
+    resume_topic,
+    row_limit,
+)
 
 messages_cli = WorkersGroup(
     "messages",
@@ -121,7 +132,7 @@ def stats(as_json: bool) -> None:
         print_json([asdict(topic) for topic in topics])
     elif topics:
         done = ("done in 1 h", "on average", "at most")
-        headers = ("topic", "worker", "waiting", "due later", "running", "dead", "oldest", *done)
+        headers = ("topic", "worker", "waiting", "due later", "running", "dead", "oldest", *done, "paused since")
         click.echo(table(headers, map(_topic_cells, topics)))
     else:
         click.echo("There is no topic. Write workers.add(MyMessageWorker) in create_app.")
@@ -131,7 +142,8 @@ def _topic_cells(topic: Topic) -> list[str]:
     counts = (topic.waiting, topic.delayed, topic.running, topic.dead)
     times = (topic.mean_seconds, topic.longest_seconds)
     names = [topic.topic, topic.worker or "not in this release"]
-    return [*names, *map(str, counts), _seconds(topic.oldest_seconds), str(topic.handled), *map(_seconds, times)]
+    since = second(topic.paused_at) if topic.paused_at else ""
+    return [*names, *map(str, counts), _seconds(topic.oldest_seconds), str(topic.handled), *map(_seconds, times), since]
 
 
 def _seconds(seconds: float | None) -> str:
@@ -139,6 +151,50 @@ def _seconds(seconds: float | None) -> str:
 
 
 # -- controlling ---------------------------------------------------------------------------------
+
+
+@messages_cli.command()
+@click.argument("topic")
+@click.argument("payload", metavar="JSON")
+@click.option("--key", help="A text. If the topic has a message with this key, nothing is enqueued.")
+@click.option("--delay", type=float, metavar="SECONDS", help="Handle it this much later.")
+def enqueue(topic: str, payload: str, key: str | None, delay: float | None) -> None:
+    """Enqueue a message of TOPIC with the payload JSON.
+
+    \b
+    Examples:
+      flask messages enqueue deliveries '{"book": 1, "copies": 10}'
+      flask messages enqueue deliveries '{"book": 1, "copies": 10}' --key delivery-42 --delay 60
+
+    Exits with 1 if a message has the key already.
+    """
+    try:
+        value = strict_json.loads(payload)
+    except ValueError as error:
+        raise WrongUsage(f"JSON is {payload!r:.200}: {error}; expected JSON: a text is '\"text\"'.") from None
+    manager = checked_manager()
+    id = manager.enqueue(topic, value, key, delay)
+    manager.db.session.commit()
+    if id is None:
+        raise click.ClickException(f"Nothing was enqueued: {topic} has a message with the key {key!r} already.")
+    click.echo(f"Message {id} waits.")
+
+
+@messages_cli.command()
+@click.argument("topic")
+def pause(topic: str) -> None:
+    """Handle no more messages of TOPIC until it is resumed.
+
+    The pause holds for every instance. A batch in progress goes on. Messages can be enqueued.
+    """
+    pause_topic(topic)
+
+
+@messages_cli.command()
+@click.argument("topic")
+def resume(topic: str) -> None:
+    """Handle the messages of TOPIC again."""
+    resume_topic(topic)
 
 
 def _ids_or_all(command: Callable[..., None]) -> Callable[..., None]:

@@ -70,6 +70,18 @@ def checked_manager() -> BackgroundWorkerManager:
     return manager
 
 
+def pause_topic(topic: str) -> None:
+    """Pause the topic, and print the outcome. Raises UnknownTopic."""
+    changed = checked_manager().messages.pause(topic)
+    click.echo(f"{topic} is paused: its messages wait." if changed else f"{topic} was paused already.")
+
+
+def resume_topic(topic: str) -> None:
+    """Resume the topic, and print the outcome. Raises UnknownTopic."""
+    changed = checked_manager().messages.resume(topic)
+    click.echo(f"{topic} is resumed: its messages are handled." if changed else f"{topic} was not paused.")
+
+
 def not_ready(error: Exception) -> DatabaseNotReady:
     """Convert an error of the database or its file to DatabaseNotReady."""
     return DatabaseNotReady(f"The database cannot be used ({first_line(error)}). `flask workers check` tries again.")

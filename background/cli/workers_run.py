@@ -15,7 +15,7 @@ from ..repair.clock_ahead import repaired_text
 from ..runs.dry_run import Change
 from ..runs.dry_run import dry_run as rolled_back
 from ..runs.execution import Execution
-from .shared import WrongUsage, checked_manager, manager_of, not_ready
+from .shared import WrongUsage, checked_manager, manager_of, not_ready, pause_topic, resume_topic
 from .workers import workers_cli
 
 # -- running -------------------------------------------------------------------------------------
@@ -147,8 +147,11 @@ def _handed_back_on_signals(manager: BackgroundWorkerManager, name: str) -> Iter
 def pause(name: str) -> None:
     """Run no more ticks of NAME until it is resumed.
 
-    The pause holds for every instance. A run in progress goes on.
+    The pause holds for every instance. A run in progress goes on. Of a message worker, this pauses the topic.
     """
+    if topic := the_manager().topic_of(name):
+        pause_topic(topic)
+        return
     manager = manager_of(name)
     changed = checked_manager().pause(name)
     state = manager.stores.ledger.look(name)
@@ -159,7 +162,13 @@ def pause(name: str) -> None:
 @workers_cli.command()
 @click.argument("name")
 def resume(name: str) -> None:
-    """Run NAME again, from its next tick on."""
+    """Run NAME again, from its next tick on.
+
+    Of a message worker, this resumes the topic.
+    """
+    if topic := the_manager().topic_of(name):
+        resume_topic(topic)
+        return
     manager = manager_of(name)
     changed = checked_manager().resume(name)
     state = manager.stores.ledger.look(name)

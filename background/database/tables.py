@@ -24,6 +24,7 @@ from sqlalchemy import (
     and_,
     case,
     literal_column,
+    not_,
     or_,
     select,
 )
@@ -304,25 +305,29 @@ _is_tried = and_(is_waiting, or_(_has_failed, _was_postponed))
 is_failing, is_postponed = and_(_is_tried, _has_failed), and_(_is_tried, _was_postponed)
 
 
-def next_due(topics: Iterable[str]) -> Iterator[ColumnElement[datetime | None]]:
-    """Yield, for each topic, the moment at which its first waiting message is due."""
-    for topic in topics:
+def is_paused(topic: ColumnElement[str] | str) -> ColumnElement[bool]:
+    return select(topics.c.topic).where(topics.c.topic == topic).exists()
+
+
+def next_due(names: Iterable[str]) -> Iterator[ColumnElement[datetime | None]]:
+    """Yield, for each topic, the moment at which its first waiting message is due. NULL if the topic is paused."""
+    for topic in names:
         yield (
             select(messages.c.due_at)
-            .where(is_waiting, messages.c.topic == topic)
+            .where(is_waiting, messages.c.topic == topic, not_(is_paused(topic)))
             .order_by(messages.c.due_at, messages.c.id)
             .limit(1)
             .scalar_subquery()
         )
 
 
-def any_put_off(topics: Iterable[str]) -> list[ColumnElement[bool]]:
+def any_put_off(names: Iterable[str]) -> list[ColumnElement[bool]]:
     """Return, for each topic, whether its first waiting message was enqueued or tried by a clock that was ahead.
 
     Later messages of the topic may have been, too.
     """
     found: list[ColumnElement[bool]] = []
-    for topic in topics:
+    for topic in names:
         of_topic = select(messages).where(is_waiting, messages.c.topic == topic)
         first = of_topic.order_by(messages.c.due_at, messages.c.id).limit(1).subquery()
         written = case((first.c.attempt == 0, first.c.enqueued_at), else_=first.c.claimed_at)

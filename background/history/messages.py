@@ -1,6 +1,5 @@
-"""Reads the messages for people: their errors, their number, and their waiting times. Retries and discards them."""
+"""Reads the messages for people: their errors, their number, their waiting times. Retries, discards, pauses them."""
 
-import json
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
@@ -24,7 +23,9 @@ from ..database.tables import (
     topics,
 )
 from ..errors import UnknownMessage, UnknownTopic, error_line
+from ..host import strict_json
 from ..messages.dead_letters import DeadLetters
+from ..messages.pauses import Pauses
 from ..worker import MessageWorker
 from .instances import InstanceHistory
 
@@ -92,7 +93,7 @@ class MessageRecord:
     def value(self) -> Any:
         """The payload that was enqueued. If a user wrote a row whose payload is not JSON, the text itself."""
         try:
-            return json.loads(self.payload, parse_constant=_refuse)
+            return strict_json.loads(self.payload)
         except ValueError:
             return self.payload
 
@@ -134,17 +135,21 @@ class Topic:
 
 
 class MessageHistory:
-    """Reads the messages of one database, in a constant number of queries per call. Retries and discards them."""
+    """Reads the messages of one database, in a constant number of queries per call. Retries and discards them.
+
+    Also pauses their topics.
+    """
 
     def __init__(
         self,
         store: Store,
         dead_letters: DeadLetters,
+        pauses: Pauses,
         instances: InstanceHistory,
         workers: Mapping[str, type[MessageWorker]],
         on_its_own: Callable[[str], AbstractContextManager[None]],
     ) -> None:
-        self._store, self._dead_letters = store, dead_letters
+        self._store, self._dead_letters, self._pauses = store, dead_letters, pauses
         self._instances, self._workers, self._on_its_own = instances, workers, on_its_own
 
     # -- reading -------------------------------------------------------------------------------
@@ -240,14 +245,31 @@ class MessageHistory:
         with self._on_its_own("messages.discard"):
             return self._decide(self._dead_letters.discard, ids, topic)
 
+    # -- pausing -------------------------------------------------------------------------------
+
+    def pause(self, topic: str) -> bool:
+        """Have no instance claim messages of `topic` until `resume`. A batch in progress goes on.
+
+        False if it was paused already. Raises UnknownTopic and CommitFirst.
+        """
+        self._refuse_unknown(topic, False)
+        with self._on_its_own("messages.pause"):
+            return self._pauses.pause(topic)
+
+    def resume(self, topic: str) -> bool:
+        """Have the messages of `topic` handled again, now. False if it was not paused. Raises as `pause` does."""
+        self._refuse_unknown(topic, False)
+        with self._on_its_own("messages.resume"):
+            return self._pauses.resume(topic)
+
+    # -- helpers -------------------------------------------------------------------------------
+
     def _decide(self, decide: Callable[..., int], ids: Collection[int] | None, topic: str | None) -> int:
         self._refuse_unknown(topic, _is_text(topic))
         _refuse_impossible(ids or ())
         count = decide(ids, topic)
         self._refuse_unknown(topic, count)
         return count
-
-    # -- helpers -------------------------------------------------------------------------------
 
     def _found(self, query: Select[Any]) -> list[MessageRecord]:
         found = [MessageRecord(**row._mapping) for row in self._store.read(query)]
@@ -261,10 +283,6 @@ class MessageHistory:
         known = [each.topic for each in self.stats()]
         if topic not in known:
             raise UnknownTopic(topic, known)
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is not JSON")
 
 
 def _refuse_impossible(ids: Collection[int]) -> None:

@@ -9,6 +9,15 @@ def dumps(value: Any, **options: Any) -> str:
     return without_nan(json.dumps(value, **options), indent=options.get("indent"))
 
 
+def loads(text: str) -> Any:
+    """Return the value of JSON. Raises ValueError."""
+    return json.loads(text, parse_constant=_refuse)
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
 def without_nan(text: str, indent: int | str | None = None) -> str:
     """Return Python's JSON `text` with null for NaN and Infinity."""
     if "NaN" not in text and "Infinity" not in text:

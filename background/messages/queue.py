@@ -17,6 +17,7 @@ from sqlalchemy import (
     func,
     insert,
     literal,
+    not_,
     or_,
     select,
     text,
@@ -28,7 +29,7 @@ from ..database.clock import now
 from ..database.dialects.encodings import storable_json
 from ..database.sessions import Executes
 from ..database.store import Store, count
-from ..database.tables import is_running, is_waiting, message_errors, messages
+from ..database.tables import is_paused, is_running, is_waiting, message_errors, messages
 from ..errors import ClaimLost
 from .message import Batch, Freed, Message
 from .payloads import Draft
@@ -86,6 +87,7 @@ class Queue:
         A message that failed before is claimed on its own: if it crashes the process, only its own attempt is counted.
 
         Concurrency: every consumer of the topic may do this. Each consumer skips messages that another one has locked.
+        A claim that begins after the commit of a pause finds no message.
         """
         if self._store.has_one_writer and not self._store.read(_first_due, {"of": topic}):
             return None
@@ -241,7 +243,7 @@ def _due(topic: ColumnElement[str] | str) -> Any:
     # As a subquery, the clock is read once, before the index. So the read of the index can stop at that moment.
     clock = select(now()).scalar_subquery()
     return select(messages.c.id, messages.c.attempt, messages.c.due_at).where(
-        is_waiting, messages.c.topic == topic, messages.c.due_at <= clock
+        is_waiting, messages.c.topic == topic, messages.c.due_at <= clock, not_(is_paused(topic))
     )
 
 

@@ -140,8 +140,13 @@ def _messages(topics: Sequence[Topic]) -> Iterator[Metric]:
         for state in ("waiting", "running", "dead")
     ]
     yield _gauges("background_messages", "Messages that are not done, by state.", depths)
-    oldest: list[Sample] = [({"topic": topic.topic}, topic.oldest_seconds or 0) for topic in topics]
-    yield _gauges("background_message_oldest_seconds", "Time since the oldest waiting message was due.", oldest)
+    paused: list[Sample] = [({"topic": topic.topic}, int(topic.paused_at is not None)) for topic in topics]
+    yield _gauges("background_topic_paused", "1 if the topic is paused, else 0.", paused)
+    oldest: list[Sample] = [
+        ({"topic": topic.topic}, 0 if topic.paused_at else topic.oldest_seconds or 0) for topic in topics
+    ]
+    meaning = "Time since the oldest waiting message was due. 0 while the topic is paused."
+    yield _gauges("background_message_oldest_seconds", meaning, oldest)
 
 
 def _gauge(name: str, meaning: str, value: float) -> Metric:

@@ -109,6 +109,7 @@ def dead_letter(app: Flask) -> int:
 def test_the_commands_of_the_page_succeed(app: Flask, dead_letter: int, database_url: str, page: str) -> None:
     """The line `flask workers run` of the page is the process beside which the other lines are executed."""
     values = {"NAME": "system_health_worker", "ID": str(dead_letter), "TIME": datetime.now(UTC).isoformat()}
+    values |= dict.fromkeys(("TOPIC", "deliveries"), "broken") | {"JSON": "{}"}
     with alive(database_url) if START in lines(page) else nullcontext():
         for line in lines(page):
             if line != START:

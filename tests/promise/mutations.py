@@ -98,6 +98,28 @@ MUTATIONS = (
         ["tests/background/ledger/test_leases.py", "-k", "locked_right_after_a_heartbeat"],
     ),
     Mutation(
+        "no message of a paused topic is claimed",
+        [
+            Edit(
+                "background/messages/queue.py",
+                "messages.c.due_at <= clock, not_(is_paused(topic))",
+                "messages.c.due_at <= clock",
+            )
+        ],
+        ["tests/background/messages/test_queue.py", "-k", "paused_topic_waits"],
+    ),
+    Mutation(
+        "the consumers of a paused topic do not wake at each heartbeat",
+        [
+            Edit(
+                "background/database/tables.py",
+                "messages.c.topic == topic, not_(is_paused(topic))",
+                "messages.c.topic == topic",
+            )
+        ],
+        ["tests/background/messages/test_queue.py", "-m", "promise", "-k", "one_statement_per_heartbeat"],
+    ),
+    Mutation(
         "a message that its handler postpones is still of its batch",
         [Edit("background/messages/queue.py", "which = self._held(batch, ids)", "which = messages.c.id.in_(ids)")],
         ["tests/background/runs/test_batch.py", "-k", "not_postponed"],

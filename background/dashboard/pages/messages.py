@@ -20,6 +20,8 @@ def add_to(blueprint: Blueprint) -> None:
     blueprint.add_url_rule("/messages/<int:id>", "message", message_page)
     blueprint.add_url_rule("/messages/<int:id>/retry", "retry_message", retry_one, methods=["POST"])
     blueprint.add_url_rule("/messages/<int:id>/discard", "discard_message", discard_one, methods=["POST"])
+    blueprint.add_url_rule("/messages/pause", "pause_topic", pause, methods=["POST"])
+    blueprint.add_url_rule("/messages/resume", "resume_topic", resume, methods=["POST"])
     blueprint.add_url_rule("/messages/retry", "retry_messages", retry_all, methods=["POST"])
     blueprint.add_url_rule("/messages/discard", "discard_messages", discard_all, methods=["POST"])
 
@@ -89,6 +91,28 @@ def _decide_one(decide: Callable[..., int], id: int, outcome: str) -> ResponseRe
     return back("background.messages")
 
 
+def pause() -> ResponseReturnValue:
+    return _control(the_manager().messages.pause, "{} is paused: its messages wait.", "{} was paused already.")
+
+
+def resume() -> ResponseReturnValue:
+    return _control(the_manager().messages.resume, "{} is resumed: its messages are handled.", "{} was not paused.")
+
+
+def _control(change: Callable[[str], bool], done: str, already: str) -> ResponseReturnValue:
+    topic = _topic()
+    try:
+        changed = change(topic)
+    except UnknownTopic as error:
+        abort(404, str(error))
+    say((done if changed else already).format(topic), "success" if changed else "info")
+    return back("background.messages")
+
+
+def _topic() -> str:
+    return request.form.get("topic") or abort(400, "The form names no topic.")
+
+
 def retry_all() -> ResponseReturnValue:
     return _decide_all(the_manager().messages.retry, "waits again", "wait again")
 
@@ -99,7 +123,7 @@ def discard_all() -> ResponseReturnValue:
 
 def _decide_all(decide: Callable[..., int], one: str, many: str) -> ResponseReturnValue:
     """Change all dead messages of the topic, including messages that died after the page was drawn."""
-    topic = request.form.get("topic") or abort(400, "The form names no topic.")
+    topic = _topic()
     if not request.form.get("confirmed"):
         say("Nothing was changed. Tick the box first to confirm the change of all messages.", "error")
         return back("background.messages")

@@ -516,6 +516,40 @@ def test_open_messages_are_counted_and_listed_by_the_index_of_their_state(
         assert f"ix_background_messages_{state}" in plan
 
 
+# -- enqueue, pause, resume ----------------------------------------------------------------------
+
+
+def test_a_message_is_enqueued_with_a_key_and_a_delay(fleet: Fleet, flask: Callable[..., Result]) -> None:
+    assert flask("enqueue", "orders", '{"book": [1, null]}').stdout == "Message 1 waits.\n"
+    assert flask("enqueue", "orders", '"text"', "--key", "k", "--delay", "60.5").stdout == "Message 2 waits.\n"
+    result = flask("enqueue", "orders", "1", "--key", "k", code=1)
+    assert result.stderr == "Error: Nothing was enqueued: orders has a message with the key 'k' already.\n"
+    first, second = fleet.messages()
+    assert (first.payload, first.key, second.payload, second.key) == ('{"book":[1,null]}', None, '"text"', "k")
+    assert (second.due_at - second.enqueued_at).total_seconds() == pytest.approx(60.5, abs=0.1)
+
+
+def test_a_topic_is_paused_and_resumed(fleet: Fleet, flask: Callable[..., Result]) -> None:
+    assert flask("resume", "orders").stdout == "orders was not paused.\n"
+    assert flask("pause", "orders").stdout == "orders is paused: its messages wait.\n"
+    assert flask("pause", "orders").stdout == "orders was paused already.\n"
+    assert flask("pause", "mail_worker", group="workers").stdout == "mail is paused: its messages wait.\n"
+    assert re.search(rf"PAUSED SINCE\nmail .* {MOMENT}\norders .* {MOMENT}\n", flask("stats").stdout)
+    assert flask("resume", "orders").stdout == "orders is resumed: its messages are handled.\n"
+    assert flask("resume", "mail_worker", group="workers").stdout == "mail is resumed: its messages are handled.\n"
+    assert "PAUSED" not in flask("stats").stdout
+    assert [each["paused_at"] for each in json.loads(flask("stats", "--json").stdout)] == [None, None]
+
+
+def test_a_topic_of_another_release_can_be_resumed(
+    fleet: Fleet, manager: BackgroundWorkerManager, flask: Callable[..., Result]
+) -> None:
+    with fleet.engine.begin() as connection:
+        connection.execute(insert(tables.topics).values(topic="old", paused_at=manager.history.clock()))
+    assert flask("resume", "old").stdout == "old is resumed: its messages are handled.\n"
+    assert flask("pause", "old", code=2).stderr.startswith("Error: No worker handles the topic 'old'; expected")
+
+
 # -- wrong arguments -------------------------------------------------------------------------------
 
 
@@ -525,6 +559,11 @@ def test_a_wrong_argument_is_one_sentence(flask: Callable[..., Result]) -> None:
         (("list", "--topic", "ordrs"), "Did you mean 'orders'?"),
         (("list", "--topic", "\udcff"), "No worker handles the topic '\\udcff'"),
         (("retry", "--all", "--topic", "mial"), "Did you mean 'mail'?"),
+        (("pause", "mial"), "Did you mean 'mail'?"),
+        (("resume", "\udcff"), "No worker handles the topic '\\udcff'"),
+        (("enqueue", "mial", "1"), "Did you mean 'mail'?"),
+        (("enqueue", "mail", "NaN"), "JSON is 'NaN': NaN is not JSON; expected JSON: a text is '\"text\"'."),
+        (("enqueue", "mail", "{"), "JSON is '{': Expecting property name"),
         (("list", "--state", "fine"), "expected one of: waiting, running, done, dead, discarded."),
         (("list", "--limit", "many"), "--limit is 'many'; expected a whole number"),
         (("show", "1"), "There is no message 1; `flask messages list` shows all messages."),
@@ -583,7 +622,7 @@ def test_the_list_and_the_check_of_workers_name_the_message_workers(
 def test_a_command_about_ticks_names_the_command_for_a_message_worker(
     manager: BackgroundWorkerManager, flask: Callable[..., Result]
 ) -> None:
-    for command in ("pause", "resume", "trigger", "history", "why", "run --once"):
+    for command in ("trigger", "history", "why", "run --once"):
         result = flask(*command.split(), "order_worker", code=2, group="workers")
         assert result.stderr == (
             "Error: The worker 'order_worker' handles the messages of 'orders' and has no ticks; expected a periodic "

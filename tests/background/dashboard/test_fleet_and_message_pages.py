@@ -349,8 +349,21 @@ def test_the_topics_show_their_depth_their_worker_and_their_done_messages(
     bury(fleet, 2, topic="old topic")
     done(fleet, 30, SECOND)
     (orders, old) = (topic_row(see(client, "messages"), topic) for topic in ("orders", "old topic"))
-    assert orders == ["order_worker", "3", "1", "0", "ago", "30", "30", "0"]
-    assert old == ["no worker in this release", "0", "0", "0", "", "0", "0", "2 dead"]
+    assert orders == ["order_worker", "3", "1", "0", "ago", "30", "30", "0", "Pause"]
+    assert old == ["no worker in this release", "0", "0", "0", "", "0", "0", "2 dead", "Pause"]
+
+
+@on_sqlite
+def test_a_topic_is_paused_and_resumed_by_its_button(manager: BackgroundWorkerManager, client: FlaskClient) -> None:
+    assert "orders is paused: its messages wait." in post(client, "messages/pause", topic="orders")
+    page = post(client, "messages/pause", topic="orders")
+    assert "orders was paused already." in page
+    assert re.search(r"paused</span>\s*<span class=\"bw-about\">since <time", page)
+    assert 'aria-label="Resume orders"' in page
+    assert "orders is resumed: its messages are handled." in post(client, "messages/resume", topic="orders")
+    assert "orders was not paused." in post(client, "messages/resume", topic="orders")
+    for topic, status in (("", 400), ("mail", 404), ("\0", 404)):
+        assert client.post("/workers/messages/pause", data={"topic": topic}).status_code == status
 
 
 def topic_row(page: str, topic: str) -> list[str]:

@@ -507,10 +507,59 @@ def test_a_stopped_batch_keeps_its_handled_messages_and_hands_the_rest_back_untr
     assert fleet.effects() == ["0", "1", "2", "3", "4"]
 
 
+# -- pausing -----------------------------------------------------------------------------------
+
+
+def test_a_paused_topic_waits_in_every_instance_and_its_batch_in_progress_goes_on(fleet: Fleet) -> None:
+    began, go_on = threading.Event(), threading.Event()
+
+    class Slow(Notes):
+        batch_size = 1
+
+        def handle(self, message: Message, context: WorkerContext) -> None:
+            began.set()
+            go_on.wait(PATIENCE)
+            effect(context, message.payload)
+
+    managers = [fleet.manager(Slow, WORKERS_HEARTBEAT_SECONDS=0.1) for _ in range(2)]
+    fleet.enqueue("notes", "one", "two", "three")
+    managers[0].start()
+    assert began.wait(PATIENCE)
+    assert managers[1].pause("slow")  # the name of the worker
+    assert not managers[0].messages.pause("notes")
+    go_on.set()
+    managers[1].start()
+    wait_until(lambda: states(fleet)[0] == "done", "the end of the batch in progress")
+    wait_until(lambda: managers[1].presence.instance is not None, "the start")
+    fleet.enqueue("notes", "four")
+    assert managers[1].stores.queue.claim("slow", "notes", 1, ("us", "here:1")) is None
+    assert states(fleet) == ["done", "waiting", "waiting", "waiting"]
+    assert managers[1].resume("slow")
+    assert not managers[0].messages.resume("notes")
+    all_are(fleet, "done", 4)
+    assert sorted(fleet.effects()) == ["four", "one", "three", "two"]
+
+
 @pytest.mark.promise
-def test_an_idle_instance_with_delayed_messages_is_one_statement_per_heartbeat(fleet: Fleet) -> None:
+def test_a_resumed_topic_wakes_all_instances_long_before_their_heartbeats(fleet: Fleet) -> None:
+    manager = fleet.manager(Notes, WORKERS_HEARTBEAT_SECONDS=PATIENCE, WORKERS_LEASE_SECONDS=3 * PATIENCE)
+    manager.pause("notes")
+    fleet.enqueue("notes", "one")
+    manager.start()
+    wait_until(lambda: manager.presence.instance is not None, "the start")
+    fleet.manager(Notes).resume("notes")
+    all_are(fleet, "done", 1)
+
+
+@pytest.mark.promise
+@pytest.mark.parametrize("is_paused", [False, True])
+def test_an_idle_instance_with_delayed_or_paused_messages_is_one_statement_per_heartbeat(
+    fleet: Fleet, is_paused: bool
+) -> None:
     manager = fleet.manager(Notes)
-    fleet.enqueue("notes", "later", delay=HOUR)
+    if is_paused:
+        manager.pause("notes")
+    fleet.enqueue("notes", "later", delay=None if is_paused else HOUR)
     manager.start()
     wait_until(lambda: manager.presence.instance is not None, "the start")
 

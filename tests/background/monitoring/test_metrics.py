@@ -172,6 +172,11 @@ def test_open_messages_are_counted_and_the_oldest_is_timed(fleet: Fleet) -> None
     }
     assert found == {"waiting": 3, "running": 1, "dead": 1}
     assert 600 <= (samples.value("background_message_oldest_seconds", topic="letters") or 0) < 630
+    assert samples.value("background_topic_paused", topic="letters") == 0
+    manager_of(app).messages.pause("letters")
+    samples = scrape(app)
+    assert samples.value("background_message_oldest_seconds", topic="letters") == 0
+    assert samples.value("background_topic_paused", topic="letters") == 1
 
 
 @pytest.mark.parametrize("label", ["soon", "nan", "-5", "1=2", "1,2=3", "", "1e1", "Infinity"])
