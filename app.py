@@ -19,7 +19,7 @@ from background import BackgroundWorkerManager, PruneHistoryWorker
 from background.monitoring.health import health
 from background.monitoring.metrics import metrics
 from config import StrictJSON, configure_logging, hide_refused_rows, load_config
-from mail import Mailer
+from mail import Mailer, send_alert
 from migrations import schema
 from models import UserRepository, db
 from workers import MailWorker, PassiveUserCheckerWorker, PruneAuditWorker, SystemHealthWorker
@@ -46,6 +46,7 @@ def create_app(config: Mapping[str, Any] | object | None = None) -> Flask:
     svcs.flask.register_factory(app, Mailer, lambda: Mailer(*mail))
 
     workers = BackgroundWorkerManager(app, db)
+    workers.send_mail = send_alert
     production.insist(app, workers)
     workers.before_start(demo.ensure_ready, check=schema.check)
     workers.before_start(production.refuse_data)

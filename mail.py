@@ -14,13 +14,14 @@ from ssl import create_default_context
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
+import svcs
 from flask import current_app, render_template
 from flask_security.confirmable import generate_confirmation_token
 from flask_security.recoverable import generate_reset_password_token
 from limits import RateLimitItemPerHour
 from limits.strategies import FixedWindowRateLimiter
 
-from background import WorkerContext
+from background import Bury, WorkerContext
 from config import APP_NAME
 from models import User, UserRepository
 from throttle import RateLimits
@@ -271,6 +272,14 @@ class Mailer:
     @property
     def _port(self) -> int:
         return self.url.port or {"smtp": 25, "smtp+starttls": 587, "smtps": 465}[self.url.scheme]
+
+
+def send_alert(to: str, subject: str, text: str, key: str, at: datetime) -> str:
+    """Send a mail of the engine to an operator, and return its place. Raises MailNotSent, and Bury if it is refused."""
+    try:
+        return svcs.flask.get(Mailer).send(to, subject, text, key, at)
+    except MailRefused as error:
+        raise Bury(error) from None
 
 
 def _refusal(smtp: "SMTP", mail: "EmailMessage") -> str | None:

@@ -3,6 +3,7 @@
 from .host import dependencies  # noqa: F401 - refuses a missing package with one sentence
 
 # isort: split
+from .alarms.attach import attach
 from .cli import messages_cli, workers_cli
 from .context import WorkerContext
 from .database.clock import UtcDateTime
@@ -79,3 +80,4 @@ __all__ = [
 ]
 
 BackgroundWorkerManager.commands = (workers_cli, messages_cli)
+BackgroundWorkerManager.parts = (attach,)

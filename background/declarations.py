@@ -14,6 +14,8 @@ _ANYTHING = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
 _POSITIONAL = {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD}
 _NEAR = 0.8  # of 1, by difflib: max_attemps and tiemout are near, handle_one and first_name are not
 
+_USUAL = {"ping_url"}  # api_url and page_url are names that a user may well choose
+
 
 def refuse_misspelled(cls: type, base: type) -> None:
     """Raise InvalidWorker for an attribute of `cls` with nearly the name of an attribute of `base` that is not set.
@@ -50,7 +52,7 @@ def _meant(name: str, known: set[str]) -> str | None:
     for at in range(len(spelt) - 1):  # difflib rates swapped letters in a short name as far apart
         if (swapped := f"{spelt[:at]}{spelt[at + 1]}{spelt[at]}{spelt[at + 2 :]}") in plain:
             return plain[swapped]
-    return next(iter(get_close_matches(name.lower(), known, n=1, cutoff=_NEAR)), plain.get(spelt))
+    return next(iter(get_close_matches(name.lower(), known - _USUAL, n=1, cutoff=_NEAR)), plain.get(spelt))
 
 
 def _used(classes: list[type]) -> set[str]:

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Collection, Iterable
 from datetime import datetime
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import svcs.flask
 from click import Command
@@ -31,12 +31,15 @@ from .registry import Registry
 from .runs.fence import fence, is_stopping_within
 from .runs.running import Runs
 from .stores import Stores, add_tables, prepare_engines
+from .worker import AnyWorker
 
 if TYPE_CHECKING:
+    from .process.heartbeat import Watch
     from .process.supervisor import Supervisor
 
 log = logger_of(__name__)
 
+SendMail = Callable[[str, str, str, str, datetime], object]
 Look = Callable[[], tuple[Iterable[str], Iterable[str]]]
 
 
@@ -46,12 +49,23 @@ class Lifecycle:
     commands: ClassVar[tuple[Command, ...]] = ()
     """The command groups that each application gets: `flask workers` and `flask messages`."""
 
+    parts: ClassVar[tuple[Callable[[Any], None], ...]] = ()
+    """Functions that get each manager once it is bound to an application: the alarms."""
+
     def __init__(self, app: Flask | None = None, db: SQLAlchemy | None = None) -> None:
         self._registry = Registry()
         self._before_start: list[Callable[[], None]] = []
         self._checks: list[Callable[[], None]] = []
         self._looks: list[Look] = []
+        self._when_added: list[Callable[[AnyWorker], None]] = []
         self._lock = threading.RLock()
+        self.watch: Watch | None = None
+        """The watch over the fleet, which sends alerts. None if no setting names a channel for alerts."""
+        self.send_mail: SendMail | None = None
+        """The function of the application that sends the mails of ALERT_MAIL.
+
+        It gets the reader, the subject, the text, a key and a moment. Calls with the same key are about one mail.
+        """
         self.supervisor: Supervisor | None = None
         """The threads of the started workers. None before a start and after a stop."""
         self._started_in = self._served_in = 0  # process ids: a forked child inherits them, but not the threads
@@ -84,6 +98,8 @@ class Lifecycle:
         serving.attach(self, app)
         for command in self.commands:
             app.cli.add_command(command)
+        for part in self.parts:
+            part(self)
 
     def _assemble(self, outages: Outages) -> None:
         """Make the parts of one process. Opens nothing."""
@@ -238,9 +254,10 @@ class Lifecycle:
             workers, topics = self._registry.workers, self._registry.topics
             if names:  # the other workers stay registered: a run may enqueue messages for them
                 workers = {name: worker for name, worker in workers.items() if name in names}
-                topics = {topic: worker for topic, worker in topics.items() if worker.name in names}
+                always = self.watch.topics if self.watch else ()
+                topics = {topic: worker for topic, worker in topics.items() if worker.name in names or topic in always}
             parts = self.stores, self.runs, self.presence, self.recovery, self.ticks
-            self.supervisor = Supervisor(*parts, workers, topics, self.prepare)
+            self.supervisor = Supervisor(*parts, workers, topics, self.prepare, self.watch)
             self.supervisor.join()
 
     def tell(self) -> None:

@@ -1,6 +1,6 @@
 """The manager: the engine's public face."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -57,8 +57,14 @@ class BackgroundWorkerManager(Lifecycle):
     def add(self, worker: AnyWorker) -> None:
         """Register a worker class. Raises InvalidWorker, InvalidSchedule or DuplicateWorker."""
         self._registry.add(worker)
+        for callback in self._when_added:
+            callback(worker)
         if self.supervisor is not None:
             self.supervisor.admit(worker)
+
+    def when_added(self, callback: Callable[[AnyWorker], None]) -> None:
+        """Call `callback` with each worker that is added from now on."""
+        self._when_added.append(callback)
 
     def remove(self, name: str) -> None:
         """Unregister a worker in this process. Its rows stay, and other instances go on running it."""

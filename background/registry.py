@@ -9,6 +9,7 @@ from .errors import DuplicateWorker, InvalidWorker, UnknownTopic, UnknownWorker
 from .ledger.claim import WorkerState
 from .schedule.parsing import make_schedule
 from .schedule.periods import LONGEST, Schedule
+from .settings import address
 from .worker import AnyWorker, MessageWorker, PeriodicWorker
 
 
@@ -111,6 +112,7 @@ def declared_schedule(cls: type[PeriodicWorker]) -> Schedule:
         ("enabled", "True or False", isinstance(cls.enabled, bool)),
         ("catch_up", "True or False", isinstance(cls.catch_up, bool)),
         ("run_on_first_start", "True or False", isinstance(cls.run_on_first_start, bool)),
+        ("ping_url", "http:// or https:// and a host, '' or None", _is_address(cls.ping_url)),
     )
     if cls.period is not None:
         _check_attributes(cls, ("jitter", f"at most its period, {cls.period}", cls.jitter <= cls.period))
@@ -139,7 +141,7 @@ def declared_topic(cls: type[MessageWorker]) -> str:
 
 
 MOST_ATTEMPTS, MOST_AT_ONCE, MOST_CONCURRENCY = 1_000_000, 10_000, 1_000
-_OF_TICKS = {"period", "cron", "timeout", "on_lost", "catch_up", "run_on_first_start", "jitter", "enabled"}
+_OF_TICKS = {"period", "cron", "timeout", "on_lost", "catch_up", "run_on_first_start", "jitter", "enabled", "ping_url"}
 _OF_MESSAGES = {"topic", "backoff", "concurrency", "handle", "handle_many"}
 _NAME = "1 to 100 letters, digits, '_', '-' or '.'"
 
@@ -179,6 +181,14 @@ def _count(value: object, most: int) -> tuple[str, bool]:
 def _duration(value: object) -> tuple[str, bool]:
     """Return the expectation of a pause, and whether `value` meets it."""
     return "a timedelta of at least 0", isinstance(value, timedelta) and value >= timedelta()
+
+
+def _is_address(value: object) -> bool:
+    """Return whether `value` is an address to ping, an empty text or None."""
+    try:
+        return value in (None, "") or address(value) == value
+    except ValueError:
+        return False
 
 
 def _is_timeout(value: object) -> bool:

@@ -1,11 +1,13 @@
 """The engine's settings. Each has a default, a cast and a meaning, and is checked in every application."""
 
+import base64
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from difflib import get_close_matches
 from functools import partial
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 from .errors import InvalidConfig
 
@@ -25,7 +27,10 @@ Kind = tuple[Callable[[Any], Any], str]
 """A cast, and the values that it expects."""
 
 _BOOLEANS = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "false", "no", "off"), False)
-PREFIXES = ("WORKERS_", "MESSAGES_", "METRICS_")
+PREFIXES = ("WORKERS_", "MESSAGES_", "METRICS_", "ALERT_", "PING_")
+SECRET_PREFIX = "whsec_"  # noqa: S105 - it precedes a secret
+_LEAST_KEY = 24  # bytes, as Standard Webhooks asks for
+_MADE_KEY = "`python3 -c \"import base64, os; print('whsec_' + base64.b64encode(os.urandom(32)).decode())\"`"
 _CUTOFF = 0.8  # from 0 to 1, for difflib. An application may have its own settings with these prefixes
 
 
@@ -38,6 +43,36 @@ def _token(value: Any) -> str:
     if not isinstance(value, str) or not re.fullmatch(r"[!-~]+", value):
         raise ValueError(value)
     return value
+
+
+def address(value: Any) -> str:
+    """Cast the address of a service: http:// or https://, a host, and no user."""
+    parts = urlsplit(value if isinstance(value, str) and re.fullmatch(r"[!-~]+", value) else "")
+    if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or parts.port == 0:
+        raise ValueError(value)
+    return str(value)
+
+
+def _address_of_each(value: Any) -> str:
+    if "{worker}" not in address(value):
+        raise ValueError(value)
+    return str(value)
+
+
+def _e_mails(value: Any) -> tuple[str, ...]:
+    """Cast e-mails, with commas in between, to a tuple without a repeated e-mail."""
+    found = value.split(",") if isinstance(value, str) else value
+    if not all(isinstance(each, str) and re.fullmatch(r"[^\s@,]+@[^\s@,]+", each.strip()) for each in found):
+        raise ValueError(value)
+    return tuple(dict.fromkeys(each.strip() for each in found))
+
+
+def _signing_key(value: Any) -> str:
+    """Cast a secret of Standard Webhooks."""
+    key = base64.b64decode(value.removeprefix(SECRET_PREFIX), validate=True)
+    if not value.startswith(SECRET_PREFIX) or len(key) < _LEAST_KEY:
+        raise ValueError(value)
+    return str(value)
 
 
 def _amount(value: Any, least: float, most: int) -> float:
@@ -104,6 +139,31 @@ SETTINGS = {
         "the bearer token that a scrape of /metrics must send (unset: only this machine may scrape)",
         is_secret=True,
     ),
+    "ALERT_MAIL": Setting(
+        None, _e_mails, "e-mails, with commas in between", "who gets a mail when an incident opens and when it ends"
+    ),
+    "ALERT_WEBHOOK": Setting(
+        None,
+        address,
+        "http:// or https:// and a host",
+        "the address that gets a POST when an incident opens and when it ends",
+        is_secret=True,
+    ),
+    "ALERT_WEBHOOK_SECRET": Setting(
+        None,
+        _signing_key,
+        f"{SECRET_PREFIX} and at least {_LEAST_KEY} bytes in base64, such as the output of {_MADE_KEY}",
+        "signs each POST to ALERT_WEBHOOK, by the scheme of Standard Webhooks",
+        is_secret=True,
+    ),
+    "ALERT_AFTER_FAILURES": Setting(3, *whole(100), "how many failures of a worker in a row are an incident"),
+    "PING_URL": Setting(
+        None,
+        _address_of_each,
+        "http:// or https://, a host, and {worker} in the place of the worker's name",
+        "the dead-man's switch that hears of each run: started, succeeded or failed",
+        is_secret=True,
+    ),
     "RELEASE": Setting(None, *printable(1, 100), "the name of this release in the list of instances"),
 }
 
@@ -113,6 +173,11 @@ def settle(config: MutableMapping[str, Any]) -> None:
     refuse_misspelled(config, SETTINGS)
     cast_all(config, SETTINGS)
     _settle_heartbeat(config)
+    if config["ALERT_WEBHOOK"] and not config["ALERT_WEBHOOK_SECRET"]:
+        raise InvalidConfig(
+            "ALERT_WEBHOOK is set, and ALERT_WEBHOOK_SECRET is not; expected both, because the receiver needs a "
+            f"signature to tell an alert from a forgery. Set ALERT_WEBHOOK_SECRET to the output of {_MADE_KEY}."
+        )
 
 
 def cast_all(config: MutableMapping[str, Any], settings: Mapping[str, Setting]) -> None:

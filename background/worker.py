@@ -35,6 +35,8 @@ class PeriodicWorker:
     """A run that takes longer is marked `timed out`, and may no longer commit. None: no limit."""
     jitter: ClassVar[timedelta] = timedelta()
     """Spreads the wake-ups of the instances over this time, at most a period. The ticks do not move."""
+    ping_url: ClassVar[str | None] = None
+    """The dead-man's switch that hears of each run. None: by the setting PING_URL. "": none."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()

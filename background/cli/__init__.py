@@ -1,6 +1,6 @@
 """The commands `flask workers` and `flask messages`."""
 
-from . import workers_run  # noqa: F401 - it adds its commands to `workers_cli`
+from . import alerts, workers_run  # noqa: F401 - they add their commands to `workers_cli`
 from .messages import messages_cli
 from .workers import workers_cli
 

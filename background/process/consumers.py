@@ -4,7 +4,7 @@ import math
 import random
 import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import timedelta
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -39,8 +39,10 @@ class Consumers:
         runs: Runs,
         scheduler: Scheduler,
         workers: Mapping[str, type[MessageWorker]],
+        apart: Collection[str] = (),
     ) -> None:
-        self._scheduler, self._workers = scheduler, workers
+        """Handle the topics `apart` on threads of their own, even if hung runs use all threads of the scheduler."""
+        self._scheduler, self._workers, self._apart = scheduler, workers, apart
         self._stores, self._presence, self._runs = stores, presence, runs
         self._active: Counter[str] = Counter()
         self._again: set[str] = set()
@@ -61,7 +63,10 @@ class Consumers:
                 self._again.add(topic)
                 return
             self._active[topic] += 1
-        self._scheduler.soon(self._consume, worker)
+        if topic in self._apart:
+            threading.Thread(target=self._consume, args=(worker,), name=f"workers-{topic}", daemon=True).start()
+        else:
+            self._scheduler.soon(self._consume, worker)
 
     def wake_all(self) -> None:
         """Start a consumer of each topic."""
@@ -117,7 +122,7 @@ class Consumers:
         try:
             while not is_over:
                 is_over = not self._handle_next(worker) and self._ends(worker.topic)
-                if not is_over and self._scheduler.is_awaited:
+                if not is_over and self._scheduler.is_awaited and worker.topic not in self._apart:
                     self._scheduler.soon(self._consume, worker)
                     is_over = True
         except SQLAlchemyError as error:  # the next heartbeat tries again

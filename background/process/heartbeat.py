@@ -2,8 +2,9 @@
 
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from queue import SimpleQueue
+from typing import Protocol
 
 from ..database.clock import steady
 
@@ -64,16 +65,33 @@ class Heartbeat:
                     self._failed(error)
 
 
+class Watch(Protocol):
+    """Looks at the fleet for incidents, on a thread of its own."""
+
+    interval: float
+    """The seconds between two looks."""
+    topics: Collection[str]
+    """The topics of alerts. Each has a thread of its own, as hung runs may use all others."""
+
+    def before_joining(self) -> None:
+        """Look at the fleet before an instance of this process joins it. Raises nothing."""
+
+    def look(self) -> None:
+        """Look at the fleet."""
+
+
 _LAST_LOOK_SECONDS = 1.0
 
 
 class Looking:
     """Calls `look` in a thread of its own when a caller wants a look. Looks that wait at the same time become one."""
 
-    def __init__(self, look: Callable[[bool], None], failed: Callable[[Exception], None]) -> None:
+    def __init__(
+        self, look: Callable[[bool], None], failed: Callable[[Exception], None], name: str = "workers-look"
+    ) -> None:
         self._look, self._failed = look, failed
         self._wanted: SimpleQueue[bool | None] = SimpleQueue()
-        self._thread = threading.Thread(target=self._serve, name="workers-look", daemon=True)
+        self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
 
     def start(self) -> None:
         self._thread.start()

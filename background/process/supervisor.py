@@ -9,6 +9,7 @@ from functools import partial
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from ..database.clock import steady
 from ..database.connections import again_if_stale
 from ..database.notifications import Listener
 from ..errors import first_line
@@ -20,7 +21,7 @@ from ..runs.running import Runs
 from ..stores import Stores
 from ..worker import AnyWorker, MessageWorker, PeriodicWorker
 from .consumers import Consumers
-from .heartbeat import Heartbeat, Looking
+from .heartbeat import Heartbeat, Looking, Watch
 from .presence import Presence
 from .recovery import ClockRecovery, MessageRecovery, Recovery
 from .schedules import DeclaredSchedules
@@ -48,12 +49,14 @@ class Supervisor:
         workers: dict[str, type[PeriodicWorker]],
         topics: dict[str, type[MessageWorker]],
         prepare: Callable[[], None],
+        watch: Watch | None = None,
     ) -> None:
         self._config, self._workers, self._prepare = stores.app.config, workers, prepare
         self._stores, self._runs, self._presence, self._recovery, self._ticks = stores, runs, presence, recovery, ticks
         self.scheduler = Scheduler(self._config["WORKERS_THREADS"])
         self.timers = Timers(self.scheduler, ticks, presence, runs, workers)
-        self._topics, self.consumers = topics, Consumers(stores, presence, runs, self.scheduler, topics)
+        apart = watch.topics if watch else ()
+        self._topics, self.consumers = topics, Consumers(stores, presence, runs, self.scheduler, topics, apart)
         threads = self.consumers.batches, self.scheduler.soon, self.consumers.wake_all
         self.message_recovery = MessageRecovery(stores, presence, topics, *threads)
         self._clock_recovery = ClockRecovery(stores, workers)
@@ -68,6 +71,8 @@ class Supervisor:
         self._is_look_planned = self._is_off = self._left = False
         self._looking = Looking(self._looked, self._look_failed)
         self._refreshing, self._entering = threading.Lock(), threading.Lock()
+        self._watch, self._watch_outage, self._watch_at = watch, Outage(), 0.0
+        self._watching = Looking(self._watch_fleet, self._watch_failed, "workers-watch") if watch else None
 
     def join(self) -> None:
         """Join in the background, as soon as the database is ready."""
@@ -126,6 +131,8 @@ class Supervisor:
 
     def _enter(self) -> bool:
         """Sign on, and start the heartbeat. False if `leave` came first."""
+        if self._watch is not None:
+            self._watch.before_joining()
         instance = self._presence.sign_on()
         self._warn_of_offset(instance)
         with self._entering:
@@ -144,6 +151,8 @@ class Supervisor:
                 lambda: presence.until_expiry() + _spread(),
             )
             self._looking.start()
+            if self._watching is not None:
+                self._watching.start()
             heartbeat.start()
             self.heartbeat = heartbeat
         return True
@@ -176,6 +185,8 @@ class Supervisor:
         if self.heartbeat is not None:
             self.heartbeat.stop()
             self._looking.stop()
+            if self._watching is not None:
+                self._watching.stop()
         instance, self._presence.instance = self._presence.instance, None
         if instance is not None:
             self._presence.sign_off(instance)
@@ -206,6 +217,9 @@ class Supervisor:
                 self._soon_once("clock", self._recover_clock)
         self.consumers.follow(pulse, self._config["WORKERS_HEARTBEAT_SECONDS"])
         self.scheduler.look_again()
+        if self._watch is not None and self._watching is not None and steady() >= self._watch_at:
+            self._watch_at = steady() + self._watch.interval
+            self._watching.want()
 
     def _life(self) -> Instance | None:
         """Return the instance to renew. After its lease is over, return a new instance of this process, or None."""
@@ -215,6 +229,8 @@ class Supervisor:
         self._runs.lose(LEASE_IS_OVER, instance)
         if self._runs.stopping.is_set():
             return None
+        if self._watch is not None:
+            self._watch.before_joining()
         return Instance(instance.lease, clock_offset=instance.clock_offset, release=instance.release)
 
     def _begin_anew(self, instance: Instance) -> bool:
@@ -273,6 +289,15 @@ class Supervisor:
         self._pulse = None
         level = logging.DEBUG if self._outage.is_on else self._blindness.level()
         log.log(level, "Cannot look at the fleet: %s", first_line(error), exc_info=unless_expected(error))
+
+    def _watch_fleet(self, _rearm: bool) -> None:
+        if self._watch is not None and not self._runs.stopping.is_set():
+            self._watch.look()
+            self._watch_outage.ended()
+
+    def _watch_failed(self, error: Exception) -> None:
+        level = logging.DEBUG if self._outage.is_on else self._watch_outage.level()
+        log.log(level, "Cannot look for incidents: %s", first_line(error), exc_info=unless_expected(error))
 
     def refresh(self, rearm: bool = False) -> None:
         """Follow the fleet's decisions: schedules, claims whose instance is gone, ticks to claim again.

@@ -10,7 +10,7 @@ ENGINE = sorted((ROOT / "background").rglob("*.py"))
 ORDER = (
     "errors", "host", "signals", "settings", "schedule", "database", "messages", "ledger", "repair", "context",
     "worker", "declarations", "registry", "stores", "runs", "process", "lifecycle", "history", "manager", "pruning",
-    "cli", "monitoring", "dashboard", "testing",
+    "alarms", "cli", "monitoring", "dashboard", "testing",
 )  # fmt: skip
 """The rooms and the files at the top of the engine, from the bottom up."""
 

@@ -1,0 +1,107 @@
+"""The alert of an incident: its title, its text and its JSON, for readers and programs."""
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+from urllib.parse import urlsplit
+from uuid import uuid4
+
+from flask import Flask
+from werkzeug.routing import BuildError
+
+from ..history.text import moment, second, span
+from .incidents import Incident
+
+OPENED, ENDED, TEST = "incident.opened", "incident.ended", "test"
+
+_TITLES = {
+    "failing": ("The worker {} fails", "The worker {} no longer fails"),
+    "overdue": ("The worker {} is overdue", "The worker {} is no longer overdue"),
+    "stuck": ("The worker {} is stuck", "The worker {} is no longer stuck"),
+    "dead": ("Messages of the topic {} died", "The topic {} has no dead message"),
+    "clock": ("The clock of {} is off", "The clock of {} is right again"),
+    "silent": ("No instance is alive", "No instance was alive"),
+}
+_PAGES: dict[str, tuple[str, str]] = {
+    "failing": ("background.worker", "name"),
+    "overdue": ("background.worker", "name"),
+    "stuck": ("background.worker", "name"),
+    "dead": ("background.messages", "topic"),
+}
+
+
+def title(incident: Incident) -> str:
+    """Return one line about the incident: that it is open, or that it has ended."""
+    return _TITLES[incident.kind][incident.ended_at is not None].format(incident.subject)
+
+
+def alert(app: Flask, incident: Incident) -> dict[str, Any]:
+    """Return the alert as the payload of a message. The random id stays the same in each attempt to send it."""
+    return {
+        "id": uuid4().hex,
+        "type": OPENED if incident.ended_at is None else ENDED,
+        "application": name_of(app),
+        "kind": incident.kind,
+        "subject": incident.subject,
+        "title": title(incident),
+        "opened_at": moment(incident.opened_at),
+        "ended_at": moment(incident.ended_at) if incident.ended_at else None,
+        "detail": _detail(incident),
+        "url": _url(app, incident),
+    }
+
+
+def _detail(incident: Incident) -> str:
+    is_about_opening = incident.ended_at is not None and incident.kind != "silent"
+    return f"At the beginning it said: {incident.detail}" if is_about_opening else incident.detail
+
+
+def trial(app: Flask) -> dict[str, Any]:
+    """Return an alert without an incident, for a user who tries the configuration."""
+    return {
+        "id": uuid4().hex,
+        "type": TEST,
+        "application": name_of(app),
+        "kind": "test",
+        "subject": "",
+        "title": "A test of the alerts",
+        "opened_at": moment(datetime.now(UTC)),
+        "ended_at": None,
+        "detail": "A user asked for this alert with `flask workers alerts --test`. Nothing is wrong.",
+        "url": None,
+    }
+
+
+def name_of(app: Flask) -> str:
+    return str(app.config.get("APP_NAME") or app.name)
+
+
+def subject_line(alert: Mapping[str, Any]) -> str:
+    """Return the subject of the mail."""
+    return f"[{alert['application']}] {alert['title']}"
+
+
+def text(alert: Mapping[str, Any]) -> str:
+    """Return the text of the mail."""
+    opened, ended = (datetime.fromisoformat(each) if each else None for each in (alert["opened_at"], alert["ended_at"]))
+    lines = [f"{alert['title']}.", "", alert["detail"], ""]
+    if opened and ended and alert["kind"] != "silent":
+        lines.append(f"From {second(opened)} to {second(ended)}, for {span(ended - opened)}.")
+    elif alert["type"] == OPENED:
+        lines += [f"Noticed at {second(opened)}.", "Another mail follows when this has ended."]
+    if alert["url"]:
+        lines += ["", alert["url"]]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _url(app: Flask, incident: Incident) -> str | None:
+    """Return the address of the page about the incident. None without a dashboard or its public address."""
+    if not (address := app.config.get("PUBLIC_URL")):
+        return None
+    root = urlsplit(address)
+    site = app.url_map.bind(root.netloc, root.path or "/", url_scheme=root.scheme)
+    endpoint, field = _PAGES.get(incident.kind, ("background.instances", ""))
+    try:
+        return str(site.build(endpoint, {field: incident.subject} if field else {}, force_external=True))
+    except BuildError:
+        return None

@@ -1,0 +1,78 @@
+"""The message workers that send alerts. Their topics have a thread of their own, even if hung runs use all others."""
+
+from collections.abc import Mapping
+from datetime import datetime, timedelta
+from typing import Any
+
+from flask import Flask
+
+from ..context import WorkerContext
+from ..errors import InvalidConfig
+from ..manager import BackgroundWorkerManager, the_manager
+from ..messages.message import Message
+from ..worker import MessageWorker
+from .alert import subject_line, text
+from .webhook import post
+
+
+class AlertMailWorker(MessageWorker):
+    """Sends alerts to ALERT_MAIL."""
+
+    topic = "alert_mail"
+    batch_size = 1  # a rollback does not undo a mail
+    backoff = timedelta(seconds=10)
+    max_attempts = 30  # for about a day
+
+    def handle(self, message: Message, context: WorkerContext) -> None:
+        payload = message.payload
+        send_mail(the_manager(), payload["to"], payload["alert"], message.idempotency_key, message.enqueued_at)
+
+
+class AlertWebhookWorker(MessageWorker):
+    """Sends alerts to ALERT_WEBHOOK."""
+
+    topic = "alert_webhook"
+    batch_size = 1
+    backoff = timedelta(seconds=10)
+    max_attempts = 30
+
+    def handle(self, message: Message, context: WorkerContext) -> None:
+        send_webhook(the_manager(), message.payload["alert"])
+
+
+def channels(app: Flask) -> list[type[MessageWorker]]:
+    """Return the workers of the channels that the settings name."""
+    named = {"ALERT_MAIL": AlertMailWorker, "ALERT_WEBHOOK": AlertWebhookWorker}
+    return [worker for setting, worker in named.items() if app.config[setting]]
+
+
+def enqueue(manager: BackgroundWorkerManager, alert: Mapping[str, Any]) -> None:
+    """Enqueue the alert for each channel and reader, on the session of the current app context."""
+    for to in manager.app.config["ALERT_MAIL"] or ():
+        manager.enqueue(AlertMailWorker.topic, {"to": to, "alert": alert})
+    if manager.app.config["ALERT_WEBHOOK"]:
+        manager.enqueue(AlertWebhookWorker.topic, {"alert": alert})
+
+
+def send_webhook(manager: BackgroundWorkerManager, alert: Mapping[str, Any]) -> None:
+    """Send the alert to ALERT_WEBHOOK. Raises AlertNotSent, and InvalidConfig if the settings have no webhook."""
+    config = manager.app.config
+    if not config["ALERT_WEBHOOK"]:
+        raise InvalidConfig("ALERT_WEBHOOK is not set any longer, and an alert waits; expected an address: set it.")
+    post(config["ALERT_WEBHOOK"], config["ALERT_WEBHOOK_SECRET"], alert)
+
+
+def send_mail(manager: BackgroundWorkerManager, to: str, alert: Mapping[str, Any], key: str, at: datetime) -> None:
+    """Send the alert by the application's mailer. Raises its errors, and InvalidConfig without a mailer."""
+    refuse_missing_mailer(manager)
+    assert manager.send_mail is not None  # noqa: S101 - for the type checker
+    manager.send_mail(to, subject_line(alert), text(alert), key, at)
+
+
+def refuse_missing_mailer(manager: BackgroundWorkerManager) -> None:
+    """Raise InvalidConfig if alerts go by mail, and the application has not said how to send one."""
+    if manager.app.config["ALERT_MAIL"] and manager.send_mail is None:
+        raise InvalidConfig(
+            "ALERT_MAIL is set, and the application has not said how it sends mails; expected a function. Write "
+            "`workers.send_mail = send_mail` in create_app, with send_mail(to, subject, text, key, at)."
+        )

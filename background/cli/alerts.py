@@ -1,0 +1,68 @@
+"""The command `flask workers alerts`."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import UTC, datetime
+from functools import partial
+
+import click
+
+from ..alarms import delivery
+from ..alarms.alert import title, trial
+from ..alarms.incidents import Incidents
+from ..errors import first_line
+from ..history.text import second, table
+from ..manager import BackgroundWorkerManager, the_manager
+from .shared import WrongUsage, as_json_option, checked_manager, print_json
+from .workers import workers_cli
+
+
+@workers_cli.command()
+@click.option("--test", "is_test", is_flag=True, help="Send a test alert to each configured channel now.")
+@as_json_option
+def alerts(is_test: bool, as_json: bool) -> None:
+    """Show the incidents that are open, or ended last.
+
+    An incident opens when a worker fails several times in a row, is overdue or stuck, a message dies, or a host's
+    clock is off. Each opened and each ended incident is one alert, by ALERT_MAIL and ALERT_WEBHOOK.
+
+    \b
+    Examples:
+      flask workers alerts
+      flask workers alerts --test
+    """
+    if is_test:
+        _send_trials(the_manager())
+        return
+    found = Incidents(checked_manager().stores).recent()
+    if as_json:
+        print_json([{**asdict(each), "title": title(each)} for each in found])
+    elif found:
+        rows = [[title(each), second(each.opened_at), second(each.ended_at), each.detail] for each in found]
+        click.echo(table(("incident", "opened", "ended", "detail"), rows))
+    else:
+        click.echo("There was no incident.")
+
+
+def _send_trials(manager: BackgroundWorkerManager) -> None:
+    """Send the test alerts without the queue, so that the user sees each error."""
+    if not delivery.channels(manager.app):
+        raise WrongUsage("Neither ALERT_MAIL nor ALERT_WEBHOOK is set; expected one of them: set it.")
+    alert, at = trial(manager.app), datetime.now(UTC)
+    sends: dict[str, Callable[[], object]] = {}
+    for number, to in enumerate(manager.app.config["ALERT_MAIL"] or ()):
+        sends[to] = partial(delivery.send_mail, manager, to, alert, f"test-{alert['id']}-{number}", at)
+    if manager.app.config["ALERT_WEBHOOK"]:
+        sends["ALERT_WEBHOOK"] = partial(delivery.send_webhook, manager, alert)
+    if [to for to, send in sends.items() if not _is_sent(to, send)]:
+        raise click.exceptions.Exit(1)
+
+
+def _is_sent(to: str, send: Callable[[], object]) -> bool:
+    try:
+        send()
+    except Exception as error:  # the application's mailer may raise any error
+        click.echo(f"{to} did not get the test alert: {first_line(error)}")
+        return False
+    click.echo(f"{to} got the test alert.")
+    return True
