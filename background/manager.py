@@ -22,6 +22,7 @@ from .messages.payloads import as_delay, draft, drafts
 from .runs.execution import Execution
 from .runs.fence import when_committed
 from .schedule.parsing import make_schedule
+from .tallies.charts import ChartHistory
 from .worker import AnyWorker, MessageWorker, PeriodicWorker
 
 log = logger_of(__name__)
@@ -256,6 +257,11 @@ class BackgroundWorkerManager(Lifecycle):
     def instance_history(self) -> InstanceHistory:
         """The instances of the fleet, living and gone, for people to read."""
         return InstanceHistory(self.stores.leases)
+
+    @property
+    def charts(self) -> ChartHistory:
+        """The runs and messages of the last days, counted, for people to read."""
+        return ChartHistory(self.stores.main, self.stores.roll_up)
 
     @property
     def messages(self) -> MessageHistory:

@@ -7,7 +7,7 @@ from sqlalchemy import delete, func, or_, select
 
 from .context import WorkerContext
 from .database.store import count
-from .database.tables import executions, messages
+from .database.tables import executions, messages, tallies
 from .manager import current_workers
 from .worker import PeriodicWorker
 
@@ -16,6 +16,8 @@ SLICE = 5_000
 
 class PruneHistoryWorker(PeriodicWorker):
     """Delete the executions and messages that ended more than WORKERS_HISTORY_DAYS ago, and locks not held since then.
+
+    The counts for the charts are deleted after the same time, and those of five minutes after three hours.
 
     The marks stay, so no tick comes back. Dead letters stay. A message with a key stays for MESSAGES_KEY_DAYS, if that
     is longer, so that its key refuses a second message. The tokens of a deleted lock go on above its last token.
@@ -27,6 +29,7 @@ class PruneHistoryWorker(PeriodicWorker):
     def do_work(self, context: WorkerContext) -> None:
         _prune_executions(context)
         _prune_messages(context)
+        _prune_tallies(context)
         while current_workers.locks.prune(_ago(context, "WORKERS_HISTORY_DAYS"), SLICE):
             context.raise_if_stopping()
 
@@ -63,6 +66,16 @@ def _prune_messages(context: WorkerContext) -> None:
         within.execute(delete(messages).where(ended > after, ended <= last, is_forgotten))
         context.commit()
         after = last
+
+
+def _prune_tallies(context: WorkerContext) -> None:
+    """Delete old counts, and counts from a time when the clock was ahead."""
+    start = tallies.c.start
+    for length, kept in current_workers.stores.roll_up.kept.items():
+        is_out = or_(start < context.tick - kept, start > context.tick + timedelta(days=1))
+        within = context.within(context.session)
+        within.execute(delete(tallies).where(tallies.c.seconds == int(length.total_seconds()), is_out))
+        context.commit()
 
 
 def _ago(context: WorkerContext, setting: str) -> datetime:

@@ -22,6 +22,7 @@ from .messages.pauses import Pauses
 from .messages.queue import Queue
 from .repair.clock_ahead import ClockRepair
 from .repair.edited_rows import RowRepair
+from .tallies.rollup import RollUp
 
 
 class Stores:
@@ -81,6 +82,11 @@ class Stores:
     def pauses(self) -> Pauses:
         """The paused topics."""
         return Pauses(self.main)
+
+    @made_once
+    def roll_up(self) -> RollUp:
+        """The counts for charts."""
+        return RollUp(self.main, timedelta(days=self.app.config["WORKERS_HISTORY_DAYS"]))
 
     @made_once
     def leases(self) -> Leases:

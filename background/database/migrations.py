@@ -137,13 +137,14 @@ def _is_created(inspector: Inspector, schema: str | None) -> bool:
     return all(inspector.has_table(name, schema) for name in metadata.tables if name not in _NEW_TABLES)
 
 
-_NEW_TABLES = {"background_topics", "background_incidents"}
+_NEW_TABLES = {"background_topics", "background_incidents", "background_tallies", "background_tallied"}
 _NEW_COLUMNS: dict[str, dict[str, TypeEngine[Any]]] = {
     "background_workers": {"pending_after": UtcDateTime()},
     "background_executions": {"cancelled_at": UtcDateTime(), "cancelled_by": String(255), "cursor": Text()},
     "background_messages": {"postponed": Whole(), "postponed_because": AnyText()},
 }
 _NEW_INDEX = ("ix_background_messages_tried", "background_messages")
+_FINISHED = ("ix_background_executions_finished", "background_executions")
 
 
 def _add_cancelling(op: Any, schema: str | None) -> None:
@@ -160,6 +161,7 @@ def _add_cancelling(op: Any, schema: str | None) -> None:
     tried = text("state = 'waiting' AND (attempt > 0 OR postponed > 0)")
     op.create_index(*_NEW_INDEX, ["topic", "id"], schema=schema, postgresql_where=tried, sqlite_where=tried)
     _add_incidents(op, schema)
+    _add_tallies(op, schema)
 
 
 def _add_incidents(op: Any, schema: str | None) -> None:
@@ -183,8 +185,30 @@ def _add_incidents(op: Any, schema: str | None) -> None:
         op.create_index(index, "background_incidents", keys, unique=True, schema=schema, **where)
 
 
+def _add_tallies(op: Any, schema: str | None) -> None:
+    is_finished = text("finished_at IS NOT NULL")
+    where: dict[str, Any] = {"postgresql_where": is_finished, "sqlite_where": is_finished}
+    op.create_index(*_FINISHED, ["finished_at"], schema=schema, **where)
+    op.create_table(
+        "background_tallies",
+        Column("seconds", Integer(), primary_key=True),
+        Column("start", UtcDateTime(), primary_key=True),
+        Column("kind", String(10), primary_key=True),
+        Column("name", String(200), primary_key=True),
+        Column("counts", Text(), nullable=False),
+        schema=schema,
+    )
+    op.create_table(
+        "background_tallied",
+        Column("seconds", Integer(), primary_key=True),
+        Column("until", UtcDateTime(), nullable=False),
+        schema=schema,
+    )
+
+
 def _remove_cancelling(op: Any, schema: str | None) -> None:
-    op.drop_index(*_NEW_INDEX, schema=schema)
+    for index in (_NEW_INDEX, _FINISHED):
+        op.drop_index(*index, schema=schema)
     for table in _NEW_TABLES:
         op.drop_table(table, schema=schema)
     for table, columns in _NEW_COLUMNS.items():

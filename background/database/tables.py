@@ -178,6 +178,7 @@ def _where(condition: str) -> dict[str, Any]:
 
 
 Index("ix_background_executions_running", executions.c.worker, **_where("state = 'running'"))
+Index("ix_background_executions_finished", executions.c.finished_at, **_where("finished_at IS NOT NULL"))
 
 instances = Table(
     "background_instances",
@@ -275,6 +276,27 @@ incidents = Table(
 )
 Index("ix_background_incidents_open", incidents.c.kind, incidents.c.subject, unique=True, **_where("ended_at IS NULL"))
 Index("ix_background_incidents_begun", incidents.c.kind, incidents.c.subject, incidents.c.opened_at, unique=True)
+
+# The counts of runs and messages for charts. Each row stands for the time from `start` on, of `seconds` seconds.
+tallies = Table(
+    "background_tallies",
+    metadata,
+    Column("seconds", Whole, primary_key=True),
+    Column("start", UtcDateTime, primary_key=True),
+    # "worker" or "topic", and its name. The empty name has the sum over all workers, or over all topics.
+    Column("kind", String(10), primary_key=True),
+    Column("name", String(200), primary_key=True),
+    # JSON, see tallies/tally.py.
+    Column("counts", Text, nullable=False),
+)
+
+# The moment up to which runs and messages are counted, for each length of the tallies.
+tallied = Table(
+    "background_tallied",
+    metadata,
+    Column("seconds", Whole, primary_key=True),
+    Column("until", UtcDateTime, nullable=False),
+)
 
 locks = Table(
     "background_locks",

@@ -215,6 +215,8 @@ class Supervisor:
                 self._looking.want(is_moved)
             if self._clock_recovery.is_due(pulse):
                 self._soon_once("clock", self._recover_clock)
+            if self._stores.roll_up.is_due(pulse.clock):
+                self._soon_once("tallies", self._roll_up)
         self.consumers.follow(pulse, self._config["WORKERS_HEARTBEAT_SECONDS"])
         self.scheduler.look_again()
         if self._watch is not None and self._watching is not None and steady() >= self._watch_at:
@@ -374,6 +376,15 @@ class Supervisor:
             log.warning("Cannot resume yet the ticks and messages that a clock ahead delayed: %s", first_line(error))
         finally:
             self._under_way.discard("clock")
+
+    def _roll_up(self) -> None:
+        try:
+            while self._stores.roll_up.step() and not self._runs.stopping.is_set():
+                pass
+        except SQLAlchemyError as error:  # the roll-up of the next slot catches up
+            log.warning("Cannot count the runs and messages for the charts yet: %s", first_line(error))
+        finally:
+            self._under_way.discard("tallies")
 
 
 def _spread() -> float:

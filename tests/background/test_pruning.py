@@ -11,7 +11,7 @@ from support.fleet import Fleet, db, make_app
 
 from background import BackgroundWorkerManager, MessageWorker, PeriodicWorker, PruneHistoryWorker
 from background import pruning as engine_pruning
-from background.database.tables import executions, message_errors, messages, workers
+from background.database.tables import executions, message_errors, messages, tallies, workers
 from background.pruning import SLICE
 
 TICK = datetime(2026, 3, 1, tzinfo=UTC)
@@ -163,3 +163,19 @@ def test_messages_are_pruned_in_slices_that_are_committed_and_a_stop_is_heard_be
     manager.remove("prune_history_worker")
     assert prune(manager) == "succeeded"
     assert kept(fleet) == [f"dead {number}" for number in range(5)]
+
+
+# -- the counts for the charts -------------------------------------------------------------------
+
+
+def test_counts_are_deleted_as_old_as_the_history_and_counts_of_minutes_after_three_hours(app):
+    ages = {300: [timedelta(hours=2), timedelta(hours=4)], 3600: [timedelta(days=13), timedelta(days=15)]}
+    ahead = [{"seconds": 300, "start": TICK + timedelta(days=2)}]
+    rows = [{"seconds": seconds, "start": TICK - age} for seconds, each in ages.items() for age in each]
+    with app.app_context():
+        same = {"kind": "worker", "name": "daily_worker", "counts": "{}"}
+        db.session.execute(insert(tallies), [row | same for row in rows + ahead])
+        db.session.commit()
+        app.extensions["background_workers"].tick("prune_history_worker", TICK)
+        left = db.session.execute(select(tallies.c.seconds, tallies.c.start)).all()
+    assert sorted(left) == [(300, TICK - timedelta(hours=2)), (3600, TICK - timedelta(days=13))]

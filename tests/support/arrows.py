@@ -8,9 +8,9 @@ ROOT = Path(__file__).parents[2]
 ENGINE = sorted((ROOT / "background").rglob("*.py"))
 
 ORDER = (
-    "errors", "host", "signals", "settings", "schedule", "database", "messages", "ledger", "repair", "context",
-    "worker", "declarations", "registry", "stores", "runs", "process", "lifecycle", "history", "manager", "pruning",
-    "alarms", "cli", "monitoring", "dashboard", "testing",
+    "errors", "host", "signals", "settings", "schedule", "database", "messages", "ledger", "tallies", "repair",
+    "context", "worker", "declarations", "registry", "stores", "runs", "process", "lifecycle", "history", "manager",
+    "pruning", "alarms", "cli", "monitoring", "dashboard", "testing",
 )  # fmt: skip
 """The rooms and the files at the top of the engine, from the bottom up."""
 

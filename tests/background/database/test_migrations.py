@@ -168,7 +168,7 @@ def test_each_version_is_reached_from_each_other(hosts: Callable[[str], Host], k
     host = hosts(kind)
     for version in (0, 0, 1, 1, 2, 2, 3, 3, 2, 1, 3, 1, 0, 3, 0):
         host.migrate_to(version)
-        assert len(host.tables()) == (0, 7, 9, 9)[version]
+        assert len(host.tables()) == (0, 7, 11, 11)[version]
         assert version == 0 or ("cursor" in host.columns("background_executions")) == (version >= 2)
         assert version == 0 or ("colour" in host.columns("background_locks")) == (version == 3)
 

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import pytest
-from sqlalchemy import delete, select
+from sqlalchemy import delete, select, text
 from support.databases import on_postgresql
 from support.fleet import HOUR, PATIENCE, Fleet, Hourly, at_once, effect, in_threads, last_hour, wait_until
 
@@ -20,6 +20,7 @@ from background.ledger.leases import Instance, Pulse
 from background.process import timers as timers
 from background.process.supervisor import Supervisor
 from background.registry import declared_schedule
+from background.tallies.rollup import RollUp
 
 
 class Quick(Hourly):
@@ -645,3 +646,29 @@ def test_a_worker_with_run_on_first_start_begins_with_its_latest_tick_even_witho
         wait_until(lambda: len(ticks(fleet, "quick")) > before + 2, "three runs of another worker")  # noqa: B023
         assert len(ticks(fleet, "keen")) == 1
         manager.stop()
+
+
+# -- counting for the charts ---------------------------------------------------------------------
+
+
+def test_an_instance_counts_the_runs_for_the_charts_when_its_heartbeat_finds_that_due(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RollUp, "is_due", lambda *_: True)
+    manager = fleet.manager(Hourly)
+    manager.start()
+    wait_until(lambda: manager.charts.runs().gap is None, "all hours are counted")
+
+
+def test_counting_that_fails_is_logged_and_tried_again(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(RollUp, "is_due", lambda *_: True)
+    with fleet.engine.begin() as connection:
+        connection.execute(text("ALTER TABLE background_tallied RENAME TO away"))
+    manager = fleet.manager(Hourly)
+    manager.start()
+    wait_until(lambda: "Cannot count the runs and messages for the charts yet" in caplog.text)
+    with fleet.engine.begin() as connection:
+        connection.execute(text("ALTER TABLE away RENAME TO background_tallied"))
+    wait_until(lambda: manager.stores.roll_up.counted()[1])

@@ -1,0 +1,95 @@
+"""A tally: the counts of one worker's runs, or of one topic's messages, in a stretch of time. Tallies add up."""
+
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from math import ceil, sqrt
+
+_PER_DECADE, _DECADES = 20, 9
+BOUNDS = tuple(10 ** (number / _PER_DECADE - 3) for number in range(_DECADES * _PER_DECADE + 1))
+"""The bounds of the bins of lengths, in seconds, from 1 ms to 1,000,000 s. Bin N begins with the Nth bound."""
+
+_NO_FAULT = ("handed back", "cancelled")
+
+
+@dataclass
+class Lengths:
+    """A number of lengths of time, in bins. The longest is exact. A percentile is at most 6 % off, or 1 ms."""
+
+    bins: Counter[int] = field(default_factory=Counter)
+    longest: float | None = None
+    """In seconds. None without a length."""
+
+    def add(self, other: "Lengths") -> None:
+        self.bins.update(other.bins)
+        self.longest = max((each for each in (self.longest, other.longest) if each is not None), default=None)
+
+    def percentile(self, share: float) -> float | None:
+        """Return the length in seconds that this share of the lengths does not exceed. None without a length."""
+        if self.longest is None:
+            return None
+        rank = ceil(share * self.bins.total())
+        if rank >= self.bins.total():
+            return self.longest
+        for each in sorted(self.bins):
+            rank -= self.bins[each]
+            if rank <= 0:
+                break
+        return min(self.longest, _middle(each, self.longest))
+
+    @property
+    def p50(self) -> float | None:
+        return self.percentile(0.5)
+
+    @property
+    def p95(self) -> float | None:
+        return self.percentile(0.95)
+
+
+def _middle(place: int, longest: float) -> float:
+    """Return the length in the middle of a bin, on the logarithmic scale of the bins."""
+    if place == 0:
+        return BOUNDS[0]
+    return sqrt(BOUNDS[place - 1] * BOUNDS[place]) if place < len(BOUNDS) else longest
+
+
+@dataclass
+class Tally:
+    """The counts of runs that ended, by state. Or of messages: "enqueued", "done", "failed", "dead", "discarded".
+
+    "failed" counts the failed attempts at messages.
+    """
+
+    counts: Counter[str] = field(default_factory=Counter)
+    took: Lengths = field(default_factory=Lengths)
+    """The durations of the runs. Or the times from due to done of the messages that are done."""
+    late: Lengths = field(default_factory=Lengths)
+    """The times from the tick to the start, of first attempts at scheduled ticks."""
+
+    def add(self, other: "Tally") -> None:
+        self.counts.update(other.counts)
+        self.took.add(other.took)
+        self.late.add(other.late)
+
+    @property
+    def runs(self) -> int:
+        """The number of runs that ended."""
+        return self.counts.total()
+
+    @property
+    def success_rate(self) -> float | None:
+        """The share of succeeded runs, from 0.0 to 1.0. Runs that were handed back or cancelled do not count."""
+        judged = self.runs - sum(self.counts[state] for state in _NO_FAULT)
+        return self.counts["succeeded"] / judged if judged else None
+
+    def as_json(self) -> str:
+        parts = {"counts": self.counts, "took": self.took.bins, "late": self.late.bins}
+        lengths = {"longest": self.took.longest, "latest": self.late.longest}
+        return json.dumps({**parts, **lengths}, separators=(",", ":"))
+
+
+def from_json(text: str) -> Tally:
+    """Return the tally that `as_json` wrote."""
+    row = json.loads(text)
+    took, late = (Counter({int(place): number for place, number in row[name].items()}) for name in ("took", "late"))
+    return Tally(Counter(row["counts"]), Lengths(took, row["longest"]), Lengths(late, row["latest"]))
