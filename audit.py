@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import socket
 from collections.abc import Callable, Iterable, Mapping, Set
 from copy import copy
@@ -18,6 +17,7 @@ from sqlalchemy import update
 from sqlalchemy.exc import SQLAlchemyError
 from werkzeug.wrappers import Response
 
+from background.cli.shared import system_user
 from background.database.dialects.encodings import storable
 from background.errors import spelled_out
 from models import AuditEntry, db
@@ -31,7 +31,7 @@ READING = ("GET", "HEAD", "OPTIONS")
 # The commands that change something.
 COMMANDS: dict[str, Iterable[str]] = {
     "": ("init-db", "reset-password", "demo"),
-    "workers": ("trigger", "pause", "resume", "repair"),
+    "workers": ("trigger", "pause", "resume", "cancel", "repair"),
     "messages": ("enqueue", "pause", "resume", "retry", "discard"),
 }
 
@@ -144,20 +144,6 @@ def begin_command(name: str, given: Mapping[str, Any], is_ready: bool = False) -
         if is_ready:
             raise
         return None
-
-
-def system_user() -> str:
-    """Return the operating system's user. A variable of the environment could name any user, so do not read it."""
-    try:
-        import pwd
-    except ImportError:  # on Windows
-        import getpass
-
-        return getpass.getuser()
-    try:
-        return pwd.getpwuid(os.getuid()).pw_name
-    except KeyError:  # a container's user has no name
-        return f"user {os.getuid()}"
 
 
 def in_words(error: BaseException) -> str:

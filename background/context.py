@@ -60,6 +60,8 @@ class WorkerContext:
         self.database = db.engine.url
         self._db, self._sessions = db, sessions
         self._process = os.getpid()
+        self.is_cancelled = False
+        """True once this run knows that a user cancelled it."""
         self.lost_because: str | None = None
         """The reason why the run may not commit. None while it may commit."""
         self._finishing = False
@@ -93,11 +95,10 @@ class WorkerContext:
             self.logger.info("Progress: %s%s", f"{done:,}", share)
 
     def raise_if_stopping(self) -> None:
-        """End the run here if it should stop: it rolls back to the last commit and is handed back."""
+        """End the run here if it should stop. It rolls back to the last commit, and is handed back or cancelled."""
         if self.stopping:
-            raise RunStopped(
-                f"Worker {self.worker!r} must stop; {self._work()} is handed back. Let the exception pass."
-            )
+            end = "cancelled" if self.is_cancelled else "handed back"
+            raise RunStopped(f"Worker {self.worker!r} must stop; {self._work()} is {end}. Let the exception pass.")
 
     # -- the engine's side -----------------------------------------------------------------------
 

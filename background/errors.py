@@ -70,7 +70,7 @@ class CommitFirst(BackgroundError):
 
 
 class RunStopped(BackgroundError):
-    """The run ends here and is handed back. Raised by `context.raise_if_stopping()`."""
+    """The run ends here, and is handed back or cancelled. Raised by `context.raise_if_stopping()`."""
 
 
 class DryRunCommits(BackgroundError):

@@ -10,12 +10,14 @@ from flask import current_app
 from sqlalchemy.orm import Session
 from werkzeug.local import LocalProxy
 
-from .errors import InvalidSchedule
+from .database.tables import LONGEST_USER
+from .errors import InvalidSchedule, spelled_out
 from .history.executions import History
 from .history.instances import InstanceHistory
 from .history.messages import MessageHistory
 from .history.why import Answer, why
 from .host.logs import logger_of
+from .ledger.claim import WorkerState
 from .ledger.locks import Lock
 from .lifecycle import Lifecycle
 from .messages.payloads import as_delay, draft, drafts
@@ -142,6 +144,25 @@ class BackgroundWorkerManager(Lifecycle):
         with self._controlled("resume", name):
             return self.stores.controls.resume(name)
 
+    def cancel(self, name: str, by: str | None = None) -> bool:
+        """Cancel the run of `name` that is in progress, in any process. `by` is the user who asks for it.
+
+        The run is asked to stop within a heartbeat. After WORKERS_SHUTDOWN_SECONDS it can no longer commit. Its
+        execution ends as "cancelled", and its tick does not run again. False if nothing runs. Raises as `pause` does.
+        """
+        by = spelled_out(by)[:LONGEST_USER] if by else None
+        with self._controlled("cancel", name) as state:
+            if (claim := state.running) is None:
+                return False
+            if state.is_bare:
+                self.stores.row_repair.restore(claim)
+            if claim.id and claim.instance:
+                self.stores.leases.cancel(claim.instance, claim.id, by)
+            is_running = self.stores.controls.cancel(claim, by)
+        if claim.id and is_running:
+            self.runs.cancel({claim.id: by})
+        return is_running
+
     def reschedule(
         self, name: str, period: timedelta | None = None, cron: str | None = None, timezone: str | None = None
     ) -> bool:
@@ -170,12 +191,11 @@ class BackgroundWorkerManager(Lifecycle):
         return repaired
 
     @contextmanager
-    def _controlled(self, call: str, name: str) -> Iterator[None]:
+    def _controlled(self, call: str, name: str) -> Iterator[WorkerState]:
         """Guard a call that changes the row of the worker. Make the row if it is missing. Raises UnknownWorker."""
         worker = self._registry.known(name)
         with self._on_its_own(f"{call}({name!r})"):
-            self.recovery.look(worker)
-            yield
+            yield self.recovery.look(worker)
 
     def _on_its_own(self, call: str, runs: bool = False) -> AbstractContextManager[None]:
         """Guard `call`, which commits by itself. Raises CommitFirst if the caller would wait for itself."""

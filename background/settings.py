@@ -127,7 +127,9 @@ SETTINGS = {
     "WORKERS_LEASE_SECONDS": Setting(
         10, *number("seconds", 86_400, least=0.5), "how long an instance counts as alive without a heartbeat"
     ),
-    "WORKERS_SHUTDOWN_SECONDS": Setting(20, *number("seconds", 86_400), "how long a stop waits for running work"),
+    "WORKERS_SHUTDOWN_SECONDS": Setting(
+        20, *number("seconds", 86_400), "how long work may run on after a stop, or after a user cancelled it"
+    ),
     "WORKERS_HISTORY_DAYS": Setting(14, *DAYS, "how long the executions of a worker are kept"),
     "WORKERS_THREADS": Setting(10, *whole(1_000), "how many runs a process has at once"),
     "MESSAGES_MAX_BYTES": Setting(262_144, *whole(1_000_000_000), "how long a payload may be, in bytes"),

@@ -26,6 +26,7 @@ execution_lost = _signals.signal(
 )
 execution_handed_back = _signals.signal("execution handed back", "`claim`, and the `reason`, if there is one.")
 execution_timed_out = _signals.signal("execution timed out", "`claim`, and the `reason`.")
+execution_cancelled = _signals.signal("execution cancelled", "`claim`, and the `reason`, if there is one.")
 message_buried = _signals.signal("message buried", "`message` (its id), `topic`, and its last `error` (a text).")
 
 of_state: dict[str, NamedSignal] = {
@@ -34,6 +35,7 @@ of_state: dict[str, NamedSignal] = {
     "lost": execution_lost,
     "handed back": execution_handed_back,
     "timed out": execution_timed_out,
+    "cancelled": execution_cancelled,
 }
 
 

@@ -1,5 +1,6 @@
 """Parts that the command groups share: errors, the checked manager, options and JSON."""
 
+import os
 import sys
 from collections.abc import Collection
 from datetime import datetime
@@ -101,6 +102,20 @@ def one_state(text: str | None, states: Collection[str]) -> str | None:
     if state is not None and state not in states:
         raise WrongUsage(f"--state is {text!r}; expected one of: {', '.join(states)}.")
     return state
+
+
+def system_user() -> str:
+    """Return the name of the operating system's user. A variable of the environment could name any user."""
+    try:
+        import pwd
+    except ImportError:  # on Windows
+        import getpass
+
+        return getpass.getuser()
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:  # a container's user has no name
+        return f"user {os.getuid()}"
 
 
 def print_json(value: Any) -> None:

@@ -12,7 +12,7 @@ from ..errors import BackgroundError, UnknownWorker, spelled_out
 from ..history.condition import condition
 from ..history.overview import overview
 from ..history.records import STATES, InstanceRecord, Record
-from ..history.text import ahead, moment, moment_in, progress, second, silent, span, table
+from ..history.text import ahead, cancelled, moment, moment_in, progress, second, silent, span, table
 from ..ledger.claim import WorkerState
 from ..manager import BackgroundWorkerManager, the_manager
 from ..registry import declared_schedule, schedule_in_force
@@ -72,6 +72,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         "" if row["in_this_release"] else "not in this release",
         "disabled" if row["enabled"] is False else "",
         f"paused since {second(row['paused_at'])}" if row["paused_at"] else "",
+        cancelled(running["cancelled_at"], running["cancelled_by"]) if running else "",
         f"overdue since {second(row['overdue_since'])}" if row["overdue_since"] else "",
         f"stuck: {row['stuck']}" if row["stuck"] else "",
         f"{moment(row['pending_tick'])} runs first" if row["pending_tick"] else "",
@@ -255,6 +256,7 @@ def _history_cells(record: Record) -> list[str]:
     note = record.last_line or progress(record).strip(" ()")
     if record.is_gone:
         note = f"running on {record.instance_name}, which is gone: will be taken over"
+    note = "; ".join(filter(None, (cancelled(record.cancelled_at, record.cancelled_by), note)))
     if record.trigger != "schedule":
         note = f"{record.trigger}; {note}" if note else record.trigger
     started, on = second(record.started_at), record.instance_name or "-"

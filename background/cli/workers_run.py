@@ -1,4 +1,4 @@
-"""Commands of `flask workers` that run or control a worker: run, trigger, pause, resume, repair."""
+"""Commands of `flask workers` that run or control a worker: run, trigger, pause, resume, cancel, repair."""
 
 import gc
 import signal
@@ -15,7 +15,7 @@ from ..repair.clock_ahead import repaired_text
 from ..runs.dry_run import Change
 from ..runs.dry_run import dry_run as rolled_back
 from ..runs.execution import Execution
-from .shared import WrongUsage, checked_manager, manager_of, not_ready, pause_topic, resume_topic
+from .shared import WrongUsage, checked_manager, manager_of, not_ready, pause_topic, resume_topic, system_user
 from .workers import workers_cli
 
 # -- running -------------------------------------------------------------------------------------
@@ -174,6 +174,22 @@ def resume(name: str) -> None:
     state = manager.stores.ledger.look(name)
     following = f"; its next tick is {moment(state.schedule.next(state.clock))}" if state else ""
     click.echo(f"{name} is resumed{following}." if changed else f"{name} was not paused{following}.")
+
+
+@workers_cli.command()
+@click.argument("name")
+def cancel(name: str) -> None:
+    """Cancel the run of NAME that is in progress, in any process.
+
+    The run is asked to stop within a heartbeat. After WORKERS_SHUTDOWN_SECONDS it can no longer commit. Its tick does
+    not run again, and the next ticks go on.
+    """
+    manager = manager_of(name)
+    if not checked_manager().cancel(name, by=system_user()):
+        click.echo(f"{name} is not running.")
+        return
+    seconds = manager.app.config["WORKERS_SHUTDOWN_SECONDS"]
+    click.echo(f"The run of {name} is cancelled: it is asked to stop, and can commit for at most {seconds:g} s.")
 
 
 @workers_cli.command()

@@ -26,7 +26,7 @@ from sqlalchemy.types import TypeEngine
 
 from ..errors import InvalidMigration
 from .clock import UtcDateTime
-from .tables import AnyText, Whole, metadata
+from .tables import LONGEST_USER, AnyText, Whole, metadata
 
 
 def migrate_to(op: Any, version: int, schema: str | None = None) -> None:
@@ -140,7 +140,8 @@ def _is_created(inspector: Inspector, schema: str | None) -> bool:
 _NEW_TABLES = {"background_topics", "background_incidents", "background_tallies", "background_tallied"}
 _NEW_COLUMNS: dict[str, dict[str, TypeEngine[Any]]] = {
     "background_workers": {"pending_after": UtcDateTime()},
-    "background_executions": {"cancelled_at": UtcDateTime(), "cancelled_by": String(255), "cursor": Text()},
+    "background_executions": {"cancelled_at": UtcDateTime(), "cancelled_by": String(LONGEST_USER), "cursor": Text()},
+    "background_instances": {"cancels": Text()},
     "background_messages": {"postponed": Whole(), "postponed_because": AnyText()},
 }
 _NEW_INDEX = ("ix_background_messages_tried", "background_messages")

@@ -90,6 +90,7 @@ def _no_number(value: str) -> int:
 
 LARGEST_ID = 2**63 - 1
 LONGEST_RELEASE = 100
+LONGEST_USER = 255
 _Id = BigInteger().with_variant(Integer, "sqlite")
 
 workers = Table(
@@ -160,7 +161,7 @@ executions = Table(
     Column("log", AnyText),
     # The request to cancel this execution, and the user who made it.
     Column("cancelled_at", UtcDateTime),
-    Column("cancelled_by", String(255)),
+    Column("cancelled_by", String(LONGEST_USER)),
     # The last committed `context.cursor`, as JSON. The next attempt at the tick begins with it.
     Column("cursor", Text),
     Index("ix_background_executions_worker_tick", "worker", "tick"),
@@ -192,6 +193,8 @@ instances = Table(
     Column("signed_off_at", UtcDateTime),
     Column("clock_offset", Real),
     Column("release", String(LONGEST_RELEASE)),
+    # The claims of this instance that users cancelled, newest first: see `Leases.cancel`.
+    Column("cancels", Text),
 )
 
 # Counters of each worker. They only grow, although the history is pruned. A row of the kind "state" counts the

@@ -77,6 +77,8 @@ def _running(state: WorkerState, claim: Claim, gone: set[str]) -> dict[str, Any]
         "started_at": state.started_at,
         "progress_done": state.progress_done,
         "progress_total": state.progress_total,
+        "cancelled_at": state.cancelled_at,
+        "cancelled_by": state.cancelled_by,
         "instance": state.instance_name,
         "instance_id": state.instance,
         "is_gone": state.instance in gone,

@@ -34,7 +34,7 @@ class InstanceRecord:
         return "alive" if self.is_alive else "signed off" if self.signed_off_at else "lost"
 
 
-STATES = ("running", "succeeded", "failed", "lost", "handed back", "timed out", "skipped", "missed")
+STATES = ("running", "succeeded", "failed", "lost", "handed back", "timed out", "cancelled", "skipped", "missed")
 Place = tuple[datetime, int]  # the tick and the id of an execution
 
 
@@ -56,6 +56,9 @@ class Record(NamedTuple):
     progress_done: float | None
     progress_total: float | None
     reason: str | None
+    cancelled_at: datetime | None
+    """The moment when a user cancelled it. Its run may go on for a while."""
+    cancelled_by: str | None
     clock: datetime
     """The database's clock when this was read."""
     is_gone: bool = False

@@ -83,6 +83,11 @@ def progress(record: Record) -> str:
     return f" ({record.progress_done:,.0f}{total} done)"
 
 
+def cancelled(at: datetime | None, by: str | None) -> str:
+    """Say that a user cancelled a run, and which user did. Empty if no user did."""
+    return f"cancelled{f' by {by}' if by else ''} at {second(at)}" if at else ""
+
+
 def decided(count: int, one: str, many: str) -> str:
     """Count the messages that a user retried or discarded: "1 message waits again.", "3 messages wait again."."""
     return f"{count:,} message{f' {one}' if count == 1 else f's {many}'}." if count else "No message is dead."

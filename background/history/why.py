@@ -8,7 +8,7 @@ from ..ledger.claim import WorkerState
 from ..registry import schedule_in_force
 from ..worker import PeriodicWorker
 from .records import Record, Surroundings
-from .text import moment, progress, second, span
+from .text import cancelled, moment, progress, second, span
 
 FINE = ("succeeded", "running", "not due")
 _JUST = timedelta(seconds=5)
@@ -82,6 +82,9 @@ def _recorded(around: Surroundings, known: Known) -> str:
             return f"ran {began} and failed after {took}{_tries(around.records)}: {_clause(record.last_line)}"
         case "timed out":
             return f"ran {began} and timed out after {took}{_tries(around.records)}: it {_clause(record.last_line)}"
+        case "cancelled":
+            reason = f": {_clause(record.last_line)}" if record.last_line else ""
+            return f"ran {began} for {took} and was {_cancelled(record)}{_tries(around.records)}{reason}"
         case "running":
             return _running(around, record, began, took)
         case "lost":
@@ -94,7 +97,14 @@ def _recorded(around: Surroundings, known: Known) -> str:
             return _missed(record)
 
 
+def _cancelled(record: Record) -> str:
+    return cancelled(record.cancelled_at, record.cancelled_by)
+
+
 def _running(around: Surroundings, record: Record, began: str, took: str) -> str:
+    if record.cancelled_at:
+        ending = "its instance is gone" if record.is_gone else "it has been asked to stop"
+        return f"began {began} and was {_cancelled(record)}: {ending}"
     if record.is_gone:
         return f"began {began}, which is gone: will be taken over{_by_instance(around)}"
     return f"has been running for {took}, since {began.removeprefix('at ')}{progress(record)}{_tries(around.records)}"

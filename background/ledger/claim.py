@@ -64,6 +64,15 @@ class WorkerState:
     """True if an execution says "running" while its claim is not in force: the claim was ended by hand."""
     mark_ahead: datetime | None = None
     """The mark from a time when the clock was ahead. Ticks up to it may have run."""
+    cancelled_at: datetime | None = None
+    """The moment when a user cancelled the run in progress."""
+    cancelled_by: str | None = None
+
+    @property
+    def cancels(self) -> dict[str, str | None]:
+        """The id of the claim in force, with the user who cancelled it. Empty if no user did."""
+        id = self.running.id if self.running and self.cancelled_at else None
+        return {id: self.cancelled_by} if id else {}
 
     @property
     def is_bare(self) -> bool:
@@ -140,6 +149,8 @@ STATES = select(
     executions.c.progress_total,
     executions.c.instance,
     executions.c.instance_name,
+    executions.c.cancelled_at,
+    executions.c.cancelled_by,
 ).outerjoin(executions, is_of_claim)
 ONE_STATE = STATES.where(workers.c.name == bindparam("name"))  # built once, as building takes as long as reading
 
@@ -166,6 +177,8 @@ def state_of(row: Row[Any]) -> WorkerState:
         instance_name=running.instance_name if running else None,
         has_strays=bool(row.has_strays),
         mark_ahead=row.mark_ahead,
+        cancelled_at=row.cancelled_at,
+        cancelled_by=row.cancelled_by,
     )
 
 

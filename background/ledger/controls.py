@@ -1,4 +1,4 @@
-"""Schedules and pauses for the whole fleet, in the workers' rows: releases declare schedules, and users change both."""
+"""Schedules, pauses and requests to cancel a run. Releases declare schedules, and users change all of them."""
 
 from collections.abc import Collection, Mapping
 from contextlib import suppress
@@ -8,16 +8,20 @@ from typing import Any
 from sqlalchemy import Connection, and_, case, func, literal, null, select, update
 
 from ..database.clock import UtcDateTime, now
+from ..database.dialects.sqlite import lock_soon
 from ..database.store import count
 from ..database.tables import executions, workers
-from ..errors import InvalidSchedule
+from ..errors import ClaimLost, InvalidSchedule
 from ..host.logs import logger_of
 from ..schedule.parsing import parse_schedule
 from ..schedule.periods import Schedule
+from .claim import Claim
 from .ledger import Ledger
 from .statements import marked, pending
 
 log = logger_of(__name__)
+
+_PATIENCE_SECONDS = 1.0
 
 
 class Controls:
@@ -84,6 +88,29 @@ class Controls:
         return str(new) != state.schedule_text and self._write(
             changed.values(_replacing(new, state.schedule_text, state.clock))
         )
+
+    def cancel(self, claim: Claim, by: str | None) -> bool:
+        """Write into the execution of `claim` that the user `by` cancelled it. False if the claim ended otherwise.
+
+        On SQLite the run may hold the write lock for long. Then its instance writes the request, with the outcome.
+
+        Concurrency: the run may end, another user may cancel it, and an instance may recover it. The worker's row
+        orders them. The first request stays, and a claim with a request ends as cancelled.
+        """
+        is_first = executions.c.cancelled_at.is_(None)
+        request = {
+            "cancelled_at": case((is_first, now()), else_=executions.c.cancelled_at),
+            "cancelled_by": case((is_first, by), else_=executions.c.cancelled_by),
+        }
+        is_written = False
+        with self._store.begin() as connection, suppress(ClaimLost):
+            if self._store.on_sqlite and not lock_soon(connection, _PATIENCE_SECONDS):
+                return True
+            self._ledger.check(claim, connection, request)
+            is_written = True
+        if is_written:
+            self._store.ring()
+        return is_written or self._ledger.outcome(claim) == "cancelled"
 
     def _write(self, statement: Any) -> bool:
         with self._store.begin() as connection:

@@ -21,6 +21,7 @@ from sqlalchemy import (
     delete,
     false,
     func,
+    literal,
     literal_column,
     not_,
     null,
@@ -51,6 +52,7 @@ LEASE_IS_OVER = "its instance could not renew the lease in time"
 _FORGOTTEN_AFTER = timedelta(days=1)
 _STEP_SECONDS = 1.0
 _LEAST_PATIENCE, _MOST_PATIENCE = 0.05, 0.5  # seconds
+_MOST_CANCELS = 4_000  # characters
 _IDENTITY = ("id", "host", "pid", "release")
 
 
@@ -102,6 +104,8 @@ class Pulse:
     """The database's clock at the heartbeat."""
     due: Mapping[str, datetime] = field(compare=False)
     """The moment when the first waiting message of each topic is due. Topics without waiting messages are left out."""
+    cancels: Mapping[str, str | None] = field(compare=False, default_factory=dict)
+    """The claims of this instance that users cancelled, by id, each with the user's name."""
     is_blind: bool = False
     """True if another client kept a table locked. The heartbeat then renewed the lease and read nothing."""
 
@@ -144,7 +148,7 @@ class Leases(Statements):
         values |= {"lease": instance.lease.total_seconds(), "offset": instance.clock_offset.total_seconds()}
         with self.single.begin() as connection:
             host_before = time.time()  # not before connecting, which may take long
-            clock, schedules, is_busy, is_ahead, expiry, *dues = send(connection, values)
+            clock, cancels, schedules, is_busy, is_ahead, expiry, *dues = send(connection, values)
             host_after = time.time()
         clock = clock.astimezone(UTC)
         least, most = (clock - datetime.fromtimestamp(host, UTC) for host in (host_after, host_before))
@@ -153,7 +157,8 @@ class Leases(Statements):
         if expiry is not None:
             instance.first_expiry = steady() + (expiry - clock).total_seconds()
         due = {topic: at for topic, at in zip(topics, dues, strict=True) if at is not None}
-        return Pulse(schedules, bool(is_busy), bool(is_ahead), self._was_set(clock, sent), clock, due)
+        was_set = self._was_set(clock, sent)
+        return Pulse(schedules, bool(is_busy), bool(is_ahead), was_set, clock, due, _users(cancels))
 
     def _look(self, topics: tuple[str, ...], connection: Connection, values: dict[str, Any]) -> Sequence[Any]:
         """Renew the lease and look for work. Building the statement takes as long as sending it, so it is kept."""
@@ -171,7 +176,17 @@ class Leases(Statements):
         # Escapes for characters that the database cannot hold make a release longer.
         identity["release"] = func.substr(bindparam("its_release", type_=AnyText()), 1, LONGEST_RELEASE)
         row = self.insert(instances).values({**identity, "started_at": now(), **renewed})
-        return row.on_conflict_do_update(index_elements=["id"], set_=renewed).returning(now(), *columns)
+        renewal = row.on_conflict_do_update(index_elements=["id"], set_=renewed)
+        return renewal.returning(now(), instances.c.cancels, *columns)
+
+    def cancel(self, instance: str, claim: str, by: str | None) -> None:
+        """Tell `instance` with its next heartbeat that a user cancelled its claim with the id `claim`.
+
+        On SQLite this waits for no run, because the instances have a file of their own. Old requests are cut off.
+        """
+        requests = literal(f"{claim} {by or ''}\n") + func.coalesce(instances.c.cancels, "")
+        newest = func.substr(requests, 1, _MOST_CANCELS)
+        self.change(update(instances).where(instances.c.id == instance).values(cancels=newest))
 
     def write(self) -> None:
         """Execute an UPDATE that changes nothing, but fails on a database that accepts no writes."""
@@ -235,6 +250,12 @@ class Leases(Statements):
         if was_set:
             self._judging_from = received + self._lease
         return was_set
+
+
+def _users(cancels: str | None) -> dict[str, str | None]:
+    """Return the cancelled claims of an instance by id, each with the name of the user who cancelled it first."""
+    lines = [line.partition(" ") for line in (cancels or "").split("\n")[:-1]]
+    return {claim: by or None for claim, _, by in lines}
 
 
 _is_ahead = instances.c.heartbeat_at > now(timedelta(seconds=_STEP_SECONDS))  # the clock was set back since

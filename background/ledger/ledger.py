@@ -6,13 +6,13 @@ from types import MappingProxyType
 from typing import Any
 from uuid import uuid4
 
-from sqlalchemy import ColumnElement, Connection, Row, and_, insert, null, select, update
+from sqlalchemy import ColumnElement, Connection, Row, and_, case, func, insert, null, select, update
 
 from ..database.clock import now
 from ..database.sessions import Executes
 from ..database.store import Store, count
 from ..database.tables import executions, workers
-from ..errors import ClaimLost
+from ..errors import ClaimLost, RunStopped
 from ..host.logs import logger_of
 from ..schedule.periods import MICROSECOND
 from . import counters
@@ -23,7 +23,8 @@ from .statements import CLAIM_MANUAL, IS_FREE, MISS, SKIP, Values, at_tick, atte
 
 log = logger_of(__name__)
 
-MOMENTS = executions.c.started_at, executions.c.finished_at
+OUTCOME = executions.c.state, executions.c.started_at, executions.c.finished_at
+CANCELLED = "cancelled_at", "cancelled_by"
 
 Notes = Mapping[str, Any]
 """Columns of an execution besides its outcome: progress and log."""
@@ -153,10 +154,16 @@ class Ledger:
     def finish(self, claim: Claim, session: Executes, notes: Notes = NOTHING) -> None:
         """Write "succeeded" in the run's own transaction, which commits it together with the run's effects.
 
-        Raises ClaimLost if `claim` is not in force.
+        Raises ClaimLost if `claim` is not in force, and RunStopped if a user cancelled it.
         """
-        if not self._end(session, claim, {"state": "succeeded", "reason": None, **notes}):
+        state = self._end(session, claim, {"state": "succeeded", "reason": None, **notes})
+        if state is None:
             raise _lost(claim)
+        if state == "cancelled":
+            raise RunStopped(
+                f"Worker {claim.worker!r} was cancelled at the tick {claim.tick.isoformat()}. The work since its last "
+                "commit is discarded."
+            )
 
     def end(
         self,
@@ -165,17 +172,24 @@ class Ledger:
         reason: str | None = None,
         next_attempt: int | None = None,
         notes: Notes = NOTHING,
-    ) -> bool:
-        """End a claim that did not succeed. With `next_attempt` its tick becomes pending. True for the caller that did.
+    ) -> str | None:
+        """End a claim that did not succeed. With `next_attempt` its tick becomes pending.
+
+        Return the state that this call wrote: `state`, or "cancelled" if a user cancelled the claim. A cancelled tick
+        does not become pending. None for a claim that is not in force.
 
         Concurrency: the run itself, its time-out, and each instance that believes the run lost. The first ends it.
         """
         with self.store.begin() as connection:
             ended = self._end(connection, claim, {"state": state, "reason": reason, **notes}, next_attempt)
         # Not for "lost": during an outage, the attempts would be used up within a second.
-        if ended and state == "handed back":
+        if ended == "handed back":
             self.store.ring()
         return ended
+
+    def explain(self, claim: Claim, reason: str) -> None:
+        """Replace the reason of an execution that has ended."""
+        self.store.change(update(executions).where(own(claim)).values(reason=reason))
 
     def outcome(self, claim: Claim) -> str:
         """Read the state of the claim's execution: "lost" if its row is missing."""
@@ -184,30 +198,35 @@ class Ledger:
 
     # -- helpers -------------------------------------------------------------------------------
 
-    def _end(self, connection: Executes, claim: Claim, outcome: Values, next_attempt: int | None = None) -> bool:
-        again = {} if next_attempt is None else pending(claim.tick, next_attempt, claim.trigger)
+    def _end(self, connection: Executes, claim: Claim, outcome: Values, next_attempt: int | None = None) -> str | None:
         released = connection.execute(
             update(workers)
             .where(in_force(claim))
-            .values(running=null(), claim=null(), **again)
+            .values(running=null(), claim=null())
             .returning(workers.c.token, *self.store.idle)
         )
         if released.first() is None:
-            return False
+            return None
         outcome = {"finished_at": now(), **outcome}
-        ended = connection.execute(update(executions).where(own(claim)).values(outcome).returning(*MOMENTS))
+        ended = connection.execute(
+            update(executions).where(own(claim)).values(respecting_cancel(outcome)).returning(*OUTCOME)
+        )
         row = ended.one_or_none() or self.write_anew(connection, claim, outcome, [claim.token, None])
+        state = str(row.state if row is not None else outcome["state"])
+        if next_attempt is not None and state != "cancelled":
+            again = pending(claim.tick, next_attempt, claim.trigger)
+            connection.execute(update(workers).where(workers.c.name == claim.worker).values(again))
         if row is not None:
-            counters.add_execution(connection, claim, outcome["state"], *row)
-        return True
+            counters.add_execution(connection, claim, *row)
+        return state
 
     def write_anew(
         self, connection: Executes, claim: Claim, outcome: Values, tokens: Sequence[int | None]
     ) -> Row[Any] | None:
         """Write the row of a missing execution, with the first of `tokens` that no other row of the worker has.
 
-        The row was deleted by hand, or the database lost the commit that wrote it. Return when the execution began and
-        ended, or None if no row was written. For a claim without an id, any row of the same tick is enough.
+        The row was deleted by hand, or the database lost the commit that wrote it. Return its `OUTCOME`, or None if no
+        row was written. For a claim without an id, any row of the same tick is enough.
         """
         if claim.id is None:
             same = executions.c.worker == claim.worker, executions.c.tick == claim.tick
@@ -217,7 +236,7 @@ class Ledger:
         row = {name: getattr(claim, name) for name in copied} | {"claim": claim.id, **outcome}
         for token in tokens:
             new = self.store.insert(executions).values(row | {"token": token}).on_conflict_do_nothing()
-            written: Row[Any] | None = connection.execute(new.returning(*MOMENTS)).one_or_none()
+            written: Row[Any] | None = connection.execute(new.returning(*OUTCOME)).one_or_none()
             if written is not None:
                 tick, state = claim.tick.isoformat(), outcome["state"]
                 log.warning(
@@ -269,6 +288,16 @@ def own(claim: Claim) -> ColumnElement[bool]:
     """Return the condition that an execution belongs to `claim`. After a restore, another claim may have its token."""
     same = executions.c.worker == claim.worker, executions.c.token == claim.token
     return and_(*same, executions.c.claim.is_not_distinct_from(claim.id))
+
+
+def respecting_cancel(outcome: Values) -> dict[str, Any]:
+    """Return the columns of an outcome, for an execution that a user may have cancelled. It then ends as cancelled.
+
+    Of several requests, the first stays in the row.
+    """
+    is_cancelled = executions.c.cancelled_at.is_not(None)
+    first = {name: func.coalesce(executions.c[name], outcome[name]) for name in CANCELLED if name in outcome}
+    return {**outcome, **first, "state": case((is_cancelled, "cancelled"), else_=outcome["state"])}
 
 
 def _values(name: str, tick: datetime, instance: tuple[str, str]) -> dict[str, Any]:

@@ -81,7 +81,7 @@ class Presence:
 
         def beat() -> None:
             if instance.is_alive:
-                self._stores.leases.renew(instance)
+                self._runs.cancel(self._stores.leases.renew(instance).cancels)
                 outage.ended()
 
         heartbeat = Heartbeat(

@@ -18,7 +18,7 @@ from ..runs.batch import signal_buried
 from ..runs.execution import follows
 from ..runs.running import Runs
 from ..schedule.periods import MICROSECOND
-from ..signals import execution_handed_back, execution_lost, send
+from ..signals import of_state, send
 from ..stores import Stores
 from ..worker import MessageWorker, PeriodicWorker, attempt_after
 from .presence import Presence
@@ -63,16 +63,21 @@ class Recovery:
         if state.is_bare and state.running:
             if state.running.id is not None:
                 self._stores.row_repair.restore(state.running)
-            elif self._stores.ledger.end(state.running, "lost", _UNKNOWN):
-                self._tell_of_loss(state.running, _UNKNOWN, None)
+            elif ended := self._stores.ledger.end(state.running, "lost", _UNKNOWN):
+                self._tell(state.running, ended, _UNKNOWN)
         for claim in self._stores.row_repair.strays(worker.name) if state.has_strays else ():
-            ended, again = self._stores.row_repair.end_stray(claim, attempt_after(worker, claim.attempt))
-            if ended:
-                self._tell_of_loss(claim, GONE, again)
+            stray, again = self._stores.row_repair.end_stray(claim, attempt_after(worker, claim.attempt))
+            if stray:
+                self._tell(claim, stray, GONE, again)
 
-    def _tell_of_loss(self, claim: Claim, reason: str, again: int | None) -> None:
-        log.warning("%s: lost the tick %s, %s: %s", claim.worker, claim.tick.isoformat(), reason, follows(again))
-        send(self._stores.app, execution_lost, claim=claim, reason=reason)
+    def _tell(self, claim: Claim, state: str, reason: str, again: int | None = None) -> None:
+        """Log that a run ended in `state`, and send its signal. `again` is the attempt that follows."""
+        tick = claim.tick.isoformat()
+        if state == "lost":
+            log.warning("%s: lost the tick %s, %s: %s", claim.worker, tick, reason, follows(again))
+        elif state == "cancelled":
+            log.info("%s: the cancelled run of the tick %s is over: %s", claim.worker, tick, reason)
+        send(self._stores.app, of_state[state], claim=claim, reason=reason)
 
     def recover(self, states: Collection[WorkerState]) -> bool:
         """End the claims that no instance runs. False if every claim runs."""
@@ -108,13 +113,13 @@ class Recovery:
             own = self._presence.instance
             is_own = own is not None and state.instance == own.id  # another instance may have run the tick in part
             reason = f"{state.instance_name} {'did not run it' if is_own else 'signed off before the run ended'}"
-            if self._stores.ledger.end(claim, "handed back", reason, claim.attempt):
-                send(self._stores.app, execution_handed_back, claim=claim, reason=reason)
+            if ended := self._stores.ledger.end(claim, "handed back", reason, claim.attempt):
+                self._tell(claim, ended, reason)
             return
         again = attempt_after(worker, claim.attempt)
         reason = f"{state.instance_name} {self._stores.leases.ending(str(state.instance))}"
-        if self._stores.ledger.end(claim, "lost", reason, again):
-            self._tell_of_loss(claim, reason, again)
+        if ended := self._stores.ledger.end(claim, "lost", reason, again):
+            self._tell(claim, ended, reason, again)
 
 
 class MessageRecovery:

@@ -201,6 +201,7 @@ class Supervisor:
         self._cuts = self._stores.connections.cuts
         offset, before = instance.clock_offset, self._pulse
         self._pulse = pulse = self._stores.leases.beat(instance, sorted(self._topics))
+        self._runs.cancel(pulse.cancels)
         self._end_outage(pulse)  # first, as a new instance looks now, and must know the leases that ended
         if instance is not self._presence.instance and not self._begin_anew(instance):
             return
@@ -311,6 +312,7 @@ class Supervisor:
 
     def _refresh(self, rearm: bool) -> None:
         states = self._stores.ledger.states()
+        self._runs.cancel({claim: by for state in states.values() for claim, by in state.cancels.items()})
         self.timers.follow(states, rearm)
         ours = [state for state in states.values() if state.name in self._workers]
         for name in self._clock_recovery.warn(states):  # the worker's ticks go on, perhaps by a command

@@ -12,7 +12,7 @@ from ..database.store import count
 from ..database.tables import executions, workers
 from ..ledger import counters
 from ..ledger.claim import Claim, is_stray, strays
-from ..ledger.ledger import MOMENTS, Ledger, in_force
+from ..ledger.ledger import OUTCOME, Ledger, in_force, respecting_cancel
 from ..ledger.statements import IS_FREE, marked, pending
 
 GONE = "its claim is gone: it was ended by hand, or the database lost its commit"
@@ -59,8 +59,10 @@ class RowRepair:
         )
         return [_claim(row) for row in self._store.read(query)]
 
-    def end_stray(self, claim: Claim, next_attempt: int | None) -> tuple[bool, int | None]:
-        """End a stray execution as lost. Return whether this call did, and the attempt that follows, or None.
+    def end_stray(self, claim: Claim, next_attempt: int | None) -> tuple[str | None, int | None]:
+        """End a stray execution as lost, or as cancelled. Return the state that this call wrote, or None.
+
+        Also return the attempt that follows, or None.
 
         The tick runs again only if the worker's token shows that no instance claimed a tick since.
 
@@ -69,15 +71,16 @@ class RowRepair:
         with self._store.begin() as connection:
             same = executions.c.id == claim.execution, executions.c.claim.is_not_distinct_from(claim.id)
             ending = update(executions).where(*same, executions.c.state == "running", ~exists().where(in_force(claim)))
-            ending = ending.values(state="lost", finished_at=now(), reason=GONE)
-            ended = connection.execute(ending.returning(*MOMENTS)).one_or_none()
+            ending = ending.values(respecting_cancel({"state": "lost", "finished_at": now(), "reason": GONE}))
+            ended = connection.execute(ending.returning(*OUTCOME)).one_or_none()
             if ended is None:
-                return False, None
-            again = next_attempt if next_attempt and _run_again(connection, claim, next_attempt) else None
-            counters.add_execution(connection, claim, "lost", *ended)
+                return None, None
+            attempt = next_attempt if ended.state == "lost" else None
+            again = attempt if attempt and _run_again(connection, claim, attempt) else None
+            counters.add_execution(connection, claim, *ended)
         if again:
             self._store.ring()
-        return True, again
+        return str(ended.state), again
 
 
 def _run_again(connection: Connection, claim: Claim, attempt: int) -> bool:

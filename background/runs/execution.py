@@ -50,10 +50,23 @@ class TickContext(WorkerContext):
         self.log_lines = LogLines(lambda: current_run.get() is self)
         self._ledger = ledger
         self._log_written = float("-inf")
+        self._cancelled: dict[str, Any] = {}
+        self.when_cancelled: Callable[[], None] = lambda: None
+        self.hung_for: str | None = None
+        """The sentence about a cancelled run that did not end in time."""
+
+    def cancel(self, by: str | None) -> None:
+        """Ask the run to stop, because the user `by` cancelled it."""
+        if self.is_cancelled:
+            return
+        self._cancelled = {"cancelled_at": self.instance.database_time(), "cancelled_by": by}
+        self.is_cancelled = True
+        self.stopping.set()
+        self.when_cancelled()
 
     def notes(self) -> dict[str, Any]:
-        """Return the columns of the execution besides its outcome: progress and log."""
-        return {**self._progress, "log": self.log_lines.text()}
+        """Return the columns of the execution besides its state and reason: progress, log, and who cancelled it."""
+        return {**self._progress, **self._cancelled, "log": self.log_lines.text()}
 
     def _new_notes(self) -> dict[str, Any]:
         """Return the columns that a commit during the run writes. It writes a long log once a second at most."""
@@ -64,8 +77,10 @@ class TickContext(WorkerContext):
         return self.notes()
 
     def finish(self) -> None:
-        """Commit the effects and "succeeded" together."""
+        """Commit the effects and "succeeded" together. Raises RunStopped if the run was cancelled."""
         self.refuse_if_lost()
+        if self.is_cancelled:  # the run may have ended early, so its work may not be complete
+            self.raise_if_stopping()
         self.session.flush()  # first, so that the worker's row is locked during the commit only
         self._ledger.finish(self.claim, self.within(self.session), self.notes())
         self._finishing = True
@@ -89,6 +104,8 @@ def write_failure(worker: type[PeriodicWorker], context: TickContext, outcome: "
     claim, tick = context.claim, context.tick.isoformat()
     if context.timed_out_after:
         return _time_out(context, outcome)
+    if context.is_cancelled and context.instance.is_alive:
+        return _cancelled(context, outcome, error)
     if context.lost_because or not context.instance.is_alive or isinstance(error, ClaimLost):
         # Once the claim is lost, it is the cause of the error, even of a broken connection.
         why = None if isinstance(error, ClaimLost) else context.lost_because
@@ -99,6 +116,8 @@ def write_failure(worker: type[PeriodicWorker], context: TickContext, outcome: "
         state = outcome.write("handed back", next_attempt=claim.attempt)
         if state == "handed back":
             context.logger.info("Handed the tick %s back", tick)
+        elif state == "cancelled":  # the request is in the row, and did not reach this run
+            context.logger.info("Cancelled at the tick %s", tick)
         return state
     if is_cut_off(error):
         again = attempt_after(worker, claim.attempt)
@@ -171,9 +190,9 @@ class Outcome:
             except SQLAlchemyError:
                 is_in_doubt = True  # the write may have succeeded: perhaps only its reply is missing
                 raise
-            found = state if ended else self._ledger.outcome(context.claim)
-            if ended or (is_in_doubt and found == state):
-                self.signal(state, **({"error": error} if error and state == "failed" else {"reason": reason}))
+            found = ended or self._ledger.outcome(context.claim)
+            if ended or (is_in_doubt and found in (state, "cancelled")):
+                self.signal(found, **({"error": error} if error and found == "failed" else {"reason": reason}))
             return found
 
         writes = (
@@ -182,6 +201,13 @@ class Outcome:
             lambda: end("lost", None, NOTHING),  # the claim must end, or its worker would never run again
         )
         return write_with_retries(context.instance, f"that {context.worker} {state}", *writes) or "lost"
+
+    def correct(self, state: str, reason: str) -> str:
+        """Write the outcome. If `state` was written before, write the `reason` anew. Return as `write`."""
+        found, claim = self.write(state, reason), self._context.claim
+        if found == state:
+            write_with_retries(self._context.instance, reason, partial(self._ledger.explain, claim, reason))
+        return found
 
     def disown(self) -> None:
         """Write the execution of a lost claim if it was deleted by hand, so that its tick has an outcome."""
@@ -241,6 +267,41 @@ def timed_out_after(
         yield
     finally:
         timer.cancel()
+
+
+@contextmanager
+def cancelled_after(seconds: float, context: TickContext, outcome: Outcome, hung: Callable[[], None]) -> Iterator[None]:
+    """End the run in the ledger `seconds` after a user cancelled it, so that the next ticks go on.
+
+    The hung run can no longer commit.
+    """
+
+    def give_up() -> None:
+        context.hung_for = f"it did not end within {seconds:g} s"
+        context.lose(f"it was cancelled, and {context.hung_for}")
+        hung()
+        if outcome.write("cancelled", f"{context.hung_for}, so its thread may still run") == "cancelled":
+            context.logger.warning("Hung at the cancelled tick %s: %s", context.tick.isoformat(), context.hung_for)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    context.when_cancelled = timer.start
+    try:
+        yield
+    finally:
+        timer.cancel()  # a start after this calls nothing
+
+
+def _cancelled(context: TickContext, outcome: Outcome, error: BaseException) -> str:
+    """Write "cancelled", and that the thread of a hung run ended after all."""
+    tick = context.tick.isoformat()
+    if context.hung_for:
+        context.logger.info("Ended long after it was cancelled: the run of the tick %s", tick)
+        at = context.instance.database_time().isoformat(timespec="seconds")
+        return outcome.correct("cancelled", f"{context.hung_for}. Its thread ended later, at {at}")
+    state = outcome.write("cancelled", None if isinstance(error, RunStopped) else traceback_of(error))
+    context.logger.info("Cancelled at the tick %s", tick)
+    return state
 
 
 def _time_out(context: TickContext, outcome: Outcome) -> str:

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 
@@ -19,7 +19,15 @@ from ..ledger.leases import Instance
 from ..ledger.ledger import Ledger
 from ..signals import execution_started, send
 from ..worker import PeriodicWorker
-from .execution import Execution, Outcome, TickContext, await_result, timed_out_after, write_failure
+from .execution import (
+    Execution,
+    Outcome,
+    TickContext,
+    await_result,
+    cancelled_after,
+    timed_out_after,
+    write_failure,
+)
 from .fence import current_run
 
 log = logger_of(__name__)
@@ -29,7 +37,7 @@ class Runs:
     """The runs of this process, and requests to stop them."""
 
     def __init__(self, app: Flask, db: SQLAlchemy, outages: Outages, hung: Callable[[int], None]) -> None:
-        """Call `hung` with the thread of each run that timed out. The thread may never come back."""
+        """Call `hung` with the thread of each run that timed out or was cancelled. The thread may never come back."""
         self.app, self.db, self._outages, self._hung = app, db, outages, hung
         self._contexts: set[WorkerContext] = set()
         self._changed = threading.Condition()
@@ -65,6 +73,16 @@ class Runs:
                 if instance is None or context.instance.id == instance.id:
                     context.lose(why)
 
+    def cancel(self, claims: Mapping[str, str | None]) -> None:
+        """Ask the runs of `claims` to stop: by the claim's id, the user who cancelled it. Ignore other claims.
+
+        A run that does not end within WORKERS_SHUTDOWN_SECONDS can no longer commit.
+        """
+        with self._changed:
+            for context in self._contexts:
+                if isinstance(context, TickContext) and (id := context.claim.id) in claims:
+                    context.cancel(claims[str(id)])
+
     def has(self, claim: Claim) -> bool:
         """Return whether `claim` runs in this process."""
         with self._changed:
@@ -79,12 +97,13 @@ class Runs:
 
     def run(self, worker: type[PeriodicWorker], claim: Claim, ledger: Ledger, instance: Instance) -> Execution:
         """Run `claim` and write its outcome. This raises no error of the worker's code."""
-        hung = partial(self._hung, threading.get_ident())
+        hung, patience = partial(self._hung, threading.get_ident()), self.app.config["WORKERS_SHUTDOWN_SECONDS"]
         # Around the context, too: the application may also fork at the end of the context.
         with ended_in_a_fork(f"The run of {worker.__name__}"), self.app.app_context():
             context = TickContext(claim, ledger, instance, self.db)
             outcome = Outcome(self.app, context, ledger)
             with (
+                cancelled_after(patience, context, outcome, hung),
                 self.entered(context),
                 context.log_lines.attached(),
                 timed_out_after(worker.timeout, context, outcome, hung),

@@ -201,10 +201,14 @@ def _begin_before_cte(connection: Connection, _cursor: Any, statement: str, *_: 
         driver.execute("BEGIN IMMEDIATE")
 
 
-def lock_soon(connection: Connection) -> None:
-    """Take the write lock now, unless another connection keeps it for long. The first write waits for it then."""
+def lock_soon(connection: Connection, seconds: float | None = None) -> bool:
+    """Take the write lock now, unless another connection keeps it for longer. The first write waits for it then.
+
+    Return whether the lock is taken.
+    """
     driver: Any = connection.connection.driver_connection
-    driver.execute(f"PRAGMA busy_timeout = {_MOMENT_SECONDS * 1000:.0f}")
+    driver.execute(f"PRAGMA busy_timeout = {(seconds or _MOMENT_SECONDS) * 1000:.0f}")
     with suppress(sqlite3.Error):  # the next statement meets the same error, and SQLAlchemy reports it
         driver.execute("BEGIN IMMEDIATE")
     driver.execute(f"PRAGMA busy_timeout = {BUSY_SECONDS * 1000}")
+    return bool(driver.in_transaction)

@@ -33,6 +33,7 @@ from background import (
     PruneHistoryWorker,
     WorkerContext,
 )
+from background.cli.shared import system_user
 from background.database.tables import executions, instances
 from background.history.text import table
 from background.schedule.cron import Cron
@@ -546,6 +547,21 @@ def test_pause_and_resume_print_their_changes(flask: Callable[..., Result], mana
     assert re.fullmatch(r"greet was paused already, since \S+Z\.\n", flask("pause", "greet").stdout)
     assert flask("resume", "greet").stdout.startswith("greet is resumed; its next tick is 20")
     assert manager.recovery.look(Greet).paused_at is None
+
+
+@on_sqlite
+def test_cancel_says_whether_anything_runs_and_names_the_user(
+    flask: Callable[..., Result], manager: BackgroundWorkerManager
+) -> None:
+    assert flask("cancel", "greet").stdout == "greet is not running.\n"
+    leave_behind(manager, "greet", due(manager, "greet"))
+    assert flask("cancel", "greet").stdout == (
+        "The run of greet is cancelled: it is asked to stop, and can commit for at most 10 s.\n"
+    )
+    by = f"cancelled by {system_user()} at 20"
+    assert by in flask("list").stdout
+    assert by in flask("history", "greet").stdout
+    assert f"was {by}" in flask("why", "greet").stdout
 
 
 @on_sqlite

@@ -176,7 +176,8 @@ HOURS = timedelta(hours=5)
 
 # -- the drawing ---------------------------------------------------------------------------------
 
-RUN = Record(1, "w", NOON, None, "schedule", "succeeded", 1, 1, "a", "a:1", NOON, NOON, None, None, None, NOON + MINUTE)
+_OF_RUN = (1, "w", NOON, None, "schedule", "succeeded", 1, 1, "a", "a:1", NOON, NOON)
+RUN = Record(*_OF_RUN, None, None, None, None, None, NOON + MINUTE)
 SEEN = InstanceRecord("a", "a", 1, NOON - HOURS, NOON + MINUTE, None)
 
 

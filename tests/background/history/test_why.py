@@ -64,6 +64,8 @@ def record(state: str, **columns: Any) -> Record:
             "progress_done": None,
             "progress_total": None,
             "reason": None,
+            "cancelled_at": None,
+            "cancelled_by": None,
             "clock": NOON + 5 * MINUTE,
             **columns,
         }
@@ -149,6 +151,20 @@ def test_a_tick_that_timed_out_shows_its_time_limit() -> None:
     assert said(seen) == (
         "ran at 2026-11-20T12:00:01Z on a:1 and timed out after 0.500 s: it ran longer than its timeout of 0:00:00.400"
     )
+
+
+def test_a_cancelled_tick_names_the_user_and_a_thread_that_hangs() -> None:
+    by = {"cancelled_at": NOON + timedelta(seconds=1), "cancelled_by": "ada"}
+    ran = "ran at 2026-11-20T12:00:01Z on a:1 for 0.500 s and was cancelled"
+    assert said(around(record("cancelled", **by))) == f"{ran} by ada at 2026-11-20T12:00:01Z"
+    assert not answer(around(record("cancelled", **by))).is_fine
+    nameless = by | {"cancelled_by": None, "reason": "it did not end within 20 s, so its thread may still run"}
+    assert said(around(record("cancelled", **nameless))) == (
+        f"{ran} at 2026-11-20T12:00:01Z: it did not end within 20 s, so its thread may still run"
+    )
+    running = "began at 2026-11-20T12:00:01Z on a:1 and was cancelled by ada at 2026-11-20T12:00:01Z"
+    assert said(around(record("running", **by))) == f"{running}: it has been asked to stop"
+    assert said(around(record("running", **by, is_gone=True))) == f"{running}: its instance is gone"
 
 
 def test_a_running_tick_shows_its_start_and_its_progress() -> None:
