@@ -302,28 +302,30 @@ class UserRepository:
         return bool(_rows_changed(self.session, used))
 
     def update_inactive_user_statuses(
-        self, cutoff: datetime, after_slice: Callable[[int, int], None] | None = None
+        self, cutoff: datetime, after_slice: Callable[[int, int, int], None] | None = None, after_id: int = 0
     ) -> int:
-        """Set active users last seen before `cutoff` to passive. Return their number.
+        """Set active users last seen before `cutoff`, with an id above `after_id`, to passive. Return their number.
 
-        `after_slice(done, total)` must commit after each slice. Without it the repository commits.
+        `after_slice(done, total, last_id)` must commit after each slice. Without it the repository commits.
         """
         if self.session.scalar(_oldest_stale, {"cutoff": cutoff}) is None:
             return 0
-        slices = self._slices_of_stale(cutoff)
-        total = sum(size for _, size in slices)
+        slices = self._slices_of_stale(cutoff, after_id)
+        total = sum(size for _, size, _ in slices)
         done = changed = 0
-        for ids, size in slices:
+        for ids, size, last_id in slices:
             changed += self._set_passive(ids, cutoff)
             done += size
             if after_slice is None:
                 self.session.commit()
             else:
-                after_slice(done, total)
+                after_slice(done, total, last_id)
         return changed
 
-    def _slices_of_stale(self, cutoff: datetime) -> list[tuple[str, int]]:
-        """Return slices of ids, each with its size. The ids ascend, as the rows lie on disk: each page is written once.
+    def _slices_of_stale(self, cutoff: datetime, after_id: int) -> list[tuple[str, int, int]]:
+        """Return slices of ids, each with its size and its last id.
+
+        The ids ascend, as the rows lie on disk: each page is written once.
 
         The ids of a slice stay in the database's own text for a list. Python only passes them on.
         """
@@ -332,12 +334,12 @@ class UserRepository:
         place = func.row_number().over(order_by=User.id + 0) - 1
         numbered = (
             select(User.id, place.op("/", precedence=8)(self.slice_size).label("slice"))
-            .where(_stale(bindparam("cutoff", cutoff, type_=UtcDateTime, literal_execute=True)))
+            .where(_stale(bindparam("cutoff", cutoff, type_=UtcDateTime, literal_execute=True)), User.id + 0 > after_id)
             .subquery()
         )
         ids = cast(func.array_agg(numbered.c.id), Text) if self._postgresql else func.json_group_array(numbered.c.id)
-        rows = self.session.execute(select(ids, func.count()).group_by(numbered.c.slice).order_by(numbered.c.slice))
-        return [(ids, size) for ids, size in rows]
+        slices = select(ids, func.count(), func.max(numbered.c.id)).group_by(numbered.c.slice)
+        return [(ids, size, last_id) for ids, size, last_id in self.session.execute(slices.order_by(numbered.c.slice))]
 
     def _set_passive(self, ids: str, cutoff: datetime) -> int:
         """Set stale users of the slice passive. Return their number.

@@ -25,12 +25,13 @@ class PassiveUserCheckerWorker(PeriodicWorker):
         users = context.services.get(UserRepository)
         cutoff = context.tick - timedelta(days=current_app.config["PASSIVE_AFTER_DAYS"])
 
-        def after_slice(done: int, total: int) -> None:
+        def after_slice(done: int, total: int, last_id: int) -> None:
+            context.cursor = last_id  # the next attempt at this tick goes on from here
             context.progress(done, total)
             context.commit()
             context.raise_if_stopping()
 
-        count = users.update_inactive_user_statuses(cutoff, after_slice)
+        count = users.update_inactive_user_statuses(cutoff, after_slice, after_id=context.cursor or 0)
         context.logger.info("Set %s users to passive.", f"{count:,}")
         context.logger.info("Completed: Setting status of inactive users...")
 

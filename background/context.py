@@ -1,5 +1,6 @@
 """The context of a run: its tick, session and services, and the checks before each of its commits."""
 
+import json
 import logging
 import math
 import os
@@ -17,13 +18,15 @@ from svcs import Container
 from svcs.flask import svcs_from
 
 from .database.sessions import Sessions, Within, home
-from .errors import ClaimLost, InvalidProgress, RunStopped
+from .errors import ClaimLost, InvalidCursor, InvalidProgress, RunStopped
 from .host.logs import logger_of
 from .ledger.claim import Claim
 from .ledger.leases import LEASE_IS_OVER, Instance
 from .messages.message import Batch, Message
+from .messages.payloads import as_json
 
 _PROGRESS_SECONDS = 5.0
+_MOST_CURSOR_BYTES = 65_536
 
 
 class Stopping(threading.Event):
@@ -67,6 +70,9 @@ class WorkerContext:
         self._finishing = False
         self._progress: dict[str, float | None] = {}
         self._progress_logged = time.monotonic()
+        self._cursor: str | None = None
+        """The cursor as JSON. None if it was neither read nor set since the last rollback."""
+        self._cursor_is_new = False
 
     @property
     def session(self) -> Session:
@@ -93,6 +99,35 @@ class WorkerContext:
             self._progress_logged = time.monotonic()
             share = f" of {total:,} ({done / total:.0%})" if total else ""
             self.logger.info("Progress: %s%s", f"{done:,}", share)
+
+    @property
+    def cursor(self) -> Any:
+        """The position of this tick's work: a JSON value of at most 64 KiB. None at the first attempt.
+
+        Assign it before the commit of a slice: the same transaction stores both. The next attempt at the tick begins
+        with the last committed cursor, and a rollback returns to it. The value is a copy: assign a changed one again.
+
+        Raises InvalidCursor for a value that JSON cannot carry, or that is too large.
+        """
+        if self._cursor is None:
+            self._cursor = self._stored_cursor() or "null"
+        try:
+            return json.loads(self._cursor)
+        except ValueError:
+            raise InvalidCursor(
+                f"The cursor of {self._work()} of {self.worker!r} is {self._cursor!r:.100} in background_executions; "
+                "expected JSON, as the engine writes it: correct that row, or delete the value to begin anew."
+            ) from None
+
+    @cursor.setter
+    def cursor(self, value: Any) -> None:
+        text = as_json(value, "context.cursor", InvalidCursor, "assign it", ensure_ascii=True)
+        if (size := len(text)) > _MOST_CURSOR_BYTES:
+            raise InvalidCursor(
+                f"context.cursor was given {size:,} bytes of JSON; expected at most {_MOST_CURSOR_BYTES:,}: "
+                "keep a position in it, such as the last id, and keep data in a table of your own."
+            )
+        self._cursor, self._cursor_is_new = text, True
 
     def raise_if_stopping(self) -> None:
         """End the run here if it should stop. It rolls back to the last commit, and is handed back or cancelled."""
@@ -145,6 +180,20 @@ class WorkerContext:
         except ClaimLost:
             self.lose("another instance took it over")
             raise
+
+    def _stored_cursor(self) -> str | None:
+        """Return the last committed cursor as JSON, or None."""
+        return None
+
+    @property
+    def new_cursor(self) -> dict[str, str | None]:
+        """The column of the execution for a cursor that no commit has stored yet."""
+        return {"cursor": self._cursor} if self._cursor_is_new else {}
+
+    def rolled_back(self, session: Session) -> None:
+        """Forget the cursor that the work since the last commit set."""
+        if session is self.session:
+            self._cursor, self._cursor_is_new = None, False
 
     def _check_claim(self, session: Session) -> None:
         """Check the claim in the session's transaction, and write the columns of this commit. Raises ClaimLost."""

@@ -121,6 +121,10 @@ class InvalidProgress(BackgroundError):
     """A `done` or a `total` that is not a finite number."""
 
 
+class InvalidCursor(BackgroundError):
+    """A cursor that is not JSON or is too large, or a cursor of a run that has none."""
+
+
 class InvalidLock(BackgroundError):
     """A name or a time-out that a lock cannot have."""
 

@@ -3,11 +3,11 @@
 from datetime import UTC, datetime, timedelta
 
 from flask import current_app
-from sqlalchemy import delete, func, or_, select
+from sqlalchemy import and_, delete, exists, func, or_, select
 
 from .context import WorkerContext
 from .database.store import count
-from .database.tables import executions, messages, tallies
+from .database.tables import executions, messages, tallies, workers
 from .manager import current_workers
 from .worker import PeriodicWorker
 
@@ -19,8 +19,9 @@ class PruneHistoryWorker(PeriodicWorker):
 
     The counts for the charts are deleted after the same time, and those of five minutes after three hours.
 
-    The marks stay, so no tick comes back. Dead letters stay. A message with a key stays for MESSAGES_KEY_DAYS, if that
-    is longer, so that its key refuses a second message. The tokens of a deleted lock go on above its last token.
+    The marks stay, so no tick comes back. The cursor of a tick that will run again stays. Dead letters stay. A message
+    with a key stays for MESSAGES_KEY_DAYS, if that is longer, so that its key refuses a second message. The tokens of a
+    deleted lock go on above its last token.
     """
 
     period = timedelta(hours=1)
@@ -43,10 +44,18 @@ def _prune_executions(context: WorkerContext) -> None:
         ids = select(executions.c.id).where(executions.c.id > after).order_by(executions.c.id).limit(SLICE)
         last = within.execute(select(func.max(ids.subquery().c.id))).scalar() or after
         in_slice = (executions.c.id > after, executions.c.id <= last)
-        old = delete(executions).where(*in_slice, executions.c.finished_at < cutoff)
+        old = delete(executions).where(*in_slice, executions.c.finished_at < cutoff, or_(~_has_cursor, ~_goes_on))
         deleted = count(within.execute(old))
         context.commit()
         after = last
+
+
+_has_cursor = executions.c.cursor.is_not(None)
+_is_running = and_(workers.c.running.is_not(None), workers.c.claim_tick == executions.c.tick)
+# The next attempt at this tick, or the attempt that runs, begins with the cursor.
+_goes_on = exists().where(
+    workers.c.name == executions.c.worker, or_(_is_running, workers.c.pending_tick == executions.c.tick)
+)
 
 
 def _prune_messages(context: WorkerContext) -> None:

@@ -1,6 +1,7 @@
 """The ledger: claims a tick, ends the claim, and records each tick that did not run. `statements.py` has the SQL."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from types import MappingProxyType
 from typing import Any
@@ -27,7 +28,7 @@ OUTCOME = executions.c.state, executions.c.started_at, executions.c.finished_at
 CANCELLED = "cancelled_at", "cancelled_by"
 
 Notes = Mapping[str, Any]
-"""Columns of an execution besides its outcome: progress and log."""
+"""Columns of an execution besides its outcome: progress, log and cursor."""
 NOTHING: Notes = MappingProxyType({})
 
 
@@ -66,7 +67,8 @@ class Ledger:
 
         Concurrency: every instance that saw the tick pending may do this. The first claims the tick.
         """
-        return self._claims.pending(_values(name, tick, instance))
+        claim = self._claims.pending(_values(name, tick, instance))
+        return claim and replace(claim, is_again=True)
 
     def claim_manual(self, name: str, tick: datetime, instance: tuple[str, str]) -> Claim | None:
         """Claim a run that a user requested. `tick` is the moment of the request. The mark does not move.
@@ -148,8 +150,8 @@ class Ledger:
         held = in_force(claim)
         if not self._claims.lock(session, held):
             raise _lost(claim)
-        if notes:
-            session.execute(update(executions).where(own(claim)).values(notes))
+        if notes and not count(session.execute(update(executions).where(own(claim)).values(notes))):
+            self.write_anew(session, claim, {"state": "running", **notes}, [claim.token])
 
     def finish(self, claim: Claim, session: Executes, notes: Notes = NOTHING) -> None:
         """Write "succeeded" in the run's own transaction, which commits it together with the run's effects.
@@ -195,6 +197,17 @@ class Ledger:
         """Read the state of the claim's execution: "lost" if its row is missing."""
         rows = self.store.read(select(executions.c.state).where(own(claim)))
         return str(rows[0].state) if rows else "lost"
+
+    def cursor(self, claim: Claim) -> str | None:
+        """Read the cursor, as JSON, that the attempts at the claim's tick committed last. None if there is none."""
+        same = (
+            executions.c.worker == claim.worker,
+            executions.c.tick == claim.tick,
+            executions.c.trigger == claim.trigger,
+        )
+        attempts = select(executions.c.cursor).where(*same, executions.c.cursor.is_not(None))
+        rows = self.store.read(attempts.order_by(executions.c.id.desc()).limit(1))
+        return str(rows[0].cursor) if rows else None
 
     # -- helpers -------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
-from ..errors import InvalidMessage
+from ..errors import BackgroundError, InvalidMessage
 
 T = TypeVar("T")
 
@@ -31,24 +31,30 @@ def draft(payload: Any, key: str | None, most_bytes: int) -> Draft:
         raise InvalidMessage(
             f"The key of a message is {key!r:.100}; expected 1 to {LONGEST_KEY} printable characters, or None."
         )
-    try:
-        text = json.dumps(payload, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
-        size = len(text.encode())
-        is_plain = _is_carried(payload)
-    except (TypeError, ValueError, RecursionError):
-        is_plain = False
-    if not is_plain:
-        path, problem = next(_problems(payload, "payload", ()), ("payload", f"nested more than {_DEEPEST} deep"))
-        raise InvalidMessage(
-            f"{path} is {problem}, which JSON cannot carry; expected None, a bool, a finite number, a str, or lists "
-            "and dicts (with str keys) of them: convert it before you enqueue it."
-        )
-    if size > most_bytes:
+    text = as_json(payload, "payload", InvalidMessage, "enqueue it")
+    if (size := len(text.encode())) > most_bytes:
         raise InvalidMessage(
             f"The payload is {size:,} bytes of JSON; expected at most {most_bytes:,} (MESSAGES_MAX_BYTES): "
             "enqueue a reference to the data instead, or raise that setting."
         )
     return Draft(text, key)
+
+
+def as_json(value: Any, name: str, refusal: type[BackgroundError], next_step: str, ensure_ascii: bool = False) -> str:
+    """Return `value` as JSON text. Raises `refusal`, with the path to a value that JSON cannot hold."""
+    try:
+        text = json.dumps(value, allow_nan=False, ensure_ascii=ensure_ascii, separators=(",", ":"))
+        text.encode()
+        is_plain = _is_carried(value)
+    except (TypeError, ValueError, RecursionError):
+        is_plain = False
+    if not is_plain:
+        path, problem = next(_problems(value, name, ()), (name, f"nested more than {_DEEPEST} deep"))
+        raise refusal(
+            f"{path} is {problem}, which JSON cannot carry; expected None, a bool, a finite number, a str, or lists "
+            f"and dicts (with str keys) of them: convert it before you {next_step}."
+        )
+    return text
 
 
 def drafts(payloads: Iterable[Any], keys: Iterable[str | None] | None, most_bytes: int) -> list[Draft]:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 
 from ..context import WorkerContext
 from ..database.outages import is_cut_off
-from ..errors import BatchRolledBack, Bury, ClaimLost, RunStopped, first_line
+from ..errors import BatchRolledBack, Bury, ClaimLost, InvalidCursor, RunStopped, first_line
 from ..host.forks import ended_in_a_fork
 from ..host.logs import logger_of
 from ..ledger.leases import Instance
@@ -79,6 +79,20 @@ class MessageContext(WorkerContext):
                 f"Worker {self.worker!r} rolled back its work for other messages of the batch; the engine "
                 "handles them again one by one. Let the exception pass, or set batch_size = 1."
             )
+
+    @property
+    def cursor(self) -> Any:
+        raise self._without_cursor()
+
+    @cursor.setter
+    def cursor(self, value: Any) -> None:
+        raise self._without_cursor()
+
+    def _without_cursor(self) -> InvalidCursor:
+        return InvalidCursor(
+            f"Worker {self.worker!r} used context.cursor for {self._work()}; expected it in a PeriodicWorker only. A "
+            "message is handled in one transaction: enqueue one message for each slice of long work."
+        )
 
     def _work(self) -> str:
         return f"{len(self._open)} messages" if len(self._open) > 1 else f"the message {self.idempotency_key}"

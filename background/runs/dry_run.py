@@ -45,8 +45,10 @@ class Change:
 class UnclaimedContext(WorkerContext):
     """The context of a run whose claim is in no row. The history does not show the run."""
 
-    def __init__(self, claim: Claim, db: SQLAlchemy, sessions: Sessions) -> None:
+    def __init__(self, claim: Claim, db: SQLAlchemy, sessions: Sessions, cursor: Any = None) -> None:
         super().__init__(claim, claim, Instance(timedelta(days=1), deadline=inf), db, sessions)
+        self.cursor = cursor
+        self._cursor_is_new = False
 
 
 class DryContext(UnclaimedContext):
@@ -80,7 +82,8 @@ def dry_run(app: Flask, db: SQLAlchemy, store: Store, worker: type[PeriodicWorke
                 context.session.flush()
                 if context.refusal:
                     raise context.refusal
-            return [*changes.values(), *_enqueued(store, context.session, newest or 0)]
+            cursor = [Change("context.cursor", "assigned", 1, [text]) for text in context.new_cursor.values() if text]
+            return [*changes.values(), *_enqueued(store, context.session, newest or 0), *cursor]
         finally:
             context.session.invalidate()  # SQLAlchemy counts a refused commit of the connection as done
             current_run.reset(token)

@@ -50,6 +50,8 @@ class TickContext(WorkerContext):
         self.log_lines = LogLines(lambda: current_run.get() is self)
         self._ledger = ledger
         self._log_written = float("-inf")
+        self._has_cursor = claim.is_again
+        """False while no attempt at the tick can have committed a cursor. Then no read is needed."""
         self._cancelled: dict[str, Any] = {}
         self.when_cancelled: Callable[[], None] = lambda: None
         self.hung_for: str | None = None
@@ -82,13 +84,19 @@ class TickContext(WorkerContext):
         if self.is_cancelled:  # the run may have ended early, so its work may not be complete
             self.raise_if_stopping()
         self.session.flush()  # first, so that the worker's row is locked during the commit only
-        self._ledger.finish(self.claim, self.within(self.session), self.notes())
+        self._ledger.finish(self.claim, self.within(self.session), self.notes() | self.new_cursor)
         self._finishing = True
         self.session.commit()
 
     def _check_claim(self, session: Session) -> None:
-        self._ledger.check(self.claim, self.within(session), self._new_notes())
+        cursor = self.new_cursor if session is self.session else {}
+        self._ledger.check(self.claim, self.within(session), self._new_notes() | cursor)
         self._progress = {}
+        if cursor:
+            self._has_cursor, self._cursor_is_new = True, False  # if this commit fails, the rollback forgets the cursor
+
+    def _stored_cursor(self) -> str | None:
+        return self._ledger.cursor(self.claim) if self._has_cursor else None
 
 
 @dataclass(frozen=True)

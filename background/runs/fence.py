@@ -66,6 +66,8 @@ def _after_commit(session: Session) -> None:
 def _after_rollback(session: Session) -> None:
     if not session.in_nested_transaction():  # the work before the savepoint may still be committed
         session.info.pop(_WHEN_COMMITTED, None)
+        if (run := current_run.get()) is not None:
+            run.rolled_back(session)
 
 
 def _before_commit(session: Session) -> None:

@@ -4,14 +4,16 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
+from typing import Any
 from uuid import uuid4
 
 from flask import Flask, current_app
 
 from ..context import WorkerContext
-from ..errors import BackgroundError
+from ..errors import BackgroundError, InvalidCursor
 from ..ledger.claim import Claim
 from ..manager import BackgroundWorkerManager, the_manager
+from ..messages.payloads import as_json
 from ..runs.dry_run import UnclaimedContext
 from ..runs.execution import Execution
 from ..signals import execution_failed
@@ -25,8 +27,10 @@ class TickNotRun(BackgroundError):
     """The tick that a test asked for did not run."""
 
 
-def run_worker(app: Flask, worker: type[PeriodicWorker], at: datetime | None = None) -> Execution:
+def run_worker(app: Flask, worker: type[PeriodicWorker], at: datetime | None = None, cursor: Any = None) -> Execution:
     """Run the latest tick of `worker` up to `at` (aware, by default now), and return its execution.
+
+    With `cursor`, the run begins with this cursor, as if an earlier attempt had committed it and was handed back.
 
     With `at`, the database's clock stands at this moment during the run. So the tick may be years away. Registers the
     worker if the application did not. Raises the worker's own error. Raises TickNotRun, with the reason, if the tick
@@ -44,12 +48,26 @@ def run_worker(app: Flask, worker: type[PeriodicWorker], at: datetime | None = N
         if at is not None:
             block.enter_context(Clock(at))
         block.enter_context(execution_failed.connected_to(note, app))
-        execution = manager.tick(worker.name, at or manager.history.clock())
+        at_last = at or manager.history.clock()
+        if cursor is not None:
+            _leave_cursor(manager, worker, at_last, cursor)
+        execution = manager.tick(worker.name, at_last)
         if execution is None:
             raise TickNotRun(_reason(manager, worker, at))
     if errors:
         raise errors[0]
     return execution
+
+
+def _leave_cursor(manager: BackgroundWorkerManager, worker: type[PeriodicWorker], at: datetime, cursor: Any) -> None:
+    """Claim the tick, store `cursor`, and hand the tick back, as an earlier attempt would."""
+    text = as_json(cursor, "cursor", InvalidCursor, "pass it", ensure_ascii=True)
+    ledger, state = manager.stores.ledger, manager.recovery.look(worker, asked=at)
+    tick = state.schedule.previous(at)
+    ledger.miss(state, tick)
+    claim = ledger.claim(worker.name, tick, state.schedule_text, (uuid4().hex, "an earlier attempt"))
+    if isinstance(claim, Claim):
+        ledger.end(claim, "handed back", next_attempt=1, notes={"cursor": text})
 
 
 def _reason(manager: BackgroundWorkerManager, worker: type[PeriodicWorker], at: datetime | None) -> str:
@@ -85,7 +103,9 @@ def wait_until_joined(manager: BackgroundWorkerManager) -> None:
         time.sleep(0.005)
 
 
-def worker_context(worker: str = "a_worker", tick: datetime | None = None, attempt: int = 1) -> WorkerContext:
+def worker_context(
+    worker: str = "a_worker", tick: datetime | None = None, attempt: int = 1, cursor: Any = None
+) -> WorkerContext:
     """Return a context for `MyWorker().do_work(context)` in a unit test. Call it in an app context.
 
     The database must have your own tables, but needs none of the engine's. The writes of `do_work` stay uncommitted in
@@ -99,7 +119,7 @@ def worker_context(worker: str = "a_worker", tick: datetime | None = None, attem
     manager = the_manager()
     tick = tick or datetime.now(UTC).replace(microsecond=0)
     made = Claim(worker, tick, attempt, token=1, trigger="schedule", execution=None, id=uuid4().hex)
-    return UnclaimedContext(made, manager.db, manager.stores.main.sessions)
+    return UnclaimedContext(made, manager.db, manager.stores.main.sessions, cursor)
 
 
 def manager_of(app: Flask) -> BackgroundWorkerManager:

@@ -99,6 +99,7 @@ def test_all_public_names_exist() -> None:
         "BackgroundWorkerManager",
         "ClaimLost",
         "DuplicateWorker",
+        "InvalidCursor",
         "InvalidLock",
         "InvalidMigration",
         "InvalidSchedule",

@@ -22,7 +22,7 @@ import workers
 from background import WorkerContext, current_workers
 from background.database.tables import metadata
 from background.testing import run_worker
-from models import Book, HealthSample, db
+from models import Book, db
 from tests.books.documents import PAGES, ROOT, commands, snippet, snippets, text
 
 README, WORKERS, MESSAGES, LOCKS = "README.md", "docs/workers.md", "docs/messages.md", "docs/locks.md"
@@ -146,23 +146,19 @@ def test_the_deploy_commands_all_use_the_same_database(tmp_path: Path) -> None:
 # -- docs ------------------------------------------------------------------------------------------
 
 
-def test_long_work_is_committed_in_slices(app: Flask) -> None:
+def test_long_work_goes_on_behind_the_slices_that_are_done(app: Flask) -> None:
     with app.app_context():
-        for minute in range(4):
-            taken_at = datetime(2026, 1, 1, 0, minute, tzinfo=UTC)
-            db.session.add(
-                HealthSample(taken_at=taken_at, database_ms=1, disk_free_bytes=1, messages_waiting=0, messages_dead=0)
-            )
+        db.session.add_all([Book(title=f"Book {id}", author="A", price_cents=100, stock=1) for id in range(1, 601)])
         db.session.commit()
-        ids = list(db.session.scalars(select(HealthSample.id)))
-    pasted: dict[str, Any] = {"slices": [ids[:2], ids[2:]], "delete": db.delete, "Sample": HealthSample}
+        ids = list(db.session.scalars(select(Book.id).order_by(Book.id)))
+    pasted: dict[str, Any] = {"select": db.select, "update": db.update, "Book": Book}
     exec(snippet(WORKERS, "context.raise_if_stopping()"), pasted)
     worker = type(
         "SliceWorker", (workers.PeriodicWorker,), {"period": timedelta(hours=1), "do_work": pasted["do_work"]}
     )
-    assert run_worker(app, worker).state == "succeeded"
+    assert run_worker(app, worker, cursor=ids[9]).state == "succeeded"
     with app.app_context():
-        assert db.session.scalars(select(HealthSample)).all() == []
+        assert list(db.session.scalars(select(Book.price_cents).order_by(Book.id))) == [100] * 10 + [200] * 590
 
 
 def test_a_signal_is_received_when_it_is_pasted(fleet: Fleet, caplog: pytest.LogCaptureFixture) -> None:

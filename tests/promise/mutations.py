@@ -50,6 +50,32 @@ MUTATIONS = (
         ["tests/background/ledger/test_ledger.py", "-k", "mark or claim_that_comes_after"],
     ),
     Mutation(
+        "a cursor is stored by the commit of its own session only",
+        [
+            Edit(
+                "background/runs/execution.py",
+                "cursor = self.new_cursor if session is self.session else {}",
+                "cursor = self.new_cursor",
+            )
+        ],
+        ["tests/background/runs/test_cursor.py", "-k", "own_session"],
+    ),
+    Mutation(
+        "a rollback takes a cursor back",
+        [Edit("background/runs/fence.py", "            run.rolled_back(session)", "            pass")],
+        ["tests/background/runs/test_cursor.py", "-k", "takes_the_cursor_back"],
+    ),
+    Mutation(
+        "a cursor outlives an attempt that committed none",
+        [Edit("background/ledger/ledger.py", ".where(*same, executions.c.cursor.is_not(None))", ".where(*same)")],
+        ["tests/background/runs/test_cursor.py", "-k", "outlives"],
+    ),
+    Mutation(
+        "the cursor of a tick that will run again is not pruned",
+        [Edit("background/pruning.py", ", or_(~_has_cursor, ~_goes_on))", ")")],
+        ["tests/background/runs/test_cursor.py", "-k", "pruning_spares"],
+    ),
+    Mutation(
         "nothing is committed into a SQLite file that was replaced",
         [
             Edit(

@@ -101,6 +101,33 @@ def test_a_worker_that_kills_its_process_is_given_up_and_the_last_process_surviv
     assert survivor.is_up
 
 
+ALL_SLICES = [f"slice {number}" for number in range(40)]
+
+
+def test_each_slice_is_done_once_though_its_process_is_killed_again_and_again(shops: Shops, effects: Effects) -> None:
+    settings = {"PROBE_WORKERS": "slicer", "PROBE_TAKES": 0.05, "WORKERS_LEASE_SECONDS": 1}
+    fleet = shops.join(2, **settings)
+    for kill in range(4):
+        assert eventually(lambda least=8 * (kill + 1): len(effects.notes("slicer")) >= least)
+        holder = str(effects.history("slicer")[-1]["instance_name"])
+        next(member for member in fleet if holder.endswith(f":{member.pid}")).kill()
+        fleet += shops.join(1, **settings)
+    assert eventually(lambda: len(effects.notes("slicer")) >= 40)
+    assert effects.notes("slicer") == ALL_SLICES
+    assert eventually(lambda: effects.states("slicer")[-1] == ("succeeded", 5))
+    assert effects.states("slicer")[:-1] == [("lost", attempt) for attempt in (1, 2, 3, 4)]
+
+
+def test_a_process_that_wakes_after_its_lease_stores_no_cursor(shops: Shops, effects: Effects) -> None:
+    zombie = freeze_one(shops, "slice", PROBE_WORKERS="slicer")
+    others(shops, PROBE_WORKERS="slicer")
+    assert eventually(lambda: len(effects.notes("slicer")) >= 40)
+    zombie.thaw()
+    lost_the_tick(zombie)
+    assert effects.notes("slicer") == ALL_SLICES
+    assert [row["cursor"] for row in effects.history("slicer")] == ["5", "40"]
+
+
 # -- frozen, and woken up again --------------------------------------------------------------------
 
 

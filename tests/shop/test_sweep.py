@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 from flask import Flask
-from sqlalchemy import Engine, event, select, text
+from sqlalchemy import Engine, event, select, text, update
 from sqlalchemy.orm import Session
 
+from background.testing import run_worker
 from demo import add_users
 from models import User, UserRepository, db
+from workers import PassiveUserCheckerWorker
 
 ROOT = Path(__file__).parents[2]
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -85,7 +87,7 @@ def test_each_slice_is_committed_and_reported(users: UserRepository, make_user: 
     users.slice_size = 2
     seen = []
 
-    def after_slice(done: int, total: int) -> None:
+    def after_slice(done: int, total: int, last_id: int) -> None:
         db.session.commit()
         seen.append((done, total, [status(user) for user in stale].count("passive")))
 
@@ -97,7 +99,7 @@ def test_a_stopped_sweep_keeps_its_committed_slices(users: UserRepository, make_
     stale = [make_user(created_at=STALE) for _ in range(4)]
     users.slice_size = 2
 
-    def stop(done: int, total: int) -> None:
+    def stop(done: int, total: int, last_id: int) -> None:
         db.session.commit()
         raise InterruptedError
 
@@ -108,11 +110,33 @@ def test_a_stopped_sweep_keeps_its_committed_slices(users: UserRepository, make_
     assert users.update_inactive_user_statuses(CUTOFF) == 2
 
 
+def test_a_worker_that_was_stopped_goes_on_behind_its_last_slice(
+    app: Flask, users: UserRepository, make_user: Callable[..., User], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stale = [make_user(created_at=STALE) for _ in range(6)]
+    monkeypatch.setattr(UserRepository, "slice_size", 2)
+    statements: list[str] = []
+
+    @event.listens_for(db.engine, "before_cursor_execute")
+    def stop(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        if statement.startswith("UPDATE users SET status"):
+            statements.append(statement)
+            if len(statements) == 2:
+                app.extensions["background_workers"].runs.tell()
+
+    assert run_worker(app, PassiveUserCheckerWorker).state == "handed back"
+    assert [status(user) for user in stale].count("passive") == 4
+    with db.engine.begin() as connection:  # a second look at the finished slice would find this user
+        connection.execute(update(User).where(User.id == stale[0].id).values(status="active"))
+    assert run_worker(app, PassiveUserCheckerWorker).state == "succeeded"
+    assert [status(user) for user in stale] == ["active", *["passive"] * 5]
+
+
 def test_a_login_between_two_slices_wins(users: UserRepository, make_user: Callable[..., User]) -> None:
     first, second = make_user(created_at=STALE), make_user(created_at=STALE)
     users.slice_size = 1
 
-    def log_the_second_in(done: int, total: int) -> None:
+    def log_the_second_in(done: int, total: int, last_id: int) -> None:
         db.session.commit()
         if done == 1:
             log_in(second)

@@ -80,6 +80,12 @@ class Effects:
         with self._engine.connect() as connection:
             return [Effect(*row) for row in connection.execute(query)]
 
+    def notes(self, worker: str) -> list[str]:
+        """Return the notes of the worker's effects, in order."""
+        query = select(table.c.note).where(table.c.worker == worker).order_by(table.c.id)
+        with self._engine.connect() as connection:
+            return list(connection.scalars(query))
+
     def ticks(self, worker: str = "ticker") -> list[datetime]:
         return [effect.tick for effect in self.all(worker)]
 

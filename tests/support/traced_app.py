@@ -212,7 +212,25 @@ class Sweeper(PeriodicWorker):
         context.commit()
         users = context.services.get(UserRepository)
         users.slice_size = 20
-        users.update_inactive_user_statuses(context.tick - timedelta(days=30), lambda done, total: context.commit())
+        users.update_inactive_user_statuses(context.tick - timedelta(days=30), lambda *_: context.commit())
+
+
+class Slicer(PeriodicWorker):
+    """Leaves an effect for each of 40 slices. Ignores a stop request."""
+
+    name = "slicer"
+    period = RARELY
+    run_on_first_start = True
+    max_attempts = 100
+
+    def do_work(self, context: WorkerContext) -> None:
+        for number in range(context.cursor or 0, 40):
+            threading.Event().wait(_TAKES)
+            context.cursor = number + 1
+            if number == 5:
+                reach("slice")
+            leave(context, os.getpid(), f"slice {number}")
+            context.commit()
 
 
 class Locker(PeriodicWorker):

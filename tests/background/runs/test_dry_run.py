@@ -255,6 +255,17 @@ def test_an_async_worker_is_awaited(host: Flask) -> None:
     assert (code, "effects: 1 inserted" in said) == (0, True), said
 
 
+class PositionWorker(Hourly):
+    def do_work(self, context: WorkerContext) -> None:
+        context.cursor = {"after": (context.cursor or {}).get("after", 0) + 7}
+
+
+def test_it_shows_the_cursor_that_the_run_assigned(host: Flask) -> None:
+    host.extensions["background_workers"].add(PositionWorker)
+    code, said = dry_run(host, "position_worker")
+    assert (code, said.splitlines()[1:]) == (0, ["context.cursor: 1 assigned", '  {"after":7}'])
+
+
 def test_a_real_run_follows_as_if_there_had_been_none(host: Flask) -> None:
     dry_run(host, "changing_worker")
     result = host.test_cli_runner().invoke(args=["workers", "trigger", "changing_worker"])

@@ -11,7 +11,15 @@ from sqlalchemy import select
 from support.databases import close, on_sqlite
 from support.fleet import Hourly, db, effect, effects, last_hour, make_app
 
-from background import InvalidWorker, MessageWorker, RunStopped, UnknownTopic, WorkerContext, current_workers
+from background import (
+    InvalidCursor,
+    InvalidWorker,
+    MessageWorker,
+    RunStopped,
+    UnknownTopic,
+    WorkerContext,
+    current_workers,
+)
 from background.testing import (
     Clock,
     TickNotRun,
@@ -85,6 +93,30 @@ def test_a_worker_fails_in_the_test_with_its_own_error(app: Flask) -> None:
 
 def test_a_run_that_stops_is_handed_back(app: Flask) -> None:
     assert run_worker(app, Stopping).state == "handed back"
+
+
+class Counting(Hourly):
+    def do_work(self, context: WorkerContext) -> None:
+        for number in range(context.cursor or 0, 4):
+            effect(context, number)
+            context.cursor = number + 1
+
+
+def test_a_run_begins_with_the_cursor_that_the_test_gives(app: Flask) -> None:
+    run_worker(app, Counting, at=IN_2030, cursor=2)
+    assert notes(app) == ["2", "3"]
+    run_worker(app, Counting, at=IN_2030 + timedelta(hours=5), cursor=3)
+    assert notes(app) == ["2", "3", "3"]
+    with pytest.raises(InvalidCursor, match="cursor is of type set, which JSON cannot carry"):
+        run_worker(app, Counting, at=IN_2030 + timedelta(hours=9), cursor={1})
+
+
+def test_work_alone_begins_with_a_cursor_and_shows_the_next(app: Flask) -> None:
+    with app.app_context():
+        context = worker_context(cursor=3)
+        Counting().do_work(context)
+        assert context.cursor == 4
+        assert worker_context().cursor is None
 
 
 def test_a_tick_that_does_not_run_raises_an_error_with_the_reason(app: Flask) -> None:
