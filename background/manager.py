@@ -144,15 +144,17 @@ class BackgroundWorkerManager(Lifecycle):
         with self._controlled("resume", name):
             return self.stores.controls.resume(name)
 
-    def cancel(self, name: str, by: str | None = None) -> bool:
+    def cancel(self, name: str, by: str | None = None, token: int | None = None) -> bool:
         """Cancel the run of `name` that is in progress, in any process. `by` is the user who asks for it.
+
+        With `token`, cancel only the run that has this token.
 
         The run is asked to stop within a heartbeat. After WORKERS_SHUTDOWN_SECONDS it can no longer commit. Its
         execution ends as "cancelled", and its tick does not run again. False if nothing runs. Raises as `pause` does.
         """
         by = spelled_out(by)[:LONGEST_USER] if by else None
         with self._controlled("cancel", name) as state:
-            if (claim := state.running) is None:
+            if (claim := state.running) is None or token not in (None, claim.token):
                 return False
             if state.is_bare:
                 self.stores.row_repair.restore(claim)

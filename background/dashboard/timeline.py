@@ -25,7 +25,9 @@ _STEPS = [timedelta(seconds=each) for each in (10, 60, 600, 3600, 6 * 3600)]
 _MOST_LINES = 7
 _AGAIN = ("lost", "handed back", "failed", "timed out")
 _NOT_RUN = "not run"
-SIGNS = {state: state.replace(" ", "-") for state in ("running", "lost", "handed back", "failed", "timed out")}
+SIGNS = {
+    state: state.replace(" ", "-") for state in ("running", "lost", "handed back", "failed", "timed out", "cancelled")
+}
 """The sign at the end of a bar, so that its colour is not its only mark."""
 
 

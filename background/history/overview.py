@@ -73,6 +73,7 @@ def _running(state: WorkerState, claim: Claim, gone: set[str]) -> dict[str, Any]
     return {
         "tick": claim.tick,
         "attempt": claim.attempt,
+        "token": claim.token,
         "execution": claim.execution,
         "started_at": state.started_at,
         "progress_done": state.progress_done,

@@ -7,16 +7,18 @@ from flask.typing import ResponseReturnValue
 from werkzeug.wrappers import Response
 
 from ...errors import InvalidSchedule
+from ...history.text import whole_number
 from ...manager import BackgroundWorkerManager, the_manager
 from ...schedule.cron import Cron
 from ...schedule.parsing import typed_schedule
 from ...schedule.periods import Every
+from ..access import user_name
 from ..filters import back, say
 from .workers import known
 
 
 def add_to(blueprint: Blueprint) -> None:
-    for action in (run, pause, resume, reschedule):
+    for action in (run, pause, resume, cancel, reschedule):
         blueprint.add_url_rule(f"/worker/<name>/{action.__name__}", action.__name__, action, methods=["POST"])
 
 
@@ -40,6 +42,16 @@ def pause(name: str) -> ResponseReturnValue:
 def resume(name: str) -> ResponseReturnValue:
     changed = _manager_of(name).resume(name)
     return _answer(changed, f"{name} is resumed: it runs again from its next tick.", f"{name} was not paused.")
+
+
+def cancel(name: str) -> ResponseReturnValue:
+    """Cancel the run that the page showed. A later run goes on."""
+    token = whole_number(request.form.get("token", "")) or abort(400, "The form names no run.")
+    manager = _manager_of(name)
+    changed = manager.cancel(name, by=user_name(), token=token)
+    seconds = manager.app.config["WORKERS_SHUTDOWN_SECONDS"]
+    done = f"The run of {name} is cancelled: it is asked to stop, and can commit for at most {seconds:g} s."
+    return _answer(changed, done, f"That run of {name} has ended already.")
 
 
 def reschedule(name: str) -> ResponseReturnValue:

@@ -62,7 +62,9 @@ def execution_page(name: str, id: int) -> ResponseReturnValue:
     record = manager.history.execution(id)
     if record is None or record.worker != name:
         abort(404)
-    return render_template("background/execution.html", record=record, log=manager.history.log(id))
+    return render_template(
+        "background/execution.html", record=record, log=manager.history.log(id), is_ours=name in manager.workers
+    )
 
 
 def _place(place: Place) -> str:

@@ -12,6 +12,7 @@ from support.fleet import Hourly, last_hour, make_app, statements
 
 from background import InvalidSchedule, Message, MessageWorker, PeriodicWorker, WorkerContext
 from background.dashboard import dashboard
+from background.dashboard.access import Access
 from background.database import tables
 from background.schedule.parsing import typed_schedule
 
@@ -445,3 +446,43 @@ def test_the_dashboard_has_a_layout_in_an_app_without_its_own(app, manager, tmp_
     assert "<title>Workers · Background workers</title>" in text
     assert "talker" in text
     assert "Bookstore" not in text
+
+
+# -- cancelling ----------------------------------------------------------------------------------
+
+
+def test_the_button_cancels_the_run_that_the_page_shows(app, client, manager):
+    shown: list[str] = []
+
+    class Looker(Hourly):
+        def do_work(self, context):
+            path = f"/workers/worker/looker/{context.claim.execution}"
+            for each in ("/workers/", "/workers/worker/looker", path):
+                assert 'id="cancel-looker"' in page(client, each)
+            token = re.search(r'name="token" value="([0-9]+)"', page(client, path))[1]
+            assert int(token) == context.token
+            shown.append(said(press(client, "/workers/worker/looker/cancel", token=str(context.token + 1))))
+            shown.append(said(press(client, "/workers/worker/looker/cancel", token=token)))
+            shown.extend(said(page(client, each)) for each in ("/workers/", "/workers/worker/looker", path))
+            assert 'id="cancel-looker"' not in page(client, path)
+            context.raise_if_stopping()
+
+    app.extensions["background_dashboard"] = Access(lambda: True, lambda: "<ada>")
+    manager.add(Looker)
+    execution = manager.trigger("looker")
+    assert execution.state == "cancelled"
+    other, done, *pages = shown
+    assert "That run of looker has ended already." in other
+    assert "The run of looker is cancelled: it is asked to stop, and can commit for at most 10 s." in done
+    assert all("Cancelled by <ada> at 20" in each and "it has been asked to stop" in each for each in pages)
+    ended = said(page(client, f"/workers/worker/looker/{execution.claim.execution}"))
+    assert "cancelled" in ended
+    assert "Cancelled by <ada> at 20" in ended
+    assert "Cancelled by <ada> at 20" in said(page(client, "/workers/worker/looker?state=cancelled"))
+    assert "cancelled" in said(page(client, "/workers/timeline?table=1"))
+
+
+@on_sqlite
+def test_a_form_without_a_run_cancels_nothing(client, manager):
+    assert client.post("/workers/worker/talker/cancel", data={"token": "x"}).status_code == 400
+    assert "has ended already" in press(client, "/workers/worker/talker/cancel", token="9" * 30)
