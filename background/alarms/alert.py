@@ -22,17 +22,21 @@ _TITLES = {
     "clock": ("The clock of {} is off", "The clock of {} is right again"),
     "silent": ("No instance is alive", "No instance was alive"),
 }
-_PAGES: dict[str, tuple[str, str]] = {
-    "failing": ("background.worker", "name"),
-    "overdue": ("background.worker", "name"),
-    "stuck": ("background.worker", "name"),
-    "dead": ("background.messages", "topic"),
-}
+_OF_WORKERS = ("failing", "overdue", "stuck")
 
 
 def title(incident: Incident) -> str:
     """Return one line about the incident: that it is open, or that it has ended."""
     return _TITLES[incident.kind][incident.ended_at is not None].format(incident.subject)
+
+
+def page_about(incident: Incident) -> tuple[str, dict[str, Any]]:
+    """Return the endpoint of the dashboard's page about the incident, and its arguments."""
+    if incident.kind in _OF_WORKERS:
+        return "background.worker", {"name": incident.subject}
+    if incident.kind == "dead":
+        return "background.messages", {"topic": incident.subject, "state": "dead"}
+    return "background.instances", {}
 
 
 def alert(app: Flask, incident: Incident) -> dict[str, Any]:
@@ -100,8 +104,7 @@ def _url(app: Flask, incident: Incident) -> str | None:
         return None
     root = urlsplit(address)
     site = app.url_map.bind(root.netloc, root.path or "/", url_scheme=root.scheme)
-    endpoint, field = _PAGES.get(incident.kind, ("background.instances", ""))
     try:
-        return str(site.build(endpoint, {field: incident.subject} if field else {}, force_external=True))
+        return str(site.build(*page_about(incident), force_external=True))
     except BuildError:
         return None

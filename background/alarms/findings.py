@@ -11,7 +11,7 @@ from ..database.tables import executions, instances, is_dead, message_errors, me
 from ..errors import error_line, spelled_out
 from ..history.condition import Condition, condition
 from ..history.instances import Silence
-from ..history.text import ahead, second, span
+from ..history.text import second, span
 from ..ledger.leases import OFFSET_WARNED, is_alive
 from ..stores import Stores
 from ..worker import PeriodicWorker
@@ -115,7 +115,8 @@ def _overdue(found: Condition, name: str) -> str:
 
 
 def _offset(seconds: float) -> str:
-    return f"It is {ahead(seconds)} ahead of the database's clock."
+    side = "ahead of" if seconds > 0 else "behind"
+    return f"It is {abs(seconds):.1f} s {side} the database's clock."
 
 
 def _why(reason: str | None) -> str:

@@ -14,6 +14,7 @@ from .access import Access, guard
 from .filters import add_filters, back, say
 from .origin import refuse_foreign
 from .pages import fleet, messages, overview, worker_actions, workers
+from .pages.overview import open_incidents
 
 
 def dashboard(
@@ -39,8 +40,10 @@ def dashboard(
     blueprint.after_request(refuse_frames)
     blueprint.register_error_handler(SQLAlchemyError, not_taken)
     blueprint.register_error_handler(CommitFirst, held_up)
-    # A function, which only the dashboard's own pages call: the host's error page must not query the database.
-    blueprint.context_processor(lambda: {"silence": lambda: the_manager().instance_history.silence()})
+    # Functions, which only the dashboard's own pages call: the host's error page must not query the database.
+    blueprint.context_processor(
+        lambda: {"silence": lambda: the_manager().instance_history.silence(), "incidents": open_incidents}
+    )
     add_filters(blueprint)
     for part in (overview, workers, worker_actions, fleet, messages):
         part.add_to(blueprint)

@@ -2,9 +2,11 @@
 
 from typing import Any
 
-from flask import Blueprint, render_template, request
+from flask import Blueprint, render_template, request, url_for
 from flask.typing import ResponseReturnValue
 
+from ...alarms.alert import page_about, title
+from ...alarms.incidents import Incident, Incidents
 from ...history.overview import overview
 from ...manager import BackgroundWorkerManager, the_manager
 from ..sparkline import COUNT, picture
@@ -51,3 +53,11 @@ def rows(manager: BackgroundWorkerManager, names: list[str]) -> list[dict[str, A
 def about(worker: type | None) -> str:
     """Return the first line of the class's docstring."""
     return (worker.__doc__ or "").strip().partition("\n")[0] if worker else ""
+
+
+def open_incidents() -> list[tuple[Incident, str, str]]:
+    """Return each open incident with its title and its page's address. No query without alarms."""
+    manager = the_manager()
+    found = Incidents(manager.stores).current() if manager.watch else []
+    pages = ((each, page_about(each)) for each in found)
+    return [(each, title(each), url_for(endpoint, **arguments)) for each, (endpoint, arguments) in pages]

@@ -234,7 +234,7 @@ def test_a_clock_that_is_off_is_an_incident_of_its_host(fleet: Fleet, webhook: d
         assert len(alerts(fleet)) == expected
     host = instance.host
     assert titles(fleet) == [f"The clock of {host} is off", f"The clock of {host} is right again"]
-    assert alerts(fleet)[0]["detail"] == "It is +3.000 s ahead of the database's clock."
+    assert alerts(fleet)[0]["detail"] == "It is 3.0 s ahead of the database's clock."
 
 
 def kill(manager: BackgroundWorkerManager, ago: timedelta) -> None:
