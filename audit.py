@@ -31,7 +31,7 @@ READING = ("GET", "HEAD", "OPTIONS")
 # The commands that change something.
 COMMANDS: dict[str, Iterable[str]] = {
     "": ("init-db", "reset-password", "demo"),
-    "workers": ("trigger", "pause", "resume", "cancel", "repair"),
+    "workers": ("trigger", "pause", "resume", "cancel", "reschedule", "repair"),
     "messages": ("enqueue", "pause", "resume", "retry", "discard"),
 }
 

@@ -18,6 +18,7 @@ from sqlalchemy import Connection, Engine, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 import security_log
+from background.cli.shared import examples
 from background.database.clock import now
 from background.database.dialects.encodings import storable
 from config import address, may_serve
@@ -58,8 +59,8 @@ def register_commands(app: Flask) -> None:
     app.cli.add_command(demo)
 
 
-@click.command("init-db")
-@click.option("--admin", default="admin@localhost", show_default=True, help="The e-mail of the admin.")
+@click.command("init-db", epilog=examples("flask init-db --admin ada@example.com"))
+@click.option("--admin", metavar="EMAIL", default="admin@localhost", show_default=True, help="The e-mail of the admin.")
 @with_appcontext
 def init_db(admin: str) -> None:
     """Create the admin.
@@ -92,7 +93,7 @@ def _refuse_customer(engine: Engine, email: str) -> None:
         )
 
 
-@click.command("reset-password")
+@click.command("reset-password", epilog=examples("flask reset-password ada@example.com"))
 @click.argument("email")
 @with_appcontext
 def reset_password(email: str) -> None:
@@ -119,8 +120,10 @@ def reset_password(email: str) -> None:
     security_log.record("password changed", changed)
 
 
-@click.command("demo")
-@click.option("--users", "number", default="10000", show_default=True, help="The number of users to add.")
+@click.command("demo", epilog=examples("flask demo", "flask demo --users 1000000"))
+@click.option(
+    "--users", "number", metavar="INTEGER", default="10000", show_default=True, help="The number of users to add."
+)
 @with_appcontext
 def demo(number: str) -> None:
     """Add users, a tenth of them stale, for trying the shop at size."""

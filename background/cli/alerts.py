@@ -11,35 +11,36 @@ from ..alarms import delivery
 from ..alarms.alert import title, trial
 from ..alarms.incidents import Incidents
 from ..errors import first_line
-from ..history.text import second, table
 from ..manager import BackgroundWorkerManager, the_manager
-from .shared import WrongUsage, as_json_option, checked_manager, print_json
+from .shared import WrongUsage, as_json_option, checked_manager, examples, print_json
+from .terminal import localised, screen_of, utc_option
 from .workers import workers_cli
 
 
-@workers_cli.command()
+@workers_cli.command(epilog=examples("flask workers alerts", "flask workers alerts --test"))
 @click.option("--test", "is_test", is_flag=True, help="Send a test alert to each configured channel now.")
+@utc_option
 @as_json_option
-def alerts(is_test: bool, as_json: bool) -> None:
+def alerts(is_test: bool, with_json: bool) -> None:
     """Show the incidents that are open, or ended last.
 
     An incident opens when a worker fails several times in a row, is overdue or stuck, a message dies, or a host's
     clock is off. Each opened and each ended incident is one alert, by ALERT_MAIL and ALERT_WEBHOOK.
-
-    \b
-    Examples:
-      flask workers alerts
-      flask workers alerts --test
     """
     if is_test:
         _send_trials(the_manager())
         return
-    found = Incidents(checked_manager().stores).recent()
-    if as_json:
+    manager = checked_manager()
+    found = Incidents(manager.stores).recent()
+    if with_json:
         print_json([{**asdict(each), "title": title(each)} for each in found])
     elif found:
-        rows = [[title(each), second(each.opened_at), second(each.ended_at), each.detail] for each in found]
-        click.echo(table(("incident", "opened", "ended", "detail"), rows))
+        screen = screen_of(manager)
+        rows = [
+            [title(each), screen.since(each.opened_at), screen.since(each.ended_at), localised(each.detail)]
+            for each in found
+        ]
+        click.echo(screen.table(("incident", "opened", "ended", "note"), rows))
     else:
         click.echo("There was no incident.")
 

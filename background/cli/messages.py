@@ -2,30 +2,36 @@
 
 from collections.abc import Callable
 from dataclasses import asdict
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
 import click
 
 from ..errors import spelled_out
 from ..history.messages import STATES, Failure, MessageRecord, Topic
-from ..history.text import clipped, decided, indented, postponed, second, span, table, whole_number
+from ..history.text import clipped, decided, indented, postponed, span, whole_number
 from ..host import strict_json
 from ..manager import the_manager
+from .completion import one_of, topics
 from .shared import (
     WorkersGroup,
     WrongUsage,
     as_json_option,
     checked_manager,
+    examples,
+    limit_option,
     one_state,
     pause_topic,
     print_json,
     resume_topic,
     row_limit,
 )
+from .terminal import Screen, localised, screen_of, utc_option
 
 messages_cli = WorkersGroup(
     "messages",
-    help="""See and control the messages. Times are ISO 8601, in UTC.
+    help="""See and control the messages.
+
+    Times are local, or in UTC with --utc. A pipe gets them in ISO 8601. --json always has UTC.
 
     \b
     Exit codes:
@@ -33,40 +39,52 @@ messages_cli = WorkersGroup(
       1  the answer is no: a message that is in another state, a database that is not ready
       2  wrong usage, an id that no message has, or an unknown topic
     """,
+    epilog=examples("flask messages stats", "flask messages list --state dead", "flask messages retry ID"),
 )
 
 
 # -- looking -------------------------------------------------------------------------------------
 
 
-@messages_cli.command("list")
-@click.option("--topic", help="Show only messages of this topic.")
-@click.option("--state", help=f"Show only messages in this state: {', '.join(STATES)}.")
-@click.option("--limit", default="20", show_default=True, help="Show at most this many.")
+@messages_cli.command("list", epilog=examples("flask messages list", "flask messages list --topic TOPIC --state dead"))
+@click.option("--topic", metavar="TOPIC", shell_complete=topics, help="Show only messages of this topic.")
+@click.option(
+    "--state",
+    metavar="STATE",
+    shell_complete=one_of(STATES),
+    help=f"Show only messages in this state: {', '.join(STATES)}.",
+)
+@limit_option
+@utc_option
 @as_json_option
-def list_messages(topic: str | None, state: str | None, limit: str, as_json: bool) -> None:
+def list_messages(topic: str | None, state: str | None, limit: str, with_json: bool) -> None:
     """Show the messages, newest first.
 
     With --json every payload, and the traceback of its last error, is shown in full.
     """
     number, state = row_limit(limit), one_state(state, STATES)
-    letters = checked_manager().messages.letters(topic, state, number, whole=as_json)
-    if as_json:
+    manager = checked_manager()
+    letters = manager.messages.letters(topic, state, number, whole=with_json)
+    if with_json:
         print_json([letter.as_dict() for letter in letters])
     elif letters:
-        headers = ("id", "topic", "state", "attempt", "key", "enqueued", "payload", "note")
-        click.echo(table(headers, map(_cells, letters)))
+        screen, headers = screen_of(manager), ("id", "topic", "state", "attempt", "key", "enqueued", "payload", "note")
+        rows = [_cells(screen, letter) for letter in letters]
+        click.echo(screen.table(headers, rows, elastic=("payload", "key"), spare=("attempt",)))
     else:
         click.echo(f"There is no message{f' of {topic}' if topic else ''}{f' that is {state}' if state else ''}.")
 
 
-def _cells(letter: MessageRecord) -> list[str]:
-    identity = [str(letter.id), letter.topic, _state(letter), str(letter.attempt or "-"), clipped(letter.key or "", 40)]
-    return [*identity, second(letter.enqueued_at), clipped(letter.payload, 60), _note(letter)]
+def _cells(screen: Screen, letter: MessageRecord) -> list[str]:
+    state = _state(letter, screen.since(letter.due_at))
+    identity = [str(letter.id), letter.topic, state, str(letter.attempt or "-"), clipped(letter.key or "", 40)]
+    return [*identity, screen.since(letter.enqueued_at), clipped(letter.payload, 60), localised(_note(letter))]
 
 
-def _state(letter: MessageRecord) -> str:
-    return f"waiting until {second(letter.due_at)}" if letter.is_delayed else letter.state
+def _state(letter: MessageRecord, due: str) -> str:
+    if not letter.is_delayed:
+        return letter.state
+    return f"waiting, due {due}" if due.startswith("in ") else f"waiting until {due}"
 
 
 def _note(letter: MessageRecord) -> str:
@@ -74,76 +92,81 @@ def _note(letter: MessageRecord) -> str:
         return f"on {letter.instance_name}{', which is gone: will be taken over' if letter.is_gone else ''}"
     if letter.state == "waiting" and letter.postponed and not letter.attempt:
         return postponed(letter.postponed, letter.postponed_because)
-    return "" if letter.state == "done" else letter.last_line or ""
+    return "" if letter.state == "done" else clipped(letter.last_line or "")
 
 
-@messages_cli.command()
+@messages_cli.command(epilog=examples("flask messages show ID", "flask messages show ID --json"))
 @click.argument("id")
+@utc_option
 @as_json_option
-def show(id: str, as_json: bool) -> None:
+def show(id: str, with_json: bool) -> None:
     """Show one message, with every error.
 
     Also its payload, and the traceback of each error.
     """
     number = _number(id)
-    letter, failures = checked_manager().messages.letter(number)
-    if as_json:
+    manager = checked_manager()
+    letter, failures = manager.messages.letter(number)
+    if with_json:
         print_json({**letter.as_dict(), "errors": [asdict(failure) for failure in failures]})
         return
-    for name, text in _facts(letter).items():
-        click.echo(f"{name:9} {spelled_out(text)}")
+    screen = screen_of(manager)
+    click.echo(screen.facts(_facts(screen, letter)))
     click.echo(f"\n{indented(letter.value)}")
     for failure in failures:
-        click.echo(f"\n{_failure(failure)}")
+        click.echo(f"\n{_failure(screen, failure)}")
 
 
-def _facts(letter: MessageRecord) -> dict[str, str]:
+def _facts(screen: Screen, letter: MessageRecord) -> dict[str, str]:
     worker = the_manager().topics.get(letter.topic)
     facts = {
         "message": str(letter.id),
         "topic": f"{letter.topic} ({worker.name if worker else 'not in this release'})",
-        "state": f"running {_note(letter)}" if letter.state == "running" else _state(letter),
+        "state": f"running {_note(letter)}" if letter.state == "running" else _state(letter, screen.at(letter.due_at)),
         "attempt": str(letter.attempt or "-"),
         "key": letter.key or "-",
-        "enqueued": second(letter.enqueued_at),
-        "due": second(letter.due_at),
-        "claimed": f"{second(letter.claimed_at)} on {letter.instance_name}" if letter.claimed_at else "-",
-        "finished": second(letter.finished_at),
+        "enqueued": screen.at(letter.enqueued_at),
+        "due": screen.at(letter.due_at),
+        "claimed": f"{screen.at(letter.claimed_at)} on {letter.instance_name}" if letter.claimed_at else "-",
+        "finished": screen.at(letter.finished_at),
         "postponed": postponed(letter.postponed, letter.postponed_because)[10:] if letter.postponed else "-",
     }
     return {name: text for name, text in facts.items() if text != "-"}
 
 
-def _failure(failure: Failure) -> str:
-    head = f"Attempt {failure.attempt} failed at {second(failure.at)} on {failure.instance_name}:"
+def _failure(screen: Screen, failure: Failure) -> str:
+    head = f"Attempt {failure.attempt} failed at {screen.at(failure.at)} on {failure.instance_name}:"
     return "\n".join(map(spelled_out, [head, *failure.error.rstrip().split("\n")]))
 
 
-@messages_cli.command()
+@messages_cli.command(epilog=examples("flask messages stats"))
+@utc_option
 @as_json_option
-def stats(as_json: bool) -> None:
+def stats(with_json: bool) -> None:
     """Count the messages of every topic, and show their waiting times.
 
     WAITING includes the messages that are DUE LATER. OLDEST is the time since the oldest waiting message was due. ON
     AVERAGE and AT MOST are the times from due to done, within the last hour.
     """
-    topics = checked_manager().messages.stats()
-    if as_json:
-        print_json([asdict(topic) for topic in topics])
-    elif topics:
+    found = checked_manager().messages.stats()
+    if with_json:
+        print_json([asdict(topic) for topic in found])
+    elif found:
         done = ("done in 1 h", "on average", "at most")
-        headers = ("topic", "worker", "waiting", "due later", "running", "dead", "oldest", *done, "paused since")
-        click.echo(table(headers, map(_topic_cells, topics)))
+        headers = ("topic", "worker", "waiting", "due later", "running", "dead", "oldest", *done, "note")
+        screen, is_paused = Screen.of(datetime.now(UTC)), any(topic.paused_at for topic in found)
+        rows = [_topic_cells(screen, topic) for topic in found]
+        click.echo(screen.table(headers, rows, spare=("worker", "on average"), has_moments=is_paused))
     else:
         click.echo("There is no topic. Write workers.add(MyMessageWorker) in create_app.")
 
 
-def _topic_cells(topic: Topic) -> list[str]:
+def _topic_cells(screen: Screen, topic: Topic) -> list[str]:
     counts = (topic.waiting, topic.delayed, topic.running, topic.dead)
     times = (topic.mean_seconds, topic.longest_seconds)
     names = [topic.topic, topic.worker or "not in this release"]
-    since = second(topic.paused_at) if topic.paused_at else ""
-    return [*names, *map(str, counts), _seconds(topic.oldest_seconds), str(topic.handled), *map(_seconds, times), since]
+    note = f"paused since {screen.at(topic.paused_at)}" if topic.paused_at else ""
+    return [*names, *map(str, counts), _seconds(topic.oldest_seconds), str(topic.handled), *map(_seconds, times), note]
 
 
 def _seconds(seconds: float | None) -> str:
@@ -153,18 +176,18 @@ def _seconds(seconds: float | None) -> str:
 # -- controlling ---------------------------------------------------------------------------------
 
 
-@messages_cli.command()
-@click.argument("topic")
+@messages_cli.command(
+    epilog=examples(
+        """flask messages enqueue TOPIC '{"book": 1, "copies": 10}'""",
+        "flask messages enqueue TOPIC 42 --key delivery-42 --delay 60",
+    )
+)
+@click.argument("topic", shell_complete=topics)
 @click.argument("payload", metavar="JSON")
-@click.option("--key", help="A text. If the topic has a message with this key, nothing is enqueued.")
+@click.option("--key", metavar="TEXT", help="A text. If the topic has a message with this key, nothing is enqueued.")
 @click.option("--delay", type=float, metavar="SECONDS", help="Handle it this much later.")
 def enqueue(topic: str, payload: str, key: str | None, delay: float | None) -> None:
     """Enqueue a message of TOPIC with the payload JSON.
-
-    \b
-    Examples:
-      flask messages enqueue deliveries '{"book": 1, "copies": 10}'
-      flask messages enqueue deliveries '{"book": 1, "copies": 10}' --key delivery-42 --delay 60
 
     Exits with 1 if a message has the key already.
     """
@@ -180,8 +203,8 @@ def enqueue(topic: str, payload: str, key: str | None, delay: float | None) -> N
     click.echo(f"Message {id} waits.")
 
 
-@messages_cli.command()
-@click.argument("topic")
+@messages_cli.command(epilog=examples("flask messages pause TOPIC"))
+@click.argument("topic", shell_complete=topics)
 def pause(topic: str) -> None:
     """Handle no more messages of TOPIC until it is resumed.
 
@@ -190,8 +213,8 @@ def pause(topic: str) -> None:
     pause_topic(topic)
 
 
-@messages_cli.command()
-@click.argument("topic")
+@messages_cli.command(epilog=examples("flask messages resume TOPIC"))
+@click.argument("topic", shell_complete=topics)
 def resume(topic: str) -> None:
     """Handle the messages of TOPIC again."""
     resume_topic(topic)
@@ -199,12 +222,14 @@ def resume(topic: str) -> None:
 
 def _ids_or_all(command: Callable[..., None]) -> Callable[..., None]:
     """Give `retry` and `discard` their parameters: ids, or --all with an optional --topic."""
-    command = click.option("--topic", help="With --all: only messages of this topic.")(command)
+    command = click.option(
+        "--topic", metavar="TOPIC", shell_complete=topics, help="With --all: only messages of this topic."
+    )(command)
     command = click.option("--all", "every", is_flag=True, help="All dead messages.")(command)
     return click.argument("ids", nargs=-1, metavar="[ID]...")(command)
 
 
-@messages_cli.command()
+@messages_cli.command(epilog=examples("flask messages retry ID", "flask messages retry --all --topic TOPIC"))
 @_ids_or_all
 def retry(ids: tuple[str, ...], every: bool, topic: str | None) -> None:
     """Make dead or discarded messages wait again.
@@ -216,7 +241,7 @@ def retry(ids: tuple[str, ...], every: bool, topic: str | None) -> None:
     click.echo(_outcome(checked_manager().messages.retry(numbers, topic), numbers, "waits again", "wait again"))
 
 
-@messages_cli.command()
+@messages_cli.command(epilog=examples("flask messages discard ID", "flask messages discard --all --topic TOPIC"))
 @_ids_or_all
 def discard(ids: tuple[str, ...], every: bool, topic: str | None) -> None:
     """Discard dead or waiting messages, so that they are never handled.

@@ -50,7 +50,15 @@ class WrongUsage(click.ClickException):
     exit_code = 2
 
 
-as_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+as_json_option = click.option("--json", "with_json", is_flag=True, help="Print JSON, complete and in UTC.")
+limit_option = click.option(
+    "--limit", default="20", show_default=True, metavar="INTEGER", help="Show at most this many."
+)
+
+
+def examples(*lines: str) -> str:
+    """Return the end of a help text: one example of the command per line."""
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
 
 
 def manager_of(name: str) -> BackgroundWorkerManager:
@@ -119,8 +127,12 @@ def system_user() -> str:
 
 
 def print_json(value: Any) -> None:
-    """Print `value` as JSON, with moments in ISO 8601."""
-    click.echo(strict_json.dumps(value, indent=2, default=_as_text))
+    click.echo(as_json(value))
+
+
+def as_json(value: Any) -> str:
+    """Return `value` as JSON, with moments in ISO 8601."""
+    return strict_json.dumps(value, indent=2, default=_as_text)
 
 
 def _as_text(value: object) -> str:

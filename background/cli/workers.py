@@ -1,5 +1,6 @@
 """Commands of `flask workers` that only read: list, instances, check, preview, history, why."""
 
+import sys
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
@@ -12,26 +13,34 @@ from ..errors import BackgroundError, UnknownWorker, spelled_out
 from ..history.condition import condition
 from ..history.overview import overview
 from ..history.records import STATES, InstanceRecord, Record
-from ..history.text import ahead, cancelled, moment, moment_in, progress, second, silent, span, table
+from ..history.text import ahead, cancelled, clipped, done_of, moment_in, progress, silent, span
 from ..ledger.claim import WorkerState
 from ..manager import BackgroundWorkerManager, the_manager
 from ..registry import declared_schedule, schedule_in_force
+from .completion import one_of, periodic_workers
 from .shared import (
     WorkersGroup,
     WrongUsage,
+    as_json,
     as_json_option,
     checked_manager,
+    examples,
+    limit_option,
     manager_of,
     not_ready,
     one_state,
     print_json,
     row_limit,
 )
+from .terminal import Screen, coloured, localised, say, screen_of, shown_zone, utc_option, zone_name
 from .unmigrated import unmigrated
+from .watch import seconds_between, watch, watch_option
 
 workers_cli = WorkersGroup(
     "workers",
-    help="""See and control the background workers. Times are ISO 8601, in UTC.
+    help="""See and control the background workers.
+
+    Times are local, or in UTC with --utc. A pipe gets them in ISO 8601. --json always has UTC.
 
     \b
     Exit codes:
@@ -40,59 +49,88 @@ workers_cli = WorkersGroup(
          run, a problem that was found, a database that is not ready
       2  wrong usage, or a name that no worker has
     """,
+    epilog=examples("flask workers list", "flask workers history NAME --state failed", "flask workers why NAME"),
 )
 
 
-@workers_cli.command("list")
+@workers_cli.command(
+    "list", epilog=examples("flask workers list", "flask workers list --watch", "flask workers list --watch 10 --utc")
+)
+@watch_option
+@utc_option
 @as_json_option
-def list_workers(as_json: bool) -> None:
+def list_workers(watched: str | None, with_json: bool) -> None:
     """Show every worker, its next tick and its last tick.
 
-    If no instance is alive, the first line says so.
+    STATE is the state of the last tick, or of the tick that runs now. If no instance is alive, the first line says so.
     """
-    manager = checked_manager()
-    rows = overview(manager.stores, manager.workers)
-    if as_json:
-        print_json(rows)
+    seconds = seconds_between(watched) if watched is not None else None
+
+    def draw() -> str:
+        manager = checked_manager()
+        rows = overview(manager.stores, manager.workers)
+        return as_json(rows) if with_json else _listed(manager, rows)
+
+    if seconds is None:
+        click.echo(draw())
     else:
-        if silence := manager.instance_history.silence():
-            click.echo(silent(silence))
-        headers = ("name", "schedule", "next tick", "last tick", "became", "running on", "note")
-        _print_workers(headers, [_cells(row) for row in rows])
+        watch(draw, seconds)
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
+def _listed(manager: BackgroundWorkerManager, rows: list[dict[str, Any]]) -> str:
+    screen, silence = screen_of(manager), manager.instance_history.silence()
+    headers = ("name", "schedule", "next tick", "last tick", "state", "took", "note")
+    text = _with_topics(screen, headers, [_cells(screen, row) for row in rows], spare=("took", "schedule"))
+    return f"{coloured(localised(silent(silence)), 'red')}\n{text}" if silence else text
+
+
+def _cells(screen: Screen, row: dict[str, Any]) -> list[str]:
     last, running = row["last"], row["running"]
-    tick = moment(last["through"] or last["tick"]) if last else "-"
-    outcome = last["state"] if last else "-"
-    if last and last["seconds"] is not None:
-        outcome += f" in {span(timedelta(seconds=last['seconds']))}"
-    on = running["instance"] + (", which is gone" if running["is_gone"] else "") if running else "-"
     notes = [
+        _running(running) if running else "",
         "" if row["in_this_release"] else "not in this release",
         "disabled" if row["enabled"] is False else "",
-        f"paused since {second(row['paused_at'])}" if row["paused_at"] else "",
         cancelled(running["cancelled_at"], running["cancelled_by"]) if running else "",
-        f"overdue since {second(row['overdue_since'])}" if row["overdue_since"] else "",
+        f"overdue since {screen.at(row['overdue_since'])}" if row["overdue_since"] else "",
         f"stuck: {row['stuck']}" if row["stuck"] else "",
-        f"{moment(row['pending_tick'])} runs first" if row["pending_tick"] else "",
+        f"paused since {screen.at(row['paused_at'])}" if row["paused_at"] else "",
+        f"{screen.tick(row['pending_tick'])} runs first" if row["pending_tick"] else "",
         f"declared: {row['declared']}" if row["declared"] not in (None, row["schedule"]) else "",
     ]
-    schedule = row["schedule"] or "a schedule that this release cannot read"
-    return [row["name"], schedule, moment(row["next_tick"]), tick, outcome, on, "; ".join(filter(None, notes))]
+    cells = [row["name"], row["schedule"] or "a schedule that this release cannot read", screen.next(row["next_tick"])]
+    return [*cells, *_newest(screen, last, running), "; ".join(filter(None, notes))]
 
 
-def _print_workers(headers: tuple[str, ...], rows: list[list[str]]) -> None:
-    """Print the periodic workers as a table, and the message workers in one line."""
-    parts = [table(headers, rows)] if rows else []
+def _running(running: dict[str, Any]) -> str:
+    """Return the progress of a run, and its instance."""
+    done = done_of(running["progress_done"], running["progress_total"])
+    gone = ", which is gone" if running["is_gone"] else ""
+    return f"{done + ' ' if done else ''}on {running['instance']}{gone}"
+
+
+def _newest(screen: Screen, last: dict[str, Any] | None, running: dict[str, Any] | None) -> list[str]:
+    """Return the tick, the state and the duration of the run, or else of the last tick."""
+    if running:
+        lasts = screen.clock - running["started_at"] if running["started_at"] else None
+        return [screen.next(running["tick"]), "running", span(lasts) if lasts is not None else "-"]
+    if last is None:
+        return ["-"] * 3
+    took = span(timedelta(seconds=last["seconds"])) if last["seconds"] is not None else "-"
+    return [screen.next(last["through"] or last["tick"]), last["state"], took]
+
+
+def _with_topics(screen: Screen, headers: tuple[str, ...], rows: list[list[str]], spare: tuple[str, ...] = ()) -> str:
+    """Return the periodic workers as a table, and the message workers in one line."""
+    parts = [screen.table(headers, rows, spare=spare)] if rows else []
     if topics := ", ".join(f"{topic} ({worker.name})" for topic, worker in the_manager().topics.items()):
         parts.append(f"Messages: {topics}; see `flask messages stats`.")
-    click.echo("\n".join(parts) or "There is no worker. Write workers.add(MyWorker) in create_app.")
+    return "\n".join(parts) or "There is no worker. Write workers.add(MyWorker) in create_app."
 
 
-@workers_cli.command()
+@workers_cli.command(epilog=examples("flask workers instances"))
+@utc_option
 @as_json_option
-def instances(as_json: bool) -> None:
+def instances(with_json: bool) -> None:
     """Show the instances that are alive, or left within a day.
 
     Also their runs, and how far their clocks are off.
@@ -100,30 +138,32 @@ def instances(as_json: bool) -> None:
     manager = checked_manager()
     states, seen = manager.stores.ledger.states().values(), manager.instance_history.seen()
     holds = {each.id: [state.name for state in states if state.instance == each.id] for each in seen}
-    if as_json:
+    if with_json:
         print_json([{**asdict(each), "holds": holds[each.id]} for each in seen])
     elif seen:
-        headers = ("instance", "state", "release", "started", "heartbeat", "clock", "holds")
-        click.echo(table(headers, [_instance_cells(each, holds[each.id]) for each in seen]))
+        screen, headers = screen_of(manager), ("instance", "state", "release", "started", "heartbeat", "clock", "holds")
+        rows = [_instance_cells(screen, each, holds[each.id]) for each in seen]
+        click.echo(screen.table(headers, rows, elastic=("release",), spare=("clock",)))
     else:
         click.echo("No instance has been alive for a day. `flask workers run` starts an instance.")
 
 
-def _instance_cells(seen: InstanceRecord, holds: list[str]) -> list[str]:
+def _instance_cells(screen: Screen, seen: InstanceRecord, holds: list[str]) -> list[str]:
     return [
         seen.name,
         seen.state,
         seen.release or "",
-        second(seen.started_at),
-        second(seen.heartbeat_at),
+        screen.since(seen.started_at),
+        screen.since(seen.heartbeat_at),
         ahead(seen.clock_ahead),
         ", ".join(holds),
     ]
 
 
-@workers_cli.command()
+@workers_cli.command(epilog=examples("flask workers check"))
+@utc_option
 @as_json_option
-def check(as_json: bool) -> None:
+def check(with_json: bool) -> None:
     """Validate settings, workers, database and fleet.
 
     Changes nothing. Exits with 1 if there is a problem. Problems are: no instance is alive, a worker is overdue or
@@ -146,29 +186,31 @@ def check(as_json: bool) -> None:
         unseen.insert(-len(_NEVER_LOOKED_AT), "whether a model has no migration")
     of_application, warnings = manager.look()
     problems += (lacking or []) + of_application
-    rows = [_next_ticks(manager, name, states.get(name), datetime.now(UTC)) for name in manager.workers]
-    if as_json:
+    clock = datetime.now(UTC)
+    rows = [_next_ticks(manager, name, states.get(name), clock) for name in manager.workers]
+    if with_json:
         print_json({"workers": rows, "problems": problems, "warnings": warnings, "not_looked_at": unseen})
     else:
-        _print_checked(rows, problems, warnings, alive, unseen)
+        _print_checked(rows, problems, warnings, alive, unseen, clock)
     if problems:
         raise click.exceptions.Exit(1)
 
 
-@workers_cli.command()
-@click.argument("name")
-@click.option("--count", default="20", show_default=True, help="The number of ticks to show.")
+@workers_cli.command(epilog=examples("flask workers preview NAME", "flask workers preview NAME --count 366 --utc"))
+@click.argument("name", shell_complete=periodic_workers)
+@click.option("--count", default="20", show_default=True, metavar="INTEGER", help="The number of ticks to show.")
+@utc_option
 def preview(name: str, count: str) -> None:
     """Show the next ticks of NAME, by its declared schedule.
 
-    In UTC, and in the schedule's own time zone. A note marks each tick that a change of the clocks affects. A schedule
-    that an admin set on the dashboard is not read: `flask workers list` shows it.
+    In the local time zone, and in the schedule's own. A note marks each tick that a change of the clocks affects. A
+    schedule that an admin set is not read: `flask workers list` shows it.
     """
-    schedule = declared_schedule(manager_of(name).workers[name])
-    ticks = schedule.following(datetime.now(UTC), row_limit(count, "--count"))
-    rows = [[moment(at), f"{schedule.local(at):%a %Y-%m-%d %H:%M:%S %Z}", schedule.oddity(at)] for at in ticks]
+    screen, schedule = Screen.of(datetime.now(UTC)), declared_schedule(manager_of(name).workers[name])
+    ticks = schedule.following(screen.clock, row_limit(count, "--count"))
+    rows = [[screen.tick(at), f"{schedule.local(at):%a %Y-%m-%d %H:%M:%S %Z}", schedule.oddity(at)] for at in ticks]
     click.echo(f"{name} runs {schedule.in_words()}.")
-    click.echo(table(("utc", "local", "note"), rows))
+    click.echo(screen.table(("tick", "in its own zone", "note"), rows))
 
 
 _NEVER_LOOKED_AT = (
@@ -202,14 +244,14 @@ def _next_ticks(manager: BackgroundWorkerManager, name: str, state: WorkerState 
 
 
 def _print_checked(
-    rows: list[dict[str, Any]], problems: list[str], warnings: list[str], alive: int, unseen: list[str]
+    rows: list[dict[str, Any]], problems: list[str], warnings: list[str], alive: int, unseen: list[str], clock: datetime
 ) -> None:
-    headers = ("name", "schedule", "next tick", "then", "then", "note")
-    _print_workers(headers, [_checked_cells(row) for row in rows])
+    screen, headers = Screen.of(clock), ("name", "schedule", "next tick", "then", "then", "note")
+    click.echo(_with_topics(screen, headers, [_checked_cells(screen, row) for row in rows], spare=("then",)))
     for problem in problems:
-        click.echo(f"Problem: {spelled_out(problem)}", err=True)
+        click.echo(f"{coloured('Problem:', 'red', sys.stderr)} {localised(spelled_out(problem))}", err=True)
     for warning in warnings:
-        click.echo(f"Warning: {spelled_out(warning)}", err=True)
+        click.echo(f"{coloured('Warning:', 'yellow', sys.stderr)} {localised(spelled_out(warning))}", err=True)
     click.echo(f"Not looked at: {'; '.join(unseen)}.")
     if not problems:
         workers, fleet = _count(len(the_manager().names), "worker"), _count(alive, "instance")
@@ -220,17 +262,30 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def _checked_cells(row: dict[str, Any]) -> list[str]:
-    note = f"paused since {second(row['paused_at'])}" if row["paused_at"] else "" if row["enabled"] else "disabled"
-    return [row["name"], row["schedule"], *map(moment, row["next_ticks"]), note]
+def _checked_cells(screen: Screen, row: dict[str, Any]) -> list[str]:
+    paused = f"paused since {screen.at(row['paused_at'])}" if row["paused_at"] else ""
+    return [
+        row["name"],
+        row["schedule"],
+        *map(screen.next, row["next_ticks"]),
+        paused or ("" if row["enabled"] else "disabled"),
+    ]
 
 
-@workers_cli.command()
-@click.argument("name")
-@click.option("--limit", default="20", show_default=True, help="Show at most this many.")
-@click.option("--state", help=f"Show only executions in this state: {', '.join(STATES)}.")
+@workers_cli.command(
+    epilog=examples("flask workers history NAME", "flask workers history NAME --state timed-out --limit 5")
+)
+@click.argument("name", shell_complete=periodic_workers)
+@limit_option
+@click.option(
+    "--state",
+    metavar="STATE",
+    shell_complete=one_of(STATES),
+    help=f"Show only executions in this state: {', '.join(STATES)}.",
+)
+@utc_option
 @as_json_option
-def history(name: str, limit: str, state: str | None, as_json: bool) -> None:
+def history(name: str, limit: str, state: str | None, with_json: bool) -> None:
     """Show the executions of NAME, newest first.
 
     With --json every traceback is shown in full.
@@ -239,49 +294,53 @@ def history(name: str, limit: str, state: str | None, as_json: bool) -> None:
     manager = checked_manager()
     _stored(manager, name)
     records = manager.history.executions(name, number, state)
-    if as_json:
+    if with_json:
         print_json([record.as_dict() for record in records])
     elif records:
-        headers = ("tick", "state", "attempt", "started", "took", "instance", "note")
-        click.echo(table(headers, map(_history_cells, records)))
+        screen, headers = screen_of(manager), ("tick", "state", "attempt", "started", "took", "instance", "note")
+        rows = [_history_cells(screen, record) for record in records]
+        click.echo(screen.table(headers, rows, spare=("attempt", "instance")))
     else:
         click.echo(f"{name} has no executions{f' that are {state}' if state else ' yet'}.")
 
 
-def _history_cells(record: Record) -> list[str]:
-    tick = moment(record.tick)
+def _history_cells(screen: Screen, record: Record) -> list[str]:
+    tick = screen.tick(record.tick)
     if record.through and record.through != record.tick:
-        tick += f" to {moment(record.through)}"
+        tick += f" to {screen.tick(record.through)}"
     took = span(record.duration) if record.duration is not None else "-"
-    note = record.last_line or progress(record).strip(" ()")
+    note = localised(clipped(record.last_line or "")) or progress(record).strip(" ()")
     if record.is_gone:
         note = f"running on {record.instance_name}, which is gone: will be taken over"
     note = "; ".join(filter(None, (cancelled(record.cancelled_at, record.cancelled_by), note)))
     if record.trigger != "schedule":
         note = f"{record.trigger}; {note}" if note else record.trigger
-    started, on = second(record.started_at), record.instance_name or "-"
+    started, on = screen.at(record.started_at), record.instance_name or "-"
     return [tick, record.state, str(record.attempt or "-"), started, took, on, note]
 
 
-@workers_cli.command()
-@click.argument("name")
-@click.option("--at", "text", metavar="T", help="A moment in ISO 8601, in UTC unless it names a zone. Default: now.")
+@workers_cli.command(epilog=examples("flask workers why NAME", "flask workers why NAME --at 2026-11-20T14:05"))
+@click.argument("name", shell_complete=periodic_workers)
+@click.option(
+    "--at", "text", metavar="TIME", help="A moment in ISO 8601, by the clock of the shown zone unless it names a zone."
+)
+@utc_option
 @as_json_option
-def why(name: str, text: str | None, as_json: bool) -> None:
+def why(name: str, text: str | None, with_json: bool) -> None:
     """Explain why a tick of NAME ran, or did not run.
 
-    It is the latest tick at or before T. Exits with 0 if it succeeded, is running, or is not due yet. Else exits with
-    1.
+    It is the latest tick at or before TIME, which is now by default. Exits with 0 if it succeeded, is running, or is
+    not due yet. Else exits with 1.
     """
     at = _moment(text) if text is not None else None
     manager = checked_manager()
     _stored(manager, name)
     answer = manager.why(name, at)
-    if as_json:
+    if with_json:
         records = [record.as_dict() for record in answer.records]
         print_json({**vars(answer), "is_fine": answer.is_fine, "records": records})
     else:
-        click.echo(answer.sentence)
+        say(answer.sentence)
     if not answer.is_fine:
         raise click.exceptions.Exit(1)
 
@@ -300,5 +359,7 @@ def _moment(text: str) -> datetime:
     except ValueError as error:
         raise WrongUsage(f"--at: {error}") from None
     if datetime.fromisoformat(text.strip()).tzinfo is None:
-        click.echo(f"{text} names no time zone, so it is taken as UTC.", err=True)
+        if shown_zone() is None:
+            at = at.replace(tzinfo=None).astimezone(UTC)  # a moment without a zone is on this machine's clock
+        click.echo(f"{text} names no time zone, so it is taken as {zone_name(at)}.", err=True)
     return at

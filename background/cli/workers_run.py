@@ -1,4 +1,4 @@
-"""Commands of `flask workers` that run or control a worker: run, trigger, pause, resume, cancel, repair."""
+"""Commands of `flask workers` that run or control a worker: run, trigger, pause, cancel, reschedule, repair."""
 
 import gc
 import signal
@@ -8,22 +8,30 @@ from contextlib import contextmanager
 
 import click
 
-from ..errors import UnknownWorker, spelled_out
-from ..history.text import moment, second
+from ..errors import InvalidSchedule, UnknownWorker, spelled_out
+from ..history.text import moment, second, silent
 from ..manager import BackgroundWorkerManager, the_manager
 from ..repair.clock_ahead import repaired_text
 from ..runs.dry_run import Change
 from ..runs.dry_run import dry_run as rolled_back
 from ..runs.execution import Execution
-from .shared import WrongUsage, checked_manager, manager_of, not_ready, pause_topic, resume_topic, system_user
+from ..schedule.parsing import as_arguments, typed_schedule
+from .completion import all_workers, periodic_workers
+from .shared import WrongUsage, checked_manager, examples, manager_of, not_ready, pause_topic, resume_topic, system_user
+from .terminal import say, utc_option
 from .workers import workers_cli
 
 # -- running -------------------------------------------------------------------------------------
 
 
-@workers_cli.command()
-@click.argument("names", nargs=-1, metavar="[NAME]...")
+@workers_cli.command(
+    epilog=examples(
+        "flask workers run", "flask workers run FIRST_NAME SECOND_NAME", "flask workers run NAME --once  # for cron"
+    )
+)
+@click.argument("names", nargs=-1, metavar="[NAME]...", shell_complete=all_workers)
 @click.option("--once", is_flag=True, help="Run the latest due tick of NAME here, if no instance has, and end.")
+@utc_option
 def run(names: tuple[str, ...], once: bool) -> None:
     """Run all workers, or only the named ones, in this process.
 
@@ -69,33 +77,59 @@ def _run_once(manager: BackgroundWorkerManager, name: str) -> None:
     with _handed_back_on_signals(manager, name):
         execution = manager.tick(name, at)
     if execution is None:
-        click.echo(f"Not run here. {manager.why(name, at).sentence}")
+        say(f"Not run here. {manager.why(name, at).sentence}")
     else:
         _report(manager, execution)
 
 
-@workers_cli.command()
-@click.argument("name")
+@workers_cli.command(
+    epilog=examples(
+        "flask workers trigger NAME", "flask workers trigger NAME --fleet", "flask workers trigger NAME --dry-run"
+    )
+)
+@click.argument("name", shell_complete=periodic_workers)
+@click.option("--fleet", "in_fleet", is_flag=True, help="Have an instance of the fleet run it, and do not wait.")
 @click.option("--dry-run", is_flag=True, help="Roll the run back, and show the rows that it would have changed.")
-def trigger(name: str, dry_run: bool) -> None:
-    """Run NAME now, in this process, outside its schedule.
+@utc_option
+def trigger(name: str, in_fleet: bool, dry_run: bool) -> None:
+    """Run NAME now, outside its schedule.
 
-    Exits with 1 if the run did not succeed. Ctrl-C hands the run back, and another instance runs it.
+    It runs in this process. Exits with 1 if the run did not succeed. Ctrl-C hands the run back, and another instance
+    runs it.
+
+    --fleet leaves the run to an instance of the fleet. Exits with 1 if NAME runs already, or will run next.
 
     --dry-run claims nothing and leaves no row in the history. Effects outside the database are not undone.
     """
+    if in_fleet and dry_run:
+        raise WrongUsage("--fleet and --dry-run exclude each other: a dry run is made in this process.")
     manager = manager_of(name)
     _prepare(manager)
+    if in_fleet:
+        _request(manager, name)
+        return
     if dry_run:
         store, at = manager.stores.main, manager.history.clock()
         _print_changes(name, rolled_back(manager.app, manager.db, store, manager.workers[name], at))
         return
+    click.echo(f"Running {name} in this terminal's process, not in the fleet. Ctrl-C hands the run back.")
     with _handed_back_on_signals(manager, name):
         execution = manager.trigger(name)
     if execution is None:
-        click.echo(spelled_out(f"Not run: {_why_not_triggered(manager, name)}"))
+        say(f"Not run: {_why_not_triggered(manager, name)}")
         raise click.exceptions.Exit(1)
     _report(manager, execution)
+
+
+def _request(manager: BackgroundWorkerManager, name: str) -> None:
+    if not manager.request(name):
+        click.echo(f"{name} is running already, or will run next: see `flask workers list`.")
+        raise click.exceptions.Exit(1)
+    if silence := manager.instance_history.silence():
+        say(f"{name} will run as soon as an instance is alive. {silent(silence)}")
+    else:
+        within = f"{manager.app.config['WORKERS_HEARTBEAT_SECONDS']:g} s"
+        click.echo(f"An instance will run {name} within {within}. `flask workers why {name}` says how it ended.")
 
 
 def _print_changes(name: str, changes: Sequence[Change]) -> None:
@@ -120,7 +154,7 @@ def _why_not_triggered(manager: BackgroundWorkerManager, name: str) -> str:
 
 
 def _report(manager: BackgroundWorkerManager, execution: Execution) -> None:
-    click.echo(manager.why(execution.claim.worker, execution.claim.tick).sentence)
+    say(manager.why(execution.claim.worker, execution.claim.tick).sentence)
     if execution.state != "succeeded":
         raise click.exceptions.Exit(1)
 
@@ -133,7 +167,7 @@ def _handed_back_on_signals(manager: BackgroundWorkerManager, name: str) -> Iter
         yield
     except KeyboardInterrupt:
         newest = manager.history.executions(name, limit=1)
-        click.echo(manager.why(name, newest[0].tick).sentence if newest else f"{name} was not run.")
+        say(manager.why(name, newest[0].tick).sentence if newest else f"{name} was not run.")
         raise click.exceptions.Exit(1) from None
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -142,8 +176,9 @@ def _handed_back_on_signals(manager: BackgroundWorkerManager, name: str) -> Iter
 # -- controlling ---------------------------------------------------------------------------------
 
 
-@workers_cli.command()
-@click.argument("name")
+@workers_cli.command(epilog=examples("flask workers pause NAME"))
+@click.argument("name", shell_complete=all_workers)
+@utc_option
 def pause(name: str) -> None:
     """Run no more ticks of NAME until it is resumed.
 
@@ -156,11 +191,12 @@ def pause(name: str) -> None:
     changed = checked_manager().pause(name)
     state = manager.stores.ledger.look(name)
     since = f", since {second(state.paused_at)}" if state else ""
-    click.echo(f"{name} is paused{since}." if changed else f"{name} was paused already{since}.")
+    say(f"{name} is paused{since}." if changed else f"{name} was paused already{since}.")
 
 
-@workers_cli.command()
-@click.argument("name")
+@workers_cli.command(epilog=examples("flask workers resume NAME"))
+@click.argument("name", shell_complete=all_workers)
+@utc_option
 def resume(name: str) -> None:
     """Run NAME again, from its next tick on.
 
@@ -171,13 +207,17 @@ def resume(name: str) -> None:
         return
     manager = manager_of(name)
     changed = checked_manager().resume(name)
+    following = _following(manager, name)
+    say(f"{name} is resumed{following}." if changed else f"{name} was not paused{following}.")
+
+
+def _following(manager: BackgroundWorkerManager, name: str) -> str:
     state = manager.stores.ledger.look(name)
-    following = f"; its next tick is {moment(state.schedule.next(state.clock))}" if state else ""
-    click.echo(f"{name} is resumed{following}." if changed else f"{name} was not paused{following}.")
+    return f"; its next tick is {moment(state.schedule.next(state.clock))}" if state else ""
 
 
-@workers_cli.command()
-@click.argument("name")
+@workers_cli.command(epilog=examples("flask workers cancel NAME"))
+@click.argument("name", shell_complete=periodic_workers)
 def cancel(name: str) -> None:
     """Cancel the run of NAME that is in progress, in any process.
 
@@ -192,7 +232,39 @@ def cancel(name: str) -> None:
     click.echo(f"The run of {name} is cancelled: it is asked to stop, and can commit for at most {seconds:g} s.")
 
 
-@workers_cli.command()
+@workers_cli.command(
+    epilog=examples(
+        "flask workers reschedule NAME '10 min'",
+        "flask workers reschedule NAME '30 6 * * MON-FRI' --timezone Europe/Berlin",
+        "flask workers reschedule NAME --reset",
+    )
+)
+@click.argument("name", shell_complete=periodic_workers)
+@click.argument("schedule", required=False)
+@click.option("--timezone", metavar="ZONE", default="", help="The time zone of a cron. Default: UTC.")
+@click.option("--reset", is_flag=True, help="Restore the schedule that the release declares.")
+@utc_option
+def reschedule(name: str, schedule: str | None, timezone: str, reset: bool) -> None:
+    """Give NAME another schedule in the whole fleet.
+
+    It holds across restarts and releases. SCHEDULE is a period such as 90s, 10 min or 1h30m, or a cron. Write it in
+    quotes.
+    """
+    manager = manager_of(name)
+    if (schedule is None) != reset or (reset and timezone):
+        raise WrongUsage("Expected a SCHEDULE such as '10 min', or --reset alone for the declared schedule.")
+    try:
+        given = as_arguments(typed_schedule(schedule, timezone)) if schedule is not None else {}
+    except InvalidSchedule as error:
+        raise WrongUsage(str(error.message)) from None
+    changed = checked_manager().reschedule(name, **given)
+    state = manager.stores.ledger.look(name)
+    runs = f"{name} runs {state.schedule.describe() if state else 'as declared'}"
+    say(f"{runs} {'from now on' if changed else 'already'}{_following(manager, name)}.")
+
+
+@workers_cli.command(epilog=examples("flask workers repair"))
+@utc_option
 def repair() -> None:
     """Make ticks and messages due again after a wrong clock.
 
@@ -203,9 +275,9 @@ def repair() -> None:
     healed, number = manager.repair()
     clock = second(manager.history.clock())
     if healed or number:
-        click.echo(f"Due again, by the database's clock {clock}: {repaired_text(healed, number)}.")
+        say(f"Due again, by the database's clock {clock}: {repaired_text(healed, number)}.")
     else:
-        click.echo(f"No worker and no message lies in the future of the database's clock, {clock}.")
+        say(f"No worker and no message lies in the future of the database's clock, {clock}.")
 
 
 # -- shared --------------------------------------------------------------------------------------

@@ -1,9 +1,8 @@
-"""Writes moments, lengths of time and tables for people, and reads moments and numbers that people write."""
+"""Writes moments and lengths of time for people, and reads moments and numbers that people write."""
 
 import json
-from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, tzinfo
 from typing import Any
 from zoneinfo import ZoneInfo
 
@@ -17,11 +16,20 @@ WIDEST = 120  # characters of one cell
 _EARLIEST, _LATEST = datetime(1970, 1, 2, tzinfo=UTC), datetime(9000, 1, 1, tzinfo=UTC)  # of a question
 
 
-def moment(at: datetime | None) -> str:
-    """Write ISO 8601 in UTC, as `why --at` reads it. Leave out a fraction of zero."""
+def moment(at: datetime | None, zone: tzinfo | None = UTC) -> str:
+    """Write ISO 8601, as `why --at` reads it. Leave out a fraction of zero. None is the zone of this machine."""
     if at is None:
         return "-"
-    return at.astimezone(UTC).isoformat().removesuffix("+00:00").removesuffix("000") + "Z"
+    is_in_milliseconds = at.microsecond and not at.microsecond % 1000
+    text = in_zone(at, zone).isoformat(timespec="milliseconds" if is_in_milliseconds else "auto")
+    return f"{text[:-6]}Z" if text.endswith("+00:00") else text
+
+
+def in_zone(at: datetime, zone: tzinfo | None) -> datetime:
+    """Return the moment on the clock of the zone. None is the zone of this machine."""
+    with suppress(OverflowError, ValueError, OSError):  # the end of the calendar
+        return at.astimezone(zone)
+    return at
 
 
 def moment_in(text: str, zone: str = "UTC") -> datetime:
@@ -43,9 +51,9 @@ def whole_number(text: str) -> int | None:
     return int(text) if text.isascii() and text.isdigit() and len(text) < 1_000 else None
 
 
-def second(at: datetime | None) -> str:
+def second(at: datetime | None, zone: tzinfo | None = UTC) -> str:
     """Write the moment in whole seconds. For moments that are not ticks."""
-    return moment(at.replace(microsecond=0) if at else None)
+    return moment(at.replace(microsecond=0) if at else None, zone)
 
 
 def span(length: timedelta) -> str:
@@ -77,10 +85,13 @@ def silent(silence: Silence) -> str:
 
 def progress(record: Record) -> str:
     """Write the progress that the run reported."""
-    if record.progress_done is None:
-        return ""
-    total = f" of {record.progress_total:,.0f}" if record.progress_total else ""
-    return f" ({record.progress_done:,.0f}{total} done)"
+    done = done_of(record.progress_done, record.progress_total)
+    return f" ({done} done)" if done else ""
+
+
+def done_of(done: float | None, total: float | None) -> str:
+    """Write a progress as "3 of 60". Empty if the run reported none."""
+    return "" if done is None else f"{done:,.0f}" + (f" of {total:,.0f}" if total else "")
 
 
 def cancelled(at: datetime | None, by: str | None) -> str:
@@ -103,17 +114,6 @@ def indented(value: Any) -> str:
     """Write JSON over several lines. Characters that are invisible or steer a terminal become escapes."""
     text = strict_json.dumps(value, indent=2, ensure_ascii=False)
     return "".join(each if each.isprintable() or each == "\n" else json.dumps(each)[1:-1] for each in text)
-
-
-def table(headers: Sequence[str], rows: Iterable[list[str]]) -> str:
-    """Write left-aligned columns, two spaces apart. Leave out empty columns, but not the first."""
-    lines = [[header.upper() for header in headers], *([clipped(cell) for cell in row] for row in rows)]
-    columns = [column for column in zip(*lines, strict=True) if any(column[1:])]
-    widths = [max(map(len, column)) for column in columns]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in zip(*columns, strict=True)
-    )
 
 
 def clipped(text: str, most: int = WIDEST) -> str:

@@ -3,6 +3,7 @@
 import re
 from datetime import timedelta, tzinfo
 from functools import lru_cache
+from typing import Any
 
 from ..errors import InvalidSchedule
 from .cron import Cron
@@ -67,6 +68,13 @@ def typed_schedule(text: str, timezone: str = "") -> Schedule:
         return _every(text, seconds, timezone)
     refuse_useless_steps(text)
     return Cron(text, timezone or "UTC")
+
+
+def as_arguments(schedule: Schedule) -> dict[str, Any]:
+    """Return the schedule as arguments of the manager's `reschedule`."""
+    if isinstance(schedule, Cron):
+        return {"cron": schedule.expression, "timezone": schedule.timezone}
+    return {"period": schedule.period} if isinstance(schedule, Every) else {}
 
 
 def _every(text: str, seconds: float | None, timezone: str) -> Schedule:

@@ -28,7 +28,7 @@ ME = pwd.getpwuid(os.getuid()).pw_name
 
 READING = {
     "": {"db"},
-    "workers": {"check", "history", "instances", "list", "preview", "run", "why"},
+    "workers": {"alerts", "check", "history", "instances", "list", "preview", "run", "why"},
     "messages": {"list", "show", "stats"},
 }
 """The commands that change nothing, that serve, or that are Alembic's, which makes the audit's own table."""

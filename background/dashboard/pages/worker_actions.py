@@ -9,9 +9,7 @@ from werkzeug.wrappers import Response
 from ...errors import InvalidSchedule
 from ...history.text import whole_number
 from ...manager import BackgroundWorkerManager, the_manager
-from ...schedule.cron import Cron
-from ...schedule.parsing import typed_schedule
-from ...schedule.periods import Every
+from ...schedule.parsing import as_arguments, typed_schedule
 from ..access import user_name
 from ..filters import back, say
 from .workers import known
@@ -65,10 +63,7 @@ def reschedule(name: str) -> ResponseReturnValue:
             schedule = typed_schedule(text, timezone)
         except InvalidSchedule:
             return _refused(name, text, timezone)
-        if isinstance(schedule, Cron):
-            changed = manager.reschedule(name, cron=schedule.expression, timezone=schedule.timezone)
-        elif isinstance(schedule, Every):
-            changed = manager.reschedule(name, schedule.period)
+        changed = manager.reschedule(name, **as_arguments(schedule))
     state = manager.stores.ledger.look(name)
     runs = f"{name} runs {state.schedule.describe()}" if state else name
     return _answer(changed, f"{runs} from now on.", f"{runs} already.")

@@ -34,8 +34,8 @@ from background import (
     WorkerContext,
 )
 from background.cli.shared import system_user
+from background.cli.terminal import table
 from background.database.tables import executions, instances
-from background.history.text import table
 from background.schedule.cron import Cron
 
 MINUTE = timedelta(minutes=1)
@@ -216,7 +216,8 @@ def test_the_list_shows_how_the_last_tick_ended_and_where_each_worker_runs(
     lines = {line.split()[0]: line for line in flask("list").stdout.splitlines()}
     assert "far:7, which is gone" in lines["greet"]
     assert "paused since 20" in lines["tidy"]
-    assert re.search(r"failed in \d\.\d{3} s", lines["stumble"])
+    assert re.search(r"failed +\d\.\d{3} s", lines["stumble"])
+    assert re.search(r" running +\S+ s +on far:7", lines["greet"])
 
 
 @on_sqlite
@@ -262,7 +263,7 @@ def test_the_list_costs_the_same_queries_with_any_number_of_workers(
         with statements(Engine) as asked:
             flask("list")
         counts.append(len(asked))
-    assert counts[1] == counts[2] == 6, counts
+    assert counts[1] == counts[2] == 7, counts
 
 
 def leave_behind_one(manager: BackgroundWorkerManager, worker: type[PeriodicWorker]) -> None:
@@ -368,7 +369,9 @@ def test_run_once_needs_one_name(flask: Callable[..., Result]) -> None:
 
 def test_trigger_runs_a_worker_now_and_prints_the_outcome(flask: Callable[..., Result]) -> None:
     for _ in range(2):
-        assert flask("trigger", "greet").stdout.startswith("The manual run of greet asked for at 20")
+        first, outcome = flask("trigger", "greet").stdout.splitlines()
+        assert first == "Running greet in this terminal's process, not in the fleet. Ctrl-C hands the run back."
+        assert outcome.startswith("The manual run of greet asked for at 20")
     assert " failed after " in flask("trigger", "stumble", code=1).stdout
 
 
