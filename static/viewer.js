@@ -64,6 +64,9 @@ window.viewer = (() => {
       const shape = { hour: "2-digit", minute: "2-digit", second, hourCycle: "h23" };
       mark.textContent = new Date(mark.dataset.time).toLocaleTimeString(undefined, shape);
     }
+    for (const mark of root.querySelectorAll("[data-day]")) {
+      mark.textContent = new Date(mark.dataset.day).toLocaleDateString(undefined, { day: "numeric", month: "short" });
+    }
     const zone = Intl.DateTimeFormat().resolvedOptions().timeZone;
     for (const each of root.querySelectorAll("[data-zone]")) each.textContent = zone;
     for (const each of root.querySelectorAll("[data-zone-field]")) each.value = zone;

@@ -13,7 +13,7 @@ from ..monitoring.unavailable import is_away, unavailable
 from .access import Access, guard
 from .filters import add_filters, back, say
 from .origin import refuse_foreign
-from .pages import fleet, messages, overview, worker_actions, workers
+from .pages import charts, fleet, messages, overview, worker_actions, workers
 from .pages.overview import open_incidents
 
 
@@ -45,7 +45,7 @@ def dashboard(
         lambda: {"silence": lambda: the_manager().instance_history.silence(), "incidents": open_incidents}
     )
     add_filters(blueprint)
-    for part in (overview, workers, worker_actions, fleet, messages):
+    for part in (overview, workers, worker_actions, fleet, charts, messages):
         part.add_to(blueprint)
     return blueprint
 

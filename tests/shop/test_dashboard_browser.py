@@ -299,7 +299,14 @@ def test_without_a_script_a_worker_is_run_and_rescheduled_by_forms(opened):
     page.get_by_text("stock_count runs every 30 minutes from now on.").wait_for()
 
 
-PLACES = ("/workers/", "/workers/timeline", "/workers/instances", "/workers/messages", "/workers/worker/stock_count")
+PLACES = (
+    "/workers/",
+    "/workers/timeline",
+    "/workers/charts",
+    "/workers/instances",
+    "/workers/messages",
+    "/workers/worker/stock_count",
+)
 
 
 def test_every_page_is_accessible_and_fits_a_phone(app, opened):
@@ -348,6 +355,23 @@ def violations(page: "Page") -> list[str]:
             for node in each["nodes"]
         ]
     return found
+
+
+def test_the_axis_of_a_chart_is_in_the_viewers_zone_and_its_table_opens_by_the_keyboard(app, opened):
+    app.extensions["background_workers"].trigger("stock_count")
+    page = opened("/workers/charts", timezone_id="Asia/Kolkata", locale="en-GB")
+    times = page.locator("[data-time]").all_text_contents()
+    assert {each[3:] for each in times} == {"30"}, "half an hour from UTC"
+    page.get_by_role("link", name="7 days").click()
+    assert re.fullmatch(r"\d+ \w{3,4}", page.locator("[data-day]").first.text_content())
+    table = page.get_by_role("table").first
+    assert table.is_hidden()
+    page.get_by_text("Show as a table").first.focus()
+    page.keyboard.press("Enter")
+    table.wait_for()
+    assert violations(page) == []
+    page.set_viewport_size({"width": 390, "height": 844})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
 # -- it is dark or light ---------------------------------------------------------------------

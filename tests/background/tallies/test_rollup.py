@@ -4,7 +4,6 @@ import random
 import threading
 from bisect import bisect_right
 from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -12,9 +11,9 @@ import pytest
 from flask import Flask
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import Engine, delete, event, insert, select
+from sqlalchemy import Engine, delete, insert, select
 from support.databases import close
-from support.fleet import make_app
+from support.fleet import make_app, statements
 
 from background.database.tables import executions, message_errors, messages, tallied, tallies
 from background.stores import Stores
@@ -71,20 +70,6 @@ def kept(stores: Stores, length: timedelta, kind: str = "worker") -> dict[tuple[
 
 def numbers(chart: Chart) -> list[int]:
     return [bar.tally.runs for bar in chart.bars]
-
-
-@contextmanager
-def counted() -> Iterator[list[str]]:
-    seen: list[str] = []
-
-    def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
-        seen.append(statement)
-
-    event.listen(Engine, "before_cursor_execute", note)
-    try:
-        yield seen
-    finally:
-        event.remove(Engine, "before_cursor_execute", note)
 
 
 # -- counting ------------------------------------------------------------------------------------
@@ -205,9 +190,9 @@ def test_a_commit_that_comes_late_is_counted_by_the_next_roll_up(
 def test_a_second_roll_up_of_the_same_slots_writes_nothing(stores: Stores, clock: Clock) -> None:
     write(stores, run(NOW - 4 * MINUTE))
     roll(stores)
-    with counted() as statements:
+    with statements(Engine) as seen:
         roll(stores)
-    assert len(statements) == 1
+    assert len(seen) == 1
 
 
 def test_several_instances_at_once_count_each_run_once(
@@ -348,9 +333,9 @@ def test_a_chart_counts_a_limited_number_of_rows_itself(
 
 def test_the_number_of_queries_does_not_depend_on_the_rows(stores: Stores, charts: ChartHistory, clock: Clock) -> None:
     def queries(read: Any) -> int:
-        with counted() as statements:
+        with statements(Engine) as seen:
             read()
-        return len(statements)
+        return len(seen)
 
     few = [queries(charts.runs), queries(charts.messages), queries(stores.roll_up.step)]
     write(stores, *(run(NOW - each * 7 * MINUTE, f"worker_{each % 50}") for each in range(500)))
