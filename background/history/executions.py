@@ -29,12 +29,12 @@ from ..database.tables import executions, workers
 from ..ledger.claim import WorkerState, is_of_claim
 from ..ledger.ledger import Ledger
 from .instances import InstanceHistory
-from .records import ErrorGroup, Glance, Place, Record, Surroundings, Window, grouped
+from .records import FAILED, ErrorGroup, Glance, Place, Record, Surroundings, Window, grouped
 
 MOST_SEARCHED = 5_000
 ERRORS_IN, MOST_ERRORS = 1_000, 100  # the newest executions that are searched for errors, and the errors that are read
 _MOST_ATTEMPTS = 50
-_ERRORS = ("failed", "timed out")
+_MINUTE = timedelta(minutes=1)
 _HIGHEST_BIT = 2**40  # of an id
 
 
@@ -130,7 +130,7 @@ class History:
         """Return the errors of the newest ERRORS_IN executions, grouped. At most MOST_ERRORS executions are read."""
         searched = select(*_columns).where(executions.c.worker == name).order_by(*_newest_first).limit(ERRORS_IN)
         newest = searched.subquery()
-        failed = select(newest, now()).where(newest.c.state.in_(_ERRORS))
+        failed = select(newest, now()).where(newest.c.state.in_(FAILED))
         found = self._records(failed.order_by(newest.c.tick.desc(), newest.c.id.desc()).limit(MOST_ERRORS))
         return grouped((each.last_line or each.state, each.ended_at, each.id) for each in found)
 
@@ -138,6 +138,12 @@ class History:
         """Return the log lines of that execution. None if it logged nothing, or was pruned."""
         rows = self._read(select(executions.c.log).where(executions.c.id == execution))
         return rows[0].log if rows else None
+
+    def per_minute(self) -> int:
+        """Return the number of runs that began within the last minute."""
+        begun = executions.c.id > _last_begun(select(now(-_MINUTE)).scalar_subquery())
+        [(number,)] = self._read(select(func.count()).where(begun, executions.c.started_at.is_not(None)))
+        return number  # type: ignore[no-any-return]
 
     def running(self) -> list[Record]:
         """Return the running executions of all workers, without reasons."""
@@ -245,7 +251,7 @@ _whole: Select[Any] = select(*_columns, now().label("clock"))
 _brief: Select[Any] = select(*_without_reason, now().label("clock"))
 
 
-def _last_begun(at: datetime) -> ColumnElement[int]:
+def _last_begun(at: datetime | ColumnElement[datetime]) -> ColumnElement[int]:
     """Select the greatest id of the executions that had begun by that moment.
 
     Ids grow with the start. So a binary search on the primary key finds the id quickly among any number of rows.

@@ -53,6 +53,11 @@ class InstanceHistory:
         alive, gone = newest.where(is_alive), newest.where(not_(is_alive)).limit(_MOST_GONE)
         return [InstanceRecord(*row) for query in (alive, gone) for row in self._read(query)]
 
+    def alive(self) -> int:
+        """Return the number of living instances."""
+        [(number,)] = self._read(select(func.count()).select_from(instances).where(is_alive))
+        return number  # type: ignore[no-any-return]
+
     def silence(self) -> Silence | None:
         """Return the state of a fleet in which no instance is alive, in one read. None while an instance is alive."""
         left = func.coalesce(instances.c.signed_off_at, instances.c.heartbeat_at)

@@ -1,9 +1,13 @@
 """Every worker at a glance: its schedule, its next tick, its last tick, and its run."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from sqlalchemy import and_, func, or_, select
+
+from ..database.tables import totals, workers
 from ..errors import InvalidSchedule
 from ..ledger.claim import Claim, WorkerState
 from ..registry import declared_schedule, schedule_in_force
@@ -12,19 +16,90 @@ from ..stores import Stores
 from ..worker import PeriodicWorker
 from .executions import History
 from .instances import InstanceHistory
-from .records import Record
+from .messages import Topic
+from .records import FAILED, Record
 from .status import WorkerStatus, statuses
+
+PROBLEMS = ("overdue", "stuck", "failing", "dead")
+STATES = (*PROBLEMS, "running", "paused", "disabled")
+
+
+@dataclass(frozen=True)
+class Standing:
+    """One worker among all workers, with its states. A message worker has its topic."""
+
+    name: str
+    states: frozenset[str]
+    """Some of STATES. A worker may have several: it runs, and its last run failed."""
+    topic: Topic | None = None
+
+    @property
+    def has_problem(self) -> bool:
+        return not self.states.isdisjoint(PROBLEMS)
+
+
+def standings(
+    stores: Stores, ours: Mapping[str, type[PeriodicWorker]], found: Sequence[WorkerStatus], topics: Sequence[Topic]
+) -> list[Standing]:
+    """Return every worker of this release and of the database, in one query. Problems come first, then names.
+
+    `found` are the statuses of all workers.
+    """
+    failing = {row.name for row in stores.ledger.store.read(_failing)}
+    status = {each.name: each for each in found}
+    periodic = [Standing(name, _states(ours.get(name), status.get(name), name in failing)) for name in {*ours, *status}]
+    of_topics = [Standing(each.worker, _states_of(each), each) for each in topics if each.worker]
+    return sorted((*periodic, *of_topics), key=lambda each: (not each.has_problem, each.name))
+
+
+def _states(worker: type[PeriodicWorker] | None, status: WorkerStatus | None, is_failing: bool) -> frozenset[str]:
+    states = {
+        "failing": is_failing,
+        "disabled": worker is not None and not worker.enabled,
+        "overdue": status is not None and status.is_late,
+        "stuck": status is not None and status.stuck,
+        "running": status is not None and status.is_running,
+        "paused": status is not None and status.is_paused,
+    }
+    return frozenset(name for name, is_so in states.items() if is_so)
+
+
+def _states_of(topic: Topic) -> frozenset[str]:
+    states = {"failing": topic.failing, "dead": topic.dead, "running": topic.running, "paused": topic.paused_at}
+    return frozenset(name for name, is_so in states.items() if is_so)
+
+
+# The workers whose last outcome is a failure, from the few counters of each worker.
+_succeeded_at = func.max(totals.c.latest_at).filter(totals.c.label == "succeeded")
+_failed_at = func.max(totals.c.latest_at).filter(totals.c.label != "succeeded")
+_outcomes = and_(
+    totals.c.worker == workers.c.name,
+    totals.c.kind == "state",
+    totals.c.label.in_(("succeeded", *FAILED)),
+)
+_failing = (
+    select(workers.c.name)
+    .join(totals, _outcomes)
+    .group_by(workers.c.name)
+    .having(and_(_failed_at.is_not(None), or_(_succeeded_at.is_(None), _failed_at > _succeeded_at)))
+)
 
 
 def overview(
-    stores: Stores, ours: Mapping[str, type[PeriodicWorker]], names: Collection[str] | None = None
+    stores: Stores,
+    ours: Mapping[str, type[PeriodicWorker]],
+    names: Collection[str] | None = None,
+    found: Sequence[WorkerStatus] | None = None,
 ) -> list[dict[str, Any]]:
-    """Return every worker (of `names`) of this release and of the database, in a constant number of queries."""
+    """Return every worker (of `names`) of this release and of the database, in a constant number of queries.
+
+    `found` are the statuses of all workers, if the caller has read them.
+    """
     instances = InstanceHistory(stores.leases)
     history = History(stores.ledger, instances)
     clock, states, latest = history.clock(), stores.ledger.states(names), history.latest(names)
     gone = instances.gone({state.instance for state in states.values() if state.instance})
-    status = {each.name: each for each in statuses(stores, ours)}
+    status = {each.name: each for each in (statuses(stores, ours) if found is None else found)}
     known = ours.keys() if names is None else ours.keys() & names
     return [
         _overview(name, ours.get(name), clock, states.get(name), latest.get(name), gone) | _trouble(status.get(name))

@@ -35,6 +35,7 @@ class InstanceRecord:
 
 
 STATES = ("running", "succeeded", "failed", "lost", "handed back", "timed out", "cancelled", "skipped", "missed")
+FAILED = ("failed", "timed out")  # the states of an execution whose own code is in trouble
 Place = tuple[datetime, int]  # the tick and the id of an execution
 
 

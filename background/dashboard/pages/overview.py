@@ -1,4 +1,4 @@
-"""The overview of all workers."""
+"""The overview: the fleet in numbers, and all workers, those with problems first."""
 
 from typing import Any
 
@@ -7,7 +7,10 @@ from flask.typing import ResponseReturnValue
 
 from ...alarms.alert import page_about, title
 from ...alarms.incidents import Incident, Incidents
-from ...history.overview import overview
+from ...history.messages import Topic
+from ...history.overview import STATES, Standing, overview, standings
+from ...history.records import FAILED, Glance
+from ...history.status import WorkerStatus, statuses
 from ...manager import BackgroundWorkerManager, the_manager
 from ..sparkline import COUNT, picture
 from .drafts import LONGEST_NAME, draft, here
@@ -21,33 +24,58 @@ def add_to(blueprint: Blueprint) -> None:
 
 def overview_page() -> ResponseReturnValue:
     manager, search = the_manager(), request.args.get("q", "").strip()[:LONGEST_NAME]
-    names = sorted(name for name in manager.names.union(manager.history.names()) if search.lower() in name.lower())
-    pages = max(1, -(-len(names) // PER_PAGE))
+    state = request.args.get("state")
+    state = state if state in STATES else None
+    found, topics = statuses(manager.stores, manager.workers), manager.messages.figures()
+    known = standings(manager.stores, manager.workers, found, topics)
+    matching = [each for each in known if search.lower() in each.name.lower() and (not state or state in each.states)]
+    pages = max(1, -(-len(matching) // PER_PAGE))
     page = min(max(request.args.get("page", 1, type=int), 1), pages)
-    shown = names[(page - 1) * PER_PAGE : page * PER_PAGE]
+    shown = matching[(page - 1) * PER_PAGE : page * PER_PAGE]
+    alive = manager.instance_history.alive()
+    # If an instance is alive, the page needs no query for the alarm.
+    more = {"silence": lambda: None} if alive else {}
     return render_template(
         "background/overview.html",
-        rows=rows(manager, shown),
+        headline=headline(manager, known, topics) | {"alive": alive},
+        rows=rows(manager, shown, found),
         clock=manager.history.clock(),
+        states=STATES,
+        state=state,
         search=search,
         page=page,
         pages=pages,
-        count=len(names),
+        count=len(matching),
         draft=draft(),
         here=here(),
+        **more,
     )
 
 
-def rows(manager: BackgroundWorkerManager, names: list[str]) -> list[dict[str, Any]]:
-    """Return the overview's row of each worker in `names`, in this order. A message worker's row has only its topic."""
-    found = {row["name"]: row for row in overview(manager.stores, manager.workers, names)}
-    glances = manager.history.recent(found, COUNT)
-    ours, topics = manager.workers, {worker.name: worker for worker in manager.topics.values()}
-    for name, row in found.items():
-        row |= {"about": about(ours.get(name)), "picture": picture(tuple(glances[name])), "topic": None}
-    for name in topics.keys() & names:
-        found[name] = {"name": name, "about": about(topics[name]), "topic": topics[name].topic}
-    return [found[name] for name in names if name in found]
+def headline(manager: BackgroundWorkerManager, known: list[Standing], topics: list[Topic]) -> dict[str, int]:
+    """Return the number of workers in each state, of dead letters, and of ticks and messages in the last minute."""
+    return {state: sum(state in each.states for each in known) for state in STATES} | {
+        "dead": sum(each.dead for each in topics),
+        "ticks": manager.history.per_minute(),
+        "messages": sum(each.per_minute for each in topics),
+    }
+
+
+def rows(
+    manager: BackgroundWorkerManager, shown: list[Standing], found: list[WorkerStatus] | None = None
+) -> list[dict[str, Any]]:
+    """Return the overview's row of each worker, in this order. `found` are the statuses of all workers, if known."""
+    periodic = overview(manager.stores, manager.workers, {each.name for each in shown if not each.topic}, found)
+    glances = manager.history.recent([row["name"] for row in periodic], COUNT)
+    every = {row["name"]: row | _history(glances[row["name"]]) for row in periodic}
+    every |= {each.name: {"name": each.name, "topic": each.topic} for each in shown if each.topic}
+    classes: dict[str, type] = {**manager.workers, **{each.name: each for each in manager.topics.values()}}
+    return [every[each.name] | {"about": about(classes.get(each.name))} for each in shown if each.name in every]
+
+
+def _history(glances: list[Glance]) -> dict[str, Any]:
+    failed = sum(each.state in FAILED for each in glances)
+    return {"picture": picture(tuple(glances)), "failed": failed, "seen": len(glances), "topic": None}
 
 
 def about(worker: type | None) -> str:

@@ -9,6 +9,7 @@ from flask.typing import ResponseReturnValue
 from ...database.tables import LARGEST_ID
 from ...errors import InvalidSchedule
 from ...history.executions import MOST_SEARCHED
+from ...history.overview import Standing
 from ...history.records import STATES, Place
 from ...history.text import moment_in
 from ...manager import BackgroundWorkerManager, the_manager
@@ -27,7 +28,7 @@ def worker_page(name: str) -> ResponseReturnValue:
     manager = the_manager()
     if topic := manager.topic_of(name):
         return redirect(url_for("background.messages", topic=topic))
-    found = rows(manager, [known(manager, name)])
+    found = rows(manager, [Standing(known(manager, name), frozenset())])
     state = request.args.get("state")
     state = state if state in STATES else None
     executions, following = manager.history.page(name, PER_PAGE, state, _before())

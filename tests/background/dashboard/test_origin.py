@@ -196,7 +196,7 @@ def test_every_page_can_be_read_without_a_secret_key(make_host, prepare) -> None
 
 def test_without_a_secret_key_a_button_works_and_its_page_shows_the_change(make_host) -> None:
     client: FlaskClient = make_host().test_client()
-    assert "paused" not in client.get("/workers/").text
+    assert "paused since" not in client.get("/workers/").text
     response = client.post(PAUSE)
     assert response.status_code == 303
     assert "paused" in client.get(response.location).text
