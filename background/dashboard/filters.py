@@ -1,6 +1,8 @@
 """Template filters of the dashboard, and the redirect and the message after a button."""
 
+import re
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 
 from flask import Blueprint, flash, redirect, request, session, url_for
@@ -8,8 +10,9 @@ from flask.sessions import NullSession
 from markupsafe import Markup
 from werkzeug.wrappers import Response
 
-from ..history.text import ahead, span
+from ..history.text import ahead, moment, span
 from .origin import is_own_path
+from .tracebacks import parts
 
 
 def back(otherwise: str = "background.overview") -> Response:
@@ -46,6 +49,11 @@ def utc_text(at: datetime) -> str:
     return at.astimezone(UTC).isoformat(" ", "seconds").replace("+00:00", " UTC")
 
 
+def field_text(at: datetime) -> str:
+    """Write the moment in UTC, for a field of the type datetime-local."""
+    return at.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S")
+
+
 def state_tag(state: str) -> str:
     return Markup('<span class="state {}">{}</span>').format(state_class(state), state)
 
@@ -72,7 +80,37 @@ def number_text(value: float) -> str:
     return f"{value:,.0f}" if value == int(value) else f"{value:,.2f}"
 
 
-FILTERS: dict[str, Callable[..., str]] = {
+def percent_text(share: float) -> str:
+    """Write a share from 0.0 to 1.0. Rounded down, so that 100 % means all."""
+    return f"{int(share * 1_000) / 10:g} %"
+
+
+def sentence_text(sentence: str) -> str:
+    """Write a sentence whose moments the script converts to the viewer's zone."""
+    return Markup("").join(
+        _moment_tag(text) if number % 2 else text for number, text in enumerate(_MOMENT.split(sentence))
+    )
+
+
+def _moment_tag(text: str) -> str:
+    with suppress(ValueError):  # an error's text may have any digits
+        at = datetime.fromisoformat(text)
+        return Markup('<time datetime="{}" title="{}">{}</time>').format(at.isoformat(), utc_text(at), text)
+    return text
+
+
+def log_text(lines: str) -> str:
+    """Write the log lines of a run. The script converts their moments to the viewer's zone."""
+    tag = Markup('<time data-exact="{0}" title="{0}">{0}</time>')
+    parts = (tag.format(text) if number % 2 else text for number, text in enumerate(_LOGGED_AT.split(lines)))
+    return Markup("").join(parts)
+
+
+_MOMENT = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{3,6})?Z)", re.ASCII)
+_LOGGED_AT = re.compile(rf"^{_MOMENT.pattern}(?= )", re.MULTILINE | re.ASCII)
+
+
+FILTERS: dict[str, Callable[..., object]] = {
     "time_tag": time_tag,
     "utc_text": utc_text,
     "state_tag": state_tag,
@@ -80,5 +118,11 @@ FILTERS: dict[str, Callable[..., str]] = {
     "span_text": span_text,
     "countdown_tag": countdown_tag,
     "number_text": number_text,
+    "percent_text": percent_text,
     "ahead_text": ahead,
+    "iso_text": moment,
+    "field_text": field_text,
+    "sentence_text": sentence_text,
+    "log_text": log_text,
+    "traceback_parts": parts,
 }

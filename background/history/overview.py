@@ -115,7 +115,7 @@ def _overview(
     last: Record | None,
     gone: set[str],
 ) -> dict[str, Any]:
-    schedule = _readable_schedule(worker, state)
+    schedule = readable_schedule(worker, state)
     paused_at = state.paused_at if state else None
     runs = worker is not None and worker.enabled and not paused_at
     return {
@@ -161,7 +161,7 @@ def _running(state: WorkerState, claim: Claim, gone: set[str]) -> dict[str, Any]
     }
 
 
-def _readable_schedule(worker: type[PeriodicWorker] | None, state: WorkerState | None) -> Schedule | None:
+def readable_schedule(worker: type[PeriodicWorker] | None, state: WorkerState | None) -> Schedule | None:
     """Return the schedule in force. None if this release cannot read it."""
     try:
         return schedule_in_force(worker, state)

@@ -192,7 +192,49 @@ def test_times_are_shown_in_the_viewers_zone(opened):
     page.get_by_text("No execution up to this tick.").wait_for()
     page.get_by_label("At which moment, in Asia/Tokyo?").fill("2026-01-20T12:00:00")
     page.get_by_role("button", name="Ask").click()
-    page.get_by_text("The tick 2026-01-20T01:30:00Z of price_check").wait_for()
+    page.get_by_text("The tick 20 Jan 2026, 10:30:00 of price_check").wait_for()
+    assert page.get_by_label("At which moment, in Asia/Tokyo?").input_value() == "2026-01-20T12:00"
+
+
+def test_a_traceback_and_a_log_are_copied_whole_with_moments_in_utc(app, opened):
+    manager = app.extensions["background_workers"]
+    wait_until(lambda: manager.history.executions("newsletter_preview", state="failed"), "a failure")
+    [failed, *_] = manager.history.executions("newsletter_preview", state="failed")
+    path = f"/workers/worker/newsletter_preview/{failed.id}"
+    permissions = ["clipboard-read", "clipboard-write"]
+    page = opened(path, permissions=permissions, timezone_id="Asia/Tokyo")
+    assert page.get_by_text("background/runs/").first.is_hidden()
+    page.get_by_text("of the framework").first.click()
+    page.get_by_text("background/runs/").first.wait_for()
+    wait_for_refresh(page)
+    assert page.get_by_text("background/runs/").first.is_visible()
+    page.get_by_role("button", name="Copy the error").click()
+    page.get_by_text("Copied").wait_for()
+    assert page.evaluate("navigator.clipboard.readText()") == failed.reason.rstrip("\n")
+    logged = manager.history.log(failed.id)
+    moment = logged.partition(" ")[0]
+    hour = f"{(int(moment[11:13]) + 9) % 24:02}"
+    assert page.locator("#log").inner_text().startswith(f"{hour}{moment[13:-1]}")
+    page.get_by_role("button", name="Copy the log").click()
+    wait_until(lambda: page.evaluate("navigator.clipboard.readText()") == logged, "the copied log")
+    page = opened(path, java_script_enabled=False)
+    assert page.get_by_role("button", name="Copy the error").is_hidden()
+    page.get_by_text("of the framework").first.click()
+    assert page.get_by_text("background/runs/").first.is_visible()
+
+
+def test_a_previewed_schedule_shows_its_next_ticks_and_is_saved_with_enter(opened):
+    page = opened("/workers/worker/stock_count")
+    page.get_by_label("Change the schedule of stock_count").click()
+    page.get_by_label("Period or cron").fill("20 min")
+    page.get_by_role("button", name="Preview the schedule of stock_count").click()
+    page.get_by_text("Its next ticks would be:").wait_for()
+    assert page.locator("#ticks-stock_count li").count() == 5
+    assert focused(page) == "Save the schedule of stock_count"
+    page.keyboard.press("Enter")
+    page.get_by_text("stock_count runs every 20 minutes from now on.").wait_for()
+    page.get_by_role("button", name="Reset to every 30 minutes: stock_count").click()
+    page.get_by_text("stock_count runs every 30 minutes from now on.").wait_for()
 
 
 def test_a_hidden_page_sends_no_request_and_sends_one_as_soon_as_it_is_visible(opened):
@@ -313,7 +355,9 @@ def test_every_page_is_accessible_and_fits_a_phone(app, opened):
     app.extensions["background_workers"].reschedule("price_check", timedelta(minutes=20))
     page = opened("/workers/worker/newsletter_preview")
     execution = page.locator("tbody th a").first.get_attribute("href")
-    for path in (*PLACES, execution, "/workers/?edit=stock_count&schedule=soon"):
+    preview = "/workers/worker/stock_count?edit=stock_count&schedule=30+2+*+*+*&timezone=Europe/Berlin"
+    more = ("/workers/timeline?table=1", "/workers/worker/stock_count?at=2026-01-20T12:00Z", preview)
+    for path in (*PLACES, execution, *more, "/workers/?edit=stock_count&schedule=soon"):
         page.set_viewport_size({"width": 1200, "height": 800})
         page.goto(path)
         assert violations(page) == [], path

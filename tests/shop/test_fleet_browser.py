@@ -83,8 +83,9 @@ def test_a_run_that_was_taken_over_appears_in_two_lanes_with_an_arrow(app, opene
     take_over(app, tick)
     hurry(page, lambda: page.locator(".bw-picture .bw-arrow.state-lost").count() == 1)
     names = page.locator(".bw-lanes .bw-lane-name")
-    assert {"first-host:1 †", "second-host:1"} <= set(names.all_text_contents())
+    assert {"† first-host:1", "second-host:1"} <= set(names.all_text_contents())
     assert "attempt 2, succeeded" in "".join(page.locator(".bw-picture a title").all_text_contents())
+    assert page.evaluate(OVERLAPS) == []
     page.get_by_text("Show as a table").click()
     page.get_by_role("row").filter(has_text="first-host:1").get_by_text("lost").wait_for()
     assert violations(page) == []
@@ -94,6 +95,12 @@ def test_a_run_that_was_taken_over_appears_in_two_lanes_with_an_arrow(app, opene
     assert page.get_by_role("row").filter(has_text="newsletter_preview").count() == 0
 
 
+# The names beside the picture that run into the text behind them, or out of their column.
+OVERLAPS = """[...document.querySelectorAll(".bw-label")].filter((label) => {
+  const end = label.getBoundingClientRect().right;
+  const [first, second] = [...label.children].map((each) => each.getBoundingClientRect());
+  return first.right > (second?.left ?? end) || (second?.right ?? 0) > end;
+}).map((label) => label.textContent)"""
 OTHERS = "recommendations"  # another release's worker, because the app would take over a run of its own worker
 
 
@@ -106,7 +113,11 @@ def add_worker(app: Any, scheduled_at: datetime) -> None:
 def take_over(app: Any, tick: datetime) -> None:
     """Insert a run of an instance that dies, and the run of the next instance at the same tick."""
     manager = app.extensions["background_workers"]
-    ledger, first, second = manager.stores.ledger, Instance(LEASE, "first-host", 1), Instance(LEASE, "second-host", 1)
+    ledger, first, second = (
+        manager.stores.ledger,
+        Instance(LEASE, "first-host", 1, release="4711abc"),
+        Instance(LEASE, "second-host", 1),
+    )
     manager.stores.leases.beat(first)
     claim = ledger.claim(OTHERS, tick, "every 3600s", (first.id, first.name))
     with manager.stores.leases.engine.begin() as connection:
@@ -121,6 +132,7 @@ def take_over(app: Any, tick: datetime) -> None:
 def test_on_a_phone_the_picture_scrolls_in_its_own_box_also_by_keyboard(opened):
     page = opened("/workers/timeline", viewport={"width": 390, "height": 844})
     box = page.get_by_role("region", name="Picture of the executions")
+    assert page.locator(".bw-lanes").bounding_box()["width"] < box.bounding_box()["width"] / 3
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     assert box.evaluate("box => box.scrollWidth > box.clientWidth + 300")
     box.focus()

@@ -1,25 +1,50 @@
-"""The form for another schedule, which shows a refused schedule again."""
+"""The form for another schedule, which shows a refused schedule again, and the next ticks of a valid schedule."""
 
+from dataclasses import dataclass
+from datetime import datetime
 from urllib.parse import urlencode
 
 from flask import request, url_for
 
 from ...errors import InvalidSchedule
+from ...manager import the_manager
 from ...schedule.parsing import typed_schedule
+from ...schedule.periods import Schedule
 
 LONGEST_NAME = 200
-_DRAFT = ("edit", "schedule", "timezone")  # parameters of an address that shows a refused form again
+NEXT_TICKS = 5
+_DRAFT = ("edit", "schedule", "timezone")  # parameters of an address that shows a form again
 
 
-def draft() -> dict[str, str] | None:
-    """Return the refused input of a schedule's form, with the worker's name and the error. None without such input."""
+@dataclass(frozen=True)
+class Draft:
+    """The input of a schedule's form that was not saved."""
+
+    name: str
+    """The worker."""
+    schedule: str
+    timezone: str
+    error: str | None = None
+    read: Schedule | None = None
+    """The schedule that the input means. None if there is an error."""
+    clock: datetime | None = None
+
+    @property
+    def ticks(self) -> list[datetime]:
+        """The next ticks of the schedule."""
+        return self.read.following(self.clock, NEXT_TICKS) if self.read and self.clock else []
+
+
+def draft() -> Draft | None:
+    """Return the input that was refused, with the error, or that a preview was asked for. None without such input."""
     name, schedule, timezone = (request.args.get(key, "")[:LONGEST_NAME] for key in _DRAFT)
+    if not name:
+        return None
     try:
-        if name:
-            typed_schedule(schedule, timezone)
+        read = typed_schedule(schedule, timezone)
     except InvalidSchedule as error:
-        return {"name": name, "schedule": schedule, "timezone": timezone, "error": error.message}
-    return None
+        return Draft(name, schedule, timezone, error.message)
+    return Draft(name, schedule, timezone, read=read, clock=the_manager().history.clock())
 
 
 def here() -> str:

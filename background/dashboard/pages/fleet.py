@@ -12,6 +12,7 @@ from flask import Blueprint, abort, render_template, request, url_for
 from flask.typing import ResponseReturnValue
 
 from ...history.records import STATES, InstanceRecord, Record, Window
+from ...history.status import WorkerStatus, statuses
 from ...history.text import moment, moment_in
 from ...ledger.leases import OFFSET_WARNED
 from ...ledger.locks import Holding
@@ -27,6 +28,7 @@ LENGTHS = {
 }
 _USUAL = "5m"
 _MOST_BARS = 300
+FEW_GONE = 3  # of the instances that left, the page shows this many at once
 
 Held = TypeVar("Held", Record, Holding)
 
@@ -40,14 +42,16 @@ def add_to(blueprint: Blueprint) -> None:
 
 
 def timeline_page() -> ResponseReturnValue:
-    history = the_manager().history
-    names = sorted({*the_manager().workers, *history.names()})
+    manager = the_manager()
+    history = manager.history
+    names = sorted({*manager.workers, *history.names()})
     worker = request.args.get("worker") or None
     if worker is not None and worker not in names:
         abort(404, f"There is no worker {worker!r}.")
     key = request.args.get("window", _USUAL)
     key = key if key in LENGTHS else _USUAL
     window = history.window(LENGTHS[key][1], _until(), worker, _MOST_BARS)
+    late = _late(manager, worker) if window.until == window.clock else []
     return render_template(
         "background/timeline.html",
         picture=draw(window),
@@ -61,10 +65,17 @@ def timeline_page() -> ResponseReturnValue:
         later=_later(window),
         rest=moment(window.complete_since),
         most=_MOST_BARS,
-        addresses=_addresses({each.worker for each in window.records}),
+        late=late,
+        addresses=_addresses({each.worker for each in window.records} | {each.name for each in late}),
         classes={state: state_class(state) for state in STATES},
         signs=SIGNS,
     )
+
+
+def _late(manager: BackgroundWorkerManager, worker: str | None) -> list[WorkerStatus]:
+    """Return the workers (or this one) with a tick that waits. The picture has no bar for such a tick."""
+    found = statuses(manager.stores, manager.workers)
+    return [each for each in found if each.is_late and worker in (None, each.name)]
 
 
 def _addresses(names: Collection[str]) -> dict[str, str]:
@@ -101,6 +112,10 @@ class Holder:
     messages: int
 
     @property
+    def holds_anything(self) -> bool:
+        return bool(self.runs or self.locks or self.messages)
+
+    @property
     def is_skewed(self) -> bool:
         return abs(self.seen.clock_ahead or 0.0) > OFFSET_WARNED.total_seconds()
 
@@ -109,9 +124,14 @@ def instances_page() -> ResponseReturnValue:
     clock = the_manager().history.clock()
     holders = _holders(the_manager(), clock)
     alive = sum(each.seen.is_alive for each in holders)
+    holders.sort(key=lambda each: (not each.seen.is_alive, not each.holds_anything))
+    few = max(alive + FEW_GONE, sum(each.seen.is_alive or each.holds_anything for each in holders))
+    shown = few if len(holders) > few + 1 else len(holders)
     # If an instance is alive, the page needs no query for the alarm.
     known = {"silence": lambda: None} if alive else {}
-    return render_template("background/instances.html", holders=holders, alive=alive, clock=clock, **known)
+    return render_template(
+        "background/instances.html", shown=holders[:shown], earlier=holders[shown:], alive=alive, clock=clock, **known
+    )
 
 
 def _holders(manager: BackgroundWorkerManager, clock: datetime) -> list[Holder]:

@@ -59,10 +59,12 @@ def reschedule(name: str) -> ResponseReturnValue:
         changed = manager.reschedule(name)
     else:
         text, timezone = request.form.get("schedule", ""), request.form.get("timezone", "")
+        if "preview" in request.form:
+            return _shown_again(name, text, timezone)
         try:
             schedule = typed_schedule(text, timezone)
         except InvalidSchedule:
-            return _refused(name, text, timezone)
+            return _shown_again(name, text, timezone)
         changed = manager.reschedule(name, **as_arguments(schedule))
     state = manager.stores.ledger.look(name)
     runs = f"{name} runs {state.schedule.describe()}" if state else name
@@ -75,8 +77,8 @@ def _answer(changed: bool, done: str, already: str) -> Response:
     return back()
 
 
-def _refused(name: str, text: str, timezone: str) -> Response:
-    """Redirect to the form, which shows the typed schedule again, with its error."""
+def _shown_again(name: str, text: str, timezone: str) -> Response:
+    """Redirect to the form, which shows the typed schedule again, with its error or its next ticks."""
     response = back()
     more = urlencode({"edit": name, "schedule": text[:200], "timezone": timezone[:200]})
     response.location += ("&" if "?" in response.location else "?") + more

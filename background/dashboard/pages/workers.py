@@ -1,6 +1,7 @@
 """Pages of one worker with its executions, and of one execution."""
 
 from contextlib import suppress
+from datetime import datetime, timedelta
 from typing import Any
 
 from flask import Blueprint, abort, redirect, render_template, request, url_for
@@ -8,12 +9,16 @@ from flask.typing import ResponseReturnValue
 
 from ...database.tables import LARGEST_ID
 from ...errors import InvalidSchedule
-from ...history.executions import MOST_SEARCHED
-from ...history.overview import Standing
+from ...history.executions import ERRORS_IN, MOST_ERRORS, MOST_SEARCHED
+from ...history.overview import Standing, readable_schedule
 from ...history.records import STATES, Place
+from ...history.status import LATE
 from ...history.text import moment_in
+from ...ledger.claim import WorkerState
 from ...manager import BackgroundWorkerManager, the_manager
-from .drafts import LONGEST_NAME, draft, here
+from ...schedule.periods import MICROSECOND, Schedule
+from ..ticks import by_tick
+from .drafts import LONGEST_NAME, NEXT_TICKS, draft, here
 from .overview import rows
 
 PER_PAGE = 20
@@ -28,26 +33,50 @@ def worker_page(name: str) -> ResponseReturnValue:
     manager = the_manager()
     if topic := manager.topic_of(name):
         return redirect(url_for("background.messages", topic=topic))
-    found = rows(manager, [Standing(known(manager, name), frozenset())])
-    state = request.args.get("state")
-    state = state if state in STATES else None
-    executions, following = manager.history.page(name, PER_PAGE, state, _before())
+    [row] = rows(manager, [Standing(known(manager, name), frozenset())])
+    worker, state, clock = manager.workers.get(name), manager.stores.ledger.look(name), manager.history.clock()
+    schedule = readable_schedule(worker, state)
     return render_template(
         "background/worker.html",
-        row=found[0],
-        worker=manager.workers.get(name),
-        state=manager.stores.ledger.look(name),
-        clock=manager.history.clock(),
-        executions=executions,
-        following=_place(following) if following else None,
-        searched=MOST_SEARCHED,
-        states=STATES,
-        only=state,
-        until=request.args.get("until", "")[:100],
+        row=row,
+        worker=worker,
+        state=state,
+        schedule=schedule,
+        next_ticks=_next_ticks(schedule, row["next_tick"]),
+        clock=clock,
+        chart=manager.charts.runs(name),
+        errors=manager.history.errors(name),
+        errors_in=ERRORS_IN,
+        most_errors=MOST_ERRORS,
         draft=draft(),
         here=here(),
+        **_executions(manager, name, schedule, state, clock - LATE - (worker.jitter if worker else timedelta())),
         **_why(manager, name),
     )
+
+
+def _next_ticks(schedule: Schedule | None, first: datetime | None) -> list[datetime]:
+    """Return the next NEXT_TICKS ticks, beginning with `first`. Empty for a worker that does not run."""
+    return schedule.following(first - MICROSECOND, NEXT_TICKS) if schedule and first else []
+
+
+def _executions(
+    manager: BackgroundWorkerManager, name: str, schedule: Schedule | None, state: WorkerState | None, due: datetime
+) -> dict[str, Any]:
+    """Return a page of the executions. Ticks up to `due` should have one."""
+    only, before = request.args.get("state"), _before()
+    only = only if only in STATES else None
+    records, following = manager.history.page(name, PER_PAGE, only, before)
+    until = min(due, before[0]) if before else due
+    has_gaps = schedule and state and not only
+    return {
+        "ticks": list(by_tick(records, schedule if has_gaps else None, state.scheduled_at if state else due, until)),
+        "following": _place(following) if following else None,
+        "searched": MOST_SEARCHED,
+        "states": STATES,
+        "only": only,
+        "until": request.args.get("until", "")[:100],
+    }
 
 
 def known(manager: BackgroundWorkerManager, name: str) -> str:
@@ -63,8 +92,15 @@ def execution_page(name: str, id: int) -> ResponseReturnValue:
     record = manager.history.execution(id)
     if record is None or record.worker != name:
         abort(404)
+    previous, following = manager.history.neighbours(record)
     return render_template(
-        "background/execution.html", record=record, log=manager.history.log(id), is_ours=name in manager.workers
+        "background/execution.html",
+        record=record,
+        previous=previous,
+        following=following,
+        attempts=manager.history.attempts(record),
+        log=manager.history.log(id),
+        is_ours=name in manager.workers,
     )
 
 

@@ -16,6 +16,21 @@
 
   const { clock } = viewer;
 
+  const exact = new Intl.DateTimeFormat(undefined, {
+    hour: "2-digit", minute: "2-digit", second: "2-digit", fractionalSecondDigits: 3, hourCycle: "h23",
+  });
+
+  /* Writes the moments of a log and of a field in the viewer's zone, and shows the buttons that copy. */
+  function prepare(root) {
+    for (const time of root.querySelectorAll("[data-exact]")) time.textContent = exact.format(new Date(time.dataset.exact));
+    for (const field of root.querySelectorAll("[data-moment]")) {
+      const at = new Date(field.dataset.moment);
+      field.setAttribute("value", new Date(at - at.getTimezoneOffset() * 60000).toISOString().slice(0, 19));
+    }
+    if (!navigator.clipboard) return; // a browser offers none to a page without encryption
+    for (const button of root.querySelectorAll("[data-copies]")) button.hidden = false;
+  }
+
   function countDown(root) {
     for (const time of root.querySelectorAll("time[data-countdown]")) {
       const seconds = Math.round((new Date(time.dateTime) - Date.now() - ahead) / 1000);
@@ -79,6 +94,7 @@
   function show(fresh) {
     read(fresh);
     viewer.localise(fresh);
+    prepare(fresh);
     countDown(fresh);
     Idiomorph.morph(live(), fresh, {
       morphStyle: "outerHTML",
@@ -102,6 +118,17 @@
     if (element.type === "hidden") return false;
     return element === document.activeElement || element.value !== element.defaultValue
       || element.checked !== element.defaultChecked;
+  }
+
+  // -- copying -----------------------------------------------------------------------------------
+
+  /* Copies a whole text, also its folded parts. The moments of a log are copied in UTC. */
+  async function copy(button) {
+    const source = document.getElementById(button.dataset.copies).cloneNode(true);
+    for (const time of source.querySelectorAll("[data-exact]")) time.textContent = time.dataset.exact;
+    await navigator.clipboard.writeText([...source.querySelectorAll("pre")].map((each) => each.textContent).join("\n"));
+    button.textContent = "Copied";
+    setTimeout(() => { button.textContent = "Copy"; }, EVERY);
   }
 
   // -- saying ------------------------------------------------------------------------------------
@@ -148,6 +175,11 @@
 
   /* Scroll a picture that is wider than the screen to its newest end. */
   for (const box of document.querySelectorAll(".bw-timeline")) box.scrollLeft = box.scrollWidth;
+  prepare(document);
+  document.addEventListener("click", (event) => {
+    const button = event.target.closest("[data-copies]");
+    if (button) copy(button);
+  });
   findPlace();
   if (live()) {
     read(live());

@@ -83,7 +83,7 @@ def test_a_lost_run_and_the_run_that_took_it_over_are_in_two_lanes_with_an_arrow
     manager.start()
     wait_until(lambda: fleet.states("ticker")[:2] == ["lost", "succeeded"], "the take-over")
     page = see(client, "timeline?window=5m")
-    assert "dead-host:1 †" in page
+    assert "† dead-host:1" in page
     assert re.search(r"ticker: tick \S+, lost after \S+ s on dead-host:1", page)
     assert re.search(r"ticker: tick \S+, attempt 2, succeeded after", page)
     assert page.count('<line class="bw-arrow state-lost"') == 1
@@ -116,6 +116,29 @@ def test_the_timeline_of_one_worker_shows_no_other_worker(
     assert client.get("/workers/timeline?worker=unknown").status_code == 404
 
 
+@on_sqlite
+def test_each_tick_that_did_not_run_leads_to_the_reason(manager: BackgroundWorkerManager, client: FlaskClient) -> None:
+    ran(manager, NOON - MINUTE, worker="ticker")
+    ran(manager, NOON, worker="ticker", state="missed", instance=None, started_at=None, through=NOON + 2 * MINUTE)
+    link = '<a href="/workers/worker/ticker?at=2024-06-01T12:02:00Z#why"'
+    assert see(client, "timeline?worker=ticker&until=2024-06-01T12:01:00Z&table=1").count(link) == 2
+
+
+@on_sqlite
+def test_a_tick_that_waits_is_below_the_live_picture_with_a_link_to_the_reason(
+    manager: BackgroundWorkerManager, client: FlaskClient
+) -> None:
+    manager.recovery.look(Ticker)
+    with manager.stores.main.engine.begin() as connection:
+        connection.execute(update(tables.workers).values(scheduled_at=last_hour() - timedelta(hours=2)))
+    at = f"{last_hour() - timedelta(hours=1):%Y-%m-%dT%H:%M:%SZ}"
+    for query in ("", "?worker=ticker"):
+        page = see(client, f"timeline{query}")
+        assert "Ticks that wait" in page
+        assert f'<a class="bw-nowrap" href="/workers/worker/ticker?at={at}#why">Why?</a>' in page
+    assert "Ticks that wait" not in see(client, "timeline?until=2024-06-01T12:00Z")
+
+
 def schedule_of(name: str) -> dict[str, Any]:
     return {"name": name, "schedule": "every 60 s", "declared": "every 60 s", "scheduled_at": NOON}
 
@@ -137,7 +160,7 @@ def test_a_note_has_moments_in_the_format_of_the_commands(
     manager: BackgroundWorkerManager, client: FlaskClient
 ) -> None:
     ran(manager, NOON, worker="ticker", state="skipped", reason=f"still running the tick {NOON.isoformat()} on a:1")
-    page = see(client, "worker/ticker")
+    page = re.sub("</?time[^>]*>", "", see(client, "worker/ticker"))
     assert f"still running the tick {NOON:%Y-%m-%dT%H:%M:%S}Z on a:1" in page
 
 
@@ -279,6 +302,22 @@ def test_the_page_of_instances_shows_their_runs_and_which_instances_are_gone(
         assert text in alive
     assert ">lost<" in rows["lost-host:1"]
     assert ">signed off<" in rows["left:1"]
+
+
+@on_sqlite
+def test_of_the_instances_that_left_only_a_few_and_those_that_hold_something_are_not_folded(
+    manager: BackgroundWorkerManager, client: FlaskClient
+) -> None:
+    holder = signed_on(manager, "holder", -LEASE)
+    claim(manager, holder, last_hour())
+    for number in range(18):
+        manager.stores.leases.sign_off(signed_on(manager, f"left-{number}", pid=number))
+    signed_on(manager, "alive")
+    shown, _, folded = see(client, "instances").partition("<summary>16 earlier instances</summary>")
+    names = re.findall(r'<th scope="row">([\w-]+):', shown)
+    assert names[:2] == ["alive", "holder"]
+    assert len(names) == 4
+    assert len(re.findall(r'<th scope="row">left', folded)) == 16
 
 
 # -- the messages --------------------------------------------------------------------------------
