@@ -1,7 +1,8 @@
 """The application's own pages and JSON."""
 
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
+from contextlib import suppress
+from datetime import UTC, date, datetime
 from typing import Any, NamedTuple, cast
 
 import svcs
@@ -30,7 +31,7 @@ from sqlalchemy.orm import InstrumentedAttribute, joinedload
 from werkzeug.exceptions import BadHost, HTTPException, SecurityError
 from werkzeug.routing import IntegerConverter, Map
 from werkzeug.wrappers import Response
-from wtforms import DateField, SearchField, SelectChoice, SelectField
+from wtforms import DateField, HiddenField, SearchField, SelectChoice, SelectField
 from wtforms.validators import Length, Optional
 
 import accounts
@@ -40,6 +41,8 @@ import sessions
 import throttle
 from background import current_workers
 from background.dashboard import dashboard
+from background.errors import InvalidSchedule
+from background.history.text import moment_in
 from background.monitoring.unavailable import unavailable
 from forms import SearchForm, readable, strip
 from hosts import root_of_links
@@ -132,6 +135,7 @@ class UserSearchForm(SearchForm):
 class AuditSearchForm(SearchForm):
     action = SearchField("Action", filters=[strip], validators=[Optional(), Length(max=100), readable])
     since = DateField("Since", validators=[Optional()])
+    zone = HiddenField("Zone")  # the browser's. Empty without its script
 
 
 # ---- Keyset pages: as fast at the millionth row as at the first, without a count
@@ -315,7 +319,7 @@ def show_audit() -> ResponseReturnValue:
 
 
 def find_entries(form: AuditSearchForm) -> Page:
-    """Return the entries of the user or operator, of the action, and since the day (UTC) that the form names."""
+    """Return the entries of the user or operator, of the action, and since the day that the form names."""
     query = select(AuditEntry).options(joinedload(AuditEntry.user)).outerjoin(AuditEntry.user)
     if who := form.q.data:
         by_user = User.email.startswith(who.lower(), autoescape=True)
@@ -323,8 +327,15 @@ def find_entries(form: AuditSearchForm) -> Page:
     if action := form.action.data:
         query = query.where(AuditEntry.action.contains(action, autoescape=True))
     if since := form.since.data:
-        query = query.where(AuditEntry.at >= datetime(since.year, since.month, since.day, tzinfo=UTC))
+        query = query.where(AuditEntry.at >= beginning(since, form.zone.data or "UTC"))
     return newest_first(query, AuditEntry.id)
+
+
+def beginning(day: date, zone: str) -> datetime:
+    """Return the beginning of the day in that zone. In UTC, if the zone is unknown or the year is far away."""
+    with suppress(ValueError, InvalidSchedule):
+        return moment_in(day.isoformat(), zone)
+    return datetime(day.year, day.month, day.day, tzinfo=UTC)
 
 
 # ---- Errors

@@ -239,7 +239,8 @@ def recorded(app: Flask, admin: User, make_user: Make) -> None:
             {"admin.make_admin", "admin.unmake_admin", "flask init-db"},
         ),
         ("since=9999-12-31", set()),
-        ("since=0001-01-01&q=root", {"flask reset-password"}),
+        ("since=0001-01-01&q=root&zone=Asia/Tokyo", {"flask reset-password"}),
+        ("since=0001-01-01&q=root&zone=%00", {"flask reset-password"}),
     ],
 )
 def test_the_page_shows_the_actions_that_an_admin_searches_for(
@@ -249,6 +250,18 @@ def test_the_page_shows_the_actions_that_an_admin_searches_for(
     actions = ("admin.make_admin", "admin.unmake_admin", "flask init-db", "flask reset-password")
     assert {action for action in actions if f"<code>{action}</code>" in page} == shown
     assert ("No such actions." in page) == (not shown)
+
+
+@on_sqlite
+@pytest.mark.usefixtures("admin")
+@pytest.mark.parametrize(("zone", "is_shown"), [("Pacific/Kiritimati", True), ("UTC", False), ("", False)])
+def test_a_day_begins_in_the_zone_of_the_browser(app: Flask, client: FlaskClient, zone: str, is_shown: bool) -> None:
+    noon = datetime(2026, 1, 1, 12, tzinfo=UTC)  # 2 o'clock of the next day on Kiritimati
+    with app.app_context():
+        db.session.add(AuditEntry(at=noon, action="flask demo", details="{}", address="", operator="root"))
+        db.session.commit()
+    page = client.get(f"/admin/audit?since=2026-01-02&zone={zone}").text
+    assert ("<code>flask demo</code>" in page) == is_shown
 
 
 @on_sqlite
