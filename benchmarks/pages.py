@@ -135,6 +135,7 @@ def pages(app: Flask, size: Size) -> Iterator[str]:
             f"until={ago(7_200)}",
             "worker=worker_7&window=6h",
         ],
+        "background.charts": ["span=1h", "span=14d"],
         "background.messages": ["topic=orders", f"topic=orders&before={size.messages}"],
     }
     with app.test_request_context():
@@ -199,6 +200,8 @@ def fill(app: Flask, size: Size) -> None:
         fill_messages(connection, size)
     with db.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.exec_driver_sql("VACUUM ANALYZE" if connection.dialect.name == "postgresql" else "ANALYZE")
+    while app.extensions["background_workers"].stores.roll_up.step():
+        pass
 
 
 def insert(connection: Connection, rows: int, table: str, **columns: str) -> None:

@@ -10,7 +10,7 @@ from ..database.store import Store
 from ..database.tables import tallies
 from .counting import ALL, Tallies, count_messages, count_runs
 from .rollup import HOUR, MINUTES, MINUTES_KEPT, RollUp, floor
-from .tally import Tally, from_json
+from .tally import Tally
 
 _MOST_READ = 10_000  # rows that a chart counts itself
 _LONGEST_READ = 2 * MINUTES  # the roll-up is at most this late, unless no instance is alive
@@ -91,12 +91,14 @@ class ChartHistory:
         since = max(hours, floor(clock - MINUTES_KEPT, MINUTES))
         minutes = _within(since, until.get(MINUTES), clock)
         newest = max(minutes, clock - _LONGEST_READ)
-        parts = self._kept(kind, name or ALL, {HOUR: (first, hours), MINUTES: (since, minutes)})
+        for start, text in self._kept(kind, name or ALL, {HOUR: (first, hours), MINUTES: (since, minutes)}):
+            bars[(start - first) // span.bar].tally.add_json(text)
         read = self._newest(counts, name or ALL, newest, clock, [each.start for each in bars])
-        total = Tally()
-        for start, tally in [*parts, *read]:
+        for start, tally in read:
             bars[(start - first) // span.bar].tally.add(tally)
-            total.add(tally)
+        total = Tally()
+        for bar in bars:
+            total.add(bar.tally)
         is_cut = sum(tally.counts.total() for _, tally in read) >= _MOST_READ
         begin = hours if since > hours else minutes
         return Chart(span, total, bars, clock, (begin, newest) if newest > minutes or since > hours else None, is_cut)
@@ -110,15 +112,15 @@ class ChartHistory:
 
     def _kept(
         self, kind: str, name: str, stretches: Mapping[timedelta, tuple[datetime, datetime]]
-    ) -> list[tuple[datetime, Tally]]:
-        """Return the tallies of each length between its two moments, with the starts of their slots."""
+    ) -> list[tuple[datetime, str]]:
+        """Return the tallies of each length between its two moments, as JSON, with the starts of their slots."""
         is_of_length: list[ColumnElement[bool]] = []
         for length, (since, until) in stretches.items():
             starts = [since + n * length for n in range(max(0, -((since - until) // length)))]
             is_of_length.append(and_(tallies.c.seconds == int(length.total_seconds()), tallies.c.start.in_(starts)))
         is_ours = and_(tallies.c.kind == kind, tallies.c.name == name)
         rows = self._store.read(select(tallies.c.start, tallies.c.counts).where(or_(*is_of_length), is_ours))
-        return [(row.start, from_json(row.counts)) for row in rows]
+        return [(row.start, row.counts) for row in rows]
 
 
 def _within(least: datetime, at: datetime | None, most: datetime) -> datetime:

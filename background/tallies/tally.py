@@ -2,8 +2,10 @@
 
 import json
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import ceil, sqrt
+from typing import Any
 
 _PER_DECADE, _DECADES = 20, 9
 BOUNDS = tuple(10 ** (number / _PER_DECADE - 3) for number in range(_DECADES * _PER_DECADE + 1))
@@ -20,9 +22,11 @@ class Lengths:
     longest: float | None = None
     """In seconds. None without a length."""
 
-    def add(self, other: "Lengths") -> None:
-        self.bins.update(other.bins)
-        self.longest = max((each for each in (self.longest, other.longest) if each is not None), default=None)
+    def add(self, bins: Iterable[tuple[int, int]], longest: float | None) -> None:
+        """Add so many lengths in each bin."""
+        _add(self.bins, bins)
+        if longest is not None and (self.longest is None or longest > self.longest):
+            self.longest = longest
 
     def percentile(self, share: float) -> float | None:
         """Return the length in seconds that this share of the lengths does not exceed. None without a length."""
@@ -67,9 +71,16 @@ class Tally:
     """The times from the tick to the start, of first attempts at scheduled ticks."""
 
     def add(self, other: "Tally") -> None:
-        self.counts.update(other.counts)
-        self.took.add(other.took)
-        self.late.add(other.late)
+        _add(self.counts, other.counts.items())
+        self.took.add(other.took.bins.items(), other.took.longest)
+        self.late.add(other.late.bins.items(), other.late.longest)
+
+    def add_json(self, text: str) -> None:
+        """Add the tally that `as_json` wrote. A chart adds up hundreds of them."""
+        row = json.loads(text)
+        _add(self.counts, row["counts"].items())
+        for lengths, name, longest in ((self.took, "took", "longest"), (self.late, "late", "latest")):
+            lengths.add(((int(place), number) for place, number in row[name].items()), row[longest])
 
     @property
     def runs(self) -> int:
@@ -88,8 +99,8 @@ class Tally:
         return json.dumps({**parts, **lengths}, separators=(",", ":"))
 
 
-def from_json(text: str) -> Tally:
-    """Return the tally that `as_json` wrote."""
-    row = json.loads(text)
-    took, late = (Counter({int(place): number for place, number in row[name].items()}) for name in ("took", "late"))
-    return Tally(Counter(row["counts"]), Lengths(took, row["longest"]), Lengths(late, row["latest"]))
+def _add(counts: Counter[Any], more: Iterable[tuple[Any, int]]) -> None:
+    """Add as `Counter.update` does, in a fraction of its time."""
+    get = counts.get
+    for key, number in more:
+        counts[key] = get(key, 0) + number

@@ -284,6 +284,11 @@ MUTATIONS = (
         ["tests/background/ledger/test_locks.py", "-k", "held_elsewhere"],
     ),
     Mutation(
+        "the counts for the charts are written by one instance only",
+        [Edit("background/tallies/rollup.py", ", tallied.c.until == until)", ")")],
+        ["tests/background/tallies/test_rollup.py", "-k", "before_another_one_wrote"],
+    ),
+    Mutation(
         "the token of a pruned lock never goes back",
         [
             Edit(

@@ -1,8 +1,10 @@
 """The roll-up counts each run and each message once, in the slot of time in which it ended."""
 
 import random
+import re
 import threading
 from bisect import bisect_right
+from collections import defaultdict
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -11,7 +13,7 @@ import pytest
 from flask import Flask
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import Engine, delete, insert, select
+from sqlalchemy import Engine, delete, event, insert, select
 from support.databases import close
 from support.fleet import make_app, statements
 
@@ -20,7 +22,7 @@ from background.stores import Stores
 from background.tallies.charts import SPANS, Chart, ChartHistory
 from background.tallies.counting import ALL
 from background.tallies.rollup import HOUR, MINUTES, RollUp, floor
-from background.tallies.tally import BOUNDS, Tally, from_json
+from background.tallies.tally import BOUNDS, Tally
 from background.testing.clock import Clock
 
 NOW = datetime(2026, 3, 1, 12, 2, 30, tzinfo=UTC)
@@ -65,7 +67,10 @@ def roll(stores: Stores) -> None:
 
 def kept(stores: Stores, length: timedelta, kind: str = "worker") -> dict[tuple[datetime, str], Tally]:
     query = select(tallies).where(tallies.c.seconds == length.total_seconds(), tallies.c.kind == kind)
-    return {(row.start, row.name): from_json(row.counts) for row in stores.main.read(query)}
+    found: dict[tuple[datetime, str], Tally] = defaultdict(Tally)
+    for row in stores.main.read(query):
+        found[row.start, row.name].add_json(row.counts)
+    return found
 
 
 def numbers(chart: Chart) -> list[int]:
@@ -343,3 +348,28 @@ def test_the_number_of_queries_does_not_depend_on_the_rows(stores: Stores, chart
     assert [queries(charts.runs), queries(charts.messages)] == few[:2] == [3, 5]
     roll(stores)
     assert [queries(charts.runs), queries(charts.messages)] == [3, 5]
+
+
+def test_every_count_reads_only_a_range_of_an_index(stores: Stores, charts: ChartHistory, clock: Clock) -> None:
+    asked: list[tuple[str, Any]] = []
+
+    def remember(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_more: Any) -> None:
+        if statement.lstrip().startswith(("SELECT", "WITH")):
+            asked.append((statement, parameters))
+
+    roll(stores)
+    clock.move(MINUTES)
+    engine = stores.main.engine
+    event.listen(engine, "before_cursor_execute", remember)
+    stores.roll_up.step()
+    charts.runs("mailer", "14d")
+    charts.messages()
+    event.remove(engine, "before_cursor_execute", remember)
+    assert len(asked) >= 9
+    with engine.connect() as connection:
+        if not stores.main.on_sqlite:  # a few rows are read faster without the index
+            connection.exec_driver_sql("SET LOCAL enable_seqscan = off")
+        for statement, parameters in asked:
+            explain = "EXPLAIN QUERY PLAN " if stores.main.on_sqlite else "EXPLAIN "
+            plan = "\n".join(str(row[-1]) for row in connection.exec_driver_sql(explain + statement, parameters))
+            assert not re.search(r"(SCAN|Seq Scan on) background_(executions|message|tallies)", plan), plan

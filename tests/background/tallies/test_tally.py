@@ -7,7 +7,7 @@ from math import ceil
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from background.tallies.tally import BOUNDS, Lengths, Tally, from_json
+from background.tallies.tally import BOUNDS, Lengths, Tally
 
 LENGTHS = st.lists(st.floats(0.0, 2_000_000.0), min_size=1, max_size=60)
 
@@ -31,14 +31,20 @@ def test_a_percentile_is_at_most_six_percent_or_a_millisecond_off(values: list[f
 @given(LENGTHS, LENGTHS)
 def test_the_lengths_of_two_tallies_add_up(some: list[float], more: list[float]) -> None:
     sum_of_both = lengths(some)
-    sum_of_both.add(lengths(more))
+    sum_of_both.add(lengths(more).bins.items(), lengths(more).longest)
     assert sum_of_both == lengths(some + more)
 
 
 def test_a_tally_survives_its_row() -> None:
     tally = Tally(Counter(succeeded=3, failed=1), lengths([0.2, 3.0]), lengths([0.01]))
-    assert from_json(tally.as_json()) == tally
-    assert from_json(Tally().as_json()) == Tally()
+    read = Tally()
+    read.add_json(tally.as_json())
+    assert read == tally
+    read.add_json(tally.as_json())
+    tally.add(tally)
+    assert (read, read.took.bins.total(), read.took.longest) == (tally, 4, 3.0)
+    read.add_json(Tally().as_json())
+    assert read == tally
 
 
 def test_a_tally_without_runs_has_no_rate_and_no_percentiles() -> None:
