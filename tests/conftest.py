@@ -51,6 +51,8 @@ sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 os.environ["FLASK_SKIP_DOTENV"] = "1"  # a developer's own file
+os.environ["TZ"] = "UTC"  # a developer's own zone
+time.tzset()
 
 # A shell starts its background processes with these signals ignored, and the tests' servers would inherit this.
 for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):

@@ -184,7 +184,7 @@ def _seconds(seconds: float | None) -> str:
 )
 @click.argument("topic", shell_complete=topics)
 @click.argument("payload", metavar="JSON")
-@click.option("--key", metavar="TEXT", help="A text. If the topic has a message with this key, nothing is enqueued.")
+@click.option("--key", metavar="KEY", help="A text. If the topic has a message with this key, nothing is enqueued.")
 @click.option("--delay", type=float, metavar="SECONDS", help="Handle it this much later.")
 def enqueue(topic: str, payload: str, key: str | None, delay: float | None) -> None:
     """Enqueue a message of TOPIC with the payload JSON.

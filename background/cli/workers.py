@@ -98,7 +98,7 @@ def _cells(screen: Screen, row: dict[str, Any]) -> list[str]:
         f"declared: {row['declared']}" if row["declared"] not in (None, row["schedule"]) else "",
     ]
     cells = [row["name"], row["schedule"] or "a schedule that this release cannot read", screen.next(row["next_tick"])]
-    return [*cells, *_newest(screen, last, running), "; ".join(filter(None, notes))]
+    return [*cells, *_newest(screen, last, running), localised("; ".join(filter(None, notes)))]
 
 
 def _running(running: dict[str, Any]) -> str:
@@ -309,14 +309,14 @@ def _history_cells(screen: Screen, record: Record) -> list[str]:
     if record.through and record.through != record.tick:
         tick += f" to {screen.tick(record.through)}"
     took = span(record.duration) if record.duration is not None else "-"
-    note = localised(clipped(record.last_line or "")) or progress(record).strip(" ()")
+    note = clipped(record.last_line or "") or progress(record).strip(" ()")
     if record.is_gone:
         note = f"running on {record.instance_name}, which is gone: will be taken over"
     note = "; ".join(filter(None, (cancelled(record.cancelled_at, record.cancelled_by), note)))
     if record.trigger != "schedule":
         note = f"{record.trigger}; {note}" if note else record.trigger
     started, on = screen.at(record.started_at), record.instance_name or "-"
-    return [tick, record.state, str(record.attempt or "-"), started, took, on, note]
+    return [tick, record.state, str(record.attempt or "-"), started, took, on, localised(note)]
 
 
 @workers_cli.command(epilog=examples("flask workers why NAME", "flask workers why NAME --at 2026-11-20T14:05"))

@@ -1,6 +1,7 @@
 """The engine's commands in the shop, whose database may not exist yet."""
 
 import os
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -96,3 +97,17 @@ def test_run_on_a_database_that_is_not_ready_ends_with_a_sentence(empty_postgres
     assert result.returncode == 1
     assert result.stderr.startswith("Error: The database ")
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["init-db", "reset-password", "demo"])
+def test_the_help_of_the_applications_commands_has_examples_and_types(sqlite_url: str, name: str) -> None:
+    app = create_app(settings(sqlite_url))
+    command = app.cli.commands[name]
+    with command.make_context(name, ["--help"], resilient_parsing=True) as context:
+        text = command.get_help(context)
+    assert "TEXT" not in text
+    examples = [shlex.split(line)[2:] for line in text.partition("Examples:")[2].splitlines() if line.strip()]
+    assert examples
+    for words in examples:
+        command.make_context(name, words)
+    close(app)

@@ -148,10 +148,10 @@ class Process:
 
 @contextmanager
 def started(
-    command: Sequence[str], env: Mapping[str, str], cwd: Path = ROOT, terminal: bool = False
+    command: Sequence[str], env: Mapping[str, str], cwd: Path = ROOT, terminal: bool = False, columns: int = 80
 ) -> Iterator[Process]:
     """Start `command` in a session (and process group) of its own, with `terminal` on a terminal of its own."""
-    theirs, ours = _terminal() if terminal else _pipe()
+    theirs, ours = _terminal(columns) if terminal else _pipe()
     popen = subprocess.Popen(
         command,
         env=dict(env),
@@ -189,8 +189,9 @@ def _pipe() -> tuple[int, int]:
     return theirs, ours
 
 
-def _terminal() -> tuple[int, int]:
+def _terminal(columns: int) -> tuple[int, int]:
     ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, columns))
     return theirs, ours
 
 

@@ -539,6 +539,80 @@ def test_a_second_signal_ends_a_run_that_ignores_the_first(database_url: str, tm
     assert "which is gone: will be taken over" in result.stdout
 
 
+# -- trigger in the fleet, reschedule ------------------------------------------------------------
+
+
+def test_a_trigger_in_the_fleet_is_run_by_an_instance(
+    flask: Callable[..., Result], manager: BackgroundWorkerManager
+) -> None:
+    ran = threading.Event()
+
+    class Telling(Weekly):
+        def do_work(self, context: WorkerContext) -> None:
+            ran.set()
+
+    manager.add(Telling)
+    alone = flask("trigger", "telling", "--fleet").stdout
+    assert alone.startswith("telling will run as soon as an instance is alive. No instance is alive, and none is known")
+    again = flask("trigger", "telling", "--fleet", code=1).stdout
+    assert again == "telling is running already, or will run next: see `flask workers list`.\n"
+    assert not ran.is_set()
+    manager.start()
+    assert ran.wait(30)
+
+
+@on_sqlite
+def test_a_trigger_in_a_living_fleet_says_when_it_runs(
+    flask: Callable[..., Result], manager: BackgroundWorkerManager
+) -> None:
+    manager.presence.sign_on()
+    assert flask("trigger", "greet", "--fleet").stdout == (
+        "An instance will run greet within 0.2 s. `flask workers why greet` says how it ended.\n"
+    )
+    assert (
+        "--fleet and --dry-run exclude each other" in flask("trigger", "greet", "--fleet", "--dry-run", code=2).stderr
+    )
+
+
+@on_sqlite
+def test_the_list_shows_the_progress_of_a_run(flask: Callable[..., Result], manager: BackgroundWorkerManager) -> None:
+    leave_behind(manager, "greet", due(manager, "greet"), lease=60)
+    with manager.stores.main.engine.begin() as connection:
+        connection.execute(update(executions).values(progress_done=3, progress_total=60))
+    line = next(line for line in flask("list").stdout.splitlines() if line.startswith("greet"))
+    assert re.search(r" running +\S+ s +3 of 60 on far:7$", line)
+
+
+def test_reschedule_changes_the_schedule_and_resets_it(
+    flask: Callable[..., Result], manager: BackgroundWorkerManager
+) -> None:
+    changed = flask("reschedule", "greet", "7 min").stdout
+    assert re.fullmatch(r"greet runs every 7 minutes from now on; its next tick is \S+Z\.\n", changed)
+    assert flask("reschedule", "greet", "420").stdout.startswith("greet runs every 7 minutes already")
+    cron = flask("reschedule", "greet", "30 6 * * MON-FRI", "--timezone", "Asia/Tokyo").stdout
+    assert cron.startswith("greet runs at 30 6 * * MON-FRI (Asia/Tokyo) from now on")
+    assert flask("reschedule", "greet", "--reset").stdout.startswith("greet runs every 10 minutes from now on")
+    assert flask("reschedule", "greet", "--reset").stdout.startswith("greet runs every 10 minutes already")
+    assert str(manager.recovery.look(Greet).schedule) == "every 600s"
+
+
+@on_sqlite
+def test_a_wrong_schedule_is_one_sentence_and_changes_nothing(
+    flask: Callable[..., Result], manager: BackgroundWorkerManager
+) -> None:
+    for arguments in (
+        [],
+        ["7 min", "--reset"],
+        ["--reset", "--timezone", "Asia/Tokyo"],
+        ["7 min", "--timezone", "Asia/Tokyo"],
+        ["each morning"],
+        ["99 6 * * *"],
+        ["0 6 * * *", "--timezone", "Asia/Tokio"],
+    ):
+        assert flask("reschedule", "greet", *arguments, code=2).stderr.count("\n") == 1, arguments
+    assert manager.stores.ledger.look("greet") is None
+
+
 # -- pause, resume, history, why -----------------------------------------------------------------
 
 

@@ -1,0 +1,333 @@
+"""The look of the commands in a terminal and in a pipe."""
+
+import os
+import re
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from flask import Flask
+from hypothesis import given
+from hypothesis import strategies as st
+from support.databases import close
+from support.fleet import make_app
+from support.processes import ROOT, Process, environment, flask, run, started
+
+from background import BackgroundWorkerManager, PeriodicWorker, WorkerContext
+from background.cli.terminal import Screen, localised, table
+from background.history.text import moment
+
+CLOCK = datetime(2026, 11, 30, 12, tzinfo=UTC)
+SECOND, HOUR, DAY = timedelta(seconds=1), timedelta(hours=1), timedelta(days=1)
+
+
+@pytest.fixture
+def berlin(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("TZ", "Europe/Berlin")
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
+# -- moments -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("distance", "text"),
+    [
+        (0 * SECOND, "now"),
+        (12.9 * SECOND, "in 12 s"),
+        (-59 * SECOND, "59 s ago"),
+        (-60 * SECOND, "1 min ago"),
+        (59 * 60 * SECOND, "in 59 min"),
+        (HOUR, "14:00"),
+        (-13 * HOUR, "00:00"),
+        (-14 * HOUR, "yesterday 23:00"),
+        (11 * HOUR, "tomorrow 00:00"),
+        (-2 * DAY, "2026-11-28 13:00"),
+        (-150 * DAY, "2026-07-03 14:00"),
+    ],
+)
+def test_a_terminal_gets_the_distance_or_the_time_and_the_date_only_if_it_is_another(
+    berlin: None, distance: timedelta, text: str
+) -> None:
+    assert Screen(CLOCK, 80).since(CLOCK + distance) == text
+
+
+def test_a_tick_keeps_its_seconds_and_its_fraction(berlin: None) -> None:
+    screen = Screen(CLOCK, 80)
+    assert screen.tick(CLOCK + 90.25 * SECOND) == "13:01:30.25"
+    assert screen.at(CLOCK + 90.25 * SECOND) == "13:01:30"
+    assert (screen.tick(None), screen.since(None)) == ("-", "-")
+
+
+def test_a_pipe_gets_whole_moments_that_name_their_zone(berlin: None) -> None:
+    pipe = Screen(CLOCK, None)
+    assert pipe.next(CLOCK + 0.5 * SECOND) == pipe.tick(CLOCK + 0.5 * SECOND) == "2026-11-30T13:00:00.500+01:00"
+    assert pipe.since(CLOCK + 0.5 * SECOND) == pipe.at(CLOCK) == "2026-11-30T13:00:00+01:00"
+
+
+def test_the_moments_of_a_sentence_are_in_the_shown_zone(berlin: None) -> None:
+    assert localised("The tick 2026-07-01T10:00:00Z of 2026-11-30T12:00:00.500+00:00.") == (
+        "The tick 2026-07-01T12:00:00+02:00 of 2026-11-30T13:00:00.500+01:00."
+    )
+    for other in ("2026-13-01T10:00:00Z", "12026-11-30T12:00:00Z", "2026-11-30T12:00:00+05:00", "2026-11-30"):
+        assert localised(other) == other
+
+
+def test_the_end_of_the_calendar_is_written_in_utc(berlin: None) -> None:
+    assert moment(datetime.max.replace(tzinfo=UTC), None).startswith("9999-12-31T23:59:59")
+
+
+# -- tables --------------------------------------------------------------------------------------
+
+NAMES = ("name", "schedule", "state", "note")
+ROW = ["passive_user_checker_worker", "every 10 minutes", "succeeded", "overdue since 14:05; disabled"]
+
+
+def test_a_table_that_fits_has_one_line_for_each_row() -> None:
+    assert table(NAMES, [ROW], 100) == table(NAMES, [ROW])
+
+
+def test_a_long_note_stands_below_its_row() -> None:
+    assert table(NAMES, [ROW, ["other", "", "failed", ""]], 70).splitlines() == [
+        "NAME                         SCHEDULE          STATE",
+        "passive_user_checker_worker  every 10 minutes  succeeded",
+        "    overdue since 14:05; disabled",
+        "other                                          failed",
+    ]
+
+
+def test_a_narrow_table_shortens_elastic_columns_and_leaves_out_spare_columns() -> None:
+    assert table(("id", "payload"), [["7", "x" * 60]], 30, elastic=("payload",)).splitlines()[1] == f"7   {'x' * 25}…"
+    assert table(NAMES, [ROW], 40, spare=("schedule",)).splitlines()[0].split() == ["NAME", "STATE"]
+
+
+words = st.text("abcdefg_", min_size=1, max_size=12)
+cells = st.lists(words, max_size=12).map(" ".join)
+
+
+@given(st.lists(st.tuples(words, cells, cells, cells), min_size=1, max_size=5), st.integers(30, 150))
+def test_a_table_of_any_cells_fits_and_keeps_each_word(rows: list[tuple[str, ...]], width: int) -> None:
+    text = table(("a", "b", "c", "note"), rows, width)
+    assert max(map(len, text.splitlines())) <= width
+    if width >= 60:
+        assert sorted(text.split()[-len(" ".join(sum(rows, ())).split()) :]) == sorted(" ".join(sum(rows, ())).split())
+
+
+# -- a real terminal and a real pipe -------------------------------------------------------------
+
+SHOP = """
+    from datetime import timedelta
+
+    from background import PeriodicWorker
+    from support.fleet import from_environment
+
+
+    class PassiveUserCheckerWorker(PeriodicWorker):
+        period = timedelta(days=7)
+
+        def do_work(self, context):
+            pass
+
+
+    class MorningReportWorker(PassiveUserCheckerWorker):
+        pass
+
+
+    def create_app():
+        return from_environment(PassiveUserCheckerWorker, MorningReportWorker)
+"""
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+GREEN, RED = "\x1b[32m", "\x1b[31m"
+
+
+class PassiveUserCheckerWorker(PeriodicWorker):
+    period = timedelta(days=7)
+
+    def do_work(self, context: WorkerContext) -> None:
+        pass
+
+
+class MorningReportWorker(PassiveUserCheckerWorker):
+    def do_work(self, context: WorkerContext) -> None:
+        raise ValueError("a report that is longer than a line of the terminal, because it has many words " * 2)
+
+
+@pytest.fixture
+def app(database_url: str) -> Iterator[Flask]:
+    app = make_app(database_url, PassiveUserCheckerWorker, MorningReportWorker)
+    manager: BackgroundWorkerManager = app.extensions["background_workers"]
+    for name in manager.workers:
+        assert manager.tick(name, manager.history.clock())
+    yield app
+    close(app)
+
+
+@pytest.fixture
+def env(app: Flask, database_url: str, tmp_path: Path) -> Callable[..., dict[str, str]]:
+    """Return the environment of a process with the shop of this test."""
+    (tmp_path / "shop.py").write_text(textwrap.dedent(SHOP))
+    path = os.pathsep.join((str(ROOT), str(ROOT / "tests"), str(tmp_path)))
+
+    def env(**more: str) -> dict[str, str]:
+        usual = {"FLASK_APP": "shop", "PYTHONPATH": path, "TERM": "xterm", "TZ": "Europe/Berlin"}
+        return {
+            name: value
+            for name, value in environment(database_url, **(usual | more)).items()
+            if name not in ("COLUMNS", "LINES") and (name != "NO_COLOR" or name in more)
+        }
+
+    return env
+
+
+Env = Callable[..., dict[str, str]]
+
+
+def shown(env: dict[str, str], *arguments: str, columns: int = 80) -> list[str]:
+    with started(flask("workers", *arguments), env, terminal=True, columns=columns) as process:
+        assert process.wait() == 0, process.output
+        return process.output.splitlines()
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_a_terminal_shows_the_list_in_its_width_and_in_colour(env: Env, columns: int) -> None:
+    lines = shown(env(), "list", columns=columns)
+    plain = [COLOUR.sub("", line) for line in lines]
+    assert max(map(len, plain[1:])) <= columns
+    assert plain[1] in ("Times are in CET.", "Times are in CEST.")
+    assert ("SCHEDULE" in plain[2], "TOOK" in plain[2]) == (columns == 120, columns == 120)
+    rows = {COLOUR.sub("", line).split()[0]: line for line in lines[3:]}
+    assert f"{GREEN}succeeded" in rows["passive_user_checker_worker"]
+    assert f"{RED}failed" in rows["morning_report_worker"]
+    assert re.search(r" {2}20\d\d-\d\d-\d\d \d\d:00 {2}", COLOUR.sub("", rows["morning_report_worker"]))
+
+
+def test_a_note_that_is_longer_than_the_line_is_below_its_row(env: Env) -> None:
+    lines = shown(env(NO_COLOR="1"), "history", "morning_report_worker", "--utc")
+    assert "\x1b" not in "".join(lines)
+    assert lines[0] == "Times are in UTC."
+    assert max(map(len, lines)) <= 80
+    assert lines[3].startswith("    ValueError: a report")
+
+
+def test_a_dumb_terminal_gets_no_colour(env: Env) -> None:
+    assert "\x1b" not in "".join(shown(env(TERM="dumb"), "list"))
+
+
+def test_a_pipe_gets_whole_lines_without_colour(env: Env) -> None:
+    for more, zone in ((["--utc"], "Z"), ([], r"\+0[12]:00")):
+        code, said = run(flask("workers", "history", "morning_report_worker", *more), env())
+        header, row = said.splitlines()
+        assert (code, "\x1b" in said) == (0, False)
+        assert header.split() == ["TICK", "STATE", "ATTEMPT", "STARTED", "TOOK", "INSTANCE", "NOTE"]
+        assert re.match(rf"20\d\d-\d\d-\d\dT\d\d:00:00{zone} +failed +1 ", row)
+
+
+def test_a_moment_without_a_zone_is_read_in_the_shown_zone(env: Env) -> None:
+    ask = ("why", "morning_report_worker", "--at", "2999-07-01T12:34")
+    local, utc = run(flask("workers", *ask), env())[1], run(flask("workers", *ask, "--utc"), env())[1]
+    assert "2999-07-01T12:34 names no time zone, so it is taken as CE" in local
+    assert "2999-07-01T12:34 names no time zone, so it is taken as UTC." in utc
+    assert re.search(r"The tick 2999-06-27T0[12]:00:00\+0[12]:00 of", local)
+    assert "The tick 2999-06-27T00:00:00Z of" in utc
+
+
+def test_a_json_is_the_same_in_each_zone(env: Env) -> None:
+    ask = flask("workers", "history", "morning_report_worker", "--json")
+    here, there = (run(ask, env(TZ=zone))[1] for zone in ("UTC", "Asia/Tokyo"))
+    assert '00:00:00Z"' in here
+    assert re.sub(r'"seconds.*', "", here) == re.sub(r'"seconds.*', "", there)
+
+
+# -- watching ------------------------------------------------------------------------------------
+
+
+Watching = Callable[..., AbstractContextManager[Process]]
+
+
+@pytest.fixture
+def watching(env: Env) -> Watching:
+    return lambda terminal: started(flask("workers", "list", "--watch", "0.1"), env(), terminal=terminal)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_watched_list_is_shown_again_until_a_signal(watching: Watching, terminal: bool) -> None:
+    with watching(terminal) as process:
+        process.wait_for("morning_report_worker", times=3)
+        assert ("\x1b[2J" in process.output) is terminal  # the screen is cleared
+        if terminal:
+            process.type("\x03")
+        else:
+            process.signal_group(15)
+        assert process.wait() == 0
+        assert "Traceback" not in process.output
+        assert "Aborted" not in process.output
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_watched_list_survives_a_database_that_is_away(app: Flask, watching: Watching, terminal: bool) -> None:
+    engine = app.extensions["background_workers"].stores.main.engine
+
+    def rename(old: str, new: str) -> None:
+        with engine.begin() as connection:
+            connection.exec_driver_sql(f"ALTER TABLE {old} RENAME TO {new}")
+
+    with watching(terminal) as process:
+        process.wait_for("morning_report_worker", times=2)
+        rename("background_executions", "gone")
+        process.wait_for(r"\d\d:\d\d:\d\d\S+: The database ", times=2)
+        rename("gone", "background_executions")
+        seen = len(re.findall("Messages|morning_report_worker", process.output))
+        process.wait_for("morning_report_worker", times=seen + 2)
+        process.signal_group(2)
+        assert process.wait() == 0
+        assert "Traceback" not in process.output
+
+
+def test_a_closed_pipe_ends_a_watched_list_quietly(env: Env) -> None:
+    code, said = run(["bash", "-c", f"{' '.join(flask('workers', 'list', '--watch', '0.1'))} | head -n 2"], env())
+    assert (code, len(said.splitlines())) == (0, 2), said
+
+
+def test_a_database_that_is_away_at_the_start_is_an_error(env: Env, tmp_path: Path) -> None:
+    code, said = run(flask("workers", "list", "--watch"), env(DATABASE_URL=f"sqlite:///{tmp_path / 'none.sqlite'}"))
+    assert code == 1
+    assert said.startswith("Error: ")
+
+
+@pytest.mark.parametrize("seconds", ["0", "often", "nan", "1e9"])
+def test_a_wrong_number_of_seconds_is_one_sentence(app: Flask, seconds: str) -> None:
+    result = app.test_cli_runner().invoke(args=["workers", "list", "--watch", seconds])
+    assert result.exit_code == 2
+    assert result.stderr == f"Error: --watch is {seconds!r}; expected a number of seconds from 0.1 to 86400.\n"
+
+
+# -- completion ----------------------------------------------------------------------------------
+
+
+def completed(env: dict[str, str], line: str) -> list[str]:
+    """Complete the last word of the line, as bash does after the documented line of ~/.bashrc."""
+    script = f"""
+        eval "$(_FLASK_COMPLETE=bash_source flask)"
+        COMP_WORDS=({line}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1))
+        _flask_completion flask; printf '%s\\n' "${{COMPREPLY[@]}}"
+    """
+    path = os.pathsep.join((str(Path(flask()[0]).parent), env["PATH"]))
+    code, said = run(["bash", "-c", script], env | {"PATH": path})
+    assert code == 0, said
+    return said.split()
+
+
+def test_bash_completes_names_topics_and_states_while_the_database_is_away(env: Env) -> None:
+    away = env(DATABASE_URL="postgresql+psycopg://nobody@127.0.0.1:9/none")
+    assert completed(away, "flask workers history m") == ["morning_report_worker"]
+    assert completed(away, "flask workers run morning_report_worker ''") == ["passive_user_checker_worker"]
+    assert completed(away, "flask workers history NAME --state ha") == ["handed-back"]
+    assert completed(away, "flask messages list --state d") == ["dead", "discarded", "done"]
+    assert completed(away, "flask workers res") == ["reschedule", "resume"]
