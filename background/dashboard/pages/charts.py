@@ -30,7 +30,7 @@ class Charts:
 
 
 def charts_page() -> ResponseReturnValue:
-    return render_template("background/charts.html", runs=run_charts(), messages=message_charts(), links=span_links())
+    return render_template("background/charts.html", runs=run_charts(), messages=message_charts(), spans=span_links())
 
 
 def run_charts(worker: str | None = None) -> Charts:

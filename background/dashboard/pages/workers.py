@@ -18,6 +18,7 @@ from ...ledger.claim import WorkerState
 from ...manager import BackgroundWorkerManager, the_manager
 from ...schedule.periods import MICROSECOND, Schedule
 from ..ticks import by_tick
+from .charts import run_charts, span_links
 from .drafts import LONGEST_NAME, NEXT_TICKS, draft, here
 from .overview import rows
 
@@ -35,7 +36,7 @@ def worker_page(name: str) -> ResponseReturnValue:
         return redirect(url_for("background.messages", topic=topic))
     [row] = rows(manager, [Standing(known(manager, name), frozenset())])
     worker, state, clock = manager.workers.get(name), manager.stores.ledger.look(name), manager.history.clock()
-    schedule = readable_schedule(worker, state)
+    schedule, charts = readable_schedule(worker, state), run_charts(name)
     return render_template(
         "background/worker.html",
         row=row,
@@ -44,7 +45,9 @@ def worker_page(name: str) -> ResponseReturnValue:
         schedule=schedule,
         next_ticks=_next_ticks(schedule, row["next_tick"]),
         clock=clock,
-        chart=manager.charts.runs(name),
+        chart=charts.chart,
+        charts=charts,
+        spans=span_links(),
         errors=manager.history.errors(name),
         errors_in=ERRORS_IN,
         most_errors=MOST_ERRORS,

@@ -111,6 +111,23 @@ def test_the_span_is_chosen_by_links_and_kept_in_the_address(app: Flask, client:
 
 
 @on_sqlite
+def test_a_workers_page_has_the_charts_of_its_own_runs_and_keeps_the_rest_of_its_address(
+    app: Flask, client: FlaskClient, engine: Engine
+) -> None:
+    add_runs(engine, "succeeded", "failed")
+    add_runs(engine, "succeeded", worker="other")
+    text = page(client, "/workers/worker/hourly?state=failed&span=1h")
+    assert "Runs by outcome 2 runs, 50.0 % succeeded" in said(text)
+    assert 'href="/workers/worker/hourly?state=failed&amp;span=7d#charts"' in text
+
+
+@on_sqlite
+def test_a_worker_without_runs_says_so_in_a_sentence(client: FlaskClient) -> None:
+    assert "Charts 1 hour 24 hours 7 days 14 days" in (shown := said(page(client, "/workers/worker/hourly")))
+    assert "No run ended since" in shown
+
+
+@on_sqlite
 def test_an_application_that_never_ran_says_so_in_a_sentence(app: Flask, client: FlaskClient) -> None:
     roll(app)
     shown = said(page(client, "/workers/charts"))
