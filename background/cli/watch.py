@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from itertools import accumulate
 from typing import Any
 
 import click
@@ -71,8 +72,15 @@ def _show(picture: str) -> None:
     if not sys.stdout.isatty():
         click.echo(f"{picture}\n")
         return
-    lines, most = picture.splitlines(), shutil.get_terminal_size().lines - 1
-    if len(lines) > most:
-        lines[most - 1 :] = [f"... and {len(lines) - most + 1} more lines"]
     click.clear()
-    click.echo("\n".join(lines))
+    click.echo("\n".join(fitting(picture.splitlines())))
+
+
+def fitting(lines: list[str]) -> list[str]:
+    """Return the first lines, as many as the terminal has room for."""
+    columns, most = shutil.get_terminal_size()
+    rows = list(accumulate(-(-len(click.unstyle(line)) // columns) or 1 for line in lines))
+    if not rows or rows[-1] < most:
+        return lines
+    kept = [line for line, row in zip(lines, rows, strict=True) if row < most - 1]
+    return [*kept, f"... and {len(lines) - len(kept)} more lines"]

@@ -255,7 +255,8 @@ def _print_checked(
     click.echo(f"Not looked at: {'; '.join(unseen)}.")
     if not problems:
         workers, fleet = _count(len(the_manager().names), "worker"), _count(alive, "instance")
-        click.echo(f"Fine: the settings, {workers}, the database, its migrations, and the fleet of {fleet}.")
+        fine = f"the settings, {workers}, the database, its migrations, and the fleet of {fleet}."
+        click.echo(f"{coloured('Fine:', 'green')} {fine}")
 
 
 def _count(number: int, noun: str) -> str:

@@ -1,23 +1,15 @@
 """The look of the commands in a terminal and in a pipe."""
 
-import os
 import re
-import textwrap
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import pytest
-from flask import Flask
 from hypothesis import given
 from hypothesis import strategies as st
-from support.databases import close
-from support.fleet import make_app
-from support.processes import ROOT, Process, environment, flask, run, started
+from support.processes import flask, run, started
 
-from background import BackgroundWorkerManager, PeriodicWorker, WorkerContext
 from background.cli.terminal import Screen, localised, table
 from background.history.text import moment
 
@@ -122,68 +114,8 @@ def test_a_table_of_any_cells_fits_and_keeps_each_word(rows: list[tuple[str, ...
 
 # -- a real terminal and a real pipe -------------------------------------------------------------
 
-SHOP = """
-    from datetime import timedelta
-
-    from background import PeriodicWorker
-    from support.fleet import from_environment
-
-
-    class PassiveUserCheckerWorker(PeriodicWorker):
-        period = timedelta(days=7)
-
-        def do_work(self, context):
-            pass
-
-
-    class MorningReportWorker(PassiveUserCheckerWorker):
-        pass
-
-
-    def create_app():
-        return from_environment(PassiveUserCheckerWorker, MorningReportWorker)
-"""
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 GREEN, RED = "\x1b[32m", "\x1b[31m"
-
-
-class PassiveUserCheckerWorker(PeriodicWorker):
-    period = timedelta(days=7)
-
-    def do_work(self, context: WorkerContext) -> None:
-        pass
-
-
-class MorningReportWorker(PassiveUserCheckerWorker):
-    def do_work(self, context: WorkerContext) -> None:
-        raise ValueError("a report that is longer than a line of the terminal, because it has many words " * 2)
-
-
-@pytest.fixture
-def app(database_url: str) -> Iterator[Flask]:
-    app = make_app(database_url, PassiveUserCheckerWorker, MorningReportWorker)
-    manager: BackgroundWorkerManager = app.extensions["background_workers"]
-    for name in manager.workers:
-        assert manager.tick(name, manager.history.clock())
-    yield app
-    close(app)
-
-
-@pytest.fixture
-def env(app: Flask, database_url: str, tmp_path: Path) -> Callable[..., dict[str, str]]:
-    """Return the environment of a process with the shop of this test."""
-    (tmp_path / "shop.py").write_text(textwrap.dedent(SHOP))
-    path = os.pathsep.join((str(ROOT), str(ROOT / "tests"), str(tmp_path)))
-
-    def env(**more: str) -> dict[str, str]:
-        usual = {"FLASK_APP": "shop", "PYTHONPATH": path, "TERM": "xterm", "TZ": "Europe/Berlin"}
-        return {
-            name: value
-            for name, value in environment(database_url, **(usual | more)).items()
-            if name not in ("COLUMNS", "LINES") and (name != "NO_COLOR" or name in more)
-        }
-
-    return env
 
 
 Env = Callable[..., dict[str, str]]
@@ -243,91 +175,3 @@ def test_a_json_is_the_same_in_each_zone(env: Env) -> None:
     here, there = (run(ask, env(TZ=zone))[1] for zone in ("UTC", "Asia/Tokyo"))
     assert '00:00:00Z"' in here
     assert re.sub(r'"seconds.*', "", here) == re.sub(r'"seconds.*', "", there)
-
-
-# -- watching ------------------------------------------------------------------------------------
-
-
-Watching = Callable[..., AbstractContextManager[Process]]
-
-
-@pytest.fixture
-def watching(env: Env) -> Watching:
-    return lambda terminal: started(flask("workers", "list", "--watch", "0.1"), env(), terminal=terminal)
-
-
-@pytest.mark.parametrize("terminal", [True, False])
-def test_a_watched_list_is_shown_again_until_a_signal(watching: Watching, terminal: bool) -> None:
-    with watching(terminal) as process:
-        process.wait_for("morning_report_worker", times=3)
-        assert ("\x1b[2J" in process.output) is terminal  # the screen is cleared
-        if terminal:
-            process.type("\x03")
-        else:
-            process.signal_group(15)
-        assert process.wait() == 0
-        assert "Traceback" not in process.output
-        assert "Aborted" not in process.output
-
-
-@pytest.mark.parametrize("terminal", [True, False])
-def test_a_watched_list_survives_a_database_that_is_away(app: Flask, watching: Watching, terminal: bool) -> None:
-    engine = app.extensions["background_workers"].stores.main.engine
-
-    def rename(old: str, new: str) -> None:
-        with engine.begin() as connection:
-            connection.exec_driver_sql(f"ALTER TABLE {old} RENAME TO {new}")
-
-    with watching(terminal) as process:
-        process.wait_for("morning_report_worker", times=2)
-        rename("background_executions", "gone")
-        process.wait_for(r"\d\d:\d\d:\d\d\S+: The database ", times=2)
-        rename("gone", "background_executions")
-        seen = len(re.findall("Messages|morning_report_worker", process.output))
-        process.wait_for("morning_report_worker", times=seen + 2)
-        process.signal_group(2)
-        assert process.wait() == 0
-        assert "Traceback" not in process.output
-
-
-def test_a_closed_pipe_ends_a_watched_list_quietly(env: Env) -> None:
-    code, said = run(["bash", "-c", f"{' '.join(flask('workers', 'list', '--watch', '0.1'))} | head -n 2"], env())
-    assert (code, len(said.splitlines())) == (0, 2), said
-
-
-def test_a_database_that_is_away_at_the_start_is_an_error(env: Env, tmp_path: Path) -> None:
-    code, said = run(flask("workers", "list", "--watch"), env(DATABASE_URL=f"sqlite:///{tmp_path / 'none.sqlite'}"))
-    assert code == 1
-    assert said.startswith("Error: ")
-
-
-@pytest.mark.parametrize("seconds", ["0", "often", "nan", "1e9"])
-def test_a_wrong_number_of_seconds_is_one_sentence(app: Flask, seconds: str) -> None:
-    result = app.test_cli_runner().invoke(args=["workers", "list", "--watch", seconds])
-    assert result.exit_code == 2
-    assert result.stderr == f"Error: --watch is {seconds!r}; expected a number of seconds from 0.1 to 86400.\n"
-
-
-# -- completion ----------------------------------------------------------------------------------
-
-
-def completed(env: dict[str, str], line: str) -> list[str]:
-    """Complete the last word of the line, as bash does after the documented line of ~/.bashrc."""
-    script = f"""
-        eval "$(_FLASK_COMPLETE=bash_source flask)"
-        COMP_WORDS=({line}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1))
-        _flask_completion flask; printf '%s\\n' "${{COMPREPLY[@]}}"
-    """
-    path = os.pathsep.join((str(Path(flask()[0]).parent), env["PATH"]))
-    code, said = run(["bash", "-c", script], env | {"PATH": path})
-    assert code == 0, said
-    return said.split()
-
-
-def test_bash_completes_names_topics_and_states_while_the_database_is_away(env: Env) -> None:
-    away = env(DATABASE_URL="postgresql+psycopg://nobody@127.0.0.1:9/none")
-    assert completed(away, "flask workers history m") == ["morning_report_worker"]
-    assert completed(away, "flask workers run morning_report_worker ''") == ["passive_user_checker_worker"]
-    assert completed(away, "flask workers history NAME --state ha") == ["handed-back"]
-    assert completed(away, "flask messages list --state d") == ["dead", "discarded", "done"]
-    assert completed(away, "flask workers res") == ["reschedule", "resume"]
