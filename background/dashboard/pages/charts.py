@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from urllib.parse import urlencode
 
-from flask import Blueprint, render_template, request, url_for
+from flask import Blueprint, abort, render_template, request, url_for
 from flask.typing import ResponseReturnValue
 
 from ...manager import the_manager
@@ -30,7 +30,18 @@ class Charts:
 
 
 def charts_page() -> ResponseReturnValue:
-    return render_template("background/charts.html", runs=run_charts(), messages=message_charts(), spans=span_links())
+    topic = request.args.get("topic")
+    if topic and not topic.isprintable():
+        abort(404)
+    return render_template(
+        "background/charts.html",
+        topic=topic,
+        topics=list(the_manager().topics),
+        runs=None if topic else run_charts(),
+        messages=message_charts(topic),
+        spans=span_links(),
+        span=_span(),
+    )
 
 
 def run_charts(worker: str | None = None) -> Charts:

@@ -28,9 +28,13 @@ class Counting(MessageWorker):
         pass
 
 
+class Mailing(Counting):
+    topic = "mail"
+
+
 @pytest.fixture
 def app(database_url: str) -> Any:
-    app = make_app(database_url, Hourly, Counting)
+    app = make_app(database_url, Hourly, Counting, Mailing)
     with Clock(NOW):
         yield app
     close(app)
@@ -122,9 +126,25 @@ def test_a_workers_page_has_the_charts_of_its_own_runs_and_keeps_the_rest_of_its
 
 
 @on_sqlite
-def test_a_worker_without_runs_says_so_in_a_sentence(client: FlaskClient) -> None:
+def test_a_worker_without_runs_says_so_in_a_sentence(app: Flask, client: FlaskClient) -> None:
+    roll(app)
     assert "Charts 1 hour 24 hours 7 days 14 days" in (shown := said(page(client, "/workers/worker/hourly")))
     assert "No run ended since" in shown
+
+
+@on_sqlite
+def test_the_charts_of_one_topic_are_reached_from_those_of_the_fleet(
+    app: Flask, client: FlaskClient, engine: Engine
+) -> None:
+    add_runs(engine, "succeeded")
+    add_messages(engine)
+    roll(app)
+    assert 'href="/workers/charts?span=1h&amp;topic=mail"' in page(client, "/workers/charts?span=1h")
+    orders, mail = (said(page(client, f"/workers/charts?topic={topic}")) for topic in ("orders", "mail"))
+    assert "Messages 2 enqueued, 1 done, 1 failed" in orders
+    assert "Runs by outcome" not in orders
+    assert "Messages of mail The whole fleet No message was enqueued or handled since" in mail
+    assert client.get("/workers/charts?topic=%00").status_code == 404
 
 
 @on_sqlite
@@ -132,13 +152,14 @@ def test_an_application_that_never_ran_says_so_in_a_sentence(app: Flask, client:
     roll(app)
     shown = said(page(client, "/workers/charts"))
     assert "Runs of all workers No run ended since" in shown
-    assert "Messages of all topics No message was enqueued or handled since" in shown
+    assert "Messages of all topics One topic: mail , orders No message was enqueued or handled since" in shown
     assert "not counted yet" not in shown
 
 
 @on_sqlite
 def test_the_time_before_the_first_count_is_named(client: FlaskClient) -> None:
-    assert "is not counted yet. An instance counts it" in said(page(client, "/workers/charts"))
+    shown = said(page(client, "/workers/charts"))
+    assert "is not counted yet. An instance counts it, within minutes after its start. Nothing is counted yet." in shown
 
 
 @on_sqlite
