@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from random import Random
@@ -29,7 +29,7 @@ from app import create_app
 from migrations.schema import upgrade
 from models import db
 
-from . import soak_locks, soak_losers, soak_messages, soak_messages_oracle
+from . import soak_locks, soak_losers, soak_messages, soak_messages_oracle, soak_operator
 from .soak_database import LOST_COMMITS, Pace, Postgresql, Sqlite, Watch
 from .soak_fleet import FAKETIME, LEASE_SECONDS, Fleet
 from .soak_oracle import Oracle, Verdict, quantile
@@ -102,7 +102,9 @@ def database(engine: str, processes: int) -> Iterator[Sqlite | Postgresql]:
 def soak(where: Sqlite | Postgresql, logs: Path, arguments: argparse.Namespace) -> bool:
     random = Random(arguments.seed)
     seconds = arguments.minutes * 60
-    fleet, watch, pace = Fleet(arguments.processes, where, logs, random, arguments.seed), Watch(where), Pace()
+    watch, pace, operating = Watch(where), Pace(), ExitStack()
+    manager = operating.enter_context(soak_operator.controls(where.url))
+    fleet = Fleet(arguments.processes, where, logs, random, arguments.seed, manager)
     try:
         wait_until_up(fleet)
         look_after(fleet, CATCH_UP_SECONDS)
@@ -117,6 +119,7 @@ def soak(where: Sqlite | Postgresql, logs: Path, arguments: argparse.Namespace) 
         fleet.term_all()
     finally:
         fleet.close()
+        operating.close()
         absences, standstills = watch.stop(), pace.stop()
     oracle = Oracle(where.engine, absences, standstills, fleet.faults)
     verdict = oracle.judge(since, calm_until, until)
@@ -201,6 +204,7 @@ class Report:
             ("outage (the database was away)", verdict.outage, ""),
             ("missed, as a crash had lost the commits of their runs", verdict.undone, ""),
             ("lost or missed, as rows of their workers were deleted", verdict.deleted, ""),
+            ("cancelled by the operator", f"{verdict.cancelled} of {counts['cancel']} requests", ""),
             ("take-over after SIGKILL", times(verdict.take_over), f"<= {lease + 1:.0f} s"),
             ("take-over after SIGSTOP or silence", times(verdict.take_over_of_stopped), ""),
             ("hand-over after SIGTERM", times(verdict.hand_over), "<= 1 s"),

@@ -14,8 +14,10 @@ from pathlib import Path
 from random import Random
 from typing import IO
 
+from background import BackgroundWorkerManager
+
 from .soak_database import Postgresql, Sqlite
-from .soak_operator import Deleted, delete_rows
+from .soak_operator import Deleted, cancel_run, delete_rows
 
 ROOT = Path(__file__).parent.parent
 LEASE_SECONDS, HEARTBEAT_SECONDS, SHUTDOWN_SECONDS = 2.0, 0.5, 5.0
@@ -44,6 +46,7 @@ class Fault:
     until: float = 0.0
     note: str = ""
     deleted: tuple[Deleted, ...] = ()
+    cancelled: Deleted | None = None
 
 
 @dataclass
@@ -86,12 +89,21 @@ class Life:
 class Fleet:
     """`size` slots. Each holds a process, or the moment of its next start."""
 
-    def __init__(self, size: int, database: Sqlite | Postgresql, logs: Path, random: Random, seed: int) -> None:
+    def __init__(
+        self,
+        size: int,
+        database: Sqlite | Postgresql,
+        logs: Path,
+        random: Random,
+        seed: int,
+        manager: BackgroundWorkerManager,
+    ) -> None:
         self.faults: list[Fault] = []
         self.problems: list[str] = []
         self.counts: Counter[str] = Counter()
         self.pids: set[int] = set()
         self._database, self._logs, self._random, self._seed = database, logs, random, seed
+        self._manager = manager
         self._slots: list[Life | float] = [0.0] * size
         self._began = time.monotonic()
         self._troubles: list[str] = []
@@ -199,7 +211,9 @@ class Fleet:
     def harm(self) -> bool:
         """Cause one fault of a random kind. Return False if no process is left for it."""
         kinds: list[Callable[[], bool]] = [self._kill] * 4 + [self._stop] * 3 + [self._term] * 3
-        kinds += [self._trouble] * 4 + [self._delete] * 2 + [self._silence] * 2 * bool(self._database.proxies)
+        kinds += (
+            [self._trouble] * 4 + [self._delete, self._cancel] * 2 + [self._silence] * 2 * bool(self._database.proxies)
+        )
         return self._random.choice(kinds)()
 
     def _victim(self, may_be: Callable[[Life], bool] = lambda life: True) -> Life | None:
@@ -282,6 +296,14 @@ class Fleet:
             note = ", ".join(map(str, deleted))
             self._did(Fault("delete", at, note=note, until=time.time(), deleted=deleted))
         return bool(deleted)
+
+    def _cancel(self) -> bool:
+        """Cancel a run, as an operator does."""
+        at = time.time()
+        cancelled = cancel_run(self._database.operator, self._manager, self._random)
+        if cancelled:
+            self._did(Fault("cancel", at, note=str(cancelled), until=time.time(), cancelled=cancelled))
+        return cancelled is not None
 
     def _did(self, fault: Fault) -> Fault:
         self.faults.append(fault)

@@ -1,5 +1,7 @@
-"""The soak's operator, who deletes rows of workers that run: their executions, or their own rows."""
+"""The soak's operator, who cancels runs, and deletes rows of workers that run."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from random import Random
 from typing import NamedTuple
@@ -7,15 +9,18 @@ from typing import NamedTuple
 from sqlalchemy import Connection, Engine, delete, select
 from sqlalchemy.exc import SQLAlchemyError
 
+from app import create_app
+from background import BackgroundWorkerManager
 from background.database.tables import executions, workers
 
 from .soak_worker import workers as soak_workers
 
 MOST_DELETED = 3
+NAME = "the operator"
 
 
 class Deleted(NamedTuple):
-    """The claim that a deleted row was about."""
+    """A claim in force. `table` is the table of its deleted row, or empty."""
 
     table: str
     worker: str
@@ -23,7 +28,9 @@ class Deleted(NamedTuple):
     token: int
 
     def __str__(self) -> str:
-        return f"{self.table}: {self.worker}, tick {self.tick:%H:%M:%S.%f}, token {self.token}"
+        return (
+            f"{f'{self.table}: ' if self.table else ''}{self.worker}, tick {self.tick:%H:%M:%S.%f}, token {self.token}"
+        )
 
 
 def delete_rows(engine: Engine, random: Random) -> tuple[Deleted, ...]:
@@ -40,6 +47,32 @@ def delete_rows(engine: Engine, random: Random) -> tuple[Deleted, ...]:
     except SQLAlchemyError:  # the database is away, or a frozen process has locked the row
         return ()
     return gone
+
+
+@contextmanager
+def controls(url: str) -> Iterator[BackgroundWorkerManager]:
+    """Give a manager with the soak's workers, which runs none of them."""
+    app = create_app({"DATABASE_URL": url, "SECRET_KEY": "soak", "LOG_LEVEL": "ERROR"})
+    manager: BackgroundWorkerManager = app.extensions["background_workers"]
+    for worker in soak_workers():
+        manager.add(worker)
+    try:
+        yield manager
+    finally:
+        manager.stop()
+
+
+def cancel_run(engine: Engine, manager: BackgroundWorkerManager, random: Random) -> Deleted | None:
+    """Cancel a run in force. Return its claim, also if it is unknown whether the request arrived."""
+    try:
+        with engine.connect() as connection:
+            claim = Deleted("", *random.choice(connection.execute(_in_force).all()))
+    except (SQLAlchemyError, IndexError):  # the database is away, or nothing runs
+        return None
+    with suppress(SQLAlchemyError):
+        if not manager.cancel(claim.worker, by=NAME, token=claim.token):
+            return None
+    return claim
 
 
 _in_force = (

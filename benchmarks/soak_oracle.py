@@ -33,6 +33,7 @@ class Verdict:
     outage: int = 0
     undone: int = 0
     deleted: int = 0
+    cancelled: int = 0
     duplicates: int = 0
     lost: int = 0
     early: int = 0
@@ -86,6 +87,7 @@ class Oracle:
         self._judge_effects(verdict)
         self._judge_notes(verdict)
         self._judge_states(verdict, until)
+        self._judge_cancelled(verdict)
         self._time_starts(verdict, since, calm_until, until)
         for fault in self._faults:
             self._time_others(verdict, fault)
@@ -128,6 +130,7 @@ class Oracle:
                 verdict.outage += excuse == "outage"
                 verdict.undone += excuse == "undone"
                 verdict.deleted += excuse == "deleted"
+                verdict.cancelled += excuse == "cancelled"
                 if not excuse:
                     verdict.lost += 1
                     verdict.violations.append((key, "lost"))
@@ -136,9 +139,11 @@ class Oracle:
         """Return the reason why a tick may lack an effect, if the history has a note of it.
 
         `skipped`: the previous run was in force. `outage`: the database was away until the next tick. `undone`: a crash
-        lost commits after the tick. `deleted`: rows of the worker were deleted then.
+        lost commits after the tick. `deleted`: rows of the worker were deleted then. `cancelled`: its run was.
         """
         worker, tick = key
+        if any(row.state == "cancelled" for row in self._runs.get(key, ())):
+            return "cancelled"
         for row in self._not_run[worker]:
             if row.tick <= tick <= row.through:
                 if row.state == "skipped" and self._was_in_force(worker, tick, row.finished_at):
@@ -220,7 +225,7 @@ class Oracle:
                     verdict.violations.append((key, f"begun {(row.tick - row.started_at).total_seconds():.3f} s early"))
                 # When the whole fleet ends, no instance is left to recover the last one's runs.
                 is_left = row.state == "running" and row.tick > until
-                if row.state not in ("succeeded", "lost", "handed back") and not is_left:
+                if row.state not in ("succeeded", "lost", "handed back", "cancelled") and not is_left:
                     verdict.not_final += 1
                     verdict.violations.append((key, f"an execution that {row.state}"))
                 tokens = [done.token for done in self._done[key]]
@@ -236,6 +241,28 @@ class Oracle:
                 if not (is_over or self._lost_its_claim(one) or self._lost_its_claim(following)):
                     verdict.out_of_order += 1
                     verdict.violations.append(((worker, following.tick), "begun while another was in force"))
+
+    def _judge_cancelled(self, verdict: Verdict) -> None:
+        """Check that a cancelled run ended as such, was asked for, commits nothing later, and is not run again."""
+        asked_for = {(each.worker, each.token) for fault in self._faults if (each := fault.cancelled)}
+        for key, rows in self._runs.items():
+            for number, row in enumerate(rows):
+                wrong = []
+                if row.cancelled_at is not None and row.state not in ("cancelled", "running"):
+                    wrong.append(f"cancelled, but it {row.state}")
+                if row.state == "cancelled":
+                    if (key[0], row.token) not in asked_for:
+                        wrong.append("cancelled, although the operator did not ask for it")
+                    if rows[number + 1 :]:
+                        wrong.append("cancelled, but run again")
+                    if any(each.token == row.token and each.at > row.finished_at for each in self._of(key)):
+                        wrong.append("cancelled, but it committed later")
+                verdict.not_final += len(wrong)
+                verdict.violations += [(key, what) for what in wrong]
+
+    def _of(self, key: Key) -> Iterator[Row[Any]]:
+        """Yield the effects of the tick, those of its slices too."""
+        return (row for row in self._effects if (row.worker, row.tick) == key)
 
     def _lost_its_claim(self, row: Any) -> bool:
         """Return whether a crash lost the claim of a run that went on.

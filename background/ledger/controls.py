@@ -16,7 +16,7 @@ from ..host.logs import logger_of
 from ..schedule.parsing import parse_schedule
 from ..schedule.periods import Schedule
 from .claim import Claim
-from .ledger import Ledger
+from .ledger import Ledger, own
 from .statements import marked, pending
 
 log = logger_of(__name__)
@@ -98,15 +98,13 @@ class Controls:
         orders them. The first request stays, and a claim with a request ends as cancelled.
         """
         is_first = executions.c.cancelled_at.is_(None)
-        request = {
-            "cancelled_at": case((is_first, now()), else_=executions.c.cancelled_at),
-            "cancelled_by": case((is_first, by), else_=executions.c.cancelled_by),
-        }
+        request = update(executions).where(own(claim), is_first).values(cancelled_at=now(), cancelled_by=by)
         is_written = False
         with self._store.begin() as connection, suppress(ClaimLost):
             if self._store.on_sqlite and not lock_soon(connection, _PATIENCE_SECONDS):
                 return True
-            self._ledger.check(claim, connection, request)
+            self._ledger.check(claim, connection)
+            connection.execute(request)
             is_written = True
         if is_written:
             self._store.ring()

@@ -198,6 +198,35 @@ def test_a_tick_that_was_missed_right_after_the_row_of_its_worker_was_deleted_is
     assert (verdict.lost, verdict.deleted) == (0, 1)
 
 
+def request(token: int) -> Fault:
+    return Fault("cancel", TICK.timestamp(), cancelled=Deleted("", QUICK.name, TICK, token))
+
+
+def test_a_run_that_the_operator_cancelled_excuses_its_tick(soaked: Soaked) -> None:
+    soaked.ran("cancelled", cancelled_at=TICK)
+    verdict = soaked.judge(request(1))
+    assert (verdict.lost, verdict.cancelled, verdict.violations) == (0, 1, [])
+    assert sentences(soaked.judge()) == ["cancelled, although the operator did not ask for it"]
+
+
+def test_a_cancelled_run_that_commits_later_or_again_is_a_violation(soaked: Soaked) -> None:
+    soaked.ran("cancelled", cancelled_at=TICK)
+    soaked.left(part=1, at=TICK)
+    assert sentences(soaked.judge(request(1))) == []
+    soaked.left(part=2, at=TICK + SECOND)
+    assert sentences(soaked.judge(request(1))) == ["cancelled, but it committed later"]
+    soaked.ran(begun=TICK + 2 * SECOND)
+    assert "cancelled, but run again" in sentences(soaked.judge(request(1)))
+
+
+@pytest.mark.parametrize("state", ["succeeded", "lost", "handed back"])
+def test_a_run_with_a_request_that_ends_otherwise_is_a_violation(soaked: Soaked, state: str) -> None:
+    soaked.ran(state, cancelled_at=TICK)
+    if state != "succeeded":
+        soaked.ran(begun=TICK + SECOND)
+    assert sentences(soaked.judge(request(1))) == [f"cancelled, but it {state}"]
+
+
 @pytest.mark.parametrize("state", ["skipped", "missed"])
 def test_an_effect_of_a_tick_recorded_as_not_run_is_a_violation(soaked: Soaked, state: str) -> None:
     soaked.ran()

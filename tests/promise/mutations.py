@@ -50,6 +50,65 @@ MUTATIONS = (
         ["tests/background/ledger/test_ledger.py", "-k", "mark or claim_that_comes_after"],
     ),
     Mutation(
+        "a run with a request to cancel it does not succeed",
+        [
+            Edit(
+                "background/ledger/ledger.py",
+                'case((is_cancelled, "cancelled"), else_=outcome["state"])',
+                'outcome["state"]',
+            )
+        ],
+        ["tests/background/runs/test_cancelling.py", "-k", "comes_before_its_last_commit"],
+    ),
+    Mutation(
+        "a cancelled tick does not become pending",
+        [Edit("background/ledger/ledger.py", ' and state != "cancelled":', ":")],
+        ["tests/background/runs/test_cancelling.py", "-k", "gone_instance"],
+    ),
+    Mutation(
+        "a cancelled run that returns has not succeeded",
+        [
+            Edit(
+                "background/runs/execution.py",
+                "        if self.is_cancelled:  # the run may",
+                "        if False:  # the",
+            ),
+            Edit(
+                "background/ledger/ledger.py",
+                '        if state == "cancelled":\n            raise',
+                "        if False:\n            raise",
+            ),
+        ],
+        ["tests/background/runs/test_cancelling.py", "-k", "asked_to_stop_and_its_tick and Returning"],
+    ),
+    Mutation(
+        "a cancelled run that does not end can no longer commit",
+        [
+            Edit(
+                "background/runs/execution.py",
+                '        context.lose(f"it was cancelled, and',
+                '        str(f"it was cancelled, and',
+            )
+        ],
+        ["tests/background/runs/test_cancelling.py", "-k", "told_apart"],
+    ),
+    Mutation(
+        "a request to cancel names one claim",
+        [Edit("background/ledger/controls.py", "            self._ledger.check(claim, connection)\n", "")],
+        ["tests/background/runs/test_cancelling.py", "-k", "handed_over or too_late"],
+    ),
+    Mutation(
+        "a request to cancel does not wait for SQLite's write lock",
+        [
+            Edit(
+                "background/manager.py",
+                "                self.stores.leases.cancel(claim.instance, claim.id, by)",
+                "                pass",
+            )
+        ],
+        ["tests/background/runs/test_cancelling.py", "-k", "holds_the_write_lock"],
+    ),
+    Mutation(
         "a cursor is stored by the commit of its own session only",
         [
             Edit(
