@@ -136,7 +136,7 @@ def pages(app: Flask, size: Size) -> Iterator[str]:
             "worker=worker_7&window=6h",
         ],
         "background.charts": ["span=1h", "span=14d"],
-        "background.messages": ["topic=orders", f"topic=orders&before={size.messages}"],
+        "background.messages": ["topic=orders", "state=dead", "state=waiting", "text=nothing", "error=nothing"],
     }
     with app.test_request_context():
         for rule in app.url_map.iter_rules():

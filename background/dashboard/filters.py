@@ -10,7 +10,7 @@ from flask.sessions import NullSession
 from markupsafe import Markup
 from werkzeug.wrappers import Response
 
-from ..history.text import ahead, moment, span
+from ..history.text import ahead, moment, postponed, span
 from .origin import is_own_path
 from .tracebacks import parts
 
@@ -125,4 +125,5 @@ FILTERS: dict[str, Callable[..., object]] = {
     "sentence_text": sentence_text,
     "log_text": log_text,
     "traceback_parts": parts,
+    "postponed_text": postponed,
 }

@@ -141,7 +141,7 @@ class History:
 
     def per_minute(self) -> int:
         """Return the number of runs that began within the last minute."""
-        begun = executions.c.id > _last_begun(select(now(-_MINUTE)).scalar_subquery())
+        begun = executions.c.id > last_until(executions.c.started_at, select(now(-_MINUTE)).scalar_subquery())
         [(number,)] = self._read(select(func.count()).where(begun, executions.c.started_at.is_not(None)))
         return number  # type: ignore[no-any-return]
 
@@ -237,7 +237,9 @@ def _newest(worker: str | None, until: datetime, is_past: bool) -> Select[Any]:
     """Select the executions before `until`, newest first, in the order of an index."""
     if worker is not None:
         return _brief.where(executions.c.worker == worker, executions.c.tick <= until).order_by(*_newest_first)
-    return (_brief.where(executions.c.id <= _last_begun(until)) if is_past else _brief).order_by(executions.c.id.desc())
+    return (
+        _brief.where(executions.c.id <= last_until(executions.c.started_at, until)) if is_past else _brief
+    ).order_by(executions.c.id.desc())
 
 
 def _of(name: str) -> Select[Any]:
@@ -251,17 +253,17 @@ _whole: Select[Any] = select(*_columns, now().label("clock"))
 _brief: Select[Any] = select(*_without_reason, now().label("clock"))
 
 
-def _last_begun(at: datetime | ColumnElement[datetime]) -> ColumnElement[int]:
-    """Select the greatest id of the executions that had begun by that moment.
+def last_until(moment: ColumnElement[datetime], at: datetime | ColumnElement[datetime]) -> ColumnElement[int]:
+    """Select the greatest id of the rows whose `moment` is at most `at`.
 
-    Ids grow with the start. So a binary search on the primary key finds the id quickly among any number of rows.
+    Ids grow with this moment. So a binary search on the primary key finds the id quickly among any number of rows.
     """
+    id: ColumnElement[int] = moment.table.c.id
     step = select(literal(0, BigInteger).label("place"), literal(_HIGHEST_BIT, BigInteger).label("bit"))
     search = step.cte("search", recursive=True)
     ahead = search.c.place + search.c.bit
-    began = select(executions.c.started_at).where(executions.c.id >= ahead, executions.c.started_at.is_not(None))
-    first = began.order_by(executions.c.id).limit(1).correlate(search).scalar_subquery()
-    place = case((first <= at, ahead), else_=search.c.place)
+    first = select(moment).where(id >= ahead, moment.is_not(None)).order_by(id).limit(1)
+    place = case((first.correlate(search).scalar_subquery() <= at, ahead), else_=search.c.place)
     search = search.union_all(select(place, search.c.bit // 2).where(search.c.bit > 0))
     return select(func.max(search.c.place)).scalar_subquery()
 

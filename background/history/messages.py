@@ -1,6 +1,6 @@
 """Reads the messages for people: their errors, their number, their waiting times. Retries, discards, pauses them."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
@@ -27,12 +27,16 @@ from ..host import strict_json
 from ..messages.dead_letters import DeadLetters
 from ..messages.pauses import Pauses
 from ..worker import MessageWorker
+from .browsing.filters import Filter, newest_error
+from .browsing.search import MessagePlace, errors, search
 from .instances import InstanceHistory
+from .records import ErrorGroup
 
 STATES = ("waiting", "running", "done", "dead", "discarded")
 _OPEN = ("waiting", "running", "dead")
 _SHORT = 200  # characters of a payload
 _RECENTLY, _JUST_NOW = timedelta(hours=1), timedelta(minutes=1)
+_MOST_SEARCHES = 20  # of one change
 _SAMPLE = 5_000  # the newest messages, from which a high throughput is estimated
 
 
@@ -134,6 +138,30 @@ class Topic:
     """True if `handled` is extrapolated from the newest messages."""
 
 
+@dataclass(frozen=True)
+class Browsed:
+    """One page of the messages that match a filter."""
+
+    letters: list[MessageRecord]
+    matches: int
+    """The number of messages that match from this page on, among those that the search looked at."""
+    following: MessagePlace | None
+    """The place where the next page begins. None on the last page."""
+    is_complete: bool
+    """True if the search looked at every message from this page on."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """The outcome of a change of many messages."""
+
+    changed: int
+    left: int
+    """The number of messages that were left alone, because they were in another state by then."""
+    is_complete: bool = True
+    """False if there may be further messages that match."""
+
+
 class MessageHistory:
     """Reads the messages of one database, in a constant number of queries per call. Retries and discards them.
 
@@ -175,6 +203,22 @@ class MessageHistory:
         found = self._found(_records(whole).where(messages.c.id.in_(newest)).order_by(messages.c.id.desc()))
         self._refuse_unknown(topic, found)
         return found
+
+    def browse(
+        self, filter: Filter, topics: Sequence[Topic], limit: int = 25, after: MessagePlace | None = None
+    ) -> Browsed:
+        """Return a page of the messages that match, by bounded work. `topics` are the figures. Raises UnknownTopic."""
+        found = search(self._store, filter, _names(filter, topics), after)
+        self._refuse_unknown(filter.topic or None, found.ids or filter.topic in {each.topic for each in topics})
+        shown = found.ids[:limit]
+        query = _records(whole=False).where(self._store.is_among(messages.c.id, shown))
+        letters = sorted(self._found(query) if shown else [], key=lambda letter: shown.index(letter.id))
+        rest = (letters[-1].due_at, letters[-1].id) if letters and len(found.ids) > limit else found.rest
+        return Browsed(letters, len(found.ids), rest, found.rest is None)
+
+    def errors(self, filter: Filter, topics: Sequence[Topic]) -> list[ErrorGroup]:
+        """Return the last errors of the newest messages of the filter's topic and state, in groups."""
+        return errors(self._store, filter, _names(filter, topics))
 
     def letter(self, id: int) -> tuple[MessageRecord, list[Failure]]:
         """Return one message, and its failed attempts, oldest first. Raises UnknownMessage."""
@@ -245,6 +289,37 @@ class MessageHistory:
         with self._on_its_own("messages.discard"):
             return self._decide(self._dead_letters.discard, ids, topic)
 
+    def change(self, how: str, ids: Collection[int], topic: str | None = None) -> Change:
+        """Retry, discard or move (to `topic`) those of `ids` whose state allows it. Leave the other messages alone.
+
+        `how` is "retry", "discard" or "move". Raises UnknownTopic, WrongState and CommitFirst.
+        """
+        self._refuse_unknown(topic, False)
+        ids = [id for id in ids if 0 < id <= LARGEST_ID]
+        with self._on_its_own(f"messages.{how}"):
+            changed = self._changed(how, ids, topic)
+        return Change(changed, len(ids) - changed)
+
+    def change_all(self, how: str, filter: Filter, topic: str | None = None) -> Change:
+        """Do as `change` does to the messages that match, as far as _MOST_SEARCHES searches find them."""
+        self._refuse_unknown(topic, False)
+        names, place = _names(filter, self.depths()), None
+        changed = left = 0
+        with self._on_its_own(f"messages.{how}"):
+            for _ in range(_MOST_SEARCHES):
+                found = search(self._store, filter, names, place)
+                number = self._changed(how, found.ids, topic)
+                changed, left, place = changed + number, left + len(found.ids) - number, found.rest
+                if place is None:
+                    break
+        return Change(changed, left, place is None)
+
+    def _changed(self, how: str, ids: Collection[int], topic: str | None) -> int:
+        if topic is not None:
+            return self._dead_letters.move(ids, topic)
+        change = self._dead_letters.retry if how == "retry" else self._dead_letters.discard
+        return change(ids, refuse=False)
+
     # -- pausing -------------------------------------------------------------------------------
 
     def pause(self, topic: str) -> bool:
@@ -296,19 +371,17 @@ def _is_text(topic: str | None) -> bool:
     return topic is not None and topic.isprintable()
 
 
+def _names(filter: Filter, topics: Sequence[Topic]) -> list[str]:
+    """Return the topics that may have such messages. Any topic may have a message with a key."""
+    return [each.topic for each in topics if filter.key or getattr(each, filter.state, None)]
+
+
 def _records(whole: bool) -> Select[Any]:
     named = [
         messages.c[name] for name in MessageRecord.__dataclass_fields__ if name in messages.c and name != "payload"
     ]
     payload = messages.c.payload if whole else func.substr(messages.c.payload, 1, _SHORT)
-    newest = (
-        select(message_errors.c.error)
-        .where(message_errors.c.message == messages.c.id)
-        .order_by(message_errors.c.id.desc())
-        .limit(1)
-        .scalar_subquery()
-    )
-    return select(*named, payload.label("payload"), newest.label("error"), now().label("clock"))
+    return select(*named, payload.label("payload"), newest_error(messages.c.id).label("error"), now().label("clock"))
 
 
 def _depth(name: str, which: ColumnElement[bool], *more: Any) -> Select[Any]:

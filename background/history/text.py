@@ -104,6 +104,18 @@ def decided(count: int, one: str, many: str) -> str:
     return f"{count:,} message{f' {one}' if count == 1 else f's {many}'}." if count else "No message is dead."
 
 
+def changed(changed: int, left: int, is_complete: bool, one: str, many: str) -> str:
+    """Say how many messages a user changed, and how many were left alone."""
+    said = [
+        f"{changed:,} message{f' {one}' if changed == 1 else f's {many}'}." if changed else "No message was changed."
+    ]
+    if left:
+        said.append(f"{left:,} {'was' if left == 1 else 'were'} left alone: meanwhile running, done or changed.")
+    if not is_complete:
+        said.append("There may be more: repeat it.")
+    return " ".join(said)
+
+
 def postponed(count: int, reason: str | None) -> str:
     """Say how often a handler raised `Later` for its message, and the reason that it gave last."""
     times = "once" if count == 1 else f"{count:,} times"

@@ -53,25 +53,67 @@ def states_of(app: Any, topic: str) -> list[str]:
 
 def test_a_dead_letter_is_retried_and_the_remaining_letters_are_discarded_together(app, opened):
     first, *_ = bury(app, 3, "returns")
-    page = opened("/workers/messages?topic=returns")
+    page = opened("/workers/messages?topic=returns&state=dead")
     assert violations(page) == []
     page.get_by_role("link", name=str(first), exact=True).click()
+    page.wait_for_url(f"**/messages/{first}")
     page.get_by_text("OSError: <no> mail").first.wait_for()
     assert violations(page) == []
     page.get_by_role("button", name="Retry").click()
-    page.get_by_text(f"Message {first} waits again.").wait_for()
+    page.get_by_text("1 message waits again.").wait_for()
     assert states_of(app, "returns") == ["waiting", "dead", "dead"]
 
-    page.goto("/workers/messages?topic=returns")
-    page.get_by_text("Retry or discard all 2 of returns").click()
-    page.get_by_role("button", name="Discard all").click()  # the browser asks for the box first
-    box = page.get_by_label("Yes, all 2 of returns")
+    page.goto("/workers/messages?topic=returns&state=dead")
+    page.get_by_text("All 2 that match").click()
+    page.get_by_role("button", name="Discard all").click()
+    page.get_by_text("Nothing was changed. Tick the box first").wait_for()
+    page.get_by_text("All 2 that match").click()
+    box = page.get_by_label("Yes, all that match")
     box.check()
     page.clock.run_for(6_000)
     assert box.is_checked()
     page.get_by_role("button", name="Discard all").click()
     page.get_by_text("2 messages are discarded.").wait_for()
     assert states_of(app, "returns") == ["waiting", "discarded", "discarded"]
+
+
+def test_messages_are_found_selected_and_moved_by_keyboard(app, opened):
+    bury(app, 3, "letters")
+    page = opened("/workers/messages")
+    page.get_by_role("heading", name="Errors of dead messages").wait_for()
+    page.get_by_label("Topic", exact=True).select_option("letters")
+    page.get_by_label("Payload contains").fill('"ORDER": 7')
+    page.keyboard.press("Enter")
+    page.get_by_text("3 messages match.").wait_for()
+    assert violations(page) == []
+    page.get_by_role("button", name="Select all on this page").focus()
+    page.keyboard.press("Enter")
+    boxes = page.get_by_role("checkbox", name="Select message")
+    assert [box.is_checked() for box in boxes.all()] == [True] * 3
+    boxes.first.uncheck()
+    page.get_by_label("to the topic").select_option("mail")
+    page.get_by_role("button", name="Move", exact=True).click()
+    page.get_by_text("2 messages wait in mail.").wait_for()
+    assert focused(page) == "move-selected"
+
+
+def test_messages_are_found_and_changed_without_a_script(app, opened):
+    first, *_ = bury(app, 3, "parcels")
+    page = opened("/workers/messages?topic=parcels", java_script_enabled=False)
+    assert page.get_by_role("button", name="Select all on this page").count() == 0
+    page.get_by_label(f"Select message {first}").check()
+    page.get_by_role("button", name="Discard", exact=True).click()
+    page.get_by_text("1 message is discarded.").wait_for()
+    assert states_of(app, "parcels") == ["discarded", "dead", "dead"]
+
+
+def test_the_messages_fit_a_phone(app, opened):
+    bury(app, 3, "a_topic_with_a_long_name_that_does_not_break_by_itself")
+    page = opened("/workers/messages", viewport={"width": 390, "height": 844})
+    for path in ("", "?state=dead", f"/{bury(app, 1, 'returns')[0]}"):
+        page.goto(f"/workers/messages{path}")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390, path
+        assert violations(page) == []
 
 
 def test_a_run_that_was_taken_over_appears_in_two_lanes_with_an_arrow(app, opened):

@@ -1,60 +1,94 @@
-"""Pages of the messages: the topics, the dead letters, and one message with its errors."""
+"""Pages of the messages: the topics, the browser of all messages, and one message with its errors."""
 
 from collections.abc import Callable
+from contextlib import suppress
 
-from flask import Blueprint, abort, render_template, request
+from flask import Blueprint, abort, redirect, render_template, request, url_for
 from flask.typing import ResponseReturnValue
 
 from ...database.tables import LARGEST_ID
-from ...errors import UnknownMessage, UnknownTopic, WrongState
-from ...history.text import decided, indented, whole_number
+from ...errors import InvalidMessage, UnknownMessage, UnknownTopic, WrongState
+from ...history.browsing.filters import OLDER, SEARCHED_TEXT, STATES, YOUNGER, Filter
+from ...history.browsing.search import MOST_GROUPED, MessagePlace
+from ...history.executions import MOST_SEARCHED
+from ...history.messages import Change
+from ...history.text import changed, indented, moment_in, whole_number
 from ...manager import the_manager
 from ..filters import back, say
 
-_PAGE = 25
-_CLASSES = {"running": "running", "done": "succeeded", "dead": "failed"}
+PER_PAGE = 25
+CLASSES = {"running": "running", "done": "succeeded", "dead": "failed"}
+_HOW = {
+    "retry": ("waits again", "wait again"),
+    "discard": ("is discarded", "are discarded"),
+    "move": ("waits in {}", "wait in {}"),
+}
 
 
 def add_to(blueprint: Blueprint) -> None:
     blueprint.add_url_rule("/messages", "messages", messages_page)
     blueprint.add_url_rule("/messages/<int:id>", "message", message_page)
-    blueprint.add_url_rule("/messages/<int:id>/retry", "retry_message", retry_one, methods=["POST"])
-    blueprint.add_url_rule("/messages/<int:id>/discard", "discard_message", discard_one, methods=["POST"])
+    blueprint.add_url_rule("/messages/<int:id>/copy", "copy_message", copy, methods=["POST"])
+    blueprint.add_url_rule("/messages/change", "change_messages", change, methods=["POST"])
     blueprint.add_url_rule("/messages/pause", "pause_topic", pause, methods=["POST"])
     blueprint.add_url_rule("/messages/resume", "resume_topic", resume, methods=["POST"])
-    blueprint.add_url_rule("/messages/retry", "retry_messages", retry_all, methods=["POST"])
-    blueprint.add_url_rule("/messages/discard", "discard_messages", discard_all, methods=["POST"])
 
 
 # -- pages ---------------------------------------------------------------------------------------
 
 
 def messages_page() -> ResponseReturnValue:
-    mailbox, topic, before = the_manager().messages, request.args.get("topic") or None, _before()
+    mailbox, wanted, after = the_manager().messages, asked(request.args.get), _after()
+    topics = mailbox.figures()
     try:
-        letters = mailbox.letters(topic, "dead", _PAGE + 1, before=before)
+        found = mailbox.browse(wanted, topics, PER_PAGE, after)
     except UnknownTopic as error:
         abort(404, str(error))
+    failed = Filter(topic=wanted.topic, state=wanted.state if wanted.state == "failing" else "dead")
     return render_template(
         "background/messages.html",
-        topics=mailbox.figures(),
-        topic=topic,
-        before=before,
-        letters=letters[:_PAGE],
-        following=letters[_PAGE - 1].id if len(letters) > _PAGE else None,
-        here=request.full_path,
+        topics=topics,
+        wanted=wanted,
+        found=found,
+        following=_place(found.following),
+        is_first=after is None,
+        states=STATES,
+        ages={**YOUNGER, **OLDER},
+        classes=CLASSES,
+        failed=failed,
+        errors=mailbox.errors(failed, topics),
+        grouped=MOST_GROUPED,
+        searched=MOST_SEARCHED,
+        searched_text=SEARCHED_TEXT,
+        here=request.full_path.rstrip("?"),
     )
 
 
-def _before() -> int | None:
-    """Return the place in the list, from the address. None means the beginning of the list."""
-    number = whole_number(request.args.get("before", ""))
-    return number if number is not None and number <= LARGEST_ID else None
+def asked(get: Callable[..., str]) -> Filter:
+    """Return the filter that the address or the form gives."""
+    if not get("topic", "").isprintable():
+        abort(404)
+    return Filter(**{name: get(name, "").strip() for name in Filter.__dataclass_fields__}).cleaned()
+
+
+def _place(place: MessagePlace | None) -> str | None:
+    """Write the place where the next page begins, for an address."""
+    return f"{place[0].isoformat()}~{place[1]}" if place else None
+
+
+def _after() -> MessagePlace | None:
+    """Read that place from the address. None, the first page, if it cannot be read."""
+    due, _, id = request.args.get("after", "").partition("~")
+    with suppress(ValueError):
+        number = whole_number(id)
+        return (moment_in(due), min(number, LARGEST_ID)) if number is not None else None
+    return None
 
 
 def message_page(id: int) -> ResponseReturnValue:
+    mailbox = the_manager().messages
     try:
-        letter, failures = the_manager().messages.letter(id)
+        letter, failures = mailbox.letter(id)
     except UnknownMessage as error:
         abort(404, str(error))
     return render_template(
@@ -62,8 +96,9 @@ def message_page(id: int) -> ResponseReturnValue:
         letter=letter,
         failures=list(reversed(failures)),
         payload=indented(letter.value),
-        classes=_CLASSES,
+        classes=CLASSES,
         worker=the_manager().topics.get(letter.topic),
+        topics=[name for name in the_manager().topics if name != letter.topic],
         here=request.path,
     )
 
@@ -71,24 +106,52 @@ def message_page(id: int) -> ResponseReturnValue:
 # -- buttons -------------------------------------------------------------------------------------
 
 
-def retry_one(id: int) -> ResponseReturnValue:
-    return _decide_one(the_manager().messages.retry, id, "waits again")
-
-
-def discard_one(id: int) -> ResponseReturnValue:
-    return _decide_one(the_manager().messages.discard, id, "is discarded")
-
-
-def _decide_one(decide: Callable[..., int], id: int, outcome: str) -> ResponseReturnValue:
+def change() -> ResponseReturnValue:
+    """Retry, discard or move the selected messages, or all messages that match the filter of the form."""
+    how, _, scope = request.form.get("do", "").partition(" ")
+    if how not in _HOW:
+        abort(400, "The form names no change.")
+    topic = request.form.get("to") or None
+    if how == "move" and topic is None:
+        say("Nothing was changed. Choose the topic to move the messages to.", "error")
+        return back("background.messages")
+    mailbox, topic = the_manager().messages, topic if how == "move" else None
     try:
-        decide([id])
-    except UnknownMessage as error:
+        if scope != "all":
+            return _said(how, mailbox.change(how, request.form.getlist("id", type=int), topic), topic)
+        if request.form.get("confirmed"):
+            return _said(how, mailbox.change_all(how, asked(request.form.get), topic), topic)
+    except UnknownTopic as error:
         abort(404, str(error))
     except WrongState as error:
         say(str(error), "error")
-    else:
-        say(f"Message {id} {outcome}.", "success")
+        return back("background.messages")
+    say("Nothing was changed. Tick the box first to confirm the change of all messages.", "error")
     return back("background.messages")
+
+
+def _said(how: str, outcome: Change, topic: str | None) -> ResponseReturnValue:
+    one, many = (text.format(topic) for text in _HOW[how])
+    say(
+        changed(outcome.changed, outcome.left, outcome.is_complete, one, many), "success" if outcome.changed else "info"
+    )
+    return back("background.messages")
+
+
+def copy(id: int) -> ResponseReturnValue:
+    """Enqueue a message with the same topic and payload, without a key."""
+    manager = the_manager()
+    try:
+        letter, _ = manager.messages.letter(id)
+        copied = manager.enqueue(letter.topic, letter.value)
+    except (UnknownMessage, UnknownTopic) as error:
+        abort(404, str(error))
+    except InvalidMessage as error:
+        say(str(error), "error")
+        return back("background.messages")
+    manager.db.session.commit()
+    say(f"Message {copied} is a copy of message {id}.", "success")
+    return redirect(url_for("background.message", id=copied), 303)
 
 
 def pause() -> ResponseReturnValue:
@@ -99,37 +162,11 @@ def resume() -> ResponseReturnValue:
     return _control(the_manager().messages.resume, "{} is resumed: its messages are handled.", "{} was not paused.")
 
 
-def _control(change: Callable[[str], bool], done: str, already: str) -> ResponseReturnValue:
-    topic = _topic()
+def _control(control: Callable[[str], bool], done: str, already: str) -> ResponseReturnValue:
+    topic = request.form.get("topic") or abort(400, "The form names no topic.")
     try:
-        changed = change(topic)
+        is_changed = control(topic)
     except UnknownTopic as error:
         abort(404, str(error))
-    say((done if changed else already).format(topic), "success" if changed else "info")
-    return back("background.messages")
-
-
-def _topic() -> str:
-    return request.form.get("topic") or abort(400, "The form names no topic.")
-
-
-def retry_all() -> ResponseReturnValue:
-    return _decide_all(the_manager().messages.retry, "waits again", "wait again")
-
-
-def discard_all() -> ResponseReturnValue:
-    return _decide_all(the_manager().messages.discard, "is discarded", "are discarded")
-
-
-def _decide_all(decide: Callable[..., int], one: str, many: str) -> ResponseReturnValue:
-    """Change all dead messages of the topic, including messages that died after the page was drawn."""
-    topic = _topic()
-    if not request.form.get("confirmed"):
-        say("Nothing was changed. Tick the box first to confirm the change of all messages.", "error")
-        return back("background.messages")
-    try:
-        count = decide(None, topic)
-    except UnknownTopic as error:
-        abort(404, str(error))
-    say(decided(count, one, many), "success")
+    say((done if is_changed else already).format(topic), "success" if is_changed else "info")
     return back("background.messages")

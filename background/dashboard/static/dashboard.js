@@ -173,6 +173,16 @@
     scrollTo({ top: place.top, behavior: "instant" });
   }
 
+  /* Let the button tick all boxes of its form's table, or none if all are ticked. */
+  function offerAll(button) {
+    button.hidden = false;
+    button.addEventListener("click", () => {
+      const boxes = [...button.form.querySelectorAll("td input[type=checkbox]")];
+      const tick = !boxes.every((box) => box.checked);
+      for (const box of boxes) box.checked = tick;
+    });
+  }
+
   /* Scroll a picture that is wider than the screen to its newest end. */
   for (const box of document.querySelectorAll(".bw-timeline")) box.scrollLeft = box.scrollWidth;
   prepare(document);
@@ -180,6 +190,7 @@
     const button = event.target.closest("[data-copies]");
     if (button) copy(button);
   });
+  for (const button of document.querySelectorAll("[data-choose-all]")) offerAll(button);
   findPlace();
   if (live()) {
     read(live());

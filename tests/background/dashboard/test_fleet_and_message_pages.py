@@ -346,39 +346,123 @@ def test_a_message_that_died_is_shown_with_its_error_and_can_be_retried(
     page = see(client, f"messages/{id}")
     for text in ("Traceback (most recent call last)", "k-1", "order_worker", "&#34;note&#34;: &#34;&lt;script&gt;"):
         assert text in page
-    assert f"Message {id} waits again." in post(client, f"messages/{id}/retry")
+    form = {"id": str(id), "next": f"/workers/messages/{id}"}
+    assert "1 message waits again." in post(client, "messages/change", do="retry", **form)
     assert states(fleet) == ["waiting"]
-    assert f"Message {id} is discarded." in post(client, f"messages/{id}/discard", next=f"/workers/messages/{id}")
+    assert "1 message is discarded." in post(client, "messages/change", do="discard", **form)
     assert states(fleet) == ["discarded"]
-    assert "Nothing was changed: message" in post(client, f"messages/{id}/discard")
+    page = post(client, "messages/change", do="discard", **form)
+    assert "No message was changed. 1 was left alone" in page
 
 
 @on_sqlite
-def test_all_messages_of_a_topic_are_retried_or_discarded_after_the_box_is_ticked(
+def test_all_messages_that_match_are_changed_after_the_box_is_ticked(
     fleet: Fleet, manager: BackgroundWorkerManager, client: FlaskClient
 ) -> None:
     bury(fleet, 3)
     bury(fleet, 1, topic="old topic")
-    assert "Yes, all 3 of orders" in see(client, "messages")
-    assert "Nothing was changed" in post(client, "messages/discard", topic="orders")
+    page = see(client, "messages?topic=orders&state=dead")
+    assert "3 messages match." in page
+    assert "All 3 that match" in page
+    everything = {"topic": "orders", "state": "dead"}
+    assert "Nothing was changed" in post(client, "messages/change", do="discard all", **everything)
     assert states(fleet) == ["dead"] * 4
-    assert "3 messages wait again." in post(client, "messages/retry", topic="orders", confirmed="yes")
-    assert "1 message is discarded." in post(client, "messages/discard", topic="old topic", confirmed="yes")
-    assert states(fleet) == ["waiting"] * 3 + ["discarded"]
-    assert client.post("/workers/messages/retry", data={"confirmed": "yes"}).status_code == 400
-    assert client.post("/workers/messages/retry", data={"confirmed": "yes", "topic": "\0"}).status_code == 404
+    confirmed = everything | {"confirmed": "yes"}
+    assert "3 messages wait again." in post(client, "messages/change", do="retry all", **confirmed)
+    everything = {"topic": "old topic", "confirmed": "yes"}
+    assert "Choose the topic" in post(client, "messages/change", do="move all", **everything)
+    assert "1 message waits in orders." in post(client, "messages/change", do="move all", to="orders", **everything)
+    assert [(row.topic, row.state) for row in fleet.messages()] == [("orders", "waiting")] * 4
+    for form, status in (({}, 400), ({"do": "fold"}, 400), ({"do": "move", "to": "\0"}, 404)):
+        assert client.post("/workers/messages/change", data=form).status_code == status
 
 
-def test_the_dead_letters_are_paged_from_the_newest_to_the_oldest(
+@on_sqlite
+def test_only_the_selected_messages_are_changed(
     fleet: Fleet, manager: BackgroundWorkerManager, client: FlaskClient
 ) -> None:
-    ids, seen, path = bury(fleet, 60), [], "messages?topic=orders"
+    one, two, _ = bury(fleet, 3)
+    chosen = {"do": "discard", "id": [str(one), str(two), "x", "9" * 40]}
+    answer = client.post("/workers/messages/change", data=chosen, follow_redirects=True)
+    assert "2 messages are discarded." in answer.text
+    assert states(fleet) == ["discarded", "discarded", "dead"]
+
+
+def test_the_messages_are_paged_from_the_newest_to_the_oldest(
+    fleet: Fleet, manager: BackgroundWorkerManager, client: FlaskClient
+) -> None:
+    ids, seen, path = bury(fleet, 60), [], "messages?topic=orders&state=dead"
     while path:
         page = see(client, path)
         seen += [int(id) for id in re.findall(r'<tr id="message-(\d+)"', page)]
-        following = re.search(r'href="/workers/(messages\?[^"#]*)[^"]*">Older', page)
+        following = re.search(r'rel="next" href="/workers/(messages\?[^"#]*)', page)
         path = following[1].replace("&amp;", "&") if following else ""
     assert seen == ids[::-1]
+    assert "First page" in page
+
+
+@on_sqlite
+def test_a_row_shows_the_payload_the_key_and_the_reason_of_its_state(
+    fleet: Fleet, manager: BackgroundWorkerManager, client: FlaskClient
+) -> None:
+    fleet.enqueue("orders", {"note": EVIL * 20}, key="k-1")
+    fleet.enqueue("orders", 2, delay=60)
+    with fleet.engine.begin() as connection:
+        is_second = tables.messages.c.payload == "2"
+        connection.execute(update(tables.messages).where(is_second).values(postponed=2, postponed_because="closed"))
+    page = see(client, "messages")
+    for text in (
+        "&#34;note&#34;:&#34;&lt;script&gt;",
+        "key <code>k-1</code>",
+        "postponed 2 times: closed",
+        "until <time",
+    ):
+        assert text in page
+    page = see(client, "messages?text=script&error=&key=&age=1h")
+    assert "1 message matches. Of each payload, the first 4,000 characters were searched." in page
+    assert "No message matches." in see(client, "messages?text=nothing")
+    assert 'value="nothing"' in see(client, "messages?text=nothing")
+    assert client.get("/workers/messages?topic=nothing").status_code == 404
+    for nonsense in (
+        "after=x~1",
+        "after=2024-06-01T12:00:00Z~x",
+        "state=x",
+        "text=%00",
+        "after=2024-06-01T12:00:00Z~" + "9" * 40,
+    ):
+        assert client.get(f"/workers/messages?{nonsense}").status_code == 200
+
+
+@on_sqlite
+def test_errors_are_shown_in_groups_that_lead_to_their_messages(
+    fleet: Fleet, manager: BackgroundWorkerManager, client: FlaskClient
+) -> None:
+    bury(fleet, 3, error="Traceback\nOSError: <jam>")
+    bury(fleet, 1, error="ValueError: 50%")
+    page = see(client, "messages")
+    assert "Errors of dead messages" in page
+    found = re.search(
+        r'href="/workers/(messages\?[^"#]*)[^"]*"><code>OSError: &lt;jam&gt;</code></a></th>\s*'
+        r'<td data-label="Messages" class="bw-number">3</td>',
+        page,
+    )
+    assert found
+    assert "3 messages match." in see(client, found[1].replace("&amp;", "&"))
+    assert "Errors of" not in see(client, "messages?state=failing")
+
+
+@on_sqlite
+def test_a_copy_is_enqueued_without_the_key(
+    fleet: Fleet, manager: BackgroundWorkerManager, client: FlaskClient
+) -> None:
+    (id,) = fleet.enqueue("orders", {"book": [1, "ä"]}, key="k-1")
+    assert f"is a copy of message {id}." in post(client, f"messages/{id}/copy")
+    first, second = fleet.messages()
+    assert (second.topic, second.payload, second.key, second.state) == ("orders", first.payload, None, "waiting")
+    (foreign,) = bury(fleet, 1, topic="old topic")
+    assert "Enqueue a copy" not in see(client, f"messages/{foreign}")
+    assert client.post(f"/workers/messages/{foreign}/copy").status_code == 404
+    assert client.post("/workers/messages/99/copy").status_code == 404
 
 
 def test_the_topics_show_their_depth_their_worker_and_their_done_messages(
@@ -389,8 +473,8 @@ def test_the_topics_show_their_depth_their_worker_and_their_done_messages(
     bury(fleet, 2, topic="old topic")
     done(fleet, 30, SECOND)
     (orders, old) = (topic_row(see(client, "messages"), topic) for topic in ("orders", "old topic"))
-    assert orders == ["order_worker", "3", "1", "0", "ago", "30", "30", "0", "Pause"]
-    assert old == ["no worker in this release", "0", "0", "0", "", "0", "0", "2 dead", "Pause"]
+    assert orders == ["3", "1", "0", "0", "0", "ago", "30", "30", "Pause"]
+    assert old == ["0", "0", "0", "0", "2", "", "0", "0", "Pause"]
 
 
 @on_sqlite
@@ -398,7 +482,7 @@ def test_a_topic_is_paused_and_resumed_by_its_button(manager: BackgroundWorkerMa
     assert "orders is paused: its messages wait." in post(client, "messages/pause", topic="orders")
     page = post(client, "messages/pause", topic="orders")
     assert "orders was paused already." in page
-    assert re.search(r"paused</span>\s*<span class=\"bw-about\">since <time", page)
+    assert re.search(r'paused</span> <span class="[^"]*">since <time', page)
     assert 'aria-label="Resume orders"' in page
     assert "orders is resumed: its messages are handled." in post(client, "messages/resume", topic="orders")
     assert "orders was not paused." in post(client, "messages/resume", topic="orders")
@@ -407,7 +491,7 @@ def test_a_topic_is_paused_and_resumed_by_its_button(manager: BackgroundWorkerMa
 
 
 def topic_row(page: str, topic: str) -> list[str]:
-    row = page.partition(f'<th scope="row">{topic}</th>')[2].partition("</tr>")[0]
+    row = page.partition(f'<th scope="row">{topic} ')[2].partition("</tr>")[0]
     cells = [" ".join(re.sub(r"<[^>]*>", "", cell).split()) for cell in re.findall(r"<td.*?</td>", row, re.S)]
     return [re.sub(r"^\S+ s ago$", "ago", cell) for cell in cells]
 

@@ -131,10 +131,10 @@ def test_a_button_on_another_sites_page_changes_nothing_with_or_without_flask_wt
         "/workers/worker/noting/run",
         "/workers/worker/noting/resume",
         "/workers/worker/noting/reschedule",
-        "/workers/messages/retry",
-        "/workers/messages/discard",
-        "/workers/messages/1/retry",
-        "/workers/messages/1/discard",
+        "/workers/messages/change",
+        "/workers/messages/pause",
+        "/workers/messages/resume",
+        "/workers/messages/1/copy",
     ],
 )
 def test_every_button_refuses_another_sites_page(make_host, path) -> None:

@@ -111,7 +111,7 @@ def test_workers_with_a_problem_come_first_and_the_state_in_the_address_filters(
             "running now": ("/workers/?state=running", "0"),
             "failing": ("/workers/?state=failing", "1"),
             "overdue": ("/workers/?state=overdue", "1"),
-            "dead letter": ("/workers/messages#dead", "1"),
+            "dead letter": ("/workers/messages?state=dead#messages", "1"),
             "ticks / min": ("/workers/timeline?window=1m", "1"),
             "messages / min": ("/workers/messages", "0"),
         }

@@ -1,0 +1,1 @@
+"""The search for messages by a filter, and their errors in groups."""

@@ -1,0 +1,103 @@
+"""The search for messages. Each search looks at no more than MOST_SEARCHED messages."""
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any, NamedTuple
+
+from sqlalchemy import ColumnElement, Select, case, func, or_, select, union_all
+
+from ...database.store import Store
+from ...database.tables import message_errors, messages
+from ...errors import error_line
+from ..executions import MOST_SEARCHED, last_until
+from ..records import ErrorGroup, grouped
+from .filters import Filter, bounds, in_state
+
+MOST_GROUPED = 1_000
+_MOST_TOPICS = 100  # with an index for each
+_TAIL = 1_000  # characters at the end of an error, which has its last line
+_COLUMNS = ("id", "topic", "key", "state", "attempt", "postponed", "enqueued_at", "due_at", "payload")
+_BY_DUE, _BY_ID = ("waiting", "delayed"), ("failing", "postponed", "dead")
+"""The states whose index begins with the topic, by the order of their index."""
+
+MessagePlace = tuple[datetime, int]
+"""The due moment and the id of a message, after which a search goes on."""
+
+
+class Found(NamedTuple):
+    """The messages that one search found, by their ids."""
+
+    ids: list[int]
+    """In the order of the list: those that are due first, or the newest."""
+    rest: MessagePlace | None
+    """The place where the next search begins. None if this search looked at every message."""
+
+
+def search(store: Store, filter: Filter, topics: Sequence[str], after: MessagePlace | None = None) -> Found:
+    """Find the messages that match, behind the place `after`.
+
+    `topics` are the topics that may have such messages. Waiting messages come in the order in which they are due, and
+    all other messages from the newest to the oldest.
+    """
+    window = _window(filter, topics, after)
+    if window is None:
+        return Found([], None)
+    order = _order(filter, window.selected_columns)
+    seen = window.order_by(*order).limit(MOST_SEARCHED)
+    [last] = store.read(seen.offset(MOST_SEARCHED - 1).limit(1)) or [None]
+    within = seen.subquery()
+    query = select(within.c.id).where(*filter.conditions(within.c)).order_by(*_order(filter, within.c))
+    ids = [row.id for row in store.read(query)]
+    return Found(ids, (last.due_at, last.id) if last else None)
+
+
+def errors(store: Store, filter: Filter, topics: Sequence[str]) -> list[ErrorGroup]:
+    """Return the last errors of the newest MOST_GROUPED messages of the filter's topic and state, in groups."""
+    window = _window(Filter(topic=filter.topic, state=filter.state), topics, None)
+    if window is None:
+        return []
+    newest = window.order_by(*_order(filter, window.selected_columns)).limit(MOST_GROUPED).subquery()
+    each = message_errors.alias()
+    last = select(func.max(each.c.id)).where(each.c.message == newest.c.id).scalar_subquery()
+    error, length = message_errors.c.error, func.length(message_errors.c.error)
+    tail = case((length > _TAIL, func.substr(error, length - _TAIL + 1)), else_=error)
+    query = select(tail.label("tail"), message_errors.c.at, newest.c.id).select_from(newest)
+    found = store.read(query.join(message_errors, message_errors.c.id == last))
+    return grouped((error_line(row.tail) or "", row.at, row.id) for row in found)
+
+
+def _order(filter: Filter, columns: Any) -> tuple[ColumnElement[Any], ...]:
+    return (columns.due_at, columns.id) if filter.state in _BY_DUE else (columns.id.desc(),)
+
+
+def _window(filter: Filter, topics: Sequence[str], after: MessagePlace | None) -> Select[Any] | None:
+    """Select the columns of every message that may match, on an index in the order of the list. None for no message."""
+    columns = [messages.c[name] for name in _COLUMNS if name != "payload" or filter.text]
+    places = select(*columns).where(*_behind(filter, after))
+    names = [filter.topic] if filter.topic else topics
+    if filter.key:
+        return places.where(messages.c.topic.in_(names), messages.c.key == filter.key)
+    if filter.state == "running":  # there are few, and only the minus makes sure that their own index is used
+        return select(places.where(in_state("running", messages.c)).order_by(-messages.c.id).subquery())
+    if filter.state not in (*_BY_DUE, *_BY_ID) or len(names) > _MOST_TOPICS:
+        return places
+    order = _order(filter, messages.c)
+    of_state = places.where(in_state(filter.state, messages.c)).order_by(*order).limit(MOST_SEARCHED)
+    arms = [select(of_state.where(messages.c.topic == name).subquery()) for name in names]
+    return select(union_all(*arms).subquery()) if arms else None
+
+
+def _behind(filter: Filter, after: MessagePlace | None) -> list[ColumnElement[bool]]:
+    """Return the conditions that let the index begin behind the place, and among messages of the filter's age."""
+    if filter.state in _BY_DUE:
+        if after is None:
+            return []
+        at, id = after
+        return [messages.c.due_at >= at, or_(messages.c.due_at > at, messages.c.id > id)]
+    found = [messages.c.id < after[1]] if after else []
+    since, until = bounds(filter.age)
+    if since is not None:
+        found.append(messages.c.id > last_until(messages.c.enqueued_at, since))
+    if until is not None:
+        found.append(messages.c.id <= last_until(messages.c.enqueued_at, until))
+    return found
