@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, String, and_, delete, literal, not_, or_, select, update
+from sqlalchemy import ColumnElement, String, and_, delete, literal, not_, or_, select, true, update
 from sqlalchemy.orm import Session
 
 from ..database.clock import AHEAD, UtcDateTime, now
@@ -86,7 +86,7 @@ class Incidents:
     ) -> Incident | None:
         """Open an incident on the caller's session. None if it is open, or one like it ended a short time ago.
 
-        `span` is the beginning and the end of an incident that is over already.
+        `span` is the beginning and the end of an incident that is over already. None if it is known.
 
         Concurrency: several instances may find the same trouble. The unique indexes let one of them insert the row.
         """
@@ -94,6 +94,7 @@ class Incidents:
         calm = select(incidents.c.id).where(
             incidents.c.kind == kind, incidents.c.subject == subject, incidents.c.ended_at > now(-CALM)
         )
+        is_free = not_(calm.exists()) if until is None else true()  # no later look would find what is over
         detail = spelled_out(detail)[:_LONGEST_DETAIL]
         values: list[ColumnElement[Any]] = [
             literal(kind, String()),
@@ -103,7 +104,7 @@ class Incidents:
             literal(detail, AnyText()),
         ]
         columns = [each.name for each in _columns[1:]]
-        row = self._store.insert(incidents).from_select(columns, select(*values).where(not_(calm.exists())))
+        row = self._store.insert(incidents).from_select(columns, select(*values).where(is_free))
         return self._written(session, row.on_conflict_do_nothing().returning(*_columns))
 
     def end(self, session: Session, id: int) -> Incident | None:

@@ -5,6 +5,7 @@ import hmac
 import json
 import ssl
 import threading
+import time
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
@@ -20,6 +21,8 @@ class Got(NamedTuple):
     body: Any
     headers: dict[str, str]
     is_signed: bool
+    at: float
+    """The moment when it came, on the monotonic clock."""
 
 
 class Receiver:
@@ -56,7 +59,7 @@ class Receiver:
         body = request.rfile.read(int(request.headers.get("Content-Length") or 0))
         headers = {name.lower(): value for name, value in request.headers.items()}
         value = json.loads(body) if body else None
-        self.got.append(Got(request.command, request.path, value, headers, is_signed(headers, body)))
+        self.got.append(Got(request.command, request.path, value, headers, is_signed(headers, body), time.monotonic()))
         trouble = self.trouble.pop(0) if self.trouble else 200
         if trouble == "hang":
             self.closing.wait()
