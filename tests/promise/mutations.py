@@ -473,6 +473,67 @@ MUTATIONS = (
         ["tests/books/test_orders.py", "-k", "placing_an_order"],
     ),
     Mutation(
+        "two instances that find the same trouble open one incident",
+        [Edit("background/alarms/incidents.py", "row.on_conflict_do_nothing().returning", "row.returning")],
+        ["tests/background/alarms/test_watch.py", "-k", "two_instances_at_once"],
+    ),
+    Mutation(
+        "an incident that opened during a look stays open",
+        [
+            Edit(
+                "background/alarms/watch.py",
+                "        for incident in known:\n",
+                "        known = self.incidents.known()\n        for incident in known:\n",
+            )
+        ],
+        ["tests/background/alarms/test_watch.py", "-k", "looked_before"],
+    ),
+    Mutation(
+        "an incident does not open again at once",
+        [
+            Edit("background/alarms/incidents.py", "not_(calm.exists()) if until is None else true()", "true()"),
+            Edit("background/alarms/incidents.py", "or_(_is_open, incidents.c.ended_at > now(-CALM))", "_is_open"),
+        ],
+        ["tests/background/alarms/test_watch.py", "-k", "in_turn_alerts_once"],
+    ),
+    Mutation(
+        "one instance looks for incidents in each interval",
+        [Edit("background/alarms/incidents.py", "where=is_due)", "where=true())")],
+        ["tests/background/alarms/test_watch.py", "-k", "looks_in_each_interval"],
+    ),
+    Mutation(
+        "an incident and its alert commit together",
+        [
+            Edit(
+                "background/alarms/watch.py",
+                "            delivery.enqueue(manager,",
+                "            session.commit()\n            delivery.enqueue(manager,",
+            )
+        ],
+        ["tests/background/alarms/test_watch.py", "-k", "cannot_be_enqueued"],
+    ),
+    Mutation(
+        "alerts go out while hung runs use all threads",
+        [Edit("background/process/consumers.py", "        if topic in self._apart:\n", "        if False:\n")],
+        ["tests/background/alarms/test_watch.py", "-k", "hung_runs"],
+    ),
+    Mutation(
+        "a webhook is not redirected",
+        [Edit("background/alarms/webhook.py", "build_opener(_NoRedirect)", "build_opener()")],
+        ["tests/background/alarms/test_webhook.py", "-k", "redirect"],
+    ),
+    Mutation(
+        "a ping does not delay a run",
+        [
+            Edit(
+                "background/alarms/pings.py",
+                "            self._waiting.append(url)\n",
+                "            self._send(url)\n",
+            )
+        ],
+        ["tests/background/alarms/test_pings.py", "-k", "delays_and_fails_no_run"],
+    ),
+    Mutation(
         "a password does not leave the machine unencrypted",
         [Edit("mail.py", "            if not (is_encrypted or is_local):\n", "            if False:\n")],
         ["tests/shop/test_mail.py", "-k", "unencrypted"],

@@ -13,6 +13,7 @@ from support.fleet import HOUR, Fleet, Hourly, at_once, last_hour, statements, w
 from support.processes import PATIENCE
 
 from background import BackgroundWorkerManager, InvalidConfig, Message, MessageWorker
+from background.alarms import delivery
 from background.alarms.findings import Findings
 from background.alarms.incidents import CALM
 from background.alarms.watch import FleetWatch
@@ -133,11 +134,15 @@ def test_a_worker_that_fails_and_succeeds_in_turn_alerts_once_within_ten_minutes
 
 def test_two_instances_at_once_open_and_end_one_incident(fleet: Fleet, webhook: dict[str, str]) -> None:
     managers = [fleet.manager(Broken, **webhook, ALERT_AFTER_FAILURES=1) for _ in range(2)]
+
+    def both_look() -> None:
+        assert at_once(2, lambda number: look(managers[number]) or "without an error") == ["without an error"] * 2
+
     for _ in range(3):
         run(managers[0], "failed")
-        at_once(2, lambda number: look(managers[number]))
+        both_look()
         run(managers[0], "succeeded")
-        at_once(2, lambda number: look(managers[number]))
+        both_look()
         forget_the_calm(fleet)
     assert titles(fleet) == [FAILS, WORKS] * 3
 
@@ -156,6 +161,20 @@ def test_an_instance_that_looked_before_does_not_end_a_newer_incident(fleet: Fle
     watch_of(slow)._findings = lambda: Slow(slow.stores, slow.workers, 1)  # type: ignore[method-assign]
     look(slow)
     assert found == []
+    assert titles(fleet) == [FAILS]
+
+
+def test_an_incident_whose_alert_cannot_be_enqueued_does_not_open(
+    fleet: Fleet, webhook: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = fleet.manager(Broken, **webhook, ALERT_AFTER_FAILURES=1)
+    run(manager, "failed")
+    with monkeypatch.context() as patch:
+        patch.setattr(delivery, "enqueue", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            look(manager)
+    assert watch_of(manager).incidents.current() == []
+    look(manager)
     assert titles(fleet) == [FAILS]
 
 
