@@ -1,5 +1,6 @@
 """The README and the pages of docs/: short, linked, and with snippets that run."""
 
+import os
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 from flask import Flask
 from sqlalchemy import create_engine, select
 from sqlalchemy import text as sql
+from support.alert_receiver import Receiver
 from support.fleet import Fleet, Hourly, wait_until
 from support.processes import copy_project, environment, run
 from support.shop import make_shop
@@ -27,7 +29,7 @@ from tests.books.documents import PAGES, ROOT, commands, snippet, snippets, text
 
 README, WORKERS, MESSAGES, LOCKS = "README.md", "docs/workers.md", "docs/messages.md", "docs/locks.md"
 TESTING, QUICKSTART, UPGRADING = "docs/testing.md", "docs/quickstart.md", "docs/upgrading.md"
-SECURITY = "docs/security.md"
+SECURITY, OPERATING = "docs/security.md", "docs/operating.md"
 
 
 # -- their form ------------------------------------------------------------------------------------
@@ -102,6 +104,22 @@ def test_the_worker_works_when_it_is_pasted(app: Flask, page: str) -> None:
     run_worker(app, pasted["RestockWorker"])
     with app.app_context():
         assert stocks() == [11]
+
+
+def test_the_worker_with_a_dead_mans_switch_works_when_it_is_pasted(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    receiver = Receiver()
+    try:
+        monkeypatch.setenv("PASSIVE_USERS_PING_URL", f"{receiver.url}/an-id")
+        pasted = {**vars(workers), "os": os}
+        exec(snippet(OPERATING, "ping_url"), pasted)
+        worker = type("Passive", (pasted["PassiveUserCheckerWorker"],), {"do_work": lambda self, context: None})
+        fleet.apps.append(make_shop(fleet.database_url, worker))
+        fleet.apps[-1].extensions["background_workers"].trigger("passive")
+        wait_until(lambda: receiver.paths() == ["/an-id/start", "/an-id"], "the pings")
+    finally:
+        receiver.close()
 
 
 @pytest.mark.parametrize("page", [README, MESSAGES])
