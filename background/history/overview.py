@@ -99,7 +99,7 @@ def overview(
     history = History(stores.ledger, instances)
     clock, states, latest = history.clock(), stores.ledger.states(names), history.latest(names)
     gone = instances.gone({state.instance for state in states.values() if state.instance})
-    status = {each.name: each for each in (statuses(stores, ours) if found is None else found)}
+    status = {each.name: each for each in (statuses(stores, ours, names) if found is None else found)}
     known = ours.keys() if names is None else ours.keys() & names
     return [
         _overview(name, ours.get(name), clock, states.get(name), latest.get(name), gone) | _trouble(status.get(name))

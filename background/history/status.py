@@ -1,6 +1,6 @@
 """The status of every worker in one read: running, paused, overdue or stuck."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import lru_cache
@@ -50,14 +50,16 @@ class WorkerStatus:
         return self.overdue_since is not None
 
 
-def statuses(stores: Stores, workers_here: Mapping[str, type[PeriodicWorker]]) -> list[WorkerStatus]:
-    """Return the status of every worker by the database's clock, sorted by name.
+def statuses(
+    stores: Stores, workers_here: Mapping[str, type[PeriodicWorker]], names: Collection[str] | None = None
+) -> list[WorkerStatus]:
+    """Return the status of every worker (of `names`) by the database's clock, sorted by name.
 
     `workers_here` are the workers of this release. Takes one query, and another while marks lie in the clock's future.
     """
     ours = {name: worker for name, worker in workers_here.items() if worker.enabled}
     # Read where the instances' rows are. On SQLite that is a file of its own, which can read the other rows too.
-    rows = stores.leases.read(_query)
+    rows = stores.leases.read(_query if names is None else _query.where(workers.c.name.in_(names)))
     ahead = [row.name for row in rows if row.mark and row.mark > row.clock + AHEAD]
     decided = stores.leases.read(_decided_by_now, {"names": ahead}) if ahead else ()
     lease = stores.lease.total_seconds()

@@ -27,7 +27,7 @@ LENGTHS = {
     "6h": ("6 hours", timedelta(hours=6)),
 }
 _USUAL = "5m"
-_MOST_BARS = 300
+_MOST_BARS, _MOST_LATE = 300, 10
 FEW_GONE = 3  # of the instances that left, the page shows this many at once
 
 Held = TypeVar("Held", Record, Holding)
@@ -65,8 +65,9 @@ def timeline_page() -> ResponseReturnValue:
         later=_later(window),
         rest=moment(window.complete_since),
         most=_MOST_BARS,
-        late=late,
-        addresses=_addresses({each.worker for each in window.records} | {each.name for each in late}),
+        late=late[:_MOST_LATE],
+        more_late=len(late[_MOST_LATE:]),
+        addresses=_addresses({each.worker for each in window.records} | {each.name for each in late[:_MOST_LATE]}),
         classes={state: state_class(state) for state in STATES},
         signs=SIGNS,
     )
@@ -74,8 +75,8 @@ def timeline_page() -> ResponseReturnValue:
 
 def _late(manager: BackgroundWorkerManager, worker: str | None) -> list[WorkerStatus]:
     """Return the workers (or this one) with a tick that waits. The picture has no bar for such a tick."""
-    found = statuses(manager.stores, manager.workers)
-    return [each for each in found if each.is_late and worker in (None, each.name)]
+    found = statuses(manager.stores, manager.workers, None if worker is None else [worker])
+    return [each for each in found if each.is_late]
 
 
 def _addresses(names: Collection[str]) -> dict[str, str]:

@@ -137,6 +137,14 @@ def test_a_tick_that_waits_is_below_the_live_picture_with_a_link_to_the_reason(
         assert "Ticks that wait" in page
         assert f'<a class="bw-nowrap" href="/workers/worker/ticker?at={at}#why">Why?</a>' in page
     assert "Ticks that wait" not in see(client, "timeline?until=2024-06-01T12:00Z")
+    for number in range(11):
+        manager.add(type("Another", (Hourly,), {"name": f"another_{number}"}))
+    with manager.stores.main.engine.begin() as connection:
+        rows = [{**schedule_of(f"another_{number}"), "schedule": "every 60s"} for number in range(11)]
+        connection.execute(insert(tables.workers), rows)
+    page = see(client, "timeline")
+    assert page.count(">Why?</a>") == 10
+    assert '<a href="/workers/?state=overdue">2 more</a>' in page
 
 
 def schedule_of(name: str) -> dict[str, Any]:
