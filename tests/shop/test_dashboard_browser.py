@@ -166,7 +166,7 @@ def test_an_admin_runs_a_worker_and_watches_its_progress(opened):
         assert bar.evaluate("bar => bar.position") == step / lively.STEPS
         lively.steps.release()
     hurry(page, bar.is_hidden)
-    row(page, "catalogue_import").get_by_text("succeeded").wait_for()
+    row(page, "catalogue_import").get_by_text("succeeded", exact=True).wait_for()
     assert re.search(r"^now$|^in \d+ (min|s)", row(page, "stock_count").locator("[data-countdown]").inner_text())
 
 
