@@ -160,7 +160,9 @@ def _add_cancelling(op: Any, schema: str | None) -> None:
         schema=schema,
     )
     tried = text("state = 'waiting' AND (attempt > 0 OR postponed > 0)")
-    op.create_index(*_NEW_INDEX, ["topic", "id"], schema=schema, postgresql_where=tried, sqlite_where=tried)
+    op.create_index(
+        *_NEW_INDEX, ["topic", "id", "attempt", "postponed"], schema=schema, postgresql_where=tried, sqlite_where=tried
+    )
     _add_incidents(op, schema)
     _add_tallies(op, schema)
 
