@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable
 from datetime import datetime, timedelta
 
+from .database.clock import LONGEST_BACKOFF
 from .declarations import check_constructor, check_method, refuse_misplaced, refuse_misspelled
 from .errors import DuplicateWorker, InvalidWorker, UnknownTopic, UnknownWorker
 from .ledger.claim import WorkerState
@@ -99,7 +100,7 @@ def declared_schedule(cls: type[PeriodicWorker]) -> Schedule:
             "write workers.add(MyWorker), without parentheses behind the class."
         )
     refuse_misspelled(cls, PeriodicWorker)
-    refuse_misplaced(cls, PeriodicWorker, _OF_MESSAGES, "period or cron, max_attempts, on_lost and timeout")
+    refuse_misplaced(cls, PeriodicWorker, _OF_MESSAGES, "period or cron, max_attempts, on_lost, on_failed and timeout")
     _check_class(cls, "do_work(self, context)", cls.do_work is PeriodicWorker.do_work)
     check_method(cls, "do_work", "context")
     schedule = make_schedule(cls.name, cls.period, cls.cron, cls.timezone)
@@ -107,6 +108,8 @@ def declared_schedule(cls: type[PeriodicWorker]) -> Schedule:
         cls,
         ("max_attempts", *_count(cls.max_attempts, MOST_ATTEMPTS)),
         ("on_lost", "'retry' or 'skip'", cls.on_lost in ("retry", "skip")),
+        ("on_failed", "'retry' or 'skip'", cls.on_failed in ("retry", "skip")),
+        ("backoff", "a timedelta from 0 to 1 hour", _duration(cls.backoff)[1] and cls.backoff <= LONGEST_BACKOFF),
         ("timeout", "a timedelta above 0 and at most 366 days, or None", _is_timeout(cls.timeout)),
         ("jitter", *_duration(cls.jitter)),
         ("enabled", "True or False", isinstance(cls.enabled, bool)),
@@ -114,6 +117,8 @@ def declared_schedule(cls: type[PeriodicWorker]) -> Schedule:
         ("run_on_first_start", "True or False", isinstance(cls.run_on_first_start, bool)),
         ("ping_url", "http:// or https:// and a host, '' or None", _is_address(cls.ping_url)),
     )
+    has_backoff = cls.backoff != PeriodicWorker.backoff
+    _check_attributes(cls, ("backoff", "on_failed = 'retry' beside it", cls.on_failed == "retry" or not has_backoff))
     if cls.period is not None:
         _check_attributes(cls, ("jitter", f"at most its period, {cls.period}", cls.jitter <= cls.period))
     return schedule
@@ -141,8 +146,19 @@ def declared_topic(cls: type[MessageWorker]) -> str:
 
 
 MOST_ATTEMPTS, MOST_AT_ONCE, MOST_CONCURRENCY = 1_000_000, 10_000, 1_000
-_OF_TICKS = {"period", "cron", "timeout", "on_lost", "catch_up", "run_on_first_start", "jitter", "enabled", "ping_url"}
-_OF_MESSAGES = {"topic", "backoff", "concurrency", "handle", "handle_many"}
+_OF_TICKS = {
+    "period",
+    "cron",
+    "timeout",
+    "on_lost",
+    "on_failed",
+    "catch_up",
+    "run_on_first_start",
+    "jitter",
+    "enabled",
+    "ping_url",
+}
+_OF_MESSAGES = {"topic", "concurrency", "handle", "handle_many"}
 _NAME = "1 to 100 letters, digits, '_', '-' or '.'"
 
 

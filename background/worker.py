@@ -1,11 +1,13 @@
 """The two base classes of a user's workers, and the checks of their attributes."""
 
+import random
 import re
 from collections.abc import Awaitable, Sequence
 from datetime import timedelta
 from typing import ClassVar, Literal
 
 from .context import WorkerContext
+from .database.clock import LONGEST_BACKOFF, SPREAD
 from .messages.message import Message
 
 
@@ -28,9 +30,16 @@ class PeriodicWorker:
     run_on_first_start: ClassVar[bool] = False
     """True: a worker that is new to the database begins with its latest tick. False: with its next tick."""
     max_attempts: ClassVar[int] = 3
-    """The attempts at a tick if instances die, or lose the database. An attempt that was handed back does not count."""
+    """The attempts at a tick if instances die, or lose the database. An attempt that was handed back does not count.
+
+    With `on_failed = "retry"`, also the attempts if runs fail.
+    """
     on_lost: ClassVar[Literal["retry", "skip"]] = "retry"
     """If an instance dies, "retry" runs its tick again. "skip" is for work that must not be repeated."""
+    on_failed: ClassVar[Literal["retry", "skip"]] = "skip"
+    """If a run fails, "skip" waits for the next tick. "retry" runs the tick again until the next tick is due."""
+    backoff: ClassVar[timedelta] = timedelta(minutes=1)
+    """The pause after the first failure. Each attempt doubles it, up to an hour. It is spread by a quarter."""
     timeout: ClassVar[timedelta | None] = None
     """A run that takes longer is marked `timed out`, and may no longer commit. None: no limit."""
     jitter: ClassVar[timedelta] = timedelta()
@@ -88,9 +97,16 @@ class MessageWorker:
 AnyWorker = type[PeriodicWorker] | type[MessageWorker]
 
 
-def attempt_after(cls: type[PeriodicWorker], attempt: int) -> int | None:
-    """Return the number of the attempt that follows a lost `attempt`. None if no attempt follows."""
-    return attempt + 1 if cls.on_lost == "retry" and attempt < cls.max_attempts else None
+def attempt_after(cls: type[PeriodicWorker], attempt: int, has_failed: bool = False) -> int | None:
+    """Return the number of the attempt that follows a lost (or failed) `attempt`. None if no attempt follows."""
+    wanted = cls.on_failed if has_failed else cls.on_lost
+    return attempt + 1 if wanted == "retry" and attempt < cls.max_attempts else None
+
+
+def pause_after(cls: AnyWorker, attempt: int) -> timedelta:
+    """Return the pause after a failed `attempt`: it doubles, and is spread so that work does not come back together."""
+    seconds = min(cls.backoff.total_seconds() * 2.0 ** min(attempt - 1, 100), LONGEST_BACKOFF.total_seconds())
+    return timedelta(seconds=seconds * random.uniform(1 - SPREAD, 1 + SPREAD))  # noqa: S311 - no secret
 
 
 def snake_case(name: str) -> str:

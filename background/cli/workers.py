@@ -94,11 +94,18 @@ def _cells(screen: Screen, row: dict[str, Any]) -> list[str]:
         f"overdue since {screen.at(row['overdue_since'])}" if row["overdue_since"] else "",
         f"stuck: {row['stuck']}" if row["stuck"] else "",
         f"paused since {screen.at(row['paused_at'])}" if row["paused_at"] else "",
-        f"{screen.tick(row['pending_tick'])} runs first" if row["pending_tick"] else "",
+        _pending(screen, row),
         f"declared: {row['declared']}" if row["declared"] not in (None, row["schedule"]) else "",
     ]
     cells = [row["name"], row["schedule"] or "a schedule that this release cannot read", screen.next(row["next_tick"])]
     return [*cells, *_newest(screen, last, running), localised("; ".join(filter(None, notes)))]
+
+
+def _pending(screen: Screen, row: dict[str, Any]) -> str:
+    """Return the tick that comes before any other, or the moment of the next attempt at a failed tick."""
+    if row["retry_at"]:
+        return f"failed, and is tried again at {screen.at(row['retry_at'])}"
+    return f"{screen.tick(row['pending_tick'])} runs first" if row["pending_tick"] else ""
 
 
 def _running(running: dict[str, Any]) -> str:

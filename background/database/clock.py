@@ -140,6 +140,10 @@ def _elapsed_on_sqlite(element: elapsed, compiler: SQLCompiler, **kwargs: Any) -
     return f"round((julianday({until}) - julianday({since})) * 86400, 3)"
 
 
+LONGEST_BACKOFF, SPREAD = timedelta(hours=1), 0.25
+LONGEST_PAUSE = LONGEST_BACKOFF * (1 + SPREAD)
+"""The longest pause before another attempt at a message or a failed tick."""
+
 AHEAD = timedelta(seconds=1)
 """The longest lead of a stored moment over the clock that counts as normal.
 

@@ -139,7 +139,7 @@ def _is_created(inspector: Inspector, schema: str | None) -> bool:
 
 _NEW_TABLES = {"background_topics", "background_incidents", "background_tallies", "background_tallied"}
 _NEW_COLUMNS: dict[str, dict[str, TypeEngine[Any]]] = {
-    "background_workers": {"pending_after": UtcDateTime()},
+    "background_workers": {"pending_after": UtcDateTime(), "pending_until": UtcDateTime()},
     "background_executions": {"cancelled_at": UtcDateTime(), "cancelled_by": String(LONGEST_USER), "cursor": Text()},
     "background_instances": {"cancels": Text()},
     "background_messages": {"postponed": Whole(), "postponed_because": AnyText()},

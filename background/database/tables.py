@@ -127,13 +127,20 @@ workers = Table(
     Column("declared_by", String(32)),
     Column("scheduled_at", UtcDateTime, nullable=False),
     Column("paused_at", UtcDateTime),
-    # The moment from which the pending tick may be claimed. NULL: at once. Set for a failed tick that is tried again.
+    # A failed tick is tried again from `pending_after` until `pending_until`, when the worker's next tick is due. An
+    # older release leaves both as they are. So a `pending_until` that is not after the pending tick means nothing.
     Column("pending_after", UtcDateTime),
+    Column("pending_until", UtcDateTime),
 )
 
+# The pending tick failed, and waits for another attempt.
+is_retry = workers.c.pending_until > workers.c.pending_tick
+_is_no_retry = or_(workers.c.pending_until.is_(None), workers.c.pending_until <= workers.c.pending_tick)
+_may_be_retried = and_(workers.c.pending_after <= now(), workers.c.pending_until > now())
 # A pending tick may no longer be due, because the database's clock was set back.
 may_be_run_again = or_(
-    and_(workers.c.paused_at.is_(None), workers.c.pending_tick <= now()), workers.c.pending_trigger == "manual"
+    and_(workers.c.paused_at.is_(None), workers.c.pending_tick <= now(), or_(_is_no_retry, _may_be_retried)),
+    workers.c.pending_trigger == "manual",
 )
 
 executions = Table(

@@ -126,6 +126,7 @@ def _overview(
         "last": last.as_dict() if last else None,
         "running": _running(state, state.running, gone) if state and state.running else None,
         "pending_tick": state.pending_tick if state else None,
+        "retry_at": state.retry_at if state else None,
         "paused_at": paused_at,
         "enabled": worker.enabled if worker else None,
         "in_this_release": worker is not None,

@@ -12,7 +12,7 @@ from sqlalchemy import Row, bindparam, case, func, select
 from ..database.clock import AHEAD, elapsed, now
 from ..database.tables import executions, instances, totals, workers
 from ..errors import InvalidSchedule
-from ..ledger.claim import is_of_claim
+from ..ledger.claim import is_of_claim, pending_of
 from ..ledger.leases import is_alive
 from ..schedule.parsing import parse_schedule
 from ..stores import Stores
@@ -84,6 +84,8 @@ _query = select(
     select(func.min(instances.c.started_at)).where(is_alive).scalar_subquery().label("alive_since"),
     workers.c.pending_tick,
     workers.c.pending_trigger,
+    workers.c.pending_after,
+    workers.c.pending_until,
     executions.c.tick.label("running_tick"),
     executions.c.instance_name,
     _age.label("age"),
@@ -131,8 +133,10 @@ def _status(row: Row[Any], mark: datetime | None, worker: type[PeriodicWorker] |
 
 def _waiting(row: Row[Any], ticks: tuple[datetime, datetime] | None) -> datetime | None:
     """Return the first tick that is due and does not run. A tick to run again comes before any other."""
-    if row.pending_tick and (row.pending_trigger == "manual" or ticks):
-        return row.pending_tick if row.pending_tick <= row.clock else None
+    pending, retry_at = pending_of(row)
+    if pending and (row.pending_trigger == "manual" or ticks):
+        since: datetime = retry_at or pending
+        return since if since <= row.clock else None
     due = [at for at in (row.running_tick, ticks[0]) if at and at <= row.clock] if ticks else []
     return min(due, default=None)
 

@@ -79,7 +79,8 @@ def _recorded(around: Surroundings, known: Known) -> str:
         case "succeeded":
             return f"ran {began} and succeeded in {took}{_tries(around.records)}"
         case "failed":
-            return f"ran {began} and failed after {took}{_tries(around.records)}: {_clause(record.last_line)}"
+            failed = f"ran {began} and failed after {took}{_tries(around.records)}: {_clause(record.last_line)}"
+            return failed + _retried(around, known, record)
         case "timed out":
             return f"ran {began} and timed out after {took}{_tries(around.records)}: it {_clause(record.last_line)}"
         case "cancelled":
@@ -118,6 +119,18 @@ def _given_up(around: Surroundings, known: Known, record: Record) -> str:
         return f"{lost} and is given up, as {known.worker.__name__} has on_lost = 'skip'"
     most = f" of {known.worker.max_attempts}" if known.worker else ""
     return f"{lost} and is given up after attempt {record.attempt}{most}"
+
+
+def _retried(around: Surroundings, known: Known, record: Record) -> str:
+    """Tell of the attempt that follows a failed one. Empty if a failed run of the worker is not tried again."""
+    attempt = record.attempt or 1
+    if _is_pending(around, record) and around.state and around.state.retry_at:
+        return f"; attempt {attempt + 1} follows at {second(around.state.retry_at)}{_by_instance(around)}"
+    if known.worker is None or known.worker.on_failed == "skip" or record.trigger == "manual":
+        return ""
+    if attempt < known.worker.max_attempts:
+        return f"; attempt {attempt + 1} did not follow, as the next tick came first"
+    return f"; it is given up after attempt {attempt} of {known.worker.max_attempts}"
 
 
 def _handed_back(around: Surroundings, record: Record) -> str:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from sqlalchemy import Row, and_, bindparam, literal_column, or_, select
 
@@ -66,6 +66,8 @@ class WorkerState:
     """True if an execution says "running" while its claim is not in force: the claim was ended by hand."""
     mark_ahead: datetime | None = None
     """The mark from a time when the clock was ahead. Ticks up to it may have run."""
+    retry_at: datetime | None = None
+    """The moment from which the pending tick may be tried again, if it failed."""
     cancelled_at: datetime | None = None
     """The moment when a user cancelled the run in progress."""
     cancelled_by: str | None = None
@@ -96,9 +98,10 @@ class WorkerState:
         """The tick that must run before any other.
 
         A pause delays the tick, unless a user requested it. If the clock was set back, the tick waits until it is due.
+        A tick that failed waits for its backoff.
         """
         tick = self.pending_tick
-        is_held_up = self.paused_at or (tick and tick > self.clock)
+        is_held_up = self.paused_at or (tick and max(tick, self.retry_at or tick) > self.clock)
         return None if is_held_up and self.pending_trigger != "manual" else tick
 
     @property
@@ -159,7 +162,7 @@ ONE_STATE = STATES.where(workers.c.name == bindparam("name"))  # built once, as 
 
 def state_of(row: Row[Any]) -> WorkerState:
     """Return the state in a row of `STATES`."""
-    running = _running(row) if row.running is not None else None
+    running, pending = _running(row) if row.running is not None else None, pending_of(row)
     return WorkerState(
         name=row.name,
         clock=row.clock,
@@ -169,8 +172,9 @@ def state_of(row: Row[Any]) -> WorkerState:
         declared=row.declared,
         declared_by=row.declared_by,
         paused_at=row.paused_at,
-        pending_tick=row.pending_tick,
+        pending_tick=pending.tick,
         pending_trigger=row.pending_trigger,
+        retry_at=pending.retry_at,
         running=running,
         started_at=running.started_at if running else None,
         progress_done=row.progress_done,
@@ -182,6 +186,21 @@ def state_of(row: Row[Any]) -> WorkerState:
         cancelled_at=row.cancelled_at,
         cancelled_by=row.cancelled_by,
     )
+
+
+class Pending(NamedTuple):
+    """The pending tick of a worker, and, if it failed, the moment from which it may be tried again."""
+
+    tick: datetime | None
+    retry_at: datetime | None = None
+
+
+def pending_of(row: Row[Any]) -> Pending:
+    """Return what is pending by the columns of a worker's row. A failed tick is not, once the next tick is due."""
+    tick, until = row.pending_tick, row.pending_until
+    if tick is None or until is None or until <= tick:
+        return Pending(tick)
+    return Pending(tick, row.pending_after) if until > row.clock else Pending(None)
 
 
 def _running(row: Row[Any]) -> Claim:

@@ -185,4 +185,6 @@ def _replacing(new: Schedule, old: str, clock: datetime) -> dict[str, Any]:
         latest_old, latest_new = parse_schedule(old).previous(clock), new.previous(clock)
         is_decided = and_(workers.c.mark >= latest_old, workers.c.mark < latest_new)
         values["mark"] = case((is_decided, latest_new), else_=workers.c.mark)
+        following = new.next(clock)
+        values["pending_until"] = case((workers.c.pending_until > following, following), else_=workers.c.pending_until)
     return values

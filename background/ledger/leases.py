@@ -31,7 +31,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import OperationalError
 
-from ..database.clock import AHEAD, now, steady
+from ..database.clock import AHEAD, LONGEST_PAUSE, now, steady
 from ..database.dialects.error_codes import is_lock_unavailable
 from ..database.dialects.one_request import limited
 from ..database.store import Statements, limit
@@ -42,6 +42,7 @@ from ..database.tables import (
     any_running,
     executions,
     instances,
+    is_retry,
     may_be_run_again,
     next_due,
     workers,
@@ -275,6 +276,7 @@ _is_worker_ahead = or_(
     workers.c.mark > now(AHEAD),
     workers.c.scheduled_at > now(AHEAD),
     and_(workers.c.pending_tick > now(AHEAD), workers.c.pending_trigger != "manual"),
+    and_(is_retry, workers.c.pending_after > now(LONGEST_PAUSE)),
 )
 
 

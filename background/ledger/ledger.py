@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from types import MappingProxyType
 from typing import Any
 from uuid import uuid4
@@ -13,14 +13,15 @@ from ..database.clock import now
 from ..database.sessions import Executes
 from ..database.store import Store, count
 from ..database.tables import executions, workers
-from ..errors import ClaimLost, RunStopped
+from ..errors import ClaimLost, InvalidSchedule, RunStopped
 from ..host.logs import logger_of
+from ..schedule.parsing import parse_schedule
 from ..schedule.periods import MICROSECOND
 from . import counters
 from .claim import ONE_STATE, STATES, Claim, NotClaimed, WorkerState, state_of
 from .on_postgresql import ClaimsOnPostgreSQL
 from .on_sqlite import ClaimsOnSQLite
-from .statements import CLAIM_MANUAL, IS_FREE, MISS, SKIP, Values, at_tick, attempted, pending, start
+from .statements import CLAIM_MANUAL, HASTEN, IS_FREE, MISS, SKIP, Values, at_tick, attempted, pending, start
 
 log = logger_of(__name__)
 
@@ -83,14 +84,24 @@ class Ledger:
     def request(self, name: str) -> bool:
         """Let any instance claim a manual run. False if the worker runs already, or has a pending tick.
 
+        If a failed tick waits for another attempt, let any instance claim this attempt instead.
+
         Concurrency: a second click, and every claim of the worker, may come first. The worker is not free then.
         """
         with self.store.begin() as connection:
             requested = update(workers).where(workers.c.name == name, IS_FREE).values(pending(now(), 1, "manual"))
-            is_requested = count(connection.execute(requested)) == 1
+            hastened = connection.execute(HASTEN, {"of": name})
+            is_requested = count(hastened) == 1 or count(connection.execute(requested)) == 1
         if is_requested:
             self.store.ring()
         return is_requested
+
+    def hasten(self, name: str) -> bool:
+        """Let a failed tick that waits for another attempt be claimed now. False if none waits, or it is paused.
+
+        Concurrency: another instance may claim the attempt, or the next tick, at the same moment. Then none waits.
+        """
+        return self.store.change(HASTEN, {"of": name}) == 1
 
     def skip(self, name: str, tick: datetime, schedule: str, reason: str) -> bool:
         """Record that `tick` does not run because the worker is paused or still running. True for the caller that did.
@@ -174,8 +185,11 @@ class Ledger:
         reason: str | None = None,
         next_attempt: int | None = None,
         notes: Notes = NOTHING,
+        pause: timedelta | None = None,
     ) -> str | None:
         """End a claim that did not succeed. With `next_attempt` its tick becomes pending.
+
+        With a `pause`, it may be claimed after the pause, until the worker's next tick is due.
 
         Return the state that this call wrote: `state`, or "cancelled" if a user cancelled the claim. A cancelled tick
         does not become pending. None for a claim that is not in force.
@@ -183,7 +197,7 @@ class Ledger:
         Concurrency: the run itself, its time-out, and each instance that believes the run lost. The first ends it.
         """
         with self.store.begin() as connection:
-            ended = self._end(connection, claim, {"state": state, "reason": reason, **notes}, next_attempt)
+            ended = self._end(connection, claim, {"state": state, "reason": reason, **notes}, next_attempt, pause)
         # Not for "lost": during an outage, the attempts would be used up within a second.
         if ended == "handed back":
             self.store.ring()
@@ -211,7 +225,14 @@ class Ledger:
 
     # -- helpers -------------------------------------------------------------------------------
 
-    def _end(self, connection: Executes, claim: Claim, outcome: Values, next_attempt: int | None = None) -> str | None:
+    def _end(
+        self,
+        connection: Executes,
+        claim: Claim,
+        outcome: Values,
+        next_attempt: int | None = None,
+        pause: timedelta | None = None,
+    ) -> str | None:
         released = connection.execute(
             update(workers)
             .where(in_force(claim))
@@ -227,8 +248,10 @@ class Ledger:
         row = ended.one_or_none() or self.write_anew(connection, claim, outcome, [claim.token, None])
         state = str(row.state if row is not None else outcome["state"])
         if next_attempt is not None and state != "cancelled":
-            again = pending(claim.tick, next_attempt, claim.trigger)
-            connection.execute(update(workers).where(workers.c.name == claim.worker).values(again))
+            moments = (None, None) if pause is None else _retried(connection, claim, pause)
+            if moments is not None:
+                again = pending(claim.tick, next_attempt, claim.trigger, *moments)
+                connection.execute(update(workers).where(workers.c.name == claim.worker).values(again))
         if row is not None:
             counters.add_execution(connection, claim, *row)
         return state
@@ -289,6 +312,17 @@ class Ledger:
             .returning(executions.c.finished_at)
         ).scalar_one()
         counters.add_not_run(connection, name, state, at)
+
+
+def _retried(connection: Executes, claim: Claim, pause: timedelta) -> tuple[datetime, datetime] | None:
+    """Return from when a failed tick may be claimed again, and until when. None if the next tick comes first."""
+    columns = workers.c.schedule, workers.c.scheduled_at, now(pause)
+    schedule, scheduled_at, after = connection.execute(select(*columns).where(workers.c.name == claim.worker)).one()
+    try:
+        until = parse_schedule(schedule).next(max(claim.tick, scheduled_at))
+    except InvalidSchedule:  # the schedule of a newer release
+        return None
+    return (after, until) if after < until else None
 
 
 def in_force(claim: Claim) -> ColumnElement[bool]:

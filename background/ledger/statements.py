@@ -32,7 +32,7 @@ from sqlalchemy import (
 from sqlalchemy.sql.dml import ReturningInsert
 
 from ..database.clock import UtcDateTime, elapsed, now
-from ..database.tables import executions, may_be_run_again, workers
+from ..database.tables import executions, is_retry, may_be_run_again, workers
 from ..schedule.parsing import parse_schedule
 from ..schedule.periods import MICROSECOND
 from .claim import BLOCKED, DECIDED, Claim, NotClaimed
@@ -41,8 +41,10 @@ Values = Mapping[str, Any]
 
 _MOST_EARLY_SECONDS = 0.1
 
-# No claim of the worker is in force, and no pending tick comes first.
-IS_FREE = and_(workers.c.pending_tick.is_(None), workers.c.running.is_(None))
+# No pending tick comes first. A failed tick is not tried again once the next tick is due.
+NOTHING_PENDING = or_(workers.c.pending_tick.is_(None), and_(is_retry, workers.c.pending_until <= now()))
+# Nor is a claim of the worker in force.
+IS_FREE = and_(NOTHING_PENDING, workers.c.running.is_(None))
 
 # Every claim takes the next token. A change by hand, or a restore without the executions, may have lowered the token.
 # Then the next one continues above the greatest token in the history.
@@ -96,12 +98,19 @@ def _claimed(attempt: ColumnElement[int], trigger: ColumnElement[str]) -> dict[s
         "claim_instance": _instance,
         "claim_instance_name": _instance_name,
         "claim_at": now(),
+        **dict.fromkeys(("pending_tick", "pending_after", "pending_until"), null()),
     }
 
 
-def pending(tick: Any, attempt: int | None, trigger: str | None) -> dict[str, Any]:
-    """Return the columns of a worker's row that name the tick to claim next, before any other."""
-    return {"pending_tick": tick, "pending_attempt": attempt, "pending_trigger": trigger}
+def pending(
+    tick: Any, attempt: int | None, trigger: str | None, after: Any = None, until: datetime | None = None
+) -> dict[str, Any]:
+    """Return the columns of a worker's row that name the tick to claim next, before any other.
+
+    A tick that failed may be claimed from `after` until the worker's next tick is due, at `until`.
+    """
+    waits = {"pending_after": after, "pending_until": until}
+    return {"pending_tick": tick, "pending_attempt": attempt, "pending_trigger": trigger, **waits}
 
 
 def marked(tick: datetime, trigger: str) -> dict[str, Any]:
@@ -129,8 +138,15 @@ _pending_trigger = func.coalesce(workers.c.pending_trigger, "schedule").label("p
 CLAIM_PENDING = (
     update(workers)
     .where(_of_worker, workers.c.pending_tick == _tick, may_be_run_again, workers.c.running.is_(None))
-    .values(pending_tick=null(), **_claimed(_pending_attempt, _pending_trigger))
+    .values(_claimed(_pending_attempt, _pending_trigger))
     .returning(workers.c.token, _pending_attempt, _pending_trigger)
+)
+# Let a failed tick that waits for another attempt be claimed now.
+HASTEN = (
+    update(workers)
+    .where(_of_worker, is_retry, workers.c.pending_until > now(), workers.c.running.is_(None))
+    .where(workers.c.paused_at.is_(None))
+    .values(pending_after=now())
 )
 # Claim a run that a user requested. The mark does not move.
 CLAIM_MANUAL = (

@@ -110,8 +110,14 @@ class Ticks:
         return reason if reason and self._stores.ledger.skip(state.name, tick, state.schedule_text, reason) else None
 
     def run_now(self, worker: type[PeriodicWorker]) -> Execution | None:
-        """Run the worker outside its schedule. None if the worker runs already."""
-        state, _ = self._cleared(worker, self._recovery.look(worker))
+        """Run the worker outside its schedule. None if the worker runs already.
+
+        If a failed tick waits for another attempt, run this attempt instead.
+        """
+        state = self._recovery.look(worker)
+        if state.retry_at and state.pending_tick and self._stores.ledger.hasten(worker.name):
+            return self.run_pending(worker, state.pending_tick)
+        state, _ = self._cleared(worker, state)
         return self._claim_and_run(worker, partial(self._stores.ledger.claim_manual, worker.name, state.clock)) or None
 
     def run_pending(self, worker: type[PeriodicWorker], tick: datetime) -> Execution | None:

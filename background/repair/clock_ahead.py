@@ -10,23 +10,29 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, and_, case, delete, func, or_, select, true, update
 
-from ..database.clock import AHEAD, elapsed, now
+from ..database.clock import AHEAD, LONGEST_PAUSE, elapsed, now
 from ..database.store import Store, count
 from ..database.tables import executions, is_in, messages, workers
 from ..errors import InvalidSchedule
-from ..ledger.claim import WorkerState
-from ..ledger.statements import attempted, pending
+from ..ledger.claim import WorkerState, pending_of
+from ..ledger.statements import NOTHING_PENDING, attempted, pending
 from ..schedule.parsing import parse_schedule
 from ..schedule.periods import MICROSECOND, Schedule
 
 _SLICE = 5_000  # messages that one statement changes
-_LONGEST_PAUSE = timedelta(hours=1, minutes=15)  # before another attempt at a message
 
 
 def is_ahead(state: WorkerState | Row[Any]) -> bool:
     """Return whether a moment of the worker's row lies in the future of the clock in the same read."""
     retried = state.pending_tick if state.pending_trigger != "manual" else None
-    return any(at is not None and at > state.clock + AHEAD for at in (state.mark, state.scheduled_at, retried))
+    ahead = any(at is not None and at > state.clock + AHEAD for at in (state.mark, state.scheduled_at, retried))
+    return ahead or _is_retried_late(state)
+
+
+def _is_retried_late(state: WorkerState | Row[Any]) -> bool:
+    """Return whether a failed tick waits for longer than any backoff."""
+    at = pending_of(state).retry_at if isinstance(state, Row) else state.retry_at
+    return at is not None and at > state.clock + LONGEST_PAUSE
 
 
 class ClockRepair:
@@ -112,7 +118,7 @@ class ClockRepair:
             values |= pending(tick, again, "schedule")
         is_open = or_(workers.c.mark.is_(None), workers.c.mark < tick)
         may = and_(is_open, workers.c.schedule == state.schedule_text)
-        is_free = workers.c.pending_tick.is_(None) if again is not None else true()
+        is_free = NOTHING_PENDING if again is not None else true()
         with self._store.begin() as connection:
             connection.execute(update(workers).where(workers.c.name == state.name, may, is_free).values(values))
         return True
@@ -127,13 +133,13 @@ def repaired_text(names: Sequence[str], number: int) -> str:
 
 
 # A waiting message with a due time that only a clock ahead of now can have written. A message that failed is due again
-# after at most `_LONGEST_PAUSE`. A message that was never tried is due after the delay that its caller gave.
+# after at most `LONGEST_PAUSE`. A message that was never tried is due after the delay that its caller gave.
 _is_put_off = and_(
     is_in("waiting"),
     messages.c.due_at > now(AHEAD),
     or_(
         and_(messages.c.attempt == 0, messages.c.enqueued_at > now(AHEAD)),
-        and_(messages.c.attempt > 0, or_(messages.c.claimed_at > now(AHEAD), messages.c.due_at > now(_LONGEST_PAUSE))),
+        and_(messages.c.attempt > 0, or_(messages.c.claimed_at > now(AHEAD), messages.c.due_at > now(LONGEST_PAUSE))),
     ),
 )
 _end = func.coalesce(executions.c.through, executions.c.tick)
@@ -158,6 +164,8 @@ def _repaired(connection: Connection, row: Row[Any], schedule: Schedule) -> dict
     if row.pending_tick is not None and row.pending_tick > latest and row.pending_trigger != "manual":
         # The tick is due again when the clock reaches it: see `pass_over`.
         values |= pending(None, None, None)
+    elif _is_retried_late(row):
+        values["pending_after"] = row.clock
     return values
 
 

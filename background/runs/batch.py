@@ -1,6 +1,5 @@
 """The run of a batch of messages: its context, its handler, and the outcome of each message."""
 
-import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -22,7 +21,7 @@ from ..messages.later import Later
 from ..messages.message import Batch, Freed, Message
 from ..messages.queue import Queue
 from ..signals import message_buried, send
-from ..worker import MessageWorker
+from ..worker import MessageWorker, pause_after
 from .execution import await_result, write_with_retries
 from .failures import summary, traceback_of
 from .running import Runs
@@ -98,7 +97,6 @@ class MessageContext(WorkerContext):
         return f"{len(self._open)} messages" if len(self._open) > 1 else f"the message {self.idempotency_key}"
 
 
-_LONGEST_PAUSE_SECONDS = 3600.0
 _MOST_EXCUSED = 5
 _UNWRITTEN = "The error could not be written: see the log of the instance."
 
@@ -160,7 +158,7 @@ class BatchRun:
             return None
         self._excused.update(message.id for message in left)
         # No pause at first: perhaps only a pooled connection was stale.
-        pause = _pause(self._worker, times) if times else timedelta()
+        pause = pause_after(self._worker, times) if times else timedelta()
         ids = [message.id for message in left]
         self._log.warning("Handed %d messages back: the database connection broke: %s", len(ids), summary(error))
         self._write("go back", partial(self._messages.hand_back, self._batch, ids, pause))
@@ -221,7 +219,7 @@ class BatchRun:
         if (excused := self._excuse([message], error)) is not None:
             return excused
         is_final = isinstance(error, Bury)
-        pause, most = _pause(worker, message.attempt), message.attempt if is_final else worker.max_attempts
+        pause, most = pause_after(worker, message.attempt), message.attempt if is_final else worker.max_attempts
         text = first_line(error) if is_final else traceback_of(error)
         fail = partial(self._messages.fail, self._batch, [message.id])
         freed = self._write("failed", partial(fail, text, most, pause), partial(fail, _UNWRITTEN, most, pause))
@@ -255,9 +253,3 @@ def signal_buried(app: Flask, freed: Iterable[Freed], error: str) -> None:
     for each in freed:
         if each.state == "dead":
             send(app, message_buried, message=each.id, topic=each.topic, error=error)
-
-
-def _pause(worker: type[MessageWorker], attempt: int) -> timedelta:
-    """Return the pause after `attempt`: it doubles, and is spread so that messages do not come back together."""
-    seconds = min(worker.backoff.total_seconds() * 2.0 ** min(attempt - 1, 100), _LONGEST_PAUSE_SECONDS)
-    return timedelta(seconds=seconds * random.uniform(0.75, 1.25))  # noqa: S311 - no secret

@@ -30,7 +30,7 @@ from ..ledger.leases import Instance
 from ..ledger.ledger import NOTHING, Ledger, Notes
 from ..repair.edited_rows import RowRepair
 from ..signals import of_state, send
-from ..worker import PeriodicWorker, attempt_after
+from ..worker import PeriodicWorker, attempt_after, pause_after
 from .failures import traceback_of
 from .fence import current_run
 from .run_log import LogLines
@@ -133,9 +133,12 @@ def write_failure(worker: type[PeriodicWorker], context: TickContext, outcome: "
         if state == "lost":
             context.logger.warning("Lost the tick %s, its database connection broke: %s", tick, follows(again))
     else:
-        state = outcome.write("failed", traceback_of(error), error=error)
+        again = attempt_after(worker, claim.attempt, has_failed=True) if claim.trigger == "schedule" else None
+        pause = pause_after(worker, claim.attempt) if again else None
+        state = outcome.write("failed", traceback_of(error), again, error, pause)
         if state != "succeeded":
-            context.logger.error("Failed at the tick %s", tick, exc_info=error)
+            follow = f"; attempt {again} follows in {pause.total_seconds():.0f} s, or the next tick" if pause else ""
+            context.logger.error("Failed at the tick %s%s", tick, follow, exc_info=error)
             if is_undefined(error):
                 context.logger.error("The database lacks a table or a column of the models: see `flask workers check`")
     if state == "succeeded":  # the reply to its last commit was lost, or a listener of the commit failed
@@ -187,6 +190,7 @@ class Outcome:
         reason: str | None = None,
         next_attempt: int | None = None,
         error: BaseException | None = None,
+        pause: timedelta | None = None,
     ) -> str:
         """Write the outcome. Return its state, or the state that was written before. "lost" if the lease was over."""
         context, is_in_doubt = self._context, False
@@ -194,7 +198,7 @@ class Outcome:
         def end(state: str, reason: str | None, notes: Notes) -> str:
             nonlocal is_in_doubt
             try:
-                ended = self._ledger.end(context.claim, state, reason, next_attempt, notes)
+                ended = self._ledger.end(context.claim, state, reason, next_attempt, notes, pause)
             except SQLAlchemyError:
                 is_in_doubt = True  # the write may have succeeded: perhaps only its reply is missing
                 raise

@@ -270,7 +270,7 @@ def test_a_misspelled_attribute_of_a_base_class_is_found(manager: BackgroundWork
         manager.add(type("Other", (worker(max_attemps=5),), {}))
 
 
-@pytest.mark.parametrize("attribute", ["topic", "backoff", "concurrency", "handle", "handle_many"])
+@pytest.mark.parametrize("attribute", ["topic", "concurrency", "handle", "handle_many"])
 def test_an_attribute_of_message_workers_is_refused_on_a_periodic_worker(
     manager: BackgroundWorkerManager, attribute: str
 ) -> None:

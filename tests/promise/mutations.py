@@ -109,6 +109,50 @@ MUTATIONS = (
         ["tests/background/runs/test_cancelling.py", "-k", "holds_the_write_lock"],
     ),
     Mutation(
+        "a failed tick is not tried again before its backoff",
+        [
+            Edit(
+                "background/database/tables.py",
+                "and_(workers.c.pending_after <= now(), workers.c.pending_until > now())",
+                "workers.c.pending_until > now()",
+            )
+        ],
+        ["tests/background/runs/test_retries.py", "-k", "after_the_backoff"],
+    ),
+    Mutation(
+        "a failed tick is not tried again once the next tick is due",
+        [
+            Edit(
+                "background/database/tables.py",
+                "and_(workers.c.pending_after <= now(), workers.c.pending_until > now())",
+                "workers.c.pending_after <= now()",
+            )
+        ],
+        ["tests/background/runs/test_retries.py", "-k", "at_the_next_tick"],
+    ),
+    Mutation(
+        "a failed tick does not delay the next tick",
+        [
+            Edit(
+                "background/ledger/statements.py",
+                "or_(workers.c.pending_tick.is_(None), and_(is_retry, workers.c.pending_until <= now()))",
+                "workers.c.pending_tick.is_(None)",
+            )
+        ],
+        ["tests/background/runs/test_retries.py", "-k", "at_the_next_tick"],
+    ),
+    Mutation(
+        "a lost tick is never dropped for the next tick",
+        [
+            Edit(
+                "background/database/tables.py",
+                "is_retry = workers.c.pending_until > workers.c.pending_tick",
+                "is_retry = workers.c.pending_until.is_not(None)",
+            )
+        ],
+        ["tests/background/runs/test_retries.py", "-k", "older_release"],
+    ),
+    Mutation(
         "a cursor is stored by the commit of its own session only",
         [
             Edit(

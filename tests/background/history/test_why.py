@@ -146,6 +146,21 @@ def test_a_failed_tick_shows_the_last_line_of_its_error() -> None:
     assert not answer(seen).is_fine
 
 
+class Again(Tidy):
+    name = "tidy"
+    on_failed = "retry"
+
+
+def test_a_failed_tick_names_the_attempt_that_follows_or_did_not() -> None:
+    failed = "ran at 2026-11-20T12:00:01Z on a:1 and failed after 0.500 s: ValueError"
+    pending = state(pending_tick=NOON, pending_trigger="schedule", retry_at=NOON + 6 * MINUTE)
+    seen = record("failed", reason="ValueError")
+    assert said(around(seen, known=pending), Again) == f"{failed}; attempt 2 follows at 2026-11-20T12:06:00Z by a:1"
+    assert said(around(seen), Again) == f"{failed}; attempt 2 did not follow, as the next tick came first"
+    last = record("failed", reason="ValueError", attempt=3)
+    assert said(around(last), Again) == f"{failed}; it is given up after attempt 3 of 3"
+
+
 def test_a_tick_that_timed_out_shows_its_time_limit() -> None:
     seen = around(record("timed out", reason="ran longer than its timeout of 0:00:00.400"))
     assert said(seen) == (
