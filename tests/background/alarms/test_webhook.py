@@ -73,10 +73,10 @@ def test_an_alert_that_no_service_takes_is_buried_and_its_error_names_no_address
         delivery.AlertWebhookWorker.max_attempts, before = 2, delivery.AlertWebhookWorker.max_attempts
         try:
             enqueue(fleet, f"http://{host}/secret-path")
-            wait_until(lambda: [row.state for row in fleet.messages()] == ["dead"])
+            wait_until(lambda: fleet.messages()[0].state == "dead")
         finally:
             delivery.AlertWebhookWorker.max_attempts = before
-    errors = [row.error for row in fleet.errors()]
+    errors = [row.error for row in fleet.errors() if row.message == 1]  # an alert about this one may die, too
     assert len(errors) == 2
     assert all("The service did not answer: <urlopen error [Errno 111] Connection refused>" in each for each in errors)
     assert not [each for each in errors if "secret-path" in each or host in each]
