@@ -1,6 +1,6 @@
 """The alert of an incident: its title, its text and its JSON, for readers and programs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import urlsplit
@@ -80,13 +80,18 @@ def name_of(app: Flask) -> str:
     return str(app.config.get("APP_NAME") or app.name)
 
 
-def subject_line(alert: Mapping[str, Any]) -> str:
+def subject_line(alerts: Sequence[Mapping[str, Any]]) -> str:
     """Return the subject of the mail."""
-    return f"[{alert['application']}] {alert['title']}"
+    more = f" (and {len(alerts) - 1} more)" if len(alerts) > 1 else ""
+    return f"[{alerts[0]['application']}] {alerts[0]['title']}{more}"
 
 
-def text(alert: Mapping[str, Any]) -> str:
+def text(alerts: Sequence[Mapping[str, Any]]) -> str:
     """Return the text of the mail."""
+    return "\n----\n\n".join(map(_text, alerts))
+
+
+def _text(alert: Mapping[str, Any]) -> str:
     opened, ended = (datetime.fromisoformat(each) if each else None for each in (alert["opened_at"], alert["ended_at"]))
     lines = [f"{alert['title']}.", "", alert["detail"], ""]
     if opened and ended and alert["kind"] != "silent":

@@ -1,6 +1,6 @@
 """The message workers that send alerts. Their topics have a thread of their own, even if hung runs use all others."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -16,16 +16,17 @@ from .webhook import post
 
 
 class AlertMailWorker(MessageWorker):
-    """Sends alerts to ALERT_MAIL."""
+    """Sends alerts to ALERT_MAIL. Alerts that wait at the same time become one mail."""
 
     topic = "alert_mail"
-    batch_size = 1  # a rollback does not undo a mail
     backoff = timedelta(seconds=10)
     max_attempts = 30  # for about a day
 
-    def handle(self, message: Message, context: WorkerContext) -> None:
-        payload = message.payload
-        send_mail(the_manager(), payload["to"], payload["alert"], message.idempotency_key, message.enqueued_at)
+    def handle_many(self, messages: Sequence[Message], context: WorkerContext) -> None:
+        for to in dict.fromkeys(message.payload["to"] for message in messages):
+            ours = [message for message in messages if message.payload["to"] == to]
+            alerts = [message.payload["alert"] for message in ours]
+            send_mail(the_manager(), to, alerts, ours[0].idempotency_key, ours[0].enqueued_at)
 
 
 class AlertWebhookWorker(MessageWorker):
@@ -62,11 +63,13 @@ def send_webhook(manager: BackgroundWorkerManager, alert: Mapping[str, Any]) -> 
     post(config["ALERT_WEBHOOK"], config["ALERT_WEBHOOK_SECRET"], alert)
 
 
-def send_mail(manager: BackgroundWorkerManager, to: str, alert: Mapping[str, Any], key: str, at: datetime) -> None:
-    """Send the alert by the application's mailer. Raises its errors, and InvalidConfig without a mailer."""
+def send_mail(
+    manager: BackgroundWorkerManager, to: str, alerts: Sequence[Mapping[str, Any]], key: str, at: datetime
+) -> None:
+    """Send the alerts in one mail by the application's function. Raises its errors, and InvalidConfig without one."""
     refuse_missing_mailer(manager)
     assert manager.send_mail is not None  # noqa: S101 - for the type checker
-    manager.send_mail(to, subject_line(alert), text(alert), key, at)
+    manager.send_mail(to, subject_line(alerts), text(alerts), key, at)
 
 
 def refuse_missing_mailer(manager: BackgroundWorkerManager) -> None:

@@ -52,7 +52,7 @@ def _send_trials(manager: BackgroundWorkerManager) -> None:
     alert, at = trial(manager.app), datetime.now(UTC)
     sends: dict[str, Callable[[], object]] = {}
     for number, to in enumerate(manager.app.config["ALERT_MAIL"] or ()):
-        sends[to] = partial(delivery.send_mail, manager, to, alert, f"test-{alert['id']}-{number}", at)
+        sends[to] = partial(delivery.send_mail, manager, to, [alert], f"test-{alert['id']}-{number}", at)
     if manager.app.config["ALERT_WEBHOOK"]:
         sends["ALERT_WEBHOOK"] = partial(delivery.send_webhook, manager, alert)
     if [to for to, send in sends.items() if not _is_sent(to, send)]:

@@ -14,6 +14,7 @@ from support.processes import PATIENCE
 
 from background import BackgroundWorkerManager, InvalidConfig, Message, MessageWorker
 from background.alarms import delivery
+from background.alarms.alert import trial
 from background.alarms.findings import Findings
 from background.alarms.incidents import CALM
 from background.alarms.watch import FleetWatch
@@ -378,3 +379,19 @@ def test_each_reader_gets_a_mail_with_the_worker_the_error_and_the_time(fleet: F
     assert "ValueError: no bread" in mails[0][2]
     assert "https://shop.example/workers/worker/broken" in mails[0][2]
     assert "Another mail follows when this has ended." in mails[0][2]
+
+
+def test_alerts_that_wait_at_the_same_time_become_one_mail_to_each_reader(fleet: Fleet) -> None:
+    manager = fleet.manager(Broken, ALERT_MAIL="a@example.com, b@example.com")
+    mails: list[tuple[Any, ...]] = []
+    manager.send_mail = lambda *mail: mails.append(mail)
+    with manager.app.app_context():
+        for number in range(3):
+            delivery.enqueue(manager, trial(manager.app) | {"title": f"The worker {number} fails"})
+        manager.db.session.commit()
+    manager.start()
+    wait_until(lambda: len(mails) == 2)
+    assert [mail[:2] for mail in mails] == [
+        (to, "[host] The worker 0 fails (and 2 more)") for to in ("a@example.com", "b@example.com")
+    ]
+    assert all(f"The worker {number} fails." in mail[2] for mail in mails for number in range(3))
