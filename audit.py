@@ -28,6 +28,9 @@ MOST_FIELDS = 20  # the fields of a form that an entry keeps
 LONGEST_FIELD = 200
 READING = ("GET", "HEAD", "OPTIONS")
 
+# The command that is recorded once it is done. On SQLite, the run that it cancels may hold the write lock.
+AFTERWARDS = "flask workers cancel"
+
 # The commands that change something.
 COMMANDS: dict[str, Iterable[str]] = {
     "": ("init-db", "reset-password", "demo"),
@@ -114,7 +117,7 @@ def recorded(name: str, command: click.Command) -> click.Command:
     def audited(**given: Any) -> Any:
         if given.get("dry_run"):  # changes nothing
             return call(**given)
-        entry = begin_command(name, given)
+        entry = None if name == AFTERWARDS else begin_command(name, given)
         try:
             result = call(**given)
         except BaseException as error:

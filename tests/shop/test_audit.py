@@ -4,7 +4,9 @@ import json
 import os
 import pwd
 import socket
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -18,6 +20,7 @@ from support.shop import PASSWORD, settings
 
 import audit
 from app import create_app
+from background import PeriodicWorker, WorkerContext
 from background.testing import run_worker
 from models import AuditEntry, RateLimit, User, db
 from workers import PruneAuditWorker
@@ -134,6 +137,37 @@ def test_an_admins_change_without_a_recent_login_is_recorded_as_refused(
         ("admin.make_admin", "302 FOUND"),
     ]
     assert {entry.user_id for entry in entries(app)} == {admin.id}
+
+
+class Holding(PeriodicWorker):
+    """Writes, and holds SQLite's write lock until it is asked to stop."""
+
+    period = timedelta(days=1)
+
+    def do_work(self, context: WorkerContext) -> None:
+        context.session.add(AuditEntry(action="open", details="{}", address="", operator="holding"))
+        context.session.flush()
+        holds.set()
+        assert context.stopping.wait(60)
+        context.raise_if_stopping()
+
+
+holds = threading.Event()
+
+
+def test_a_command_that_cancels_a_run_with_the_write_lock_is_recorded_afterwards(
+    app: Flask, runner: FlaskCliRunner
+) -> None:
+    manager = app.extensions["background_workers"]
+    manager.add(Holding)
+    holds.clear()
+    with ThreadPoolExecutor(1) as beside:
+        run = beside.submit(manager.trigger, "holding")
+        assert holds.wait(60)
+        assert "is cancelled" in runner.invoke(args=["workers", "cancel", "holding"]).output
+        assert run.result().state == "cancelled"
+    assert outcomes(app) == [("flask workers cancel", "done")]
+    assert manager.history.executions("holding")[0].cancelled_by == ME
 
 
 def throttle() -> None:

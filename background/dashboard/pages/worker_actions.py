@@ -44,7 +44,7 @@ def resume(name: str) -> ResponseReturnValue:
 
 def cancel(name: str) -> ResponseReturnValue:
     """Cancel the run that the page showed. A later run goes on."""
-    token = whole_number(request.form.get("token", "")) or abort(400, "The form names no run.")
+    token = whole_number(request.form.get("run", "")) or abort(400, "The form names no run.")
     manager = _manager_of(name)
     changed = manager.cancel(name, by=user_name(), token=token)
     seconds = manager.app.config["WORKERS_SHUTDOWN_SECONDS"]

@@ -582,10 +582,10 @@ def test_the_button_cancels_the_run_that_the_page_shows(app, client, manager):
             path = f"/workers/worker/looker/{context.claim.execution}"
             for each in ("/workers/", "/workers/worker/looker", path):
                 assert 'id="cancel-looker"' in page(client, each)
-            token = re.search(r'name="token" value="([0-9]+)"', page(client, path))[1]
+            token = re.search(r'name="run" value="([0-9]+)"', page(client, path))[1]
             assert int(token) == context.token
-            shown.append(said(press(client, "/workers/worker/looker/cancel", token=str(context.token + 1))))
-            shown.append(said(press(client, "/workers/worker/looker/cancel", token=token)))
+            shown.append(said(press(client, "/workers/worker/looker/cancel", run=str(context.token + 1))))
+            shown.append(said(press(client, "/workers/worker/looker/cancel", run=token)))
             shown.extend(said(page(client, each)) for each in ("/workers/", "/workers/worker/looker", path))
             assert 'id="cancel-looker"' not in page(client, path)
             context.raise_if_stopping()
@@ -607,5 +607,5 @@ def test_the_button_cancels_the_run_that_the_page_shows(app, client, manager):
 
 @on_sqlite
 def test_a_form_without_a_run_cancels_nothing(client, manager):
-    assert client.post("/workers/worker/talker/cancel", data={"token": "x"}).status_code == 400
-    assert "has ended already" in press(client, "/workers/worker/talker/cancel", token="9" * 30)
+    assert client.post("/workers/worker/talker/cancel", data={"run": "x"}).status_code == 400
+    assert "has ended already" in press(client, "/workers/worker/talker/cancel", run="9" * 30)
