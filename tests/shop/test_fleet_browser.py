@@ -107,6 +107,20 @@ def test_messages_are_found_and_changed_without_a_script(app, opened):
     assert states_of(app, "parcels") == ["discarded", "dead", "dead"]
 
 
+def test_the_page_of_a_message_worker_is_accessible_and_pauses_its_topic(app, opened):
+    bury(app, 3, "mail")
+    page = opened("/workers/worker/mail_worker")
+    page.get_by_text("OSError: <no> mail").wait_for()
+    for width in (1280, 390):
+        page.set_viewport_size({"width": width, "height": 844})
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert violations(page) == []
+    page.get_by_role("button", name="Pause mail").click()
+    page.get_by_text("its messages wait").first.wait_for()
+    page.get_by_role("button", name="Resume mail").click()
+    page.get_by_text("mail is resumed").wait_for()
+
+
 def test_the_messages_fit_a_phone(app, opened):
     bury(app, 3, "a_topic_with_a_long_name_that_does_not_break_by_itself")
     page = opened("/workers/messages", viewport={"width": 390, "height": 844})

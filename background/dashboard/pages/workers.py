@@ -4,7 +4,7 @@ from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import Any
 
-from flask import Blueprint, abort, redirect, render_template, request, url_for
+from flask import Blueprint, abort, render_template, request
 from flask.typing import ResponseReturnValue
 
 from ...database.tables import LARGEST_ID
@@ -20,6 +20,7 @@ from ...schedule.periods import MICROSECOND, Schedule
 from ..ticks import by_tick
 from .charts import run_charts, span_links
 from .drafts import LONGEST_NAME, NEXT_TICKS, draft, here
+from .message_workers import message_worker_page
 from .overview import rows
 
 PER_PAGE = 20
@@ -33,7 +34,7 @@ def add_to(blueprint: Blueprint) -> None:
 def worker_page(name: str) -> ResponseReturnValue:
     manager = the_manager()
     if topic := manager.topic_of(name):
-        return redirect(url_for("background.messages", topic=topic))
+        return message_worker_page(name, topic)
     [row] = rows(manager, [Standing(known(manager, name), frozenset())])
     worker, state, clock = manager.workers.get(name), manager.stores.ledger.look(name), manager.history.clock()
     schedule, charts = readable_schedule(worker, state), run_charts(name)

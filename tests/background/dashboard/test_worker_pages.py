@@ -371,9 +371,45 @@ def test_a_worker_of_another_release_is_shown_without_buttons(client, manager, e
 
 
 @on_sqlite
-def test_a_message_worker_leads_to_its_messages(client):
-    assert client.get("/workers/worker/mailing").location == "/workers/messages?topic=mail"
+def test_a_message_worker_has_a_page_with_its_figures_and_errors(client, manager, engine):
+    clock = manager.history.clock()
+    row = {"topic": "mail", "payload": "1", "enqueued_at": clock, "due_at": clock, "attempt": 0, "postponed": None}
+    more = ({}, {"due_at": clock + timedelta(hours=1), "postponed": 2}, {"attempt": 1}, {"state": "dead"})
+    with engine.begin() as connection:
+        for id, columns in enumerate(more, start=1):
+            connection.execute(insert(tables.messages).values(row | columns | {"id": id}))
+        failure = {"attempt": 1, "at": clock, "error": "OSError: <jam>"}
+        connection.execute(insert(tables.message_errors), [failure | {"message": id} for id in (3, 4)])
+    text = page(client, "/workers/worker/mailing")
+    facts = {
+        key: " ".join(re.sub(r"<[^>]*>", " ", value).split())
+        for key, value in re.findall(r"<dt>(.*?)</dt>\s*<dd>(.*?)</dd>", text, re.S)
+    }
+    counts = {"Waiting": "3 , 1 of them due later", "Running": "0", "Failing": "1", "Postponed": "1", "Dead": "1"}
+    assert facts.items() >= {**counts, "Topic": "mail", "Declared": "in Mailing"}.items()
+    assert text.count("OSError: &lt;jam&gt;") == 2
+    assert 'href="/workers/messages?topic=mail&amp;state=dead#messages"' in text
+    assert "since" not in facts
+    manager.pause("mailing")
+    text = page(client, "/workers/worker/mailing")
+    assert "its messages wait" in text
+    assert 'aria-label="Resume mail"' in text
     assert client.post("/workers/worker/mailing/pause").status_code == 404
+
+
+@on_sqlite
+def test_the_page_of_a_message_worker_takes_a_constant_number_of_statements(client, manager, engine):
+    page(client, "/workers/worker/mailing")
+    counts = []
+    for number in (1, 50):
+        clock = manager.history.clock()
+        row = {"topic": "mail", "payload": "1", "enqueued_at": clock, "due_at": clock, "state": "dead"}
+        with engine.begin() as connection:
+            connection.execute(insert(tables.messages), [row] * number)
+        with statements(Engine) as sent:
+            page(client, "/workers/worker/mailing")
+        counts.append(len(sent))
+    assert counts[0] == counts[1] <= 20
 
 
 def test_an_invalid_address_causes_no_error(client, manager):
