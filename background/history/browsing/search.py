@@ -67,7 +67,10 @@ def errors(store: Store, filter: Filter, topics: Sequence[str]) -> list[ErrorGro
 
 
 def _order(filter: Filter, columns: Any) -> tuple[ColumnElement[Any], ...]:
-    return (columns.due_at, columns.id) if filter.state in _BY_DUE else (columns.id.desc(),)
+    if filter.state in _BY_DUE:
+        return columns.due_at, columns.id
+    # Few messages run, and only the minus makes sure that SQLite reads their own index.
+    return (-columns.id if filter.state == "running" else columns.id.desc(),)
 
 
 def _window(filter: Filter, topics: Sequence[str], after: MessagePlace | None) -> Select[Any] | None:
@@ -77,8 +80,8 @@ def _window(filter: Filter, topics: Sequence[str], after: MessagePlace | None) -
     names = [filter.topic] if filter.topic else topics
     if filter.key:
         return places.where(messages.c.topic.in_(names), messages.c.key == filter.key)
-    if filter.state == "running":  # there are few, and only the minus makes sure that their own index is used
-        return select(places.where(in_state("running", messages.c)).order_by(-messages.c.id).subquery())
+    if filter.state == "running":
+        return places.where(in_state("running", messages.c))
     if filter.state not in (*_BY_DUE, *_BY_ID) or len(names) > _MOST_TOPICS:
         return places
     order = _order(filter, messages.c)

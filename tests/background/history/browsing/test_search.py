@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import event, insert, text, update
-from support.databases import on_postgresql
+from support.databases import on_postgresql, on_sqlite
 from support.fleet import Fleet, in_threads, statements, states
 
 from background import BackgroundWorkerManager, MessageWorker, UnknownTopic, WrongState
@@ -304,3 +304,27 @@ def test_a_search_reads_an_index_and_no_more_rows_than_its_bound(full: Backgroun
             assert "Seq Scan on background_messages" not in plan, (fields, plan)
             read = [int(rows) for rows in re.findall(r"actual rows=(\d+)", plan)]
             assert max(read) <= 2 * search.MOST_SEARCHED, (fields, plan)
+
+
+@on_sqlite
+@pytest.mark.parametrize(
+    ("fields", "index"),
+    [
+        ({"state": "dead"}, "dead"),
+        ({"state": "waiting"}, "due"),
+        ({"state": "running"}, "running"),
+        ({"key": "k"}, "key"),
+    ],
+)
+def test_a_search_for_open_messages_or_a_key_reads_their_own_index_on_sqlite(
+    full: BackgroundWorkerManager, fields: dict[str, str], index: str
+) -> None:
+    asked: list[tuple[str, Any]] = []
+    topics, engine = full.messages.figures(), full.stores.main.engine
+    event.listen(engine, "before_cursor_execute", lambda _, __, text, values, *___: asked.append((text, values)))
+    full.messages.browse(Filter(**fields), topics)
+    with engine.connect() as connection:
+        plans = [connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {each}", more).all() for each, more in asked[:2]]
+    steps = [row[3] for plan in plans for row in plan]
+    assert [step for step in steps if f"USING INDEX ix_background_messages_{index}" in step]
+    assert "SCAN background_messages" not in steps
