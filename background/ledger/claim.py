@@ -32,8 +32,6 @@ class Claim:
     """Random. None if a user wrote the claim into the worker's row."""
     instance: str | None = None
     instance_name: str | None = None
-    is_again: bool = False
-    """True if an earlier attempt at the tick may have begun."""
 
     @property
     def idempotency_key(self) -> str:

@@ -1,7 +1,6 @@
 """The ledger: claims a tick, ends the claim, and records each tick that did not run. `statements.py` has the SQL."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
 from datetime import datetime, timedelta
 from types import MappingProxyType
 from typing import Any
@@ -68,8 +67,7 @@ class Ledger:
 
         Concurrency: every instance that saw the tick pending may do this. The first claims the tick.
         """
-        claim = self._claims.pending(_values(name, tick, instance))
-        return claim and replace(claim, is_again=True)
+        return self._claims.pending(_values(name, tick, instance))
 
     def claim_manual(self, name: str, tick: datetime, instance: tuple[str, str]) -> Claim | None:
         """Claim a run that a user requested. `tick` is the moment of the request. The mark does not move.

@@ -50,8 +50,6 @@ class TickContext(WorkerContext):
         self.log_lines = LogLines(lambda: current_run.get() is self)
         self._ledger = ledger
         self._log_written = float("-inf")
-        self._has_cursor = claim.is_again
-        """False while no attempt at the tick can have committed a cursor. Then no read is needed."""
         self._cancelled: dict[str, Any] = {}
         self.when_cancelled: Callable[[], None] = lambda: None
         self.hung_for: str | None = None
@@ -92,11 +90,11 @@ class TickContext(WorkerContext):
         cursor = self.new_cursor if session is self.session else {}
         self._ledger.check(self.claim, self.within(session), self._new_notes() | cursor)
         self._progress = {}
-        if cursor:
-            self._has_cursor, self._cursor_is_new = True, False  # if this commit fails, the rollback forgets the cursor
+        if cursor:  # if this commit fails, the rollback forgets the cursor
+            self._cursor_is_new = False
 
     def _stored_cursor(self) -> str | None:
-        return self._ledger.cursor(self.claim) if self._has_cursor else None
+        return self._ledger.cursor(self.claim)
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ def test_a_manual_run_that_was_handed_back_has_its_cursor(fleet: Fleet) -> None:
     assert fleet.effects() == ["0", "1", "2", "3", "4"]
 
 
-def test_a_first_attempt_reads_no_cursor_and_a_commit_sends_no_further_statement(fleet: Fleet) -> None:
+def test_a_cursor_costs_one_read_and_no_further_statement_at_a_commit(fleet: Fleet) -> None:
     class Counting(Hourly):
         has_cursor = False
 
@@ -101,15 +101,15 @@ def test_a_first_attempt_reads_no_cursor_and_a_commit_sends_no_further_statement
     class CountingOn(Counting):
         has_cursor = True
 
-    sent = []
+    sent, read = [], []
     for worker in (Counting, CountingOn):
         manager = fleet.manager(worker)
         manager.recovery.look(worker, NOW())
         with statements(type(fleet.engine)) as seen:
             manager.tick(worker.name, NOW())
         sent.append(sum(statement.startswith("UPDATE background_executions") for statement in seen))
-        assert not [each for each in seen if each.startswith("SELECT background_executions.cursor")]
-    assert sent == [4, 4]
+        read.append(sum(statement.startswith("SELECT background_executions.cursor") for statement in seen))
+    assert (sent, read) == ([4, 4], [0, 1])
     assert fleet.executions("counting_on")[0].cursor == "3"
 
 
@@ -211,6 +211,19 @@ def test_a_row_that_a_user_deleted_is_written_again_with_the_cursor(fleet: Fleet
 
     assert run(fleet, Restored) == "succeeded"
     assert fleet.effects() == ["0", "1", "2", "3", "4"]
+
+
+def test_the_cursor_outlives_the_workers_row(fleet: Fleet) -> None:
+    """Without its row, the worker begins with the lost tick again, by a claim as of a new tick."""
+    assert run(fleet, slicing(5), NOW() - HOUR) == "succeeded"
+    assert run(fleet, slicing(2)) == "handed back"
+    with fleet.engine.begin() as connection:
+        connection.execute(
+            update(tables.executions).where(tables.executions.c.state == "handed back").values(state="lost")
+        )
+        connection.execute(delete(tables.workers))
+    assert run(fleet, slicing(5)) == "succeeded"
+    assert fleet.effects()[5:] == ["0", "1", "2", "3", "4"]
 
 
 def test_pruning_spares_the_cursor_of_a_tick_that_will_run_again(fleet: Fleet) -> None:
