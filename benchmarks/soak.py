@@ -33,7 +33,7 @@ from . import soak_locks, soak_losers, soak_messages, soak_messages_oracle, soak
 from .soak_database import LOST_COMMITS, Pace, Postgresql, Sqlite, Watch
 from .soak_fleet import FAKETIME, LEASE_SECONDS, Fleet
 from .soak_oracle import Oracle, Verdict, quantile
-from .soak_worker import effects
+from .soak_worker import BY_DESIGN, effects
 
 CATCH_UP_SECONDS = 5.0  # after the start, when every worker runs its latest tick
 PATIENCE_SECONDS = 90.0  # for a busy machine to start all processes, or to finish the open work
@@ -205,6 +205,11 @@ class Report:
             ("missed, as a crash had lost the commits of their runs", verdict.undone, ""),
             ("lost or missed, as rows of their workers were deleted", verdict.deleted, ""),
             ("cancelled by the operator", f"{verdict.cancelled} of {counts['cancel']} requests", ""),
+            (
+                "runs that failed, of them not tried again due to another fault",
+                f"{verdict.failed}, {verdict.untried}",
+                "",
+            ),
             ("take-over after SIGKILL", times(verdict.take_over), f"<= {lease + 1:.0f} s"),
             ("take-over after SIGSTOP or silence", times(verdict.take_over_of_stopped), ""),
             ("hand-over after SIGTERM", times(verdict.hand_over), "<= 1 s"),
@@ -291,7 +296,8 @@ def tracebacks(logs: Path) -> Counter[str]:
             message, *lines = entry.splitlines() or [""]
             if any(line.startswith("Traceback ") for line in lines):
                 error = next((line for line in reversed(lines) if re.match(r"[\w.]*[a-z](: |$)", line)), "")
-                if not ("Buried the message letters:" in message and error.startswith(_LAST_WORDS)):
+                is_failed = "Failed at the tick" in message and error == f"ValueError: {BY_DESIGN}"
+                if not is_failed and not ("Buried the message letters:" in message and error.startswith(_LAST_WORDS)):
                     found[f"traceback in {path.name}: {message[24:]}: {error}"] += 1
     return found
 

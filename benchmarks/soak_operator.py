@@ -85,6 +85,8 @@ _in_force = (
 
 def _forget_execution(connection: Connection, claim: Deleted) -> Deleted | None:
     is_claim = (executions.c.worker == claim.worker, executions.c.token == claim.token, executions.c.state == "running")
+    if claim.worker.startswith("cursor_"):  # its row has the cursor
+        return None
     count = connection.execute(delete(executions).where(*is_claim)).rowcount
     return claim._replace(table=executions.name) if count else None
 

@@ -13,7 +13,7 @@ from background.database.tables import executions
 from background.schedule.periods import Every
 
 from .soak_fleet import HEARTBEAT_SECONDS, LEASE_SECONDS, Fault
-from .soak_worker import effects, workers
+from .soak_worker import BACKOFF_SECONDS, BY_DESIGN, SLICES, effects, workers
 
 Key = tuple[str, datetime]
 Spans = Sequence[tuple[float, float]]  # in Unix seconds
@@ -34,6 +34,8 @@ class Verdict:
     undone: int = 0
     deleted: int = 0
     cancelled: int = 0
+    failed: int = 0
+    untried: int = 0
     duplicates: int = 0
     lost: int = 0
     early: int = 0
@@ -88,6 +90,8 @@ class Oracle:
         self._judge_notes(verdict)
         self._judge_states(verdict, until)
         self._judge_cancelled(verdict)
+        self._judge_slices(verdict)
+        self._judge_retries(verdict)
         self._time_starts(verdict, since, calm_until, until)
         for fault in self._faults:
             self._time_others(verdict, fault)
@@ -131,6 +135,7 @@ class Oracle:
                 verdict.undone += excuse == "undone"
                 verdict.deleted += excuse == "deleted"
                 verdict.cancelled += excuse == "cancelled"
+                verdict.untried += excuse == "untried"
                 if not excuse:
                     verdict.lost += 1
                     verdict.violations.append((key, "lost"))
@@ -140,6 +145,7 @@ class Oracle:
 
         `skipped`: the previous run was in force. `outage`: the database was away until the next tick. `undone`: a crash
         lost commits after the tick. `deleted`: rows of the worker were deleted then. `cancelled`: its run was.
+        `untried`: its run failed, and another fault came before the next attempt.
         """
         worker, tick = key
         if any(row.state == "cancelled" for row in self._runs.get(key, ())):
@@ -152,8 +158,19 @@ class Oracle:
                     return "outage"
                 if loss := self._loss(worker, tick, row.finished_at):
                     return loss
+        if self._is_untried(key):
+            return "untried"
         lost = (row for row in self._runs.get(key, ()) if row.state == "lost")
         return next(("deleted" for row in lost if self._loss(worker, tick, row.finished_at) == "deleted"), None)
+
+    def _is_untried(self, key: Key) -> bool:
+        """Return whether a run failed, and an outage or a deletion lasted from then to the next tick."""
+        rows, until = self._runs.get(key) or (), self._periods[key[0]].next(key[1])
+        if not rows or rows[-1].state != "failed":
+            return False
+        ended, most = rows[-1].finished_at.timestamp(), until.timestamp() - PUT_OFF_SECONDS
+        is_away = any(gone <= ended + BACKOFF_SECONDS * 1.5 and most <= back for gone, back in self._absences)
+        return is_away or self._loss(key[0], key[1], until) is not None
 
     def _loss(self, worker: str, tick: datetime, noted: datetime) -> str | None:
         """Return the kind of loss between the tick and its note."""
@@ -225,7 +242,8 @@ class Oracle:
                     verdict.violations.append((key, f"begun {(row.tick - row.started_at).total_seconds():.3f} s early"))
                 # When the whole fleet ends, no instance is left to recover the last one's runs.
                 is_left = row.state == "running" and row.tick > until
-                if row.state not in ("succeeded", "lost", "handed back", "cancelled") and not is_left:
+                is_final = row.state in ("succeeded", "lost", "handed back", "cancelled")
+                if not (is_final or is_left or self._failed_by_design(row)):
                     verdict.not_final += 1
                     verdict.violations.append((key, f"an execution that {row.state}"))
                 tokens = [done.token for done in self._done[key]]
@@ -241,6 +259,35 @@ class Oracle:
                 if not (is_over or self._lost_its_claim(one) or self._lost_its_claim(following)):
                     verdict.out_of_order += 1
                     verdict.violations.append(((worker, following.tick), "begun while another was in force"))
+
+    def _failed_by_design(self, row: Any) -> bool:
+        is_first = row.worker.startswith("failing_") and row.attempt == 1
+        return is_first and row.state == "failed" and BY_DESIGN in (row.reason or BY_DESIGN)
+
+    def _judge_slices(self, verdict: Verdict) -> None:
+        """Check that each done tick of a worker with a cursor did each of its slices."""
+        parts: dict[Key, set[int]] = defaultdict(set)
+        for row in self._effects:
+            parts[row.worker, row.tick].add(row.part)
+        for key, rows in self._done.items():
+            if key[0].startswith("cursor_") and rows and parts[key] != set(range(SLICES + 1)):
+                verdict.lost += 1
+                verdict.violations.append((key, f"done with the slices {sorted(parts[key])} only"))
+
+    def _judge_retries(self, verdict: Verdict) -> None:
+        """Check that an attempt after a failed one begins after the backoff, and before the next tick."""
+        for key, rows in self._runs.items():
+            verdict.failed += sum(row.state == "failed" for row in rows)
+            for one, following in pairwise(rows):
+                if one.state != "failed":
+                    continue
+                waited = (following.started_at - one.finished_at).total_seconds()
+                if waited < BACKOFF_SECONDS * 0.75 and not self._crashed(one.started_at, following.started_at):
+                    verdict.early += 1
+                    verdict.violations.append((key, f"tried again after {waited:.3f} s"))
+                if following.started_at >= self._periods[key[0]].next(key[1]):
+                    verdict.out_of_order += 1
+                    verdict.violations.append((key, "tried again after the next tick was due"))
 
     def _judge_cancelled(self, verdict: Verdict) -> None:
         """Check that a cancelled run ended as such, was asked for, commits nothing later, and is not run again."""

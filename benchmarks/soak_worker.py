@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from random import Random
+from typing import Any
 
 from flask import Flask
 from sqlalchemy import Column, Integer, MetaData, String, Table, func, insert, select
@@ -20,6 +21,9 @@ from background.database.clock import UtcDateTime, now
 from . import soak_locks, soak_messages
 
 SLICES = 4
+BY_DESIGN = "the first attempt"
+BACKOFF_SECONDS = 0.5
+_RETRIED = {"on_failed": "retry", "backoff": timedelta(seconds=BACKOFF_SECONDS)}
 
 effects = Table(
     "soak_effects",
@@ -59,18 +63,20 @@ def workers() -> Iterator[type[PeriodicWorker]]:
     yield from (_worker(f"holding_{i}", 6.1 + 0.331 * i, holding) for i in range(3))
     yield from (_worker(f"deaf_{i}", 6.4 + 0.277 * i, deaf) for i in range(4))
     yield from (_worker(f"slices_{i}", 7.3 + 0.391 * i, in_slices) for i in range(4))
+    yield from (_worker(f"cursor_{i}", 7.1 + 0.347 * i, with_cursor) for i in range(4))
+    yield from (_worker(f"failing_{i}", 6.3 + 0.419 * i, failing, **_RETRIED) for i in range(4))
     yield from (_worker(f"long_{i}", 6.7 + 0.443 * i, long) for i in range(6))
     yield from (_worker(f"longest_{i}", 11.3 + 0.717 * i, longest) for i in range(2))
     yield from (_worker(f"locking_{i}", 2.9 + 0.203 * i, locking) for i in range(5))
 
 
-def _worker(name: str, period: float, body: Callable[[WorkerContext], None]) -> type[PeriodicWorker]:
+def _worker(name: str, period: float, body: Callable[[WorkerContext], None], **attributes: Any) -> type[PeriodicWorker]:
     def do_work(self: PeriodicWorker, context: WorkerContext) -> None:
         body(context)
 
     # Three instances may be killed in a row here, so a worker needs more attempts.
     members = {"name": name, "period": timedelta(seconds=period), "max_attempts": 100, "do_work": do_work}
-    return type(name, (PeriodicWorker,), members)
+    return type(name, (PeriodicWorker,), members | attributes)
 
 
 def quick(context: WorkerContext) -> None:
@@ -105,6 +111,24 @@ def in_slices(context: WorkerContext) -> None:
         context.progress(part, SLICES)
         context.commit()
     _leave(context)
+
+
+def with_cursor(context: WorkerContext) -> None:
+    """Commit in slices, and go on behind the cursor."""
+    for part in range((context.cursor or 0) + 1, SLICES + 1):
+        _work(context, _seconds(context, 0.6, 1.2) / SLICES)
+        _leave(context, part)
+        context.cursor = part
+        context.commit()
+    _leave(context)
+
+
+def failing(context: WorkerContext) -> None:
+    """Fail at the first attempt."""
+    time.sleep(_seconds(context, 0.001, 0.03))
+    _leave(context)
+    if context.attempt == 1:
+        raise ValueError(BY_DESIGN)
 
 
 def long(context: WorkerContext) -> None:

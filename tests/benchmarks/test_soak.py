@@ -59,7 +59,7 @@ class Soaked:
         row |= more
         self._insert(executions, row)
         if state == "succeeded":
-            self.left(at=begun, tick=row["tick"])
+            self.left(at=begun, tick=row["tick"], worker=row["worker"])
 
     def left(self, **more: Any) -> None:
         """Insert an effect."""
@@ -207,6 +207,32 @@ def test_a_run_that_the_operator_cancelled_excuses_its_tick(soaked: Soaked) -> N
     verdict = soaked.judge(request(1))
     assert (verdict.lost, verdict.cancelled, verdict.violations) == (0, 1, [])
     assert sentences(soaked.judge()) == ["cancelled, although the operator did not ask for it"]
+
+
+FAILED = {"worker": "failing_0", "tick": Every(timedelta(seconds=6.3)).next(TICK)}
+BY_DESIGN = "ValueError: the first attempt"
+
+
+@pytest.mark.parametrize(
+    ("after", "said"),
+    [(0.2, ["tried again after 0.199 s"]), (1, []), (6.4, ["tried again after the next tick was due"])],
+)
+def test_a_failed_run_is_tried_again_after_its_backoff_and_before_the_next_tick(
+    soaked: Soaked, after: float, said: list[str]
+) -> None:
+    soaked.ran()
+    soaked.ran("failed", begun=FAILED["tick"], reason=BY_DESIGN, **FAILED)
+    soaked.ran(begun=FAILED["tick"] + after * SECOND, attempt=2, **FAILED)
+    verdict = soaked.judge()
+    assert (sentences(verdict), verdict.failed) == (said, 1)
+
+
+def test_a_slice_that_is_missed_is_a_violation(soaked: Soaked) -> None:
+    soaked.ran()
+    soaked.ran(worker="cursor_0")
+    for part in (1, 2, 4):
+        soaked.left(worker="cursor_0", part=part)
+    assert sentences(soaked.judge()) == ["done with the slices [0, 1, 2, 4] only"]
 
 
 def test_a_cancelled_run_that_commits_later_or_again_is_a_violation(soaked: Soaked) -> None:
