@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import sqlite3
+from base64 import b64encode
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
@@ -465,17 +466,39 @@ def brightness(page: "Page") -> int:
     return sum(map(int, re.findall(r"\d+", colour)[:3])) // 3
 
 
-@pytest.mark.skipif("SCREENSHOT" not in os.environ, reason="SCREENSHOT names no file to write the picture to")
-def test_the_readme_has_a_picture(app, opened):
+PICTURES = {
+    "overview": "/workers/",
+    "timeline": "/workers/timeline",
+    "charts": "/workers/charts?window=1h",
+    "instances": "/workers/instances",
+    "messages": "/workers/messages",
+    "worker": "/workers/worker/newsletter_preview",
+}
+"""The pages in docs/operating.md, each with its address."""
+SIDE_BY_SIDE = """<div style="display: grid; grid-template-columns: 1280px 390px; gap: 20px; width: 1690px">%s</div>"""
+
+
+@pytest.mark.skipif("SCREENSHOTS" not in os.environ, reason="SCREENSHOTS names no folder to write the pictures to")
+def test_the_documents_have_pictures_of_each_page_on_a_desktop_and_a_phone_light_and_dark(app, browser, opened):
+    folder = Path(os.environ["SCREENSHOTS"])
     for worker in lively.WORKERS:
         live_through_a_day(app, worker)
-    page = opened("/workers/", viewport={"width": 1200, "height": 900})
+    page = opened("/workers/")
     page.get_by_role("button", name="Pause price_check").click()
     page.get_by_role("button", name="Run now: catalogue_import").click()
     lively.steps.release(3)
     hurry(page, page.get_by_text("3,000 of 4,000").is_visible)
-    page.goto("/workers/")
-    page.screenshot(path=os.environ["SCREENSHOT"])
+    sheet = browser.new_page(device_scale_factor=0.6, viewport={"width": 1706, "height": 1724})
+    for name, path in PICTURES.items():
+        pictures: list[str] = []
+        for scheme in ("light", "dark"):
+            for width in (1280, 390):
+                shown = opened(path, color_scheme=scheme, viewport={"width": width, "height": 844})
+                pictures.append(b64encode(shown.screenshot()).decode())
+                shown.context.close()
+        sheet.set_content(SIDE_BY_SIDE % "".join(f'<img src="data:image/png;base64,{each}">' for each in pictures))
+        sheet.locator("img").last.wait_for()
+        sheet.screenshot(path=folder / f"{name}.png")
     lively.steps.release()
     page.get_by_role("button", name="Resume price_check").click()
 
