@@ -24,7 +24,7 @@ from background import (
 )
 from background.database import tables
 from background.database.notifications import CHANNEL
-from background.runs.batch import _pause
+from background.worker import pause_after
 
 MINUTE = 60
 
@@ -446,7 +446,7 @@ def test_the_pause_is_spread_by_a_quarter_and_grows_to_an_hour_at_most(backoff: 
     slow = make(backoff=backoff)
     for attempt in (1, 2, 12, 13, 2_000):
         full = min(backoff.total_seconds() * 2 ** min(attempt - 1, 12), 3_600)
-        pauses = [_pause(slow, attempt).total_seconds() for _ in range(500)]
+        pauses = [pause_after(slow, attempt).total_seconds() for _ in range(500)]
         assert 0.75 * full <= min(pauses) < 0.85 * full < 1.15 * full < max(pauses) <= 1.25 * full
 
 
