@@ -231,11 +231,13 @@ def test_the_history_the_list_and_the_pages_tell_of_the_attempt(fleet: Fleet) ->
         assert f"by design; attempt 2 follows at {after:%Y-%m-%dT%H:%M:%S}Z by the next instance" in said
         listed = manager.app.test_cli_runner().invoke(args=["workers", "list"]).output
         assert f"failed, and is tried again at {after:%Y-%m-%dT%H:%M:%S}Z" in listed
-        page = manager.app.test_client().get("/workers/").get_data(as_text=True)
+        client = manager.app.test_client()
+        page = client.get("/workers/").get_data(as_text=True)
         assert "tried again: " in page
         assert "overdue since" not in page
+        assert " failed, and is tried again: " in client.get("/workers/worker/flaky").get_data(as_text=True)
         clock.move(HOUR)
-        assert "tried again" not in manager.app.test_client().get("/workers/").get_data(as_text=True)
+        assert "tried again" not in client.get("/workers/").get_data(as_text=True)
 
 
 def test_a_waiting_attempt_is_late_from_its_moment_on(fleet: Fleet) -> None:
