@@ -62,7 +62,7 @@ class Lifecycle:
         self.watch: Watch | None = None
         """The watch over the fleet, which sends alerts. None if no setting names a channel for alerts."""
         self.send_mail: SendMail | None = None
-        """The function of the application that sends the mails of ALERT_MAIL.
+        """The application's function that sends the mails of ALERT_MAIL.
 
         It gets the reader, the subject, the text, a key and a moment. Calls with the same key are about one mail.
         """

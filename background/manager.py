@@ -149,7 +149,7 @@ class BackgroundWorkerManager(Lifecycle):
 
         With `token`, cancel only the run that has this token.
 
-        The run is asked to stop within a heartbeat. After WORKERS_SHUTDOWN_SECONDS it can no longer commit. Its
+        The run gets a stop request within a heartbeat. After WORKERS_SHUTDOWN_SECONDS it can no longer commit. Its
         execution ends as "cancelled", and its tick does not run again. False if nothing runs. Raises as `pause` does.
         """
         by = spelled_out(by)[:LONGEST_USER] if by else None
@@ -282,7 +282,7 @@ class BackgroundWorkerManager(Lifecycle):
 
     @property
     def charts(self) -> ChartHistory:
-        """The runs and messages of the last days, counted, for people to read."""
+        """The counts of the runs and messages of the last days, for the charts."""
         return ChartHistory(self.stores.main, self.stores.roll_up)
 
     @property

@@ -30,7 +30,7 @@ class PeriodicWorker:
     run_on_first_start: ClassVar[bool] = False
     """True: a worker that is new to the database begins with its latest tick. False: with its next tick."""
     max_attempts: ClassVar[int] = 3
-    """The attempts at a tick if instances die, or lose the database. An attempt that was handed back does not count.
+    """The attempts at a tick whose instances die, or lose the database. An attempt that was handed back does not count.
 
     With `on_failed = "retry"`, also the attempts if runs fail.
     """
@@ -45,7 +45,7 @@ class PeriodicWorker:
     jitter: ClassVar[timedelta] = timedelta()
     """Spreads the wake-ups of the instances over this time, at most a period. The ticks do not move."""
     ping_url: ClassVar[str | None] = None
-    """The dead-man's switch that hears of each run. None: by the setting PING_URL. "": none."""
+    """The dead-man's switch that gets pings of each run. None: the setting PING_URL decides. "": no pings."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()

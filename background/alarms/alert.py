@@ -57,7 +57,7 @@ def alert(app: Flask, incident: Incident) -> dict[str, Any]:
 
 def _detail(incident: Incident) -> str:
     is_about_opening = incident.ended_at is not None and incident.kind != "silent"
-    return f"At the beginning it said: {incident.detail}" if is_about_opening else incident.detail
+    return f"When it opened: {incident.detail}" if is_about_opening else incident.detail
 
 
 def trial(app: Flask) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def _text(alert: Mapping[str, Any]) -> str:
     if opened and ended and alert["kind"] != "silent":
         lines.append(f"From {second(opened)} to {second(ended)}, for {span(ended - opened)}.")
     elif alert["type"] == OPENED:
-        lines += [f"Noticed at {second(opened)}.", "Another mail follows when this has ended."]
+        lines += [f"Noticed at {second(opened)}.", "A second mail follows when the incident has ended."]
     if alert["url"]:
         lines += ["", alert["url"]]
     return "\n".join(lines).rstrip() + "\n"

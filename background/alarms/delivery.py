@@ -1,4 +1,4 @@
-"""The message workers that send alerts. Their topics have a thread of their own, even if hung runs use all others."""
+"""The message workers that send alerts. Each topic has a thread of its own, so hung runs cannot hold an alert back."""
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
@@ -59,7 +59,7 @@ def send_webhook(manager: BackgroundWorkerManager, alert: Mapping[str, Any]) -> 
     """Send the alert to ALERT_WEBHOOK. Raises AlertNotSent, and InvalidConfig if the settings have no webhook."""
     config = manager.app.config
     if not config["ALERT_WEBHOOK"]:
-        raise InvalidConfig("ALERT_WEBHOOK is not set any longer, and an alert waits; expected an address: set it.")
+        raise InvalidConfig("ALERT_WEBHOOK is no longer set, and an alert waits; expected an address: set it.")
     post(config["ALERT_WEBHOOK"], config["ALERT_WEBHOOK_SECRET"], alert)
 
 
@@ -73,9 +73,9 @@ def send_mail(
 
 
 def refuse_missing_mailer(manager: BackgroundWorkerManager) -> None:
-    """Raise InvalidConfig if alerts go by mail, and the application has not said how to send one."""
+    """Raise InvalidConfig if alerts go by mail, and the application has no function that sends one."""
     if manager.app.config["ALERT_MAIL"] and manager.send_mail is None:
         raise InvalidConfig(
-            "ALERT_MAIL is set, and the application has not said how it sends mails; expected a function. Write "
+            "ALERT_MAIL is set, and the application has no function that sends mails; expected one. Write "
             "`workers.send_mail = send_mail` in create_app, with send_mail(to, subject, text, key, at)."
         )

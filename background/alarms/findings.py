@@ -1,4 +1,4 @@
-"""Looks at the fleet for trouble: failing, overdue and stuck workers, dead messages, and clocks that are off."""
+"""Finds the problems of the fleet: failing, overdue and stuck workers, dead messages, and clocks that are off."""
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -17,13 +17,13 @@ from ..stores import Stores
 from ..worker import PeriodicWorker
 
 PATIENCE = timedelta(minutes=1)
-"""A tick that waits for less is no incident. Neither is a fleet that was stopped for less."""
+"""A shorter wait of a tick, or a shorter stop of the fleet, is not an incident."""
 _COUNTED = ("succeeded", "failed", "timed out", "lost")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One trouble that was found. `detail` reads a sentence about it, which only a new incident needs."""
+    """One problem that was found. `detail` reads a sentence about it, which only a new incident needs."""
 
     kind: str
     subject: str
@@ -43,9 +43,9 @@ class Findings:
         self._read = stores.main.read
 
     def look(self, open: Collection[tuple[str, str]], patience: timedelta = PATIENCE) -> list[Finding]:
-        """Return each trouble. Of the kinds and subjects that are `open`, return also a trouble that has become less.
+        """Return each problem. A tick may wait for `patience`.
 
-        A tick may wait for `patience`.
+        `open` are the kinds and subjects of open incidents. Such a problem is returned until it is clearly over.
         """
         return [*self._workers(open, patience), *self._failing(), *self._dead(), *self._clocks(open)]
 
@@ -81,7 +81,8 @@ class Findings:
         )
         rows = self._read(query)
         newest, oldest = rows[0], rows[-1]
-        return f"Since {second(oldest.finished_at)} it has not succeeded. Last, it {newest.state}{_why(newest.reason)}"
+        since = second(oldest.finished_at)
+        return f"It has failed since {since}. Its last run ended as {newest.state}{_why(newest.reason)}"
 
     def _dead(self) -> list[Finding]:
         query = select(messages.c.topic, func.count().label("number")).where(is_dead).group_by(messages.c.topic)
@@ -101,11 +102,11 @@ class Findings:
         )
         offsets: dict[str, float] = {}
         for row in self._stores.leases.read(query.order_by(func.abs(instances.c.clock_offset))):
-            offsets[row.host] = -row.clock_offset  # the largest of the host stays
+            offsets[row.host] = -row.clock_offset  # the host's largest offset comes last
         return [
             Finding("clock", host, partial(_offset, offset))
             for host, offset in offsets.items()
-            # An offset near the limit would open and end incidents in turn.
+            # Two limits: an offset near a single limit would open and end incidents in turn.
             if abs(offset) > OFFSET_WARNED.total_seconds() / (2 if ("clock", host) in open else 1)
         ]
 
@@ -125,12 +126,13 @@ def _why(reason: str | None) -> str:
 
 
 def outage(silence: Silence | None) -> str | None:
-    """Say since when no instance was alive. None if an instance is alive, or the fleet was only restarted."""
+    """Describe the time without an instance. None if an instance is alive, or the fleet was only restarted."""
     if silence is None or silence.last is None or silence.length is None:
         return None
     last = silence.last
     if last.signed_off_at and silence.length < PATIENCE:
         return None
     left = "signed off" if last.signed_off_at else "was last seen"
-    times = f"from {second(silence.since)} to {second(silence.clock)} ({span(silence.length)})"
-    return f"No worker ran {times}. The last instance, {spelled_out(last.name)}, {left} at the beginning."
+    since = second(silence.since)
+    times = f"from {since} to {second(silence.clock)} ({span(silence.length)})"
+    return f"No worker ran {times}. The last instance, {spelled_out(last.name)}, {left} at {since}."

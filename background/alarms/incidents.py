@@ -22,7 +22,7 @@ _is_open = and_(incidents.c.ended_at.is_(None), incidents.c.kind != _LOOK)
 
 @dataclass(frozen=True)
 class Incident:
-    """One trouble of the fleet, from its beginning to its end."""
+    """One problem of the fleet, from its beginning to its end."""
 
     id: int
     kind: str
@@ -84,17 +84,17 @@ class Incidents:
         detail: str,
         span: tuple[datetime | None, datetime | None] = (None, None),
     ) -> Incident | None:
-        """Open an incident on the caller's session. None if it is open, or one like it ended a short time ago.
+        """Open an incident on the caller's session. None if it is open, or ended a short time ago.
 
-        `span` is the beginning and the end of an incident that is over already. None if it is known.
+        `span` is the beginning and the end of an incident that is already over. None if its row exists.
 
-        Concurrency: several instances may find the same trouble. The unique indexes let one of them insert the row.
+        Concurrency: several instances may find the same problem. The unique indexes let one of them insert the row.
         """
         since, until = span
         calm = select(incidents.c.id).where(
             incidents.c.kind == kind, incidents.c.subject == subject, incidents.c.ended_at > now(-CALM)
         )
-        is_free = not_(calm.exists()) if until is None else true()  # no later look would find what is over
+        is_free = not_(calm.exists()) if until is None else true()  # a problem that is over is found only once
         detail = spelled_out(detail)[:_LONGEST_DETAIL]
         values: list[ColumnElement[Any]] = [
             literal(kind, String()),

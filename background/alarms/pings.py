@@ -1,6 +1,6 @@
 """Pings to a dead-man's switch, such as healthchecks.io or a Sentry monitor: a run started, succeeded or failed.
 
-The switch raises the alarm if the pings stay away. So it also notices a fleet that is gone.
+The switch raises the alarm if no ping arrives. So it also notices a fleet that is gone.
 """
 
 import atexit
@@ -39,7 +39,7 @@ _LAST_PINGS_SECONDS = 5.0
 
 
 class Pings:
-    """Sends the pings of one process, off the thread of the run. A ping that is not taken delays and fails no run."""
+    """Sends the pings of one process, on a thread of their own. A ping never delays or fails a run."""
 
     def __init__(self, manager: BackgroundWorkerManager) -> None:
         self._manager, self._url = manager, manager.app.config["PING_URL"]

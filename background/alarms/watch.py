@@ -19,7 +19,7 @@ log = logger_of(__name__)
 
 
 class FleetWatch:
-    """Looks at the fleet for one process. In each interval, one process of the fleet looks."""
+    """Looks for incidents. In each interval, one process of the fleet looks."""
 
     every = timedelta(seconds=15)
 
@@ -55,7 +55,7 @@ class FleetWatch:
 
     def look_now(self) -> None:
         """Look at the fleet. Open and end incidents."""
-        known = self.incidents.known()  # first: an incident that another instance opens meanwhile must not end here
+        known = self.incidents.known()  # first, as another instance may open an incident meanwhile
         open = {each.key for each in known if each.ended_at is None}
         found = self._findings().look(open, self._patience())
         for incident in known:
@@ -71,7 +71,7 @@ class FleetWatch:
         return Findings(manager.stores, manager.workers, manager.app.config["ALERT_AFTER_FAILURES"])
 
     def _patience(self) -> timedelta:
-        """Return how long a tick may wait. After a start, the ticks that wait since before get time to run."""
+        """Return the time that a tick may wait. After a start, ticks that already wait get time to run."""
         left = PATIENCE.total_seconds() - (steady() - self._joined_at)
         return timedelta.max if left > 0 else PATIENCE
 

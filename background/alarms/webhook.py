@@ -1,6 +1,6 @@
 """Requests to other services: a webhook, signed by the scheme of Standard Webhooks, and the pings of a worker.
 
-No redirect is followed, because a redirect may lead to another host. Errors do not name the address, which is a secret.
+Requests follow no redirect, because it may lead to another host. Errors do not name the address, which is a secret.
 """
 
 import base64

@@ -24,8 +24,9 @@ from .workers import workers_cli
 def alerts(is_test: bool, with_json: bool) -> None:
     """Show the incidents that are open, or ended last.
 
-    An incident opens when a worker fails several times in a row, is overdue or stuck, a message dies, or a host's
-    clock is off. Each opened and each ended incident is one alert, by ALERT_MAIL and ALERT_WEBHOOK.
+    An incident opens when a worker fails several times in a row, is overdue, or is stuck. It also opens when a message
+    dies, a host's clock is off, or no instance was alive. ALERT_MAIL and ALERT_WEBHOOK get one alert when an incident
+    opens, and one when it ends.
     """
     if is_test:
         _send_trials(the_manager())
@@ -42,13 +43,13 @@ def alerts(is_test: bool, with_json: bool) -> None:
         ]
         click.echo(screen.table(("incident", "opened", "ended", "note"), rows))
     else:
-        click.echo("There was no incident.")
+        click.echo("No incident is open, or ended lately.")
 
 
 def _send_trials(manager: BackgroundWorkerManager) -> None:
     """Send the test alerts without the queue, so that the user sees each error."""
     if not delivery.channels(manager.app):
-        raise WrongUsage("Neither ALERT_MAIL nor ALERT_WEBHOOK is set; expected one of them: set it.")
+        raise WrongUsage("Neither ALERT_MAIL nor ALERT_WEBHOOK is set; expected at least one: set it.")
     alert, at = trial(manager.app), datetime.now(UTC)
     sends: dict[str, Callable[[], object]] = {}
     for number, to in enumerate(manager.app.config["ALERT_MAIL"] or ()):

@@ -60,7 +60,7 @@ messages_cli = WorkersGroup(
 def list_messages(topic: str | None, state: str | None, limit: str, with_json: bool) -> None:
     """Show the messages, newest first.
 
-    With --json every payload, and the traceback of its last error, is shown in full.
+    --json shows every payload, and the traceback of each last error, in full.
     """
     number, state = row_limit(limit), one_state(state, STATES)
     manager = checked_manager()
@@ -102,7 +102,7 @@ def _note(letter: MessageRecord) -> str:
 def show(id: str, with_json: bool) -> None:
     """Show one message, with every error.
 
-    Also its payload, and the traceback of each error.
+    Shows its payload too, and the traceback of each error.
     """
     number = _number(id)
     manager = checked_manager()
@@ -145,15 +145,15 @@ def _failure(screen: Screen, failure: Failure) -> str:
 def stats(with_json: bool) -> None:
     """Count the messages of every topic, and show their waiting times.
 
-    WAITING includes the messages that are DUE LATER. OLDEST is the time since the oldest waiting message was due. ON
-    AVERAGE and AT MOST are the times from due to done, within the last hour.
+    WAITING includes the DELAYED messages, which are due later. OLDEST is the time since the oldest waiting message was
+    due. ON AVERAGE and AT MOST are the times from due to done, within the last hour.
     """
     found = checked_manager().messages.stats()
     if with_json:
         print_json([asdict(topic) for topic in found])
     elif found:
         done = ("done in 1 h", "on average", "at most")
-        headers = ("topic", "worker", "waiting", "due later", "running", "dead", "oldest", *done, "note")
+        headers = ("topic", "worker", "waiting", "delayed", "running", "dead", "oldest", *done, "note")
         screen, is_paused = Screen.of(datetime.now(UTC)), any(topic.paused_at for topic in found)
         rows = [_topic_cells(screen, topic) for topic in found]
         click.echo(screen.table(headers, rows, spare=("worker", "on average"), has_moments=is_paused))
@@ -184,17 +184,21 @@ def _seconds(seconds: float | None) -> str:
 )
 @click.argument("topic", shell_complete=topics)
 @click.argument("payload", metavar="JSON")
-@click.option("--key", metavar="KEY", help="A text. If the topic has a message with this key, nothing is enqueued.")
-@click.option("--delay", type=float, metavar="SECONDS", help="Handle it this much later.")
+@click.option(
+    "--key", metavar="KEY", help="The message's key. If TOPIC has a message with this key, nothing is enqueued."
+)
+@click.option("--delay", type=float, metavar="SECONDS", help="Delay the message by this time.")
 def enqueue(topic: str, payload: str, key: str | None, delay: float | None) -> None:
-    """Enqueue a message of TOPIC with the payload JSON.
+    """Enqueue a message of TOPIC, with JSON as its payload.
 
     Exits with 1 if a message has the key already.
     """
     try:
         value = strict_json.loads(payload)
     except ValueError as error:
-        raise WrongUsage(f"JSON is {payload!r:.200}: {error}; expected JSON: a text is '\"text\"'.") from None
+        raise WrongUsage(
+            f"The payload is {payload!r:.200}: {error}; expected JSON, such as 42 or '\"text\"'."
+        ) from None
     manager = checked_manager()
     id = manager.enqueue(topic, value, key, delay)
     manager.db.session.commit()
@@ -206,9 +210,9 @@ def enqueue(topic: str, payload: str, key: str | None, delay: float | None) -> N
 @messages_cli.command(epilog=examples("flask messages pause TOPIC"))
 @click.argument("topic", shell_complete=topics)
 def pause(topic: str) -> None:
-    """Handle no more messages of TOPIC until it is resumed.
+    """Pause TOPIC: its messages wait until you resume it.
 
-    The pause holds for every instance. A batch in progress goes on. Messages can be enqueued.
+    The pause holds across restarts and releases. A batch in progress goes on. The topic takes new messages.
     """
     pause_topic(topic)
 
@@ -234,8 +238,8 @@ def _ids_or_all(command: Callable[..., None]) -> Callable[..., None]:
 def retry(ids: tuple[str, ...], every: bool, topic: str | None) -> None:
     """Make dead or discarded messages wait again.
 
-    A message that is due later becomes due now. Attempts are counted from one again, and errors are kept. --all means
-    all dead messages. If one of several IDs cannot be retried, no message is changed.
+    A delayed message becomes due now. Attempts count from one again, and errors stay. --all means all dead messages. If
+    one of several IDs cannot be retried, no message changes.
     """
     numbers = _numbers(ids, every, topic)
     click.echo(_outcome(checked_manager().messages.retry(numbers, topic), numbers, "waits again", "wait again"))
@@ -246,8 +250,8 @@ def retry(ids: tuple[str, ...], every: bool, topic: str | None) -> None:
 def discard(ids: tuple[str, ...], every: bool, topic: str | None) -> None:
     """Discard dead or waiting messages, so that they are never handled.
 
-    They and their keys are kept as long as done messages. Until then no new message takes such a key. --all means all
-    dead messages. If one of several IDs cannot be discarded, no message is changed.
+    They and their keys stay as long as done messages. Until then no new message takes such a key. --all means all dead
+    messages. If one of several IDs cannot be discarded, no message changes.
     """
     numbers = _numbers(ids, every, topic)
     click.echo(_outcome(checked_manager().messages.discard(numbers, topic), numbers, "is discarded", "are discarded"))

@@ -24,7 +24,7 @@ watch_option: Callable[[Callable[..., Any]], Callable[..., Any]] = click.option(
     is_flag=False,
     flag_value="2",
     metavar="[SECONDS]",
-    help="Show it again every SECONDS (2), until Ctrl-C.",
+    help="Refresh every SECONDS, by default 2, until Ctrl-C.",
 )
 
 

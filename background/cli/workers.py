@@ -104,7 +104,7 @@ def _cells(screen: Screen, row: dict[str, Any]) -> list[str]:
 def _pending(screen: Screen, row: dict[str, Any]) -> str:
     """Return the tick that comes before any other, or the moment of the next attempt at a failed tick."""
     if row["retry_at"]:
-        return f"failed, and is tried again at {screen.at(row['retry_at'])}"
+        return f"failed, next attempt at {screen.at(row['retry_at'])}"
     return f"{screen.tick(row['pending_tick'])} runs first" if row["pending_tick"] else ""
 
 
@@ -140,7 +140,7 @@ def _with_topics(screen: Screen, headers: tuple[str, ...], rows: list[list[str]]
 def instances(with_json: bool) -> None:
     """Show the instances that are alive, or left within a day.
 
-    Also their runs, and how far their clocks are off.
+    Shows their runs too, and how far their clocks are off.
     """
     manager = checked_manager()
     states, seen = manager.stores.ledger.states().values(), manager.instance_history.seen()
@@ -210,8 +210,8 @@ def check(with_json: bool) -> None:
 def preview(name: str, count: str) -> None:
     """Show the next ticks of NAME, by its declared schedule.
 
-    In the local time zone, and in the schedule's own. A note marks each tick that a change of the clocks affects. A
-    schedule that an admin set is not read: `flask workers list` shows it.
+    Each tick is in the local time zone, and in the schedule's own. A note marks each tick that a change of the clocks
+    affects. A schedule that a user set is not read: `flask workers list` shows it.
     """
     screen, schedule = Screen.of(datetime.now(UTC)), declared_schedule(manager_of(name).workers[name])
     ticks = schedule.following(screen.clock, row_limit(count, "--count"))
@@ -296,7 +296,7 @@ def _checked_cells(screen: Screen, row: dict[str, Any]) -> list[str]:
 def history(name: str, limit: str, state: str | None, with_json: bool) -> None:
     """Show the executions of NAME, newest first.
 
-    With --json every traceback is shown in full.
+    --json shows every traceback in full.
     """
     number, state = row_limit(limit), one_state(state, STATES)
     manager = checked_manager()
@@ -330,15 +330,18 @@ def _history_cells(screen: Screen, record: Record) -> list[str]:
 @workers_cli.command(epilog=examples("flask workers why NAME", "flask workers why NAME --at 2026-11-20T14:05"))
 @click.argument("name", shell_complete=periodic_workers)
 @click.option(
-    "--at", "text", metavar="TIME", help="A moment in ISO 8601, by the clock of the shown zone unless it names a zone."
+    "--at",
+    "text",
+    metavar="TIME",
+    help="A moment in ISO 8601. Without a zone, it is in the zone that the output shows.",
 )
 @utc_option
 @as_json_option
 def why(name: str, text: str | None, with_json: bool) -> None:
     """Explain why a tick of NAME ran, or did not run.
 
-    It is the latest tick at or before TIME, which is now by default. Exits with 0 if it succeeded, is running, or is
-    not due yet. Else exits with 1.
+    The answer is about the latest tick at or before TIME. TIME is now by default. Exits with 0 if the tick succeeded,
+    is running, or is not due yet. Otherwise exits with 1.
     """
     at = _moment(text) if text is not None else None
     manager = checked_manager()

@@ -88,7 +88,7 @@ def _run_once(manager: BackgroundWorkerManager, name: str) -> None:
     )
 )
 @click.argument("name", shell_complete=periodic_workers)
-@click.option("--fleet", "in_fleet", is_flag=True, help="Have an instance of the fleet run it, and do not wait.")
+@click.option("--fleet", "in_fleet", is_flag=True, help="Leave the run to an instance of the fleet, and do not wait.")
 @click.option("--dry-run", is_flag=True, help="Roll the run back, and show the rows that it would have changed.")
 @utc_option
 def trigger(name: str, in_fleet: bool, dry_run: bool) -> None:
@@ -97,12 +97,12 @@ def trigger(name: str, in_fleet: bool, dry_run: bool) -> None:
     It runs in this process. Exits with 1 if the run did not succeed. Ctrl-C hands the run back, and another instance
     runs it.
 
-    --fleet leaves the run to an instance of the fleet. Exits with 1 if NAME runs already, or will run next.
+    --fleet leaves the run to an instance of the fleet. It exits with 1 if NAME runs already, or will run next.
 
-    --dry-run claims nothing and leaves no row in the history. Effects outside the database are not undone.
+    --dry-run claims nothing and leaves no row in the history. It cannot undo effects outside the database.
     """
     if in_fleet and dry_run:
-        raise WrongUsage("--fleet and --dry-run exclude each other: a dry run is made in this process.")
+        raise WrongUsage("--fleet was given with --dry-run; expected one of them: a dry run runs in this process.")
     manager = manager_of(name)
     _prepare(manager)
     if in_fleet:
@@ -180,9 +180,10 @@ def _handed_back_on_signals(manager: BackgroundWorkerManager, name: str) -> Iter
 @click.argument("name", shell_complete=all_workers)
 @utc_option
 def pause(name: str) -> None:
-    """Run no more ticks of NAME until it is resumed.
+    """Pause NAME: no instance runs its ticks until you resume it.
 
-    The pause holds for every instance. A run in progress goes on. Of a message worker, this pauses the topic.
+    The pause holds across restarts and releases. A run in progress goes on. For a message worker, this pauses its
+    topic.
     """
     if topic := the_manager().topic_of(name):
         pause_topic(topic)
@@ -200,7 +201,7 @@ def pause(name: str) -> None:
 def resume(name: str) -> None:
     """Run NAME again, from its next tick on.
 
-    Of a message worker, this resumes the topic.
+    For a message worker, this resumes its topic.
     """
     if topic := the_manager().topic_of(name):
         resume_topic(topic)
@@ -221,8 +222,8 @@ def _following(manager: BackgroundWorkerManager, name: str) -> str:
 def cancel(name: str) -> None:
     """Cancel the run of NAME that is in progress, in any process.
 
-    The run is asked to stop within a heartbeat. After WORKERS_SHUTDOWN_SECONDS it can no longer commit. Its tick does
-    not run again, and the next ticks go on.
+    The run gets a stop request within a heartbeat. After WORKERS_SHUTDOWN_SECONDS it can no longer commit. Its tick
+    does not run again, and the next ticks go on.
     """
     manager = manager_of(name)
     if not checked_manager().cancel(name, by=system_user()):
@@ -247,8 +248,8 @@ def cancel(name: str) -> None:
 def reschedule(name: str, schedule: str | None, timezone: str, reset: bool) -> None:
     """Give NAME another schedule in the whole fleet.
 
-    It holds across restarts and releases. SCHEDULE is a period such as 90s, 10 min or 1h30m, or a cron. Write it in
-    quotes.
+    The schedule holds across restarts and releases. SCHEDULE is a period such as 90s, 10 min or 1h30m, or a cron.
+    Write it in quotes.
     """
     manager = manager_of(name)
     if (schedule is None) != reset or (reset and timezone):

@@ -24,8 +24,8 @@ def dashboard(
 ) -> Blueprint:
     """Return a blueprint at /workers. `allow` runs before each request. It returns None, or the response of a refusal.
 
-    If `may_change` returns False, the person sees all pages without their buttons, and each change is refused.
-    `user` returns the name of the person who changes something, for example an e-mail. The history shows this name.
+    If `may_change` returns False, the visitor sees all pages without their buttons, and the server refuses each change.
+    `user` returns the name of the visitor who changes something, for example an e-mail. The history shows this name.
 
     The blueprint refuses changes that another site's page requests, with or without Flask-WTF. Another site cannot
     show it in a frame. Without a SECRET_KEY the pages and buttons work, but show no messages. An application's own

@@ -94,7 +94,7 @@ def messages(chart: Chart) -> list[Picture]:
 
 
 def percent(share: float) -> str:
-    """Write a share in percent. Only a share of all is 100 %."""
+    """Write a share in percent. Only the whole is 100 %."""
     return "100 %" if share == 1 else f"{min(share * 100, 99.9):.1f} %"
 
 
@@ -217,7 +217,7 @@ def _framed(chart: Chart, id: str, title: str, figures: str, grid: dict[float, s
 
 
 def _times(chart: Chart) -> Iterator[str]:
-    """Yield the labels of the horizontal axis. The script converts them to the viewer's zone."""
+    """Yield the labels of the horizontal axis. The script converts them to the browser's zone."""
     step = _BETWEEN_LABELS[chart.span.bar]
     for number, bar in enumerate(chart.bars):
         x = 100 * number / len(chart.bars)

@@ -37,7 +37,7 @@ def add_filters(blueprint: Blueprint) -> None:
 
 
 def time_tag(at: datetime | None) -> str:
-    """Write a moment, to the second. The script converts it to the viewer's zone."""
+    """Write a moment, to the second. The script converts it to the browser's zone."""
     if at is None:
         return "–"
     at = at.astimezone(UTC)
@@ -86,7 +86,7 @@ def percent_text(share: float) -> str:
 
 
 def sentence_text(sentence: str) -> str:
-    """Write a sentence whose moments the script converts to the viewer's zone."""
+    """Write a sentence whose moments the script converts to the browser's zone."""
     return Markup("").join(
         _moment_tag(text) if number % 2 else text for number, text in enumerate(_MOMENT.split(sentence))
     )
@@ -100,7 +100,7 @@ def _moment_tag(text: str) -> str:
 
 
 def log_text(lines: str) -> str:
-    """Write the log lines of a run. The script converts their moments to the viewer's zone."""
+    """Write the log lines of a run. The script converts their moments to the browser's zone."""
     tag = Markup('<time data-exact="{0}" title="{0}">{0}</time>')
     parts = (tag.format(text) if number % 2 else text for number, text in enumerate(_LOGGED_AT.split(lines)))
     return Markup("").join(parts)

@@ -95,7 +95,7 @@ class Line:
     x: float
     at: datetime
     text: str
-    """The moment in UTC. The script converts it to the viewer's zone."""
+    """The moment in UTC. The script converts it to the browser's zone."""
 
 
 @dataclass(frozen=True)

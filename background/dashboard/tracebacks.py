@@ -32,7 +32,7 @@ def parts(text: str) -> tuple[Part, ...]:
 
 
 def _lines(text: str) -> Iterator[tuple[bool, bool, str]]:
-    """Yield each line, and whether it is folded, and whether a frame begins with it."""
+    """Yield each line, and two flags: it is folded, and a frame begins with it."""
     margin, is_folded = None, False
     for line in text.splitlines():
         if frame := _FRAME.match(line):

@@ -127,7 +127,7 @@ workers = Table(
     Column("declared_by", String(32)),
     Column("scheduled_at", UtcDateTime, nullable=False),
     Column("paused_at", UtcDateTime),
-    # A failed tick is tried again from `pending_after` until `pending_until`, when the worker's next tick is due. An
+    # A failed tick is retried from `pending_after` until `pending_until`, when the worker's next tick is due. An
     # older release leaves both as they are. So a `pending_until` that is not after the pending tick means nothing.
     Column("pending_after", UtcDateTime),
     Column("pending_until", UtcDateTime),
@@ -273,7 +273,7 @@ topics = Table(
     Column("paused_at", UtcDateTime, nullable=False),
 )
 
-# The incidents that alerts tell of. `opened_at` is the moment when the trouble began, or was noticed.
+# The incidents that alerts report. `opened_at` is the moment when the problem began, or was noticed.
 # The open row of the kind "look" is no incident: its `opened_at` is the moment of the fleet's last look for incidents.
 incidents = Table(
     "background_incidents",

@@ -1,4 +1,4 @@
-"""Reads the messages for people: their errors, their number, their waiting times. Retries, discards, pauses them."""
+"""Reads the messages for people: their errors, their number, their waiting times. Changes them, and pauses topics."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -135,7 +135,7 @@ class Topic:
     per_minute: int = 0
     """The number of messages done within the last minute."""
     is_estimate: bool = False
-    """True if `handled` is extrapolated from the newest messages."""
+    """True if `handled` is an estimate from the newest messages."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class Change:
 
     changed: int
     left: int
-    """The number of messages that were left alone, because they were in another state by then."""
+    """The number of messages that stayed as they were, because their state had changed."""
     is_complete: bool = True
     """False if there may be further messages that match."""
 
@@ -290,7 +290,7 @@ class MessageHistory:
             return self._decide(self._dead_letters.discard, ids, topic)
 
     def change(self, how: str, ids: Collection[int], topic: str | None = None) -> Change:
-        """Retry, discard or move (to `topic`) those of `ids` whose state allows it. Leave the other messages alone.
+        """Retry, discard or move (to `topic`) the messages of `ids` whose state allows it. The rest stays as it is.
 
         `how` is "retry", "discard" or "move". Raises UnknownTopic, WrongState and CommitFirst.
         """
@@ -301,7 +301,7 @@ class MessageHistory:
         return Change(changed, len(ids) - changed)
 
     def change_all(self, how: str, filter: Filter, topic: str | None = None) -> Change:
-        """Do as `change` does to the messages that match, as far as _MOST_SEARCHES searches find them."""
+        """Change the messages that match as `change` does, as far as _MOST_SEARCHES searches find them."""
         self._refuse_unknown(topic, False)
         names, place = _names(filter, self.depths()), None
         changed = left = 0
@@ -323,7 +323,7 @@ class MessageHistory:
     # -- pausing -------------------------------------------------------------------------------
 
     def pause(self, topic: str) -> bool:
-        """Have no instance claim messages of `topic` until `resume`. A batch in progress goes on.
+        """Pause `topic`: no instance claims its messages until `resume`. A batch in progress goes on.
 
         False if it was paused already. Raises UnknownTopic and CommitFirst.
         """
@@ -332,7 +332,7 @@ class MessageHistory:
             return self._pauses.pause(topic)
 
     def resume(self, topic: str) -> bool:
-        """Have the messages of `topic` handled again, now. False if it was not paused. Raises as `pause` does."""
+        """Resume `topic`: instances claim its messages again. False if it was not paused. Raises as `pause` does."""
         self._refuse_unknown(topic, False)
         with self._on_its_own("messages.resume"):
             return self._pauses.resume(topic)

@@ -105,14 +105,16 @@ def decided(count: int, one: str, many: str) -> str:
 
 
 def changed(changed: int, left: int, is_complete: bool, one: str, many: str) -> str:
-    """Say how many messages a user changed, and how many were left alone."""
+    """Say how many messages a user changed, and how many stayed as they were."""
     said = [
         f"{changed:,} message{f' {one}' if changed == 1 else f's {many}'}." if changed else "No message was changed."
     ]
     if left:
-        said.append(f"{left:,} {'was' if left == 1 else 'were'} left alone: meanwhile running, done or changed.")
+        said.append(
+            f"{left:,} stayed as {'it was' if left == 1 else 'they were'}: running, done, or changed meanwhile."
+        )
     if not is_complete:
-        said.append("There may be more: repeat it.")
+        said.append("More may match: repeat the change.")
     return " ".join(said)
 
 

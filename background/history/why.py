@@ -122,7 +122,7 @@ def _given_up(around: Surroundings, known: Known, record: Record) -> str:
 
 
 def _retried(around: Surroundings, known: Known, record: Record) -> str:
-    """Tell of the attempt that follows a failed one. Empty if a failed run of the worker is not tried again."""
+    """Say which attempt follows a failed attempt. Empty if a failed run of the worker is not retried."""
     attempt = record.attempt or 1
     if _is_pending(around, record) and around.state and around.state.retry_at:
         return f"; attempt {attempt + 1} follows at {second(around.state.retry_at)}{_by_instance(around)}"

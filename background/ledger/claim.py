@@ -65,7 +65,7 @@ class WorkerState:
     mark_ahead: datetime | None = None
     """The mark from a time when the clock was ahead. Ticks up to it may have run."""
     retry_at: datetime | None = None
-    """The moment from which the pending tick may be tried again, if it failed."""
+    """The moment from which the pending tick may be retried, if it failed."""
     cancelled_at: datetime | None = None
     """The moment when a user cancelled the run in progress."""
     cancelled_by: str | None = None
@@ -187,7 +187,7 @@ def state_of(row: Row[Any]) -> WorkerState:
 
 
 class Pending(NamedTuple):
-    """The pending tick of a worker, and, if it failed, the moment from which it may be tried again."""
+    """The pending tick of a worker, and, if it failed, the moment from which it may be retried."""
 
     tick: datetime | None
     retry_at: datetime | None = None

@@ -41,7 +41,7 @@ Values = Mapping[str, Any]
 
 _MOST_EARLY_SECONDS = 0.1
 
-# No pending tick comes first. A failed tick is not tried again once the next tick is due.
+# No pending tick comes first. A failed tick is not retried once the next tick is due.
 NOTHING_PENDING = or_(workers.c.pending_tick.is_(None), and_(is_retry, workers.c.pending_until <= now()))
 # Nor is a claim of the worker in force.
 IS_FREE = and_(NOTHING_PENDING, workers.c.running.is_(None))

@@ -71,7 +71,7 @@ class Watch(Protocol):
     interval: float
     """The seconds between two looks."""
     topics: Collection[str]
-    """The topics of alerts. Each has a thread of its own, as hung runs may use all others."""
+    """The topics of alerts. Each has a thread of its own, because hung runs may use all other threads."""
 
     def before_joining(self) -> None:
         """Look at the fleet before an instance of this process joins it. Raises nothing."""

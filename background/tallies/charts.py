@@ -18,7 +18,7 @@ _LONGEST_READ = 2 * MINUTES  # the roll-up is at most this late, unless no insta
 
 @dataclass(frozen=True)
 class Span:
-    """A length of time that a chart shows: so many bars of one length, and the bar that has begun."""
+    """A length of time that a chart shows: a number of bars of one length, and the bar that has begun."""
 
     text: str
     bars: int
@@ -44,7 +44,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Chart:
-    """The counts of one subject in one span: the sum of them, and one bar after the other, the oldest first."""
+    """The counts of one subject in one span: their sum, and the bars from the oldest to the newest."""
 
     span: Span
     total: Tally
@@ -54,7 +54,7 @@ class Chart:
     gap: tuple[datetime, datetime] | None
     """The time that is not counted yet, after an outage or an upgrade."""
     is_cut: bool
-    """True if more ended since the last roll-up than a chart counts itself."""
+    """True if more runs or messages ended since the last roll-up than a chart counts itself."""
 
     @property
     def since(self) -> datetime:
@@ -78,7 +78,7 @@ class ChartHistory:
     def messages(self, topic: str | None = None, span: str = "24h") -> Chart:
         """Return the messages of `topic`, or of all topics: "enqueued", "done", "failed", "dead" and "discarded".
 
-        "failed" counts failed attempts. The lengths are those from due to done, in seconds.
+        "failed" counts failed attempts. Lengths are the latencies from due to done, in seconds.
         """
         return self._chart("topic", topic, SPANS[span], count_messages)
 

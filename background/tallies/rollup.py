@@ -15,12 +15,15 @@ MINUTES, HOUR = timedelta(minutes=5), timedelta(hours=1)
 """The lengths of the slots."""
 MINUTES_KEPT = timedelta(hours=3)
 _SPREAD_SECONDS = (1.0, 60.0)
-_MOST_SLOTS = 6  # of one step, so that a step takes little time and memory after an outage
+_MOST_SLOTS = 6  # in one step, so that it takes little time and memory after an outage
 _COUNTS: Mapping[str, Callable[..., Tallies]] = {"worker": count_runs, "topic": count_messages}
 
 
 class RollUp:
-    """Counts what ended in each slot. Keeps the counts of 5 minutes for three hours, and of hours for `kept`."""
+    """Counts the runs and messages that ended in each slot.
+
+    Keeps the counts of 5 minutes for three hours, and of hours for `kept`.
+    """
 
     def __init__(self, store: Store, kept: timedelta) -> None:
         self._store = store
@@ -39,7 +42,7 @@ class RollUp:
         return before is not None and not is_set_back
 
     def step(self) -> bool:
-        """Count a few slots that are over. False if none is left to count.
+        """Count a few slots that are over. False if no such slot is left.
 
         Concurrency: any instance may do this at the same moment. Each counts, and the first writes.
         """
@@ -57,8 +60,8 @@ class RollUp:
         end = floor(clock, length)
         if until == end:
             return False
-        # The slot before is counted once more, as a commit may come late. So is all of a time that comes again,
-        # because the clock was set back.
+        # Count the slot before once more, because a commit may come late. After a clock was set back, count
+        # the repeated time again.
         first = end - self.kept[length] if until is None else max(min(until, end) - length, end - self.kept[length])
         edges = [floor(first, length)]
         while edges[-1] < end and len(edges) <= _MOST_SLOTS:

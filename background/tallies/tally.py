@@ -23,7 +23,7 @@ class Lengths:
     """In seconds. None without a length."""
 
     def add(self, bins: Iterable[tuple[int, int]], longest: float | None) -> None:
-        """Add so many lengths in each bin."""
+        """Add a number of lengths to each bin."""
         _add(self.bins, bins)
         if longest is not None and (self.longest is None or longest > self.longest):
             self.longest = longest
@@ -59,16 +59,16 @@ def _middle(place: int, longest: float) -> float:
 
 @dataclass
 class Tally:
-    """The counts of runs that ended, by state. Or of messages: "enqueued", "done", "failed", "dead", "discarded".
+    """The counts of ended runs by state. Or of messages: "enqueued", "done", "failed", "dead", "discarded".
 
     "failed" counts the failed attempts at messages.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
     took: Lengths = field(default_factory=Lengths)
-    """The durations of the runs. Or the times from due to done of the messages that are done."""
+    """The durations of the runs. Or the latencies of the done messages, from due to done."""
     late: Lengths = field(default_factory=Lengths)
-    """The times from the tick to the start, of first attempts at scheduled ticks."""
+    """The lateness of first attempts at scheduled ticks, from the tick to the start."""
 
     def add(self, other: "Tally") -> None:
         _add(self.counts, other.counts.items())

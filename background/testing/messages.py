@@ -27,7 +27,7 @@ class Drained:
 
     done: int
     waiting: int
-    """The number of messages that failed or were postponed, and are tried again later."""
+    """The number of messages that failed or were postponed, and wait for another attempt."""
     dead: int
     errors: tuple[str, ...]
     """The traceback of each failed attempt, or the reason of its `Bury`, oldest first."""

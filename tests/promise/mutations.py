@@ -517,7 +517,7 @@ MUTATIONS = (
         ["tests/books/test_orders.py", "-k", "placing_an_order"],
     ),
     Mutation(
-        "two instances that find the same trouble open one incident",
+        "two instances that find the same problem open one incident",
         [Edit("background/alarms/incidents.py", "row.on_conflict_do_nothing().returning", "row.returning")],
         ["tests/background/alarms/test_watch.py", "-k", "two_instances_at_once"],
     ),

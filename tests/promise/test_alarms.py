@@ -243,7 +243,7 @@ def test_each_alarm_is_noticed_on_the_page_in_the_terminal_and_by_alert(tmp_path
 
 
 def print_table(rows: dict[str, dict[str, float]], later: dict[str, dict[str, float]]) -> None:
-    print("\n| trouble |", " | ".join(COLUMNS), "|\n|" + "---|" * (len(COLUMNS) + 1))
+    print("\n| problem |", " | ".join(COLUMNS), "|\n|" + "---|" * (len(COLUMNS) + 1))
     for name, found in rows.items():
         cells = {each: f"{seconds:.0f} s" for each, seconds in found.items()}
         cells |= {each: f"{seconds:.0f} s after the end" for each, seconds in later.get(name, {}).items()}

@@ -36,7 +36,7 @@ class Draft:
 
 
 def draft() -> Draft | None:
-    """Return the input that was refused, with the error, or that a preview was asked for. None without such input."""
+    """Return the input of the form: refused, with its error, or for a preview. None without such input."""
     name, schedule, timezone = (request.args.get(key, "")[:LONGEST_NAME] for key in _DRAFT)
     if not name:
         return None

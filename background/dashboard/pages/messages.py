@@ -113,7 +113,7 @@ def change() -> ResponseReturnValue:
         abort(400, "The form names no change.")
     topic = request.form.get("to") or None
     if how == "move" and topic is None:
-        say("Nothing was changed. Choose the topic to move the messages to.", "error")
+        say("Nothing was changed. Choose the topic that gets the messages.", "error")
         return back("background.messages")
     mailbox, topic = the_manager().messages, topic if how == "move" else None
     try:

@@ -1,4 +1,4 @@
-"""The overview: the fleet in numbers, and all workers, those with problems first."""
+"""The overview: the fleet in numbers, and all workers. Workers with problems come first."""
 
 from typing import Any
 

@@ -20,7 +20,7 @@
     hour: "2-digit", minute: "2-digit", second: "2-digit", fractionalSecondDigits: 3, hourCycle: "h23",
   });
 
-  /* Writes the moments of a log and of a field in the viewer's zone, and shows the buttons that copy. */
+  /* Writes the moments of a log and of a field in the browser's zone, and shows the buttons that copy. */
   function prepare(root) {
     for (const time of root.querySelectorAll("[data-exact]")) time.textContent = exact.format(new Date(time.dataset.exact));
     for (const field of root.querySelectorAll("[data-moment]")) {

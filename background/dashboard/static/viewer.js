@@ -1,8 +1,8 @@
-/* The viewer's theme, zone and times. It runs before the page is drawn, so no page flashes in the other theme. */
+/* The theme, the zone and the times of a page. It runs before the page is drawn, so no page flashes in the other theme. */
 "use strict";
 
 window.viewer = (() => {
-  // -- the theme: the browser's, until the viewer chooses the other one ------------------------------
+  // -- the theme: the browser's, until the visitor chooses the other one ------------------------------
 
   const KEPT = "theme";
   const root = document.documentElement;
@@ -47,12 +47,12 @@ window.viewer = (() => {
     use(chosen);
   }
 
-  // -- times in the viewer's zone ---------------------------------------------------------------------
+  // -- times in the browser's zone ---------------------------------------------------------------------
 
   const wall = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "medium", hourCycle: "h23" });
   const clock = new Intl.DateTimeFormat(undefined, { timeStyle: "medium", hourCycle: "h23" });
 
-  /* Writes times in the viewer's zone, those of today without the date. The title keeps the server's text, in UTC. */
+  /* Writes times in the browser's zone, those of today without the date. The title keeps the server's text, in UTC. */
   function localise(root) {
     for (const time of root.querySelectorAll("time[datetime]:not([data-countdown])")) {
       const at = new Date(time.dateTime);

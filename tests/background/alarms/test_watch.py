@@ -109,7 +109,7 @@ def test_a_worker_that_fails_three_times_in_a_row_is_one_incident(fleet: Fleet, 
     look(manager)
     look(manager)
     assert titles(fleet) == [FAILS]
-    assert alerts(fleet)[0]["detail"].endswith("Last, it failed: ValueError: no bread")
+    assert alerts(fleet)[0]["detail"].endswith("Its last run ended as failed: ValueError: no bread")
     run(manager, "succeeded")
     look(manager)
     look(manager)
@@ -378,7 +378,7 @@ def test_each_reader_gets_a_mail_with_the_worker_the_error_and_the_time(fleet: F
     assert len({mail[3] for mail in mails}) == 4
     assert "ValueError: no bread" in mails[0][2]
     assert "https://shop.example/workers/worker/broken" in mails[0][2]
-    assert "Another mail follows when this has ended." in mails[0][2]
+    assert "A second mail follows when the incident has ended." in mails[0][2]
 
 
 def test_alerts_that_wait_at_the_same_time_become_one_mail_to_each_reader(fleet: Fleet) -> None:

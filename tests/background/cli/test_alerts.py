@@ -29,7 +29,7 @@ def alerts(fleet: Fleet, *arguments: str, **config: Any) -> Result:
 
 
 def test_the_incidents_are_listed_with_their_detail(fleet: Fleet, receiver: Receiver) -> None:
-    assert alerts(fleet).output == "There was no incident.\n"
+    assert alerts(fleet).output == "No incident is open, or ended lately.\n"
     config = {"ALERT_WEBHOOK": receiver.url, "ALERT_WEBHOOK_SECRET": SECRET, "ALERT_AFTER_FAILURES": 1}
     manager = fleet.manager(Broken, **config)
     manager.trigger("broken")
@@ -37,7 +37,7 @@ def test_the_incidents_are_listed_with_their_detail(fleet: Fleet, receiver: Rece
     manager.watch.look_now()
     line = alerts(fleet).output.splitlines()[1]
     assert line.startswith("The worker broken fails  ")
-    assert line.endswith("Last, it failed: ValueError: no bread")
+    assert line.endswith("Its last run ended as failed: ValueError: no bread")
     [found] = json.loads(alerts(fleet, "--json").output)
     assert (found["kind"], found["subject"], found["ended_at"]) == ("failing", "broken", None)
 
@@ -52,7 +52,7 @@ def test_a_test_alert_goes_to_each_channel_and_each_failure_is_shown(fleet: Flee
     done = alerts(fleet, "--test", ALERT_MAIL="a@example.com", **config)
     assert done.exit_code == 1
     mail, webhook = done.output.splitlines()
-    assert mail.startswith("a@example.com did not get the test alert: ALERT_MAIL is set, and the application has not")
+    assert mail.startswith("a@example.com did not get the test alert: ALERT_MAIL is set, and the application has no")
     assert webhook == "ALERT_WEBHOOK did not get the test alert: The service answered 500; expected 200 to 299."
 
 

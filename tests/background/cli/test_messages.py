@@ -413,10 +413,10 @@ def test_the_stats_show_the_waiting_and_done_messages_of_every_topic(
     assert (old["topic"], old["worker"], old["dead"], old["oldest_seconds"]) == ("old", None, 1, None)
     assert (mail["topic"], mail["dead"], mail["mean_seconds"]) == ("mail", 0, None)
     header, *lines = flask("stats").stdout.splitlines()
-    assert header.startswith("TOPIC   WORKER               WAITING  DUE LATER  RUNNING  DEAD  OLDEST")
-    assert re.match(r"mail    mail_worker          0        0          0        0     -  ", lines[0])
-    assert re.match(r"old     not in this release  0        0          0        1     -  ", lines[1])
-    assert re.match(r"orders  order_worker         2        1          1        1     \S+ s", lines[2])
+    assert header.startswith("TOPIC   WORKER               WAITING  DELAYED  RUNNING  DEAD  OLDEST")
+    assert re.match(r"mail    mail_worker          0        0        0        0     -  ", lines[0])
+    assert re.match(r"old     not in this release  0        0        0        1     -  ", lines[1])
+    assert re.match(r"orders  order_worker         2        1        1        1     \S+ s", lines[2])
 
 
 def test_the_stats_omit_messages_done_over_an_hour_ago_and_count_the_age_since_the_due_time(
@@ -562,8 +562,8 @@ def test_a_wrong_argument_is_one_sentence(flask: Callable[..., Result]) -> None:
         (("pause", "mial"), "Did you mean 'mail'?"),
         (("resume", "\udcff"), "No worker handles the topic '\\udcff'"),
         (("enqueue", "mial", "1"), "Did you mean 'mail'?"),
-        (("enqueue", "mail", "NaN"), "JSON is 'NaN': NaN is not JSON; expected JSON: a text is '\"text\"'."),
-        (("enqueue", "mail", "{"), "JSON is '{': Expecting property name"),
+        (("enqueue", "mail", "NaN"), "The payload is 'NaN': NaN is not JSON; expected JSON, such as 42 or '\"text\"'."),
+        (("enqueue", "mail", "{"), "The payload is '{': Expecting property name"),
         (("list", "--state", "fine"), "expected one of: waiting, running, done, dead, discarded."),
         (("list", "--limit", "many"), "--limit is 'many'; expected a whole number"),
         (("show", "1"), "There is no message 1; `flask messages list` shows all messages."),

@@ -570,7 +570,8 @@ def test_a_trigger_in_a_living_fleet_says_when_it_runs(
         "An instance will run greet within 0.2 s. `flask workers why greet` says how it ended.\n"
     )
     assert (
-        "--fleet and --dry-run exclude each other" in flask("trigger", "greet", "--fleet", "--dry-run", code=2).stderr
+        "--fleet was given with --dry-run; expected one of them"
+        in flask("trigger", "greet", "--fleet", "--dry-run", code=2).stderr
     )
 
 

@@ -1,4 +1,4 @@
-"""The right to change something: without it, a person sees all pages, no button, and each change is refused."""
+"""The right to change something: without it, a visitor sees all pages without buttons, and no change is accepted."""
 
 import re
 from datetime import UTC, datetime

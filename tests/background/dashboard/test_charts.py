@@ -159,7 +159,7 @@ def test_an_application_that_never_ran_says_so_in_a_sentence(app: Flask, client:
 @on_sqlite
 def test_the_time_before_the_first_count_is_named(client: FlaskClient) -> None:
     shown = said(page(client, "/workers/charts"))
-    assert "is not counted yet. An instance counts it, within minutes after its start. Nothing is counted yet." in shown
+    assert "is not counted yet. An instance counts it within minutes. Nothing is counted yet." in shown
 
 
 @on_sqlite

@@ -360,7 +360,7 @@ def test_a_message_that_died_is_shown_with_its_error_and_can_be_retried(
     assert "1 message is discarded." in post(client, "messages/change", do="discard", **form)
     assert states(fleet) == ["discarded"]
     page = post(client, "messages/change", do="discard", **form)
-    assert "No message was changed. 1 was left alone" in page
+    assert "No message was changed. 1 stayed as it was" in page
 
 
 @on_sqlite

@@ -28,7 +28,7 @@ def add(fleet: Fleet, *found: tuple[str, str, str]) -> None:
 def test_each_open_incident_links_to_its_rows(fleet: Fleet) -> None:
     add(
         fleet,
-        ("failing", "hourly", "Last, it failed: <b>no bread</b>"),
+        ("failing", "hourly", "Its last run ended as failed: <b>no bread</b>"),
         ("dead", "bread", "2 messages are dead."),
         ("clock", "web-1", "It is 3.0 s ahead of the database's clock."),
         ("look", "", ""),

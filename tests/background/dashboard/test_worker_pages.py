@@ -251,7 +251,7 @@ def test_a_worker_shows_its_success_rate_and_the_percentiles_of_its_runs(client,
         add_executions(engine, {**run, "state": "succeeded" if number else "failed", "reason": "OSError: no"})
     text = said(page(client, "/workers/worker/talker"))
     assert "66.6 % succeeded, of 3 runs." in text
-    assert re.search(r"p50 p95 max Duration [34]\.\d+ s [34]\.\d+ s 4\.000 s Late by .* 2\.000 s ", text)
+    assert re.search(r"p50 p95 max Duration [34]\.\d+ s [34]\.\d+ s 4\.000 s Lateness .* 2\.000 s ", text)
 
 
 @on_sqlite
@@ -385,7 +385,7 @@ def test_a_message_worker_has_a_page_with_its_figures_and_errors(client, manager
         key: " ".join(re.sub(r"<[^>]*>", " ", value).split())
         for key, value in re.findall(r"<dt>(.*?)</dt>\s*<dd>(.*?)</dd>", text, re.S)
     }
-    counts = {"Waiting": "3 , 1 of them due later", "Running": "0", "Failing": "1", "Postponed": "1", "Dead": "1"}
+    counts = {"Waiting": "3 , 1 of them delayed", "Running": "0", "Failing": "1", "Postponed": "1", "Dead": "1"}
     assert facts.items() >= {**counts, "Topic": "mail", "Declared": "in Mailing"}.items()
     assert text.count("OSError: &lt;jam&gt;") == 2
     assert 'href="/workers/messages?topic=mail&amp;state=dead#messages"' in text

@@ -230,14 +230,14 @@ def test_the_history_the_list_and_the_pages_tell_of_the_attempt(fleet: Fleet) ->
         said = manager.why("flaky", IN_2030).sentence
         assert f"by design; attempt 2 follows at {after:%Y-%m-%dT%H:%M:%S}Z by the next instance" in said
         listed = manager.app.test_cli_runner().invoke(args=["workers", "list"]).output
-        assert f"failed, and is tried again at {after:%Y-%m-%dT%H:%M:%S}Z" in listed
+        assert f"failed, next attempt at {after:%Y-%m-%dT%H:%M:%S}Z" in listed
         client = manager.app.test_client()
         page = client.get("/workers/").get_data(as_text=True)
-        assert "tried again: " in page
+        assert "next attempt: " in page
         assert "overdue since" not in page
-        assert " failed, and is tried again: " in client.get("/workers/worker/flaky").get_data(as_text=True)
+        assert " failed, next attempt: " in client.get("/workers/worker/flaky").get_data(as_text=True)
         clock.move(HOUR)
-        assert "tried again" not in client.get("/workers/").get_data(as_text=True)
+        assert "next attempt: " not in client.get("/workers/").get_data(as_text=True)
 
 
 def test_a_waiting_attempt_is_late_from_its_moment_on(fleet: Fleet) -> None:
