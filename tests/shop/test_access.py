@@ -22,7 +22,8 @@ except ImportError:  # an application without the shop
 # A route that is missing here fails these tests. Every route of the admins' blueprints is for admins only. Viewers see
 # the pages of the workers.
 ANYBODYS = {
-    *("static", "bootstrap.static", "health.live", "health.ready", "health.fleet_health", "metrics.scrape"),
+    *("static", "bootstrap.static", "background.static", "health.live", "health.ready", "health.fleet_health"),
+    "metrics.scrape",
     "pages.home",
     *("security.register", "security.login", "security.logout", "security.forgot_password", "security.reset_password"),
     *("security.send_confirmation", "security.confirm_email", "security.two_factor_setup", "security.tf_select"),

@@ -448,11 +448,6 @@ def test_the_switch_changes_the_theme_of_all_pages_and_is_kept_until_it_is_chang
     assert page.evaluate("localStorage.length") == 0
 
 
-def test_the_shop_and_the_dashboard_have_the_same_script_for_the_viewer():
-    dashboards = Path(background.__file__).parent / "dashboard" / "static" / "viewer.js"
-    assert (ROOT / "static" / "viewer.js").read_text() == dashboards.read_text()
-
-
 def test_each_colour_of_the_dashboard_has_a_name():
     style = (Path(background.__file__).parent / "dashboard" / "static" / "dashboard.css").read_text(encoding="utf-8")
     names, others = style.split("}", 1)
