@@ -6,7 +6,19 @@ from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import ColumnElement, DateTime, Engine, Float, String, TypeDecorator, literal
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    DateTime,
+    Engine,
+    Float,
+    String,
+    TypeDecorator,
+    case,
+    func,
+    literal,
+    select,
+)
 from sqlalchemy.engine import Dialect
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
@@ -16,6 +28,8 @@ from ..host.logs import logger_of
 from .dialects.writes import COMMITS_ITSELF
 
 log = logger_of(__name__)
+
+_HIGHEST_BIT = 2**40  # of an id
 
 
 class UtcDateTime(TypeDecorator[datetime]):
@@ -138,6 +152,21 @@ def _elapsed_on_postgresql(element: elapsed, compiler: SQLCompiler, **kwargs: An
 def _elapsed_on_sqlite(element: elapsed, compiler: SQLCompiler, **kwargs: Any) -> str:
     since, until = (compiler.process(each, **kwargs) for each in element.clauses)
     return f"round((julianday({until}) - julianday({since})) * 86400, 3)"
+
+
+def last_until(moment: ColumnElement[datetime], at: datetime | ColumnElement[datetime]) -> ColumnElement[int]:
+    """Select the greatest id of the rows whose `moment` is at most `at`. The table needs no index on `moment`.
+
+    Ids grow with this moment. So a binary search on the primary key finds the id quickly among any number of rows.
+    """
+    id: ColumnElement[int] = moment.table.c.id
+    step = select(literal(0, BigInteger).label("place"), literal(_HIGHEST_BIT, BigInteger).label("bit"))
+    search = step.cte("search", recursive=True)
+    ahead = search.c.place + search.c.bit
+    first = select(moment).where(id >= ahead, moment.is_not(None)).order_by(id).limit(1)
+    place = case((first.correlate(search).scalar_subquery() <= at, ahead), else_=search.c.place)
+    search = search.union_all(select(place, search.c.bit // 2).where(search.c.bit > 0))
+    return select(func.max(search.c.place)).scalar_subquery()
 
 
 LONGEST_BACKOFF, SPREAD = timedelta(hours=1), 0.25

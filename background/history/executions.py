@@ -6,16 +6,13 @@ from functools import lru_cache
 from typing import Any
 
 from sqlalchemy import (
-    BigInteger,
     ColumnElement,
     CompoundSelect,
     Select,
     String,
     and_,
     bindparam,
-    case,
     func,
-    literal,
     null,
     or_,
     select,
@@ -24,7 +21,7 @@ from sqlalchemy import (
     union_all,
 )
 
-from ..database.clock import now
+from ..database.clock import last_until, now
 from ..database.tables import executions, workers
 from ..ledger.claim import WorkerState, is_of_claim
 from ..ledger.ledger import Ledger
@@ -35,7 +32,6 @@ MOST_SEARCHED = 5_000
 ERRORS_IN, MOST_ERRORS = 1_000, 100  # the newest executions that are searched for errors, and the errors that are read
 _MOST_ATTEMPTS = 50
 _MINUTE = timedelta(minutes=1)
-_HIGHEST_BIT = 2**40  # of an id
 
 
 class History:
@@ -251,21 +247,6 @@ _without_reason = [
 ]
 _whole: Select[Any] = select(*_columns, now().label("clock"))
 _brief: Select[Any] = select(*_without_reason, now().label("clock"))
-
-
-def last_until(moment: ColumnElement[datetime], at: datetime | ColumnElement[datetime]) -> ColumnElement[int]:
-    """Select the greatest id of the rows whose `moment` is at most `at`.
-
-    Ids grow with this moment. So a binary search on the primary key finds the id quickly among any number of rows.
-    """
-    id: ColumnElement[int] = moment.table.c.id
-    step = select(literal(0, BigInteger).label("place"), literal(_HIGHEST_BIT, BigInteger).label("bit"))
-    search = step.cte("search", recursive=True)
-    ahead = search.c.place + search.c.bit
-    first = select(moment).where(id >= ahead, moment.is_not(None)).order_by(id).limit(1)
-    place = case((first.correlate(search).scalar_subquery() <= at, ahead), else_=search.c.place)
-    search = search.union_all(select(place, search.c.bit // 2).where(search.c.bit > 0))
-    return select(func.max(search.c.place)).scalar_subquery()
 
 
 def _overlaps(record: Record, since: datetime, until: datetime) -> bool:

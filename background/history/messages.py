@@ -183,14 +183,9 @@ class MessageHistory:
     # -- reading -------------------------------------------------------------------------------
 
     def letters(
-        self,
-        topic: str | None = None,
-        state: str | None = None,
-        limit: int = 20,
-        whole: bool = False,
-        before: int | None = None,
+        self, topic: str | None = None, state: str | None = None, limit: int = 20, whole: bool = False
     ) -> list[MessageRecord]:
-        """Return the newest messages (of a topic, of a state, before an id), newest first. Raises UnknownTopic."""
+        """Return the newest messages (of a topic, of a state), newest first. Raises UnknownTopic."""
         self._refuse_unknown(topic, _is_text(topic))
         # Open messages have an index of their own, which finds them among any number of later messages.
         newest = select(messages.c.id).order_by(-messages.c.id if state in _OPEN else messages.c.id.desc()).limit(limit)
@@ -198,8 +193,6 @@ class MessageHistory:
             newest = newest.where(messages.c.topic == topic)
         if state is not None:
             newest = newest.where(is_in(state))
-        if before is not None:
-            newest = newest.where(messages.c.id < before)
         found = self._found(_records(whole).where(messages.c.id.in_(newest)).order_by(messages.c.id.desc()))
         self._refuse_unknown(topic, found)
         return found

@@ -1,24 +1,21 @@
 """Counts runs and messages from their rows, by the time at which they ended. One statement for each kind of row."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 from functools import lru_cache
 from typing import Any
 
 from sqlalchemy import (
-    BigInteger,
     ColumnElement,
     Float,
     Integer,
     Select,
-    Table,
     and_,
     bindparam,
     case,
     cast,
     func,
-    literal,
     literal_column,
     null,
     select,
@@ -27,7 +24,7 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.expression import FunctionElement
 
-from ..database.clock import UtcDateTime, elapsed
+from ..database.clock import UtcDateTime, elapsed, last_until
 from ..database.store import Store
 from ..database.tables import executions, message_errors, messages
 from .tally import BOUNDS, Lengths, Tally
@@ -35,8 +32,9 @@ from .tally import BOUNDS, Lengths, Tally
 EACH = "each name"
 ALL = ""
 """The name of the sum over all workers, or over all topics."""
-_HIGHEST_BIT = 2**40  # of an id
 _DISORDER = timedelta(minutes=1)  # ids of transactions that overlap are not quite in the order of time
+_NO_LENGTH = cast(null(), Float)
+_written_from = bindparam("written_from", type_=UtcDateTime())
 
 Tallies = dict[tuple[int, str], Tally]
 """Tallies by the number of the slot and the name."""
@@ -149,49 +147,24 @@ def _ended(slots: int) -> Select[Any]:
 
 def _enqueued(slots: int) -> Select[Any]:
     rows = _rows(slots, messages.c.enqueued_at, messages.c.topic, literal_column("'enqueued'"))
-    return rows.where(messages.c.id >= _first_since(messages, messages.c.enqueued_at))
+    return rows.where(messages.c.id > last_until(messages.c.enqueued_at, _written_from))
 
 
 def _failed(slots: int) -> Select[Any]:
     rows = _rows(slots, message_errors.c.at, messages.c.topic, literal_column("'failed'"))
     rows = rows.join_from(message_errors, messages, messages.c.id == message_errors.c.message)
-    return rows.where(message_errors.c.id >= _first_since(message_errors, message_errors.c.at))
+    return rows.where(message_errors.c.id > last_until(message_errors.c.at, _written_from))
 
 
-def _rows(slots: int, at: Any, name: Any, state: Any, took: Any = None, late: Any = None) -> Select[Any]:
+def _rows(slots: int, at: Any, name: Any, state: Any, took: Any = _NO_LENGTH, late: Any = _NO_LENGTH) -> Select[Any]:
     edges = [_edge(number) for number in range(slots + 1)]
     # As text: a number as parameter would make each slot's number a parameter, too.
     before: list[Any] = [(at < edge, literal_column(str(number))) for number, edge in enumerate(edges[1:-1])]
     last: ColumnElement[int] = literal_column(str(slots - 1))
     slot: ColumnElement[int] = case(*before, else_=last) if before else last
-    lengths = [(cast(null(), Float) if each is None else each) for each in (took, late)]
-    return select(slot.label("slot"), name.label("name"), state.label("state"), *_named(lengths), at.label("at")).where(
-        at >= edges[0], at < edges[-1]
-    )
-
-
-def _named(lengths: Iterable[Any]) -> Iterator[Any]:
-    for name, each in zip(("took", "late"), lengths, strict=True):
-        yield each.label(name)
+    columns = {"slot": slot, "name": name, "state": state, "took": took, "late": late, "at": at}
+    return select(*(each.label(name) for name, each in columns.items())).where(at >= edges[0], at < edges[-1])
 
 
 def _edge(number: int) -> ColumnElement[datetime]:
     return bindparam(f"edge{number}", type_=UtcDateTime())
-
-
-def _first_since(table: Table, at: Any) -> ColumnElement[int]:
-    """Select the least id of the rows that were written since the first edge. The table has no index on `at`.
-
-    Ids grow with time. So a binary search on the primary key finds the id quickly among any number of rows.
-    """
-    step = select(literal(0, BigInteger).label("place"), literal(_HIGHEST_BIT, BigInteger).label("bit"))
-    search = step.cte(f"search_{table.name}", recursive=True)
-    ahead = search.c.place + search.c.bit
-    rows = table.alias()
-    first = select(rows.c[at.key]).where(rows.c.id >= ahead).order_by(rows.c.id).limit(1)
-    place = case(
-        (first.correlate(search).scalar_subquery() < bindparam("written_from", type_=UtcDateTime()), ahead),
-        else_=search.c.place,
-    )
-    search = search.union_all(select(place, search.c.bit // 2).where(search.c.bit > 0))
-    return select(func.max(search.c.place)).scalar_subquery()

@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import ColumnElement, Select, case, func, or_, select, union_all
 
+from ...database.clock import last_until
 from ...database.store import Store
 from ...database.tables import message_errors, messages
 from ...errors import error_line
-from ..executions import MOST_SEARCHED, last_until
+from ..executions import MOST_SEARCHED
 from ..records import ErrorGroup, grouped
 from .filters import Filter, bounds, in_state
 
