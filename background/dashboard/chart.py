@@ -8,10 +8,9 @@ from math import log
 from markupsafe import Markup, escape
 
 from ..history.records import STATES
-from ..history.text import span
 from ..tallies.charts import Bar, Chart
 from ..tallies.tally import Lengths, Tally
-from .filters import state_class, utc_text
+from .filters import length_text, percent_text, state_class, utc_text
 
 _TOP, _PLOT, _FOOT, _LABELS = 8, 120, 20, 58  # pixels
 _BOTTOM, _HEIGHT = _TOP + _PLOT, _TOP + _PLOT + _FOOT
@@ -73,7 +72,7 @@ def runs(chart: Chart) -> list[Picture]:
     states = [*known, *sorted(chart.total.counts.keys() - set(STATES))]
     rate = chart.total.success_rate
     runs = "1 run" if chart.total.runs == 1 else f"{chart.total.runs:,} runs"
-    figures = runs if rate is None else f"{runs}, {percent(rate)} succeeded"
+    figures = runs if rate is None else f"{runs}, {percent_text(rate)} succeeded"
     parts = tuple(Part(state, escape(state_class(state))) for state in states)
     return [
         _stacked(chart, "runs", "Runs by outcome", figures, parts),
@@ -91,21 +90,6 @@ def messages(chart: Chart) -> list[Picture]:
         _stacked(chart, "messages", "Messages", figures, parts, "enqueued"),
         _ranges(chart, "latency", "Latency", lambda tally: tally.took),
     ]
-
-
-def percent(share: float) -> str:
-    """Write a share in percent. Only the whole is 100 %."""
-    return "100 %" if share == 1 else f"{min(share * 100, 99.9):.1f} %"
-
-
-def length_text(seconds: float | None) -> str:
-    """Write a length of time: 31.2 ms, 4.05 s or 2 min 3 s."""
-    if seconds is None:
-        return "–"
-    if seconds >= 60:
-        return span(timedelta(seconds=seconds))
-    number, unit = (seconds, "s") if seconds >= 1 else (seconds * 1000, "ms")
-    return f"{float(f'{number:.3g}'):g} {unit}"
 
 
 # -- stacked bars --------------------------------------------------------------------------------

@@ -69,6 +69,16 @@ def span_text(length: timedelta | float | None) -> str:
     return span(length if isinstance(length, timedelta) else timedelta(seconds=length))
 
 
+def length_text(seconds: float | None) -> str:
+    """Write a length of time: 31.2 ms, 4.05 s or 2 min 3 s."""
+    if seconds is None:
+        return "–"
+    if seconds >= 60:
+        return span(timedelta(seconds=seconds))
+    number, unit = (seconds, "s") if seconds >= 1 else (seconds * 1000, "ms")
+    return f"{float(f'{number:.3g}'):g} {unit}"
+
+
 def countdown_tag(at: datetime, clock: datetime) -> str:
     """Write the time from `clock` to `at`. The script counts down."""
     seconds = int((at - clock).total_seconds())
@@ -116,6 +126,7 @@ FILTERS: dict[str, Callable[..., object]] = {
     "state_tag": state_tag,
     "state_class": state_class,
     "span_text": span_text,
+    "length_text": length_text,
     "countdown_tag": countdown_tag,
     "number_text": number_text,
     "percent_text": percent_text,

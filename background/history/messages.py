@@ -28,9 +28,9 @@ from ..messages.dead_letters import DeadLetters
 from ..messages.pauses import Pauses
 from ..worker import MessageWorker
 from .browsing.filters import Filter, newest_error
-from .browsing.search import MessagePlace, errors, search
+from .browsing.search import errors, search
 from .instances import InstanceHistory
-from .records import ErrorGroup
+from .records import ErrorGroup, Place
 
 STATES = ("waiting", "running", "done", "dead", "discarded")
 _OPEN = ("waiting", "running", "dead")
@@ -145,7 +145,7 @@ class Browsed:
     letters: list[MessageRecord]
     matches: int
     """The number of messages that match from this page on, among those that the search looked at."""
-    following: MessagePlace | None
+    following: Place | None
     """The place where the next page begins. None on the last page."""
     is_complete: bool
     """True if the search looked at every message from this page on."""
@@ -197,9 +197,7 @@ class MessageHistory:
         self._refuse_unknown(topic, found)
         return found
 
-    def browse(
-        self, filter: Filter, topics: Sequence[Topic], limit: int = 25, after: MessagePlace | None = None
-    ) -> Browsed:
+    def browse(self, filter: Filter, topics: Sequence[Topic], limit: int = 25, after: Place | None = None) -> Browsed:
         """Return a page of the messages that match, by bounded work. `topics` are the figures. Raises UnknownTopic."""
         found = search(self._store, filter, _names(filter, topics), after)
         self._refuse_unknown(filter.topic or None, found.ids or filter.topic in {each.topic for each in topics})

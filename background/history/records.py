@@ -36,7 +36,7 @@ class InstanceRecord:
 
 STATES = ("running", "succeeded", "failed", "lost", "handed back", "timed out", "cancelled", "skipped", "missed")
 FAILED = ("failed", "timed out")  # the states of an execution whose own code is in trouble
-Place = tuple[datetime, int]  # the tick and the id of an execution
+Place = tuple[datetime, int]  # the tick of an execution or the due moment of a message, and the id
 
 
 class Record(NamedTuple):

@@ -1,21 +1,20 @@
 """The charts of the fleet, and the part of other pages with the charts of one worker or topic."""
 
 from dataclasses import dataclass
-from urllib.parse import urlencode
 
-from flask import Blueprint, abort, render_template, request, url_for
+from flask import Blueprint, abort, render_template, request
 from flask.typing import ResponseReturnValue
 
 from ...manager import the_manager
 from ...tallies.charts import SPANS, Chart
 from .. import chart as drawing
+from .addresses import here
 
 _USUAL = "24h"
 
 
 def add_to(blueprint: Blueprint) -> None:
     blueprint.add_url_rule("/charts", "charts", charts_page)
-    blueprint.add_app_template_filter(drawing.length_text, "length_text")
 
 
 @dataclass(frozen=True)
@@ -59,11 +58,7 @@ def message_charts(topic: str | None = None) -> Charts:
 
 def span_links() -> list[tuple[str, str, bool]]:
     """Return the text and the address of each span, and whether this page shows it."""
-    kept = [(key, value) for key, value in request.args.items() if key != "span" and value]
-    path = url_for(str(request.endpoint), **(request.view_args or {}))
-    return [
-        (span.text, f"{path}?{urlencode([*kept, ('span', key)])}#charts", key == _span()) for key, span in SPANS.items()
-    ]
+    return [(span.text, f"{here(span=key)}#charts", key == _span()) for key, span in SPANS.items()]
 
 
 def _span() -> str:

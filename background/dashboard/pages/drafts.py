@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass
 from datetime import datetime
-from urllib.parse import urlencode
 
-from flask import request, url_for
+from flask import request
 
 from ...errors import InvalidSchedule
 from ...manager import the_manager
@@ -13,7 +12,7 @@ from ...schedule.periods import Schedule
 
 LONGEST_NAME = 200
 NEXT_TICKS = 5
-_DRAFT = ("edit", "schedule", "timezone")  # parameters of an address that shows a form again
+DRAFT = ("edit", "schedule", "timezone")  # parameters of an address that shows a form again
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Draft:
 
 def draft() -> Draft | None:
     """Return the input of the form: refused, with its error, or for a preview. None without such input."""
-    name, schedule, timezone = (request.args.get(key, "")[:LONGEST_NAME] for key in _DRAFT)
+    name, schedule, timezone = (request.args.get(key, "")[:LONGEST_NAME] for key in DRAFT)
     if not name:
         return None
     try:
@@ -45,10 +44,3 @@ def draft() -> Draft | None:
     except InvalidSchedule as error:
         return Draft(name, schedule, timezone, error.message)
     return Draft(name, schedule, timezone, read=read, clock=the_manager().history.clock())
-
-
-def here() -> str:
-    """Return this page's own address, without the draft."""
-    kept = [(key, value) for key, value in request.args.items() if key not in _DRAFT and value]
-    path = url_for(str(request.endpoint), **(request.view_args or {}))
-    return f"{path}?{urlencode(kept)}" if kept else path

@@ -6,8 +6,8 @@ from ...history.browsing.filters import Filter
 from ...history.browsing.search import MOST_GROUPED
 from ...history.messages import Topic
 from ...manager import the_manager
+from .addresses import here
 from .charts import message_charts, span_links
-from .drafts import here
 from .overview import about
 
 

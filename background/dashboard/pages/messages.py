@@ -1,20 +1,19 @@
 """Pages of the messages: the topics, the browser of all messages, and one message with its errors."""
 
 from collections.abc import Callable
-from contextlib import suppress
 
 from flask import Blueprint, abort, redirect, render_template, request, url_for
 from flask.typing import ResponseReturnValue
 
-from ...database.tables import LARGEST_ID
 from ...errors import InvalidMessage, UnknownMessage, UnknownTopic, WrongState
 from ...history.browsing.filters import OLDER, SEARCHED_TEXT, STATES, YOUNGER, Filter
-from ...history.browsing.search import MOST_GROUPED, MessagePlace
+from ...history.browsing.search import MOST_GROUPED
 from ...history.executions import MOST_SEARCHED
 from ...history.messages import Change
-from ...history.text import changed, indented, moment_in, whole_number
+from ...history.text import changed, indented
 from ...manager import the_manager
 from ..filters import back, say
+from .addresses import here, place_in, place_text
 
 PER_PAGE = 25
 CLASSES = {"running": "running", "done": "succeeded", "dead": "failed"}
@@ -38,7 +37,7 @@ def add_to(blueprint: Blueprint) -> None:
 
 
 def messages_page() -> ResponseReturnValue:
-    mailbox, wanted, after = the_manager().messages, asked(request.args.get), _after()
+    mailbox, wanted, after = the_manager().messages, asked(request.args.get), place_in(request.args.get("after", ""))
     topics = mailbox.figures()
     try:
         found = mailbox.browse(wanted, topics, PER_PAGE, after)
@@ -50,7 +49,7 @@ def messages_page() -> ResponseReturnValue:
         topics=topics,
         wanted=wanted,
         found=found,
-        following=_place(found.following),
+        following=place_text(found.following),
         is_first=after is None,
         states=STATES,
         ages={**YOUNGER, **OLDER},
@@ -60,7 +59,7 @@ def messages_page() -> ResponseReturnValue:
         grouped=MOST_GROUPED,
         searched=MOST_SEARCHED,
         searched_text=SEARCHED_TEXT,
-        here=request.full_path.rstrip("?"),
+        here=here(),
     )
 
 
@@ -69,20 +68,6 @@ def asked(get: Callable[..., str]) -> Filter:
     if not get("topic", "").isprintable():
         abort(404)
     return Filter(**{name: get(name, "").strip() for name in Filter.__dataclass_fields__}).cleaned()
-
-
-def _place(place: MessagePlace | None) -> str | None:
-    """Write the place where the next page begins, for an address."""
-    return f"{place[0].isoformat()}~{place[1]}" if place else None
-
-
-def _after() -> MessagePlace | None:
-    """Read that place from the address. None, the first page, if it cannot be read."""
-    due, _, id = request.args.get("after", "").partition("~")
-    with suppress(ValueError):
-        number = whole_number(id)
-        return (moment_in(due), min(number, LARGEST_ID)) if number is not None else None
-    return None
 
 
 def message_page(id: int) -> ResponseReturnValue:
@@ -99,7 +84,7 @@ def message_page(id: int) -> ResponseReturnValue:
         classes=CLASSES,
         worker=the_manager().topics.get(letter.topic),
         topics=[name for name in the_manager().topics if name != letter.topic],
-        here=request.path,
+        here=here(),
     )
 
 

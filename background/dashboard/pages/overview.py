@@ -13,7 +13,8 @@ from ...history.records import FAILED, Glance
 from ...history.status import WorkerStatus, statuses
 from ...manager import BackgroundWorkerManager, the_manager
 from ..sparkline import COUNT, picture
-from .drafts import LONGEST_NAME, draft, here
+from .addresses import here
+from .drafts import DRAFT, LONGEST_NAME, draft
 
 PER_PAGE = 20
 
@@ -47,7 +48,7 @@ def overview_page() -> ResponseReturnValue:
         pages=pages,
         count=len(matching),
         draft=draft(),
-        here=here(),
+        here=here(*DRAFT),
         **more,
     )
 

@@ -18,8 +18,9 @@ from ...ledger.claim import WorkerState
 from ...manager import BackgroundWorkerManager, the_manager
 from ...schedule.periods import MICROSECOND, Schedule
 from ..ticks import by_tick
+from .addresses import here, place_in, place_text
 from .charts import run_charts, span_links
-from .drafts import LONGEST_NAME, NEXT_TICKS, draft, here
+from .drafts import DRAFT, LONGEST_NAME, NEXT_TICKS, draft
 from .message_workers import message_worker_page
 from .overview import rows
 
@@ -53,7 +54,7 @@ def worker_page(name: str) -> ResponseReturnValue:
         errors_in=ERRORS_IN,
         most_errors=MOST_ERRORS,
         draft=draft(),
-        here=here(),
+        here=here(*DRAFT),
         **_executions(manager, name, schedule, state, clock - LATE - (worker.jitter if worker else timedelta())),
         **_why(manager, name),
     )
@@ -75,7 +76,7 @@ def _executions(
     has_gaps = schedule and state and not only
     return {
         "ticks": list(by_tick(records, schedule if has_gaps else None, state.scheduled_at if state else due, until)),
-        "following": _place(following) if following else None,
+        "following": place_text(following),
         "searched": MOST_SEARCHED,
         "states": STATES,
         "only": only,
@@ -108,16 +109,10 @@ def execution_page(name: str, id: int) -> ResponseReturnValue:
     )
 
 
-def _place(place: Place) -> str:
-    """Write the place where the next page begins, for an address."""
-    return f"{place[0].isoformat()}~{place[1]}"
-
-
 def _before() -> Place | None:
     """Read the place or the moment from the address. None, the first page, if neither can be read."""
-    tick, _, id = request.args.get("before", "").partition("~")
-    with suppress(ValueError):
-        return moment_in(tick), min(max(int(id), 0), LARGEST_ID)
+    if place := place_in(request.args.get("before", "")):
+        return place
     with suppress(ValueError, InvalidSchedule):
         return moment_in(request.args.get("until", "")[:100], request.args.get("zone", "UTC")[:100]), LARGEST_ID
     return None

@@ -1,7 +1,6 @@
 """The search for messages. Each search looks at no more than MOST_SEARCHED messages."""
 
 from collections.abc import Sequence
-from datetime import datetime
 from typing import Any, NamedTuple
 
 from sqlalchemy import ColumnElement, Select, case, func, or_, select, union_all
@@ -11,7 +10,7 @@ from ...database.store import Store
 from ...database.tables import message_errors, messages
 from ...errors import error_line
 from ..executions import MOST_SEARCHED
-from ..records import ErrorGroup, grouped
+from ..records import ErrorGroup, Place, grouped
 from .filters import Filter, bounds, in_state
 
 MOST_GROUPED = 1_000
@@ -21,20 +20,17 @@ _COLUMNS = ("id", "topic", "key", "state", "attempt", "postponed", "enqueued_at"
 _BY_DUE, _BY_ID = ("waiting", "delayed"), ("failing", "postponed", "dead")
 """The states whose index begins with the topic, by the order of their index."""
 
-MessagePlace = tuple[datetime, int]
-"""The due moment and the id of a message, after which a search goes on."""
-
 
 class Found(NamedTuple):
     """The messages that one search found, by their ids."""
 
     ids: list[int]
     """In the order of the list: those that are due first, or the newest."""
-    rest: MessagePlace | None
+    rest: Place | None
     """The place where the next search begins. None if this search looked at every message."""
 
 
-def search(store: Store, filter: Filter, topics: Sequence[str], after: MessagePlace | None = None) -> Found:
+def search(store: Store, filter: Filter, topics: Sequence[str], after: Place | None = None) -> Found:
     """Find the messages that match, behind the place `after`.
 
     `topics` are the topics that may have such messages. Waiting messages come in the order in which they are due, and
@@ -74,7 +70,7 @@ def _order(filter: Filter, columns: Any) -> tuple[ColumnElement[Any], ...]:
     return (-columns.id if filter.state == "running" else columns.id.desc(),)
 
 
-def _window(filter: Filter, topics: Sequence[str], after: MessagePlace | None) -> Select[Any] | None:
+def _window(filter: Filter, topics: Sequence[str], after: Place | None) -> Select[Any] | None:
     """Select the columns of every message that may match, on an index in the order of the list. None for no message."""
     columns = [messages.c[name] for name in _COLUMNS if name != "payload" or filter.text]
     places = select(*columns).where(*_behind(filter, after))
@@ -91,7 +87,7 @@ def _window(filter: Filter, topics: Sequence[str], after: MessagePlace | None) -
     return select(union_all(*arms).subquery()) if arms else None
 
 
-def _behind(filter: Filter, after: MessagePlace | None) -> list[ColumnElement[bool]]:
+def _behind(filter: Filter, after: Place | None) -> list[ColumnElement[bool]]:
     """Return the conditions that let the index begin behind the place, and among messages of the filter's age."""
     if filter.state in _BY_DUE:
         if after is None:

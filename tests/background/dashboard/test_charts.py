@@ -13,7 +13,7 @@ from support.databases import close, on_sqlite
 from support.fleet import Hourly, make_app, statements
 
 from background import Message, MessageWorker, WorkerContext
-from background.dashboard.chart import length_text, percent
+from background.dashboard.filters import length_text, percent_text
 from background.database.tables import executions, message_errors, messages, workers
 from background.testing.clock import Clock
 
@@ -86,7 +86,7 @@ def test_the_page_of_the_fleet_has_the_runs_and_the_messages(app: Flask, client:
     roll(app)
     text = page(client, "/workers/charts")
     shown = said(text)
-    assert "Runs by outcome 4 runs, 75.0 % succeeded" in shown
+    assert "Runs by outcome 4 runs, 75 % succeeded" in shown
     assert "Duration p50 2 s, p95 2 s, max 2 s" in shown
     assert "Lateness p50 1 s, p95 1 s, max 1 s" in shown
     assert "Messages 2 enqueued, 1 done, 1 failed" in shown
@@ -121,7 +121,7 @@ def test_a_workers_page_has_the_charts_of_its_own_runs_and_keeps_the_rest_of_its
     add_runs(engine, "succeeded", "failed")
     add_runs(engine, "succeeded", worker="other")
     text = page(client, "/workers/worker/hourly?state=failed&span=1h")
-    assert "Runs by outcome 2 runs, 50.0 % succeeded" in said(text)
+    assert "Runs by outcome 2 runs, 50 % succeeded" in said(text)
     assert 'href="/workers/worker/hourly?state=failed&amp;span=7d#charts"' in text
 
 
@@ -212,4 +212,4 @@ def test_the_page_takes_as_many_queries_for_a_thousand_workers(app: Flask, clien
 def test_lengths_and_shares_are_short() -> None:
     lengths = [None, 0.0312345, 0.9999, 4.0512, 59.96, 123.4]
     assert list(map(length_text, lengths)) == ["–", "31.2 ms", "1000 ms", "4.05 s", "60 s", "2 min 3 s"]
-    assert [percent(share) for share in (1.0, 0.99999, 0.5, 0.0)] == ["100 %", "99.9 %", "50.0 %", "0.0 %"]
+    assert [percent_text(share) for share in (1.0, 0.99999, 0.5, 0.0)] == ["100 %", "99.9 %", "50 %", "0 %"]

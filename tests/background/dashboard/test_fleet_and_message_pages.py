@@ -618,3 +618,12 @@ def test_a_page_costs_as_many_queries_with_much_in_the_database_as_with_little(
     fill(20)
     assert queries() == few
     assert max(few.values()) <= 8
+
+
+@on_sqlite
+def test_a_button_of_an_application_below_a_prefix_leads_back_to_the_filtered_list(client: FlaskClient) -> None:
+    below = {"SCRIPT_NAME": "/shop"}
+    page = client.get("/workers/messages?topic=orders", environ_overrides=below).text
+    [address] = set(re.findall(r'name="next" value="([^"]+)"', page))
+    answer = client.post("/workers/messages/pause", data={"topic": "orders", "next": address}, environ_overrides=below)
+    assert answer.location == "/shop/workers/messages?topic=orders"

@@ -251,7 +251,7 @@ def test_a_worker_shows_its_success_rate_and_the_percentiles_of_its_runs(client,
         add_executions(engine, {**run, "state": "succeeded" if number else "failed", "reason": "OSError: no"})
     text = said(page(client, "/workers/worker/talker"))
     assert "66.6 % succeeded, of 3 runs." in text
-    assert re.search(r"p50 p95 max Duration [34]\.\d+ s [34]\.\d+ s 4\.000 s Lateness .* 2\.000 s ", text)
+    assert re.search(r"p50 p95 max Duration [34][.\d]* s [34][.\d]* s 4 s Lateness .* 2 s ", text)
 
 
 @on_sqlite
