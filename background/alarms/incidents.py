@@ -4,20 +4,19 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, String, and_, delete, literal, not_, or_, select, true, update
+from sqlalchemy import ColumnElement, String, delete, literal, not_, or_, select, true, update
 from sqlalchemy.orm import Session
 
 from ..database.clock import AHEAD, UtcDateTime, now
-from ..database.tables import AnyText, incidents
+from ..database.tables import AnyText, chores, incidents
 from ..errors import spelled_out
 from ..stores import Stores
 
 CALM = timedelta(minutes=10)
 """After the end of an incident, no incident of the same kind and subject opens for this time."""
-_LOOK = "look"
+_LOOK = "look for incidents"
 _LONGEST_DETAIL = 1_000
-_columns = [incidents.c[name] for name in ("id", "kind", "subject", "opened_at", "ended_at", "detail")]
-_is_open = and_(incidents.c.ended_at.is_(None), incidents.c.kind != _LOOK)
+_is_open = incidents.c.ended_at.is_(None)
 
 
 @dataclass(frozen=True)
@@ -50,12 +49,12 @@ class Incidents:
 
         Concurrency: every instance calls this. The row of the last look lets one instance look in each interval.
         """
-        is_due = or_(incidents.c.opened_at <= now(-every), incidents.c.opened_at > now(AHEAD))
-        is_look = and_(incidents.c.kind == _LOOK, incidents.c.ended_at.is_(None))
-        if self._store.has_one_writer and self._store.read(select(incidents.c.id).where(is_look, not_(is_due))):
+        is_due = or_(chores.c.until <= now(-every), chores.c.until > now(AHEAD))
+        not_yet = select(chores.c.name).where(chores.c.name == _LOOK, not_(is_due))
+        if self._store.has_one_writer and self._store.read(not_yet):
             return False
-        row = self._store.insert(incidents).values(kind=_LOOK, subject="", opened_at=now(), detail="")
-        look = row.on_conflict_do_update(**_same, set_={"opened_at": now()}, where=is_due)
+        row = self._store.insert(chores).values(name=_LOOK, until=now())
+        look = row.on_conflict_do_update(index_elements=["name"], set_={"until": now()}, where=is_due)
         return self._store.change(look.execution_options(preserve_rowcount=True)) > 0
 
     def current(self) -> list[Incident]:
@@ -64,7 +63,7 @@ class Incidents:
 
     def recent(self, limit: int = 20) -> list[Incident]:
         """Return the open incidents, oldest first, then the incidents that ended last."""
-        ended = select(*_columns).where(incidents.c.ended_at.is_not(None))
+        ended = select(incidents).where(incidents.c.ended_at.is_not(None))
         newest = self._store.read(ended.order_by(incidents.c.ended_at.desc()).limit(limit))
         return [*self.current(), *(Incident(*row) for row in newest)]
 
@@ -73,7 +72,7 @@ class Incidents:
         return self._read(or_(_is_open, incidents.c.ended_at > now(-CALM)))
 
     def _read(self, which: ColumnElement[bool]) -> list[Incident]:
-        query = select(*_columns).where(which).order_by(incidents.c.opened_at, incidents.c.id)
+        query = select(incidents).where(which).order_by(incidents.c.opened_at, incidents.c.id)
         return [Incident(*row) for row in self._store.read(query)]
 
     def open(
@@ -103,9 +102,9 @@ class Incidents:
             literal(until, UtcDateTime()),
             literal(detail, AnyText()),
         ]
-        columns = [each.name for each in _columns[1:]]
+        columns = incidents.c.keys()[1:]
         row = self._store.insert(incidents).from_select(columns, select(*values).where(is_free))
-        return self._written(session, row.on_conflict_do_nothing().returning(*_columns))
+        return self._written(session, row.on_conflict_do_nothing().returning(incidents))
 
     def end(self, session: Session, id: int) -> Incident | None:
         """End the incident on the caller's session. None if it ended before.
@@ -114,7 +113,7 @@ class Incidents:
         it looked at the fleet. So an incident that opened meanwhile stays open.
         """
         row = update(incidents).where(incidents.c.id == id, _is_open).values(ended_at=now())
-        return self._written(session, row.returning(*_columns))
+        return self._written(session, row.returning(incidents))
 
     def _written(self, session: Session, statement: Any) -> Incident | None:
         """Write the row, and delete the incidents that ended long ago."""
@@ -124,9 +123,3 @@ class Incidents:
             return None
         within.execute(delete(incidents).where(incidents.c.ended_at < now(-self._kept)))
         return Incident(*found)
-
-
-_same: dict[str, Any] = {
-    "index_elements": [incidents.c.kind, incidents.c.subject],
-    "index_where": incidents.c.ended_at.is_(None),
-}

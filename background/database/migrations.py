@@ -137,7 +137,7 @@ def _is_created(inspector: Inspector, schema: str | None) -> bool:
     return all(inspector.has_table(name, schema) for name in metadata.tables if name not in _NEW_TABLES)
 
 
-_NEW_TABLES = {"background_topics", "background_incidents", "background_tallies", "background_tallied"}
+_NEW_TABLES = {"background_topics", "background_incidents", "background_tallies", "background_chores"}
 _NEW_COLUMNS: dict[str, dict[str, TypeEngine[Any]]] = {
     "background_workers": {"pending_after": UtcDateTime(), "pending_until": UtcDateTime()},
     "background_executions": {"cancelled_at": UtcDateTime(), "cancelled_by": String(LONGEST_USER), "cursor": Text()},
@@ -202,8 +202,8 @@ def _add_tallies(op: Any, schema: str | None) -> None:
         schema=schema,
     )
     op.create_table(
-        "background_tallied",
-        Column("seconds", Integer(), primary_key=True),
+        "background_chores",
+        Column("name", String(20), primary_key=True),
         Column("until", UtcDateTime(), nullable=False),
         schema=schema,
     )

@@ -274,7 +274,6 @@ topics = Table(
 )
 
 # The incidents that alerts report. `opened_at` is the moment when the problem began, or was noticed.
-# The open row of the kind "look" is no incident: its `opened_at` is the moment of the fleet's last look for incidents.
 incidents = Table(
     "background_incidents",
     metadata,
@@ -302,11 +301,11 @@ tallies = Table(
     Column("counts", Text, nullable=False),
 )
 
-# The moment up to which runs and messages are counted, for each length of the tallies.
-tallied = Table(
-    "background_tallied",
+# The regular work that one instance does for the fleet, and the moment up to which it is done.
+chores = Table(
+    "background_chores",
     metadata,
-    Column("seconds", Whole, primary_key=True),
+    Column("name", String(20), primary_key=True),
     Column("until", UtcDateTime, nullable=False),
 )
 

@@ -8,12 +8,13 @@ from sqlalchemy import delete, insert, literal, select, update
 
 from ..database.clock import now
 from ..database.store import Store
-from ..database.tables import tallied, tallies
+from ..database.tables import chores, tallies
 from .counting import Tallies, count_messages, count_runs
 
 MINUTES, HOUR = timedelta(minutes=5), timedelta(hours=1)
 """The lengths of the slots."""
 MINUTES_KEPT = timedelta(hours=3)
+_CHORES = {MINUTES: "count by minutes", HOUR: "count by hours"}
 _SPREAD_SECONDS = (1.0, 60.0)
 _MOST_SLOTS = 6  # in one step, so that it takes little time and memory after an outage
 _COUNTS: Mapping[str, Callable[..., Tallies]] = {"worker": count_runs, "topic": count_messages}
@@ -53,8 +54,9 @@ class RollUp:
     def counted(self) -> tuple[datetime, dict[timedelta, datetime]]:
         """Return the database's clock, and the moment up to which the slots of each length are counted."""
         clock = select(now().label("clock")).subquery()
-        rows = self._store.read(select(clock.c.clock, tallied).outerjoin_from(clock, tallied, literal(True)))
-        return rows[0].clock, {timedelta(seconds=row.seconds): row.until for row in rows if row.until}
+        rows = self._store.read(select(clock.c.clock, chores).outerjoin_from(clock, chores, literal(True)))
+        until = {row.name: row.until for row in rows}
+        return rows[0].clock, {length: until[name] for length, name in _CHORES.items() if name in until}
 
     def _step(self, length: timedelta, clock: datetime, until: datetime | None) -> bool:
         end = floor(clock, length)
@@ -75,12 +77,13 @@ class RollUp:
     ) -> None:
         """Replace the counts between the edges, unless another instance has done so since `until` was read."""
         seconds = int(length.total_seconds())
-        turn = update(tallied).where(tallied.c.seconds == seconds, tallied.c.until == until).values(until=edges[-1])
+        name = _CHORES[length]
+        turn = update(chores).where(chores.c.name == name, chores.c.until == until).values(until=edges[-1])
         if until is None:
-            turn = self._store.insert(tallied).values(seconds=seconds, until=edges[-1]).on_conflict_do_nothing()
+            turn = self._store.insert(chores).values(name=name, until=edges[-1]).on_conflict_do_nothing()
         in_slots = (tallies.c.seconds == seconds, tallies.c.start >= edges[0], tallies.c.start < edges[-1])
         with self._store.begin() as connection:
-            if connection.execute(turn.returning(tallied.c.until)).first() is None:
+            if connection.execute(turn.returning(chores.c.until)).first() is None:
                 return
             connection.execute(delete(tallies).where(*in_slots))
             for number, start in enumerate(edges[:-1]):

@@ -388,7 +388,7 @@ MUTATIONS = (
     ),
     Mutation(
         "the counts for the charts are written by one instance only",
-        [Edit("background/tallies/rollup.py", ", tallied.c.until == until)", ")")],
+        [Edit("background/tallies/rollup.py", ", chores.c.until == until)", ")")],
         ["tests/background/tallies/test_rollup.py", "-k", "before_another_one_wrote"],
     ),
     Mutation(

@@ -186,7 +186,7 @@ def test_one_instance_of_the_fleet_looks_in_each_interval(fleet: Fleet, webhook:
         looks = at_once(4, lambda number: watch_of(managers[number]).incidents.claim_look(every))
         assert sorted(looks) == [False, False, False, True]
         with fleet.engine.begin() as connection:
-            connection.execute(update(tables.incidents).values(opened_at=now(-every)))
+            connection.execute(update(tables.chores).values(until=now(-every)))
     assert watch_of(managers[0]).incidents.current() == []
 
 

@@ -665,10 +665,10 @@ def test_counting_that_fails_is_logged_and_tried_again(
 ) -> None:
     monkeypatch.setattr(RollUp, "is_due", lambda *_: True)
     with fleet.engine.begin() as connection:
-        connection.execute(text("ALTER TABLE background_tallied RENAME TO away"))
+        connection.execute(text("ALTER TABLE background_chores RENAME TO away"))
     manager = fleet.manager(Hourly)
     manager.start()
     wait_until(lambda: "Cannot count the runs and messages for the charts yet" in caplog.text)
     with fleet.engine.begin() as connection:
-        connection.execute(text("ALTER TABLE away RENAME TO background_tallied"))
+        connection.execute(text("ALTER TABLE away RENAME TO background_chores"))
     wait_until(lambda: manager.stores.roll_up.counted()[1])

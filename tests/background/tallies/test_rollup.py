@@ -17,7 +17,7 @@ from sqlalchemy import Engine, delete, event, insert, select
 from support.databases import close
 from support.fleet import make_app, statements
 
-from background.database.tables import executions, message_errors, messages, tallied, tallies
+from background.database.tables import chores, executions, message_errors, messages, tallies
 from background.stores import Stores
 from background.tallies.charts import SPANS, Chart, ChartHistory
 from background.tallies.counting import ALL
@@ -101,7 +101,7 @@ def test_each_slot_has_the_counts_of_its_runs_exactly(stores: Stores, clock: Clo
     @given(st.lists(RUNS, max_size=40))
     def check(found: list[Any]) -> None:
         with stores.main.engine.begin() as connection:
-            for table in (executions, tallies, tallied):
+            for table in (executions, tallies, chores):
                 connection.execute(delete(table))
         last = floor(NOW, MINUTES)
         rows = [
