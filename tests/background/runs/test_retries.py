@@ -235,7 +235,9 @@ def test_the_history_the_list_and_the_pages_tell_of_the_attempt(fleet: Fleet) ->
         page = client.get("/workers/").get_data(as_text=True)
         assert "next attempt: " in page
         assert "overdue since" not in page
-        assert " failed, next attempt: " in client.get("/workers/worker/flaky").get_data(as_text=True)
+        page = client.get("/workers/worker/flaky").get_data(as_text=True)
+        assert " failed, next attempt: " in page
+        assert "<dt>If a run fails</dt>\n    <dd>retried after " in page
         clock.move(HOUR)
         assert "next attempt: " not in client.get("/workers/").get_data(as_text=True)
 
