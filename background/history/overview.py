@@ -25,7 +25,7 @@ STATES = (*PROBLEMS, "running", "paused", "disabled")
 
 
 @dataclass(frozen=True)
-class Standing:
+class ListedWorker:
     """One worker among all workers, with its states. A message worker has its topic."""
 
     name: str
@@ -38,17 +38,19 @@ class Standing:
         return not self.states.isdisjoint(PROBLEMS)
 
 
-def standings(
+def listed_workers(
     stores: Stores, ours: Mapping[str, type[PeriodicWorker]], found: Sequence[WorkerStatus], topics: Sequence[Topic]
-) -> list[Standing]:
+) -> list[ListedWorker]:
     """Return every worker of this release and of the database, in one query. Problems come first, then names.
 
     `found` are the statuses of all workers.
     """
     failing = {row.name for row in stores.ledger.store.read(_failing)}
     status = {each.name: each for each in found}
-    periodic = [Standing(name, _states(ours.get(name), status.get(name), name in failing)) for name in {*ours, *status}]
-    of_topics = [Standing(each.worker, _states_of(each), each) for each in topics if each.worker]
+    periodic = [
+        ListedWorker(name, _states(ours.get(name), status.get(name), name in failing)) for name in {*ours, *status}
+    ]
+    of_topics = [ListedWorker(each.worker, _states_of(each), each) for each in topics if each.worker]
     return sorted((*periodic, *of_topics), key=lambda each: (not each.has_problem, each.name))
 
 

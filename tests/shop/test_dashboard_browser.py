@@ -181,7 +181,7 @@ def test_a_pause_is_seen_on_the_page_of_another_instance(opened, other_address):
     here.get_by_role("button", name="Pause stock_count").wait_for()
 
 
-def test_times_are_shown_in_the_viewers_zone(opened):
+def test_times_are_shown_in_the_browsers_zone(opened):
     page = opened("/workers/worker/price_check", timezone_id="Asia/Tokyo", locale="en-GB")
     tick = page.locator("time[data-countdown]")
     hour, minute = re.search(r"(\d\d):(\d\d):00 UTC", tick.get_attribute("title") or "").groups()
@@ -402,7 +402,7 @@ def violations(page: "Page") -> list[str]:
     return found
 
 
-def test_the_axis_of_a_chart_is_in_the_viewers_zone_and_its_table_opens_by_the_keyboard(app, opened):
+def test_the_axis_of_a_chart_is_in_the_browsers_zone_and_its_table_opens_by_the_keyboard(app, opened):
     app.extensions["background_workers"].trigger("stock_count")
     page = opened("/workers/charts", timezone_id="Asia/Kolkata", locale="en-GB")
     times = page.locator("[data-time]").all_text_contents()

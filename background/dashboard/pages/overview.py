@@ -8,7 +8,7 @@ from flask.typing import ResponseReturnValue
 from ...alarms.alert import page_about, title
 from ...alarms.incidents import Incident, Incidents
 from ...history.messages import Topic
-from ...history.overview import STATES, Standing, overview, standings
+from ...history.overview import STATES, ListedWorker, listed_workers, overview
 from ...history.records import FAILED, Glance
 from ...history.status import WorkerStatus, statuses
 from ...manager import BackgroundWorkerManager, the_manager
@@ -28,7 +28,7 @@ def overview_page() -> ResponseReturnValue:
     state = request.args.get("state")
     state = state if state in STATES else None
     found, topics = statuses(manager.stores, manager.workers), manager.messages.figures()
-    known = standings(manager.stores, manager.workers, found, topics)
+    known = listed_workers(manager.stores, manager.workers, found, topics)
     matching = [each for each in known if search.lower() in each.name.lower() and (not state or state in each.states)]
     pages = max(1, -(-len(matching) // PER_PAGE))
     page = min(max(request.args.get("page", 1, type=int), 1), pages)
@@ -53,7 +53,7 @@ def overview_page() -> ResponseReturnValue:
     )
 
 
-def headline(manager: BackgroundWorkerManager, known: list[Standing], topics: list[Topic]) -> dict[str, int]:
+def headline(manager: BackgroundWorkerManager, known: list[ListedWorker], topics: list[Topic]) -> dict[str, int]:
     """Return the number of workers in each state, of dead letters, and of ticks and messages in the last minute."""
     return {state: sum(state in each.states for each in known) for state in STATES} | {
         "dead": sum(each.dead for each in topics),
@@ -63,7 +63,7 @@ def headline(manager: BackgroundWorkerManager, known: list[Standing], topics: li
 
 
 def rows(
-    manager: BackgroundWorkerManager, shown: list[Standing], found: list[WorkerStatus] | None = None
+    manager: BackgroundWorkerManager, shown: list[ListedWorker], found: list[WorkerStatus] | None = None
 ) -> list[dict[str, Any]]:
     """Return the overview's row of each worker, in this order. `found` are the statuses of all workers, if known."""
     periodic = overview(manager.stores, manager.workers, {each.name for each in shown if not each.topic}, found)

@@ -10,7 +10,7 @@ from flask.typing import ResponseReturnValue
 from ...database.tables import LARGEST_ID
 from ...errors import InvalidSchedule
 from ...history.executions import ERRORS_IN, MOST_ERRORS, MOST_SEARCHED
-from ...history.overview import Standing, readable_schedule
+from ...history.overview import ListedWorker, readable_schedule
 from ...history.records import STATES, Place
 from ...history.status import LATE
 from ...history.text import moment_in
@@ -36,7 +36,7 @@ def worker_page(name: str) -> ResponseReturnValue:
     manager = the_manager()
     if topic := manager.topic_of(name):
         return message_worker_page(name, topic)
-    [row] = rows(manager, [Standing(known(manager, name), frozenset())])
+    [row] = rows(manager, [ListedWorker(known(manager, name), frozenset())])
     worker, state, clock = manager.workers.get(name), manager.stores.ledger.look(name), manager.history.clock()
     schedule, charts = readable_schedule(worker, state), run_charts(name)
     return render_template(

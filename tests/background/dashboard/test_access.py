@@ -88,7 +88,7 @@ def test_without_the_right_each_change_is_refused(
 
 
 @on_sqlite
-def test_the_application_names_the_person(app: Flask, viewers_client: FlaskClient) -> None:
+def test_the_application_names_the_visitor(app: Flask, viewers_client: FlaskClient) -> None:
     names: list[str | None] = []
     app.before_request(lambda: names.append(user_name()))
     viewers_client.get("/workers/")
