@@ -10,10 +10,11 @@ from datetime import datetime, timedelta
 from decimal import Decimal
 from numbers import Real
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy import Connection, Engine
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, SessionTransaction
 from svcs import Container
 from svcs.flask import svcs_from
 
@@ -73,6 +74,7 @@ class WorkerContext:
         self._cursor: str | None = None
         """The cursor as JSON. None if it was neither read nor set since the last rollback."""
         self._cursor_is_new = False
+        self._saved: WeakKeyDictionary[SessionTransaction, tuple[str | None, bool]] = WeakKeyDictionary()
 
     @property
     def session(self) -> Session:
@@ -194,6 +196,15 @@ class WorkerContext:
         """Forget the cursor that the work since the last commit set."""
         if session is self.session:
             self._cursor, self._cursor_is_new = None, False
+
+    def saved(self, session: Session, savepoint: SessionTransaction) -> None:
+        """Remember the cursor at the beginning of a savepoint."""
+        if session is self.session:
+            self._saved[savepoint] = self._cursor, self._cursor_is_new
+
+    def returned_to(self, savepoint: SessionTransaction) -> None:
+        """Set the cursor to its value at the beginning of a savepoint that was rolled back."""
+        self._cursor, self._cursor_is_new = self._saved.get(savepoint, (self._cursor, self._cursor_is_new))
 
     def _check_claim(self, session: Session) -> None:
         """Check the claim in the session's transaction, and write the columns of this commit. Raises ClaimLost."""

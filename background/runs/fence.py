@@ -42,6 +42,7 @@ class RunFields(logging.Filter):
 def fence(db: SQLAlchemy) -> None:
     """Check the claim before every commit of a run on any session of `db`. This also enables `when_committed`."""
     for name, listener in (
+        ("after_transaction_create", _after_transaction_create),
         ("after_begin", _after_begin),
         ("before_commit", _before_commit),
         ("after_commit", _after_commit),
@@ -64,10 +65,13 @@ def _after_commit(session: Session) -> None:
 
 
 def _after_rollback(session: Session) -> None:
-    if not session.in_nested_transaction():  # the work before the savepoint may still be committed
+    run, savepoint = current_run.get(), session.get_nested_transaction()
+    if savepoint is None:
         session.info.pop(_WHEN_COMMITTED, None)
-        if (run := current_run.get()) is not None:
+        if run is not None:
             run.rolled_back(session)
+    elif run is not None:  # the work before the savepoint may still be committed
+        run.returned_to(savepoint)
 
 
 def _before_commit(session: Session) -> None:
@@ -76,6 +80,11 @@ def _before_commit(session: Session) -> None:
         return
     if run.is_at_home(session):  # the session of another application needs no claim of this application
         run.check(session)
+
+
+def _after_transaction_create(session: Session, transaction: SessionTransaction) -> None:
+    if transaction.nested and (run := current_run.get()) is not None:
+        run.saved(session, transaction)
 
 
 def _after_begin(session: Session, transaction: SessionTransaction, connection: Connection) -> None:

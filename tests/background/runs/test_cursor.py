@@ -1,6 +1,7 @@
 """A cursor is committed with its slice, and the next attempt at the tick begins with it."""
 
 import asyncio
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -151,6 +152,21 @@ def test_a_rollback_takes_the_cursor_back(fleet: Fleet) -> None:
     assert run(fleet, Rolling) == "succeeded"
     assert read == [None, {"after": 7}]
     assert (fleet.effects(), fleet.executions()[0].cursor) == ([], '{"after":7}')
+
+
+def test_the_rollback_of_a_savepoint_returns_the_cursor_to_its_beginning(fleet: Fleet) -> None:
+    class Saving(Hourly):
+        def do_work(self, context: WorkerContext) -> None:
+            for number in range(4):
+                with suppress(ZeroDivisionError), context.session.begin_nested():
+                    context.cursor = number
+                    with context.session.begin_nested():
+                        effect(context, number)
+                    assert number % 2 == 0 or 1 / 0
+            context.commit()
+
+    assert run(fleet, Saving) == "succeeded"
+    assert (fleet.effects(), fleet.executions()[0].cursor) == (["0", "2"], "2")
 
 
 def test_only_a_commit_of_the_runs_own_session_stores_the_cursor(fleet: Fleet) -> None:
