@@ -59,10 +59,13 @@ def _address_of_each(value: Any) -> str:
     return str(value)
 
 
+_E_MAIL = re.compile(r"[^\s@,]+@[^\s@,]+")
+
+
 def _e_mails(value: Any) -> tuple[str, ...]:
     """Cast e-mails, with commas in between, to a tuple without a repeated e-mail."""
     found = value.split(",") if isinstance(value, str) else value
-    if not all(isinstance(each, str) and re.fullmatch(r"[^\s@,]+@[^\s@,]+", each.strip()) for each in found):
+    if not all(isinstance(each, str) and each.isprintable() and _E_MAIL.fullmatch(each.strip()) for each in found):
         raise ValueError(value)
     return tuple(dict.fromkeys(each.strip() for each in found))
 
@@ -194,7 +197,7 @@ def cast(name: str, value: Any, setting: Setting) -> Any:
     """Return the cast value, or raise InvalidConfig. The error does not show a secret."""
     try:
         return setting.cast(value)
-    except (ValueError, TypeError, KeyError, OverflowError):
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
         shown = "a value that is not shown" if setting.is_secret else repr(value)
         raise InvalidConfig(
             f"{name} is {shown}; expected {setting.expected}. "

@@ -7,7 +7,7 @@ import atexit
 import threading
 from collections import deque
 from functools import partial
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import quote, urlsplit, urlunsplit
 
 from blinker import NamedSignal
 from flask import Flask
@@ -103,7 +103,7 @@ class Pings:
 
 def address(url: str, worker: str, event: str) -> str:
     """Return the address of a ping: by `{status}` if the URL has it, else by the paths of healthchecks.io."""
-    url = url.replace("{worker}", worker.lower().replace(".", "-"))
+    url = url.replace("{worker}", quote(worker.lower().replace(".", "-")))
     if "{status}" in url:
         return url.replace("{status}", _STATUSES[event])
     parts = urlsplit(url)

@@ -45,6 +45,10 @@ class Silent(Hourly):
     ping_url = ""
 
 
+def test_the_address_has_any_name_of_a_worker() -> None:
+    assert address("https://s.example/{worker}", "prüfer", SUCCEEDED) == "https://s.example/pr%C3%BCfer"
+
+
 def test_each_run_pings_its_start_and_its_outcome(fleet: Fleet, receiver: Receiver) -> None:
     class Own(Hourly):
         ping_url = f"{receiver.url}/own"

@@ -345,6 +345,8 @@ def test_an_application_without_alarms_has_no_watch_no_topic_and_no_statement(fl
         ({"ALERT_WEBHOOK": "https://me:secret@example.com"}, "ALERT_WEBHOOK is a value that is not shown"),
         ({"ALERT_WEBHOOK": "https://example.com"}, "ALERT_WEBHOOK is set, and ALERT_WEBHOOK_SECRET is not"),
         ({"ALERT_WEBHOOK_SECRET": "whsec_c2VjcmV0"}, "ALERT_WEBHOOK_SECRET is a value that is not shown"),
+        ({"ALERT_WEBHOOK_SECRET": 5}, "ALERT_WEBHOOK_SECRET is a value that is not shown"),
+        ({"ALERT_MAIL": "\x1b[31mred@example.com"}, "expected e-mails, with commas in between"),
         ({"ALERT_AFTER_FAILURES": 0}, "ALERT_AFTER_FAILURES is 0; expected a whole number from 1 to 100"),
         ({"PING_URL": "https://secret.example/all"}, "PING_URL is a value that is not shown; expected http:// or"),
         ({"ALERT_WEBHOK": "https://example.com"}, "Did you mean ALERT_WEBHOOK?"),
