@@ -22,7 +22,7 @@ from sqlalchemy import (
     Text,
     TypeDecorator,
     and_,
-    case,
+    func,
     literal_column,
     not_,
     or_,
@@ -363,7 +363,7 @@ def any_put_off(names: Iterable[str]) -> list[ColumnElement[bool]]:
     for topic in names:
         of_topic = select(messages).where(is_waiting, messages.c.topic == topic)
         first = of_topic.order_by(messages.c.due_at, messages.c.id).limit(1).subquery()
-        written = case((first.c.attempt == 0, first.c.enqueued_at), else_=first.c.claimed_at)
+        written = func.coalesce(first.c.claimed_at, first.c.enqueued_at)
         found.append(select(first.c.id).where(first.c.due_at > now(AHEAD), written > now(AHEAD)).exists())
     return found
 

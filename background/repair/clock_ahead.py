@@ -82,7 +82,8 @@ class ClockRepair:
         it waits.
         """
         delay = elapsed(messages.c.enqueued_at, messages.c.due_at)
-        due_at = case((messages.c.attempt == 0, now(func.coalesce(delay, 0.0))), else_=now())
+        was_tried = or_(messages.c.attempt > 0, messages.c.claimed_at.is_not(None))
+        due_at = case((was_tried, now()), else_=now(func.coalesce(delay, 0.0)))
         enqueued_at = case((messages.c.enqueued_at > now(AHEAD), now()), else_=messages.c.enqueued_at)
         number = 0
         while some := self._put_off():
@@ -133,13 +134,15 @@ def repaired_text(names: Sequence[str], number: int) -> str:
 
 
 # A waiting message with a due time that only a clock ahead of now can have written. A message that failed is due again
-# after at most `LONGEST_PAUSE`. A message that was never tried is due after the delay that its caller gave.
+# after at most `LONGEST_PAUSE`. A message that was never tried is due after the delay that its caller gave. A message
+# that its handler postponed was claimed before, and may be due after any time.
 _is_put_off = and_(
     is_in("waiting"),
     messages.c.due_at > now(AHEAD),
     or_(
+        messages.c.claimed_at > now(AHEAD),
         and_(messages.c.attempt == 0, messages.c.enqueued_at > now(AHEAD)),
-        and_(messages.c.attempt > 0, or_(messages.c.claimed_at > now(AHEAD), messages.c.due_at > now(LONGEST_PAUSE))),
+        and_(messages.c.attempt > 0, messages.c.postponed.is_(None), messages.c.due_at > now(LONGEST_PAUSE)),
     ),
 )
 _end = func.coalesce(executions.c.through, executions.c.tick)

@@ -206,6 +206,20 @@ def test_messages_that_a_clock_ahead_delayed_are_handled_without_a_command(fleet
     wait_until(lambda: {row.state for row in fleet.messages()} == {"done"}, "those that were put off meanwhile")
 
 
+def test_a_message_that_its_handler_postponed_comes_after_that_time_or_once_the_clock_is_right(fleet: Fleet) -> None:
+    manager = fleet.manager(Noting)
+    year = now() + 365 * DAY
+    fleet.enqueue("notes", "never failed", "failed before", "postponed by the right clock")
+    put_off(fleet, timedelta(), postponed=1, due_at=year, claimed_at=year, attempt=tables.messages.c.id - 1)
+    with fleet.engine.begin() as connection:
+        right = update(tables.messages).where(tables.messages.c.id == 3)
+        connection.execute(right.values(claimed_at=now()))
+    assert manager.stores.leases.beat(manager.presence.sign_on(), ["notes"]).is_ahead
+    assert manager.repair() == ([], 2)
+    soon = now() + HOUR
+    assert [row.due_at < soon for row in fleet.messages()] == [True, True, False]
+
+
 def test_a_requested_delay_stays_and_a_delayed_attempt_comes_at_once(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
