@@ -25,7 +25,7 @@ from werkzeug.routing import Rule
 import demo
 from app import create_app
 from background import BackgroundWorkerManager, MessageWorker, PeriodicWorker
-from background.database.tables import executions, instances, message_errors, messages
+from background.database.tables import executions, incidents, instances, message_errors, messages, topics
 from models import AuditEntry, User, db
 
 try:
@@ -89,7 +89,12 @@ def fill(manager: BackgroundWorkerManager) -> None:
     db.session.execute(
         insert(message_errors).values(message=dead, attempt=1, at=at, instance_name=EVIL[:255], error=EVIL)
     )
-    db.session.execute(update(executions).values(instance_name=EVIL[:255], reason=EVIL, log=EVIL))
+    noted = {"reason": EVIL, "log": EVIL, "cancelled_at": at, "cancelled_by": EVIL[:255]}
+    db.session.execute(update(executions).values(instance_name=EVIL[:255], **noted))
+    db.session.execute(update(messages).where(messages.c.state == "waiting").values(postponed=1, postponed_because=EVIL))
+    db.session.execute(insert(topics).values(topic="prattle", paused_at=at))
+    for kind in ("failing", "dead", "clock"):
+        db.session.execute(insert(incidents).values(kind=kind, subject=EVIL[:255], opened_at=at, detail=EVIL))
     db.session.commit()
     with manager.stores.leases.engine.begin() as connection:
         connection.execute(update(instances).values(host=EVIL[:255], release=EVIL[:100]))
