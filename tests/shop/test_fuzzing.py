@@ -91,7 +91,8 @@ def fill(manager: BackgroundWorkerManager) -> None:
     )
     noted = {"reason": EVIL, "log": EVIL, "cancelled_at": at, "cancelled_by": EVIL[:255]}
     db.session.execute(update(executions).values(instance_name=EVIL[:255], **noted))
-    db.session.execute(update(messages).where(messages.c.state == "waiting").values(postponed=1, postponed_because=EVIL))
+    postponed = {"postponed": 1, "postponed_because": EVIL}
+    db.session.execute(update(messages).where(messages.c.state == "waiting").values(postponed))
     db.session.execute(insert(topics).values(topic="prattle", paused_at=at))
     for kind in ("failing", "dead", "clock"):
         db.session.execute(insert(incidents).values(kind=kind, subject=EVIL[:255], opened_at=at, detail=EVIL))
