@@ -336,6 +336,14 @@ def test_why_is_answered_for_a_moment_in_any_zone(client, manager):
 
 
 @on_sqlite
+def test_the_answer_about_a_tick_that_ran_leads_to_its_last_execution(client, manager):
+    tick = last_hour()
+    assert manager.tick("measuring", tick).state == "succeeded"
+    text = page(client, f"/workers/worker/measuring?at={tick:%Y-%m-%dT%H:%M:%S}")
+    assert '<a href="/workers/worker/measuring/1">See the execution</a>' in text
+
+
+@on_sqlite
 def test_an_invalid_moment_is_reported_beside_the_field(client, manager):
     manager.trigger("talker")
 
