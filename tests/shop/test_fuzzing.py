@@ -170,7 +170,7 @@ def arguments(draw, command: click.Command) -> list[str]:
     for parameter in command.params:
         if isinstance(parameter, click.Argument):
             given += draw(st.lists(words, min_size=0 if parameter.nargs < 0 else 1, max_size=2))
-        elif draw(st.booleans()):
+        elif parameter.name != "watched" and draw(st.booleans()):  # a watched list has no end
             option = draw(st.sampled_from(parameter.opts))
             given += [option] if parameter.is_flag else [option, draw(words)]
     return given + draw(st.just([]) | st.just([]) | st.lists(words, max_size=2))
