@@ -222,7 +222,7 @@ def table(
     """Write left-aligned columns, two spaces apart, without the empty columns.
 
     A table that is wider than `width` wraps its notes, or has them below their rows. If that is not enough, it shortens
-    the cells of the columns `elastic`, leaves out the columns `spare` in their order, and wraps the widest columns.
+    the cells of the columns `elastic`. Then it leaves out the columns `spare` in their order, and wraps the widest.
     """
     lines = [[header.upper() for header in headers], *([spelled_out(cell) for cell in row] for row in rows)]
     columns = [column for column in zip(*lines, strict=True) if any(column[1:])]

@@ -41,7 +41,7 @@ Tallies = dict[tuple[int, str], Tally]
 
 
 def count_runs(store: Store, edges: Sequence[datetime], name: str = EACH, most: int | None = None) -> Tallies:
-    """Count the runs that ended between the first and the last of `edges`, in slots from each edge to the next.
+    """Count the runs that ended between the first and the last of `edges`. Each slot reaches from an edge to the next.
 
     `name` is a worker, ALL for the sum over all workers, or EACH for each worker and the sum. Reads at most the oldest
     `most` runs.

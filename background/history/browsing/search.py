@@ -33,8 +33,8 @@ class Found(NamedTuple):
 def search(store: Store, filter: Filter, topics: Sequence[str], after: Place | None = None) -> Found:
     """Find the messages that match, behind the place `after`.
 
-    `topics` are the topics that may have such messages. Waiting messages come in the order in which they are due, and
-    all other messages from the newest to the oldest.
+    `topics` are the topics that may have such messages. Waiting messages come in the order in which they are due.
+    All other messages come from the newest to the oldest.
     """
     window = _window(filter, topics, after)
     if window is None:
