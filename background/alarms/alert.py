@@ -21,6 +21,7 @@ _TITLES = {
     "dead": ("Messages of the topic {} died", "The topic {} has no dead message"),
     "clock": ("The clock of {} is off", "The clock of {} is right again"),
     "silent": ("No instance is alive", "No instance was alive"),
+    "test": ("A test of the alerts", ""),
 }
 _OF_WORKERS = ("failing", "overdue", "stuck")
 
@@ -62,18 +63,9 @@ def _detail(incident: Incident) -> str:
 
 def trial(app: Flask) -> dict[str, Any]:
     """Return an alert without an incident, for a user who tries the configuration."""
-    return {
-        "id": uuid4().hex,
-        "type": TEST,
-        "application": name_of(app),
-        "kind": "test",
-        "subject": "",
-        "title": "A test of the alerts",
-        "opened_at": moment(datetime.now(UTC)),
-        "ended_at": None,
-        "detail": "A user asked for this alert with `flask workers alerts --test`. Nothing is wrong.",
-        "url": None,
-    }
+    detail = "A user asked for this alert with `flask workers alerts --test`. Nothing is wrong."
+    incident = Incident(0, "test", "", datetime.now(UTC), None, detail)
+    return {**alert(app, incident), "type": TEST, "url": None}
 
 
 def name_of(app: Flask) -> str:

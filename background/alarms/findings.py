@@ -4,13 +4,15 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import ColumnElement, Select, func, select
 
 from ..database.tables import executions, instances, is_dead, message_errors, messages, workers
 from ..errors import error_line, spelled_out
 from ..history.condition import Condition, condition
 from ..history.instances import Silence
+from ..history.records import FAILED
 from ..history.text import second, span
 from ..ledger.leases import OFFSET_WARNED, is_alive
 from ..stores import Stores
@@ -18,7 +20,7 @@ from ..worker import PeriodicWorker
 
 PATIENCE = timedelta(minutes=1)
 """A shorter wait of a tick, or a shorter stop of the fleet, is not an incident."""
-_COUNTED = ("succeeded", "failed", "timed out", "lost")
+_COUNTED = ("succeeded", *FAILED, "lost")
 
 
 @dataclass(frozen=True)
@@ -58,14 +60,7 @@ class Findings:
         ]
 
     def _failing(self) -> list[Finding]:
-        last = (
-            select(executions.c.state)
-            .where(executions.c.worker == workers.c.name, executions.c.state.in_(_COUNTED))
-            .order_by(executions.c.tick.desc(), executions.c.id.desc())
-            .limit(self._failures)
-            .correlate(workers)
-            .subquery()
-        )
+        last = self._last(workers.c.name, executions.c.state).correlate(workers).subquery()
         failed = select(func.count()).select_from(last).where(last.c.state != "succeeded").scalar_subquery()
         rows = self._read(select(workers.c.name).where(failed == self._failures).order_by(workers.c.name))
         return [
@@ -73,16 +68,16 @@ class Findings:
         ]
 
     def _failure(self, name: str) -> str:
-        query = (
-            select(executions.c.finished_at, executions.c.state, executions.c.reason)
-            .where(executions.c.worker == name, executions.c.state.in_(_COUNTED))
-            .order_by(executions.c.tick.desc(), executions.c.id.desc())
-            .limit(self._failures)
-        )
-        rows = self._read(query)
+        rows = self._read(self._last(name, executions.c.finished_at, executions.c.state, executions.c.reason))
         newest, oldest = rows[0], rows[-1]
         since = second(oldest.finished_at)
         return f"It has failed since {since}. Its last run ended as {newest.state}{_why(newest.reason)}"
+
+    def _last(self, worker: Any, *columns: ColumnElement[Any]) -> Select[Any]:
+        """Select the last runs of a worker, as many as must have failed in a row, newest first."""
+        is_ours = executions.c.worker == worker, executions.c.state.in_(_COUNTED)
+        newest = select(*columns).where(*is_ours).order_by(executions.c.tick.desc(), executions.c.id.desc())
+        return newest.limit(self._failures)
 
     def _dead(self) -> list[Finding]:
         query = select(messages.c.topic, func.count().label("number")).where(is_dead).group_by(messages.c.topic)

@@ -11,17 +11,17 @@ Completion = Callable[[click.Context, click.Parameter, str], list[str]]
 
 
 def periodic_workers(context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
-    return _starting(_manager(context).workers, incomplete)
+    return _starting(manager_in(context).workers, incomplete)
 
 
 def all_workers(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
     """Return the names of all workers that the command line does not have yet."""
     given = context.params.get(parameter.name or "") or ()
-    return _starting(_manager(context).names - set(given), incomplete)
+    return _starting(manager_in(context).names - set(given), incomplete)
 
 
 def topics(context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
-    return _starting(_manager(context).topics, incomplete)
+    return _starting(manager_in(context).topics, incomplete)
 
 
 def one_of(states: Collection[str]) -> Completion:
@@ -35,6 +35,7 @@ def _starting(names: Collection[str], incomplete: str) -> list[str]:
     return sorted(name for name in names if name.startswith(incomplete))
 
 
-def _manager(context: click.Context) -> BackgroundWorkerManager:
+def manager_in(context: click.Context) -> BackgroundWorkerManager:
+    """Return the manager before a command has an app context."""
     manager: BackgroundWorkerManager = context.ensure_object(ScriptInfo).load_app().extensions["background_workers"]
     return manager

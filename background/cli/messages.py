@@ -7,11 +7,12 @@ from datetime import UTC, datetime, timedelta
 import click
 
 from ..errors import spelled_out
-from ..history.messages import STATES, Failure, MessageRecord, Topic
+from ..history.browsing.topics import Topic
+from ..history.messages import STATES, Failure, MessageRecord
 from ..history.text import clipped, decided, indented, postponed, span, whole_number
 from ..host import strict_json
 from ..manager import the_manager
-from .completion import one_of, topics
+from .completion import topics
 from .shared import (
     WorkersGroup,
     WrongUsage,
@@ -19,11 +20,11 @@ from .shared import (
     checked_manager,
     examples,
     limit_option,
-    one_state,
     pause_topic,
     print_json,
     resume_topic,
     row_limit,
+    state_option,
 )
 from .terminal import Screen, localised, screen_of, utc_option
 
@@ -48,12 +49,7 @@ messages_cli = WorkersGroup(
 
 @messages_cli.command("list", epilog=examples("flask messages list", "flask messages list --topic TOPIC --state dead"))
 @click.option("--topic", metavar="TOPIC", shell_complete=topics, help="Show only messages of this topic.")
-@click.option(
-    "--state",
-    metavar="STATE",
-    shell_complete=one_of(STATES),
-    help=f"Show only messages in this state: {', '.join(STATES)}.",
-)
+@state_option(STATES, "messages")
 @limit_option
 @utc_option
 @as_json_option
@@ -62,7 +58,7 @@ def list_messages(topic: str | None, state: str | None, limit: str, with_json: b
 
     --json shows every payload, and the traceback of each last error, in full.
     """
-    number, state = row_limit(limit), one_state(state, STATES)
+    number = row_limit(limit)
     manager = checked_manager()
     letters = manager.messages.letters(topic, state, number, whole=with_json)
     if with_json:

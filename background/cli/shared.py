@@ -2,19 +2,20 @@
 
 import os
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from datetime import datetime
 from io import TextIOWrapper
 from typing import Any
 
 import click
-from flask.cli import AppGroup, ScriptInfo
+from flask.cli import AppGroup
 from sqlalchemy.exc import DBAPIError
 
 from ..errors import DatabaseNotReady, UnknownWorker, first_line, spelled_out
 from ..history.text import moment, whole_number
 from ..host import strict_json
 from ..manager import BackgroundWorkerManager, the_manager
+from .completion import manager_in, one_of
 
 MOST_ROWS = 10_000
 
@@ -27,7 +28,7 @@ class WorkersGroup(AppGroup):
 
     def invoke(self, context: click.Context) -> Any:
         escape_unencodable()
-        manager = context.ensure_object(ScriptInfo).load_app().extensions["background_workers"]
+        manager = manager_in(context)
         try:
             return super().invoke(context)
         except DBAPIError as error:
@@ -104,12 +105,17 @@ def row_limit(text: str, option: str = "--limit") -> int:
     return number
 
 
-def one_state(text: str | None, states: Collection[str]) -> str | None:
-    """Return the state that --state names, also written as "handed-back". None without it. Raises WrongUsage."""
-    state = text and text.strip().lower().replace("-", " ").replace("_", " ")
-    if state is not None and state not in states:
-        raise WrongUsage(f"--state is {text!r}; expected one of: {', '.join(states)}.")
-    return state
+def state_option(states: Collection[str], rows: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Return the option --state, for one of `states`. Also written as "handed-back". Raises WrongUsage."""
+
+    def read(_context: click.Context, _parameter: click.Parameter, text: str | None) -> str | None:
+        state = text and text.strip().lower().replace("-", " ").replace("_", " ")
+        if state is not None and state not in states:
+            raise WrongUsage(f"--state is {text!r}; expected one of: {', '.join(states)}.")
+        return state
+
+    text = f"Show only {rows} in this state: {', '.join(states)}."
+    return click.option("--state", metavar="STATE", shell_complete=one_of(states), callback=read, help=text)
 
 
 def system_user() -> str:

@@ -17,7 +17,7 @@ from ..history.text import ahead, cancelled, clipped, done_of, moment_in, progre
 from ..ledger.claim import WorkerState
 from ..manager import BackgroundWorkerManager, the_manager
 from ..registry import declared_schedule, schedule_in_force
-from .completion import one_of, periodic_workers
+from .completion import periodic_workers
 from .shared import (
     WorkersGroup,
     WrongUsage,
@@ -28,9 +28,9 @@ from .shared import (
     limit_option,
     manager_of,
     not_ready,
-    one_state,
     print_json,
     row_limit,
+    state_option,
 )
 from .terminal import Screen, coloured, localised, say, screen_of, shown_zone, utc_option, zone_name
 from .unmigrated import unmigrated
@@ -285,12 +285,7 @@ def _checked_cells(screen: Screen, row: dict[str, Any]) -> list[str]:
 )
 @click.argument("name", shell_complete=periodic_workers)
 @limit_option
-@click.option(
-    "--state",
-    metavar="STATE",
-    shell_complete=one_of(STATES),
-    help=f"Show only executions in this state: {', '.join(STATES)}.",
-)
+@state_option(STATES, "executions")
 @utc_option
 @as_json_option
 def history(name: str, limit: str, state: str | None, with_json: bool) -> None:
@@ -298,7 +293,7 @@ def history(name: str, limit: str, state: str | None, with_json: bool) -> None:
 
     --json shows every traceback in full.
     """
-    number, state = row_limit(limit), one_state(state, STATES)
+    number = row_limit(limit)
     manager = checked_manager()
     _stored(manager, name)
     records = manager.history.executions(name, number, state)

@@ -324,18 +324,16 @@ locks = Table(
 )
 
 
-def is_in(state: str) -> ColumnElement[bool]:
+def is_in(state: str, columns: Any = messages.c) -> ColumnElement[bool]:
     """Return whether a message has that state, by a literal.
 
     The database must see the value to know that a partial index applies.
     """
-    return messages.c.state == literal_column(f"'{state}'")
+    is_it: ColumnElement[bool] = columns.state == literal_column(f"'{state}'")
+    return is_it
 
 
 is_waiting, is_running, is_dead = is_in("waiting"), is_in("running"), is_in("dead")
-_has_failed, _was_postponed = messages.c.attempt > literal_column("0"), messages.c.postponed > literal_column("0")
-_is_tried = and_(is_waiting, or_(_has_failed, _was_postponed))
-is_failing, is_postponed = and_(_is_tried, _has_failed), and_(_is_tried, _was_postponed)
 
 
 def is_paused(topic: ColumnElement[str] | str) -> ColumnElement[bool]:

@@ -3,24 +3,18 @@
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, Row, Select, func, literal, null, select, union_all
+from sqlalchemy import Select, func, select
 
-from ..database.clock import elapsed, now
+from ..database.clock import now
 from ..database.store import Store
 from ..database.tables import (
     LARGEST_ID,
-    is_dead,
-    is_failing,
     is_in,
-    is_postponed,
-    is_running,
-    is_waiting,
     message_errors,
     messages,
-    topics,
 )
 from ..errors import UnknownMessage, UnknownTopic, error_line
 from ..host import strict_json
@@ -29,15 +23,14 @@ from ..messages.pauses import Pauses
 from ..worker import MessageWorker
 from .browsing.filters import Filter, newest_error
 from .browsing.search import errors, search
+from .browsing.topics import Topic, TopicHistory
 from .instances import InstanceHistory
 from .records import ErrorGroup, Place
 
 STATES = ("waiting", "running", "done", "dead", "discarded")
 _OPEN = ("waiting", "running", "dead")
 _SHORT = 200  # characters of a payload
-_RECENTLY, _JUST_NOW = timedelta(hours=1), timedelta(minutes=1)
 _MOST_SEARCHES = 20  # of one change
-_SAMPLE = 5_000  # the newest messages, from which a high throughput is estimated
 
 
 @dataclass(frozen=True)
@@ -109,36 +102,6 @@ class MessageRecord:
 
 
 @dataclass(frozen=True)
-class Topic:
-    """One topic at a glance."""
-
-    topic: str
-    worker: str | None
-    """The name of the worker that handles it. None if this release has no such worker."""
-    waiting: int = 0
-    delayed: int = 0
-    """The number of waiting messages that are due later."""
-    running: int = 0
-    dead: int = 0
-    oldest_seconds: float | None = None
-    """The seconds since the first waiting message was due. None if no message is due yet."""
-    handled: int = 0
-    """The number of messages done within the last hour."""
-    mean_seconds: float | None = None
-    """The mean time from due to done, of the messages that `handled` counts."""
-    longest_seconds: float | None = None
-    failing: int = 0
-    """The number of waiting messages that failed before."""
-    postponed: int = 0
-    """The number of waiting messages whose handler raised `Later`."""
-    paused_at: datetime | None = None
-    per_minute: int = 0
-    """The number of messages done within the last minute."""
-    is_estimate: bool = False
-    """True if `handled` is an estimate from the newest messages."""
-
-
-@dataclass(frozen=True)
 class Browsed:
     """One page of the messages that match a filter."""
 
@@ -162,7 +125,7 @@ class Change:
     """False if there may be further messages that match."""
 
 
-class MessageHistory:
+class MessageHistory(TopicHistory):
     """Reads the messages of one database, in a constant number of queries per call. Retries and discards them.
 
     Also pauses their topics.
@@ -177,8 +140,9 @@ class MessageHistory:
         workers: Mapping[str, type[MessageWorker]],
         on_its_own: Callable[[str], AbstractContextManager[None]],
     ) -> None:
-        self._store, self._dead_letters, self._pauses = store, dead_letters, pauses
-        self._instances, self._workers, self._on_its_own = instances, workers, on_its_own
+        super().__init__(store, workers)
+        self._dead_letters, self._pauses = dead_letters, pauses
+        self._instances, self._on_its_own = instances, on_its_own
 
     # -- reading -------------------------------------------------------------------------------
 
@@ -221,45 +185,10 @@ class MessageHistory:
         query = select(*columns).where(message_errors.c.message == id).order_by(message_errors.c.id)
         return found[0], [Failure(**row._mapping) for row in self._store.read(query)]
 
-    def stats(self) -> list[Topic]:
-        """Return every topic of this release, and every other topic in the database. Reads each message of the hour."""
-        found = self._depths()
-        for row in self._store.read(_handled):
-            found.setdefault(row.topic, {}).update(row._mapping)
-        return self._topics(found)
-
-    def depths(self) -> list[Topic]:
-        """Return the topics as `stats` does, but without the messages that are done. Does not read their rows."""
-        return self._topics(self._depths())
-
-    def figures(self) -> list[Topic]:
-        """Return the topics as `stats` does, without the times. Many messages that are done do not make it slower."""
-        found = self._depths()
-        for row in self._store.read(_finished):
-            found.setdefault(row.topic, {}).update(_flow(row))
-        return self._topics(found)
-
     def held(self) -> dict[str, int]:
         """Return the number of messages that each instance handles, by its id."""
         query = select(messages.c.instance, func.count().label("number")).where(is_in("running"))
         return {row.instance: row.number for row in self._store.read(query.group_by(messages.c.instance))}
-
-    def _depths(self) -> dict[str, dict[str, Any]]:
-        found: dict[str, dict[str, Any]] = {topic: {} for topic in self._workers}
-        for row in self._store.read(_depths):
-            of_topic = found.setdefault(row.topic, {})
-            if row.state == "paused":
-                of_topic["paused_at"] = row.since
-                continue
-            of_topic[row.state] = row.count
-            if row.state == "waiting":
-                waited = (row.clock - row.since).total_seconds()
-                of_topic |= {"delayed": row.delayed, "oldest_seconds": waited if waited >= 0 else None}
-        return found
-
-    def _topics(self, found: Mapping[str, dict[str, Any]]) -> list[Topic]:
-        names = {topic: worker.name for topic, worker in self._workers.items()}
-        return [Topic(**{"topic": topic, "worker": names.get(topic)} | more) for topic, more in sorted(found.items())]
 
     # -- retrying and discarding ---------------------------------------------------------------
 
@@ -373,71 +302,3 @@ def _records(whole: bool) -> Select[Any]:
     ]
     payload = messages.c.payload if whole else func.substr(messages.c.payload, 1, _SHORT)
     return select(*named, payload.label("payload"), newest_error(messages.c.id).label("error"), now().label("clock"))
-
-
-def _depth(name: str, which: ColumnElement[bool], *more: Any) -> Select[Any]:
-    """Count the messages of one kind by topic. Reads only the index of that kind."""
-    columns = (messages.c.topic, literal(name).label("state"), func.count().label("count"), *more)
-    return select(*columns).where(which).group_by(messages.c.topic)
-
-
-_clock = select(now()).scalar_subquery()  # read once
-_delayed = func.count().filter(messages.c.due_at > _clock)
-_open = union_all(
-    _depth("waiting", is_waiting, _delayed.label("delayed"), func.min(messages.c.due_at).label("since")),
-    _depth("failing", is_failing, null(), null()),
-    _depth("postponed", is_postponed, null(), null()),
-    _depth("running", is_running, null(), null()),
-    _depth("dead", is_dead, null(), null()),
-    select(topics.c.topic, literal("paused"), literal(0), null(), topics.c.paused_at),
-).subquery()
-_depths = select(_open, now().label("clock"))
-
-_newest = (
-    select(messages.c.topic, messages.c.state, messages.c.finished_at)
-    .where(messages.c.finished_at.is_not(None))
-    .order_by(messages.c.finished_at.desc())
-    .limit(_SAMPLE)
-    .cte("newest")
-)
-
-
-def _since(length: timedelta) -> Any:
-    return func.count().filter(_newest.c.finished_at > select(now(-length)).scalar_subquery())
-
-
-_finished = (
-    select(
-        _newest.c.topic,
-        _since(_JUST_NOW).label("minute"),
-        _since(_RECENTLY).label("hour"),
-        select(func.count()).select_from(_newest).scalar_subquery().label("sample"),
-        select(func.min(_newest.c.finished_at)).scalar_subquery().label("oldest"),
-        now().label("clock"),
-    )
-    .where(_newest.c.state == "done")
-    .group_by(_newest.c.topic)
-)
-
-
-def _flow(row: Row[Any]) -> dict[str, Any]:
-    covered = row.clock - row.oldest
-    if row.sample < _SAMPLE or covered >= _RECENTLY:
-        return {"per_minute": row.minute, "handled": row.hour}
-    share = max(covered, timedelta(milliseconds=1))
-    minute = row.minute if covered >= _JUST_NOW else round(row.minute * (_JUST_NOW / share))
-    return {"per_minute": minute, "handled": round(row.hour * (_RECENTLY / share)), "is_estimate": True}
-
-
-_took = elapsed(messages.c.due_at, messages.c.finished_at)
-_handled = (
-    select(
-        messages.c.topic,
-        func.count().label("handled"),
-        func.count().filter(messages.c.finished_at > select(now(-_JUST_NOW)).scalar_subquery()).label("per_minute"),
-        func.avg(_took).label("mean_seconds"),
-        func.max(_took).label("longest_seconds"),
-    )
-    .where(messages.c.state == "done", messages.c.finished_at > select(now(-_RECENTLY)).scalar_subquery())
-    .group_by(messages.c.topic)
-)

@@ -14,9 +14,9 @@ from ..registry import declared_schedule, schedule_in_force
 from ..schedule.periods import Schedule
 from ..stores import Stores
 from ..worker import PeriodicWorker
+from .browsing.topics import Topic
 from .executions import History
 from .instances import InstanceHistory
-from .messages import Topic
 from .records import FAILED, Record
 from .status import WorkerStatus, statuses
 

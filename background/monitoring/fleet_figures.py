@@ -15,7 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from ..database.clock import elapsed, now
 from ..database.tables import instances, totals
 from ..errors import first_line
-from ..history.messages import Topic
+from ..history.browsing.topics import Topic
 from ..history.status import WorkerStatus, statuses
 from ..host.logs import Outage, logger_of
 from ..ledger.leases import is_alive

@@ -7,7 +7,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, Metric, dis
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
-from ..history.messages import Topic
+from ..history.browsing.topics import Topic
 from ..history.records import STATES
 from ..history.status import WorkerStatus
 from ..ledger.counters import DURATIONS, LATENESSES

@@ -4,7 +4,7 @@ from flask import render_template
 
 from ...history.browsing.filters import Filter
 from ...history.browsing.search import MOST_GROUPED
-from ...history.messages import Topic
+from ...history.browsing.topics import Topic
 from ...manager import the_manager
 from .addresses import here
 from .charts import message_charts, span_links

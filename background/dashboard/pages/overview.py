@@ -7,7 +7,7 @@ from flask.typing import ResponseReturnValue
 
 from ...alarms.alert import page_about, title
 from ...alarms.incidents import Incident, Incidents
-from ...history.messages import Topic
+from ...history.browsing.topics import Topic
 from ...history.overview import STATES, ListedWorker, listed_workers, overview
 from ...history.records import FAILED, Glance
 from ...history.status import WorkerStatus, statuses

@@ -1,1 +1,1 @@
-"""The search for messages by a filter, and their errors in groups."""
+"""Parts of the history of messages: the search by a filter, the errors in groups, and the topics."""

@@ -7,7 +7,7 @@ from typing import Any, Self
 from sqlalchemy import ColumnElement, ScalarSelect, and_, func, literal_column, or_, select
 
 from ...database.clock import now
-from ...database.tables import message_errors
+from ...database.tables import is_in, message_errors
 
 SEARCHED_TEXT = 4_000  # characters of a payload
 STATES = ("waiting", "delayed", "failing", "postponed", "running", "done", "dead", "discarded")
@@ -74,16 +74,15 @@ class Filter:
 
 def in_state(state: str, columns: Any) -> ColumnElement[bool]:
     """Return whether the state is that one of STATES, by literals, as `is_in` does."""
+    is_waiting = is_in("waiting", columns)
     has_failed, was_postponed = columns.attempt > literal_column("0"), columns.postponed > literal_column("0")
-    more: dict[str, ColumnElement[bool]] = {
-        "delayed": columns.due_at > _clock,
-        "failing": and_(or_(has_failed, was_postponed), has_failed),
-        "postponed": and_(or_(has_failed, was_postponed), was_postponed),
+    is_tried = and_(is_waiting, or_(has_failed, was_postponed))  # the condition of their index
+    kinds = {
+        "delayed": and_(is_waiting, columns.due_at > _clock),
+        "failing": and_(is_tried, has_failed),
+        "postponed": and_(is_tried, was_postponed),
     }
-    if state in more:
-        return and_(columns.state == literal_column("'waiting'"), more[state])
-    is_it: ColumnElement[bool] = columns.state == literal_column(f"'{state}'")
-    return is_it
+    return kinds[state] if state in kinds else is_in(state, columns)
 
 
 def newest_error(id: ColumnElement[int]) -> ScalarSelect[str]:
