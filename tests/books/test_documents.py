@@ -106,6 +106,20 @@ def test_the_worker_works_when_it_is_pasted(app: Flask, page: str) -> None:
         assert stocks() == [11]
 
 
+def test_a_monthly_worker_that_fails_is_retried_when_it_is_pasted(app: Flask) -> None:
+    def fail(self: workers.PeriodicWorker, context: WorkerContext) -> None:
+        raise ValueError("out of paper")
+
+    pasted = dict(vars(workers))
+    exec(snippet(WORKERS, "class MonthlyReportWorker"), pasted)
+    worker = type("Monthly", (pasted["MonthlyReportWorker"],), {"do_work": fail})
+    at = datetime(2030, 3, 10, tzinfo=UTC)
+    with pytest.raises(ValueError, match="out of paper"):
+        run_worker(app, worker, at)
+    state = app.extensions["background_workers"].stores.ledger.look("monthly")
+    assert timedelta(minutes=7) < state.retry_at - at < timedelta(minutes=13)
+
+
 def test_the_worker_with_a_dead_mans_switch_works_when_it_is_pasted(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
