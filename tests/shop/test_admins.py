@@ -240,7 +240,7 @@ def test_a_change_by_an_admin_needs_a_recent_login(
     user = make_user()
     age(client, 16)
     page = "http://localhost/admin/users?q=reader"
-    for path in (f"/admin/users/{user.id}/make-admin", "/workers/messages/discard"):
+    for path in (f"/admin/users/{user.id}/make-admin", "/workers/messages/change"):
         response = client.post(path, headers={"Referer": page})
         assert response.location == "/account/verify?next=/admin/users?q%3Dreader"
     assert not stored(app, user).is_admin

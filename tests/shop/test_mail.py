@@ -25,8 +25,8 @@ from support.fleet import at_once, in_threads, wait_until
 from support.mail_server import MailServer
 
 from background import BackgroundWorkerManager, current_workers
+from background.database.clock import LONGEST_BACKOFF, SPREAD
 from background.database.tables import message_errors, messages
-from background.runs.batch import _LONGEST_PAUSE_SECONDS
 from background.runs.failures import traceback_of
 from mail import MAILS, HourlyLimit, Mailer, MailNotSent, MailRefused
 from models import RateLimit, User, db
@@ -620,6 +620,6 @@ def test_a_mail_about_a_deleted_user_is_not_sent(
 
 @pytest.mark.promise
 def test_an_outage_of_a_day_is_survived() -> None:
-    doubling = (MailWorker.backoff.total_seconds() * 2.0**attempt for attempt in range(MailWorker.max_attempts - 1))
-    shortest = sum(0.75 * min(pause, _LONGEST_PAUSE_SECONDS) for pause in doubling)
-    assert timedelta(seconds=shortest) > timedelta(days=1)
+    doubling = (MailWorker.backoff * 2**attempt for attempt in range(MailWorker.max_attempts - 1))
+    shortest = sum((min(pause, LONGEST_BACKOFF) * (1 - SPREAD) for pause in doubling), timedelta())
+    assert shortest > timedelta(days=1)

@@ -97,7 +97,7 @@ def test_the_totals_are_counters_and_histograms_with_the_same_buckets_for_every_
     }
     assert ended.pop("succeeded") == 7
     assert ended.pop("timed out") == 2
-    assert ended == dict.fromkeys(["failed", "lost", "handed back", "skipped", "missed"], 0)
+    assert ended == dict.fromkeys(["failed", "lost", "handed back", "cancelled", "skipped", "missed"], 0)
     took = "background_execution_duration_seconds"
     bounds = ["0.05", "0.1", "5", "7", "10", "3600", "+Inf"]
     assert [samples.value(f"{took}_bucket", worker="sweep", le=le) for le in bounds] == [0, 6, 6, 6, 6, 6, 9]
