@@ -10,7 +10,7 @@ from sqlalchemy import ColumnElement, Select, func, select
 
 from ..database.tables import executions, instances, is_dead, message_errors, messages, workers
 from ..errors import error_line, spelled_out
-from ..history.condition import Condition, condition
+from ..history.condition import condition
 from ..history.instances import Silence
 from ..history.records import FAILED
 from ..history.text import second, span
@@ -53,9 +53,9 @@ class Findings:
 
     def _workers(self, open: Collection[tuple[str, str]], patience: timedelta) -> list[Finding]:
         found = condition(self._stores, self._ours)
-        overdue = [each.name for each in found.late if each.waits_for >= patience or ("overdue", each.name) in open]
+        overdue = [each for each in found.late if each.waits_for >= patience or ("overdue", each.name) in open]
         return [
-            *(Finding("overdue", name, partial(_overdue, found, name)) for name in overdue),
+            *(Finding("overdue", each.name, partial(found.tardy, each)) for each in overdue),
             *(Finding("stuck", name, partial(str.format, "{}.", why)) for name, why in found.stuck.items()),
         ]
 
@@ -104,10 +104,6 @@ class Findings:
             # Two limits: an offset near a single limit would open and end incidents in turn.
             if abs(offset) > OFFSET_WARNED.total_seconds() / (2 if ("clock", host) in open else 1)
         ]
-
-
-def _overdue(found: Condition, name: str) -> str:
-    return next(sentence for sentence in found.problems() if sentence.startswith(f"The worker {name} is overdue"))
 
 
 def _offset(seconds: float) -> str:

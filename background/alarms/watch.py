@@ -57,12 +57,13 @@ class FleetWatch:
         """Look at the fleet. Open and end incidents."""
         known = self.incidents.known()  # first, as another instance may open an incident meanwhile
         open = {each.key for each in known if each.ended_at is None}
-        found = self._findings().look(open, self._patience())
+        found = {each.key: each for each in self._findings().look(open, self._patience())}
         for incident in known:
-            if incident.ended_at is None and incident.key not in {each.key for each in found}:
+            if incident.ended_at is None and incident.key not in found:
                 self._decide(lambda session, id=incident.id: self.incidents.end(session, id))  # type: ignore[misc]
-        for each in found:
-            if each.key not in {incident.key for incident in known}:
+        keys = {incident.key for incident in known}
+        for key, each in found.items():
+            if key not in keys:
                 opens = (each.kind, each.subject, each.detail())
                 self._decide(lambda session, opens=opens: self.incidents.open(session, *opens))  # type: ignore[misc]
 

@@ -44,10 +44,7 @@ class Condition:
     def problems(self) -> list[str]:
         """Return one sentence for each problem that an operator must solve."""
         found = [silent(self.silence)] if self.silence else []
-        for each in self.late:
-            since = f"since {second(each.waits_since)} ({span(each.waits_for)})"
-            alive = "" if self.silence else f", although {_are(self.alive)} alive: the log of an instance says why"
-            found.append(f"The worker {each.name} is overdue {since}{alive}.")
+        found += map(self.tardy, self.late)
         found += [f"The worker {name} is stuck: {why}." for name, why in self.stuck.items()]
         if self.late:
             found += [
@@ -55,6 +52,12 @@ class Condition:
                 for name, count in self.full.items()
             ]
         return found
+
+    def tardy(self, worker: WorkerStatus) -> str:
+        """Return the sentence about an overdue worker."""
+        since = f"since {second(worker.waits_since)} ({span(worker.waits_for)})"
+        alive = "" if self.silence else f", although {_are(self.alive)} alive: the log of an instance says why"
+        return f"The worker {worker.name} is overdue {since}{alive}."
 
 
 def _are(count: int) -> str:

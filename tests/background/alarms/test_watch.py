@@ -2,12 +2,13 @@
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, update
+from sqlalchemy import Engine, insert, update
 from support.alert_receiver import SECRET, Receiver
 from support.fleet import HOUR, Fleet, Hourly, at_once, last_hour, statements, wait_until
 from support.processes import PATIENCE
@@ -15,7 +16,7 @@ from support.processes import PATIENCE
 from background import BackgroundWorkerManager, InvalidConfig, Message, MessageWorker
 from background.alarms import delivery
 from background.alarms.alert import trial
-from background.alarms.findings import Findings
+from background.alarms.findings import Finding, Findings
 from background.alarms.incidents import CALM
 from background.alarms.watch import FleetWatch
 from background.database import tables
@@ -217,6 +218,23 @@ def test_an_alert_that_dies_is_one_incident_and_not_a_chain_of_alerts(fleet: Fle
             connection.execute(update(tables.messages).values(state="dead", finished_at=now()))
         look(manager)
     assert titles(fleet) == [FAILS, "Messages of the topic alert_webhook died"]
+
+
+def test_a_second_look_at_thousands_of_incidents_takes_a_second_at_most(
+    fleet: Fleet, webhook: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = fleet.manager(Broken, **webhook)
+    many = [Finding("dead", f"topic_{number}", lambda: "It is dead.") for number in range(3_000)]
+    monkeypatch.setattr(Findings, "look", lambda *_: many)
+    moments = {"opened_at": last_hour(), "detail": "It is dead."}
+    with fleet.engine.begin() as connection:
+        connection.execute(
+            insert(tables.incidents), [{"kind": "dead", "subject": each.subject, **moments} for each in many]
+        )
+    began = time.process_time()
+    watch_of(manager).look_now()
+    assert time.process_time() - began < 1
+    assert len(watch_of(manager).incidents.current()) == 3_000
 
 
 def test_a_worker_whose_tick_waits_for_a_minute_is_overdue(fleet: Fleet, webhook: dict[str, str]) -> None:
