@@ -11,7 +11,10 @@ def dumps(value: Any, **options: Any) -> str:
 
 def loads(text: str) -> Any:
     """Return the value of JSON. Raises ValueError."""
-    return json.loads(text, parse_constant=_refuse)
+    try:
+        return json.loads(text, parse_constant=_refuse)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def _refuse(constant: str) -> None:

@@ -564,6 +564,7 @@ def test_a_wrong_argument_is_one_sentence(flask: Callable[..., Result]) -> None:
         (("enqueue", "mial", "1"), "Did you mean 'mail'?"),
         (("enqueue", "mail", "NaN"), "The payload is 'NaN': NaN is not JSON; expected JSON, such as 42 or '\"text\"'."),
         (("enqueue", "mail", "{"), "The payload is '{': Expecting property name"),
+        (("enqueue", "mail", "[" * 9_999), "it is nested too deeply; expected JSON"),
         (("list", "--state", "fine"), "expected one of: waiting, running, done, dead, discarded."),
         (("list", "--limit", "many"), "--limit is 'many'; expected a whole number"),
         (("show", "1"), "There is no message 1; `flask messages list` shows all messages."),
