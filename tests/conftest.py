@@ -38,7 +38,7 @@ NOT_QUICK = {"postgresql", "postgresql_server", "server", "nursery", "browser", 
 # The folders whose tests take long: real fleets under faults, and tools that an operator has.
 LONG = ("promise", "deploy")
 # The folders whose tests read pages and commands. Their second run, on PostgreSQL, is left to the long tests.
-READING = ("cli", "dashboard", "history", "monitoring", "shop", "books")
+READING = ("alarms", "browsing", "cli", "dashboard", "history", "monitoring", "shop", "books", "tallies")
 
 USUAL = "not browser and not fuzz"  # the choice in pyproject.toml
 
