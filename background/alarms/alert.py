@@ -9,6 +9,7 @@ from uuid import uuid4
 from flask import Flask
 from werkzeug.routing import BuildError
 
+from ..errors import spelled_out
 from ..history.text import moment, second, span
 from .incidents import Incident
 
@@ -28,7 +29,7 @@ _OF_WORKERS = ("failing", "overdue", "stuck")
 
 def title(incident: Incident) -> str:
     """Return one line about the incident: that it is open, or that it has ended."""
-    return _TITLES[incident.kind][incident.ended_at is not None].format(incident.subject)
+    return _TITLES[incident.kind][incident.ended_at is not None].format(spelled_out(incident.subject))
 
 
 def page_about(incident: Incident) -> tuple[str, dict[str, Any]]:

@@ -15,9 +15,9 @@ from support.processes import PATIENCE
 
 from background import BackgroundWorkerManager, InvalidConfig, Message, MessageWorker
 from background.alarms import delivery
-from background.alarms.alert import trial
+from background.alarms.alert import title, trial
 from background.alarms.findings import Finding, Findings
-from background.alarms.incidents import CALM
+from background.alarms.incidents import CALM, Incident
 from background.alarms.watch import FleetWatch
 from background.database import tables
 from background.database.clock import now
@@ -235,6 +235,11 @@ def test_a_second_look_at_thousands_of_incidents_takes_a_second_at_most(
     watch_of(manager).look_now()
     assert time.process_time() - began < 1
     assert len(watch_of(manager).incidents.current()) == 3_000
+
+
+def test_the_title_of_an_alert_is_one_line_beside_a_topic_that_a_user_typed() -> None:
+    incident = Incident(1, "dead", "a\nBcc: b@example.com", last_hour(), None, "It is dead.")
+    assert title(incident) == "Messages of the topic a\\nBcc: b@example.com died"
 
 
 def test_a_worker_whose_tick_waits_for_a_minute_is_overdue(fleet: Fleet, webhook: dict[str, str]) -> None:
