@@ -68,10 +68,12 @@ class Findings:
         ]
 
     def _failure(self, name: str) -> str:
-        rows = self._read(self._last(name, executions.c.finished_at, executions.c.state, executions.c.reason))
-        newest, oldest = rows[0], rows[-1]
-        since = second(oldest.finished_at)
-        return f"It has failed since {since}. Its last run ended as {newest.state}{_why(newest.reason)}"
+        newest = self._last(name, executions.c.tick, executions.c.finished_at, executions.c.state, executions.c.reason)
+        first_failed = newest.order_by(None).order_by(executions.c.tick, executions.c.id).limit(1)
+        for success in self._read(newest.where(executions.c.state == "succeeded").limit(1)):
+            first_failed = first_failed.where(executions.c.tick > success.tick)
+        (first,), (last,) = self._read(first_failed), self._read(newest.limit(1))
+        return f"It has failed since {second(first.finished_at)}. Its last run ended as {last.state}{_why(last.reason)}"
 
     def _last(self, worker: Any, *columns: ColumnElement[Any]) -> Select[Any]:
         """Select the last runs of a worker, as many as must have failed in a row, newest first."""

@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, insert, update
+from sqlalchemy import Engine, insert, select, update
 from support.alert_receiver import SECRET, Receiver
 from support.fleet import HOUR, Fleet, Hourly, at_once, last_hour, statements, wait_until
 from support.processes import PATIENCE
@@ -116,6 +116,19 @@ def test_a_worker_that_fails_three_times_in_a_row_is_one_incident(fleet: Fleet, 
     look(manager)
     assert titles(fleet) == [FAILS, WORKS]
     assert alerts(fleet)[0]["id"] != alerts(fleet)[1]["id"]
+
+
+def test_an_alert_names_the_first_failure_in_a_row(fleet: Fleet, webhook: dict[str, str]) -> None:
+    manager = fleet.manager(Broken, **webhook)
+    run(manager, "failed", "succeeded", *["failed"] * 5)
+    with fleet.engine.begin() as connection:  # each run ended at a minute of its own
+        ids = connection.scalars(select(tables.executions.c.id).order_by(tables.executions.c.id)).all()
+        for minute, id in enumerate(ids):
+            at = datetime(2030, 1, 1, 12, minute, tzinfo=UTC)
+            connection.execute(update(tables.executions).where(tables.executions.c.id == id).values(finished_at=at))
+    look(manager)
+    (alert,) = alerts(fleet)
+    assert alert["detail"].startswith("It has failed since 2030-01-01T12:02:00Z.")
 
 
 def test_a_worker_that_fails_and_succeeds_in_turn_alerts_once_within_ten_minutes(
