@@ -31,7 +31,8 @@ class Receiver:
     def __init__(self, tls: ssl.SSLContext | None = None) -> None:
         self.got: list[Got] = []
         self.trouble: list[int | str] = []
-        self.closing = threading.Event()
+        self.released = threading.Event()
+        """Set this to end the requests that hang."""
         receiver = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -62,7 +63,7 @@ class Receiver:
         self.got.append(Got(request.command, request.path, value, headers, is_signed(headers, body), time.monotonic()))
         trouble = self.trouble.pop(0) if self.trouble else 200
         if trouble == "hang":
-            self.closing.wait()
+            self.released.wait()
         if trouble in ("hang", "drop"):
             request.close_connection = True
             return
@@ -79,7 +80,7 @@ class Receiver:
         return [each.path for each in self.got]
 
     def close(self) -> None:
-        self.closing.set()
+        self.released.set()
         self._server.shutdown()
         self._server.server_close()
 
