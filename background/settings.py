@@ -151,7 +151,7 @@ SETTINGS = {
         None,
         address,
         "http:// or https:// and a host",
-        "the address that gets a POST when an incident opens and when it ends",
+        "the address that gets a POST when an incident opens and when it ends; it needs ALERT_WEBHOOK_SECRET",
         is_secret=True,
     ),
     "ALERT_WEBHOOK_SECRET": Setting(

@@ -52,14 +52,9 @@ def alert(app: Flask, incident: Incident) -> dict[str, Any]:
         "title": title(incident),
         "opened_at": moment(incident.opened_at),
         "ended_at": moment(incident.ended_at) if incident.ended_at else None,
-        "detail": _detail(incident),
+        "detail": incident.at_opening if incident.ended_at else incident.detail,
         "url": _url(app, incident),
     }
-
-
-def _detail(incident: Incident) -> str:
-    is_about_opening = incident.ended_at is not None and incident.kind != "silent"
-    return f"When it opened: {incident.detail}" if is_about_opening else incident.detail
 
 
 def trial(app: Flask) -> dict[str, Any]:

@@ -36,6 +36,11 @@ class Incident:
     def key(self) -> tuple[str, str]:
         return self.kind, self.subject
 
+    @property
+    def at_opening(self) -> str:
+        """The detail, for a reader of a later time: it may no longer hold."""
+        return self.detail if self.kind == "silent" else f"When it opened: {self.detail}"
+
 
 class Incidents:
     """Reads the incidents of one database, and opens and ends them on a caller's session."""

@@ -38,7 +38,7 @@ def alerts(is_test: bool, with_json: bool) -> None:
     elif found:
         screen = screen_of(manager)
         rows = [
-            [title(each), screen.since(each.opened_at), screen.since(each.ended_at), localised(each.detail)]
+            [title(each), screen.since(each.opened_at), screen.since(each.ended_at), localised(each.at_opening)]
             for each in found
         ]
         click.echo(screen.table(("incident", "opened", "ended", "note"), rows))

@@ -216,7 +216,7 @@ def preview(name: str, count: str) -> None:
     screen, schedule = Screen.of(datetime.now(UTC)), declared_schedule(manager_of(name).workers[name])
     ticks = schedule.following(screen.clock, row_limit(count, "--count"))
     rows = [[screen.tick(at), f"{schedule.local(at):%a %Y-%m-%d %H:%M:%S %Z}", schedule.oddity(at)] for at in ticks]
-    click.echo(f"{name} runs {schedule.in_words()}.")
+    click.echo(f"The release declares that {name} runs {schedule.in_words()}.")
     click.echo(screen.table(("tick", "in its own zone", "note"), rows))
 
 

@@ -846,7 +846,7 @@ def test_preview_shows_the_next_ticks_in_the_workers_zone_and_the_cron_in_words(
 
     app.extensions["background_workers"].add(Morning)
     lines = _previewed(app, "morning", "--count", "3")
-    assert lines[0] == "morning runs at 06:30 on Monday through Friday (Asia/Tokyo)."
+    assert lines[0] == "The release declares that morning runs at 06:30 on Monday through Friday (Asia/Tokyo)."
     assert len(lines) == 5
     assert all(re.search(r"T21:30:00Z +\w{3} \d{4}-\d\d-\d\d 06:30:00 JST", line) for line in lines[2:])
 
@@ -883,7 +883,7 @@ def test_preview_ends_with_the_calendar(app: Flask) -> None:
 
 @on_sqlite
 def test_preview_of_a_period_is_in_utc_and_a_wrong_count_is_one_sentence(flask: Callable[..., Result]) -> None:
-    assert flask("preview", "greet").output.splitlines()[0] == "greet runs every 10 minutes."
+    assert flask("preview", "greet").output.splitlines()[0] == "The release declares that greet runs every 10 minutes."
     refused = flask("preview", "greet", "--count", "none", code=2)
     assert refused.output == "Error: --count is 'none'; expected a whole number from 1 to 10000.\n"
     assert "Did you mean 'greet'?" in flask("preview", "gret", code=2).output

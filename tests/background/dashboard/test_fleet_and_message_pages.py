@@ -90,6 +90,28 @@ def test_a_lost_run_and_the_run_that_took_it_over_are_in_two_lanes_with_an_arrow
 
 
 @on_sqlite
+def test_the_release_leaves_room_for_the_name_of_a_lost_instance(
+    manager: BackgroundWorkerManager, client: FlaskClient
+) -> None:
+    died = Instance(timedelta(seconds=-1), host="dead-host", pid=1, release="1.2.3.4")
+    manager.stores.leases.beat(died)
+    claim(manager, died, last_hour())
+    page = see(client, "timeline")
+    assert "† dead-host:1</span></div>" in page
+    assert "release 1.2.3.4" in page
+
+
+@on_sqlite
+def test_the_first_and_the_last_moment_of_the_axis_stay_in_the_picture(
+    manager: BackgroundWorkerManager, client: FlaskClient
+) -> None:
+    ran(manager, NOON - MINUTE, worker="ticker")
+    page = see(client, "timeline?window=5m&until=2024-06-01T12:00:00Z")
+    anchors = re.findall(r'<text class="bw-axis" x="[0-9.]+%" y="14" text-anchor="(\w+)"', page)
+    assert (anchors[0], anchors[1], anchors[-1]) == ("start", "middle", "end")
+
+
+@on_sqlite
 def test_a_run_that_was_handed_back_points_to_its_next_attempt(
     fleet: Fleet, manager: BackgroundWorkerManager, client: FlaskClient
 ) -> None:

@@ -45,7 +45,7 @@ def test_each_open_incident_links_to_its_rows(fleet: Fleet) -> None:
 
 def test_a_moment_in_an_incident_is_in_the_zone_of_the_viewer(fleet: Fleet) -> None:
     add(fleet, ("failing", "hourly", "It has failed since 2030-01-01T12:00:00Z."))
-    assert 'It has failed since <time datetime="2030-01-01T12:00:00+00:00"' in overview(fleet, **ALARMS)
+    assert 'When it opened: It has failed since <time datetime="2030-01-01T12:00:00+00:00"' in overview(fleet, **ALARMS)
 
 
 def test_of_many_incidents_the_oldest_ten_are_shown(fleet: Fleet) -> None:
