@@ -129,12 +129,15 @@ workers = Table(
     Column("paused_at", UtcDateTime),
     # A failed tick is retried from `pending_after` until `pending_until`, when the worker's next tick is due. An
     # older release leaves both as they are. So a `pending_until` that is not after the pending tick means nothing.
+    # Nor do they mean anything beside a run that a user requested.
     Column("pending_after", UtcDateTime),
     Column("pending_until", UtcDateTime),
 )
 
 # The pending tick failed, and waits for another attempt.
-is_retry = workers.c.pending_until > workers.c.pending_tick
+is_retry = and_(
+    workers.c.pending_until > workers.c.pending_tick, func.coalesce(workers.c.pending_trigger, "schedule") == "schedule"
+)
 _is_no_retry = or_(workers.c.pending_until.is_(None), workers.c.pending_until <= workers.c.pending_tick)
 _may_be_retried = and_(workers.c.pending_after <= now(), workers.c.pending_until > now())
 # A pending tick may no longer be due, because the database's clock was set back.

@@ -196,7 +196,7 @@ class Pending(NamedTuple):
 def pending_of(row: Row[Any]) -> Pending:
     """Return what is pending by the columns of a worker's row. A failed tick is not, once the next tick is due."""
     tick, until = row.pending_tick, row.pending_until
-    if tick is None or until is None or until <= tick:
+    if tick is None or until is None or until <= tick or row.pending_trigger == "manual":
         return Pending(tick)
     return Pending(tick, row.pending_after) if until > row.clock else Pending(None)
 

@@ -223,6 +223,24 @@ def test_a_lost_tick_is_owed_beside_the_moments_that_an_older_release_left(fleet
         assert run_owed(manager)
 
 
+@pytest.mark.parametrize("later", [MINUTE, HOUR], ids=["before the next tick", "at the next tick"])
+def test_a_run_requested_by_an_older_release_waits_for_no_backoff(fleet: Fleet, later: timedelta) -> None:
+    """The older release claims the attempt early, and leaves `pending_after` and `pending_until` as they are."""
+    with Clock(IN_2030) as clock:
+        manager = fail(fleet)
+        clock.move(MINUTE)
+        asked = clock.now
+        fleet.set("flaky", pending_tick=asked, pending_attempt=1, pending_trigger="manual")
+        clock.set(asked + later)
+        assert not manager.stores.ledger.hasten("flaky")
+        (status,) = statuses_of(manager)
+        assert status.waits_since == asked
+        assert not isinstance(manager.stores.ledger.claim("flaky", IN_2030 + HOUR, "every 3600s", OTHER), Claim)
+        assert owed(manager) == asked
+        assert run_owed(manager)
+    assert [(row.tick, row.trigger) for row in fleet.executions()] == [(IN_2030, "schedule"), (asked, "manual")]
+
+
 def test_the_history_the_list_and_the_pages_tell_of_the_attempt(fleet: Fleet) -> None:
     with Clock(IN_2030) as clock:
         manager = fail(fleet)
