@@ -215,7 +215,7 @@ class MessageHistory(TopicHistory):
         `how` is "retry", "discard" or "move". Raises UnknownTopic, WrongState and CommitFirst.
         """
         self._refuse_unknown(topic, False)
-        ids = [id for id in ids if 0 < id <= LARGEST_ID]
+        ids = {id for id in ids if 0 < id <= LARGEST_ID}
         with self._on_its_own(f"messages.{how}"):
             changed = self._changed(how, ids, topic)
         return Change(changed, len(ids) - changed)
@@ -228,15 +228,15 @@ class MessageHistory(TopicHistory):
         with self._on_its_own(f"messages.{how}"):
             for _ in range(_MOST_SEARCHES):
                 found = search(self._store, filter, names, place)
-                number = self._changed(how, found.ids, topic)
+                number = self._changed(how, found.ids, topic, changed)
                 changed, left, place = changed + number, left + len(found.ids) - number, found.rest
                 if place is None:
                     break
         return Change(changed, left, place is None)
 
-    def _changed(self, how: str, ids: Collection[int], topic: str | None) -> int:
+    def _changed(self, how: str, ids: Collection[int], topic: str | None, before: int = 0) -> int:
         if topic is not None:
-            return self._dead_letters.move(ids, topic)
+            return self._dead_letters.move(ids, topic, before)
         change = self._dead_letters.retry if how == "retry" else self._dead_letters.discard
         return change(ids, refuse=False)
 

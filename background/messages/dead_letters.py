@@ -39,11 +39,12 @@ class DeadLetters:
         """
         return self._decide(ids, topic, ("dead", "waiting"), {"state": "discarded", "finished_at": now()}, refuse)
 
-    def move(self, ids: Collection[int], topic: str) -> int:
+    def move(self, ids: Collection[int], topic: str, before: int = 0) -> int:
         """Let dead, discarded or waiting messages wait in another topic. Return the number of messages.
 
         A waiting message keeps its due moment and its attempts. A message whose key that topic has stays. So does a
-        message in another state. Raises WrongState if two of the messages have the same key.
+        message in another state. Raises WrongState if two of the messages have the same key. Its text says that the
+        same change moved `before` messages already.
 
         Concurrency: as `retry`. Another caller may enqueue the same key in that topic.
         """
@@ -60,8 +61,9 @@ class DeadLetters:
                 set(ids), ("dead", "discarded", "waiting"), values, False, messages.c.topic != topic, not_(is_taken)
             )
         except IntegrityError:
+            so_far = f"Only {before:,} message{' was' if before == 1 else 's were'}" if before else "Nothing was"
             raise WrongState(
-                f"Nothing was changed: two of the messages for the topic {topic!r} have the same key; expected "
+                f"{so_far} changed: two of the messages for the topic {topic!r} have the same key; expected "
                 "different keys: move the messages of one topic at a time."
             ) from None
 

@@ -207,6 +207,24 @@ def test_two_messages_with_one_key_are_not_moved_together(fleet: Fleet, manager:
     assert [row.topic for row in fleet.messages()] == ["orders", "old"]
 
 
+def test_a_move_that_stops_at_such_a_key_says_how_many_messages_it_moved_before(
+    fleet: Fleet, manager: BackgroundWorkerManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "MOST_SEARCHED", 2)
+    for topic in ("orders", "old"):
+        put(fleet, topic, key="k", state="discarded")
+    put(fleet, state="discarded")
+    put(fleet, state="discarded")
+    with pytest.raises(WrongState, match="^Only 2 messages were changed: two of the messages"):
+        manager.messages.change_all("move", Filter(state="discarded"), "mail")
+    assert [row.topic for row in fleet.messages()] == ["orders", "old", "mail", "mail"]
+
+
+def test_an_id_that_is_selected_twice_counts_once(fleet: Fleet, manager: BackgroundWorkerManager) -> None:
+    dead, done = (put(fleet, state=state) for state in ("dead", "done"))
+    assert manager.messages.change("retry", [dead, done, dead, done]) == Change(1, 1)
+
+
 def test_a_message_is_either_claimed_or_changed(fleet: Fleet, manager: BackgroundWorkerManager) -> None:
     for _ in range(10):
         fleet.enqueue("orders", *range(20))
