@@ -384,6 +384,7 @@ def test_the_banner_of_a_fleet_without_an_instance_is_accessible_and_fits_a_phon
             assert violations(page) == [], path
             page.set_viewport_size({"width": 390, "height": 844})
             assert page.evaluate("document.documentElement.scrollWidth") <= 390, path
+        page.close()  # before the server stops, because the page fetches its news from there
     close(silent)
 
 
