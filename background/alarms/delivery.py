@@ -16,17 +16,27 @@ from .webhook import post
 
 
 class AlertMailWorker(MessageWorker):
-    """Sends alerts to ALERT_MAIL. Alerts that wait at the same time become one mail."""
+    """Sends alerts to ALERT_MAIL. Alerts that wait at the same time for one reader become one mail."""
 
     topic = "alert_mail"
     backoff = timedelta(seconds=10)
     max_attempts = 30  # for about a day
 
     def handle_many(self, messages: Sequence[Message], context: WorkerContext) -> None:
+        """Send one mail to each reader, and commit each one by itself. So one bad address repeats no other mail."""
+        errors: list[Exception] = []
         for to in dict.fromkeys(message.payload["to"] for message in messages):
             ours = [message for message in messages if message.payload["to"] == to]
             alerts = [message.payload["alert"] for message in ours]
-            send_mail(the_manager(), to, alerts, ours[0].idempotency_key, ours[0].enqueued_at)
+            try:
+                send_mail(the_manager(), to, alerts, ours[0].idempotency_key, ours[0].enqueued_at)
+            except Exception as error:
+                errors.append(error)
+            else:
+                context.handled(*ours)  # type: ignore[attr-defined] - a message worker has a MessageContext
+                context.commit()
+        if errors:
+            raise errors[0]
 
 
 class AlertWebhookWorker(MessageWorker):

@@ -53,7 +53,7 @@ class MessageContext(WorkerContext):
         """Let the next commit acknowledge `messages`, together with the session's effects."""
         self.session.flush()  # the next `book.stock = Book.stock + 1` would replace this change
         self._refuse_if_rolled_back()
-        self._handled += [message.id for message in messages]
+        self._handled += [message.id for message in messages if message.id in self._open]
         self._transaction = self._transaction or self.session.get_transaction()
 
     def finish(self) -> None:

@@ -13,7 +13,7 @@ from support.alert_receiver import SECRET, Receiver
 from support.fleet import HOUR, Fleet, Hourly, at_once, last_hour, statements, wait_until
 from support.processes import PATIENCE
 
-from background import BackgroundWorkerManager, InvalidConfig, Message, MessageWorker
+from background import BackgroundWorkerManager, Bury, InvalidConfig, Message, MessageWorker
 from background.alarms import delivery
 from background.alarms.alert import title, trial
 from background.alarms.findings import Finding, Findings
@@ -433,3 +433,24 @@ def test_alerts_that_wait_at_the_same_time_become_one_mail_to_each_reader(fleet:
         (to, "[host] The worker 0 fails (and 2 more)") for to in ("a@example.com", "b@example.com")
     ]
     assert all(f"The worker {number} fails." in mail[2] for mail in mails for number in range(3))
+
+
+def test_a_refused_reader_repeats_no_mail_to_another_reader(fleet: Fleet) -> None:
+    manager = fleet.manager(Broken, ALERT_MAIL="a@example.com, refused@example.com, z@example.com")
+    mails: list[tuple[Any, ...]] = []
+
+    def send_mail(to: str, *mail: Any) -> None:
+        if to.startswith("refused"):
+            raise Bury("550 no such user")
+        mails.append((to, *mail))
+
+    manager.send_mail = send_mail
+    with manager.app.app_context():
+        for number in range(2):
+            delivery.enqueue(manager, trial(manager.app) | {"title": f"The worker {number} fails"})
+        manager.db.session.commit()
+    manager.start()
+    wait_until(lambda: [row.state for row in fleet.messages()][:6] == ["done", "dead", "done"] * 2)
+    first = [mail[:2] for mail in mails[:2]]
+    assert first == [(to, "[host] The worker 0 fails (and 1 more)") for to in ("a@example.com", "z@example.com")]
+    assert not [mail for mail in mails[2:] if "The worker" in mail[1]]
