@@ -10,6 +10,7 @@ from sqlalchemy import Engine
 from .database import opening, tables
 from .database.connections import Connections, made_once
 from .database.dialects import postgresql, sqlite
+from .database.migrations import refuse_old_tables
 from .database.notifications import ring
 from .database.outages import Outages, place
 from .database.sessions import refuse_autocommit_options, schema_of
@@ -97,6 +98,11 @@ class Stores:
         """Open a session as the application does. Raises InvalidConfig if it commits each statement."""
         with self.db.session() as session:
             self.connections.sessions.within(session)
+
+    def refuse_old_tables(self) -> None:
+        """Raise DatabaseNotReady if the engine's tables are of an older version. Needs an app context."""
+        with self.db.engine.connect() as connection:
+            refuse_old_tables(connection, schema_of(self.db))
 
     def write(self) -> None:
         """Change nothing, and raise the errors of a database that takes no writes."""

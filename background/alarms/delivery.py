@@ -32,8 +32,9 @@ class AlertMailWorker(MessageWorker):
                 send_mail(the_manager(), to, alerts, ours[0].idempotency_key, ours[0].enqueued_at)
             except Exception as error:
                 errors.append(error)
+                context.session.rollback()
             else:
-                context.handled(*ours)  # type: ignore[attr-defined] - a message worker has a MessageContext
+                context.handled(*ours)  # type: ignore[attr-defined]  # the context of a message worker has it
                 context.commit()
         if errors:
             raise errors[0]

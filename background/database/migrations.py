@@ -13,6 +13,7 @@ from sqlalchemy import (
     BigInteger,
     Column,
     ColumnElement,
+    Connection,
     Inspector,
     Integer,
     MetaData,
@@ -24,7 +25,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.types import TypeEngine
 
-from ..errors import InvalidMigration
+from ..errors import DatabaseNotReady, InvalidMigration
 from .clock import UtcDateTime
 from .tables import LONGEST_USER, AnyText, Whole, metadata
 
@@ -57,13 +58,29 @@ def _version(connection: Any, schema: str | None) -> int:
     The columns are also there after `db.create_all()`, which would write no number into a row or a comment.
     """
     schema, inspector = _translated(connection, schema), inspect(connection)
-    found = next((below for below, step in enumerate(STEPS) if not step.is_done(inspector, schema)), len(STEPS))
+    found = _steps_done(inspector, schema)
     if not found and (tables := [name for name in metadata.tables if inspector.has_table(name, schema)]):
         raise InvalidMigration(
             f"The database has {', '.join(tables)}, but not all parts of version 1 of the engine's tables; expected "
             "all or none. Finish with the release that made these tables, or drop them."
         )
     return found
+
+
+def _steps_done(inspector: Inspector, schema: str | None) -> int:
+    return next((below for below, step in enumerate(STEPS) if not step.is_done(inspector, schema)), len(STEPS))
+
+
+def refuse_old_tables(connection: Connection, schema: str | None) -> None:
+    """Raise DatabaseNotReady if the tables are of an older version. A database without them is no such case.
+
+    `schema` is the schema of the tables after translation.
+    """
+    if 0 < (found := _steps_done(inspect(connection), schema)) < len(STEPS):
+        raise DatabaseNotReady(
+            f"The engine's tables are of version {found}; expected version {len(STEPS)}: run `flask db upgrade`, with "
+            f"a migration that calls `background.migrate_to(op, version={len(STEPS)})`."
+        )
 
 
 def _translated(connection: Any, schema: str | None) -> str | None:

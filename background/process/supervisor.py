@@ -7,12 +7,13 @@ from collections.abc import Callable
 from datetime import datetime, timedelta
 from functools import partial
 
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from ..database.clock import steady
 from ..database.connections import again_if_stale
+from ..database.dialects.error_codes import is_undefined
 from ..database.notifications import Listener
-from ..errors import first_line
+from ..errors import DatabaseNotReady, first_line
 from ..host.logs import Outage, logger_of
 from ..host.scheduler import Scheduler
 from ..ledger.claim import WorkerState
@@ -118,7 +119,8 @@ class Supervisor:
             if self.heartbeat is None and not self._enter():
                 return
             self._admit(list(self._workers))
-        except Exception as error:  # no other thread would try again
+        except Exception as failed:  # no other thread would try again
+            error = self._cause(failed)
             level = logging.ERROR if first_line(error) != self._logged_error else logging.DEBUG
             log.log(level, "The workers cannot start yet: %s", first_line(error), exc_info=unless_expected(error))
             self._logged_error = first_line(error)
@@ -128,6 +130,16 @@ class Supervisor:
             self._listen()
             count = len(self._workers) + len(self._topics)
             log.info("Instance %s joined with %d worker%s", instance.name, count, "" if count == 1 else "s")
+
+    def _cause(self, error: Exception) -> Exception:
+        """Return DatabaseNotReady instead of `error` if tables of an older version explain it."""
+        if is_undefined(error):
+            try:
+                with self._runs.app.app_context():
+                    self._stores.refuse_old_tables()
+            except (DatabaseNotReady, DBAPIError) as cause:
+                return cause
+        return error
 
     def _enter(self) -> bool:
         """Sign on, and start the heartbeat. False if `leave` came first."""

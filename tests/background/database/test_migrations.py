@@ -14,8 +14,9 @@ from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy import Column, Integer, MetaData, String, event, inspect, text
 from support.definitions import definitions
+from support.fleet import wait_until
 
-from background import BackgroundWorkerManager, InvalidMigration, migrate_to
+from background import BackgroundWorkerManager, DatabaseNotReady, InvalidMigration, migrate_to
 from background.database import migrations
 
 
@@ -28,7 +29,7 @@ class Host:
         app = Flask("host")
         app.config["SQLALCHEMY_DATABASE_URI"] = url
         self.db.init_app(app)
-        BackgroundWorkerManager(app, self.db)
+        self.manager = BackgroundWorkerManager(app, self.db)
         with app.app_context():
             self.engine = self.db.engine
         self.schema = "shop" if metadata.schema or options else None
@@ -192,6 +193,24 @@ def test_a_version_that_this_release_does_not_know_is_refused(host: Host, versio
     with pytest.raises(InvalidMigration, match=rf"no version {version!r}; expected a whole number from 0 .* to 2"):
         host.migrate_to(version)
     assert host.tables() == set()
+
+
+def test_tables_of_an_older_version_are_refused_with_one_sentence(host: Host, caplog: pytest.LogCaptureFixture) -> None:
+    host.migrate_to(1)
+    said = (
+        "The engine's tables are of version 1; expected version 2: run `flask db upgrade`, with a migration that calls "
+        "`background.migrate_to(op, version=2)`."
+    )
+    with pytest.raises(DatabaseNotReady) as refusal:
+        host.manager.check()
+    assert str(refusal.value) == said
+    host.manager.start()
+    try:
+        wait_until(lambda: f"The workers cannot start yet: {said}" in caplog.messages)
+    finally:
+        host.manager.stop()
+    host.migrate_to(2)
+    host.manager.check()
 
 
 def test_tables_of_no_version_are_left_alone_with_a_sentence(host: Host) -> None:

@@ -215,7 +215,7 @@ def test_a_move_that_stops_at_such_a_key_says_how_many_messages_it_moved_before(
         put(fleet, topic, key="k", state="discarded")
     put(fleet, state="discarded")
     put(fleet, state="discarded")
-    with pytest.raises(WrongState, match="^Only 2 messages were changed: two of the messages"):
+    with pytest.raises(WrongState, match=r"^Only 2 messages were changed: two of the messages"):
         manager.messages.change_all("move", Filter(state="discarded"), "mail")
     assert [row.topic for row in fleet.messages()] == ["orders", "old", "mail", "mail"]
 
