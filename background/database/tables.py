@@ -135,9 +135,8 @@ workers = Table(
 )
 
 # The pending tick failed, and waits for another attempt.
-is_retry = and_(
-    workers.c.pending_until > workers.c.pending_tick, func.coalesce(workers.c.pending_trigger, "schedule") == "schedule"
-)
+_is_until_later = workers.c.pending_until > workers.c.pending_tick
+is_retry = and_(_is_until_later, func.coalesce(workers.c.pending_trigger, "schedule") != "manual")
 _is_no_retry = or_(workers.c.pending_until.is_(None), workers.c.pending_until <= workers.c.pending_tick)
 _may_be_retried = and_(workers.c.pending_after <= now(), workers.c.pending_until > now())
 # A pending tick may no longer be due, because the database's clock was set back.

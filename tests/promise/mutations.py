@@ -146,11 +146,22 @@ MUTATIONS = (
         [
             Edit(
                 "background/database/tables.py",
-                "is_retry = workers.c.pending_until > workers.c.pending_tick",
-                "is_retry = workers.c.pending_until.is_not(None)",
+                "_is_until_later = workers.c.pending_until > workers.c.pending_tick",
+                "_is_until_later = workers.c.pending_until.is_not(None)",
             )
         ],
-        ["tests/background/runs/test_retries.py", "-k", "older_release"],
+        ["tests/background/runs/test_retries.py", "-k", "older_release_left"],
+    ),
+    Mutation(
+        "a run that an older release requested is never dropped for the next tick",
+        [
+            Edit(
+                "background/database/tables.py",
+                'and_(_is_until_later, func.coalesce(workers.c.pending_trigger, "schedule") != "manual")',
+                "_is_until_later",
+            )
+        ],
+        ["tests/background/runs/test_retries.py", "-k", "requested_by_an_older_release"],
     ),
     Mutation(
         "a cursor is stored by the commit of its own session only",
