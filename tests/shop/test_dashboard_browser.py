@@ -226,7 +226,7 @@ def test_a_traceback_and_a_log_are_copied_whole_with_moments_in_utc(app, opened)
 
 def test_a_previewed_schedule_shows_its_next_ticks_and_is_saved_with_enter(opened):
     page = opened("/workers/worker/stock_count")
-    page.get_by_label("Change the schedule of stock_count").click()
+    page.get_by_label("Reschedule stock_count").click()
     page.get_by_label("Period or cron").fill("20 min")
     page.get_by_role("button", name="Preview the schedule of stock_count").click()
     page.get_by_text("Its next ticks would be:").wait_for()
@@ -275,7 +275,7 @@ def test_the_page_reports_a_silent_server_and_an_ended_session(opened):
 
 def test_typed_text_and_opened_and_focused_elements_survive_a_refresh(opened):
     page = opened("/workers/")
-    page.get_by_label("Change the schedule of newsletter_preview").click()
+    page.get_by_label("Reschedule newsletter_preview").click()
     field = row(page, "newsletter_preview").get_by_label("Period or cron")
     field.fill("1 fort")
     wait_for_refresh(page)
@@ -292,7 +292,7 @@ def test_typed_text_and_opened_and_focused_elements_survive_a_refresh(opened):
     field.fill("1 s")
     page.keyboard.press("Enter")
     page.get_by_text("newsletter_preview runs every second already.").wait_for()
-    wait_until(lambda: focused(page) == "Change the schedule of newsletter_preview", "the focus on what opens the form")
+    wait_until(lambda: focused(page) == "Reschedule newsletter_preview", "the focus on what opens the form")
 
 
 def test_everything_is_done_by_keyboard_alone(opened):
@@ -300,7 +300,7 @@ def test_everything_is_done_by_keyboard_alone(opened):
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.textContent") == "Skip to the content"
     page.keyboard.press("Enter")
-    order = ["Run now: price_check", "Pause price_check", "Change the schedule of price_check"]
+    order = ["Run now: price_check", "Pause price_check", "Reschedule price_check"]
     seen: list[str] = []
     while focused(page) != order[-1]:
         page.keyboard.press("Tab")
@@ -334,7 +334,7 @@ def test_without_a_script_a_worker_is_run_and_rescheduled_by_forms(opened):
     page.get_by_text("stock_count will run within").wait_for()
     wait_until(lambda: page.reload() and "succeeded" in row(page, "stock_count").inner_text(), "the run")
     page.get_by_role("link", name="stock_count").click()
-    page.get_by_label("Change the schedule of stock_count").click()
+    page.get_by_label("Reschedule stock_count").click()
     page.get_by_label("Period or cron").fill("20 min")
     page.get_by_role("button", name="Save the schedule of stock_count").click()
     page.get_by_text("stock_count runs every 20 minutes from now on.").wait_for()
