@@ -89,7 +89,12 @@ def schedule_in_force(worker: type[PeriodicWorker] | None, state: WorkerState | 
     if state is not None:
         return state.schedule
     assert worker is not None  # noqa: S101 - the contract of this function
-    return declared_schedule(worker)
+    return checked_schedule(worker)
+
+
+def checked_schedule(cls: type[PeriodicWorker]) -> Schedule:
+    """Return the schedule of a class whose attributes `declared_schedule` has checked, at once."""
+    return make_schedule(cls.name, cls.period, cls.cron, cls.timezone)
 
 
 def declared_schedule(cls: type[PeriodicWorker]) -> Schedule:
@@ -103,7 +108,7 @@ def declared_schedule(cls: type[PeriodicWorker]) -> Schedule:
     refuse_misplaced(cls, PeriodicWorker, _OF_MESSAGES, "period or cron, max_attempts, on_lost, on_failed and timeout")
     _check_class(cls, "do_work(self, context)", cls.do_work is PeriodicWorker.do_work)
     check_method(cls, "do_work", "context")
-    schedule = make_schedule(cls.name, cls.period, cls.cron, cls.timezone)
+    schedule = checked_schedule(cls)
     _check_attributes(
         cls,
         ("max_attempts", *_count(cls.max_attempts, MOST_ATTEMPTS)),

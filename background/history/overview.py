@@ -1,16 +1,15 @@
 """Every worker at a glance: its schedule, its next tick, its last tick, and its run."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import and_, func, or_, select
 
 from ..database.tables import totals, workers
 from ..errors import InvalidSchedule
 from ..ledger.claim import Claim, WorkerState
-from ..registry import declared_schedule, schedule_in_force
+from ..registry import checked_schedule, schedule_in_force
 from ..schedule.periods import Schedule
 from ..stores import Stores
 from ..worker import PeriodicWorker
@@ -24,8 +23,7 @@ PROBLEMS = ("overdue", "stuck", "failing", "dead")
 STATES = (*PROBLEMS, "running", "paused", "disabled")
 
 
-@dataclass(frozen=True)
-class ListedWorker:
+class ListedWorker(NamedTuple):
     """One worker among all workers, with its states. A message worker has its topic."""
 
     name: str
@@ -55,15 +53,15 @@ def listed_workers(
 
 
 def _states(worker: type[PeriodicWorker] | None, status: WorkerStatus | None, is_failing: bool) -> frozenset[str]:
-    states = {
-        "failing": is_failing,
-        "disabled": worker is not None and not worker.enabled,
-        "overdue": status is not None and status.is_late,
-        "stuck": status is not None and status.stuck,
-        "running": status is not None and status.is_running,
-        "paused": status is not None and status.is_paused,
-    }
-    return frozenset(name for name, is_so in states.items() if is_so)
+    states = {"failing": is_failing, "disabled": worker is not None and not worker.enabled}
+    if status is not None:
+        states |= {
+            "overdue": status.is_late,
+            "stuck": status.stuck is not None,
+            "running": status.is_running,
+            "paused": status.is_paused,
+        }
+    return frozenset([name for name, is_so in states.items() if is_so])
 
 
 def _states_of(topic: Topic) -> frozenset[str]:
@@ -123,7 +121,7 @@ def _overview(
     return {
         "name": name,
         "schedule": schedule.describe() if schedule else None,
-        "declared": declared_schedule(worker).describe() if worker else None,
+        "declared": checked_schedule(worker).describe() if worker else None,
         "next_tick": schedule.next(_decided(clock, state)) if runs and schedule else None,
         "last": last.as_dict() if last else None,
         "running": _running(state, state.running, gone) if state and state.running else None,

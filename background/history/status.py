@@ -1,11 +1,10 @@
 """The status of every worker in one read: running, paused, overdue or stuck."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import lru_cache
 from math import inf
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import Row, bindparam, case, func, select
 
@@ -22,10 +21,11 @@ from .text import span
 LATE = timedelta(seconds=5)  # longer than an instance with a free thread needs to begin a tick
 _LONG_SECONDS = 60.0
 _MANY_PERIODS, _MANY_RUNS = 3, 10
+_NO_TIME = timedelta()
+_Ticks = tuple[datetime, datetime, timedelta]
 
 
-@dataclass(frozen=True)
-class WorkerStatus:
+class WorkerStatus(NamedTuple):
     """One worker that the database knows."""
 
     name: str
@@ -60,11 +60,11 @@ def statuses(
     ours = {name: worker for name, worker in workers_here.items() if worker.enabled}
     # Read where the instances' rows are. On SQLite that is a file of its own, which can read the other rows too.
     rows = stores.leases.read(_query if names is None else _query.where(workers.c.name.in_(names)))
-    ahead = [row.name for row in rows if row.mark and row.mark > row.clock + AHEAD]
-    decided = stores.leases.read(_decided_by_now, {"names": ahead}) if ahead else ()
+    future = rows[0].clock + AHEAD if rows else None
+    ahead = [row.name for row in rows if row.mark and row.mark > future]
+    decided = dict(stores.leases.read(_decided_by_now, {"names": ahead})) if ahead else {}
     lease = stores.lease.total_seconds()
-    marks = {row.name: row.mark for row in rows} | {each[0]: each[1] for each in decided}
-    return [_status(row, marks[row.name], ours.get(row.name), lease) for row in rows]
+    return [_status(row, decided.get(row.name, row.mark), ours.get(row.name), lease) for row in rows]
 
 
 _age = elapsed(executions.c.started_at, now())
@@ -111,34 +111,37 @@ _decided_by_now = select(workers.c.name, _last_end).where(workers.c.name.in_(bin
 
 
 def _status(row: Row[Any], mark: datetime | None, worker: type[PeriodicWorker] | None, lease: float) -> WorkerStatus:
-    is_paused, is_running = row.paused_at is not None, row.running is not None
+    is_paused, is_running, clock = row.paused_at is not None, row.running is not None, row.clock
     ticks = _ticks(row, mark, worker) if worker and not is_paused else None
-    interval = (ticks[1] - ticks[0]) / 2 if ticks else None
     # The claim of a gone instance is taken over only if another instance is alive.
-    runs = is_running and row.alive_since is not None
+    is_fleet_alive = row.alive_since is not None
+    runs = is_running and is_fleet_alive
     waiting = None if runs or not worker else _waiting(row, ticks)
-    waits_for = row.clock - waiting if waiting else timedelta()
+    waits_for = clock - waiting if waiting else _NO_TIME
+    interval = ticks[2] if ticks else None
     return WorkerStatus(
         row.name,
         is_running,
         is_paused,
-        ticks[0] if ticks and ticks[1] <= row.clock and not runs else None,
+        ticks[0] if ticks and ticks[1] <= clock and not runs else None,
         interval,
         waiting,
         waits_for,
-        waiting is not None and (waits_for > LATE or row.alive_since is None),
+        waiting is not None and (waits_for > LATE or not is_fleet_alive),
         _stuck(row, worker, interval, lease) if worker and is_running else None,
     )
 
 
-def _waiting(row: Row[Any], ticks: tuple[datetime, datetime] | None) -> datetime | None:
+def _waiting(row: Row[Any], ticks: _Ticks | None) -> datetime | None:
     """Return the first tick that is due and does not run. A tick to run again comes before any other."""
     pending, retry_at = pending_of(row)
     if pending and (row.pending_trigger == "manual" or ticks):
         since: datetime = retry_at or pending
         return since if since <= row.clock else None
-    due = [at for at in (row.running_tick, ticks[0]) if at and at <= row.clock] if ticks else []
-    return min(due, default=None)
+    if not ticks:
+        return None
+    first = min(row.running_tick, ticks[0]) if row.running_tick else ticks[0]
+    return first if first <= row.clock else None
 
 
 def _stuck(row: Row[Any], worker: type[PeriodicWorker], interval: timedelta | None, lease: float) -> str | None:
@@ -160,23 +163,25 @@ def _stuck(row: Row[Any], worker: type[PeriodicWorker], interval: timedelta | No
     return f"it runs for {lasts}, longer than three periods and ten times its average, and has no timeout"
 
 
-def _ticks(row: Row[Any], mark: datetime | None, worker: type[PeriodicWorker]) -> tuple[datetime, datetime] | None:
-    """Return the first and the third undecided tick. None for a schedule that a newer release brought.
+def _ticks(row: Row[Any], mark: datetime | None, worker: type[PeriodicWorker]) -> _Ticks | None:
+    """Return the first and the third undecided tick, and the interval. None for a schedule of a newer release.
 
     Only moments up to now count: a later moment was written while the clock was ahead.
     """
-    known = [mark, row.scheduled_at]
-    if not worker.catch_up:  # ticks that fell due while no instance was up do not run
-        known.append(row.alive_since)
-    since = max((at for at in known if at and at <= row.clock + AHEAD), default=row.clock)
+    future, since = row.clock + AHEAD, None
+    # Without `catch_up`, ticks that fell due while no instance was up do not run.
+    for at in (mark, row.scheduled_at, None if worker.catch_up else row.alive_since):
+        if at and at <= future and (since is None or at > since):
+            since = at
     try:
-        return _first_and_third(row.schedule, since)
+        return _first_and_third(row.schedule, since or row.clock)
     except InvalidSchedule:
         return None
 
 
 @lru_cache(maxsize=10_000)  # a cron's ticks are slow to compute, and stay the same until the next tick has run
-def _first_and_third(schedule: str, since: datetime) -> tuple[datetime, datetime]:
+def _first_and_third(schedule: str, since: datetime) -> _Ticks:
     ticks = parse_schedule(schedule)
     first = ticks.next(since)
-    return first, ticks.next(ticks.next(first))
+    third = ticks.next(ticks.next(first))
+    return first, third, (third - first) / 2

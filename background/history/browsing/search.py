@@ -1,6 +1,7 @@
 """The search for messages. Each search looks at no more than MOST_SEARCHED messages."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from sqlalchemy import ColumnElement, Select, case, func, or_, select, union_all
@@ -16,7 +17,7 @@ from .filters import Filter, bounds, in_state
 MOST_GROUPED = 1_000
 _MOST_TOPICS = 100  # with an index for each
 _TAIL = 1_000  # characters at the end of an error, which has its last line
-_COLUMNS = ("id", "topic", "key", "state", "attempt", "postponed", "enqueued_at", "due_at", "payload")
+_place = select(messages.c.due_at, messages.c.id)
 _BY_DUE, _BY_ID = ("waiting", "delayed"), ("failing", "postponed", "dead")
 """The states whose index begins with the topic, by the order of their index."""
 
@@ -36,21 +37,22 @@ def search(store: Store, filter: Filter, topics: Sequence[str], after: Place | N
     `topics` are the topics that may have such messages. Waiting messages come in the order in which they are due.
     All other messages come from the newest to the oldest.
     """
-    window = _window(filter, topics, after)
-    if window is None:
+    order = ("id", "due_at") if filter.state in _BY_DUE else ("id",)
+    further = replace(filter, topic="", state="") if _has_index(filter, topics) else filter
+    places, window = (_window(filter, topics, after, names) for names in (order, {*order, *_read_by(further)}))
+    if places is None or window is None:
         return Found([], None)
-    order = _order(filter, window.selected_columns)
-    seen = window.order_by(*order).limit(MOST_SEARCHED)
-    [last] = store.read(seen.offset(MOST_SEARCHED - 1).limit(1)) or [None]
-    within = seen.subquery()
-    query = select(within.c.id).where(*filter.conditions(within.c)).order_by(*_order(filter, within.c))
-    ids = [row.id for row in store.read(query)]
+    end = places.order_by(*_order(filter, places.selected_columns)).offset(MOST_SEARCHED - 1).limit(1).subquery()
+    [last] = store.read(_place.where(messages.c.id == select(end.c.id).scalar_subquery())) or [None]
+    within = window.order_by(*_order(filter, window.selected_columns)).limit(MOST_SEARCHED).subquery()
+    query = select(within.c.id).where(*further.conditions(within.c)).order_by(*_order(filter, within.c))
+    ids = [id for (id,) in store.read(query)]
     return Found(ids, (last.due_at, last.id) if last else None)
 
 
 def errors(store: Store, filter: Filter, topics: Sequence[str]) -> list[ErrorGroup]:
     """Return the last errors of the newest MOST_GROUPED messages of the filter's topic and state, in groups."""
-    window = _window(Filter(topic=filter.topic, state=filter.state), topics, None)
+    window = _window(Filter(topic=filter.topic, state=filter.state), topics, None, ("id",))
     if window is None:
         return []
     newest = window.order_by(*_order(filter, window.selected_columns)).limit(MOST_GROUPED).subquery()
@@ -70,16 +72,31 @@ def _order(filter: Filter, columns: Any) -> tuple[ColumnElement[Any], ...]:
     return (-columns.id if filter.state == "running" else columns.id.desc(),)
 
 
-def _window(filter: Filter, topics: Sequence[str], after: Place | None) -> Select[Any] | None:
-    """Select the columns of every message that may match, on an index in the order of the list. None for no message."""
-    columns = [messages.c[name] for name in _COLUMNS if name != "payload" or filter.text]
-    places = select(*columns).where(*_behind(filter, after))
+def _has_index(filter: Filter, topics: Sequence[str]) -> bool:
+    """Return whether an index has the messages of the filter's topic and state, so that the window has no others."""
+    of_state = filter.state in (*_BY_DUE, *_BY_ID) and not filter.key
+    return of_state and (bool(filter.topic) or len(topics) <= _MOST_TOPICS)
+
+
+def _read_by(filter: Filter) -> tuple[str, ...]:
+    """Return the columns that the filter's conditions read, besides the id. Without them, the index may be enough."""
+    return (
+        *(("state", "attempt", "postponed", "due_at") if filter.state else ()),
+        *(("enqueued_at",) if filter.age else ()),
+        *(("payload",) if filter.text else ()),
+        *(name for name in ("topic", "key") if getattr(filter, name)),
+    )
+
+
+def _window(filter: Filter, topics: Sequence[str], after: Place | None, columns: Collection[str]) -> Select[Any] | None:
+    """Select these columns of every message that may match, in the order of the list. None for no message."""
+    places = select(*(messages.c[name] for name in sorted(columns))).where(*_behind(filter, after))
     names = [filter.topic] if filter.topic else topics
     if filter.key:
         return places.where(messages.c.topic.in_(names), messages.c.key == filter.key)
     if filter.state == "running":
         return places.where(in_state("running", messages.c))
-    if filter.state not in (*_BY_DUE, *_BY_ID) or len(names) > _MOST_TOPICS:
+    if not _has_index(filter, topics):
         return places
     order = _order(filter, messages.c)
     of_state = places.where(in_state(filter.state, messages.c)).order_by(*order).limit(MOST_SEARCHED)
