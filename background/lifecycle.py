@@ -232,15 +232,11 @@ class Lifecycle:
             self.stores.refuse_autocommit()
 
     def check(self) -> None:
-        """Call the `check` of every `before_start`. Raises their errors, and changes nothing.
-
-        Raises DatabaseNotReady if the engine's tables are of an older version.
-        """
+        """Call the `check` of every `before_start`. Raises their errors, and changes nothing."""
         with self.app.app_context():
             for check in self._checks:
                 check()
             self.stores.refuse_autocommit()
-            self.stores.refuse_old_tables()
 
     def start(self, names: Collection[str] = ()) -> None:
         """Join the fleet and run all workers until `stop`, or only the workers `names`.

@@ -181,7 +181,8 @@ def check(with_json: bool) -> None:
     states: dict[str, WorkerState] = {}
     problems, unseen, alive = [], list(_NEVER_LOOKED_AT), 0
     try:
-        states = checked_manager().stores.ledger.states()
+        checked_manager().stores.refuse_old_tables()
+        states = manager.stores.ledger.states()
         found = condition(manager.stores, manager.workers)
         problems, alive = found.problems(), found.alive
         lacking = unmigrated(manager.app, manager.db)
