@@ -28,7 +28,7 @@ from flask_wtf.csrf import CSRFError
 from sqlalchemy import Select, or_, select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import InstrumentedAttribute, joinedload
-from werkzeug.exceptions import BadHost, HTTPException, SecurityError
+from werkzeug.exceptions import BadHost, HTTPException, SecurityError, ServiceUnavailable
 from werkzeug.routing import IntegerConverter, Map
 from werkzeug.wrappers import Response
 from wtforms import DateField, HiddenField, SearchField, SelectChoice, SelectField
@@ -360,8 +360,18 @@ SENT_BY_HTTP = (
 NEEDS_HTTPS = "This shop needs HTTPS, and this page came without it. Please try https://."
 
 
-def show_error(error: HTTPException) -> Response:
-    """Answer with the error as a page or, below /api, as JSON. Keep the error's own headers."""
+def show_error(error: HTTPException) -> ResponseReturnValue:
+    """Answer with the error as a page or, below /api, as JSON. If the database is away, answer with that error."""
+    try:
+        return error_page(error)
+    except SQLAlchemyError as failure:  # the page names the user, and reads the user's row
+        if isinstance(error, ServiceUnavailable):
+            raise
+        return unavailable(failure)
+
+
+def error_page(error: HTTPException) -> Response:
+    """Return the error as a page or, below /api, as JSON. Keep the error's own headers."""
     security_log.refused(error)
     if isinstance(error, RateLimitExceeded):
         throttle.explain(error)

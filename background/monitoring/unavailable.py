@@ -23,7 +23,9 @@ def unavailable(error: SQLAlchemyError) -> ResponseReturnValue:
     """
     if not is_away(error):
         raise error
-    log.warning("The database is away, so %s is answered with 503: %s", request.endpoint, first_line(error))
+    log.warning(
+        "The database is away, so %s is answered with 503: %s", request.endpoint or request.path, first_line(error)
+    )
     sorry = ServiceUnavailable("The database does not answer at the moment.", retry_after=_RETRY_AFTER_SECONDS)
     return current_app.handle_http_exception(sorry)
 

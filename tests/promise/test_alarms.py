@@ -233,7 +233,7 @@ def test_each_alarm_is_noticed_on_the_page_in_the_terminal_and_by_alert(tmp_path
     rows["all workers are killed"], rows["the database is read-only"] = killed, read_only
     later = {"all workers are killed": after_kill, "the database is read-only": after_read_only}
     print_table(rows, later)
-    lease, look, period, busy = 10, 15, 2, 10
+    lease, look, period, busy = 10, 15, 2, 30
     assert max(rows["a worker fails three times"].values()) < 3 * period + look + busy
     assert max(rows["a message dies"].values()) < look + busy
     assert max(killed.values()) < lease + busy

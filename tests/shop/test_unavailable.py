@@ -90,7 +90,14 @@ def test_every_page_is_a_503_with_one_line_in_the_log_and_works_again_afterwards
     with away():
         for path in usual:
             is_away(caplog, admin, "GET", path)
-        for path in (*PAGES[4:5], "/login", "/account", "/workers/worker/mail_worker/pause", "/workers/messages/retry"):
+        for path in (
+            *PAGES[4:5],
+            "/login",
+            "/account",
+            "/workers/worker/mail_worker/pause",
+            "/workers/messages/change",
+            "/no-such-page",
+        ):
             is_away(caplog, admin, "POST", path)
         assert admin.get("/").status_code == 503  # this page names the user
         with admin.get("/static/style.css") as response:
