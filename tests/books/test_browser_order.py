@@ -9,6 +9,7 @@ from models import Book, User, db
 from tests.shop.test_browser import (  # noqa: F401 - some are fixtures
     address,
     assert_usable,
+    change,
     complaints,
     log_in,
     page,
@@ -74,7 +75,7 @@ def test_a_new_reader_registers_logs_in_and_orders_and_the_admin_sees_the_new_us
     press(page, "Search")
     page.get_by_text("nat@example.com").wait_for()
     assert_usable(page)
-    press(page, "Send a reset link to Nat")
+    change(page, "Send a reset link to Nat")
     page.get_by_text("A password reset link is on its way").wait_for()
     page.get_by_role("link", name="Audit").click()
     page.get_by_text("admin.send_password_link").wait_for()
