@@ -54,6 +54,7 @@ from sqlalchemy.orm import (
     synonym,
 )
 from sqlalchemy.sql.functions import FunctionElement
+from sqlalchemy.types import UserDefinedType
 
 from background.database.clock import UtcDateTime, now
 
@@ -347,10 +348,11 @@ class UserRepository:
         Concurrency: a login may come between the read and this statement, or hold the row now. So the statement asks
         again whether the user is stale, and a user who logged in meanwhile stays active.
         """
-        among = "= ANY(CAST(:ids AS integer[]))" if self._postgresql else "IN (SELECT value FROM json_each(:ids))"
+        among = "= ANY(:ids)" if self._postgresql else "IN (SELECT value FROM json_each(:ids))"
+        listed = bindparam("ids", ids, type_=_Integers() if self._postgresql else None)
         statement = (
             update(User)
-            .where(text(f"users.id {among}").bindparams(ids=ids), _stale(cutoff))
+            .where(text(f"users.id {among}").bindparams(listed), _stale(cutoff))
             .values(status="passive")
             .execution_options(synchronize_session=False)
         )
@@ -398,6 +400,20 @@ class UserRepository:
         if status is not None:
             query = query.where({"active": _is_active, "passive": _is_passive}.get(status, false()))
         return list(self.session.scalars(query.limit(limit)))
+
+
+class _Integers(UserDefinedType[str]):
+    """PostgreSQL's own text for a list of integers.
+
+    PostgreSQL compares each row with each element of the list, unless it plans with the list as a constant. A text that
+    is cast to a list is no constant.
+    """
+
+    cache_ok = True
+    render_bind_cast = True
+
+    def get_col_spec(self, **_: Any) -> str:
+        return "integer[]"
 
 
 def _stale(cutoff: datetime | BindParameter[datetime]) -> ColumnElement[bool]:
