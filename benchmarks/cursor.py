@@ -106,9 +106,11 @@ def main() -> None:
 
 
 def make_all_stale(engine: Engine) -> None:
-    long_ago = datetime.now(UTC) - timedelta(days=365)
     with engine.begin() as connection:
-        connection.execute(update(User).values(status="active", last_login_at=long_ago))
+        for part in range(50):  # as different as in a real table, for PostgreSQL's planner
+            long_ago = datetime.now(UTC) - timedelta(days=365 + part)
+            stale = update(User).where(User.id % 50 == part).values(status="active", last_login_at=long_ago)
+            connection.execute(stale)
     settle(engine)
 
 
@@ -152,8 +154,7 @@ def kill(engine: Engine, url: str, users: int, kills: int) -> bool:
         fleet = [started.enter_context(process(url)) for _ in range(PROCESSES)]
         for number in range(1, kills + 1):
             wait_for_slices(engine, number * (users // size) // (kills + 1))
-            holder = holder_of(engine)
-            victim = next(each for each in fleet if each.pid == holder)
+            victim = sweeping(engine, fleet)
             victim.kill()
             victim.wait()
             fleet.remove(victim)
@@ -180,11 +181,14 @@ def newest(engine: Engine) -> Any:
         return connection.execute(query.order_by(executions.c.id.desc()).limit(1)).one()
 
 
-def holder_of(engine: Engine) -> int:
-    """Return the pid of the process that sweeps."""
-    while (row := newest(engine)).state != "running":
+def sweeping(engine: Engine, fleet: list["subprocess.Popen[bytes]"]) -> "subprocess.Popen[bytes]":
+    """Return the process that sweeps, once the tick of a killed process is taken over."""
+    pids = {process.pid: process for process in fleet}
+    while True:
+        row = newest(engine)
+        if row.state == "running" and (found := pids.get(int(row.instance_name.rpartition(":")[2]))):
+            return found
         time.sleep(0.02)
-    return int(row.instance_name.rpartition(":")[2])
 
 
 def wait_for_slices(engine: Engine, number: int) -> None:
