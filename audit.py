@@ -62,7 +62,8 @@ def own_copy(cli: click.Group, name: str) -> click.Group:
 
 def begin_request() -> None:
     """Record this request, and commit the entry, so that an attempt that fails is recorded too."""
-    fields = [(name, value) for name, value in request.form.items() if not is_secret(name)]
+    named = [(name or "", value) for name, value in request.form.items()]  # a part of a form may have no name
+    fields = [(name, value) for name, value in named if not is_secret(name)]
     details = dict(fields[:MOST_FIELDS])
     if (more := len(fields) - MOST_FIELDS) > 0:
         details["..."] = f"{more} more fields"

@@ -67,6 +67,14 @@ def test_an_entry_has_the_outcome_of_its_request(app: Flask, client: FlaskClient
 
 
 @pytest.mark.usefixtures("admin")
+def test_a_part_of_a_form_may_have_no_name(app: Flask, client: FlaskClient) -> None:
+    body = b"--b\r\nContent-Disposition: form-data\r\n\r\nnameless\r\n--b--\r\n"
+    answer = client.post("/workers/messages/change", data=body, content_type="multipart/form-data; boundary=b")
+    assert answer.status_code < 500
+    assert [entry.action for entry in entries(app)] == ["background.change_messages"]
+
+
+@pytest.mark.usefixtures("admin")
 def test_the_outcome_of_an_error_is_its_name(app: Flask, client: FlaskClient) -> None:
     def fail(**_: int) -> None:
         db.session.execute(text("UPDATE users SET name = 'half done'"))
