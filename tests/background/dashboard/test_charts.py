@@ -11,8 +11,8 @@ from flask.testing import FlaskClient
 from sqlalchemy import Engine, insert
 from support.databases import close, on_sqlite
 from support.fleet import Hourly, make_app, statements
+from support.pages import Counting, Mailing, page, said
 
-from background import Message, MessageWorker, WorkerContext
 from background.dashboard.filters import length_text, percent_text
 from background.database.tables import executions, message_errors, messages, workers
 from background.testing.clock import Clock
@@ -21,33 +21,12 @@ EVIL = '"><b>bad'
 NOW = datetime(2026, 3, 1, 12, 30, tzinfo=UTC)
 
 
-class Counting(MessageWorker):
-    topic = "orders"
-
-    def handle(self, message: Message, context: WorkerContext) -> None:
-        pass
-
-
-class Mailing(Counting):
-    topic = "mail"
-
-
 @pytest.fixture
 def app(database_url: str) -> Any:
     app = make_app(database_url, Hourly, Counting, Mailing)
     with Clock(NOW):
         yield app
     close(app)
-
-
-def page(client: FlaskClient, path: str) -> str:
-    response = client.get(path)
-    assert response.status_code == 200, path
-    return response.text
-
-
-def said(text: str) -> str:
-    return re.sub(r"\s+", " ", unescape(re.sub(r"<[^>]*>", " ", text))).strip()
 
 
 def titles(text: str) -> list[str]:

@@ -9,8 +9,9 @@ from flask import Flask
 from sqlalchemy import Engine, insert, select, update
 from support.databases import close, on_postgresql, on_sqlite
 from support.fleet import Hourly, last_hour, make_app, statements
+from support.pages import Counting, Mailing, page, said
 
-from background import InvalidSchedule, Message, MessageWorker, PeriodicWorker, WorkerContext
+from background import InvalidSchedule, PeriodicWorker, WorkerContext
 from background.dashboard import dashboard
 from background.dashboard.access import Access
 from background.database import tables
@@ -36,17 +37,6 @@ class Measuring(Hourly):
     period = timedelta(minutes=1)
 
 
-class Counting(MessageWorker):
-    topic = "orders"
-
-    def handle(self, message: Message, context: WorkerContext) -> None:
-        pass
-
-
-class Mailing(Counting):
-    topic = "mail"
-
-
 @pytest.fixture
 def app(database_url):
     app = make_app(database_url, Talker, Measuring, Counting, Mailing)
@@ -54,22 +44,11 @@ def app(database_url):
     close(app)
 
 
-def page(client, path: str, status: int = 200) -> str:
-    response = client.get(path)
-    assert response.status_code == status, path
-    return response.text
-
-
 def press(client, path: str, **form: str) -> str:
     """Submit a form and return the page that it leads to."""
     response = client.post(path, data={"next": "/workers/", **form})
     assert response.status_code == 303, response.text
     return client.get(response.location).text
-
-
-def said(text: str) -> str:
-    """Return the text of the page without its markup."""
-    return re.sub(r"\s+", " ", unescape(re.sub(r"<[^>]*>", " ", text))).strip()
 
 
 def add_executions(engine, *rows: dict) -> None:
