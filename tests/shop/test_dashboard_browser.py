@@ -150,6 +150,8 @@ def hurry(page: "Page", is_true: Callable[[], bool]) -> None:
 
 
 def focused(page: "Page") -> str:
+    """Return the label or id of the focused element. A new page's scripts, which move the focus, have run before."""
+    page.wait_for_load_state("domcontentloaded")
     return page.evaluate("document.activeElement.getAttribute('aria-label') || document.activeElement.id")
 
 
