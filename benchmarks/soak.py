@@ -1,7 +1,8 @@
 """Measures the promise under faults.
 
 Real processes of the shop are killed, stopped and terminated. Their database is restarted or held, crashes, fails over,
-or loses its connections or rows. Meanwhile the workers leave an effect for each of their ticks.
+or loses its connections or rows. An operator cancels runs and pauses topics. Meanwhile the workers leave an effect for
+each of their ticks, and the handlers a receipt for each message. Some fail at first, and some messages are postponed.
 
     python -m benchmarks.soak --engine postgresql --minutes 10 --processes 6 --seed 1
 
@@ -123,7 +124,7 @@ def soak(where: Sqlite | Postgresql, logs: Path, arguments: argparse.Namespace) 
         absences, standstills = watch.stop(), pace.stop()
     oracle = Oracle(where.engine, absences, standstills, fleet.faults)
     verdict = oracle.judge(since, calm_until, until)
-    mail = soak_messages_oracle.Oracle(where.engine).judge(since, calm_until, until)
+    mail = soak_messages_oracle.Oracle(where.engine, fleet.faults).judge(since, calm_until, until)
     locks, losses = soak_locks.judge(where.engine), soak_losers.judge(where.engine, since, calm_until)
     report = Report(arguments, verdict, mail, locks, losses, fleet, absences, standstills)
     report.table()
@@ -237,12 +238,15 @@ class Report:
             ("handled", f"{mail.handled:,}", ""),
             ("buried (messages that always fail)", mail.buried, ""),
             ("refused, as their key was taken", mail.refused, ""),
+            ("postponed (Later)", f"{mail.postponed:,} times", ""),
+            ("topics paused", self._fleet.counts["pause"], ""),
+            ("claimed while their topic was paused", mail.paused, "0"),
             ("handled twice", mail.twice, "0"),
             ("not handled", mail.lost, "0"),
             ("handled early", mail.early, "0"),
-            ("broken in another way (rollback, key, error)", mail.wrong, "0"),
+            ("broken in another way (rollback, key, attempt, error)", mail.wrong, "0"),
             ("from due to done, without faults", times(mail.calm_seconds), ""),
-            ("from due to done, all", times(mail.seconds), ""),
+            ("from due to done, all but in a pause", times(mail.seconds), ""),
         ]
 
     def _troubles(self) -> list[tuple[str, object, str]]:

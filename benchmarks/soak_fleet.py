@@ -1,5 +1,6 @@
 """The processes of the soak and their faults. At any time two processes are left alone."""
 
+import math
 import os
 import re
 import signal
@@ -17,7 +18,7 @@ from typing import IO
 from background import BackgroundWorkerManager
 
 from .soak_database import Postgresql, Sqlite
-from .soak_operator import Deleted, cancel_run, delete_rows
+from .soak_operator import Deleted, Pauses, cancel_run, delete_rows
 
 ROOT = Path(__file__).parent.parent
 LEASE_SECONDS, HEARTBEAT_SECONDS, SHUTDOWN_SECONDS = 2.0, 0.5, 5.0
@@ -47,6 +48,9 @@ class Fault:
     note: str = ""
     deleted: tuple[Deleted, ...] = ()
     cancelled: Deleted | None = None
+    topic: str = ""
+    # When a pause of the topic was known to be committed. None if this is unknown.
+    committed: float | None = None
 
 
 @dataclass
@@ -103,7 +107,7 @@ class Fleet:
         self.counts: Counter[str] = Counter()
         self.pids: set[int] = set()
         self._database, self._logs, self._random, self._seed = database, logs, random, seed
-        self._manager = manager
+        self._manager, self._pauses = manager, Pauses(manager, random)
         self._slots: list[Life | float] = [0.0] * size
         self._began = time.monotonic()
         self._troubles: list[str] = []
@@ -120,6 +124,7 @@ class Fleet:
 
     def look_after(self) -> None:
         """Start and resume processes that are due, and note processes that ended. Do not wait."""
+        self._resume_topics()
         for slot, life in enumerate(self._slots):
             if isinstance(life, float):
                 if time.monotonic() >= life:
@@ -212,7 +217,9 @@ class Fleet:
         """Cause one fault of a random kind. Return False if no process is left for it."""
         kinds: list[Callable[[], bool]] = [self._kill] * 4 + [self._stop] * 3 + [self._term] * 3
         kinds += (
-            [self._trouble] * 4 + [self._delete, self._cancel] * 2 + [self._silence] * 2 * bool(self._database.proxies)
+            [self._trouble] * 4
+            + [self._delete, self._cancel, self._pause] * 2
+            + [self._silence] * 2 * bool(self._database.proxies)
         )
         return self._random.choice(kinds)()
 
@@ -305,6 +312,20 @@ class Fleet:
             self._did(Fault("cancel", at, note=str(cancelled), until=time.time(), cancelled=cancelled))
         return cancelled is not None
 
+    def _pause(self) -> bool:
+        """Pause a topic for a while, as an operator does."""
+        at = time.time()
+        if paused := self._pauses.pause():
+            topic, committed, note = paused
+            self._did(Fault("pause", at, until=math.inf, note=note, topic=topic, committed=committed))
+        return paused is not None
+
+    def _resume_topics(self, at_once: bool = False) -> None:
+        for topic, at in self._pauses.resume(at_once):
+            fault = next(fault for fault in reversed(self.faults) if fault.topic == topic)
+            fault.until = at
+            self._note("resume", topic)
+
     def _did(self, fault: Fault) -> Fault:
         self.faults.append(fault)
         self.counts[fault.kind] += 1
@@ -318,6 +339,7 @@ class Fleet:
     # -- the end -------------------------------------------------------------------------------
 
     def resume_all(self) -> None:
+        self._resume_topics(at_once=True)
         for life in self.lives:
             if life.state in ("stopped", "silenced"):
                 self._resume(life)

@@ -14,7 +14,7 @@ from flask import Flask
 from sqlalchemy import BigInteger, Boolean, Column, Integer, MetaData, String, Table, insert
 from sqlalchemy.exc import SQLAlchemyError
 
-from background import BackgroundWorkerManager, Message, MessageWorker, WorkerContext
+from background import BackgroundWorkerManager, Later, Message, MessageWorker, WorkerContext
 from background.database.clock import UtcDateTime, now
 from models import db
 
@@ -22,7 +22,8 @@ from .soak_losers import Losses
 
 TRANSACTIONS_A_SECOND = 6.0  # of each process
 KEY_SECONDS = 0.5  # all producers use the same key for this time
-POISON, ROLLED_BACK = "poison", "rolled back"
+POISON, POSTPONED, ROLLED_BACK = "poison", "postponed", "rolled back"
+POSTPONEMENTS = 3  # of a message that is postponed, unless a fault ends its run first
 
 metadata = MetaData()
 
@@ -52,7 +53,7 @@ _NEW_LETTER, _NEW_RECEIPT = insert(letters), insert(receipts).values(at=now())
 
 
 class Letters(MessageWorker):
-    """Quick messages in batches. Some always fail."""
+    """Quick messages in batches. Some always fail, and some are postponed at first."""
 
     topic = "letters"
     batch_size = 10
@@ -63,6 +64,9 @@ class Letters(MessageWorker):
         _receive(message, context)
         if message.payload["kind"] == POISON:
             raise ValueError("poison")
+        if message.payload["kind"] == POSTPONED and message.token <= POSTPONEMENTS:
+            seconds = Random(f"{message.id} {message.token}").uniform(0.01, 0.5)
+            raise Later(timedelta(seconds=seconds), "not yet")
 
 
 class Parcels(MessageWorker):
@@ -125,6 +129,8 @@ class Producer(threading.Thread):
             self._enqueue("letters", POISON)
         elif share < 0.7:
             self._enqueue("parcels")
+        elif share < 0.75:
+            self._enqueue("letters", POSTPONED)
         else:
             self._enqueue("letters")
         self._losses.write(db.session())

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -11,7 +11,10 @@ from sqlalchemy import Engine, Row, select
 
 from background.database.tables import message_errors, messages
 
-from .soak_messages import POISON, TOPICS, Letters, letters, receipts
+from .soak_fleet import Fault
+from .soak_messages import POISON, POSTPONED, POSTPONEMENTS, TOPICS, Letters, letters, receipts
+
+UNDER_WAY_SECONDS = 0.5  # a claim that began before the commit of a pause may end after it
 
 
 @dataclass
@@ -22,6 +25,8 @@ class Verdict:
     handled: int = 0
     buried: int = 0
     refused: int = 0
+    postponed: int = 0
+    paused: int = 0
     twice: int = 0
     lost: int = 0
     early: int = 0
@@ -34,7 +39,8 @@ class Verdict:
 class Oracle:
     """The rows of one database about the soak's messages, read once."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, faults: Iterable[Fault] = ()) -> None:
+        self._pauses = [fault for fault in faults if fault.topic]
         most = {worker.topic: worker.max_attempts for worker in TOPICS}
         with engine.connect() as connection:
             ours = select(messages).where(messages.c.topic.in_(most)).order_by(messages.c.id)
@@ -94,6 +100,10 @@ class Oracle:
             verdict.lost += row.state == "done"
             verdict.wrong += row.state != "done"
             self._violated(verdict, row, f"{row.state}, with {len(done)} effects")
+        self._judge_postponements(verdict, row)
+        if any(_begins_in(pause, row) for pause in self._pauses):
+            verdict.paused += 1
+            self._violated(verdict, row, "claimed while its topic was paused")
         if row.finished_at is None:
             if row.enqueued_at <= until:
                 verdict.lost += 1
@@ -101,18 +111,30 @@ class Oracle:
         elif (row.state == "dead") != (json.loads(row.payload)["kind"] == POISON):
             verdict.wrong += 1
             self._violated(verdict, row, f"{row.state}, which is wrong")
-        elif row.state == "dead":
+        else:
             self._judge_errors(verdict, row)
 
     def _judge_errors(self, verdict: Verdict, row: Row[Any]) -> None:
-        """Check that every attempt of a buried message has its error."""
+        """Check that each counted attempt that failed has its error, and that no other claim counts."""
         attempts = [error.attempt for error in self._errors[row.id]]
-        if attempts != list(range(1, self._most[row.topic] + 1)):
+        failed = self._most[row.topic] if row.state == "dead" else row.attempt - 1
+        if attempts != list(range(1, failed + 1)):
             verdict.wrong += 1
-            self._violated(verdict, row, f"dead, with errors of the attempts {attempts}")
+            self._violated(verdict, row, f"{row.state}, with errors of the attempts {attempts}")
+
+    def _judge_postponements(self, verdict: Verdict, row: Row[Any]) -> None:
+        """Check that each postponement cost a claim and no attempt, and that no other message was postponed."""
+        times, is_asked = row.postponed or 0, json.loads(row.payload)["kind"] == POSTPONED
+        verdict.postponed += times
+        if times > (min(POSTPONEMENTS, row.token - row.attempt) if is_asked else 0):
+            verdict.wrong += 1
+            self._violated(verdict, row, f"postponed {times} times")
 
     def _time(self, verdict: Verdict, row: Row[Any], calm_until: datetime) -> None:
         seconds = (row.finished_at - row.due_at).total_seconds()
+        since, until = row.due_at.timestamp(), row.finished_at.timestamp()
+        if any(each.topic == row.topic and each.at < until and since < each.until for each in self._pauses):
+            return
         verdict.seconds.append(seconds)
         if row.due_at <= calm_until:
             verdict.calm_seconds.append(seconds)
@@ -131,3 +153,10 @@ class Oracle:
             yield f"attempt {error.attempt} failed at {error.at:%H:%M:%S.%f} on {error.instance_name}: {last}"
         for receipt in self._receipts[self._letter_of[row.id]]:
             yield f"handled by token {receipt.token}, {receipt.pid}, {receipt.at:%H:%M:%S.%f}"
+
+
+def _begins_in(pause: Fault, row: Row[Any]) -> bool:
+    """Return whether the last claim of the message began between the commit of the pause and its end."""
+    if pause.topic != row.topic or pause.committed is None or row.claimed_at is None:
+        return False
+    return pause.committed + UNDER_WAY_SECONDS < row.claimed_at.timestamp() < pause.until

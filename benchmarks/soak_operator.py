@@ -1,5 +1,6 @@
-"""The soak's operator, who cancels runs, and deletes rows of workers that run."""
+"""The soak's operator, who cancels runs, pauses topics, and deletes rows of workers that run."""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -13,10 +14,13 @@ from app import create_app
 from background import BackgroundWorkerManager
 from background.database.tables import executions, workers
 
+from .soak_messages import TOPICS
 from .soak_worker import workers as soak_workers
 
 MOST_DELETED = 3
 NAME = "the operator"
+PAUSE_SECONDS = (0.5, 4.0)
+RESUME_AGAIN_SECONDS = 0.5
 
 
 class Deleted(NamedTuple):
@@ -54,7 +58,7 @@ def controls(url: str) -> Iterator[BackgroundWorkerManager]:
     """Give a manager with the soak's workers, which runs none of them."""
     app = create_app({"DATABASE_URL": url, "SECRET_KEY": "soak", "LOG_LEVEL": "ERROR"})
     manager: BackgroundWorkerManager = app.extensions["background_workers"]
-    for worker in soak_workers():
+    for worker in (*soak_workers(), *TOPICS):
         manager.add(worker)
     try:
         yield manager
@@ -73,6 +77,43 @@ def cancel_run(engine: Engine, manager: BackgroundWorkerManager, random: Random)
         if not manager.cancel(claim.worker, by=NAME, token=claim.token):
             return None
     return claim
+
+
+class Pauses:
+    """Pauses topics, each for some seconds, and resumes them."""
+
+    def __init__(self, manager: BackgroundWorkerManager, random: Random) -> None:
+        self._manager, self._random = manager, random
+        self._due: dict[str, float] = {}
+        self._asked_at: dict[str, float] = {}
+
+    def pause(self) -> tuple[str, float | None, str] | None:
+        """Pause a topic. Return it, the moment when the pause was committed for sure, and a note. None if all are."""
+        free = [worker for worker in TOPICS if worker.topic not in self._due]
+        if not free:
+            return None
+        worker, seconds = self._random.choice(free), self._random.uniform(*PAUSE_SECONDS)
+        self._due[worker.topic] = time.monotonic() + seconds
+        committed = None
+        with suppress(SQLAlchemyError):  # the database is away: the pause may be committed or not
+            self._manager.pause(worker.name)
+            committed = time.time()
+        return worker.topic, committed, f"{worker.topic} for {seconds:.1f} s" + ("" if committed else ", perhaps")
+
+    def resume(self, at_once: bool = False) -> Iterator[tuple[str, float]]:
+        """Resume the topics that are due. Yield each, and the moment before its resume was first asked for."""
+        for worker in TOPICS:
+            topic = worker.topic
+            if topic not in self._due or not (at_once or time.monotonic() >= self._due[topic]):
+                continue
+            asked_at = self._asked_at.setdefault(topic, time.time())
+            try:
+                self._manager.resume(worker.name)
+            except SQLAlchemyError:  # the database is away
+                self._due[topic] = time.monotonic() + RESUME_AGAIN_SECONDS
+            else:
+                del self._due[topic], self._asked_at[topic]
+                yield topic, asked_at
 
 
 _in_force = (
