@@ -26,7 +26,7 @@ from app import create_app
 from migrations.schema import upgrade
 from models import User, db
 
-from .sweep import database
+from .harness.databases import database
 
 PASSWORD = "correct horse battery staple"
 FORMS = ("login", "register", "forgot")

@@ -32,7 +32,7 @@ from demo import add_users
 from models import User, UserRepository, db
 from workers import PassiveUserCheckerWorker
 
-from .sweep import context, database, settle
+from .harness.databases import context, database, settle
 
 PROCESSES = 3
 SETTINGS = {"WORKERS_LEASE_SECONDS": "2", "WORKERS_HEARTBEAT_SECONDS": "0.5", "LOG_LEVEL": "WARNING"}

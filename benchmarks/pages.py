@@ -27,7 +27,7 @@ from background import PeriodicWorker, WorkerContext
 from migrations.schema import upgrade
 from models import User, db
 
-from .sweep import database
+from .harness.databases import database
 
 EMAIL, PASSWORD = "admin@example.com", "correct horse battery staple"
 LIMIT = 50  # ms

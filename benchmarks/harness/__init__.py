@@ -1,0 +1,1 @@
+"""The parts that all cases share: databases, turns, figures, checks."""

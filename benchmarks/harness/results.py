@@ -1,0 +1,40 @@
+"""The file of figures: JSON, one entry for each figure. A case that runs again replaces its own figures."""
+
+import json
+import os
+import platform
+import sqlite3
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from .figures import Figure, Setup
+
+Entry = dict[str, Any]
+
+
+def entries(case: str, setup: Setup, figures: list[Figure]) -> list[Entry]:
+    scale = "small" if setup.is_small else "full"
+    about = {"case": case, "engine": setup.engine, "scale": scale}
+    return [{**about, **figure.as_json()} for figure in figures]
+
+
+def write(path: Path, new: list[Entry]) -> None:
+    """Write the new entries, and keep those of other cases and engines."""
+    replaced = {(each["case"], each["engine"]) for each in new}
+    kept = [each for each in read(path) if (each["case"], each["engine"]) not in replaced]
+    found = {"measured_at": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", "machine": machine(), "figures": kept + new}
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def read(path: Path) -> list[Entry]:
+    return list(json.loads(path.read_text(encoding="utf-8"))["figures"]) if path.exists() else []
+
+
+def machine() -> dict[str, Any]:
+    return {
+        "cores": os.cpu_count(),
+        "processor": platform.processor() or platform.machine(),
+        "python": platform.python_version(),
+        "sqlite": sqlite3.sqlite_version,
+    }
