@@ -1,12 +1,17 @@
 """Arranges the executions of a worker by tick, and finds the ticks that left no execution."""
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import groupby
+from typing import Any, NamedTuple
 
-from ..history.records import Record
+from ..history.records import Record, Window
 from ..schedule.periods import MICROSECOND, Schedule
+
+UNRECORDED = "no execution"
+"""The state of a mark that stands for ticks without a row."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +39,56 @@ def by_tick(
     for (tick, trigger), same in groupby(records, key=lambda record: (record.tick, record.trigger)):
         attempts = tuple(same)
         if schedule and trigger == "schedule":
-            first = schedule.next(max(attempts[0].through or tick, scheduled_at))
-            if first < until:
-                yield Gap(first, schedule.previous(until - MICROSECOND))
+            yield from _gap(schedule, max(attempts[0].through or tick, scheduled_at), until)
             until = min(tick, until)
         yield Attempts(attempts)
+
+
+def _gap(schedule: Schedule, after: datetime, until: datetime) -> Iterator[Gap]:
+    first = schedule.next(after)
+    if first < until:
+        yield Gap(first, schedule.previous(until - MICROSECOND))
+
+
+class Expected(NamedTuple):
+    """A worker with ticks in a window, which should have a row if they are before `due`."""
+
+    name: str
+    schedule: Schedule
+    due: datetime
+
+
+def possible_gaps(window: Window, workers: Sequence[Expected]) -> Iterator[tuple[Expected, Gap]]:
+    """Yield the ticks without a row in the window. A row outside the window may still tell of them."""
+    if not workers:
+        return
+    begin = window.complete_since - MICROSECOND
+    rows: dict[str, list[Record]] = defaultdict(list)
+    for record in sorted(window.records, key=lambda record: record.tick, reverse=True):
+        if (record.through or record.tick) > begin:
+            rows[record.worker].append(record)
+    edge = _mark("", Gap(begin, begin), window.clock)
+    for worker in workers:
+        for each in by_tick([*rows[worker.name], edge], worker.schedule, begin, min(window.until, worker.due)):
+            if isinstance(each, Gap):
+                yield worker, each
+
+
+def marks(worker: Expected, gap: Gap, rows: Sequence[Record], scheduled_at: datetime) -> Iterator[Record]:
+    """Yield a mark for each part of the gap that has no row, and each row that says why ticks of the gap did not run.
+
+    `rows` are the newest rows up to the end of the gap, newest first. Ticks before these rows get no mark.
+    """
+    for each in by_tick(rows, worker.schedule, scheduled_at, gap.last + MICROSECOND):
+        if isinstance(each, Gap):
+            first = max(each.first, gap.first)
+            if first <= each.last:
+                yield _mark(worker.name, Gap(first, each.last), rows[0].clock)
+        elif each.records[0].started_at is None and each.records[0].ended_at >= gap.first:
+            yield each.records[0]
+
+
+def _mark(name: str, gap: Gap, clock: datetime) -> Record:
+    fields: dict[str, Any] = dict.fromkeys(Record._fields)
+    fields |= {"id": 0, "worker": name, "tick": gap.first, "through": gap.last, "clock": clock}
+    return Record(**fields | {"trigger": "schedule", "state": UNRECORDED, "is_gone": False})

@@ -1,6 +1,6 @@
 """Reads the executions for people. Decides nothing."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from datetime import datetime, timedelta
 from functools import lru_cache
 from typing import Any
@@ -13,6 +13,7 @@ from sqlalchemy import (
     and_,
     bindparam,
     func,
+    literal_column,
     null,
     or_,
     select,
@@ -46,9 +47,24 @@ class History:
         [(clock,)] = self._read(select(now()))
         return clock  # type: ignore[no-any-return]
 
-    def names(self) -> list[str]:
-        """Return the workers that the database knows."""
-        return [row.name for row in self._read(select(workers.c.name).order_by(workers.c.name))]
+    def schedules(self) -> dict[str, str]:
+        """Return the text of the schedule of each worker that the database knows."""
+        return dict(self._read(_schedules))
+
+    def scheduled_at(self, names: Collection[str]) -> dict[str, datetime]:
+        """Return the moment since when the schedule of each worker of `names` is in force."""
+        return dict(self._read(_scheduled_at.where(workers.c.name.in_(names)))) if names else {}
+
+    def up_to(self, places: Sequence[tuple[str, datetime]], count: int) -> list[list[Record]]:
+        """Return, for each worker and tick of `places`, the newest `count` rows up to this tick, newest first."""
+        found: list[list[Record]] = [[] for _ in places]
+        if found:
+            parameters: dict[str, Any] = {}
+            for number, (name, tick) in enumerate(places):
+                parameters |= {f"worker_{number}": name, f"tick_{number}": tick}
+            for number, *row in self._read(_up_to(len(found), count), parameters):
+                found[number].append(Record(*row))
+        return found
 
     def latest(self, names: Collection[str] | None = None) -> dict[str, Record]:
         """Return each worker's newest row (of `names`) that is not running. It may be about ticks without a run."""
@@ -261,6 +277,26 @@ def _is_after(place: Place) -> ColumnElement[bool]:
 def _is_before(place: Place) -> ColumnElement[bool]:
     tick, id = place
     return and_(executions.c.tick <= tick, or_(executions.c.tick < tick, executions.c.id < id))
+
+
+_schedules = select(workers.c.name, workers.c.schedule)
+_scheduled_at = select(workers.c.name, workers.c.scheduled_at)
+
+
+@lru_cache
+def _up_to(places: int, count: int) -> CompoundSelect[Any]:
+    """Select the newest scheduled rows of each place, each with the number of its place."""
+    newest = select(*_without_reason, now()).where(executions.c.trigger == "schedule")
+    newest = newest.order_by(*_newest_first).limit(count)
+    of_place = (
+        select(literal_column(str(number)), newest.where(_is_up_to(number)).subquery()) for number in range(places)
+    )
+    return union_all(*of_place)
+
+
+def _is_up_to(number: int) -> ColumnElement[bool]:
+    tick = bindparam(f"tick_{number}", type_=executions.c.tick.type)
+    return and_(executions.c.worker == bindparam(f"worker_{number}"), executions.c.tick <= tick)
 
 
 @lru_cache  # making this query takes longer than running it

@@ -1,9 +1,9 @@
 """Pages of the fleet: the timeline and the instances."""
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import TypeVar
 from urllib.parse import quote
@@ -11,13 +11,17 @@ from urllib.parse import quote
 from flask import Blueprint, abort, render_template, request, url_for
 from flask.typing import ResponseReturnValue
 
+from ...errors import InvalidSchedule
 from ...history.records import STATES, InstanceRecord, Record, Window
-from ...history.status import WorkerStatus, statuses
+from ...history.status import LATE, WorkerStatus, statuses
 from ...history.text import moment, moment_in
 from ...ledger.leases import OFFSET_WARNED
 from ...ledger.locks import Holding
 from ...manager import BackgroundWorkerManager, the_manager
+from ...schedule.parsing import parse_schedule
+from ...schedule.periods import MICROSECOND
 from ..filters import state_class
+from ..ticks import UNRECORDED, Expected, marks, possible_gaps
 from ..timeline import SIGNS, draw
 
 LENGTHS = {
@@ -28,6 +32,7 @@ LENGTHS = {
 }
 _USUAL = "5m"
 _MOST_BARS, _MOST_LATE = 300, 10
+_MOST_GAPS, _ROWS_PER_GAP = 20, 5
 FEW_GONE = 3  # of the instances that left, the page shows this many at once
 
 Held = TypeVar("Held", Record, Holding)
@@ -44,13 +49,15 @@ def add_to(blueprint: Blueprint) -> None:
 def timeline_page() -> ResponseReturnValue:
     manager = the_manager()
     history = manager.history
-    names = sorted({*manager.workers, *history.names()})
+    schedules = history.schedules()
+    names = sorted({*manager.workers, *schedules})
     worker = request.args.get("worker") or None
     if worker is not None and worker not in names:
         abort(404, f"There is no worker {worker!r}.")
     key = request.args.get("window", _USUAL)
     key = key if key in LENGTHS else _USUAL
     window = history.window(LENGTHS[key][1], _until(), worker, _MOST_BARS)
+    window, has_more_gaps = _with_gaps(manager, window, list(_expected(manager, window, schedules, worker)))
     late = _late(manager, worker) if window.until == window.clock else []
     return render_template(
         "background/timeline.html",
@@ -65,12 +72,50 @@ def timeline_page() -> ResponseReturnValue:
         later=_later(window),
         rest=moment(window.complete_since),
         most=_MOST_BARS,
+        most_gaps=_MOST_GAPS if has_more_gaps else None,
         late=late[:_MOST_LATE],
         more_late=len(late[_MOST_LATE:]),
         addresses=_addresses({each.worker for each in window.records} | {each.name for each in late[:_MOST_LATE]}),
-        classes={state: state_class(state) for state in STATES},
+        classes={state: state_class(state) for state in (*STATES, UNRECORDED)},
         signs=SIGNS,
     )
+
+
+def _with_gaps(manager: BackgroundWorkerManager, window: Window, workers: Sequence[Expected]) -> tuple[Window, bool]:
+    """Add marks for ticks without a row to the window. Also return whether there are more than _MOST_GAPS gaps.
+
+    Only a window with gaps takes queries.
+    """
+    gaps = sorted(possible_gaps(window, workers), key=lambda gap: gap[1].last)
+    shown = gaps[-_MOST_GAPS:]
+    if not shown:
+        return window, False
+    rows = manager.history.up_to([(worker.name, gap.last) for worker, gap in shown], _ROWS_PER_GAP)
+    since = manager.history.scheduled_at({worker.name for worker, _ in shown})
+    found = [
+        mark
+        for (worker, gap), newest in zip(shown, rows, strict=True)
+        for mark in marks(worker, gap, newest, since.get(worker.name, window.until))
+    ]
+    records = sorted((*window.records, *found), key=lambda record: record.began_at)
+    return replace(window, records=tuple(records)), len(gaps) > len(shown)
+
+
+def _expected(
+    manager: BackgroundWorkerManager, window: Window, schedules: Mapping[str, str], only: str | None
+) -> Iterator[Expected]:
+    """Yield the workers (or this one) that this release runs, if they have a tick in the window."""
+    names: dict[str, list[str]] = defaultdict(list)
+    for name, text in schedules.items():
+        if only in (None, name):
+            names[text].append(name)
+    ours, due = manager.workers, window.clock - LATE
+    for text, same in names.items():
+        with suppress(InvalidSchedule):
+            schedule = parse_schedule(text)
+            if schedule.next(window.complete_since - MICROSECOND) < window.until:
+                known = [ours[name] for name in same if name in ours]
+                yield from (Expected(each.name, schedule, due - each.jitter) for each in known if each.enabled)
 
 
 def _late(manager: BackgroundWorkerManager, worker: str | None) -> list[WorkerStatus]:

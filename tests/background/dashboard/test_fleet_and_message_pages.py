@@ -169,6 +169,67 @@ def test_a_tick_that_waits_is_below_the_live_picture_with_a_link_to_the_reason(
     assert '<a href="/workers/?state=overdue">2 more</a>' in page
 
 
+@on_sqlite
+def test_ticks_without_a_row_have_a_mark_that_leads_to_the_reason_and_take_two_queries(
+    manager: BackgroundWorkerManager, client: FlaskClient
+) -> None:
+    known_since_morning(manager, "ticker")
+    minutes = [NOON + number * MINUTE for number in range(-20, 20)]
+    ran(manager, *(at for at in minutes if not NOON < at < NOON + 4 * MINUTE), worker="ticker")
+    for query in ("", "&worker=ticker"):
+        with statements(Engine) as seen:
+            page = see(client, f"timeline?until=2024-06-01T12:05:00Z&table=1{query}")
+        assert "ticker: tick 2024-06-01T12:01:00Z to 2024-06-01T12:03:00Z, no execution" in page
+        assert page.count('<a href="/workers/worker/ticker?at=2024-06-01T12:03:00Z#why"') == 2
+        with statements(Engine) as of_no_gap:
+            page = see(client, f"timeline?until=2024-06-01T12:00:00Z&table=1{query}")
+        assert ", no execution" not in page
+        assert len(seen) == len(of_no_gap) + 2
+
+
+@on_sqlite
+def test_a_row_that_was_written_after_the_window_tells_of_its_ticks(
+    manager: BackgroundWorkerManager, client: FlaskClient
+) -> None:
+    known_since_morning(manager, "ticker")
+    ran(manager, NOON - 10 * MINUTE, worker="ticker")
+    out = {"through": NOON + 10 * MINUTE, "instance": None, "started_at": None, "state": "missed"}
+    later = NOON + 30 * MINUTE
+    ran(manager, later, worker="other")
+    ran(manager, NOON - 9 * MINUTE, worker="ticker", finished_at=later, **out)
+    ran(manager, NOON + 11 * MINUTE, NOON + 12 * MINUTE, worker="ticker", started_at=later)
+    page = see(client, "timeline?until=2024-06-01T12:05:00Z")
+    assert "ticker: tick 2024-06-01T11:51:00Z to 2024-06-01T12:10:00Z, missed" in page
+    page = see(client, "timeline?until=2024-06-01T12:13:30Z")
+    assert "to 2024-06-01T12:10:00Z, missed" in page
+    assert "ticker: tick 2024-06-01T12:13:00Z, no execution" in page
+
+
+@on_sqlite
+def test_only_the_newest_gaps_of_workers_that_this_release_runs_have_a_mark(
+    manager: BackgroundWorkerManager, client: FlaskClient
+) -> None:
+    names = [f"another_{number:02}" for number in range(25)]
+    for name in names:
+        manager.add(type("Another", (Hourly,), {"name": name, "enabled": name != "another_24"}))
+    known_since_morning(manager, *names, "of_another_release")
+    for name in [*names, "of_another_release"]:
+        ran(manager, NOON, worker=name)
+    page = see(client, "timeline?until=2024-06-01T12:05:00Z")
+    assert page.count(", no execution</title>") == 20
+    assert "Only the newest 20 gaps" in page
+    for name in ("another_24", "of_another_release"):
+        assert ", no execution" not in see(client, f"timeline?until=2024-06-01T12:05:00Z&worker={name}")
+    assert ", no execution" in see(client, "timeline?until=2024-06-01T12:05:00Z&worker=another_00")
+
+
+def known_since_morning(manager: BackgroundWorkerManager, *names: str) -> None:
+    """Insert the workers, each with a tick every minute."""
+    rows = [schedule_of(name) | {"schedule": "every 60s", "scheduled_at": NOON - HOURS} for name in names]
+    with manager.stores.main.engine.begin() as connection:
+        connection.execute(insert(tables.workers), rows)
+
+
 def schedule_of(name: str) -> dict[str, Any]:
     return {"name": name, "schedule": "every 60 s", "declared": "every 60 s", "scheduled_at": NOON}
 
