@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
+from sqlalchemy import Connection
 from sqlalchemy.orm import Session, SessionTransaction
 
 from ..context import WorkerContext
@@ -25,6 +26,7 @@ from ..worker import MessageWorker, pause_after
 from .execution import await_result, write_with_retries
 from .failures import summary, traceback_of
 from .running import Runs
+from .unsent import Unsent
 
 T = TypeVar("T")
 
@@ -41,6 +43,7 @@ class MessageContext(WorkerContext):
         self._open = [message.id for message in these]
         self._handled: list[int] = []
         self._transaction: SessionTransaction | None = None
+        self._unsent = Unsent(self.session)
 
     def begin(self, message: Message) -> None:
         """Make `message` the current message of this run. Raises ClaimLost if the lease is over."""
@@ -51,10 +54,20 @@ class MessageContext(WorkerContext):
 
     def handled(self, *messages: Message) -> None:
         """Let the next commit acknowledge `messages`, together with the session's effects."""
-        self.session.flush()  # the next `book.stock = Book.stock + 1` would replace this change
+        if self.session is not self._unsent.session:  # a handler removed the session
+            self._unsent = Unsent(self.session)
+        if len(messages) < len(self._open):
+            self._unsent.end_message()
+        else:
+            self.session.flush()  # all messages at once, or a single message
         self._refuse_if_rolled_back()
         self._handled += [message.id for message in messages if message.id in self._open]
         self._transaction = self._transaction or self.session.get_transaction()
+
+    def began(self, session: Session, connection: Connection) -> None:
+        super().began(session, connection)
+        if session is self.session:
+            self._unsent.send_before_statements(connection)
 
     def finish(self) -> None:
         self.session.flush()

@@ -476,6 +476,16 @@ MUTATIONS = (
         ["tests/background/messages/test_queue.py", "-k", "whatever"],
     ),
     Mutation(
+        "a changed row does not wait for the end of its batch",
+        [Edit("background/runs/unsent.py", "not self._may_wait or session.dirty or", "not self._may_wait or")],
+        ["tests/background/runs/test_unsent.py", "-k", "by_an_expression"],
+    ),
+    Mutation(
+        "a new row is sent before the statements of later messages",
+        [Edit("background/runs/unsent.py", "lambda *_: self.send()", "lambda *_: None")],
+        ["tests/background/runs/test_unsent.py", "-k", "by_a_connection"],
+    ),
+    Mutation(
         "no connection older than an outage is used again",
         [Edit("background/database/outages.py", "if record.info.get(_STAMP, 0) != self._number:", "if False:")],
         ["tests/promise/test_outages.py", "-k", "emptied_by_an_error"],

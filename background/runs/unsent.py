@@ -1,0 +1,79 @@
+"""New rows that the handlers of a batch added, and that one flush sends together: many times faster than one by one."""
+
+from typing import Any
+
+from sqlalchemy import Connection, event
+from sqlalchemy.orm import Mapper, Session, object_mapper
+
+_AT_FLUSH = ("before_flush", "after_flush", "after_flush_postexec", "pending_to_persistent", "pending_to_transient")
+_AT_INSERT = ("before_insert", "after_insert")
+_HARMLESS = {"builtins", "random", "secrets", "time", "uuid"}
+
+
+class Unsent:
+    """The rows of handled messages that wait, outside of `session`, for the session's next statement.
+
+    The database receives the same rows in the same order as with a flush after each message. So the rows of a message
+    wait only if it does nothing but add rows of one class, without relationships. They do not wait if a function of the
+    application runs at the flush, because that function may ask for the current message.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self._rows: list[Any] = []
+        self._mapper: Mapper[Any] | None = None
+        self._may_wait = not any(getattr(session.dispatch, name) for name in _AT_FLUSH)
+        self._ask = session.connection
+        session.connection = self._connection_asked_for  # type: ignore[method-assign]
+
+    def end_message(self) -> None:
+        """Keep the new rows of the message that was just handled, or flush its changes."""
+        session, new = self.session, list(self.session.new)
+        if not self._may_wait or session.dirty or session.deleted or not self._can_wait(new):
+            session.flush()
+            return
+        if not self._rows:
+            self._connection = self._ask(bind_arguments={"mapper": self._mapper})
+        for each in new:
+            session.expunge(each)
+        self._rows += new
+
+    def _can_wait(self, new: list[Any]) -> bool:
+        """Return whether the rows `new` may wait. Send the rows that wait if they are of another class."""
+        mappers = {object_mapper(each) for each in new}
+        if len(mappers) != 1:
+            return False
+        if self._mapper not in mappers:
+            self.send()
+            (self._mapper,) = mappers
+            self._is_plain = _is_plain(self._mapper)
+            self._relationships = frozenset(self._mapper.relationships.keys())
+        return self._is_plain and all(self._relationships.isdisjoint(vars(each)) for each in new)
+
+    def send_before_statements(self, connection: Connection) -> None:
+        """Send the rows before the next statement that the session sends on `connection`."""
+        event.listen(connection, "before_cursor_execute", lambda *_: self.send())
+
+    def send(self) -> None:
+        """Send the rows in the session's transaction, but leave what the current message changed in the session."""
+        rows, self._rows = self._rows, []
+        if not rows or self._connection.closed:  # after a rollback
+            return
+        # If the database refuses them, the transaction is rolled back and cannot be committed.
+        with Session(self._connection, join_transaction_mode="rollback_only") as session:
+            session.add_all(rows)
+            session.flush()
+
+    def _connection_asked_for(self, *given: Any, **named: Any) -> Connection:
+        """Let no row wait from now on: the caller may use the driver's cursor, which no listener sees."""
+        self.send()
+        self._may_wait = False
+        return self._ask(*given, **named)
+
+
+def _is_plain(mapper: Mapper[Any]) -> bool:
+    """Return whether an INSERT of this class runs no function of the application."""
+    defaults: list[Any] = [column.default for table in mapper.tables for column in table.columns if column.default]
+    return not any(getattr(mapper.dispatch, name) for name in _AT_INSERT) and not any(
+        default.is_callable and default.arg.__module__ not in _HARMLESS for default in defaults
+    )

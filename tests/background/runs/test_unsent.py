@@ -1,0 +1,294 @@
+"""Rows that the handlers of a batch add are sent by one flush, and each message still has its own effects."""
+
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from sqlalchemy import Column, Engine, ForeignKey, Integer, String, Uuid, event, func, insert, select, text, update
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session, relationship
+from support.fleet import Fleet, Note, db, statements, states, wait_until
+
+from background import Message, MessageWorker, WorkerContext
+
+handling: list[str] = []
+
+
+class Entry(db.Model):  # type: ignore[name-defined, misc]
+    """A row whose default asks for the current message."""
+
+    __tablename__ = "entries"
+
+    id = Column(Integer, primary_key=True)
+    actor = Column(String(20), default=lambda: handling[-1])
+
+
+class Ticket(db.Model):  # type: ignore[name-defined, misc]
+    """A row whose default is a function of the standard library."""
+
+    __tablename__ = "tickets"
+
+    number = Column(Uuid, primary_key=True, default=uuid4)
+
+
+class Node(db.Model):  # type: ignore[name-defined, misc]
+    """A row with a parent of the same class."""
+
+    __tablename__ = "nodes"
+
+    id = Column(Integer, primary_key=True)
+    parent_id = Column(ForeignKey("nodes.id"))
+    parent = relationship("Node", remote_side=[id])
+
+
+class Leaf(db.Model):  # type: ignore[name-defined, misc]
+    """A row that needs a node, which SQLAlchemy does not know as its parent."""
+
+    __tablename__ = "leaves"
+
+    id = Column(Integer, primary_key=True)
+    node_id = Column(ForeignKey("nodes.id"), nullable=False)
+
+
+OWN = [each.__table__ for each in (Entry, Ticket, Node, Leaf)]
+
+
+class Adding(MessageWorker):
+    """Adds one row per message."""
+
+    topic = "notes"
+    max_attempts = 2
+    backoff = timedelta(milliseconds=20)
+
+    def handle(self, message: Message, context: WorkerContext) -> Any:
+        handling.append(message.payload)
+        self.add(message, context)
+
+    def add(self, message: Message, context: WorkerContext) -> Any:
+        context.session.add(Note(text=message.payload))
+
+
+@pytest.fixture(autouse=True)
+def tables(fleet: Fleet) -> Iterator[None]:
+    handling.clear()
+    db.metadata.create_all(fleet.engine, OWN)
+    yield
+    db.metadata.drop_all(fleet.engine, OWN)
+
+
+def handled(fleet: Fleet, add: Callable[[Message, WorkerContext], Any], *payloads: str) -> list[str]:
+    """Have `add` handle a batch of messages with these payloads. Return the texts of the rows, sorted."""
+    manager = fleet.manager(type("AddingToo", (Adding,), {"add": lambda _, *given: add(*given)}))
+    fleet.enqueue("notes", *payloads)
+    manager.start()
+    wait_until(lambda: not {"waiting", "running"} & set(states(fleet)), "the end")
+    manager.stop()
+    return rows(fleet, Note.text)
+
+
+def rows(fleet: Fleet, column: Any) -> list[Any]:
+    with fleet.engine.connect() as connection:
+        return sorted(connection.scalars(select(column)))
+
+
+def add_note(message: Message, context: WorkerContext) -> None:
+    context.session.add(Note(text=message.payload))
+
+
+PAYLOADS = [f"{number:02}" for number in range(20)]
+
+
+def test_new_rows_of_a_batch_are_sent_together(fleet: Fleet) -> None:
+    with statements(Engine) as sent:
+        handled(fleet, lambda _, context: context.session.add(Ticket()), *PAYLOADS)
+    assert len([each for each in sent if "INTO tickets" in each]) == 1
+    assert len(set(rows(fleet, Ticket.number))) == len(PAYLOADS)
+
+
+# -- functions of the application that ask for the current message -------------------------------------------
+
+
+def test_a_default_is_asked_for_while_its_message_is_current(fleet: Fleet) -> None:
+    handled(fleet, lambda _, context: context.session.add(Entry()), *PAYLOADS)
+    assert rows(fleet, Entry.actor) == PAYLOADS
+
+
+def stamp(session: Session, *_: Any) -> None:
+    for new in session.new:
+        if isinstance(new, Note):
+            new.text = handling[-1]
+
+
+def stamp_one(_mapper: Any, _connection: Any, target: Note) -> None:
+    target.text = handling[-1]
+
+
+@pytest.mark.parametrize(
+    ("target", "name", "listener"), [(db.session, "before_flush", stamp), (Note, "before_insert", stamp_one)]
+)
+def test_a_listener_is_called_while_its_message_is_current(
+    fleet: Fleet, target: Any, name: str, listener: Callable[..., None]
+) -> None:
+    event.listen(target, name, listener)
+    try:
+        assert handled(fleet, lambda _, context: context.session.add(Note(text="")), *PAYLOADS) == PAYLOADS
+    finally:
+        event.remove(target, name, listener)
+
+
+# -- later messages of the batch ----------------------------------------------------------------------------
+
+
+def by_a_statement(context: WorkerContext) -> None:
+    context.session.execute(update(Note).values(number=Note.number + 1))
+
+
+def by_a_table(context: WorkerContext) -> None:
+    context.session.execute(update(Note.__table__).values(number=Note.number + 1))
+
+
+def by_a_connection(context: WorkerContext) -> None:
+    context.session.connection().exec_driver_sql("UPDATE notes SET number = number + 1")
+
+
+def by_an_expression(context: WorkerContext) -> None:
+    context.session.get(Note, 1).number = Note.number + 1  # no statement, once the session has the row
+
+
+@pytest.mark.parametrize("change", [by_a_statement, by_a_table, by_a_connection, by_an_expression])
+def test_a_later_message_changes_the_row_of_an_earlier_message(
+    fleet: Fleet, change: Callable[[WorkerContext], None]
+) -> None:
+    handled(
+        fleet,
+        lambda message, context: (
+            context.session.add(Note(id=1, text="")) if message.payload == "first" else change(context)
+        ),
+        "first",
+        *PAYLOADS,
+    )
+    assert rows(fleet, Note.number) == [len(PAYLOADS)]
+
+
+def count(context: WorkerContext) -> int:
+    with context.session.no_autoflush:
+        return context.session.scalar(select(func.count(Note.id)))
+
+
+def count_by_the_driver(context: WorkerContext) -> int:
+    cursor = context.session.connection().connection.cursor()
+    cursor.execute("SELECT count(*) FROM notes")
+    return cursor.fetchone()[0]
+
+
+@pytest.mark.parametrize("count", [count, count_by_the_driver])
+def test_a_statement_finds_the_rows_of_earlier_messages_and_not_those_of_its_own(
+    fleet: Fleet, count: Callable[[WorkerContext], int]
+) -> None:
+    def add(message: Message, context: WorkerContext) -> None:
+        context.session.add(note := Note(text="first"))
+        context.session.add(Note(text="second"))
+        note.number = count(context)
+
+    handled(fleet, add, "first", *PAYLOADS)
+    assert rows(fleet, Note.number) == sorted([0] * 21 + list(range(0, 42, 2)))
+
+
+def add_incomplete(message: Message, context: WorkerContext) -> None:
+    context.session.add(note := Note())
+    with context.session.no_autoflush:
+        note.text = str(context.session.query(Note).count())
+
+
+def add_in_bulk(message: Message, context: WorkerContext) -> None:
+    add_note(message, context)
+    context.session.bulk_insert_mappings(Note, [{"text": message.payload}])
+
+
+def add_a_child(message: Message, context: WorkerContext) -> None:
+    context.session.add(Node(parent=context.session.get(Node, 1000)))
+
+
+def add_a_leaf(message: Message, context: WorkerContext) -> None:
+    number = handling.index(message.payload)
+    context.session.add(Leaf(node_id=number) if number % 2 else Node(id=number + 1))
+
+
+@pytest.mark.parametrize("add", [add_incomplete, add_in_bulk, add_a_child, add_a_leaf])
+def test_a_batch_is_handled_only_once_if_its_rows_cannot_be_sent_together(
+    fleet: Fleet, add: Callable[[Message, WorkerContext], None]
+) -> None:
+    with fleet.engine.begin() as connection:
+        connection.execute(text("INSERT INTO nodes (id) VALUES (1000)"))
+    handled(fleet, add, *PAYLOADS)
+    assert handling == PAYLOADS
+    assert states(fleet) == ["done"] * len(PAYLOADS)
+
+
+def expunge_all(session: Session) -> None:
+    session.expunge_all()
+
+
+def add_and_expunge(session: Session) -> None:
+    session.add(note := Note(text="expunged"))
+    session.expunge(note)
+
+
+def roll_back(session: Session) -> None:
+    session.rollback()
+
+
+def close(session: Session) -> None:
+    session.close()
+
+
+def remove(_session: Session) -> None:
+    db.session.remove()
+
+
+@pytest.mark.parametrize("deed", [expunge_all, add_and_expunge, roll_back, close, remove])
+def test_no_later_message_takes_a_new_row_away(fleet: Fleet, deed: Callable[[Session], None]) -> None:
+    def add(message: Message, context: WorkerContext) -> None:
+        if message.payload == "daring":
+            deed(context.session)
+        else:
+            add_note(message, context)
+
+    assert handled(fleet, add, "daring", "one", "daring", "two", "daring") == ["one", "two"]
+    assert set(states(fleet)) == {"done"}
+    assert fleet.errors() == []
+
+
+def test_a_refused_row_costs_only_its_own_message(fleet: Fleet) -> None:
+    def add(message: Message, context: WorkerContext) -> None:
+        context.session.add(Note(text=message.payload, number=-1 if message.payload == "bad" else 1))
+
+    assert handled(fleet, add, "one", "bad", "two") == ["one", "two"]
+    assert states(fleet) == ["done", "dead", "done"]
+
+
+def in_a_savepoint(session: Session, text: str) -> None:
+    with session.begin_nested():
+        session.add(Note(text=text))
+
+
+def by_a_core_statement(session: Session, text: str) -> None:
+    session.execute(insert(Note.__table__), {"text": text, "number": 1})
+
+
+@pytest.mark.parametrize("insert_one", [in_a_savepoint, by_a_core_statement])
+def test_a_handler_that_expects_a_refusal_does_not_swallow_that_of_an_earlier_message(
+    fleet: Fleet, insert_one: Callable[[Session, str], None]
+) -> None:
+    def add(message: Message, context: WorkerContext) -> None:
+        if message.payload == "bad":
+            context.session.add(Note(text="bad", number=-1))
+        else:
+            with suppress(IntegrityError):
+                insert_one(context.session, message.payload)
+
+    assert handled(fleet, add, "one", "bad", "two") == ["one", "two"]
+    assert states(fleet) == ["done", "dead", "done"]
