@@ -28,9 +28,11 @@ from ..ledger.claim import WorkerState, is_of_claim
 from ..ledger.ledger import Ledger
 from .instances import InstanceHistory
 from .records import FAILED, ErrorGroup, Glance, Place, Record, Surroundings, Window, grouped
+from .text import clipped
 
 MOST_SEARCHED = 5_000
 ERRORS_IN, MOST_ERRORS = 1_000, 100  # the newest executions that are searched for errors, and the errors that are read
+SHOWN_CURSOR = 1_000  # characters
 _MOST_ATTEMPTS = 50
 _MINUTE = timedelta(minutes=1)
 
@@ -148,8 +150,14 @@ class History:
 
     def log(self, execution: int) -> str | None:
         """Return the log lines of that execution. None if it logged nothing, or was pruned."""
-        rows = self._read(select(executions.c.log).where(executions.c.id == execution))
-        return rows[0].log if rows else None
+        return self.log_and_cursor(execution)[0]
+
+    def log_and_cursor(self, execution: int) -> tuple[str | None, str | None]:
+        """Return the log lines of that execution, and at most SHOWN_CURSOR characters of its cursor."""
+        begin = func.substr(executions.c.cursor, 1, SHOWN_CURSOR + 1)
+        for log, cursor in self._read(select(executions.c.log, begin).where(executions.c.id == execution)):
+            return log, None if cursor is None else clipped(cursor, SHOWN_CURSOR)
+        return None, None
 
     def per_minute(self) -> int:
         """Return the number of runs that began within the last minute."""

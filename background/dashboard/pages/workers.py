@@ -98,13 +98,15 @@ def execution_page(name: str, id: int) -> ResponseReturnValue:
     if record is None or record.worker != name:
         abort(404)
     previous, following = manager.history.neighbours(record)
+    log, cursor = manager.history.log_and_cursor(id)
     return render_template(
         "background/execution.html",
         record=record,
         previous=previous,
         following=following,
         attempts=manager.history.attempts(record),
-        log=manager.history.log(id),
+        log=log,
+        cursor=cursor,
         is_ours=name in manager.workers,
     )
 

@@ -1,5 +1,6 @@
 """The dashboard of the workers, as its server responds: on both databases, for every role, for any input."""
 
+import json
 import re
 from datetime import UTC, datetime, timedelta
 from html import unescape
@@ -199,6 +200,19 @@ def test_an_execution_shows_its_error_and_its_log_without_markup_from_them(clien
     page(client, link.replace("talker", "measuring"), 404)
     page(client, "/workers/worker/talker/999999", 404)
     page(client, f"/workers/worker/talker/{2**63}", 404)
+
+
+def test_an_execution_shows_the_beginning_of_its_cursor_without_markup_from_it(client, manager, engine):
+    now = datetime.now(UTC)
+    cursors = [json.dumps([EVIL, "\x1b", "long" * 1_000]), "0", None]
+    rows = [{"tick": now + timedelta(seconds=n), "cursor": cursor} for n, cursor in enumerate(cursors)]
+    add_executions(engine, *rows)
+    long, zero, none = (page(client, f"/workers/worker/talker/{id}") for id in (1, 2, 3))
+    assert "<code>[&#34;&lt;script&gt;alert(\\&#34;1\\&#34;)" in long
+    assert "…</code>" in long
+    assert long.count("long") < 250
+    assert "<dd><code>0</code></dd>" in zero
+    assert "Cursor" not in none
 
 
 def test_a_worker_shows_its_next_five_ticks_and_where_the_clocks_change(client, manager):
