@@ -56,6 +56,12 @@ def _moments() -> Any:
 
         def load(self, data: Any) -> Any:
             try:
+                return datetime.fromisoformat(str(data, "ascii"))  # takes a third of the time of psycopg's loader
+            except ValueError:
+                return self._other(data)
+
+        def _other(self, data: Any) -> Any:
+            try:
                 return self._load(data)
             except psycopg.DataError:
                 is_before = bytes(data).startswith(b"-") or bytes(data).endswith(b"BC")
