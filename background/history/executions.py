@@ -70,18 +70,8 @@ class History:
 
     def latest(self, names: Collection[str] | None = None) -> dict[str, Record]:
         """Return each worker's newest row (of `names`) that is not running. It may be about ticks without a run."""
-        each = executions.alias()
-        newest = (
-            select(each.c.id)
-            .where(each.c.worker == workers.c.name, each.c.state != "running")
-            .order_by(each.c.tick.desc(), each.c.id.desc())
-            .limit(1)
-            .scalar_subquery()
-        )
-        query = _whole.select_from(executions).join(workers, executions.c.id == newest)
-        if names is not None:
-            query = query.where(workers.c.name.in_(names))
-        return {record.worker: record for record in self._records(query)}
+        found = self._records(_latest) if names is None else self._records(_latest_of, {"names": [*names]})
+        return {record.worker: record for record in found}
 
     def executions(self, name: str, limit: int = 20, state: str | None = None) -> list[Record]:
         """Return the newest executions of `name` (of one state), newest first."""
@@ -161,8 +151,7 @@ class History:
 
     def per_minute(self) -> int:
         """Return the number of runs that began within the last minute."""
-        begun = executions.c.id > last_until(executions.c.started_at, select(now(-_MINUTE)).scalar_subquery())
-        [(number,)] = self._read(select(func.count()).where(begun, executions.c.started_at.is_not(None)))
+        [(number,)] = self._read(_just_begun)
         return number  # type: ignore[no-any-return]
 
     def running(self) -> list[Record]:
@@ -239,8 +228,8 @@ class History:
         [(oldest,)] = self._read(select(func.min(executions.c.tick)).where(executions.c.worker == name))
         return (after[0] if after else None), oldest
 
-    def _records(self, query: Select[Any]) -> list[Record]:
-        return [Record(*row) for row in self._read(query)]
+    def _records(self, query: Select[Any], values: dict[str, Any] | None = None) -> list[Record]:
+        return [Record(*row) for row in self._read(query, values)]
 
     def _marked(self, records: list[Record]) -> list[Record]:
         """Return the records with `is_gone` filled in."""
@@ -271,6 +260,21 @@ _without_reason = [
 ]
 _whole: Select[Any] = select(*_columns, now().label("clock"))
 _brief: Select[Any] = select(*_without_reason, now().label("clock"))
+# These are built once, as building takes longer than reading.
+_just_begun = select(func.count()).where(
+    executions.c.id > last_until(executions.c.started_at, select(now(-_MINUTE)).scalar_subquery()),
+    executions.c.started_at.is_not(None),
+)
+_each = executions.alias()
+_newest_ended = (
+    select(_each.c.id)
+    .where(_each.c.worker == workers.c.name, _each.c.state != "running")
+    .order_by(_each.c.tick.desc(), _each.c.id.desc())
+    .limit(1)
+    .scalar_subquery()
+)
+_latest = _whole.select_from(executions).join(workers, executions.c.id == _newest_ended)
+_latest_of = _latest.where(workers.c.name.in_(bindparam("names", expanding=True)))
 
 
 def _overlaps(record: Record, since: datetime, until: datetime) -> bool:

@@ -53,10 +53,10 @@ class InstanceHistory:
         alive, gone = newest.where(is_alive), newest.where(not_(is_alive)).limit(_MOST_GONE)
         return [InstanceRecord(*row) for query in (alive, gone) for row in self._read(query)]
 
-    def alive(self) -> int:
-        """Return the number of living instances."""
-        [(number,)] = self._read(select(func.count()).select_from(instances).where(is_alive))
-        return number  # type: ignore[no-any-return]
+    def alive(self) -> tuple[int, datetime]:
+        """Return the number of living instances, and the database's clock."""
+        [(number, clock)] = self._read(select(func.count(), now()).select_from(instances).where(is_alive))
+        return number, clock
 
     def silence(self) -> Silence | None:
         """Return the state of a fleet in which no instance is alive, in one read. None while an instance is alive."""

@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
 
-from sqlalchemy import and_, func, or_, select
+from sqlalchemy import and_, or_, select
 
 from ..database.tables import totals, workers
 from ..errors import InvalidSchedule
@@ -21,6 +21,7 @@ from .status import WorkerStatus, statuses
 
 PROBLEMS = ("overdue", "stuck", "failing", "dead")
 STATES = (*PROBLEMS, "running", "paused", "disabled")
+_NONE: frozenset[str] = frozenset()
 
 
 class ListedWorker(NamedTuple):
@@ -53,15 +54,19 @@ def listed_workers(
 
 
 def _states(worker: type[PeriodicWorker] | None, status: WorkerStatus | None, is_failing: bool) -> frozenset[str]:
-    states = {"failing": is_failing, "disabled": worker is not None and not worker.enabled}
+    found = ["failing"] if is_failing else []
+    if worker is not None and not worker.enabled:
+        found.append("disabled")
     if status is not None:
-        states |= {
-            "overdue": status.is_late,
-            "stuck": status.stuck is not None,
-            "running": status.is_running,
-            "paused": status.is_paused,
-        }
-    return frozenset([name for name, is_so in states.items() if is_so])
+        if status.is_late:
+            found.append("overdue")
+        if status.stuck is not None:
+            found.append("stuck")
+        if status.is_running:
+            found.append("running")
+        if status.is_paused:
+            found.append("paused")
+    return frozenset(found) if found else _NONE
 
 
 def _states_of(topic: Topic) -> frozenset[str]:
@@ -70,18 +75,15 @@ def _states_of(topic: Topic) -> frozenset[str]:
 
 
 # The workers whose last outcome is a failure, from the few counters of each worker.
-_succeeded_at = func.max(totals.c.latest_at).filter(totals.c.label == "succeeded")
-_failed_at = func.max(totals.c.latest_at).filter(totals.c.label != "succeeded")
-_outcomes = and_(
-    totals.c.worker == workers.c.name,
-    totals.c.kind == "state",
-    totals.c.label.in_(("succeeded", *FAILED)),
-)
+_success = totals.alias()
 _failing = (
     select(workers.c.name)
-    .join(totals, _outcomes)
-    .group_by(workers.c.name)
-    .having(and_(_failed_at.is_not(None), or_(_succeeded_at.is_(None), _failed_at > _succeeded_at)))
+    .join(totals, and_(totals.c.worker == workers.c.name, totals.c.kind == "state", totals.c.label.in_(FAILED)))
+    .outerjoin(
+        _success,
+        and_(_success.c.worker == totals.c.worker, _success.c.kind == "state", _success.c.label == "succeeded"),
+    )
+    .where(or_(_success.c.latest_at.is_(None), totals.c.latest_at > _success.c.latest_at))
 )
 
 
@@ -90,14 +92,15 @@ def overview(
     ours: Mapping[str, type[PeriodicWorker]],
     names: Collection[str] | None = None,
     found: Sequence[WorkerStatus] | None = None,
+    clock: datetime | None = None,
 ) -> list[dict[str, Any]]:
     """Return every worker (of `names`) of this release and of the database, in a constant number of queries.
 
-    `found` are the statuses of all workers, if the caller has read them.
+    `found` are the statuses of all workers and `clock` is the database's, if the caller has read them.
     """
     instances = InstanceHistory(stores.leases)
     history = History(stores.ledger, instances)
-    clock, states, latest = history.clock(), stores.ledger.states(names), history.latest(names)
+    clock, states, latest = clock or history.clock(), stores.ledger.states(names), history.latest(names)
     gone = instances.gone({state.instance for state in states.values() if state.instance})
     status = {each.name: each for each in (statuses(stores, ours, names) if found is None else found)}
     known = ours.keys() if names is None else ours.keys() & names

@@ -4,9 +4,9 @@ from collections.abc import Collection, Mapping
 from datetime import datetime, timedelta
 from functools import lru_cache
 from math import inf
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from sqlalchemy import Row, bindparam, case, func, select
+from sqlalchemy import bindparam, case, func, select
 
 from ..database.clock import AHEAD, elapsed, now
 from ..database.tables import executions, instances, totals, workers
@@ -22,7 +22,8 @@ LATE = timedelta(seconds=5)  # longer than an instance with a free thread needs 
 _LONG_SECONDS = 60.0
 _MANY_PERIODS, _MANY_RUNS = 3, 10
 _NO_TIME = timedelta()
-_Ticks = tuple[datetime, datetime, timedelta]
+_Ticks = tuple[datetime, datetime, timedelta] | tuple[None, None, None]
+_NO_TICKS = None, None, None
 
 
 class WorkerStatus(NamedTuple):
@@ -60,11 +61,36 @@ def statuses(
     ours = {name: worker for name, worker in workers_here.items() if worker.enabled}
     # Read where the instances' rows are. On SQLite that is a file of its own, which can read the other rows too.
     rows = stores.leases.read(_query if names is None else _query.where(workers.c.name.in_(names)))
-    future = rows[0].clock + AHEAD if rows else None
-    ahead = [row.name for row in rows if row.mark and row.mark > future]
+    seen = [*map(_Seen._make, rows)]
+    future = seen[0].clock + AHEAD if seen else None
+    ahead = [each.name for each in seen if each.mark and future and each.mark > future]
     decided = dict(stores.leases.read(_decided_by_now, {"names": ahead})) if ahead else {}
     lease = stores.lease.total_seconds()
-    return [_status(row, decided.get(row.name, row.mark), ours.get(row.name), lease) for row in rows]
+    return [_status(each, decided.get(each.name, each.mark), ours.get(each.name), lease) for each in seen]
+
+
+class _Seen(NamedTuple):
+    """The columns of `_query`. Reading a field of SQLAlchemy's own rows takes ten times as long."""
+
+    name: str
+    mark: datetime | None
+    schedule: str
+    scheduled_at: datetime
+    paused_at: datetime | None
+    running: int | None
+    clock: datetime
+    alive_since: datetime | None
+    """The start of the oldest living instance."""
+    pending_tick: datetime | None
+    pending_trigger: str | None
+    pending_after: datetime | None
+    pending_until: datetime | None
+    running_tick: datetime | None
+    instance_name: str | None
+    age: float | None
+    usual: float | None
+    is_alive: bool
+    gone_for: float
 
 
 _age = elapsed(executions.c.started_at, now())
@@ -110,77 +136,76 @@ _last_end = (
 _decided_by_now = select(workers.c.name, _last_end).where(workers.c.name.in_(bindparam("names", expanding=True)))
 
 
-def _status(row: Row[Any], mark: datetime | None, worker: type[PeriodicWorker] | None, lease: float) -> WorkerStatus:
-    is_paused, is_running, clock = row.paused_at is not None, row.running is not None, row.clock
-    ticks = _ticks(row, mark, worker) if worker and not is_paused else None
+def _status(seen: _Seen, mark: datetime | None, worker: type[PeriodicWorker] | None, lease: float) -> WorkerStatus:
+    is_paused, is_running, clock = seen.paused_at is not None, seen.running is not None, seen.clock
     # The claim of a gone instance is taken over only if another instance is alive.
-    is_fleet_alive = row.alive_since is not None
+    is_fleet_alive = seen.alive_since is not None
     runs = is_running and is_fleet_alive
-    waiting = None if runs or not worker else _waiting(row, ticks)
+    first, third, interval = _ticks(seen, mark, worker) if worker and not is_paused else _NO_TICKS
+    waiting = _waiting(seen, first) if worker and not runs else None
     waits_for = clock - waiting if waiting else _NO_TIME
-    interval = ticks[2] if ticks else None
     return WorkerStatus(
-        row.name,
+        seen.name,
         is_running,
         is_paused,
-        ticks[0] if ticks and ticks[1] <= clock and not runs else None,
+        first if third and third <= clock and not runs else None,
         interval,
         waiting,
         waits_for,
         waiting is not None and (waits_for > LATE or not is_fleet_alive),
-        _stuck(row, worker, interval, lease) if worker and is_running else None,
+        _stuck(seen, worker, interval, lease) if worker and is_running else None,
     )
 
 
-def _waiting(row: Row[Any], ticks: _Ticks | None) -> datetime | None:
+def _waiting(seen: _Seen, first: datetime | None) -> datetime | None:
     """Return the first tick that is due and does not run. A tick to run again comes before any other."""
-    pending, retry_at = pending_of(row)
-    if pending and (row.pending_trigger == "manual" or ticks):
-        since: datetime = retry_at or pending
-        return since if since <= row.clock else None
-    if not ticks:
-        return None
-    first = min(row.running_tick, ticks[0]) if row.running_tick else ticks[0]
-    return first if first <= row.clock else None
+    if seen.pending_tick and (first or seen.pending_trigger == "manual"):
+        pending, retry_at = pending_of(seen)
+        if pending:
+            since = retry_at or pending
+            return since if since <= seen.clock else None
+    if first and seen.running_tick:
+        first = min(seen.running_tick, first)
+    return first if first and first <= seen.clock else None
 
 
-def _stuck(row: Row[Any], worker: type[PeriodicWorker], interval: timedelta | None, lease: float) -> str | None:
+def _stuck(seen: _Seen, worker: type[PeriodicWorker], interval: timedelta | None, lease: float) -> str | None:
     """Return why the run in force will not end by itself, as far as the rows tell. None if it may."""
-    if row.age is None:
+    if seen.age is None:
         return "its claim has no execution"
-    if not row.is_alive:
-        is_taken_over = row.gone_for <= lease + LATE.total_seconds()
-        return None if is_taken_over else f"{row.instance_name}, which runs it, is gone, and no instance takes it over"
-    lasts = span(timedelta(seconds=row.age))
+    if not seen.is_alive:
+        is_taken_over = seen.gone_for <= lease + LATE.total_seconds()
+        return None if is_taken_over else f"{seen.instance_name}, which runs it, is gone, and no instance takes it over"
+    lasts = span(timedelta(seconds=seen.age))
     if worker.timeout is not None:
-        is_over = row.age > worker.timeout.total_seconds() + lease
+        is_over = seen.age > worker.timeout.total_seconds() + lease
         return f"it runs for {lasts}, past its timeout of {span(worker.timeout)}" if is_over else None
     longest = max(
-        _LONG_SECONDS, _MANY_PERIODS * interval.total_seconds() if interval else inf, _MANY_RUNS * (row.usual or 0)
+        _LONG_SECONDS, _MANY_PERIODS * interval.total_seconds() if interval else inf, _MANY_RUNS * (seen.usual or 0)
     )
-    if row.age <= longest:
+    if seen.age <= longest:
         return None
     return f"it runs for {lasts}, longer than three periods and ten times its average, and has no timeout"
 
 
-def _ticks(row: Row[Any], mark: datetime | None, worker: type[PeriodicWorker]) -> _Ticks | None:
-    """Return the first and the third undecided tick, and the interval. None for a schedule of a newer release.
+def _ticks(seen: _Seen, mark: datetime | None, worker: type[PeriodicWorker]) -> _Ticks:
+    """Return the first and the third undecided tick, and the interval. All None for a schedule of a newer release.
 
     Only moments up to now count: a later moment was written while the clock was ahead.
     """
-    future, since = row.clock + AHEAD, None
+    future, since = seen.clock + AHEAD, None
     # Without `catch_up`, ticks that fell due while no instance was up do not run.
-    for at in (mark, row.scheduled_at, None if worker.catch_up else row.alive_since):
+    for at in (mark, seen.scheduled_at, None if worker.catch_up else seen.alive_since):
         if at and at <= future and (since is None or at > since):
             since = at
     try:
-        return _first_and_third(row.schedule, since or row.clock)
+        return _first_and_third(seen.schedule, since or seen.clock)
     except InvalidSchedule:
-        return None
+        return _NO_TICKS
 
 
 @lru_cache(maxsize=10_000)  # a cron's ticks are slow to compute, and stay the same until the next tick has run
-def _first_and_third(schedule: str, since: datetime) -> _Ticks:
+def _first_and_third(schedule: str, since: datetime) -> tuple[datetime, datetime, timedelta]:
     ticks = parse_schedule(schedule)
     first = ticks.next(since)
     third = ticks.next(ticks.next(first))

@@ -193,7 +193,7 @@ class Pending(NamedTuple):
     retry_at: datetime | None = None
 
 
-def pending_of(row: Row[Any]) -> Pending:
+def pending_of(row: Any) -> Pending:
     """Return what is pending by the columns of a worker's row. A failed tick is not, once the next tick is due."""
     tick, until = row.pending_tick, row.pending_until
     if tick is None or until is None or until <= tick or row.pending_trigger == "manual":

@@ -1,6 +1,7 @@
 """The overview: the fleet in numbers, and all workers. Workers with problems come first."""
 
 from collections import Counter
+from datetime import datetime
 from typing import Any
 
 from flask import Blueprint, render_template, request, url_for
@@ -28,20 +29,20 @@ def overview_page() -> ResponseReturnValue:
     manager, search = the_manager(), request.args.get("q", "").strip()[:LONGEST_NAME]
     state = request.args.get("state")
     state = state if state in STATES else None
-    found, topics = statuses(manager.stores, manager.workers), manager.messages.figures()
+    alive, clock = manager.instance_history.alive()
+    found, topics = statuses(manager.stores, manager.workers), manager.messages.rates()
     known = listed_workers(manager.stores, manager.workers, found, topics)
     matching = [each for each in known if search.lower() in each.name.lower() and (not state or state in each.states)]
     pages = max(1, -(-len(matching) // PER_PAGE))
     page = min(max(request.args.get("page", 1, type=int), 1), pages)
     shown = matching[(page - 1) * PER_PAGE : page * PER_PAGE]
-    alive = manager.instance_history.alive()
     # If an instance is alive, the page needs no query for the alarm.
     more = {"silence": lambda: None} if alive else {}
     return render_template(
         "background/overview.html",
         headline=headline(manager, known, topics) | {"alive": alive},
-        rows=rows(manager, shown, found),
-        clock=manager.history.clock(),
+        rows=rows(manager, shown, found, clock),
+        clock=clock,
         states=STATES,
         state=state,
         search=search,
@@ -65,10 +66,13 @@ def headline(manager: BackgroundWorkerManager, known: list[ListedWorker], topics
 
 
 def rows(
-    manager: BackgroundWorkerManager, shown: list[ListedWorker], found: list[WorkerStatus] | None = None
+    manager: BackgroundWorkerManager,
+    shown: list[ListedWorker],
+    found: list[WorkerStatus] | None = None,
+    clock: datetime | None = None,
 ) -> list[dict[str, Any]]:
-    """Return the overview's row of each worker, in this order. `found` are the statuses of all workers, if known."""
-    periodic = overview(manager.stores, manager.workers, {each.name for each in shown if not each.topic}, found)
+    """Return the overview's row of each worker, in this order. For `found` and `clock`, see `overview`."""
+    periodic = overview(manager.stores, manager.workers, {each.name for each in shown if not each.topic}, found, clock)
     glances = manager.history.recent([row["name"] for row in periodic], COUNT)
     every = {row["name"]: row | _history(glances[row["name"]]) for row in periodic}
     every |= {each.name: {"name": each.name, "topic": each.topic} for each in shown if each.topic}

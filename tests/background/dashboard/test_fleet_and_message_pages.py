@@ -609,6 +609,18 @@ def test_a_high_throughput_is_estimated_from_the_newest_messages(
     assert orders.handled == pytest.approx(180_000, rel=0.2)
 
 
+@pytest.mark.parametrize(
+    ("count", "apart", "per_minute"), [(6_000, timedelta(milliseconds=5), 12_000), (3, timedelta(minutes=5), 1)]
+)
+def test_the_overview_counts_the_messages_of_a_minute_like_the_other_pages(
+    fleet: Fleet, manager: BackgroundWorkerManager, count: int, apart: timedelta, per_minute: int
+) -> None:
+    done(fleet, count, apart)
+    [orders], [same] = manager.messages.rates(), manager.messages.figures()
+    assert orders.per_minute == pytest.approx(per_minute, rel=0.2)  # inserting them took a while
+    assert same.per_minute == pytest.approx(orders.per_minute, rel=0.2)
+
+
 # -- all of them ---------------------------------------------------------------------------------
 
 PAGES = ["timeline", "timeline?until=2024-06-01T12:05:00Z&window=1h", "instances", "messages", "messages?topic=orders"]
