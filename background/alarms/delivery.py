@@ -52,6 +52,10 @@ class AlertWebhookWorker(MessageWorker):
         send_webhook(the_manager(), message.payload["alert"])
 
 
+TOPICS = frozenset({AlertMailWorker.topic, AlertWebhookWorker.topic})
+"""Only the engine knows the payloads of these topics."""
+
+
 def channels(app: Flask) -> list[type[MessageWorker]]:
     """Return the workers of the channels that the settings name."""
     named = {"ALERT_MAIL": AlertMailWorker, "ALERT_WEBHOOK": AlertWebhookWorker}

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from flask import Blueprint, abort, redirect, render_template, request, url_for
 from flask.typing import ResponseReturnValue
 
+from ...alarms import delivery
 from ...errors import InvalidMessage, UnknownMessage, UnknownTopic, WrongState
 from ...history.browsing.filters import OLDER, SEARCHED_TEXT, STATES, YOUNGER, Filter
 from ...history.browsing.search import MOST_GROUPED
@@ -47,6 +48,7 @@ def messages_page() -> ResponseReturnValue:
     return render_template(
         "background/messages.html",
         topics=topics,
+        targets=[each.topic for each in topics if each.topic not in delivery.TOPICS],
         wanted=wanted,
         found=found,
         following=place_text(found.following),
@@ -83,7 +85,7 @@ def message_page(id: int) -> ResponseReturnValue:
         payload=indented(letter.value),
         classes=CLASSES,
         worker=the_manager().topics.get(letter.topic),
-        topics=[name for name in the_manager().topics if name != letter.topic],
+        targets=[name for name in the_manager().topics if name not in delivery.TOPICS and name != letter.topic],
         here=here(),
     )
 
@@ -99,6 +101,9 @@ def change() -> ResponseReturnValue:
     topic = request.form.get("to") or None
     if how == "move" and topic is None:
         say("Nothing was changed. Choose the topic that gets the messages.", "error")
+        return back("background.messages")
+    if how == "move" and topic in delivery.TOPICS:
+        say(f"Nothing was changed. {topic} takes only the engine's alerts: choose a topic of the application.", "error")
         return back("background.messages")
     mailbox, topic = the_manager().messages, topic if how == "move" else None
     try:

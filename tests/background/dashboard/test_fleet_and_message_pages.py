@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from flask.testing import FlaskClient
 from sqlalchemy import Engine, insert, update
+from support.alert_receiver import SECRET
 from support.databases import on_sqlite
 from support.fleet import Fleet, Hourly, last_hour, statements, states, wait_until
 
@@ -466,6 +467,21 @@ def test_all_messages_that_match_are_changed_after_the_box_is_ticked(
     assert [(row.topic, row.state) for row in fleet.messages()] == [("orders", "waiting")] * 4
     for form, status in (({}, 400), ({"do": "fold"}, 400), ({"do": "move", "to": "\0"}, 404)):
         assert client.post("/workers/messages/change", data=form).status_code == status
+
+
+@on_sqlite
+def test_no_message_moves_to_a_topic_of_the_alerts(fleet: Fleet) -> None:
+    config = {"ALERT_WEBHOOK": "http://127.0.0.1:9/", "ALERT_WEBHOOK_SECRET": SECRET}
+    client = fleet.app(OrderWorker, **config).test_client()
+    (id,) = bury(fleet, 1, topic="old topic")
+    for path in ("messages", f"messages/{id}"):
+        targets = see(client, path).partition('name="to"')[2].partition("</select>")[0]
+        assert "<option>orders</option>" in targets
+        assert "alert_webhook" not in targets
+    for form in ({"do": "move", "id": str(id)}, {"do": "move all", "confirmed": "yes"}):
+        page = post(client, "messages/change", to="alert_webhook", **form)
+        assert "alert_webhook takes only the engine&#39;s alerts: choose a topic of the application." in page
+    assert [(row.topic, row.state) for row in fleet.messages()] == [("old topic", "dead")]
 
 
 @on_sqlite
