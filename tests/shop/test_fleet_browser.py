@@ -130,6 +130,24 @@ def test_the_messages_fit_a_phone(app, opened):
         assert violations(page) == []
 
 
+def test_the_topics_are_folded_on_a_phone_until_a_button_in_them_is_used(app, opened):
+    bury(app, 1, "mail")
+    page = opened("/workers/messages", viewport={"width": 390, "height": 844})
+    finder, button = page.get_by_role("heading", name="Find messages"), page.get_by_role("button", name="Pause mail")
+    assert finder.bounding_box()["y"] < 400
+    assert not button.is_visible()
+    page.locator(".bw-fold > summary").click()
+    button.click()
+    page.get_by_text("its messages wait").first.wait_for()
+    assert focused(page) == "Resume mail"
+    page.get_by_role("button", name="Resume mail").click()
+    page.get_by_text("mail is resumed").wait_for()
+    page.set_viewport_size({"width": 1280, "height": 844})
+    page.goto("/workers/messages")
+    assert button.is_visible()
+    assert not page.locator(".bw-fold > summary").is_visible()
+
+
 def test_a_run_that_was_taken_over_appears_in_two_lanes_with_an_arrow(app, opened):
     tick = last_hour()
     add_worker(app, scheduled_at=tick - timedelta(hours=1))

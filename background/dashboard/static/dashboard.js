@@ -169,7 +169,9 @@
     const place = JSON.parse(sessionStorage.getItem("workers-place"));
     sessionStorage.removeItem("workers-place");
     if (!place || document.querySelector("[autofocus]")) return; // a refused form takes the focus
-    document.getElementById(place.id)?.focus({ preventScroll: true });
+    const element = document.getElementById(place.id);
+    element?.closest(".bw-fold")?.setAttribute("open", "");
+    element?.focus({ preventScroll: true });
     scrollTo({ top: place.top, behavior: "instant" });
   }
 
