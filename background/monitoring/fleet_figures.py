@@ -1,15 +1,16 @@
 """Reads the fleet's figures from the database, which any instance can do.
 
 The number of queries does not depend on the number of workers. No query reads executions or done messages, because
-`background_totals` has their sums.
+`background_totals` has their sums. For many workers, the database adds up the buckets of their histograms.
 """
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
-from sqlalchemy import String, and_, case, cast, func, select
+from sqlalchemy import and_, case, func, null, select, union_all
 from sqlalchemy.exc import SQLAlchemyError
 
 from ..database.clock import elapsed, now
@@ -25,19 +26,29 @@ from .timebox import Timebox
 log = logger_of(__name__)
 
 _ANSWER_SECONDS = 5.0  # Prometheus waits for ten
+_MANY_WORKERS = 250  # with their full detail, a scrape has about 1 MB
 
 
-class Total(NamedTuple):
+@dataclass(slots=True)
+class Total:
     """The sums of one kind and worker."""
 
-    numbers: dict[str, int]
-    """The count of each label."""
-    seconds: float
-    age: float | None
+    numbers: dict[str, int] = field(default_factory=dict)
+    """The count of each label. Empty for the histograms of one of many workers."""
+    executions: int = 0
+    seconds: float = 0.0
+    age: float | None = None
     """The seconds since the latest success. None if there was no success, or the kind is not "state"."""
 
+    def add(self, label: str | None, number: int, seconds: float, age: float | None) -> None:
+        """Add the count of a label, or of all labels."""
+        if label is not None:
+            self.numbers[label] = number
+        self.executions += number
+        self.seconds += seconds
+        self.age = self.age if age is None else age
 
-NOTHING = Total({}, 0.0, None)
+
 Totals = Mapping[str, Mapping[str, Total]]
 """The totals by kind and worker."""
 
@@ -47,6 +58,10 @@ class Figures:
     """The figures that one scrape reads."""
 
     totals: Totals
+    are_many: bool
+    """True if there are many workers. Their totals have less detail then."""
+    buckets: Mapping[str, Mapping[str, int]]
+    """The counts of the histograms of many workers together, by kind and label. Empty for few workers."""
     statuses: list[WorkerStatus]
     offsets: dict[str, float]
     """The seconds by which a host's clock is ahead of the database's, by "host:pid" of each live instance."""
@@ -58,13 +73,18 @@ class Fleet:
     """Reads the figures of the fleet. Notices if the database is away or hangs."""
 
     def __init__(self) -> None:
-        self._timebox = Timebox(_figures, _ANSWER_SECONDS)
+        self._timeboxes = {
+            is_full: Timebox(partial(_figures, is_full=is_full), _ANSWER_SECONDS) for is_full in (False, True)
+        }
         self._outage = Outage()
 
-    def figures(self) -> Figures | None:
-        """Read the figures. None if the database does not answer in time."""
+    def figures(self, is_full: bool = False) -> Figures | None:
+        """Read the figures, with full detail or with the detail for their number of workers.
+
+        None if the database does not answer in time.
+        """
         try:
-            found = self._timebox.answer(the_manager())
+            found = self._timeboxes[is_full].answer(the_manager())
         except (SQLAlchemyError, OSError) as error:  # TimeoutError is an OSError
             log.log(self._outage.level(), "No figures of the fleet: %s", first_line(error))
             return None
@@ -72,31 +92,44 @@ class Fleet:
         return found
 
 
-def _figures(manager: BackgroundWorkerManager) -> Figures:
+def _figures(manager: BackgroundWorkerManager, is_full: bool) -> Figures:
     manager.stores.connections.refuse_missing()
-    sums, alive = _sums(manager.stores.main.read(_totals)), manager.stores.leases.read(_alive)
+    found = statuses(manager.stores, manager.workers)
+    are_many = len(found) > _MANY_WORKERS and not is_full
+    sums, buckets = _sums(manager.stores.main.read(_totals_of_many if are_many else _totals), are_many)
+    alive = manager.stores.leases.read(_alive)
     # If containers share a host name and a process id, the largest offset is reported.
     known = sorted((row for row in alive if row.clock_offset is not None), key=lambda row: abs(row.clock_offset))
     offsets = {f"{row.host}:{row.pid}": -row.clock_offset for row in known}
-    return Figures(sums, statuses(manager.stores, manager.workers), offsets, len(alive), manager.messages.depths())
+    return Figures(sums, are_many, buckets, found, offsets, len(alive), manager.messages.depths())
 
 
-def _sums(rows: Iterable[Any]) -> Totals:
-    found: dict[str, dict[str, Total]] = defaultdict(dict)
-    for kind, worker, numbers, seconds, age in rows:
-        pairs = (pair.rpartition("=") for pair in numbers.split(","))
-        counts = {label: int(number) for label, _, number in pairs if number.isdecimal()}  # a user may have typed text
-        found[kind][worker] = Total(counts, seconds, age)
-    return found
+def _sums(rows: Iterable[Any], are_many: bool) -> tuple[Totals, dict[str, dict[str, int]]]:
+    found: dict[str, dict[str, Total]] = defaultdict(lambda: defaultdict(Total))
+    buckets: dict[str, dict[str, int]] = defaultdict(dict)
+    for kind, worker, label, number, seconds, age in rows:
+        if worker is None:
+            buckets[kind][label] = number
+        else:
+            found[kind][worker].add(label, number, seconds, age)
+    if are_many:
+        found["duration"] = {worker: _durations(total) for worker, total in found["state"].items()}
+    return found, buckets
 
 
-_is_success = and_(totals.c.kind == "state", totals.c.label == "succeeded")
-# The database joins the labels of a worker into one row. 1,000 workers would be 25,000 rows otherwise.
-_totals = select(
-    totals.c.kind,
-    totals.c.worker,
-    func.aggregate_strings(totals.c.label + "=" + cast(totals.c.count, String), ","),
-    func.sum(totals.c.seconds),
-    func.max(case((_is_success, elapsed(totals.c.latest_at, now())))),
-).group_by(totals.c.worker, totals.c.kind)
+def _durations(of_states: Total) -> Total:
+    """Return the duration of all executions. Each one that ran counts in its state and in its duration alike."""
+    not_run = sum(of_states.numbers.get(state, 0) for state in ("skipped", "missed"))
+    return Total({}, of_states.executions - not_run, of_states.seconds)
+
+
+_kind, _worker, _label, _number, _seconds = (totals.c[name] for name in ("kind", "worker", "label", "count", "seconds"))
+_is_success = and_(_kind == "state", _label == "succeeded")
+_totals = select(_kind, _worker, _label, _number, _seconds, case((_is_success, elapsed(totals.c.latest_at, now()))))
+# Of many workers: each state, the sum of each worker's lateness, and each bucket of all workers together.
+_lateness = select(_kind, _worker, null(), func.sum(_number), func.sum(_seconds), null()).where(_kind == "lateness")
+_buckets = select(_kind, null(), _label, func.sum(_number), null(), null()).where(_kind != "state")
+_totals_of_many = union_all(
+    _totals.where(_kind == "state"), _lateness.group_by(_kind, _worker), _buckets.group_by(_kind, _label)
+)
 _alive = select(instances.c.host, instances.c.pid, instances.c.clock_offset).where(is_alive)

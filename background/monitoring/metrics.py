@@ -19,10 +19,18 @@ _ONLY_HERE = (
     "METRICS_TOKEN is not set, so only programs on this machine may read the metrics, without a proxy; "
     "expected such a program. Set METRICS_TOKEN, and send it as the bearer token.\n"
 )
+_PARTS = ("", "fleet", "process")
+_UNKNOWN = (
+    "The scrape asks for of={!r} and detail={!r}; expected of=fleet, of=process or no `of`, and detail=full or no "
+    "`detail`. Correct `params` in Prometheus's configuration.\n"
+)
 
 
 def metrics(more: "Callable[[], Iterable[Metric]]" = tuple) -> Blueprint:
     """Return a blueprint for GET /metrics. `more` returns metrics of the application, for each scrape.
+
+    `?of=fleet` has the metrics of the fleet, which are the same from each process. `?of=process` has the metrics of
+    this process, and reads no database. Of more than 250 workers, only `?detail=full` has the buckets of each.
 
     With METRICS_TOKEN, a request needs it as its bearer token. Otherwise only programs on this machine may read the
     metrics, and not through a proxy. Raises MissingDependency if prometheus-client is not installed.
@@ -36,10 +44,15 @@ def metrics(more: "Callable[[], Iterable[Metric]]" = tuple) -> Blueprint:
     def scrape() -> ResponseReturnValue:
         if (refusal := _refusal()) is not None:
             return refusal
-        from .prometheus import CONTENT_TYPE, text  # imported here, as only a scraped process needs the client library
+        part, detail = request.args.get("of", ""), request.args.get("detail", "")
+        if part not in _PARTS or detail not in ("", "full"):
+            return Response(_UNKNOWN.format(part, detail), 400, mimetype="text/plain")
+        from . import prometheus  # here, because a process that is not scraped needs no client library
 
-        answer = text(fleet.figures(), timing.series, more)
-        return Response(answer, headers={"Cache-Control": "no-store"}, content_type=CONTENT_TYPE)
+        answer = b"" if part == "process" else prometheus.of_fleet(fleet.figures(detail == "full"))
+        if part != "fleet":
+            answer += prometheus.of_process(timing.series, more)
+        return Response(answer, headers={"Cache-Control": "no-store"}, content_type=prometheus.CONTENT_TYPE)
 
     return blueprint
 

@@ -1,36 +1,25 @@
-"""Writes the figures in Prometheus's text format, by its own client library."""
+"""Names the metrics: of the fleet, whose names begin with `background_`, and of this process.
+
+The client library writes the metrics of the process. They are few.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, Metric, disable_created_metrics, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
 from ..history.browsing.topics import Topic
 from ..history.records import STATES
 from ..history.status import WorkerStatus
 from ..ledger.counters import DURATIONS, LATENESSES
-from .fleet_figures import NOTHING, Figures, Total
+from .exposition import count, gauge, label, metric, seconds
+from .fleet_figures import Figures, Total
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-Sample = tuple[dict[str, str], float]
 
-_ENDED = STATES[1:]
-
-
-class _Fleet(Collector):
-    def __init__(self, figures: Figures | None) -> None:
-        self._figures = figures
-
-    def collect(self) -> Iterator[Metric]:
-        up = int(self._figures is not None)
-        yield _gauge("background_up", "1 if the database answered, else 0, without figures of the fleet.", up)
-        if self._figures is not None:
-            yield from _executions(self._figures)
-            yield from _workers(self._figures.statuses)
-            yield from _instances(self._figures)
-            yield from _messages(self._figures.topics)
+_ENDED = {state: label("state", state) for state in STATES[1:]}
+_ALSO_ZERO = {"succeeded", "failed", "missed"}  # of many workers, the states that an alert waits for
 
 
 class _More(Collector):
@@ -55,106 +44,124 @@ class RequestSeries:
         self.durations = Histogram("http_request_duration_seconds", timed, labels, registry=self.registry)
 
 
-def text(figures: Figures | None, requests: RequestSeries, more: Callable[[], Iterable[Metric]]) -> bytes:
-    """Write the fleet's `figures` (None if the database is away), the `requests` to this process, and `more`."""
-    own = CollectorRegistry()
-    own.register(_Fleet(figures))
-    own.register(_More(more))
-    return generate_latest(own) + generate_latest(requests.registry)
+def of_process(requests: RequestSeries, more: Callable[[], Iterable[Metric]]) -> bytes:
+    """Write the `requests` to this process, and `more`."""
+    registry = CollectorRegistry()
+    registry.register(_More(more))
+    return generate_latest(registry) + generate_latest(requests.registry)
 
 
-def _executions(figures: Figures) -> Iterator[Metric]:
+def of_fleet(figures: Figures | None) -> bytes:
+    """Write the fleet's `figures`. None if the database is away."""
+    return "".join(_of_fleet(figures)).encode()
+
+
+def _of_fleet(figures: Figures | None) -> Iterator[str]:
+    up = "1 if the database answered, else 0, without figures of the fleet."
+    yield from gauge("background_up", up, [("", count(figures is not None))])
+    if figures is None:
+        return
+    names = {status.name for status in figures.statuses}.union(*figures.totals.values())
+    workers = {name: label("worker", name) for name in sorted(names)}
+    yield from _executions(figures, workers)
+    yield from _statuses(figures.statuses, workers)
+    yield from _instances(figures)
+    yield from _messages(figures.topics)
+
+
+def _executions(figures: Figures, workers: Mapping[str, str]) -> Iterator[str]:
     states = figures.totals.get("state", {})
-    ended = CounterMetricFamily(
-        "background_executions", "Executions by state. A range of missed ticks counts once.", labels=("worker", "state")
-    )
-    since = GaugeMetricFamily(
+    ended = "Executions by state. A range of missed ticks counts once."
+    yield from metric("background_executions_total", "counter", ended, _by_state(figures, states, workers))
+    yield from gauge(
         "background_seconds_since_last_success",
         "Seconds since the worker last succeeded. Absent if it never did.",
-        labels=("worker",),
+        [(workers[name], seconds(max(each.age, 0))) for name, each in sorted(states.items()) if each.age is not None],
     )
-    for name in sorted({status.name for status in figures.statuses} | states.keys()):
-        total = states.get(name, NOTHING)
-        for state in _ENDED:  # also with 0: Prometheus sees no increase in a series that begins with 1
-            ended.add_metric((name, state), total.numbers.get(state, 0))
-        if total.age is not None:
-            since.add_metric((name,), max(total.age, 0))
-    yield ended
-    yield since
-    took, late = figures.totals.get("duration", {}), figures.totals.get("lateness", {})
-    yield _histogram("background_execution_duration_seconds", "Duration of executions.", DURATIONS, took)
+    took = _histogram(figures, "duration", DURATIONS, workers)
+    yield from metric("background_execution_duration_seconds", "histogram", "Duration of executions.", took)
+    late = _histogram(figures, "lateness", LATENESSES, workers)
     lateness = "Time from a tick to the start of its first attempt."
-    yield _histogram("background_execution_lateness_seconds", lateness, LATENESSES, late)
+    yield from metric("background_execution_lateness_seconds", "histogram", lateness, late)
 
 
-def _histogram(name: str, meaning: str, declared: Iterable[float], found: Mapping[str, Total]) -> Metric:
-    """Build a histogram with the same buckets for all workers, so that Prometheus can add them up.
+def _by_state(figures: Figures, states: Mapping[str, Total], workers: Mapping[str, str]) -> Iterator[str]:
+    """Yield counts, also with 0: Prometheus sees no increase in a series that begins with 1."""
+    known = {status.name for status in figures.statuses} | states.keys()
+    zeros = _ALSO_ZERO if figures.are_many else _ENDED.keys()
+    for name, worker in workers.items():
+        if name in known:
+            numbers = states[name].numbers if name in states else {}
+            for state, labelled in _ENDED.items():
+                number = numbers.get(state, 0)
+                if number or state in zeros:
+                    yield f"background_executions_total{{{labelled},{worker}}} {count(number)}\n"
 
-    The buckets are the buckets of this release, and all buckets in which another release has counted.
+
+def _histogram(figures: Figures, kind: str, declared: Iterable[float], workers: Mapping[str, str]) -> Iterator[str]:
+    """Yield a histogram with the same buckets for all workers, so that Prometheus can add them up.
+
+    The buckets are the buckets of this release, and all buckets in which another release has counted. The buckets of
+    many workers are added up here, and have no label `worker`.
     """
+    name, found = f"background_execution_{kind}_seconds", figures.totals.get(kind, {})
+    shared = figures.buckets.get(kind, {})
     ours = {*map("{:g}".format, declared), "inf"}
-    bounds = sorted(ours.union(*(filter(_is_bound, total.numbers) for total in found.values())), key=float)
-    family = HistogramMetricFamily(name, meaning, labels=("worker",))
+    counted = ours.union(*(filter(_is_bound, total.numbers) for total in found.values()), filter(_is_bound, shared))
+    bounds = sorted(counted, key=float)
+    heads = [f"{name}_bucket{{{label('le', bound)}" for bound in [*bounds[:-1], "+Inf"]]
     for worker, total in sorted(found.items()):
-        sums = accumulate(total.numbers.get(bound, 0) for bound in bounds)
-        family.add_metric((worker,), list(zip([*bounds[:-1], "+Inf"], sums, strict=True)), total.seconds)
-    return family
+        labelled, number = workers[worker], total.executions
+        if not figures.are_many:
+            for head, number in zip(heads, accumulate(total.numbers.get(bound, 0) for bound in bounds), strict=True):
+                yield f"{head},{labelled}}} {count(number)}\n"
+        yield f"{name}_count{{{labelled}}} {count(number)}\n"
+        yield f"{name}_sum{{{labelled}}} {seconds(total.seconds)}\n"
+    if shared:
+        for head, number in zip(heads, accumulate(shared.get(bound, 0) for bound in bounds), strict=True):
+            yield f"{head}}} {count(number)}\n"
 
 
-def _is_bound(label: str) -> bool:
-    """Return whether a release wrote the label. A user may have typed another text into the row."""
+def _is_bound(text: str) -> bool:
+    """Return whether a release wrote the text. A user may have typed another text into the row."""
     try:
-        return f"{float(label):g}" == label and float(label) > 0
+        return f"{float(text):g}" == text and float(text) > 0
     except ValueError:
         return False
 
 
-def _workers(found: Sequence[WorkerStatus]) -> Iterator[Metric]:
+def _statuses(found: Sequence[WorkerStatus], workers: Mapping[str, str]) -> Iterator[str]:
     overdue = "1 if a tick still waits after two later ticks became due, else 0."
-    yield _gauges(
-        "background_worker_running", "1 if an instance runs the worker, else 0.", _by_worker(found, "is_running")
-    )
-    yield _gauges("background_worker_paused", "1 if the worker is paused, else 0.", _by_worker(found, "is_paused"))
-    yield _gauges("background_worker_overdue", overdue, _by_worker(found, "is_overdue"))
-    intervals = [({"worker": each.name}, each.interval.total_seconds()) for each in found if each.interval]
+    each = [(workers[status.name], status) for status in found]
+    running = [(worker, count(status.is_running)) for worker, status in each]
+    yield from gauge("background_worker_running", "1 if an instance runs the worker, else 0.", running)
+    paused = [(worker, count(status.is_paused)) for worker, status in each]
+    yield from gauge("background_worker_paused", "1 if the worker is paused, else 0.", paused)
+    late = [(worker, count(status.is_overdue)) for worker, status in each]
+    yield from gauge("background_worker_overdue", overdue, late)
+    intervals = [(worker, seconds(status.interval.total_seconds())) for worker, status in each if status.interval]
     interval = "Time from tick to tick of the workers that should run."
-    yield _gauges("background_worker_interval_seconds", interval, intervals)
+    yield from gauge("background_worker_interval_seconds", interval, intervals)
 
 
-def _by_worker(found: Iterable[WorkerStatus], name: str) -> list[Sample]:
-    return [({"worker": each.name}, int(getattr(each, name))) for each in found]
-
-
-def _instances(figures: Figures) -> Iterator[Metric]:
-    yield _gauge("background_instances", "Number of instances that are alive.", figures.alive)
+def _instances(figures: Figures) -> Iterator[str]:
+    yield from gauge("background_instances", "Number of instances that are alive.", [("", count(figures.alive))])
     ahead = "Seconds by which the clock of the process's host is ahead of the database's."
     # Not the label `instance`, which Prometheus uses for the scraped target.
-    offsets: list[Sample] = [({"process": name}, offset) for name, offset in sorted(figures.offsets.items())]
-    yield _gauges("background_clock_offset_seconds", ahead, offsets)
+    offsets = [(label("process", name), seconds(offset)) for name, offset in sorted(figures.offsets.items())]
+    yield from gauge("background_clock_offset_seconds", ahead, offsets)
 
 
-def _messages(topics: Sequence[Topic]) -> Iterator[Metric]:
-    depths: list[Sample] = [
-        ({"topic": topic.topic, "state": state}, getattr(topic, state))
-        for topic in topics
+def _messages(topics: Sequence[Topic]) -> Iterator[str]:
+    each = [(label("topic", topic.topic), topic) for topic in topics]
+    depths = [
+        (f"{label('state', state)},{labelled}", count(getattr(topic, state)))
+        for labelled, topic in each
         for state in ("waiting", "running", "dead")
     ]
-    yield _gauges("background_messages", "Messages that are not done, by state.", depths)
-    paused: list[Sample] = [({"topic": topic.topic}, int(topic.paused_at is not None)) for topic in topics]
-    yield _gauges("background_topic_paused", "1 if the topic is paused, else 0.", paused)
-    oldest: list[Sample] = [
-        ({"topic": topic.topic}, 0 if topic.paused_at else topic.oldest_seconds or 0) for topic in topics
-    ]
+    yield from gauge("background_messages", "Messages that are not done, by state.", depths)
+    paused = [(labelled, count(topic.paused_at is not None)) for labelled, topic in each]
+    yield from gauge("background_topic_paused", "1 if the topic is paused, else 0.", paused)
+    oldest = [(labelled, seconds(0 if topic.paused_at else topic.oldest_seconds or 0)) for labelled, topic in each]
     meaning = "Time since the oldest waiting message was due. 0 while the topic is paused."
-    yield _gauges("background_message_oldest_seconds", meaning, oldest)
-
-
-def _gauge(name: str, meaning: str, value: float) -> Metric:
-    return _gauges(name, meaning, [({}, value)])
-
-
-def _gauges(name: str, meaning: str, samples: Iterable[Sample]) -> Metric:
-    family = Metric(name, meaning, "gauge")
-    for labels, value in samples:
-        family.add_sample(name, labels, value)
-    return family
+    yield from gauge("background_message_oldest_seconds", meaning, oldest)

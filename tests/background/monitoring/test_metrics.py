@@ -5,12 +5,15 @@ import shutil
 import subprocess
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime, timedelta
+from random import Random
 from typing import Any
 
 import pytest
 from flask import Flask, abort, request
 from flask.testing import FlaskClient
+from prometheus_client import Metric, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
 from sqlalchemy import Engine, insert, make_url, update
 from support.databases import close, on_sqlite, text
 from support.fleet import HOUR, Fleet, Hourly, make_app, statements, stop, wait_until
@@ -21,8 +24,12 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 from background import BackgroundWorkerManager, MessageWorker
 from background.database import tables
 from background.database.clock import steady
+from background.history.browsing.topics import Topic
+from background.history.records import STATES
+from background.history.status import WorkerStatus
 from background.ledger.counters import DURATIONS
 from background.monitoring import fleet_figures as figures
+from background.monitoring import prometheus
 
 PROMTOOL = shutil.which("promtool")
 promtool_is_there = pytest.mark.skipif(PROMTOOL is None, reason="needs promtool, of Debian's package prometheus")
@@ -55,8 +62,8 @@ class Samples:
         return {dict(series)[label] for series in self._found.get(name, {})}
 
 
-def scrape(app: Flask) -> Samples:
-    response = app.test_client().get("/metrics")
+def scrape(app: Flask, **query: str) -> Samples:
+    response = app.test_client().get("/metrics", query_string=query)
     assert response.status_code == 200
     assert response.content_type == "text/plain; version=0.0.4; charset=utf-8"
     return Samples(response.text)
@@ -211,6 +218,117 @@ def test_a_scrape_costs_as_many_queries_for_many_workers_as_for_one(fleet: Fleet
         count(app, (worker.name, "state", "succeeded", 1, 1.0), (worker.name, "duration", str(number), 1, 1.0))
     assert queries() == before <= 4
     assert len(scrape(app).labels("background_executions_total", "worker")) == 41
+
+
+# -- many workers, and many instances --------------------------------------------------------------
+
+
+def test_the_buckets_of_many_workers_are_added_up_unless_a_scrape_asks_for_each(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = fleet.app(Hourly, Letters)
+    manager_of(app).recovery.look(Hourly)
+    count(
+        app,
+        ("hourly", "state", "succeeded", 5, 4.5),
+        ("hourly", "state", "lost", 1, 1.0),
+        ("hourly", "state", "skipped", 3, 0.0),
+        ("hourly", "duration", "0.1", 4, 0.5),
+        ("hourly", "duration", "5", 2, 5.0),
+        ("hourly", "duration", "soon", 0, 0.0),  # a user typed it
+        ("retired", "state", "succeeded", 2, 6.55),
+        ("retired", "duration", "0.1", 1, 0.05),
+        ("retired", "duration", "7", 1, 6.5),  # from a release with different buckets
+        ("retired", "lateness", "inf", 3, 3000.0),
+    )
+    few = scrape(app)
+    monkeypatch.setattr(figures, "_MANY_WORKERS", 0)
+    many, full = scrape(app), scrape(app, detail="full")
+    took, ended = "background_execution_duration_seconds", "background_executions_total"
+
+    def buckets(samples: Samples, **labels: str) -> list[float | None]:
+        return [samples.value(f"{took}_bucket", le=le, **labels) for le in ("0.05", "0.1", "5", "7", "10", "+Inf")]
+
+    assert buckets(many) == [0, 5, 7, 8, 8, 8]
+    assert many.value("background_execution_lateness_seconds_bucket", le="+Inf") == 3
+    assert buckets(many, worker="hourly") == buckets(few) == buckets(full) == [None] * 6
+    for samples in (few, full):
+        assert buckets(samples, worker="hourly") == [0, 4, 6, 6, 6, 6]
+        assert buckets(samples, worker="retired") == [0, 1, 1, 2, 2, 2]
+        assert len(samples.labels(ended, "state")) == 8
+    for samples in (few, full, many):
+        assert [samples.value(f"{took}_{part}", worker="hourly") for part in ("count", "sum")] == [6, 5.5]
+        assert [samples.value(f"{took}_{part}", worker="retired") for part in ("count", "sum")] == [2, 6.55]
+        late = "background_execution_lateness_seconds"
+        assert [samples.value(f"{late}_{part}", worker="retired") for part in ("count", "sum")] == [3, 3000]
+        assert samples.value(f"{took}_sum") is samples.value(f"{took}_count") is None  # a sum would count twice
+        assert (samples.value("background_seconds_since_last_success", worker="hourly") or -1) >= 0
+    states = {state: many.value(ended, worker="hourly", state=state) for state in many.labels(ended, "state")}
+    assert states == {"succeeded": 5, "lost": 1, "failed": 0, "skipped": 3, "missed": 0}
+
+
+@pytest.mark.parametrize(("workers", "are_many"), [(250, False), (1_000, True)])
+def test_a_scrape_has_at_most_a_megabyte_and_is_the_text_of_the_client_library(workers: int, are_many: bool) -> None:
+    exposition = prometheus.of_fleet(invented(workers, are_many))
+    assert len(exposition) <= 1_000_000
+    assert generate_latest(Families(exposition.decode())) == exposition
+
+
+class Families(Collector):
+    """The families of a text, as the client library reads them."""
+
+    def __init__(self, exposition: str) -> None:
+        self.found = list(text_string_to_metric_families(exposition))
+
+    def collect(self) -> list[Metric]:
+        return self.found
+
+
+def invented(workers: int, are_many: bool) -> figures.Figures:
+    """Return figures of workers, some with names that a user typed into their rows, and with numbers of all sizes."""
+    names = [
+        'a"b',
+        "back\\slash",
+        "line\nbreak",
+        'x",state="y',
+        "ünï} 1",
+        *(f"{n:03d}_order_worker" for n in range(5, workers)),
+    ]
+    rng = Random(7)
+    kinds = {"state": [*STATES[1:4], "missed"], "duration": ["0.01", "5", "7", "inf"], "lateness": ["0.5", "inf"]}
+
+    def total(kind: str) -> figures.Total:
+        numbers = {label: int(10 ** rng.uniform(0, 7)) for label in kinds[kind]}
+        shown = {} if are_many and kind != "state" else numbers
+        return figures.Total(shown, sum(numbers.values()), 10 ** rng.uniform(-6, 6), rng.uniform(-1, 1e6))
+
+    totals = {kind: {name: total(kind) for name in names} for kind in kinds}
+    status = WorkerStatus("", True, False, None, timedelta(seconds=0.1), None, timedelta(), False, None)
+    buckets = {"duration": {"0.01": 10**7, "inf": 3}, "lateness": {"inf": 5}} if are_many else {}
+    statuses = [status._replace(name=name) for name in names]
+    topics = [Topic('the "mails"\\', None, waiting=10**6, dead=2, oldest_seconds=0.1 + 0.2)]
+    return figures.Figures(totals, are_many, buckets, statuses, {"vm:1": -1e-7, "vm:2": 1e7}, 2, topics)
+
+
+def test_a_scrape_of_the_fleet_and_a_scrape_of_the_process_share_no_series(fleet: Fleet) -> None:
+    app = fleet.app(Hourly, Letters)
+    manager_of(app).recovery.look(Hourly)
+    both, of_fleet = scrape(app), scrape(app, of="fleet")
+    with statements(Engine) as seen:
+        of_process = scrape(app, of="process")
+    assert seen == []
+    assert both.families.keys() == of_fleet.families.keys() | of_process.families.keys()
+    assert {name.partition("_")[0] for name in of_fleet.families} == {"background"}
+    assert {name.partition("_")[0] for name in of_process.families} == {"http"}
+
+
+@on_sqlite
+def test_a_misspelled_part_of_the_metrics_is_refused(client: FlaskClient) -> None:
+    for query in ("of=flet", "of=fleet&detail=ful", "detail=none"):
+        refused = client.get(f"/metrics?{query}")
+        assert refused.status_code == 400
+        assert "expected of=fleet, of=process" in refused.text
+        assert query.rpartition("=")[2] in refused.text
 
 
 # -- a database that is away -----------------------------------------------------------------------
@@ -370,7 +488,9 @@ def promtool(*arguments: str, reads: str = "") -> tuple[int, str]:
 
 
 @promtool_is_there
-def test_promtool_finds_nothing_wrong_with_a_scrape(fleet: Fleet) -> None:
+@pytest.mark.parametrize("many", [250, 0])
+def test_promtool_finds_nothing_wrong_with_a_scrape(fleet: Fleet, many: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "_MANY_WORKERS", many)
     app = fleet.app(Hourly, Letters)
     manager_of(app).start()
     wait_until(lambda: manager_of(app).presence.instance, "joining")
