@@ -20,7 +20,7 @@ from .harness import results
 from .harness.clock import count_processor_time
 from .harness.figures import NotDone, Setup
 
-CASES = ("limits", "claim", "messages", "enqueue", "wakeup")
+CASES = ("limits", "claim", "ticks", "sweep", "messages", "enqueue", "wakeup", "startup", "web", "pages", "fleet")
 ENGINES = ("sqlite", "postgresql")
 
 

@@ -1,5 +1,6 @@
 """A new database for a run, on SQLite or on a PostgreSQL that the run starts and ends."""
 
+import secrets
 import shutil
 import tempfile
 import warnings
@@ -15,7 +16,7 @@ from background.manager import the_manager
 from migrations.schema import upgrade
 from models import db
 
-SETTINGS = {"SECRET_KEY": "benchmark" * 4, "LOG_LEVEL": "WARNING"}
+SETTINGS = {"SECRET_KEY": secrets.token_hex(), "LOG_LEVEL": "WARNING"}
 
 
 @contextmanager

@@ -1,0 +1,150 @@
+"""An idle fleet: processor time, memory and statements of an instance, with few and with many workers."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from typing import Any
+
+import psutil
+from sqlalchemy import Engine, event, text
+
+from background import PeriodicWorker, WorkerContext
+from background.manager import the_manager
+from models import db
+
+from ..harness.databases import context, database, without_workers
+from ..harness.figures import Figure, Setup, check, in_turns
+from .startup import BARE
+
+INSTANCES = 2
+BARE_PROCESS = BARE + "\ncreate_app()\nprint('ready', flush=True)\nimport sys\nsys.stdin.readline()\n"
+
+
+def run(setup: Setup) -> Iterator[Figure]:
+    seconds = setup.size(5, 10)
+    for workers in (20,) if setup.is_small else (100, 1_000):
+        with database(setup.engine) as url, context(url):
+            turns = [idle(url, workers, seconds) for _ in range(1 if setup.is_small else 3)]
+        aim = "<= 0.1 besides the heartbeat" if workers == 1_000 else ""
+        yield Figure(
+            "an idle instance", "% of a core", [each["processor"] for each in turns], "one without workers",
+            [each["without"] for each in turns], aim, workers,
+        )  # fmt: skip
+        yield Figure("statements a heartbeat", "", [each["statements"] for each in turns], aim="1", at=workers)
+        memory = in_turns(
+            setup,
+            f"memory with {workers} workers",
+            {"ours": lambda workers=workers: ours(setup.engine, workers), "bare": bare_memory},
+        )
+        aim = "<= 1.25" if workers == 100 else ""
+        yield Figure(
+            "memory", "MB", memory["ours"], "a bare application with the same libraries", memory["bare"], aim, workers
+        )
+
+
+def idle(url: str, workers: int, seconds: int) -> dict[str, float]:
+    """Return the figures of one instance of an idle fleet."""
+    with ExitStack() as started:
+        fleet = [started.enter_context(instance(url, workers)) for _ in range(INSTANCES)]
+        alone = started.enter_context(instance(url, 0))
+        time.sleep(3)  # the start is over
+        check(living() == INSTANCES + 1, f"{living()} of {INSTANCES + 1} instances are alive")
+        before, began = [asked(each) for each in (*fleet, alone)], time.monotonic()
+        time.sleep(seconds)
+        after, lasted = [asked(each) for each in (*fleet, alone)], time.monotonic() - began
+    spent = [new["processor"] - old["processor"] for new, old in zip(after, before, strict=True)]
+    sent, beats = (after[0][name] - before[0][name] for name in ("statements", "heartbeats"))
+    check(beats > 0, "an instance sent no heartbeat")
+    with db.engine.connect() as connection:
+        ran = connection.scalar(text("SELECT count(*) FROM background_executions"))
+        known = connection.scalar(text("SELECT count(*) FROM background_workers"))
+    check(ran == 0, f"{ran} runs in an idle fleet")
+    check(known == workers, f"{known} of {workers} workers are registered")
+    return {
+        "processor": 100 * sum(spent[:INSTANCES]) / INSTANCES / lasted,
+        "without": max(100 * spent[-1] / lasted, 0.001),
+        "statements": sent / beats,
+    }
+
+
+def living() -> int:
+    return the_manager().instance_history.alive()
+
+
+@contextmanager
+def instance(url: str, workers: int) -> Iterator["subprocess.Popen[str]"]:
+    with started([sys.executable, "-m", __name__, url, str(workers)]) as process:
+        yield process
+
+
+@contextmanager
+def started(command: list[str]) -> Iterator["subprocess.Popen[str]"]:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        check(process.stdout.readline() == "ready\n", f"the process did not start: {command[:3]}")
+        try:
+            yield process
+        finally:
+            process.communicate("\n", timeout=60)
+
+
+def asked(process: "subprocess.Popen[str]") -> dict[str, float]:
+    """Ask an instance for its counts."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    print("tell", file=process.stdin, flush=True)
+    return dict(json.loads(process.stdout.readline()))
+
+
+def ours(engine: str, workers: int) -> float:
+    with database(engine) as url:
+        with context(url):
+            pass
+        with instance(url, workers) as process:
+            return megabytes(process.pid)
+
+
+def bare_memory() -> float:
+    with started([sys.executable, "-W", "ignore", "-c", BARE_PROCESS]) as process:
+        return megabytes(process.pid)
+
+
+def megabytes(pid: int) -> float:
+    """Return the memory that the process has for itself."""
+    return float(psutil.Process(pid).memory_full_info().uss / 1e6)
+
+
+# -- the process of an instance ------------------------------------------------------------------
+
+
+def live(url: str, workers: int) -> None:
+    """Run an instance whose workers have nothing to do. Tell its counts when asked."""
+    counts = {"statements": 0, "heartbeats": 0}
+
+    def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        counts["statements"] += 1
+        counts["heartbeats"] += "INSERT INTO background_instances" in statement
+
+    with context(url):
+        manager = without_workers()
+        for number in range(workers):
+            names = {"name": f"idle_{number}", "period": timedelta(days=300), "do_work": look}
+            manager.add(type("Idle", (PeriodicWorker,), {"__doc__": "Look for work.", **names}))
+        manager.start()
+        event.listen(Engine, "before_cursor_execute", note)
+        print("ready", flush=True)
+        while sys.stdin.readline().strip():
+            print(json.dumps({**counts, "processor": time.process_time()}), flush=True)
+        manager.stop()
+
+
+def look(_worker: PeriodicWorker, _context: WorkerContext) -> None:
+    """Find nothing to do."""
+
+
+if __name__ == "__main__":
+    live(sys.argv[1], int(sys.argv[2]))

@@ -1,0 +1,137 @@
+"""Many workers with a period of a second, on some processes: nothing missed, and how late, beside APScheduler alone."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+from sqlalchemy import Float, Table, delete, insert, make_url, select
+from sqlalchemy.orm import Mapped, mapped_column
+
+from background import BackgroundWorkerManager, PeriodicWorker, WorkerContext
+from models import db
+
+from ..harness.databases import context, database, without_workers
+from ..harness.figures import Figure, Setup, check, check_once, in_turns, percentile
+
+APSCHEDULER = Path(__file__).parents[1] / "peers" / "with_apscheduler.py"
+PROCESSES = {"sqlite": 2, "postgresql": 4}
+
+
+class Late(db.Model):  # type: ignore[name-defined, misc]
+    """How many seconds after its tick a run began."""
+
+    __tablename__ = "benchmark_late"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    worker: Mapped[int]
+    tick: Mapped[int]
+    late: Mapped[float] = mapped_column(Float(53))
+
+
+lateness: Table = Late.__table__
+
+
+def run(setup: Setup) -> Iterator[Figure]:
+    with database(setup.engine) as url, context(url):
+        lateness.create(db.engine)
+        for workers in (10,) if setup.is_small else (100,) if setup.engine == "sqlite" else (100, 1_000):
+            found: dict[str, list[tuple[float, float]]] = {"engine": [], "APScheduler": []}
+            seconds = setup.size(3, 8)
+
+            def measure(way: str, workers: int = workers, seconds: int = seconds, found: dict = found) -> float:
+                found[way].append(measured(url, way, workers, seconds))
+                return 0.0
+
+            in_turns(setup, f"{workers:,} ticks a second", {way: lambda way=way: measure(way) for way in found})
+            late, missed = ([each[part] for each in found["engine"]] for part in (0, 1))
+            of = [each[0] for each in found["APScheduler"]]
+            name = f"lateness p99 of {workers:,} ticks a second"
+            aim = "<= 0.5" if setup.engine == "postgresql" else ""
+            yield Figure(name, "ms", late, "APScheduler's own job store", of, aim, at=workers)
+            yield Figure(f"of {workers:,} ticks a second, not run", "%", missed, aim="0")
+
+
+def measured(url: str, way: str, workers: int, seconds: int) -> tuple[float, float]:
+    """Return the p99 of the lateness in ms, and the percentage of ticks that no process ran."""
+    with db.engine.begin() as connection:
+        connection.execute(delete(lateness))
+    with ExitStack() as started:
+        if way == "engine":
+            for _ in range(PROCESSES[db.engine.dialect.name]):
+                started.enter_context(fleet_process(url, workers))
+        else:
+            started.enter_context(apscheduler(url, workers))
+        began = int(time.time()) + 2  # the first ticks may come during the start
+        time.sleep(seconds + 2)
+        ended = int(time.time()) - 1  # the last ticks may still run
+    columns = lateness.c.worker, lateness.c.tick, lateness.c.late
+    with db.engine.connect() as connection:
+        rows = connection.execute(select(*columns).where(lateness.c.tick.between(began, ended - 1))).all()
+    expected = workers * (ended - began)
+    check(bool(rows), f"no tick of {way} ran")
+    if way == "engine":
+        check_once(len(rows), len(rows), len({(row.worker, row.tick) for row in rows}), "ticks")
+    return 1000 * percentile([row.late for row in rows], 0.99), 100 * (1 - len(rows) / expected)
+
+
+@contextmanager
+def fleet_process(url: str, workers: int) -> Iterator[None]:
+    yield from started([sys.executable, "-m", __name__, url, str(workers)], dict(os.environ))
+
+
+@contextmanager
+def apscheduler(url: str, workers: int) -> Iterator[None]:
+    address = make_url(url)
+    effects = str(address.database) if url.startswith("sqlite") else address.set(drivername="postgresql")
+    shown = effects if isinstance(effects, str) else effects.render_as_string(hide_password=False)
+    environment = {**os.environ, "JOBS_URL": url, "EFFECTS": shown}
+    yield from started([sys.executable, str(APSCHEDULER), str(workers)], environment)
+
+
+def started(command: list[str], environment: dict[str, str]) -> Iterator[None]:
+    """Start the process, wait until it is ready, and tell it to end."""
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdout is not None
+        check(process.stdout.readline() == "ready\n", f"the process did not start: {command}")
+        try:
+            yield
+        finally:
+            process.communicate("stop\n", timeout=60)
+
+
+def add_workers(manager: BackgroundWorkerManager, number: int) -> None:
+    for each in range(number):
+        names = {"name": f"each_second_{each}", "number": each, "__doc__": "Write down how late it is."}
+        manager.add(type("EachSecond", (EachSecond,), names))
+
+
+class EachSecond(PeriodicWorker):
+    """Writes one row as its effect."""
+
+    period = timedelta(seconds=1)
+    number = 0
+
+    def do_work(self, context: WorkerContext) -> None:
+        tick = int(context.tick.timestamp())
+        row = {"worker": self.number, "tick": tick, "late": time.time() - tick}
+        context.session.execute(insert(lateness), row)
+
+
+def run_workers(url: str, number: int) -> None:
+    with context(url):
+        manager = without_workers()
+        add_workers(manager, number)
+        manager.start()
+        print("ready", flush=True)
+        sys.stdin.readline()
+        manager.stop()
+
+
+if __name__ == "__main__":
+    run_workers(sys.argv[1], int(sys.argv[2]))

@@ -1,0 +1,57 @@
+"""APScheduler with its own job store: many jobs that are due at the same instant, each second.
+
+Its job stores do not share ticks between processes, so this is one process. The settings let no tick be dropped: no
+grace time, and no merging of late ticks. Each job writes one row as its effect.
+"""
+
+import os
+import sqlite3
+import sys
+import threading
+import time
+from datetime import UTC, datetime
+
+from apscheduler.executors.pool import ThreadPoolExecutor
+from apscheduler.jobstores.sqlalchemy import SQLAlchemyJobStore
+from apscheduler.schedulers.background import BackgroundScheduler
+
+local = threading.local()
+
+
+def work(number: int) -> None:
+    now = time.time()
+    row = (number, int(now), now - int(now))
+    if os.environ["EFFECTS"].startswith("postgresql"):
+        if not hasattr(local, "connection"):
+            import psycopg
+
+            local.connection = psycopg.connect(os.environ["EFFECTS"], autocommit=True)
+        local.connection.execute("INSERT INTO benchmark_late (worker, tick, late) VALUES (%s, %s, %s)", row)
+    else:
+        if not hasattr(local, "connection"):
+            local.connection = sqlite3.connect(os.environ["EFFECTS"], isolation_level=None, timeout=30)
+            local.connection.execute("PRAGMA synchronous = NORMAL")
+        local.connection.execute("INSERT INTO benchmark_late (worker, tick, late) VALUES (?, ?, ?)", row)
+
+
+def main(number: int) -> None:
+    scheduler = BackgroundScheduler(
+        jobstores={"default": SQLAlchemyJobStore(os.environ["JOBS_URL"])},
+        executors={"default": ThreadPoolExecutor(10)},
+        job_defaults={"misfire_grace_time": None, "coalesce": False, "max_instances": 10},
+        timezone=UTC,
+    )
+    start = datetime.fromtimestamp(int(time.time()), UTC)
+    scheduler.start(paused=True)
+    scheduler.remove_all_jobs()
+    for each in range(number):
+        scheduler.add_job("__main__:work", "interval", seconds=1, start_date=start, args=[each], id=str(each))
+    scheduler.resume()
+    print("ready", flush=True)
+    sys.stdin.readline()
+    scheduler.shutdown(wait=False)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
