@@ -16,7 +16,7 @@ from .incidents import Incident
 OPENED, ENDED, TEST = "incident.opened", "incident.ended", "test"
 
 _TITLES = {
-    "failing": ("The worker {} fails", "The worker {} no longer fails"),
+    "failing": ("The worker {} is failing", "The worker {} is no longer failing"),
     "overdue": ("The worker {} is overdue", "The worker {} is no longer overdue"),
     "stuck": ("The worker {} is stuck", "The worker {} is no longer stuck"),
     "dead": ("Messages of the topic {} died", "The topic {} has no dead message"),

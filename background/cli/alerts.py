@@ -24,9 +24,9 @@ from .workers import workers_cli
 def alerts(is_test: bool, with_json: bool) -> None:
     """Show the incidents that are open, or ended last.
 
-    An incident opens when a worker fails several times in a row, is overdue, or is stuck. It also opens when a message
-    dies, a host's clock is off, or no instance was alive. ALERT_MAIL and ALERT_WEBHOOK get one alert when an incident
-    opens, and one when it ends.
+    An incident opens when a worker is failing (its last ALERT_AFTER_FAILURES runs failed), overdue or stuck. It also
+    opens when a message dies, a host's clock is off, or no instance was alive. ALERT_MAIL and ALERT_WEBHOOK get one
+    alert when an incident opens, and one when it ends.
     """
     if is_test:
         _send_trials(the_manager())

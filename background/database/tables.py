@@ -250,7 +250,7 @@ messages = Table(
 Index("ix_background_messages_key", messages.c.topic, messages.c.key, unique=True, **_where("key IS NOT NULL"))
 Index("ix_background_messages_due", messages.c.topic, messages.c.due_at, messages.c.id, **_where("state = 'waiting'"))
 Index("ix_background_messages_running", messages.c.instance, **_where("state = 'running'"))
-# With all columns of its condition, so that a count of failing messages reads the index alone.
+# With all columns of its condition, so that a count of retrying messages reads the index alone.
 _tried = messages.c.topic, messages.c.id, messages.c.attempt, messages.c.postponed
 Index("ix_background_messages_tried", *_tried, **_where(TRIED))
 Index("ix_background_messages_dead", messages.c.topic, messages.c.id, **_where("state = 'dead'"))

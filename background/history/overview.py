@@ -19,7 +19,7 @@ from .instances import InstanceHistory
 from .records import FAILED, Record
 from .status import WorkerStatus, statuses
 
-PROBLEMS = ("overdue", "stuck", "failing", "dead")
+PROBLEMS = ("overdue", "stuck", "failed", "dead")
 STATES = (*PROBLEMS, "running", "paused", "disabled")
 _NONE: frozenset[str] = frozenset()
 
@@ -44,17 +44,17 @@ def listed_workers(
 
     `found` are the statuses of all workers.
     """
-    failing = {row.name for row in stores.ledger.store.read(_failing)}
+    failed = {row.name for row in stores.ledger.store.read(_failed)}
     status = {each.name: each for each in found}
     periodic = [
-        ListedWorker(name, _states(ours.get(name), status.get(name), name in failing)) for name in {*ours, *status}
+        ListedWorker(name, _states(ours.get(name), status.get(name), name in failed)) for name in {*ours, *status}
     ]
     of_topics = [ListedWorker(each.worker, _states_of(each), each) for each in topics if each.worker]
     return sorted((*periodic, *of_topics), key=lambda each: (not each.has_problem, each.name))
 
 
-def _states(worker: type[PeriodicWorker] | None, status: WorkerStatus | None, is_failing: bool) -> frozenset[str]:
-    found = ["failing"] if is_failing else []
+def _states(worker: type[PeriodicWorker] | None, status: WorkerStatus | None, has_failed: bool) -> frozenset[str]:
+    found = ["failed"] if has_failed else []
     if worker is not None and not worker.enabled:
         found.append("disabled")
     if status is not None:
@@ -70,13 +70,13 @@ def _states(worker: type[PeriodicWorker] | None, status: WorkerStatus | None, is
 
 
 def _states_of(topic: Topic) -> frozenset[str]:
-    states = {"failing": topic.failing, "dead": topic.dead, "running": topic.running, "paused": topic.paused_at}
+    states = {"failed": topic.retrying, "dead": topic.dead, "running": topic.running, "paused": topic.paused_at}
     return frozenset(name for name, is_so in states.items() if is_so)
 
 
 # The workers whose last outcome is a failure, from the few counters of each worker.
 _success = totals.alias()
-_failing = (
+_failed = (
     select(workers.c.name)
     .join(totals, and_(totals.c.worker == workers.c.name, totals.c.kind == "state", totals.c.label.in_(FAILED)))
     .outerjoin(

@@ -125,7 +125,7 @@ class Street:
 
 
 COLUMNS = ("page", "terminal", "probe", "mail", "webhook", "ping")
-ENDS = "The worker baker no longer fails"
+ENDS = "The worker baker is no longer failing"
 
 
 def noticed(since: float, **looks: Callable[[], Any]) -> dict[str, float]:
@@ -148,7 +148,7 @@ def noticed(since: float, **looks: Callable[[], Any]) -> dict[str, float]:
 def fail(street: Street) -> dict[str, float]:
     began = time.monotonic()
     street.broken.touch()
-    title = "The worker baker fails"
+    title = "The worker baker is failing"
     found = noticed(
         began,
         page=lambda: street.page(title, "ValueError: no flour"),

@@ -16,7 +16,7 @@ def message_worker_page(name: str, topic: str) -> str:
     manager = the_manager()
     mailbox = manager.messages
     topics = mailbox.figures()
-    kinds = [Filter(topic=topic, state=state) for state in ("failing", "dead")]
+    kinds = [Filter(topic=topic, state=state) for state in ("retrying", "dead")]
     return render_template(
         "background/message_worker.html",
         worker=manager.topics[topic],

@@ -44,7 +44,7 @@ def messages_page() -> ResponseReturnValue:
         found = mailbox.browse(wanted, topics, PER_PAGE, after)
     except UnknownTopic as error:
         abort(404, str(error))
-    failed = Filter(topic=wanted.topic, state=wanted.state if wanted.state == "failing" else "dead")
+    failed = Filter(topic=wanted.topic, state=wanted.state if wanted.state == "retrying" else "dead")
     return render_template(
         "background/messages.html",
         topics=topics,

@@ -10,7 +10,7 @@ from ...database.clock import now
 from ...database.tables import is_in, message_errors
 
 SEARCHED_TEXT = 4_000  # characters of a payload
-STATES = ("waiting", "delayed", "failing", "postponed", "running", "done", "dead", "discarded")
+STATES = ("waiting", "delayed", "retrying", "postponed", "running", "done", "dead", "discarded")
 """The states of messages, and three kinds of waiting messages."""
 _clock = select(now()).scalar_subquery()
 _HOUR, _DAY = timedelta(hours=1), timedelta(days=1)
@@ -79,7 +79,7 @@ def in_state(state: str, columns: Any) -> ColumnElement[bool]:
     is_tried = and_(is_waiting, or_(has_failed, was_postponed))  # the condition of their index
     kinds = {
         "delayed": and_(is_waiting, columns.due_at > _clock),
-        "failing": and_(is_tried, has_failed),
+        "retrying": and_(is_tried, has_failed),
         "postponed": and_(is_tried, was_postponed),
     }
     return kinds[state] if state in kinds else is_in(state, columns)

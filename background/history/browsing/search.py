@@ -18,7 +18,7 @@ MOST_GROUPED = 1_000
 _MOST_TOPICS = 100  # with an index for each
 _TAIL = 1_000  # characters at the end of an error, which has its last line
 _place = select(messages.c.due_at, messages.c.id)
-_BY_DUE, _BY_ID = ("waiting", "delayed"), ("failing", "postponed", "dead")
+_BY_DUE, _BY_ID = ("waiting", "delayed"), ("retrying", "postponed", "dead")
 """The states whose index begins with the topic, by the order of their index."""
 
 

@@ -36,8 +36,8 @@ class Topic:
     mean_seconds: float | None = None
     """The mean time from due to done, of the messages that `handled` counts."""
     longest_seconds: float | None = None
-    failing: int = 0
-    """The number of waiting messages that failed before."""
+    retrying: int = 0
+    """The number of waiting messages that failed, and are tried again."""
     postponed: int = 0
     """The number of waiting messages whose handler raised `Later`."""
     paused_at: datetime | None = None
@@ -111,7 +111,7 @@ _clock = select(now()).scalar_subquery()  # read once
 _delayed = func.count().filter(messages.c.due_at > _clock)
 _open = union_all(
     _depth("waiting", is_waiting, _delayed.label("delayed"), func.min(messages.c.due_at).label("since")),
-    _depth("failing", in_state("failing", messages.c), null(), null()),
+    _depth("retrying", in_state("retrying", messages.c), null(), null()),
     _depth("postponed", in_state("postponed", messages.c), null(), null()),
     _depth("running", is_running, null(), null()),
     _depth("dead", is_dead, null(), null()),

@@ -98,7 +98,7 @@ def run(manager: BackgroundWorkerManager, *outcomes: str) -> None:
         assert execution.state == outcome
 
 
-FAILS, WORKS = "The worker broken fails", "The worker broken no longer fails"
+FAILS, WORKS = "The worker broken is failing", "The worker broken is no longer failing"
 
 
 def test_a_worker_that_fails_three_times_in_a_row_is_one_incident(fleet: Fleet, webhook: dict[str, str]) -> None:
@@ -425,14 +425,14 @@ def test_alerts_that_wait_at_the_same_time_become_one_mail_to_each_reader(fleet:
     manager.send_mail = lambda *mail: mails.append(mail)
     with manager.app.app_context():
         for number in range(3):
-            delivery.enqueue(manager, trial(manager.app) | {"title": f"The worker {number} fails"})
+            delivery.enqueue(manager, trial(manager.app) | {"title": f"The worker {number} is failing"})
         manager.db.session.commit()
     manager.start()
     wait_until(lambda: len(mails) == 2)
     assert [mail[:2] for mail in mails] == [
-        (to, "[host] The worker 0 fails (and 2 more)") for to in ("a@example.com", "b@example.com")
+        (to, "[host] The worker 0 is failing (and 2 more)") for to in ("a@example.com", "b@example.com")
     ]
-    assert all(f"The worker {number} fails." in mail[2] for mail in mails for number in range(3))
+    assert all(f"The worker {number} is failing." in mail[2] for mail in mails for number in range(3))
 
 
 def test_a_refused_reader_repeats_no_mail_to_another_reader(fleet: Fleet) -> None:
@@ -447,10 +447,10 @@ def test_a_refused_reader_repeats_no_mail_to_another_reader(fleet: Fleet) -> Non
     manager.send_mail = send_mail
     with manager.app.app_context():
         for number in range(2):
-            delivery.enqueue(manager, trial(manager.app) | {"title": f"The worker {number} fails"})
+            delivery.enqueue(manager, trial(manager.app) | {"title": f"The worker {number} is failing"})
         manager.db.session.commit()
     manager.start()
     wait_until(lambda: [row.state for row in fleet.messages()][:6] == ["done", "dead", "done"] * 2)
     first = [mail[:2] for mail in mails[:2]]
-    assert first == [(to, "[host] The worker 0 fails (and 1 more)") for to in ("a@example.com", "z@example.com")]
+    assert first == [(to, "[host] The worker 0 is failing (and 1 more)") for to in ("a@example.com", "z@example.com")]
     assert not [mail for mail in mails[2:] if "The worker" in mail[1]]

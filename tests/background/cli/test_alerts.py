@@ -36,7 +36,7 @@ def test_the_incidents_are_listed_with_their_detail(fleet: Fleet, receiver: Rece
     assert isinstance(manager.watch, FleetWatch)
     manager.watch.look_now()
     line = alerts(fleet).output.splitlines()[1]
-    assert line.startswith("The worker broken fails  ")
+    assert line.startswith("The worker broken is failing  ")
     assert "When it opened: It has failed since 2" in line
     assert line.endswith("Its last run ended as failed: ValueError: no bread")
     [found] = json.loads(alerts(fleet, "--json").output)

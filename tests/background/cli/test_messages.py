@@ -455,12 +455,12 @@ def test_the_figures_of_every_topic_take_the_same_few_statements(
     with statements(manager.stores.main.engine) as sent:
         mail, old, orders = manager.messages.figures()
     assert len(sent) == 2
-    assert (orders.waiting, orders.delayed, orders.failing, orders.running) == (4, 1, 1, 0)
+    assert (orders.waiting, orders.delayed, orders.retrying, orders.running) == (4, 1, 1, 0)
     assert (orders.handled, orders.per_minute, orders.is_estimate) == (3, 3, False)
     assert orders.paused_at is not None
     assert orders.oldest_seconds is not None
     assert (mail.topic, mail.worker, mail.waiting, mail.paused_at) == ("mail", "mail_worker", 0, None)
-    assert (old.topic, old.worker, old.waiting, old.failing) == ("old", None, 1, 0)
+    assert (old.topic, old.worker, old.waiting, old.retrying) == ("old", None, 1, 0)
 
 
 def test_the_commands_cost_the_same_statements_with_any_number_of_messages(

@@ -555,7 +555,7 @@ def test_errors_are_shown_in_groups_that_lead_to_their_messages(
     )
     assert found
     assert "3 messages match." in see(client, found[1].replace("&amp;", "&"))
-    assert "Errors of" not in see(client, "messages?state=failing")
+    assert "Errors of" not in see(client, "messages?state=retrying")
 
 
 @on_sqlite

@@ -34,7 +34,7 @@ def test_each_open_incident_links_to_its_rows(fleet: Fleet) -> None:
     )
     page = overview(fleet, **ALARMS)
     assert "3 open incidents" in page
-    assert '<a href="/workers/worker/hourly">The worker hourly fails</a>' in page
+    assert '<a href="/workers/worker/hourly">The worker hourly is failing</a>' in page
     assert '<a href="/workers/messages?topic=bread&amp;state=dead">Messages of the topic bread died</a>' in page
     assert '<a href="/workers/instances">The clock of web-1 is off</a>' in page
     assert "&lt;b&gt;no bread" in page

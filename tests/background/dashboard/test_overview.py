@@ -94,9 +94,9 @@ def test_workers_with_a_problem_come_first_and_the_state_in_the_address_filters(
     manager.pause("archiving")
     with manager.presence.present():
         assert shown(client) == ["billing", "mailing", "zipping", "archiving", "counting"]
-        states = ("failing", "dead", "overdue", "paused", "disabled", "running", "stuck")
+        states = ("failed", "dead", "overdue", "paused", "disabled", "running", "stuck")
         assert {state: shown(client, f"state={state}") for state in states} == {
-            "failing": ["billing"],
+            "failed": ["billing"],
             "dead": ["mailing"],
             "overdue": ["zipping"],
             "paused": ["archiving"],
@@ -109,7 +109,7 @@ def test_workers_with_a_problem_come_first_and_the_state_in_the_address_filters(
         assert headline(client) == {
             "instance alive": ("/workers/instances", "1"),
             "running now": ("/workers/?state=running", "0"),
-            "failing": ("/workers/?state=failing", "1"),
+            "failed": ("/workers/?state=failed", "1"),
             "overdue": ("/workers/?state=overdue", "1"),
             "dead letter": ("/workers/messages?state=dead#messages", "1"),
             "ticks / min": ("/workers/timeline?window=1m", "1"),
@@ -123,7 +123,7 @@ def test_a_worker_that_succeeds_again_shows_how_often_it_failed(
 ) -> None:
     monkeypatch.setattr(Billing, "ends_well", True)
     manager.trigger("billing")
-    assert shown(client, "state=failing") == []
+    assert shown(client, "state=failed") == []
     assert re.search(r'href="/workers/worker/billing#executions">1 of 2 failed</a>', client.get("/workers/").text)
 
 
@@ -153,7 +153,7 @@ def test_a_message_workers_row_shows_its_messages(client: FlaskClient, engine: E
     for message in ({}, {"attempt": 1}, {"state": "running"}, {"state": "done", "finished_at": datetime.now(UTC)}):
         enqueue(engine, **message)
     text = row(client)
-    assert re.search(r"2 waiting the oldest for 1 min \d+ s running 1 1 per minute 1 failing", text), text
+    assert re.search(r"2 waiting the oldest for 1 min \d+ s running 1 1 per minute 1 retrying", text), text
     with engine.begin() as connection:
         connection.execute(insert(tables.topics).values(topic="mail", paused_at=datetime.now(UTC)))
         connection.execute(delete(tables.messages))

@@ -386,7 +386,7 @@ def test_a_message_worker_has_a_page_with_its_figures_and_errors(client, manager
         key: " ".join(re.sub(r"<[^>]*>", " ", value).split())
         for key, value in re.findall(r"<dt>(.*?)</dt>\s*<dd>(.*?)</dd>", text, re.S)
     }
-    counts = {"Waiting": "3 , 1 of them delayed", "Running": "0", "Failing": "1", "Postponed": "1", "Dead": "1"}
+    counts = {"Waiting": "3 , 1 of them delayed", "Running": "0", "Retrying": "1", "Postponed": "1", "Dead": "1"}
     assert facts.items() >= {**counts, "Topic": "mail", "Declared": "in Mailing"}.items()
     assert text.count("OSError: &lt;jam&gt;") == 2
     assert 'href="/workers/messages?topic=mail&amp;state=dead#messages"' in text

@@ -283,7 +283,7 @@ def test_a_batch_handler_that_postpones_is_called_again_for_each_message(fleet: 
     minutes = [(each.due_at - each.claimed_at) / timedelta(minutes=1) for each in letters if each.claimed_at]
     assert minutes == pytest.approx([5, 5], abs=0.5)
     [notes] = manager.messages.figures()
-    assert (notes.postponed, notes.failing, notes.delayed) == (2, 0, 2)
+    assert (notes.postponed, notes.retrying, notes.delayed) == (2, 0, 2)
 
 
 def test_a_message_that_another_instance_took_over_is_not_postponed(fleet: Fleet) -> None:

@@ -63,19 +63,19 @@ def test_each_filter_finds_its_messages(fleet: Fleet, manager: BackgroundWorkerM
     waits = put(fleet, payload='{"Book":100,"50%":"a_b"}', key="order 17")
     later = put(fleet, "mail", due_at=clock + DAY)
     postponed = put(fleet, due_at=clock + 2 * DAY, postponed=3, postponed_because="closed")
-    failing = put(fleet, "mail", attempt=1, error="Traceback\nOSError: Paper jam")
+    retrying = put(fleet, "mail", attempt=1, error="Traceback\nOSError: Paper jam")
     running = put(fleet, state="running", attempt=1, instance="x")
     dead = put(fleet, "mail", state="dead", attempt=5, error="ValueError: no book", finished_at=clock)
     dropped = put(fleet, "old", state="discarded", finished_at=clock, key="order 17")
-    everything = [dropped, dead, running, failing, postponed, later, waits, old]
+    everything = [dropped, dead, running, retrying, postponed, later, waits, old]
     for fields, expected in (
         ({}, everything),
-        ({"topic": "mail"}, [dead, failing, later]),
+        ({"topic": "mail"}, [dead, retrying, later]),
         ({"topic": "old"}, [dropped]),
-        ({"state": "waiting"}, [waits, failing, later, postponed]),  # in the order in which they are due
+        ({"state": "waiting"}, [waits, retrying, later, postponed]),  # in the order in which they are due
         ({"state": "delayed"}, [later, postponed]),
         ({"state": "delayed", "topic": "mail"}, [later]),
-        ({"state": "failing"}, [failing]),
+        ({"state": "retrying"}, [retrying]),
         ({"state": "postponed"}, [postponed]),
         ({"state": "running"}, [running]),
         ({"state": "done"}, [old]),
@@ -85,7 +85,7 @@ def test_each_filter_finds_its_messages(fleet: Fleet, manager: BackgroundWorkerM
         ({"key": "order 17"}, [waits]),  # no topic that is known has the other
         ({"key": "order 17", "topic": "old"}, [dropped]),
         ({"key": "order"}, []),
-        ({"error": "paper JAM"}, [failing]),
+        ({"error": "paper JAM"}, [retrying]),
         ({"error": "jam", "state": "dead"}, []),
         ({"text": "0%"}, [waits]),
         ({"text": '"book":1'}, [waits]),
@@ -164,7 +164,7 @@ def test_errors_are_grouped_by_their_last_line(fleet: Fleet, manager: Background
     assert (book.line, book.count, book.newest, book.first_at) == ("ValueError: no book", 1, three, book.last_at)
     [jam] = manager.messages.errors(Filter(state="dead", topic="mail"), topics)
     assert (jam.count, jam.newest) == (1, two)
-    [jam] = manager.messages.errors(Filter(state="failing"), topics)
+    [jam] = manager.messages.errors(Filter(state="retrying"), topics)
     assert jam.count == 1
 
 
