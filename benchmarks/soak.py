@@ -1,8 +1,9 @@
 """Measures the promise under faults.
 
 Real processes of the shop are killed, stopped and terminated. Their database is restarted or held, crashes, fails over,
-or loses its connections or rows. An operator cancels runs and pauses topics. Meanwhile the workers leave an effect for
-each of their ticks, and the handlers a receipt for each message. Some fail at first, and some messages are postponed.
+or loses its connections or rows. An operator cancels runs and pauses topics. Other clients hold transactions open, send
+storms of notifications, and take backups. Meanwhile the workers leave an effect for each of their ticks, and the
+handlers a receipt for each message. Some runs and messages fail at first, and some messages are postponed.
 
     python -m benchmarks.soak --engine postgresql --minutes 10 --processes 6 --seed 1
 
@@ -251,9 +252,14 @@ class Report:
 
     def _troubles(self) -> list[tuple[str, object, str]]:
         counts, faults = self._fleet.counts, self._fleet.faults
-        deletions: list[tuple[str, object, str]] = [("rows deleted", sum(len(each.deleted) for each in faults), "")]
+        others: list[tuple[str, object, str]] = [
+            ("rows deleted", sum(len(each.deleted) for each in faults), ""),
+            ("transactions held open by another client", counts["transaction"], ""),
+            ("storms of notifications", counts["storm"], ""),
+            ("backups, of them whole", f"{counts['backup']}, {self._fleet.clients.backups}", ""),
+        ]
         if self._arguments.engine == "sqlite":
-            return [("write lock held", counts["hold"], ""), *deletions]
+            return [("write lock held", counts["hold"], ""), *others]
         lossy = sum(fault.kind == "crash" and fault.note == LOST_COMMITS for fault in faults)
         return [
             ("connections cut", counts["cut"], ""),
@@ -261,7 +267,7 @@ class Report:
             ("database restarts", counts["restart"], ""),
             ("database crashes", f"{counts['crash']}, {lossy} of them lost acknowledged commits", ""),
             ("fail-overs that left the sockets open", counts["fail_over"], ""),
-            *deletions,
+            *others,
         ]
 
     def _count(self, kind: str) -> str:
@@ -286,7 +292,9 @@ class Report:
         if len(found) > MOST_SHOWN:
             print(f"... and {len(found) - MOST_SHOWN} more: {Counter(what for _, what in found[MOST_SHOWN:])}")
         problems = self._fleet.problems + [f"{count} x {text}" for text, count in tracebacks(logs).items()]
-        problems += self._mail.violations[:MOST_SHOWN] + self._locks.violations[:MOST_SHOWN]
+        problems += (
+            self._fleet.clients.problems + self._mail.violations[:MOST_SHOWN] + self._locks.violations[:MOST_SHOWN]
+        )
         for problem in problems:
             print(f"VIOLATION: {problem}")
         return not found and not problems

@@ -18,6 +18,8 @@ from sqlalchemy.pool import NullPool
 from background.database.dialects.sqlite import prepare
 from tests.support.proxy import Proxy
 
+from .soak_clients import ClientsOfPostgresql, ClientsOfSqlite
+
 PROBE_SECONDS = 0.05
 PACE_SECONDS, LATE_SECONDS = 0.02, 0.1
 OWN = "soak"  # this program's connections, which it does not cut
@@ -44,6 +46,7 @@ class Sqlite:
         self.engine = create_engine(self.url, poolclass=NullPool)
         prepare(self.engine)
         self.operator = create_engine(self.url, poolclass=NullPool, connect_args={"timeout": LOCK_SECONDS})
+        self.clients = ClientsOfSqlite(self.path)
         self._probe = sqlite3.connect(self.path, timeout=0, isolation_level=None, check_same_thread=False)
 
     def url_of(self, slot: int) -> str:
@@ -66,6 +69,7 @@ class Sqlite:
         return True
 
     def close(self) -> None:
+        self.clients.close()
         self._probe.close()
 
 
@@ -90,6 +94,7 @@ class Postgresql:
             own.update_query_dict({"options": writing}), poolclass=NullPool, isolation_level="AUTOCOMMIT"
         )
         self.operator = self.engine
+        self.clients = ClientsOfPostgresql(self.engine, own, Path(self._server.bin_path))
         self._closed = threading.Event()
         self._failing_over: threading.Thread | None = None
         self._administer(
@@ -183,6 +188,7 @@ class Postgresql:
 
     def close(self) -> None:
         self._closed.set()
+        self.clients.close()
         if self._failing_over is not None:
             self._failing_over.join()
         for proxy in self.proxies.values():

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import IO
 
 from background import BackgroundWorkerManager
 
+from .soak_clients import Clients
 from .soak_database import Postgresql, Sqlite
 from .soak_operator import Deleted, Pauses, cancel_run, delete_rows
 
@@ -111,6 +112,7 @@ class Fleet:
         self._slots: list[Life | float] = [0.0] * size
         self._began = time.monotonic()
         self._troubles: list[str] = []
+        self._clients: list[str] = []
         self._log: IO[str] = (logs / "faults.log").open("w", buffering=1)
 
     @property
@@ -119,6 +121,10 @@ class Fleet:
 
     def are_all_up(self) -> bool:
         return all(isinstance(life, Life) and life.state == "up" for life in self._slots)
+
+    @property
+    def clients(self) -> Clients:
+        return self._database.clients
 
     # -- keeping them alive --------------------------------------------------------------------
 
@@ -218,7 +224,7 @@ class Fleet:
         kinds: list[Callable[[], bool]] = [self._kill] * 4 + [self._stop] * 3 + [self._term] * 3
         kinds += (
             [self._trouble] * 4
-            + [self._delete, self._cancel, self._pause] * 2
+            + [self._delete, self._cancel, self._pause, self._client] * 2
             + [self._silence] * 2 * bool(self._database.proxies)
         )
         return self._random.choice(kinds)()
@@ -282,18 +288,25 @@ class Fleet:
         return life is not None
 
     def _trouble(self) -> bool:
-        """Cause one fault of the database.
-
-        The faults take turns, in a new order each time, so a short soak has all of them.
-        """
-        if not self._troubles:
-            self._troubles = self._random.sample(self._database.faults, len(self._database.faults))
-        kind = self._troubles.pop()
+        """Cause one fault of the database. Its kinds take turns, so that a short soak has all of them."""
+        kind = self._next_of(self._troubles, self._database.faults)
         at = time.time()
         note = getattr(self._database, kind)(self._random)
         if note is not None:
             self._did(Fault(kind, at, note=note, until=time.time() + 1.0))
         return note is not None
+
+    def _client(self) -> bool:
+        """Let another client use the database in a way that it may. This excuses nothing. Its kinds take turns."""
+        kind, at = self._next_of(self._clients, self._database.clients.kinds), time.time()
+        self._did(Fault(kind, at, note=getattr(self._database.clients, kind)(self._random), until=at))
+        return True
+
+    def _next_of(self, left: list[str], kinds: Sequence[str]) -> str:
+        """Return a kind that had no turn yet. Each kind has its turn, in a new order, before one has the next."""
+        if not left:
+            left += self._random.sample(kinds, len(kinds))
+        return left.pop()
 
     def _delete(self) -> bool:
         """Delete rows of running workers, as an operator may do."""
