@@ -90,8 +90,11 @@ def is_unreachable(error: DBAPIError) -> bool:
 
 
 def is_connect_failure(error: DBAPIError) -> bool:
-    """Return whether no PostgreSQL server answered. The server gives its own errors a code."""
-    return error.statement is None and getattr(error.orig, "sqlstate", "") is None
+    """Return whether no PostgreSQL server answered, or the server ended the connection while it was opened.
+
+    The server gives its own errors a code.
+    """
+    return error.statement is None and (getattr(error.orig, "sqlstate", "") is None or is_connection_ended(error))
 
 
 def _has(error: BaseException, *codes: str) -> bool:

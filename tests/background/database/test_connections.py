@@ -14,7 +14,22 @@ import pytest
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 from flask_sqlalchemy.session import Session
-from sqlalchemy import Column, Delete, Engine, Insert, MetaData, String, Table, Update, event, make_url, select, text
+from sqlalchemy import (
+    Column,
+    Delete,
+    Engine,
+    Insert,
+    MetaData,
+    String,
+    Table,
+    Update,
+    create_engine,
+    event,
+    make_url,
+    select,
+    text,
+)
+from sqlalchemy.exc import OperationalError
 from support.databases import administer, close
 from support.fleet import wait_until
 
@@ -30,6 +45,7 @@ from background import (
     PruneHistoryWorker,
     WorkerContext,
 )
+from background.database.outages import is_cut_off
 
 NOW = datetime.now(UTC)
 on_postgresql = pytest.mark.parametrize("empty_database_url", ["postgresql"], indirect=True)
@@ -661,3 +677,21 @@ def test_a_worker_that_runs_another_worker_amid_its_own_writes_is_told_to_commit
     Noting.then = ask
     assert host.manager.tick("noting", NOW).state == "succeeded"
     assert said
+
+
+@pytest.mark.parametrize(
+    ("raised", "cuts_off"),
+    [
+        (psycopg.OperationalError("connection refused"), True),
+        (psycopg.errors.AdminShutdown("terminating connection due to administrator command"), True),
+        (psycopg.errors.InvalidPassword("password authentication failed"), False),
+    ],
+    ids=["refused", "ended", "no login"],
+)
+def test_a_connection_that_the_server_ends_while_it_is_opened_cuts_a_run_off(raised: Exception, cuts_off: bool) -> None:
+    def opened() -> None:
+        raise raised
+
+    with pytest.raises(OperationalError) as caught:
+        create_engine("postgresql+psycopg://", creator=opened).connect()
+    assert is_cut_off(caught.value) == cuts_off
