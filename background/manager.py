@@ -1,13 +1,11 @@
 """The manager: the engine's public face."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime, timedelta
-from functools import partial
 from typing import Any
 
 from flask import current_app
-from sqlalchemy.orm import Session
 from werkzeug.local import LocalProxy
 
 from .database.tables import LONGEST_USER
@@ -229,7 +227,7 @@ class BackgroundWorkerManager(Lifecycle):
         session = self.db.session()
         found = self.stores.queue.enqueue(session, topic, drafted, delay)
         if found is not None:
-            self._wake_when_committed(session, topic, delay)
+            when_committed(session, self._wake, (topic, delay))
         return found
 
     def enqueue_many(
@@ -248,12 +246,15 @@ class BackgroundWorkerManager(Lifecycle):
         session = self.db.session()
         count = self.stores.queue.enqueue_many(session, topic, drafted, delay)
         if count:
-            self._wake_when_committed(session, topic, delay)
+            when_committed(session, self._wake, (topic, delay))
         return count
 
-    def _wake_when_committed(self, session: Session, topic: str, delay: timedelta | None) -> None:
+    def _wake(self, committed: Collection[tuple[str, timedelta | None]]) -> None:
+        """Wake the consumers of the topics and delays: in this process, and in the others if a message is due."""
         if (supervisor := self.supervisor) is not None:
-            when_committed(session, f"messages:{topic}:{delay}", partial(supervisor.consumers.wake_after, topic, delay))
+            for topic, delay in committed:
+                supervisor.consumers.wake_after(topic, delay)
+        self.stores.notifier.notify({topic for topic, delay in committed if not delay})
 
     # -- locking -------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from .database import opening, tables
 from .database.connections import Connections, made_once
 from .database.dialects import postgresql, sqlite
 from .database.migrations import refuse_old_tables
-from .database.notifications import ring
+from .database.notifications import Notifier, ring
 from .database.outages import Outages, place
 from .database.sessions import refuse_autocommit_options, schema_of
 from .database.store import Store
@@ -42,6 +42,11 @@ class Stores:
         """The engine's own pools."""
         with self.app.app_context():
             return Connections(self.db.engine, self.lease.total_seconds(), schema_of(self.db), self.outages)
+
+    @made_once
+    def notifier(self) -> Notifier:
+        """The notifications of committed messages."""
+        return Notifier(self.connections)
 
     @made_once
     def main(self) -> Store:
@@ -112,6 +117,8 @@ class Stores:
 
     def close(self) -> None:
         """Close the connections. They open again with their next use."""
+        if "notifier" in self.__dict__:
+            self.notifier.close()
         if "connections" in self.__dict__:
             self.connections.close()
 

@@ -145,13 +145,18 @@ class Connections:
     @contextmanager
     def listening(self) -> Iterator[Any]:
         """Open a psycopg connection that commits each statement. Close it at the end of the block."""
-        connection = self._open_postgresql()
+        connection = self.open_separately()
         try:
-            connection.autocommit = True
             self._listening.add(connection)
             yield connection
         finally:
             connection.close()
+
+    def open_separately(self) -> Any:
+        """Open a psycopg connection that commits each statement. It is in no pool: the caller closes it."""
+        connection = self._open_postgresql()
+        connection.autocommit = True
+        return connection
 
     @property
     def locks(self) -> Engine:

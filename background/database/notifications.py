@@ -1,18 +1,22 @@
 """Notifies all processes of new work, so that no process has to poll the tables."""
 
+import atexit
 import os
 import socket
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from functools import partial
 from selectors import EVENT_READ, DefaultSelector
 from typing import Any
+from weakref import WeakSet
 
 from sqlalchemy import Engine, func, select
 from sqlalchemy.exc import SQLAlchemyError
 
 from ..host.logs import logger_of
+from .clock import steady
 from .connections import Connections, again_if_stale
 
 log = logger_of(__name__)
@@ -20,20 +24,111 @@ log = logger_of(__name__)
 CHANNEL = "background_messages"
 _RETRY_SECONDS = 0.5
 _LOOK_SECONDS = 0.25
+_RESTS = 16  # times as long as the last notification took
+_LONGEST_REST_SECONDS = 0.1
+_LAST_SECONDS = 1.0
 
 
-def ring(connections: Connections) -> None:
-    """Have each listening process look for new work. If this fails, its next heartbeat finds the work."""
+def ring(connections: Connections, *topics: str) -> None:
+    """Have each listening process look for messages of `topics`, or for any new work.
+
+    If this fails, the next heartbeat of each process finds the work.
+    """
     with suppress(SQLAlchemyError, OSError):
         if path := connections.heartbeat_file:
             os.utime(path)
         else:
-            again_if_stale(partial(_notify, connections.claims))
+            again_if_stale(partial(_notify, connections.claims, topics or ("",)))
 
 
-def _notify(engine: Engine) -> None:
+def _notify(engine: Engine, topics: Collection[str]) -> None:
     with engine.begin() as connection:
-        connection.execute(select(func.pg_notify(CHANNEL, "")))
+        connection.execute(select(*(func.pg_notify(CHANNEL, topic) for topic in topics)))
+
+
+class Notifier:
+    """Notifies all processes of committed messages on PostgreSQL, on a thread that lives while topics wait.
+
+    The transaction of the caller does not notify, because PostgreSQL lets transactions that notify commit one by one.
+    The connection is not from a pool: a busy pool would open and close one for each notification. If the connection
+    fails, or this process ends before the notification, a heartbeat finds the messages.
+    """
+
+    def __init__(self, connections: Connections) -> None:
+        self._connections = connections
+        self._connection: Any = None
+        self._waiting: set[str] = set()
+        self._thread: threading.Thread | None = None
+        self._changed = threading.Lock()
+        _notifiers.add(self)
+
+    def notify(self, topics: Collection[str]) -> None:
+        """Have the thread notify all processes of new messages of `topics`. Waits for nothing, and raises nothing."""
+        if self._connections.heartbeat_file or not topics:
+            return
+        with self._changed:
+            self._waiting.update(topics)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._serve, name="workers-notifier", daemon=True)
+                try:
+                    self._thread.start()
+                except RuntimeError:  # the interpreter ends, or can start no other thread
+                    self._thread = None
+
+    def wait(self) -> None:
+        """Wait until no topic waits, for at most a second."""
+        if (thread := self._thread) is not None:
+            thread.join(_LAST_SECONDS)
+
+    def close(self) -> None:
+        """Wait, and close the connection. The next notification opens another."""
+        self.wait()
+        with self._changed:
+            if self._thread is None:
+                self._close()
+
+    def _serve(self) -> None:
+        while topics := self._next():
+            seconds = 0.0
+            for _ in range(2):  # the server may have closed the connection since its last use
+                try:
+                    seconds = self._send(list(topics))
+                    break
+                except Exception as error:  # the thread must go on to notify again
+                    log.debug("Cannot notify: %s", error)
+                    self._close()
+            # Without this rest, a busy process would send a notification for each commit.
+            time.sleep(min(seconds * _RESTS, _LONGEST_REST_SECONDS))
+
+    def _next(self) -> set[str]:
+        with self._changed:
+            topics, self._waiting = self._waiting, set()
+            if not topics:
+                self._thread = None
+            return topics
+
+    def _send(self, topics: list[str]) -> float:
+        if self._connection is None:
+            self._connection = self._connections.open_separately()
+        began = steady()
+        self._connection.execute(_NOTIFICATION, [CHANNEL, topics])
+        return steady() - began
+
+    def _close(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
+
+
+# The server need not write this commit to the disk, because a crash of the server forgets all notifications.
+_NOTIFICATION = "SELECT set_config('synchronous_commit', 'off', true), pg_notify(%s, unnest(%s::text[]))"
+_notifiers: "WeakSet[Notifier]" = WeakSet()
+
+
+@atexit.register
+def _wait() -> None:
+    for each in list(_notifiers):
+        each.wait()
 
 
 class Listener:

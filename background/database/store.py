@@ -25,7 +25,6 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql, sqlite
 
 from .clock import single_statements
-from .notifications import CHANNEL
 from .sessions import Sessions
 
 _LOCK_SECONDS = 1.0  # after waiting this long for a row lock, free the thread and try again later
@@ -55,11 +54,11 @@ class Statements:
 class Store(Statements):
     """Transactions on the engine's own connections.
 
-    `ring` is called when a row becomes available to any instance. `sessions` adds the engine's statements to the
-    application's sessions.
+    `ring` is called when a row becomes available to any instance, with the topics if the rows are messages. `sessions`
+    adds the engine's statements to the application's sessions.
     """
 
-    def __init__(self, engine: Engine, lease: float, ring: Callable[[], None], sessions: Sessions) -> None:
+    def __init__(self, engine: Engine, lease: float, ring: Callable[..., None], sessions: Sessions) -> None:
         super().__init__(engine)
         self.ring, self.sessions = ring, sessions
         self.has_one_writer = self.on_sqlite
@@ -108,11 +107,7 @@ class Store(Statements):
         arrays = (bindparam(None, list(texts), type_=ARRAY(Text)) for texts in zip(*rows, strict=True))
         return select(func.unnest(*arrays).table_valued(*names, with_ordinality="place").render_derived()).subquery()
 
-    # -- notifications, and rows that a session holds ------------------------------------------
-
-    def notices(self, *topics: Any) -> list[ColumnElement[Any]]:
-        """Return columns that notify every process of new messages at the commit. SQLite has no notifications."""
-        return [] if self.on_sqlite else [func.pg_notify(CHANNEL, topic) for topic in topics]
+    # -- rows that a session holds -------------------------------------------------------------
 
     def holding(self, change: Update) -> Executable:
         """Return `change` as a statement that also limits how long its rows are held. See `number_held`."""

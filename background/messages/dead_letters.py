@@ -101,8 +101,8 @@ class DeadLetters:
             changed = release(connection, which, **values)
             if refuse and (unchanged := set(ids) - {row.id for row in changed}):
                 raise self._refusal(connection, unchanged, states)
-            if notices := self._store.notices(*{row.topic for row in changed if row.state == "waiting"}):
-                connection.execute(select(*notices))
+        if topics := {row.topic for row in changed if row.state == "waiting"}:
+            self._store.ring(*topics)
         return len(changed)
 
     def _refusal(self, connection: Connection, ids: Collection[int], states: Sequence[str]) -> BackgroundError:

@@ -71,8 +71,6 @@ class Queue:
             new = self._store.insert(messages).from_select(columns, values.where(text("true")))
             new = new.on_conflict_do_nothing(**_same_key).execution_options(preserve_rowcount=True)
             enqueued += count(within.execute(new))
-        if enqueued and not delay and (notices := self._store.notices(topic)):
-            within.execute(select(*notices))
         return enqueued
 
     def _storable(self, draft: Draft) -> str:
@@ -251,17 +249,15 @@ _first_due = _due(bindparam("of")).limit(1)
 
 
 def _enqueue(store: Store) -> Any:
-    after = bindparam("after", type_=Float)
     row: dict[str, ColumnElement[Any]] = {
         "topic": bindparam("of"),
         "key": bindparam("keyed"),
         "payload": bindparam("json"),
         "enqueued_at": now(),
-        "due_at": now(after),
+        "due_at": now(bindparam("after", type_=Float)),
     }
     new = store.insert(messages).values(row).on_conflict_do_nothing(**_same_key)
-    notices = (case((after == 0.0, each)) for each in store.notices(bindparam("of")))
-    return new.returning(messages.c.id, *notices)
+    return new.returning(messages.c.id)
 
 
 def _claim() -> Any:

@@ -2,8 +2,9 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextvars import ContextVar
+from typing import Any
 
 from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy import Connection, event
@@ -43,6 +44,7 @@ def fence(db: SQLAlchemy) -> None:
     """Check the claim before every commit of a run on any session of `db`. This also enables `when_committed`."""
     for name, listener in (
         ("after_transaction_create", _after_transaction_create),
+        ("after_transaction_end", _after_transaction_end),
         ("after_begin", _after_begin),
         ("before_commit", _before_commit),
         ("after_commit", _after_commit),
@@ -52,25 +54,24 @@ def fence(db: SQLAlchemy) -> None:
             event.listen(db.session, name, listener)
 
 
-def when_committed(session: Session, key: str, call: Callable[[], None]) -> None:
-    """Call `call` after `session` commits its transaction, but not if it rolls back. Once per `key`."""
-    session.info.setdefault(_WHEN_COMMITTED, {})[key] = call
+def when_committed(session: Session, call: Callable[[Collection[Any]], None], argument: object) -> None:
+    """After `session` commits its transaction, call `call` once with the arguments so far. Not if it rolls back."""
+    session.info.setdefault(_WHEN_COMMITTED, {}).setdefault(call, set()).add(argument)
 
 
 def _after_commit(session: Session) -> None:
     if session.in_nested_transaction():  # releasing a savepoint commits nothing
         return
-    for call in session.info.pop(_WHEN_COMMITTED, {}).values():
-        call()
+    for call, arguments in session.info.pop(_WHEN_COMMITTED, {}).items():
+        call(arguments)
 
 
 def _after_rollback(session: Session) -> None:
-    run, savepoint = current_run.get(), session.get_nested_transaction()
-    if savepoint is None:
-        session.info.pop(_WHEN_COMMITTED, None)
-        if run is not None:
-            run.rolled_back(session)
-    elif run is not None:  # the work before the savepoint may still be committed
+    if (run := current_run.get()) is None:
+        return
+    if (savepoint := session.get_nested_transaction()) is None:
+        run.rolled_back(session)
+    else:  # the work before the savepoint may still be committed
         run.returned_to(savepoint)
 
 
@@ -85,6 +86,11 @@ def _before_commit(session: Session) -> None:
 def _after_transaction_create(session: Session, transaction: SessionTransaction) -> None:
     if transaction.nested and (run := current_run.get()) is not None:
         run.saved(session, transaction)
+
+
+def _after_transaction_end(session: Session, transaction: SessionTransaction) -> None:
+    if transaction.parent is None:  # after a rollback, or `session.close()`
+        session.info.pop(_WHEN_COMMITTED, None)
 
 
 def _after_begin(session: Session, transaction: SessionTransaction, connection: Connection) -> None:

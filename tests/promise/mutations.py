@@ -176,7 +176,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a rollback takes a cursor back",
-        [Edit("background/runs/fence.py", "            run.rolled_back(session)", "            pass")],
+        [Edit("background/runs/fence.py", "        run.rolled_back(session)", "        pass")],
         ["tests/background/runs/test_cursor.py", "-k", "takes_the_cursor_back"],
     ),
     Mutation(

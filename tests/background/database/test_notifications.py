@@ -1,0 +1,216 @@
+"""Notifications of committed messages, from the process that committed them."""
+
+import os
+import select
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine
+from sqlalchemy import text as sql
+from support.databases import on_postgresql
+from support.fleet import PATIENCE, Fleet, db, make_app, statements, states, wait_until
+from support.processes import environment
+
+from background import BackgroundWorkerManager, Message, MessageWorker, WorkerContext, current_workers
+from background.database.notifications import CHANNEL, Notifier
+
+
+class Orders(MessageWorker):
+    """Has a topic."""
+
+    topic = "orders"
+
+    def handle(self, message: Message, context: WorkerContext) -> Any:
+        """Do nothing."""
+
+
+class Last(Orders):
+    """Has the topic of the last message of a test."""
+
+    topic = "last"
+
+
+@pytest.fixture
+def manager(fleet: Fleet) -> Iterator[BackgroundWorkerManager]:
+    """Give a manager that has not started, in its app context: a process that only enqueues."""
+    manager = fleet.manager(Orders, Last)
+    with manager.app.app_context():
+        yield manager
+
+
+@pytest.fixture
+def heard(fleet: Fleet) -> Iterator[Callable[[], list[str]]]:
+    """Give a function that commits a message of the topic "last", and returns the topics of all notifications."""
+    app = fleet.app(Last)
+    with app.extensions["background_workers"].stores.connections.listening() as connection:
+        connection.execute(f"LISTEN {CHANNEL}")
+
+        def until_the_last() -> list[str]:
+            current_workers.enqueue("last", 0)
+            db.session.commit()
+            heard: list[str] = []
+            while "last" not in heard:
+                pgconn = connection.pgconn  # as the listener reads it
+                assert select.select([pgconn.socket], [], [], PATIENCE)[0], f"heard only {heard}"
+                pgconn.consume_input()
+                while notification := pgconn.notifies():
+                    heard.append(notification.extra.decode())
+            heard.remove("last")
+            return heard
+
+        yield until_the_last
+
+
+@on_postgresql
+def test_a_transaction_that_enqueues_does_not_notify_but_its_commit_does(
+    manager: BackgroundWorkerManager, heard: Callable[[], list[str]]
+) -> None:
+    """PostgreSQL lets transactions that notify commit one by one."""
+    with statements(Engine) as sent:
+        manager.enqueue("orders", 1)
+        manager.enqueue_many("orders", [2, 3])
+        db.session.commit()
+    assert not [each for each in sent if "notify" in each]
+    manager.stores.notifier.wait()
+    assert heard() == ["orders"]
+
+
+@on_postgresql
+def test_a_rollback_a_closed_session_and_a_savepoint_notify_no_process(
+    manager: BackgroundWorkerManager, heard: Callable[[], list[str]]
+) -> None:
+    manager.enqueue("orders", "rolled back")
+    db.session.rollback()
+    manager.enqueue("orders", "rolled back")
+    db.session.close()
+    with db.session.begin_nested():
+        manager.enqueue("orders", "released, and rolled back")
+    db.session.rollback()
+    assert heard() == []
+    with db.session.begin_nested():
+        manager.enqueue("orders", "kept")
+    db.session.commit()
+    manager.stores.notifier.wait()
+    assert heard() == ["orders"]
+
+
+@on_postgresql
+def test_commits_during_a_notification_share_the_next_one(
+    manager: BackgroundWorkerManager, heard: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sending, go_on, sent = threading.Event(), threading.Event(), list[list[str]]()
+    send = Notifier._send
+
+    def slowly(self: Notifier, topics: list[str]) -> float:
+        sent.append(sorted(topics))
+        sending.set()
+        assert go_on.wait(PATIENCE)
+        return send(self, topics)
+
+    monkeypatch.setattr(Notifier, "_send", slowly)
+    for topic in ("orders", *("last", "orders") * 10):
+        manager.enqueue(topic, 1)
+        db.session.commit()
+        assert sending.wait(PATIENCE)
+    go_on.set()
+    manager.stores.notifier.wait()
+    assert sent == [["orders"], ["last", "orders"]]
+    assert set(heard()) == {"orders"}
+
+
+@on_postgresql
+def test_a_process_notifies_although_the_server_has_closed_its_connection(
+    fleet: Fleet, manager: BackgroundWorkerManager, heard: Callable[[], list[str]]
+) -> None:
+    assert heard() == []
+    manager.stores.notifier.wait()
+    its_own = "datname = current_database() AND query LIKE 'SELECT set_config(''synchronous_commit''%'"
+    with fleet.engine.connect() as connection:
+        assert connection.scalars(sql(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {its_own}")).all()
+    manager.enqueue("orders", 1)
+    db.session.commit()
+    manager.stores.notifier.wait()
+    assert heard() == ["orders"]
+
+
+@pytest.mark.parametrize("error", [OSError("no route"), ValueError("of the application's creator")], ids=repr)
+@on_postgresql
+def test_a_commit_succeeds_although_no_process_can_be_notified(
+    fleet: Fleet,
+    manager: BackgroundWorkerManager,
+    heard: Callable[[], list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+) -> None:
+    def fail() -> None:
+        raise error
+
+    with monkeypatch.context() as away:
+        away.setattr(manager.stores.connections, "open_separately", fail)
+        manager.enqueue("orders", 1)
+        db.session.commit()
+        manager.stores.notifier.wait()
+        away.setattr(threading.Thread, "start", lambda thread: fail_to_start())
+        manager.enqueue("orders", 2)
+        db.session.commit()
+    assert states(fleet) == ["waiting", "waiting"]
+    assert set(heard()) <= {"orders"}
+
+
+def fail_to_start() -> None:
+    raise RuntimeError("can't create new thread at interpreter shutdown")
+
+
+@pytest.mark.promise
+def test_a_message_of_a_process_that_ended_before_it_notified_is_found_by_a_heartbeat(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = fleet.manager(Orders, WORKERS_HEARTBEAT_SECONDS=0.5, WORKERS_LEASE_SECONDS=60)
+    running.start()
+    wait_until(lambda: running.presence.instance is not None, "the start")
+    ended = fleet.manager(Orders)
+    monkeypatch.setattr(ended.stores.notifier, "notify", lambda topics: None)
+    fleet.enqueue("orders", 1)
+    wait_until(lambda: states(fleet) == ["done"], "the message")
+
+
+@pytest.mark.promise
+@on_postgresql
+def test_a_process_that_ends_right_after_its_commit_notifies_first(
+    fleet: Fleet, manager: BackgroundWorkerManager, heard: Callable[[], list[str]]
+) -> None:
+    program = "from test_notifications import enqueue_and_end; enqueue_and_end()"
+    here = os.pathsep.join([os.path.dirname(__file__), *sys.path])
+    variables = environment(fleet.database_url) | {"PYTHONPATH": here}
+    subprocess.run([sys.executable, "-c", program], env=variables, check=True, timeout=PATIENCE)
+    assert heard() == ["orders"]
+
+
+def enqueue_and_end() -> None:
+    with make_app(os.environ["DATABASE_URL"], Orders).app_context():
+        current_workers.enqueue("orders", 1)
+        db.session.commit()
+
+
+@pytest.mark.promise
+@on_postgresql
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_a_forked_child_notifies_on_a_connection_of_its_own(
+    manager: BackgroundWorkerManager, heard: Callable[[], list[str]]
+) -> None:
+    assert heard() == []
+    manager.stores.notifier.wait()
+    child = os.fork()
+    if not child:
+        try:
+            current_workers.enqueue("orders", 1)
+            db.session.commit()
+            current_workers.stores.notifier.wait()
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert heard() == ["orders"]
