@@ -10,6 +10,7 @@ import click
 
 from ..errors import InvalidSchedule, UnknownWorker, spelled_out
 from ..history.text import moment, second, silent
+from ..history.why import if_it_fails
 from ..manager import BackgroundWorkerManager, the_manager
 from ..repair.clock_ahead import repaired_text
 from ..runs.dry_run import Change
@@ -125,11 +126,12 @@ def _request(manager: BackgroundWorkerManager, name: str) -> None:
     if not manager.request(name):
         click.echo(f"{name} is running already, or will run next: see `flask workers list`.")
         raise click.exceptions.Exit(1)
+    once = if_it_fails(manager.workers[name], manager.stores.ledger.look(name))
     if silence := manager.instance_history.silence():
-        say(f"{name} will run as soon as an instance is alive. {silent(silence)}")
+        say(f"{name} will run as soon as an instance is alive. {silent(silence)}{once}")
     else:
         within = f"{manager.app.config['WORKERS_HEARTBEAT_SECONDS']:g} s"
-        click.echo(f"An instance will run {name} within {within}. `flask workers why {name}` says how it ended.")
+        click.echo(f"An instance will run {name} within {within}. `flask workers why {name}` says how it ended.{once}")
 
 
 def _print_changes(name: str, changes: Sequence[Change]) -> None:

@@ -64,6 +64,14 @@ def why(around: Surroundings, worker: type[PeriodicWorker] | None, history_days:
     return Answer(around.name, around.at, tick, state, spelled_out(f"{subject} {clause}."), around.records)
 
 
+def if_it_fails(worker: type[PeriodicWorker], state: WorkerState | None) -> str:
+    """Return a sentence if the run that a user requested will not be tried again, although ticks are. Or nothing."""
+    if state is None or worker.on_failed == "skip":
+        return ""
+    trigger = state.running.trigger if state.running else state.pending_trigger
+    return " If this manual run fails, it is not tried again." if trigger == "manual" else ""
+
+
 def _manual(record: Record) -> str:
     return f"The manual run of {record.worker} asked for at {moment(record.tick)}"
 
@@ -126,8 +134,10 @@ def _retried(around: Surroundings, known: Known, record: Record) -> str:
     attempt = record.attempt or 1
     if _is_pending(around, record) and around.state and around.state.retry_at:
         return f"; attempt {attempt + 1} follows at {second(around.state.retry_at)}{_by_instance(around)}"
-    if known.worker is None or known.worker.on_failed == "skip" or record.trigger == "manual":
+    if known.worker is None or known.worker.on_failed == "skip":
         return ""
+    if record.trigger == "manual":
+        return "; a manual run is not tried again"
     if attempt < known.worker.max_attempts:
         return f"; attempt {attempt + 1} did not follow, as the next tick came first"
     return f"; it is given up after attempt {attempt} of {known.worker.max_attempts}"

@@ -8,6 +8,7 @@ from werkzeug.wrappers import Response
 
 from ...errors import InvalidSchedule
 from ...history.text import whole_number
+from ...history.why import if_it_fails
 from ...manager import BackgroundWorkerManager, the_manager
 from ...schedule.parsing import as_arguments, typed_schedule
 from ..access import user_name
@@ -22,12 +23,14 @@ def add_to(blueprint: Blueprint) -> None:
 
 def run(name: str) -> ResponseReturnValue:
     manager = _manager_of(name)
-    if not manager.request(name):
+    requested = manager.request(name)
+    once = if_it_fails(manager.workers[name], manager.stores.ledger.look(name))
+    if not requested:
         say(f"{name} is running already, or will run next.", "info")
     elif any(seen.is_alive for seen in manager.instance_history.seen()):
-        say(f"{name} will run within {manager.app.config['WORKERS_HEARTBEAT_SECONDS']:g} s.", "success")
+        say(f"{name} will run within {manager.app.config['WORKERS_HEARTBEAT_SECONDS']:g} s.{once}", "success")
     else:
-        say(f"{name} will run as soon as an instance is alive. No instance is alive now.", "warning")
+        say(f"{name} will run as soon as an instance is alive. No instance is alive now.{once}", "warning")
     return back()
 
 

@@ -4,6 +4,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from support.databases import on_sqlite
 from support.fleet import HOUR, Fleet, Hourly, effect, wait_until
 
 from background import BackgroundWorkerManager, InvalidWorker, WorkerContext
@@ -189,6 +190,27 @@ def test_a_failed_manual_run_is_not_tried_again(fleet: Fleet) -> None:
         manager = fleet.manager(flaky())
         assert manager.trigger("flaky").state == "failed"
         assert fleet.row("flaky").pending_tick is None
+
+
+@on_sqlite
+def test_the_user_reads_that_a_manual_run_is_not_tried_again(fleet: Fleet) -> None:
+    app = fleet.manager(flaky(failures=2)).app
+    sentence = "If this manual run fails, it is not tried again."
+
+    def asks(*command: str) -> str:
+        return app.test_cli_runner().invoke(args=["workers", *command]).output
+
+    with Clock(IN_2030):
+        assert "ZeroDivisionError: by design; a manual run is not tried again." in asks("trigger", "flaky")
+        assert sentence in asks("trigger", "flaky", "--fleet")
+    fleet.set("flaky", pending_tick=None, pending_attempt=None, pending_trigger=None)
+    with Clock(IN_2030 + HOUR):
+        assert sentence in app.test_client().post("/workers/worker/flaky/run", follow_redirects=True).text
+    fleet.set("flaky", pending_tick=None, pending_attempt=None, pending_trigger=None)
+    with Clock(IN_2030 + 2 * HOUR) as clock:
+        assert app.extensions["background_workers"].tick("flaky", clock.now).state == "failed"
+        clock.move(MINUTE)
+        assert sentence not in asks("trigger", "flaky", "--fleet")  # it is the next attempt at the tick
 
 
 def test_an_attempt_that_was_lost_comes_before_the_next_tick(fleet: Fleet) -> None:
