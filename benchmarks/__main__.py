@@ -77,6 +77,7 @@ def add(name: str, cases: tuple[str, ...], text: str) -> None:
 
 for _case in CASES:
     add(_case, (_case,), str(importlib.import_module(f"{__package__}.cases.{_case}").__doc__))
+add("peers", ("peers",), str(importlib.import_module(f"{__package__}.cases.peers").__doc__))
 add("all", CASES, "All cases, one after the other.")
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ PROCESSES = {"sqlite": 2, "postgresql": 4}
 
 
 class Late(db.Model):  # type: ignore[name-defined, misc]
-    """How many seconds after its tick a run began."""
+    """The seconds from a tick to the start of its run."""
 
     __tablename__ = "benchmark_late"
     id: Mapped[int] = mapped_column(primary_key=True)
