@@ -26,7 +26,7 @@ from sqlalchemy.sql.expression import FunctionElement
 
 from ..database.clock import UtcDateTime, elapsed, last_until
 from ..database.store import Store
-from ..database.tables import executions, message_errors, messages
+from ..database.tables import executions, message_errors, messages, workers
 from .tally import BOUNDS, Lengths, Tally
 
 EACH = "each name"
@@ -126,6 +126,11 @@ def _search(length: str, first: int, last: int) -> str:
 # -- the rows: each with its slot, name, state and lengths ---------------------------------------
 
 
+# With `run_on_first_start`, the first run of all has a tick from before the worker was known. It is not late.
+_known_at = select(workers.c.scheduled_at).where(workers.c.name == executions.c.worker).scalar_subquery()
+_is_first_start = and_(executions.c.token == literal_column("1"), executions.c.tick < _known_at)
+
+
 def _runs(slots: int) -> Select[Any]:
     runs = executions.c
     is_first = and_(runs.trigger == literal_column("'schedule'"), runs.attempt == literal_column("1"))
@@ -135,7 +140,7 @@ def _runs(slots: int) -> Select[Any]:
         runs.worker,
         runs.state,
         elapsed(runs.started_at, runs.finished_at),
-        case((is_first, elapsed(runs.tick, runs.started_at))),
+        case((_is_first_start, _NO_LENGTH), (is_first, elapsed(runs.tick, runs.started_at))),
     ).where(runs.started_at.is_not(None))
 
 

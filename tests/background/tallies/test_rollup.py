@@ -17,7 +17,7 @@ from sqlalchemy import Engine, delete, event, insert, select
 from support.databases import close
 from support.fleet import make_app, statements
 
-from background.database.tables import chores, executions, message_errors, messages, tallies
+from background.database.tables import chores, executions, message_errors, messages, tallies, workers
 from background.stores import Stores
 from background.tallies.charts import SPANS, Chart, ChartHistory
 from background.tallies.counting import ALL
@@ -26,6 +26,7 @@ from background.tallies.tally import BOUNDS, Tally
 from background.testing.clock import Clock
 
 NOW = datetime(2026, 3, 1, 12, 2, 30, tzinfo=UTC)
+NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
 MINUTE, SECOND, DAY = timedelta(minutes=1), timedelta(seconds=1), timedelta(days=1)
 STATES = ["succeeded", "failed", "lost", "timed out", "handed back"]
 
@@ -173,6 +174,22 @@ def test_messages_are_counted_when_they_are_enqueued_when_they_fail_and_when_the
         assert charts.messages().total.counts["enqueued"] == 5
         assert sum(charts.messages("none").total.counts.values()) == 0
         clock.move(MINUTES)
+
+
+def test_a_run_on_the_first_start_is_not_late_and_any_other_first_run_is(
+    stores: Stores, charts: ChartHistory, clock: Clock
+) -> None:
+    known = {"schedule": "every 86400s", "declared": "every 86400s", "scheduled_at": NOON}
+    with stores.main.engine.begin() as connection:
+        connection.execute(insert(workers), [{"name": name, **known} for name in ("mailer", "sweeper")])
+    write(stores, run(NOON + 3 * SECOND, late=15 * 3600, token=1), run(NOON + MINUTE, late=20, token=2))
+    write(stores, run(NOON + MINUTE, "sweeper", late=40, token=1))
+    for _ in range(2):  # from the rows, and from the tallies
+        assert charts.runs("mailer").total.late.longest == 20
+        assert charts.runs("sweeper").total.late.longest == 40
+        assert charts.runs().total.runs == 3
+        clock.move(MINUTES)
+        roll(stores)
 
 
 # -- late, twice, backwards ----------------------------------------------------------------------
