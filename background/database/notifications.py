@@ -18,12 +18,14 @@ from sqlalchemy.exc import SQLAlchemyError
 from ..host.logs import logger_of
 from .clock import steady
 from .connections import Connections, again_if_stale
+from .dialects.sqlite_files import is_replaced
 
 log = logger_of(__name__)
 
 CHANNEL = "background_messages"
 _RETRY_SECONDS = 0.5
 _LOOK_SECONDS = 0.25
+_GLANCE_SECONDS = 0.018
 _RESTS = 16  # times as long as the last notification took
 _LONGEST_REST_SECONDS = 0.1
 _LAST_SECONDS = 1.0
@@ -134,12 +136,22 @@ def _wait() -> None:
 class Listener:
     """A thread that calls `heard` with the topic of a new message, or with "" for any other work.
 
-    PostgreSQL notifies it, on a connection of its own, of each commit with new work. SQLite has no notifications, so
-    the thread looks whether another process touched the heartbeats' file. Behind a pooler a heartbeat finds the work.
+    PostgreSQL notifies it, on a connection of its own, of new work. Behind a pooler a heartbeat finds the work.
+
+    SQLite has no notifications. So the thread looks whether another process touched the heartbeats' file. While this
+    process has consumers that wait, it also glances at a counter of the commits. After a commit it asks `due` which of
+    the topics that are `idle` have a due message.
     """
 
-    def __init__(self, connections: Connections, heard: Callable[[str], None]) -> None:
-        self._connections, self._heard = connections, heard
+    def __init__(
+        self,
+        connections: Connections,
+        heard: Callable[[str], None],
+        idle: Callable[[], Collection[str]],
+        due: Callable[[Collection[str]], Collection[str]],
+    ) -> None:
+        self._connections, self._heard, self._idle, self._due = connections, heard, idle, due
+        self._touched: int | None = None
         self._stopped = threading.Event()
         self._wake_end, self._wake = socket.socketpair()
         self._thread = threading.Thread(target=self._run, name="workers-listener", daemon=True)
@@ -182,9 +194,29 @@ class Listener:
             self._heard(heard.extra.decode())
 
     def _watch(self, path: str) -> None:
-        before = None
-        while not self._stopped.wait(_LOOK_SECONDS):
-            touched = os.stat(path).st_mtime_ns
-            if touched != before:
-                before = touched
-                self._heard("")
+        with self._connections.claims.connect() as connection:
+            driver: Any = connection.connection.driver_connection
+            commits, look_at, rest = None, 0.0, _GLANCE_SECONDS
+            while not self._stopped.wait(rest):
+                if steady() >= look_at:
+                    if is_replaced(connection):  # another connection opens the new file
+                        return
+                    self._look(path)
+                    look_at = steady() + _LOOK_SECONDS
+                if not (topics := self._idle()):  # every consumer is busy, or there is none
+                    rest = min(rest * 2, _LOOK_SECONDS)
+                    continue
+                rest = _GLANCE_SECONDS
+                ((found,),) = driver.execute("PRAGMA data_version").fetchall()
+                if found != commits:
+                    commits, began = found, steady()
+                    for topic in self._due(topics):
+                        self._heard(topic)
+                    # Without this rest, the reads would use a core while another process commits all the time.
+                    rest = max(rest, (steady() - began) * _RESTS)
+
+    def _look(self, path: str) -> None:
+        touched, before = os.stat(path).st_mtime_ns, self._touched
+        if touched != before:
+            self._touched = touched
+            self._heard("")

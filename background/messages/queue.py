@@ -96,6 +96,10 @@ class Queue:
         found = sorted((Message(*row) for row in rows), key=lambda message: (message.due_at, message.id))
         return Batch(batch, worker, tuple(found)) if found else None
 
+    def due(self, topics: Collection[str]) -> list[str]:
+        """Return the topics that have a due message. Claims nothing."""
+        return [topic for topic in topics if self._store.read(_first_due, {"of": topic})]
+
     # -- ending --------------------------------------------------------------------------------
 
     def acknowledge(self, batch: Batch, done: Collection[int], ids: Collection[int], session: Executes) -> None:

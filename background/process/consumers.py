@@ -4,7 +4,7 @@ import math
 import random
 import threading
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from datetime import timedelta
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -38,7 +38,7 @@ class Consumers:
         presence: Presence,
         runs: Runs,
         scheduler: Scheduler,
-        workers: Mapping[str, type[MessageWorker]],
+        workers: dict[str, type[MessageWorker]],
         apart: Collection[str] = (),
     ) -> None:
         """Handle the topics `apart` on threads of their own, even if hung runs use all threads of the scheduler."""
@@ -72,6 +72,12 @@ class Consumers:
         """Start a consumer of each topic."""
         for topic in list(self._workers):
             self.wake(topic)
+
+    def idle(self) -> list[str]:
+        """Return the topics for which another consumer may start."""
+        if self._runs.stopping.is_set():
+            return []
+        return [topic for topic, worker in self._workers.copy().items() if self._active[topic] < worker.concurrency]
 
     def hear(self, topic: str) -> None:
         """Wake up for messages that another process enqueued.

@@ -186,7 +186,9 @@ class Supervisor:
         self.consumers.wake_all()
         with self._entering:
             if not (self._left or self.listener):
-                self.listener = Listener(self._stores.connections, self._heard)
+                self.listener = Listener(
+                    self._stores.connections, self._heard, self.consumers.idle, self._stores.queue.due
+                )
                 self.listener.start()
 
     def _leave(self) -> None:

@@ -94,6 +94,11 @@ def note(record: Any) -> None:
             _in_use.add(opened)
 
 
+def is_replaced(connection: Connection) -> bool:
+    """Return whether a file that the connection has open is no longer at its path."""
+    return any(each.change for each in connection.connection.info.get(_OPENED, []))
+
+
 def make_private(path: str, like: str | None = None) -> None:
     """Make a missing file at `path`. Give it and its companions no more rights than `like` has.
 

@@ -2,17 +2,20 @@
 
 import os
 import select
+import sqlite3
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine
+from sqlalchemy import Engine, insert
 from sqlalchemy import text as sql
-from support.databases import on_postgresql
-from support.fleet import PATIENCE, Fleet, db, make_app, statements, states, wait_until
+from support.databases import on_postgresql, on_sqlite
+from support.fleet import PATIENCE, Fleet, Note, db, make_app, statements, states, wait_until
 from support.processes import environment
 
 from background import BackgroundWorkerManager, Message, MessageWorker, WorkerContext, current_workers
@@ -214,3 +217,68 @@ def test_a_forked_child_notifies_on_a_connection_of_its_own(
             os._exit(0)
     os.waitpid(child, 0)
     assert heard() == ["orders"]
+
+
+# -- SQLite ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def listening(fleet: Fleet) -> BackgroundWorkerManager:
+    """Give a started manager whose heartbeats find nothing during the test."""
+    manager = fleet.manager(Orders, Last, WORKERS_HEARTBEAT_SECONDS=60, WORKERS_LEASE_SECONDS=300)
+    manager.start()
+    wait_until(lambda: manager.supervisor and manager.supervisor.listener, "the start")
+    fleet.app(Orders, Last)  # the process that enqueues
+    fleet.enqueue("orders", 0)
+    wait_until(lambda: states(fleet) == ["done"], "the first message")
+    return manager
+
+
+@on_sqlite
+def test_a_commit_of_another_process_costs_an_idle_process_one_read_for_each_topic_and_no_write(
+    fleet: Fleet, listening: BackgroundWorkerManager
+) -> None:
+    with statements(listening.stores.connections.claims) as sent:
+        with fleet.engine.begin() as connection:
+            connection.execute(insert(Note).values(text="the application's", number=1))
+        wait_until(lambda: len(sent) >= 2, "a read for each topic")
+        fleet.enqueue("orders", "the next commit")
+        wait_until(lambda: states(fleet) == ["done"] * 2, "the message")
+    assert not [each for each in sent[:2] if not each.startswith("SELECT background_messages.id")]
+
+
+@on_sqlite
+def test_a_process_without_a_commit_reads_no_table(listening: BackgroundWorkerManager) -> None:
+    glances, listener = [], listening.supervisor.listener
+    with statements(listening.stores.connections.claims) as sent:
+        is_idle, listener._idle = listener._idle, lambda: glances.append(len(sent)) or is_idle()
+        wait_until(lambda: len(glances) > 20 and glances[-1] == glances[-10], "ten glances without a read")
+
+
+@on_sqlite
+def test_the_glances_go_on_in_the_file_that_replaces_the_database(
+    fleet: Fleet, listening: BackgroundWorkerManager, tmp_path: Path
+) -> None:
+    path, copy = fleet.engine.url.database, str(tmp_path / "copy.sqlite")
+    with closing(sqlite3.connect(path)) as old, closing(sqlite3.connect(copy)) as new:
+        old.backup(new)
+    os.replace(copy, path)
+    fleet.enqueue("orders", "in the new file")
+    wait_until(lambda: states(fleet) == ["done"] * 2, "the message")
+
+
+@on_sqlite
+def test_the_glances_go_on_after_an_error(
+    fleet: Fleet, listening: BackgroundWorkerManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed = threading.Event()
+
+    def fail(_topics: object) -> list[str]:
+        failed.set()
+        raise sqlite3.OperationalError("disk I/O error")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(listening.supervisor.listener, "_due", fail)
+        fleet.enqueue("orders", 1)
+        assert failed.wait(PATIENCE)
+    wait_until(lambda: states(fleet) == ["done"] * 2, "the message")
