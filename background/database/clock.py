@@ -56,6 +56,7 @@ class UtcDateTime(TypeDecorator[datetime]):
         return _from_text if dialect.name == "sqlite" else _in_utc
 
 
+@lru_cache(maxsize=4096)  # the rows of a page repeat the same few moments
 def _from_text(value: str | None) -> datetime | None:
     if value is None:
         return None

@@ -23,7 +23,7 @@ from sqlalchemy import (
 )
 
 from ..database.clock import last_until, now
-from ..database.tables import executions, workers
+from ..database.tables import LARGEST_ID, executions, workers
 from ..ledger.claim import WorkerState, is_of_claim
 from ..ledger.ledger import Ledger
 from .instances import InstanceHistory
@@ -156,7 +156,7 @@ class History:
 
     def running(self) -> list[Record]:
         """Return the running executions of all workers, without reasons."""
-        return self._marked(self._records(_brief.join(workers, is_of_claim).order_by(executions.c.id)))
+        return self._marked(self._records(_running.order_by(executions.c.id)))
 
     def window(
         self, length: timedelta, until: datetime | None = None, worker: str | None = None, limit: int = 600
@@ -170,7 +170,7 @@ class History:
         until = until if until and is_past else clock
         since = until - length
         newest = self._records(_newest(worker, until, is_past).limit(limit + 1))
-        shown, running = newest[:limit], self._records(_brief.join(workers, is_of_claim))
+        shown, running = newest[:limit], self._records(_running)
         found = {each.id: each for each in (*running, *shown) if worker in (None, each.worker)}
         records = [found[id] for id in sorted(found) if _overlaps(found[id], since, until)]
         began = [each.started_at for each in shown if each.started_at] if len(newest) > limit else []
@@ -261,10 +261,12 @@ _without_reason = [
 _whole: Select[Any] = select(*_columns, now().label("clock"))
 _brief: Select[Any] = select(*_without_reason, now().label("clock"))
 # These are built once, as building takes longer than reading.
+# Between two ids, PostgreSQL expects few rows. Without the second it would start parallel workers, which takes longer.
+_before = last_until(executions.c.started_at, select(now(-_MINUTE)).scalar_subquery())
 _just_begun = select(func.count()).where(
-    executions.c.id > last_until(executions.c.started_at, select(now(-_MINUTE)).scalar_subquery()),
-    executions.c.started_at.is_not(None),
+    executions.c.id > _before, executions.c.id <= LARGEST_ID, executions.c.started_at.is_not(None)
 )
+_running = _brief.join(workers, is_of_claim)
 _each = executions.alias()
 _newest_ended = (
     select(_each.c.id)

@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
 
-from sqlalchemy import and_, or_, select
+from sqlalchemy import and_, func, or_, select
 
 from ..database.tables import totals, workers
 from ..errors import InvalidSchedule
@@ -75,15 +75,18 @@ def _states_of(topic: Topic) -> frozenset[str]:
 
 
 # The workers whose last outcome is a failure, from the few counters of each worker.
-_success = totals.alias()
+_succeeded_at = func.max(totals.c.latest_at).filter(totals.c.label == "succeeded")
+_failed_at = func.max(totals.c.latest_at).filter(totals.c.label != "succeeded")
+_outcomes = and_(
+    totals.c.worker == workers.c.name,
+    totals.c.kind == "state",
+    totals.c.label.in_(("succeeded", *FAILED)),
+)
 _failed = (
     select(workers.c.name)
-    .join(totals, and_(totals.c.worker == workers.c.name, totals.c.kind == "state", totals.c.label.in_(FAILED)))
-    .outerjoin(
-        _success,
-        and_(_success.c.worker == totals.c.worker, _success.c.kind == "state", _success.c.label == "succeeded"),
-    )
-    .where(or_(_success.c.latest_at.is_(None), totals.c.latest_at > _success.c.latest_at))
+    .join(totals, _outcomes)
+    .group_by(workers.c.name)
+    .having(and_(_failed_at.is_not(None), or_(_succeeded_at.is_(None), _failed_at > _succeeded_at)))
 )
 
 

@@ -4,9 +4,9 @@ from collections.abc import Collection, Mapping
 from datetime import datetime, timedelta
 from functools import lru_cache
 from math import inf
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from sqlalchemy import bindparam, case, func, select
+from sqlalchemy import ColumnElement, Select, bindparam, case, func, select, true
 
 from ..database.clock import AHEAD, elapsed, now
 from ..database.tables import executions, instances, totals, workers
@@ -60,17 +60,28 @@ def statuses(
     """
     ours = {name: worker for name, worker in workers_here.items() if worker.enabled}
     # Read where the instances' rows are. On SQLite that is a file of its own, which can read the other rows too.
-    rows = stores.leases.read(_query if names is None else _query.where(workers.c.name.in_(names)))
+    rows = stores.leases.read(_every) if names is None else stores.leases.read(_some, {"names": [*names]})
+    if not rows:
+        return []
     seen = [*map(_Seen._make, rows)]
-    future = seen[0].clock + AHEAD if seen else None
-    ahead = [each.name for each in seen if each.mark and future and each.mark > future]
+    fleet = _Fleet(seen[0].clock, seen[0].alive_since, stores.lease.total_seconds())
+    future = fleet.clock + AHEAD
+    ahead = [each.name for each in seen if each.mark and each.mark > future]
     decided = dict(stores.leases.read(_decided_by_now, {"names": ahead})) if ahead else {}
-    lease = stores.lease.total_seconds()
-    return [_status(each, decided.get(each.name, each.mark), ours.get(each.name), lease) for each in seen]
+    return [_status(fleet, each, decided.get(each.name, each.mark), ours.get(each.name)) for each in seen]
+
+
+class _Fleet(NamedTuple):
+    """The facts that hold for each worker."""
+
+    clock: datetime
+    alive_since: datetime | None
+    """The start of the oldest living instance."""
+    lease: float
 
 
 class _Seen(NamedTuple):
-    """The columns of `_query`. Reading a field of SQLAlchemy's own rows takes ten times as long."""
+    """The columns of one worker. Reading a field of SQLAlchemy's own rows takes ten times as long."""
 
     name: str
     mark: datetime | None
@@ -78,9 +89,9 @@ class _Seen(NamedTuple):
     scheduled_at: datetime
     paused_at: datetime | None
     running: int | None
-    clock: datetime
-    alive_since: datetime | None
-    """The start of the oldest living instance."""
+    clock: Any
+    alive_since: Any
+    """This and the clock are facts of the fleet. Only the first worker's row must have them."""
     pending_tick: datetime | None
     pending_trigger: str | None
     pending_after: datetime | None
@@ -99,31 +110,40 @@ _average = (
     .where(totals.c.worker == workers.c.name, totals.c.kind == "duration")
     .scalar_subquery()
 )
-_query = select(
-    workers.c.name,
-    workers.c.mark,
-    workers.c.schedule,
-    workers.c.scheduled_at,
-    workers.c.paused_at,
-    workers.c.running,
-    now().label("clock"),
-    select(func.min(instances.c.started_at)).where(is_alive).scalar_subquery().label("alive_since"),
-    workers.c.pending_tick,
-    workers.c.pending_trigger,
-    workers.c.pending_after,
-    workers.c.pending_until,
-    executions.c.tick.label("running_tick"),
-    executions.c.instance_name,
-    _age.label("age"),
-    case((_age > _LONG_SECONDS, _average)).label("usual"),
-    is_alive.label("is_alive"),
-    elapsed(func.coalesce(instances.c.expires_at, executions.c.started_at), now()).label("gone_for"),
-)
-_query = (
-    _query.outerjoin(executions, is_of_claim)
-    .outerjoin(instances, instances.c.id == executions.c.instance)
-    .order_by(workers.c.name)
-)
+
+
+def _seen(has_fleet: ColumnElement[bool]) -> Select[Any]:
+    """Select each worker by name, with the facts of the fleet in the rows that `has_fleet` is true of."""
+    return (
+        select(
+            workers.c.name,
+            workers.c.mark,
+            workers.c.schedule,
+            workers.c.scheduled_at,
+            workers.c.paused_at,
+            workers.c.running,
+            case((has_fleet, now())),
+            case((has_fleet, select(func.min(instances.c.started_at)).where(is_alive).scalar_subquery())),
+            workers.c.pending_tick,
+            workers.c.pending_trigger,
+            workers.c.pending_after,
+            workers.c.pending_until,
+            executions.c.tick,
+            executions.c.instance_name,
+            _age,
+            case((_age > _LONG_SECONDS, _average)),
+            is_alive,
+            elapsed(func.coalesce(instances.c.expires_at, executions.c.started_at), now()),
+        )
+        .outerjoin(executions, is_of_claim)
+        .outerjoin(instances, instances.c.id == executions.c.instance)
+        .order_by(workers.c.name)
+    )
+
+
+_first = select(func.min(workers.alias().c.name)).scalar_subquery()
+_every = _seen(workers.c.name == _first)
+_some = _seen(true()).where(workers.c.name.in_(bindparam("names", expanding=True)))
 # A mark in the clock's future says nothing about today. The history has the tick that was decided last.
 _end = func.coalesce(executions.c.through, executions.c.tick)
 _last_end = (
@@ -136,13 +156,13 @@ _last_end = (
 _decided_by_now = select(workers.c.name, _last_end).where(workers.c.name.in_(bindparam("names", expanding=True)))
 
 
-def _status(seen: _Seen, mark: datetime | None, worker: type[PeriodicWorker] | None, lease: float) -> WorkerStatus:
-    is_paused, is_running, clock = seen.paused_at is not None, seen.running is not None, seen.clock
+def _status(fleet: _Fleet, seen: _Seen, mark: datetime | None, worker: type[PeriodicWorker] | None) -> WorkerStatus:
+    is_paused, is_running, clock = seen.paused_at is not None, seen.running is not None, fleet.clock
     # The claim of a gone instance is taken over only if another instance is alive.
-    is_fleet_alive = seen.alive_since is not None
+    is_fleet_alive = fleet.alive_since is not None
     runs = is_running and is_fleet_alive
-    first, third, interval = _ticks(seen, mark, worker) if worker and not is_paused else _NO_TICKS
-    waiting = _waiting(seen, first) if worker and not runs else None
+    first, third, interval = _ticks(fleet, seen, mark, worker) if worker and not is_paused else _NO_TICKS
+    waiting = _waiting(clock, seen, first) if worker and not runs else None
     waits_for = clock - waiting if waiting else _NO_TIME
     return WorkerStatus(
         seen.name,
@@ -153,20 +173,20 @@ def _status(seen: _Seen, mark: datetime | None, worker: type[PeriodicWorker] | N
         waiting,
         waits_for,
         waiting is not None and (waits_for > LATE or not is_fleet_alive),
-        _stuck(seen, worker, interval, lease) if worker and is_running else None,
+        _stuck(seen, worker, interval, fleet.lease) if worker and is_running else None,
     )
 
 
-def _waiting(seen: _Seen, first: datetime | None) -> datetime | None:
+def _waiting(clock: datetime, seen: _Seen, first: datetime | None) -> datetime | None:
     """Return the first tick that is due and does not run. A tick to run again comes before any other."""
     if seen.pending_tick and (first or seen.pending_trigger == "manual"):
-        pending, retry_at = pending_of(seen)
+        pending, retry_at = pending_of(seen._replace(clock=clock))
         if pending:
             since = retry_at or pending
-            return since if since <= seen.clock else None
+            return since if since <= clock else None
     if first and seen.running_tick:
         first = min(seen.running_tick, first)
-    return first if first and first <= seen.clock else None
+    return first if first and first <= clock else None
 
 
 def _stuck(seen: _Seen, worker: type[PeriodicWorker], interval: timedelta | None, lease: float) -> str | None:
@@ -188,18 +208,18 @@ def _stuck(seen: _Seen, worker: type[PeriodicWorker], interval: timedelta | None
     return f"it runs for {lasts}, longer than three periods and ten times its average, and has no timeout"
 
 
-def _ticks(seen: _Seen, mark: datetime | None, worker: type[PeriodicWorker]) -> _Ticks:
+def _ticks(fleet: _Fleet, seen: _Seen, mark: datetime | None, worker: type[PeriodicWorker]) -> _Ticks:
     """Return the first and the third undecided tick, and the interval. All None for a schedule of a newer release.
 
     Only moments up to now count: a later moment was written while the clock was ahead.
     """
-    future, since = seen.clock + AHEAD, None
+    future, since = fleet.clock + AHEAD, None
     # Without `catch_up`, ticks that fell due while no instance was up do not run.
-    for at in (mark, seen.scheduled_at, None if worker.catch_up else seen.alive_since):
+    for at in (mark, seen.scheduled_at, None if worker.catch_up else fleet.alive_since):
         if at and at <= future and (since is None or at > since):
             since = at
     try:
-        return _first_and_third(seen.schedule, since or seen.clock)
+        return _first_and_third(seen.schedule, since or fleet.clock)
     except InvalidSchedule:
         return _NO_TICKS
 

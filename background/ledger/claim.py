@@ -155,7 +155,9 @@ STATES = select(
     executions.c.cancelled_at,
     executions.c.cancelled_by,
 ).outerjoin(executions, is_of_claim)
-ONE_STATE = STATES.where(workers.c.name == bindparam("name"))  # built once, as building takes as long as reading
+# Built once, as building takes as long as reading.
+ONE_STATE = STATES.where(workers.c.name == bindparam("name"))
+SOME_STATES = STATES.where(workers.c.name.in_(bindparam("names", expanding=True)))
 
 
 def state_of(row: Row[Any]) -> WorkerState:

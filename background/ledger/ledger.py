@@ -17,7 +17,7 @@ from ..host.logs import logger_of
 from ..schedule.parsing import parse_schedule
 from ..schedule.periods import MICROSECOND
 from . import counters
-from .claim import ONE_STATE, STATES, Claim, NotClaimed, WorkerState, state_of
+from .claim import ONE_STATE, SOME_STATES, STATES, Claim, NotClaimed, WorkerState, state_of
 from .on_postgresql import ClaimsOnPostgreSQL
 from .on_sqlite import ClaimsOnSQLite
 from .statements import CLAIM_MANUAL, HASTEN, IS_FREE, MISS, SKIP, Values, at_tick, attempted, pending, start
@@ -48,8 +48,9 @@ class Ledger:
 
     def states(self, names: Collection[str] | None = None) -> dict[str, WorkerState]:
         """Read the state of every worker in the database, or of the workers in `names`."""
-        query = STATES if names is None else STATES.where(workers.c.name.in_(names))
-        return {row.name: state_of(row) for row in self.store.read(query)}
+        read = self.store.read
+        rows = read(STATES) if names is None else read(SOME_STATES, {"names": [*names]})
+        return {row.name: state_of(row) for row in rows}
 
     # -- claiming ------------------------------------------------------------------------------
 
