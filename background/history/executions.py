@@ -6,10 +6,12 @@ from functools import lru_cache
 from typing import Any
 
 from sqlalchemy import (
+    ARRAY,
     ColumnElement,
     CompoundSelect,
     Select,
     String,
+    Text,
     and_,
     bindparam,
     func,
@@ -107,8 +109,11 @@ class History:
         """Return the newest `count` executions of each worker of `names`, oldest first."""
         found: dict[str, list[Glance]] = {name: [] for name in names}
         if found:
-            parameters = {f"worker_{number}": name for number, name in enumerate(found)}
-            for glance in map(Glance._make, self._read(_glances(len(found), count), parameters)):
+            if self._ledger.store.on_sqlite:
+                rows = self._read(_glances(len(found), count), {f"worker_{at}": name for at, name in enumerate(found)})
+            else:
+                rows = self._read(_lateral_glances(count), {"names": [*found]})
+            for glance in map(Glance._make, rows):
                 found[glance.worker].append(glance)
         return {name: glances[::-1] for name, glances in found.items()}
 
@@ -313,11 +318,21 @@ def _is_up_to(number: int) -> ColumnElement[bool]:
     return and_(executions.c.worker == bindparam(f"worker_{number}"), executions.c.tick <= tick)
 
 
+_ended_at = func.coalesce(executions.c.finished_at, now())
+_glance = select(
+    executions.c.worker, executions.c.tick, executions.c.state, executions.c.started_at, _ended_at
+).order_by(*_newest_first)
+
+
 @lru_cache  # making this query takes longer than running it
 def _glances(names: int, count: int) -> CompoundSelect[Any]:
     """Select the newest executions of each name, so that the database reads only `count` index entries for each."""
-    each = executions.c
-    glance = select(each.worker, each.tick, each.state, each.started_at, func.coalesce(each.finished_at, now()))
-    newest = glance.order_by(*_newest_first).limit(count)
-    is_of_name = (each.worker == bindparam(f"worker_{number}") for number in range(names))
-    return union_all(*(select(newest.where(condition).subquery()) for condition in is_of_name))
+    is_of_name = (executions.c.worker == bindparam(f"worker_{number}") for number in range(names))
+    return union_all(*(select(_glance.limit(count).where(condition).subquery()) for condition in is_of_name))
+
+
+@lru_cache
+def _lateral_glances(count: int) -> Select[Any]:
+    """Select the same for PostgreSQL, which plans one subquery of all names faster than one for each."""
+    names = func.unnest(bindparam("names", type_=ARRAY(Text))).table_valued("name").render_derived()
+    return select(_glance.where(executions.c.worker == names.c.name).limit(count).lateral()).select_from(names)
