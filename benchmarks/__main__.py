@@ -9,18 +9,22 @@ exactly once.
 
 import importlib
 import logging
+import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from .harness import results
+from .harness import document, results
 from .harness.clock import count_processor_time
 from .harness.figures import NotDone, Setup
+from .peers.environment import python
 
 CASES = ("limits", "claim", "ticks", "sweep", "messages", "enqueue", "wakeup", "startup", "web", "pages", "fleet")
+FIGURES = Path(__file__).parent / "figures.json"
 ENGINES = ("sqlite", "postgresql")
 
 
@@ -34,20 +38,32 @@ def measure(cases: tuple[str, ...], engine: str, scale: str, json: Path | None, 
     logging.disable(logging.INFO)
     if clock == "processor":
         count_processor_time()
-    is_small = scale == "small"
-    for case in cases:
-        for each in ENGINES if engine == "both" else (engine,):
-            setup = Setup(each, is_small, turns or (1 if is_small else 5))
-            figures = []
-            try:
-                for figure in importlib.import_module(f"{__package__}.cases.{case}").run(setup):
-                    click.echo(f"{case:9} {each:10} {figure}")
-                    figures.append(figure)
-            except NotDone as error:
-                click.echo(f"{case} on {each}: {error}", err=True)
-                sys.exit(1)
-            if json:
-                results.write(json, results.entries(case, setup, figures))
+    failed = [
+        f"{case} on {each}"
+        for case in cases
+        for each in (ENGINES if engine == "both" else (engine,))
+        if not succeeded(case, Setup(each, scale == "small", turns or (1 if scale == "small" else 5)), json)
+    ]
+    if failed:
+        sys.exit(f"Failed: {', '.join(failed)}")
+
+
+def succeeded(case: str, setup: Setup, json: Path | None) -> bool:
+    """Run one case. Print its figures, and put them into the file."""
+    figures = []
+    try:
+        for figure in importlib.import_module(f"{__package__}.cases.{case}").run(setup):
+            click.echo(f"{case:9} {setup.engine:10} {figure}")
+            figures.append(figure)
+    except NotDone as error:
+        click.echo(f"{case} on {setup.engine}: {error}", err=True)
+        return False
+    except Exception:
+        traceback.print_exc()
+        return False
+    if json:
+        results.write(json, results.entries(case, setup, figures))
+    return True
 
 
 def options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -57,7 +73,7 @@ def options(command: Callable[..., Any]) -> Callable[..., Any]:
             type=click.Choice(["wall", "processor"]),
             default="wall",
             show_default=True,
-            help="For a busy machine: claim, messages and enqueue_many can count this process's processor time.",
+            help="For a busy machine: claim, messages, enqueue_many and pages count this process's processor time.",
         ),
         click.option("--turns", type=int, help="Default: 5, and 1 for the small scale."),
         click.option("--json", type=click.Path(path_type=Path), help="Put the figures into this file."),
@@ -79,6 +95,29 @@ for _case in CASES:
     add(_case, (_case,), str(importlib.import_module(f"{__package__}.cases.{_case}").__doc__))
 add("peers", ("peers",), str(importlib.import_module(f"{__package__}.cases.peers").__doc__))
 add("all", CASES, "All cases, one after the other.")
+
+
+@main.command()
+@click.argument("json", type=click.Path(exists=True, path_type=Path), default=FIGURES)
+def plot(json: Path) -> None:
+    """Draw the pictures of docs/performance.md, and fill its tables and the README's, from the JSON of a run."""
+    draw(json)
+
+
+@main.command()
+def record() -> None:
+    """Measure all cases and the peers at the full scale, and write all figures of the documents."""
+    try:
+        measure((*CASES, "peers"), "both", "full", FIGURES, None, "wall")
+    finally:
+        draw(FIGURES)
+
+
+def draw(json: Path) -> None:
+    program = Path(__file__).parent / "peers" / "draw.py"
+    subprocess.run([python(), str(program), str(json), str(document.ROOT / "docs" / "images")], check=True)
+    document.fill(results.read(json), results.about(json))
+
 
 if __name__ == "__main__":
     main(prog_name="python -m benchmarks")

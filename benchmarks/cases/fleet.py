@@ -41,9 +41,7 @@ def run(setup: Setup) -> Iterator[Figure]:
             {"ours": lambda workers=workers: ours(setup.engine, workers), "bare": bare_memory},
         )
         aim = "<= 1.25" if workers == 100 else ""
-        yield Figure(
-            "memory", "MB", memory["ours"], "a bare application with the same libraries", memory["bare"], aim, workers
-        )
+        yield Figure("memory", "MB", memory["ours"], "a bare application", memory["bare"], aim, workers)
 
 
 def idle(url: str, workers: int, seconds: int) -> dict[str, float]:

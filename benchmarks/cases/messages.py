@@ -117,6 +117,10 @@ def run(setup: Setup) -> Iterator[Figure]:
             ("handle_many", "handle_many", "by hand", ">= 0.5" if is_sqlite else ">= 0.75"),
         ):
             yield Figure(name, "messages/s", rates[way], of, rates[of], aim)
+        for waiting in (100, 300) if setup.is_small else (1_000, 10_000, 100_000):
+            way = {"handle_many": lambda waiting=waiting: by_engine(manager, "many", waiting)}
+            rates = in_turns(setup, f"{waiting:,} messages at once", way)
+            yield Figure("handle_many, with messages waiting", "messages/s", rates["handle_many"], at=waiting)
         if not is_sqlite:
             yield beside_an_open_transaction(setup, manager)
 

@@ -49,10 +49,10 @@ print(time.perf_counter() - began[0], time.process_time() - began[1], len(made.b
 def run(setup: Setup) -> Iterator[Figure]:
     if setup.engine != "sqlite":  # no process connects to a database
         return
-    for name, part in (("create_app, with its imports", 0), ("processor time of create_app, with its imports", 1)):
+    for name, part in (("create_app, and its imports", 0), ("create_app, its processor time", 1)):
         ways = {"ours": lambda part=part: milliseconds(OURS, part), "bare": lambda part=part: milliseconds(BARE, part)}
         took = in_turns(setup, name, ways)
-        yield Figure(name, "ms", took["ours"], "a bare application with the same libraries", took["bare"], "<= 1.3")
+        yield Figure(name, "ms", took["ours"], "a bare application", took["bare"], "<= 1.3")
 
 
 def milliseconds(program: str, part: int) -> float:

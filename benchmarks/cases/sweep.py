@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from random import Random
@@ -17,6 +18,7 @@ from models import User, UserRepository, db
 from ..harness.databases import context, database, settle
 from ..harness.figures import Figure, Setup, check, in_turns, median, percentile
 
+Sweep = Callable[[Engine, datetime], int]
 RAW_UPDATE = """
     UPDATE users SET status = 'passive'
     WHERE status = 'active' AND coalesce(last_login_at, created_at) < :cutoff
@@ -44,12 +46,8 @@ def measured(setup: Setup, url: str, users: int, is_largest: bool) -> Iterator[F
     if not is_largest:
         return
     if setup.engine == "postgresql":
-        volumes = in_turns(
-            setup,
-            "write-ahead log",
-            {"sweep": lambda: sweeps.volume(sweep), "UPDATE": lambda: sweeps.volume(one_update)},
-        )
-        yield Figure("write-ahead log", "MB", volumes["sweep"], "one UPDATE", volumes["UPDATE"], "<= 1")
+        volumes = (sweeps.volumes[work] for work in (sweep, one_update))
+        yield Figure("write-ahead log", "MB", next(volumes), "one UPDATE", next(volumes), "<= 1")
     settle(engine)
     with Session(engine) as session:
         users_found = UserRepository(session)
@@ -59,7 +57,7 @@ def measured(setup: Setup, url: str, users: int, is_largest: bool) -> Iterator[F
         }
         took = in_turns(setup, "sweep with nothing stale", ways)
     yield Figure("sweep with nothing stale", "us", took["sweep"], "select 1", took["select 1"], "<= 2")
-    seconds = setup.size(1, 3)
+    seconds = 1
     ways = {
         "sweep": lambda: sweeps.logins(url, users, seconds, sweep),
         "UPDATE": lambda: sweeps.logins(url, users, seconds, one_update),
@@ -73,27 +71,23 @@ class Sweeps:
 
     def __init__(self, engine: Engine, cutoff: datetime) -> None:
         self._engine, self._cutoff = engine, cutoff
+        self.volumes: dict[Sweep, list[float]] = defaultdict(list)
+        """The megabytes of write-ahead log of each sweep."""
         with engine.connect() as connection:
             is_stale = func.coalesce(User.last_login_at, User.created_at) < cutoff
             self._stale = connection.scalar(select(func.count(User.id)).where(is_stale)) or 0
 
-    def rate(self, work: Callable[[Engine, datetime], int]) -> float:
+    def rate(self, work: Sweep) -> float:
         """Return the rows that were set passive in a second."""
         self._make_stale_again()
-        began = time.perf_counter()
+        position, began = written(self._engine), time.perf_counter()
         rows = work(self._engine, self._cutoff)
         seconds = time.perf_counter() - began
+        self.volumes[work].append((written(self._engine) - position) / 1e6)
         self._check(rows)
         return rows / seconds
 
-    def volume(self, work: Callable[[Engine, datetime], int]) -> float:
-        """Return the megabytes of write-ahead log."""
-        self._make_stale_again()
-        began = position(self._engine)
-        self._check(work(self._engine, self._cutoff))
-        return (position(self._engine) - began) / 1e6
-
-    def logins(self, url: str, users: int, pause: int, work: Callable[[Engine, datetime], int]) -> float:
+    def logins(self, url: str, users: int, pause: int, work: Sweep) -> float:
         """Return the p99 of the logins of another process meanwhile, in milliseconds."""
         self._make_stale_again()
         command = [sys.executable, "-m", __name__, url, str(users)]
@@ -143,14 +137,17 @@ def microseconds(work: Callable[[], object]) -> float:
     return 1e6 * median(took)
 
 
-def position(engine: Engine) -> int:
+def written(engine: Engine) -> int:
+    """Return the bytes of write-ahead log until now."""
+    if engine.dialect.name == "sqlite":
+        return 0
     with engine.connect() as connection:
         return int(connection.exec_driver_sql("SELECT pg_current_wal_lsn() - '0/0'").scalar_one())
 
 
 def log_in_until_told(url: str, users: int) -> None:
     """Log in as random users, some hundred times a second. Print the p99 of the phase `meanwhile`."""
-    phase, took, random = ["before"], [0.0], Random(1)
+    phase, took, random = ["before"], list[float](), Random(1)
 
     def listen() -> None:
         for line in sys.stdin:
@@ -162,11 +159,11 @@ def log_in_until_told(url: str, users: int) -> None:
         repository.record_login(1, datetime.now(UTC))
         session.commit()
         print("started", flush=True)
-        while (now := phase[0]) != "stop":
+        while (now := phase[0]) != "stop" or not took:
             began = time.perf_counter()
             repository.record_login(random.randint(1, users), datetime.now(UTC))
             session.commit()
-            if now == "meanwhile":
+            if now != "before":
                 took.append(1000 * (time.perf_counter() - began))
             time.sleep(0.002)
     print(percentile(took, 0.99))

@@ -31,6 +31,16 @@ def read(path: Path) -> list[Entry]:
     return list(json.loads(path.read_text(encoding="utf-8"))["figures"]) if path.exists() else []
 
 
+def about(path: Path) -> str:
+    """Return a sentence about the machine and the moment of the newest figures."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    on = found["machine"]
+    return (
+        f"Measured at {found['measured_at']} on {on['cores']} cores ({on['processor']}), "
+        f"with Python {on['python']} and SQLite {on['sqlite']}."
+    )
+
+
 def machine() -> dict[str, Any]:
     return {
         "cores": os.cpu_count(),

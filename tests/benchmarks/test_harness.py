@@ -1,5 +1,6 @@
 """The measure: turns, ratios, the file of figures, and work that was not done once."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,8 +9,10 @@ from click.testing import CliRunner
 
 from benchmarks.__main__ import CASES, main
 from benchmarks.cases import limits
+from benchmarks.harness import document
 from benchmarks.harness.figures import Figure, NotDone, Setup, check_once, in_turns
 from benchmarks.harness.results import entries, read, write
+from tests.books.documents import blocks, text
 
 SETUP = Setup("sqlite", is_small=True, turns=2)
 
@@ -68,6 +71,43 @@ def test_a_case_whose_work_was_not_done_ends_with_an_error(monkeypatch: pytest.M
 def test_each_case_is_a_command_and_says_its_purpose() -> None:
     listed = CliRunner().invoke(main, ["--help"]).output
     assert [case for case in (*CASES, "all") if f"  {case} " not in listed] == []
+
+
+def test_each_command_of_the_page_is_accepted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Check the commands of docs/performance.md. No command is executed."""
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "figures.json").write_text("{}", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    lines = [line for block in blocks("docs/performance.md") for line in block.splitlines()]
+    lines += re.findall(r"`(python -m benchmarks [^`]+)`", text("docs/performance.md"))
+    assert len(lines) > 10
+    for line in lines:
+        python, dash_m, module, name, *arguments = line.split()
+        assert (python, dash_m, module) == ("python", "-m", "benchmarks")
+        main.commands[name].make_context(name, arguments)
+
+
+def test_the_tables_of_the_page_have_every_case(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    page, readme = tmp_path / "performance.md", tmp_path / "README.md"
+    for copy, original in ((page, document.PAGE), (readme, document.README)):
+        copy.write_text(original.read_text(encoding="utf-8"), encoding="utf-8")
+    monkeypatch.setattr(document, "PAGE", page)
+    monkeypatch.setattr(document, "README", readme)
+    figures = [
+        entry
+        for case in (*CASES, "peers")
+        for entry in entries(case, SETUP, [Figure(f"the {case}", "a second", [8.0, 9.0], "hand", [4.0, 3.0], "> 2")])
+    ]
+    figures += entries("peers", SETUP, [Figure("handle, one consumer", "a second", [8.0], "huey on SQLite", [2.0])])
+
+    document.fill(figures, "On this machine.")
+
+    filled = page.read_text(encoding="utf-8")
+    assert "On this machine." in filled
+    assert [case for case in (*CASES, "peers") if f"| the {case} | SQLite | 8.5 a second |" not in filled] == []
+    assert "2.5 (2 to 3) of hand | > 2 |" in filled
+    assert "| messages a second, `handle` | 8, 4 times huey |" in readme.read_text(encoding="utf-8")
+    assert len(readme.read_text(encoding="utf-8").splitlines()) <= 110
 
 
 def test_the_limits_of_sqlite_are_measured_and_written(tmp_path: Path) -> None:

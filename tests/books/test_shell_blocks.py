@@ -50,6 +50,12 @@ TESTED = (
     (OWN_APP, "flask db migrate", EMPTIED, "test_the_shops_tables_are_dropped_and_own_tables_made"),
     (OWN_APP, "pip wheel", "tests/promise/test_wheel.py", "wheel"),
     (OWN_APP, "pip install dist", "tests/promise/test_wheel.py", "wheel"),
+    (
+        "docs/performance.md",
+        "python -m",
+        "tests/benchmarks/test_harness.py",
+        "test_each_command_of_the_page_is_accepted",
+    ),
     ("docs/testing.md", "[tool.pytest", "tests/promise/test_wheel.py", "test_pytest_finds_the_fixtures_by_itself"),
 )
 

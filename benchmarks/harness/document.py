@@ -1,0 +1,79 @@
+"""Writes the measured figures into docs/performance.md and the README, as tables."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from .figures import median, number, spread
+from .results import Entry
+
+ROOT = Path(__file__).parents[2]
+PAGE, README = ROOT / "docs" / "performance.md", ROOT / "README.md"
+NAMES = {"sqlite": "SQLite", "postgresql": "PostgreSQL"}
+MOST_PAGES = 6
+_PART = re.compile(r"<!-- figures: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
+_README = re.compile(r"\| \[Speed, in one run\].*?\n\n", re.DOTALL)
+
+
+def fill(figures: list[Entry], about: str) -> None:
+    """Replace the tables of both documents by these figures."""
+    page = _PART.sub(lambda found: part(found[1], figures, about), PAGE.read_text(encoding="utf-8"))
+    PAGE.write_text(page, encoding="utf-8")
+    summary = "\n".join(readme(figures)) + "\n\n"
+    README.write_text(_README.sub(lambda _: summary, README.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def part(case: str, figures: list[Entry], about: str) -> str:
+    lines = [about] if case == "machine" else list(table(case, [each for each in figures if each["case"] == case]))
+    return "\n".join([f"<!-- figures: {case} -->", *(["", *lines, ""] if lines else []), "<!-- end -->"])
+
+
+def table(case: str, figures: list[Entry]) -> Iterator[str]:
+    """Yield a table of the case. Of the pages, only the slowest."""
+    if not figures:
+        return
+    if case == "pages":
+        figures = sorted(figures, key=lambda each: -median(each["values"]))[:MOST_PAGES]
+    yield "| | engine | figure | ratio | aim |"
+    yield "|---|---|---|---|---|"
+    for each in figures:
+        name = re.sub(r"(until|at)=[^&]*", r"\1", each["name"]).removesuffix(
+            f" of {each.get('at', 0):,} ticks a second"
+        )
+        at = f", at {each['at']:,}" if "at" in each else ""
+        of = each.get("of", "")
+        ratio = f"{spread(each['ratios'])} of {of}" if of else ""
+        aim = each.get("aim", "")
+        figure = f"{number(median(each['values']))} {each['unit']}"
+        yield re.sub(" +", " ", f"| {name}{at} | {NAMES[each['engine']]} | {figure} | {ratio} | {aim} |")
+
+
+def readme(figures: list[Entry]) -> Iterator[str]:
+    """Yield the README's table."""
+    yield "| [Speed, in one run](docs/performance.md) | SQLite | PostgreSQL |"
+    yield "|---|---|---|"
+    for label, case, name in (
+        ("messages a second, `handle`", "peers", "handle, one consumer"),
+        ("messages a second, `handle_many`", "peers", "handle_many, one consumer"),
+    ):
+        yield f"| {label} | {' | '.join(beside_the_fastest(case, name, engine, figures) for engine in NAMES)} |"
+    for label, case, name in (
+        ("a claim that wins, of the same by hand", "claim", "a claim that wins"),
+        ("web requests with 100 workers, of none", "web", "requests, 100 workers each 5 s"),
+    ):
+        yield f"| {label} | {' | '.join(ratio_of(case, name, engine, figures) for engine in NAMES)} |"
+
+
+def beside_the_fastest(case: str, name: str, engine: str, figures: list[Entry]) -> str:
+    """Return the rate, and its ratio of the fastest peer."""
+    found = [each for each in figures if (each["case"], each["engine"], each["name"]) == (case, engine, name)]
+    if not found:
+        return ""
+    fastest = max(found, key=lambda each: median(each["of_values"]))
+    ratio, rate = number(median(fastest["ratios"])), number(median(fastest["values"]))
+    return f"{rate}, {ratio} times {fastest['of'].partition(' ')[0]}"
+
+
+def ratio_of(case: str, name: str, engine: str, figures: list[Entry]) -> str:
+    found = [each for each in figures if (each["case"], each["engine"], each["name"]) == (case, engine, name)]
+    return number(median(found[0]["ratios"])) if found else ""
