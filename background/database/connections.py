@@ -41,9 +41,9 @@ class made_once(cached_property[Made]):
 class Connections:
     """The engine's own pools. They open their connections in the same way as the application's engine.
 
-    No statement on them is prepared by name or sets anything that outlives its transaction. So a pooler may stand
-    before PostgreSQL and give each transaction a different connection. `schema` holds the engine's tables. None means
-    the schema that the database uses by default.
+    Nothing on them outlives its transaction, except statements that are prepared where no pooler is. So a pooler may
+    stand before PostgreSQL and give each transaction a different connection. `schema` holds the engine's tables. None
+    means the schema that the database uses by default.
     """
 
     def __init__(self, shared: Engine, lease: float, schema: str | None, outages: Outages) -> None:

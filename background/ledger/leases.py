@@ -166,7 +166,7 @@ class Leases(Statements):
         if topics not in self._looks:
             patience = select(limit("lock_timeout", self._patience))
             upsert = self._upsert(*_pulse(topics), *next_due(topics))
-            self._looks[topics] = limited(self.engine, patience, upsert)
+            self._looks[topics] = limited("heartbeat", self.engine, patience, upsert)
         row: Sequence[Any] = self._looks[topics](connection, values)
         return row
 

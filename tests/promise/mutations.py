@@ -486,6 +486,11 @@ MUTATIONS = (
         ["tests/background/runs/test_unsent.py", "-k", "by_a_connection"],
     ),
     Mutation(
+        "no prepared statement stays behind a pooler",
+        [Edit("background/database/dialects/one_request.py", "process == driver.info.backend_pid", "True")],
+        ["tests/promise/test_pooler.py", "-k", "works_behind"],
+    ),
+    Mutation(
         "no connection older than an outage is used again",
         [Edit("background/database/outages.py", "if record.info.get(_STAMP, 0) != self._number:", "if False:")],
         ["tests/promise/test_outages.py", "-k", "emptied_by_an_error"],

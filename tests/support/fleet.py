@@ -216,6 +216,10 @@ def wait_until(is_true: Callable[[], Any], what: str = "it") -> Any:
     return found
 
 
+BEAT = {"sqlite": "INSERT INTO background_instances", "postgresql": "EXECUTE background_heartbeat_"}
+"""The text of a heartbeat."""
+
+
 @contextmanager
 def statements(engine: Engine | type[Engine]) -> Iterator[list[str]]:
     """Collect the statements that `engine` executes in the block. `Engine` itself stands for all engines."""

@@ -17,7 +17,7 @@ import pytest
 from sqlalchemy import event, make_url, select, text, update
 from sqlalchemy.exc import OperationalError
 from support.databases import close, on_postgresql, on_sqlite
-from support.fleet import HOUR, PATIENCE, Fleet, Hourly, effect, last_hour, make_app, statements, wait_until
+from support.fleet import BEAT, HOUR, PATIENCE, Fleet, Hourly, effect, last_hour, make_app, statements, wait_until
 from support.processes import MARGIN
 
 from background import BackgroundWorkerManager, Message, MessageWorker, WorkerContext
@@ -28,6 +28,7 @@ from background.ledger.leases import Instance, Pulse
 from background.process.presence import Presence
 
 LEASE = timedelta(seconds=5)
+LOOK = {"sqlite": "background_workers.name = ", "postgresql": "EXECUTE background_claim_"}
 
 
 class Noted(MessageWorker):
@@ -167,7 +168,7 @@ def test_an_idle_instance_is_one_statement_per_heartbeat(fleet: Fleet) -> None:
             return len(beats) >= 10
 
         wait_until(is_idle, "ten heartbeats that need no look")
-    assert all("INSERT INTO background_instances" in statement for statement in beats)
+    assert all(BEAT[fleet.engine.dialect.name] in statement for statement in beats)
     assert looks == []
 
 
@@ -242,7 +243,7 @@ def test_a_table_locked_right_after_a_heartbeat_does_not_delay_the_next_heartbea
     with fleet.engine.connect() as operator:
 
         def lock(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
-            if "INSERT INTO background_instances" in statement and not locked.is_set():
+            if BEAT["postgresql"] in statement and not locked.is_set():
                 operator.execute(text("LOCK TABLE background_workers, background_executions IN ACCESS EXCLUSIVE MODE"))
                 locked.set()
 
@@ -269,7 +270,7 @@ def test_a_loser_of_a_tick_reads_once_and_waits_a_little_at_the_next_tick(fleet:
     wait_until(lambda: "hourly" in timers._yielding, "the look of the one that comes second")
     with statements(loser.stores.main.engine) as seen:
         timers._fire("hourly", execution.tick, "every 3600s")
-    of_one = [each for each in seen if "background_workers.name = " in each]  # a heartbeat looks at all workers
+    of_one = [each for each in seen if LOOK[fleet.engine.dialect.name] in each]  # a heartbeat looks at all workers
     assert len(of_one) == 1
     assert timedelta(milliseconds=9) < armed_after(loser) < timedelta(milliseconds=21)
 

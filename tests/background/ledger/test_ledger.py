@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import Connection, delete, event, text, update
-from sqlalchemy.exc import DatabaseError, OperationalError
+from sqlalchemy.exc import DatabaseError, OperationalError, ProgrammingError
 from support.databases import on_postgresql, on_sqlite
 from support.fleet import (
     HOUR,
@@ -450,6 +450,35 @@ def test_no_statement_that_decides_on_a_run_takes_longer_than_a_lease(fleet: Fle
     store = fleet.manager(WORKERS_LEASE_SECONDS=0.5).stores.main
     with pytest.raises(OperationalError, match="statement timeout"), store.begin() as connection:
         connection.execute(text("SELECT pg_sleep(:seconds)"), {"seconds": PATIENCE})
+
+
+@on_postgresql
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        "DEALLOCATE ALL",
+        "ALTER TABLE background_executions ALTER COLUMN trigger TYPE varchar(20)",
+    ],
+)
+def test_a_claim_is_planned_once_and_again_after_a_migration_or_an_error(fleet: Fleet, spoil: str) -> None:
+    manager = fleet.manager(Hourly)
+    ledger, schedule = manager.stores.ledger, manager.recovery.look(Hourly).schedule_text
+
+    def claim() -> list[str]:
+        fleet.set("hourly", mark=None, running=None, claim=None)
+        with statements(manager.stores.main.engine) as seen:
+            assert ledger.claim("hourly", last_hour(), schedule, ("id", "name"))
+        return ["PREPARE" if "PREPARE" in each else "EXECUTE" if "EXECUTE" in each else "plain" for each in seen]
+
+    assert [claim() for _ in range(3)] == [["PREPARE"], ["EXECUTE"], ["EXECUTE"]]
+    with manager.stores.main.single.begin() as connection:
+        connection.execute(text(spoil))
+    if spoil == "DEALLOCATE ALL":
+        with pytest.raises(ProgrammingError, match="does not exist"):
+            claim()
+    else:
+        assert claim() == ["EXECUTE", "plain"]
+    assert [claim() for _ in range(2)] == [["PREPARE"], ["EXECUTE"]]
 
 
 def test_a_tick_whose_obstacle_disappears_while_it_is_being_skipped_runs(fleet: Fleet) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 from support.databases import on_postgresql, on_sqlite
-from support.fleet import HOUR, PATIENCE, Fleet, Hourly, db, effect, statements, states, wait_until
+from support.fleet import BEAT, HOUR, PATIENCE, Fleet, Hourly, db, effect, statements, states, wait_until
 
 from background import (
     BackgroundWorkerManager,
@@ -561,7 +561,7 @@ def test_an_idle_instance_with_delayed_or_paused_messages_is_one_statement_per_h
     def five_heartbeats() -> tuple[set[str], list[str]]:
         with statements(manager.stores.leases.engine) as beats, statements(manager.stores.main.engine) as others:
             wait_until(lambda: len(beats) >= 5, "five heartbeats")
-        return {"INSERT INTO background_instances" in statement for statement in beats}, others
+        return {BEAT[fleet.engine.dialect.name] in statement for statement in beats}, others
 
     wait_until(lambda: five_heartbeats() == ({True}, []), "the end of what a start looks for")
     assert states(fleet) == ["waiting"]
