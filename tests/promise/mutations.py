@@ -478,12 +478,12 @@ MUTATIONS = (
     Mutation(
         "a changed row does not wait for the end of its batch",
         [Edit("background/runs/unsent.py", "not self._may_wait or session.dirty or", "not self._may_wait or")],
-        ["tests/background/runs/test_unsent.py", "-k", "by_an_expression"],
+        ["tests/background/runs/test_unsent.py", "-k", "beside_a_row"],
     ),
     Mutation(
         "a new row is sent before the statements of later messages",
         [Edit("background/runs/unsent.py", "lambda *_: self.send()", "lambda *_: None")],
-        ["tests/background/runs/test_unsent.py", "-k", "by_a_connection"],
+        ["tests/background/runs/test_unsent.py", "-k", "by_a_table"],
     ),
     Mutation(
         "no prepared statement stays behind a pooler",

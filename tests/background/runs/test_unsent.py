@@ -158,7 +158,14 @@ def by_an_expression(context: WorkerContext) -> None:
     context.session.get(Note, 1).number = Note.number + 1  # no statement, once the session has the row
 
 
-@pytest.mark.parametrize("change", [by_a_statement, by_a_table, by_a_connection, by_an_expression])
+def by_an_expression_beside_a_row(context: WorkerContext) -> None:
+    by_an_expression(context)
+    context.session.add(Ticket())
+
+
+@pytest.mark.parametrize(
+    "change", [by_a_statement, by_a_table, by_a_connection, by_an_expression, by_an_expression_beside_a_row]
+)
 def test_a_later_message_changes_the_row_of_an_earlier_message(
     fleet: Fleet, change: Callable[[WorkerContext], None]
 ) -> None:
