@@ -69,7 +69,10 @@ def possible_gaps(window: Window, workers: Sequence[Expected]) -> Iterator[tuple
             rows[record.worker].append(record)
     edge = _mark("", Gap(begin, begin), window.clock)
     for worker in workers:
-        for each in by_tick([*rows[worker.name], edge], worker.schedule, begin, min(window.until, worker.due)):
+        until, known = min(window.until, worker.due), rows.get(worker.name)
+        # After an outage, most workers have no row.
+        found = by_tick([*known, edge], worker.schedule, begin, until) if known else _gap(worker.schedule, begin, until)
+        for each in found:
             if isinstance(each, Gap):
                 yield worker, each
 
