@@ -9,10 +9,12 @@ exactly once.
 
 import importlib
 import logging
+import signal
 import subprocess
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ ENGINES = ("sqlite", "postgresql")
 
 @click.group(help=__doc__)
 def main() -> None:
-    pass
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("The run was told to end."))  # and ends its servers
 
 
 def measure(cases: tuple[str, ...], engine: str, scale: str, json: Path | None, turns: int | None, clock: str) -> None:
@@ -52,9 +54,10 @@ def succeeded(case: str, setup: Setup, json: Path | None) -> bool:
     """Run one case. Print its figures, and put them into the file."""
     figures = []
     try:
-        for figure in importlib.import_module(f"{__package__}.cases.{case}").run(setup):
-            click.echo(f"{case:9} {setup.engine:10} {figure}")
-            figures.append(figure)
+        with closing(importlib.import_module(f"{__package__}.cases.{case}").run(setup)) as measured:  # ends its servers
+            for figure in measured:
+                click.echo(f"{case:9} {setup.engine:10} {figure}")
+                figures.append(figure)
     except NotDone as error:
         click.echo(f"{case} on {setup.engine}: {error}", err=True)
         return False

@@ -25,7 +25,7 @@ BARE_PROCESS = BARE + "\ncreate_app()\nprint('ready', flush=True)\nimport sys\ns
 
 
 def run(setup: Setup) -> Iterator[Figure]:
-    seconds = setup.size(5, 10)
+    seconds = setup.size(4, 10)
     for workers in (20,) if setup.is_small else (100, 1_000):
         with database(setup.engine) as url, context(url):
             turns = [idle(url, workers, seconds) for _ in range(1 if setup.is_small else 3)]

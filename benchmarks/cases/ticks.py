@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 
-from sqlalchemy import Float, Table, delete, insert, make_url, select
+from sqlalchemy import Float, Table, delete, func, insert, make_url, select
 from sqlalchemy.orm import Mapped, mapped_column
 
 from background import BackgroundWorkerManager, PeriodicWorker, WorkerContext
@@ -40,7 +40,7 @@ def run(setup: Setup) -> Iterator[Figure]:
         lateness.create(db.engine)
         for workers in (10,) if setup.is_small else (100,) if setup.engine == "sqlite" else (100, 1_000):
             found: dict[str, list[tuple[float, float]]] = {"engine": [], "APScheduler": []}
-            seconds = setup.size(3, 6)
+            seconds = setup.size(2, 5)
 
             def measure(way: str, workers: int = workers, seconds: int = seconds, found: dict = found) -> float:
                 found[way].append(measured(url, way, workers, seconds))
@@ -65,8 +65,9 @@ def measured(url: str, way: str, workers: int, seconds: int) -> tuple[float, flo
                 started.enter_context(fleet_process(url, workers))
         else:
             started.enter_context(apscheduler(url, workers))
-        began = int(time.time()) + 2  # the first ticks may come during the start
-        time.sleep(seconds + 2)
+        wait_for_all(workers)
+        began = int(time.time()) + 1
+        time.sleep(seconds + 3)
         ended = int(time.time()) - 1  # the last ticks may still run
     columns = lateness.c.worker, lateness.c.tick, lateness.c.late
     with db.engine.connect() as connection:
@@ -76,6 +77,16 @@ def measured(url: str, way: str, workers: int, seconds: int) -> tuple[float, flo
     if way == "engine":
         check_once(len(rows), len(rows), len({(row.worker, row.tick) for row in rows}), "ticks")
     return 1000 * percentile([row.late for row in rows], 0.99), 100 * (1 - len(rows) / expected)
+
+
+def wait_for_all(workers: int) -> None:
+    """Wait until each worker has run once, or for half a minute: a fleet that cannot keep up is measured, too."""
+    count = select(func.count(lateness.c.worker.distinct()))
+    deadline = time.monotonic() + 30
+    with db.engine.connect() as connection:
+        while (connection.scalar(count) or 0) < workers and time.monotonic() < deadline:
+            connection.rollback()
+            time.sleep(0.2)
 
 
 @contextmanager
