@@ -3,23 +3,26 @@
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
-from support.arrows import ARROWS, FILES, ORDER, ROOT, room
+from support.arrows import FILES, ORDER, ROOT, all_arrows, room
 
 DOCUMENT = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 STOPS = re.findall(r"^- `([\w/]+):([\w.]+)`", DOCUMENT, re.MULTILINE)
-TARGETS = {
-    name: {room(each) for file in FILES if room(file) == name for each in ARROWS[file]} - {name} for name in ORDER
-}
 
 
 def path_of(file: str) -> Path:
     return FILES.get(file) or ROOT / f"{file}.py"
 
 
-def functions(path: Path) -> Iterator[str]:
+@cache
+def functions(path: Path) -> set[str]:
+    return set(_functions(path))
+
+
+def _functions(path: Path) -> Iterator[str]:
     """Yield the functions at the top of a file, and the methods of its classes as "Class.method"."""
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.FunctionDef):
@@ -28,14 +31,21 @@ def functions(path: Path) -> Iterator[str]:
             yield from (f"{node.name}.{each.name}" for each in node.body if isinstance(each, ast.FunctionDef))
 
 
+@cache
+def targets(name: str) -> set[str]:
+    """Return every other room that the room imports from."""
+    return {room(each) for file, found in all_arrows().items() if room(file) == name for each in found} - {name}
+
+
+@cache
 def below(name: str) -> set[str]:
     """Return every room that the room reaches by one arrow or more."""
-    return TARGETS[name].union(*map(below, TARGETS[name]))
+    return targets(name).union(*map(below, targets(name)))
 
 
 @pytest.mark.parametrize(("file", "function"), STOPS, ids=lambda part: part)
 def test_each_stop_of_a_walk_exists(file: str, function: str) -> None:
-    assert function in set(functions(path_of(file)))
+    assert function in functions(path_of(file))
 
 
 def test_the_document_has_four_walks() -> None:
@@ -49,13 +59,11 @@ def test_the_table_has_every_room_in_its_order() -> None:
 
 
 def test_the_drawing_has_every_arrow_that_no_longer_path_implies() -> None:
-    drawn = {
-        name: set(targets.split(", ")) for name, targets in re.findall(r"^ +(\w+) +--> (.+)$", DOCUMENT, re.MULTILINE)
-    }
+    drawn = {name: set(found.split(", ")) for name, found in re.findall(r"^ +(\w+) +--> (.+)$", DOCUMENT, re.MULTILINE)}
     assert drawn == {
-        name: {each for each in targets if not any(each in below(other) for other in targets)}
-        for name, targets in TARGETS.items()
-        if targets
+        name: {each for each in found if not any(each in below(other) for other in found)}
+        for name in ORDER
+        if (found := targets(name))
     }
 
 

@@ -1,7 +1,8 @@
-"""The rooms of the engine, and the imports between its files."""
+"""The rooms of the engine, and the imports between its files. A file is read once, and not before a test asks."""
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -15,14 +16,21 @@ ORDER = (
 """The rooms and the files at the top of the engine, from the bottom up."""
 
 
-def nodes(path: Path) -> Iterator[ast.Import | ast.ImportFrom]:
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            yield node
+@cache
+def nodes(path: Path) -> list[ast.Import | ast.ImportFrom]:
+    """Return the imports of the file, wherever they are in it."""
+    tree = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    return [node for node in tree if isinstance(node, ast.Import | ast.ImportFrom)]
 
 
 def name_of(path: Path) -> str:
     return path.relative_to(ROOT / "background").with_suffix("").as_posix()
+
+
+@cache
+def all_arrows() -> dict[str, set[str]]:
+    """Return for each file of the engine the files of the engine that it imports."""
+    return {name: set(arrows(path)) for name, path in FILES.items()}
 
 
 def arrows(path: Path) -> Iterator[str]:
@@ -41,7 +49,6 @@ def arrows(path: Path) -> Iterator[str]:
 
 
 FILES = {name_of(path): path for path in ENGINE if path.stem != "__init__"}
-ARROWS = {name: set(arrows(path)) for name, path in FILES.items()}
 
 
 def room(name: str) -> str:
