@@ -15,6 +15,7 @@ import pytest
 from flask import Flask
 from flask.testing import FlaskClient, FlaskCliRunner
 from sqlalchemy import URL, Engine
+from support import cached_statements as statements  # noqa: F401 - compiles each statement once
 from support import cached_url_rules as rules  # noqa: F401 - makes applications quickly
 from support.databases import administer, administration, close, freeze, text
 
