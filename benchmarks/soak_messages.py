@@ -23,7 +23,7 @@ from .soak_losers import Losses
 TRANSACTIONS_A_SECOND = 6.0  # of each process
 KEY_SECONDS = 0.5  # all producers use the same key for this time
 POISON, POSTPONED, ROLLED_BACK = "poison", "postponed", "rolled back"
-POSTPONEMENTS = 3  # of a message that is postponed, unless a fault ends its run first
+POSTPONEMENTS = 2  # of a message that is postponed, unless a fault ends its run first
 
 metadata = MetaData()
 
@@ -129,7 +129,7 @@ class Producer(threading.Thread):
             self._enqueue("letters", POISON)
         elif share < 0.7:
             self._enqueue("parcels")
-        elif share < 0.75:
+        elif share < 0.73:
             self._enqueue("letters", POSTPONED)
         else:
             self._enqueue("letters")
