@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 pytest_plugins = ["background.testing.plugin"]
 
 PROCESSES = 6  # tests of real processes mostly wait for them
+FEW_PROCESSES = min(
+    PROCESSES, 2 * (os.cpu_count() or 1)
+)  # the other tests mostly work. Each process collects all tests
 
 HOUR_SECONDS = 3600
 TURN_SECONDS = 10  # longer than any test that depends on the hour
@@ -90,11 +93,12 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     """
     if config.args_source is not pytest.Config.ArgsSource.TESTPATHS:
         return
-    if config.option.markexpr == USUAL:
+    is_usual = config.option.markexpr == USUAL
+    if is_usual:
         config.option.markexpr = f"{USUAL} and not promise"
     is_undecided = getattr(config.option, "numprocesses", 0) is None and not hasattr(config, "workerinput")
     if is_undecided and not config.option.usepdb:
-        config.option.numprocesses = PROCESSES
+        config.option.numprocesses = FEW_PROCESSES if is_usual else PROCESSES
 
 
 def pytest_collection_finish() -> None:

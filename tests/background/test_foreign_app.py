@@ -166,6 +166,7 @@ print(manager.tick("failing", datetime.now(UTC)).state)
 """
 
 
+@pytest.mark.promise
 def test_without_a_configured_log_a_failure_is_printed_on_standard_error(tmp_path) -> None:
     url = f"sqlite:///{tmp_path / 'host.sqlite'}"
     code, said = run([sys.executable, "-c", SILENT.replace("{url}", url)], environment())

@@ -522,6 +522,7 @@ print("nothing was opened")
 """
 
 
+@pytest.mark.promise
 def test_making_the_app_opens_no_thread_no_connection_and_no_file(tmp_path: Path) -> None:
     urls = [f"sqlite:///{tmp_path}/absent.sqlite", "postgresql://reader@127.0.0.1:1/nothing"]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "PYTHONDONTWRITEBYTECODE": "1"}

@@ -351,6 +351,7 @@ print("left:", *tables())
 """
 
 
+@pytest.mark.promise
 def test_an_applications_own_migrations_work_when_they_are_pasted(empty_database_url: str, tmp_path: Path) -> None:
     migrate, steps = snippet(UPGRADING, "Migrate(app, db"), snippet(UPGRADING, "migrate_to")
     program = OWN_APPLICATION.replace("MIGRATE", migrate).replace("STEPS", repr(steps))

@@ -155,6 +155,7 @@ def test_a_user_without_rights_is_not_asked_to_set_it_up(
     assert "with a code" not in client.get("/account").text
 
 
+@pytest.mark.promise
 @on_sqlite
 def test_an_operator_helps_an_admin_without_the_app(
     app: Flask, client: FlaskClient, runner: FlaskCliRunner, admin: User

@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
 
 SECRET = "whsec_" + base64.b64encode(b"a key of the tests, 32 bytes ...").decode()
+POLL_SECONDS = 0.02  # the longest wait of its end
 
 
 class Got(NamedTuple):
@@ -49,7 +50,9 @@ class Receiver:
         self._scheme = "https" if tls else "http"
         if tls is not None:
             self._server.socket = tls.wrap_socket(self._server.socket, server_side=True)
-        self._thread = threading.Thread(target=self._server.serve_forever, name="receiver", daemon=True)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(POLL_SECONDS,), name="receiver", daemon=True
+        )
         self._thread.start()
 
     @property

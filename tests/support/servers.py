@@ -93,7 +93,7 @@ unix_socket_dir = {folder}
 def served(app: Flask) -> Iterator[str]:
     """Serve the app in this process. Give its address."""
     server = make_server("127.0.0.1", 0, app, threaded=True)
-    thread = Thread(target=server.serve_forever)
+    thread = Thread(target=server.serve_forever, args=(0.02,))  # the longest wait of its end
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.server_port}"

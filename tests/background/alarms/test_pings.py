@@ -100,6 +100,7 @@ def create_app():
 """
 
 
+@pytest.mark.promise
 def test_the_last_pings_go_out_before_the_process_ends(fleet: Fleet, receiver: Receiver, tmp_path: Path) -> None:
     (tmp_path / "shop.py").write_text(SHOP)
     own = environment(fleet.database_url, FLASK_APP="shop", PING_URL=f"{receiver.url}/{{worker}}")

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from support.databases import on_sqlite
 from support.processes import flask, run
 
@@ -20,6 +21,7 @@ LINES = {
 }
 
 
+@pytest.mark.promise
 @on_sqlite
 def test_bash_completes_names_topics_and_states_while_the_database_is_away(env: Env) -> None:
     """Complete the last word of each line, as bash does after the documented line of ~/.bashrc."""

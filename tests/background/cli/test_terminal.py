@@ -129,6 +129,7 @@ def shown(env: dict[str, str], *arguments: str, columns: int = 80) -> list[str]:
         return process.output.splitlines()
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize("columns", [80, 120])
 def test_a_terminal_shows_the_list_in_its_width_and_in_colour(env: Env, columns: int) -> None:
     lines = shown(env(), "list", columns=columns)
@@ -142,6 +143,7 @@ def test_a_terminal_shows_the_list_in_its_width_and_in_colour(env: Env, columns:
     assert re.search(r" {2}20\d\d-\d\d-\d\d \d\d:00 {2}", COLOUR.sub("", rows["morning_report_worker"]))
 
 
+@pytest.mark.promise
 def test_a_note_that_is_longer_than_the_line_is_below_its_row(env: Env) -> None:
     lines = shown(env(NO_COLOR="1"), "history", "morning_report_worker", "--utc")
     assert "\x1b" not in "".join(lines)
@@ -150,6 +152,7 @@ def test_a_note_that_is_longer_than_the_line_is_below_its_row(env: Env) -> None:
     assert lines[3].startswith("    ValueError: a report")
 
 
+@pytest.mark.promise
 def test_a_dumb_terminal_gets_no_colour(env: Env) -> None:
     assert "\x1b" not in "".join(shown(env(TERM="dumb"), "list"))
 

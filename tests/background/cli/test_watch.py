@@ -20,6 +20,7 @@ def watching(env: Env) -> Watching:
     return lambda terminal: started(flask("workers", "list", "--watch", "0.1"), env(), terminal=terminal)
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_watched_list_is_shown_again_until_a_signal(watching: Watching, terminal: bool) -> None:
     with watching(terminal) as process:
@@ -34,6 +35,7 @@ def test_a_watched_list_is_shown_again_until_a_signal(watching: Watching, termin
         assert "Aborted" not in process.output
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_watched_list_survives_a_database_that_is_away(shop: Flask, watching: Watching, terminal: bool) -> None:
     engine = shop.extensions["background_workers"].stores.main.engine
@@ -54,11 +56,13 @@ def test_a_watched_list_survives_a_database_that_is_away(shop: Flask, watching: 
         assert "Traceback" not in process.output
 
 
+@pytest.mark.promise
 def test_a_closed_pipe_ends_a_watched_list_quietly(env: Env) -> None:
     code, said = run(["bash", "-c", f"{' '.join(flask('workers', 'list', '--watch', '0.1'))} | head -n 2"], env())
     assert (code, len(said.splitlines())) == (0, 2), said
 
 
+@pytest.mark.promise
 def test_a_database_that_is_away_at_the_start_is_an_error(env: Env, tmp_path: Path) -> None:
     code, said = run(flask("workers", "list", "--watch"), env(DATABASE_URL=f"sqlite:///{tmp_path / 'none.sqlite'}"))
     assert code == 1

@@ -774,6 +774,7 @@ def test_a_name_that_is_not_text_is_unknown(flask: Callable[..., Result], comman
 # -- the commands' own manners -------------------------------------------------------------------
 
 
+@pytest.mark.promise
 def test_flask_help_imports_no_scheduler_and_opens_no_database(tmp_path: Path) -> None:
     path = tmp_path / "shop.sqlite"
     probe = (

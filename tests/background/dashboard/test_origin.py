@@ -235,6 +235,7 @@ def looked(tmp_path, *absent: str) -> tuple[int, str]:
     return run(flask("workers", "list"), environment(FLASK_APP="host", PYTHONPATH=f"{ROOT}:{tmp_path}"))
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize(
     ("absent", "package", "whose"),
     [
@@ -268,6 +269,7 @@ def test_an_async_driver_is_refused_with_a_sentence() -> None:
         refuse_driver(engine)
 
 
+@pytest.mark.promise
 def test_the_engine_needs_no_package_of_the_shop(tmp_path) -> None:
     code, said = looked(tmp_path, "flask_wtf", "wtforms", "flask_login", "flask_limiter", "flask_bootstrap", "alembic")
     assert code == 0, said

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import pytest
 from support.processes import environment
 
 from background.host.listeners import is_new
@@ -27,6 +28,7 @@ print(fenced)
 """
 
 
+@pytest.mark.promise
 def test_the_sessions_of_each_of_many_applications_are_fenced(tmp_path: object) -> None:
     program = MANY.replace("{path}", f"{tmp_path}/host.sqlite")
     done = subprocess.run([sys.executable, "-c", program], env=environment(), capture_output=True, text=True)

@@ -31,6 +31,7 @@ SILENCING: dict[str, Any] = {
 }
 
 
+@pytest.mark.promise
 def test_every_logger_of_the_engine_survives_a_plain_dict_config() -> None:
     program = f"""
 import logging, logging.config, pkgutil
@@ -109,6 +110,7 @@ assert checked.exit_code == 0, checked.output
 """
 
 
+@pytest.mark.promise
 def test_the_libraries_below_the_engine_are_quiet_in_a_host_that_logs_at_info(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", HOST.replace("{path}", str(tmp_path / "host.sqlite"))],
@@ -159,6 +161,7 @@ def test_a_terminal_of_another_encoding_gets_escapes(fleet: Fleet, encoding: str
     assert "\\u5c71" in said or encoding == "ascii"  # Click itself sends UTF-8 to such a terminal
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252:strict"])
 @on_sqlite
 def test_a_process_whose_output_has_another_encoding_prints_escapes(fleet: Fleet, encoding: str) -> None:

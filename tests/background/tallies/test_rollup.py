@@ -93,7 +93,7 @@ RUNS = st.tuples(
 
 def test_each_slot_has_the_counts_of_its_runs_exactly(stores: Stores, clock: Clock) -> None:
     @settings(
-        max_examples=25,
+        max_examples=10,
         derandomize=True,
         database=None,
         deadline=None,
