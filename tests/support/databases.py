@@ -15,6 +15,10 @@ from background.testing.postgresql import as_text as text  # noqa: F401
 
 on_sqlite = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 on_postgresql = pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+# For a test that takes seconds.
+on_postgresql_later = pytest.mark.parametrize(
+    "database_url", ["sqlite", pytest.param("postgresql", marks=pytest.mark.promise)], indirect=True
+)
 
 
 def freeze() -> None:

@@ -86,6 +86,7 @@ def test_a_value_that_is_not_a_number_ends_no_page_and_no_command(
     assert len(said) == len(set(said))  # once, however many rows have it
 
 
+@pytest.mark.promise
 @on_postgresql
 @pytest.mark.parametrize("value", ["'NaN'", "'Infinity'"])
 def test_a_number_that_is_not_finite_ends_no_page_and_no_command(
@@ -103,6 +104,7 @@ def test_bytes_in_the_place_of_a_moment_end_no_page_and_no_command(
     look_everywhere(app)
 
 
+@pytest.mark.promise
 @on_postgresql
 @pytest.mark.parametrize("value", ["'infinity'", "'-infinity'"])
 def test_a_moment_without_end_ends_no_page_and_no_command(

@@ -148,17 +148,17 @@ def leave_rows_of_other_characters(fleet: Fleet) -> None:
         connection.execute(insert(models.messages).values(row))
 
 
+@on_sqlite
 @pytest.mark.parametrize("encoding", ["latin-1", "ascii", "cp1252"])
-@pytest.mark.parametrize(
-    "arguments", [("workers", "history", "failing"), ("workers", "why", "failing"), ("messages", "list")]
-)
-def test_a_terminal_of_another_encoding_gets_escapes(fleet: Fleet, encoding: str, arguments: tuple[str, ...]) -> None:
+def test_a_terminal_of_another_encoding_gets_escapes(fleet: Fleet, encoding: str) -> None:
     leave_rows_of_other_characters(fleet)
-    done = fleet.app().test_cli_runner(charset=encoding).invoke(args=arguments)
-    said = done.stdout_bytes.decode("latin-1")
-    assert isinstance(done.exception, SystemExit | None), done.output
-    assert "ukasz" in said
-    assert "\\u5c71" in said or encoding == "ascii"  # Click itself sends UTF-8 to such a terminal
+    commands = fleet.app().test_cli_runner(charset=encoding)
+    for arguments in (("workers", "history", "failing"), ("workers", "why", "failing"), ("messages", "list")):
+        done = commands.invoke(args=arguments)
+        said = done.stdout_bytes.decode("latin-1")
+        assert isinstance(done.exception, SystemExit | None), done.output
+        assert "ukasz" in said
+        assert "\\u5c71" in said or encoding == "ascii"  # Click itself sends UTF-8 to such a terminal
 
 
 @pytest.mark.promise

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from flask.testing import FlaskClient
 from sqlalchemy import delete, insert, select, text, update
-from support.databases import on_postgresql
+from support.databases import on_postgresql, on_postgresql_later
 from support.fleet import HOUR, PATIENCE, Fleet, Hourly, effect, last_hour, wait_until
 
 from background import BackgroundWorkerManager, ClaimLost, Message, MessageWorker, WorkerContext
@@ -267,6 +267,7 @@ def test_a_pending_tick_that_a_user_typed_runs(fleet: Fleet) -> None:
     assert (row.tick, row.attempt, row.trigger) == (last_hour(), 1, "schedule")
 
 
+@on_postgresql_later
 @pytest.mark.parametrize("column", ["mark", "scheduled_at"])
 @pytest.mark.parametrize("schedule", ["every 3600s", "cron 0 6 1 1 * UTC"])
 def test_a_moment_at_the_end_of_the_calendar_leaves_every_page_readable(
