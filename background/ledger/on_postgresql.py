@@ -17,7 +17,7 @@ class ClaimsOnPostgreSQL:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._tick = OneRequest("claim", store.engine, select(WAIT, *store.limits), LOOK_AND_CLAIM)
+        self._tick = OneRequest("claim_tick", store.engine, select(WAIT, *store.limits), LOOK_AND_CLAIM)
         self._pending = OneRequest("claim_pending", store.engine, select(*store.limits), CLAIM_PENDING_AND_START)
 
     def tick(self, values: Values) -> Claim | NotClaimed:

@@ -125,7 +125,7 @@ def live(url: str, workers: int) -> None:
 
     def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
         counts["statements"] += 1
-        counts["heartbeats"] += "INSERT INTO background_instances" in statement
+        counts["heartbeats"] += "INSERT INTO background_instances" in statement or "_heartbeat_" in statement
 
     with context(url):
         manager = without_workers()

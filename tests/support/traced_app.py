@@ -586,7 +586,8 @@ def _claiming(self: Ledger, *what: Any) -> Any:
 
 
 def _executing(connection: Connection, _cursor: Any, statement: str, *_: Any) -> None:
-    if "UPDATE background_workers SET mark" in statement and "INSERT INTO background_executions" in statement:
+    is_claim = "UPDATE background_workers SET mark" in statement and "INSERT INTO background_executions" in statement
+    if is_claim or "EXECUTE background_claim_tick_" in statement:
         reach("claim")  # the request commits itself
     is_claim_of_messages = "UPDATE background_messages SET" in statement and "claimed_at=" in statement
     if is_claim_of_messages or statement.startswith("INSERT INTO background_executions"):

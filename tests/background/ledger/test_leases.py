@@ -28,7 +28,7 @@ from background.ledger.leases import Instance, Pulse
 from background.process.presence import Presence
 
 LEASE = timedelta(seconds=5)
-LOOK = {"sqlite": "background_workers.name = ", "postgresql": "EXECUTE background_claim_"}
+LOOK = {"sqlite": "background_workers.name = ", "postgresql": "EXECUTE background_claim_tick_"}
 
 
 class Noted(MessageWorker):
