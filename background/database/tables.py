@@ -1,9 +1,10 @@
 """The engine's tables. `BackgroundWorkerManager.init_app` copies them into the application's metadata."""
 
 from collections.abc import Callable, Iterable, Iterator
-from datetime import datetime
+from datetime import UTC, datetime
 from decimal import Decimal
 from functools import lru_cache
+from itertools import zip_longest
 from math import isfinite
 from typing import Any
 
@@ -22,7 +23,10 @@ from sqlalchemy import (
     Text,
     TypeDecorator,
     and_,
+    bindparam,
+    case,
     func,
+    literal,
     literal_column,
     not_,
     or_,
@@ -342,26 +346,40 @@ def is_paused(topic: ColumnElement[str] | str) -> ColumnElement[bool]:
     return select(topics.c.topic).where(topics.c.topic == topic).exists()
 
 
-def next_due(names: Iterable[str]) -> Iterator[ColumnElement[datetime | None]]:
-    """Yield, for each topic, the moment at which its first waiting message is due. NULL if the topic is paused."""
-    for topic in names:
-        yield (
+NEVER = datetime(9999, 1, 1, tzinfo=UTC)
+
+
+def from_floor(floor: str) -> ColumnElement[bool]:
+    """Return whether a message is due at the moment in the parameter `floor`, or later. NULL is before all moments."""
+    earliest: ColumnElement[datetime] = literal_column("CAST('-infinity' AS timestamptz)")
+    return messages.c.due_at >= func.coalesce(bindparam(floor, type_=UtcDateTime()), earliest)
+
+
+def next_due(names: Iterable[str], *floors: str) -> Iterator[ColumnElement[datetime | None]]:
+    """Yield, for each topic, the moment at which its first waiting message is due.
+
+    NEVER if no message waits. NULL if the topic is paused. `floors` name the parameters with the floors of the topics.
+    """
+    for topic, floor in zip_longest(names, floors):
+        first = (
             select(messages.c.due_at)
             .where(is_waiting, messages.c.topic == topic, not_(is_paused(topic)))
             .order_by(messages.c.due_at, messages.c.id)
             .limit(1)
-            .scalar_subquery()
         )
+        first = first.where(from_floor(floor)) if floor else first
+        yield func.coalesce(first.scalar_subquery(), case((not_(is_paused(topic)), literal(NEVER, UtcDateTime()))))
 
 
-def any_put_off(names: Iterable[str]) -> list[ColumnElement[bool]]:
+def any_put_off(names: Iterable[str], *floors: str) -> list[ColumnElement[bool]]:
     """Return, for each topic, whether its first waiting message was enqueued or tried by a clock that was ahead.
 
     Later messages of the topic may have been, too.
     """
     found: list[ColumnElement[bool]] = []
-    for topic in names:
+    for topic, floor in zip_longest(names, floors):
         of_topic = select(messages).where(is_waiting, messages.c.topic == topic)
+        of_topic = of_topic.where(from_floor(floor)) if floor else of_topic
         first = of_topic.order_by(messages.c.due_at, messages.c.id).limit(1).subquery()
         written = func.coalesce(first.c.claimed_at, first.c.enqueued_at)
         found.append(select(first.c.id).where(first.c.due_at > now(AHEAD), written > now(AHEAD)).exists())

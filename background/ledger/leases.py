@@ -12,12 +12,14 @@ from typing import Any
 from uuid import uuid4
 
 from sqlalchemy import (
+    Boolean,
     ColumnElement,
     Connection,
     Engine,
     Float,
     and_,
     bindparam,
+    case,
     delete,
     false,
     func,
@@ -31,7 +33,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import OperationalError
 
-from ..database.clock import AHEAD, LONGEST_PAUSE, now, steady
+from ..database.clock import AHEAD, LONGEST_PAUSE, elapsed, now, steady
 from ..database.dialects.error_codes import is_lock_unavailable
 from ..database.dialects.one_request import limited
 from ..database.store import Statements, limit
@@ -51,6 +53,7 @@ from ..database.tables import (
 OFFSET_WARNED = timedelta(seconds=1)
 LEASE_IS_OVER = "its instance could not renew the lease in time"
 _FORGOTTEN_AFTER = timedelta(days=1)
+_GONE_SINCE = timedelta(minutes=5)
 _STEP_SECONDS = 1.0
 _LEAST_PATIENCE, _MOST_PATIENCE = 0.05, 0.5  # seconds
 _MOST_CANCELS = 4_000  # characters
@@ -104,7 +107,9 @@ class Pulse:
     clock: datetime = field(compare=False)
     """The database's clock at the heartbeat."""
     due: Mapping[str, datetime] = field(compare=False)
-    """The moment when the first waiting message of each topic is due. Topics without waiting messages are left out."""
+    """The moment when the first waiting message of each topic is due, or NEVER. Paused topics are left out."""
+    took: float = field(compare=False)
+    """The seconds that the database took for the heartbeat."""
     cancels: Mapping[str, str | None] = field(compare=False, default_factory=dict)
     """The claims of this instance that users cancelled, by id, each with the user's name."""
     is_blind: bool = False
@@ -124,14 +129,19 @@ class Leases(Statements):
         self._pace: tuple[float, float] | None = None
         self._began, self._judging_from = steady(), 0.0
 
-    def beat(self, instance: Instance, topics: Sequence[str] = ()) -> Pulse:
+    def beat(
+        self, instance: Instance, topics: Sequence[str] = (), floors: Mapping[str, datetime | None] | None = None
+    ) -> Pulse:
         """Renew everything that `instance` holds, or sign it on, in one request.
 
         The same request looks for work: running claims, and messages that wait in `topics`. If another client keeps
         one of their tables locked, a second request renews the lease alone. So the lease depends on its own table only.
+
+        With `floors`, look for messages that are due at the floor of their topic or later, and for messages that an
+        instance held which is gone since recently. Without them, look for every message.
         """
         try:
-            return self._beat(instance, partial(self._look, tuple(topics)), topics)
+            return self._beat(instance, partial(self._look, tuple(topics), floors), topics)
         except OperationalError as error:
             if not is_lock_unavailable(error):
                 raise
@@ -149,7 +159,7 @@ class Leases(Statements):
         values |= {"lease": instance.lease.total_seconds(), "offset": instance.clock_offset.total_seconds()}
         with self.single.begin() as connection:
             host_before = time.time()  # not before connecting, which may take long
-            clock, cancels, schedules, is_busy, is_ahead, expiry, *dues = send(connection, values)
+            clock, cancels, schedules, is_busy, is_ahead, expiry, *dues, took = send(connection, values)
             host_after = time.time()
         clock = clock.astimezone(UTC)
         least, most = (clock - datetime.fromtimestamp(host, UTC) for host in (host_after, host_before))
@@ -159,14 +169,25 @@ class Leases(Statements):
             instance.first_expiry = steady() + (expiry - clock).total_seconds()
         due = {topic: at for topic, at in zip(topics, dues, strict=True) if at is not None}
         was_set = self._was_set(clock, sent)
-        return Pulse(schedules, bool(is_busy), bool(is_ahead), was_set, clock, due, _users(cancels))
+        return Pulse(schedules, bool(is_busy), bool(is_ahead), was_set, clock, due, took, _users(cancels))
 
-    def _look(self, topics: tuple[str, ...], connection: Connection, values: dict[str, Any]) -> Sequence[Any]:
+    def _look(
+        self,
+        topics: tuple[str, ...],
+        floors: Mapping[str, datetime | None] | None,
+        connection: Connection,
+        values: dict[str, Any],
+    ) -> Sequence[Any]:
         """Renew the lease and look for work. Building the statement takes as long as sending it, so it is kept."""
+        names = [] if self.on_sqlite else [f"floor_{at}" for at in range(len(topics))]
         if topics not in self._looks:
             patience = select(limit("lock_timeout", self._patience))
-            upsert = self._upsert(*_pulse(topics), *next_due(topics))
+            held = any_running if self.on_sqlite else _any_held
+            upsert = self._upsert(*_pulse(topics, names, held), *next_due(topics, *names))
             self._looks[topics] = limited("heartbeat", self.engine, patience, upsert)
+        if not self.on_sqlite:
+            values |= {"is_full": floors is None, **dict.fromkeys(names)}
+            values |= {name: floors.get(topic) for name, topic in zip(names, topics, strict=True)} if floors else {}
         row: Sequence[Any] = self._looks[topics](connection, values)
         return row
 
@@ -178,7 +199,8 @@ class Leases(Statements):
         identity["release"] = func.substr(bindparam("its_release", type_=AnyText()), 1, LONGEST_RELEASE)
         row = self.insert(instances).values({**identity, "started_at": now(), **renewed})
         renewal = row.on_conflict_do_update(index_elements=["id"], set_=renewed)
-        return renewal.returning(now(), instances.c.cancels, *columns)
+        began: Any = now() if self.on_sqlite else func.statement_timestamp()
+        return renewal.returning(now(), instances.c.cancels, *columns, elapsed(began, now()))
 
     def cancel(self, instance: str, claim: str, by: str | None) -> None:
         """Tell `instance` with its next heartbeat that a user cancelled its claim with the id `claim`.
@@ -280,7 +302,14 @@ _is_worker_ahead = or_(
 )
 
 
-def _pulse(topics: Sequence[str]) -> tuple[ColumnElement[Any], ...]:
+# The index of the running messages cannot be read from a floor on. So a heartbeat with floors asks who is gone.
+_any_gone = select(instances.c.id).where(not_(is_alive), instances.c.expires_at > now(-_GONE_SINCE)).exists()
+_any_held = case((bindparam("is_full", type_=Boolean), any_running), else_=_any_gone)
+
+
+def _pulse(
+    topics: Sequence[str], floors: Sequence[str], are_held: ColumnElement[bool]
+) -> tuple[ColumnElement[Any], ...]:
     """Return the columns of a pulse that follow the clock. The due moments of the topics come last."""
     is_pending = and_(workers.c.pending_tick.is_not(None), may_be_run_again)
     is_busy = select(workers.c.name).where(or_(workers.c.running.is_not(None), is_pending)).exists()
@@ -290,8 +319,8 @@ def _pulse(topics: Sequence[str]) -> tuple[ColumnElement[Any], ...]:
         or_(
             is_busy,
             select(executions.c.id).where(executions.c.state == literal_column("'running'")).exists(),
-            any_running,
+            are_held,
         ),
-        or_(is_any_ahead, *any_put_off(topics)),
+        or_(is_any_ahead, *any_put_off(topics, *floors)),
         _first_expiry,
     )

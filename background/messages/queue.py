@@ -1,7 +1,7 @@
 """The queue of messages: enqueue, claim, acknowledge, hand back, fail, take back. One statement decides each race."""
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 from uuid import uuid4
 
@@ -29,7 +29,7 @@ from ..database.clock import now
 from ..database.dialects.encodings import storable_json
 from ..database.sessions import Executes
 from ..database.store import Store, count
-from ..database.tables import is_paused, is_running, is_waiting, message_errors, messages
+from ..database.tables import from_floor, is_paused, is_running, is_waiting, message_errors, messages
 from ..errors import ClaimLost
 from .message import Batch, Freed, Message
 from .payloads import Draft
@@ -45,7 +45,7 @@ class Queue:
     def __init__(self, store: Store) -> None:
         self._store, self.sessions = store, store.sessions
         # Built once, as building a statement takes longer than running some of them.
-        self._enqueue, self._claim, self._acknowledge = _enqueue(store), _claim(), _acknowledge(store)
+        self._enqueue, self._claim, self._acknowledge = _enqueue(store), _claim(store), _acknowledge(store)
 
     # -- enqueueing ----------------------------------------------------------------------------
 
@@ -79,8 +79,12 @@ class Queue:
 
     # -- claiming ------------------------------------------------------------------------------
 
-    def claim(self, worker: str, topic: str, size: int, instance: tuple[str, str]) -> Batch | None:
+    def claim(
+        self, worker: str, topic: str, size: int, instance: tuple[str, str], floor: datetime | None = None
+    ) -> Batch | None:
         """Claim up to `size` due messages, in the order in which they fell due. None if no message is due.
+
+        On PostgreSQL, look only for messages that fell due at the moment `floor` or later.
 
         A message that failed before is claimed on its own: if it crashes the process, only its own attempt is counted.
 
@@ -90,7 +94,9 @@ class Queue:
         if self._store.has_one_writer and not self._store.read(_first_due, {"of": topic}):
             return None
         batch = uuid4().hex
-        values = {"of": topic, "size": size, "by": batch, "on": instance[0], "on_name": instance[1]}
+        values: dict[str, Any] = {"of": topic, "size": size, "by": batch, "on": instance[0], "on_name": instance[1]}
+        if not self._store.on_sqlite:
+            values["floor"] = floor
         with self._store.single.begin() as connection:
             rows = connection.execute(self._claim, values).all()
         found = sorted((Message(*row) for row in rows), key=lambda message: (message.due_at, message.id))
@@ -264,9 +270,11 @@ def _enqueue(store: Store) -> Any:
     return new.returning(messages.c.id)
 
 
-def _claim() -> Any:
+def _claim(store: Store) -> Any:
     order = (messages.c.due_at, messages.c.id)
-    due = _due(bindparam("of")).order_by(*order).limit(bindparam("size")).with_for_update(skip_locked=True).cte("due")
+    due = _due(bindparam("of"))
+    due = due if store.on_sqlite else due.where(from_floor("floor"))
+    due = due.order_by(*order).limit(bindparam("size")).with_for_update(skip_locked=True).cte("due")
     first = select(due.c.id, due.c.attempt).order_by(due.c.due_at, due.c.id).limit(1).cte("first")
     return (
         update(messages)

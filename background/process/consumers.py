@@ -14,6 +14,7 @@ from ..errors import first_line
 from ..host.logs import logger_of
 from ..host.scheduler import Scheduler
 from ..ledger.leases import Instance, Pulse
+from ..messages.floors import Beat, Floors
 from ..messages.message import Batch
 from ..runs.batch import BatchRun
 from ..runs.running import Runs
@@ -50,6 +51,7 @@ class Consumers:
         self._awaited: dict[str, float] = {}
         self.batches: set[str] = set()
         """The batches that this process handles now."""
+        self.floors = Floors(stores.app.config["WORKERS_HEARTBEAT_SECONDS"], may_help=not stores.main.on_sqlite)
         self._excused: Counter[int] = Counter()
         self._changed = threading.Lock()
 
@@ -69,7 +71,8 @@ class Consumers:
             self._scheduler.soon(self._consume, worker)
 
     def wake_all(self) -> None:
-        """Start a consumer of each topic."""
+        """Start a consumer of each topic, which finds every message."""
+        self.floors.forget()
         for topic in list(self._workers):
             self.wake(topic)
 
@@ -110,8 +113,13 @@ class Consumers:
             slot = math.ceil((steady() + seconds) / _SLOT_SECONDS)  # one timer for all messages of a slot, at its end
             self._scheduler.after(slot * _SLOT_SECONDS - steady(), f"messages:{topic}:{slot}", self.wake, topic)
 
-    def follow(self, pulse: Pulse, within: float) -> None:
+    def follow(self, pulse: Pulse, within: float, beat: Beat) -> None:
         """Wake up for the messages that a heartbeat found due, or due `within` that many seconds."""
+        if pulse.was_set:
+            self.floors.forget()
+        if not pulse.is_blind:
+            asked = pulse.clock - timedelta(seconds=pulse.took)
+            self.floors.after_heartbeat(beat, pulse.due, asked, pulse.took)
         for topic, due_at in pulse.due.items():
             pause = due_at - pulse.clock
             if pause.total_seconds() <= 0:
@@ -132,6 +140,7 @@ class Consumers:
                     self._scheduler.soon(self._consume, worker)
                     is_over = True
         except SQLAlchemyError as error:  # the next heartbeat tries again
+            self.floors.forget()
             log.warning("%s: cannot claim messages: %s", worker.name, first_line(error))
         finally:
             if not is_over:
@@ -155,9 +164,11 @@ class Consumers:
             return False
         # Without a second attempt, a message that kills its process would bury the whole batch.
         size = worker.batch_size if worker.max_attempts > 1 else 1
-        batch = self._stores.queue.claim(worker.name, topic, size, (instance.id, instance.name))
+        floor, asked = self.floors.of(topic), instance.database_time()
+        batch = self._stores.queue.claim(worker.name, topic, size, (instance.id, instance.name), floor.at)
         if batch is None:
             return False
+        self.floors.lift(topic, floor, batch.messages[0].due_at, asked)
         self._yielding.discard(topic)
         if len(batch.messages) == size:
             self.wake(topic)  # there may be more messages
@@ -171,6 +182,7 @@ class Consumers:
             pause = BatchRun(worker, batch, self._stores.queue, self._runs, instance, self._excused).run()
         finally:
             self.batches.discard(batch.id)
+            self.floors.lower(worker.topic, batch.messages[0].due_at)  # a message may wait again
         if pause is not None:
             self.wake_after(worker.topic, pause)
         if self._stores.main.has_one_writer:

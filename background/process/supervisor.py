@@ -214,7 +214,9 @@ class Supervisor:
             return
         self._cuts = self._stores.connections.cuts
         offset, before = instance.clock_offset, self._pulse
-        self._pulse = pulse = self._stores.leases.beat(instance, sorted(self._topics))
+        topics = sorted(self._topics)
+        beat = self.consumers.floors.at_heartbeat(topics)
+        self._pulse = pulse = self._stores.leases.beat(instance, topics, beat.moments)
         self._runs.cancel(pulse.cancels)
         self._end_outage(pulse)  # first, as a new instance looks now, and must know the leases that ended
         if instance is not self._presence.instance and not self._begin_anew(instance):
@@ -232,7 +234,7 @@ class Supervisor:
                 self._soon_once("clock", self._recover_clock)
             if self._stores.roll_up.is_due(pulse.clock):
                 self._soon_once("tallies", self._roll_up)
-        self.consumers.follow(pulse, self._config["WORKERS_HEARTBEAT_SECONDS"])
+        self.consumers.follow(pulse, self._config["WORKERS_HEARTBEAT_SECONDS"], beat)
         self.scheduler.look_again()
         if self._watch is not None and self._watching is not None and steady() >= self._watch_at:
             self._watch_at = steady() + self._watch.interval
@@ -279,6 +281,7 @@ class Supervisor:
 
     def _beat_failed(self, error: Exception) -> None:
         self._pulse = None  # this process may not have followed the last pulse
+        self.consumers.floors.forget()
         was_cut, level = self._cuts != self._stores.connections.cuts, self._outage.level()
         log.log(level, "No heartbeat: %s", _CUT if was_cut else first_line(error), exc_info=unless_expected(error))
 

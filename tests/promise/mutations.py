@@ -260,6 +260,54 @@ MUTATIONS = (
         ["tests/background/messages/test_queue.py", "-m", "promise", "-k", "one_statement_per_heartbeat"],
     ),
     Mutation(
+        "a paused topic keeps its floor",
+        [
+            Edit(
+                "background/database/tables.py",
+                "case((not_(is_paused(topic)), literal(NEVER, UtcDateTime())))",
+                "literal(NEVER, UtcDateTime())",
+            )
+        ],
+        ["tests/background/messages/test_floors.py", "-k", "paused_topic_keeps"],
+    ),
+    Mutation(
+        "heartbeats look below the floors, too",
+        [Edit("background/messages/floors.py", "is_full=not self._spared", "is_full=False")],
+        ["tests/background/messages/test_floors.py", "-k", "committed_late"],
+    ),
+    Mutation(
+        "a message that waits again lowers the floor",
+        [
+            Edit(
+                "background/process/consumers.py",
+                "self.floors.lower(worker.topic, batch.messages[0].due_at)",
+                "pass",
+            )
+        ],
+        ["tests/background/messages/test_floors.py", "-k", "without_a_backoff"],
+    ),
+    Mutation(
+        "a look lifts no floor that another thread changed meanwhile",
+        [Edit("background/messages/floors.py", "floor is began or", "True or")],
+        ["tests/background/messages/test_floors.py", "-k", "in_progress or other_thread"],
+    ),
+    Mutation(
+        "news of messages that wait again ends the floors",
+        [
+            Edit(
+                "background/process/consumers.py",
+                'which finds every message."""\n        self.floors.forget()',
+                'which finds every message."""',
+            )
+        ],
+        ["tests/background/messages/test_floors.py", "-k", "handed_back"],
+    ),
+    Mutation(
+        "a heartbeat from the floors notices that an instance is gone",
+        [Edit("background/ledger/leases.py", "else_=_any_gone)", "else_=false())")],
+        ["tests/background/messages/test_floors.py", "-k", "gone_instance"],
+    ),
+    Mutation(
         "a message that its handler postpones is still of its batch",
         [Edit("background/messages/queue.py", "which = self._held(batch, ids)", "which = messages.c.id.in_(ids)")],
         ["tests/background/runs/test_batch.py", "-k", "not_postponed"],

@@ -5,7 +5,6 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -340,9 +339,9 @@ def test_a_lease_that_ends_while_a_heartbeat_hangs_is_noticed(fleet: Fleet) -> N
     assert working.wait(PATIENCE)
     beat, released = manager.stores.leases.beat, threading.Event()
 
-    def hang(instance: Instance, topics: Sequence[str]) -> Pulse:
+    def hang(*beating: Any) -> Pulse:
         assert released.wait(PATIENCE)
-        return beat(instance, topics)
+        return beat(*beating)
 
     manager.stores.leases.beat = hang  # type: ignore[method-assign]
     assert told.wait(PATIENCE)
@@ -360,7 +359,7 @@ def test_an_instance_whose_lease_is_over_begins_no_run_until_its_successor_has_j
     wait_until(lambda: fleet.states() == ["succeeded"], "the first run")
     beat, went = manager.stores.leases.beat, threading.Event()
 
-    def fail(_instance: Instance, _topics: object) -> Pulse:
+    def fail(*_beating: object) -> Pulse:
         went.set()
         raise RuntimeError("no answer")
 

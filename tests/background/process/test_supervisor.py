@@ -2,7 +2,6 @@
 
 import threading
 import time
-from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta, tzinfo
 from functools import partial
 from typing import Any
@@ -155,9 +154,9 @@ def test_a_reschedule_is_followed_within_two_heartbeats(fleet: Fleet) -> None:
     supervisor = wait_until(lambda: ticks(fleet, "rarely") and manager.supervisor, "the first run")
     beat, armed = manager.stores.leases.beat, []
 
-    def note(instance: Instance, topics: Sequence[str] = ()) -> Pulse:
+    def note(*beating: Any) -> Pulse:
         armed.append(supervisor.timers.armed["rarely"])
-        return beat(instance, topics)
+        return beat(*beating)
 
     manager.stores.leases.beat = note  # type: ignore[method-assign]
     assert fleet.manager(Rarely).reschedule("rarely", period=2 * HOUR)
@@ -201,11 +200,11 @@ def test_an_instance_survives_an_error_that_is_not_the_databases(fleet: Fleet) -
     manager = fleet.manager(Quick, WORKERS_LEASE_SECONDS=PATIENCE)
     beat, failures = manager.stores.leases.beat, []
 
-    def fail(instance: Instance, topics: Sequence[str] = ()) -> Pulse:
+    def fail(*beating: Any) -> Pulse:
         if len(failures) < 3 and manager.presence.instance is not None:
-            failures.append(instance)
+            failures.append(beating)
             raise ValueError("time data does not match format")
-        return beat(instance, topics)
+        return beat(*beating)
 
     manager.stores.leases.beat = fail  # type: ignore[method-assign]
     manager.start()
