@@ -17,6 +17,7 @@ from sqlalchemy import (
     func,
     insert,
     literal,
+    literal_column,
     not_,
     or_,
     select,
@@ -223,7 +224,7 @@ class Queue:
     # -- helpers -------------------------------------------------------------------------------
 
     def _held(self, batch: Batch, ids: Collection[int]) -> ColumnElement[bool]:
-        return and_(self._store.is_among(messages.c.id, ids), messages.c.batch == batch.id, is_running)
+        return and_(self._store.is_among(messages.c.id, ids), messages.c.batch == batch.id, _is_held)
 
 
 _same_key: dict[str, Any] = {
@@ -292,11 +293,16 @@ def _claim(store: Store) -> Any:
     )
 
 
+# As `is_running`, but PostgreSQL finds the rows by their ids. It would read the whole index of the running messages,
+# which has entries of all messages done since the oldest open transaction began.
+_is_held = messages.c.state.concat(literal_column("''")) == literal_column("'running'")
+
+
 def _acknowledge(store: Store) -> Executable:
     is_done, is_one = store.is_among(messages.c.id, "done"), store.is_among(messages.c.id, "ids")
     return store.holding(
         update(messages)
-        .where(is_one, messages.c.batch == bindparam("by"), is_running)
+        .where(is_one, messages.c.batch == bindparam("by"), _is_held)
         .values(state=case((is_done, "done"), else_="running"), finished_at=case((is_done, now())))
     )
 

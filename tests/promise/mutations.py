@@ -63,7 +63,7 @@ MUTATIONS = (
     Mutation(
         "a cancelled tick does not become pending",
         [Edit("background/ledger/ledger.py", ' and state != "cancelled":', ":")],
-        ["tests/background/runs/test_cancelling.py", "-k", "gone_instance"],
+        ["tests/background/runs/test_cancelling.py", "-k", "instance_has_gone"],
     ),
     Mutation(
         "a cancelled run that returns has not succeeded",
@@ -305,7 +305,18 @@ MUTATIONS = (
     Mutation(
         "a heartbeat from the floors notices that an instance is gone",
         [Edit("background/ledger/leases.py", "else_=_any_gone)", "else_=false())")],
-        ["tests/background/messages/test_floors.py", "-k", "gone_instance"],
+        ["tests/background/messages/test_floors.py", "-k", "instance_has_gone"],
+    ),
+    Mutation(
+        "an acknowledgement does not slow down with the messages done beside an open transaction",
+        [
+            Edit(
+                "background/messages/queue.py",
+                'messages.c.batch == bindparam("by"), _is_held)',
+                'messages.c.batch == bindparam("by"), is_running)',
+            )
+        ],
+        ["tests/background/messages/test_floors.py", "-k", "found_by_their_ids"],
     ),
     Mutation(
         "a message that its handler postpones is still of its batch",
@@ -483,7 +494,7 @@ MUTATIONS = (
     ),
     Mutation(
         "an acknowledgement checks that the batch is still its own",
-        [Edit("background/messages/queue.py", 'messages.c.batch == bindparam("by"), is_running', "True")],
+        [Edit("background/messages/queue.py", 'messages.c.batch == bindparam("by"), _is_held', "True")],
         ["tests/background/runs/test_batch.py", "-k", "lost_a_message"],
     ),
     Mutation(

@@ -7,14 +7,16 @@ from functools import partial
 from typing import Any
 
 import pytest
-from sqlalchemy import update
+from sqlalchemy import event, update
 from support.databases import on_postgresql
 from support.fleet import HOUR, Fleet, db, effect, states, wait_until
 
 from background import BackgroundWorkerManager, Message, MessageWorker, WorkerContext
 from background.database import tables
+from background.ledger.leases import Instance
 from background.messages import floors
 from background.messages.floors import Floors
+from background.process.supervisor import Supervisor
 
 NOON = datetime(2026, 11, 30, 12, tzinfo=UTC)
 SECOND = timedelta(seconds=1)
@@ -119,9 +121,9 @@ def all_are(fleet: Fleet, state: str, count: int) -> None:
 
 
 def start(manager: BackgroundWorkerManager) -> None:
-    """Start, and send the only heartbeat for a minute."""
+    """Start, and send the only heartbeat for a minute. It has the floors used."""
     manager.start()
-    wait_until(lambda: manager.presence.instance is not None, "the start")
+    wait_until(lambda: manager.supervisor.listener is not None, "the start")
     manager.supervisor._beat()
 
 
@@ -142,6 +144,29 @@ def test_a_claim_with_a_floor_finds_no_older_message(fleet: Fleet) -> None:
     assert batch.ids == [newer.id]
     assert queue.claim("notes", "notes", 10, ("us", "here:1"), newer.due_at) is None
     assert queue.claim("notes", "notes", 10, ("us", "here:1"))
+
+
+@on_postgresql
+def test_the_messages_of_a_batch_are_found_by_their_ids_not_among_all_that_ran(fleet: Fleet) -> None:
+    stores = fleet.manager(Notes).stores
+    for number in range(10):
+        fleet.enqueue("notes", number)
+    batch = stores.queue.claim("notes", "notes", 10, ("us", "here:1"))
+    assert batch is not None
+    asked: list[tuple[str, Any]] = []
+
+    def remember(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_more: Any) -> None:
+        asked.append((statement, parameters))
+
+    event.listen(stores.main.engine, "before_cursor_execute", remember)
+    with stores.main.engine.begin() as connection:
+        stores.queue.acknowledge(batch, batch.ids[:5], batch.ids, connection)
+    assert len(stores.queue.left(batch)) == 5
+    event.remove(stores.main.engine, "before_cursor_execute", remember)
+    with stores.main.engine.connect() as connection:
+        plans = ["\n".join(connection.exec_driver_sql(f"EXPLAIN {each}", more).scalars()) for each, more in asked]
+    assert len(plans) == 2
+    assert [plan for plan in plans if "ix_background_messages_running" in plan] == []
 
 
 @on_postgresql
@@ -175,7 +200,7 @@ def test_a_heartbeat_finds_a_message_that_was_committed_late_while_newer_message
 
 
 def test_a_message_that_failed_without_a_backoff_is_claimed_again_without_a_heartbeat(
-    fleet: Fleet, exact_floors: None
+    fleet: Fleet, exact_floors: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Second(Notes):
         concurrency = 2
@@ -188,6 +213,7 @@ def test_a_message_that_failed_without_a_backoff_is_claimed_again_without_a_hear
 
     began, may_fail = threading.Event(), threading.Event()
     manager = fleet.manager(Second, **SELDOM)
+    monkeypatch.setattr(Supervisor, "_look", lambda _supervisor: None)  # it looks without floors
     start(manager)
     fleet.enqueue("notes", "slow")
     assert began.wait(20)
@@ -201,7 +227,7 @@ def test_a_message_that_failed_without_a_backoff_is_claimed_again_without_a_hear
 def test_messages_that_another_process_handed_back_are_found_without_a_heartbeat(
     fleet: Fleet, exact_floors: None
 ) -> None:
-    other = fleet.manager(Notes)
+    other = fleet.manager(Notes, **SELDOM)
     instance = other.presence.sign_on()
     fleet.enqueue("notes", "older")
     batch = other.stores.queue.claim("notes", "notes", 1, (instance.id, instance.name))
@@ -215,19 +241,16 @@ def test_messages_that_another_process_handed_back_are_found_without_a_heartbeat
 
 
 @on_postgresql
-def test_messages_of_a_gone_instance_are_found_although_looks_are_slow(
-    fleet: Fleet, slow_looks: None, exact_floors: None
-) -> None:
-    other = fleet.manager(Notes)
-    instance = other.presence.sign_on()
-    fleet.enqueue("notes", "older")
-    assert other.stores.queue.claim("notes", "notes", 1, (instance.id, instance.name))
-    manager = fleet.manager(Notes, WORKERS_HEARTBEAT_SECONDS=0.5)
-    manager.start()
-    fleet.enqueue("notes", "newer")
-    wait_until(lambda: has_floor(manager) and states(fleet) == ["running", "done"], "a floor")
-    other.presence.sign_off(instance)
-    all_are(fleet, "done", 2)
+def test_a_heartbeat_from_the_floors_looks_for_messages_to_take_back_after_an_instance_has_gone(fleet: Fleet) -> None:
+    stores = fleet.manager(Notes).stores
+    us, other = Instance(HOUR), Instance(HOUR)
+    stores.leases.beat(other)
+    fleet.enqueue("notes", "held")
+    assert stores.queue.claim("notes", "notes", 1, (other.id, other.name))
+    assert stores.leases.beat(us, ["notes"]).is_busy
+    assert not stores.leases.beat(us, ["notes"], {"notes": None}).is_busy
+    stores.leases.sign_off(other)
+    assert stores.leases.beat(us, ["notes"], {"notes": None}).is_busy
 
 
 def test_a_paused_topic_keeps_its_floor_and_is_handled_whole_after_the_pause(fleet: Fleet, exact_floors: None) -> None:
@@ -247,6 +270,7 @@ def test_a_paused_topic_keeps_its_floor_and_is_handled_whole_after_the_pause(fle
     all_are(fleet, "done", 2)
 
 
+@pytest.mark.promise
 @on_postgresql
 def test_a_message_below_the_floor_that_a_user_edited_is_found_by_the_tenth_heartbeat(
     fleet: Fleet, slow_looks: None, exact_floors: None
