@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from flask import Flask
-from sqlalchemy import insert
+from sqlalchemy import insert, select, update
 from support import busy_app as lively
 from support.databases import close
 from support.fleet import wait_until
@@ -467,10 +467,12 @@ def brightness(page: "Page") -> int:
 PICTURES = {
     "overview": "/workers/",
     "timeline": "/workers/timeline",
-    "charts": "/workers/charts?window=1h",
+    "charts": "/workers/charts",
     "instances": "/workers/instances",
     "messages": "/workers/messages",
     "worker": "/workers/worker/newsletter_preview",
+    "execution": "/workers/worker/newsletter_preview/{execution}",
+    "message": "/workers/messages/{message}",
 }
 """The pages in docs/operating.md, each with its address."""
 SIDE_BY_SIDE = """<div style="display: grid; grid-template-columns: 1280px 390px; gap: 20px; width: 1690px">%s</div>"""
@@ -481,6 +483,9 @@ def test_the_documents_have_pictures_of_each_page_on_a_desktop_and_a_phone_light
     folder = Path(os.environ["SCREENSHOTS"])
     for worker in lively.WORKERS:
         live_through_a_day(app, worker)
+    shown_rows = {"message": write_letters(app), "execution": failed_run(app)}
+    while app.extensions["background_workers"].stores.roll_up.step():
+        pass
     page = opened("/workers/")
     page.get_by_role("button", name="Pause price_check").click()
     page.get_by_role("button", name="Run now: catalogue_import").click()
@@ -491,7 +496,7 @@ def test_the_documents_have_pictures_of_each_page_on_a_desktop_and_a_phone_light
         pictures: list[str] = []
         for scheme in ("light", "dark"):
             for width in (1280, 390):
-                shown = opened(path, color_scheme=scheme, viewport={"width": width, "height": 844})
+                shown = opened(path.format(**shown_rows), color_scheme=scheme, viewport={"width": width, "height": 844})
                 pictures.append(b64encode(shown.screenshot()).decode())
                 shown.context.close()
         sheet.set_content(SIDE_BY_SIDE % "".join(f'<img src="data:image/png;base64,{each}">' for each in pictures))
@@ -501,15 +506,57 @@ def test_the_documents_have_pictures_of_each_page_on_a_desktop_and_a_phone_light
     page.get_by_role("button", name="Resume price_check").click()
 
 
+def failed_run(app: Flask) -> int:
+    """Wait for a run that failed by itself, and give it a cursor. Return its id."""
+    failed = (tables.executions.c.state == "failed", tables.executions.c.log.is_not(None))
+    query = select(tables.executions.c.id).where(*failed, tables.executions.c.worker == "newsletter_preview")
+    with app.app_context():
+        wait_until(lambda: db.session.scalars(query).first() or db.session.rollback(), "a run that failed")
+        id = db.session.scalars(query).first()
+        db.session.execute(
+            update(tables.executions).where(tables.executions.c.id == id).values(cursor='{"reader": 3141}')
+        )
+        db.session.commit()
+    return id
+
+
+def write_letters(app: Flask) -> int:
+    """Insert messages of several states. Return the id of a dead one."""
+    now, topic, dead = datetime.now(UTC), tables.messages, {"state": "dead", "attempt": 5}
+    states = [{"state": "done", "attempt": 1}] * 6 + [{"state": "waiting", "attempt": 0}, dead, dead, dead]
+    error = "Traceback (most recent call last):\n  ...\nsmtplib.SMTPServerDisconnected: Connection unexpectedly closed"
+    rows = []
+    for number, state in enumerate(states):
+        at = now - timedelta(minutes=90 - 7 * number)
+        finished = None if state["state"] == "waiting" else at + timedelta(seconds=number)
+        due = at if finished else now + timedelta(hours=2)
+        payload = f'{{"order": {4711 + number}, "to": "reader-{number}@example.com"}}'
+        rows.append(
+            {"topic": "mail", "payload": payload, "enqueued_at": at, "due_at": due, "finished_at": finished, **state}
+        )
+    with app.app_context(), db.engine.begin() as connection:
+        ids = list(connection.execute(insert(topic).values(rows).returning(topic.c.id)).scalars())
+        failures = [
+            {"message": ids[-1 - number], "attempt": attempt, "at": now, "instance_name": "web-1:41", "error": error}
+            for number in range(3)
+            for attempt in range(1, 3)
+        ]
+        connection.execute(insert(tables.message_errors), failures)
+    return ids[-1]
+
+
 def live_through_a_day(app: Flask, worker: type[PeriodicWorker]) -> None:
     """Insert executions of the past day, as if the fleet had run all the time."""
     schedule, at = declared_schedule(worker), datetime.now(UTC) - timedelta(minutes=1)
     rows: list[dict[str, Any]] = []
-    for number in range(60):
+    for number in range(50):
         at = schedule.previous(at - timedelta(microseconds=1))
         state = {7: "failed", 23: "failed", 24: "lost", 41: "timed out"}.get((number + len(worker.name) * 5) % 60)
         took = timedelta(milliseconds=90 + (number * 7919 % 31) ** 2)
         row = {"worker": worker.name, "tick": at, "trigger": "schedule", "state": state or "succeeded", "attempt": 1}
-        rows.append({**row, "instance_name": "web-1:41", "started_at": at, "finished_at": at + took})
+        rows.append(
+            {**row, "instance": "web-1", "instance_name": "web-1:41", "started_at": at, "finished_at": at + took}
+        )
     with app.app_context(), db.engine.begin() as connection:
         connection.execute(insert(tables.executions), rows)
+        connection.execute(update(tables.workers).values(scheduled_at=at))
