@@ -59,6 +59,8 @@ def timeline_page() -> ResponseReturnValue:
     window = history.window(LENGTHS[key][1], _until(), worker, _MOST_BARS)
     window, has_more_gaps = _with_gaps(manager, window, list(_expected(manager, window, schedules, worker)))
     late = _late(manager, worker) if window.until == window.clock else []
+    # If an instance is alive, the page needs no query for the alarm.
+    known = {"silence": lambda: None} if any(each.is_alive for each in window.seen) else {}
     return render_template(
         "background/timeline.html",
         picture=draw(window),
@@ -78,6 +80,7 @@ def timeline_page() -> ResponseReturnValue:
         addresses=_addresses({each.worker for each in window.records} | {each.name for each in late[:_MOST_LATE]}),
         classes={state: state_class(state) for state in (*STATES, UNRECORDED)},
         signs=SIGNS,
+        **known,
     )
 
 
