@@ -32,7 +32,7 @@ LENGTHS = {
 }
 _USUAL = "5m"
 _MOST_BARS, _MOST_LATE = 300, 10
-_MOST_GAPS, _ROWS_PER_GAP = 20, 5
+_MOST_GAPS, _ROWS_PER_GAP = 20, 20
 FEW_GONE = 3  # of the instances that left, the page shows this many at once
 
 Held = TypeVar("Held", Record, Holding)
