@@ -70,7 +70,7 @@ def idle(url: str, workers: int, seconds: int) -> dict[str, float]:
 
 
 def living() -> int:
-    return the_manager().instance_history.alive()
+    return len(the_manager().instance_history.alive_and_last()[0])
 
 
 @contextmanager
