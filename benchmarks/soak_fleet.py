@@ -224,7 +224,8 @@ class Fleet:
         kinds: list[Callable[[], bool]] = [self._kill] * 4 + [self._stop] * 3 + [self._term] * 3
         kinds += (
             [self._trouble] * 4
-            + [self._delete, self._cancel, self._pause, self._client] * 2
+            + [self._client] * 4
+            + [self._delete, self._cancel, self._pause] * 2
             + [self._silence] * 2 * bool(self._database.proxies)
         )
         return self._random.choice(kinds)()
