@@ -125,6 +125,10 @@ def _sqlite(element: _Now, compiler: SQLCompiler, **kwargs: Any) -> str:
     return f"{_ON_SQLITE}, printf('%+.3f seconds', {seconds}))"
 
 
+clocks_of_tests: list[Any] = []
+"""The clocks of tests that hold now, the innermost last. Meanwhile, each statement has a time in its text."""
+
+
 def with_time(statement: str, at: datetime, dialect: str) -> str:
     """Return the statement with the moment `at` in the place of the database's clock. Tests use it."""
     if dialect == "sqlite":

@@ -6,7 +6,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, event
 
-from ..database.clock import with_time
+from ..database.clock import clocks_of_tests, with_time
 
 
 class Clock:
@@ -31,18 +31,14 @@ class Clock:
         self.set(self.now + by)
 
     def __enter__(self) -> "Clock":
-        _clocks.append(self)
+        clocks_of_tests.append(self)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        last = max(at for at, each in enumerate(_clocks) if each is self)  # a block may enter its clock again
-        del _clocks[last]
-
-
-_clocks: list[Clock] = []
-"""The clocks whose blocks this process has entered. The innermost clock counts."""
+        last = max(at for at, each in enumerate(clocks_of_tests) if each is self)  # a block may enter its clock again
+        del clocks_of_tests[last]
 
 
 @event.listens_for(Engine, "before_cursor_execute", retval=True)
@@ -53,7 +49,7 @@ def _at_the_time_of_the_clock(
 
     Concurrency: other threads send statements while a block begins or ends. So this listener is never removed.
     """
-    for clock in _clocks[-1:]:
+    for clock in clocks_of_tests[-1:]:
         statement = with_time(statement, clock.now, connection.dialect.name)
     return statement, parameters
 

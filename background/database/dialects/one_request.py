@@ -7,6 +7,8 @@ from typing import Any
 from sqlalchemy import Connection, Engine, Select
 from sqlalchemy.exc import NotSupportedError
 
+from ..clock import clocks_of_tests
+
 Values = Mapping[str, Any]
 
 _IS_DIRECT, _PLANNED = "background_is_direct", "background_planned"
@@ -53,7 +55,7 @@ class OneRequest:
         driver, info = connection.connection.driver_connection, connection.info
         literals = {name: quote(self._value(name, values), driver) for name in self._names}
         limits = f"{self._first % literals}; "
-        if _is_direct(driver, info):
+        if not clocks_of_tests and _is_direct(driver, info):
             planned = info.pop(_PLANNED, None)  # after an error, the connection prepares its statements again
             before = "DEALLOCATE ALL; " if planned is None else ""
             if planned is None or self._plan not in planned:
