@@ -16,13 +16,14 @@ from background import BackgroundWorkerManager, PeriodicWorker, WorkerContext
 from models import db
 
 from ..harness.databases import context, database, without_workers
+from ..harness.effects import Rows
 from ..harness.figures import Figure, Setup, check, check_once, in_turns, percentile
 
 APSCHEDULER = Path(__file__).parents[1] / "peers" / "with_apscheduler.py"
 PROCESSES = {"sqlite": 2, "postgresql": 4}
 
 
-class Late(db.Model):  # type: ignore[name-defined, misc]
+class Late(Rows):
     """The seconds from a tick to the start of its run."""
 
     __tablename__ = "benchmark_late"

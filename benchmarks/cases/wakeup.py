@@ -15,10 +15,11 @@ from background import BackgroundWorkerManager, Message, MessageWorker, WorkerCo
 from models import db
 
 from ..harness.databases import context, database, without_workers
+from ..harness.effects import Rows
 from ..harness.figures import Figure, Setup, check, check_once, percentile, progress
 
 
-class Arrival(db.Model):  # type: ignore[name-defined, misc]
+class Arrival(Rows):
     """The moment at which a handler got a message, by the clock that all processes of this host share."""
 
     __tablename__ = "benchmark_arrivals"

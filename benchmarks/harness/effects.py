@@ -1,14 +1,18 @@
 """The table with one row for each message that was handled, and its check."""
 
 from sqlalchemy import func, select
-from sqlalchemy.orm import Mapped, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from models import db
 
 from .figures import check_once
 
 
-class Effect(db.Model):  # type: ignore[name-defined, misc]
+class Rows(DeclarativeBase):
+    """The tables of the measure. The application's tables stay without them."""
+
+
+class Effect(Rows):
     """The effect of one message."""
 
     __tablename__ = "benchmark_effects"
