@@ -1,18 +1,17 @@
 """Two statements in one request to the database. The first limits the second."""
 
 from collections.abc import Callable, Mapping
-from itertools import count
+from secrets import token_hex
 from typing import Any
 
 from sqlalchemy import Connection, Engine, Select
-from sqlalchemy.exc import NotSupportedError
+from sqlalchemy.exc import NotSupportedError, ProgrammingError
 
 from ..clock import clocks_of_tests
 
 Values = Mapping[str, Any]
 
 _IS_DIRECT, _PLANNED = "background_is_direct", "background_planned"
-_numbers = count(1)
 
 
 def limited(
@@ -44,7 +43,7 @@ class OneRequest:
         self._names = list(dict.fromkeys(name for each in compiled for name in _names(each)))
         self._processors = {name: each for one in compiled for name, each in one._bind_processors.items()}
         self._first, self._second = map(_with_constants, compiled)
-        self._plan = f"background_{name}_{next(_numbers)}"
+        self._plan = f"background_{name}_{token_hex(8)}"  # no other process has a plan of this name
         places = {name: f"${place}" for place, name in enumerate(self._names, 1)}
         self._prepare = f"PREPARE {self._plan} AS {self._second % places}; "
 
@@ -62,7 +61,7 @@ class OneRequest:
                 before += self._prepare
             try:
                 row = _last_row(connection, f"{limits}{before}EXECUTE {self._plan}({', '.join(literals.values())})")
-            except NotSupportedError:  # a migration changed the type of a column
+            except (NotSupportedError, ProgrammingError):  # a migration changed a column, or the plan is gone
                 pass
             else:
                 info[_PLANNED] = {self._plan, *(planned or ())}
