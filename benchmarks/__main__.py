@@ -8,7 +8,6 @@ exactly once.
 """
 
 import importlib
-import logging
 import signal
 import subprocess
 import sys
@@ -32,12 +31,11 @@ ENGINES = ("sqlite", "postgresql")
 
 @click.group(help=__doc__)
 def main() -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("The run was told to end."))  # and ends its servers
+    pass
 
 
 def measure(cases: tuple[str, ...], engine: str, scale: str, json: Path | None, turns: int | None, clock: str) -> None:
     """Run the cases on the engines, and print their figures."""
-    logging.disable(logging.INFO)
     if clock == "processor":
         count_processor_time()
     failed = [
@@ -123,4 +121,5 @@ def draw(json: Path) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("The run was told to end."))  # and ends its servers
     main(prog_name="python -m benchmarks")

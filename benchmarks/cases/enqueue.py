@@ -1,7 +1,6 @@
 """Enqueueing: one message per commit, by one writer and by several at once, and in bulk, beside plain inserts."""
 
 import json
-import logging
 import multiprocessing
 import threading
 import time
@@ -125,7 +124,6 @@ def written(pipes: list[Connection], way: str, number: int) -> float:
 
 def write(url: str, orders: Connection) -> None:
     """Commit messages by the way that is ordered. Answer when this began and ended."""
-    logging.disable(logging.INFO)
     with context(url):
         without_workers().add(Deliveries)
         orders.send("ready")

@@ -5,6 +5,7 @@ import sqlite3
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 
 import psycopg
 from sqlalchemy import make_url
@@ -47,7 +48,7 @@ def synchronized_writes(number: int) -> float:
 
 
 def selects_on_sqlite(path: str, number: int) -> float:
-    with sqlite3.connect(path, isolation_level=None) as connection:
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
         began = time.perf_counter()
         for _ in range(number):
             connection.execute("SELECT 1").fetchone()
@@ -55,7 +56,7 @@ def selects_on_sqlite(path: str, number: int) -> float:
 
 
 def commits_on_sqlite(path: str, level: str, number: int) -> float:
-    with sqlite3.connect(path, isolation_level=None) as connection:
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute(f"PRAGMA synchronous = {level}")
         connection.execute("DROP TABLE IF EXISTS limits")
@@ -67,7 +68,6 @@ def commits_on_sqlite(path: str, level: str, number: int) -> float:
         check(
             connection.execute("SELECT count(*) FROM limits").fetchone() == (number,), "commits on SQLite are missing"
         )
-    connection.close()
     return seconds
 
 
