@@ -63,7 +63,7 @@ MUTATIONS = (
     Mutation(
         "a cancelled tick does not become pending",
         [Edit("background/ledger/ledger.py", ' and state != "cancelled":', ":")],
-        ["tests/background/runs/test_cancelling.py", "-k", "instance_has_gone"],
+        ["tests/background/runs/test_cancelling.py", "-k", "gone_instance"],
     ),
     Mutation(
         "a cancelled run that returns has not succeeded",
