@@ -63,6 +63,8 @@ class Store(Statements):
         self.ring, self.sessions = ring, sessions
         self.has_one_writer = self.on_sqlite
         """True if a write locks the whole database, so that a read should come first."""
+        self.keeps_old_entries = not self.on_sqlite
+        """True if an index keeps the entries of changed rows while an old transaction is open."""
         self.idle: tuple[ColumnElement[str], ...] = ()
         """Columns for a SELECT or a RETURNING that holds a worker's row: they limit how long the row is held."""
         self.limits: tuple[ColumnElement[str], ...] = ()

@@ -96,7 +96,7 @@ class Queue:
             return None
         batch = uuid4().hex
         values: dict[str, Any] = {"of": topic, "size": size, "by": batch, "on": instance[0], "on_name": instance[1]}
-        if not self._store.on_sqlite:
+        if self._store.keeps_old_entries:
             values["floor"] = floor
         with self._store.single.begin() as connection:
             rows = connection.execute(self._claim, values).all()
@@ -274,7 +274,7 @@ def _enqueue(store: Store) -> Any:
 def _claim(store: Store) -> Any:
     order = (messages.c.due_at, messages.c.id)
     due = _due(bindparam("of"))
-    due = due if store.on_sqlite else due.where(from_floor("floor"))
+    due = due.where(from_floor("floor")) if store.keeps_old_entries else due
     due = due.order_by(*order).limit(bindparam("size")).with_for_update(skip_locked=True).cte("due")
     first = select(due.c.id, due.c.attempt).order_by(due.c.due_at, due.c.id).limit(1).cte("first")
     return (

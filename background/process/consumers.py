@@ -51,7 +51,7 @@ class Consumers:
         self._awaited: dict[str, float] = {}
         self.batches: set[str] = set()
         """The batches that this process handles now."""
-        self.floors = Floors(stores.app.config["WORKERS_HEARTBEAT_SECONDS"], may_help=not stores.main.on_sqlite)
+        self.floors = Floors(stores.app.config["WORKERS_HEARTBEAT_SECONDS"], may_help=stores.main.keeps_old_entries)
         self._excused: Counter[int] = Counter()
         self._changed = threading.Lock()
 
