@@ -216,6 +216,7 @@ def test_a_session_that_the_server_made_read_only_is_recognized_by_any_driver_er
         fail_over(server, url)
 
         def refused() -> Any:
+            db.session.rollback()  # a transaction keeps the mode in which it began
             try:
                 if raw:
                     db.session.connection().connection.cursor().execute(insert)
