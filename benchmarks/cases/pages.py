@@ -1,6 +1,8 @@
 """Each page of the dashboard, on a big database beside a small one: milliseconds, and the same number of queries."""
 
 import gc
+import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,10 +33,13 @@ BIGGER = Size(30, 3_000, 10, 3_000)  # of the small scale
 def run(setup: Setup) -> Iterator[Figure]:
     rounds = setup.size(1, 30)
     small, large = (measured(setup.engine, size, rounds) for size in (SMALL, BIGGER if setup.is_small else BIG))
+    most: Counter[str] = Counter()  # a page may send more of them in a minute with gaps. The longest window has gaps
+    for page, little in small.items():
+        most[kind(page)] = max(most[kind(page)], little.queries)
     for (page, much), little in zip(large.items(), small.values(), strict=True):  # the ids in them differ
         check(
-            much.queries <= little.queries,
-            f"{page} sends {much.queries} queries, and {little.queries} on a small database",
+            much.queries <= most[kind(page)],
+            f"{page} sends {much.queries} queries, and at most {most[kind(page)]} on a small database",
         )
         yield Figure(page, "ms", [much.p50], "a small database", [little.p50], f"<= {LIMIT} ms")
     slowest = max(large, key=lambda page: large[page].p99)
@@ -48,6 +53,11 @@ class Measured:
     p50: float
     p99: float
     queries: int
+
+
+def kind(page: str) -> str:
+    """Return the address without its query and without ids."""
+    return re.sub(r"/\d+$", "", page.partition("?")[0])
 
 
 def measured(engine: str, size: Size, rounds: int) -> dict[str, Measured]:
