@@ -31,8 +31,8 @@ _LONGEST_REST_SECONDS = 0.1
 _LAST_SECONDS = 1.0
 
 
-def ring(connections: Connections, *topics: str) -> None:
-    """Have each listening process look for messages of `topics`, or for any new work.
+def ring(connections: Connections) -> None:
+    """Have each listening process look for any new work.
 
     If this fails, the next heartbeat of each process finds the work.
     """
@@ -40,12 +40,12 @@ def ring(connections: Connections, *topics: str) -> None:
         if path := connections.heartbeat_file:
             os.utime(path)
         else:
-            again_if_stale(partial(_notify, connections.claims, topics or ("",)))
+            again_if_stale(partial(_notify, connections.claims))
 
 
-def _notify(engine: Engine, topics: Collection[str]) -> None:
+def _notify(engine: Engine) -> None:
     with engine.begin() as connection:
-        connection.execute(select(*(func.pg_notify(CHANNEL, topic) for topic in topics)))
+        connection.execute(select(func.pg_notify(CHANNEL, "")))
 
 
 class Notifier:

@@ -54,11 +54,11 @@ class Statements:
 class Store(Statements):
     """Transactions on the engine's own connections.
 
-    `ring` is called when a row becomes available to any instance, with the topics if the rows are messages. `sessions`
-    adds the engine's statements to the application's sessions.
+    `ring` is called when a row becomes available to any instance. `sessions` adds the engine's statements to the
+    application's sessions.
     """
 
-    def __init__(self, engine: Engine, lease: float, ring: Callable[..., None], sessions: Sessions) -> None:
+    def __init__(self, engine: Engine, lease: float, ring: Callable[[], None], sessions: Sessions) -> None:
         super().__init__(engine)
         self.ring, self.sessions = ring, sessions
         self.has_one_writer = self.on_sqlite

@@ -101,8 +101,8 @@ class DeadLetters:
             changed = release(connection, which, **values)
             if refuse and (unchanged := set(ids) - {row.id for row in changed}):
                 raise self._refusal(connection, unchanged, states)
-        if topics := {row.topic for row in changed if row.state == "waiting"}:
-            self._store.ring(*topics)
+        if any(row.state == "waiting" for row in changed):
+            self._store.ring()
         return len(changed)
 
     def _refusal(self, connection: Connection, ids: Collection[int], states: Sequence[str]) -> BackgroundError:

@@ -10,6 +10,7 @@ import pytest
 from sqlalchemy import event, update
 from support.databases import on_postgresql
 from support.fleet import HOUR, Fleet, db, effect, states, wait_until
+from support.processes import PATIENCE
 
 from background import BackgroundWorkerManager, Message, MessageWorker, WorkerContext
 from background.database import tables
@@ -20,7 +21,7 @@ from background.process.supervisor import Supervisor
 
 NOON = datetime(2026, 11, 30, 12, tzinfo=UTC)
 SECOND = timedelta(seconds=1)
-SELDOM = {"WORKERS_HEARTBEAT_SECONDS": 60, "WORKERS_LEASE_SECONDS": 300}
+SELDOM = {"WORKERS_HEARTBEAT_SECONDS": 3 * PATIENCE, "WORKERS_LEASE_SECONDS": 9 * PATIENCE}
 
 
 class Notes(MessageWorker):
@@ -121,7 +122,7 @@ def all_are(fleet: Fleet, state: str, count: int) -> None:
 
 
 def start(manager: BackgroundWorkerManager) -> None:
-    """Start, and send the only heartbeat for a minute. It has the floors used."""
+    """Start, and send the only heartbeat of the test. It has the floors used."""
     manager.start()
     wait_until(lambda: manager.supervisor.listener is not None, "the start")
     manager.supervisor._beat()
@@ -237,6 +238,20 @@ def test_messages_that_another_process_handed_back_are_found_without_a_heartbeat
     fleet.enqueue("notes", "newer")
     wait_until(lambda: has_floor(manager), "a floor")
     other.stores.queue.hand_back(batch, batch.ids)
+    all_are(fleet, "done", 2)
+
+
+@on_postgresql
+def test_an_old_message_that_was_moved_to_a_topic_is_found_without_a_heartbeat(
+    fleet: Fleet, exact_floors: None
+) -> None:
+    fleet.manager(type("Others", (Notes,), {"topic": "others"}))
+    [older] = fleet.enqueue("others", "older")
+    manager = fleet.manager(Notes, **SELDOM)
+    start(manager)
+    fleet.enqueue("notes", "newer")
+    wait_until(lambda: has_floor(manager), "a floor")
+    manager.stores.dead_letters.move([older or 0], "notes")
     all_are(fleet, "done", 2)
 
 
