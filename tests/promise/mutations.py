@@ -545,6 +545,11 @@ MUTATIONS = (
         ["tests/background/runs/test_unsent.py", "-k", "by_a_table"],
     ),
     Mutation(
+        "a row that the application keeps is sent at the end of its message",
+        [Edit("background/runs/unsent.py", "if _are_kept(new):", "if False:")],
+        ["tests/background/runs/test_unsent.py", "-k", "application_keeps"],
+    ),
+    Mutation(
         "no prepared statement stays behind a pooler",
         [Edit("background/database/dialects/one_request.py", "process == driver.info.backend_pid", "True")],
         ["tests/promise/test_pooler.py", "-k", "works_behind"],

@@ -54,7 +54,7 @@ class OneRequest:
         driver, info = connection.connection.driver_connection, connection.info
         literals = {name: quote(self._value(name, values), driver) for name in self._names}
         limits = f"{self._first % literals}; "
-        if not clocks_of_tests and _is_direct(driver, info):
+        if not clocks_of_tests and _is_direct(driver, info) and _is_idle(driver):
             planned = info.pop(_PLANNED, None)  # after an error, the connection prepares its statements again
             before = "DEALLOCATE ALL; " if planned is None else ""
             if planned is None or self._plan not in planned:
@@ -79,6 +79,11 @@ def _is_direct(driver: Any, info: dict[str, Any]) -> bool:
         (process,) = driver.execute("SELECT pg_backend_pid()").fetchone()
         info[_IS_DIRECT] = process == driver.info.backend_pid
     return bool(info[_IS_DIRECT])
+
+
+def _is_idle(driver: Any) -> bool:
+    """Return whether no transaction is open. After an error, an open transaction takes no second request."""
+    return bool(driver.info.transaction_status == 0)
 
 
 def _last_row(connection: Connection, statements: str) -> Any:

@@ -5,9 +5,26 @@ from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 from uuid import uuid4
+from weakref import WeakSet
 
 import pytest
-from sqlalchemy import Column, Engine, ForeignKey, Integer, String, Uuid, event, func, insert, select, text, update
+from flask import g
+from sqlalchemy import (
+    JSON,
+    Column,
+    Engine,
+    ForeignKey,
+    Integer,
+    String,
+    TypeDecorator,
+    Uuid,
+    event,
+    func,
+    insert,
+    select,
+    text,
+    update,
+)
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, relationship
 from support.fleet import Fleet, Note, db, statements, states, wait_until
@@ -24,6 +41,34 @@ class Entry(db.Model):  # type: ignore[name-defined, misc]
 
     id = Column(Integer, primary_key=True)
     actor = Column(String(20), default=lambda: handling[-1])
+
+
+class Sealed(TypeDecorator[str]):
+    """A text that the application changes for the current message, as with a key for each customer."""
+
+    impl = String(20)
+    cache_ok = True
+
+    def process_bind_param(self, value: Any, dialect: Any) -> str:
+        return handling[-1]
+
+
+class Letter(db.Model):  # type: ignore[name-defined, misc]
+    """A row with a sealed text."""
+
+    __tablename__ = "letters"
+
+    id = Column(Integer, primary_key=True)
+    sealed = Column(Sealed, default="")
+
+
+class Place(db.Model):  # type: ignore[name-defined, misc]
+    """A row whose default reads the rows before it."""
+
+    __tablename__ = "places"
+
+    id = Column(Integer, primary_key=True)
+    number = Column(Integer, default=text("(SELECT count(*) FROM places)"))
 
 
 class Ticket(db.Model):  # type: ignore[name-defined, misc]
@@ -53,7 +98,16 @@ class Leaf(db.Model):  # type: ignore[name-defined, misc]
     node_id = Column(ForeignKey("nodes.id"), nullable=False)
 
 
-OWN = [each.__table__ for each in (Entry, Ticket, Node, Leaf)]
+class Picture(db.Model):  # type: ignore[name-defined, misc]
+    """A row with a value that can change."""
+
+    __tablename__ = "pictures"
+
+    id = Column(Integer, primary_key=True)
+    tags = Column(JSON)
+
+
+OWN = [each.__table__ for each in (Entry, Letter, Picture, Place, Ticket, Node, Leaf)]
 
 
 class Adding(MessageWorker):
@@ -116,6 +170,12 @@ def test_a_default_is_asked_for_while_its_message_is_current(fleet: Fleet) -> No
     assert rows(fleet, Entry.actor) == PAYLOADS
 
 
+def test_a_type_of_the_application_is_asked_while_its_message_is_current(fleet: Fleet) -> None:
+    handled(fleet, lambda _, context: context.session.add(Letter()), *PAYLOADS)
+    with fleet.engine.connect() as connection:
+        assert sorted(connection.scalars(text("SELECT sealed FROM letters"))) == PAYLOADS
+
+
 def stamp(session: Session, *_: Any) -> None:
     for new in session.new:
         if isinstance(new, Note):
@@ -137,6 +197,55 @@ def test_a_listener_is_called_while_its_message_is_current(
         assert handled(fleet, lambda _, context: context.session.add(Note(text="")), *PAYLOADS) == PAYLOADS
     finally:
         event.remove(target, name, listener)
+
+
+# -- rows that cannot wait ----------------------------------------------------------------------------------
+
+
+def test_a_default_that_reads_rows_finds_those_of_earlier_messages(fleet: Fleet) -> None:
+    handled(fleet, lambda _, context: context.session.add(Place()), *PAYLOADS)
+    assert rows(fleet, Place.number) == list(range(len(PAYLOADS)))
+
+
+def test_a_row_that_the_application_keeps_has_its_id_and_takes_later_changes(fleet: Fleet) -> None:
+    def add(message: Message, context: WorkerContext) -> None:
+        if "kept" not in g:  # one application context for the batch
+            g.kept = Note(text="")
+            context.session.add(g.kept)
+        else:
+            context.session.add(Note(text=message.payload, number=g.kept.id))
+        if message.payload == PAYLOADS[-2]:
+            context.session.execute(text("SELECT 1"))
+            g.kept.number = 1000
+
+    handled(fleet, add, *PAYLOADS)
+    assert rows(fleet, Note.number) == [1] * (len(PAYLOADS) - 1) + [1000]
+
+
+def test_a_value_that_a_later_message_changes_is_sent_as_it_was(fleet: Fleet) -> None:
+    def add(message: Message, context: WorkerContext) -> None:
+        tags = g.setdefault("tags", [])
+        tags[:] = [message.payload]
+        context.session.add(Picture(tags=tags))
+
+    handled(fleet, add, *PAYLOADS)
+    assert rows(fleet, Picture.tags) == [[each] for each in PAYLOADS]
+
+
+def test_many_rows_of_many_messages_do_not_fill_the_memory(fleet: Fleet) -> None:
+    alive: WeakSet[Ticket] = WeakSet()
+    most: list[int] = []
+
+    def add(message: Message, context: WorkerContext) -> None:
+        for _ in range(400):
+            alive.add(ticket := Ticket())
+            context.session.add(ticket)
+        del ticket
+        most.append(len(alive))
+
+    handled(fleet, add, *PAYLOADS)
+    assert len(rows(fleet, Ticket.number)) == 8_000
+    assert max(most) <= 1_400
 
 
 # -- later messages of the batch ----------------------------------------------------------------------------
