@@ -3,6 +3,10 @@
 import logging
 from time import monotonic
 
+from sqlalchemy.exc import SQLAlchemyError
+
+from ..errors import BackgroundError
+
 
 def logger_of(name: str) -> logging.Logger:
     """Return the logger `name`. Its level and its handlers can silence it, a later `dictConfig` cannot.
@@ -20,6 +24,11 @@ def quieten(library: str) -> None:
     logger = logging.getLogger(library)
     if logger.level == logging.NOTSET:
         logger.setLevel(logging.WARNING)
+
+
+def unless_expected(error: Exception) -> Exception | None:
+    """Return an unexpected error, so that the log shows its traceback. None for an error whose text suffices."""
+    return None if isinstance(error, BackgroundError | SQLAlchemyError | OSError) else error
 
 
 class Outage:

@@ -1,5 +1,6 @@
-"""The threads that keep an instance alive: one sends heartbeats, one watches the lease, one looks for work."""
+"""The threads that keep an instance alive, and the threads that look for work and for incidents."""
 
+import logging
 import math
 import threading
 from collections.abc import Callable, Collection
@@ -7,6 +8,10 @@ from queue import SimpleQueue
 from typing import Protocol
 
 from ..database.clock import steady
+from ..errors import first_line
+from ..host.logs import Outage, logger_of, unless_expected
+
+log = logger_of(__name__)
 
 _LAST_BEAT_SECONDS = 1.0
 
@@ -65,21 +70,6 @@ class Heartbeat:
                     self._failed(error)
 
 
-class Watch(Protocol):
-    """Looks at the fleet for incidents, on a thread of its own."""
-
-    interval: float
-    """The seconds between two looks."""
-    topics: Collection[str]
-    """The topics of alerts. Each has a thread of its own, because hung runs may use all other threads."""
-
-    def before_joining(self) -> None:
-        """Look at the fleet before an instance of this process joins it. Raises nothing."""
-
-    def look(self) -> None:
-        """Look at the fleet."""
-
-
 _LAST_LOOK_SECONDS = 1.0
 
 
@@ -120,3 +110,56 @@ class Looking:
                 self._look(rearm)
             except Exception as error:  # the thread must live on for the next look
                 self._failed(error)
+
+
+class Watch(Protocol):
+    """Looks at the fleet for incidents."""
+
+    interval: float
+    """The seconds between two looks."""
+    topics: Collection[str]
+    """The topics of alerts. Each has a thread of its own, because hung runs may use all other threads."""
+
+    def before_joining(self) -> None:
+        """Look at the fleet before an instance of this process joins it. Raises nothing."""
+
+    def look(self) -> None:
+        """Look at the fleet."""
+
+
+class Watching:
+    """Has a watch look for incidents once per interval, on a thread of its own. Without a watch, it does nothing."""
+
+    def __init__(self, watch: Watch | None, is_away: Callable[[], bool]) -> None:
+        """While the database `is_away`, the log has no warning of a look that failed."""
+        self._watch, self._is_away = watch, is_away
+        self.topics: Collection[str] = watch.topics if watch else ()
+        self._looking = Looking(self._look, self._failed, "workers-watch")
+        self._outage, self._next_at = Outage(), 0.0
+
+    def before_joining(self) -> None:
+        if self._watch is not None:
+            self._watch.before_joining()
+
+    def start(self) -> None:
+        if self._watch is not None:
+            self._looking.start()
+
+    def want(self) -> None:
+        """Have the watch look soon, unless it looked within its interval."""
+        if self._watch is not None and steady() >= self._next_at:
+            self._next_at = steady() + self._watch.interval
+            self._looking.want()
+
+    def stop(self) -> None:
+        if self._watch is not None:
+            self._looking.stop()
+
+    def _look(self, _rearm: bool) -> None:
+        if self._watch is not None:
+            self._watch.look()
+            self._outage.ended()
+
+    def _failed(self, error: Exception) -> None:
+        level = logging.DEBUG if self._is_away() else self._outage.level()
+        log.log(level, "Cannot look for incidents: %s", first_line(error), exc_info=unless_expected(error))

@@ -193,8 +193,7 @@ class ClockRecovery:
     def __init__(self, stores: Stores, workers: Mapping[str, type[PeriodicWorker]]) -> None:
         self._stores, self._workers = stores, workers
         self._ahead: set[str] = set()
-        self.is_done = False
-        """Set this to False to have `recover` run again."""
+        self._is_done = False
 
     def warn(self, states: Mapping[str, WorkerState]) -> Collection[str]:
         """Warn once of each worker whose ticks are decided past now. Return the workers whose ticks go on again."""
@@ -216,12 +215,19 @@ class ClockRecovery:
 
     def is_due(self, pulse: Pulse) -> bool:
         """Return whether `recover` should run: once after each change of the clock, and while rows are delayed."""
-        self.is_done = self.is_done and not (pulse.was_set or pulse.is_ahead)
-        return self._stores.leases.is_steady and not self.is_done
+        self._is_done = self._is_done and not (pulse.was_set or pulse.is_ahead)
+        return self._stores.leases.is_steady and not self._is_done
 
     def recover(self) -> bool:
         """Make the delayed ticks and messages due again. Return whether messages are among them."""
-        self.is_done = True
+        self._is_done = True  # first, as a later heartbeat may see another change
+        try:
+            return self._recover()
+        except SQLAlchemyError:
+            self._is_done = False
+            raise
+
+    def _recover(self) -> bool:
         states = self._stores.ledger.states()
         ours = [state for state in states.values() if state.name in self._workers]
         if not self._stores.clock_repair.is_proven(states.values()):  # only `flask workers repair` may do this

@@ -3,18 +3,18 @@
 import logging
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime, timedelta
 from functools import partial
 
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from ..database.clock import steady
 from ..database.connections import again_if_stale
 from ..database.dialects.error_codes import is_undefined
 from ..database.notifications import Listener
 from ..errors import DatabaseNotReady, first_line
-from ..host.logs import Outage, logger_of
+from ..host.logs import Outage, logger_of, unless_expected
 from ..host.scheduler import Scheduler
 from ..ledger.claim import WorkerState
 from ..ledger.leases import LEASE_IS_OVER, OFFSET_WARNED, Instance, Pulse
@@ -22,12 +22,12 @@ from ..runs.running import Runs
 from ..stores import Stores
 from ..worker import AnyWorker, MessageWorker, PeriodicWorker
 from .consumers import Consumers
-from .heartbeat import Heartbeat, Looking, Watch
+from .heartbeat import Heartbeat, Looking, Watch, Watching
 from .presence import Presence
 from .recovery import ClockRecovery, MessageRecovery, Recovery
 from .schedules import DeclaredSchedules
 from .ticks import Ticks
-from .timers import Timers, unless_expected
+from .timers import Timers
 
 log = logger_of(__name__)
 
@@ -56,7 +56,9 @@ class Supervisor:
         self._stores, self._runs, self._presence, self._recovery, self._ticks = stores, runs, presence, recovery, ticks
         self.scheduler = Scheduler(self._config["WORKERS_THREADS"])
         self.timers = Timers(self.scheduler, ticks, presence, runs, workers)
-        apart = watch.topics if watch else ()
+        self._looking = Looking(self._looked, self._look_failed)
+        self._watching = Watching(watch, is_away=lambda: self._outage.is_on)
+        apart = self._watching.topics
         self._topics, self.consumers = topics, Consumers(stores, presence, runs, self.scheduler, topics, apart)
         threads = self.consumers.batches, self.scheduler.soon, self.consumers.wake_all
         self.message_recovery = MessageRecovery(stores, presence, topics, *threads)
@@ -70,10 +72,7 @@ class Supervisor:
         self._beat_at: datetime | None = None
         self._logged_error = ""
         self._is_look_planned = self._is_off = self._left = False
-        self._looking = Looking(self._looked, self._look_failed)
         self._refreshing, self._entering = threading.Lock(), threading.Lock()
-        self._watch, self._watch_outage, self._watch_at = watch, Outage(), 0.0
-        self._watching = Looking(self._watch_fleet, self._watch_failed, "workers-watch") if watch else None
 
     def join(self) -> None:
         """Join in the background, as soon as the database is ready."""
@@ -143,8 +142,7 @@ class Supervisor:
 
     def _enter(self) -> bool:
         """Sign on, and start the heartbeat. False if `leave` came first."""
-        if self._watch is not None:
-            self._watch.before_joining()
+        self._watching.before_joining()
         instance = self._presence.sign_on()
         self._warn_of_offset(instance)
         with self._entering:
@@ -163,8 +161,7 @@ class Supervisor:
                 lambda: presence.until_expiry() + _spread(),
             )
             self._looking.start()
-            if self._watching is not None:
-                self._watching.start()
+            self._watching.start()
             heartbeat.start()
             self.heartbeat = heartbeat
         return True
@@ -199,8 +196,7 @@ class Supervisor:
         if self.heartbeat is not None:
             self.heartbeat.stop()
             self._looking.stop()
-            if self._watching is not None:
-                self._watching.stop()
+            self._watching.stop()
         instance, self._presence.instance = self._presence.instance, None
         if instance is not None:
             self._presence.sign_off(instance)
@@ -236,8 +232,7 @@ class Supervisor:
                 self._soon_once("tallies", self._roll_up)
         self.consumers.follow(pulse, self._config["WORKERS_HEARTBEAT_SECONDS"], beat)
         self.scheduler.look_again()
-        if self._watch is not None and self._watching is not None and steady() >= self._watch_at:
-            self._watch_at = steady() + self._watch.interval
+        if not self._runs.stopping.is_set():
             self._watching.want()
 
     def _life(self) -> Instance | None:
@@ -248,8 +243,7 @@ class Supervisor:
         self._runs.lose(LEASE_IS_OVER, instance)
         if self._runs.stopping.is_set():
             return None
-        if self._watch is not None:
-            self._watch.before_joining()
+        self._watching.before_joining()
         return Instance(instance.lease, clock_offset=instance.clock_offset, release=instance.release)
 
     def _begin_anew(self, instance: Instance) -> bool:
@@ -310,15 +304,6 @@ class Supervisor:
         level = logging.DEBUG if self._outage.is_on else self._blindness.level()
         log.log(level, "Cannot look at the fleet: %s", first_line(error), exc_info=unless_expected(error))
 
-    def _watch_fleet(self, _rearm: bool) -> None:
-        if self._watch is not None and not self._runs.stopping.is_set():
-            self._watch.look()
-            self._watch_outage.ended()
-
-    def _watch_failed(self, error: Exception) -> None:
-        level = logging.DEBUG if self._outage.is_on else self._watch_outage.level()
-        log.log(level, "Cannot look for incidents: %s", first_line(error), exc_info=unless_expected(error))
-
     def refresh(self, rearm: bool = False) -> None:
         """Follow the fleet's decisions: schedules, claims whose instance is gone, ticks to claim again.
 
@@ -349,6 +334,16 @@ class Supervisor:
             self._under_way.add(key)
             self.scheduler.soon(call, *args)
 
+    @contextmanager
+    def _ending(self, key: str, failed: str) -> Iterator[None]:
+        """End the call `key` of `_soon_once` with the block. If the database fails, a later heartbeat tries again."""
+        try:
+            yield
+        except SQLAlchemyError as error:
+            log.warning("%s yet: %s", failed, first_line(error))
+        finally:
+            self._under_way.discard(key)
+
     def _settle(self, name: str, failures: int = 0) -> None:
         """Take back the claim of a gone instance, and run the tick that must run again."""
         worker = self._workers.get(name)
@@ -377,33 +372,20 @@ class Supervisor:
         return state.owed if worker and (worker.enabled or state.pending_trigger == "manual") else None
 
     def _declare_again(self, names: list[str]) -> None:
-        try:
+        with self._ending("declare", f"Cannot declare the schedules of {len(names)} workers"):
             self.schedules.declare(names, again=True)
-        except SQLAlchemyError as error:  # the next heartbeat tries again
-            log.warning("Cannot declare the schedules of %d workers yet: %s", len(names), first_line(error))
-        finally:
-            self._under_way.discard("declare")
 
     def _recover_clock(self) -> None:
-        try:
+        with self._ending("clock", "Cannot resume the ticks and messages that a clock ahead delayed"):
             has_messages = self._clock_recovery.recover()
-            self.refresh()
+            self._looking.want()
             if has_messages:
                 self.consumers.wake_all()
-        except SQLAlchemyError as error:  # the next heartbeat tries again
-            self._clock_recovery.is_done = False
-            log.warning("Cannot resume yet the ticks and messages that a clock ahead delayed: %s", first_line(error))
-        finally:
-            self._under_way.discard("clock")
 
     def _roll_up(self) -> None:
-        try:
+        with self._ending("tallies", "Cannot count the runs and messages for the charts"):
             while self._stores.roll_up.step() and not self._runs.stopping.is_set():
                 pass
-        except SQLAlchemyError as error:  # the roll-up of the next slot catches up
-            log.warning("Cannot count the runs and messages for the charts yet: %s", first_line(error))
-        finally:
-            self._under_way.discard("tallies")
 
 
 def _spread() -> float:

@@ -5,10 +5,8 @@ import random
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 
-from sqlalchemy.exc import SQLAlchemyError
-
-from ..errors import BackgroundError, InvalidSchedule, first_line
-from ..host.logs import logger_of
+from ..errors import InvalidSchedule, first_line
+from ..host.logs import logger_of, unless_expected
 from ..host.scheduler import Scheduler
 from ..ledger.claim import WorkerState
 from ..registry import schedule_in_force
@@ -124,8 +122,3 @@ class Timers:
 
     def _now(self) -> datetime:
         return instance.database_time() if (instance := self._presence.instance) else datetime.now(UTC)
-
-
-def unless_expected(error: Exception) -> Exception | None:
-    """Return an unexpected error, so that the log shows its traceback. None for an error whose text suffices."""
-    return None if isinstance(error, BackgroundError | SQLAlchemyError | OSError) else error
