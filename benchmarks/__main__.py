@@ -1,11 +1,4 @@
-"""The measure: each case beside its denominator, in turns. The ratios count, not the absolute numbers.
-
-    python -m benchmarks messages --engine postgresql
-    python -m benchmarks all --scale small
-
-Needs requirements-dev.txt: a run starts and ends its own PostgreSQL. A case exits with 1 if its work was not done
-exactly once.
-"""
+"""The commands of `python -m benchmarks`."""
 
 import importlib
 import signal
@@ -29,15 +22,30 @@ FIGURES = Path(__file__).parent / "figures.json"
 ENGINES = ("sqlite", "postgresql")
 
 
-@click.group(help=__doc__)
+@click.group()
 def main() -> None:
-    pass
+    """Measure each part of the engine beside a denominator, in turns within one run.
+
+    A ratio is a figure, divided by the denominator's figure of the same turn. docs/performance.md has the denominators.
+
+    Needs requirements-dev.txt. A run starts and ends its own PostgreSQL. It exits with 1 if the work of a case was not
+    done exactly once.
+
+    \b
+    Examples:
+      python -m benchmarks claim --scale small
+      python -m benchmarks messages --engine postgresql
+    """
 
 
 def measure(cases: tuple[str, ...], engine: str, scale: str, json: Path | None, turns: int | None, clock: str) -> None:
     """Run the cases on the engines, and print their figures."""
     if clock == "processor":
         count_processor_time()
+    if scale == "small":
+        click.echo(
+            "The small scale only checks that the work is done once. Do not read its figures as speed.", err=True
+        )
     failed = [
         f"{case} on {each}"
         for case in cases
@@ -49,7 +57,7 @@ def measure(cases: tuple[str, ...], engine: str, scale: str, json: Path | None, 
 
 
 def succeeded(case: str, setup: Setup, json: Path | None) -> bool:
-    """Run one case. Print its figures, and put them into the file."""
+    """Run one case. Print its figures, and write them to the file. Return whether the work was done once."""
     figures = []
     try:
         with closing(importlib.import_module(f"{__package__}.cases.{case}").run(setup)) as measured:  # ends its servers
@@ -62,9 +70,18 @@ def succeeded(case: str, setup: Setup, json: Path | None) -> bool:
     except Exception:
         traceback.print_exc()
         return False
+    if not figures:
+        click.echo(f"{case:9} {setup.engine:10} has no figures on this database")
     if json:
         results.write(json, results.entries(case, setup, figures))
     return True
+
+
+def in_a_folder(_context: click.Context, _option: click.Parameter, path: Path | None) -> Path | None:
+    """Refuse a file in a missing folder now, and not after the measurement."""
+    if path is not None and not path.absolute().parent.is_dir():
+        raise click.BadParameter(f"there is no folder {str(path.parent)!r}. Make it first.")
+    return path
 
 
 def options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -74,19 +91,41 @@ def options(command: Callable[..., Any]) -> Callable[..., Any]:
             type=click.Choice(["wall", "processor"]),
             default="wall",
             show_default=True,
-            help="For a busy machine: claim, messages, enqueue_many and pages count this process's processor time.",
+            help="On a busy machine, `processor` is steadier. It counts the processor time of this process, for claim, "
+            "messages, pages and enqueue_many.",
         ),
-        click.option("--turns", type=int, help="Default: 5, and 1 for the small scale."),
-        click.option("--json", type=click.Path(path_type=Path), help="Put the figures into this file."),
-        click.option("--scale", type=click.Choice(["small", "full"]), default="full", show_default=True),
-        click.option("--engine", type=click.Choice([*ENGINES, "both"]), default="both", show_default=True),
+        click.option(
+            "--turns",
+            type=click.IntRange(min=1),
+            help="How often each way is measured. Default: 5, and 1 at the small scale.",
+        ),
+        click.option(
+            "--json",
+            type=click.Path(path_type=Path, dir_okay=False, writable=True),
+            callback=in_a_folder,
+            help="Write the figures to this file too. It keeps the figures of other cases.",
+        ),
+        click.option(
+            "--scale",
+            type=click.Choice(["small", "full"]),
+            default="full",
+            show_default=True,
+            help="`small` only checks that the work is done once.",
+        ),
+        click.option(
+            "--engine",
+            type=click.Choice([*ENGINES, "both"]),
+            default="both",
+            show_default=True,
+            help="The database to measure on.",
+        ),
     ):
         command = option(command)
     return command
 
 
 def add(name: str, cases: tuple[str, ...], text: str) -> None:
-    @main.command(name, help=text)
+    @main.command(name, help=text, short_help=text)
     @options
     def command(engine: str, scale: str, json: Path | None, turns: int | None, clock: str) -> None:
         measure(cases, engine, scale, json, turns, clock)
@@ -98,16 +137,16 @@ add("peers", ("peers",), str(importlib.import_module(f"{__package__}.cases.peers
 add("all", CASES, "All cases, one after the other.")
 
 
-@main.command()
+@main.command(short_help="Draw the pictures and fill the tables of the documents.")
 @click.argument("json", type=click.Path(exists=True, path_type=Path), default=FIGURES)
 def plot(json: Path) -> None:
-    """Draw the pictures of docs/performance.md, and fill its tables and the README's, from the JSON of a run."""
+    """Draw the pictures and fill the tables of docs/performance.md and of the README, from the file JSON."""
     draw(json)
 
 
 @main.command()
 def record() -> None:
-    """Measure all cases and the peers at the full scale, and write all figures of the documents."""
+    """Measure all cases and the peers at the full scale. Write all figures and pictures of the documents."""
     try:
         measure((*CASES, "peers"), "both", "full", FIGURES, None, "wall")
     finally:
@@ -121,5 +160,5 @@ def draw(json: Path) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("The run was told to end."))  # and ends its servers
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("SIGTERM ended the run."))  # and ends its servers
     main(prog_name="python -m benchmarks")

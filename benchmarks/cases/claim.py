@@ -1,4 +1,4 @@
-"""A claim of a tick that wins, beside the same statement by hand, and a claim that loses, beside a round trip."""
+"""Claims of a tick: one that wins, beside hand-written SQL, and one that loses, beside one read."""
 
 import sqlite3
 import threading
@@ -44,7 +44,7 @@ FREE = text("UPDATE background_workers SET running = NULL, claim = NULL WHERE na
 
 
 class Hourly(PeriodicWorker):
-    """A worker whose ticks this case claims. It never runs."""
+    """The worker whose ticks this case claims. It never runs."""
 
     name = "hourly"
     period = timedelta(hours=1)
@@ -67,7 +67,7 @@ def run(setup: Setup) -> Iterator[Figure]:
         aim = ">= 0.85" if setup.engine == "postgresql" else ""
         won = in_turns(setup, "a claim that wins", ways)
         claims.check()
-        yield Figure("a claim that wins", "claims/s", won["engine"], "by hand", won["hand"], aim)
+        yield Figure("a claim that wins", "claims/s", won["engine"], "hand-written SQL", won["hand"], aim)
         ways = {"engine": lambda: rate(number, claims.lose), "read": lambda: rate(number, read)}
         lost = in_turns(setup, "a claim that loses", ways)
         yield Figure("a claim that loses", "claims/s", lost["engine"], "one read by SQLAlchemy", lost["read"])
@@ -77,7 +77,7 @@ def run(setup: Setup) -> Iterator[Figure]:
 
 
 class Claims:
-    """Claims one tick after another, each by one way."""
+    """Claims one tick after another, by the engine or by hand-written SQL."""
 
     def __init__(self, ledger: Ledger, hand: Callable[[dict[str, Any]], Any]) -> None:
         self._ledger, self._hand = ledger, hand

@@ -1,4 +1,4 @@
-"""Enqueueing: one message per commit, by one writer and by several at once, and in bulk, beside plain inserts."""
+"""Enqueueing one message per commit, beside plain inserts, and many at once, beside one INSERT."""
 
 import json
 import multiprocessing
@@ -42,9 +42,9 @@ def run(setup: Setup) -> Iterator[Figure]:
         with writing(url, setup.size(2, WRITERS)) as pipes:
             for some in (pipes[:1], pipes):
                 ways = {way: lambda some=some, way=way: written(some, way, setup.size(10, 1_000)) for way in WAYS}
-                rates = in_turns(setup, f"enqueue, {len(some)} at once", ways)
+                rates = in_turns(setup, f"enqueue, writers: {len(some)}", ways)
                 aim = ">= 0.9" if len(some) > 1 else ""
-                name = f"enqueue and commit, {len(some)} at once"
+                name = f"enqueue and commit, writers: {len(some)}"
                 yield Figure(name, "messages/s", rates["enqueue"], "plain inserts", rates["insert"], aim)
         number = setup.size(500, 20_000)
         ways = {

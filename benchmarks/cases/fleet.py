@@ -1,4 +1,4 @@
-"""An idle fleet: processor time, memory and statements of an instance, with few and with many workers."""
+"""An idle instance: processor time, statements and memory, with few workers and with many."""
 
 import json
 import subprocess
@@ -31,7 +31,7 @@ def run(setup: Setup) -> Iterator[Figure]:
             turns = [idle(url, workers, seconds) for _ in range(1 if setup.is_small else 3)]
         aim = "<= 0.1 besides the heartbeat" if workers == 1_000 else ""
         yield Figure(
-            "an idle instance", "% of a core", [each["processor"] for each in turns], "one without workers",
+            "an idle instance", "% of a core", [each["processor"] for each in turns], "an instance without workers",
             [each["without"] for each in turns], aim, workers,
         )  # fmt: skip
         yield Figure("statements a heartbeat", "", [each["statements"] for each in turns], aim="1", at=workers)

@@ -1,4 +1,4 @@
-"""The machine's limits: a synchronized write to the disk, a round trip to the database, and a commit of one row."""
+"""The limits of the machine: a synchronized write, a round trip, and a commit of one row."""
 
 import os
 import sqlite3

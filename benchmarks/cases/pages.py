@@ -1,4 +1,4 @@
-"""Each page of the dashboard, on a big database beside a small one: milliseconds, and the same number of queries."""
+"""The pages of the dashboard, on a big database beside a small one, with the same number of queries."""
 
 import gc
 import re

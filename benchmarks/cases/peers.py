@@ -1,4 +1,4 @@
-"""Messages a second beside the peers, counted inside the table of the effects. Installs the peers by pip."""
+"""Messages a second beside other queues, counted in the table of the effects. Installs the queues by pip."""
 
 import os
 import subprocess

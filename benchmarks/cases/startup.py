@@ -1,4 +1,4 @@
-"""Starting: `create_app` beside a bare application with the same libraries, each in a new process."""
+"""The start of the application in a new process, beside a bare application with the same libraries."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""The sweep of stale users: beside one plain UPDATE, with nothing stale, and the logins meanwhile. A tenth is stale."""
+"""The sweep of stale users, beside one plain UPDATE, and the logins of other users meanwhile."""
 
 import subprocess
 import sys

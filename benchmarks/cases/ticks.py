@@ -1,4 +1,4 @@
-"""Many workers with a period of a second, on some processes: nothing missed, and how late, beside APScheduler alone."""
+"""Workers that run each second: the ticks that no process ran, and the lateness, beside APScheduler alone."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""From a commit to the handler in another process, and the processor time that this process takes while it waits."""
+"""The time from a commit to the handler in another process, and the processor time of waiting there."""
 
 import subprocess
 import sys

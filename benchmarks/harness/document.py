@@ -42,7 +42,7 @@ def table(case: str, figures: list[Entry]) -> Iterator[str]:
         )
         at = f", at {each['at']:,}" if "at" in each else ""
         of = each.get("of", "")
-        ratio = f"{spread(each['ratios'])} of {of}" if of else ""
+        ratio = f"{spread(each['ratios'])} times {of}" if of else ""
         aim = each.get("aim", "")
         figure = f"{number(median(each['values']))} {each['unit']}"
         yield re.sub(" +", " ", f"| {name}{at} | {NAMES[each['engine']]} | {figure} | {ratio} | {aim} |")
@@ -58,8 +58,8 @@ def readme(figures: list[Entry]) -> Iterator[str]:
     ):
         yield from row(label, [beside_the_fastest(case, name, engine, figures) for engine in NAMES])
     for label, case, name in (
-        ("`handle`, of a bare SQLAlchemy loop", "messages", "handle, one statement"),
-        ("a claim that wins, of the same by hand", "claim", "a claim that wins"),
+        ("`handle`, where a bare SQLAlchemy loop is 1", "messages", "handle, one statement"),
+        ("a winning claim, where hand-written SQL is 1", "claim", "a claim that wins"),
     ):
         yield from row(label, [ratio_of(case, name, engine, figures) for engine in NAMES])
 

@@ -23,7 +23,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Figure:
-    """The values of some turns. With `of`, also the values of a denominator in the same turns."""
+    """The values of some turns. `of` names the denominator, and `of_values` has its values in the same turns."""
 
     name: str
     unit: str
@@ -44,7 +44,8 @@ class Figure:
 
     def __str__(self) -> str:
         at = "" if self.at is None else f", at {self.at:,}"
-        ratio = f"  x{spread(self.ratios)} of {self.of} ({number(median(self.of_values))})" if self.of else ""
+        of = f"{self.of} ({number(median(self.of_values))} {self.unit})" if self.of else ""
+        ratio = f"  {spread(self.ratios)} times {of}" if of else ""
         return f"{self.name + at:44} {spread(self.values)} {self.unit}{ratio}" + (f"  aim {self.aim}" * bool(self.aim))
 
 
@@ -83,7 +84,7 @@ def progress(steps: Sequence[Any], label: str) -> Iterator[Any]:
 
 
 class NotDone(Exception):
-    """The measured work was not done, or was done twice. Such a time counts for nothing."""
+    """The measured work was not done, or was done twice. The case then has no figures."""
 
 
 def check(is_fine: bool, complaint: str) -> None:

@@ -32,10 +32,10 @@ def test_each_way_is_measured_once_a_turn_and_every_second_turn_is_reversed() ->
 
 
 def test_a_ratio_compares_values_of_the_same_turn_and_names_its_denominator() -> None:
-    figure = Figure("handle", "messages/s", [10.0, 40.0, 30.0], "by hand", [20.0, 50.0, 300.0])
+    figure = Figure("handle", "messages/s", [10.0, 40.0, 30.0], "hand-written SQL", [20.0, 50.0, 300.0])
 
     assert figure.ratios == [0.5, 0.8, 0.1]
-    assert "x0.5 (0.1 to 0.8) of by hand" in str(figure)
+    assert "0.5 (0.1 to 0.8) times hand-written SQL (50 messages/s)" in str(figure)
 
 
 @pytest.mark.parametrize(("found", "different"), [(9, 9), (11, 10), (10, 9)])
@@ -66,6 +66,13 @@ def test_a_case_whose_work_was_not_done_ends_with_an_error(monkeypatch: pytest.M
 
     assert result.exit_code == 1
     assert "limits on sqlite: a commit is missing" in result.output
+
+
+def test_a_file_in_a_missing_folder_is_refused_before_the_measurement(tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["limits", "--json", str(tmp_path / "missing" / "figures.json")])
+
+    assert result.exit_code == 2
+    assert "there is no folder" in result.output
 
 
 def test_each_case_is_a_command_and_says_its_purpose() -> None:
@@ -105,7 +112,7 @@ def test_the_tables_of_the_page_have_every_case(monkeypatch: pytest.MonkeyPatch,
     filled = page.read_text(encoding="utf-8")
     assert "On this machine." in filled
     assert [case for case in (*CASES, "peers") if f"| the {case} | SQLite | 8.5 a second |" not in filled] == []
-    assert "2.5 (2 to 3) of hand | > 2 |" in filled
+    assert "2.5 (2 to 3) times hand | > 2 |" in filled
     assert "| messages a second, `handle` | 8, 4 times huey |" in readme.read_text(encoding="utf-8")
     assert len(readme.read_text(encoding="utf-8").splitlines()) <= 110
 
