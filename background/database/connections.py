@@ -48,7 +48,7 @@ class Connections:
 
     def __init__(self, shared: Engine, lease: float, schema: str | None, outages: Outages) -> None:
         self._shared, self._schema, self._outages = shared, schema, outages
-        outages.emptied.append(self._end_listening)
+        outages.emptied.append(self._end_separate)
         # Time-outs of half a lease, at least 2 s (libpq's minimum). Without them TCP keeps a silently dropped
         # connection for about 15 minutes.
         seconds = max(2, int(lease / 2))
@@ -56,7 +56,7 @@ class Connections:
         waiting |= {"keepalives_idle": seconds, "keepalives_interval": 1, "prepare_threshold": None}
         self._opener = Opener(shared, {} if self._on_sqlite else waiting)
         self._open: WeakSet[Any] = WeakSet()
-        self._listening: WeakSet[Any] = WeakSet()
+        self._separate: WeakSet[Any] = WeakSet()
         self._strict: WeakSet[Any] = WeakSet()
         self._opening = threading.Lock()
         self._closed = 0
@@ -147,7 +147,6 @@ class Connections:
         """Open a psycopg connection that commits each statement. Close it at the end of the block."""
         connection = self.open_separately()
         try:
-            self._listening.add(connection)
             yield connection
         finally:
             connection.close()
@@ -156,6 +155,8 @@ class Connections:
         """Open a psycopg connection that commits each statement. It is in no pool: the caller closes it."""
         connection = self._open_postgresql()
         connection.autocommit = True
+        with self._opening:
+            self._separate.add(connection)
         return connection
 
     @property
@@ -176,9 +177,11 @@ class Connections:
             _shut_down(connection)
         self.close()
 
-    def _end_listening(self) -> None:
-        """End the listening connection, so that the listener opens another. A read-only server notifies no client."""
-        for connection in list(self._listening):
+    def _end_separate(self) -> None:
+        """End the connections in no pool, so that their users open others. A read-only server notifies no client."""
+        with self._opening:
+            connections = list(self._separate)
+        for connection in connections:
             _shut_down(connection)
 
     def close(self) -> None:

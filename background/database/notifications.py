@@ -91,16 +91,16 @@ class Notifier:
 
     def _serve(self) -> None:
         while topics := self._next():
-            seconds = 0.0
+            rest = _RETRY_SECONDS
             for _ in range(2):  # the server may have closed the connection since its last use
                 try:
-                    seconds = self._send(list(topics))
+                    rest = min(self._send(list(topics)) * _RESTS, _LONGEST_REST_SECONDS)
                     break
                 except Exception as error:  # the thread must go on to notify again
                     log.debug("Cannot notify: %s", error)
                     self._close()
-            # Without this rest, a busy process would send a notification for each commit.
-            time.sleep(min(seconds * _RESTS, _LONGEST_REST_SECONDS))
+            # Without this rest, a busy process would notify, or try to connect, for each commit.
+            time.sleep(rest)
 
     def _next(self) -> set[str]:
         with self._changed:

@@ -164,6 +164,44 @@ def test_a_commit_succeeds_although_no_process_can_be_notified(
     assert set(heard()) <= {"orders"}
 
 
+@on_postgresql
+def test_a_process_that_cannot_notify_does_not_try_again_for_each_commit(
+    manager: BackgroundWorkerManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each try costs the server a process, and the server may have no connection left."""
+    tries = []
+
+    def fail() -> None:
+        tries.append(manager.stores.notifier)
+        raise OSError("sorry, too many clients already")
+
+    monkeypatch.setattr(manager.stores.connections, "open_separately", fail)
+    for number in range(50):
+        manager.enqueue("orders", number)
+        db.session.commit()
+    manager.stores.notifier.wait()
+    assert 0 < len(tries) <= 20
+
+
+@on_postgresql
+def test_a_process_notifies_on_a_new_connection_after_an_outage(
+    manager: BackgroundWorkerManager, heard: Callable[[], list[str]]
+) -> None:
+    """After a fail-over, the server of the old connection would take the notification, and no process hears it."""
+    from psycopg.errors import AdminShutdown
+
+    assert heard() == []
+    manager.stores.notifier.wait()
+    old = manager.stores.notifier._connection
+    manager.stores.outages.notice(AdminShutdown())
+    manager.enqueue("orders", 1)
+    db.session.commit()
+    assert heard() == ["orders"]
+    manager.stores.notifier.wait()
+    assert old.closed
+    assert manager.stores.notifier._connection is not old
+
+
 def fail_to_start() -> None:
     raise RuntimeError("can't create new thread at interpreter shutdown")
 
