@@ -247,7 +247,7 @@ class Report:
             ("handled early", mail.early, "0"),
             ("broken in another way (rollback, key, attempt, error)", mail.wrong, "0"),
             ("from due to done, without faults", times(mail.calm_seconds), ""),
-            ("from due to done, all but in a pause", times(mail.seconds), ""),
+            ("from due to done, without pauses", times(mail.seconds), ""),
         ]
 
     def _troubles(self) -> list[tuple[str, object, str]]:
@@ -256,7 +256,7 @@ class Report:
             ("rows deleted", sum(len(each.deleted) for each in faults), ""),
             ("transactions held open by another client", counts["transaction"], ""),
             ("storms of notifications", counts["storm"], ""),
-            ("backups, of them whole", f"{counts['backup']}, {self._fleet.clients.backups}", ""),
+            ("backups: begun, complete", f"{counts['backup']}, {self._fleet.clients.backups}", ""),
         ]
         if self._arguments.engine == "sqlite":
             return [("write lock held", counts["hold"], ""), *others]

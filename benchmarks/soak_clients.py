@@ -1,6 +1,7 @@
-"""Other clients of the soak's database. Each is allowed what it does: an open transaction, a storm, a backup.
+"""Other clients of the soak's database: an open transaction, a storm of notifications, a backup.
 
-Each works in a thread of its own, beside the other faults. These may end its session too early.
+Any client may do this, so it must not break the promise. Each client works in a thread of its own. A fault of the
+database may end its session.
 """
 
 import os
@@ -29,12 +30,12 @@ _NOTIFY = text("SELECT pg_notify(:channel, topic) FROM unnest(CAST(:topics AS te
 
 
 class Clients:
-    """The clients of one database. The method of each of `kinds` starts one, and returns a note of what it does."""
+    """The clients of one database. Each of `kinds` is a method. It starts a client, and returns a note for the log."""
 
     kinds = ("transaction", "storm", "backup")
 
     def __init__(self) -> None:
-        self.backups = 0  # that were written whole
+        self.backups = 0  # without the incomplete ones
         self.problems: list[str] = []
         self._closed = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -62,7 +63,7 @@ class ClientsOfSqlite(Clients):
         self._path = path
 
     def transaction(self, random: Random) -> str:
-        """Hold a transaction open that has read, so that no checkpoint shortens the write-ahead log."""
+        """Hold a transaction open after a read, so that no checkpoint resets the write-ahead log."""
         seconds = random.uniform(*HELD_SECONDS)
         self._start(self._hold, seconds)
         return f"for {seconds:.1f} s"
@@ -111,7 +112,7 @@ class ClientsOfPostgresql(Clients):
         self._engine, self._url, self._programs = engine, url, programs
 
     def transaction(self, random: Random) -> str:
-        """Hold a snapshot, so that no vacuum may remove a row that is deleted or replaced meanwhile."""
+        """Hold a snapshot open, so that no vacuum removes a row that is deleted or replaced meanwhile."""
         seconds = random.uniform(*HELD_SECONDS)
         self._start(self._hold, seconds)
         return f"for {seconds:.1f} s"
@@ -123,7 +124,7 @@ class ClientsOfPostgresql(Clients):
             self._closed.wait(seconds)
 
     def storm(self, random: Random) -> str:
-        """Notify the engine's channel of topics that it does not know, and of some that it knows."""
+        """Notify the engine's channel of topics, most of them without a worker."""
         transactions, topics = random.randint(20, 60), random.randint(20, 200)
         self._start(self._notify, transactions, topics)
         return f"{transactions} transactions of {topics} notifications"
@@ -137,7 +138,7 @@ class ClientsOfPostgresql(Clients):
                     return
 
     def backup(self, random: Random) -> str:
-        """Write all tables to nowhere, from one snapshot and with a lock on each table."""
+        """Run `pg_dump` into /dev/null. It reads from one snapshot, and holds a lock on each table."""
         self._start(self._dump)
         return ""
 

@@ -50,7 +50,7 @@ class Fault:
     deleted: tuple[Deleted, ...] = ()
     cancelled: Deleted | None = None
     topic: str = ""
-    # When a pause of the topic was known to be committed. None if this is unknown.
+    # A moment after the commit of a pause. None if the commit may have failed.
     committed: float | None = None
 
 
@@ -298,13 +298,13 @@ class Fleet:
         return note is not None
 
     def _client(self) -> bool:
-        """Let another client use the database in a way that it may. This excuses nothing. Its kinds take turns."""
+        """Start another client of the database. No broken promise is excused by it. Its kinds take turns."""
         kind, at = self._next_of(self._clients, self._database.clients.kinds), time.time()
         self._did(Fault(kind, at, note=getattr(self._database.clients, kind)(self._random), until=at))
         return True
 
     def _next_of(self, left: list[str], kinds: Sequence[str]) -> str:
-        """Return a kind that had no turn yet. Each kind has its turn, in a new order, before one has the next."""
+        """Return the next kind of this round. In each round, each kind has one turn, in a new order."""
         if not left:
             left += self._random.sample(kinds, len(kinds))
         return left.pop()

@@ -23,7 +23,7 @@ from .soak_losers import Losses
 TRANSACTIONS_A_SECOND = 6.0  # of each process
 KEY_SECONDS = 0.5  # all producers use the same key for this time
 POISON, POSTPONED, ROLLED_BACK = "poison", "postponed", "rolled back"
-POSTPONEMENTS = 2  # of a message that is postponed, unless a fault ends its run first
+POSTPONEMENTS = 2  # of each postponed message, unless a fault ends its run first
 
 metadata = MetaData()
 

@@ -85,10 +85,13 @@ class Pauses:
     def __init__(self, manager: BackgroundWorkerManager, random: Random) -> None:
         self._manager, self._random = manager, random
         self._due: dict[str, float] = {}
-        self._asked_at: dict[str, float] = {}
+        self._tried_at: dict[str, float] = {}
 
     def pause(self) -> tuple[str, float | None, str] | None:
-        """Pause a topic. Return it, the moment when the pause was committed for sure, and a note. None if all are."""
+        """Pause a topic. Return it, a moment after the commit, and a note. Return None if all topics are paused.
+
+        The moment is None if the database went away, so that the commit may have failed.
+        """
         free = [worker for worker in TOPICS if worker.topic not in self._due]
         if not free:
             return None
@@ -101,19 +104,19 @@ class Pauses:
         return worker.topic, committed, f"{worker.topic} for {seconds:.1f} s" + ("" if committed else ", perhaps")
 
     def resume(self, at_once: bool = False) -> Iterator[tuple[str, float]]:
-        """Resume the topics that are due. Yield each, and the moment before its resume was first asked for."""
+        """Resume the topics that are due. Yield each, with the moment before the first try."""
         for worker in TOPICS:
             topic = worker.topic
             if topic not in self._due or not (at_once or time.monotonic() >= self._due[topic]):
                 continue
-            asked_at = self._asked_at.setdefault(topic, time.time())
+            tried_at = self._tried_at.setdefault(topic, time.time())
             try:
                 self._manager.resume(worker.name)
             except SQLAlchemyError:  # the database is away
                 self._due[topic] = time.monotonic() + RESUME_AGAIN_SECONDS
             else:
-                del self._due[topic], self._asked_at[topic]
-                yield topic, asked_at
+                del self._due[topic], self._tried_at[topic]
+                yield topic, tried_at
 
 
 _in_force = (

@@ -123,7 +123,7 @@ def written(pipes: list[Connection], way: str, number: int) -> float:
 
 
 def write(url: str, orders: Connection) -> None:
-    """Commit messages by the way that is ordered. Answer when this began and ended."""
+    """Commit messages in the ordered way. Send back the moments of the first and of the last commit."""
     with context(url):
         without_workers().add(Deliveries)
         orders.send("ready")

@@ -45,15 +45,15 @@ def run(setup: Setup) -> Iterator[Figure]:
 
 
 def idle(url: str, workers: int, seconds: int) -> dict[str, float]:
-    """Return the figures of one instance of an idle fleet."""
+    """Return the figures of an instance in an idle fleet, and of an instance without workers."""
     with ExitStack() as started:
         fleet = [started.enter_context(instance(url, workers)) for _ in range(INSTANCES)]
         alone = started.enter_context(instance(url, 0))
-        time.sleep(3)  # the start is over
-        check(living() == INSTANCES + 1, f"{living()} of {INSTANCES + 1} instances are alive")
-        before, began = [asked(each) for each in (*fleet, alone)], time.monotonic()
+        time.sleep(3)  # until the start is over
+        check(number_alive() == INSTANCES + 1, f"{number_alive()} of {INSTANCES + 1} instances are alive")
+        before, began = [counts_of(each) for each in (*fleet, alone)], time.monotonic()
         time.sleep(seconds)
-        after, lasted = [asked(each) for each in (*fleet, alone)], time.monotonic() - began
+        after, lasted = [counts_of(each) for each in (*fleet, alone)], time.monotonic() - began
     spent = [new["processor"] - old["processor"] for new, old in zip(after, before, strict=True)]
     sent, beats = (after[0][name] - before[0][name] for name in ("statements", "heartbeats"))
     check(beats > 0, "an instance sent no heartbeat")
@@ -69,7 +69,7 @@ def idle(url: str, workers: int, seconds: int) -> dict[str, float]:
     }
 
 
-def living() -> int:
+def number_alive() -> int:
     return len(the_manager().instance_history.alive_and_last()[0])
 
 
@@ -90,8 +90,8 @@ def started(command: list[str]) -> Iterator["subprocess.Popen[str]"]:
             process.communicate("\n", timeout=60)
 
 
-def asked(process: "subprocess.Popen[str]") -> dict[str, float]:
-    """Ask an instance for its counts."""
+def counts_of(process: "subprocess.Popen[str]") -> dict[str, float]:
+    """Ask an instance for its counts of statements and heartbeats, and for its processor time."""
     assert process.stdin is not None
     assert process.stdout is not None
     print("tell", file=process.stdin, flush=True)
@@ -120,7 +120,7 @@ def megabytes(pid: int) -> float:
 
 
 def live(url: str, workers: int) -> None:
-    """Run an instance whose workers have nothing to do. Tell its counts when asked."""
+    """Run an instance whose workers have no tick. Print its counts after each line of input."""
     counts = {"statements": 0, "heartbeats": 0}
 
     def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:

@@ -250,7 +250,7 @@ def sqlite_batch(connection: Any) -> bool:
 
 
 def beside_an_open_transaction(setup: Setup, manager: BackgroundWorkerManager) -> Figure:
-    """Compare a topic that has many finished messages with a fresh one, while a transaction keeps the dead rows.
+    """Compare a topic with many finished messages to a fresh one, while an open transaction keeps their old versions.
 
     A backup holds such a transaction for as long as it lasts.
     """
@@ -275,7 +275,10 @@ def beside_an_open_transaction(setup: Setup, manager: BackgroundWorkerManager) -
 
 
 def finish_by_hand(manager: BackgroundWorkerManager, topic: str, number: int) -> None:
-    """Enqueue and finish messages without a handler. Two commits: a row of one transaction leaves no dead rows."""
+    """Enqueue and finish messages without a handler.
+
+    If one transaction did both, it would leave no old versions of the rows.
+    """
     manager.messages.pause(topic)
     enqueue_by_hand(number, topic)
     with db.engine.begin() as connection:

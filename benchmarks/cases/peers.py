@@ -37,7 +37,7 @@ def run(setup: Setup) -> Iterator[Figure]:
 
 
 class Race:
-    """Lets each way handle messages on its own, in a process of its own."""
+    """Measures one way after another. Each way handles its messages in a process of its own."""
 
     def __init__(self, setup: Setup, url: str, redis: str) -> None:
         self._setup, self.engine = setup, create_engine(url)

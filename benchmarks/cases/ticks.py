@@ -50,10 +50,10 @@ def run(setup: Setup) -> Iterator[Figure]:
             in_turns(setup, f"{workers:,} ticks a second", {way: lambda way=way: measure(way) for way in found})
             late, missed = ([each[part] for each in found["engine"]] for part in (0, 1))
             of = [each[0] for each in found["APScheduler"]]
-            name = f"lateness p99 of {workers:,} ticks a second"
             aim = "<= 0.5" if setup.engine == "postgresql" else ""
-            yield Figure(name, "ms", late, "APScheduler alone", of, aim, at=workers)
-            yield Figure(f"of {workers:,} ticks a second, not run", "%", missed, aim="0")
+            load = f"at {workers:,} ticks a second"
+            yield Figure(f"lateness p99 {load}", "ms", late, "APScheduler alone", of, aim)
+            yield Figure(f"ticks not run {load}", "%", missed, aim="0")
 
 
 def measured(url: str, way: str, workers: int, seconds: int) -> tuple[float, float]:
@@ -81,7 +81,10 @@ def measured(url: str, way: str, workers: int, seconds: int) -> tuple[float, flo
 
 
 def wait_for_all(workers: int) -> None:
-    """Wait until each worker has run once, or for half a minute: a fleet that cannot keep up is measured, too."""
+    """Wait until each worker has run once, for at most half a minute.
+
+    A fleet that cannot keep up with its ticks is measured too.
+    """
     count = select(func.count(lateness.c.worker.distinct()))
     deadline = time.monotonic() + 30
     with db.engine.connect() as connection:

@@ -37,9 +37,7 @@ def table(case: str, figures: list[Entry]) -> Iterator[str]:
     yield "| | engine | figure | ratio | aim |"
     yield "|---|---|---|---|---|"
     for each in figures:
-        name = re.sub(r"(until|at)=[^&]*", r"\1", each["name"]).removesuffix(
-            f" of {each.get('at', 0):,} ticks a second"
-        )
+        name = re.sub(r"(until|at)=[^&]*", r"\1", each["name"])
         at = f", at {each['at']:,}" if "at" in each else ""
         of = each.get("of", "")
         ratio = f"{spread(each['ratios'])} times {of}" if of else ""
