@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import (
@@ -24,7 +25,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects import postgresql, sqlite
 
-from .clock import single_statements
+from .clock import now, single_statements
 from .sessions import Sessions
 
 _LOCK_SECONDS = 1.0  # after waiting this long for a row lock, free the thread and try again later
@@ -39,6 +40,10 @@ class Statements:
         self.on_sqlite = engine.dialect.name == "sqlite"
         self.insert: Callable[[Table], Any] = sqlite.insert if self.on_sqlite else postgresql.insert
         """The engine's `insert`, which knows ON CONFLICT."""
+        self.keeps_old_entries = not self.on_sqlite
+        """True if an index keeps the entries of changed rows while an old transaction is open."""
+        self.began: ColumnElement[datetime] = now() if self.on_sqlite else func.statement_timestamp()
+        """The moment at which a statement began."""
 
     def read(self, query: Executable, values: dict[str, Any] | None = None) -> Sequence[Any]:
         """Return the rows (of SQLAlchemy) that `query` finds."""
@@ -63,8 +68,6 @@ class Store(Statements):
         self.ring, self.sessions = ring, sessions
         self.has_one_writer = self.on_sqlite
         """True if a write locks the whole database, so that a read should come first."""
-        self.keeps_old_entries = not self.on_sqlite
-        """True if an index keeps the entries of changed rows while an old transaction is open."""
         self.idle: tuple[ColumnElement[str], ...] = ()
         """Columns for a SELECT or a RETURNING that holds a worker's row: they limit how long the row is held."""
         self.limits: tuple[ColumnElement[str], ...] = ()

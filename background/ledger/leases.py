@@ -179,15 +179,12 @@ class Leases(Statements):
         values: dict[str, Any],
     ) -> Sequence[Any]:
         """Renew the lease and look for work. Building the statement takes as long as sending it, so it is kept."""
-        names = [] if self.on_sqlite else [f"floor_{at}" for at in range(len(topics))]
+        names = [f"floor_{at}" for at in range(len(topics))] if self.keeps_old_entries else []
         if topics not in self._looks:
             patience = select(limit("lock_timeout", self._patience))
-            held = any_running if self.on_sqlite else _any_held
-            upsert = self._upsert(*_pulse(topics, names, held), *next_due(topics, *names))
+            upsert = self._upsert(*_pulse(topics, names), *next_due(topics, *names))
             self._looks[topics] = limited("heartbeat", self.engine, patience, upsert)
-        if not self.on_sqlite:
-            values |= {"is_full": floors is None, **dict.fromkeys(names)}
-            values |= {name: floors.get(topic) for name, topic in zip(names, topics, strict=True)} if floors else {}
+        values |= {"is_full": floors is None, **dict(zip(names, map((floors or {}).get, topics), strict=False))}
         row: Sequence[Any] = self._looks[topics](connection, values)
         return row
 
@@ -199,8 +196,7 @@ class Leases(Statements):
         identity["release"] = func.substr(bindparam("its_release", type_=AnyText()), 1, LONGEST_RELEASE)
         row = self.insert(instances).values({**identity, "started_at": now(), **renewed})
         renewal = row.on_conflict_do_update(index_elements=["id"], set_=renewed)
-        began: Any = now() if self.on_sqlite else func.statement_timestamp()
-        return renewal.returning(now(), instances.c.cancels, *columns, elapsed(began, now()))
+        return renewal.returning(now(), instances.c.cancels, *columns, elapsed(self.began, now()))
 
     def cancel(self, instance: str, claim: str, by: str | None) -> None:
         """Tell `instance` with its next heartbeat that a user cancelled its claim with the id `claim`.
@@ -307,9 +303,7 @@ _any_gone = select(instances.c.id).where(not_(is_alive), instances.c.expires_at 
 _any_held = case((bindparam("is_full", type_=Boolean), any_running), else_=_any_gone)
 
 
-def _pulse(
-    topics: Sequence[str], floors: Sequence[str], are_held: ColumnElement[bool]
-) -> tuple[ColumnElement[Any], ...]:
+def _pulse(topics: Sequence[str], floors: Sequence[str]) -> tuple[ColumnElement[Any], ...]:
     """Return the columns of a pulse that follow the clock. The due moments of the topics come last."""
     is_pending = and_(workers.c.pending_tick.is_not(None), may_be_run_again)
     is_busy = select(workers.c.name).where(or_(workers.c.running.is_not(None), is_pending)).exists()
@@ -319,7 +313,7 @@ def _pulse(
         or_(
             is_busy,
             select(executions.c.id).where(executions.c.state == literal_column("'running'")).exists(),
-            are_held,
+            _any_held,
         ),
         or_(is_any_ahead, *any_put_off(topics, *floors)),
         _first_expiry,
