@@ -51,7 +51,7 @@ def _gap(schedule: Schedule, after: datetime, until: datetime) -> Iterator[Gap]:
 
 
 class Expected(NamedTuple):
-    """A worker with ticks in a window, which should have a row if they are before `due`."""
+    """A worker with ticks in a window. Each tick before `due` should have a row."""
 
     name: str
     schedule: Schedule
@@ -59,7 +59,7 @@ class Expected(NamedTuple):
 
 
 def possible_gaps(window: Window, workers: Sequence[Expected]) -> Iterator[tuple[Expected, Gap]]:
-    """Yield the ticks without a row in the window. A row outside the window may still tell of them."""
+    """Yield the ticks without a row in the window. A row outside the window may still explain them."""
     if not workers:
         return
     begin = window.complete_since - MICROSECOND

@@ -126,7 +126,7 @@ def _sqlite(element: _Now, compiler: SQLCompiler, **kwargs: Any) -> str:
 
 
 clocks_of_tests: list[Any] = []
-"""The clocks of tests that hold now, the innermost last. Meanwhile, each statement has a time in its text."""
+"""The clocks of tests that are in force, the innermost last. With a clock, each statement has a time in its text."""
 
 
 def with_time(statement: str, at: datetime, dialect: str) -> str:

@@ -41,7 +41,7 @@ class made_once(cached_property[Made]):
 class Connections:
     """The engine's own pools. They open their connections in the same way as the application's engine.
 
-    Nothing on them outlives its transaction, except statements that are prepared where no pooler is. So a pooler may
+    Without a pooler, they keep prepared statements. Nothing else on them outlives its transaction. So a pooler may
     stand before PostgreSQL and give each transaction a different connection. `schema` holds the engine's tables. None
     means the schema that the database uses by default.
     """

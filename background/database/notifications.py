@@ -24,11 +24,11 @@ log = logger_of(__name__)
 
 CHANNEL = "background_messages"
 _RETRY_SECONDS = 0.5
-_LOOK_SECONDS = 0.25
-_GLANCE_SECONDS = 0.018
-_RESTS = 16  # times as long as the last notification took
+_LOOK_SECONDS = 0.25  # between two looks at the heartbeats' file
+_GLANCE_SECONDS = 0.018  # between two looks at SQLite's counter of commits
+_RESTS = 16  # times as long as the work before the rest
 _LONGEST_REST_SECONDS = 0.1
-_LAST_SECONDS = 1.0
+_LONGEST_WAIT_SECONDS = 1.0
 
 
 def ring(connections: Connections) -> None:
@@ -49,11 +49,11 @@ def _notify(engine: Engine) -> None:
 
 
 class Notifier:
-    """Notifies all processes of committed messages on PostgreSQL, on a thread that lives while topics wait.
+    """Notifies all processes of committed messages on PostgreSQL. Its thread ends when no topic waits.
 
     The transaction of the caller does not notify, because PostgreSQL lets transactions that notify commit one by one.
-    The connection is not from a pool: a busy pool would open and close one for each notification. If the connection
-    fails, or this process ends before the notification, a heartbeat finds the messages.
+    The connection is in no pool, because a busy pool would open and close a connection for each notification. If the
+    connection fails, or this process ends before the notification, a heartbeat finds the messages.
     """
 
     def __init__(self, connections: Connections) -> None:
@@ -65,7 +65,7 @@ class Notifier:
         _notifiers.add(self)
 
     def notify(self, topics: Collection[str]) -> None:
-        """Have the thread notify all processes of new messages of `topics`. Waits for nothing, and raises nothing."""
+        """Have the thread notify all processes of new messages of `topics`. Does not wait, and raises no error."""
         if self._connections.heartbeat_file or not topics:
             return
         with self._changed:
@@ -78,9 +78,9 @@ class Notifier:
                     self._thread = None
 
     def wait(self) -> None:
-        """Wait until no topic waits, for at most a second."""
+        """Wait until the thread has notified of all topics, for at most a second."""
         if (thread := self._thread) is not None:
-            thread.join(_LAST_SECONDS)
+            thread.join(_LONGEST_WAIT_SECONDS)
 
     def close(self) -> None:
         """Wait, and close the connection. The next notification opens another."""
@@ -138,9 +138,9 @@ class Listener:
 
     PostgreSQL notifies it, on a connection of its own, of new work. Behind a pooler a heartbeat finds the work.
 
-    SQLite has no notifications. So the thread looks whether another process touched the heartbeats' file. While this
-    process has consumers that wait, it also glances at a counter of the commits. After a commit it asks `due` which of
-    the topics that are `idle` have a due message.
+    SQLite has no notifications. So the thread looks whether another process touched the heartbeats' file. While some
+    topics are `idle`, it also looks at SQLite's counter of commits. After a commit it asks `due` which of these topics
+    have a due message.
     """
 
     def __init__(
@@ -199,7 +199,7 @@ class Listener:
             commits, look_at, rest = None, 0.0, _GLANCE_SECONDS
             while not self._stopped.wait(rest):
                 if steady() >= look_at:
-                    if is_replaced(connection):  # another connection opens the new file
+                    if is_replaced(connection):  # the next connection opens the new file
                         return
                     self._look(path)
                     look_at = steady() + _LOOK_SECONDS

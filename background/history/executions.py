@@ -56,7 +56,7 @@ class History:
         return dict(self._read(_schedules))
 
     def scheduled_at(self, names: Collection[str]) -> dict[str, datetime]:
-        """Return the moment since when the schedule of each worker of `names` is in force."""
+        """Return, for each worker of `names`, the moment from which its schedule is in force."""
         return dict(self._read(_scheduled_at.where(workers.c.name.in_(names)))) if names else {}
 
     def up_to(self, places: Sequence[tuple[str, datetime]], count: int) -> list[list[Record]]:
@@ -266,7 +266,7 @@ _without_reason = [
 _whole: Select[Any] = select(*_columns, now().label("clock"))
 _brief: Select[Any] = select(*_without_reason, now().label("clock"))
 # These are built once, as building takes longer than reading.
-# Between two ids, PostgreSQL expects few rows. Without the second it would start parallel workers, which takes longer.
+# With the last id, PostgreSQL expects few rows. Without it, PostgreSQL starts parallel workers, which takes longer.
 _before = last_until(executions.c.started_at, select(now(-_MINUTE)).scalar_subquery())
 _just_begun = select(func.count()).where(
     executions.c.id > _before, executions.c.id <= LARGEST_ID, executions.c.started_at.is_not(None)

@@ -65,7 +65,7 @@ def why(around: Surroundings, worker: type[PeriodicWorker] | None, history_days:
 
 
 def if_it_fails(worker: type[PeriodicWorker], state: WorkerState | None) -> str:
-    """Return a sentence if the run that a user requested will not be tried again, although ticks are. Or nothing."""
+    """Return a sentence if a failed tick is tried again, but not the run that a user requested. Otherwise ""."""
     if state is None or worker.on_failed == "skip":
         return ""
     trigger = state.running.trigger if state.running else state.pending_trigger

@@ -137,8 +137,8 @@ class Leases(Statements):
         The same request looks for work: running claims, and messages that wait in `topics`. If another client keeps
         one of their tables locked, a second request renews the lease alone. So the lease depends on its own table only.
 
-        With `floors`, look for messages that are due at the floor of their topic or later, and for messages that an
-        instance held which is gone since recently. Without them, look for every message.
+        With `floors`, look for messages that are due at the floor of their topic or later, and for messages of
+        instances that were lost in the last minutes. Without them, look for every message.
         """
         try:
             return self._beat(instance, partial(self._look, tuple(topics), floors), topics)
@@ -298,7 +298,7 @@ _is_worker_ahead = or_(
 )
 
 
-# The index of the running messages cannot be read from a floor on. So a heartbeat with floors asks who is gone.
+# The index of the running messages has no floor. So a heartbeat with floors looks for instances that are lost.
 _any_gone = select(instances.c.id).where(not_(is_alive), instances.c.expires_at > now(-_GONE_SINCE)).exists()
 _any_held = case((bindparam("is_full", type_=Boolean), any_running), else_=_any_gone)
 

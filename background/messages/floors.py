@@ -14,9 +14,9 @@ from datetime import datetime, timedelta
 
 _LATE = timedelta(seconds=1)
 """From this age on, a transaction that enqueued is late."""
-_QUICK = 0.002  # seconds
-_SLOW = 1 / 40  # of the time between two heartbeats
-_SPARED = 9  # heartbeats
+_QUICK = 0.002  # seconds. A look that takes less needs no floor
+_SLOW = 1 / 40  # of the time between two heartbeats. After a longer look, heartbeats look from the floors
+_SPARED = 9  # heartbeats after a slow look
 
 
 @dataclass(frozen=True, eq=False)

@@ -293,8 +293,8 @@ def _claim(store: Store) -> Any:
     )
 
 
-# As `is_running`, but PostgreSQL finds the rows by their ids. It would read the whole index of the running messages,
-# which has entries of all messages done since the oldest open transaction began.
+# The same as `is_running`, but PostgreSQL finds the rows by their ids, not by the index of the running messages. While
+# an old transaction is open, that index has entries of all messages done since then.
 _is_held = messages.c.state.concat(literal_column("''")) == literal_column("'running'")
 
 

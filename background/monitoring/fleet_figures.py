@@ -34,7 +34,7 @@ class Total:
     """The sums of one kind and worker."""
 
     numbers: dict[str, int] = field(default_factory=dict)
-    """The count of each label. Empty for the histograms of one of many workers."""
+    """The count of each label. Empty for a histogram if there are many workers."""
     executions: int = 0
     seconds: float = 0.0
     age: float | None = None
@@ -118,7 +118,7 @@ def _sums(rows: Iterable[Any], are_many: bool) -> tuple[Totals, dict[str, dict[s
 
 
 def _durations(of_states: Total) -> Total:
-    """Return the duration of all executions. Each one that ran counts in its state and in its duration alike."""
+    """Return the number and the sum of the durations. A tick that was skipped or missed has no duration."""
     not_run = sum(of_states.numbers.get(state, 0) for state in ("skipped", "missed"))
     return Total({}, of_states.executions - not_run, of_states.seconds)
 

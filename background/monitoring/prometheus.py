@@ -19,7 +19,7 @@ from .fleet_figures import Figures, Total
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _ENDED = {state: label("state", state) for state in STATES[1:]}
-_ALSO_ZERO = {"succeeded", "failed", "missed"}  # of many workers, the states that an alert waits for
+_ALSO_ZERO = {"succeeded", "failed", "missed"}  # with many workers, too: alerts wait for these states
 
 
 class _More(Collector):

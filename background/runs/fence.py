@@ -55,7 +55,7 @@ def fence(db: SQLAlchemy) -> None:
 
 
 def when_committed(session: Session, call: Callable[[Collection[Any]], None], argument: object) -> None:
-    """After `session` commits its transaction, call `call` once with the arguments so far. Not if it rolls back."""
+    """Call `call` once after `session` commits its transaction, with all its arguments. A rollback drops the call."""
     session.info.setdefault(_WHEN_COMMITTED, {}).setdefault(call, set()).add(argument)
 
 

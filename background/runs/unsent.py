@@ -1,4 +1,4 @@
-"""New rows that the handlers of a batch added, and that one flush sends together: many times faster than one by one."""
+"""Sends the new rows of a batch by one flush, which is many times faster than a flush for each message."""
 
 from collections.abc import Collection
 from sys import getrefcount
@@ -11,9 +11,9 @@ from sqlalchemy.sql.expression import FunctionElement
 _AT_FLUSH = ("before_flush", "after_flush", "after_flush_postexec", "pending_to_persistent", "pending_to_transient")
 _AT_ADDING = ("before_attach", "after_attach", "transient_to_pending")
 _AT_INSERT = ("before_insert", "after_insert")
-_HARMLESS = {"builtins", "random", "secrets", "time", "uuid"}
+_HARMLESS_MODULES = {"builtins", "random", "secrets", "time", "uuid"}
 _OUR_TYPES = {"sqlalchemy", __name__.partition(".")[0]}
-_MOST_ROWS = 1_000  # a message may add many rows, and these fill the memory while they wait
+_MOST_ROWS = 1_000  # more would fill the memory while they wait
 
 
 class Unsent:
@@ -21,8 +21,8 @@ class Unsent:
 
     The database receives the same rows in the same order as with a flush after each message. So the rows of a message
     wait only if it does nothing but add rows of one class, without relationships. They do not wait if a function of the
-    application runs at the flush, because that function may ask for the current message. Nor do they wait if the
-    application keeps one of them, because it may read the id or change the row later.
+    application runs at the flush, because that function may ask for the current message. They also do not
+    wait if the application keeps one of them, because it may read the row's id or change the row later.
     """
 
     def __init__(self, session: Session) -> None:
@@ -30,8 +30,8 @@ class Unsent:
         self._rows: list[Any] = []
         self._mapper: Mapper[Any] | None = None
         self._may_wait = not any(getattr(session.dispatch, name) for name in (*_AT_FLUSH, *_AT_ADDING))
-        self._ask = session.connection
-        session.connection = self._connection_asked_for  # type: ignore[method-assign]
+        self._open = session.connection
+        session.connection = self._open_for_caller  # type: ignore[method-assign]
 
     def end_message(self) -> None:
         """Keep the new rows of the message that was just handled, or flush its changes."""
@@ -40,7 +40,7 @@ class Unsent:
             session.flush()
             return
         if not self._rows:
-            self._connection = self._ask(bind_arguments={"mapper": self._mapper})
+            self._connection = self._open(bind_arguments={"mapper": self._mapper})
         for each in new:
             session.expunge(each)
         del each  # `_are_kept` counts the references
@@ -69,7 +69,7 @@ class Unsent:
         event.listen(connection, "before_cursor_execute", lambda *_: self.send())
 
     def send(self) -> None:
-        """Send the rows in the session's transaction, but leave what the current message changed in the session."""
+        """Send the rows in the session's transaction. The changes of the current message stay in the session."""
         rows, self._rows = self._rows, []
         if not rows or self._connection.closed:  # after a rollback
             return
@@ -78,15 +78,15 @@ class Unsent:
             session.add_all(rows)
             session.flush()
 
-    def _connection_asked_for(self, *given: Any, **named: Any) -> Connection:
+    def _open_for_caller(self, *given: Any, **named: Any) -> Connection:
         """Let no row wait from now on: the caller may use the driver's cursor, which no listener sees."""
         self.send()
         self._may_wait = False
-        return self._ask(*given, **named)
+        return self._open(*given, **named)
 
 
 def _are_kept(rows: list[Any]) -> bool:
-    """Return whether something else than the list refers to one of the rows, such as a service of the application."""
+    """Return whether another object than the list refers to one of the rows, such as a service of the application."""
     return max(map(getrefcount, rows)) > max(map(getrefcount, [object()]))
 
 
@@ -109,4 +109,4 @@ def _asks(default: Any) -> bool:
     """Return whether a default may ask for the current message, or for the rows that earlier messages added."""
     if default.is_clause_element:
         return not isinstance(default.arg, FunctionElement) or len(default.arg.clauses) > 0
-    return bool(default.is_callable and default.arg.__module__ not in _HARMLESS)
+    return bool(default.is_callable and default.arg.__module__ not in _HARMLESS_MODULES)

@@ -126,7 +126,7 @@ def _search(length: str, first: int, last: int) -> str:
 # -- the rows: each with its slot, name, state and lengths ---------------------------------------
 
 
-# With `run_on_first_start`, the first run of all has a tick from before the worker was known. It is not late.
+# With `run_on_first_start`, a worker's first run has a tick from before the worker was known. This run is not late.
 _known_at = select(workers.c.scheduled_at).where(workers.c.name == executions.c.worker).scalar_subquery()
 _is_first_start = and_(executions.c.token == literal_column("1"), executions.c.tick < _known_at)
 

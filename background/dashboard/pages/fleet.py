@@ -87,7 +87,7 @@ def timeline_page() -> ResponseReturnValue:
 def _with_gaps(manager: BackgroundWorkerManager, window: Window, workers: Sequence[Expected]) -> tuple[Window, bool]:
     """Add marks for ticks without a row to the window. Also return whether there are more than _MOST_GAPS gaps.
 
-    Only a window with gaps takes queries.
+    A window without gaps needs no query.
     """
     gaps = sorted(possible_gaps(window, workers), key=lambda gap: gap[1].last)
     shown = gaps[-_MOST_GAPS:]
@@ -107,7 +107,7 @@ def _with_gaps(manager: BackgroundWorkerManager, window: Window, workers: Sequen
 def _expected(
     manager: BackgroundWorkerManager, window: Window, schedules: Mapping[str, str], only: str | None
 ) -> Iterator[Expected]:
-    """Yield the workers (or this one) that this release runs, if they have a tick in the window."""
+    """Yield the workers of this release that have a tick in the window: all, or only the worker `only`."""
     names: dict[str, list[str]] = defaultdict(list)
     for name, text in schedules.items():
         if only in (None, name):
