@@ -298,7 +298,7 @@ class Fleet:
         return note is not None
 
     def _client(self) -> bool:
-        """Start another client of the database. No broken promise is excused by it. Its kinds take turns."""
+        """Start another client of the database. It excuses no broken promise. The kinds of clients take turns."""
         kind, at = self._next_of(self._clients, self._database.clients.kinds), time.time()
         self._did(Fault(kind, at, note=getattr(self._database.clients, kind)(self._random), until=at))
         return True

@@ -123,7 +123,7 @@ def written(pipes: list[Connection], way: str, number: int) -> float:
 
 
 def write(url: str, orders: Connection) -> None:
-    """Commit messages in the ordered way. Send back the moments of the first and of the last commit."""
+    """Commit messages in the ordered way. Send back the moments of the begin and of the end."""
     with context(url):
         without_workers().add(Deliveries)
         orders.send("ready")

@@ -7,7 +7,7 @@ from sqlalchemy.sql.elements import ClauseElement
 from sqlalchemy.util import LRUCache
 
 CAPACITY = 2_000
-# What a dialect only remembers of itself, and does not decide.
+# Attributes of a dialect that do not change how it compiles a statement.
 REMEMBERED = {"_bind_typing_render_casts", "_supports_statement_cache", "_has_events"}
 
 _compiled: LRUCache[Any, Any] = LRUCache(CAPACITY)

@@ -188,7 +188,7 @@ def test_ticks_without_a_row_have_a_mark_that_leads_to_the_reason_and_take_two_q
         assert len(seen) == len(of_no_gap) + 2
 
 
-def test_a_row_that_was_written_after_the_window_tells_of_its_ticks(
+def test_a_row_that_was_written_after_the_window_explains_its_ticks(
     manager: BackgroundWorkerManager, client: FlaskClient
 ) -> None:
     known_since_morning(manager, "ticker")

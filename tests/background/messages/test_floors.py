@@ -1,4 +1,4 @@
-"""Floors: looks for due messages that pass no message of before, and find each message that waits."""
+"""Floors: a look skips the entries of old messages, and each waiting message is still found."""
 
 import threading
 from collections.abc import Callable
