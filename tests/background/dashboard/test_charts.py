@@ -108,6 +108,7 @@ def test_a_workers_page_has_the_charts_of_its_own_runs_and_keeps_the_rest_of_its
 def test_a_worker_without_runs_says_so_in_a_sentence(app: Flask, client: FlaskClient) -> None:
     roll(app)
     assert "Charts 1 hour 24 hours 7 days 14 days" in (shown := said(page(client, "/workers/worker/hourly")))
+    assert "Last 24 hours No run ended." in shown
     assert "No run ended since" in shown
 
 
@@ -131,7 +132,7 @@ def test_an_application_that_never_ran_says_so_in_a_sentence(app: Flask, client:
     roll(app)
     shown = said(page(client, "/workers/charts"))
     assert "Runs of all workers No run ended since" in shown
-    assert "Messages of all topics One topic: mail , orders No message was enqueued or handled since" in shown
+    assert "Messages of all topics Charts of one topic: mail , orders No message was enqueued or handled since" in shown
     assert "not counted yet" not in shown
 
 

@@ -236,7 +236,7 @@ def test_a_worker_shows_its_next_five_ticks_and_where_the_clocks_change(client, 
 @on_sqlite
 def test_a_worker_shows_its_success_rate_and_the_percentiles_of_its_runs(client, manager, engine):
     manager.recovery.look(Talker)
-    assert "No run ended." in said(page(client, "/workers/worker/talker"))
+    assert "Last 24 hours Nothing is counted yet." in said(page(client, "/workers/worker/talker"))
     now = manager.history.clock()
     for number in range(3):
         tick = now - timedelta(seconds=100 + number)
