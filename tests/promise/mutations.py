@@ -2,26 +2,43 @@
 
     python tests/promise/mutations.py            all of them
     python tests/promise/mutations.py -k WORDS   only guards with WORDS in their name, or in an edited file's
-    python tests/promise/mutations.py --look     check only that each guard is in its place, and run no test
+    python tests/promise/mutations.py --look     check only that each guard and its tests are there, and run no test
 
-Works on a copy of the tree. Exits with 1 if a guard is not in its place, or if no test notices its removal.
+Works on copies of the tree, two per core. Each copy has a PostgreSQL server. The tests run in forks of this process,
+which has imported the libraries, and nothing of the tree. At the end, the tests that noticed run on the whole tree.
+Exits with 1 if a guard or its tests are not in their place, or if no test notices its removal.
 """
 
 import argparse
+import importlib
+import io
 import os
 import re
+import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from contextlib import ExitStack, redirect_stdout
+from importlib.util import cache_from_source
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import pytest
+from _pytest.mark import deselect_by_keyword
+from sqlalchemy import URL, create_engine
+from sqlalchemy.pool import NullPool
 
 ROOT = Path(__file__).parents[2]
 SHOP = "tests/books"
+CORES = os.cpu_count() or 1
+PLACES = 2 * CORES  # the processor is idle while a test waits in vain
+CRASHED = 99
 SHORT_PATIENCE = 15  # seconds: without its guard, a test often waits in vain
+LIBRARIES = ("apscheduler.schedulers.background", "flask_migrate", "flask_security", "psycopg", "prometheus_client")
 
 
 class Edit(NamedTuple):
@@ -705,51 +722,155 @@ def files_of(mutation: Mutation) -> list[str]:
 
 
 def look(chosen: Sequence[Mutation]) -> int:
-    """Print the edits that do not fit. Return the exit code."""
+    """Print the edits that do not fit, and the guards without a test. Return the exit code."""
     misfits = [misfit for mutation in chosen for edit in mutation.edits if (misfit := misfit_of(edit, ROOT))]
+    os.chdir(ROOT)
+    sys.path[0] = str(ROOT)
+    finder = Finder(chosen)
+    files = {name for mutation in chosen for name in mutation.tests if name.startswith("tests/")}
+    with redirect_stdout(io.StringIO()) as said:
+        code = pytest.main(["-q", "--collect-only", "-n0", "-p", "no:cacheprovider", *sorted(files)], [finder])
+    if code:
+        sys.exit(f"pytest ended with {code} as it collected the tests\n{said.getvalue()}")
+    misfits += [f"No test is chosen for this guard: {guard}. Correct its -k." for guard in finder.missing]
     print("\n".join(misfits) or f"All {len(chosen)} guards are where they were.")
     return 1 if misfits else 0
 
 
+class Finder:
+    """A plugin of pytest, which looks for each guard's tests."""
+
+    def __init__(self, chosen: Sequence[Mutation]) -> None:
+        self._chosen = chosen
+        self.missing: list[str] = []
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item], config: pytest.Config) -> None:
+        for mutation in self._chosen:
+            tests = [*mutation.tests, ""]
+            config.option.keyword = tests[tests.index("-k") + 1] if "-k" in tests else ""
+            found = [item for item in items if item.nodeid.partition("::")[0] in tests]
+            deselect_by_keyword(found, config)
+            if not found:
+                self.missing.append(mutation.guard)
+
+
 def try_out(chosen: Sequence[Mutation]) -> int:
-    """Remove each guard. Return the exit code."""
-    with tempfile.TemporaryDirectory(prefix="bookstore-mutations-") as folder:
-        unnoticed = [mutation for mutation in chosen if not is_noticed(mutation, Path(folder) / "tree")]
-    for mutation in unnoticed:
-        print(f"Nothing fails without this guard: {mutation.guard}. Write the test that does.")
-    return 1 if unnoticed else 0
+    """Remove each guard, on all cores. Return the exit code."""
+    for name in LIBRARIES:
+        importlib.import_module(name)
+    start = runpy.run_path(str(ROOT / "background/testing/postgresql.py"))["started_server"]
+    noticing: dict[str, str] = {}  # by the guard: the test that fails without it
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bookstore-mutations-")))
+        free = [Place(folder / str(number), stack.enter_context(start())) for number in range(PLACES)]
+        waiting, busy = list(chosen), dict[int, tuple[Mutation, Place]]()
+        stack.callback(lambda: [os.kill(pid, signal.SIGKILL) for pid in busy])  # after an error
+        while waiting or busy:
+            if waiting and free:
+                mutation, place = waiting.pop(0), free.pop()
+                busy[place.begin(mutation)] = mutation, place
+                continue
+            pid, status = os.wait()
+            mutation, place = busy.pop(pid)
+            free.append(place)
+            if test := place.end(mutation, os.waitstatus_to_exitcode(status)):
+                noticing[mutation.guard] = test
+    guards = [mutation.guard for mutation in chosen]
+    bad = [
+        f"Nothing fails without this guard: {guard}. Write the test that does."
+        for guard in guards
+        if guard not in noticing
+    ]
+    useless = failing({*noticing.values()}) if noticing else []
+    bad += [
+        f"{guard}: {test} fails with this guard, too, so it tells nothing of it."
+        for guard, test in noticing.items()
+        if test in useless
+    ]
+    print("\n".join(bad) or f"A test notices the removal of each of the {len(chosen)} guards.")
+    return 1 if bad else 0
 
 
-def is_noticed(mutation: Mutation, tree: Path) -> bool:
-    """Return True if a test fails without the guard and passes with it."""
-    copy_to(tree)
-    for edit in mutation.edits:
-        take_away(edit, tree)
-    began = time.monotonic()
-    failed = first_failure(mutation.guard, tree, mutation.tests, SHORT_PATIENCE)
-    print(f"{time.monotonic() - began:5.1f} s  without '{mutation.guard}': {failed or 'all pass'}")
-    if failed is None:
-        return False
-    copy_to(tree)
-    if first_failure(mutation.guard, tree, [failed]):
-        sys.exit(f"{mutation.guard}: {failed} fails with this guard, too, so it tells nothing of it")
-    return True
+def failing(names: Collection[str]) -> list[str]:
+    """Run the tests on the tree as it is. Return the names of those that fail."""
+    tests = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-n", str(CORES), *names],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    failed = failed_tests(tests.stdout)
+    if tests.returncode != bool(failed):
+        sys.exit(f"pytest ended with {tests.returncode}\n{tests.stdout}{tests.stderr}")
+    return failed
 
 
-def copy_to(tree: Path) -> None:
-    shutil.rmtree(tree, ignore_errors=True)
-    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".*_cache", "__pycache__", ".git", ".venv", "instance"))
+def failed_tests(said: str) -> list[str]:
+    return re.findall(r"^FAILED (.+?)(?: - .*)?$", said, re.MULTILINE)
 
 
-def first_failure(guard: str, tree: Path, chosen: Sequence[str], patience: int = 60) -> str | None:
-    """Return the name of the first test that fails, or None. The tests wait `patience` seconds for an event."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-n0", "--no-header", *chosen]
-    env = os.environ | {"TEST_PATIENCE": str(patience)}
-    tests = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, check=False)
-    failed = re.findall(r"^FAILED (.+?)(?: - .*)?$", tests.stdout, re.MULTILINE)
-    if tests.returncode not in (0, 1) or len(failed) != tests.returncode:  # an error, not a failed test
-        sys.exit(f"{guard}: pytest ended with {tests.returncode}\n{tests.stdout}{tests.stderr}")
-    return failed[0] if failed else None
+class Place:
+    """A copy of the tree and a server, in which one guard at a time is missing."""
+
+    def __init__(self, tree: Path, server: URL) -> None:
+        self._tree, self._server, self._said = tree, server, tree.with_suffix(".txt")
+        ignored = shutil.ignore_patterns(".*_cache", "__pycache__", ".git", ".venv", "instance")
+        shutil.copytree(ROOT, tree, ignore=ignored)
+
+    def begin(self, mutation: Mutation) -> int:
+        """Remove the guard, and run its tests in a new process. Return the process id."""
+        self._began = time.monotonic()
+        for edit in mutation.edits:
+            take_away(edit, self._tree)
+        self._empty_the_server()
+        sys.stdout.flush()
+        if pid := os.fork():
+            return pid
+        code = CRASHED
+        try:
+            code = self._run(mutation.tests)
+        finally:
+            os._exit(code)
+
+    def _run(self, tests: Sequence[str]) -> int:
+        """Run the tests in this process. Return the exit code of pytest."""
+        said = os.open(self._said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        for number in (1, 2):
+            os.dup2(said, number)
+        os.chdir(self._tree)
+        sys.path[0] = str(self._tree)
+        os.environ["TEST_PATIENCE"] = str(SHORT_PATIENCE)
+        code = pytest.main(["-q", "-x", "-n0", "--no-header", *tests], [self])
+        sys.stdout.flush()
+        return code
+
+    def _empty_the_server(self) -> None:
+        engine = create_engine(self._server, poolclass=NullPool, isolation_level="AUTOCOMMIT")
+        with engine.connect() as connection:
+            names = "SELECT datname FROM pg_database WHERE NOT datistemplate AND datname <> 'postgres'"
+            for name in connection.exec_driver_sql(names).scalars().all():
+                connection.exec_driver_sql(f'DROP DATABASE "{name}" WITH (FORCE)')
+
+    def pytest_fixture_setup(self, fixturedef: Any, request: Any) -> URL | None:
+        """Give the tests the server of this place instead of a new one."""
+        if fixturedef.argname != "postgresql_server":
+            return None
+        fixturedef.cached_result = self._server, fixturedef.cache_key(request), None
+        return self._server
+
+    def end(self, mutation: Mutation, code: int) -> str | None:
+        """Put the guard back. Return the name of the first test that failed without it, or None."""
+        for edit in mutation.edits:
+            shutil.copy2(ROOT / edit.file, self._tree / edit.file)
+            Path(cache_from_source(str(self._tree / edit.file))).unlink(missing_ok=True)
+        said = self._said.read_text()
+        failed = failed_tests(said)
+        if code not in (0, 1) or len(failed) != code:  # an error, not a failed test
+            sys.exit(f"{mutation.guard}: pytest ended with {code}\n{said}")
+        took = time.monotonic() - self._began
+        print(f"{took:5.1f} s  without '{mutation.guard}': {failed[0] if failed else 'all pass'}", flush=True)
+        return failed[0] if failed else None
 
 
 def take_away(edit: Edit, tree: Path) -> None:

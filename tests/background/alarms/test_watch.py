@@ -344,7 +344,7 @@ def test_an_alert_goes_out_while_hung_runs_use_all_threads(
 
         def do_work(self, context: Any) -> None:
             began.set()
-            ended.wait(PATIENCE)
+            ended.wait(3 * PATIENCE)  # longer than the test waits for the alert
 
     began, ended = threading.Event(), threading.Event()
     manager = fleet.manager(Hung, Baking, **webhook, WORKERS_THREADS=1)
