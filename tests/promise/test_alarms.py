@@ -18,10 +18,10 @@ from urllib.request import urlopen
 
 from sqlalchemy import URL
 from support.alert_receiver import SECRET, Receiver
-from support.databases import administer, text
+from support.databases import administer, reload, text
 from support.fleet import make_tables
 from support.mail_server import MailServer
-from support.processes import Process, environment, eventually, flask, gunicorn, run, started
+from support.processes import PATIENCE, Process, environment, eventually, flask, gunicorn, run, started
 from support.servers import PostgreSQL
 
 SHOP = """
@@ -94,7 +94,7 @@ class Street:
 
     def get(self, path: str) -> tuple[int, str]:
         try:
-            with urlopen(f"{self.url}{path}", timeout=10) as answer:
+            with urlopen(f"{self.url}{path}", timeout=PATIENCE) as answer:
                 return answer.status, answer.read().decode()
         except HTTPError as error:
             return error.code, error.read().decode()
@@ -218,7 +218,8 @@ def turn_read_only(street: Street, server: PostgreSQL) -> tuple[dict[str, float]
 
 
 def turn(server: PostgreSQL, setting: str) -> None:
-    administer(server.url, f"ALTER SYSTEM {setting}", "SELECT pg_reload_conf()")
+    administer(server.url, f"ALTER SYSTEM {setting}")
+    reload(server.url)
 
 
 def test_each_alarm_is_noticed_on_the_page_in_the_terminal_and_by_alert(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from support.fork_server import Nursery
-from support.processes import MARGIN, environment, eventually, flask, run
+from support.processes import environment, eventually, flask, margin, run
 from support.run_traces import Effects
 
 HEARTBEAT = 0.2  # seconds, of `environment`
@@ -31,7 +31,7 @@ def test_a_run_in_another_process_is_told_within_a_heartbeat_and_its_tick_is_dec
         process.wait_for("Cancelled at the tick")
         [row] = effects.history("listener")
         assert (row["state"], row["reason"]) == ("cancelled", None)
-        assert (row["finished_at"] - row["cancelled_at"]).total_seconds() <= HEARTBEAT + MARGIN
+        assert (row["finished_at"] - row["cancelled_at"]).total_seconds() <= HEARTBEAT + margin()
         assert row["cancelled_by"]
         assert effects.notes("listener") == ["began"]
         before = len(effects.all("quick"))
@@ -68,13 +68,15 @@ create_app().extensions["background_workers"].cancel("holder", "ada")
 """
 
 
-def test_a_run_that_holds_its_locks_to_the_end_is_cancelled(effects: Effects, nursery: Nursery) -> None:
+def test_a_run_that_holds_its_locks_to_the_end_is_cancelled(effects: Effects, nursery: Nursery, tmp_path: Path) -> None:
     """On SQLite, the run holds the only write lock, and only its own instance can write that it was cancelled."""
-    more = {"PROBE_WORKERS": "holder", "PROBE_SECONDS": 6}
+    until = tmp_path / "until"
+    more = {"PROBE_WORKERS": "holder", "PROBE_UNTIL": until, "WORKERS_SHUTDOWN_SECONDS": 60}
     with nursery.forked(WORKERS_RUN, environment(effects.url, **more)) as process:
         process.wait_for("The holder holds")
         code, _ = run([sys.executable, "-c", CANCEL], environment(effects.url, **more))
         assert code == 0
+        until.touch()
         assert eventually(lambda: effects.states("holder") == [("cancelled", 1)])
         assert effects.history("holder")[0]["cancelled_by"] == "ada"
         assert effects.notes("holder") == []
@@ -95,7 +97,7 @@ def test_a_cancelled_run_whose_process_is_gone_ends_as_cancelled(
             cancel(nursery, effects.url, "deaf", WORKERS_LEASE_SECONDS=2)
             assert effects.states("deaf") == [("running", 1)]
             second.wait_for("the cancelled run of the tick .* is over")
-            assert time.monotonic() - gone_at <= 2 + 1 + MARGIN
+            assert time.monotonic() - gone_at <= 2 + 1 + margin()
             assert effects.states("deaf") == [("cancelled", 1)]
             if number == signal.SIGSTOP:
                 until.touch()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from support.fleet import Fleet, Hourly, last_hour, wait_until
 from support.fork_server import Member, Shops
-from support.processes import MARGIN, eventually
+from support.processes import eventually, margin
 from support.run_traces import EPOCH, Effect, Effects
 
 
@@ -94,7 +94,7 @@ def test_the_run_of_a_stopping_process_goes_on_in_another_process_within_a_secon
     first.signal(signal.SIGTERM)
     assert eventually(lambda: effects.all("listener"))
     _, again = effects.all("listener", "began")
-    assert again.at.timestamp() - told <= 1 + MARGIN
+    assert again.at.timestamp() - told <= 1 + margin()
     assert effects.states("listener") == [("handed back", 1), ("succeeded", 1)]
     effects.check_once("listener")
 

@@ -14,7 +14,7 @@ from sqlalchemy import create_engine, delete
 from sqlalchemy.pool import NullPool
 from support.databases import on_postgresql, on_sqlite
 from support.fork_server import Member, Shops
-from support.processes import MARGIN, eventually
+from support.processes import eventually, margin
 from support.run_traces import Effects
 
 from background.database import tables
@@ -68,7 +68,7 @@ def test_a_run_whose_process_is_killed_is_taken_over_within_the_lease_and_a_seco
     killed = victim.kill()
     assert eventually(effects.ticks)
     (effect,) = effects.check_once()
-    assert effect.at.timestamp() - killed <= 2 + 1 + MARGIN
+    assert effect.at.timestamp() - killed <= 2 + 1 + margin()
     assert effect.attempt == 2
     assert effect.pid != victim.pid
     assert effects.states("ticker") == [("lost", 1), ("succeeded", 2)]

@@ -6,10 +6,8 @@ import urllib.request
 
 import pytest
 from flask import Flask
-from support.processes import environment, flask, started
+from support.processes import environment, flask, margin, started
 from support.run_traces import Effects
-
-MARGIN = 5.0  # seconds: a busy machine needs them to handle a signal
 
 
 def script(call: str) -> list[str]:
@@ -42,7 +40,7 @@ def test_a_signal_is_heard_under_any_server_even_if_the_workers_start_in_the_thr
         process.wait_for("The listener began")
         process.wait_for("The deaf one began")
         process.signal(signal.SIGTERM)
-        process.wait_for("The listener was told", timeout=MARGIN)
+        process.wait_for("The listener was told", timeout=margin(5))
         assert process.wait() == 0, process.output
         assert "Traceback" not in process.output
         assert "is not heard" not in process.output

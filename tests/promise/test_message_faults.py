@@ -13,7 +13,7 @@ from support.databases import close, on_postgresql, on_sqlite, text
 from support.fleet import db, in_threads, make_app
 from support.fork_server import Member, Nursery, Shops
 from support.message_traces import Letterbox, unread
-from support.processes import MARGIN, PATIENCE, eventually
+from support.processes import PATIENCE, eventually, margin
 from support.proxy import Proxy
 from support.run_traces import Effects
 from support.servers import PGBOUNCER, PostgreSQL, pooler
@@ -87,7 +87,7 @@ def test_the_messages_of_a_killed_process_are_taken_over_within_the_lease_and_a_
     killed = victim.kill()
     assert eventually(box.are_over)
     found = box.check_all_done()
-    assert max(effect.at.timestamp() for effect in found) - killed <= LEASE + 1 + MARGIN
+    assert max(effect.at.timestamp() for effect in found) - killed <= LEASE + 1 + margin()
     assert {effect.attempt for effect in found} == {2}
     assert victim.pid not in box.pids()
     assert box.errors(box.rows()[0].id) == [(1, EXPIRED)]
@@ -266,7 +266,7 @@ def test_the_rest_of_a_stopping_process_batch_is_handled_elsewhere_at_once(shops
     assert eventually(box.are_over)
     found = box.check_all_done()
     assert [(effect.pid, effect.attempt) for effect in found] == [(leaving.pid, 1)] * 3 + [(other.pid, 1)] * 2
-    assert found[-1].at.timestamp() - told < 1 + MARGIN
+    assert found[-1].at.timestamp() - told < 1 + margin()
 
 
 def test_a_message_that_a_process_does_not_finish_in_time_is_handled_elsewhere_without_counting_an_attempt(
@@ -389,7 +389,7 @@ def test_a_delayed_message_is_handled_when_it_is_due_by_the_database_and_at_most
     found = box.check_all_done()
     late = [(effect.at - effect.tick).total_seconds() for effect in found]
     assert min(late) >= 0
-    assert max(late) <= 0.2 + MARGIN
+    assert max(late) <= 0.2 + margin()
 
 
 # -- releases --------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import pytest
 from flask import Flask
 from sqlalchemy import URL, select
 from sqlalchemy import text as sql
-from support.databases import administer, text
+from support.databases import administer, reload, text
 from support.fleet import PATIENCE, Fleet, Hourly, db, effect, wait_until
 from support.servers import PostgreSQL
 from support.shop import migrate
@@ -42,7 +42,8 @@ def fleet(url: URL) -> Iterator[Fleet]:
 def turn(server: PostgreSQL, read_only: bool) -> None:
     """Have all sessions, open and new, only read from their next transaction on, or write again."""
     setting = "SET default_transaction_read_only = on" if read_only else "RESET default_transaction_read_only"
-    administer(server.url, f"ALTER SYSTEM {setting}", "SELECT pg_reload_conf()")
+    administer(server.url, f"ALTER SYSTEM {setting}")
+    reload(server.url)
 
 
 def fail_over(server: PostgreSQL, url: URL) -> None:

@@ -12,7 +12,7 @@ from sqlalchemy.pool import NullPool
 from support.databases import text
 from support.fleet import PATIENCE, make_app, stop
 from support.fork_server import Nursery
-from support.processes import MARGIN, eventually
+from support.processes import eventually, margin
 from support.run_traces import Effects
 from support.servers import PGBOUNCER, pooler
 
@@ -73,7 +73,7 @@ def test_behind_a_pooler_a_killed_process_is_taken_over(nursery: Nursery, pooled
             one.signal(signal.SIGKILL)
             killed = time.monotonic()
             assert eventually(lambda: effects.ticks("listener"))
-            assert time.monotonic() - killed < LEASE + 1 + MARGIN
+            assert time.monotonic() - killed < LEASE + 1 + margin()
     assert effects.states("listener") == [("lost", 1), ("succeeded", 2)]
     effects.check_once("listener")
 

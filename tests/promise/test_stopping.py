@@ -12,12 +12,11 @@ from pathlib import Path
 import pytest
 from flask import Flask
 from support.fork_server import Nursery
-from support.processes import Process, environment, eventually, flask, gunicorn, started
+from support.processes import Process, environment, eventually, flask, gunicorn, margin, started
 from support.run_traces import Effects
 
 from background import PeriodicWorker, WorkerContext
 
-MARGIN = 5.0  # seconds that a busy machine may need to exit
 FLASK_RUN = flask("run", "--port", "0")
 WORKERS_RUN = flask("workers", "run")
 GUNICORN = gunicorn("-w", "1", "support.traced_app:create_app()")
@@ -37,7 +36,7 @@ def ends_within(process: Process, seconds: float, stop: Callable[[], None]) -> s
     began = time.monotonic()
     stop()
     process.wait()
-    assert time.monotonic() - began < seconds + MARGIN
+    assert time.monotonic() - began < seconds + margin(5)
     return process.output
 
 
@@ -98,7 +97,7 @@ def test_a_run_that_ignores_a_stop_request_is_handed_back_in_time_and_its_late_c
             stopped = time.monotonic()
             first.signal(signal.SIGTERM)
             first.wait_for("Not every run ended in time: the remaining runs are handed back")
-            assert time.monotonic() - stopped < 1 + MARGIN
+            assert time.monotonic() - stopped < 1 + margin(5)
             assert eventually(lambda: effects.ticks("deaf"))
             release.touch()
             first.wait_for("The deaf one was refused")

@@ -22,7 +22,7 @@ from flask import Flask
 from flask.testing import FlaskCliRunner
 from sqlalchemy import URL, Connection, Engine, create_engine, inspect, make_url, text
 from sqlalchemy.pool import NullPool
-from support.databases import administer, dispose, on_postgresql
+from support.databases import administer, dispose, on_postgresql, reload
 from support.definitions import definitions
 from support.processes import environment, run
 from support.shop import has_password, settings
@@ -301,10 +301,11 @@ def password_is_asked_for(server: URL) -> Iterator[str]:
     access = Path(file_of(server, "hba_file"))
     original = access.read_text()
     access.write_text("local all careful scram-sha-256\n" + original)
-    administer(server, "SELECT pg_reload_conf()")
+    reload(server)
     yield server.set(username="careful", password="hunter2").render_as_string(hide_password=False)
     access.write_text(original)
-    administer(server, "SELECT pg_reload_conf()", "DROP ROLE careful")
+    reload(server)
+    administer(server, "DROP ROLE careful")
 
 
 def file_of(server: URL, setting: str) -> str:

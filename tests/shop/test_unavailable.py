@@ -108,7 +108,7 @@ def test_every_page_is_a_503_with_one_line_in_the_log_and_works_again_afterwards
 
 def eventually_is(client: FlaskClient, path: str) -> int:
     """Return the response once no pool has an old connection. A page may meet one in each of the engine's pools."""
-    return eventually(lambda: code if (code := client.get(path).status_code) != 503 else 0, timeout=5)
+    return eventually(lambda: code if (code := client.get(path).status_code) != 503 else 0)
 
 
 def is_away(caplog: pytest.LogCaptureFixture, client: FlaskClient, method: str, path: str) -> None:

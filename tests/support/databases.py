@@ -4,7 +4,9 @@ import gc
 
 import pytest
 from flask import Flask, current_app
+from sqlalchemy import URL
 from support import cached_url_rules as rules  # noqa: F401 - makes applications quickly
+from support.processes import eventually
 
 from background.testing.postgresql import (  # noqa: F401 - the tests import them from here
     administer,
@@ -19,6 +21,19 @@ on_postgresql = pytest.mark.parametrize("database_url", ["postgresql"], indirect
 on_postgresql_later = pytest.mark.parametrize(
     "database_url", ["sqlite", pytest.param("postgresql", marks=pytest.mark.promise)], indirect=True
 )
+
+
+def reload(server: URL) -> None:
+    """Have the server read its settings, and wait until it has. Each connection has them from its next statement on."""
+    with administration(server) as execute:
+        asked = execute("SELECT clock_timestamp()").scalar_one()
+        execute("SELECT pg_reload_conf()")
+
+    def is_done() -> bool:
+        with administration(server) as execute:  # a new connection inherits the server's settings
+            return bool(execute("SELECT pg_conf_load_time()").scalar_one() > asked)
+
+    assert eventually(is_done)
 
 
 def freeze() -> None:

@@ -19,7 +19,6 @@ from typing import TypeVar
 ROOT = Path(__file__).parents[2]
 PATIENCE = float(os.environ.get("TEST_PATIENCE", "60"))
 """Seconds that a busy machine may take for an event that should happen within one."""
-MARGIN = 2.0  # seconds that a busy machine may add to the promised time
 
 PRODUCTION = {"SECRET_KEY": "of-the-tests-4f1d9a7c3be2", "PUBLIC_URL": "https://localhost"}
 """The settings without which no server of a DATABASE_URL starts."""
@@ -31,6 +30,11 @@ WITHOUT_WARNINGS = PRODUCTION | {
 """The settings of a server that does not even warn."""
 
 Found = TypeVar("Found")
+
+
+def margin(seconds: float = 2.0) -> float:
+    """Return the seconds that this machine may add to a promised time: `seconds`, or more while it is overloaded."""
+    return seconds * max(1.0, os.getloadavg()[0] / (2 * (os.cpu_count() or 1)))
 
 
 def environment(database_url: str | None = None, **more: object) -> dict[str, str]:

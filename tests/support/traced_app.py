@@ -165,6 +165,12 @@ class Listener(PeriodicWorker):
         leave(context, os.getpid())
 
 
+def wait_until_told() -> None:
+    until = time.monotonic() + _SECONDS
+    while time.monotonic() < until and not os.path.exists(os.environ.get("PROBE_UNTIL", "")):
+        threading.Event().wait(0.02)
+
+
 class Deaf(PeriodicWorker):
     """Runs for PROBE_SECONDS, or until the file PROBE_UNTIL exists, and ignores a stop request."""
 
@@ -174,9 +180,7 @@ class Deaf(PeriodicWorker):
 
     def do_work(self, context: WorkerContext) -> None:
         context.logger.info("The deaf one began")
-        until = time.monotonic() + _SECONDS
-        while time.monotonic() < until and not os.path.exists(os.environ.get("PROBE_UNTIL", "")):
-            threading.Event().wait(0.02)
+        wait_until_told()
         leave(context, os.getpid())
         try:
             context.commit()
@@ -188,7 +192,7 @@ class Deaf(PeriodicWorker):
 
 
 class Holder(PeriodicWorker):
-    """Writes, and holds the locks of this write for PROBE_SECONDS. Ignores a stop request."""
+    """Writes, and holds the locks of this write, as long as `Deaf` runs. Ignores a stop request."""
 
     name = "holder"
     period = RARELY
@@ -197,7 +201,7 @@ class Holder(PeriodicWorker):
     def do_work(self, context: WorkerContext) -> None:
         leave(context, os.getpid())
         context.logger.info("The holder holds")
-        time.sleep(_SECONDS)
+        wait_until_told()
 
 
 class Sweeper(PeriodicWorker):

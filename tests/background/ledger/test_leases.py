@@ -17,7 +17,7 @@ from sqlalchemy import event, make_url, select, text, update
 from sqlalchemy.exc import OperationalError
 from support.databases import close, on_postgresql, on_sqlite
 from support.fleet import BEAT, HOUR, PATIENCE, Fleet, Hourly, effect, last_hour, make_app, statements, wait_until
-from support.processes import MARGIN
+from support.processes import margin
 
 from background import BackgroundWorkerManager, Message, MessageWorker, WorkerContext
 from background.database import tables
@@ -108,8 +108,8 @@ def test_every_heartbeat_reads_the_databases_clock(fleet: Fleet, monkeypatch: py
     assert abs(instance.clock_offset) < timedelta(seconds=1)
     monkeypatch.setattr("background.ledger.leases.time", SimpleNamespace(time=lambda: time.time() - 3600))
     instances.beat(instance)
-    assert abs(instance.clock_offset - timedelta(hours=1)) < timedelta(seconds=MARGIN)
-    assert abs(instance.database_time() - datetime.now(UTC) - timedelta(hours=1)) < timedelta(seconds=MARGIN)
+    assert abs(instance.clock_offset - timedelta(hours=1)) < timedelta(seconds=margin())
+    assert abs(instance.database_time() - datetime.now(UTC) - timedelta(hours=1)) < timedelta(seconds=margin())
 
 
 @pytest.mark.promise

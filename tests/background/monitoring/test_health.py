@@ -19,7 +19,7 @@ from flask.testing import FlaskClient
 from sqlalchemy import insert, make_url, update
 from support.databases import on_sqlite, text
 from support.fleet import HOUR, PATIENCE, Fleet, Hourly, last_hour, make_app, statements, stop, wait_until
-from support.processes import MARGIN
+from support.processes import margin
 from support.proxy import Proxy
 
 from background import BackgroundWorkerManager, PeriodicWorker
@@ -342,10 +342,10 @@ def test_ready_follows_the_database_and_a_hanging_database_does_not_hang_the_pro
         for _ in range(2):
             began = steady()
             assert {"database", "migrations", "workers"} <= set(failed(app))
-            assert steady() - began < 0.3 + MARGIN
+            assert steady() - began < 0.3 + margin()
         began = steady()
         assert live(app)[0] == 200
-        assert steady() - began < MARGIN
+        assert steady() - began < margin()
         wait_until(lambda: "heartbeat" in failed(app), "the lease's end")
         proxy.heal()
         wait_until(lambda: failed(app) == [], "the database's return")
@@ -398,6 +398,6 @@ def test_neither_a_probe_nor_a_scrape_waits_for_the_write_lock_of_a_run(
         began = steady()
         response = client.get(path)
         assert response.status_code == 200
-        assert steady() - began < MARGIN
+        assert steady() - began < margin()
         assert "background_up 0" not in response.text
         writer.rollback()
