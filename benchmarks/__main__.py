@@ -67,6 +67,13 @@ def succeeded(case: str, setup: Setup, json: Path | None) -> bool:
     except NotDone as error:
         click.echo(f"{case} on {setup.engine}: {error}", err=True)
         return False
+    except ModuleNotFoundError as error:
+        click.echo(
+            f"{case} on {setup.engine}: the module {error.name!r} is missing; expected the packages of "
+            "requirements-dev.txt. Install them: pip install -r requirements-dev.txt.",
+            err=True,
+        )
+        return False
     except Exception:
         traceback.print_exc()
         return False
@@ -77,10 +84,16 @@ def succeeded(case: str, setup: Setup, json: Path | None) -> bool:
     return True
 
 
-def in_a_folder(_context: click.Context, _option: click.Parameter, path: Path | None) -> Path | None:
-    """Refuse a file in a missing folder now, and not after the measurement."""
-    if path is not None and not path.absolute().parent.is_dir():
+def writable(_context: click.Context, _option: click.Parameter, path: Path | None) -> Path | None:
+    """Refuse a missing folder, and a file without figures, now and not after the measurement."""
+    if path is None:
+        return None
+    if not path.absolute().parent.is_dir():
         raise click.BadParameter(f"there is no folder {str(path.parent)!r}. Make it first.")
+    try:
+        results.read(path)
+    except (ValueError, LookupError, TypeError) as error:
+        raise click.BadParameter(f"the file {str(path)!r} has no figures of a run. Name another file.") from error
     return path
 
 
@@ -102,7 +115,7 @@ def options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--json",
             type=click.Path(path_type=Path, dir_okay=False, writable=True),
-            callback=in_a_folder,
+            callback=writable,
             help="Write the figures to this file too. It keeps the figures of other cases.",
         ),
         click.option(

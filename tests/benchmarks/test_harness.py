@@ -75,6 +75,28 @@ def test_a_file_in_a_missing_folder_is_refused_before_the_measurement(tmp_path: 
     assert "there is no folder" in result.output
 
 
+@pytest.mark.parametrize("written", ["", "{", "[]", "{}"])
+def test_a_file_without_figures_is_refused_before_the_measurement(tmp_path: Path, written: str) -> None:
+    (file := tmp_path / "figures.json").write_text(written)
+    result = CliRunner().invoke(main, ["limits", "--json", str(file)])
+
+    assert result.exit_code == 2
+    assert "has no figures of a run" in result.output
+    assert file.read_text() == written
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(_setup: Setup) -> Iterator[Figure]:
+        raise ModuleNotFoundError("No module named 'server'", name="server")
+        yield
+
+    monkeypatch.setattr(limits, "run", run)
+    result = CliRunner().invoke(main, ["limits", "--engine", "sqlite"])
+
+    assert result.exit_code == 1
+    assert "'server' is missing; expected the packages of requirements-dev.txt" in result.output
+
+
 def test_each_case_is_a_command_and_says_its_purpose() -> None:
     listed = CliRunner().invoke(main, ["--help"]).output
     assert [case for case in (*CASES, "all") if f"  {case} " not in listed] == []
