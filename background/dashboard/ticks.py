@@ -78,7 +78,7 @@ def possible_gaps(window: Window, workers: Sequence[Expected]) -> Iterator[tuple
 
 
 def marks(worker: Expected, gap: Gap, rows: Sequence[Record], scheduled_at: datetime) -> Iterator[Record]:
-    """Yield a mark for each part of the gap that has no row, and each row that says why ticks of the gap did not run.
+    """Yield a mark for each part of the gap without a row. Also yield the rows that explain other ticks of the gap.
 
     `rows` are the newest rows up to the end of the gap, newest first. Ticks before these rows get no mark.
     """

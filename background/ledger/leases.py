@@ -137,8 +137,8 @@ class Leases(Statements):
         The same request looks for work: running claims, and messages that wait in `topics`. If another client keeps
         one of their tables locked, a second request renews the lease alone. So the lease depends on its own table only.
 
-        With `floors`, look for messages that are due at the floor of their topic or later, and for messages of
-        instances that were lost in the last minutes. Without them, look for every message.
+        With `floors`, look for messages that are due at the floor of their topic or later. Also look for instances
+        that were lost in the last minutes, because they may hold messages. Without `floors`, look for every message.
         """
         try:
             return self._beat(instance, partial(self._look, tuple(topics), floors), topics)

@@ -1,4 +1,4 @@
-"""Sends the new rows of a batch by one flush, which is many times faster than a flush for each message."""
+"""Sends the new rows of a batch by one flush. A flush for each message takes many times as long."""
 
 from collections.abc import Collection
 from sys import getrefcount
@@ -20,9 +20,10 @@ class Unsent:
     """The rows of handled messages that wait, outside of `session`, for the session's next statement.
 
     The database receives the same rows in the same order as with a flush after each message. So the rows of a message
-    wait only if it does nothing but add rows of one class, without relationships. They do not wait if a function of the
-    application runs at the flush, because that function may ask for the current message. They also do not
-    wait if the application keeps one of them, because it may read the row's id or change the row later.
+    wait only if it does nothing but add rows of one class, without relationships. They do not wait in two other cases:
+
+    - A function of the application runs at the flush. It may ask for the current message.
+    - The application keeps one of the rows. It may read the row's id or change the row later.
     """
 
     def __init__(self, session: Session) -> None:
