@@ -10,7 +10,7 @@ from support.fork_server import Nursery
 from support.processes import environment, eventually, flask, margin, run
 from support.run_traces import Effects
 
-HEARTBEAT = 0.2  # seconds, of `environment`
+HEARTBEAT, LEASE = 0.2, 5  # seconds, of `environment`
 WORKERS_RUN = flask("workers", "run")
 
 
@@ -87,17 +87,17 @@ def test_a_cancelled_run_whose_process_is_gone_ends_as_cancelled(
     effects: Effects, nursery: Nursery, tmp_path: Path, number: signal.Signals
 ) -> None:
     until = tmp_path / "until"
-    more = {"PROBE_WORKERS": "deaf", "PROBE_UNTIL": until, "WORKERS_LEASE_SECONDS": 2, "WORKERS_SHUTDOWN_SECONDS": 60}
+    more = {"PROBE_WORKERS": "deaf", "PROBE_UNTIL": until, "WORKERS_SHUTDOWN_SECONDS": 60}
     with nursery.forked(WORKERS_RUN, environment(effects.url, **more)) as first:
         first.wait_for("The deaf one began")
         with nursery.forked(WORKERS_RUN, environment(effects.url, **more)) as second:
             second.wait_for("joined")
             first.signal(number)
             gone_at = time.monotonic()
-            cancel(nursery, effects.url, "deaf", WORKERS_LEASE_SECONDS=2)
+            cancel(nursery, effects.url, "deaf")  # within the lease
             assert effects.states("deaf") == [("running", 1)]
             second.wait_for("the cancelled run of the tick .* is over")
-            assert time.monotonic() - gone_at <= 2 + 1 + margin()
+            assert time.monotonic() - gone_at <= LEASE + 1 + margin()
             assert effects.states("deaf") == [("cancelled", 1)]
             if number == signal.SIGSTOP:
                 until.touch()
