@@ -17,7 +17,7 @@ from background.ledger.statements import at_tick
 from models import db
 
 from ..harness.clock import clock
-from ..harness.databases import context, database, without_workers
+from ..harness.databases import context, database, driver_address, without_workers
 from ..harness.figures import Figure, Setup, check, check_once, in_turns, median
 
 INSTANCE = ("i" * 32, "host:1")
@@ -163,11 +163,10 @@ def read() -> None:
 def connect() -> Any:
     """Open a connection of the driver, which commits each statement."""
     if db.engine.dialect.name == "sqlite":
-        connection = sqlite3.connect(str(db.engine.url.database), isolation_level=None, timeout=10)
+        connection = sqlite3.connect(driver_address(db.engine.url), isolation_level=None, timeout=10)
         connection.execute("PRAGMA synchronous = NORMAL")
         return connection
-    address = db.engine.url.set(drivername="postgresql").render_as_string(hide_password=False)
-    return psycopg.connect(address, autocommit=True, prepare_threshold=None)
+    return psycopg.connect(driver_address(db.engine.url), autocommit=True, prepare_threshold=None)
 
 
 def by_hand() -> Callable[[dict[str, Any]], Any]:

@@ -18,7 +18,7 @@ from background.manager import the_manager
 from models import db
 
 from ..harness.clock import clock
-from ..harness.databases import context, database, without_workers
+from ..harness.databases import context, database, driver_address, without_workers
 from ..harness.effects import empty
 from ..harness.figures import Figure, Setup, check_once, in_turns
 from .messages import NOW, enqueue_by_hand
@@ -61,7 +61,6 @@ def listening(url: str) -> Iterator[None]:
     if url.startswith("sqlite"):
         yield
         return
-    address = db.engine.url.set(drivername="postgresql").render_as_string(hide_password=False)
     over, selector = threading.Event(), DefaultSelector()
 
     def hear() -> None:
@@ -71,7 +70,7 @@ def listening(url: str) -> Iterator[None]:
                 while key.data.pgconn.notifies():
                     pass
 
-    connections = [psycopg.connect(address, autocommit=True) for _ in range(WRITERS)]
+    connections = [psycopg.connect(driver_address(url), autocommit=True) for _ in range(WRITERS)]
     for connection in connections:
         connection.execute(f"LISTEN {CHANNEL}")
         selector.register(connection.fileno(), EVENT_READ, connection)

@@ -5,19 +5,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from datetime import timedelta
 from typing import Any
 
 import psutil
 from sqlalchemy import Engine, event, text
 
-from background import PeriodicWorker, WorkerContext
 from background.manager import the_manager
 from models import db
 
-from ..harness.databases import context, database, without_workers
+from ..harness.databases import context, database
 from ..harness.figures import Figure, Setup, check, in_turns
+from ..harness.processes import idle_workers, run_until_told, started
 from .startup import BARE
 
 INSTANCES = 2
@@ -73,21 +73,8 @@ def number_alive() -> int:
     return len(the_manager().instance_history.alive_and_last()[0])
 
 
-@contextmanager
-def instance(url: str, workers: int) -> Iterator["subprocess.Popen[str]"]:
-    with started([sys.executable, "-m", __name__, url, str(workers)]) as process:
-        yield process
-
-
-@contextmanager
-def started(command: list[str]) -> Iterator["subprocess.Popen[str]"]:
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        check(process.stdout.readline() == "ready\n", f"the process did not start: {command[:3]}")
-        try:
-            yield process
-        finally:
-            process.communicate("\n", timeout=60)
+def instance(url: str, workers: int) -> AbstractContextManager["subprocess.Popen[str]"]:
+    return started([sys.executable, "-m", __name__, url, str(workers)])
 
 
 def counts_of(process: "subprocess.Popen[str]") -> dict[str, float]:
@@ -127,21 +114,9 @@ def live(url: str, workers: int) -> None:
         counts["statements"] += 1
         counts["heartbeats"] += "INSERT INTO background_instances" in statement or "_heartbeat_" in statement
 
-    with context(url):
-        manager = without_workers()
-        for number in range(workers):
-            names = {"name": f"idle_{number}", "period": timedelta(days=300), "do_work": look}
-            manager.add(type("Idle", (PeriodicWorker,), {"__doc__": "Look for work.", **names}))
-        manager.start()
-        event.listen(Engine, "before_cursor_execute", note)
-        print("ready", flush=True)
-        while sys.stdin.readline().strip():
-            print(json.dumps({**counts, "processor": time.process_time()}), flush=True)
-        manager.stop()
-
-
-def look(_worker: PeriodicWorker, _context: WorkerContext) -> None:
-    """Find nothing to do."""
+    event.listen(Engine, "before_cursor_execute", note)
+    workers_here = idle_workers(workers, "idle", timedelta(days=300))
+    run_until_told(url, *workers_here, answer=lambda: json.dumps({**counts, "processor": time.process_time()}))
 
 
 if __name__ == "__main__":

@@ -6,36 +6,30 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from typing import Any
 
 import psycopg
-from sqlalchemy import make_url
 
-from ..harness.databases import database
+from ..harness.databases import database, driver_address
 from ..harness.figures import Figure, Setup, check, in_turns
 
 
 def run(setup: Setup) -> Iterator[Figure]:
     number = setup.size(50, 2_000)
     with database(setup.engine) as url:
-        ways = {"fdatasync": lambda: rate(number, synchronized_writes)}
+        address = driver_address(url)
+        ways = {"fdatasync": lambda: number / synchronized_writes(number)}
         if setup.engine == "sqlite":
-            path = str(make_url(url).database)
-            ways["round trip"] = lambda: rate(number * 10, lambda count: selects_on_sqlite(path, count))
+            ways["round trip"] = lambda: rate(number * 10, on_sqlite(address), selects)
             for level in ("NORMAL", "FULL"):
                 ways[f"commit, synchronous {level}"] = lambda level=level: rate(
-                    number, lambda count: commits_on_sqlite(path, level, count)
+                    number, on_sqlite(address, level), commits
                 )
         else:
-            address = make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
-            ways["round trip"] = lambda: rate(number * 2, lambda count: selects_on_postgresql(address, count))
-            ways["commit"] = lambda: rate(number, lambda count: commits_on_postgresql(address, count))
+            ways["round trip"] = lambda: rate(number * 2, on_postgresql(address), selects)
+            ways["commit"] = lambda: rate(number, on_postgresql(address), commits)
         for name, values in in_turns(setup, "limits", ways).items():
             yield Figure(name, "a second", values)
-
-
-def rate(number: int, work: Callable[[int], float]) -> float:
-    """Return how many of `number` steps are done in a second. The work returns its seconds."""
-    return number / work(number)
 
 
 def synchronized_writes(number: int) -> float:
@@ -47,46 +41,38 @@ def synchronized_writes(number: int) -> float:
         return time.perf_counter() - began
 
 
-def selects_on_sqlite(path: str, number: int) -> float:
-    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
-        began = time.perf_counter()
-        for _ in range(number):
-            connection.execute("SELECT 1").fetchone()
-        return time.perf_counter() - began
+def on_sqlite(path: str, level: str = "NORMAL") -> Any:
+    connection = sqlite3.connect(path, isolation_level=None)
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute(f"PRAGMA synchronous = {level}")
+    return connection
 
 
-def commits_on_sqlite(path: str, level: str, number: int) -> float:
-    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute(f"PRAGMA synchronous = {level}")
-        connection.execute("DROP TABLE IF EXISTS limits")
-        connection.execute("CREATE TABLE limits (id INTEGER PRIMARY KEY, at INTEGER)")
-        began = time.perf_counter()
-        for each in range(number):
-            connection.execute("INSERT INTO limits (at) VALUES (?)", (each,))
-        seconds = time.perf_counter() - began
-        check(
-            connection.execute("SELECT count(*) FROM limits").fetchone() == (number,), "commits on SQLite are missing"
-        )
-    return seconds
+def on_postgresql(address: str) -> Any:
+    return psycopg.connect(address, autocommit=True, prepare_threshold=None)
 
 
-def selects_on_postgresql(address: str, number: int) -> float:
-    with psycopg.connect(address, autocommit=True, prepare_threshold=None) as connection:
-        began = time.perf_counter()
-        for _ in range(number):
-            connection.execute("SELECT 1").fetchone()
-        return time.perf_counter() - began
+def rate(number: int, connection: Any, work: Callable[[Any, int], float]) -> float:
+    """Return how many of `number` steps are done in a second. The work returns its seconds."""
+    with closing(connection):
+        return number / work(connection, number)
 
 
-def commits_on_postgresql(address: str, number: int) -> float:
-    with psycopg.connect(address, autocommit=True, prepare_threshold=None) as connection:
-        connection.execute("DROP TABLE IF EXISTS limits")
-        connection.execute("CREATE TABLE limits (id bigserial PRIMARY KEY, at bigint)")
-        began = time.perf_counter()
-        for each in range(number):
-            connection.execute("INSERT INTO limits (at) VALUES (%s)", (each,))
-        seconds = time.perf_counter() - began
-        [found] = connection.execute("SELECT count(*) FROM limits").fetchone() or [0]
-        check(found == number, "commits on PostgreSQL are missing")
+def selects(connection: Any, number: int) -> float:
+    began = time.perf_counter()
+    for _ in range(number):
+        connection.execute("SELECT 1").fetchone()
+    return time.perf_counter() - began
+
+
+def commits(connection: Any, number: int) -> float:
+    kind, value = ("INTEGER", "?") if isinstance(connection, sqlite3.Connection) else ("bigserial", "%s")
+    connection.execute("DROP TABLE IF EXISTS limits")
+    connection.execute(f"CREATE TABLE limits (id {kind} PRIMARY KEY, at bigint)")
+    began = time.perf_counter()
+    for each in range(number):
+        connection.execute(f"INSERT INTO limits (at) VALUES ({value})", (each,))
+    seconds = time.perf_counter() - began
+    [found] = connection.execute("SELECT count(*) FROM limits").fetchone()
+    check(found == number, f"{found} of {number} commits are in the table")
     return seconds

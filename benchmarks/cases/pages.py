@@ -14,7 +14,6 @@ from flask.testing import FlaskClient
 from sqlalchemy import Engine, event
 
 from app import create_app
-from background import PeriodicWorker, WorkerContext
 from migrations.schema import upgrade
 from models import db
 
@@ -22,6 +21,7 @@ from ..harness.clock import clock
 from ..harness.databases import database
 from ..harness.figures import Figure, Setup, check, percentile, progress
 from ..harness.history import EMAIL, PASSWORD, Size, fill
+from ..harness.processes import idle_workers
 
 LIMIT = 50  # ms
 WARM_UP = 3
@@ -69,7 +69,8 @@ def measured(engine: str, size: Size, rounds: int) -> dict[str, Measured]:
             {"DATABASE_URL": url, "SECRET_KEY": "x" * 40, "WTF_CSRF_ENABLED": False, "LOG_LEVEL": "WARNING"}
         )
         try:
-            register(app, size.workers)
+            for worker in idle_workers(size.workers, "worker"):  # so that the pages show the actions of each
+                app.extensions["background_workers"].add(worker)
             with app.app_context():
                 upgrade()
                 fill(app, size)
@@ -82,17 +83,6 @@ def measured(engine: str, size: Size, rounds: int) -> dict[str, Measured]:
             app.extensions["background_workers"].stop()
             with app.app_context():
                 db.engine.dispose()
-
-
-def register(app: Flask, workers: int) -> None:
-    """Register all workers, so that the pages show the actions of each."""
-    for number in range(workers):
-        declared = {"__doc__": "Look at the rows.", "name": f"worker_{number}", "period": timedelta(hours=1)}
-        app.extensions["background_workers"].add(type("Worker", (PeriodicWorker,), {**declared, "do_work": look}))
-
-
-def look(_worker: PeriodicWorker, _context: WorkerContext) -> None:
-    """Do nothing. No worker runs here."""
 
 
 def logged_in(app: Flask) -> FlaskClient:

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-from sqlalchemy import Connection, create_engine, make_url, text
+from sqlalchemy import Connection, create_engine, text
 
-from ..harness.databases import context, database
+from ..harness.databases import context, database, driver_address
 from ..harness.figures import Figure, Setup, check, check_once, in_turns
 from ..peers.environment import python, redis
 
@@ -41,9 +41,8 @@ class Race:
 
     def __init__(self, setup: Setup, url: str, redis: str) -> None:
         self._setup, self.engine = setup, create_engine(url)
-        address = make_url(url).set(drivername="postgresql")
-        database = str(address.database) if setup.engine == "sqlite" else address.render_as_string(hide_password=False)
-        self._environment = {**os.environ, "PEERS_URL": url, "PEERS_DATABASE": database, "PEERS_REDIS": redis}
+        addresses = {"PEERS_URL": url, "PEERS_DATABASE": driver_address(url), "PEERS_REDIS": redis}
+        self._environment = {**os.environ, **addresses}
         with self.engine.begin() as connection:
             connection.execute(text("CREATE TABLE peer_effects (message bigint, at double precision)"))
 

@@ -1,23 +1,23 @@
 """Workers that run each second: the ticks that no process ran, and the lateness, beside APScheduler alone."""
 
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from datetime import timedelta
 from pathlib import Path
 
-from sqlalchemy import Float, Table, delete, func, insert, make_url, select
+from sqlalchemy import Float, Table, delete, func, insert, select
 from sqlalchemy.orm import Mapped, mapped_column
 
-from background import BackgroundWorkerManager, PeriodicWorker, WorkerContext
+from background import PeriodicWorker, WorkerContext
 from models import db
 
-from ..harness.databases import context, database, without_workers
+from ..harness.databases import context, database, driver_address
 from ..harness.effects import Rows
 from ..harness.figures import Figure, Setup, check, check_once, in_turns, percentile
+from ..harness.processes import run_until_told, started
 
 APSCHEDULER = Path(__file__).parents[1] / "peers" / "with_apscheduler.py"
 PROCESSES = {"sqlite": 2, "postgresql": 4}
@@ -93,37 +93,13 @@ def wait_for_all(workers: int) -> None:
             time.sleep(0.2)
 
 
-@contextmanager
-def fleet_process(url: str, workers: int) -> Iterator[None]:
-    yield from started([sys.executable, "-m", __name__, url, str(workers)], dict(os.environ))
+def fleet_process(url: str, workers: int) -> AbstractContextManager[object]:
+    return started([sys.executable, "-m", __name__, url, str(workers)])
 
 
-@contextmanager
-def apscheduler(url: str, workers: int) -> Iterator[None]:
-    address = make_url(url)
-    effects = str(address.database) if url.startswith("sqlite") else address.set(drivername="postgresql")
-    shown = effects if isinstance(effects, str) else effects.render_as_string(hide_password=False)
-    environment = {**os.environ, "JOBS_URL": url, "EFFECTS": shown}
-    yield from started([sys.executable, str(APSCHEDULER), str(workers)], environment)
-
-
-def started(command: list[str], environment: dict[str, str]) -> Iterator[None]:
-    """Start the process, wait until it is ready, and tell it to end."""
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-    ) as process:
-        assert process.stdout is not None
-        check(process.stdout.readline() == "ready\n", f"the process did not start: {command}")
-        try:
-            yield
-        finally:
-            process.communicate("stop\n", timeout=60)
-
-
-def add_workers(manager: BackgroundWorkerManager, number: int) -> None:
-    for each in range(number):
-        names = {"name": f"each_second_{each}", "number": each, "__doc__": "Write down how late it is."}
-        manager.add(type("EachSecond", (EachSecond,), names))
+def apscheduler(url: str, workers: int) -> AbstractContextManager[object]:
+    environment = {**os.environ, "PEERS_URL": url, "PEERS_DATABASE": driver_address(url)}
+    return started([sys.executable, str(APSCHEDULER), str(workers)], environment)
 
 
 class EachSecond(PeriodicWorker):
@@ -138,15 +114,11 @@ class EachSecond(PeriodicWorker):
         context.session.execute(insert(lateness), row)
 
 
-def run_workers(url: str, number: int) -> None:
-    with context(url):
-        manager = without_workers()
-        add_workers(manager, number)
-        manager.start()
-        print("ready", flush=True)
-        sys.stdin.readline()
-        manager.stop()
+def each_second(number: int) -> Iterator[type[PeriodicWorker]]:
+    for each in range(number):
+        names = {"name": f"each_second_{each}", "number": each, "__doc__": EachSecond.__doc__}
+        yield type("EachSecond", (EachSecond,), names)
 
 
 if __name__ == "__main__":
-    run_workers(sys.argv[1], int(sys.argv[2]))
+    run_until_told(sys.argv[1], *each_second(int(sys.argv[2])))

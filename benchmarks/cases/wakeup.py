@@ -1,10 +1,8 @@
 """The time from a commit to the handler in another process, and the processor time of waiting there."""
 
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from random import Random
 
 import psutil
@@ -17,6 +15,7 @@ from models import db
 from ..harness.databases import context, database, without_workers
 from ..harness.effects import Rows
 from ..harness.figures import Figure, Setup, check, check_once, percentile, progress
+from ..harness.processes import run_until_told, started
 
 
 class Arrival(Rows):
@@ -44,41 +43,19 @@ def run(setup: Setup) -> Iterator[Figure]:
     p50_aim, p99_aim = ("<= 10", "<= 25") if setup.engine == "sqlite" else ("<= 3", "")
     number = setup.size(5, 60)
     p50, p99, idle = [], [], []
-    with database(setup.engine) as url, context(url), consumer(url) as process:
-        manager = without_workers()
-        manager.add(Probe)
-        for _ in range(setup.turns):
-            latencies = [1000 * latency for latency in probe(setup, manager, number)]
-            p50.append(percentile(latencies, 0.5))
-            p99.append(percentile(latencies, 0.99))
-            idle.append(share_of_a_core(process.pid, setup.size(1, 5)))
+    with database(setup.engine) as url, context(url):
+        arrivals.create(db.engine)
+        with started([sys.executable, "-m", __name__, url]) as process:
+            manager = without_workers()
+            manager.add(Probe)
+            for _ in range(setup.turns):
+                latencies = [1000 * latency for latency in probe(setup, manager, number)]
+                p50.append(percentile(latencies, 0.5))
+                p99.append(percentile(latencies, 0.99))
+                idle.append(share_of_a_core(process.pid, setup.size(1, 5)))
     yield Figure("to a handler in another process, p50", "ms", p50, aim=p50_aim)
     yield Figure("to a handler in another process, p99", "ms", p99, aim=p99_aim)
     yield Figure("that process, waiting", "% of a core", idle, aim="<= 1")
-
-
-@contextmanager
-def consumer(url: str) -> Iterator["subprocess.Popen[str]"]:
-    """Start the process that handles the messages, and wait until it is ready."""
-    arrivals.create(db.engine)
-    command = [sys.executable, "-m", __name__, url]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        check(process.stdout.readline() == "ready\n", "the process that handles messages did not start")
-        try:
-            yield process
-        finally:
-            process.communicate("stop\n", timeout=60)
-
-
-def consume(url: str) -> None:
-    with context(url):
-        manager = without_workers()
-        manager.add(Probe)
-        manager.start()
-        print("ready", flush=True)
-        sys.stdin.readline()
-        manager.stop()
 
 
 def probe(setup: Setup, manager: BackgroundWorkerManager, number: int) -> list[float]:
@@ -117,4 +94,4 @@ def share_of_a_core(pid: int, seconds: float) -> float:
 
 
 if __name__ == "__main__":
-    consume(sys.argv[1])
+    run_until_told(sys.argv[1], Probe)

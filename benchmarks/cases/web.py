@@ -14,11 +14,11 @@ from datetime import timedelta
 from flask import Flask
 
 import app as shop
-from background import PeriodicWorker, WorkerContext
 from background.manager import the_manager
 
 from ..harness.databases import SETTINGS, context, database
 from ..harness.figures import Figure, Setup, check, in_turns, percentile
+from ..harness.processes import idle_workers
 
 WORKERS = 100
 PERIOD = 5  # seconds
@@ -31,15 +31,10 @@ def create_app() -> Flask:
     app = shop.create_app()
     with app.app_context():
         manager = the_manager()
-        for number in range(WORKERS):
-            names = {"name": f"ordinary_{number}", "period": timedelta(seconds=PERIOD), "do_work": look}
-            manager.add(type("Ordinary", (PeriodicWorker,), {"__doc__": "Look for work.", **names}))
+        for worker in idle_workers(WORKERS, "ordinary", timedelta(seconds=PERIOD)):
+            manager.add(worker)
     app.add_url_rule("/nothing", view_func=lambda: "nothing")
     return app
-
-
-def look(_worker: PeriodicWorker, _context: WorkerContext) -> None:
-    """Find nothing to do."""
 
 
 def run(setup: Setup) -> Iterator[Figure]:

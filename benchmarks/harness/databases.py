@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sqlalchemy import Engine, make_url
+from sqlalchemy import URL, Engine, make_url
 
 from app import create_app
 from background import BackgroundWorkerManager
@@ -48,6 +48,14 @@ def postgresql(folder: Path) -> Iterator[str]:
         yield url.render_as_string(hide_password=False)
     finally:
         server.cleanup()
+
+
+def driver_address(url: URL | str) -> str:
+    """Return the address for the driver: the path of the file, or PostgreSQL's own form of the URL."""
+    url = make_url(url)
+    if url.drivername.startswith("sqlite"):
+        return str(url.database)
+    return url.set(drivername="postgresql").render_as_string(hide_password=False)
 
 
 @contextmanager

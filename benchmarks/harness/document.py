@@ -70,7 +70,7 @@ def row(label: str, cells: list[str]) -> Iterator[str]:
 
 def beside_the_fastest(case: str, name: str, engine: str, figures: list[Entry]) -> str:
     """Return the rate, and its ratio of the fastest peer."""
-    found = [each for each in figures if (each["case"], each["engine"], each["name"]) == (case, engine, name)]
+    found = entries_of(case, name, engine, figures)
     if not found:
         return ""
     fastest = max(found, key=lambda each: median(each["of_values"]))
@@ -79,5 +79,9 @@ def beside_the_fastest(case: str, name: str, engine: str, figures: list[Entry]) 
 
 
 def ratio_of(case: str, name: str, engine: str, figures: list[Entry]) -> str:
-    found = [each for each in figures if (each["case"], each["engine"], each["name"]) == (case, engine, name)]
+    found = entries_of(case, name, engine, figures)
     return number(median(found[0]["ratios"])) if found else ""
+
+
+def entries_of(case: str, name: str, engine: str, figures: list[Entry]) -> list[Entry]:
+    return [each for each in figures if (each["case"], each["engine"], each["name"]) == (case, engine, name)]

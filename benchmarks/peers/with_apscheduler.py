@@ -5,38 +5,27 @@ grace time, and no merging of late ticks. Each job writes one row as its effect.
 """
 
 import os
-import sqlite3
 import sys
-import threading
 import time
 from datetime import UTC, datetime
 
+import effect
 from apscheduler.executors.pool import ThreadPoolExecutor
 from apscheduler.jobstores.sqlalchemy import SQLAlchemyJobStore
 from apscheduler.schedulers.background import BackgroundScheduler
 
-local = threading.local()
+VALUES = "?, ?, ?" if effect.IS_SQLITE else "%s, %s, %s"
+STATEMENT = f"INSERT INTO benchmark_late (worker, tick, late) VALUES ({VALUES})"
 
 
 def work(number: int) -> None:
     now = time.time()
-    row = (number, int(now), now - int(now))
-    if os.environ["EFFECTS"].startswith("postgresql"):
-        if not hasattr(local, "connection"):
-            import psycopg
-
-            local.connection = psycopg.connect(os.environ["EFFECTS"], autocommit=True)
-        local.connection.execute("INSERT INTO benchmark_late (worker, tick, late) VALUES (%s, %s, %s)", row)
-    else:
-        if not hasattr(local, "connection"):
-            local.connection = sqlite3.connect(os.environ["EFFECTS"], isolation_level=None, timeout=30)
-            local.connection.execute("PRAGMA synchronous = NORMAL")
-        local.connection.execute("INSERT INTO benchmark_late (worker, tick, late) VALUES (?, ?, ?)", row)
+    effect.connection().execute(STATEMENT, (number, int(now), now - int(now)))
 
 
 def main(number: int) -> None:
     scheduler = BackgroundScheduler(
-        jobstores={"default": SQLAlchemyJobStore(os.environ["JOBS_URL"])},
+        jobstores={"default": SQLAlchemyJobStore(os.environ["PEERS_URL"])},
         executors={"default": ThreadPoolExecutor(10)},
         job_defaults={"misfire_grace_time": None, "coalesce": False, "max_instances": 10},
         timezone=UTC,
