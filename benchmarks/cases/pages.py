@@ -77,8 +77,7 @@ def measured(engine: str, size: Size, rounds: int) -> dict[str, Measured]:
             gc.collect()
             gc.freeze()  # like gunicorn.conf.py
             client = logged_in(app)
-            addresses = progress(list(pages(app, size)), f"{engine}: pages")
-            return {address: timed(client, address, rounds) for address in addresses}
+            return timed(client, list(pages(app, size)), rounds, engine)
         finally:
             app.extensions["background_workers"].stop()
             with app.app_context():
@@ -127,18 +126,24 @@ def ago(seconds: float) -> str:
     return (STARTED - timedelta(seconds=seconds)).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def timed(client: FlaskClient, address: str, rounds: int) -> Measured:
-    took, queries = [], 0
-    for number in range(WARM_UP + rounds):
-        with counted() as seen:
-            began = clock()
-            answer = client.get(address)
-            seconds = clock() - began
-        check(answer.status_code in (200, 503), f"{address}: {answer.status}")
-        if number >= WARM_UP:
-            took.append(seconds * 1000)
-            queries = max(queries, len(seen))
-    return Measured(percentile(took, 0.5), percentile(took, 0.99), queries)
+def timed(client: FlaskClient, addresses: list[str], rounds: int, engine: str) -> dict[str, Measured]:
+    """Get the pages in turns, so that a slow minute of the machine is not the minute of one page."""
+    took: dict[str, list[float]] = {address: [] for address in addresses}
+    queries: Counter[str] = Counter()
+    for number in progress(range(WARM_UP + rounds), f"{engine}: pages"):
+        for address in addresses:
+            with counted() as seen:
+                began = clock()
+                answer = client.get(address)
+                seconds = clock() - began
+            check(answer.status_code in (200, 503), f"{address}: {answer.status}")
+            if number >= WARM_UP:
+                took[address].append(seconds * 1000)
+                queries[address] = max(queries[address], len(seen))
+    return {
+        address: Measured(percentile(of_page, 0.5), percentile(of_page, 0.99), queries[address])
+        for address, of_page in took.items()
+    }
 
 
 @contextmanager
