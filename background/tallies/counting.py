@@ -26,7 +26,7 @@ from sqlalchemy.sql.expression import FunctionElement
 
 from ..database.clock import UtcDateTime, elapsed, last_until
 from ..database.store import Store
-from ..database.tables import executions, message_errors, messages, workers
+from ..database.tables import LARGEST_ID, executions, message_errors, messages, workers
 from .tally import BOUNDS, Lengths, Tally
 
 EACH = "each name"
@@ -79,7 +79,7 @@ def _lengths(place: int | None, number: int, longest: float | None) -> Lengths:
 @lru_cache
 def _grouped(part: Any, slots: int, which: str, most: int | None) -> Select[Any]:
     """Group the rows of `part` by slot, name, state and bins. The OFFSET has the database compute each length once."""
-    rows = part(slots) if most is None else part(slots).order_by(literal_column("at")).limit(most)
+    rows = part(slots) if most is None else part(slots).order_by(literal_column("place")).limit(most)
     each = rows.offset(0).subquery("each")
     columns = [
         each.c.slot,
@@ -151,23 +151,38 @@ def _ended(slots: int) -> Select[Any]:
 
 
 def _enqueued(slots: int) -> Select[Any]:
-    rows = _rows(slots, messages.c.enqueued_at, messages.c.topic, literal_column("'enqueued'"))
-    return rows.where(messages.c.id > last_until(messages.c.enqueued_at, _written_from))
+    rows = _rows(slots, messages.c.enqueued_at, messages.c.topic, literal_column("'enqueued'"), place=messages.c.id)
+    return rows.where(_is_later(messages.c.id, messages.c.enqueued_at))
 
 
 def _failed(slots: int) -> Select[Any]:
-    rows = _rows(slots, message_errors.c.at, messages.c.topic, literal_column("'failed'"))
+    rows = _rows(slots, message_errors.c.at, messages.c.topic, literal_column("'failed'"), place=message_errors.c.id)
     rows = rows.join_from(message_errors, messages, messages.c.id == message_errors.c.message)
-    return rows.where(message_errors.c.id > last_until(message_errors.c.at, _written_from))
+    return rows.where(_is_later(message_errors.c.id, message_errors.c.at))
 
 
-def _rows(slots: int, at: Any, name: Any, state: Any, took: Any = _NO_LENGTH, late: Any = _NO_LENGTH) -> Select[Any]:
+def _is_later(id: ColumnElement[int], at: ColumnElement[datetime]) -> ColumnElement[bool]:
+    """Return whether a row's id is of the counted time. Without the upper end, PostgreSQL starts parallel workers."""
+    return and_(id > last_until(at, _written_from), id <= LARGEST_ID)
+
+
+def _rows(
+    slots: int, at: Any, name: Any, state: Any, took: Any = _NO_LENGTH, late: Any = _NO_LENGTH, place: Any = None
+) -> Select[Any]:
+    """Select the rows of one kind. `place` is their order, from the oldest: by default the moment `at`."""
     edges = [_edge(number) for number in range(slots + 1)]
     # As text: a number as parameter would make each slot's number a parameter, too.
     before: list[Any] = [(at < edge, literal_column(str(number))) for number, edge in enumerate(edges[1:-1])]
     last: ColumnElement[int] = literal_column(str(slots - 1))
     slot: ColumnElement[int] = case(*before, else_=last) if before else last
-    columns = {"slot": slot, "name": name, "state": state, "took": took, "late": late, "at": at}
+    columns = {
+        "slot": slot,
+        "name": name,
+        "state": state,
+        "took": took,
+        "late": late,
+        "place": at if place is None else place,
+    }
     return select(*(each.label(name) for name, each in columns.items())).where(at >= edges[0], at < edges[-1])
 
 
