@@ -14,6 +14,7 @@ from .access import Access, guard
 from .filters import add_filters, back, say
 from .origin import refuse_foreign
 from .pages import charts, fleet, messages, overview, worker_actions, workers
+from .pages.addresses import worker_url
 from .pages.overview import open_incidents
 
 
@@ -44,6 +45,7 @@ def dashboard(
     blueprint.context_processor(
         lambda: {"silence": lambda: the_manager().instance_history.silence(), "incidents": open_incidents}
     )
+    blueprint.add_app_template_global(worker_url)
     add_filters(blueprint)
     for part in (overview, workers, worker_actions, fleet, charts, messages):
         part.add_to(blueprint)

@@ -152,7 +152,7 @@ def _ranges(chart: Chart, id: str, title: str, lengths_of: Callable[[Tally], Len
     figures = f"p50 {length_text(total.p50)}, p95 {length_text(total.p95)}, max {length_text(total.longest)}"
     if total.longest is None:
         return Picture(title, "none", _framed(chart, id, title, "none", {}, ""))
-    least = min(each.p50 for each in found if each.p50 is not None)
+    least = min(p50 for each in found if (p50 := each.p50) is not None)
     low = max((mark for mark in _GRID if mark <= least), default=min(_GRID))
     high = min((mark for mark in _GRID if mark >= total.longest and mark > low), default=max(_GRID))
 
@@ -167,10 +167,11 @@ def _ranges(chart: Chart, id: str, title: str, lengths_of: Callable[[Tally], Len
 
 
 def _range(chart: Chart, number: int, lengths: Lengths, place: Callable[[float], float]) -> str:
-    if lengths.p50 is None or lengths.p95 is None or lengths.longest is None:
+    p50, p95, longest = lengths.p50, lengths.p95, lengths.longest
+    if p50 is None or p95 is None or longest is None:
         return ""
-    x, (low, high, top) = _place(chart, number), map(place, (lengths.p50, lengths.p95, lengths.longest))
-    texts = length_text(lengths.p50), length_text(lengths.p95), length_text(lengths.longest)
+    x, (low, high, top) = _place(chart, number), map(place, (p50, p95, longest))
+    texts = length_text(p50), length_text(p95), length_text(longest)
     title = f"{_when(chart.bars[number])}: p50 {texts[0]}, p95 {texts[1]}, max {texts[2]}"
     middle = x[0] + x[1] / 2
     return (

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 
 from flask import Blueprint, flash, redirect, request, session, url_for
 from flask.sessions import NullSession
@@ -54,6 +55,7 @@ def field_text(at: datetime) -> str:
     return at.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S")
 
 
+@lru_cache(maxsize=100)
 def state_tag(state: str) -> str:
     return Markup('<span class="state {}">{}</span>').format(state_class(state), state)
 

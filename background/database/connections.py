@@ -240,6 +240,7 @@ class Connections:
         engine = self._engine(
             self._open_postgresql, self._schema, isolation_level="READ COMMITTED", pool_size=pool_size
         )
+        engine.dialect.reads_utc = True  # type: ignore[attr-defined]  # each connection does, see `read_any_moment`
         postgresql.prepare(engine)
         postgresql.hide_refused_rows(engine)
         self._outages.watch(engine)

@@ -2,11 +2,12 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 from sqlalchemy import and_, func, or_, select
 
-from ..database.tables import totals, workers
+from ..database.tables import totals
 from ..errors import InvalidSchedule
 from ..ledger.claim import Claim, WorkerState
 from ..registry import checked_schedule, schedule_in_force
@@ -44,13 +45,14 @@ def listed_workers(
 
     `found` are the statuses of all workers.
     """
-    failed = {row.name for row in stores.ledger.store.read(_failed)}
+    failed = {name for (name,) in stores.ledger.store.read(_failed)}
     status = {each.name: each for each in found}
     periodic = [
         ListedWorker(name, _states(ours.get(name), status.get(name), name in failed)) for name in {*ours, *status}
     ]
     of_topics = [ListedWorker(each.worker, _states_of(each), each) for each in topics if each.worker]
-    return sorted((*periodic, *of_topics), key=lambda each: (not each.has_problem, each.name))
+    by_name = sorted((*periodic, *of_topics), key=itemgetter(0))
+    return sorted(by_name, key=lambda each: not (each.states and each.has_problem))
 
 
 def _states(worker: type[PeriodicWorker] | None, status: WorkerStatus | None, has_failed: bool) -> frozenset[str]:
@@ -77,15 +79,10 @@ def _states_of(topic: Topic) -> frozenset[str]:
 # The workers whose last outcome is a failure, from the few counters of each worker.
 _succeeded_at = func.max(totals.c.latest_at).filter(totals.c.label == "succeeded")
 _failed_at = func.max(totals.c.latest_at).filter(totals.c.label != "succeeded")
-_outcomes = and_(
-    totals.c.worker == workers.c.name,
-    totals.c.kind == "state",
-    totals.c.label.in_(("succeeded", *FAILED)),
-)
 _failed = (
-    select(workers.c.name)
-    .join(totals, _outcomes)
-    .group_by(workers.c.name)
+    select(totals.c.worker)
+    .where(totals.c.kind == "state", totals.c.label.in_(("succeeded", *FAILED)))
+    .group_by(totals.c.worker)
     .having(and_(_failed_at.is_not(None), or_(_succeeded_at.is_(None), _failed_at > _succeeded_at)))
 )
 

@@ -64,8 +64,8 @@ def statuses(
     if not rows:
         return []
     seen = [*map(_Seen._make, rows)]
-    fleet = _Fleet(seen[0].clock, seen[0].alive_since, stores.lease.total_seconds())
-    future = fleet.clock + AHEAD
+    future = seen[0].clock + AHEAD
+    fleet = _Fleet(seen[0].clock, future, seen[0].alive_since, stores.lease.total_seconds())
     ahead = [each.name for each in seen if each.mark and each.mark > future]
     decided = dict(stores.leases.read(_decided_by_now, {"names": ahead})) if ahead else {}
     return [_status(fleet, each, decided.get(each.name, each.mark), ours.get(each.name)) for each in seen]
@@ -75,6 +75,8 @@ class _Fleet(NamedTuple):
     """The facts that hold for each worker."""
 
     clock: datetime
+    future: datetime
+    """A later moment was written while the clock was ahead."""
     alive_since: datetime | None
     """The start of the oldest living instance."""
     lease: float
@@ -162,6 +164,8 @@ def _status(fleet: _Fleet, seen: _Seen, mark: datetime | None, worker: type[Peri
     is_fleet_alive = fleet.alive_since is not None
     runs = is_running and is_fleet_alive
     first, third, interval = _ticks(fleet, seen, mark, worker) if worker and not is_paused else _NO_TICKS
+    if first and first > clock and not is_running and not seen.pending_tick:  # as most workers, most of the time
+        return WorkerStatus(seen.name, False, False, None, interval, None, _NO_TIME, False, None)
     waiting = _waiting(clock, seen, first) if worker and not runs else None
     waits_for = clock - waiting if waiting else _NO_TIME
     return WorkerStatus(
@@ -213,10 +217,10 @@ def _ticks(fleet: _Fleet, seen: _Seen, mark: datetime | None, worker: type[Perio
 
     Only moments up to now count: a later moment was written while the clock was ahead.
     """
-    future, since = fleet.clock + AHEAD, None
+    since = None
     # Without `catch_up`, ticks that fell due while no instance was up do not run.
     for at in (mark, seen.scheduled_at, None if worker.catch_up else fleet.alive_since):
-        if at and at <= future and (since is None or at > since):
+        if at and at <= fleet.future and (since is None or at > since):
             since = at
     try:
         return _first_and_third(seen.schedule, since or fleet.clock)

@@ -27,6 +27,8 @@ def moment(at: datetime | None, zone: tzinfo | None = UTC) -> str:
 
 def in_zone(at: datetime, zone: tzinfo | None) -> datetime:
     """Return the moment on the clock of the zone. None is the zone of this machine."""
+    if at.tzinfo is zone:
+        return at
     with suppress(OverflowError, ValueError, OSError):  # the end of the calendar
         return at.astimezone(zone)
     return at

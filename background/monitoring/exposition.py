@@ -3,7 +3,7 @@
 The client library takes 5 us for a line, and a fleet of 1,000 workers has thousands of lines.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import lru_cache
 
 from prometheus_client.utils import floatToGoString
@@ -17,6 +17,8 @@ def count(value: int) -> str:
 
 def seconds(value: float) -> str:
     """Write a time, to the microsecond."""
+    if 0 <= value < 999_999:  # Go writes such a number as Python does
+        return repr(round(float(value), 6))
     return str(floatToGoString(round(value, 6)))  # type: ignore[no-untyped-call]
 
 
@@ -26,17 +28,12 @@ def label(name: str, value: str) -> str:
     return f'{name}="{escaped}"'
 
 
-def metric(name: str, kind: str, meaning: str, lines: Iterable[str]) -> Iterator[str]:
-    """Yield the head of a metric, then its lines."""
-    yield f"# HELP {name} {meaning}\n# TYPE {name} {kind}\n"
-    yield from lines
+def metric(name: str, kind: str, meaning: str, lines: Iterable[str]) -> str:
+    """Write a metric: its head, then its lines."""
+    return f"# HELP {name} {meaning}\n# TYPE {name} {kind}\n{''.join(lines)}"
 
 
-def gauge(name: str, meaning: str, samples: Iterable[tuple[str, str]]) -> Iterator[str]:
-    """Yield a gauge. Each sample has its labels, or "", and its value as text."""
-    yield from metric(
-        name,
-        "gauge",
-        meaning,
-        (f"{name}{{{labels}}} {value}\n" if labels else f"{name} {value}\n" for labels, value in samples),
-    )
+def gauge(name: str, meaning: str, samples: Iterable[tuple[str, str]]) -> str:
+    """Write a gauge. Each sample has its labels, or "", and its value as text."""
+    lines = [f"{name}{{{labels}}} {value}\n" if labels else f"{name} {value}\n" for labels, value in samples]
+    return metric(name, "gauge", meaning, lines)

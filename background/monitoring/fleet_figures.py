@@ -105,13 +105,15 @@ def _figures(manager: BackgroundWorkerManager, is_full: bool) -> Figures:
 
 
 def _sums(rows: Iterable[Any], are_many: bool) -> tuple[Totals, dict[str, dict[str, int]]]:
-    found: dict[str, dict[str, Total]] = defaultdict(lambda: defaultdict(Total))
+    found: dict[str, dict[str, Total]] = defaultdict(dict)
     buckets: dict[str, dict[str, int]] = defaultdict(dict)
     for kind, worker, label, number, seconds, age in rows:
         if worker is None:
             buckets[kind][label] = number
+        elif (total := found[kind].get(worker)) is not None:
+            total.add(label, number, seconds, age)
         else:
-            found[kind][worker].add(label, number, seconds, age)
+            found[kind][worker] = Total({} if label is None else {label: number}, number, seconds, age)
     if are_many:
         found["duration"] = {worker: _durations(total) for worker, total in found["state"].items()}
     return found, buckets
@@ -119,7 +121,7 @@ def _sums(rows: Iterable[Any], are_many: bool) -> tuple[Totals, dict[str, dict[s
 
 def _durations(of_states: Total) -> Total:
     """Return the number and the sum of the durations. A tick that was skipped or missed has no duration."""
-    not_run = sum(of_states.numbers.get(state, 0) for state in ("skipped", "missed"))
+    not_run = of_states.numbers.get("skipped", 0) + of_states.numbers.get("missed", 0)
     return Total({}, of_states.executions - not_run, of_states.seconds)
 
 

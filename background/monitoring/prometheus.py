@@ -58,7 +58,7 @@ def of_fleet(figures: Figures | None) -> bytes:
 
 def _of_fleet(figures: Figures | None) -> Iterator[str]:
     up = "1 if the database answered, else 0, without figures of the fleet."
-    yield from gauge("background_up", up, [("", count(figures is not None))])
+    yield gauge("background_up", up, [("", count(figures is not None))])
     if figures is None:
         return
     names = {status.name for status in figures.statuses}.union(*figures.totals.values())
@@ -72,30 +72,31 @@ def _of_fleet(figures: Figures | None) -> Iterator[str]:
 def _executions(figures: Figures, workers: Mapping[str, str]) -> Iterator[str]:
     states = figures.totals.get("state", {})
     ended = "Executions by state. A range of missed ticks counts once."
-    yield from metric("background_executions_total", "counter", ended, _by_state(figures, states, workers))
-    yield from gauge(
+    yield metric("background_executions_total", "counter", ended, _by_state(figures, states, workers))
+    yield gauge(
         "background_seconds_since_last_success",
         "Seconds since the worker last succeeded. Absent if it never did.",
         [(workers[name], seconds(max(each.age, 0))) for name, each in sorted(states.items()) if each.age is not None],
     )
     took = _histogram(figures, "duration", DURATIONS, workers)
-    yield from metric("background_execution_duration_seconds", "histogram", "Duration of executions.", took)
+    yield metric("background_execution_duration_seconds", "histogram", "Duration of executions.", took)
     late = _histogram(figures, "lateness", LATENESSES, workers)
     lateness = "Time from a tick to the start of its first attempt."
-    yield from metric("background_execution_lateness_seconds", "histogram", lateness, late)
+    yield metric("background_execution_lateness_seconds", "histogram", lateness, late)
 
 
 def _by_state(figures: Figures, states: Mapping[str, Total], workers: Mapping[str, str]) -> Iterator[str]:
     """Yield counts, also with 0: Prometheus sees no increase in a series that begins with 1."""
     known = {status.name for status in figures.statuses} | states.keys()
     zeros = _ALSO_ZERO if figures.are_many else _ENDED.keys()
+    heads = [(state, f"background_executions_total{{{labelled}", state in zeros) for state, labelled in _ENDED.items()]
     for name, worker in workers.items():
         if name in known:
             numbers = states[name].numbers if name in states else {}
-            for state, labelled in _ENDED.items():
+            for state, head, is_always in heads:
                 number = numbers.get(state, 0)
-                if number or state in zeros:
-                    yield f"background_executions_total{{{labelled},{worker}}} {count(number)}\n"
+                if number or is_always:
+                    yield f"{head},{worker}}} {count(number)}\n"
 
 
 def _histogram(figures: Figures, kind: str, declared: Iterable[float], workers: Mapping[str, str]) -> Iterator[str]:
@@ -134,22 +135,22 @@ def _statuses(found: Sequence[WorkerStatus], workers: Mapping[str, str]) -> Iter
     overdue = "1 if a tick still waits after two later ticks became due, else 0."
     each = [(workers[status.name], status) for status in found]
     running = [(worker, count(status.is_running)) for worker, status in each]
-    yield from gauge("background_worker_running", "1 if an instance runs the worker, else 0.", running)
+    yield gauge("background_worker_running", "1 if an instance runs the worker, else 0.", running)
     paused = [(worker, count(status.is_paused)) for worker, status in each]
-    yield from gauge("background_worker_paused", "1 if the worker is paused, else 0.", paused)
+    yield gauge("background_worker_paused", "1 if the worker is paused, else 0.", paused)
     late = [(worker, count(status.is_overdue)) for worker, status in each]
-    yield from gauge("background_worker_overdue", overdue, late)
+    yield gauge("background_worker_overdue", overdue, late)
     intervals = [(worker, seconds(status.interval.total_seconds())) for worker, status in each if status.interval]
     interval = "Time from tick to tick of the workers that should run."
-    yield from gauge("background_worker_interval_seconds", interval, intervals)
+    yield gauge("background_worker_interval_seconds", interval, intervals)
 
 
 def _instances(figures: Figures) -> Iterator[str]:
-    yield from gauge("background_instances", "Number of instances that are alive.", [("", count(figures.alive))])
+    yield gauge("background_instances", "Number of instances that are alive.", [("", count(figures.alive))])
     ahead = "Seconds by which the clock of the process's host is ahead of the database's."
     # Not the label `instance`, which Prometheus uses for the scraped target.
     offsets = [(label("process", name), seconds(offset)) for name, offset in sorted(figures.offsets.items())]
-    yield from gauge("background_clock_offset_seconds", ahead, offsets)
+    yield gauge("background_clock_offset_seconds", ahead, offsets)
 
 
 def _messages(topics: Sequence[Topic]) -> Iterator[str]:
@@ -159,9 +160,9 @@ def _messages(topics: Sequence[Topic]) -> Iterator[str]:
         for labelled, topic in each
         for state in ("waiting", "running", "dead")
     ]
-    yield from gauge("background_messages", "Messages that are not done, by state.", depths)
+    yield gauge("background_messages", "Messages that are not done, by state.", depths)
     paused = [(labelled, count(topic.paused_at is not None)) for labelled, topic in each]
-    yield from gauge("background_topic_paused", "1 if the topic is paused, else 0.", paused)
+    yield gauge("background_topic_paused", "1 if the topic is paused, else 0.", paused)
     oldest = [(labelled, seconds(0 if topic.paused_at else topic.oldest_seconds or 0)) for labelled, topic in each]
     meaning = "Time since the oldest waiting message was due. 0 while the topic is paused."
-    yield from gauge("background_message_oldest_seconds", meaning, oldest)
+    yield gauge("background_message_oldest_seconds", meaning, oldest)

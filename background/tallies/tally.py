@@ -32,8 +32,9 @@ class Lengths:
         """Return the length in seconds that this share of the lengths does not exceed. None without a length."""
         if self.longest is None:
             return None
-        rank = ceil(share * self.bins.total())
-        if rank >= self.bins.total():
+        total = self.bins.total()
+        rank = ceil(share * total)
+        if rank >= total:
             return self.longest
         for each in sorted(self.bins):
             rank -= self.bins[each]

@@ -1,9 +1,9 @@
 """Addresses of the pages: this page with other parameters, and the place where a list goes on."""
 
 from contextlib import suppress
-from urllib.parse import urlencode
+from urllib.parse import quote, urlencode
 
-from flask import request, url_for
+from flask import g, request, url_for
 
 from ...database.tables import LARGEST_ID
 from ...history.records import Place
@@ -15,6 +15,18 @@ def here(*without: str, **more: str) -> str:
     kept = {key: value for key, value in request.args.items() if key not in without and value}
     path, query = url_for(str(request.endpoint), **(request.view_args or {})), urlencode(kept | more)
     return f"{path}?{query}" if query else path
+
+
+def worker_url(page: str, name: str) -> str:
+    """Return the address of a worker's page, such as "worker" or "pause".
+
+    `url_for` is called once per page and request. One call per worker would take a large part of the time.
+    """
+    known: dict[str, list[str]] = g.setdefault("background_addresses", {})
+    if page not in known:
+        known[page] = url_for(f"background.{page}", name="~").rsplit("~", 1)
+    start, end = known[page]
+    return f"{start}{quote(name, safe='')}{end}"
 
 
 def place_text(place: Place | None) -> str | None:

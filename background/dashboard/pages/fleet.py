@@ -1,18 +1,17 @@
 """Pages of the fleet: the timeline and the instances."""
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import TypeVar
-from urllib.parse import quote
 
-from flask import Blueprint, abort, render_template, request, url_for
+from flask import Blueprint, abort, render_template, request
 from flask.typing import ResponseReturnValue
 
 from ...errors import InvalidSchedule
-from ...history.records import STATES, InstanceRecord, Record, Window
+from ...history.records import InstanceRecord, Record, Window
 from ...history.status import LATE, WorkerStatus, statuses
 from ...history.text import moment, moment_in
 from ...ledger.leases import OFFSET_WARNED
@@ -20,9 +19,9 @@ from ...ledger.locks import Holding
 from ...manager import BackgroundWorkerManager, the_manager
 from ...schedule.parsing import parse_schedule
 from ...schedule.periods import MICROSECOND
-from ..filters import state_class
-from ..ticks import UNRECORDED, Expected, marks, possible_gaps
-from ..timeline import SIGNS, draw
+from ..ticks import Expected, marks, possible_gaps
+from ..timeline import CLASSES, SIGNS, draw
+from .addresses import worker_url
 
 LENGTHS = {
     "1m": ("1 minute", timedelta(minutes=1)),
@@ -77,8 +76,11 @@ def timeline_page() -> ResponseReturnValue:
         most_gaps=_MOST_GAPS if has_more_gaps else None,
         late=late[:_MOST_LATE],
         more_late=len(late[_MOST_LATE:]),
-        addresses=_addresses({each.worker for each in window.records} | {each.name for each in late[:_MOST_LATE]}),
-        classes={state: state_class(state) for state in (*STATES, UNRECORDED)},
+        addresses={
+            name: worker_url("worker", name)
+            for name in {each.worker for each in window.records} | {each.name for each in late[:_MOST_LATE]}
+        },
+        classes=CLASSES,
         signs=SIGNS,
         **known,
     )
@@ -125,12 +127,6 @@ def _late(manager: BackgroundWorkerManager, worker: str | None) -> list[WorkerSt
     """Return the workers (or this one) with a tick that waits. The picture has no bar for such a tick."""
     found = statuses(manager.stores, manager.workers, None if worker is None else [worker])
     return [each for each in found if each.is_late]
-
-
-def _addresses(names: Collection[str]) -> dict[str, str]:
-    """Return the address of each worker's page. One call of `url_for` per name would take most of the page's time."""
-    start, end = url_for("background.worker", name="~").split("~")
-    return {name: f"{start}{quote(name, safe='')}{end}" for name in names}
 
 
 def _until() -> datetime | None:

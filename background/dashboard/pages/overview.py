@@ -32,7 +32,8 @@ def overview_page() -> ResponseReturnValue:
     alive, clock = manager.instance_history.alive()
     found, topics = statuses(manager.stores, manager.workers), manager.messages.rates()
     known = listed_workers(manager.stores, manager.workers, found, topics)
-    matching = [each for each in known if search.lower() in each.name.lower() and (not state or state in each.states)]
+    wanted = search.lower()
+    matching = [each for each in known if wanted in each.name.lower() and (not state or state in each.states)]
     pages = max(1, -(-len(matching) // PER_PAGE))
     page = min(max(request.args.get("page", 1, type=int), 1), pages)
     shown = matching[(page - 1) * PER_PAGE : page * PER_PAGE]
