@@ -105,7 +105,7 @@ def test_each_case_is_a_command_and_says_its_purpose() -> None:
 def test_each_command_of_the_page_is_accepted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Check the commands of docs/performance.md. No command is executed."""
     (tmp_path / "benchmarks").mkdir()
-    (tmp_path / "benchmarks" / "figures.json").write_text("{}", encoding="utf-8")
+    write(tmp_path / "benchmarks" / "figures.json", [])
     monkeypatch.chdir(tmp_path)
     lines = [line for block in blocks("docs/performance.md") for line in block.splitlines()]
     lines += re.findall(r"`(python -m benchmarks [^`]+)`", text("docs/performance.md"))
