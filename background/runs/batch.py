@@ -40,7 +40,7 @@ class MessageContext(WorkerContext):
         super().__init__(batch, these[0], instance, db, messages.sessions)
         self.claim: Batch = batch
         self._messages = messages
-        self._open = [message.id for message in these]
+        self._open = dict.fromkeys(message.id for message in these)
         self._handled: list[int] = []
         self._transaction: SessionTransaction | None = None
         self._unsent = Unsent(self.session)
@@ -54,15 +54,16 @@ class MessageContext(WorkerContext):
 
     def handled(self, *messages: Message) -> None:
         """Let the next commit acknowledge `messages`, together with the session's effects."""
-        if self.session is not self._unsent.session:  # a handler removed the session
-            self._unsent = Unsent(self.session)
+        session = self.session
+        if session is not self._unsent.session:  # a handler removed the session
+            self._unsent = Unsent(session)
         if len(messages) < len(self._open):
             self._unsent.end_message()
         else:
-            self.session.flush()  # all messages at once, or a single message
-        self._refuse_if_rolled_back()
+            session.flush()  # all messages at once, or a single message
+        self._refuse_if_rolled_back(session)
         self._handled += [message.id for message in messages if message.id in self._open]
-        self._transaction = self._transaction or self.session.get_transaction()
+        self._transaction = self._transaction or session.get_transaction()
 
     def began(self, session: Session, connection: Connection) -> None:
         super().began(session, connection)
@@ -78,15 +79,16 @@ class MessageContext(WorkerContext):
     def _check_claim(self, session: Session) -> None:
         done = self._handled if session is self.session else []
         if done:
-            self._refuse_if_rolled_back()
+            self._refuse_if_rolled_back(session)
         self._messages.acknowledge(self.claim, done, self._open, self.within(session))
-        self._open = [each for each in self._open if each not in done]
+        for each in done:
+            del self._open[each]
         if done:
             self._handled, self._transaction = [], None
 
-    def _refuse_if_rolled_back(self) -> None:
+    def _refuse_if_rolled_back(self, session: Session) -> None:
         """Raise BatchRolledBack if a handler rolled back the work of the earlier messages, too."""
-        if self._transaction is not None and self.session.get_transaction() is not self._transaction:
+        if self._transaction is not None and session.get_transaction() is not self._transaction:
             raise BatchRolledBack(
                 f"Worker {self.worker!r} rolled back its work for other messages of the batch; the engine "
                 "handles them again one by one. Let the exception pass, or set batch_size = 1."

@@ -155,6 +155,8 @@ def await_result(result: Awaitable[None] | None) -> None:
 
     Raises InvalidWorker for a generator, which has not run yet.
     """
+    if result is None:
+        return
     if inspect.isgenerator(result) or inspect.isasyncgen(result):
         raise InvalidWorker(
             f"{result.__qualname__} returned a generator, so nothing was done; expected a method that does its work "

@@ -37,7 +37,7 @@ class Unsent:
     def end_message(self) -> None:
         """Keep the new rows of the message that was just handled, or flush its changes."""
         session, new = self.session, list(self.session.new)
-        if not self._may_wait or session.dirty or session.deleted or not self._can_wait(new):
+        if not new or not self._may_wait or session.dirty or session.deleted or not self._can_wait(new):
             session.flush()
             return
         if not self._rows:

@@ -572,6 +572,11 @@ MUTATIONS = (
         ["tests/promise/test_pooler.py", "-k", "works_behind"],
     ),
     Mutation(
+        "a claim of messages does not keep the plan of a small table",
+        [Edit("background/database/dialects/one_request.py", '"force_custom_plan"', '"auto"')],
+        ["tests/background/messages/test_queue.py", "-m", "promise or not promise", "-k", "table_was_small"],
+    ),
+    Mutation(
         "no connection older than an outage is used again",
         [Edit("background/database/outages.py", "if record.info.get(_STAMP, 0) != self._number:", "if False:")],
         ["tests/promise/test_outages.py", "-k", "emptied_by_an_error"],

@@ -1,10 +1,10 @@
 """Two statements in one request to the database. The first limits the second."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from secrets import token_hex
 from typing import Any
 
-from sqlalchemy import Connection, Engine, Select
+from sqlalchemy import Connection, Engine, Select, func, select
 from sqlalchemy.exc import NotSupportedError, ProgrammingError
 
 from ..clock import clocks_of_tests
@@ -26,14 +26,25 @@ def limited(
     return OneRequest(name, engine, limits, statement).row
 
 
+def parsed_once(name: str, engine: Engine, statement: Any) -> Callable[[Connection, Values], Sequence[Any]]:
+    """Return a function that executes `statement`, and returns its rows.
+
+    PostgreSQL parses it once per connection. It plans it each time: the plan for a small table is slow for a large one.
+    """
+    if engine.dialect.name == "sqlite":
+        return lambda connection, values: connection.execute(statement, values).all()
+    no_old_plan = select(func.set_config("plan_cache_mode", "force_custom_plan", True))
+    return OneRequest(name, engine, no_old_plan, statement).rows
+
+
 class OneRequest:
     """Two statements in one request to PostgreSQL, which is one transaction. The first sets limits to the second.
 
     A request with parameters may have only one statement. So the values are written into the text.
 
-    Planning the second statement takes longer than executing it. So each connection prepares it once. Behind a pooler,
-    the next request may reach another connection of the server. There, the statement is planned each time. `name` is in
-    the text of the request, for logs.
+    Parsing and planning the second statement takes long. So each connection prepares it once. Behind a pooler, the next
+    request may reach another connection of the server. There, the statement is planned each time. `name` is in the text
+    of the request, for logs.
     """
 
     def __init__(self, name: str, engine: Engine, first: Select[*tuple[Any, ...]], second: Any) -> None:
@@ -49,6 +60,10 @@ class OneRequest:
 
     def row(self, connection: Connection, values: Values) -> Any:
         """Send the request. Return the only row of the second statement as a tuple, or None."""
+        return next(iter(self.rows(connection, values)), None)
+
+    def rows(self, connection: Connection, values: Values) -> Sequence[Any]:
+        """Send the request. Return the rows of the second statement as tuples."""
         from psycopg.sql import quote
 
         driver, info = connection.connection.driver_connection, connection.info
@@ -60,13 +75,13 @@ class OneRequest:
             if planned is None or self._plan not in planned:
                 before += self._prepare
             try:
-                row = _last_row(connection, f"{limits}{before}EXECUTE {self._plan}({', '.join(literals.values())})")
+                rows = _last_rows(connection, f"{limits}{before}EXECUTE {self._plan}({', '.join(literals.values())})")
             except (NotSupportedError, ProgrammingError):  # a migration changed a column, or the plan is gone
                 pass
             else:
                 info[_PLANNED] = {self._plan, *(planned or ())}
-                return row
-        return _last_row(connection, limits + self._second % literals)
+                return rows
+        return _last_rows(connection, limits + self._second % literals)
 
     def _value(self, name: str, values: Values) -> Any:
         processor = self._processors.get(name)
@@ -86,14 +101,15 @@ def _is_idle(driver: Any) -> bool:
     return bool(driver.info.transaction_status == 0)
 
 
-def _last_row(connection: Connection, statements: str) -> Any:
-    """Send the statements. Return the only row of the last one as a tuple, or None."""
+def _last_rows(connection: Connection, statements: str) -> Sequence[Any]:
+    """Send the statements. Return the rows of the last one as tuples."""
     with connection.connection.cursor() as cursor:  # type: ignore[attr-defined]
         # Not `exec_driver_sql`: it spends more time on the columns of the first result than the driver on the request.
         connection._cursor_execute(cursor, statements, None)  # type: ignore[arg-type]
         while cursor.nextset():
             pass
-        return cursor.fetchone()
+        rows: Sequence[Any] = cursor.fetchall()
+        return rows
 
 
 def _names(compiled: Any) -> list[str]:

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import select, text
 from support.databases import on_postgresql, on_sqlite
 from support.fleet import BEAT, HOUR, PATIENCE, Fleet, Hourly, db, effect, statements, states, wait_until
 
@@ -278,6 +278,59 @@ def test_messages_are_handled_once_each_in_the_order_in_which_they_were_enqueued
     all_are(fleet, "done", 250)
     assert fleet.effects() == [str(each) for each in range(250)]
     assert fleet.keys() == [f"notes:{row.id}" for row in fleet.messages()]
+
+
+@on_postgresql
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        "DEALLOCATE ALL",
+        "ALTER TABLE background_messages ALTER COLUMN topic TYPE varchar(120)",
+    ],
+)
+def test_a_claim_of_messages_is_parsed_once_and_again_after_a_migration_or_without_its_plan(
+    fleet: Fleet, spoil: str
+) -> None:
+    stores = fleet.manager(Notes).stores
+
+    def claim() -> list[str]:
+        [id] = fleet.enqueue("notes", "one")
+        with statements(stores.main.engine) as seen:
+            batch = stores.queue.claim("notes", "notes", 10, ("us", "here:1"))
+        assert batch is not None
+        assert batch.ids == [id]
+        return ["PREPARE" if "PREPARE" in each else "EXECUTE" if "EXECUTE" in each else "plain" for each in seen]
+
+    assert [claim() for _ in range(3)] == [["PREPARE"], ["EXECUTE"], ["EXECUTE"]]
+    with stores.main.single.begin() as connection:
+        connection.execute(text(spoil))
+    assert claim() == ["EXECUTE", "plain"]
+    assert [claim() for _ in range(2)] == [["PREPARE"], ["EXECUTE"]]
+
+
+@on_postgresql
+def test_a_claim_of_messages_has_no_plan_from_the_time_when_the_table_was_small(fleet: Fleet) -> None:
+    stores = fleet.manager(Notes).stores
+    for _ in range(10):  # PostgreSQL may keep a plan from the sixth time on
+        assert stores.queue.claim("notes", "notes", 10, ("us", "here:1")) is None
+    with stores.main.single.connect() as connection:
+        plans = connection.execute(text("SELECT generic_plans, custom_plans FROM pg_prepared_statements")).all()
+    assert plans == [(0, 10)]
+
+
+@on_postgresql
+def test_a_message_has_its_moments_in_utc_in_every_time_zone_of_the_server(fleet: Fleet) -> None:
+    stores = fleet.manager(Notes).stores
+    fleet.enqueue("notes", "one")
+    with stores.main.single.connect() as connection:
+        connection.execute(text("SET timezone = 'Asia/Kolkata'"))
+    batch = stores.queue.claim("notes", "notes", 10, ("us", "here:1"))
+    assert batch is not None
+    [message] = batch.messages
+    [row] = fleet.messages()
+    assert [(each, each.tzinfo) for each in (message.enqueued_at, message.due_at)] == [
+        (each, UTC) for each in (row.enqueued_at, row.due_at)
+    ]
 
 
 @on_postgresql
