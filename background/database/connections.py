@@ -17,7 +17,7 @@ from sqlalchemy.schema import CreateTable
 
 from ..host.forks import ForkSafeLock
 from ..host.listeners import is_new
-from .dialects import postgresql, sqlite
+from .dialects import postgresql, sqlite, write_lock
 from .dialects import sqlite_files as database_files
 from .opening import Opener, has_creator
 from .outages import Outages
@@ -136,6 +136,14 @@ class Connections:
     @property
     def _file(self) -> str:
         return os.path.realpath(self._path)  # another process may open the file by other links
+
+    @made_once
+    def _folder(self) -> str:
+        return os.path.dirname(self._file)
+
+    def is_write_lock_awaited(self) -> bool:
+        """Return whether a connection waits for SQLite's only write lock."""
+        return write_lock.is_awaited(self._folder)
 
     def refuse_missing(self) -> None:
         """Raise FileNotFoundError for a missing SQLite file. SQLite would make an empty file."""

@@ -25,7 +25,10 @@ from .presence import Presence
 log = logger_of(__name__)
 
 _SLOT_SECONDS = 0.02
+_REST = 1 / 50  # of a batch, for writers that do not show that they wait
 _LONGEST_REST_SECONDS = 0.02
+_LONGEST_TURN_SECONDS = 0.1  # of other writers: SQLite's longest pause between two tries
+_POLL_SECONDS = 0.001
 _YIELDED_SECONDS = (0.02, 0.04)
 _LONGEST_WAIT_SECONDS = 1.0  # for a timer, which a clock that was set back may delay for hours
 
@@ -186,5 +189,16 @@ class Consumers:
         if pause is not None:
             self.wake_after(worker.topic, pause)
         if self._stores.main.has_one_writer:
-            # SQLite writers poll for the lock. Without this rest they would rarely find it free between batches.
-            self._runs.stopping.wait(min((steady() - began) / 4, _LONGEST_REST_SECONDS))
+            self._let_others_write(steady() - began)
+
+    def _let_others_write(self, took: float) -> None:
+        """Rest after a batch that took so many seconds, and as long again while others wait for the write lock.
+
+        SQLite writers poll for the lock. Without this rest they would rarely find it free between batches.
+        """
+        until = steady() + min(took, _LONGEST_TURN_SECONDS)
+        rest = min(took * _REST, _LONGEST_REST_SECONDS)
+        while not self._runs.stopping.wait(rest) and steady() < until:
+            if not self._stores.connections.is_write_lock_awaited():
+                return
+            rest = _POLL_SECONDS

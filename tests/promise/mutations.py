@@ -288,6 +288,17 @@ MUTATIONS = (
         ["tests/background/messages/test_floors.py", "-k", "paused_topic_keeps"],
     ),
     Mutation(
+        "a backlog lets a connection write that waits for SQLite's write lock",
+        [
+            Edit(
+                "background/process/consumers.py",
+                "if not self._stores.connections.is_write_lock_awaited():",
+                "if True:",
+            )
+        ],
+        ["tests/background/runs/test_batch.py", "-k", "frees_the_write_lock"],
+    ),
+    Mutation(
         "heartbeats look below the floors, too",
         [Edit("background/messages/floors.py", "is_full=not self._spared", "is_full=False")],
         ["tests/background/messages/test_floors.py", "-k", "committed_late"],

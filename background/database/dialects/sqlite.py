@@ -16,7 +16,8 @@ from ...errors import InvalidConfig
 from ...host.listeners import is_new
 from . import sqlite_files as database_files
 from .error_codes import is_busy
-from .writes import COMMITS_ITSELF, is_write_with_cte
+from .write_lock import waiting
+from .writes import changes_rows
 
 BUSY_SECONDS = 30
 OPEN_SECONDS = 10
@@ -40,7 +41,8 @@ def prepare(engine: Engine) -> None:
         event.listen(engine, "engine_disposed", _disposed)
         database_files.watch(engine)
         event.listen(engine, "savepoint", _begin_before_savepoint)
-        event.listen(engine, "before_cursor_execute", _begin_before_cte)
+        for name in ("do_execute", "do_executemany", "do_execute_no_params"):
+            event.listen(engine, name, _begin_before_write)
 
 
 def wait_briefly(engine: Engine) -> None:
@@ -189,16 +191,19 @@ def _disposed(engine: Engine) -> None:
 def _begin_before_savepoint(connection: Connection, _name: str) -> None:
     """Begin a transaction before a SAVEPOINT. The release of the savepoint would commit otherwise."""
     if not connection.connection.dbapi_connection.in_transaction:  # type: ignore[union-attr]
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
+        with waiting(database_files.folder(connection)):
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
-def _begin_before_cte(connection: Connection, _cursor: Any, statement: str, *_: Any) -> None:
-    """Begin a transaction before a write that begins with WITH. Otherwise SQLite would commit the write at once."""
-    if connection.get_execution_options().get(COMMITS_ITSELF) or not is_write_with_cte(statement):
-        return
-    driver: Any = connection.connection.driver_connection
-    if driver.isolation_level is not None and not driver.in_transaction:
-        driver.execute("BEGIN IMMEDIATE")
+def _begin_before_write(cursor: Any, statement: str, *more: Any) -> None:
+    """Begin a transaction before its first write, and show that this connection may have to wait for it.
+
+    The driver begins none before a write with WITH. SQLite would commit such a write at once.
+    """
+    driver, context = cursor.connection, more[-1]
+    if driver.isolation_level is not None and not driver.in_transaction and changes_rows(statement):
+        with waiting(database_files.folder(context.root_connection)):
+            driver.execute("BEGIN IMMEDIATE")
 
 
 def lock_soon(connection: Connection, seconds: float | None = None) -> bool:
@@ -208,7 +213,8 @@ def lock_soon(connection: Connection, seconds: float | None = None) -> bool:
     """
     driver: Any = connection.connection.driver_connection
     driver.execute(f"PRAGMA busy_timeout = {(seconds or _MOMENT_SECONDS) * 1000:.0f}")
-    with suppress(sqlite3.Error):  # the next statement meets the same error, and SQLAlchemy reports it
+    # The next statement meets the same error, and SQLAlchemy reports it.
+    with suppress(sqlite3.Error), waiting(database_files.folder(connection)):
         driver.execute("BEGIN IMMEDIATE")
     driver.execute(f"PRAGMA busy_timeout = {BUSY_SECONDS * 1000}")
     return bool(driver.in_transaction)

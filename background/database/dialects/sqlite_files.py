@@ -99,6 +99,12 @@ def is_replaced(connection: Connection) -> bool:
     return any(each.change for each in connection.connection.info.get(_OPENED, []))
 
 
+def folder(connection: Connection) -> str | None:
+    """Return the folder of the file that the connection has open. None if the file is not known."""
+    files: list[Opened] = connection.connection.info.get(_OPENED, [])
+    return os.path.dirname(files[0].log_path) if files else None
+
+
 def make_private(path: str, like: str | None = None) -> None:
     """Make a missing file at `path`. Give it and its companions no more rights than `like` has.
 
