@@ -857,6 +857,7 @@ class Place:
         os.chdir(self._tree)
         sys.path[0] = str(self._tree)
         os.environ["TEST_PATIENCE"] = str(SHORT_PATIENCE)
+        sys.dont_write_bytecode = False  # the next guard's tests start from the same compiled files
         code = pytest.main(["-q", "-x", "-n0", "--no-header", *tests], [self])
         sys.stdout.flush()
         return code
