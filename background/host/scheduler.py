@@ -1,5 +1,6 @@
 """Calls functions at their time, with APScheduler. No other file imports APScheduler."""
 
+import random
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,10 +19,16 @@ from .logs import quieten
 
 
 class Scheduler:
-    """Calls functions at given times, each on one of `threads` daemon threads. Makes late calls, too."""
+    """Calls functions at given times, each on one of `threads` daemon threads. Makes late calls, too.
+
+    All calls of one moment are one job of APScheduler: adding a job takes longer than losing a tick.
+    """
 
     def __init__(self, threads: int) -> None:
         self._threads = _DaemonThreads(threads)
+        self._planned: dict[str, datetime] = {}
+        self._moments: dict[datetime, tuple[Job, dict[str, Callable[[], object]]]] = {}
+        self._planning = threading.Lock()
         self._scheduler = _Scheduler(
             executors={"default": self._threads},
             # Make every call, also a late one or a second one at the same time. The ledger decides which tick runs.
@@ -54,7 +61,12 @@ class Scheduler:
 
     def at(self, when: datetime, key: str, function: Callable[..., object], *args: Any) -> None:
         """Call `function(*args)` at `when`, on this host's clock. Replaces an earlier call with that `key`."""
-        self._scheduler.add_job(function, "date", run_date=when, args=args, id=key, replace_existing=True)
+        with self._planning:
+            self._forget(key)
+            if when not in self._moments:
+                self._moments[when] = self._scheduler.add_job(self._make_calls, "date", run_date=when, args=[when]), {}
+            self._moments[when][1][key] = partial(function, *args)
+            self._planned[key] = when
 
     def after(self, seconds: float, key: str, function: Callable[..., object], *args: Any) -> None:
         """Call `function(*args)` that many seconds from now. Replaces an earlier call with that `key`."""
@@ -75,8 +87,33 @@ class Scheduler:
 
     def forget(self, key: str) -> None:
         """Do not make the call with that `key`."""
-        with suppress(JobLookupError):
-            self._scheduler.remove_job(key)
+        with self._planning:
+            self._forget(key)
+
+    def _forget(self, key: str) -> None:
+        if (when := self._planned.pop(key, None)) is not None:
+            job, calls = self._moments[when]
+            del calls[key]
+            if not calls:
+                del self._moments[when]
+                with suppress(JobLookupError):
+                    job.remove()
+
+    def _make_calls(self, when: datetime) -> None:
+        """Make the calls of one moment in a random order. In the same order, all instances would claim the same tick.
+
+        Concurrency: another thread may plan a call for `when` at the same time. It joins these calls, or has a new job.
+        """
+        with self._planning:
+            _, planned = self._moments.pop(when, (None, {}))
+            for key in planned:
+                del self._planned[key]
+        calls = list(planned.values())
+        random.shuffle(calls)
+        for call in calls[1:]:
+            self._threads.call(call)
+        for call in calls[:1]:
+            call()
 
 
 class _Scheduler(BackgroundScheduler):  # type: ignore[misc]

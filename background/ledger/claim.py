@@ -157,6 +157,13 @@ STATES = select(
 ).outerjoin(executions, is_of_claim)
 # Built once, as building takes as long as reading.
 ONE_STATE = STATES.where(workers.c.name == bindparam("name"))
+BUSY_STATES = STATES.where(
+    or_(
+        workers.c.running.is_not(None),
+        workers.c.pending_tick.is_not(None),
+        workers.c.name.in_(select(strays.c.worker).where(strays.c.state == literal_column("'running'"))),
+    )
+)
 SOME_STATES = STATES.where(workers.c.name.in_(bindparam("names", expanding=True)))
 
 

@@ -115,6 +115,10 @@ class Pulse:
     is_blind: bool = False
     """True if another client kept a table locked. The heartbeat then renewed the lease and read nothing."""
 
+    def has_news(self, before: "Pulse | None") -> bool:
+        """Return whether more changed since the pulse `before` than the workers that run or must run again."""
+        return before is None or self.is_ahead or replace(before, is_busy=self.is_busy) != self
+
 
 class Leases(Statements):
     """The rows of all instances: living instances, and for a day instances that left or died."""

@@ -2,13 +2,27 @@
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
-from types import MappingProxyType
+from functools import lru_cache
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 from uuid import uuid4
 
-from sqlalchemy import ColumnElement, Connection, Row, and_, case, func, insert, null, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Executable,
+    Row,
+    and_,
+    bindparam,
+    case,
+    func,
+    insert,
+    null,
+    select,
+    update,
+)
 
-from ..database.clock import now
+from ..database.clock import UtcDateTime, now
 from ..database.sessions import Executes
 from ..database.store import Store, count
 from ..database.tables import executions, workers
@@ -17,7 +31,7 @@ from ..host.logs import logger_of
 from ..schedule.parsing import parse_schedule
 from ..schedule.periods import MICROSECOND
 from . import counters
-from .claim import ONE_STATE, SOME_STATES, STATES, Claim, NotClaimed, WorkerState, state_of
+from .claim import BUSY_STATES, ONE_STATE, SOME_STATES, STATES, Claim, NotClaimed, WorkerState, state_of
 from .on_postgresql import ClaimsOnPostgreSQL
 from .on_sqlite import ClaimsOnSQLite
 from .statements import CLAIM_MANUAL, HASTEN, IS_FREE, MISS, SKIP, Values, at_tick, attempted, pending, start
@@ -38,6 +52,8 @@ class Ledger:
     def __init__(self, store: Store) -> None:
         self.store = store
         self._claims = ClaimsOnSQLite(store) if store.on_sqlite else ClaimsOnPostgreSQL(store)
+        released = update(workers).where(in_force(_ANY)).values(running=null(), claim=null())
+        self._release = released.returning(workers.c.token, *store.idle)
 
     # -- reading -------------------------------------------------------------------------------
 
@@ -51,6 +67,14 @@ class Ledger:
         read = self.store.read
         rows = read(STATES) if names is None else read(SOME_STATES, {"names": [*names]})
         return {row.name: state_of(row) for row in rows}
+
+    def busy_states(self) -> dict[str, WorkerState]:
+        """Read the state of every worker that runs, has a pending tick, or has an execution that says "running"."""
+        return {row.name: state_of(row) for row in self.store.read(BUSY_STATES)}
+
+    def decided(self, tick: datetime) -> set[str]:
+        """Read the names of the workers whose tick at the moment `tick` is decided, if they have one."""
+        return {row.name for row in self.store.read(_DECIDED, {"at": tick})}
 
     # -- claiming ------------------------------------------------------------------------------
 
@@ -232,19 +256,13 @@ class Ledger:
         next_attempt: int | None = None,
         pause: timedelta | None = None,
     ) -> str | None:
-        released = connection.execute(
-            update(workers)
-            .where(in_force(claim))
-            .values(running=null(), claim=null())
-            .returning(workers.c.token, *self.store.idle)
-        )
-        if released.first() is None:
+        held = {"of": claim.worker, "of_token": claim.token, "of_id": claim.id}
+        if connection.execute(self._release, held).first() is None:
             return None
-        outcome = {"finished_at": now(), **outcome}
-        ended = connection.execute(
-            update(executions).where(own(claim)).values(respecting_cancel(outcome)).returning(*OUTCOME)
-        )
-        row = ended.one_or_none() or self.write_anew(connection, claim, outcome, [claim.token, None])
+        ended = connection.execute(_ending(tuple(outcome)), held | {f"new_{name}": outcome[name] for name in outcome})
+        row = ended.one_or_none()
+        if row is None:
+            row = self.write_anew(connection, claim, {"finished_at": now(), **outcome}, [claim.token, None])
         state = str(row.state if row is not None else outcome["state"])
         if next_attempt is not None and state != "cancelled":
             moments = (None, None) if pause is None else _retried(connection, claim, pause)
@@ -344,6 +362,19 @@ def respecting_cancel(outcome: Values) -> dict[str, Any]:
     is_cancelled = executions.c.cancelled_at.is_not(None)
     first = {name: func.coalesce(executions.c[name], outcome[name]) for name in CANCELLED if name in outcome}
     return {**outcome, **first, "state": case((is_cancelled, "cancelled"), else_=outcome["state"])}
+
+
+_DECIDED = select(workers.c.name).where(workers.c.mark >= bindparam("at", type_=UtcDateTime()))
+_ANY: Any = SimpleNamespace(worker=bindparam("of"), token=bindparam("of_token"), id=bindparam("of_id"))
+"""Any claim, as parameters: building a statement takes longer than sending it."""
+
+
+@lru_cache
+def _ending(names: tuple[str, ...]) -> Executable:
+    """Build the statement that writes an outcome, with the columns `names`, into the execution's row."""
+    outcome = {name: bindparam(f"new_{name}", type_=executions.c[name].type) for name in names}
+    new = respecting_cancel({"finished_at": now(), **outcome})
+    return update(executions).where(own(_ANY)).values(new).returning(*OUTCOME)
 
 
 def _values(name: str, tick: datetime, instance: tuple[str, str]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Collection
+from enum import IntEnum
 from queue import SimpleQueue
 from typing import Protocol
 
@@ -73,14 +74,28 @@ class Heartbeat:
 _LAST_LOOK_SECONDS = 1.0
 
 
+class Look(IntEnum):
+    """The extent of a look at the fleet."""
+
+    BUSY = 0
+    """The workers that run or must run again."""
+    ALL = 1
+    """All workers, and their schedules."""
+    REARM = 2
+    """The same, and arm every timer again."""
+
+
 class Looking:
-    """Calls `look` in a thread of its own when a caller wants a look. Looks that wait at the same time become one."""
+    """Calls `look` in a thread of its own when a caller wants a look.
+
+    Looks that wait at the same time become one, which goes as far as the farthest of them.
+    """
 
     def __init__(
-        self, look: Callable[[bool], None], failed: Callable[[Exception], None], name: str = "workers-look"
+        self, look: Callable[[Look], None], failed: Callable[[Exception], None], name: str = "workers-look"
     ) -> None:
         self._look, self._failed = look, failed
-        self._wanted: SimpleQueue[bool | None] = SimpleQueue()
+        self._wanted: SimpleQueue[Look | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
 
     def start(self) -> None:
@@ -90,9 +105,9 @@ class Looking:
     def is_alive(self) -> bool:
         return self._thread.is_alive()
 
-    def want(self, rearm: bool = False) -> None:
-        """Have the thread look soon. With `rearm` it also arms every timer again."""
-        self._wanted.put(rearm)
+    def want(self, look: Look = Look.ALL) -> None:
+        """Have the thread look soon."""
+        self._wanted.put(look)
 
     def stop(self) -> None:
         """Begin no other look. Wait briefly for a look in progress."""
@@ -101,13 +116,13 @@ class Looking:
 
     def _serve(self) -> None:
         while (wanted := self._wanted.get()) is not None:
-            rearm = wanted
+            farthest = wanted
             while not self._wanted.empty():
                 if (wanted := self._wanted.get()) is None:
                     return
-                rearm = rearm or wanted
+                farthest = max(farthest, wanted)
             try:
-                self._look(rearm)
+                self._look(farthest)
             except Exception as error:  # the thread must live on for the next look
                 self._failed(error)
 
@@ -155,7 +170,7 @@ class Watching:
         if self._watch is not None:
             self._looking.stop()
 
-    def _look(self, _rearm: bool) -> None:
+    def _look(self, _extent: Look) -> None:
         if self._watch is not None:
             self._watch.look()
             self._outage.ended()

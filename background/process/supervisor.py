@@ -3,7 +3,7 @@
 import logging
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from functools import partial
@@ -22,7 +22,7 @@ from ..runs.running import Runs
 from ..stores import Stores
 from ..worker import AnyWorker, MessageWorker, PeriodicWorker
 from .consumers import Consumers
-from .heartbeat import Heartbeat, Looking, Watch, Watching
+from .heartbeat import Heartbeat, Look, Looking, Watch, Watching
 from .presence import Presence
 from .recovery import ClockRecovery, MessageRecovery, Recovery
 from .schedules import DeclaredSchedules
@@ -224,8 +224,10 @@ class Supervisor:
         if pulse.is_blind:
             self._warn_of_lock()
         else:
-            if is_moved or pulse != before or pulse.is_busy or not self.schedules.are_settled:
-                self._looking.want(is_moved)
+            if is_moved or pulse.has_news(before) or not self.schedules.are_settled:
+                self._looking.want(Look.REARM if is_moved else Look.ALL)
+            elif pulse.is_busy:
+                self._looking.want(Look.BUSY)
             if self._clock_recovery.is_due(pulse):
                 self._soon_once("clock", self._recover_clock)
             if self._stores.roll_up.is_due(pulse.clock):
@@ -294,8 +296,8 @@ class Supervisor:
         self._looking.want()
         self.consumers.wake_all()
 
-    def _looked(self, rearm: bool) -> None:
-        self.refresh(rearm)
+    def _looked(self, look: Look) -> None:
+        self.refresh(look)
         self._blindness.ended()
 
     def _look_failed(self, error: Exception) -> None:
@@ -304,27 +306,33 @@ class Supervisor:
         level = logging.DEBUG if self._outage.is_on else self._blindness.level()
         log.log(level, "Cannot look at the fleet: %s", first_line(error), exc_info=unless_expected(error))
 
-    def refresh(self, rearm: bool = False) -> None:
+    def refresh(self, look: Look = Look.ALL) -> None:
         """Follow the fleet's decisions: schedules, claims whose instance is gone, ticks to claim again.
 
         Only reads. The heartbeat calls this in another thread, as this may wait for a lock.
         """
         with self._refreshing:
-            again_if_stale(partial(self._refresh, rearm))
+            again_if_stale(partial(self._refresh, look))
 
-    def _refresh(self, rearm: bool) -> None:
-        states = self._stores.ledger.states()
+    def _refresh(self, look: Look) -> None:
+        ledger = self._stores.ledger
+        states = ledger.busy_states() if look is Look.BUSY else ledger.states()
         self._runs.cancel({claim: by for state in states.values() for claim, by in state.cancels.items()})
-        self.timers.follow(states, rearm)
+        if look is not Look.BUSY:
+            self._follow(states, look is Look.REARM)
         ours = [state for state in states.values() if state.name in self._workers]
-        for name in self._clock_recovery.warn(states):  # the worker's ticks go on, perhaps by a command
-            self.timers.arm_first(name)
         gone = self._recovery.gone(ours)
         if not self._outage.is_on:  # the end of the outage shows which leases it ended
             self.message_recovery.look()
         for state in ours:
             if state.name in gone or state.is_damaged or self._owed(state):
                 self._soon_once(f"settle:{state.name}", self._settle, state.name)
+
+    def _follow(self, states: Mapping[str, WorkerState], rearm: bool) -> None:
+        """Follow the schedules of all workers."""
+        self.timers.follow(states, rearm)
+        for name in self._clock_recovery.warn(states):  # the worker's ticks go on, perhaps by a command
+            self.timers.arm_first(name)
         if stale := self.schedules.stale(states):
             self._soon_once("declare", self._declare_again, stale)
 

@@ -3,10 +3,12 @@
 Every caller uses this path: the timers, the commands, the dashboard and the tests.
 """
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Set
 from datetime import datetime
 from functools import partial
 
+from ..database.clock import steady
 from ..host.logs import logger_of
 from ..ledger.claim import DECIDED, Claim, NotClaimed, WorkerState
 from ..runs.execution import Execution
@@ -17,6 +19,8 @@ from .presence import Presence
 from .recovery import Recovery
 
 log = logger_of(__name__)
+
+_DECIDED_FOR = 100  # times as long as the read took, so that it uses 1 % of an instance's time
 
 
 class Ticks:
@@ -33,6 +37,19 @@ class Ticks:
         """Call `postpone` with each tick, and its schedule, that this instance must try again later."""
         self._stores, self._presence, self._recovery, self._runs = stores, presence, recovery, runs
         self._postpone = postpone
+        self._decided: tuple[datetime | None, float, Set[str]] = None, 0.0, set()
+        self._reading = threading.Lock()
+
+    def is_decided(self, name: str, tick: datetime) -> bool:
+        """Return whether an instance decided the worker's tick. One read answers for all workers, for a short while."""
+        with self._reading:
+            read, until, names = self._decided
+            if read != tick or steady() >= until:
+                began = steady()
+                names = self._stores.ledger.decided(tick)
+                ended = steady()
+                self._decided = tick, ended + _DECIDED_FOR * (ended - began), names
+        return name in names
 
     def run(
         self, worker: type[PeriodicWorker], tick: datetime, schedule: str, state: WorkerState | None = None

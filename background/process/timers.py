@@ -38,6 +38,8 @@ class Timers:
         self._states: Mapping[str, WorkerState] = {}
         self.armed: dict[str, datetime] = {}
         self._yielding: set[str] = set()
+        # The same for all workers, so that the scheduler calls them together.
+        self._yielded_seconds = random.uniform(*_YIELDED_SECONDS)  # noqa: S311
 
     def follow(self, states: Mapping[str, WorkerState], rearm: bool) -> None:
         """Follow the schedules in force. With `rearm` arm every worker again, as a clock was set."""
@@ -56,6 +58,7 @@ class Timers:
         The latest tick of a worker without a row counts as decided, unless the worker has `run_on_first_start`.
         """
         worker, state = self._workers.get(name), self._states.get(name)
+        self._yielding.discard(name)  # a repair may have opened the tick after the read that found it decided
         if worker is not None and worker.enabled:
             is_first = worker.run_on_first_start and (state is None or state.mark is None)
             self._arm(name, after=None if worker.catch_up or is_first else self._now())
@@ -98,7 +101,7 @@ class Timers:
         offset = instance.clock_offset if (instance := self._presence.instance) else timedelta()
         spread = random.uniform(0, worker.jitter.total_seconds())  # noqa: S311 - no secret
         if name in self._yielding:
-            spread += random.uniform(*_YIELDED_SECONDS)  # noqa: S311
+            spread += self._yielded_seconds
         self._scheduler.at(tick - offset + timedelta(seconds=spread), f"tick:{name}", self._fire, name, tick, text)
 
     def _fire(self, name: str, tick: datetime, schedule: str, failures: int = 0) -> None:
@@ -108,6 +111,8 @@ class Timers:
         if not failures:
             self._arm(name, after=tick)
         try:
+            if name in self._yielding and self._scheduler.is_awaited and self._ticks.is_decided(name, tick):
+                return  # one read for all ticks that wait for a thread, instead of a claim for each
             is_ours = self._ticks.run(worker, tick, schedule) is not None
             # After losing a tick, start 10 to 20 ms later next time. Otherwise every loser would wait for the winner's
             # row lock only to learn that it lost.

@@ -225,6 +225,36 @@ def test_failing_looks_during_good_heartbeats_are_logged_once(
     assert manager.presence.instance.is_alive
 
 
+def test_the_heartbeats_during_a_run_read_the_busy_workers_only(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    working, go_on = threading.Event(), threading.Event()
+
+    class Long(Hourly):
+        def do_work(self, context: WorkerContext) -> None:
+            working.set()
+            assert go_on.wait(PATIENCE)
+
+    manager = fleet.manager(Long, Hourly, WORKERS_HEARTBEAT_SECONDS=0.1)
+    busy, ledger = [], manager.stores.ledger
+    look_at_busy, look_at_all = ledger.busy_states, ledger.states
+
+    def noted() -> Any:
+        busy.append(look_at_busy())
+        return busy[-1]
+
+    def looked(names: Any = None) -> Any:
+        busy.clear()
+        return look_at_all(names)
+
+    monkeypatch.setattr(ledger, "busy_states", noted)
+    monkeypatch.setattr(ledger, "states", looked)
+    manager.start()
+    assert working.wait(PATIENCE)
+    wait_until(lambda: len(busy) >= 5, "five looks at the busy workers, without a look at all workers between them")
+    assert {name for states in busy for name in states} == {"long"}
+    go_on.set()
+    wait_until(lambda: fleet.states("long") == ["succeeded"], "the end of the run")
+
+
 @pytest.mark.promise
 @on_postgresql
 def test_a_table_locked_right_after_a_heartbeat_does_not_delay_the_next_heartbeat(fleet: Fleet) -> None:
@@ -277,8 +307,8 @@ def test_a_loser_of_a_tick_reads_once_and_waits_a_little_at_the_next_tick(fleet:
 def armed_after(manager: BackgroundWorkerManager) -> timedelta:
     """Return the delay between the tick and the next wake-up, by the database's clock."""
     supervisor = manager.supervisor
-    job = supervisor.scheduler._scheduler.get_job("tick:hourly")
-    return job.trigger.run_date + manager.presence.instance.clock_offset - supervisor.timers.armed["hourly"]
+    planned = supervisor.scheduler._planned["tick:hourly"]
+    return planned + manager.presence.instance.clock_offset - supervisor.timers.armed["hourly"]
 
 
 @pytest.mark.promise

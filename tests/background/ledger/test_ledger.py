@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -96,6 +97,31 @@ def test_an_instance_that_comes_after_the_winner_does_one_read(fleet: Fleet) -> 
     assert len(seen) == 1
     assert seen[0].startswith("SELECT")
     assert shared == []
+
+
+def test_the_busy_states_are_those_with_a_run_a_pending_tick_or_a_stray_execution(fleet: Fleet) -> None:
+    names = ("idle", "runs", "must_run", "strays")
+    manager = fleet.manager(*(type(name, (Hourly,), {"name": name}) for name in names))
+    for name in names:
+        manager.tick(name, last_hour())
+    fleet.set("must_run", pending_tick=last_hour(), pending_attempt=2, pending_trigger="schedule")
+    manager.stores.ledger.claim_manual("runs", last_hour(), ("an id", "an instance"))
+    with fleet.engine.begin() as connection:
+        strays = update(tables.executions).where(tables.executions.c.worker == "strays")
+        connection.execute(strays.values(state="running", finished_at=None))
+    every, busy = manager.stores.ledger.states(), manager.stores.ledger.busy_states()
+    assert set(every) == set(names)
+    assert set(busy) == {"runs", "must_run", "strays"}
+    assert all(replace(busy[name], clock=every[name].clock) == every[name] for name in busy)
+
+
+def test_one_read_finds_the_workers_whose_tick_is_decided(fleet: Fleet) -> None:
+    manager = fleet.manager(Hourly, Shared)
+    manager.tick("hourly", last_hour())
+    with statements(manager.stores.main.engine) as seen:
+        assert manager.stores.ledger.decided(last_hour()) == {"hourly"}
+        assert manager.stores.ledger.decided(last_hour() + HOUR) == set()
+    assert len(seen) == 2
 
 
 def test_a_manual_run_at_the_tick_does_not_replace_the_tick(fleet: Fleet) -> None:

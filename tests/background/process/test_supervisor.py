@@ -9,15 +9,17 @@ from typing import Any
 import pytest
 from sqlalchemy import delete, select, text
 from support.databases import on_postgresql
-from support.fleet import HOUR, PATIENCE, Fleet, Hourly, at_once, effect, in_threads, last_hour, wait_until
+from support.fleet import HOUR, PATIENCE, Fleet, Hourly, at_once, effect, in_threads, last_hour, statements, wait_until
 
 from background import InvalidSchedule, UnknownWorker, WorkerContext
 from background.database import tables
 from background.database.connections import made_once
 from background.history.text import moment
+from background.host.scheduler import Scheduler
 from background.ledger.leases import Instance, Pulse
 from background.process import timers as timers
 from background.process.supervisor import Supervisor
+from background.process.ticks import Ticks
 from background.registry import declared_schedule
 from background.tallies.rollup import RollUp
 
@@ -279,6 +281,44 @@ def test_a_host_that_slept_finds_due_ticks_with_its_next_heartbeat(
 
     monkeypatch.setattr("apscheduler.schedulers.base.datetime", Later)
     wait_until(lambda: supervisor.timers.armed["rarely"] > tick, "it was fired")
+
+
+@pytest.mark.promise
+def test_losers_of_many_ticks_at_one_moment_find_them_decided_by_one_read(fleet: Fleet) -> None:
+    workers = [type(name, (Hourly,), {"name": name}) for name in ("first", "second", "third", "open")]
+    winner, loser = fleet.manager(*workers), fleet.manager(*workers)
+    for name in ("first", "second", "third"):
+        winner.tick(name, last_hour())
+    loser.tick("first", last_hour() - HOUR)  # makes its connection
+    ticks = Ticks(loser.stores, loser.presence, loser.recovery, loser.runs, print)
+    with statements(loser.stores.main.engine) as seen:
+        found = [ticks.is_decided(worker.name, last_hour()) for worker in workers]
+    assert found == [True, True, True, False]
+    assert len(seen) == 1
+    winner.tick("open", last_hour())
+    wait_until(lambda: ticks.is_decided("open", last_hour()), "another read")
+
+
+@pytest.mark.promise
+def test_a_tick_that_a_yielding_instance_finds_open_is_run(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    manager = fleet.manager(Rarely)
+    monkeypatch.setattr(Scheduler, "is_awaited", True)
+    asked: list[bool] = []
+    is_decided = Ticks.is_decided
+
+    def note(self: Ticks, name: str, tick: datetime) -> bool:
+        asked.append(is_decided(self, name, tick))
+        return asked[-1]
+
+    monkeypatch.setattr(Ticks, "is_decided", note)
+    manager.start()
+    supervisor = wait_until(lambda: ticks(fleet, "rarely") and manager.supervisor, "the first run")
+    supervisor.timers._yielding.add("rarely")
+    tick = supervisor.timers.armed["rarely"] - Rarely.period
+    fleet.set("rarely", mark=tick - HOUR)
+    supervisor.timers._fire("rarely", tick, manager.recovery.look(Rarely).schedule_text)
+    assert asked == [False]
+    assert ticks(fleet, "rarely").count(tick) == 2
 
 
 def test_a_pause_and_a_resume_reach_the_other_instances(fleet: Fleet) -> None:

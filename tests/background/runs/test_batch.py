@@ -761,16 +761,16 @@ def test_a_consumer_that_found_nothing_waits_a_little_and_looks_once_for_several
 ) -> None:
     monkeypatch.setattr("background.process.consumers._YIELDED_SECONDS", (10 * MINUTE, 10 * MINUTE))
     manager = quiet(Notes)
-    consumers, timers = manager.supervisor.consumers, manager.supervisor.scheduler._scheduler
+    consumers, scheduler = manager.supervisor.consumers, manager.supervisor.scheduler
     wait_until(lambda: "notes" in consumers._yielding, "a look that finds nothing")
     for _ in range(3):
         consumers.hear("notes")
-    assert [job.id for job in timers.get_jobs()].count("heard:notes") == 1
+    assert [key for _, calls in scheduler._moments.values() for key in calls].count("heard:notes") == 1
     with manager.app.app_context():
         manager.enqueue("notes", "its own")
         db.session.commit()
     wait_until(lambda: "notes" not in consumers._yielding, "the handling")
-    timers.remove_job("heard:notes")
+    scheduler.forget("heard:notes")
     with manager.app.app_context():
         monkeypatch.setattr(consumers, "wake_after", lambda topic, pause: None)  # as if another process had enqueued it
         manager.enqueue("notes", "another's")
@@ -782,13 +782,13 @@ def test_a_consumer_that_found_nothing_waits_a_little_and_looks_once_for_several
 @pytest.mark.promise
 def test_many_delayed_messages_set_no_timers_in_this_process(fleet: Fleet, quiet: Quiet) -> None:
     manager = quiet(Notes)
-    timers = manager.supervisor.scheduler._scheduler
-    before = len(timers.get_jobs())
+    scheduler = manager.supervisor.scheduler
+    before = len(scheduler._planned)
     with manager.app.app_context():
         for number in range(100):
             manager.enqueue("notes", number, delay=HOUR + timedelta(minutes=number))
         db.session.commit()
-    wait_until(lambda: len(timers.get_jobs()) <= before, "at most a look at them")
+    wait_until(lambda: len(scheduler._planned) <= before, "at most a look at them")
 
 
 @pytest.mark.promise
