@@ -506,17 +506,18 @@ def test_a_claim_is_planned_once_and_again_after_a_migration_or_without_its_plan
 @on_postgresql
 def test_a_claim_succeeds_after_a_migration_where_the_server_isolates_strictly(fleet: Fleet) -> None:
     strict = fleet.engine.url.update_query_dict({"options": "-c default_transaction_isolation=serializable"})
-    manager = Fleet(strict.render_as_string(hide_password=False)).manager(Hourly)
-    ledger, schedule = manager.stores.ledger, manager.recovery.look(Hourly).schedule_text
+    with closing(Fleet(strict.render_as_string(hide_password=False))) as isolated:
+        manager = isolated.manager(Hourly)
+        ledger, schedule = manager.stores.ledger, manager.recovery.look(Hourly).schedule_text
 
-    def claim() -> object:
-        fleet.set("hourly", mark=None, running=None, claim=None)
-        return ledger.claim("hourly", last_hour(), schedule, ("id", "name"))
+        def claim() -> object:
+            fleet.set("hourly", mark=None, running=None, claim=None)
+            return ledger.claim("hourly", last_hour(), schedule, ("id", "name"))
 
-    assert all(claim() for _ in range(2))
-    with manager.stores.main.single.begin() as connection:
-        connection.execute(text("ALTER TABLE background_executions ALTER COLUMN trigger TYPE varchar(20)"))
-    assert claim()
+        assert all(claim() for _ in range(2))
+        with manager.stores.main.single.begin() as connection:
+            connection.execute(text("ALTER TABLE background_executions ALTER COLUMN trigger TYPE varchar(20)"))
+        assert claim()
 
 
 def test_a_tick_whose_obstacle_disappears_while_it_is_being_skipped_runs(fleet: Fleet) -> None:
