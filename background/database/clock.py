@@ -25,6 +25,7 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.expression import FunctionElement
 
 from ..host.logs import logger_of
+from .dialects.writes import COMMITS_ITSELF
 
 log = logger_of(__name__)
 
@@ -194,6 +195,7 @@ def steady() -> float:
 def single_statements(engine: Engine) -> Engine:
     """Return `engine` for transactions of one statement. On PostgreSQL that saves the BEGIN and the ROLLBACK.
 
-    SQLite's driver sends neither of them for a read.
+    SQLite's driver sends neither of them for a read. A write that begins with WITH commits itself there.
     """
-    return engine if engine.dialect.name == "sqlite" else engine.execution_options(isolation_level="AUTOCOMMIT")
+    is_sqlite = engine.dialect.name == "sqlite"
+    return engine.execution_options(**({COMMITS_ITSELF: True} if is_sqlite else {"isolation_level": "AUTOCOMMIT"}))

@@ -17,7 +17,7 @@ from ...host.listeners import is_new
 from . import sqlite_files as database_files
 from .error_codes import is_busy
 from .write_lock import waiting
-from .writes import changes_rows
+from .writes import COMMITS_ITSELF, changes_rows, has_cte
 
 BUSY_SECONDS = 30
 OPEN_SECONDS = 10
@@ -195,15 +195,21 @@ def _begin_before_savepoint(connection: Connection, _name: str) -> None:
             connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
-def _begin_before_write(cursor: Any, statement: str, *more: Any) -> None:
+def _begin_before_write(cursor: Any, statement: str, *more: Any) -> bool:
     """Begin a transaction before its first write, and show that this connection may have to wait for it.
 
     The driver begins none before a write with WITH. SQLite would commit such a write at once.
+    Return True if the statement was sent as well: a write that commits itself holds the lock for this one step only.
     """
     driver, context = cursor.connection, more[-1]
-    if driver.isolation_level is not None and not driver.in_transaction and changes_rows(statement):
-        with waiting(database_files.folder(context.root_connection)):
-            driver.execute("BEGIN IMMEDIATE")
+    if driver.isolation_level is None or driver.in_transaction or not changes_rows(statement):
+        return False
+    with waiting(database_files.folder(context.root_connection)):
+        if context.execution_options.get(COMMITS_ITSELF) and has_cte(statement):
+            cursor.execute(statement, *more[:-1])
+            return True
+        driver.execute("BEGIN IMMEDIATE")
+        return False
 
 
 def lock_soon(connection: Connection, seconds: float | None = None) -> bool:

@@ -2,6 +2,9 @@
 
 import re
 
+COMMITS_ITSELF = "background_commits_itself"
+"""The option of a connection to SQLite that begins no transaction before a write with WITH."""
+
 _BEFORE = re.compile(r"(?:[\s(]|--[^\n]*\n|/\*.*?\*/)*", re.DOTALL)  # spaces and comments before a statement
 _READS = re.compile(r"(select|show|explain|values|table|pragma|begin|savepoint|release|rollback|set)\b", re.IGNORECASE)
 _CHANGES = re.compile(r"(insert|update|delete|replace)\b", re.IGNORECASE)
@@ -10,15 +13,18 @@ _WRITES = re.compile(r"\b(insert|update|delete|merge)\b", re.IGNORECASE)
 
 def is_write(statement: str) -> bool:
     """Return whether the statement may change the database."""
-    bare = _BEFORE.sub("", statement, count=1)
-    return not _READS.match(bare) and (not _has_cte(bare) or bool(_WRITES.search(bare)))
+    return not _READS.match(_bare(statement)) and (not has_cte(statement) or bool(_WRITES.search(statement)))
 
 
 def changes_rows(statement: str) -> bool:
     """Return whether the statement may change rows on SQLite."""
-    bare = _BEFORE.sub("", statement, count=1)
-    return bool(_CHANGES.match(bare)) or (_has_cte(bare) and bool(_WRITES.search(bare)))
+    return bool(_CHANGES.match(_bare(statement))) or (has_cte(statement) and bool(_WRITES.search(statement)))
 
 
-def _has_cte(bare: str) -> bool:
-    return bare[:4].lower() == "with"
+def has_cte(statement: str) -> bool:
+    """Return whether the statement begins with WITH."""
+    return _bare(statement)[:4].lower() == "with"
+
+
+def _bare(statement: str) -> str:
+    return _BEFORE.sub("", statement, count=1)
