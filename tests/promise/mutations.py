@@ -267,7 +267,14 @@ MUTATIONS = (
     ),
     Mutation(
         "a look for work does not delay the heartbeat",
-        [Edit("background/process/supervisor.py", "self._looking.want(Look.BUSY)", "self.refresh(Look.BUSY)")],
+        [
+            Edit(
+                "background/process/supervisor.py",
+                "self._looking.want(Look.REARM if is_moved else Look.ALL)",
+                "self.refresh(Look.ALL)",
+            ),
+            Edit("background/process/supervisor.py", "self._looking.want(Look.BUSY)", "self.refresh(Look.BUSY)"),
+        ],
         ["tests/background/ledger/test_leases.py", "-k", "locked_right_after_a_heartbeat"],
     ),
     Mutation(
