@@ -13,18 +13,24 @@ _WRITES = re.compile(r"\b(insert|update|delete|merge)\b", re.IGNORECASE)
 
 def is_write(statement: str) -> bool:
     """Return whether the statement may change the database."""
-    return not _READS.match(_bare(statement)) and (not has_cte(statement) or bool(_WRITES.search(statement)))
+    bare = _bare(statement)
+    return not _READS.match(bare) and (not _begins_with_cte(bare) or bool(_WRITES.search(bare)))
 
 
 def changes_rows(statement: str) -> bool:
     """Return whether the statement may change rows on SQLite."""
-    return bool(_CHANGES.match(_bare(statement))) or (has_cte(statement) and bool(_WRITES.search(statement)))
+    bare = _bare(statement)
+    return bool(_CHANGES.match(bare)) or (_begins_with_cte(bare) and bool(_WRITES.search(bare)))
 
 
 def has_cte(statement: str) -> bool:
     """Return whether the statement begins with WITH."""
-    return _bare(statement)[:4].lower() == "with"
+    return _begins_with_cte(_bare(statement))
 
 
 def _bare(statement: str) -> str:
     return _BEFORE.sub("", statement, count=1)
+
+
+def _begins_with_cte(bare: str) -> bool:
+    return bare[:4].lower() == "with"
