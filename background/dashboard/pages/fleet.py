@@ -21,7 +21,6 @@ from ...schedule.parsing import parse_schedule
 from ...schedule.periods import MICROSECOND
 from ..ticks import Expected, marks, possible_gaps
 from ..timeline import CLASSES, SIGNS, draw
-from .addresses import worker_url
 
 LENGTHS = {
     "1m": ("1 minute", timedelta(minutes=1)),
@@ -76,10 +75,6 @@ def timeline_page() -> ResponseReturnValue:
         most_gaps=_MOST_GAPS if has_more_gaps else None,
         late=late[:_MOST_LATE],
         more_late=len(late[_MOST_LATE:]),
-        addresses={
-            name: worker_url("worker", name)
-            for name in {each.worker for each in window.records} | {each.name for each in late[:_MOST_LATE]}
-        },
         classes=CLASSES,
         signs=SIGNS,
         **known,
