@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import pytest
-from sqlalchemy import event, update
+from sqlalchemy import event, text, update
 from support.databases import on_postgresql
 from support.fleet import HOUR, Fleet, db, effect, states, wait_until
 from support.processes import PATIENCE
@@ -251,6 +251,10 @@ def test_an_old_message_that_was_moved_to_a_topic_is_found_without_a_heartbeat(
     start(manager)
     fleet.enqueue("notes", "newer")
     wait_until(lambda: has_floor(manager), "a floor")
+    listening = "datname = current_database() AND query ILIKE 'listen%' AND state = 'idle'"
+    with fleet.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        count = text(f"SELECT count(*) FROM pg_stat_activity WHERE {listening}")
+        wait_until(lambda: connection.scalar(count), "the listening")
     manager.stores.dead_letters.move([older or 0], "notes")
     all_are(fleet, "done", 2)
 
