@@ -4,10 +4,11 @@ import threading
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from threading import Semaphore
 from typing import Any
 
 import pytest
-from sqlalchemy import event, text, update
+from sqlalchemy import event, update
 from support.databases import on_postgresql
 from support.fleet import HOUR, Fleet, db, effect, states, wait_until
 from support.processes import PATIENCE
@@ -17,7 +18,7 @@ from background.database import tables
 from background.ledger.leases import Instance
 from background.messages import floors
 from background.messages.floors import Floors
-from background.process.supervisor import Supervisor
+from background.process.consumers import Consumers
 
 NOON = datetime(2026, 11, 30, 12, tzinfo=UTC)
 SECOND = timedelta(seconds=1)
@@ -122,9 +123,21 @@ def all_are(fleet: Fleet, state: str, count: int) -> None:
 
 
 def start(manager: BackgroundWorkerManager) -> None:
-    """Start, and send the only heartbeat of the test. It has the floors used."""
-    manager.start()
-    wait_until(lambda: manager.supervisor.listener is not None, "the start")
+    """Start, wait until the process listens and has looked, and send the only heartbeat of the test.
+
+    A look forgets the floors. The heartbeat has them used.
+    """
+    looks, wake_all = Semaphore(0), Consumers.wake_all
+
+    def count(consumers: Consumers) -> None:
+        wake_all(consumers)
+        looks.release()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Consumers, "wake_all", count)
+        manager.start()
+        for _ in ("at the start", "after it listens"):
+            assert looks.acquire(timeout=PATIENCE)
     manager.supervisor._beat()
 
 
@@ -201,7 +214,7 @@ def test_a_heartbeat_finds_a_message_that_was_committed_late_while_newer_message
 
 
 def test_a_message_that_failed_without_a_backoff_is_claimed_again_without_a_heartbeat(
-    fleet: Fleet, exact_floors: None, monkeypatch: pytest.MonkeyPatch
+    fleet: Fleet, exact_floors: None
 ) -> None:
     class Second(Notes):
         concurrency = 2
@@ -214,7 +227,6 @@ def test_a_message_that_failed_without_a_backoff_is_claimed_again_without_a_hear
 
     began, may_fail = threading.Event(), threading.Event()
     manager = fleet.manager(Second, **SELDOM)
-    monkeypatch.setattr(Supervisor, "_look", lambda _supervisor: None)  # it looks without floors
     start(manager)
     fleet.enqueue("notes", "slow")
     assert began.wait(20)
@@ -251,10 +263,6 @@ def test_an_old_message_that_was_moved_to_a_topic_is_found_without_a_heartbeat(
     start(manager)
     fleet.enqueue("notes", "newer")
     wait_until(lambda: has_floor(manager), "a floor")
-    listening = "datname = current_database() AND query ILIKE 'listen%' AND state = 'idle'"
-    with fleet.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        count = text(f"SELECT count(*) FROM pg_stat_activity WHERE {listening}")
-        wait_until(lambda: connection.scalar(count), "the listening")
     manager.stores.dead_letters.move([older or 0], "notes")
     all_are(fleet, "done", 2)
 
