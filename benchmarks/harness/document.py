@@ -1,5 +1,6 @@
 """Writes the measured figures into docs/performance.md and the README, as tables."""
 
+import operator
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,9 +42,18 @@ def table(case: str, figures: list[Entry]) -> Iterator[str]:
         at = f", at {each['at']:,}" if "at" in each else ""
         of = each.get("of", "")
         ratio = f"{spread(each['ratios'])} times {of}" if of else ""
-        aim = each.get("aim", "")
+        aim = each.get("aim", "") + (", not met" if is_missed(each) else "")
         figure = f"{number(median(each['values']))} {each['unit']}"
         yield re.sub(" +", " ", f"| {name}{at} | {NAMES[each['engine']]} | {figure} | {ratio} | {aim} |")
+
+
+def is_missed(figure: Entry) -> bool:
+    """Return whether the median misses the aim. An aim without a unit is about the ratio, if there is one."""
+    if not figure.get("aim"):
+        return False
+    sign, wanted, *unit = figure["aim"].split(maxsplit=2)
+    found = median(figure["values" if unit else "ratios"] if figure.get("of") else figure["values"])
+    return not {"<=": operator.le, ">=": operator.ge, "=": operator.eq}[sign](found, float(wanted))
 
 
 def readme(figures: list[Entry]) -> Iterator[str]:
