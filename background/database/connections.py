@@ -122,6 +122,11 @@ class Connections:
         return f"{self._file}-instances" if self._on_sqlite else None
 
     @made_once
+    def log_file(self) -> str | None:
+        """The path of SQLite's write-ahead log. None on PostgreSQL."""
+        return f"{self._file}-wal" if self._on_sqlite else None
+
+    @made_once
     def _path(self) -> str:
         """The path of the database's file, as the application wrote it. With a `creator`, that of its connection."""
         path = str(self._shared.url.database)

@@ -16,16 +16,18 @@ from sqlalchemy import Engine, func, select
 from sqlalchemy.exc import SQLAlchemyError
 
 from ..host.logs import logger_of
+from ..host.touches import touches
 from .clock import steady
 from .connections import Connections, again_if_stale
-from .dialects.sqlite_files import is_replaced
+from .dialects.sqlite_files import is_replaced, log_of
 
 log = logger_of(__name__)
 
 CHANNEL = "background_messages"
 _RETRY_SECONDS = 0.5
-_LOOK_SECONDS = 0.25  # between two looks at the heartbeats' file
-_GLANCE_SECONDS = 0.018  # between two looks at SQLite's counter of commits
+_LOOK_SECONDS = 0.25  # between two looks at the files of SQLite
+_GLANCE_SECONDS = 0.018  # the same, if the system does not tell of touches
+_ALL = 65_536  # bytes
 _RESTS = 16  # times as long as the work before the rest
 _LONGEST_REST_SECONDS = 0.1
 _LONGEST_WAIT_SECONDS = 1.0
@@ -49,9 +51,10 @@ def _notify(engine: Engine) -> None:
 
 
 class Notifier:
-    """Notifies all processes of committed messages on PostgreSQL. Its thread ends when no topic waits.
+    """Notifies all processes of committed messages.
 
-    The transaction of the caller does not notify, because PostgreSQL lets transactions that notify commit one by one.
+    On SQLite it touches the write-ahead log. On PostgreSQL a thread notifies, and ends when no topic waits. The
+    transaction of the caller does not notify, because PostgreSQL lets transactions that notify commit one by one.
     The connection is in no pool, because a busy pool would open and close a connection for each notification. If the
     connection fails, or this process ends before the notification, a heartbeat finds the messages.
     """
@@ -65,8 +68,12 @@ class Notifier:
         _notifiers.add(self)
 
     def notify(self, topics: Collection[str]) -> None:
-        """Have the thread notify all processes of new messages of `topics`. Does not wait, and raises no error."""
-        if self._connections.heartbeat_file or not topics:
+        """Notify all processes of new messages of `topics`, soon. Does not wait, and raises no error."""
+        if not topics:
+            return
+        if path := self._connections.log_file:
+            with suppress(OSError):
+                os.utime(path)
             return
         with self._changed:
             self._waiting.update(topics)
@@ -139,8 +146,8 @@ class Listener:
     PostgreSQL notifies it, on a connection of its own, of new work. Behind a pooler a heartbeat finds the work.
 
     SQLite has no notifications. So the thread looks whether another process touched the heartbeats' file. While some
-    topics are `idle`, it also looks at SQLite's counter of commits. After a commit it asks `due` which of these topics
-    have a due message.
+    topics are `idle`, it also looks at SQLite's counter of commits: often, and at once after a touch of the write-ahead
+    log. After a commit it asks `due` which of these topics have a due message.
     """
 
     def __init__(
@@ -194,17 +201,24 @@ class Listener:
             self._heard(heard.extra.decode())
 
     def _watch(self, path: str) -> None:
-        with self._connections.claims.connect() as connection:
+        with (
+            self._connections.claims.connect() as connection,
+            touches(log_of(connection)) as touched,
+            DefaultSelector() as selector,
+        ):
+            selector.register(self._wake_end, EVENT_READ)
+            if touched is not None:
+                selector.register(touched, EVENT_READ)
             driver: Any = connection.connection.driver_connection
             commits, look_at, rest = None, 0.0, _GLANCE_SECONDS
-            while not self._stopped.wait(rest):
+            while not self._stopped.is_set():
                 if steady() >= look_at:
                     if is_replaced(connection):  # the next connection opens the new file
                         return
                     self._look(path)
                     look_at = steady() + _LOOK_SECONDS
                 if not (topics := self._idle()):  # every consumer is busy, or there is none
-                    rest = min(rest * 2, _LOOK_SECONDS)
+                    self._stopped.wait(rest := min(rest * 2, _LOOK_SECONDS))
                     continue
                 rest = _GLANCE_SECONDS
                 ((found,),) = driver.execute("PRAGMA data_version").fetchall()
@@ -213,7 +227,10 @@ class Listener:
                     for topic in self._due(topics):
                         self._heard(topic)
                     # Without this rest, the reads would use a core while another process commits all the time.
-                    rest = max(rest, (steady() - began) * _RESTS)
+                    self._stopped.wait(max(rest, (steady() - began) * _RESTS))
+                if selector.select(_GLANCE_SECONDS if touched is None else _LOOK_SECONDS) and touched is not None:
+                    with suppress(BlockingIOError):  # the other end woke this thread
+                        os.read(touched, _ALL)
 
     def _look(self, path: str) -> None:
         touched, before = os.stat(path).st_mtime_ns, self._touched

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from support.fleet import PATIENCE, Fleet, Note, db, make_app, statements, state
 from support.processes import environment
 
 from background import BackgroundWorkerManager, Message, MessageWorker, WorkerContext, current_workers
+from background.database import notifications
 from background.database.notifications import CHANNEL, Notifier
 
 
@@ -263,6 +264,11 @@ def test_a_forked_child_notifies_on_a_connection_of_its_own(
 @pytest.fixture
 def listening(fleet: Fleet) -> BackgroundWorkerManager:
     """Give a started manager whose heartbeats find nothing during the test."""
+    return start_to_listen(fleet)
+
+
+def start_to_listen(fleet: Fleet) -> BackgroundWorkerManager:
+    """Start a manager whose heartbeats find nothing during the test, and have it handle the first message."""
     manager = fleet.manager(Orders, Last, WORKERS_HEARTBEAT_SECONDS=60, WORKERS_LEASE_SECONDS=300)
     manager.start()
     wait_until(lambda: manager.supervisor and manager.supervisor.listener, "the start")
@@ -286,7 +292,37 @@ def test_a_commit_of_another_process_costs_an_idle_process_one_read_for_each_top
 
 
 @on_sqlite
-def test_a_process_without_a_commit_reads_no_table(listening: BackgroundWorkerManager) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells of a touch")
+def test_a_process_hears_of_messages_of_another_process_between_its_looks(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(notifications, "_LOOK_SECONDS", 10 * PATIENCE)
+    start_to_listen(fleet)
+    enqueue_one_by_one(fleet)
+
+
+@on_sqlite
+def test_a_process_hears_of_messages_although_the_system_tells_of_no_touch(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(notifications, "touches", lambda _path: nullcontext())
+    monkeypatch.setattr(notifications, "_LOOK_SECONDS", 10 * PATIENCE)
+    start_to_listen(fleet)
+    enqueue_one_by_one(fleet)
+
+
+def enqueue_one_by_one(fleet: Fleet) -> None:
+    """Enqueue three messages. A look that was in progress may find the first of them."""
+    for number in (1, 2, 3):
+        fleet.enqueue("orders", number)
+        wait_until(lambda number=number: states(fleet) == ["done"] * (1 + number), "the message")
+
+
+@on_sqlite
+def test_a_process_without_a_commit_reads_no_table(
+    listening: BackgroundWorkerManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(notifications, "_LOOK_SECONDS", 0.01)
     glances, listener = [], listening.supervisor.listener
     with statements(listening.stores.connections.claims) as sent:
         is_idle, listener._idle = listener._idle, lambda: glances.append(len(sent)) or is_idle()
