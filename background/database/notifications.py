@@ -53,10 +53,13 @@ def _notify(engine: Engine) -> None:
 class Notifier:
     """Notifies all processes of committed messages.
 
-    On SQLite it touches the write-ahead log. On PostgreSQL a thread notifies, and ends when no topic waits. The
-    transaction of the caller does not notify, because PostgreSQL lets transactions that notify commit one by one.
-    The connection is in no pool, because a busy pool would open and close a connection for each notification. If the
-    connection fails, or this process ends before the notification, a heartbeat finds the messages.
+    On SQLite it touches the write-ahead log.
+
+    On PostgreSQL a thread notifies, and ends when no topic waits. If no thread works, the caller of `notify` sends the
+    notification, and the thread reads the response. The transaction of the caller does not notify, because PostgreSQL
+    lets transactions that notify commit one by one. The connection is in no pool, because a busy pool would open and
+    close a connection for each notification. If the connection fails, or this process ends before the notification, a
+    heartbeat finds the messages.
     """
 
     def __init__(self, connections: Connections) -> None:
@@ -76,13 +79,17 @@ class Notifier:
                 os.utime(path)
             return
         with self._changed:
-            self._waiting.update(topics)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._serve, name="workers-notifier", daemon=True)
-                try:
-                    self._thread.start()
-                except RuntimeError:  # the interpreter ends, or can start no other thread
-                    self._thread = None
+            if self._thread is not None:
+                self._waiting.update(topics)
+                return
+            sent_at = self._send_early(topics)
+            serve = partial(self._serve, set(topics), sent_at)
+            self._thread = threading.Thread(target=serve, name="workers-notifier", daemon=True)
+            try:
+                self._thread.start()
+            except RuntimeError:  # the interpreter ends, or can start no other thread
+                self._thread = None
+                self._close()
 
     def wait(self) -> None:
         """Wait until the thread has notified of all topics, for at most a second."""
@@ -96,18 +103,28 @@ class Notifier:
             if self._thread is None:
                 self._close()
 
-    def _serve(self) -> None:
-        while topics := self._next():
+    def _send_early(self, topics: Collection[str]) -> float | None:
+        """Send the notification, as the start of the thread takes longer. Return the moment, or None if this failed."""
+        if self._connection is not None:
+            with suppress(Exception):  # the thread tries again
+                self._send(topics)
+                return steady()
+        return None
+
+    def _serve(self, topics: set[str], sent_at: float | None) -> None:
+        while topics:
             rest = _RETRY_SECONDS
             for _ in range(2):  # the server may have closed the connection since its last use
                 try:
-                    rest = min(self._send(list(topics)) * _RESTS, _LONGEST_REST_SECONDS)
+                    rest = min(self._finish(topics, sent_at) * _RESTS, _LONGEST_REST_SECONDS)
                     break
                 except Exception as error:  # the thread must go on to notify again
                     log.debug("Cannot notify: %s", error)
                     self._close()
+                    sent_at = None
             # Without this rest, a busy process would notify, or try to connect, for each commit.
             time.sleep(rest)
+            topics, sent_at = self._next(), None
 
     def _next(self) -> set[str]:
         with self._changed:
@@ -116,12 +133,30 @@ class Notifier:
                 self._thread = None
             return topics
 
-    def _send(self, topics: list[str]) -> float:
+    def _finish(self, topics: Collection[str], sent_at: float | None) -> float:
+        """Send the notification, unless it was sent early. Read the response. Return the seconds that this took."""
+        from psycopg.generators import execute
+
         if self._connection is None:
             self._connection = self._connections.open_separately()
-        began = steady()
-        self._connection.execute(_NOTIFICATION, [CHANNEL, topics])
-        return steady() - began
+        if sent_at is None:
+            sent_at = steady()
+            self._send(topics)
+        for result in self._connection.wait(execute(self._connection.pgconn)):
+            if result.status != _DONE:
+                raise OSError(result.get_error_message())
+        return steady() - sent_at
+
+    def _send(self, topics: Collection[str]) -> None:
+        """Send the notification, without a wait for the response.
+
+        The server need not write this commit to the disk, because a crash of the server forgets all notifications.
+        """
+        from psycopg.sql import quote
+
+        each = (f"NOTIFY {CHANNEL}, {quote(topic, self._connection)}" for topic in topics)
+        statements = "; ".join(["BEGIN", "SET LOCAL synchronous_commit = off", *each, "COMMIT"])
+        self._connection.pgconn.send_query(statements.encode(self._connection.info.encoding))
 
     def _close(self) -> None:
         connection, self._connection = self._connection, None
@@ -129,8 +164,7 @@ class Notifier:
             connection.close()
 
 
-# The server need not write this commit to the disk, because a crash of the server forgets all notifications.
-_NOTIFICATION = "SELECT set_config('synchronous_commit', 'off', true), pg_notify(%s, unnest(%s::text[]))"
+_DONE = 1  # PGRES_COMMAND_OK
 _notifiers: "WeakSet[Notifier]" = WeakSet()
 
 
