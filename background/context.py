@@ -6,6 +6,8 @@ import math
 import os
 import threading
 import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from decimal import Decimal
 from numbers import Real
@@ -37,6 +39,26 @@ class Stopping(threading.Event):
         return self.is_set()
 
 
+@dataclass
+class LogFields(Mapping[str, Any]):
+    """The fields of each log record of a run. A run of many messages changes them often, and reads them rarely."""
+
+    worker: str
+    tick: datetime
+    execution: int | str | None
+    instance: str
+
+    def __getitem__(self, name: str) -> Any:
+        value = vars(self)[name]
+        return value.isoformat() if name == "tick" else value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(vars(self))
+
+    def __len__(self) -> int:
+        return len(vars(self))
+
+
 class WorkerContext:
     """One run: its tick, its session and services, and the request to stop."""
 
@@ -53,12 +75,7 @@ class WorkerContext:
         self.stopping = Stopping()
         self.claim = claim
         self.instance = instance
-        self.log_fields = {
-            "worker": claim.worker,
-            "tick": work.tick.isoformat(),
-            "execution": claim.execution,
-            "instance": instance.name,
-        }
+        self.log_fields = LogFields(claim.worker, work.tick, claim.execution, instance.name)
         self.logger = logging.LoggerAdapter(logger_of(f"background.{claim.worker}"), self.log_fields)
         self.timed_out_after: timedelta | None = None
         self.database = db.engine.url

@@ -52,20 +52,25 @@ if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
 
 
 @contextmanager
-def ended_in_a_fork(what: str) -> Iterator[None]:
+def ended_in_a_fork(what: str) -> Iterator[Callable[[], None]]:
     """Run the user's code in this block. A forked child that leaves the block ends there.
 
     The parent goes on as the engine, so the child must not. `os._exit` runs no handler and closes no connection.
+    The block can call the yielded function to end a child before the block's end.
     """
     began_in = os.getpid()
+
+    def end_child() -> None:
+        if os.getpid() != began_in:
+            _end(what, None)
+
     try:
-        yield
+        yield end_child
     except BaseException as error:
         if os.getpid() != began_in:
             _end(what, error)
         raise
-    if os.getpid() != began_in:
-        _end(what, None)
+    end_child()
 
 
 def _end(what: str, error: BaseException | None) -> None:

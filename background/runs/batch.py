@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
-from sqlalchemy import Connection
 from sqlalchemy.orm import Session, SessionTransaction
 
 from ..context import WorkerContext
@@ -48,9 +47,9 @@ class MessageContext(WorkerContext):
     def begin(self, message: Message) -> None:
         """Make `message` the current message of this run. Raises ClaimLost if the lease is over."""
         self.refuse_if_lost()
-        self.tick, self.attempt, self.token = message.tick, message.attempt, message.token
-        self.idempotency_key = message.idempotency_key
-        self.log_fields |= {"tick": message.tick.isoformat(), "execution": message.idempotency_key}
+        self.tick, self.attempt, self.token = message.due_at, message.attempt, message.token
+        self.idempotency_key = self.log_fields.execution = message.idempotency_key
+        self.log_fields.tick = message.due_at
 
     def handled(self, *messages: Message) -> None:
         """Let the next commit acknowledge `messages`, together with the session's effects."""
@@ -64,11 +63,6 @@ class MessageContext(WorkerContext):
         self._refuse_if_rolled_back(session)
         self._handled += [message.id for message in messages if message.id in self._open]
         self._transaction = self._transaction or session.get_transaction()
-
-    def began(self, session: Session, connection: Connection) -> None:
-        super().began(session, connection)
-        if session is self.session:
-            self._unsent.send_before_statements(connection)
 
     def finish(self) -> None:
         self.session.flush()
@@ -213,13 +207,14 @@ class BatchRun:
                 await_result(worker.handle_many(messages, context))
             context.handled(*messages)
             return
-        for message in messages:
-            if context.stopping:
-                break  # the handled messages are committed, and the rest is handed back
-            context.begin(message)
-            with ended_in_a_fork(f"{self._worker.__name__}.handle"):
+        with ended_in_a_fork(f"{self._worker.__name__}.handle") as end_child:
+            for message in messages:
+                if context.stopping:
+                    break  # the handled messages are committed, and the rest is handed back
+                context.begin(message)
                 await_result(worker.handle(message, context))
-            context.handled(message)
+                end_child()
+                context.handled(message)
 
     def _write_failure(self, message: Message, error: BaseException) -> timedelta | None:
         """Write that `message` failed. Return the pause before its next attempt, or None."""

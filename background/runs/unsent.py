@@ -1,12 +1,15 @@
-"""Sends the new rows of a batch by one flush. A flush for each message takes many times as long."""
+"""Sends the new rows of a batch at once. A flush for each message takes many times as long."""
 
-from collections.abc import Collection
+from collections.abc import Iterable
+from dataclasses import is_dataclass
+from functools import lru_cache
+from itertools import groupby
 from sys import getrefcount
 from typing import Any
 
-from sqlalchemy import Connection, event
-from sqlalchemy.orm import Mapper, Session, object_mapper
-from sqlalchemy.sql.expression import FunctionElement
+from sqlalchemy import Connection, Table, event, insert, literal_column
+from sqlalchemy.orm import Mapper, Session, class_mapper
+from sqlalchemy.sql.expression import ClauseElement, FunctionElement
 
 _AT_FLUSH = ("before_flush", "after_flush", "after_flush_postexec", "pending_to_persistent", "pending_to_transient")
 _AT_ADDING = ("before_attach", "after_attach", "transient_to_pending")
@@ -29,7 +32,8 @@ class Unsent:
     def __init__(self, session: Session) -> None:
         self.session = session
         self._rows: list[Any] = []
-        self._mapper: Mapper[Any] | None = None
+        self._class: type[Any] | None = None
+        self._connection: Connection | None = None
         self._may_wait = not any(getattr(session.dispatch, name) for name in (*_AT_FLUSH, *_AT_ADDING))
         self._open = session.connection
         session.connection = self._open_for_caller  # type: ignore[method-assign]
@@ -37,11 +41,12 @@ class Unsent:
     def end_message(self) -> None:
         """Keep the new rows of the message that was just handled, or flush its changes."""
         session, new = self.session, list(self.session.new)
-        if not new or not self._may_wait or session.dirty or session.deleted or not self._can_wait(new):
+        is_changed = session.identity_map.check_modified()  # faster than `session.dirty`
+        if not new or not self._may_wait or is_changed or session.deleted or not self._can_wait(new):
             session.flush()
             return
         if not self._rows:
-            self._connection = self._open(bind_arguments={"mapper": self._mapper})
+            self._wait_on(self._open(bind_arguments={"mapper": self._mapper}))
         for each in new:
             session.expunge(each)
         del each  # `_are_kept` counts the references
@@ -53,31 +58,43 @@ class Unsent:
 
     def _can_wait(self, new: list[Any]) -> bool:
         """Return whether the rows `new` may wait. Send the rows that wait if they are of another class."""
-        mappers = {object_mapper(each) for each in new}
-        if len(mappers) != 1 or len(self._rows) + len(new) > _MOST_ROWS:
+        classes = set(map(type, new))
+        if len(classes) != 1 or len(self._rows) + len(new) > _MOST_ROWS:
             return False
-        if self._mapper not in mappers:
+        if self._class not in classes:
             self.send()
-            (self._mapper,) = mappers
+            (self._class,) = classes
+            self._mapper: Mapper[Any] = class_mapper(self._class)
             self._is_plain = _is_plain(self._mapper)
             self._relationships = frozenset(self._mapper.relationships.keys())
-        return self._is_plain and all(
-            self._relationships.isdisjoint(vars(each)) and not _can_change(vars(each).values()) for each in new
-        )
+        if not self._is_plain:
+            return False
+        for values in map(vars, new):
+            if not self._relationships.isdisjoint(values) or not all(map(_is_fixed, map(type, values.values()))):
+                return False
+        return True
 
-    def send_before_statements(self, connection: Connection) -> None:
-        """Send the rows before the next statement that the session sends on `connection`."""
-        event.listen(connection, "before_cursor_execute", lambda *_: self.send())
+    def _wait_on(self, connection: Connection) -> None:
+        """Send the rows before the next statement on `connection`."""
+        if connection is not self._connection:
+            self._connection = connection
+            event.listen(connection, "before_cursor_execute", lambda *_: self.send())
 
     def send(self) -> None:
         """Send the rows in the session's transaction. The changes of the current message stay in the session."""
         rows, self._rows = self._rows, []
-        if not rows or self._connection.closed:  # after a rollback
+        if not rows or self._connection is None or self._connection.closed:  # after a rollback
             return
-        # If the database refuses them, the transaction is rolled back and cannot be committed.
         with Session(self._connection, join_transaction_mode="rollback_only") as session:
-            session.add_all(rows)
-            session.flush()
+            try:
+                if _needs_flush(self._mapper):
+                    session.add_all(rows)
+                    session.flush()
+                else:
+                    _insert(self._mapper, rows, session.connection())
+            except BaseException:
+                session.rollback()  # the session's transaction, so that it cannot be committed
+                raise
 
     def _open_for_caller(self, *given: Any, **named: Any) -> Connection:
         """Let no row wait from now on: the caller may use the driver's cursor, which no listener sees."""
@@ -91,9 +108,13 @@ def _are_kept(rows: list[Any]) -> bool:
     return max(map(getrefcount, rows)) > max(map(getrefcount, [object()]))
 
 
-def _can_change(values: Collection[Any]) -> bool:
-    """Return whether one of the values is a list, a dict or the like, which a later message may change."""
-    return any(type(each).__hash__ is None for each in values)
+@lru_cache
+def _is_fixed(kind: type[Any]) -> bool:
+    """Return whether values of this type stay as they are. A later message may change a list, a dict or the like.
+
+    An SQL expression is not fixed: it may read the rows that earlier messages added.
+    """
+    return kind.__hash__ is not None and not hasattr(kind, "__clause_element__") and not issubclass(kind, ClauseElement)
 
 
 def _is_plain(mapper: Mapper[Any]) -> bool:
@@ -111,3 +132,33 @@ def _asks(default: Any) -> bool:
     if default.is_clause_element:
         return not isinstance(default.arg, FunctionElement) or len(default.arg.clauses) > 0
     return bool(default.is_callable and default.arg.__module__ not in _HARMLESS_MODULES)
+
+
+def _needs_flush(mapper: Mapper[Any]) -> bool:
+    """Return whether a flush of this class does more than to write the attributes of each row into one table."""
+    return (
+        not isinstance(mapper.persist_selectable, Table)
+        or mapper.version_id_col is not None
+        or is_dataclass(mapper.class_)  # its attributes have defaults of their own
+        or any(column.type.should_evaluate_none for column in mapper.columns)
+    )
+
+
+def _insert(mapper: Mapper[Any], rows: Iterable[Any], connection: Connection) -> None:
+    """Send the INSERT of a flush. The flush takes longer, because it also reads the new ids for the rows' objects."""
+    table: Any = mapper.persist_selectable
+    statement = insert(table)
+    if connection.dialect.name == "postgresql":  # otherwise psycopg sends one statement for each row
+        statement = statement.returning(literal_column("1"))
+    mapped = [each for each in mapper.columns if getattr(each, "table", None) is table]
+    columns = [(mapper.get_property_by_column(each).key, each) for each in mapped]
+    nulls = {each for each in table.columns if not (each.primary_key or each.default or each.server_default)}
+
+    def values_of(row: Any) -> dict[str, Any]:
+        given = vars(row)
+        return {
+            column.key: value for name, column in columns if (value := given.get(name)) is not None or column in nulls
+        }
+
+    for _, values in groupby(map(values_of, rows), dict.keys):
+        connection.execute(statement, list(values))

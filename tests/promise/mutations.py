@@ -587,7 +587,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a changed row does not wait for the end of its batch",
-        [Edit("background/runs/unsent.py", "not self._may_wait or session.dirty or", "not self._may_wait or")],
+        [Edit("background/runs/unsent.py", "not self._may_wait or is_changed or", "not self._may_wait or")],
         ["tests/background/runs/test_unsent.py", "-k", "beside_a_row"],
     ),
     Mutation(

@@ -1,4 +1,4 @@
-"""Rows that the handlers of a batch add are sent by one flush, and each message still has its own effects."""
+"""Rows that the handlers of a batch add are sent together, and each message still has its own effects."""
 
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -21,12 +21,13 @@ from sqlalchemy import (
     event,
     func,
     insert,
+    null,
     select,
     text,
     update,
 )
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.orm import DeclarativeBase, Session, relationship
+from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, Session, mapped_column, relationship
 from support.fleet import Fleet, Note, db, statements, states, wait_until
 
 from background import Message, MessageWorker, WorkerContext
@@ -111,6 +112,75 @@ class Picture(Model):
     tags = Column(JSON)
 
 
+class Base(MappedAsDataclass, DeclarativeBase):
+    """The base of models that are dataclasses."""
+
+    metadata = Model.metadata
+
+
+class Count(Base):
+    """A row that is a dataclass."""
+
+    __tablename__ = "counts"
+
+    id: Mapped[int] = mapped_column(primary_key=True, init=False)
+    kind: Mapped[str] = mapped_column(String(20), init=False)
+    __mapper_args__ = {"polymorphic_on": "kind", "polymorphic_identity": "count"}
+
+
+class Few(Count):
+    """A row with the default of its column."""
+
+    number: Mapped[int] = mapped_column(default=3, use_existing_column=True)
+    __mapper_args__ = {"polymorphic_identity": "few"}
+
+
+class Dozen(Count):
+    """A row with a default of its own for the same column."""
+
+    number: Mapped[int] = mapped_column(default=12, use_existing_column=True)
+    __mapper_args__ = {"polymorphic_identity": "dozen"}
+
+
+class Form(Model):
+    """A row with a column of each kind. The database of the test has a default that the model does not know."""
+
+    __tablename__ = "forms"
+
+    id = Column(Integer, primary_key=True)
+    kind = Column(String(20), nullable=False)
+    title = Column("heading", String(20), key="head")
+    size = Column(Integer, default=3)
+    state = Column(String(20), server_default="new")
+    note = Column(String(20))
+    __mapper_args__ = {"polymorphic_on": kind, "polymorphic_identity": "form"}
+
+
+class LongForm(Form):
+    """A row of a subclass in the same table."""
+
+    __mapper_args__ = {"polymorphic_identity": "long"}
+
+
+class Answer(Model):
+    """A row with a JSON value, which writes None as the JSON value null."""
+
+    __tablename__ = "answers"
+
+    id = Column(Integer, primary_key=True)
+    answer = Column(JSON)
+
+
+class Edition(Model):
+    """A row that SQLAlchemy counts the versions of."""
+
+    __tablename__ = "editions"
+
+    id = Column(Integer, primary_key=True)
+    version = Column(Integer, nullable=False)
+    __mapper_args__ = {"version_id_col": version}
+
+
 class Adding(MessageWorker):
     """Adds one row per message."""
 
@@ -163,6 +233,31 @@ def test_new_rows_of_a_batch_are_sent_together(fleet: Fleet) -> None:
     assert len(set(rows(fleet, Ticket.number))) == len(PAYLOADS)
 
 
+@pytest.mark.parametrize("model", [Form, LongForm, Answer, Edition, Few, Dozen])
+def test_rows_that_waited_are_those_of_a_flush_for_each_message(fleet: Fleet, model: Any) -> None:
+    def make(number: int) -> Any:
+        if issubclass(model, Count):
+            return model() if number % 2 else model(number=number)
+        values = {"title": f"{number}", "size": number, "state": None, "note": "given", "answer": None}
+        names = [each for each in values if hasattr(model, each)]
+        return model(**{name: values[name] for name in names[: number % (len(names) + 1)]})
+
+    columns: list[Any] = [each for each in model.__table__.columns if not each.primary_key]
+    columns += [each.is_(null()) for each in columns]  # JSON has a null of its own
+    with fleet.engine.begin() as connection:
+        if connection.dialect.name == "postgresql":
+            connection.execute(text("ALTER TABLE forms ALTER note SET DEFAULT 'unknown to the model'"))
+    with Session(fleet.engine) as session:
+        for payload in PAYLOADS:
+            session.add(make(int(payload)))
+            session.flush()
+        expected = session.execute(select(*columns).order_by(model.__table__.c.id)).all()
+    handled(fleet, lambda message, context: context.session.add(make(int(message.payload))), *PAYLOADS)
+    with fleet.engine.connect() as connection:
+        found = connection.execute(select(*columns).order_by(model.__table__.c.id)).all()
+    assert (found, handling) == (expected, PAYLOADS)
+
+
 # -- functions of the application that ask for the current message -------------------------------------------
 
 
@@ -206,6 +301,12 @@ def test_a_listener_is_called_while_its_message_is_current(
 def test_a_default_that_reads_rows_finds_those_of_earlier_messages(fleet: Fleet) -> None:
     handled(fleet, lambda _, context: context.session.add(Place()), *PAYLOADS)
     assert rows(fleet, Place.number) == list(range(len(PAYLOADS)))
+
+
+def test_a_value_that_reads_rows_finds_those_of_earlier_messages(fleet: Fleet) -> None:
+    number = select(func.count(Note.id)).scalar_subquery()
+    handled(fleet, lambda _, context: context.session.add(Note(text="", number=number)), *PAYLOADS)
+    assert (rows(fleet, Note.number), handling) == (list(range(len(PAYLOADS))), PAYLOADS)
 
 
 def test_a_row_that_the_application_keeps_has_its_id_and_takes_later_changes(fleet: Fleet) -> None:
