@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from .cases import peers
 from .harness import document, results
 from .harness.clock import count_processor_time
 from .harness.figures import NotDone, Setup
@@ -38,8 +39,16 @@ def main() -> None:
     """
 
 
-def measure(cases: tuple[str, ...], engine: str, scale: str, json: Path | None, turns: int | None, clock: str) -> None:
-    """Run the cases on the engines, and print their figures."""
+def measure(
+    cases: tuple[str, ...],
+    engine: str,
+    scale: str,
+    json: Path | None,
+    turns: int | None,
+    clock: str,
+    only: str | None = None,
+) -> None:
+    """Run the cases on the engines, and print their figures. Of the peers, `only` may name one."""
     if clock == "processor":
         count_processor_time()
     if scale == "small":
@@ -50,7 +59,7 @@ def measure(cases: tuple[str, ...], engine: str, scale: str, json: Path | None, 
         f"{case} on {each}"
         for case in cases
         for each in (ENGINES if engine == "both" else (engine,))
-        if not succeeded(case, Setup(each, scale == "small", turns or (1 if scale == "small" else 5)), json)
+        if not succeeded(case, Setup(each, scale == "small", turns or (1 if scale == "small" else 5), only), json)
     ]
     if failed:
         sys.exit(f"Failed: {', '.join(failed)}")
@@ -80,7 +89,7 @@ def succeeded(case: str, setup: Setup, json: Path | None) -> bool:
     if not figures:
         click.echo(f"{case:9} {setup.engine:10} has no figures on this database")
     if json:
-        results.write(json, results.entries(case, setup, figures))
+        results.write(json, results.entries(case, setup, figures), is_part=setup.only is not None)
     return True
 
 
@@ -146,8 +155,14 @@ def add(name: str, cases: tuple[str, ...], text: str) -> None:
 
 for _case in CASES:
     add(_case, (_case,), str(importlib.import_module(f"{__package__}.cases.{_case}").__doc__))
-add("peers", ("peers",), str(importlib.import_module(f"{__package__}.cases.peers").__doc__))
 add("all", CASES, "All cases, one after the other.")
+
+
+@main.command("peers", help=peers.__doc__, short_help=str(peers.__doc__))
+@click.option("--only", type=click.Choice(peers.PEERS["postgresql"]), help="Measure this engine beside one peer.")
+@options
+def measure_peers(only: str | None, **chosen: Any) -> None:
+    measure(("peers",), only=only, **chosen)
 
 
 @main.command(short_help="Draw the pictures and fill the tables of the documents.")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sqlalchemy import Connection, create_engine, text
 
-from ..harness.databases import context, database, driver_address
+from ..harness.databases import context, database, driver_address, settle
 from ..harness.figures import Figure, Setup, check, check_once, in_turns
 from ..peers.environment import python, redis
 
@@ -22,13 +22,16 @@ LONGEST_SECONDS = 120
 
 
 def run(setup: Setup) -> Iterator[Figure]:
+    peers = [peer for peer in PEERS[setup.engine] if setup.only in (None, peer)]
+    if not peers:
+        return
     with ExitStack() as started:
         url = started.enter_context(database(setup.engine))
         with context(url):
             pass  # makes the tables
         race = Race(setup, url, started.enter_context(redis(python())))
-        rates = in_turns(setup, "peers", {way: lambda way=way: race.rate(way) for way in (*OURS, *PEERS[setup.engine])})
-        for peer in PEERS[setup.engine]:
+        rates = in_turns(setup, "peers", {way: lambda way=way: race.rate(way) for way in (*OURS, *peers)})
+        for peer in peers:
             broker = BROKERS.get(peer, "") if setup.engine == "postgresql" else "SQLite"
             name = f"{peer} on {broker}" if broker else peer
             for way in OURS:
@@ -54,6 +57,7 @@ class Race:
         subprocess.run(
             self._command(way, "enqueue", number), env=self._environment, check=True, timeout=LONGEST_SECONDS
         )
+        settle(self.engine, "")  # all tables
         command = self._command(way, "work", number)
         quiet = subprocess.DEVNULL
         with subprocess.Popen(command, env=self._environment, stdout=quiet, stderr=quiet) as process:

@@ -16,6 +16,8 @@ class Setup:
     engine: str
     is_small: bool
     turns: int
+    only: str | None = None
+    """The only peer to measure. None for all peers."""
 
     def size(self, small: int, full: int) -> int:
         return small if self.is_small else full

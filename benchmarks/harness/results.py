@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import sqlite3
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,17 @@ def entries(case: str, setup: Setup, figures: list[Figure]) -> list[Entry]:
     return [{**about, **figure.as_json()} for figure in figures]
 
 
-def write(path: Path, new: list[Entry]) -> None:
-    """Write the new entries, and keep those of other cases and engines."""
-    replaced = {(each["case"], each["engine"]) for each in new}
-    kept = [each for each in read(path) if (each["case"], each["engine"]) not in replaced]
+def write(path: Path, new: list[Entry], is_part: bool = False) -> None:
+    """Write the new entries, and keep those of other cases and engines. Of a part, keep those of other peers too."""
+    alike = ("case", "engine", "of") if is_part else ("case", "engine")
+    replaced = [_values(each, alike) for each in new]
+    kept = [each for each in read(path) if _values(each, alike) not in replaced]
     found = {"measured_at": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", "machine": machine(), "figures": kept + new}
     path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def _values(entry: Entry, names: Iterable[str]) -> list[Any]:
+    return [entry.get(name) for name in names]
 
 
 def read(path: Path) -> list[Entry]:

@@ -56,6 +56,22 @@ def test_the_file_keeps_the_figures_of_other_cases_and_engines(tmp_path: Path) -
     ]
 
 
+def test_a_run_of_one_peer_keeps_the_figures_of_the_others(tmp_path: Path) -> None:
+    path = tmp_path / "figures.json"
+    of_two = [Figure("handle", "a second", [1.0], peer, [2.0]) for peer in ("celery", "pgqueuer")]
+    write(path, entries("peers", SETUP, of_two))
+    write(path, entries("peers", SETUP, [Figure("handle", "a second", [3.0], "pgqueuer", [2.0])]), is_part=True)
+
+    assert [(each["of"], each["values"]) for each in read(path)] == [("celery", [1.0]), ("pgqueuer", [3.0])]
+
+
+def test_one_peer_is_measured_alone_and_a_database_without_it_has_no_figures() -> None:
+    result = CliRunner().invoke(main, ["peers", "--engine", "sqlite", "--only", "pgqueuer"])
+
+    assert result.exit_code == 0
+    assert "has no figures on this database" in result.output
+
+
 def test_a_case_whose_work_was_not_done_ends_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(_setup: Setup) -> Iterator[Figure]:
         raise NotDone("a commit is missing")
