@@ -6,12 +6,16 @@ from flask import current_app
 from sqlalchemy import and_, delete, exists, func, or_, select
 
 from .context import WorkerContext
+from .database.clock import steady
 from .database.store import count
 from .database.tables import executions, messages, tallies, workers
 from .manager import current_workers
 from .worker import PeriodicWorker
 
-SLICE = 5_000
+SLICE = 5_000  # rows of one commit
+_MOST_ON_SQLITE = 1_000  # rows, because every other writer waits for the commit
+_POLL_SECONDS = 0.001
+_LONGEST_REST_SECONDS = 0.1  # SQLite's longest pause between two tries for the write lock
 
 
 class PruneHistoryWorker(PeriodicWorker):
@@ -41,12 +45,12 @@ def _prune_executions(context: WorkerContext) -> None:
     while deleted:  # ids ascend with time, so the first slice without an old row ends the loop
         context.raise_if_stopping()
         within = context.within(context.session)
-        ids = select(executions.c.id).where(executions.c.id > after).order_by(executions.c.id).limit(SLICE)
+        ids = select(executions.c.id).where(executions.c.id > after).order_by(executions.c.id).limit(_slice())
         last = within.execute(select(func.max(ids.subquery().c.id))).scalar() or after
         in_slice = (executions.c.id > after, executions.c.id <= last)
         old = delete(executions).where(*in_slice, executions.c.finished_at < cutoff, or_(~_has_cursor, ~_goes_on))
         deleted = count(within.execute(old))
-        context.commit()
+        _commit_slice(context)
         after = last
 
 
@@ -68,13 +72,28 @@ def _prune_messages(context: WorkerContext) -> None:
     while True:
         context.raise_if_stopping()
         within = context.within(context.session)
-        old = select(ended).where(ended > after, ended < cutoff).order_by(ended).limit(SLICE).subquery()
+        old = select(ended).where(ended > after, ended < cutoff).order_by(ended).limit(_slice()).subquery()
         last = within.execute(select(func.max(old.c.finished_at))).scalar()
         if last is None:
             break
         within.execute(delete(messages).where(ended > after, ended <= last, is_forgotten))
-        context.commit()
+        _commit_slice(context)
         after = last
+
+
+def _slice() -> int:
+    """Return the rows of one commit."""
+    return min(SLICE, _MOST_ON_SQLITE) if current_workers.stores.main.has_one_writer else SLICE
+
+
+def _commit_slice(context: WorkerContext) -> None:
+    """Commit. On SQLite, let the connections write that wait for the write lock, because they poll for it."""
+    context.commit()
+    stores, until = current_workers.stores, steady() + _LONGEST_REST_SECONDS
+    if stores.main.has_one_writer:
+        while not context.stopping.wait(_POLL_SECONDS) and steady() < until:
+            if not stores.connections.is_write_lock_awaited():
+                break
 
 
 def _prune_tallies(context: WorkerContext) -> None:

@@ -1,6 +1,9 @@
 """History is deleted after a time. Marks are not."""
 
+import os
+import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -11,6 +14,7 @@ from support.fleet import Fleet, db, make_app
 
 from background import BackgroundWorkerManager, MessageWorker, PeriodicWorker, PruneHistoryWorker
 from background import pruning as engine_pruning
+from background.database.dialects.write_lock import waiting
 from background.database.tables import executions, message_errors, messages, tallies, workers
 from background.pruning import SLICE
 
@@ -163,6 +167,40 @@ def test_messages_are_pruned_in_slices_that_are_committed_and_a_stop_is_heard_be
     manager.remove("prune_history_worker")
     assert prune(manager) == "succeeded"
     assert kept(fleet) == [f"dead {number}" for number in range(5)]
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+@pytest.mark.parametrize(("is_awaited", "seconds"), [(True, 0.1), (False, 0.001)])
+def test_a_short_slice_is_committed_and_a_connection_that_waits_for_the_write_lock_goes_first(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch, is_awaited: bool, seconds: float
+) -> None:
+    monkeypatch.setattr(engine_pruning, "_MOST_ON_SQLITE", 2)
+    manager = fleet.manager(Letters)
+    for number in range(6):
+        ended(fleet, f"done {number}", "done", 20 - number)
+    committed: list[float] = []
+    begun: list[float] = []
+
+    class Timed(PruneHistoryWorker):
+        name = "prune_history_worker"
+
+        def do_work(self, context):
+            commit = context.commit
+
+            def commit_and_note():
+                begun.append(time.monotonic())
+                commit()
+                committed.append(time.monotonic())
+
+            context.commit = commit_and_note
+            super().do_work(context)
+
+    manager.add(Timed)
+    with waiting(os.path.dirname(fleet.engine.url.database)) if is_awaited else nullcontext():
+        assert manager.tick("prune_history_worker", TICK).state == "succeeded"
+    slices = list(zip(committed[1:3], begun[2:4], strict=True))  # the first commit is of the executions
+    assert all(following - one >= seconds for one, following in slices)
+    assert kept(fleet) == []
 
 
 # -- the counts for the charts -------------------------------------------------------------------

@@ -322,6 +322,17 @@ MUTATIONS = (
         ["tests/background/runs/test_batch.py", "-k", "frees_the_write_lock"],
     ),
     Mutation(
+        "pruning lets a connection write that waits for SQLite's write lock",
+        [
+            Edit(
+                "background/pruning.py",
+                "if not stores.connections.is_write_lock_awaited():",
+                "if True:",
+            )
+        ],
+        ["tests/background/test_pruning.py", "-k", "goes_first"],
+    ),
+    Mutation(
         "heartbeats look below the floors, too",
         [Edit("background/messages/floors.py", "is_full=not self._spared", "is_full=False")],
         ["tests/background/messages/test_floors.py", "-k", "committed_late"],
