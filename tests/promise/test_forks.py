@@ -43,16 +43,16 @@ def test_a_child_forked_at_the_end_of_a_run_ends_there(shops: Shops, effects: Ef
 
 
 @pytest.mark.parametrize("child", ["returns", "raises", "exits", "commits"])
-def test_a_child_that_returns_from_a_handler_ends_there_and_the_message_is_handled_once(
+def test_a_child_that_returns_from_a_handler_ends_there_and_each_message_is_handled_once(
     child: str, shops: Shops, effects: Effects
 ) -> None:
     (parent,) = shops.join(PROBE_WORKERS="notes,ticker", PROBE_CHILD=child, WORKERS_HEARTBEAT_SECONDS=1)
     letters = Letterbox(effects)
-    letters.put("notes", ["fork"])
+    letters.put("notes", ["fork", "after the fork"])
     assert eventually(letters.are_over), parent.output
-    assert letters.states() == {"done": 1}
+    assert letters.states() == {"done": 2}
     close(letters.app)
-    assert [effect.pid for note in NOTES for effect in effects.all("notes", note)] == [parent.pid, parent.pid]
+    assert [effect.pid for note in NOTES for effect in effects.all("notes", note)] == [parent.pid] * 3
     came_back(parent, child)
     goes_on(parent, effects)
 
