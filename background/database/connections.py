@@ -73,7 +73,7 @@ class Connections:
     def claims(self) -> Engine:
         """The pool of the statements that decide which instance runs a tick or a message."""
         if not self._on_sqlite:
-            return self._postgresql(pool_size=5)  # with 2, a busy instance opened four connections a second
+            return self._postgresql(pool_size=10)  # with 5, ten threads opened connections all the time
         # The pool has no limit. Otherwise a heartbeat would wait behind the claims that wait for the write lock.
         engine = self._engine(
             self._opener.open,

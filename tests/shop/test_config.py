@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 from flask import Flask
-from sqlalchemy import URL, text
+from sqlalchemy import URL, create_engine, text
+from sqlalchemy.pool import NullPool
 from support.databases import administer, dispose
 from support.processes import PATIENCE, ROOT
 from support.shop import settings
@@ -78,6 +79,17 @@ def test_a_database_url_does_not_wait_for_a_server_without_end(tmp_path: Path) -
     assert load(tmp_path, {"DATABASE_URL": "postgresql://db/shop"})["SQLALCHEMY_DATABASE_URI"].endswith("=10")
     own = load(tmp_path, {"DATABASE_URL": "postgresql://db/shop?connect_timeout=3"})
     assert own["SQLALCHEMY_DATABASE_URI"].endswith("?connect_timeout=3")
+
+
+def test_the_pool_of_postgresql_keeps_ten_connections_unless_another_pool_is_given(tmp_path: Path) -> None:
+    def pool(**options: Any) -> Any:
+        given = {"DATABASE_URL": "postgresql://db/shop", "SQLALCHEMY_ENGINE_OPTIONS": options}
+        config = load(tmp_path, given)
+        return create_engine(config["SQLALCHEMY_DATABASE_URI"], **config["SQLALCHEMY_ENGINE_OPTIONS"]).pool
+
+    assert pool().size() == 10
+    assert pool(pool_size=3).size() == 3
+    assert isinstance(pool(poolclass=NullPool), NullPool)
 
 
 def test_an_explicit_sqlalchemy_uri_is_honoured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
