@@ -5,23 +5,23 @@ The number of queries does not depend on the number of workers. No query reads e
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 from sqlalchemy import and_, case, func, null, select, union_all
 from sqlalchemy.exc import SQLAlchemyError
 
 from ..database.clock import elapsed, now
-from ..database.tables import instances, totals
+from ..database.store import Store
+from ..database.tables import instances, totals, workers
 from ..errors import first_line
 from ..history.browsing.topics import Topic
 from ..history.status import WorkerStatus, statuses
 from ..host.logs import Outage, logger_of
 from ..ledger.leases import is_alive
 from ..manager import BackgroundWorkerManager, the_manager
-from .timebox import Timebox
+from .timebox import Timebox, begun
 
 log = logger_of(__name__)
 
@@ -94,9 +94,13 @@ class Fleet:
 
 def _figures(manager: BackgroundWorkerManager, is_full: bool) -> Figures:
     manager.stores.connections.refuse_missing()
+    main = manager.stores.main
+    are_many = not is_full and main.read(_number_of_workers)[0][0] > _MANY_WORKERS
+    read = partial(_read_sums, main, are_many)
+    # PostgreSQL reads both at once. SQLite reads in this process, where two threads would only slow each other down.
+    reading = None if main.on_sqlite else begun(read)
     found = statuses(manager.stores, manager.workers)
-    are_many = len(found) > _MANY_WORKERS and not is_full
-    sums, buckets = _sums(manager.stores.main.read(_totals_of_many if are_many else _totals), are_many)
+    sums, buckets = reading.result() if reading else read()
     alive = manager.stores.leases.read(_alive)
     # If containers share a host name and a process id, the largest offset is reported.
     known = sorted((row for row in alive if row.clock_offset is not None), key=lambda row: abs(row.clock_offset))
@@ -104,7 +108,8 @@ def _figures(manager: BackgroundWorkerManager, is_full: bool) -> Figures:
     return Figures(sums, are_many, buckets, found, offsets, len(alive), manager.messages.depths())
 
 
-def _sums(rows: Iterable[Any], are_many: bool) -> tuple[Totals, dict[str, dict[str, int]]]:
+def _read_sums(main: Store, are_many: bool) -> tuple[Totals, dict[str, dict[str, int]]]:
+    rows = main.read(_totals_of_many if are_many else _totals)
     found: dict[str, dict[str, Total]] = defaultdict(dict)
     buckets: dict[str, dict[str, int]] = defaultdict(dict)
     for kind, worker, label, number, seconds, age in rows:
@@ -134,4 +139,5 @@ _buckets = select(_kind, null(), _label, func.sum(_number), null(), null()).wher
 _totals_of_many = union_all(
     _totals.where(_kind == "state"), _lateness.group_by(_kind, _worker), _buckets.group_by(_kind, _label)
 )
+_number_of_workers = select(func.count()).select_from(workers)
 _alive = select(instances.c.host, instances.c.pid, instances.c.clock_offset).where(is_alive)

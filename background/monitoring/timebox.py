@@ -32,16 +32,24 @@ class Timebox(Generic[Subject, Answer]):
         with self._asking:
             age = steady() - self._asked_at
             if self._answer is None or self._answer.done() or age > _GIVEN_UP_SECONDS:
-                self._answer, self._asked_at, age = Future(), steady(), 0.0
-                threading.Thread(target=self._settle, args=(self._answer, subject), name="timebox", daemon=True).start()
+                self._asked_at, age = steady(), 0.0
+                self._answer = begun(partial(again_if_stale, partial(self._ask, subject)))
             answer = self._answer
         try:
             return answer.result(max(self._seconds - age, 0))
         except TimeoutError:
             raise TimeoutError(f"no answer within {self._seconds:g} s") from None
 
-    def _settle(self, answer: Future[Answer], subject: Subject) -> None:
-        try:
-            answer.set_result(again_if_stale(partial(self._ask, subject)))
-        except Exception as error:  # `answer` raises it in the caller's thread
-            answer.set_exception(error)
+
+def begun(ask: Callable[[], Answer]) -> "Future[Answer]":
+    """Begin `ask` on a thread of its own, which does not delay an exit. Return its future result."""
+    future: Future[Answer] = Future()
+    threading.Thread(target=_settle, args=(future, ask), name="timebox", daemon=True).start()
+    return future
+
+
+def _settle(future: "Future[Answer]", ask: Callable[[], Answer]) -> None:
+    try:
+        future.set_result(ask())
+    except Exception as error:  # the future raises it in another thread
+        future.set_exception(error)
