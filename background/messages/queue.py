@@ -1,7 +1,8 @@
 """The queue of messages: enqueue, claim, acknowledge, hand back, fail, take back. One statement decides each race."""
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
+from operator import attrgetter
 from typing import Any
 from uuid import uuid4
 
@@ -83,18 +84,25 @@ class Queue:
     # -- claiming ------------------------------------------------------------------------------
 
     def claim(
-        self, worker: str, topic: str, size: int, instance: tuple[str, str], floor: datetime | None = None
+        self,
+        worker: str,
+        topic: str,
+        size: int,
+        instance: tuple[str, str],
+        floor: datetime | None = None,
+        is_likely: bool = False,
     ) -> Batch | None:
         """Claim up to `size` due messages, in the order in which they fell due. None if no message is due.
 
-        On PostgreSQL, look only for messages that fell due at the moment `floor` or later.
+        On PostgreSQL, look only for messages that fell due at the moment `floor` or later. On SQLite, look for one
+        message before taking the write lock, unless it `is_likely` that one is due.
 
         A message that failed before is claimed on its own: if it crashes the process, only its own attempt is counted.
 
         Concurrency: every consumer of the topic may do this. Each consumer skips messages that another one has locked.
         A claim that begins after the commit of a pause finds no message.
         """
-        if self._store.has_one_writer and not self._store.read(_first_due, {"of": topic}):
+        if self._store.has_one_writer and not is_likely and not self._store.read(_first_due, {"of": topic}):
             return None
         batch = uuid4().hex
         values: dict[str, Any] = {"of": topic, "size": size, "by": batch, "on": instance[0], "on_name": instance[1]}
@@ -102,8 +110,7 @@ class Queue:
             values["floor"] = floor
         with self._store.single.begin() as connection:
             rows = self._claim(connection, values)
-        claimed = (Message(*row[:-2], *(moment.astimezone(UTC) for moment in row[-2:])) for row in rows)
-        found = sorted(claimed, key=lambda message: (message.due_at, message.id))
+        found = sorted(map(Message._make, rows), key=attrgetter("due_at", "id"))
         return Batch(batch, worker, tuple(found)) if found else None
 
     def due(self, topics: Collection[str]) -> list[str]:

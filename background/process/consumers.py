@@ -25,7 +25,8 @@ from .presence import Presence
 log = logger_of(__name__)
 
 _SLOT_SECONDS = 0.02
-_REST = 1 / 50  # of a batch, for writers that do not show that they wait
+_REST = 1 / 50  # of the batches, for writers that do not show that they wait
+_SHORTEST_REST_SECONDS = 0.002  # a shorter one would take several times as long as asked for
 _LONGEST_REST_SECONDS = 0.02
 _LONGEST_TURN_SECONDS = 0.1  # of other writers: SQLite's longest pause between two tries
 _POLL_SECONDS = 0.001
@@ -51,11 +52,15 @@ class Consumers:
         self._active: Counter[str] = Counter()
         self._again: set[str] = set()
         self._yielding: set[str] = set()
+        self._full: set[str] = set()
+        """The topics whose last claim found a full batch."""
         self._awaited: dict[str, float] = {}
         self.batches: set[str] = set()
         """The batches that this process handles now."""
         self.floors = Floors(stores.app.config["WORKERS_HEARTBEAT_SECONDS"], may_help=stores.main.keeps_old_entries)
         self._excused: Counter[int] = Counter()
+        self._owed = 0.0
+        """The seconds that this process will rest for other writers of SQLite."""
         self._changed = threading.Lock()
 
     def wake(self, topic: str) -> None:
@@ -168,13 +173,16 @@ class Consumers:
         # Without a second attempt, a message that kills its process would bury the whole batch.
         size = worker.batch_size if worker.max_attempts > 1 else 1
         floor, asked = self.floors.of(topic), instance.database_time()
-        batch = self._stores.queue.claim(worker.name, topic, size, (instance.id, instance.name), floor.at)
+        is_likely = topic in self._full
+        self._full.discard(topic)
+        batch = self._stores.queue.claim(worker.name, topic, size, (instance.id, instance.name), floor.at, is_likely)
         if batch is None:
             return False
         self.floors.lift(topic, floor, batch.messages[0].due_at, asked)
         self._yielding.discard(topic)
-        if len(batch.messages) == size:
-            self.wake(topic)  # there may be more messages
+        if len(batch.messages) == size:  # there may be more messages
+            self._full.add(topic)
+            self.wake(topic)
         self._handle(worker, batch, instance)
         return True
 
@@ -192,12 +200,17 @@ class Consumers:
             self._let_others_write(steady() - began)
 
     def _let_others_write(self, took: float) -> None:
-        """Rest after a batch that took so many seconds, and as long again while others wait for the write lock.
+        """Rest after batches, and as long as this one `took` (in seconds) while others wait for the write lock.
 
         SQLite writers poll for the lock. Without this rest they would rarely find it free between batches.
         """
         until = steady() + min(took, _LONGEST_TURN_SECONDS)
-        rest = min(took * _REST, _LONGEST_REST_SECONDS)
+        self._owed += took * _REST
+        rest = min(self._owed, _LONGEST_REST_SECONDS)
+        if rest < _SHORTEST_REST_SECONDS:
+            rest = 0.0
+        else:
+            self._owed = 0.0
         while not self._runs.stopping.wait(rest) and steady() < until:
             if not self._stores.connections.is_write_lock_awaited():
                 return
