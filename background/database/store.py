@@ -20,10 +20,12 @@ from sqlalchemy import (
     Update,
     any_,
     bindparam,
+    cast,
     func,
     select,
 )
 from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.types import NullType
 
 from .clock import now, single_statements
 from .sessions import Sessions
@@ -89,9 +91,10 @@ class Store(Statements):
 
     # -- lists of any length, in one parameter -------------------------------------------------
 
-    def packed(self, ids: Collection[int]) -> str | list[int]:
-        """Return `ids` as the value of one parameter: JSON on SQLite, an array on PostgreSQL."""
-        return json.dumps(list(ids)) if self.on_sqlite else list(ids)
+    def packed(self, ids: Collection[int]) -> str:
+        """Return `ids` as the value of one parameter, in the database's own form. The driver converts lists slowly."""
+        listed = ",".join(map(str, ids))
+        return f"[{listed}]" if self.on_sqlite else f"{{{listed}}}"
 
     def is_among(self, column: ColumnElement[int], ids: Collection[int] | str) -> ColumnElement[bool]:
         """Return the condition that `column` is one of `ids`. A text names the parameter that has them, `packed`."""
@@ -99,7 +102,8 @@ class Store(Statements):
         if self.on_sqlite:
             listed = func.json_each(bindparam(name, value, type_=Text)).table_valued("value")
             return column.in_(select(listed.c.value))
-        return column == any_(bindparam(name, value, type_=ARRAY(BigInteger)))
+        # Without a type of its own, the parameter is an array when the server plans the statement.
+        return column == any_(cast(bindparam(name, value, type_=NullType()), ARRAY(BigInteger)))
 
     def table_of(self, rows: Sequence[tuple[str | None, ...]], *names: str) -> Subquery:
         """Return `rows` of texts as a table: their columns with these `names`, and `place`, the order of the rows."""

@@ -65,10 +65,10 @@ class MessageContext(WorkerContext):
         self._transaction = self._transaction or session.get_transaction()
 
     def finish(self) -> None:
-        self.session.flush()
-        self.check(self.session)
+        session = self.session
+        self.check(session)
         self._finishing = True
-        self.session.commit()
+        session.commit()
 
     def _check_claim(self, session: Session) -> None:
         done = self._handled if session is self.session else []

@@ -64,10 +64,13 @@ class OneRequest:
 
     def rows(self, connection: Connection, values: Values) -> Sequence[Any]:
         """Send the request. Return the rows of the second statement as tuples."""
-        from psycopg.sql import quote
+        from psycopg.adapt import Transformer
 
         driver, info = connection.connection.driver_connection, connection.info
-        literals = {name: quote(self._value(name, values), driver) for name in self._names}
+        quoting = Transformer.from_context(driver)
+        literals = {
+            name: quoting.as_literal(self._value(name, values)).decode(quoting.encoding) for name in self._names
+        }
         limits = f"{self._first % literals}; "
         if not clocks_of_tests and _is_direct(driver, info) and _is_idle(driver):
             planned = info.pop(_PLANNED, None)  # after an error, the connection prepares its statements again

@@ -280,6 +280,19 @@ def test_messages_are_handled_once_each_in_the_order_in_which_they_were_enqueued
     assert fleet.keys() == [f"notes:{row.id}" for row in fleet.messages()]
 
 
+@on_sqlite
+def test_a_consumer_looks_for_messages_before_it_writes_but_not_after_a_full_batch(fleet: Fleet) -> None:
+    manager = fleet.manager(Notes)
+    fleet.enqueue("notes", *range(2 * Notes.batch_size + 1))
+    with statements(manager.stores.main.engine) as seen:
+        manager.start()
+        all_are(fleet, "done", 2 * Notes.batch_size + 1)
+    columns = "SELECT background_messages.id, background_messages.attempt"
+    kinds = ["write" if "RETURNING" in each else "look" for each in seen if "RETURNING" in each or columns in each]
+    assert kinds[:4] == ["look", "write", "write", "write"]
+    assert "write" not in kinds[4:]
+
+
 @on_postgresql
 @pytest.mark.parametrize(
     "spoil",
