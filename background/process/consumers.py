@@ -181,7 +181,8 @@ class Consumers:
         self.floors.lift(topic, floor, batch.messages[0].due_at, asked)
         self._yielding.discard(topic)
         if len(batch.messages) == size:  # there may be more messages
-            self._full.add(topic)
+            if size > 1:  # a single message says little about the next
+                self._full.add(topic)
             self.wake(topic)
         self._handle(worker, batch, instance)
         return True
