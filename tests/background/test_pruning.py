@@ -1,16 +1,15 @@
 """History is deleted after a time. Marks are not."""
 
 import os
-import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 
 import pytest
 from flask import Flask
 from sqlalchemy import insert, select, update
 from support.databases import close
-from support.fleet import Fleet, db, make_app
+from support.fleet import PATIENCE, Fleet, db, make_app
 
 from background import BackgroundWorkerManager, MessageWorker, PeriodicWorker, PruneHistoryWorker
 from background import pruning as engine_pruning
@@ -170,36 +169,42 @@ def test_messages_are_pruned_in_slices_that_are_committed_and_a_stop_is_heard_be
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
-@pytest.mark.parametrize(("is_awaited", "seconds"), [(True, 0.1), (False, 0.001)])
 def test_a_short_slice_is_committed_and_a_connection_that_waits_for_the_write_lock_goes_first(
-    fleet: Fleet, monkeypatch: pytest.MonkeyPatch, is_awaited: bool, seconds: float
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine_pruning, "_MOST_ON_SQLITE", 2)
+    monkeypatch.setattr(engine_pruning, "_LONGEST_REST_SECONDS", PATIENCE)
     manager = fleet.manager(Letters)
     for number in range(6):
         ended(fleet, f"done {number}", "done", 20 - number)
-    committed: list[float] = []
-    begun: list[float] = []
+    steps: list[str] = []
+    waiter = ExitStack()
+    waiter.enter_context(waiting(os.path.dirname(fleet.engine.url.database)))
 
-    class Timed(PruneHistoryWorker):
+    class Noted(PruneHistoryWorker):
         name = "prune_history_worker"
 
         def do_work(self, context):
-            commit = context.commit
+            commit, wait = context.commit, context.stopping.wait
 
-            def commit_and_note():
-                begun.append(time.monotonic())
+            def note_and_commit():
+                steps.append("commit")
                 commit()
-                committed.append(time.monotonic())
 
-            context.commit = commit_and_note
+            def note_and_wait(seconds):
+                steps.append("rest")
+                if steps.count("rest") == 3:
+                    waiter.close()  # the connection has the lock
+                return wait(seconds)
+
+            context.commit, context.stopping.wait = note_and_commit, note_and_wait
             super().do_work(context)
 
-    manager.add(Timed)
-    with waiting(os.path.dirname(fleet.engine.url.database)) if is_awaited else nullcontext():
+    manager.add(Noted)
+    with waiter:
         assert manager.tick("prune_history_worker", TICK).state == "succeeded"
-    slices = list(zip(committed[1:3], begun[2:4], strict=True))  # the first commit is of the executions
-    assert all(following - one >= seconds for one, following in slices)
+    of_executions, of_messages = ["commit", "rest", "rest", "rest"], ["commit", "rest"] * 3
+    assert steps[:-2] == of_executions + of_messages  # two commits of the tallies follow
     assert kept(fleet) == []
 
 
