@@ -755,12 +755,13 @@ def test_a_message_for_tomorrow_does_not_delay_a_message_for_now(fleet: Fleet, q
 
 
 @pytest.mark.promise
-@on_sqlite  # where no notification reaches the consumers
+@on_sqlite
 def test_a_consumer_that_found_nothing_waits_a_little_and_looks_once_for_several_notifications(
     fleet: Fleet, quiet: Quiet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("background.process.consumers._YIELDED_SECONDS", (10 * MINUTE, 10 * MINUTE))
     manager = quiet(Notes)
+    monkeypatch.setattr(manager.supervisor.listener, "_due", lambda topics: [])  # no other notification may come
     consumers, scheduler = manager.supervisor.consumers, manager.supervisor.scheduler
     wait_until(lambda: "notes" in consumers._yielding, "a look that finds nothing")
     for _ in range(3):
