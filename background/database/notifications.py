@@ -19,7 +19,7 @@ from ..host.logs import logger_of
 from ..host.touches import touches
 from .clock import steady
 from .connections import Connections, again_if_stale
-from .dialects.sqlite_files import is_replaced, log_of
+from .dialects.sqlite_files import is_replaced
 
 log = logger_of(__name__)
 
@@ -237,7 +237,7 @@ class Listener:
     def _watch(self, path: str) -> None:
         with (
             self._connections.claims.connect() as connection,
-            touches(log_of(connection)) as touched,
+            touches(self._connections.log_file) as touched,
             DefaultSelector() as selector,
         ):
             selector.register(self._wake_end, EVENT_READ)

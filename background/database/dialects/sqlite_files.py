@@ -99,12 +99,6 @@ def is_replaced(connection: Connection) -> bool:
     return any(each.change for each in connection.connection.info.get(_OPENED, []))
 
 
-def log_of(connection: Connection) -> str | None:
-    """Return the path of the write-ahead log that the connection has open. None if the file is not known."""
-    files: list[Opened] = connection.connection.info.get(_OPENED, [])
-    return files[0].log_path if files else None
-
-
 def folder(connection: Connection) -> str | None:
     """Return the folder of the file that the connection has open. None if the file is not known."""
     files: list[Opened] = connection.connection.info.get(_OPENED, [])
