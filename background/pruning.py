@@ -6,7 +6,6 @@ from flask import current_app
 from sqlalchemy import and_, delete, exists, func, or_, select
 
 from .context import WorkerContext
-from .database.clock import steady
 from .database.store import count
 from .database.tables import executions, messages, tallies, workers
 from .manager import current_workers
@@ -14,8 +13,6 @@ from .worker import PeriodicWorker
 
 SLICE = 5_000  # rows of one commit
 _MOST_ON_SQLITE = 1_000  # rows, because every other writer waits for the commit
-_POLL_SECONDS = 0.001
-_LONGEST_REST_SECONDS = 0.1  # SQLite's longest pause between two tries for the write lock
 
 
 class PruneHistoryWorker(PeriodicWorker):
@@ -87,13 +84,11 @@ def _slice() -> int:
 
 
 def _commit_slice(context: WorkerContext) -> None:
-    """Commit. On SQLite, let the connections write that wait for the write lock, because they poll for it."""
+    """Commit. On SQLite, let the connections write that wait for the write lock."""
     context.commit()
-    stores, until = current_workers.stores, steady() + _LONGEST_REST_SECONDS
+    stores = current_workers.stores
     if stores.main.has_one_writer:
-        while not context.stopping.wait(_POLL_SECONDS) and steady() < until:
-            if not stores.connections.is_write_lock_awaited():
-                break
+        stores.connections.let_others_write(context.stopping.wait)
 
 
 def _prune_tallies(context: WorkerContext) -> None:

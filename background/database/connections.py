@@ -1,5 +1,6 @@
 """The engine's own connections. A claim neither joins nor waits for the application's transactions."""
 
+import math
 import os
 import socket
 import sqlite3
@@ -17,6 +18,7 @@ from sqlalchemy.schema import CreateTable
 
 from ..host.forks import ForkSafeLock
 from ..host.listeners import is_new
+from .clock import steady
 from .dialects import postgresql, sqlite, write_lock
 from .dialects import sqlite_files as database_files
 from .opening import Opener, has_creator
@@ -26,6 +28,9 @@ from .tables import instances, locks
 
 Answer = TypeVar("Answer")
 Made = TypeVar("Made")
+
+_LONGEST_TURN_SECONDS = 0.1  # of other writers: SQLite's longest pause between two tries
+_POLL_SECONDS = 0.001
 
 
 class made_once(cached_property[Made]):
@@ -146,9 +151,19 @@ class Connections:
     def _folder(self) -> str:
         return os.path.dirname(self._file)
 
-    def is_write_lock_awaited(self) -> bool:
-        """Return whether a connection waits for SQLite's only write lock."""
-        return write_lock.is_awaited(self._folder)
+    def let_others_write(
+        self, wait: Callable[[float], bool], rest: float = _POLL_SECONDS, longest: float = math.inf
+    ) -> None:
+        """Rest, and go on to rest while a connection waits for SQLite's only write lock, for at most `longest`.
+
+        SQLite's writers poll for the lock. Without this, they would rarely find it free between two transactions.
+        `wait` waits for a number of seconds, and returns whether the run must stop.
+        """
+        until = steady() + min(longest, _LONGEST_TURN_SECONDS)
+        while not wait(rest) and steady() < until:
+            if not write_lock.is_awaited(self._folder):
+                return
+            rest = _POLL_SECONDS
 
     def refuse_missing(self) -> None:
         """Raise FileNotFoundError for a missing SQLite file. SQLite would make an empty file."""

@@ -28,8 +28,6 @@ _SLOT_SECONDS = 0.02
 _REST = 1 / 50  # of the batches, for writers that do not show that they wait
 _SHORTEST_REST_SECONDS = 0.002  # a shorter one would take several times as long as asked for
 _LONGEST_REST_SECONDS = 0.02
-_LONGEST_TURN_SECONDS = 0.1  # of other writers: SQLite's longest pause between two tries
-_POLL_SECONDS = 0.001
 _YIELDED_SECONDS = (0.02, 0.04)
 _LONGEST_WAIT_SECONDS = 1.0  # for a timer, which a clock that was set back may delay for hours
 
@@ -201,18 +199,11 @@ class Consumers:
             self._let_others_write(steady() - began)
 
     def _let_others_write(self, took: float) -> None:
-        """Rest after batches, and as long as this one `took` (in seconds) while others wait for the write lock.
-
-        SQLite writers poll for the lock. Without this rest they would rarely find it free between batches.
-        """
-        until = steady() + min(took, _LONGEST_TURN_SECONDS)
+        """Rest after batches, and as long as this one `took` (in seconds) while others wait for the write lock."""
         self._owed += took * _REST
         rest = min(self._owed, _LONGEST_REST_SECONDS)
         if rest < _SHORTEST_REST_SECONDS:
             rest = 0.0
         else:
             self._owed = 0.0
-        while not self._runs.stopping.wait(rest) and steady() < until:
-            if not self._stores.connections.is_write_lock_awaited():
-                return
-            rest = _POLL_SECONDS
+        self._stores.connections.let_others_write(self._runs.stopping.wait, rest, longest=took)

@@ -13,6 +13,7 @@ from support.fleet import PATIENCE, Fleet, db, make_app
 
 from background import BackgroundWorkerManager, MessageWorker, PeriodicWorker, PruneHistoryWorker
 from background import pruning as engine_pruning
+from background.database import connections
 from background.database.dialects.write_lock import waiting
 from background.database.tables import executions, message_errors, messages, tallies, workers
 from background.pruning import SLICE
@@ -173,7 +174,7 @@ def test_a_short_slice_is_committed_and_a_connection_that_waits_for_the_write_lo
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine_pruning, "_MOST_ON_SQLITE", 2)
-    monkeypatch.setattr(engine_pruning, "_LONGEST_REST_SECONDS", PATIENCE)
+    monkeypatch.setattr(connections, "_LONGEST_TURN_SECONDS", PATIENCE)
     manager = fleet.manager(Letters)
     for number in range(6):
         ended(fleet, f"done {number}", "done", 20 - number)

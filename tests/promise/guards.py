@@ -275,24 +275,12 @@ MUTATIONS = (
     ),
     Mutation(
         "a backlog lets a connection write that waits for SQLite's write lock",
-        [
-            Edit(
-                "background/process/consumers.py",
-                "if not self._stores.connections.is_write_lock_awaited():",
-                "if True:",
-            )
-        ],
+        [Edit("background/database/connections.py", "if not write_lock.is_awaited(self._folder):", "if True:")],
         ["tests/background/runs/test_batch.py", "-k", "frees_the_write_lock"],
     ),
     Mutation(
         "pruning lets a connection write that waits for SQLite's write lock",
-        [
-            Edit(
-                "background/pruning.py",
-                "if not stores.connections.is_write_lock_awaited():",
-                "if True:",
-            )
-        ],
+        [Edit("background/pruning.py", "stores.connections.let_others_write(context.stopping.wait)", "pass")],
         ["tests/background/test_pruning.py", "-k", "goes_first"],
     ),
     Mutation(
