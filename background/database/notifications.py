@@ -26,8 +26,8 @@ log = logger_of(__name__)
 CHANNEL = "background_messages"
 _RETRY_SECONDS = 0.5
 _LOOK_SECONDS = 0.25  # between two looks at the files of SQLite
-_GLANCE_SECONDS = 0.018  # the same, if the system does not tell of touches
-_ALL = 65_536  # bytes
+_GLANCE_SECONDS = 0.018  # the same, if the system does not tell of touches. Also the shortest rest after a commit
+_MOST_BYTES = 65_536  # of one read
 _RESTS = 16  # times as long as the work before the rest
 _LONGEST_REST_SECONDS = 0.1
 _LONGEST_WAIT_SECONDS = 1.0
@@ -180,8 +180,8 @@ class Listener:
     PostgreSQL notifies it, on a connection of its own, of new work. Behind a pooler a heartbeat finds the work.
 
     SQLite has no notifications. So the thread looks whether another process touched the heartbeats' file. While some
-    topics are `idle`, it also looks at SQLite's counter of commits: often, and at once after a touch of the write-ahead
-    log. After a commit it asks `due` which of these topics have a due message.
+    topics are `idle`, it also looks at SQLite's counter of commits: at once after a touch of the write-ahead log, or
+    often if the system does not tell of touches. After a commit it asks `due` which of these topics have a due message.
     """
 
     def __init__(
@@ -261,10 +261,10 @@ class Listener:
                     for topic in self._due(topics):
                         self._heard(topic)
                     # Without this rest, the reads would use a core while another process commits all the time.
-                    self._stopped.wait(max(rest, (steady() - began) * _RESTS))
+                    self._stopped.wait(max(_GLANCE_SECONDS, (steady() - began) * _RESTS))
                 if selector.select(_GLANCE_SECONDS if touched is None else _LOOK_SECONDS) and touched is not None:
                     with suppress(BlockingIOError):  # the other end woke this thread
-                        os.read(touched, _ALL)
+                        os.read(touched, _MOST_BYTES)
 
     def _look(self, path: str) -> None:
         touched, before = os.stat(path).st_mtime_ns, self._touched
