@@ -346,7 +346,7 @@ def _postgresql_options(given: Mapping[str, Any]) -> dict[str, Any]:
         "keepalives_count": 3,
         "tcp_user_timeout": 20_000,
     }
-    # With SQLAlchemy's 5 connections, ten threads of workers open others all the time. A given pool has its own size.
+    # SQLAlchemy keeps 5 connections, so ten threads would open and close others. A given pool has its own size.
     pool = {} if {"pool", "poolclass"} & given.keys() else {"pool_size": 10}
     # A pooled connection may be older than the server's last restart.
     return {"pool_pre_ping": True, **pool, **given, "connect_args": {**arguments, **given.get("connect_args", {})}}

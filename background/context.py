@@ -41,7 +41,7 @@ class Stopping(threading.Event):
 
 @dataclass
 class LogFields(Mapping[str, Any]):
-    """The fields of each log record of a run. A run of many messages changes them often, and reads them rarely."""
+    """The fields of each log record of a run. Each message changes them, so the tick becomes text only when read."""
 
     worker: str
     tick: datetime

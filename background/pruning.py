@@ -79,7 +79,7 @@ def _prune_messages(context: WorkerContext) -> None:
 
 
 def _slice() -> int:
-    """Return the rows of one commit."""
+    """Return the number of rows of one commit."""
     return min(SLICE, _MOST_ON_SQLITE) if current_workers.stores.main.has_one_writer else SLICE
 
 

@@ -48,7 +48,7 @@ def measure(
     clock: str,
     only: str | None = None,
 ) -> None:
-    """Run the cases on the engines, and print their figures. Of the peers, `only` may name one."""
+    """Run the cases on the engines, and print their figures. `only` is the only peer to measure."""
     if clock == "processor":
         count_processor_time()
     if scale == "small":
@@ -93,12 +93,17 @@ def succeeded(case: str, setup: Setup, json: Path | None) -> bool:
     return True
 
 
-def writable(_context: click.Context, _option: click.Parameter, path: Path | None) -> Path | None:
+def writable(context: click.Context, option: click.Parameter, path: Path | None) -> Path | None:
     """Refuse a missing folder, and a file without figures, now and not after the measurement."""
     if path is None:
         return None
     if not path.absolute().parent.is_dir():
         raise click.BadParameter(f"there is no folder {str(path.parent)!r}. Make it first.")
+    return with_figures(context, option, path)
+
+
+def with_figures(_context: click.Context, _option: click.Parameter, path: Path) -> Path:
+    """Refuse a file without figures. A missing file is no error."""
     try:
         results.read(path)
     except (ValueError, LookupError, TypeError) as error:
@@ -166,7 +171,9 @@ def measure_peers(only: str | None, **chosen: Any) -> None:
 
 
 @main.command(short_help="Draw the pictures and fill the tables of the documents.")
-@click.argument("json", type=click.Path(exists=True, path_type=Path), default=FIGURES)
+@click.argument(
+    "json", type=click.Path(exists=True, dir_okay=False, path_type=Path), default=FIGURES, callback=with_figures
+)
 def plot(json: Path) -> None:
     """Draw the pictures and fill the tables of docs/performance.md and of the README, from the file JSON."""
     draw(json)

@@ -78,7 +78,7 @@ class Connections:
     def claims(self) -> Engine:
         """The pool of the statements that decide which instance runs a tick or a message."""
         if not self._on_sqlite:
-            return self._postgresql(pool_size=10)  # with 5, ten threads opened connections all the time
+            return self._postgresql(pool_size=10)  # with 5, ten threads opened and closed other connections
         # The pool has no limit. Otherwise a heartbeat would wait behind the claims that wait for the write lock.
         engine = self._engine(
             self._opener.open,
@@ -154,9 +154,9 @@ class Connections:
     def let_others_write(
         self, wait: Callable[[float], bool], rest: float = _POLL_SECONDS, longest: float = math.inf
     ) -> None:
-        """Rest, and go on to rest while a connection waits for SQLite's only write lock, for at most `longest`.
+        """Rest. Go on while a connection waits for SQLite's only write lock, for at most `longest` seconds.
 
-        SQLite's writers poll for the lock. Without this, they would rarely find it free between two transactions.
+        SQLite's writers poll for the lock. Without this rest, they would rarely find it free between transactions.
         `wait` waits for a number of seconds, and returns whether the run must stop.
         """
         until = steady() + min(longest, _LONGEST_TURN_SECONDS)

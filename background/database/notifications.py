@@ -26,7 +26,7 @@ log = logger_of(__name__)
 CHANNEL = "background_messages"
 _RETRY_SECONDS = 0.5
 _LOOK_SECONDS = 0.25  # between two looks at the files of SQLite
-_GLANCE_SECONDS = 0.018  # the same, if the system does not tell of touches. Also the shortest rest after a commit
+_GLANCE_SECONDS = 0.018  # the same, if the system reports no touches. Also the shortest rest after a commit
 _MOST_BYTES = 65_536  # of one read
 _RESTS = 16  # times as long as the work before the rest
 _LONGEST_REST_SECONDS = 0.1
@@ -55,8 +55,8 @@ class Notifier:
 
     On SQLite it touches the write-ahead log.
 
-    On PostgreSQL a thread notifies, and ends when no topic waits. If no thread works, the caller of `notify` sends the
-    notification, and the thread reads the response. The transaction of the caller does not notify, because PostgreSQL
+    On PostgreSQL a thread notifies, and ends when no topic waits. If no thread runs, the caller of `notify` sends the
+    notification, and a new thread reads the response. The transaction of the caller does not notify, because PostgreSQL
     lets transactions that notify commit one by one. The connection is in no pool, because a busy pool would open and
     close a connection for each notification. If the connection fails, or this process ends before the notification, a
     heartbeat finds the messages.
@@ -104,7 +104,7 @@ class Notifier:
                 self._close()
 
     def _send_early(self, topics: Collection[str]) -> float | None:
-        """Send the notification, as the start of the thread takes longer. Return the moment, or None if this failed."""
+        """Send the notification now, because a thread starts slowly. Return the moment, or None if this failed."""
         if self._connection is not None:
             with suppress(Exception):  # the thread tries again
                 self._send(topics)
@@ -148,7 +148,7 @@ class Notifier:
         return steady() - sent_at
 
     def _send(self, topics: Collection[str]) -> None:
-        """Send the notification, without a wait for the response.
+        """Send the notification. Does not wait for the response.
 
         The server need not write this commit to the disk, because a crash of the server forgets all notifications.
         """
@@ -181,7 +181,7 @@ class Listener:
 
     SQLite has no notifications. So the thread looks whether another process touched the heartbeats' file. While some
     topics are `idle`, it also looks at SQLite's counter of commits: at once after a touch of the write-ahead log, or
-    often if the system does not tell of touches. After a commit it asks `due` which of these topics have a due message.
+    often if the system reports no touches. After a commit it asks `due` which of these topics have a due message.
     """
 
     def __init__(
@@ -263,7 +263,7 @@ class Listener:
                     # Without this rest, the reads would use a core while another process commits all the time.
                     self._stopped.wait(max(_GLANCE_SECONDS, (steady() - began) * _RESTS))
                 if selector.select(_GLANCE_SECONDS if touched is None else _LOOK_SECONDS) and touched is not None:
-                    with suppress(BlockingIOError):  # the other end woke this thread
+                    with suppress(BlockingIOError):  # `stop` woke this thread
                         os.read(touched, _MOST_BYTES)
 
     def _look(self, path: str) -> None:

@@ -92,7 +92,7 @@ class Store(Statements):
     # -- lists of any length, in one parameter -------------------------------------------------
 
     def packed(self, ids: Collection[int]) -> str:
-        """Return `ids` as the value of one parameter, in the database's own form. The driver converts lists slowly."""
+        """Return `ids` as text: a list of JSON on SQLite, an array on PostgreSQL. The driver converts lists slowly."""
         listed = ",".join(map(str, ids))
         return f"[{listed}]" if self.on_sqlite else f"{{{listed}}}"
 
@@ -102,7 +102,7 @@ class Store(Statements):
         if self.on_sqlite:
             listed = func.json_each(bindparam(name, value, type_=Text)).table_valued("value")
             return column.in_(select(listed.c.value))
-        # Without a type of its own, the parameter is an array when the server plans the statement.
+        # The parameter has no type of its own. So PostgreSQL reads it as an array before it plans the statement.
         return column == any_(cast(bindparam(name, value, type_=NullType()), ARRAY(BigInteger)))
 
     def table_of(self, rows: Sequence[tuple[str | None, ...]], *names: str) -> Subquery:

@@ -56,7 +56,7 @@ def ended_in_a_fork(what: str) -> Iterator[Callable[[], None]]:
     """Run the user's code in this block. A forked child that leaves the block ends there.
 
     The parent goes on as the engine, so the child must not. `os._exit` runs no handler and closes no connection.
-    The block can call the yielded function to end a child before the block's end.
+    The block may call the yielded function, which ends a child at once.
     """
     began_in = os.getpid()
 

@@ -1,4 +1,4 @@
-"""Wakes a thread when a process touches a file. Linux tells it at once (inotify). Python has no function for this."""
+"""Reports when a process touches a file, which sets its times. Linux does this by inotify, which Python lacks."""
 
 import ctypes
 import os
@@ -10,7 +10,7 @@ _IN_ATTRIB = 0x4  # the times of the file changed
 
 @contextmanager
 def touches(path: str | None) -> Iterator[int | None]:
-    """Yield a descriptor that has something to read after each touch of the file. None if the system cannot tell."""
+    """Yield a descriptor that becomes readable at each touch of the file. None if the system reports no touches."""
     opened = None if path is None else _opened(os.fsencode(path))
     try:
         yield opened
@@ -26,4 +26,4 @@ def _opened(path: bytes) -> int | None:
             if library.inotify_add_watch(opened, path, _IN_ATTRIB) >= 0:
                 return int(opened)
             os.close(opened)
-    return None  # or the system allows no other watch
+    return None  # or the limit of watches is reached

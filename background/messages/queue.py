@@ -94,8 +94,8 @@ class Queue:
     ) -> Batch | None:
         """Claim up to `size` due messages, in the order in which they fell due. None if no message is due.
 
-        On PostgreSQL, look only for messages that fell due at the moment `floor` or later. On SQLite, look for one
-        message before taking the write lock, unless it `is_likely` that one is due.
+        On PostgreSQL, look only for messages that fell due at the moment `floor` or later. On SQLite, look for a due
+        message before taking the write lock, unless a due message `is_likely`.
 
         A message that failed before is claimed on its own: if it crashes the process, only its own attempt is counted.
 

@@ -97,7 +97,7 @@ def _figures(manager: BackgroundWorkerManager, is_full: bool) -> Figures:
     main = manager.stores.main
     are_many = not is_full and main.read(_number_of_workers)[0][0] > _MANY_WORKERS
     read = partial(_read_sums, main, are_many)
-    # PostgreSQL reads both at once. SQLite reads in this process, where two threads would only slow each other down.
+    # PostgreSQL answers two queries at a time. SQLite reads in this process, where two threads slow each other down.
     reading = None if main.on_sqlite else begun(read)
     found = statuses(manager.stores, manager.workers)
     sums, buckets = reading.result() if reading else read()

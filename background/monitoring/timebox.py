@@ -42,7 +42,7 @@ class Timebox(Generic[Subject, Answer]):
 
 
 def begun(ask: Callable[[], Answer]) -> "Future[Answer]":
-    """Begin `ask` on a thread of its own, which does not delay an exit. Return its future result."""
+    """Call `ask` on a thread of its own, which does not delay an exit. Return the future of its answer."""
     future: Future[Answer] = Future()
     threading.Thread(target=_settle, args=(future, ask), name="timebox", daemon=True).start()
     return future
@@ -51,5 +51,5 @@ def begun(ask: Callable[[], Answer]) -> "Future[Answer]":
 def _settle(future: "Future[Answer]", ask: Callable[[], Answer]) -> None:
     try:
         future.set_result(ask())
-    except Exception as error:  # the future raises it in another thread
+    except Exception as error:  # `result` raises it in the thread that waits
         future.set_exception(error)

@@ -25,8 +25,8 @@ from .presence import Presence
 log = logger_of(__name__)
 
 _SLOT_SECONDS = 0.02
-_REST = 1 / 50  # of the batches, for writers that do not show that they wait
-_SHORTEST_REST_SECONDS = 0.002  # a shorter one would take several times as long as asked for
+_REST = 1 / 50  # of the batches' time, for writers that do not show that they wait
+_SHORTEST_REST_SECONDS = 0.002  # a shorter rest takes several times as long as requested
 _LONGEST_REST_SECONDS = 0.02
 _YIELDED_SECONDS = (0.02, 0.04)
 _LONGEST_WAIT_SECONDS = 1.0  # for a timer, which a clock that was set back may delay for hours
@@ -58,7 +58,7 @@ class Consumers:
         self.floors = Floors(stores.app.config["WORKERS_HEARTBEAT_SECONDS"], may_help=stores.main.keeps_old_entries)
         self._excused: Counter[int] = Counter()
         self._owed = 0.0
-        """The seconds that this process will rest for other writers of SQLite."""
+        """The rest that this process must still take for other writers of SQLite, in seconds."""
         self._changed = threading.Lock()
 
     def wake(self, topic: str) -> None:
@@ -199,7 +199,7 @@ class Consumers:
             self._let_others_write(steady() - began)
 
     def _let_others_write(self, took: float) -> None:
-        """Rest after batches, and as long as this one `took` (in seconds) while others wait for the write lock."""
+        """Rest after batches. While a connection waits for the write lock, rest as long as this batch `took`."""
         self._owed += took * _REST
         rest = min(self._owed, _LONGEST_REST_SECONDS)
         if rest < _SHORTEST_REST_SECONDS:

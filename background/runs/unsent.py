@@ -1,4 +1,4 @@
-"""Sends the new rows of a batch at once. A flush for each message takes many times as long."""
+"""Sends the new rows of a batch together. A flush for each message takes many times as long."""
 
 from collections.abc import Iterable
 from dataclasses import is_dataclass
@@ -93,7 +93,7 @@ class Unsent:
                 else:
                     _insert(self._mapper, rows, session.connection())
             except BaseException:
-                session.rollback()  # the session's transaction, so that it cannot be committed
+                session.rollback()  # and the session's transaction, which then cannot be committed
                 raise
 
     def _open_for_caller(self, *given: Any, **named: Any) -> Connection:
@@ -135,7 +135,7 @@ def _asks(default: Any) -> bool:
 
 
 def _needs_flush(mapper: Mapper[Any]) -> bool:
-    """Return whether a flush of this class does more than to write the attributes of each row into one table."""
+    """Return whether a flush of this class does more than write the attributes of each row into one table."""
     return (
         not isinstance(mapper.persist_selectable, Table)
         or mapper.version_id_col is not None
@@ -145,7 +145,7 @@ def _needs_flush(mapper: Mapper[Any]) -> bool:
 
 
 def _insert(mapper: Mapper[Any], rows: Iterable[Any], connection: Connection) -> None:
-    """Send the INSERT of a flush. The flush takes longer, because it also reads the new ids for the rows' objects."""
+    """Send the INSERT that a flush would send. A flush takes longer, because it also reads the new ids."""
     table: Any = mapper.persist_selectable
     statement = insert(table)
     if connection.dialect.name == "postgresql":  # otherwise psycopg sends one statement for each row

@@ -83,12 +83,12 @@ def measured(url: str, way: str, workers: int, seconds: int) -> tuple[float, flo
     expected = workers * (ended - began)
     if way == "engine":
         check_once(len(rows), len(rows), len({(row.worker, row.tick) for row in rows}), "ticks")
-    late = [row.late for row in rows] or [found_at - began]  # at least so late, if none ran
+    late = [row.late for row in rows] or [found_at - began]  # if no tick ran, each is at least this late
     return 1000 * percentile(late, 0.99), 100 * (1 - len(rows) / expected)
 
 
 def wait_for_all(workers: int, tick: int = 0) -> None:
-    """Wait until each worker has run a tick that is not before `tick`, for at most ten seconds.
+    """Wait until each worker has run `tick` or a later tick, for at most ten seconds.
 
     Processes that cannot keep up with their ticks are measured too.
     """
@@ -101,7 +101,7 @@ def wait_for_all(workers: int, tick: int = 0) -> None:
 
 
 def end_together(processes: list["subprocess.Popen[str]"]) -> None:
-    """Tell all processes to end, before any is waited for."""
+    """Tell all processes to end, before the caller waits for any of them."""
     for process in processes:
         assert process.stdin is not None
         process.stdin.write("\n")

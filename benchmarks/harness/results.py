@@ -21,7 +21,7 @@ def entries(case: str, setup: Setup, figures: list[Figure]) -> list[Entry]:
 
 
 def write(path: Path, new: list[Entry], is_part: bool = False) -> None:
-    """Write the new entries, and keep those of other cases and engines. Of a part, keep those of other peers too."""
+    """Write the new entries, and keep the entries of other cases and engines. A part also keeps other peers."""
     alike = ("case", "engine", "of") if is_part else ("case", "engine")
     replaced = [_values(each, alike) for each in new]
     kept = [each for each in read(path) if _values(each, alike) not in replaced]

@@ -1,4 +1,4 @@
-"""PgQueuer on asyncpg and uvloop, by its guides: its table tuned, large batches, and a pool for the effects."""
+"""PgQueuer on asyncpg and uvloop, as its guides advise: its table tuned, large batches, and a pool for the effects."""
 
 import asyncio
 import signal

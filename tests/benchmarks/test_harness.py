@@ -92,9 +92,10 @@ def test_a_file_in_a_missing_folder_is_refused_before_the_measurement(tmp_path: 
 
 
 @pytest.mark.parametrize("written", ["", "{", "[]", "{}"])
-def test_a_file_without_figures_is_refused_before_the_measurement(tmp_path: Path, written: str) -> None:
+@pytest.mark.parametrize("command", [["limits", "--json"], ["plot"]])
+def test_a_file_without_figures_is_refused_at_once(tmp_path: Path, written: str, command: list[str]) -> None:
     (file := tmp_path / "figures.json").write_text(written)
-    result = CliRunner().invoke(main, ["limits", "--json", str(file)])
+    result = CliRunner().invoke(main, [*command, str(file)])
 
     assert result.exit_code == 2
     assert "has no figures of a run" in result.output

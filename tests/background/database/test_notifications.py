@@ -305,7 +305,7 @@ def test_a_commit_of_another_process_costs_an_idle_process_one_read_for_each_top
 
 
 @on_sqlite
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells of a touch")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux reports touches")
 def test_a_process_hears_of_messages_of_another_process_between_its_looks(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -315,7 +315,7 @@ def test_a_process_hears_of_messages_of_another_process_between_its_looks(
 
 
 @on_sqlite
-def test_a_process_hears_of_messages_although_the_system_tells_of_no_touch(
+def test_a_process_hears_of_messages_although_the_system_reports_no_touch(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(notifications, "touches", lambda _path: nullcontext())

@@ -125,7 +125,7 @@ def all_are(fleet: Fleet, state: str, count: int) -> None:
 def start(manager: BackgroundWorkerManager) -> None:
     """Start, wait until the process listens and has looked, and send the only heartbeat of the test.
 
-    A look forgets the floors. The heartbeat has them used.
+    A look forgets the floors. After the heartbeat, the process uses them.
     """
     looks, wake_all = Semaphore(0), Consumers.wake_all
 
