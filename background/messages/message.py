@@ -23,6 +23,9 @@ class _Row(NamedTuple):
 class Message(_Row):
     """One message, as its handler receives it."""  # a tuple, which is made in a fifth of a data class's time
 
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"cannot set {name!r} of a message: expected a message to stay as it was claimed")
+
     @property
     def tick(self) -> datetime:
         """The moment when the message was due. It is the `tick` of its context."""

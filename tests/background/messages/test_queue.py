@@ -105,6 +105,16 @@ def test_enqueueing_costs_the_caller_one_statement_and_no_commit(fleet: Fleet) -
         assert len(seen) <= 3
 
 
+def test_a_message_cannot_be_changed() -> None:
+    now = datetime.now(UTC)
+    message = Message(1, "notes", '"hello"', None, 1, 1, now, now)
+    assert message.payload == "hello"
+    for name in ("payload", "id", "other"):
+        with pytest.raises(AttributeError, match=f"cannot set '{name}' of a message"):
+            setattr(message, name, "changed")
+    assert message.payload == "hello"
+
+
 def test_a_handler_gets_the_enqueued_payload(fleet: Fleet) -> None:
     given: list[tuple[Message, WorkerContext, Any]] = []
 
