@@ -21,6 +21,7 @@ from ..harness.processes import idle_workers, run_until_told, started
 from .startup import BARE
 
 INSTANCES = 2
+START_SECONDS = 13  # after the length of a lease, an instance looks once for rows that a wrong clock delayed
 BARE_PROCESS = BARE + "\ncreate_app()\nprint('ready', flush=True)\nimport sys\nsys.stdin.readline()\n"
 
 
@@ -50,7 +51,7 @@ def idle(url: str, workers: int, seconds: int) -> dict[str, float]:
     with ExitStack() as started:
         fleet = [started.enter_context(instance(url, workers)) for _ in range(INSTANCES)]
         alone = started.enter_context(instance(url, 0))
-        time.sleep(3)  # until the start is over
+        time.sleep(START_SECONDS)
         check(number_alive() == INSTANCES + 1, f"{number_alive()} of {INSTANCES + 1} instances are alive")
         before, began = [counts_of(each) for each in (*fleet, alone)], time.monotonic()
         time.sleep(seconds)
