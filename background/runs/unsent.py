@@ -147,8 +147,9 @@ def _needs_flush(mapper: Mapper[Any]) -> bool:
 def _insert(mapper: Mapper[Any], rows: Iterable[Any], connection: Connection) -> None:
     """Send the INSERT that a flush would send. A flush takes longer, because it also reads the new ids."""
     table: Any = mapper.persist_selectable
-    statement = insert(table)
-    if connection.dialect.name == "postgresql":  # otherwise psycopg sends one statement for each row
+    statement, dialect = insert(table), connection.dialect
+    # Without RETURNING, psycopg sends one statement for each row.
+    if dialect.name == "postgresql" and dialect.insert_executemany_returning:
         statement = statement.returning(literal_column("1"))
     mapped = [each for each in mapper.columns if getattr(each, "table", None) is table]
     columns = [(mapper.get_property_by_column(each).key, each) for each in mapped]

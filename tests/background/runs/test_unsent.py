@@ -204,9 +204,9 @@ def tables(fleet: Fleet) -> Iterator[None]:
     Model.metadata.drop_all(fleet.engine)
 
 
-def handled(fleet: Fleet, add: Callable[[Message, WorkerContext], Any], *payloads: str) -> list[str]:
+def handled(fleet: Fleet, add: Callable[[Message, WorkerContext], Any], *payloads: str, **config: Any) -> list[str]:
     """Have `add` handle a batch of messages with these payloads. Return the texts of the rows, sorted."""
-    manager = fleet.manager(type("AddingToo", (Adding,), {"add": lambda _, *given: add(*given)}))
+    manager = fleet.manager(type("AddingToo", (Adding,), {"add": lambda _, *given: add(*given)}), **config)
     fleet.enqueue("notes", *payloads)
     manager.start()
     wait_until(lambda: not {"waiting", "running"} & set(states(fleet)), "the end")
@@ -231,6 +231,14 @@ def test_new_rows_of_a_batch_are_sent_together(fleet: Fleet) -> None:
         handled(fleet, lambda _, context: context.session.add(Ticket()), *PAYLOADS)
     assert len([each for each in sent if "INTO tickets" in each]) == 1
     assert len(set(rows(fleet, Ticket.number))) == len(PAYLOADS)
+
+
+def test_new_rows_are_sent_together_where_an_insert_of_many_rows_returns_none(fleet: Fleet) -> None:
+    options = {"use_insertmanyvalues": False}
+    with statements(Engine) as sent:
+        handled(fleet, add_note, *PAYLOADS, SQLALCHEMY_ENGINE_OPTIONS=options)
+    assert len([each for each in sent if "INTO notes" in each]) == 1
+    assert rows(fleet, Note.text) == PAYLOADS
 
 
 @pytest.mark.parametrize("model", [Form, LongForm, Answer, Edition, Few, Dozen])
