@@ -41,7 +41,7 @@ class Figure:
         return [value / of for value, of in zip(self.values, self.of_values, strict=True)] if self.of else []
 
     def as_json(self) -> dict[str, Any]:
-        shown = {name: value for name, value in vars(self).items() if value not in ("", (), None)}
+        shown = {name: value for name, value in vars(self).items() if name == "unit" or value not in ("", (), None)}
         return {**shown, "ratios": self.ratios} if self.of else shown
 
     def __str__(self) -> str:

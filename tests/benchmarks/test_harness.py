@@ -144,6 +144,7 @@ def test_the_tables_of_the_page_have_every_case(monkeypatch: pytest.MonkeyPatch,
         for case in (*CASES, "peers")
         for entry in entries(case, SETUP, [Figure(f"the {case}", "a second", [8.0, 9.0], "hand", [4.0, 3.0], ">= 3")])
     ]
+    figures += entries("fleet", SETUP, [Figure("statements", "", [1.0], aim="= 1")])
     figures += entries("peers", SETUP, [Figure("handle, one consumer", "a second", [8.0], "huey on SQLite", [2.0])])
 
     document.fill(figures, "On this machine.")
@@ -151,6 +152,7 @@ def test_the_tables_of_the_page_have_every_case(monkeypatch: pytest.MonkeyPatch,
     filled = page.read_text(encoding="utf-8")
     assert "On this machine." in filled
     assert [case for case in (*CASES, "peers") if f"| the {case} | SQLite | 8.5 a second |" not in filled] == []
+    assert "| statements | SQLite | 1 | | = 1 |" in filled
     assert "2.5 (2 to 3) times hand | >= 3, not met |" in filled
     assert "| messages a second, `handle` | 8, 4 times huey |" in readme.read_text(encoding="utf-8")
     assert len(readme.read_text(encoding="utf-8").splitlines()) <= 110
