@@ -151,6 +151,7 @@ class Supervisor:
                 self._stores.close()
                 return False
             self._presence.instance = instance
+            self._beat_at = instance.database_time()  # an outage may begin before the first heartbeat
             presence = self._presence
             heartbeat = Heartbeat(
                 self._config["WORKERS_HEARTBEAT_SECONDS"],
