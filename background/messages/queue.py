@@ -95,7 +95,7 @@ class Queue:
         """Claim up to `size` due messages, in the order in which they fell due. None if no message is due.
 
         On PostgreSQL, look only for messages that fell due at the moment `floor` or later. On SQLite, look for a due
-        message before taking the write lock, unless a due message `is_likely`.
+        message before taking the write lock. A caller that expects a due message skips this by `is_likely`.
 
         A message that failed before is claimed on its own: if it crashes the process, only its own attempt is counted.
 
