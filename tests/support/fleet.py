@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy import CheckConstraint, Column, Engine, Integer, String, Table, event, insert, select, update
@@ -24,6 +25,7 @@ from background.database import tables
 from background.database.clock import UtcDateTime
 from background.monitoring.health import health
 from background.monitoring.metrics import metrics
+from background.process.consumers import Consumers
 from background.settings import SETTINGS
 from background.worker import AnyWorker
 
@@ -203,6 +205,21 @@ def stop(*apps: Flask) -> None:
         app.extensions["background_workers"].stop()
     wait_until(lambda: not [t for t in threading.enumerate() if t.name.startswith("workers-")], "the threads' end")
     close(*apps)  # also the connections that a late thread opened again
+
+
+def start_and_look(manager: BackgroundWorkerManager) -> None:
+    """Start the workers, and wait until they look for messages: at the start, and after the process listens."""
+    looks, wake_all = threading.Semaphore(0), Consumers.wake_all
+
+    def count(consumers: Consumers) -> None:
+        wake_all(consumers)
+        looks.release()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Consumers, "wake_all", count)
+        manager.start()
+        for _ in ("at the start", "after it listens"):
+            assert looks.acquire(timeout=PATIENCE)
 
 
 def last_hour() -> datetime:

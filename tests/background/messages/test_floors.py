@@ -4,13 +4,12 @@ import threading
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from threading import Semaphore
 from typing import Any
 
 import pytest
 from sqlalchemy import event, update
 from support.databases import on_postgresql
-from support.fleet import HOUR, Fleet, db, effect, states, wait_until
+from support.fleet import HOUR, Fleet, db, effect, start_and_look, states, wait_until
 from support.processes import PATIENCE
 
 from background import BackgroundWorkerManager, Message, MessageWorker, WorkerContext
@@ -18,7 +17,6 @@ from background.database import tables
 from background.ledger.leases import Instance
 from background.messages import floors
 from background.messages.floors import Floors
-from background.process.consumers import Consumers
 
 NOON = datetime(2026, 11, 30, 12, tzinfo=UTC)
 SECOND = timedelta(seconds=1)
@@ -123,21 +121,8 @@ def all_are(fleet: Fleet, state: str, count: int) -> None:
 
 
 def start(manager: BackgroundWorkerManager) -> None:
-    """Start, wait until the process listens and has looked, and send the only heartbeat of the test.
-
-    A look forgets the floors. After the heartbeat, the process uses them.
-    """
-    looks, wake_all = Semaphore(0), Consumers.wake_all
-
-    def count(consumers: Consumers) -> None:
-        wake_all(consumers)
-        looks.release()
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Consumers, "wake_all", count)
-        manager.start()
-        for _ in ("at the start", "after it listens"):
-            assert looks.acquire(timeout=PATIENCE)
+    """Start, and send the only heartbeat of the test. A look forgets the floors, and a heartbeat begins their use."""
+    start_and_look(manager)
     manager.supervisor._beat()
 
 

@@ -17,7 +17,7 @@ from flask import current_app, g
 from sqlalchemy import insert, select, update
 from sqlalchemy.exc import IntegrityError
 from support.databases import on_postgresql, on_sqlite
-from support.fleet import HOUR, PATIENCE, Fleet, Hourly, db, effect, states, wait_until
+from support.fleet import HOUR, PATIENCE, Fleet, Hourly, db, effect, start_and_look, states, wait_until
 
 from background import (
     BackgroundWorkerManager,
@@ -731,15 +731,13 @@ Quiet = Callable[..., BackgroundWorkerManager]
 
 
 @pytest.fixture
-def quiet(fleet: Fleet, caplog: pytest.LogCaptureFixture) -> Quiet:
-    """Start an instance that has looked once, and has no heartbeat to come."""
-    caplog.set_level(logging.INFO, "background.process.supervisor")
+def quiet(fleet: Fleet) -> Quiet:
+    """Start an instance that has looked for messages, and has no heartbeat to come."""
 
     def start(*workers: type[MessageWorker]) -> BackgroundWorkerManager:
         manager = fleet.manager(*workers, WORKERS_HEARTBEAT_SECONDS=MINUTE, WORKERS_LEASE_SECONDS=5 * MINUTE)
-        manager.start()
-        wait_until(lambda: "joined with" in caplog.text, "the start")
-        wait_until(lambda: not manager.supervisor.consumers._active["notes"], "the first look")
+        start_and_look(manager)
+        wait_until(lambda: not manager.supervisor.consumers._active["notes"], "the looks")
         return manager
 
     return start
