@@ -1,7 +1,7 @@
 """The watch over the fleet: finds incidents, and enqueues one alert when an incident opens and one when it ends."""
 
 from collections.abc import Callable, Collection
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 from sqlalchemy.orm import Session
 
@@ -26,6 +26,8 @@ class FleetWatch:
     def __init__(self, manager: BackgroundWorkerManager) -> None:
         self._manager = manager
         self._joined_at = 0.0
+        self._untold: tuple[str, tuple[datetime | None, datetime]] | None = None
+        """An outage, and its span, whose alert is not yet written."""
         self.interval = self.every.total_seconds()
         self.topics: Collection[str] = {worker.topic for worker in delivery.channels(manager.app)}
 
@@ -35,21 +37,30 @@ class FleetWatch:
         return Incidents(self._manager.stores)
 
     def before_joining(self) -> None:
-        """Send an alert if no instance was alive until now. An error is logged: the workers must start without it.
-
-        Concurrency: several processes may start at once. The index on the beginning lets one of them write the row.
-        """
+        """Send an alert if no instance was alive until now. An error is logged: the workers must start without it."""
         self._joined_at = steady()
         try:
             silence = self._manager.instance_history.silence()
             if (detail := outage(silence)) is not None and silence is not None:
-                span = silence.since, silence.clock
-                self._decide(lambda session: self.incidents.open(session, "silent", "", detail, span))
+                self._untold = detail, (silence.since, silence.clock)
+            self._tell_outage()
         except Exception as error:
             log.warning("Cannot say since when no instance was alive: %s", first_line(error))
 
+    def _tell_outage(self) -> None:
+        """Send the alert of an outage. After an error, for example on a read-only database, the next look sends it.
+
+        Concurrency: several processes may start at once. The index on the beginning lets one of them write the row.
+        """
+        if (untold := self._untold) is not None:
+            detail, span = untold
+            self._decide(lambda session: self.incidents.open(session, "silent", "", detail, span))
+            if self._untold is untold:  # the thread of the heartbeats may have found another outage
+                self._untold = None
+
     def look(self) -> None:
         """Look at the fleet, if no other instance did so within the interval."""
+        self._tell_outage()
         if again_if_stale(lambda: self.incidents.claim_look(self.every)):
             self.look_now()
 

@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, insert, select, update
+from sqlalchemy import Engine, insert, select, text, update
 from support.alert_receiver import SECRET, Receiver
 from support.fleet import HOUR, Fleet, Hourly, at_once, last_hour, statements, wait_until
 from support.processes import PATIENCE
@@ -312,6 +312,23 @@ def test_the_next_process_that_starts_says_that_no_instance_was_alive(fleet: Fle
     assert timedelta(minutes=7) <= ended - began < timedelta(minutes=8)
     look(managers[0])
     assert len(alerts(fleet)) == 1
+
+
+def test_an_outage_whose_alert_could_not_be_written_is_told_by_the_next_look(
+    fleet: Fleet, webhook: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    manager = fleet.manager(Broken, **webhook)
+    kill(manager, timedelta(minutes=7))
+    with fleet.engine.begin() as connection:
+        connection.execute(text("ALTER TABLE background_incidents RENAME TO away"))
+    manager.start()
+    wait_until(lambda: manager.presence.instance)
+    assert "Cannot say since when no instance was alive" in caplog.text
+    with fleet.engine.begin() as connection:
+        connection.execute(text("ALTER TABLE away RENAME TO background_incidents"))
+    for _ in range(2):
+        watch_of(manager).look()
+        assert titles(fleet) == ["No instance was alive"]
 
 
 def test_a_fleet_that_is_new_or_that_a_deploy_restarts_is_no_incident(fleet: Fleet, webhook: dict[str, str]) -> None:
