@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import pytest
 from flask import current_app, g
 from sqlalchemy import insert, select, update
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import IntegrityError, OperationalError
 from support.databases import on_postgresql, on_sqlite
 from support.fleet import HOUR, PATIENCE, Fleet, Hourly, db, effect, start_and_look, states, wait_until
 
@@ -30,7 +30,9 @@ from background import (
     current_workers,
 )
 from background.database import tables
+from background.database.clock import now
 from background.database.dialects.write_lock import waiting
+from background.ledger.leases import Instance
 
 MINUTE = 60
 
@@ -724,9 +726,6 @@ def test_messages_of_a_gone_instance_with_a_topic_unknown_to_this_release_cause_
     assert states(fleet) == ["running"]
 
 
-# -- waking up -------------------------------------------------------------------------------------
-
-
 Quiet = Callable[..., BackgroundWorkerManager]
 
 
@@ -741,6 +740,29 @@ def quiet(fleet: Fleet) -> Quiet:
         return manager
 
     return start
+
+
+class OnlyOnce(Notes):
+    max_attempts = 1
+
+
+def test_a_lease_that_ends_just_after_an_outage_counts_no_attempt(fleet: Fleet, quiet: Quiet) -> None:
+    peer = Instance(HOUR)
+    manager = fleet.manager(OnlyOnce)
+    manager.stores.leases.renew(peer)
+    fleet.enqueue("notes", "a")
+    assert manager.stores.queue.claim("only_once", "notes", 1, (peer.id, peer.name))
+    supervisor = quiet(OnlyOnce).supervisor
+    supervisor._beat_failed(OperationalError("SELECT 1", {}, Exception("server closed the connection unexpectedly")))
+    supervisor._beat()
+    ended = update(tables.instances).where(tables.instances.c.id == peer.id).values(expires_at=now())
+    manager.stores.leases.change(ended)
+    supervisor.message_recovery.look()
+    wait_until(lambda: is_over(fleet), "the message's end")
+    assert [(row.state, row.attempt) for row in fleet.messages()] == [("done", 1)]
+
+
+# -- waking up -------------------------------------------------------------------------------------
 
 
 def test_a_message_for_tomorrow_does_not_delay_a_message_for_now(fleet: Fleet, quiet: Quiet) -> None:
