@@ -25,7 +25,6 @@ from background.database import tables
 from background.database.clock import UtcDateTime
 from background.monitoring.health import health
 from background.monitoring.metrics import metrics
-from background.process.consumers import Consumers
 from background.settings import SETTINGS
 from background.worker import AnyWorker
 
@@ -209,6 +208,8 @@ def stop(*apps: Flask) -> None:
 
 def start_and_look(manager: BackgroundWorkerManager) -> None:
     """Start the workers, and wait until they look for messages: at the start, and after the process listens."""
+    from background.process.consumers import Consumers  # imports APScheduler. Some tests assert that nothing does
+
     looks, wake_all = threading.Semaphore(0), Consumers.wake_all
 
     def count(consumers: Consumers) -> None:
