@@ -26,8 +26,8 @@ class FleetWatch:
     def __init__(self, manager: BackgroundWorkerManager) -> None:
         self._manager = manager
         self._joined_at = 0.0
-        self._untold: tuple[str, tuple[datetime | None, datetime]] | None = None
-        """An outage, and its span, whose alert is not yet written."""
+        self._unreported: tuple[str, tuple[datetime | None, datetime]] | None = None
+        """An outage whose alert is not yet written: its description, its beginning and its end."""
         self.interval = self.every.total_seconds()
         self.topics: Collection[str] = {worker.topic for worker in delivery.channels(manager.app)}
 
@@ -42,25 +42,25 @@ class FleetWatch:
         try:
             silence = self._manager.instance_history.silence()
             if (detail := outage(silence)) is not None and silence is not None:
-                self._untold = detail, (silence.since, silence.clock)
-            self._tell_outage()
+                self._unreported = detail, (silence.since, silence.clock)
+            self._report_outage()
         except Exception as error:
             log.warning("Cannot say since when no instance was alive: %s", first_line(error))
 
-    def _tell_outage(self) -> None:
+    def _report_outage(self) -> None:
         """Send the alert of an outage. After an error, for example on a read-only database, the next look sends it.
 
         Concurrency: several processes may start at once. The index on the beginning lets one of them write the row.
         """
-        if (untold := self._untold) is not None:
-            detail, span = untold
+        if (unreported := self._unreported) is not None:
+            detail, span = unreported
             self._decide(lambda session: self.incidents.open(session, "silent", "", detail, span))
-            if self._untold is untold:  # the thread of the heartbeats may have found another outage
-                self._untold = None
+            if self._unreported is unreported:  # the heartbeat's thread may have found another outage
+                self._unreported = None
 
     def look(self) -> None:
         """Look at the fleet, if no other instance did so within the interval."""
-        self._tell_outage()
+        self._report_outage()
         if again_if_stale(lambda: self.incidents.claim_look(self.every)):
             self.look_now()
 

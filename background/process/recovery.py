@@ -139,7 +139,7 @@ class MessageRecovery:
         self._batches, self._soon, self._wake = batches, soon, wake
         self._freeing: set[str] = set()
         self.outage: tuple[datetime, datetime] | None = None
-        """The last outage of the database: from the last heartbeat before it until each instance could send another."""
+        """The last outage of the database: from the last heartbeat before it until every instance had time for one."""
 
     def look(self) -> None:
         """Free the messages that no instance handles, in another thread. Only reads in this thread."""

@@ -262,7 +262,7 @@ class Supervisor:
     def _end_outage(self, pulse: Pulse) -> None:
         if (lasted := self._outage.ended()) is not None:
             log.warning("Heartbeats continue after %.1f s", lasted)
-            # Another instance may try a heartbeat later, and its lease may end until then.
+            # Another instance sends its next heartbeat up to one interval later. Its lease may end before.
             until = pulse.clock + timedelta(seconds=self._config["WORKERS_HEARTBEAT_SECONDS"])
             self.message_recovery.outage = (self._beat_at or pulse.clock, until)
         self._beat_at = pulse.clock

@@ -314,7 +314,7 @@ def test_the_next_process_that_starts_says_that_no_instance_was_alive(fleet: Fle
     assert len(alerts(fleet)) == 1
 
 
-def test_an_outage_whose_alert_could_not_be_written_is_told_by_the_next_look(
+def test_an_outage_whose_alert_could_not_be_written_is_reported_by_the_next_look(
     fleet: Fleet, webhook: dict[str, str], caplog: pytest.LogCaptureFixture
 ) -> None:
     manager = fleet.manager(Broken, **webhook)
