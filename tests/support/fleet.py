@@ -207,19 +207,28 @@ def stop(*apps: Flask) -> None:
 
 
 def start_and_look(manager: BackgroundWorkerManager) -> None:
-    """Start the workers, and wait until they look for messages: at the start, and after the process listens."""
-    from background.process.consumers import Consumers  # imports APScheduler. Some tests assert that nothing does
+    """Start the workers, and wait until the process has made the looks of its start.
 
-    looks, wake_all = threading.Semaphore(0), Consumers.wake_all
+    It looks for messages at the start, and again after it listens. Then it also looks at the fleet.
+    """
+    # These import APScheduler. Some tests assert that nothing does.
+    from background.process.consumers import Consumers
+    from background.process.supervisor import Supervisor
 
-    def count(consumers: Consumers) -> None:
-        wake_all(consumers)
-        looks.release()
+    looks = threading.Semaphore(0)
+
+    def counted(look: Callable[..., None]) -> Callable[..., None]:
+        def count(*arguments: Any) -> None:
+            look(*arguments)
+            looks.release()
+
+        return count
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Consumers, "wake_all", count)
+        patch.setattr(Consumers, "wake_all", counted(Consumers.wake_all))
+        patch.setattr(Supervisor, "_looked", counted(Supervisor._looked))
         manager.start()
-        for _ in ("at the start", "after it listens"):
+        for _ in ("messages at the start", "messages after it listens", "the fleet after it listens"):
             assert looks.acquire(timeout=PATIENCE)
 
 
