@@ -49,6 +49,9 @@ def measure(
     only: str | None = None,
 ) -> None:
     """Run the cases on the engines, and print their figures. `only` is the only peer to measure."""
+    engines = ENGINES if engine == "both" else (engine,)
+    if json and scale == "small":
+        keep_full_figures(json, cases, engines)
     if clock == "processor":
         count_processor_time()
     if scale == "small":
@@ -58,7 +61,7 @@ def measure(
     failed = [
         f"{case} on {each}"
         for case in cases
-        for each in (ENGINES if engine == "both" else (engine,))
+        for each in engines
         if not succeeded(case, Setup(each, scale == "small", turns or (1 if scale == "small" else 5), only), json)
     ]
     if failed:
@@ -73,7 +76,7 @@ def succeeded(case: str, setup: Setup, json: Path | None) -> bool:
             for figure in measured:
                 click.echo(f"{case:9} {setup.engine:10} {figure}")
                 figures.append(figure)
-    except NotDone as error:
+    except (NotDone, click.ClickException) as error:
         click.echo(f"{case} on {setup.engine}: {error}", err=True)
         return False
     except ModuleNotFoundError as error:
@@ -88,8 +91,8 @@ def succeeded(case: str, setup: Setup, json: Path | None) -> bool:
         return False
     if not figures:
         click.echo(f"{case:9} {setup.engine:10} has no figures on this database")
-    if json:
-        results.write(json, results.entries(case, setup, figures), is_part=setup.only is not None)
+    if json and figures:
+        results.write(json, results.entries(case, setup, figures), keeps_other_peers=setup.only is not None)
     return True
 
 
@@ -105,9 +108,31 @@ def writable(context: click.Context, option: click.Parameter, path: Path | None)
 def with_figures(_context: click.Context, _option: click.Parameter, path: Path) -> Path:
     """Refuse a file without figures. A missing file is no error."""
     try:
-        results.read(path)
+        _ = results.read(path) and results.about(path)
     except (ValueError, LookupError, TypeError) as error:
         raise click.BadParameter(f"the file {str(path)!r} has no figures of a run. Name another file.") from error
+    return path
+
+
+def keep_full_figures(path: Path, cases: tuple[str, ...], engines: tuple[str, ...]) -> None:
+    """Refuse a file with full figures that the small figures of these cases would replace."""
+    for each in results.read(path):
+        if each["scale"] == "full" and each["case"] in cases and each["engine"] in engines:
+            raise click.UsageError(
+                f"the file {str(path)!r} has figures of the case {each['case']!r} at the full scale. Figures of the "
+                "small scale may not replace them. Name another file with --json."
+            )
+
+
+def only_full_figures(_context: click.Context, _option: click.Parameter, path: Path) -> Path:
+    """Refuse a file with figures of the small scale, which say nothing about speed."""
+    with_figures(_context, _option, path)
+    for each in results.read(path):
+        if each["scale"] != "full":
+            raise click.BadParameter(
+                f"the file {str(path)!r} has figures of the case {each['case']!r} at the small scale; expected only "
+                "figures of the full scale. Measure this case again with --scale full."
+            )
     return path
 
 
@@ -172,7 +197,7 @@ def measure_peers(only: str | None, **chosen: Any) -> None:
 
 @main.command(short_help="Draw the pictures and fill the tables of the documents.")
 @click.argument(
-    "json", type=click.Path(exists=True, dir_okay=False, path_type=Path), default=FIGURES, callback=with_figures
+    "json", type=click.Path(exists=True, dir_okay=False, path_type=Path), default=FIGURES, callback=only_full_figures
 )
 def plot(json: Path) -> None:
     """Draw the pictures and fill the tables of docs/performance.md and of the README, from the file JSON."""
@@ -182,6 +207,7 @@ def plot(json: Path) -> None:
 @main.command()
 def record() -> None:
     """Measure all cases and the peers at the full scale. Write all figures and pictures of the documents."""
+    python()  # refuses a missing environment now, and not after the measurement
     try:
         measure((*CASES, "peers"), "both", "full", FIGURES, None, "wall")
     finally:

@@ -92,24 +92,16 @@ class Claims:
         assert state is not None
         return state.schedule_text
 
-    def next(self) -> datetime:
-        """Free the worker, and return its next tick."""
+    def free(self) -> None:
+        """Free the worker, and go on to its next tick."""
         with db.engine.begin() as connection:
             connection.execute(FREE)
         self._tick += Hourly.period
-        return self._tick
 
     def win(self, claim: Callable[[datetime], bool], number: int) -> float:
-        """Claim `number` ticks. Return the rate of the median claim. Freeing the worker between them does not count."""
-        took = []
-        for _ in range(number):
-            tick = self.next()
-            began = clock()
-            is_won = claim(tick)
-            took.append(clock() - began)
-            check(is_won, f"the claim of {tick} did not win")
+        """Claim `number` ticks. Return the rate of the median claim."""
         self.won += number
-        return 1 / median(took)
+        return rate(number, lambda: check(claim(self._tick), "a claim of a new tick did not win"), self.free)
 
     def by_engine(self, tick: datetime) -> bool:
         return bool(self._ledger.claim(Hourly.name, tick, self._schedule, INSTANCE))
@@ -123,7 +115,8 @@ class Claims:
 
     def race(self) -> None:
         """Let some threads claim the same tick at once. Exactly one of them may win."""
-        tick, start, won = self.next(), threading.Barrier(RACERS), []
+        self.free()
+        tick, start, won = self._tick, threading.Barrier(RACERS), []
 
         def claim() -> None:
             start.wait()
@@ -144,10 +137,11 @@ class Claims:
         check_once(self.won, len(found), len(set(found)), "claims")
 
 
-def rate(number: int, work: Callable[[], None]) -> float:
-    """Return the rate of the median call."""
+def rate(number: int, work: Callable[[], None], prepare: Callable[[], None] = lambda: None) -> float:
+    """Return the rate of the median call. The time of `prepare` before each call does not count."""
     took = []
     for _ in range(number):
+        prepare()
         began = clock()
         work()
         took.append(clock() - began)

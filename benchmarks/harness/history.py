@@ -7,6 +7,7 @@ from flask import Flask
 from flask_security import hash_password
 from sqlalchemy import Connection, text
 
+from background.manager import the_manager
 from models import User, db
 
 EMAIL, PASSWORD = "admin@example.com", "correct horse battery staple"
@@ -26,13 +27,13 @@ def fill(app: Flask, size: Size) -> None:
     admin.password = hash_password(PASSWORD)
     db.session.add(admin)
     db.session.commit()
-    heartbeats = app.extensions["background_workers"].stores.connections.heartbeats
-    with heartbeats.begin() as connection:
+    stores = the_manager().stores
+    with stores.connections.heartbeats.begin() as connection:
         fill_instances(connection, size)
     with db.engine.begin() as connection:
         fill_workers(connection, size)
         fill_messages(connection, size)
-    while app.extensions["background_workers"].stores.roll_up.step():
+    while stores.roll_up.step():
         pass
     with db.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         # The work that such inserts leave to a server would slow the first pages.

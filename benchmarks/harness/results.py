@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from .databases import postgresql_version
 from .figures import Figure, Setup
 
 Entry = dict[str, Any]
@@ -16,16 +17,17 @@ Entry = dict[str, Any]
 
 def entries(case: str, setup: Setup, figures: list[Figure]) -> list[Entry]:
     scale = "small" if setup.is_small else "full"
-    about = {"case": case, "engine": setup.engine, "scale": scale}
+    moment = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
+    about = {"case": case, "engine": setup.engine, "scale": scale, "measured_at": moment}
     return [{**about, **figure.as_json()} for figure in figures]
 
 
-def write(path: Path, new: list[Entry], is_part: bool = False) -> None:
-    """Write the new entries, and keep the entries of other cases and engines. A part also keeps other peers."""
-    alike = ("case", "engine", "of") if is_part else ("case", "engine")
+def write(path: Path, new: list[Entry], keeps_other_peers: bool = False) -> None:
+    """Write the new entries, and keep the entries of other cases and engines."""
+    alike = ("case", "engine", "of") if keeps_other_peers else ("case", "engine")
     replaced = [_values(each, alike) for each in new]
     kept = [each for each in read(path) if _values(each, alike) not in replaced]
-    found = {"measured_at": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", "machine": machine(), "figures": kept + new}
+    found = {"machine": machine(), "figures": kept + new}
     path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
@@ -38,12 +40,13 @@ def read(path: Path) -> list[Entry]:
 
 
 def about(path: Path) -> str:
-    """Return a sentence about the machine and the moment of the newest figures."""
+    """Return a sentence about the machine and the moments of the figures."""
     found = json.loads(path.read_text(encoding="utf-8"))
-    on = found["machine"]
+    on, moments = found["machine"], sorted({each["measured_at"] for each in found["figures"]})
+    when = f"from {moments[0]} to {moments[-1]}" if len(moments) > 1 else f"at {''.join(moments)}"
     return (
-        f"Measured at {found['measured_at']} on {on['cores']} cores ({on['processor']}), "
-        f"with Python {on['python']} and SQLite {on['sqlite']}."
+        f"Measured {when} on {on['cores']} cores ({on['processor']}),\n"
+        f"with Python {on['python']}, SQLite {on['sqlite']} and PostgreSQL {on['postgresql']}."
     )
 
 
@@ -53,4 +56,5 @@ def machine() -> dict[str, Any]:
         "processor": platform.processor() or platform.machine(),
         "python": platform.python_version(),
         "sqlite": sqlite3.sqlite_version,
+        "postgresql": postgresql_version(),
     }

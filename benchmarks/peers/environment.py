@@ -26,7 +26,12 @@ def python() -> str:
         click.echo(f"Installing {REQUIREMENTS.name} into {FOLDER}", err=True)
         shutil.rmtree(FOLDER, ignore_errors=True)
         subprocess.run([sys.executable, "-m", "venv", str(FOLDER)], check=True)
-        subprocess.run([str(interpreter), "-m", "pip", "install", "-q", "-r", str(REQUIREMENTS)], check=True)
+        command = [str(interpreter), "-m", "pip", "install", "-q", "-r", str(REQUIREMENTS)]
+        if code := subprocess.run(command).returncode:
+            raise click.ClickException(
+                f"pip could not install {REQUIREMENTS.name} into {str(FOLDER)!r} (its exit code is {code}). Its lines "
+                "above have the reason. Remove the reason, and run the command again."
+            )
         stamp.write_text(wanted)
     return str(interpreter)
 

@@ -11,7 +11,8 @@ from benchmarks.__main__ import CASES, main
 from benchmarks.cases import limits
 from benchmarks.harness import document
 from benchmarks.harness.figures import Figure, NotDone, Setup, check_once, in_turns
-from benchmarks.harness.results import entries, read, write
+from benchmarks.harness.results import about, entries, read, write
+from benchmarks.peers import environment
 from tests.books.documents import blocks, text
 
 SETUP = Setup("sqlite", is_small=True, turns=2)
@@ -60,7 +61,9 @@ def test_a_run_of_one_peer_keeps_the_figures_of_the_others(tmp_path: Path) -> No
     path = tmp_path / "figures.json"
     of_two = [Figure("handle", "a second", [1.0], peer, [2.0]) for peer in ("celery", "pgqueuer")]
     write(path, entries("peers", SETUP, of_two))
-    write(path, entries("peers", SETUP, [Figure("handle", "a second", [3.0], "pgqueuer", [2.0])]), is_part=True)
+    write(
+        path, entries("peers", SETUP, [Figure("handle", "a second", [3.0], "pgqueuer", [2.0])]), keeps_other_peers=True
+    )
 
     assert [(each["of"], each["values"]) for each in read(path)] == [("celery", [1.0]), ("pgqueuer", [3.0])]
 
@@ -91,7 +94,62 @@ def test_a_file_in_a_missing_folder_is_refused_before_the_measurement(tmp_path: 
     assert "there is no folder" in result.output
 
 
-@pytest.mark.parametrize("written", ["", "{", "[]", "{}"])
+FIGURE = Figure("rate", "a second", [1.0])
+FULL = Setup("sqlite", is_small=False, turns=1)
+
+
+def test_small_figures_never_replace_full_ones(tmp_path: Path) -> None:
+    write(file := tmp_path / "figures.json", entries("limits", FULL, [FIGURE]))
+    written = file.read_text()
+    result = CliRunner().invoke(main, ["all", "--scale", "small", "--json", str(file)])
+
+    assert result.exit_code == 2
+    assert "has figures of the case 'limits' at the full scale" in result.output
+    assert file.read_text() == written
+
+
+def test_small_figures_are_neither_drawn_nor_filled_in(tmp_path: Path) -> None:
+    write(file := tmp_path / "figures.json", entries("claim", FULL, [FIGURE]) + entries("limits", SETUP, [FIGURE]))
+    result = CliRunner().invoke(main, ["plot", str(file)])
+
+    assert result.exit_code == 2
+    assert "has figures of the case 'limits' at the small scale" in result.output
+
+
+def test_a_case_without_figures_leaves_the_file_alone(tmp_path: Path) -> None:
+    write(file := tmp_path / "figures.json", entries("peers", FULL, [FIGURE]))
+    written = file.read_text()
+    result = CliRunner().invoke(
+        main, ["peers", "--engine", "sqlite", "--only", "pgqueuer", "--turns", "1", "--json", str(file)]
+    )
+
+    assert result.exit_code == 0, result.output
+    assert file.read_text() == written
+
+
+def test_the_page_says_from_when_to_when_the_figures_were_measured(tmp_path: Path) -> None:
+    [first] = entries("limits", FULL, [FIGURE])
+    write(file := tmp_path / "figures.json", [first | {"measured_at": "2026-01-02 03:04 UTC"}])
+    assert about(file).startswith("Measured at 2026-01-02 03:04 UTC on ")
+    write(file, [first | {"case": "claim", "measured_at": "2026-01-03 04:05 UTC"}])
+    assert about(file).startswith("Measured from 2026-01-02 03:04 UTC to 2026-01-03 04:05 UTC on ")
+    assert re.search(r"SQLite 3\.\d+\.\d+ and PostgreSQL \d+\.$", about(file))
+
+
+@pytest.mark.parametrize("command", ["record", "plot"])
+def test_peers_that_pip_cannot_install_are_named_before_the_measurement(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: str
+) -> None:
+    monkeypatch.setattr(environment, "FOLDER", tmp_path / "peers")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    result = CliRunner().invoke(main, [command])
+
+    assert result.exit_code == 1
+    assert "pip could not install requirements-bench.txt" in result.output
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("written", ["", "{", "[]", "{}", '{"figures": [{"case": "claim"}]}'])
 @pytest.mark.parametrize("command", [["limits", "--json"], ["plot"]])
 def test_a_file_without_figures_is_refused_at_once(tmp_path: Path, written: str, command: list[str]) -> None:
     (file := tmp_path / "figures.json").write_text(written)
