@@ -13,9 +13,11 @@ from background import BackgroundWorkerManager, Message, MessageWorker, WorkerCo
 from models import db
 
 from ..harness.databases import context, database, without_workers
-from ..harness.effects import Rows
-from ..harness.figures import Figure, Setup, check, check_once, percentile, progress
+from ..harness.effects import Rows, effects
+from ..harness.figures import Figure, Setup, check, check_once, median, percentile, progress
 from ..harness.processes import run_until_told, started
+
+random = Random(1)
 
 
 class Arrival(Rows):
@@ -40,11 +42,12 @@ class Probe(MessageWorker):
 
 
 def run(setup: Setup) -> Iterator[Figure]:
-    p50_aim, p99_aim = ("<= 10", "<= 25") if setup.engine == "sqlite" else ("<= 3", "")
+    p50_aim, p99_aim = ("<= 10 ms", "<= 25 ms") if setup.engine == "sqlite" else ("<= 3 ms", "")
     number = setup.size(5, 60)
-    p50, p99, idle = [], [], []
+    p50, p99, idle, commits = [], [], [], []
     with database(setup.engine) as url, context(url):
-        arrivals.create(db.engine)
+        for table in (arrivals, effects):
+            table.create(db.engine)
         with started([sys.executable, "-m", __name__, url]) as process:
             manager = without_workers()
             manager.add(Probe)
@@ -52,17 +55,19 @@ def run(setup: Setup) -> Iterator[Figure]:
                 latencies = [1000 * latency for latency in probe(setup, manager, number)]
                 p50.append(percentile(latencies, 0.5))
                 p99.append(percentile(latencies, 0.99))
+                commits.append(1000 * median([commit_after_a_pause() for _ in range(number)]))
                 idle.append(share_of_a_core(process.pid, setup.size(1, 5)))
-    yield Figure("to a handler in another process, p50", "ms", p50, aim=p50_aim)
+    of = "one commit after the same pause"
+    yield Figure("to a handler in another process, p50", "ms", p50, of, commits, p50_aim)
     yield Figure("to a handler in another process, p99", "ms", p99, aim=p99_aim)
     yield Figure("that process, waiting", "% of a core", idle, aim="<= 1")
 
 
 def probe(setup: Setup, manager: BackgroundWorkerManager, number: int) -> list[float]:
     """Send messages to the idle process, one at a time. Return the seconds of each."""
-    random, took = Random(1), []
+    took = []
     for _ in progress(range(number), f"{setup.engine}: wakeup"):
-        time.sleep(random.uniform(0.05, 0.12))
+        pause()
         message = manager.enqueue("probe", None)
         began = time.monotonic()
         db.session.commit()
@@ -72,6 +77,19 @@ def probe(setup: Setup, manager: BackgroundWorkerManager, number: int) -> list[f
     check(len(found) == len(set(found)), "a message arrived twice")
     check_once(number, len(took), len(took), "probes")
     return took
+
+
+def pause() -> None:
+    time.sleep(random.uniform(0.05, 0.12))
+
+
+def commit_after_a_pause() -> float:
+    """Return the seconds of a commit of one row. After a pause, it takes longer than in a loop."""
+    pause()
+    db.session.execute(insert(effects), {"message": 0})
+    began = time.monotonic()
+    db.session.commit()
+    return time.monotonic() - began
 
 
 def arrival(message: int | None) -> float:
