@@ -30,7 +30,7 @@ _GLANCE_SECONDS = 0.018  # the same, if the system reports no touches. Also the 
 _MOST_BYTES = 65_536  # of one read
 _RESTS = 16  # times as long as the work before the rest
 _LONGEST_REST_SECONDS = 0.1
-_LONGEST_WAIT_SECONDS = 1.0
+_JOIN_SECONDS = 1.0
 
 
 def ring(connections: Connections) -> None:
@@ -94,7 +94,7 @@ class Notifier:
     def wait(self) -> None:
         """Wait until the thread has notified of all topics, for at most a second."""
         if (thread := self._thread) is not None:
-            thread.join(_LONGEST_WAIT_SECONDS)
+            thread.join(_JOIN_SECONDS)
 
     def close(self) -> None:
         """Wait, and close the connection. The next notification opens another."""
@@ -204,7 +204,7 @@ class Listener:
         """End the thread. Wait for it for at most a second."""
         self._stopped.set()
         self._wake.send(b"x")
-        self._thread.join(1)
+        self._thread.join(_JOIN_SECONDS)
         for each in (self._wake_end, self._wake):  # not in the thread, which may end before the send
             each.close()
 
@@ -235,14 +235,7 @@ class Listener:
             self._heard(heard.extra.decode())
 
     def _watch(self, path: str) -> None:
-        with (
-            self._connections.claims.connect() as connection,
-            touches(self._connections.log_file) as touched,
-            DefaultSelector() as selector,
-        ):
-            selector.register(self._wake_end, EVENT_READ)
-            if touched is not None:
-                selector.register(touched, EVENT_READ)
+        with self._connections.claims.connect() as connection, touches(self._connections.log_file) as touched:
             driver: Any = connection.connection.driver_connection
             commits, look_at, rest = None, 0.0, _GLANCE_SECONDS
             while not self._stopped.is_set():
@@ -257,17 +250,29 @@ class Listener:
                 rest = _GLANCE_SECONDS
                 ((found,),) = driver.execute("PRAGMA data_version").fetchall()
                 if found != commits:
-                    commits, began = found, steady()
-                    for topic in self._due(topics):
-                        self._heard(topic)
-                    # Without this rest, the reads would use a core while another process commits all the time.
-                    self._stopped.wait(max(_GLANCE_SECONDS, (steady() - began) * _RESTS))
-                if selector.select(_GLANCE_SECONDS if touched is None else _LOOK_SECONDS) and touched is not None:
-                    with suppress(BlockingIOError):  # `stop` woke this thread
-                        os.read(touched, _MOST_BYTES)
+                    commits = found
+                    self._look_for_due(topics)
+                self._wait_for_touch(touched)
 
     def _look(self, path: str) -> None:
         touched, before = os.stat(path).st_mtime_ns, self._touched
         if touched != before:
             self._touched = touched
             self._heard("")
+
+    def _look_for_due(self, topics: Collection[str]) -> None:
+        began = steady()
+        for topic in self._due(topics):
+            self._heard(topic)
+        # Without this rest, the reads would use a core while another process commits all the time.
+        self._stopped.wait(max(_GLANCE_SECONDS, (steady() - began) * _RESTS))
+
+    def _wait_for_touch(self, touched: int | None) -> None:
+        """Wait until the log is touched or `stop` wakes this thread, but not for long."""
+        with DefaultSelector() as selector:
+            for each in (self._wake_end, touched):
+                if each is not None:
+                    selector.register(each, EVENT_READ)
+            if selector.select(_GLANCE_SECONDS if touched is None else _LOOK_SECONDS) and touched is not None:
+                with suppress(BlockingIOError):  # `stop` woke this thread
+                    os.read(touched, _MOST_BYTES)

@@ -31,7 +31,9 @@ def fill(app: Flask, size: Size) -> None:
     with stores.connections.heartbeats.begin() as connection:
         fill_instances(connection, size)
     with db.engine.begin() as connection:
+        fill_executions(connection, size)
         fill_workers(connection, size)
+        fill_totals(connection, size)
         fill_messages(connection, size)
     while stores.roll_up.step():
         pass
@@ -72,8 +74,8 @@ def fill_instances(connection: Connection, size: Size) -> None:
     )
 
 
-def fill_workers(connection: Connection, size: Size) -> None:
-    """Insert a fleet that begins about 17 executions each second. Some fail, and the newest are running."""
+def fill_executions(connection: Connection, size: Size) -> None:
+    """Insert the executions of a fleet that begins about 17 each second. Some fail, and the newest are running."""
     began = f"({size.executions} - i) * 0.06"
     is_running, has_failed = f"i > {size.executions - RUNNING}", "i % 97 = 0"
     insert(
@@ -93,6 +95,9 @@ def fill_workers(connection: Connection, size: Size) -> None:
         reason=f"CASE WHEN {has_failed} THEN 'Traceback (most recent call last):\n  File ...\nOSError: no' END",
         log="'2026-11-20 12:00:00,000 INFO    looked at ' || i || ' rows'",
     )
+
+
+def fill_workers(connection: Connection, size: Size) -> None:
     insert(
         connection,
         size.workers,
@@ -106,6 +111,10 @@ def fill_workers(connection: Connection, size: Size) -> None:
         running=f"(SELECT token FROM background_executions WHERE id > {size.executions - RUNNING}"
         f" AND worker = 'worker_' || (n.i - 1) ORDER BY id DESC LIMIT 1)",
     )
+
+
+def fill_totals(connection: Connection, size: Size) -> None:
+    """Insert the sums of each worker: of three states, and of twelve buckets of each histogram."""
     for kind in ("state", "duration", "lateness"):
         labels = 3 if kind == "state" else 12
         insert(
