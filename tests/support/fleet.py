@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
-from sqlalchemy import CheckConstraint, Column, Engine, Integer, String, Table, event, insert, select, update
+from sqlalchemy import CheckConstraint, Column, Engine, Integer, String, Table, event, insert, select, text, update
 from support.databases import close
 from support.processes import PATIENCE, eventually
 
@@ -180,6 +180,15 @@ class Fleet:
     def row(self, name: str) -> Any:
         with self.engine.connect() as connection:
             return connection.execute(select(tables.workers).where(tables.workers.c.name == name)).one()
+
+    def is_blocked(self) -> bool:
+        """Return whether a session of this PostgreSQL waits for a lock.
+
+        Each look has its own transaction, because all looks of a transaction list the sessions of its first look.
+        """
+        blocked = "SELECT true FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        with self.engine.connect() as connection:
+            return bool(connection.scalar(text(blocked)))
 
     def set(self, name: str, **columns: Any) -> None:
         """Set columns of a worker's row, as if the fleet had been there before."""

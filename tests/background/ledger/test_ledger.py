@@ -360,17 +360,11 @@ def test_no_newer_tick_is_claimed_while_an_older_tick_waits_for_its_next_attempt
 def test_a_claim_that_waits_for_the_winners_row_loses_in_the_same_statement(fleet: Fleet) -> None:
     manager = fleet.manager(Hourly)
     schedule = manager.recovery.look(Hourly).schedule_text
-    waiting = text("SELECT true FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'")
     with ThreadPoolExecutor(1) as beside, statements(manager.stores.main.engine) as seen:
         with fleet.engine.begin() as winner:
             winner.execute(update(tables.workers).values(mark=last_hour(), token=1, running=1))
             lost = beside.submit(manager.ticks.run, Hourly, last_hour(), schedule)
-
-            def is_waiting() -> bool:
-                with fleet.engine.connect() as connection:
-                    return bool(connection.scalar(waiting))
-
-            wait_until(is_waiting, "the second one's claim")
+            wait_until(fleet.is_blocked, "the second one's claim")
         assert lost.result(PATIENCE) is None
     assert len([each for each in seen if "background_workers" in each]) == 1
     assert (fleet.row("hourly").token, fleet.executions()) == (1, [])

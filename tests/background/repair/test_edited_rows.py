@@ -414,13 +414,11 @@ def test_a_row_that_another_instance_makes_first_does_not_count_as_deleted(
     claimed(first, last_hour(), alive(first))
     row = {name: value for name, value in fleet.row("hourly")._mapping.items() if name != "running"}
     execute(fleet, delete(tables.workers))
-    waiting = text("SELECT true FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'")
     with fleet.engine.begin() as connection:
         connection.execute(insert(tables.workers).values(row))
         register = threading.Thread(target=second.stores.controls.register, args=({"hourly": Every(HOUR)},))
         register.start()
-        with fleet.engine.connect() as other:
-            wait_until(lambda: other.scalar(waiting), "the second instance's wait for the row")
+        wait_until(fleet.is_blocked, "the second instance's wait for the row")
     register.join(PATIENCE)
     assert fleet.row("hourly").running is None
     assert "deleted by hand" not in caplog.text
