@@ -207,7 +207,7 @@ def plot(json: Path) -> None:
 @main.command()
 def record() -> None:
     """Measure all cases and the peers at the full scale. Write all figures and pictures of the documents."""
-    python()  # refuses a missing environment now, and not after the measurement
+    python()  # now, so that a failed installation costs no measurement
     try:
         measure((*CASES, "peers"), "both", "full", FIGURES, None, "wall")
     finally:

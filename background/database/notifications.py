@@ -268,7 +268,7 @@ class Listener:
         self._stopped.wait(max(_GLANCE_SECONDS, (steady() - began) * _RESTS))
 
     def _wait_for_touch(self, touched: int | None) -> None:
-        """Wait until the log is touched or `stop` wakes this thread, but not for long."""
+        """Wait until the log is touched, `stop` wakes this thread, or the next look is due."""
         with DefaultSelector() as selector:
             for each in (self._wake_end, touched):
                 if each is not None:

@@ -29,8 +29,8 @@ def python() -> str:
         command = [str(interpreter), "-m", "pip", "install", "-q", "-r", str(REQUIREMENTS)]
         if code := subprocess.run(command).returncode:
             raise click.ClickException(
-                f"pip could not install {REQUIREMENTS.name} into {str(FOLDER)!r} (its exit code is {code}). Its lines "
-                "above have the reason. Remove the reason, and run the command again."
+                f"pip could not install {REQUIREMENTS.name} into {str(FOLDER)!r} (its exit code is {code}). pip's "
+                "lines above name the cause. Mend it, and run the command again."
             )
         stamp.write_text(wanted)
     return str(interpreter)

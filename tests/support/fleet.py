@@ -184,7 +184,7 @@ class Fleet:
     def is_blocked(self) -> bool:
         """Return whether a session of this PostgreSQL waits for a lock.
 
-        Each look has its own transaction, because all looks of a transaction list the sessions of its first look.
+        Each call opens a new transaction. Within one transaction, PostgreSQL repeats the list of its first read.
         """
         blocked = "SELECT true FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
         with self.engine.connect() as connection:
